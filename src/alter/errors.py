@@ -1,0 +1,19 @@
+"""Errors that tell a user what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one line that names the value, what was expected and the fix.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the choice nearest to `value`, or an empty string if none is near."""
+    match = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
