@@ -95,7 +95,9 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         raise UserError(f"No result file at {path}.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); expected records written by --json.") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"model", "metric"} <= set(row) for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"model", "metric"} <= set(row) for row in rows
+    ):
         raise UserError(f"{path} does not hold result records; expected a list of objects written by --json.")
     for row in rows:
         if row.get("version", VERSION) != VERSION:

@@ -1,0 +1,258 @@
+"""Configuration of an ALTER adapter: what is saved as `adapter_config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from alter.entropy import check_threshold
+from alter.errors import UserError, nearest
+
+ROUTERS = ("learned", "entropy", "static")
+BIASES = ("none", "all", "alter_only")
+PAPER_THRESHOLD = 1.2
+"""Entropy that separates high from low tokens in the paper."""
+
+
+@dataclass
+class AlterConfig(PeftConfig):
+    """Configuration of an [`AlterModel`]: asymmetric LoRA with one retention and N forget experts (arXiv:2603.01792).
+
+    Args:
+        r (`int`, *optional*, defaults to 8):
+            Rank of the shared matrix A and of every expert.
+        alter_alpha (`float`, *optional*, defaults to 16):
+            The update is scaled by `alter_alpha / r`.
+        alter_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on the input of A while training.
+        target_modules (`list[str]` or `str`, *optional*):
+            Layers to adapt: name endings, one regular expression, or `"all-linear"`. By default all linear layers of
+            the blocks (attention and MLP) of known architectures.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Layers to leave alone, matched like `target_modules`.
+        num_forget_experts (`int`, *optional*, defaults to 1):
+            N, the number of forget experts: one per sub-domain of what is to be forgotten.
+        domains (`list[str]`, *optional*):
+            Names of the sub-domains; expert `d + 1` serves `domains[d]`.
+        router (`str`, *optional*, defaults to `"learned"`):
+            What opens the experts: `"learned"` reads the token's hidden state at one layer; `"entropy"` is the paper's
+            literal gate, which reads the scalar entropy (Eq. 7); `"static"` keeps all experts open for every token, can
+            be merged, and is an ablation.
+        entropy_q (`float`, *optional*, defaults to 1.5):
+            Order of the Tsallis entropy (Eq. 5); 1 is Shannon's.
+        entropy_threshold (`float`, *optional*):
+            Tokens above it are high-entropy ones. 1.2 as in the paper unless a quantile is given.
+        entropy_quantile (`float`, *optional*):
+            Share of tokens below the threshold, strictly between 0 and 1, instead of a threshold. Whoever trains the
+            adapter measures the threshold on data and stores it in `entropy_threshold`: with both set, the threshold
+            counts, and the quantile tells where it came from.
+        temperature_high (`float`, *optional*, defaults to 0.8):
+            Temperature of the gate for high-entropy tokens.
+        temperature_low (`float`, *optional*, defaults to 0.01):
+            Temperature of the gate for low-entropy tokens, which take one expert only.
+        top_k (`int`, *optional*, defaults to 3):
+            Forget experts that a high-entropy token takes at most (Eq. 9).
+        router_layer (`str`, *optional*):
+            Name (or its ending) of the adapted layer whose input the router reads. By default the first adapted layer
+            of the block at two thirds of the depth.
+        router_memory (`float`, *optional*, defaults to 0.0):
+            Between 0 and 1: weight of a token's evidence relative to that of the token after it. 0 routes by the last
+            token alone, 1 by the mean of all tokens so far.
+        vocab_size (`int`, *optional*):
+            Vocabulary of the base model; filled in when the adapter is attached.
+        base_fingerprint (`str`, *optional*):
+            Identifies the base model that the adapter was made for; filled in when it is saved. Loading it on another
+            base raises an error.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Start as the identity (B = 0). `False` gives random weights, for tests.
+        bias (`str`, *optional*, defaults to `"none"`):
+            Biases of the base model to train as well: `"none"`, `"all"` or `"alter_only"` (those of adapted layers).
+        modules_to_save (`list[str]`, *optional*):
+            Other modules to train and save with the adapter.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the blocks to adapt.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list of blocks, where `layers_to_transform` needs it.
+        rank_pattern (`dict[str, int]`, *optional*):
+            Ranks of layers that differ from `r`, by layer name or regular expression.
+        alpha_pattern (`dict[str, float]`, *optional*):
+            Values of alpha that differ from `alter_alpha`, likewise.
+
+    Raises:
+        UserError: a value is outside its range, or the threshold can never be reached with this `entropy_q`.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the shared matrix A and of every expert."})
+    alter_alpha: float = field(default=16, metadata={"help": "The update is scaled by alter_alpha / r."})
+    alter_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A while training."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers to adapt: name endings, one regular expression, or 'all-linear'. By default all linear "
+            "layers of the blocks of known architectures."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave alone, matched like target_modules."}
+    )
+    num_forget_experts: int = field(
+        default=1, metadata={"help": "Number of forget experts, one per sub-domain of what is to be forgotten."}
+    )
+    domains: list[str] | None = field(
+        default=None, metadata={"help": "Names of the sub-domains; expert d + 1 serves domains[d]."}
+    )
+    router: str = field(
+        default="learned",
+        metadata={
+            "help": "What opens the experts: 'learned' (hidden state), 'entropy' (the paper's literal gate on the "
+            "scalar entropy) or 'static' (all open; can be merged)."
+        },
+    )
+    entropy_q: float = field(default=1.5, metadata={"help": "Order of the Tsallis entropy; 1 is Shannon's."})
+    entropy_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Tokens above it are high-entropy ones; 1.2 unless entropy_quantile is given."},
+    )
+    entropy_quantile: float | None = field(
+        default=None,
+        metadata={"help": "Share of tokens below the threshold, which is then measured on the training data."},
+    )
+    temperature_high: float = field(default=0.8, metadata={"help": "Gate temperature of high-entropy tokens."})
+    temperature_low: float = field(default=0.01, metadata={"help": "Gate temperature of low-entropy tokens."})
+    top_k: int = field(default=3, metadata={"help": "Forget experts that a high-entropy token takes at most."})
+    router_layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapted layer whose input the router reads; by default the first one of the block at two thirds "
+            "of the depth."
+        },
+    )
+    router_memory: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, between 0 and 1, of a token's evidence relative to that of the token after it; 0 routes "
+            "by the last token alone."
+        },
+    )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Vocabulary of the base model; filled in when the adapter is attached."}
+    )
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "Identifies the base model of a saved adapter; filled in when it is saved."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start as the identity; False gives random weights, for tests."}
+    )
+    bias: str = field(
+        default="none", metadata={"help": "Base biases to train as well: 'none', 'all' or 'alter_only'."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train and save with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, where layers_to_transform needs it."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks of layers that differ from r, by name or regular expression."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Values of alpha that differ from alter_alpha, likewise."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ALTER
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise UserError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise UserError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise UserError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        if self.entropy_threshold is None and self.entropy_quantile is None:
+            self.entropy_threshold = PAPER_THRESHOLD
+        self.check()
+
+    def check(self) -> None:
+        """Check every value; run again after a field was changed.
+
+        Raises:
+            UserError: a value is outside its range; names the value, what was expected and the fix.
+        """
+        for name, choices in (("router", ROUTERS), ("bias", BIASES)):
+            value = getattr(self, name)
+            if value not in choices:
+                expected = ", ".join(repr(choice) for choice in choices)
+                raise UserError(f"{name} is {value!r}; expected one of {expected}.{nearest(str(value), choices)}")
+        for name in ("r", "num_forget_experts", "top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        for pattern, rank in self.rank_pattern.items():
+            if not isinstance(rank, int) or rank < 1:
+                raise UserError(f"rank_pattern[{pattern!r}] is {rank!r}; it must be a whole number of at least 1.")
+        for name in ("temperature_high", "temperature_low", "alter_alpha"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"{name} is {value!r}; it must be a number above 0.")
+        if not 0 <= self.router_memory <= 1:
+            raise UserError(
+                f"router_memory is {self.router_memory!r}; it must lie between 0 (the last token alone) and 1 (the mean "
+                "of all tokens so far)."
+            )
+        if not 0 <= self.alter_dropout < 1:
+            raise UserError(f"alter_dropout is {self.alter_dropout!r}; it must be at least 0 and below 1.")
+        if self.domains is not None and len(self.domains) != self.num_forget_experts:
+            raise UserError(
+                f"domains names {len(self.domains)} sub-domains, but num_forget_experts is {self.num_forget_experts}; "
+                "every forget expert serves one sub-domain."
+            )
+        if self.entropy_quantile is not None and not 0 < self.entropy_quantile < 1:
+            raise UserError(
+                f"entropy_quantile is {self.entropy_quantile!r}; it must lie between 0 and 1 (0.7 makes the top 30 % "
+                "high)."
+            )
+        if self.entropy_threshold is not None:
+            check_threshold(self.entropy_q, self.entropy_threshold, self.vocab_size)
+
+    @property
+    def threshold(self) -> float:
+        """Entropy above which a token counts as high.
+
+        Raises:
+            UserError: only a quantile is given, and nothing has measured the threshold yet.
+        """
+        if self.entropy_threshold is None:
+            raise UserError(
+                f"entropy_quantile is {self.entropy_quantile}, but the threshold it stands for has not been measured. "
+                "Train the adapter with `alter unlearn`, or set entropy_threshold in its configuration."
+            )
+        return self.entropy_threshold
+
+    def resolved(self, **values: Any) -> None:
+        """Remember values found on a model, to be written when the configuration is saved.
+
+        The fields themselves stay as the user gave them, so that one configuration can serve several models.
+        """
+        self.__dict__.setdefault("_resolved", {}).update(values)
+
+    def resolved_value(self, name: str) -> Any:
+        """The value of a field as it would be saved."""
+        return self.__dict__.get("_resolved", {}).get(name, getattr(self, name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it is saved, with what was found on the model it is attached to."""
+        values = dataclasses.asdict(self)
+        values.update({k: v for k, v in self.__dict__.get("_resolved", {}).items() if v is not None})
+        return values

@@ -1,0 +1,337 @@
+"""The adapted linear layer: W0 x + s (B_r + sum_d g_d B_fd) A x, with gradient isolation inside its leaf modules."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from alter.errors import UserError
+
+if TYPE_CHECKING:
+    from alter.adapter.config import AlterConfig
+    from alter.adapter.routing import ForwardState, RoutingContext
+
+NOT_MERGEABLE = (
+    "Adapter {name!r} cannot be merged: its router={router!r} opens other experts for every token, and a merged weight "
+    "is the same for all tokens. Keep the adapter separate (loading it costs no accuracy), or train one with "
+    "router='static'."
+)
+
+
+class _MaskedWeightGradient(torch.autograd.Function):
+    """y = x W^T whose weight gradient is dY^T (X ⊙ M), while the gradient that flows to x is not masked.
+
+    M is [..., E] bool, each entry covering in_features / E neighbouring columns of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, mask = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+        if ctx.needs_input_grad[1]:
+            if mask.shape[-1] == 1:
+                # one mask per token: the narrower factor is the cheaper one to mask
+                grad = grad * mask.to(grad.dtype)
+            else:
+                grouped = x.unflatten(-1, (mask.shape[-1], -1)) * mask.to(x.dtype).unsqueeze(-1)
+                x = grouped.flatten(-2)
+            grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return grad_x, grad_weight, None
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer without bias, whose weight may be told which of its inputs to learn from."""
+
+    def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
+        super().__init__(in_features, out_features, bias=False, **kwargs)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out]; the weight learns only where `mask` [..., E] is true (E divides `in_features`).
+
+        Entry e of the mask covers the e-th of E equal groups of neighbouring inputs. The gradient with respect to x
+        is that of a plain linear layer, whatever the mask.
+        """
+        if mask is None:
+            return F.linear(x, self.weight)
+        weight = self.weight
+        if torch.is_autocast_enabled(x.device.type):
+            # autocast does not reach into autograd functions
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return _MaskedWeightGradient.apply(x, weight, mask.to(x.device))
+
+
+class AlterLinear(nn.Module, BaseTunerLayer):
+    """A linear layer (also transformers' Conv1D and quantised ones) with ALTER adapters, each under its own name.
+
+    Per adapter: `alter_A.<name>` maps in -> r and is shared by all experts; `alter_B.<name>` has one weight
+    [out, (N + 1) * r], whose columns `d * r : (d + 1) * r` are expert d: the retention expert for d = 0, forget expert d
+    for d = 1..N (this is the checkpoint format). On one layer of the network, the host, `alter_router.<name>` maps what
+    the router reads to N + 1 logits.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("alter_A", "alter_B", "alter_router")
+    other_param_names: tuple[str, ...] = (
+        "alter_r",
+        "alter_alpha",
+        "scaling",
+        "alter_dropout",
+        "alter_experts",
+        "alter_mode",
+    )
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: AlterConfig,
+        context: RoutingContext,
+        layer_name: str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        inner = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(
+            inner, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.fan_in_fan_out = isinstance(inner, Conv1D)
+        self.in_features, self.out_features = _get_in_out_features(inner)
+        self.layer_name = layer_name
+        self.context = context
+        self.alter_A = nn.ModuleDict({})
+        self.alter_B = nn.ModuleDict({})
+        self.alter_router = nn.ModuleDict({})
+        self.alter_dropout = nn.ModuleDict({})
+        self.alter_r: dict[str, int] = {}
+        self.alter_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.alter_experts: dict[str, int] = {}
+        self.alter_mode: dict[str, str] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: AlterConfig) -> None:
+        """Create the weights of one adapter.
+
+        Raises:
+            UserError: the rank does not fit the layer.
+        """
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), self.layer_name), config.r)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(config.alpha_pattern.keys(), self.layer_name), config.alter_alpha
+        )
+        limit = min(self.in_features, self.out_features)
+        if r > limit:
+            raise UserError(
+                f"Rank {r} is larger than layer {self.layer_name!r} allows ({self.in_features} -> {self.out_features}): "
+                f"give r of at most {limit}, or set rank_pattern for this layer, or exclude it with exclude_modules."
+            )
+        experts = config.num_forget_experts + 1
+        self.alter_r[adapter_name] = r
+        self.alter_alpha[adapter_name] = alpha
+        self.scaling[adapter_name] = alpha / r
+        self.alter_experts[adapter_name] = experts
+        self.alter_mode[adapter_name] = config.router
+        self.alter_dropout[adapter_name] = (
+            nn.Dropout(config.alter_dropout) if config.alter_dropout > 0 else nn.Identity()
+        )
+        self.alter_A[adapter_name] = MaskedLinear(self.in_features, r)
+        self.alter_B[adapter_name] = MaskedLinear(experts * r, self.out_features)
+        nn.init.kaiming_uniform_(self.alter_A[adapter_name].weight, a=math.sqrt(5))
+        if config.init_weights:
+            nn.init.zeros_(self.alter_B[adapter_name].weight)
+        else:
+            nn.init.kaiming_uniform_(self.alter_B[adapter_name].weight, a=math.sqrt(5))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def add_router(self, adapter_name: str, features: int) -> None:
+        """Make this layer the host of the adapter's router, which maps `features` values to one logit per expert."""
+        like = self.alter_A[adapter_name].weight
+        router = nn.Linear(features, self.alter_experts[adapter_name], device=like.device, dtype=like.dtype)
+        if like.device.type != "meta":
+            nn.init.normal_(router.weight, std=0.02)
+            nn.init.zeros_(router.bias)
+        router.requires_grad_(like.requires_grad)
+        self.alter_router[adapter_name] = router
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] -> [..., out]: the base layer plus the update of every active adapter, gated per token."""
+        state: ForwardState | None = self.context.state
+        if state is not None and state.frozen:
+            if len(self.alter_router) or state.host is self:
+                state.read_host(self, x)
+            return self._frozen(x, *args, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        if state is not None and state.observe and len(self.alter_router):
+            state.read_host_last(self, x)
+        dtype = result.dtype
+        for name in self.active_adapters:
+            if name in self.alter_A:
+                result = result + self._update(name, x, state)
+        return result.to(dtype)
+
+    def _frozen(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged:
+            raise UserError(
+                f"Layer {self.layer_name!r} holds merged adapters ({', '.join(self.merged_adapters)}), so the frozen base "
+                "that another adapter's router reads is gone: call unmerge_adapter() first."
+            )
+        return self.base_layer(x, *args, **kwargs)
+
+    def _update(self, name: str, x: Tensor, state: ForwardState | None) -> Tensor:
+        gates, expert_mask, shared_mask = self._routing(name, x, state)
+        A = self.alter_A[name]
+        x = self._cast_input_dtype(x, A.weight.dtype)
+        z = A(self.alter_dropout[name](x), shared_mask) * self.scaling[name]
+        experts = self.alter_experts[name]
+        if gates is None:
+            gated = z.unsqueeze(-2).expand(*z.shape[:-1], experts, z.shape[-1])
+        else:
+            gated = z.unsqueeze(-2) * gates.to(device=z.device, dtype=z.dtype).unsqueeze(-1)
+        return self.alter_B[name](gated.flatten(-2), expert_mask)
+
+    def _routing(
+        self, name: str, x: Tensor, state: ForwardState | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gates and masks of one adapter, in the leading shape of x; the A mask gets a last axis of 1."""
+        routing = None if state is None else state.routing.get(name)
+        if routing is None:
+            if self.alter_mode[name] == "static":
+                return None, None, None
+            raise UserError(
+                f"Layer {self.layer_name!r} was called without a route for adapter {name!r}: ALTER routes each token once "
+                "for the whole network. Call the whole model that holds the adapter, not a part of it."
+            )
+        shape, given = x.shape[:-1], routing.gates.shape[:-1]
+        flat = x.dim() == 2 and len(given) == 2 and x.shape[0] == given[0] * given[1]
+        if shape != given and not flat:
+            raise UserError(
+                f"Layer {self.layer_name!r} sees tokens in shape {list(shape)}, but routes exist for {list(given)}: it does "
+                "not see every token of the batch in order. Leave it out with exclude_modules, or use router='static'."
+            )
+        if routing.gates.shape[-1] != self.alter_experts[name]:
+            raise UserError(
+                f"The routing given for adapter {name!r} has {routing.gates.shape[-1]} experts per token; the adapter has "
+                f"{self.alter_experts[name]} (the retention expert and {self.alter_experts[name] - 1} forget experts)."
+            )
+        gates, expert_mask, shared_mask = routing.gates, routing.expert_mask, routing.shared_mask
+        if shared_mask is not None:
+            shared_mask = shared_mask.unsqueeze(-1)
+        if shape != given:
+            gates = gates.flatten(0, 1)
+            expert_mask = None if expert_mask is None else expert_mask.flatten(0, 1)
+            shared_mask = None if shared_mask is None else shared_mask.flatten(0, 1)
+        return gates, expert_mask, shared_mask
+
+    def resize(self, adapter_name: str, experts: int) -> None:
+        """Append experts (zero columns of B, zero rows of the router) up to `experts`, keeping the old ones bit-exact."""
+        old = self.alter_B[adapter_name]
+        r, previous = self.alter_r[adapter_name], self.alter_experts[adapter_name]
+        new = MaskedLinear(experts * r, self.out_features, device=old.weight.device, dtype=old.weight.dtype)
+        with torch.no_grad():
+            new.weight.zero_()
+            new.weight[:, : previous * r] = old.weight
+        new.requires_grad_(old.weight.requires_grad)
+        self.alter_B[adapter_name] = new
+        self.alter_experts[adapter_name] = experts
+        if adapter_name in self.alter_router:
+            gate = self.alter_router[adapter_name]
+            wider = nn.Linear(gate.in_features, experts, device=gate.weight.device, dtype=gate.weight.dtype)
+            with torch.no_grad():
+                wider.weight.zero_()
+                wider.bias.zero_()
+                wider.weight[:previous] = gate.weight
+                wider.bias[:previous] = gate.bias
+            wider.requires_grad_(gate.weight.requires_grad)
+            self.alter_router[adapter_name] = wider
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of a static adapter as one matrix in the layout of the base weight: s (sum_e B_e) A.
+
+        Raises:
+            NotImplementedError: the adapter routes per token, so that there is no one matrix.
+        """
+        if self.alter_mode[adapter] != "static":
+            raise NotImplementedError(NOT_MERGEABLE.format(name=adapter, router=self.alter_mode[adapter]))
+        A, B = self.alter_A[adapter].weight, self.alter_B[adapter].weight
+        dtype = A.dtype
+        if A.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            A, B = A.float(), B.float()
+        summed = B.unflatten(-1, (self.alter_experts[adapter], -1)).sum(-2)
+        delta = (summed @ A) * self.scaling[adapter]
+        return (delta.t() if self.fan_in_fan_out else delta).to(dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of static adapters to the base weight.
+
+        Args:
+            safe_merge: check for NaNs before anything is changed.
+            adapter_names: adapters to merge; all active ones by default.
+
+        Raises:
+            NotImplementedError: an adapter routes per token.
+            ValueError: the merged weight has NaNs or infinities (with `safe_merge`).
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.alter_A:
+                continue
+            delta = self.get_delta_weight(name)
+            weight = self.get_base_weight()
+            dtype = weight.dtype
+            if safe_merge:
+                weight = weight.clone()
+            weight = weight + delta.to(weight.device)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self.set_base_weight(weight.to(dtype))
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged updates out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.alter_A:
+                weight = self.get_base_weight()
+                self.set_base_weight((weight - self.get_delta_weight(name).to(weight.device)).to(weight.dtype))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter is one matrix for all tokens, which is so for router="static" only."""
+        return self.alter_mode.get(adapter_name, "static") == "static"
+
+    def __repr__(self) -> str:
+        return "alter." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

@@ -1,0 +1,195 @@
+"""The command line: parse, then call one function. Torch is imported by the command that needs it, not by the help."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+from alter.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Where a command's settings and its function live, and what the help says of it."""
+
+    module: str
+    settings: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "alter.demo", "Demo", "demo", "forget 20 authors with the shipped model: before, after, retrained"
+    ),
+    "unlearn": Command("alter.trainer", "Unlearn", "unlearn", "train an ALTER adapter that makes a model forget"),
+    "evaluate": Command("alter.evaluation", "Evaluate", "evaluate", "measure a model, with or without an adapter"),
+    "aggregate": Command("alter.evaluation", "AggregateLogs", "aggregate_logs", "TOFU's numbers from published logs"),
+    "generate": Command("alter.evaluation", "Generate", "generate", "answer prompts with a model and an adapter"),
+    "finetune": Command(
+        "alter.finetune", "Finetune", "finetune", "train a model on rows or on texts, or from scratch"
+    ),
+}
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: alter COMMAND [RECIPE.yaml] [--OPTION VALUE ...]",
+            "",
+            "Make a language model forget, with ALTER (arXiv:2603.01792), and measure that it did.",
+            "",
+            *lines,
+            "",
+            "`alter COMMAND --help` lists a command's options; a recipe gives them in YAML, flags override it.",
+        ]
+    )
+
+
+def _members(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The models that a field may hold, by `kind` (or one under "" for a plain nested model); empty for a value."""
+    from pydantic import BaseModel
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {"": annotation}
+    found = [m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+    return {m.model_fields["kind"].default if "kind" in m.model_fields else "": m for m in found}
+
+
+def _plain(model: type[BaseModel], given: dict[str, Any], where: str, kinds: dict[str, str]) -> Any:
+    """A plain dataclass with the model's fields, for tyro to fill: pydantic checks all values afterwards, at once."""
+    import tyro
+    from pydantic_core import PydanticUndefined
+
+    unknown = [key for key in given if key not in model.model_fields]
+    if unknown:
+        choices = list(model.model_fields)
+        raise UserError(
+            f"Unknown setting {where}{unknown[0]!r}; expected one of {', '.join(choices)}.{nearest(unknown[0], choices)}"
+        )
+    fields: list[Any] = []
+    values: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        members = _members(info.annotation)
+        annotation: Any = info.annotation
+        if members:
+            inner = given.get(name, {})
+            default = info.get_default(call_default_factory=True)
+            if not isinstance(inner, dict):
+                raise UserError(f"Setting {where}{name} is {inner!r}; expected keys and values.")
+            kind = kinds.get(f"{where}{name}") or inner.get("kind") or getattr(default, "kind", "")
+            if kind not in members:
+                choices = list(members)
+                raise UserError(
+                    f"{where}{name}.kind is {kind!r}; expected one of {', '.join(choices)}.{nearest(str(kind), choices)}"
+                )
+            if not inner and default is not None and getattr(default, "kind", "") == kind:
+                inner = default.model_dump()
+            value = _plain(members[kind], {**inner, "kind": kind} if kind else inner, f"{where}{name}.", kinds)
+            annotation = type(value)
+        elif name in given:
+            value = given[name]
+        else:
+            value = info.get_default(call_default_factory=True)
+            value = tyro.MISSING if value is PydanticUndefined else value
+        if not members:
+            annotation = _annotated(name, str if name == "kind" else annotation, info)
+        fields.append((name, annotation))
+        values[name] = value
+    return dataclasses.make_dataclass(model.__name__, fields)(**values)
+
+
+def _annotated(name: str, annotation: Any, info: Any) -> Any:
+    """The field's type with its help text and its own tyro markers (positional), but without its constraints."""
+    import tyro
+
+    markers = [item for item in info.metadata if type(item).__module__.startswith("tyro")]
+    for marker in markers:
+        annotation = Annotated[annotation, marker]
+    # a pydantic model cannot have a field called json
+    flag = "json" if name == "json_path" else None
+    return Annotated[annotation, tyro.conf.arg(name=flag, help=info.description or "")]
+
+
+def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
+    """Settings from a recipe (the first argument, if it names a YAML file) and flags that override it.
+
+    Raises:
+        UserError: a recipe that is missing or not YAML, an unknown key, or a value that the settings refuse.
+    """
+    import tyro
+    import yaml
+    from pydantic import ValidationError
+
+    args = list(args)
+    given: dict[str, Any] = {}
+    if args and not args[0].startswith("-") and args[0].endswith((".yaml", ".yml")):
+        path = Path(args.pop(0))
+        if not path.is_file():
+            near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+            raise UserError(f"No recipe at {path}.{near}")
+        try:
+            given = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(given, dict):
+            raise UserError(f"{path} holds {type(given).__name__}, expected settings as keys and values.")
+    kinds = {}
+    for place, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if flag.startswith("--") and flag.endswith(".kind"):
+            name = flag[2:-5].replace("-", "_")
+            kinds[name] = value if equals else (args[place + 1] if place + 1 < len(args) else "")
+    default = _plain(model, given, "", kinds)
+    parsed = tyro.cli(type(default), default=default, args=args, prog=f"alter {command}", description=model.__doc__)
+    try:
+        return model.model_validate(dataclasses.asdict(parsed))
+    except ValidationError as error:
+        first = error.errors()[0]
+        # the union's own tag is no part of the name that the user typed
+        names = [str(part) for part in first["loc"] if not (isinstance(part, str) and part in _tags(model))]
+        where = ".".join(names) or command
+        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        raise UserError(f"{where}: {first['msg']}{got}.") from None
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    return {kind for info in model.model_fields.values() for kind in _members(info.annotation)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `alter`; returns the exit status: 0 done, 2 a mistake in what was given, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"alter {version('alter-unlearning')}")
+        return 0
+    command = args[0]
+    try:
+        if command not in COMMANDS:
+            raise UserError(
+                f"Unknown command {command!r}; expected one of {', '.join(COMMANDS)}.{nearest(command, COMMANDS)}"
+            )
+        found = COMMANDS[command]
+        module = importlib.import_module(found.module)
+        getattr(module, found.function)(parse(command, getattr(module, found.settings), args[1:]))
+    except UserError as error:
+        print(f"alter: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("alter: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,102 @@
+"""`alter demo`: forget 20 authors with the model that comes with the package, and show what happened."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.table import Table
+
+from alter.benchmarks.tofu import TofuResult, tofu_metrics
+from alter.evaluation import check_writable, show
+from alter.records import write_records
+from alter.scoring import load_model
+from alter.trainer import Unlearn, unlearn
+
+RECIPE = Path(__file__).parent / "recipes" / "tofu-mini.yaml"
+
+
+class Demo(BaseModel):
+    """Forget 20 of TOFU's 200 authors with the shipped model; compare before, after and retrained."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    out: str = "runs/demo"
+    """Folder of the run; a number is appended if it is in use."""
+    seed: int = 0
+    """Of the unlearning run."""
+    questions: int = Field(8, ge=0)
+    """How many questions to show with the answers of all three models."""
+    limit: int | None = Field(None, ge=1)
+    """Evaluate only so many rows of each set, for a quick look."""
+    json_path: str | None = None
+    """File for the records of all three models."""
+
+
+def free_folder(wanted: str) -> Path:
+    """The folder itself if it is free (missing or empty), else the first free one of FOLDER-2, FOLDER-3, ..."""
+    number, path = 1, Path(wanted)
+    while path.exists() and (not path.is_dir() or any(path.iterdir())):
+        number += 1
+        path = Path(f"{wanted}-{number}")
+    return path
+
+
+def side_by_side(results: dict[str, TofuResult], count: int) -> Table:
+    """Questions of the forget set, spread over its authors, with the true answer and that of each model."""
+    first = next(iter(results.values())).sets["forget"]
+    assert first.questions is not None
+    assert first.references is not None
+    shown = Table(title="Questions about the forgotten authors", show_lines=True)
+    for column in ("question", "truth", *results):
+        shown.add_column(column, ratio=1, overflow="fold")
+    for i in range(0, first.n, max(1, first.n // max(count, 1)))[:count]:
+        answers = [result.sets["forget"].generations for result in results.values()]
+        shown.add_row(first.questions[i], first.references[i], *(a[i] if a is not None else "" for a in answers))
+    return shown
+
+
+def demo(settings: Demo) -> Path:
+    """Run the demo and return the run's folder.
+
+    Raises:
+        UserError: the records could not be written.
+    """
+    check_writable(settings.json_path)
+    console = Console()
+    out = free_folder(settings.out)
+    run = Unlearn.model_validate({**yaml.safe_load(RECIPE.read_text()), "out": str(out), "seed": settings.seed})
+    started = time.time()
+    console.print(f"1/3 unlearning {run.forget} from {run.model} into {out}", markup=False, highlight=False)
+    unlearn(run)
+    unlearned = time.time() - started
+
+    results: dict[str, TofuResult] = {}
+    console.print("2/3 evaluating the retrained, the original and the unlearned model", highlight=False)
+    split = run.forget.split(":")[-1]
+    for name, model, adapter in (
+        ("retrained", "builtin:tofu-mini-retrained", None),
+        ("original", run.model, None),
+        ("unlearned", run.model, str(out / "adapter")),
+    ):
+        network, tokenizer = load_model(model, adapter)
+        results[name] = tofu_metrics(
+            network, tokenizer, split, limit=settings.limit, reference=results.get("retrained")
+        )
+    ordered = {name: results[name] for name in ("original", "unlearned", "retrained")}
+    records = {name: result.records(name) for name, result in ordered.items()}
+    console.print("3/3 what happened", highlight=False)
+    if settings.questions:
+        console.print(side_by_side(ordered, settings.questions))
+    write_records(out / "records.json", [record for rows in records.values() for record in rows])
+    show(records, settings.json_path, f"TOFU {split}, {run.model}")
+    console.print(
+        f"Unlearning took {unlearned:.0f} s, all of it {time.time() - started:.0f} s. The run: {out} "
+        f"(adapter/, run.yaml, run.json, records.json)",
+        highlight=False,
+        markup=False,
+    )
+    return out

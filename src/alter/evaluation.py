@@ -1,0 +1,147 @@
+"""The commands that report: `evaluate`, `aggregate` and `generate`, each a table on screen and records on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+
+from alter.benchmarks.tofu import Aggregate, TofuEvaluation, aggregate, evaluate_tofu
+from alter.data import Example, encode_prompt, read_rows
+from alter.errors import UserError
+from alter.records import Record, to_json, write_atomic, write_records
+from alter.report import table
+from alter.scoring import generate as generate_texts
+from alter.scoring import load_model
+
+
+def show(records_by_model: Mapping[str, Sequence[Record]], path: str | None, title: str | None = None) -> None:
+    """Print the table of records and, if a path is given, write them all there."""
+    Console().print(table(records_by_model, title))
+    if path is not None:
+        write_records(path, [record for records in records_by_model.values() for record in records])
+        Console(stderr=True).print(f"records: {path}")
+
+
+def check_writable(path: str | None) -> None:
+    """Raise `UserError` now if the file could not be written after the work is done."""
+    if path is not None and (Path(path).is_dir() or Path(path).resolve().parent.is_file()):
+        raise UserError(f"--json is {path!r}, which cannot be written: give the path of a file.")
+
+
+class Evaluate(TofuEvaluation):
+    """Measure a model on a benchmark, print the table and, with --json, write the records."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    benchmark: Literal["tofu"] = "tofu"
+    """What to measure on."""
+    name: str | None = None
+    """What the records call the model; "unlearned" with an adapter, else "original", unless this says otherwise."""
+    json_path: str | None = None
+    """File for the records."""
+
+
+def evaluate(settings: Evaluate) -> list[Record]:
+    """Run `alter evaluate`: load, measure, print, write.
+
+    Raises:
+        UserError: see `evaluate_tofu`.
+    """
+    check_writable(settings.json_path)
+    name = settings.name or ("unlearned" if settings.adapter else "original")
+    common = TofuEvaluation.model_validate(settings.model_dump(include=set(TofuEvaluation.model_fields)))
+    records = evaluate_tofu(common, name=name)
+    show({name: records}, settings.json_path, f"TOFU {settings.split}: {settings.adapter or settings.model}")
+    return records
+
+
+class AggregateLogs(Aggregate):
+    """TOFU's numbers from per-item logs that somebody published."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    json_path: str | None = None
+    """File for the records."""
+
+
+def aggregate_logs(settings: AggregateLogs) -> list[Record]:
+    """Run `alter aggregate`: read the logs, print the figures, write the records.
+
+    Raises:
+        UserError: see `aggregate`.
+    """
+    check_writable(settings.json_path)
+    records = aggregate(settings.log, settings.retain, mode=settings.mode, name=settings.name)
+    show({records[0].model: records}, settings.json_path, f"TOFU from {Path(settings.log).name}")
+    return records
+
+
+class Generate(BaseModel):
+    """Answer prompts with a model and an adapter, routing active."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """Folder or hub id of the model."""
+    adapter: str | None = None
+    """Adapter on top of it."""
+    prompt: list[str] = Field(default_factory=list)
+    """Questions, as many as you like."""
+    file: str | None = None
+    """JSON or JSONL file with a column `question` or `prompt`, instead of --prompt."""
+    max_new_tokens: int = Field(200, ge=1)
+    """Longest answer, in tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """0 decodes greedily; above it answers are sampled."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Share of the probability that sampling keeps."""
+    seed: int = 0
+    """Of the sampling."""
+    dtype: str = "auto"
+    """Number format: auto, float32, bfloat16, float16."""
+    device: str | None = None
+    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    json_path: str | None = None
+    """File for the answers: a list of {"prompt", "answer"}."""
+
+
+def generate(settings: Generate) -> list[str]:
+    """Run `alter generate`: print, and with --json write, one answer per prompt.
+
+    Raises:
+        UserError: no prompt, rows without a question, or what `load_model` raises.
+    """
+    check_writable(settings.json_path)
+    prompts = list(settings.prompt)
+    if settings.file is not None:
+        for number, row in enumerate(read_rows(settings.file)):
+            text = row.get("question", row.get("prompt"))
+            if not text:
+                raise UserError(
+                    f"Row {number} of {settings.file} has neither question nor prompt; it has {', '.join(row)}."
+                )
+            prompts.append(str(text))
+    if not prompts:
+        raise UserError('Nothing to answer: give --prompt "..." or --file rows.jsonl.')
+    model, tokenizer = load_model(settings.model, settings.adapter, settings.dtype, settings.device)
+    torch.manual_seed(settings.seed)
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+        if settings.temperature > 0
+        else {}
+    )
+    ids = [encode_prompt(tokenizer, Example(prompt=text, answer="", kind="qa")) for text in prompts]
+    answers = generate_texts(model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, **sampling)
+    console = Console()
+    for text, answer in zip(prompts, answers, strict=True):
+        console.print(text, style="dim", markup=False, highlight=False)
+        console.print(answer, markup=False, highlight=False)
+    if settings.json_path is not None:
+        pairs = [{"prompt": text, "answer": answer} for text, answer in zip(prompts, answers, strict=True)]
+        write_atomic(settings.json_path, to_json(pairs))
+    return answers

@@ -1,0 +1,44 @@
+"""Result records as a table that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from alter.metrics import CATALOGUE
+from alter.records import Record
+
+ARROWS = {True: "↑", False: "↓", None: ""}
+
+
+def _number(record: Record) -> str:
+    if record.value is None:
+        return "-"
+    if record.metric == "privleak":
+        return f"{record.value:.1f}"
+    return f"{record.value:.3f}" if record.value == 0 or abs(record.value) >= 0.001 else f"{record.value:.2e}"
+
+
+def table(records_by_model: Mapping[str, Sequence[Record]], title: str | None = None) -> Table:
+    """Return a table with one row per metric and one column per model, in the order of the mapping.
+
+    An arrow shows the good direction; metrics without one are explained by their meaning. A dash stands for a figure
+    that a model has no record of. Metrics outside the catalogue come last, in the order of their first record.
+    """
+    by_model = {model: {record.metric: record for record in rows} for model, rows in records_by_model.items()}
+    found = {metric: record for rows in by_model.values() for metric, record in rows.items()}
+    order = [metric for metric in CATALOGUE if metric in found] + [
+        metric for metric in found if metric not in CATALOGUE
+    ]
+    modes = sorted({record.mode for record in found.values()})
+    shown = Table(title=title, caption=f"{', '.join(modes)} mode; ↑ ↓ = the better direction" if modes else None)
+    shown.add_column("metric", no_wrap=True)
+    for model in by_model:
+        shown.add_column(model, justify="right", no_wrap=True)
+    shown.add_column("what it says", style="dim")
+    for metric in order:
+        values = [_number(rows[metric]) if metric in rows else "-" for rows in by_model.values()]
+        meaning = CATALOGUE[metric].meaning if metric in CATALOGUE else ""
+        shown.add_row(f"{metric} {ARROWS[found[metric].higher_is_better]}".strip(), *values, meaning)
+    return shown
