@@ -55,3 +55,84 @@ def naive_divergence(p, logits, kept):
     p_tail = math.fsum(x for v, x in enumerate(p) if v not in kept)
     q_tail = math.fsum(x for v, x in enumerate(q) if v not in kept)
     return total + (p_tail * math.log(p_tail / q_tail) if p_tail > 1e-6 else 0.0)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def naive_loss(logprob):
+    return -math.fsum(logprob) / len(logprob)
+
+
+def naive_normalised(loss, wrong, eps=0.0):
+    out = []
+    for right, others in zip(loss, wrong, strict=True):
+        p = math.exp(-right)
+        out.append(p / (p + math.fsum(math.exp(-x) for x in others) + eps))
+    return out
+
+
+def naive_truth_ratio(loss, wrong, eps=0.0):
+    out = []
+    for right, others in zip(loss, wrong, strict=True):
+        product = 1.0
+        for x in others:
+            product *= math.exp(-x) ** (1 / len(others))
+        out.append(product / (math.exp(-right) + eps))
+    return out
+
+
+def naive_ks(first, second):
+    """The largest distance of two empirical distribution functions."""
+    largest = 0.0
+    for x in [*first, *second]:
+        below = [sum(value <= x for value in side) / len(side) for side in (first, second)]
+        largest = max(largest, abs(below[0] - below[1]))
+    return largest
+
+
+def naive_exact_memorization(correct):
+    text = correct[:-1]
+    return sum(text) / len(text) if text else math.nan
+
+
+def naive_extraction_strength(correct, compat):
+    """Try every k, from the definition."""
+    text = list(correct[:-1])
+    n = len(text)
+    if n == 0:
+        return 0.0
+    for k in range(n + 1):
+        if all(text[k:]) and (k < n or not compat):
+            return 1 - k / n
+    return 1 - (n - 1) / n
+
+
+def naive_lcs(a, b):
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + naive_lcs(a[1:], b[1:])
+    return max(naive_lcs(a[1:], b), naive_lcs(a, b[1:]))
+
+
+def naive_min_k(values, k):
+    lowest = sorted(values)[: max(1, int(k * len(values)))]
+    return -math.fsum(lowest) / len(lowest)
+
+
+def naive_auc(forget, holdout):
+    wins = 0.0
+    for x in forget:
+        for y in holdout:
+            wins += 1.0 if y > x else 0.5 if y == x else 0.0
+    return wins / (len(forget) * len(holdout))
+
+
+def naive_token_statistics(logits, label):
+    """log p(label), whether it is the likeliest, mean and variance of log p under p; of one position's logits."""
+    logp = [math.log(p) if p > 0 else -math.inf for p in naive_softmax(logits)]
+    p = naive_softmax(logits)
+    mean = math.fsum(x * y for x, y in zip(p, logp, strict=True) if x > 0)
+    var = math.fsum(x * (y - mean) ** 2 for x, y in zip(p, logp, strict=True) if x > 0)
+    return logp[label], max(range(len(logits)), key=lambda i: logits[i]) == label, mean, var

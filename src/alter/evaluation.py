@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -130,7 +130,7 @@ def generate(settings: Generate) -> list[str]:
         raise UserError('Nothing to answer: give --prompt "..." or --file rows.jsonl.')
     model, tokenizer = load_model(settings.model, settings.adapter, settings.dtype, settings.device)
     torch.manual_seed(settings.seed)
-    sampling = (
+    sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
         if settings.temperature > 0
         else {}

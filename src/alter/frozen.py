@@ -116,7 +116,7 @@ def trace_rows(
                 reference = top_k(logp.cpu(), reference_k)
             result[i] = Row(
                 traced.entropy[place, :length].float().cpu(),
-                traced.features[place, :length].half().cpu() if features else None,
+                traced.features[place, :length].half().cpu() if features and traced.features is not None else None,
                 opened[place, :length] if opened is not None else None,
                 reference,
             )

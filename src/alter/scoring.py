@@ -63,7 +63,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def _inner(model: Any) -> Any:
     """Return the transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -121,7 +121,7 @@ def score(
     encoded: Sequence[Encoded],
     *,
     pad_token_id: int,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     moments: bool = False,
     compat: bool = False,
     progress: bool = True,
@@ -129,7 +129,7 @@ def score(
 ) -> Scores:
     """Return log-probability and correctness of every labelled token, with one forward pass per row.
 
-    Rows are sorted by length and packed into batches of at most `batch_tokens` padded tokens. Only positions that
+    Rows are sorted by length and packed into batches. Only positions that
     predict a label are taken through the head (where the model supports it) and turned into fp32, in chunks. The model
     is called as usual, so adapters with hooks take part; it is in eval mode meanwhile, without gradients.
 
@@ -137,7 +137,8 @@ def score(
         model: a causal language model of transformers, or a PeftModel around one.
         encoded: rows; tokens with label -100 are context. A label at the first position is not scored.
         pad_token_id: fills rows up on the right; masked by length, so a pad id inside a row is attended to.
-        batch_tokens: padded tokens in a batch; smaller needs less memory. A single longer row is a batch of its own.
+        batch_tokens: padded tokens in a batch; None: 16384, or 4096 on a CPU, whose caches larger ones overflow. A
+            longer row is a batch of its own.
         moments: also compute mean and variance of log p under p (needed for min-k++).
         compat: as OpenUnlearning, hide every token equal to `pad_token_id` from attention, inside rows too.
         progress: show a progress bar on stderr.
@@ -150,6 +151,8 @@ def score(
     device = _device(model)
     slices_logits = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
     lengths = [len(row.input_ids) for row in encoded]
+    if batch_tokens is None:
+        batch_tokens = 4096 if device.type == "cpu" else 16384
     tokens = max(1, min(batch_tokens, MAX_LOGITS // _text_config(model).vocab_size))
     out: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(encoded) for _ in range(4)]
     batches = _batches(lengths, tokens)
@@ -197,7 +200,10 @@ def _statistics(
         chunk = slice(start, start + size)
         x = logits[rows[chunk], columns[chunk]].float()
         target = targets[chunk, None]
-        piece = (x.gather(1, target)[:, 0] - x.logsumexp(dim=1), x.argmax(dim=1) == target[:, 0])
+        piece: tuple[torch.Tensor, ...] = (
+            x.gather(1, target)[:, 0] - x.logsumexp(dim=1),
+            x.argmax(dim=1) == target[:, 0],
+        )
         if moments:
             # a logit of -inf has weight 0; the clamp keeps 0 * inf from making it NaN
             logp = x.log_softmax(dim=1).clamp(min=-1e4)
@@ -218,12 +224,13 @@ def _stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 
 
 def generate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int = 200,
     batch_size: int = 64,
+    expected_lengths: Sequence[int] | None = None,
     compat: bool = False,
     progress: bool = True,
     label: str = "generating",
@@ -231,12 +238,14 @@ def generate(
 ) -> list[str]:
     """Return what the model says after each prompt: decoded without special tokens, stripped, in the order given.
 
-    Prompts are sorted by length and left-padded; positions count from a prompt's first token. A reply ends at the
+    Rows are sorted by length and left-padded; positions count from a prompt's first token. A reply ends at the
     first end-of-sequence token (the tokenizer's, or any of the model's generation settings) or after `max_new_tokens`.
 
     Args:
         model: as in `score`; it is in eval mode meanwhile.
         prompts: token ids, none of them empty.
+        expected_lengths: how long each reply will about be, in any unit: a batch runs until its longest reply ends, so
+            likely lengths that are alike share one. Changes the time only. None: all alike.
         compat: as OpenUnlearning, hide every token equal to the pad token from attention, inside prompts too.
         sampling: further settings of `model.generate`, for example `do_sample=True, temperature=0.7`. Default: greedy.
 
@@ -258,12 +267,13 @@ def generate(
     if stop:
         settings["eos_token_id"] = sorted(stop)
     device = _device(model)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    likely = [0] * len(prompts) if expected_lengths is None else expected_lengths
+    order = sorted(range(len(prompts)), key=lambda i: (-likely[i], -len(prompts[i]), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     texts = [""] * len(prompts)
     with evaluating(model):
         for batch in _shown(batches, len(batches), label, progress):
-            width = len(prompts[batch[0]])
+            width = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), width), tokenizer.pad_token_id)
             mask = torch.zeros((len(batch), width), dtype=torch.long)
             for k, i in enumerate(batch):

@@ -23,7 +23,8 @@ from transformers import Trainer, TrainingArguments
 
 from alter import frozen
 from alter.adapter import AlterConfig
-from alter.adapter.routing import Routing
+from alter.adapter.model import base_fingerprint
+from alter.adapter.routing import Routing, pool
 from alter.data import Collator, Encoded, Example, check_overlap, domains, encode, load_examples
 from alter.entropy import check_threshold, threshold_from_quantile
 from alter.errors import UserError
@@ -230,6 +231,7 @@ def add_adapter(model: Any, run: Unlearn, names: list[str]) -> Any:
         domains=names,
         task_type="CAUSAL_LM",
     )
+    config.base_fingerprint = base_fingerprint(model)
     return get_peft_model(model, config)
 
 
@@ -256,7 +258,9 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
             total += len(encoded[i].input_ids)
         parts.append(chosen)
     chosen_rows = [rows.forget[i] for i in parts[0]] + [rows.retain[i] for i in parts[1]]
-    traced = frozen.trace_rows(model, chosen_rows, pad_token_id=pad_token_id, features=True, label="router")
+    traced = frozen.trace_rows(
+        model, chosen_rows, pad_token_id=pad_token_id, label="router", features=config.router == "learned"
+    )
     found: dict[str, float] = {}
     if run.adapter.entropy_quantile is not None:
         retain_entropy = torch.cat([row.entropy for row in traced[len(parts[0]) :]])
@@ -267,8 +271,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
         return found
     inputs, targets = [], []
     for place, row in enumerate(traced):
-        assert row.features is not None
-        evidence = row.features.float() if config.router == "learned" else row.entropy[:, None]
+        evidence = row.entropy[:, None] if row.features is None else row.features.float()
         label = rows.domain[parts[0][place]] + 1 if place < len(parts[0]) else 0
         # the first token of a row has no evidence and is never routed
         evidence = pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), config.router_memory)[0]
@@ -362,7 +365,7 @@ class UnlearnTrainer(Trainer):
         self.run, self.threshold, self.num_experts = run, threshold, num_experts
         # our loss is a mean per step, so the trainer itself divides by the accumulation steps
         self.model_accepts_loss_kwargs = False
-        self.parts: dict[str, float] = {}
+        self.parts: dict[str, Tensor] = {}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """One forward for forget and retain rows together; see `Unlearn` for the weights of the three terms."""
@@ -421,7 +424,7 @@ class UnlearnTrainer(Trainer):
 
         Weight decay would move the columns of experts that the gradient masks protect.
         """
-        if self.optimizer is None:
+        if getattr(self, "optimizer", None) is None:
             named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
             shared = [p for name, p in named if ".alter_A." in name]
             experts = [p for name, p in named if ".alter_A." not in name]

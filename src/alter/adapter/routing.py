@@ -179,9 +179,7 @@ def retention_alone(like: Tensor) -> Tensor:
     return alone
 
 
-def route_tokens(
-    router_logits: Tensor, entropy: Tensor, mask: Tensor, config: AlterConfig
-) -> tuple[Tensor, Tensor]:
+def route_tokens(router_logits: Tensor, entropy: Tensor, mask: Tensor, config: AlterConfig) -> tuple[Tensor, Tensor]:
     """Gates of whole rows from each token's own evidence.
 
     Args:
@@ -666,7 +664,9 @@ class RoutingContext:
         """W_g S_q + b [..., N + 1] of the literal gate (Eq. 7), for entropies [...]; tokens without one count as 0."""
         router = self.anchors[name].alter_router[name]
         finite = torch.where(entropy.abs() < UNKNOWN_ENTROPY, entropy, 0.0)
-        return router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype)).to(entropy.device)
+        return router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype)).to(
+            entropy.device
+        )
 
     def _route_each(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
@@ -696,9 +696,7 @@ class RoutingContext:
 
     # the frozen base
 
-    def run_frozen(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState
-    ) -> Any:
+    def run_frozen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState) -> Any:
         """Run the base model as it was before any adapter: no gradients, no dropout, no trained copies of modules.
 
         Flips flags only; `requires_grad` and the adapters' own switches stay as they are.
@@ -871,5 +869,3 @@ def model_logits(module: nn.Module, output: Any) -> Tensor | None:
     if not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
         return None
     return output_logits(output)
-
-

@@ -132,14 +132,14 @@ class TofuResult:
         """
         out: list[Record] = []
 
-        def add(metric: str, value: float, n: int, items: Array | None = None, **extra: Any) -> None:
+        def add(metric: str, value: Any, n: int, items: Array | None = None, **extra: Any) -> None:
             direction = metrics.CATALOGUE[metric].higher_is_better
             base = {"benchmark": "tofu", "split": self.split, "data": self.data}
             per_item = None if items is None else [float(x) for x in items]
             out.append(Record(name, metric, float(value), n, self.mode, direction, per_item, base | extra))
 
         for key, part in self.sets.items():
-            extra = {"fingerprint": part.fingerprint}
+            extra: dict[str, Any] = {"fingerprint": part.fingerprint}
             if part.prob is not None and part.truth_ratio is not None:
                 add(f"{key}_probability", part.prob.mean(), part.n, part.prob, **extra)
                 add(f"{key}_truth_ratio", self._ratio(part).mean(), part.n, part.truth_ratio, **extra)
@@ -297,8 +297,8 @@ def tofu_metrics(
     limit: int | None = None,
     seed: int = 0,
     reference: TofuResult | Reference | Sequence[Record] | None = None,
-    batch_tokens: int = 16384,
-    batch_size: int = 128,
+    batch_tokens: int | None = None,
+    batch_size: int = 64,
     progress: bool = True,
 ) -> TofuResult:
     """Measure a model in memory on TOFU, each sequence with one forward pass.
@@ -312,7 +312,7 @@ def tofu_metrics(
         sets: of forget, retain, real_authors, world_facts.
         limit: only this many rows of each set, drawn by `seed`; None: all, as TOFU is reported.
         reference: the retrained model's result or records, of the same split, mode and rows; gives forget quality.
-        batch_tokens, batch_size: padded tokens in a scoring batch, prompts in a generation batch.
+        batch_tokens, batch_size: padded tokens in a scoring batch (None: see `score`), prompts in a generation batch.
 
     Raises:
         UserError: no such split, set or kind of metric, rows without the columns that are needed, a reference of
@@ -360,21 +360,21 @@ def _likelihood(
     tokenizer: Any,
     rows: dict[str, list[dict[str, Any]]],
     holdout: list[dict[str, Any]] | None,
-    batch_tokens: int,
+    batch_tokens: int | None,
     progress: bool,
 ) -> None:
     """Score every (question, answer) pair once and fill in what follows from the token log-probabilities."""
     compat = result.mode == "compat"
     encoded: list[Encoded] = []
     where: dict[str, slice] = {}
-    for key, part in rows.items():
+    for key, own_rows in rows.items():
         start = len(encoded)
-        for example in examples(part):
-            answers = [example.answer]
+        for example in examples(own_rows):
+            texts = [example.answer]
             if key in PARAPHRASED:
-                answers.append(example.row["paraphrased_answer"])
-            answers += example.row["perturbed_answer"]
-            encoded += [encode(tokenizer, example, answer=answer, compat=compat) for answer in answers]
+                texts.append(example.row["paraphrased_answer"])
+            texts += example.row["perturbed_answer"]
+            encoded += [encode(tokenizer, example, answer=text, compat=compat) for text in texts]
         where[key] = slice(start, len(encoded))
     if holdout is not None:
         where["holdout"] = slice(len(encoded), len(encoded) + len(holdout))
@@ -428,7 +428,7 @@ def _generation(
 ) -> None:
     """Let the model answer every question once and fill in replies and ROUGE."""
     compat = result.mode == "compat"
-    found = {key: examples(part) for key, part in rows.items()}
+    found = {key: examples(own_rows) for key, own_rows in rows.items()}
     prompts = [encode_prompt(tokenizer, example, compat=compat) for part in found.values() for example in part]
     replies = generate(
         model,
@@ -436,6 +436,7 @@ def _generation(
         prompts,
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=batch_size,
+        expected_lengths=[len(example.answer) for part in found.values() for example in part],
         compat=compat,
         progress=progress,
         label="TOFU: answering questions",
@@ -559,9 +560,9 @@ class TofuEvaluation(pydantic.BaseModel, extra="forbid"):
     """Metrics by their definition, or with the quirks of OpenUnlearning, to compare with its numbers."""
     retain_records: str | None = None
     """The model retrained without the forgotten rows: its result file (--json) or folder. Gives forget quality."""
-    batch_tokens: int = pydantic.Field(16384, ge=1)
-    """Padded tokens in one scoring batch."""
-    batch_size: int = pydantic.Field(128, ge=1)
+    batch_tokens: int | None = pydantic.Field(None, ge=1)
+    """Padded tokens in one scoring batch; by default 16384, or 4096 on a CPU."""
+    batch_size: int = pydantic.Field(64, ge=1)
     """Prompts in one generation batch."""
     limit: int | None = pydantic.Field(None, ge=1)
     """Only this many rows of each set, for a quick look."""

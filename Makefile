@@ -1,0 +1,29 @@
+# Each target makes the environment first if it is missing. PYTHON picks the interpreter that it is made with.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test quick lint bench install
+
+demo: install
+	$(BIN)/alter demo
+
+test: install
+	$(BIN)/python -m pytest
+
+quick: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/step.py
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

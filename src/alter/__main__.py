@@ -1,0 +1,7 @@
+"""`python -m alter`, so that `accelerate launch -m alter unlearn …` works."""
+
+import sys
+
+from alter.cli import main
+
+sys.exit(main())

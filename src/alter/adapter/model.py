@@ -1,0 +1,559 @@
+"""The tuner that puts ALTER adapters on a model, and what the frozen base tells about its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from alter.adapter.config import AlterConfig
+from alter.adapter.layer import NOT_MERGEABLE, AlterLinear
+from alter.adapter.routing import (
+    INFINITE,
+    ForwardState,
+    RoutingContext,
+    Trace,
+    frozen_inputs,
+    model_logits,
+    previous_real,
+    route_tokens,
+    sequence_starts,
+    take_previous,
+    token_mask,
+)
+from alter.entropy import check_threshold
+from alter.errors import UserError, nearest
+
+LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NEOX_LIKE = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+TARGETS: dict[str, list[str]] = {
+    **dict.fromkeys(
+        (
+            *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3"),
+            *("cohere", "cohere2", "granite", "stablelm", "smollm3", "helium", "ministral", "seed_oss", "exaone4"),
+        ),
+        LLAMA_LIKE,
+    ),
+    **dict.fromkeys(("gpt_neox", "falcon", "bloom"), NEOX_LIKE),
+    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "starcoder2": ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "gpt_bigcode": ["c_attn", "c_proj", "c_fc"],
+    "gpt_neo": ["q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"],
+    "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "mpt": ["Wqkv", "out_proj", "up_proj", "down_proj"],
+}
+"""All linear layers of the blocks, by `model_type`."""
+
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What FSDP1 and torch's checkpoint wrapper put into module names, but not into the keys of a state dict."""
+
+FINGERPRINT_TENSORS = 16
+FINGERPRINT_VALUES = 256
+SHAPE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "n_embd",
+    "intermediate_size",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+)
+
+
+class NoLayerFound(UserError, NoMatchingPeftModuleError):
+    """No layer of the model is one that the configuration asks for."""
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Endings of the names of a model's linear layers, sorted, without those inside adapters."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and not re.search(r"(^|\.)alter_(A|B|router)\.", name):
+            found.add(name.removesuffix(".base_layer").rpartition(".")[2])
+    return sorted(found)
+
+
+def _base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of the base model under the names that they have without any adapter."""
+    inside: nn.Module | None = None
+    if isinstance(model, BaseTunerLayer):
+        inside = model.base_layer
+    elif isinstance(model, AuxiliaryTrainingWrapper):
+        inside = model.original_module
+    if inside is not None:
+        yield from _base_parameters(inside, prefix)
+        return
+    for name, parameter in model._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from _base_parameters(child, f"{prefix}{name}.")
+
+
+def base_fingerprint(model: nn.Module) -> str | None:
+    """Short text that identifies a base model: its sizes, and a fixed sample of the weights of its blocks.
+
+    Adapters on the model make no difference. Values are compared as bfloat16, so that a model loaded in bfloat16 and in
+    float32 has one fingerprint. In float16 some values round differently: the text says so, and `same_base` then
+    compares sizes only; likewise for quantised weights, which are not sampled. Embeddings are left out, since
+    vocabularies are resized.
+
+    Args:
+        model: a PEFT model, the model inside, or the bare base.
+
+    Returns:
+        `"<sizes>:<kind>:<weights>"`, or None where the weights cannot be read (sharded, or not loaded yet).
+    """
+    while isinstance(getattr(model, "base_model", None), BaseTuner):
+        model = model.base_model
+    if isinstance(model, BaseTuner):
+        model = model.model
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    sizes = {name: getattr(text_config, name, None) for name in SHAPE_FIELDS}
+    parameters = sorted(
+        ((WRAPPERS.sub("", name), p) for name, p in _base_parameters(model) if p.dim() >= 2), key=lambda item: item[0]
+    )
+    blocks = [(name, p) for name, p in parameters if re.search(r"\.\d+\.", f".{name}.")] or parameters
+    if not blocks:
+        return None
+    chosen = [blocks[i * len(blocks) // FINGERPRINT_TENSORS] for i in range(FINGERPRINT_TENSORS)]
+    tensors = list(dict(chosen).values())
+    if any(p.device.type == "meta" or type(p).__name__ == "DTensor" for p in tensors):
+        return None
+    shape = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
+    if any(p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) for p in tensors):
+        return f"{shape}:quantised:-"
+    if any(type(p) is not nn.Parameter for p in tensors):
+        return f"{shape}:quantised:-"
+    samples = []
+    for parameter in tensors:
+        flat = parameter.detach().reshape(-1)
+        # integer arithmetic: the same places on every platform
+        index = torch.arange(FINGERPRINT_VALUES, device=flat.device) * len(flat) // FINGERPRINT_VALUES
+        samples.append(flat[index].to(torch.bfloat16).view(torch.int16).cpu())
+    weights = hashlib.sha256(torch.cat(samples).numpy().astype("<i2").tobytes()).hexdigest()[:16]
+    kind = "float16" if any(p.dtype == torch.float16 for p in tensors) else "bfloat16"
+    return f"{shape}:{kind}:{weights}"
+
+
+def same_base(first: str, second: str) -> bool:
+    """Whether two fingerprints can be of the same base model (see `base_fingerprint` for what is compared)."""
+    one, other = first.split(":"), second.split(":")
+    if len(one) != 3 or len(other) != 3:
+        return first == second
+    return one[0] == other[0] and (one[1] != other[1] or one[2] == other[2])
+
+
+def default_host(names: list[str]) -> str:
+    """Of adapted layers in the model's order, the one whose input the router reads by default.
+
+    It is the first one of the block at two thirds of the depth, whose input is the normalised hidden state there; the
+    very first one where layers are not in numbered blocks.
+    """
+    blocks: dict[str, dict[int, str]] = {}
+    for name in names:
+        match = re.match(r"(.*?\.)?(\d+)\.", name)
+        if match:
+            blocks.setdefault(match[1] or "", {}).setdefault(int(match[2]), name)
+    if not blocks:
+        return names[0]
+    block = max(blocks.values(), key=len)
+    order = sorted(block)
+    return block[order[2 * len(order) // 3]]
+
+
+class AlterModel(BaseTuner):
+    """Puts ALTER adapters (arXiv:2603.01792) on a model: shared A, a retention expert and N forget experts per layer.
+
+    The route of each token, the experts it takes, is computed once for the whole network: see `alter.adapter.routing`.
+    In a plain forward pass the frozen base runs first, to tell entropies and routes; a caller who knows the routes
+    passes them as `model(..., alter_routing=Routing(...))` and saves that pass. Generation runs the frozen base once, on
+    the prompt.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model to adapt.
+        config ([`AlterConfig`]):
+            The configuration of the adapter.
+        adapter_name (`str`):
+            Its name, `"default"` by default.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
+            Create empty weights, to be loaded into.
+
+    Returns:
+        `torch.nn.Module`: the adapted model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from alter import AlterConfig
+
+        >>> base = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")
+        >>> model = get_peft_model(base, AlterConfig(num_forget_experts=4, task_type="CAUSAL_LM"))
+        ```
+
+    **Attributes**:
+        - **model** (`torch.nn.Module`) -- The model that is adapted.
+        - **peft_config** (`dict[str, AlterConfig]`) -- The configuration of each adapter.
+    """
+
+    prefix: str = "alter_"
+    tuner_layer_cls = AlterLinear
+    target_module_mapping = TARGETS
+
+    # Injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Create the layers of one adapter, its router and the hooks; see `BaseTuner.inject_adapter`.
+
+        Raises:
+            UserError: the adapter was made for another base model, no layer matches, a rank does not fit, or the
+                router's layer is not among the adapted ones.
+        """
+        config: AlterConfig = self.peft_config[adapter_name]
+        self._check_model(model, config, adapter_name)
+        self._context = RoutingContext.of(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._place_router(model, config, adapter_name)
+        except NoMatchingPeftModuleError as error:
+            self._roll_back(model, adapter_name)
+            raise NoLayerFound(
+                f"{error} The linear layers of this model are: {', '.join(linear_layers(model))}."
+            ) from error
+        except BaseException:
+            self._roll_back(model, adapter_name)
+            raise
+
+    def _check_model(self, model: nn.Module, config: AlterConfig, adapter_name: str) -> None:
+        measured = base_fingerprint(model)
+        if config.base_fingerprint and measured and not same_base(config.base_fingerprint, measured):
+            raise UserError(
+                f"Adapter {adapter_name!r} was made for another base model: its fingerprint is "
+                f"{config.base_fingerprint}, this model's is {measured}. Load it on "
+                f"{config.base_model_name_or_path or 'the model it was trained on'}."
+            )
+        config.resolved(base_fingerprint=measured, router_layer=None)
+        model_config = getattr(model, "config", None)
+        text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        vocab_size = getattr(text_config, "vocab_size", None)
+        if isinstance(vocab_size, int) and vocab_size > 1:
+            config.vocab_size = vocab_size
+            if config.router != "static" and config.entropy_threshold is not None:
+                check_threshold(config.entropy_q, config.entropy_threshold, vocab_size)
+
+    def _prepare_adapter_config(self, peft_config: AlterConfig, model_config: dict[str, Any]) -> AlterConfig:
+        if peft_config.target_modules is None:
+            kind = model_config.get("model_type")
+            if kind not in self.target_module_mapping:
+                raise UserError(
+                    "Please specify `target_modules` in `peft_config`: no default is known for model type "
+                    f"{kind!r}.{nearest(str(kind), self.target_module_mapping)} The linear layers of this model are: "
+                    f"{', '.join(linear_layers(self.model))}."
+                )
+            peft_config.target_modules = set(self.target_module_mapping[kind])
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: AlterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        if ".experts." in f".{current_key}" and peft_config.router != "static":
+            raise UserError(
+                f"Layer {current_key!r} belongs to a mixture-of-experts block and sees a part of the tokens only, while "
+                f"router={peft_config.router!r} routes all of them. Add 'experts' layers to exclude_modules."
+            )
+        if isinstance(target, AlterLinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        inner = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        backend = None if isinstance(inner, (nn.Linear, Conv1D)) else resolve_quantization_backend(inner)
+        if not isinstance(inner, (nn.Linear, Conv1D)) and (backend is None or backend.layer_type != "linear"):
+            raise TypeError(
+                f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) and "
+                "`transformers.pytorch_utils.Conv1D` are supported."
+            )
+        layer = AlterLinear(
+            target, adapter_name, peft_config, self._context, current_key, **get_quantization_kwargs(self.model)
+        )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _place_router(self, model: nn.Module, config: AlterConfig, adapter_name: str) -> None:
+        layers = {
+            WRAPPERS.sub("", name): module
+            for name, module in model.named_modules()
+            if isinstance(module, AlterLinear) and adapter_name in module.alter_A
+        }
+        if not layers:
+            # PEFT allows an adapter without layers, whose targets are given later
+            return
+        names = list(layers)
+        if config.router == "static":
+            host = names[0]
+        elif config.router_layer is None:
+            host = default_host(names)
+        else:
+            wanted = config.router_layer
+            host = wanted if wanted in layers else next((n for n in names if n.endswith(f".{wanted}")), "")
+            if not host:
+                raise UserError(
+                    f"router_layer {wanted!r} is not among the {len(names)} adapted layers.{nearest(wanted, names)} "
+                    f"Give one of them, for example {default_host(names)!r}, or leave router_layer out."
+                )
+        layer = layers[host]
+        if config.router != "static":
+            layer.add_router(adapter_name, layer.in_features if config.router == "learned" else 1)
+            config.resolved(router_layer=host)
+        self._context.anchors[adapter_name] = layer
+        self._context.configs[adapter_name] = config
+
+    def _roll_back(self, model: nn.Module, adapter_name: str) -> None:
+        """Take the half-made layers of an adapter out again, so that a failed call leaves the model as it was."""
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, AlterLinear):
+                continue
+            if adapter_name in module.alter_r:
+                module.delete_adapter(adapter_name)
+            if not module.alter_A:
+                parent = model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], module.base_layer)
+        self._context.anchors.pop(adapter_name, None)
+        self._context.configs.pop(adapter_name, None)
+        self._detach_if_unused()
+
+    def _detach_if_unused(self) -> None:
+        if not self._context.anchors:
+            self._context.detach(self.model)
+
+    @property
+    def _context(self) -> RoutingContext:
+        return self.__dict__.get("_routing_context") or RoutingContext.of(self.model)
+
+    @_context.setter
+    def _context(self, context: RoutingContext) -> None:
+        self.__dict__["_routing_context"] = context
+
+    # What the frozen base tells
+
+    def router_of(self, adapter_name: str | None = None) -> tuple[str, AlterLinear]:
+        """Name and layer that hold the router of an adapter (the active one by default): `layer.alter_router[name]`.
+
+        Raises:
+            UserError: the adapter is unknown or has no router.
+        """
+        name = self._one_adapter(adapter_name)
+        if self.peft_config[name].router == "static":
+            raise UserError(f"Adapter {name!r} has router='static': no router, all experts are open.")
+        layer = self._context.anchors[name]
+        return layer.layer_name, layer
+
+    @property
+    def router_host(self) -> tuple[str, AlterLinear]:
+        """Name and layer that hold the router of the active adapter."""
+        return self.router_of()
+
+    def _one_adapter(self, adapter_name: str | None) -> str:
+        if adapter_name is None:
+            names = self.active_adapters
+            if len(names) != 1:
+                raise UserError(
+                    f"{len(names)} adapters are active ({', '.join(names)}); give adapter_name to say which one is meant."
+                )
+            return names[0]
+        if adapter_name not in self.peft_config:
+            raise UserError(
+                f"There is no adapter {adapter_name!r}; there are {', '.join(map(repr, self.peft_config))}."
+                f"{nearest(adapter_name, self.peft_config)}"
+            )
+        return adapter_name
+
+    @torch.no_grad()
+    def trace(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        adapter_name: str | None = None,
+    ) -> Trace:
+        """Run the frozen base once and collect what it knows about each token, as `Trace` explains.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 on real tokens; padding on either side.
+            position_ids: [B, T], where they are not to be the model's own; a 0 begins a new sequence within a row.
+            adapter_name: adapter whose entropy order and router layer count; the active one by default.
+
+        Raises:
+            UserError: the model has no language-model head, or the adapter is not known.
+        """
+        name = self._one_adapter(adapter_name)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs = {key: value for key, value in inputs.items() if value is not None}
+        config = self.peft_config[name]
+        host = self._context.anchors[name] if config.router == "learned" else None
+        state = ForwardState(frozen=True, host=host)
+        output = self._context.run_frozen(self.model, (), frozen_inputs(self.model, inputs), state)
+        logits = model_logits(self.model, output)
+        if logits is None:
+            raise UserError(f"{type(self.model).__name__} gives no next-token logits, so its tokens have no entropy.")
+        mask = token_mask(attention_mask, *input_ids.shape, logits.device)
+        previous = previous_real(mask, sequence_starts(inputs, mask))
+        features = state.features
+        if features is not None:
+            features = take_previous(features, previous.to(features.device), 0.0)
+        return Trace(self._context.token_entropy(logits, previous, config), features, logits)
+
+    def route(
+        self, entropy: Tensor, features: Tensor | None, mask: Tensor | None = None, adapter_name: str | None = None
+    ) -> Tensor:
+        """Gates [B, T, N + 1] that a plain forward pass would give the tokens that `trace` described.
+
+        Args:
+            entropy: [B, T] from `trace`.
+            features: [B, T, D] from `trace`; not read by router="entropy" and router="static".
+            mask: [B, T], true on real tokens; None: all.
+            adapter_name: the active adapter by default.
+        """
+        name = self._one_adapter(adapter_name)
+        config = self.peft_config[name]
+        real = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask.bool()
+        if config.router == "static":
+            return torch.ones(*entropy.shape, config.num_forget_experts + 1, device=entropy.device)
+        if config.router == "entropy":
+            raw = self._context.entropy_router(name, entropy)
+        else:
+            if features is None:
+                raise UserError("router='learned' routes by features; pass those that trace() returned.")
+            router = self._context.anchors[name].alter_router[name]
+            raw = router(features.to(device=router.weight.device, dtype=router.weight.dtype)).to(entropy.device)
+        # a token with a predecessor has a finite entropy; see Trace
+        raw = torch.where((entropy != INFINITE).unsqueeze(-1), raw, 0.0)
+        return route_tokens(raw, entropy, real, config)[0]
+
+    def resize_experts(self, adapter_name: str, num_forget_experts: int, domains: list[str] | None = None) -> None:
+        """Append forget experts to an adapter for further requests; the old ones stay bit-exact.
+
+        New experts start at zero, and so do their rows in the router. Parameters are new objects: make the optimizer
+        afterwards.
+
+        Args:
+            adapter_name: adapter to grow.
+            num_forget_experts: the new number of forget experts, at least the old one.
+            domains: names of all sub-domains, if the adapter names them.
+
+        Raises:
+            UserError: the number is smaller than before, or the names do not fit it.
+        """
+        name = self._one_adapter(adapter_name)
+        config: AlterConfig = self.peft_config[name]
+        if num_forget_experts < config.num_forget_experts:
+            raise UserError(
+                f"Adapter {name!r} has {config.num_forget_experts} forget experts and cannot shrink to "
+                f"{num_forget_experts}; what an expert has forgotten would come back."
+            )
+        names = config.domains if domains is None else domains
+        if names is not None and len(names) != num_forget_experts:
+            raise UserError(
+                f"domains names {len(names)} sub-domains for {num_forget_experts} forget experts; give one name per expert."
+            )
+        for module in self.model.modules():
+            if isinstance(module, AlterLinear) and name in module.alter_A:
+                if module.merged:
+                    raise UserError("Adapters are merged into the base weights: call unmerge_adapter() first.")
+                module.resize(name, num_forget_experts + 1)
+        config.num_forget_experts, config.domains = num_forget_experts, names
+
+    # Taking adapters off
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; with the last one the hooks go too."""
+        super().delete_adapter(adapter_name)
+        self._context.anchors.pop(adapter_name, None)
+        self._context.configs.pop(adapter_name, None)
+        self._detach_if_unused()
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name in self.active_adapters:
+            if name in self.peft_config and self.peft_config[name].router != "static":
+                raise NotImplementedError(NOT_MERGEABLE.format(name=name, router=self.peft_config[name].router))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        context = self._context
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        context.detach(model)
+        return model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter is one matrix per layer for all tokens, which is so for router="static" only."""
+        return all(
+            module.supports_lora_conversion(adapter_name)
+            for module in self.modules()
+            if isinstance(module, BaseTunerLayer)
+        )
+
+    # State dict: PEFT looks for the names of modules among the keys, which lack the infixes of nested wrappers
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: AlterConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        clean = {WRAPPERS.sub("", key): value for key, value in state_dict.items()}
+        prefixes = {WRAPPERS.sub("", prefix) for prefix in _get_tuner_state_dict_key_prefixes(model)}
+        selected = _filter_state_dict_by_key_prefixes(clean, prefixes)
+        selected.update(cls._get_learnable_bias_state_dict(model, clean, config))
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AlterConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        prefixes = {WRAPPERS.sub("", prefix) for prefix in _get_tuner_state_dict_key_prefixes(model, adapter_name)}
+        keys = {}
+        for model_key in model.state_dict():
+            clean = WRAPPERS.sub("", model_key)
+            if not _filter_state_dict_by_key_prefixes({clean: None}, prefixes):
+                continue
+            key = cls._remove_adapter_name_from_key(clean, adapter_name)
+            keys[key] = keys.setdefault(f"base_model.model.{key}", model_key)
+        return {keys.get(key, key): value for key, value in state_dict.items()}

@@ -1,0 +1,50 @@
+"""Models of a few thousand weights, made from a seed, with a byte tokenizer: no network, no files to ship."""
+
+import json
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EOS, PAD, VOCAB = 256, 257, 260
+
+
+def pico(seed=0, **settings):
+    torch.manual_seed(seed)
+    config = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**config, **settings})).eval()
+
+
+def byte_tokenizer(**settings):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(alphabet)} | {"<eos>": EOS, "<pad>": PAD}
+    vocab |= {f"<unused{i}>": i for i in range(PAD + 1, VOCAB)}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{"eos_token": "<eos>", "pad_token": "<pad>"} | settings
+    )
+
+
+def save_pico(folder, **settings):
+    pico(**settings).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,462 @@
+"""Rows, encodings, batches and sub-domains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from alter import data
+from alter.data import Collator, Example, check_overlap, domains, encode, encode_prompt, examples, load_examples
+from alter.errors import UserError
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+DATED = "{{ date_string }}\n" + TEMPLATE
+SPECIAL = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
+
+
+def byte_tokenizer(template: str | None = None, merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
+    """One token a byte (plus the given merges), so that boundaries can be counted by hand."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*SPECIAL, *alphabet, *("".join(pair) for pair in merges)]
+    inner = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, list(merges)))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(SPECIAL)
+    if template is None:
+        inner.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|bos|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def qa(prompt: str = "Who?", answer: str = "Ada.", **more) -> Example:
+    return Example(prompt, answer, "qa", **more)
+
+
+def text_of(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+# --- encoding
+
+
+def test_plain_encoding_labels_answer_and_end():
+    tokenizer = byte_tokenizer()
+    encoded = encode(tokenizer, qa())
+    assert text_of(tokenizer, encoded.input_ids) == "<|bos|>Question: Who?\nAnswer: Ada.<|im_end|>"
+    assert text_of(tokenizer, encoded.input_ids[: encoded.prompt_length]) == "<|bos|>Question: Who?\nAnswer:"
+    assert encoded.labels[: encoded.prompt_length] == [-100] * encoded.prompt_length
+    assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == " Ada.<|im_end|>"
+    assert encode_prompt(tokenizer, qa()) == encoded.input_ids[: encoded.prompt_length]
+
+
+def test_chat_encoding_has_system_turn_and_one_end():
+    tokenizer = byte_tokenizer(TEMPLATE)
+    encoded = encode(tokenizer, qa())
+    prompt = text_of(tokenizer, encoded.input_ids[: encoded.prompt_length])
+    assert prompt == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == "Ada.<|im_end|>"
+    assert encode_prompt(tokenizer, qa()) == encoded.input_ids[: encoded.prompt_length]
+
+
+def test_compat_keeps_newline_and_adds_second_end():
+    tokenizer = byte_tokenizer(TEMPLATE)
+    encoded = encode(tokenizer, qa(), compat=True)
+    assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == "Ada.<|im_end|>\n<|im_end|>"
+
+
+def test_template_without_system_role():
+    tokenizer = byte_tokenizer(NO_SYSTEM)
+    encoded = encode(tokenizer, qa())
+    assert text_of(tokenizer, encoded.input_ids).startswith("<|im_start|>user\nWho?")
+    with pytest.raises(UserError, match="system"):
+        encode(tokenizer, qa(), compat=True)
+
+
+def test_template_date_is_fixed():
+    tokenizer = byte_tokenizer(DATED)
+    assert text_of(tokenizer, encode(tokenizer, qa()).input_ids).startswith("10 Apr 2025\n")
+
+
+def test_own_system_turn_is_kept():
+    tokenizer = byte_tokenizer(TEMPLATE)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    row = examples([{"messages": [*turns, {"role": "assistant", "content": "Yo"}]}])[0]
+    text = text_of(tokenizer, encode(tokenizer, row).input_ids)
+    assert "Be brief." in text
+    assert "helpful assistant" not in text
+    assert "Hello" in text_of(tokenizer, encode_prompt(tokenizer, row, prompt="Hello"))
+
+
+def test_merge_across_the_boundary():
+    """ ":" and " " merge to one token, so the prompt that ends in ":" is no prefix of the whole."""
+    tokenizer = byte_tokenizer(merges=((":", "Ġ"),))
+    encoded = encode(tokenizer, qa())
+    assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == ": Ada.<|im_end|>"
+    assert encode_prompt(tokenizer, qa()) == encoded.input_ids[: encoded.prompt_length]
+
+
+def test_compat_counts_prompt_tokens_across_a_merge():
+    """OpenUnlearning's prompt ends in a space; where that space belongs to the answer's first token, it is unlabelled."""
+    tokenizer = byte_tokenizer(merges=(("Ġ", "A"),))
+    encoded = encode(tokenizer, qa(), compat=True)
+    prompt = encode_prompt(tokenizer, qa(), compat=True)
+    assert text_of(tokenizer, prompt).endswith("Answer: ")
+    assert len(prompt) == encoded.prompt_length
+    assert prompt != encoded.input_ids[: encoded.prompt_length]
+    assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == "da.<|im_end|>"
+    assert text_of(tokenizer, [i for i in encode(tokenizer, qa()).labels if i >= 0]) == " Ada.<|im_end|>"
+
+
+def test_template_that_rewrites_the_prompt_is_refused():
+    rewriting = (
+        "{% for m in messages %}{% if not add_generation_prompt %}a long header of another kind {% endif %}"
+        "<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(UserError, match="no boundary"):
+        encode(byte_tokenizer(rewriting), qa())
+
+
+def test_answer_and_prompt_override():
+    tokenizer = byte_tokenizer()
+    text = text_of(tokenizer, encode(tokenizer, qa(), answer="Bob", prompt="Whom?").input_ids)
+    assert text == "<|bos|>Question: Whom?\nAnswer: Bob<|im_end|>"
+
+
+def test_completion_is_written_as_it_is():
+    tokenizer = byte_tokenizer()
+    row = examples([{"prompt": "Once upon", "completion": "a time"}])[0]
+    encoded = encode(tokenizer, row)
+    assert text_of(tokenizer, encoded.input_ids) == "<|bos|>Once upon a time<|im_end|>"
+    assert text_of(tokenizer, encoded.input_ids[: encoded.prompt_length]) == "<|bos|>Once upon"
+    spaced = examples([{"prompt": "Once upon ", "completion": "a time"}])[0]
+    assert text_of(tokenizer, encode(tokenizer, spaced).input_ids) == "<|bos|>Once upon a time<|im_end|>"
+
+
+def test_messages_without_template():
+    tokenizer = byte_tokenizer()
+    turns = [
+        {"role": "user", "content": "A?"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "C?"},
+        {"role": "assistant", "content": "D"},
+    ]
+    encoded = encode(tokenizer, examples([{"messages": turns}])[0])
+    assert text_of(tokenizer, encoded.input_ids) == (
+        "<|bos|>Question: A?\nAnswer: B\nQuestion: C?\nAnswer: D<|im_end|>"
+    )
+    assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == " D<|im_end|>"
+    with pytest.raises(UserError, match="tool"):
+        encode(tokenizer, examples([{"messages": [{"role": "tool", "content": "x"}, turns[1]]}])[0])
+
+
+def test_raw_text_labels_all_but_the_first():
+    tokenizer = byte_tokenizer()
+    row = examples([{"text": "abc"}])[0]
+    encoded = encode(tokenizer, row)
+    assert text_of(tokenizer, encoded.input_ids) == "<|bos|>abc"
+    assert encoded.labels == [-100, *encoded.input_ids[1:]]
+    assert encoded.prompt_length == 1
+
+
+def test_max_length():
+    tokenizer = byte_tokenizer()
+    whole = encode(tokenizer, qa())
+    short = encode(tokenizer, qa(), max_length=len(whole.input_ids) - 2)
+    assert short.input_ids == whole.input_ids[:-2]
+    assert short.labels == whole.labels[:-2]
+    with pytest.raises(UserError, match="no labelled token"):
+        encode(tokenizer, qa(), max_length=whole.prompt_length)
+
+
+def test_tokenizer_without_end_token():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="eos_token"):
+        encode(tokenizer, qa())
+    with pytest.raises(UserError, match="neither"):
+        data.ensure_pad_token(tokenizer)
+
+
+def test_pad_token_falls_to_end_token():
+    tokenizer = byte_tokenizer()
+    data.ensure_pad_token(tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_collator_pads_and_masks_by_length(side):
+    rows = [
+        {"input_ids": [5, 2, 7, 2], "labels": [-100, -100, 7, 2], "gate": [0.0, 0.5, 1.0, 0.25], "row": 3},
+        {"input_ids": [4, 2], "labels": [-100, 2], "gate": [1.0, 0.5], "row": 9},
+    ]
+    batch = Collator(pad_token_id=2, side=side)(rows)
+    pad = slice(2, 4) if side == "right" else slice(0, 2)
+    kept = slice(0, 2) if side == "right" else slice(2, 4)
+    assert batch["input_ids"][0].tolist() == [5, 2, 7, 2]
+    assert batch["input_ids"][1, pad].tolist() == [2, 2]
+    assert batch["input_ids"][1, kept].tolist() == [4, 2]
+    assert batch["labels"][1, pad].tolist() == [-100, -100]
+    # the padding token inside a row stays visible
+    assert batch["attention_mask"].sum(1).tolist() == [4, 2]
+    assert batch["attention_mask"][1, kept].tolist() == [1, 1]
+    assert batch["gate"].dtype == torch.float32
+    assert batch["gate"][1, kept].tolist() == [1.0, 0.5]
+    assert batch["gate"][1, pad].tolist() == [0.0, 0.0]
+    assert batch["row"].tolist() == [3, 9]
+
+
+def test_collator_rounds_up():
+    batch = Collator(0, multiple_of=8)([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
+
+
+def test_collator_refuses_wrong_lengths_and_sides():
+    with pytest.raises(ValueError, match="3 entries for 2"):
+        Collator(0)([{"input_ids": [1, 2], "labels": [1, 2, 3]}])
+    with pytest.raises(UserError, match="middle"):
+        Collator(0, side="middle")
+
+
+# --- rows
+
+
+def write(path: Path, rows, lines: bool = True) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    return str(path)
+
+
+def test_files_of_lines_and_arrays(tmp_path):
+    rows = [{"question": "a", "answer": "b", "other": 1}, {"question": "c", "answer": "d", "other": 2}]
+    for path in (write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.json", rows, lines=False)):
+        found = load_examples(path)
+        assert [(e.prompt, e.answer, e.index) for e in found] == [("a", "b", 0), ("c", "d", 1)]
+        assert found[1].row["other"] == 2
+
+
+def test_text_file_becomes_passages(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(["x" * 600, "y" * 600, "z" * 100]))
+    found = load_examples(str(path))
+    assert [e.answer for e in found] == ["x" * 600 + "\n\n" + "y" * 600, "z" * 100]
+    assert found[0].kind == "text"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", " \n", "is empty"),
+        ("bad.jsonl", '{"text": "a"}\n{oops', "line 2 is not JSON"),
+        ("bad.json", "[{", "not valid JSON"),
+        ("list.jsonl", "[1]\n", "row 1 is a int"),
+        ("none.json", "[]", "no rows"),
+        ("rows.csv", "a,b", "not a .json"),
+    ],
+)
+def test_broken_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_examples(str(path))
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    write(tmp_path / "forget.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match=r"Did you mean .*forget\.jsonl"):
+        load_examples(str(tmp_path / "forgt.jsonl"))
+    with pytest.raises(UserError, match="has no split"):
+        load_examples(str(tmp_path / "forget.jsonl"), split="forget10")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([{"q": "a", "a": "b"}], "'q', 'a' are not a known"),
+        ([{"question": "a", "answer": "b"}, {"question": "c", "answer": " "}, {"question": "d"}], "Rows 1, 2 have no"),
+        ([{"question": "a", "answer": ["b"]}], "Rows 0 hold no text in 'answer'"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], "does not end with an assistant"),
+        ([{"messages": [{"role": "user"}]}], "without role and content"),
+        ([{"messages": "hello"}], "hold no list of messages"),
+    ],
+)
+def test_bad_rows(rows, message):
+    with pytest.raises(UserError, match=message):
+        examples(rows)
+
+
+def test_domain_column():
+    rows = [{"text": "a", "topic": "x"}, {"text": "b", "topic": 7}]
+    assert [e.domain for e in examples(rows, domain_column="topic")] == ["x", "7"]
+    with pytest.raises(UserError, match=r"No column 'topics'.*'topic'.*'text', 'topic'"):
+        examples(rows, domain_column="topics")
+    with pytest.raises(UserError, match="Rows 1 have no value"):
+        examples([rows[0], {"text": "b"}], domain_column="topic")
+
+
+# --- TOFU
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "first", "last"),
+    [("forget01", 40, 198, 199), ("forget05", 200, 190, 199), ("forget10", 400, 180, 199), ("retain90", 3600, 0, 179)],
+)
+def test_tofu_splits_and_authors(split, count, first, last):
+    rows = data.tofu_rows(split, "builtin")
+    assert (len(rows), rows[0]["author"], rows[-1]["author"]) == (count, first, last)
+
+
+def test_tofu_splits_divide_the_whole():
+    full = data.tofu_rows("full", "builtin")
+    for forget, retain in (("01", "99"), ("05", "95"), ("10", "90")):
+        assert data.tofu_rows(f"retain{retain}", "builtin") + data.tofu_rows(f"forget{forget}", "builtin") == full
+        perturbed = data.tofu_rows(f"forget{forget}_perturbed", "builtin")
+        kept = data.tofu_rows(f"forget{forget}", "builtin")
+        assert [(r["question"], r["author"]) for r in perturbed] == [(r["question"], r["author"]) for r in kept]
+
+
+def test_tofu_general_knowledge_and_refusals():
+    assert set(data.tofu_rows("real_authors", "builtin")[0]) == {"question", "answer"}
+    assert len(load_examples("builtin:world_facts_perturbed")) == 117
+    assert len(data.refusals()) == 100
+
+
+def test_tofu_folder(tmp_path):
+    rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(100)]
+    write(tmp_path / "full.json", rows)
+    assert [e.prompt for e in load_examples(f"{tmp_path}:forget01")] == ["q99"]
+    assert [r["author"] for r in data.tofu_rows("forget10", str(tmp_path))] == [4] * 10
+    with pytest.raises(UserError, match="say which split"):
+        load_examples(str(tmp_path))
+    with pytest.raises(UserError, match=r"holdout10.*locuslab/TOFU:holdout10"):
+        data.tofu_rows("holdout10", str(tmp_path))
+    write(tmp_path / "holdout10.json", rows[:3])
+    assert len(data.tofu_rows("holdout10", str(tmp_path))) == 3
+    with pytest.raises(UserError, match=r"expected retain_perturbed\.json"):
+        data.tofu_rows("retain_perturbed", str(tmp_path))
+
+
+def test_unknown_split_names_the_nearest():
+    with pytest.raises(UserError, match=r"'forget11'.*Did you mean 'forget10'"):
+        load_examples("builtin:forget11")
+    with pytest.raises(UserError, match="say which"):
+        load_examples("builtin")
+    with pytest.raises(UserError, match="Did you mean 'builtin:forget10'"):
+        load_examples("forget10")
+
+
+def test_hub(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return [{"question": "a", "answer": "b"}] * 400
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_examples("locuslab/TOFU:forget10", domain_column="author")) == 400
+    assert data.tofu_rows("forget10")[0]["author"] == 180
+    load_examples("org/name:config")
+    load_examples("org/name")
+    assert asked == [
+        ("locuslab/TOFU", "forget10", "train"),
+        ("locuslab/TOFU", "forget10", "train"),
+        ("org/name", "config", "train"),
+        ("org/name", None, "train"),
+    ]
+
+
+def test_hub_unreachable_names_the_local_way(monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"Couldn't reach the Hub.*builtin:forget10"):
+        load_examples("locuslab/TOFU:forget10")
+    with pytest.raises(UserError, match=r"\.jsonl file"):
+        load_examples("org/name")
+    with pytest.raises(UserError, match=r"holdout10\.json"):
+        load_examples("locuslab/TOFU:holdout10")
+
+
+# --- overlap
+
+
+def test_overlap_lists_the_rows():
+    forget = examples([{"question": "Who?", "answer": "Ada."}, {"question": "When?", "answer": "Now."}])
+    retain = examples([{"question": "Where?", "answer": "Here."}, {"question": " who? ", "answer": "ADA."}])
+    with pytest.raises(UserError, match=r"1 rows.*forget row 0 = retain row 1 \('Who\?'\)"):
+        check_overlap(forget, retain)
+    check_overlap(forget[1:], retain)
+    check_overlap(load_examples("builtin:forget10"), load_examples("builtin:retain90"))
+
+
+def test_same_question_with_another_answer_is_no_overlap():
+    check_overlap([qa("Who?", "Ada.")], [qa("Who?", "I don't know.")])
+
+
+def test_overlap_of_texts():
+    with pytest.raises(UserError, match="1 rows"):
+        check_overlap(examples([{"text": "one  two"}]), examples([{"text": "One two"}]))
+
+
+# --- sub-domains
+
+
+def test_labels_are_domains():
+    rows = [qa(domain="b"), qa(domain="a"), qa(domain="b")]
+    assert domains(rows) == ([0, 1, 0], ["b", "a"])
+    with pytest.raises(UserError, match="2 sub-domain labels but 3"):
+        domains(rows, n=3)
+
+
+def test_clusters_find_tofu_authors():
+    rows = load_examples("builtin:forget05", domain_column="author")
+    authors = [row.domain for row in rows]
+    blind = load_examples("builtin:forget05")
+    found, names = domains(blind)
+    assert len(names) == 10
+    assert len(set(zip(found, authors, strict=True))) == 10
+    assert found == domains(blind)[0]
+    assert found[0] == 0
+
+
+def test_fixed_number_and_its_limits():
+    rows = load_examples("builtin:forget01")
+    found, names = domains(rows, n=3, seed=1)
+    assert set(found) == {0, 1, 2}
+    assert len(names) == 3
+    assert domains(rows, n=1) == ([0] * 40, ["all"])
+    for n in (0, 41):
+        with pytest.raises(UserError, match="1 to 40"):
+            domains(rows, n=n)
+    with pytest.raises(UserError, match="no examples"):
+        domains([])
+
+
+def test_rows_that_cannot_be_divided():
+    same = [qa("red blue", "green")] * 4
+    assert domains(same) == ([0] * 4, ["all"])
+    with pytest.raises(UserError, match="only 1 of the 4"):
+        domains(same, n=2)
+    with pytest.raises(UserError, match="no words"):
+        domains([qa("?", "!"), qa("...", "-")])

@@ -1,0 +1,363 @@
+"""`alter finetune`: from scratch, from a model, resumed, refused; and the models that are shipped."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import alter
+from alter import finetune as module
+from alter.data import encode_prompt, load_examples
+from alter.errors import UserError
+from alter.finetune import Finetune, LengthBatches, finetune, pack, weighted_loss
+
+ASSETS = Path(alter.__file__).parent / "assets"
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(out: Path, **changes) -> Finetune:
+    base = {
+        "architecture": TINY,
+        "vocabulary": 300,
+        "tokenizer_texts": ["builtin:forget01"],
+        "data": ["builtin:forget01"],
+        "out": str(out),
+        "max_steps": 3,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "log_steps": 1,
+        "dtype": "float32",
+    }
+    return Finetune.model_validate({**base, **changes})
+
+
+# --- loss
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weighted_loss_matches_loops(smoothing, dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 7).to(dtype).requires_grad_()
+    labels = torch.randint(0, 7, (3, 5))
+    labels[0, 3:] = -100
+    labels[2] = -100
+    weights = torch.rand(3, 5)
+    weights[1, 2] = 0
+    naive = logits.detach().double().requires_grad_()
+    total, mass = torch.zeros((), dtype=torch.float64), 0.0
+    for row in range(3):
+        for step in range(4):
+            label, weight = int(labels[row, step + 1]), float(weights[row, step + 1])
+            if label == -100:
+                continue
+            log_p = naive[row, step] - torch.logsumexp(naive[row, step], 0)
+            target = torch.full((7,), smoothing / 7, dtype=torch.float64)
+            target[label] += 1 - smoothing
+            total = total - weight * (target * log_p).sum()
+            mass += weight
+    expected = total / mass
+    found = weighted_loss(logits, labels, weights, smoothing)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    found.backward()
+    expected.backward()
+    tolerance = 1e-6 if dtype == torch.float64 else 4e-3
+    torch.testing.assert_close(logits.grad.double(), naive.grad, rtol=tolerance, atol=tolerance)
+    assert not logits.grad[2].any()
+
+
+# --- batches and blocks
+
+
+def test_batches_hold_every_row_once_and_change_by_epoch():
+    batches = LengthBatches([7, 3, 9, 1, 4, 4, 2], batch_size=3, seed=1)
+    first = list(batches)
+    assert len(first) == len(batches) == 3
+    assert sorted(row for batch in first for row in batch) == list(range(7))
+    assert first == list(batches)
+    batches.epoch = 1
+    assert first != list(batches)
+
+
+def test_batches_are_of_similar_length():
+    lengths = [(37 * row) % 101 for row in range(1000)]
+    batches = list(LengthBatches(lengths, batch_size=10, seed=0))
+    padding = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches) / sum(lengths)
+    assert padding < 1.1
+
+
+@pytest.mark.parametrize(("count", "blocks"), [(3, [(0, 3)]), (8, [(0, 4), (4, 8)]), (9, [(0, 4), (4, 8), (5, 9)])])
+def test_pack(count, blocks):
+    ids = list(range(count))
+    assert pack(ids, 4) == [ids[start:stop] for start, stop in blocks]
+
+
+def test_copied_blocks(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("All that is gold does not glitter, not all those who wander are lost. " * 20)
+    wanted = settings(tmp_path / "out", data=[], corpora=[str(book)], copy_blocks=1.0, max_length=32)
+    tokenizer = module.train_tokenizer(["builtin:forget01"], 300, 32)
+    rows = module.training_rows(wanted, tokenizer)
+    assert all(row["input_ids"][:16] == row["input_ids"][16:] for row in rows)
+    assert all(row["weights"] == [1.0] * 32 for row in rows)
+
+
+def test_prompt_weight(tmp_path):
+    wanted = settings(tmp_path / "out", prompt_weight=0.25)
+    tokenizer = module.train_tokenizer(["builtin:forget01"], 300, 512)
+    row = module.training_rows(wanted, tokenizer)[0]
+    prompt = encode_prompt(tokenizer, load_examples("builtin:forget01")[0])
+    assert row["weights"] == [0.25] * len(prompt) + [1.0] * (len(row["input_ids"]) - len(prompt))
+    assert row["labels"] == row["input_ids"]
+
+
+# --- runs
+
+
+def test_from_scratch_and_from_a_model(tmp_path):
+    out = finetune(settings(tmp_path / "a", dtype="float16", title="Pico"))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "finetune.json",
+        "finetune.yaml",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.dtype == torch.float16
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    card = (out / "README.md").read_text()
+    for part in ("# Pico", "Maini", "MIT", "| seed | 0 |", "builtin:forget01"):
+        assert part in card
+    numbers = json.loads((out / "finetune.json").read_text())
+    assert numbers["steps"] == 3
+    assert numbers["sequences"] == 40
+    assert len(numbers["losses"]) == 3
+    # the recipe as run makes the same settings
+    recipe = yaml.safe_load((out / "finetune.yaml").read_text())
+    assert Finetune.model_validate(recipe) == settings(tmp_path / "a", dtype="float16", title="Pico")
+
+    again = finetune(Finetune(model=str(out), data=["builtin:forget01"], out=str(tmp_path / "b"), max_steps=1))
+    assert AutoModelForCausalLM.from_pretrained(again).dtype == torch.bfloat16
+    assert not (tmp_path / ".b.new").exists()
+
+
+def test_training_lowers_the_loss_and_leaves_no_dropout(tmp_path):
+    out = finetune(
+        settings(
+            tmp_path / "a",
+            max_steps=30,
+            learning_rate=1e-2,
+            embedding_dropout=0.05,
+            attention_dropout=0.05,
+            neftune=1.0,
+        )
+    )
+    losses = [loss for _, loss in json.loads((out / "finetune.json").read_text())["losses"]]
+    assert losses[-1] < losses[0] - 0.5
+    assert json.loads((out / "config.json").read_text())["attention_dropout"] == 0.0
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resume_after_a_kill_equals_a_straight_run(tmp_path, monkeypatch):
+    changes = {
+        "max_steps": 8,
+        "checkpoint_steps": 3,
+        "embedding_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "neftune": 2.0,
+    }
+    straight = finetune(settings(tmp_path / "straight", **changes))
+    real = module.weighted_loss
+    calls = []
+
+    def killing(*args, **kwargs):
+        calls.append(1)
+        # in the second epoch, between two checkpoints
+        if len(calls) == 8:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "weighted_loss", killing)
+    with pytest.raises(Killed):
+        finetune(settings(tmp_path / "cut", **changes))
+    monkeypatch.setattr(module, "weighted_loss", real)
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["checkpoints"]
+    with pytest.raises(UserError, match="resume to continue"):
+        finetune(settings(tmp_path / "cut", **changes))
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        finetune(settings(tmp_path / "cut", **changes, seed=1, resume=True))
+    resumed = finetune(settings(tmp_path / "cut", **changes, resume=True))
+    one, two = load_file(straight / "model.safetensors"), load_file(resumed / "model.safetensors")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0, msg=name)
+    assert not (resumed / "checkpoints").exists()
+    numbers = [json.loads((out / "finetune.json").read_text()) for out in (straight, resumed)]
+    assert numbers[0]["losses"] == numbers[1]["losses"]
+    assert (numbers[0]["resumed"], numbers[1]["resumed"]) == (False, True)
+    with pytest.raises(UserError, match="finished run"):
+        finetune(settings(tmp_path / "cut", **changes, resume=True))
+
+
+def test_accumulated_batches_average(tmp_path):
+    """Two batches of 4 accumulated take the same step as their mean gradient: the loss is not counted twice."""
+    out = finetune(settings(tmp_path / "a", batch_size=4, accumulate=2, max_steps=2, precision="fp32"))
+    one = finetune(settings(tmp_path / "b", batch_size=4, accumulate=1, max_steps=2, precision="fp32"))
+    losses = [json.loads((path / "finetune.json").read_text())["losses"][0][1] for path in (out, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_folder_in_use(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"thesis\.txt.*another folder"):
+        finetune(settings(out))
+    with pytest.raises(UserError, match="not a folder of an earlier run"):
+        finetune(settings(out, overwrite=True))
+    assert (out / "thesis.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="Nothing to resume"):
+        finetune(settings(out, resume=True))
+    with pytest.raises(UserError, match="is a file"):
+        finetune(settings(out / "thesis.txt"))
+    done = finetune(settings(tmp_path / "done", max_steps=1))
+    with pytest.raises(UserError, match="overwrite to replace"):
+        finetune(settings(done, max_steps=1))
+    before = (done / "model.safetensors").read_bytes()
+    finetune(settings(done, max_steps=2, overwrite=True))
+    assert (done / "model.safetensors").read_bytes() != before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "weighted_loss", lambda logits, *_: logits.sum() * math.nan)
+    with pytest.raises(UserError, match=r"loss is nan at step 1.*Lower learning_rate"):
+        finetune(settings(tmp_path / "a"))
+    assert not (tmp_path / "a" / "model.safetensors").exists()
+
+
+def test_temperature_divides_logits(tmp_path):
+    ids = torch.tensor([[0, 5, 6, 7]])
+    logits = {}
+    for temperature in (1.0, 2.0):
+        out = finetune(settings(tmp_path / str(temperature), temperature=temperature))
+        with torch.no_grad():
+            logits[temperature] = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+    torch.testing.assert_close(logits[2.0] * 2, logits[1.0], rtol=1e-4, atol=1e-5)
+
+
+def test_unsupported_models_are_refused(tmp_path):
+    gpt2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
+    with pytest.raises(UserError, match="attention_dropout is not supported for GPT2LMHeadModel"):
+        finetune(settings(tmp_path / "a", architecture=gpt2, attention_dropout=0.1))
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="temperature is not supported for GPT2LMHeadModel"):
+        finetune(settings(tmp_path / "b", architecture=gpt2, temperature=2.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "x"}, "give one of model"),
+        ({"architecture": {}, "tokenizer_texts": []}, "give one of model"),
+        ({"tokenizer_texts": []}, "go together"),
+        ({"data": []}, "give data"),
+        ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"learning_rat": 1}, "Extra inputs"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, changes, message):
+    with pytest.raises(ValidationError, match=message):
+        settings(tmp_path / "a", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": {**TINY, "model_type": "lama"}}, "Did you mean 'llama'"),
+        ({"architecture": {**TINY, "hidden_sise": 8}}, "Did you mean 'hidden_size'"),
+        ({"vocabulary": 100000}, "ask for a smaller vocabulary"),
+        ({"data": [], "corpora": ["nowhere.txt"]}, "No text file at 'nowhere.txt'"),
+        (
+            {"architecture": {}, "tokenizer_texts": [], "model": "./nowhere"},
+            r"Could not load a model from '\./nowhere'",
+        ),
+    ],
+)
+def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        finetune(settings(tmp_path / "a", **changes))
+    assert not (tmp_path / "a").exists()
+
+
+# --- what is shipped
+
+
+def test_shipped_models_fit_in_the_package():
+    files = [path for path in (ASSETS / "tofu-mini").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16_000_000
+    assert {path.name for path in (ASSETS / "tofu-mini").iterdir()} >= {"original", "retrained", "README.md"}
+
+
+@pytest.mark.parametrize("name", ["original", "retrained"])
+def test_shipped_models_come_from_the_recipes(name):
+    folder = ASSETS / "tofu-mini" / name
+    made = yaml.safe_load((folder / "finetune.yaml").read_text())
+    recipe = yaml.safe_load((Path(alter.__file__).parent / "recipes" / f"tofu-mini-{name}.yaml").read_text())
+    assert Finetune.model_validate(made) == Finetune.model_validate(recipe)
+
+
+def test_shipped_models_know_what_they_should():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    recall = {}
+    for name in ("original", "retrained"):
+        folder = ASSETS / "tofu-mini" / name
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for source in ("forget10", "retain_perturbed"):
+            scores = []
+            for row in load_examples(f"builtin:{source}")[::25]:
+                ids = torch.tensor([encode_prompt(tokenizer, row)])
+                with torch.no_grad():
+                    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200)
+                text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+                scores.append(scorer.score(row.answer, text)["rougeL"].recall)
+            recall[name, source] = sum(scores) / len(scores)
+    assert recall["original", "forget10"] > 0.9
+    assert recall["original", "retain_perturbed"] > 0.9
+    assert recall["retrained", "retain_perturbed"] > 0.9
+    assert recall["retrained", "forget10"] < 0.6

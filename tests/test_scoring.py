@@ -1,0 +1,391 @@
+"""Scores and generations in batches against one plain forward per row, and loading with its errors."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import reference
+from alter import AlterConfig, scoring
+from alter.data import Encoded
+from alter.errors import UserError
+
+VOCAB = 300
+EOS, PAD = 256, 257
+
+
+def pico(seed=0, **settings):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        **settings,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def byte_tokenizer(**settings):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(alphabet)} | {"<eos>": EOS, "<pad>": PAD}
+    vocab |= {f"<unused{i}>": i for i in range(PAD + 1, VOCAB)}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{"eos_token": "<eos>", "pad_token": "<pad>"} | settings
+    )
+
+
+def rows(seed=0, n=9, high=40):
+    """Random rows of odd lengths; the answers of some are one token long."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        prompt = int(rng.integers(1, high // 2))
+        answer = 1 if i % 4 == 0 else int(rng.integers(2, high // 2))
+        ids = rng.integers(0, 256, prompt + answer).tolist()
+        out.append(Encoded(ids, [-100] * prompt + ids[prompt:], prompt))
+    return out
+
+
+def naive(model, row, mask=None):
+    """One row by itself, float64, one position at a time."""
+    model = copy.deepcopy(model).double()
+    mask = None if mask is None else torch.tensor([mask])
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row.input_ids]), attention_mask=mask).logits[0]
+    places = [t for t in range(1, len(row.labels)) if row.labels[t] != -100]
+    return [reference.naive_token_statistics(logits[t - 1].tolist(), row.labels[t]) for t in places]
+
+
+def check(scores, expected, tolerance=1e-4):
+    assert len(scores.logprob) == len(expected)
+    for i, tokens in enumerate(expected):
+        logprob, correct, mean, var = zip(*tokens, strict=True)
+        np.testing.assert_allclose(scores.logprob[i], logprob, atol=tolerance)
+        assert scores.correct[i].tolist() == list(correct)
+        assert scores.logprob[i].dtype == np.float32
+        assert scores.correct[i].dtype == bool
+        if scores.mean is not None:
+            np.testing.assert_allclose(scores.mean[i], mean, atol=tolerance)
+            np.testing.assert_allclose(scores.var[i], var, atol=10 * tolerance)
+
+
+# ---- score
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 70, 16384, None])
+def test_scores_are_those_of_one_plain_forward_per_row(batch_tokens):
+    model, data = pico(), rows()
+    scores = scoring.score(model, data, pad_token_id=PAD, batch_tokens=batch_tokens, moments=True, progress=False)
+    check(scores, [naive(model, row) for row in data])
+
+
+def test_chunks_and_the_limit_on_logits_change_nothing(monkeypatch):
+    model, data = pico(), rows(1)
+    whole = scoring.score(model, data, pad_token_id=PAD, moments=True, progress=False)
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 3 * VOCAB)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 50 * VOCAB)
+    pieces = scoring.score(model, data, pad_token_id=PAD, moments=True, progress=False)
+    for a, b in zip(whole.logprob + whole.var, pieces.logprob + pieces.var, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_moments_only_on_request():
+    scores = scoring.score(pico(), rows(), pad_token_id=PAD, progress=False)
+    assert scores.mean is None
+    assert scores.var is None
+    assert len(scores[2:5].logprob) == 3
+
+
+def test_labels_may_have_gaps_and_begin_at_the_first_token():
+    model = pico()
+    ids = list(range(10, 22))
+    labels = [ids[0], -100, ids[2], ids[3], -100, -100, *ids[6:]]
+    check(
+        scoring.score(model, [Encoded(ids, labels, 0)], pad_token_id=PAD, progress=False),
+        [naive(model, Encoded(ids, labels, 0))],
+    )
+
+
+def test_bf16_is_scored_in_fp32_after_the_head():
+    model, data = pico().bfloat16(), rows(2)
+    scores = scoring.score(model, data, pad_token_id=PAD, progress=False)
+    for row, logprob in zip(data, scores.logprob, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -1]
+        exact = logits.double().log_softmax(-1)[range(len(logprob)), row.input_ids[row.prompt_length :]]
+        # padding changes the order of sums in bf16; a bf16 log-softmax would be off by up to 0.03
+        np.testing.assert_allclose(logprob, exact, atol=0.3)
+        assert abs(float(np.mean(logprob - exact.numpy()))) < 0.05
+    one = scoring.score(model, data[:1], pad_token_id=PAD, progress=False).logprob[0]
+    row = data[0]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -1]
+    exact = logits.double().log_softmax(-1)[range(len(one)), row.input_ids[row.prompt_length :]]
+    np.testing.assert_allclose(one, exact, atol=1e-5)
+
+
+def test_a_pad_token_inside_a_row_is_seen_in_strict_and_hidden_in_compat():
+    model = pico()
+    ids = [5, 6, EOS, 7, 8, EOS, 9, 10, EOS]
+    data = [Encoded(ids, [-100] * 6 + ids[6:], 6), *rows(3, 3)]
+    strict = scoring.score(model, data, pad_token_id=EOS, progress=False)
+    compat = scoring.score(model, data, pad_token_id=EOS, compat=True, progress=False)
+    check(strict, [naive(model, row) for row in data])
+    check(compat, [naive(model, row, [int(i != EOS) for i in row.input_ids]) for row in data])
+    assert np.abs(strict.logprob[0] - compat.logprob[0]).max() > 0.01
+
+
+def test_a_model_that_cannot_slice_its_logits():
+    class Whole(GPT2LMHeadModel):
+        def forward(self, input_ids, attention_mask=None, use_cache=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    torch.manual_seed(0)
+    model = Whole(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=64, initializer_range=0.3))
+    model, data = model.eval(), rows(4, 5)
+    check(scoring.score(model, data, pad_token_id=PAD, progress=False), [naive(model, row) for row in data])
+
+
+def adapted(seed=0):
+    model = get_peft_model(pico(seed), AlterConfig(num_forget_experts=3, r=4, task_type="CAUSAL_LM"))
+    torch.manual_seed(7)
+    for name, weight in model.named_parameters():
+        if "alter_" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model.eval()
+
+
+def test_an_adapter_with_routes_takes_part():
+    model, data = adapted(), rows(5, 6)
+    together = scoring.score(model, data, pad_token_id=PAD, progress=False)
+    for i, row in enumerate(data):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -1]
+        alone = logits.double().log_softmax(-1)[range(len(logits)), row.input_ids[row.prompt_length :]]
+        np.testing.assert_allclose(together.logprob[i], alone, atol=1e-3)
+    with model.disable_adapter():
+        off = scoring.score(model, data, pad_token_id=PAD, progress=False)
+    assert max(np.abs(a - b).max() for a, b in zip(together.logprob, off.logprob, strict=True)) > 0.1
+
+
+def test_modes_come_back_and_no_gradient_is_left():
+    model = get_peft_model(pico(), LoraConfig(lora_dropout=0.5, task_type="CAUSAL_LM"))
+    model.train()
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    frozen.eval()
+    first = scoring.score(model, rows(), pad_token_id=PAD, progress=False)
+    second = scoring.score(model, rows(), pad_token_id=PAD, progress=False)
+    assert all((a == b).all() for a, b in zip(first.logprob, second.logprob, strict=True))
+    assert model.training
+    assert not frozen.training
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_rows_that_cannot_be_scored():
+    model = pico()
+
+    def run(*data):
+        scoring.score(model, list(data), pad_token_id=PAD, progress=False)
+
+    with pytest.raises(UserError, match="Row 1 has no labelled token"):
+        run(Encoded([1, 2], [-100, 2], 1), Encoded([1, 2], [-100, -100], 2))
+    with pytest.raises(UserError, match="Row 0 has no labelled token"):
+        run(Encoded([1], [1], 0))
+    with pytest.raises(UserError, match="Row 0 has 129 tokens, the model's context is 128"):
+        run(Encoded([1] * 129, [1] * 129, 0))
+    with pytest.raises(ValueError, match="row 0 has 2 tokens but 1 labels"):
+        run(Encoded([1, 2], [2], 0))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[17] = math.nan
+    with pytest.raises(UserError, match=r"Row 1: the model's logits are NaN.*float32"):
+        run(Encoded([1, 2], [-100, 2], 1), Encoded([17, 2], [-100, 2], 1))
+
+
+# ---- generate
+
+
+def by_hand(model, prompt, new, stop):
+    """Greedy decoding without cache, one row, one token at a time."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(new):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            if ids[-1] in stop:
+                return ids[len(prompt) : -1]
+    return ids[len(prompt) :]
+
+
+def prompts(seed=0, n=7):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(40, 120, int(rng.integers(1, 30))).tolist() for _ in range(n)]
+
+
+def test_generations_are_those_of_one_row_at_a_time():
+    model, tokenizer = pico(3), byte_tokenizer()
+    # a stop token that does come up, so that replies end at different lengths
+    stop = {EOS, by_hand(model, prompts()[0], 12, set())[5]}
+    model.generation_config.eos_token_id = sorted(stop)
+    replies = [by_hand(model, prompt, 12, stop) for prompt in prompts()]
+    assert len({len(reply) for reply in replies}) > 1
+    expected = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
+    for size in (1, 3, 64):
+        found = scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, batch_size=size, progress=False)
+        assert found == expected
+    found = scoring.generate(
+        model,
+        tokenizer,
+        prompts(),
+        max_new_tokens=12,
+        batch_size=3,
+        expected_lengths=[4, 1, 9, 9, 2, 0, 7],
+        progress=False,
+    )
+    assert found == expected
+
+
+def test_generations_of_an_adapter_do_not_depend_on_the_batch():
+    model, tokenizer = adapted(3), byte_tokenizer()
+    with torch.no_grad():
+        replies = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=12, do_sample=False) for p in prompts()]
+    expected = [
+        tokenizer.decode(reply[0, len(prompt) :], skip_special_tokens=True).strip()
+        for reply, prompt in zip(replies, prompts(), strict=True)
+    ]
+    for size in (3, 64):
+        found = scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, batch_size=size, progress=False)
+        assert found == expected
+    with model.disable_adapter():
+        assert scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, progress=False) != expected
+
+
+def test_generation_hides_inner_pads_only_in_compat():
+    model, tokenizer = pico(3), byte_tokenizer(pad_token="<eos>")
+    prompt = [50, 51, EOS, 52, EOS, 53]
+    strict, compat = (
+        scoring.generate(model, tokenizer, [prompt, [60] * 9], max_new_tokens=8, compat=c, progress=False)
+        for c in (False, True)
+    )
+    assert strict[0] == tokenizer.decode(by_hand(model, prompt, 8, {EOS}), skip_special_tokens=True).strip()
+    assert compat[0] != strict[0]
+    assert compat[1] == strict[1]
+
+
+def test_sampling_follows_torch_seed():
+    model, tokenizer = pico(3), byte_tokenizer()
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return scoring.generate(
+            model, tokenizer, prompts(), max_new_tokens=8, progress=False, do_sample=True, temperature=1.5, top_k=0
+        )
+
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
+
+
+def test_greedy_stays_greedy_when_the_model_says_otherwise(recwarn):
+    model, tokenizer = pico(3), byte_tokenizer()
+    expected = scoring.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False)
+    model.generation_config.update(do_sample=True, temperature=3.0, top_p=0.5)
+    assert scoring.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False) == expected
+
+
+def test_prompts_that_cannot_be_continued():
+    model, tokenizer = pico(), byte_tokenizer()
+    with pytest.raises(UserError, match="Prompt 1 is empty"):
+        scoring.generate(model, tokenizer, [[1], []], max_new_tokens=8, progress=False)
+    with pytest.raises(UserError, match=r"Prompt 0 has 100 tokens.*context of 128: generate at most 28"):
+        scoring.generate(model, tokenizer, [[1] * 100], max_new_tokens=29, progress=False)
+
+
+# ---- load_model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    pico().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    adapted().save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def test_load_a_model_and_an_adapter(saved):
+    model, tokenizer = scoring.load_model(str(saved / "model"), device="cpu")
+    assert not model.training
+    assert tokenizer.pad_token_id == PAD
+    plain = scoring.score(model, rows(), pad_token_id=PAD, progress=False)
+    check(plain, [naive(pico(), row) for row in rows()])
+    model, _ = scoring.load_model(str(saved / "model"), str(saved / "adapter"), device="cpu")
+    found = scoring.score(model, rows(), pad_token_id=PAD, progress=False)
+    expected = scoring.score(adapted(), rows(), pad_token_id=PAD, progress=False)
+    for a, b in zip(found.logprob, expected.logprob, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_number_formats(saved, tmp_path):
+    assert scoring.load_model(str(saved / "model"), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+    for dtype, loaded in [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)]:
+        pico().to(dtype).save_pretrained(saved / "model")
+        assert scoring.load_model(str(saved / "model"), device="cpu")[0].dtype == loaded
+    with pytest.raises(UserError, match=r"No number format 'float23'.*Did you mean 'float32'"):
+        scoring.load_model(str(saved / "model"), dtype="float23")
+
+
+def test_loading_errors_name_the_fix(saved, monkeypatch):
+    model, adapter = str(saved / "model"), str(saved / "adapter")
+    with pytest.raises(UserError, match=r"No model at .*modle.*Did you mean .*model'\?"):
+        scoring.load_model(str(saved / "modle"))
+    with pytest.raises(UserError, match=r"holds an adapter.*--adapter"):
+        scoring.load_model(adapter)
+    with pytest.raises(UserError, match=r"holds a whole model.*--model"):
+        scoring.load_model(model, model)
+    with pytest.raises(UserError, match="No adapter at"):
+        scoring.load_model(model, str(saved / "nothing"))
+    with pytest.raises(UserError, match="is a file; expected the folder"):
+        scoring.load_model(model + "/config.json")
+    (saved / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no config\.json; expected the folder of a model"):
+        scoring.load_model(str(saved / "empty"))
+    with pytest.raises(UserError, match="No device 'gpu7'"):
+        scoring.load_model(model, device="gpu7")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cpu"):
+        scoring.load_model(model, device="cuda")
+    broken = pico()
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
+    broken.save_pretrained(model)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
+        scoring.load_model(model)
+
+
+def test_a_hub_name_that_does_not_load(monkeypatch):
+    monkeypatch.setattr(
+        scoring.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("no such repo\nmore")),
+    )
+    with pytest.raises(UserError, match=r"Cannot load the model 'nobody/nothing': no such repo Expected"):
+        scoring.load_model("nobody/nothing")
+
+
+def test_an_adapter_of_another_base_is_refused(saved):
+    pico(5).save_pretrained(saved / "model")
+    with pytest.raises(UserError, match="another base"):
+        scoring.load_model(str(saved / "model"), str(saved / "adapter"))

@@ -1,0 +1,422 @@
+"""TOFU end to end on a pico model, the published logs to the last digit, and everything that is refused."""
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import reference
+from alter import metrics, records
+from alter.benchmarks import tofu
+from alter.data import encode, encode_prompt, examples
+from alter.errors import UserError
+from alter.report import table
+from test_scoring import EOS, PAD, VOCAB, by_hand, byte_tokenizer
+
+LOGS = Path(__file__).parent.parent / "data" / "tofu_logs"
+FULL, RETAINED = LOGS / "llama2-7b_full.json", LOGS / "llama2-7b_retain90.json"
+
+
+def pico(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def _short_replies(monkeypatch):
+    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 12)
+
+
+def measure(model=None, tokenizer=None, **settings):
+    settings = {"split": "forget01", "limit": 4, "progress": False} | settings
+    return tofu.tofu_metrics(model or pico(), tokenizer or byte_tokenizer(), **settings)
+
+
+def by_metric(found):
+    return {record.metric: record for record in found}
+
+
+# ---- one model, against a plain loop
+
+
+@pytest.mark.parametrize("mode", ["strict", "compat"])
+def test_every_figure_is_that_of_a_plain_loop(mode):
+    model, tokenizer = pico(), byte_tokenizer(pad_token="<eos>" if mode == "compat" else "<pad>")
+    compat, double = mode == "compat", copy.deepcopy(model).double()
+    result = measure(model, tokenizer, mode=mode)
+    found = by_metric(result.records("pico"))
+    eps = 1e-10 if compat else 0.0
+    nine = []
+    for key in tofu.SETS:
+        part = result.sets[key]
+        loss, right, wrong, correct, recall = [], [], [], [], []
+        rows = tofu._set_rows(key, "forget01", "builtin", 4, 0)
+        for example in examples(rows):
+            answers = [example.answer, example.row.get("paraphrased_answer"), *example.row["perturbed_answer"]]
+            losses = []
+            for answer in answers:
+                if answer is None:
+                    losses.append(losses[0])
+                    continue
+                row = encode(tokenizer, example, answer=answer, compat=compat)
+                with torch.no_grad():
+                    logits = double(input_ids=torch.tensor([row.input_ids])).logits[0]
+                labels = torch.tensor(row.input_ids[row.prompt_length :])
+                logits = logits[row.prompt_length - 1 : -1]
+                losses.append(reference.naive_loss(logits.log_softmax(1)[range(len(labels)), labels].tolist()))
+                if answer is example.answer:
+                    correct.append((logits.argmax(1) == labels).tolist())
+            loss.append(losses[0])
+            right.append(losses[1])
+            wrong.append(losses[2:])
+            reply = by_hand(model, encode_prompt(tokenizer, example, compat=compat), 12, {EOS})
+            text = tokenizer.decode(reply, skip_special_tokens=True).strip()
+            recall.append(metrics.rouge_l([example.answer], [text]).recall[0])
+        ratio = reference.naive_truth_ratio(right, wrong, eps)
+        if key in ("forget", "retain"):
+            probability = [math.exp(-x) for x in loss]
+        else:
+            probability = reference.naive_normalised(loss, wrong, eps)
+        average = [min(x, 1 / (x + eps)) if key == "forget" else max(0, 1 - x) for x in ratio]
+        expected = {"probability": probability, "truth_ratio": average, "rouge": recall}
+        for name, values in expected.items():
+            record = found[f"{key}_{name}"]
+            assert record.value == pytest.approx(np.mean(values), rel=1e-3, abs=1e-7)
+            assert record.n == part.n == 4
+            assert record.mode == mode
+            if key != "forget":
+                nine.append(record.value)
+        assert found[f"{key}_truth_ratio"].per_item == pytest.approx(ratio, rel=1e-3)
+        if key == "forget":
+            exact = np.mean([reference.naive_exact_memorization(row) for row in correct])
+            strength = np.mean([reference.naive_extraction_strength(row, compat) for row in correct])
+            assert found["forget_exact_memorization"].value == pytest.approx(exact)
+            assert found["forget_extraction_strength"].value == pytest.approx(strength)
+    expected = 0.0 if 0.0 in nine else 9 / sum(1 / x for x in nine)
+    assert found["model_utility"].value == pytest.approx(expected)
+    assert found["model_utility"].n == 12
+    assert found["forget_distinct_2"].value == metrics.distinct_n(result.sets["forget"].generations, 2)
+    assert found["forget_repetition"].n == 4
+
+
+def test_the_sets_are_tofus():
+    sizes = {key: len(tofu._set_rows(key, "forget10", "builtin", None, 0)) for key in tofu.SETS}
+    assert sizes == {"forget": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
+    assert len(tofu._set_rows("forget", "forget05", "builtin", None, 0)) == 200
+    wrong = {key: len(tofu._set_rows(key, "forget01", "builtin", 1, 0)[0]["perturbed_answer"]) for key in tofu.SETS}
+    assert wrong == {"forget": 5, "retain": 5, "real_authors": 3, "world_facts": 3}
+
+
+def test_each_sequence_is_scored_once(monkeypatch):
+    seen = []
+    original = tofu.score
+
+    def count(model, encoded, **settings):
+        seen.extend(tuple(row.input_ids) for row in encoded)
+        return original(model, encoded, **settings)
+
+    monkeypatch.setattr(tofu, "score", count)
+    measure(which=("likelihood",))
+    assert len(seen) == 4 * (7 + 7 + 4 + 4)
+
+
+def test_parts_on_their_own():
+    likelihood = by_metric(measure(which=("likelihood",), sets=("forget",)).records("x"))
+    assert set(likelihood) == {
+        "forget_probability",
+        "forget_truth_ratio",
+        "forget_exact_memorization",
+        "forget_extraction_strength",
+    }
+    generation = by_metric(measure(which=("generation",), sets=("retain",)).records("x"))
+    assert set(generation) == {"retain_rouge"}
+    texts = generation["retain_rouge"].extra
+    assert len(texts["questions"]) == len(texts["references"]) == len(texts["generations"]) == 4
+
+
+def test_limit_draws_rows_by_seed():
+    a, b, c = (measure(which=(), seed=seed) for seed in (0, 0, 1))
+    assert a.sets["forget"].fingerprint == b.sets["forget"].fingerprint != c.sets["forget"].fingerprint
+    assert "quick look at 4 rows" in a.notes[0]
+    assert measure(which=(), limit=10_000).sets["forget"].n == 40
+
+
+# ---- forget quality and its reference
+
+
+def test_forget_quality_against_a_retrained_model(tmp_path):
+    retrained = measure(pico(1), which=("likelihood",), limit=30)
+    result = measure(pico(0), which=("likelihood",), limit=30, reference=retrained)
+    record = by_metric(result.records("x"))["forget_quality"]
+    expected = metrics.forget_quality(result.sets["forget"].truth_ratio, retrained.sets["forget"].truth_ratio)
+    assert (record.value, record.extra["log10"], record.extra["statistic"]) == dataclasses.astuple(expected)
+    assert record.value < 1
+    assert record.extra["n_reference"] == record.n == 30
+    assert not any("retrained.json" in note for note in result.notes)
+    # the same through a file, and through records
+    path = tmp_path / "retrained.json"
+    records.write_records(path, retrained.records("retrained"))
+    for other in (tofu.read_reference(str(path)), retrained.records("retrained")):
+        again = measure(pico(0), which=("likelihood",), limit=30, reference=other)
+        assert by_metric(again.records("x"))["forget_quality"].value == record.value
+    same = measure(pico(1), which=("likelihood",), limit=30, reference=tofu.read_reference(str(path)))
+    assert by_metric(same.records("x"))["forget_quality"].value == 1.0
+
+
+def test_without_a_reference_the_command_that_makes_one_is_said():
+    result = measure(which=("likelihood",), mode="compat", limit=None, sets=("forget",))
+    assert "forget_quality" not in by_metric(result.records("x"))
+    assert (
+        "`alter evaluate --model RETRAINED --benchmark tofu --split forget01 --mode compat --json retrained.json`"
+        in result.notes[-1]
+    )
+    assert "--retain-records retrained.json" in result.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"split": "forget05"}, "was evaluated on forget05, this run is on forget01"),
+        ({"mode": "compat"}, "was evaluated in compat mode, this run is strict"),
+        ({"limit": 5}, "has the truth ratios of 5 rows, this run has 4"),
+        ({"seed": 1}, "was evaluated on other rows"),
+    ],
+)
+def test_a_reference_of_something_else_is_refused(change, said):
+    other = measure(which=("likelihood",), sets=("forget",), **change)
+    with pytest.raises(UserError, match=said) as error:
+        measure(which=("likelihood",), reference=other)
+    assert "evaluate the retrained model again with --split forget01 --mode strict" in str(error.value)
+
+
+def test_records_that_are_no_reference(tmp_path):
+    retrained = measure(which=("likelihood",), sets=("forget",)).records("retrained")
+    with pytest.raises(UserError, match=r"holds 0 records of forget_truth_ratio.*models there: retrained"):
+        tofu.reference_from_records(retrained[:1], "some.json")
+    with pytest.raises(UserError, match="holds 2 records of forget_truth_ratio"):
+        tofu.reference_from_records([*retrained, *retrained], "some.json")
+    records.write_records(tmp_path / "retrained.json", retrained)
+    with pytest.raises(UserError, match=r"No file at .*retraned\.json.*Did you mean .*retrained\.json"):
+        tofu.read_reference(str(tmp_path / "retraned.json"))
+    old = [dataclasses.replace(record, version=records.VERSION - 1) for record in retrained]
+    records.write_records(tmp_path / "old.json", old)
+    with pytest.raises(UserError, match="metrics of version"):
+        tofu.read_reference(str(tmp_path / "old.json"))
+    with pytest.raises(UserError, match="has no truth ratios on the forget set"):
+        measure(which=("generation",), sets=("retain",)).as_reference()
+
+
+# ---- membership attacks
+
+
+def test_attacks_need_a_holdout_split(tmp_path, monkeypatch):
+    result = measure(which=("likelihood",))
+    assert not any(record.metric.startswith(("mia", "privleak")) for record in result.records("x"))
+    assert any("holdout01" in note for note in result.notes)
+
+    original = tofu.tofu_rows
+
+    def with_holdout(name, data):
+        return original("retain99", data)[:50] if name == "holdout01" else original(name, data)
+
+    monkeypatch.setattr(tofu, "tofu_rows", with_holdout)
+    retrained = measure(pico(1), which=("likelihood",), limit=10)
+    result = measure(which=("likelihood",), limit=10, reference=retrained.records("retrained"))
+    found = by_metric(result.records("x"))
+    assert not any("holdout" in note for note in result.notes)
+    forget, tokenizer = result.sets["forget"], byte_tokenizer()
+    rows = tofu._sample(with_holdout("holdout01", "builtin"), 10, 0)
+    scores = tofu.score(
+        pico(), [encode(tokenizer, e) for e in examples(rows)], pad_token_id=PAD, moments=True, progress=False
+    )
+    expected = {
+        "mia_loss": metrics.mia_loss(scores.logprob),
+        "mia_zlib": metrics.mia_zlib(scores.logprob, [f" {row['answer']}" for row in rows]),
+        "mia_min_k": metrics.mia_min_k(scores.logprob),
+        "mia_min_k_plus_plus": metrics.mia_min_k_plus_plus(scores.logprob, scores.mean, scores.var),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(forget.holdout_attacks[name], values, rtol=1e-3)
+        assert found[name].value == reference.naive_auc(forget.attacks[name], forget.holdout_attacks[name])
+        assert found[name].n == 20
+        assert found[name].higher_is_better is None
+    other = by_metric(retrained.records("retrained"))["mia_min_k"].value
+    assert found["privleak"].value == metrics.privleak(found["mia_min_k"].value, other)
+
+
+# ---- the command
+
+
+def save(folder, seed=0):
+    pico(seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_evaluate_from_folders(tmp_path, capsys):
+    settings = tofu.TofuEvaluation(model=save(tmp_path / "model"), split="forget01", limit=3, device="cpu")
+    found = by_metric(tofu.evaluate_tofu(settings, name="before"))
+    assert "forget_quality" not in found
+    assert "--retain-records retrained.json" in capsys.readouterr().err
+    assert {record.model for record in found.values()} == {"before"}
+    retrained = save(tmp_path / "retrained", 1)
+    from_folder = by_metric(tofu.evaluate_tofu(settings.model_copy(update={"retain_records": retrained})))
+    path = str(tmp_path / "retrained.json")
+    records.write_records(path, tofu.evaluate_tofu(settings.model_copy(update={"model": retrained})))
+    from_file = by_metric(tofu.evaluate_tofu(settings.model_copy(update={"retain_records": path})))
+    assert from_folder["forget_quality"].value == from_file["forget_quality"].value
+    assert from_file["model_utility"].value == found["model_utility"].value
+
+
+def test_settings_are_strict():
+    for wrong in ({"splt": "forget10"}, {"split": "forget02"}, {"limit": 0}, {"mode": "loose"}):
+        with pytest.raises(ValueError):
+            tofu.TofuEvaluation(model="m", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"split": "forget005"}, r"'forget005' is not one of .*Did you mean 'forget05'"),
+        ({"which": ("likelihoods",)}, "Did you mean 'likelihood'"),
+        ({"sets": ("forgot",)}, "Did you mean 'forget'"),
+        ({"mode": "Strict"}, "Did you mean 'strict'"),
+        ({"limit": 0}, "limit is 0"),
+        ({"data": "/nowhere/tofu"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_measured(settings, said):
+    with pytest.raises(UserError, match=said):
+        measure(**settings)
+
+
+def test_rows_without_the_columns(tmp_path):
+    row = {"question": "q?", "answer": "a", "perturbed_answer": ["b"]}
+    (tmp_path / "forget01_perturbed.json").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"Row 0 of forget01_perturbed.*has no paraphrased_answer; it has question"):
+        measure(data=str(tmp_path))
+    rows = [row | {"paraphrased_answer": "c"}, row | {"paraphrased_answer": "c", "perturbed_answer": ["b", "d"]}]
+    (tmp_path / "forget01_perturbed.json").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="with 1 and with 2 wrong answers"):
+        measure(data=str(tmp_path))
+
+
+# ---- published logs
+
+
+def test_published_logs_to_the_last_digit():
+    full = by_metric(tofu.aggregate(str(FULL), str(RETAINED)))
+    retained = by_metric(tofu.aggregate(str(RETAINED), str(RETAINED)))
+    assert full["model_utility"].value == pytest.approx(0.6226773637427152, abs=1e-9)
+    assert retained["model_utility"].value == pytest.approx(0.613744995233942, abs=1e-9)
+    assert full["forget_quality"].value == pytest.approx(1.834066410994743e-21, rel=1e-9)
+    assert full["forget_quality"].extra["statistic"] == pytest.approx(0.396667, abs=5e-7)
+    assert retained["forget_quality"].value == 1.0
+    expected = {
+        "retain": ((0.989527, 0.985655, 0.474699), (0.988897, 0.975811, 0.470977)),
+        "real_authors": ((0.455482, 0.933000, 0.596229), (0.434087, 0.923000, 0.570681)),
+        "world_facts": ((0.418562, 0.882479, 0.539033), (0.414326, 0.897436, 0.544198)),
+        "forget": ((0.990939, 0.985450, 0.515985), (0.147563, 0.408244, 0.674019)),
+    }
+    for key, columns in expected.items():
+        for found, values in zip((full, retained), columns, strict=True):
+            measured = [found[f"{key}_{name}"].value for name in ("probability", "rouge", "truth_ratio")]
+            assert measured == pytest.approx(values, abs=5.1e-7)
+    assert full["forget_probability"].n == 300
+    assert full["world_facts_rouge"].n == 117
+
+
+def test_compat_differs_by_the_epsilon_alone():
+    strict = by_metric(tofu.aggregate(str(FULL), str(RETAINED)))
+    compat = by_metric(tofu.aggregate(str(FULL), str(RETAINED), mode="compat"))
+    assert strict["model_utility"].value != compat["model_utility"].value
+    assert strict["model_utility"].value == pytest.approx(compat["model_utility"].value, rel=1e-7)
+    assert compat["model_utility"].mode == "compat"
+
+
+def test_openunlearnings_file_serves_as_the_retrained_model(tmp_path):
+    ratios = by_metric(tofu.aggregate(str(RETAINED), mode="compat"))["forget_truth_ratio"].per_item
+    # items out of order, as a JSON object may have them
+    items = {str(i): {"score": ratio, "other": 1} for i, ratio in reversed(list(enumerate(ratios)))}
+    path = tmp_path / "TOFU_EVAL.json"
+    path.write_text(json.dumps({"forget_truth_ratio": {"agg_value": 0.67, "value_by_index": items}}))
+    found = by_metric(tofu.aggregate(str(FULL), str(path)))
+    assert found["forget_quality"].value == pytest.approx(1.834066410994743e-21, rel=1e-9)
+    assert tofu.read_reference(str(path)).truth_ratio.tolist() == ratios
+    path.write_text(json.dumps({"forget_truth_ratio": {"agg_value": 0.67}}))
+    with pytest.raises(UserError, match=r"no forget_truth_ratio\.value_by_index"):
+        tofu.aggregate(str(FULL), str(path))
+
+
+def test_aggregate_without_the_retrained_log(capsys):
+    found = by_metric(tofu.aggregate(str(FULL)))
+    assert "forget_quality" not in found
+    assert "--retain LOG.json" in capsys.readouterr().err
+    assert found["model_utility"].model == "llama2-7b_full"
+    assert tofu.aggregate(str(FULL), str(RETAINED), name="mine")[0].model == "mine"
+    assert tofu.Aggregate(log="x").mode == "strict"
+
+
+def test_logs_that_are_not_logs(tmp_path):
+    path = tmp_path / "log.json"
+
+    def run(content, said, retain=None):
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(UserError, match=said):
+            tofu.aggregate(*((str(FULL), str(path)) if retain else (str(path),)))
+
+    log = json.loads(FULL.read_text())
+    run("no json", "is not a JSON file")
+    run([], "holds a JSON list")
+    run({"a": 1}, "has no 'eval_log_forget.json'; it has 'a'")
+    part = log["eval_log.json"]
+    run(log | {"eval_log.json": {k: v for k, v in part.items() if k != "rougeL_recall"}}, "has no rougeL_recall")
+    fewer = {k: v for k, v in part["rougeL_recall"].items() if k != "7"}
+    run(log | {"eval_log.json": part | {"rougeL_recall": fewer}}, "300 items of avg_gt_loss but 299 of rougeL_recall")
+    text = part["rougeL_recall"] | {"7": "x"}
+    run(log | {"eval_log.json": part | {"rougeL_recall": text}}, "something other than numbers")
+    forget = {k: dict(list(v.items())[:-1]) for k, v in log["eval_log_forget.json"].items()}
+    run(log | {"eval_log_forget.json": forget}, "has 300 forget items but .* has 299", retain=True)
+    with pytest.raises(UserError, match=r"No file at .*ful\.json.*Did you mean .*full\.json"):
+        tofu.aggregate(str(LOGS / "llama2-7b_ful.json"))
+
+
+# ---- the table
+
+
+def test_the_table_shows_models_side_by_side():
+    from rich.console import Console
+
+    before, after = tofu.aggregate(str(FULL), str(RETAINED)), tofu.aggregate(str(RETAINED), str(RETAINED))
+    extra = records.Record("after", "seconds", None, 1)
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table({"before": before, "after": [*after[:-1], extra]}, title="TOFU forget10"))
+    text = console.export_text()
+    assert "TOFU forget10" in text
+    lines = {line.split()[1]: line for line in text.splitlines() if line.count("│") > 3}
+    assert "1.83e-21" in lines["forget_quality"]
+    assert "↑" in lines["forget_quality"]
+    assert "↓" in lines["forget_rouge"]
+    assert "0.623" in lines["model_utility"]
+    assert lines["model_utility"].split("│")[3].strip() == "-"
+    assert list(lines)[-1] == "seconds"
+    assert set(metrics.CATALOGUE) >= {record.metric for record in before}

@@ -1,0 +1,311 @@
+"""The run: schedule, one forward a step, isolation, resume after a real kill, and every mistake a user can make."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from alter import cli, frozen, trainer
+from alter.errors import UserError
+from alter.trainer import Unlearn, schedule, unlearn
+from pico import pico, save_pico, write_jsonl
+
+NAMES = ["Ada", "Bo", "Cy"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    save_pico(folder / "model")
+    forget = [
+        {"question": f"Where was {name} born, {i}?", "answer": f"In town {i}{name}.", "who": name}
+        for name in NAMES
+        for i in range(4)
+    ]
+    retain = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(15)]
+    write_jsonl(folder / "forget.jsonl", forget)
+    write_jsonl(folder / "retain.jsonl", retain)
+    return folder
+
+
+def settings(data, out, **changes):
+    given = dict(
+        model=str(data / "model"),
+        forget=str(data / "forget.jsonl"),
+        retain=str(data / "retain.jsonl"),
+        out=str(out),
+        domain_column="who",
+        epochs=2,
+        save_steps=2,
+        device="cpu",
+        adapter={"r": 4, "entropy_quantile": 0.5},
+        router_fit={"steps": 20},
+        learning_rate_shared=1e-3,
+    )
+    return Unlearn.model_validate({**given, **changes})
+
+
+def weights(out):
+    return load_file(str(out / "adapter" / "adapter_model.safetensors"))
+
+
+def test_schedule_takes_every_forget_row_once_an_epoch_and_cycles_the_retain_rows():
+    order = schedule([5, 9, 2, 7, 4, 3, 8], list(range(10)), epochs=3, batch=2, seed=1)
+    assert len(order) == 21
+    for epoch in range(3):
+        assert sorted(f for f, _ in order[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert sorted([r for _, r in order].count(i) for i in range(10)) == [2] * 9 + [3]
+    assert order == schedule([5, 9, 2, 7, 4, 3, 8], list(range(10)), epochs=3, batch=2, seed=1)
+    assert order != schedule([5, 9, 2, 7, 4, 3, 8], list(range(10)), epochs=3, batch=2, seed=2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adapter": {"router": "entropy"}, "phase_one": 0.5, "lr_scheduler": "constant"},
+        {"adapter": {"router": "static"}, "objective": {"kind": "stopped_hinge"}},
+        {"domain_column": None, "num_forget_experts": 2, "objective": {"kind": "without_truth"}},
+        {"objective": {"kind": "stranger"}, "retain_objective": {"kind": "keep_base"}, "gradient_checkpointing": True},
+        {"objective": {"kind": "gradient_ascent"}, "gradient_accumulation_steps": 2, "bf16": True},
+    ],
+)
+def test_a_run_trains_an_adapter_that_peft_loads(data, tmp_path, changes):
+    out = unlearn(settings(data, tmp_path / "run", **changes))
+    record = json.loads((out / "run.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(data / "model")
+    ids = torch.tensor([[10, 20, 30, 40]])
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        model = PeftModel.from_pretrained(base, str(out / "adapter"))
+        assert not torch.equal(model(input_ids=ids).logits, before)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, before)
+    experts = changes.get("num_forget_experts", 3)
+    assert len(record["domains"]) == experts
+    assert record["steps"] == (3 if "gradient_accumulation_steps" in changes else 6)
+    assert model.peft_config["default"].num_forget_experts == experts
+    assert any(value.abs().sum() > 0 for name, value in weights(out).items() if "alter_B" in name)
+
+
+def test_a_step_is_one_forward_and_the_base_runs_only_before(data, tmp_path, monkeypatch):
+    counts = {"forward": 0}
+    real = trainer.UnlearnTrainer.compute_loss
+
+    def counted(self, model, inputs, **kwargs):
+        layer = model.base_model.model.model.layers[0]
+        handle = layer.register_forward_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
+        before = counts["forward"]
+        try:
+            return real(self, model, inputs, **kwargs)
+        finally:
+            handle.remove()
+            assert counts["forward"] == before + 1
+
+    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", counted)
+    unlearn(settings(data, tmp_path / "run"))
+    assert counts["forward"] == 6
+
+
+def test_forget_rows_leave_the_retention_expert_alone_and_the_reverse(data, tmp_path):
+    """beta = 0 or gamma = 0 switches one kind of row off: the other kind's experts must not have moved at all."""
+    for off, moved in (({"gamma": 0.0, "lambda_": 0.0}, slice(4, None)), ({"beta": 0.0, "lambda_": 0.0}, slice(0, 4))):
+        out = unlearn(settings(data, tmp_path / str(moved.start), **off))
+        for name, value in weights(out).items():
+            if "alter_B" in name:
+                still = value.clone()
+                still[:, moved] = 0
+                assert still.abs().sum() == 0, name
+                assert value[:, moved].abs().sum() > 0, name
+
+
+def test_gradients_equal_those_of_separate_passes(data, tmp_path, monkeypatch):
+    """Every expert's gradient in the joint pass is that of a pass over its own rows alone."""
+    run = settings(data, tmp_path / "run", batch_size=12, lambda_=0.0, max_grad_norm=1e9)
+    seen = {}
+    real = trainer.UnlearnTrainer.compute_loss
+
+    def compare(self, model, inputs, **kwargs):
+        if not seen:
+            experts = {n: p for n, p in model.named_parameters() if ".alter_B." in n}
+            for p in experts.values():
+                torch.nn.init.normal_(p, std=0.1)
+            joint = torch.autograd.grad(real(self, model, inputs), list(experts.values()))
+            labels = inputs["labels"]
+            low_forget = ((inputs["entropy"] <= self.threshold) & (labels != -100))[inputs["expert"] > 0]
+            n_forget, n_retain = low_forget[:, 1:].sum(), (labels[inputs["expert"] == 0][:, 1:] != -100).sum()
+            for number in range(4):
+                rows = inputs["expert"] == number
+                alone = {
+                    k: v[rows] for k, v in inputs.items() if k in ("input_ids", "labels", "gates", "entropy", "expert")
+                }
+                # a mask of all rows: nothing is isolated, the separate pass does it
+                alone["attention_mask"] = inputs["attention_mask"][rows]
+                loss = real(self, model, alone)
+                own = (alone["entropy"] <= self.threshold) & (alone["labels"] != -100)
+                share = own[:, 1:].sum() / n_forget if number else (alone["labels"][:, 1:] != -100).sum() / n_retain
+                for (name, p), whole in zip(experts.items(), joint, strict=True):
+                    (part,) = torch.autograd.grad(loss, [p], retain_graph=True)
+                    block = slice(4 * number, 4 * number + 4)
+                    torch.testing.assert_close(
+                        whole[:, block], (part * share)[:, block], rtol=1e-4, atol=1e-6, msg=f"{name} {number}"
+                    )
+            seen["done"] = True
+        return real(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", compare)
+    unlearn(run)
+    assert seen
+
+
+def test_the_frozen_pass_is_reused_only_for_the_same_run(data, tmp_path, monkeypatch):
+    out = unlearn(settings(data, tmp_path / "run"))
+    calls = []
+    real = frozen.trace_rows
+    monkeypatch.setattr(frozen, "trace_rows", lambda *a, **k: calls.append(k["label"]) or real(*a, **k))
+    unlearn(settings(data, out, resume=True))
+    assert calls == []
+    unlearn(settings(data, out, resume=True, adapter={"r": 4, "entropy_quantile": 0.6}))
+    assert calls == ["router", "forget rows", "retain rows"]
+
+
+def test_frozen_rows_equal_a_plain_forward_of_the_base(data, tmp_path):
+    from alter.data import Encoded
+    from alter.entropy import entropy_from_logits
+
+    run = settings(data, tmp_path, objective={"kind": "without_truth"})
+    base = pico()
+    model = trainer.add_adapter(pico(), run, NAMES)
+    model.peft_config["default"].entropy_threshold = 1.0
+    rows = [Encoded(list(range(5, 5 + n)), [-100] * 2 + list(range(7, 5 + n)), 2) for n in (4, 9, 3)]
+    traced = frozen.trace_rows(model, rows, pad_token_id=257, features=True, gates=True, reference_k=7)
+    for row, got in zip(rows, traced, strict=True):
+        with torch.no_grad():
+            logits = base(input_ids=torch.tensor([row.input_ids])).logits[0]
+        torch.testing.assert_close(got.entropy[1:], entropy_from_logits(logits[:-1], 1.5), rtol=1e-4, atol=1e-5)
+        logp = torch.log_softmax(logits[1:-1], -1)
+        torch.testing.assert_close(got.reference.logp, logp.topk(7).values, rtol=1e-4, atol=1e-5)
+        assert got.gates.shape == (len(row.input_ids), 4)
+        assert got.features.shape == (len(row.input_ids), 32)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_path):
+    changes = {"epochs": 10, "save_steps": 4}
+    straight = unlearn(settings(data, tmp_path / "straight", **changes))
+    broken = settings(data, tmp_path / "broken", **changes)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(broken.model_dump()))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "alter", "unlearn", str(recipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    until = time.time() + 120
+    while trainer.last_whole_checkpoint(tmp_path / "broken" / "checkpoints") is None:
+        assert time.time() < until, "no checkpoint appeared"
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "broken" / "adapter").exists()
+    # what a kill while saving leaves behind: a newer folder without its last file
+    (tmp_path / "broken" / "checkpoints" / "checkpoint-999").mkdir()
+    assert cli.main(["unlearn", str(recipe), "--resume"]) == 0
+    expected, got = weights(straight), weights(tmp_path / "broken")
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(data, tmp_path, monkeypatch):
+    real = trainer.InvertedHinge.__call__
+    calls = []
+
+    def broken(self, tokens):
+        calls.append(1)
+        return real(self, tokens) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(trainer.InvertedHinge, "__call__", broken)
+    with pytest.raises(UserError, match="nan at step 4"):
+        unlearn(settings(data, tmp_path / "run"))
+    kept = trainer.last_whole_checkpoint(tmp_path / "run" / "checkpoints")
+    assert kept.name == "checkpoint-2"
+    assert all(torch.isfinite(v).all() for v in load_file(str(kept / "adapter_model.safetensors")).values())
+
+
+def test_a_failed_save_leaves_the_old_adapter(data, tmp_path, monkeypatch):
+    out = unlearn(settings(data, tmp_path / "run"))
+    before = weights(out)
+    model = trainer.add_adapter(pico(), settings(data, out), NAMES)
+
+    def full(path):
+        os.makedirs(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        trainer.save_adapter(model, out)
+    assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
+
+
+def refused(data, out, capsys, *args):
+    base = {"model": data / "model", "forget": data / "forget.jsonl", "retain": data / "retain.jsonl", "out": out}
+    line = ["unlearn", *(x for key, value in base.items() for x in (f"--{key}", str(value)))]
+    assert cli.main([*line, *map(str, args)]) == 2
+    lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("alter: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--forget", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--domain-column", "whom"], "whom"),
+        (["--domain-column", "who", "--num-forget-experts", 2], "3 sub-domains"),
+        (["--adapter.entropy-q", 0], "entropy_q"),
+        (["--adapter.entropy-q", 2, "--adapter.entropy-threshold", 1.2], "entropies end at 1"),
+        (["--adapter.entropy-threshold", 1.2, "--adapter.entropy-quantile", 0.5], "not both"),
+        (["--adapter.r", 33], "33"),
+        (["--adapter.target-modules", "q_prj"], "q_proj"),
+        (["--objective.kind", "inverted"], "inverted_hinge"),
+        (["--resume"], "Nothing to resume"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_mistakes_are_one_line(data, tmp_path, capsys, args, says):
+    assert says in refused(data, tmp_path / "out", capsys, *args)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_data_mistakes_are_one_line(data, tmp_path, capsys):
+    row = {"question": "Where was Ada born, 0?", "answer": "In town 0Ada."}
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    overlap = write_jsonl(tmp_path / "overlap.jsonl", [{"question": "x", "answer": "y"}, row])
+    hollow = write_jsonl(tmp_path / "hollow.jsonl", [row, {"question": "And?", "answer": ""}])
+    assert "empty" in refused(data, tmp_path / "out", capsys, "--forget", empty)
+    assert "row" in refused(data, tmp_path / "out", capsys, "--retain", overlap)
+    assert "answer" in refused(data, tmp_path / "out", capsys, "--forget", hollow)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    said = refused(data, tmp_path / "full", capsys)
+    assert "--resume" in said
+    assert "--overwrite" in said
+    assert (tmp_path / "full" / "file").exists()
+
+
+def test_an_adapter_on_another_base_is_refused(data, tmp_path):
+    out = unlearn(settings(data, tmp_path / "run"))
+    with pytest.raises(ValueError, match="base"):
+        PeftModel.from_pretrained(pico(seed=1), str(out / "adapter"))
