@@ -8,7 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import reference
 from alter import AlterConfig, scoring
@@ -236,8 +244,35 @@ def prompts(seed=0, n=7):
     return [rng.integers(40, 120, int(rng.integers(1, 30))).tolist() for _ in range(n)]
 
 
-def test_generations_are_those_of_one_row_at_a_time():
-    model, tokenizer = pico(3), byte_tokenizer()
+def gpt2(seed):
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
+
+
+def sliding(seed):
+    torch.manual_seed(seed)
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+        initializer_range=0.3,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [pico, gpt2, sliding])
+@pytest.mark.parametrize("segment", [1, 5, 12, 100])
+@pytest.mark.parametrize("drop", [True, False])
+def test_generations_are_those_of_one_row_at_a_time(make, segment, drop, monkeypatch):
+    monkeypatch.setattr(scoring, "SEGMENT", segment)
+    if not drop:
+        monkeypatch.setattr(scoring, "_can_drop_rows", lambda cache: False)
+    model, tokenizer = make(3), byte_tokenizer()
     # a stop token that does come up, so that replies end at different lengths
     stop = {EOS, by_hand(model, prompts()[0], 12, set())[5]}
     model.generation_config.eos_token_id = sorted(stop)
@@ -247,26 +282,52 @@ def test_generations_are_those_of_one_row_at_a_time():
     for size in (1, 3, 64):
         found = scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, batch_size=size, progress=False)
         assert found == expected
+    likely = [4, 1, 9, 9, 2, 0, 7]
     found = scoring.generate(
-        model,
-        tokenizer,
-        prompts(),
-        max_new_tokens=12,
-        batch_size=3,
-        expected_lengths=[4, 1, 9, 9, 2, 0, 7],
-        progress=False,
+        model, tokenizer, prompts(), max_new_tokens=12, batch_size=3, expected_lengths=likely, progress=False
     )
     assert found == expected
 
 
-def test_generations_of_an_adapter_do_not_depend_on_the_batch():
+def test_rows_that_have_ended_leave_the_batch(monkeypatch):
+    monkeypatch.setattr(scoring, "SEGMENT", 2)
+    model, tokenizer = pico(3), byte_tokenizer()
+    replies = [by_hand(model, prompt, 12, set()) for prompt in prompts()]
+    model.generation_config.eos_token_id = replies[0][3]
+    sizes = []
+    forward = model.forward
+
+    def watched(*args, **settings):
+        sizes.append(len(settings["input_ids"]))
+        return forward(*args, **settings)
+
+    monkeypatch.setattr(model, "forward", watched)
+    scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, progress=False)
+    assert sizes[0] == 7 > sizes[-1]
+    assert len(sizes) <= 12
+
+
+@pytest.mark.parametrize("segment", [3, 100])
+def test_generations_of_an_adapter_do_not_depend_on_the_batch(segment, monkeypatch):
+    monkeypatch.setattr(scoring, "SEGMENT", segment)
     model, tokenizer = adapted(3), byte_tokenizer()
-    with torch.no_grad():
-        replies = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=12, do_sample=False) for p in prompts()]
-    expected = [
-        tokenizer.decode(reply[0, len(prompt) :], skip_special_tokens=True).strip()
-        for reply, prompt in zip(replies, prompts(), strict=True)
-    ]
+
+    def alone(prompt, stop=None):
+        with torch.no_grad():
+            reply = model.generate(
+                input_ids=torch.tensor([prompt]),
+                max_new_tokens=12,
+                do_sample=False,
+                eos_token_id=stop,
+                pad_token_id=PAD,
+            )
+        return reply[0, len(prompt) :].tolist()
+
+    stop = alone(prompts()[0])[5]
+    model.get_base_model().generation_config.eos_token_id = stop
+    replies = [[token for token in alone(prompt, [EOS, stop]) if token not in (EOS, stop)] for prompt in prompts()]
+    assert len({len(reply) for reply in replies}) > 1
+    expected = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
     for size in (3, 64):
         found = scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, batch_size=size, progress=False)
         assert found == expected

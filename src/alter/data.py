@@ -709,12 +709,15 @@ def domains(
         raise UserError(
             f"The rows hold no words to divide them by ({error}); label them with a domain column."
         ) from None
+    distinct = len(np.unique(np.round(weights.toarray(), 9), axis=0))
+    if n is not None and n > distinct:
+        raise UserError(f"{n} sub-domains are not possible: only {distinct} of the {rows} rows differ in their words.")
+
+    if distinct == 1:
+        return [0] * rows, ["all"]
     size = min(50, rows - 1, weights.shape[1] - 1)
     dense = TruncatedSVD(size, random_state=seed).fit_transform(weights) if size >= 2 else weights.toarray()
     points = normalize(dense)
-    distinct = len(np.unique(np.round(points, 9), axis=0))
-    if n is not None and n > distinct:
-        raise UserError(f"{n} sub-domains are not possible: only {distinct} of the {rows} rows differ in their words.")
 
     def cluster(count: int) -> np.ndarray:
         return KMeans(count, n_init=10, random_state=seed).fit_predict(points)

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -401,6 +402,7 @@ def _finish(
     os.replace(fresh, out)
     if old.exists():
         shutil.rmtree(old)
+    print(f"model: {out}", file=sys.stderr)
     return out
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alter import records
 from alter.data import Encoded, ensure_pad_token
@@ -26,6 +27,8 @@ MAX_LOGITS = 2**28
 """Largest number of logits in one batch (1 GiB in fp32): with a large vocabulary it shrinks the batch."""
 CHUNK_LOGITS = 2**23
 """Number of logits that are turned into fp32 at a time."""
+SEGMENT = 32
+"""Greedy decoding drops the rows that have ended after every so many tokens."""
 
 
 @dataclass
@@ -262,8 +265,12 @@ def generate(
                 f"of {context}: generate at most {max(context - len(prompt), 0)}, or shorten the prompt."
             )
     stop = _stop_ids(model, tokenizer)
-    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | sampling
-    settings |= {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "use_cache": True}
+    own = _inner(model).generation_config
+    # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
+    whole = bool(sampling) or own.min_new_tokens is not None or own.cache_implementation is not None
+    segment = max_new_tokens if whole else SEGMENT
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    settings: dict[str, Any] = greedy | sampling | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
     if stop:
         settings["eos_token_id"] = sorted(stop)
     device = _device(model)
@@ -281,11 +288,64 @@ def generate(
                 mask[k, width - len(prompts[i]) :] = 1
             if compat:
                 mask = (ids != tokenizer.pad_token_id).long()
-            replies = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **settings)
-            for i, reply in zip(batch, replies[:, width:].tolist(), strict=True):
-                end = next((k for k, token in enumerate(reply) if token in stop), len(reply))
-                texts[i] = tokenizer.decode(reply[:end], skip_special_tokens=True).strip()
+            replies = _continue(model, ids.to(device), mask.to(device), stop, max_new_tokens, segment, settings)
+            for i, reply in zip(batch, replies, strict=True):
+                texts[i] = tokenizer.decode(reply, skip_special_tokens=True).strip()
     return texts
+
+
+def _continue(
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    stop: set[int],
+    max_new_tokens: int,
+    segment: int,
+    settings: dict[str, Any],
+) -> list[list[int]]:
+    """Return the new tokens of each row of left-padded prompts [B, T], up to its first stop token.
+
+    After every `segment` tokens, rows that have ended leave the batch, keys and values included, where the cache allows
+    it (see `_can_drop_rows`); else they stay, and what follows their end is not looked at.
+    """
+    replies: list[list[int]] = [[] for _ in ids]
+    ended = [False] * len(ids)
+    rows = list(range(len(ids)))
+    carried: dict[str, Any] = {}
+    done = 0
+    while True:
+        steps = min(segment, max_new_tokens - done)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=steps,
+            return_dict_in_generate=True,
+            **carried,
+            **settings,
+        )
+        new = out.sequences[:, ids.shape[1] :]
+        done += new.shape[1]
+        for row, tokens in zip(rows, new.tolist(), strict=True):
+            if not ended[row]:
+                end = next((t for t, token in enumerate(tokens) if token in stop), None)
+                replies[row] += tokens[:end]
+                ended[row] = end is not None
+        if all(ended) or done >= max_new_tokens:
+            return replies
+        ids, mask = out.sequences, torch.cat([mask, torch.ones_like(new)], dim=1)
+        cache = out.get("past_key_values")
+        carried = {} if cache is None else {"past_key_values": cache}
+        if _can_drop_rows(cache):
+            going = [k for k, row in enumerate(rows) if not ended[row]]
+            kept = torch.tensor(going, device=ids.device)
+            cache.batch_select_indices(kept)
+            ids, mask, rows = ids[kept], mask[kept], [rows[k] for k in going]
+
+
+def _can_drop_rows(cache: Any) -> bool:
+    """Whether a cache keeps nothing but keys and values, one row of them for each row of the batch, growing."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

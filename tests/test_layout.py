@@ -1,0 +1,77 @@
+"""The package's shape: which module may import which, and that the help stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "alter"
+
+# a module may import those named, and what these may import
+LAYERS = {
+    "errors": set(),
+    "records": {"errors"},
+    "entropy": {"errors"},
+    "metrics": {"errors"},
+    "data": {"errors", "records"},
+    "objectives": set(),
+    "adapter": {"errors", "entropy"},
+    "scoring": {"errors", "records", "data", "adapter"},
+    "frozen": {"data", "objectives", "records"},
+    "report": {"metrics", "records"},
+    "benchmarks": {"errors", "records", "data", "metrics", "scoring"},
+    "finetune": {"errors", "records", "data", "scoring"},
+    "trainer": {"errors", "records", "entropy", "data", "objectives", "adapter", "frozen", "scoring"},
+    "evaluation": {"errors", "records", "data", "benchmarks", "report", "scoring"},
+    "demo": {"errors", "records", "benchmarks", "evaluation", "scoring", "trainer"},
+    "cli": {"errors"},
+    "__main__": {"cli"},
+    "__init__": {"adapter"},
+}
+
+
+def imports(path):
+    """Names that a file imports, at any depth of the code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module == "alter":
+                yield from (f"alter.{name.name}" for name in node.names)
+
+
+def module_of(path):
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path):
+    module = module_of(path)
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("alter.")}
+    own = {name for name in own if name not in ("AlterConfig", "AlterModel", "AlterLinear")} - {module}
+    assert own <= LAYERS[module]
+
+
+@pytest.mark.parametrize("module", ["entropy", "objectives", "metrics"])
+def test_mathematics_knows_no_framework(module):
+    roots = {name.split(".")[0] for name in imports(SOURCE / f"{module}.py")}
+    assert not roots & {"transformers", "peft", "datasets", "accelerate"}
+
+
+def test_help_loads_no_torch():
+    code = "import sys; from alter.cli import main; main(['--help']); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.rstrip().endswith("False")
+    for command in ("demo", "unlearn", "evaluate", "aggregate", "generate", "finetune"):
+        assert f"\n  {command} " in shown
+
+
+def test_import_alter_is_enough_for_peft():
+    code = "import alter, peft; print(peft.PeftType('ALTER').value, peft.get_peft_config({'peft_type': 'ALTER'}).r)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["ALTER", "8"]
+    code = "import peft, alter; print(peft.PeftType('ALTER').value)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "ALTER"
