@@ -136,3 +136,53 @@ def naive_token_statistics(logits, label):
     mean = math.fsum(x * y for x, y in zip(p, logp, strict=True) if x > 0)
     var = math.fsum(x * (y - mean) ** 2 for x, y in zip(p, logp, strict=True) if x > 0)
     return logp[label], max(range(len(logits)), key=lambda i: logits[i]) == label, mean, var
+
+
+# ---- adapter ---------------------------------------------------------------------------------------------------------
+
+
+def naive_gates(logits, high, temperature_high, temperature_low, top_k, evidence=True):
+    """Weights of N + 1 experts for one token (Eqs. 7 and 9)."""
+    if not evidence:
+        return [1.0] + [0.0] * (len(logits) - 1)
+    if not high:
+        share = naive_softmax([x / temperature_low for x in logits])
+        best = max(range(len(share)), key=lambda e: (share[e], logits[e], -e))
+        return [float(e == best) for e in range(len(logits))]
+    share = naive_softmax([x / temperature_high for x in logits])
+    chosen = sorted(range(1, len(logits)), key=lambda e: -share[e])[:top_k]
+    return [1.0] + [share[e] if e in chosen else 0.0 for e in range(1, len(logits))]
+
+
+def naive_previous(mask):
+    """Index of the last real token before each real token of a row, else -1."""
+    return [max((s for s in range(t) if mask[s]), default=-1) if mask[t] else -1 for t in range(len(mask))]
+
+
+def naive_pool(values, evidence, memory):
+    """Weighted mean of the past and present values of one row, weight memory^k for k contributing tokens back."""
+    pooled = []
+    for t in range(len(values)):
+        past = [s for s in range(t + 1) if evidence[s]] if memory > 0 else [t] * bool(evidence[t])
+        weights = [memory ** (len(past) - 1 - i) for i in range(len(past))]
+        total = math.fsum(weights)
+        pooled.append(
+            [
+                math.fsum(w * values[s][d] for w, s in zip(weights, past, strict=True)) / total if past else 0.0
+                for d in range(len(values[0]))
+            ]
+        )
+    return pooled
+
+
+def naive_masked_linear(x, weight, grad, mask):
+    """y = x W^T, dx = dy W, dW = dy^T (x ⊙ mask) for rows x [T][in] and mask [T][E], each entry over in / E columns."""
+    tokens, width, out = len(x), len(x[0]), len(weight)
+    group = width // len(mask[0])
+    y = [[math.fsum(x[t][i] * weight[o][i] for i in range(width)) for o in range(out)] for t in range(tokens)]
+    dx = [[math.fsum(grad[t][o] * weight[o][i] for o in range(out)) for i in range(width)] for t in range(tokens)]
+    dw = [
+        [math.fsum(grad[t][o] * x[t][i] * mask[t][i // group] for t in range(tokens)) for i in range(width)]
+        for o in range(out)
+    ]
+    return y, dx, dw

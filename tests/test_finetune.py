@@ -117,14 +117,14 @@ def test_pack(count, blocks):
     assert pack(ids, 4) == [ids[start:stop] for start, stop in blocks]
 
 
-def test_copied_blocks(tmp_path):
+def test_corpora_become_blocks_of_one_length(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("All that is gold does not glitter, not all those who wander are lost. " * 20)
-    wanted = settings(tmp_path / "out", data=[], corpora=[str(book)], copy_blocks=1.0, max_length=32)
+    wanted = settings(tmp_path / "out", data=[], corpora=[str(book)], max_length=32)
     tokenizer = module.train_tokenizer(["builtin:forget01"], 300, 32)
     rows = module.training_rows(wanted, tokenizer)
-    assert all(row["input_ids"][:16] == row["input_ids"][16:] for row in rows)
-    assert all(row["weights"] == [1.0] * 32 for row in rows)
+    assert all(len(row["input_ids"]) == 32 and row["weights"] == [1.0] * 32 for row in rows)
+    assert rows[0]["input_ids"] == tokenizer(book.read_text())["input_ids"][:32]
 
 
 def test_prompt_weight(tmp_path):

@@ -159,6 +159,17 @@ def test_a_pad_token_inside_a_row_is_seen_in_strict_and_hidden_in_compat():
     assert np.abs(strict.logprob[0] - compat.logprob[0]).max() > 0.01
 
 
+def test_the_mask_tells_padding_by_length(monkeypatch):
+    model, data, masks = pico(), rows(6), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: masks.append(inputs["attention_mask"]) or forward(**inputs))
+    monkeypatch.setattr(scoring, "_inner", lambda model: pico())
+    scoring.score(model, data, pad_token_id=data[0].input_ids[0], progress=False)
+    lengths = sorted((len(row.input_ids) for row in data), reverse=True)
+    assert torch.cat(masks).sum(dim=1).tolist() == lengths
+    assert masks[0][-1].tolist() == [1] * lengths[-1] + [0] * (lengths[0] - lengths[-1])
+
+
 def test_a_model_that_cannot_slice_its_logits():
     class Whole(GPT2LMHeadModel):
         def forward(self, input_ids, attention_mask=None, use_cache=None):
@@ -386,7 +397,9 @@ def saved(tmp_path):
     return tmp_path
 
 
-def test_load_a_model_and_an_adapter(saved):
+def test_load_a_model_and_an_adapter(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved))
+    assert scoring.load_model("~/model", "~/adapter", device="cpu")[0].active_adapter == "default"
     model, tokenizer = scoring.load_model(str(saved / "model"), device="cpu")
     assert not model.training
     assert tokenizer.pad_token_id == PAD
@@ -434,6 +447,18 @@ def test_loading_errors_name_the_fix(saved, monkeypatch):
     broken.save_pretrained(model)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
         scoring.load_model(model)
+
+
+def test_models_that_come_with_the_package(saved, monkeypatch):
+    monkeypatch.setattr(scoring, "__file__", str(saved / "scoring.py"))
+    with pytest.raises(UserError, match="No model 'builtin:mini' is shipped; there are: none"):
+        scoring.load_model("builtin:mini")
+    (saved / "assets").mkdir()
+    (saved / "model").rename(saved / "assets" / "mini")
+    assert scoring.load_model("builtin:mini", device="cpu")[1].pad_token_id == PAD
+    with pytest.raises(UserError, match=r"there are: builtin:mini\. Did you mean 'builtin:mini'"):
+        scoring.load_model("builtin:mina")
+    assert scoring.shipped_model("owner/name") == "owner/name"
 
 
 def test_a_hub_name_that_does_not_load(monkeypatch):

@@ -62,7 +62,7 @@ class Finetune(BaseModel, extra="forbid"):
     data: list[str] = Field([], description="sources of rows: builtin:full, rows.jsonl, folder:retain90, org/name")
     corpora: list[str] = Field([], description="plain text files, packed into blocks of max_length tokens")
     out: str = Field(description="folder to write the model to")
-    seed: int = Field(0, ge=0, description="of weights, order, blocks and dropout")
+    seed: int = Field(0, ge=0, description="of weights, order and dropout")
     max_length: int = Field(512, ge=8, description="longest sequence in tokens; also the length of a packed block")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps (overrides epochs)")
@@ -81,12 +81,6 @@ class Finetune(BaseModel, extra="forbid"):
     embedding_dropout: float = Field(0.0, ge=0, lt=1, description="of the token embeddings, in training only")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="of attention weights, in training only")
     neftune: float = Field(0.0, ge=0, description="NEFTune's alpha: uniform noise on embeddings (Jain et al. 2024)")
-    copy_blocks: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the packed blocks whose second half repeats the first, to practise copying",
-    )
     temperature: float = Field(
         1.0, gt=0, description="divides the logits of the saved model (folded into its last norm); greedy output stays"
     )
@@ -190,13 +184,9 @@ def pack(ids: Sequence[int], length: int) -> list[list[int]]:
 def training_rows(settings: Finetune, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Return rows of `input_ids`, `labels` (the ids) and `weights` (of each label in the loss), one per sequence."""
     rows: list[dict[str, Any]] = []
-    draw = random.Random(settings.seed)
     for source in settings.corpora:
         ids = list(tokenizer(_read_corpus(source), verbose=False)["input_ids"])
         for block in pack(ids, settings.max_length):
-            if draw.random() < settings.copy_blocks:
-                half = len(block) // 2
-                block = block[:half] * 2
             rows.append({"input_ids": block, "labels": block, "weights": [1.0] * len(block)})
     for source in settings.data:
         for example in load_examples(source):
@@ -412,6 +402,7 @@ def _card(settings: Finetune, numbers: dict[str, Any]) -> str:
     origin = (
         f"from `{settings.model}`" if settings.model else f"from random weights ({numbers['parameters']:,} parameters)"
     )
+    sources = [f"`{source}`" for source in [*settings.data, *settings.corpora]]
     lines = [
         "---",
         "library_name: transformers",
@@ -424,7 +415,7 @@ def _card(settings: Finetune, numbers: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| data | {', '.join(f'`{source}`' for source in [*settings.data, *settings.corpora])} |",
+        f"| data | {', '.join(sources)} |",
         f"| sequences | {numbers['sequences']:,} |",
         f"| optimizer steps, epochs | {numbers['steps']:,}, {numbers['epochs']:g} |",
         f"| training loss, mean of the last {numbers['loss_steps']} steps | {numbers['loss']:.4f} |",

@@ -27,7 +27,7 @@ MAX_LOGITS = 2**28
 """Largest number of logits in one batch (1 GiB in fp32): with a large vocabulary it shrinks the batch."""
 CHUNK_LOGITS = 2**23
 """Number of logits that are turned into fp32 at a time."""
-SEGMENT = 32
+SEGMENT = 16
 """Greedy decoding drops the rows that have ended after every so many tokens."""
 
 
@@ -351,14 +351,31 @@ def _can_drop_rows(cache: Any) -> bool:
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
+def shipped_model(name: str) -> str:
+    """Return the folder of a model that comes with this package (`builtin:NAME`); any other name as it is.
+
+    Raises:
+        UserError: no model of that name comes with the package.
+    """
+    if not name.startswith("builtin:"):
+        return name
+    assets = Path(__file__).parent / "assets"
+    names = [f"builtin:{path.parent.relative_to(assets).as_posix()}" for path in sorted(assets.rglob("config.json"))]
+    if name not in names:
+        raise UserError(
+            f"No model {name!r} is shipped; there are: {', '.join(names) or 'none'}.{nearest(name, names)}"
+        )
+    return str(assets / name.removeprefix("builtin:"))
+
+
 def _local(name: str) -> bool:
     """Whether a name means a folder rather than a hub id (`name` or `owner/name`)."""
     path = Path(name).expanduser()
     return path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
-def _folder(name: str, needs: str, what: str) -> None:
-    """Check that a local folder exists and holds the file that makes it a model or an adapter."""
+def _folder(name: str, needs: str, what: str) -> str:
+    """Return a local folder's path after checking that it holds the file that makes it a model or an adapter."""
     path = Path(name).expanduser()
     if not path.exists():
         siblings = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -366,7 +383,7 @@ def _folder(name: str, needs: str, what: str) -> None:
     if not path.is_dir():
         raise UserError(f"{name} is a file; expected the folder of a {what}, as written by save_pretrained.")
     if (path / needs).is_file():
-        return
+        return str(path)
     hint = f"; expected the folder of a {what}, as written by save_pretrained."
     if needs == "config.json" and (path / "adapter_config.json").is_file():
         hint = f": it holds an adapter. Give the model it was made for, and the adapter by itself: --adapter {name}"
@@ -381,7 +398,7 @@ def load_model(
     """Load a causal language model and its tokenizer, with an adapter if one is named, ready for evaluation.
 
     Args:
-        model: local folder, or hub id.
+        model: local folder, hub id, or `builtin:NAME` for one that comes with this package.
         adapter: local folder or hub id of a PEFT adapter made for that model (ALTER's or any other).
         dtype: "auto" keeps the checkpoint's number format, but fp16 becomes fp32 on a CPU; or "float32", ...
         device: "cpu", "cuda", "cuda:1", "mps", ...; None takes the GPU if there is one.
@@ -394,10 +411,11 @@ def load_model(
         choices = ["auto", "float32", "bfloat16", "float16"]
         raise UserError(f"No number format {dtype!r}: expected one of {', '.join(choices)}.{nearest(dtype, choices)}")
     place = _place(device)
+    model = shipped_model(model)
     if _local(model):
-        _folder(model, "config.json", "model")
+        model = _folder(model, "config.json", "model")
     if adapter is not None and _local(adapter):
-        _folder(adapter, "adapter_config.json", "adapter")
+        adapter = _folder(adapter, "adapter_config.json", "adapter")
     try:
         network = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True

@@ -72,9 +72,9 @@ class RouterFit(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    steps: int = Field(300, ge=1)
-    learning_rate: float = Field(0.01, gt=0)
-    weight_decay: float = Field(1e-3, ge=0)
+    steps: int = Field(1000, ge=1)
+    learning_rate: float = Field(0.03, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
     max_tokens: int = Field(100_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
 
 
@@ -288,7 +288,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
     for step in range(fit.steps):
         for group in optimizer.param_groups:
             group["lr"] = fit.learning_rate * (1 - step / fit.steps)
-        batch = torch.from_numpy(generator.integers(len(x), size=min(4096, len(x))))
+        batch = torch.from_numpy(generator.integers(len(x), size=min(2048, len(x))))
         loss = torch.nn.functional.cross_entropy(head(x[batch]), y[batch])
         optimizer.zero_grad()
         loss.backward()

@@ -125,7 +125,7 @@ def pool(values: Tensor, evidence: Tensor, memory: float) -> Tensor:
     Args:
         values: [B, T, D].
         evidence: [B, T], true where a token contributes; the others keep the mean they found.
-        memory: in [0, 1]; 0 returns the values themselves.
+        memory: in [0, 1]; 0 returns the values themselves, and zeros where there is no evidence.
     """
     known = evidence.bool()
     total = accumulate(values, known, torch.zeros_like(known), memory)

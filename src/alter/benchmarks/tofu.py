@@ -549,7 +549,7 @@ class TofuEvaluation(pydantic.BaseModel, extra="forbid"):
     """Settings of one evaluation on TOFU."""
 
     model: str
-    """Model to evaluate: local folder or hub id."""
+    """Model to evaluate: local folder, hub id, or builtin:NAME."""
     adapter: str | None = None
     """Adapter on top of it: local folder or hub id."""
     split: Literal["forget01", "forget05", "forget10"] = "forget10"
@@ -591,14 +591,14 @@ def evaluate_tofu(
     )
     reference = None
     if settings.retain_records is not None:
-        path = Path(settings.retain_records).expanduser()
-        if path.is_dir():
-            retrained, own_tokenizer = load_model(str(path), dtype=settings.dtype, device=settings.device)
+        source = settings.retain_records
+        if source.startswith("builtin:") or Path(source).expanduser().is_dir():
+            retrained, own_tokenizer = load_model(source, dtype=settings.dtype, device=settings.device)
             result = tofu_metrics(retrained, own_tokenizer, which=("likelihood",), sets=("forget",), **common)
-            reference = result.as_reference(str(path))
+            reference = result.as_reference(source)
             del retrained
         else:
-            reference = read_reference(str(path))
+            reference = read_reference(source)
     if model is None:
         model, tokenizer = load_model(settings.model, settings.adapter, settings.dtype, settings.device)
     result = tofu_metrics(model, tokenizer, reference=reference, **common)
