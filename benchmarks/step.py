@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from alter import AlterConfig, frozen
 from alter.data import Encoded
 from alter.objectives import CrossEntropy, InvertedHinge
-from alter.trainer import PairCollator, Rows, Unlearn, UnlearnTrainer
+from alter.trainer import PairCollator, Unlearn, UnlearnTrainer
 
 RESULTS = Path(__file__).parent / "results.csv"
 
@@ -84,9 +84,7 @@ def main() -> None:
         AlterConfig(r=args.rank, alter_alpha=16, target_modules=targets, num_forget_experts=args.experts),
     )
     alter.base_model.router_host[1].alter_router["default"].requires_grad_(False)
-    run = Unlearn(
-        model="", forget="", retain="", out="", objective=InvertedHinge(), retain_objective=CrossEntropy()
-    )
+    run = Unlearn(model="", forget="", retain="", out="", objective=InvertedHinge(), retain_objective=CrossEntropy())
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(output_dir=folder, report_to=[], use_cpu=args.device == "cpu", max_steps=1)
         trainer = UnlearnTrainer(run, 1.2, args.experts + 1, model=alter, args=arguments)
@@ -109,7 +107,9 @@ def main() -> None:
                 times[name].append(time.perf_counter() - started)
     median = {name: statistics.median(values) for name, values in times.items()}
     ratio = median["alter"] / median["lora"]
-    hardware = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()}, {args.threads} threads"
+    hardware = (
+        torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()}, {args.threads} threads"
+    )
     print(f"lora {median['lora'] * 1e3:.1f} ms, alter {median['alter'] * 1e3:.1f} ms, ratio {ratio:.3f} ({hardware})")
     row = {
         "benchmark": "step", "hardware": hardware, "torch": torch.__version__, "dtype": args.dtype,

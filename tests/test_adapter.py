@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from reference import naive_gates, naive_masked_linear, naive_pool, naive_previous
 from torch import nn
 
 import alter.adapter.routing as routing
@@ -18,6 +17,7 @@ from alter.adapter import AlterLinear, Routing, base_fingerprint, expert_gates
 from alter.adapter.layer import MaskedLinear
 from alter.adapter.model import default_host, same_base
 from alter.errors import UserError
+from reference import naive_gates, naive_masked_linear, naive_pool, naive_previous
 
 LLAMA_LIKE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 NEOX = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
@@ -66,7 +66,9 @@ def tiny(kind="llama", seed=0, layers=3, **extra):
     }
     if kind == "gpt2":
         values = {k: v for k, v in values.items() if not k.startswith(("num_", "hidden", "inter", "max_", "head"))}
+        values |= {name: extra.get(name, 0.0) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     if kind == "falcon":
+        del values["head_dim"]
         values["new_decoder_architecture"] = True
     torch.manual_seed(seed)
     model = getattr(transformers, name)(getattr(transformers, config)(**values)).eval()
@@ -321,10 +323,7 @@ def test_checkpointing_two_forwards_before_one_backward(kind, reentrant):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    inner = model.base_model.model.model if kind != "gpt2" else model.base_model.model.transformer
-    inner = inner if kind != "gpt_neox" else model.base_model.model.gpt_neox
-    layer = (inner.h if kind == "gpt2" else inner.layers)[0]
-    attention = next(module for module in layer.modules() if isinstance(module, AlterLinear))
+    attention = next(module for module in model.modules() if isinstance(module, AlterLinear))
     with counted(attention) as calls:
         checkpointed = gradients()
     assert len(calls) == 6, "two frozen passes, two forwards, two recomputations"
@@ -332,7 +331,8 @@ def test_checkpointing_two_forwards_before_one_backward(kind, reentrant):
     for name, grad in plain.items():
         torch.testing.assert_close(checkpointed[name], grad, msg=name)
     base = model.unload()
-    assert not any(isinstance(m.__dict__.get("_gradient_checkpointing_func"), routing.CapturingCheckpoint) for m in base.modules())
+    functions = [m.__dict__.get("_gradient_checkpointing_func") for m in base.modules()]
+    assert not any(isinstance(function, routing.CapturingCheckpoint) for function in functions)
 
 
 def test_checkpoint_wrapper_and_its_state_dict():
@@ -518,7 +518,9 @@ def test_several_adapters_side_by_side():
     ids = rows()
     base = tiny()
     model = adapted(base, name="one")
-    model.add_adapter("two", AlterConfig(num_forget_experts=1, r=1, init_weights=False, router_layer="layers.1.self_attn.k_proj"))
+    model.add_adapter(
+        "two", AlterConfig(num_forget_experts=1, r=1, init_weights=False, router_layer="layers.1.self_attn.k_proj")
+    )
     model.add_adapter("flat", AlterConfig(r=1, init_weights=False, router="static", target_modules=["up_proj"]))
     outputs = {}
     for names in (["one"], ["two"], ["flat"], ["one", "two", "flat"]):
@@ -539,8 +541,8 @@ def test_several_adapters_side_by_side():
     model.delete_adapter("two")
     torch.testing.assert_close(model(ids).logits, outputs[("one",)])
     model.delete_adapter("flat")
-    with pytest.warns(UserWarning, match="no active adapter|was active|deleted"):
-        warnings.warn("was active", UserWarning, stacklevel=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model.delete_adapter("one")
     assert "_alter_context" not in base.__dict__
     assert not base._forward_pre_hooks
@@ -779,7 +781,9 @@ def test_failed_injection_leaves_the_model_alone():
     base = tiny()
     ids = rows()
     reference = base(ids).logits
-    with pytest.raises(UserError, match=r"Rank 5 is larger than layer 'model\.layers\.0\.self_attn\.k_proj'.*of at most 4"):
+    with pytest.raises(
+        UserError, match=r"Rank 5 is larger than layer 'model\.layers\.0\.self_attn\.k_proj'.*of at most 4"
+    ):
         adapted(tiny(num_key_value_heads=1), r=5)
     with pytest.raises(UserError, match=r"router_layer 'layers\.9\.q_proj'.*leave router_layer out"):
         adapted(base, router_layer="layers.9.q_proj")
@@ -807,7 +811,7 @@ def test_wrong_routes_are_named():
     ids = rows()
     with pytest.raises(UserError, match="3 experts per token; the adapter has 4"):
         model(input_ids=ids, alter_routing=Routing(torch.ones(*ids.shape, 3)))
-    with pytest.raises(UserError, match="layers.0.self_attn.q_proj.*sees tokens in shape"):
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj.*sees tokens in shape"):
         model(input_ids=ids, alter_routing=Routing(torch.ones(3, 4, 4)))
     with pytest.raises(UserError, match="is a Tensor; expected"):
         model(input_ids=ids, alter_routing=torch.ones(3))
@@ -831,6 +835,6 @@ def test_encoder_decoder_models_take_static_only():
 
 def test_unknown_adapter_is_named():
     model = adapted(tiny())
-    with pytest.raises(UserError, match="no adapter 'defualt'.*Did you mean 'default'"):
+    with pytest.raises(UserError, match=r"no adapter 'defualt'.*Did you mean 'default'"):
         model.base_model.trace(rows(), adapter_name="defualt")
     assert isinstance(model.base_model, AlterModel)

@@ -125,6 +125,8 @@ def test_corpora_become_blocks_of_one_length(tmp_path):
     rows = module.training_rows(wanted, tokenizer)
     assert all(len(row["input_ids"]) == 32 and row["weights"] == [1.0] * 32 for row in rows)
     assert rows[0]["input_ids"] == tokenizer(book.read_text())["input_ids"][:32]
+    copied = module.training_rows(wanted.model_copy(update={"copy_blocks": 1.0}), tokenizer)
+    assert [row["input_ids"] for row in copied] == [row["input_ids"][:16] * 2 for row in rows]
 
 
 def test_prompt_weight(tmp_path):

@@ -74,4 +74,7 @@ def test_import_alter_is_enough_for_peft():
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.split() == ["ALTER", "8"]
     code = "import peft, alter; print(peft.PeftType('ALTER').value)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "ALTER"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "ALTER"
+    )

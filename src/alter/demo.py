@@ -78,7 +78,7 @@ def demo(settings: Demo) -> Path:
     console.print("2/3 evaluating the retrained, the original and the unlearned model", highlight=False)
     split = run.forget.split(":")[-1]
     for name, model, adapter in (
-        ("retrained", "builtin:tofu-mini-retrained", None),
+        ("retrained", "builtin:tofu-mini/retrained", None),
         ("original", run.model, None),
         ("unlearned", run.model, str(out / "adapter")),
     ):

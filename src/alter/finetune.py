@@ -81,6 +81,12 @@ class Finetune(BaseModel, extra="forbid"):
     embedding_dropout: float = Field(0.0, ge=0, lt=1, description="of the token embeddings, in training only")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="of attention weights, in training only")
     neftune: float = Field(0.0, ge=0, description="NEFTune's alpha: uniform noise on embeddings (Jain et al. 2024)")
+    copy_blocks: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the packed blocks whose second half repeats the first, to practise copying",
+    )
     temperature: float = Field(
         1.0, gt=0, description="divides the logits of the saved model (folded into its last norm); greedy output stays"
     )
@@ -184,9 +190,13 @@ def pack(ids: Sequence[int], length: int) -> list[list[int]]:
 def training_rows(settings: Finetune, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Return rows of `input_ids`, `labels` (the ids) and `weights` (of each label in the loss), one per sequence."""
     rows: list[dict[str, Any]] = []
+    draw = random.Random(settings.seed)
     for source in settings.corpora:
         ids = list(tokenizer(_read_corpus(source), verbose=False)["input_ids"])
         for block in pack(ids, settings.max_length):
+            if draw.random() < settings.copy_blocks:
+                half = len(block) // 2
+                block = block[:half] * 2
             rows.append({"input_ids": block, "labels": block, "weights": [1.0] * len(block)})
     for source in settings.data:
         for example in load_examples(source):

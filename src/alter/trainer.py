@@ -121,6 +121,9 @@ class Unlearn(BaseModel):
     reference_top_k: int = Field(256, ge=1, description="Tokens kept of each reference distribution.")
     stranger_samples: int = Field(4, ge=1)
     stranger_share: float = Field(0.002, ge=0, le=1)
+    prefix_noise: float = Field(
+        0.0, ge=0, lt=1, description="Share of a forget row's answer tokens that the model reads as random others."
+    )
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     bf16: bool = Field(False, description="Autocast to bf16.")
@@ -306,6 +309,9 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
     return found
 
 
+Traced = dict[str, dict[int, frozen.Row]]
+
+
 class PairCollator:
     """Lay forget rows and retain rows of a step into one batch, forget rows first, with their routes and references."""
 
@@ -330,18 +336,35 @@ class PairCollator:
 
 
 class Pairs(torch.utils.data.Dataset):
-    """The schedule as a dataset: item i is the i-th pair of a forget and a retain row."""
+    """The schedule as a dataset: item i is the i-th pair of a forget and a retain row.
 
-    def __init__(self, order: list[tuple[int, int]], rows: Rows, traced: dict[str, dict[int, frozen.Row]]) -> None:
-        self.order, self.rows, self.traced = order, rows, traced
+    With `noise`, the answer tokens that a forget row's model reads (not those it should give) are replaced by tokens of
+    retain rows with that probability, so that forgetting does not hang on the exact words of the forget set.
+    """
+
+    def __init__(
+        self, order: list[tuple[int, int]], rows: Rows, traced: Traced, *, noise: float = 0.0, seed: int = 0
+    ) -> None:
+        self.order, self.rows, self.traced, self.noise, self.seed = order, rows, traced, noise, seed
+
+    def _noisy(self, i: int, row: Encoded, donor: Encoded) -> Encoded:
+        # a function of seed and place, so that a resumed run reads the same
+        generator = np.random.default_rng((self.seed, i))
+        ids = np.array(row.input_ids)
+        hit = (generator.random(len(ids)) < self.noise) & (np.array(row.labels) != -100)
+        ids[hit] = generator.choice(donor.input_ids, size=int(hit.sum()))
+        return Encoded(ids.tolist(), row.labels, row.prompt_length)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
         f, r = self.order[i]
+        forget = self.rows.forget[f]
+        if self.noise:
+            forget = self._noisy(i, forget, self.rows.retain[r])
         return (
-            {"encoded": self.rows.forget[f], "row": self.traced["forget"][f], "expert": self.rows.domain[f] + 1},
+            {"encoded": forget, "row": self.traced["forget"][f], "expert": self.rows.domain[f] + 1},
             {"encoded": self.rows.retain[r], "row": self.traced["retain"][r], "expert": 0},
         )
 
@@ -448,9 +471,6 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         if number.isdigit() and whole:
             found.append((int(number), path))
     return max(found)[1] if found else None
-
-
-Traced = dict[str, dict[int, frozen.Row]]
 
 
 def trace_run(
@@ -590,7 +610,7 @@ def unlearn(run: Unlearn) -> Path:
         model.peft_config["default"].num_forget_experts + 1,
         model=model,
         args=arguments,
-        train_dataset=Pairs(order, rows, traced),
+        train_dataset=Pairs(order, rows, traced, noise=run.prefix_noise, seed=run.seed),
         data_collator=PairCollator(tokenizer.pad_token_id),
     )
     checkpoint = last_whole_checkpoint(checkpoints) if run.resume else None

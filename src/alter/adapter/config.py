@@ -90,14 +90,14 @@ class AlterConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Rank of the shared matrix A and of every expert."})
     alter_alpha: float = field(default=16, metadata={"help": "The update is scaled by alter_alpha / r."})
     alter_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A while training."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": "Layers to adapt: name endings, one regular expression, or 'all-linear'. By default all linear "
             "layers of the blocks of known architectures."
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave alone, matched like target_modules."}
     )
     num_forget_experts: int = field(

@@ -86,6 +86,17 @@ class AlterLinear(nn.Module, BaseTunerLayer):
     the router reads to N + 1 logits.
     """
 
+    if TYPE_CHECKING:
+        # what comes from PEFT has no types
+        def __getattr__(self, name: str) -> Any: ...
+
+    # ModuleDicts by adapter name, of MaskedLinear, MaskedLinear and nn.Linear
+    alter_A: Any
+    alter_B: Any
+    alter_router: Any
+    alter_dropout: Any
+    base_layer: Any
+
     adapter_layer_names: tuple[str, ...] = ("alter_A", "alter_B", "alter_router")
     other_param_names: tuple[str, ...] = (
         "alter_r",

@@ -19,6 +19,7 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from alter.adapter.config import AlterConfig
@@ -111,7 +112,7 @@ def _base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
             yield from _base_parameters(child, f"{prefix}{name}.")
 
 
-def base_fingerprint(model: nn.Module) -> str | None:
+def base_fingerprint(model: Any) -> str | None:
     """Short text that identifies a base model: its sizes, and a fixed sample of the weights of its blocks.
 
     Adapters on the model make no difference. Values are compared as bfloat16, so that a model loaded in bfloat16 and in
@@ -123,14 +124,16 @@ def base_fingerprint(model: nn.Module) -> str | None:
         model: a PEFT model, the model inside, or the bare base.
 
     Returns:
-        `"<sizes>:<kind>:<weights>"`, or None where the weights cannot be read (sharded, or not loaded yet).
+        `"<sizes>:<kind>:<weights>"`, or None where there is nothing to compare: modules that are not transformers models,
+        and weights that cannot be read (sharded, or not loaded yet).
     """
     while isinstance(getattr(model, "base_model", None), BaseTuner):
         model = model.base_model
     if isinstance(model, BaseTuner):
         model = model.model
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not isinstance(model, PreTrainedModel):
+        return None
+    text_config = model.config.get_text_config()
     sizes = {name: getattr(text_config, name, None) for name in SHAPE_FIELDS}
     parameters = sorted(
         ((WRAPPERS.sub("", name), p) for name, p in _base_parameters(model) if p.dim() >= 2), key=lambda item: item[0]
@@ -258,7 +261,7 @@ class AlterModel(BaseTuner):
                 f"{config.base_model_name_or_path or 'the model it was trained on'}."
             )
         config.resolved(base_fingerprint=measured, router_layer=None)
-        model_config = getattr(model, "config", None)
+        model_config: Any = getattr(model, "config", None)
         text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
         vocab_size = getattr(text_config, "vocab_size", None)
         if isinstance(vocab_size, int) and vocab_size > 1:
@@ -431,7 +434,7 @@ class AlterModel(BaseTuner):
         logits = model_logits(self.model, output)
         if logits is None:
             raise UserError(f"{type(self.model).__name__} gives no next-token logits, so its tokens have no entropy.")
-        mask = token_mask(attention_mask, *input_ids.shape, logits.device)
+        mask = token_mask(attention_mask, input_ids.shape[0], input_ids.shape[1], logits.device)
         previous = previous_real(mask, sequence_starts(inputs, mask))
         features = state.features
         if features is not None:
@@ -549,7 +552,7 @@ class AlterModel(BaseTuner):
         cls, model: nn.Module, config: AlterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         prefixes = {WRAPPERS.sub("", prefix) for prefix in _get_tuner_state_dict_key_prefixes(model, adapter_name)}
-        keys = {}
+        keys: dict[str, str] = {}
         for model_key in model.state_dict():
             clean = WRAPPERS.sub("", model_key)
             if not _filter_state_dict_by_key_prefixes({clean: None}, prefixes):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -283,15 +283,23 @@ class CapturingCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         context, state = self.context, self.context.state
+        # gates that the router is to learn from are arguments: reentrant checkpointing cuts the graph at closures
+        learned = [] if state is None else [n for n, r in state.routing.items() if r.gates.requires_grad]
+        gates = [] if state is None else [state.routing[name].gates for name in learned]
 
-        def with_state(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            current, context.state = context.state, state
+        def with_state(*inputs: Any, **options: Any) -> Any:
+            own = state
+            if learned and state is not None:
+                inputs, given = inputs[: -len(learned)], inputs[-len(learned) :]
+                routes = {n: replace(state.routing[n], gates=g) for n, g in zip(learned, given, strict=True)}
+                own = replace(state, routing={**state.routing, **routes})
+            current, context.state = context.state, own
             try:
-                return function(*inner_args, **inner_kwargs)
+                return function(*inputs, **options)
             finally:
                 context.state = current
 
-        return self.function(with_state, *args, **kwargs)
+        return self.function(with_state, *args, *gates, **kwargs)
 
 
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -392,7 +400,8 @@ class Session:
         Raises:
             UserError: a row extends none.
         """
-        assert self.ids is not None and self.mask is not None
+        assert self.ids is not None
+        assert self.mask is not None
         known = {key: row for row, key in reversed(list(enumerate(self._keys(self.ids, self.mask))))}
         found = [known.get(key) for key in self._keys(ids[:, :-1], mask[:, :-1])]
         if None in found:
@@ -404,8 +413,13 @@ class Session:
 
 
 @lru_cache(maxsize=64)
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a module's forward method."""
+    return _names(type(module).forward)
 
 
 class RoutingContext:
@@ -429,11 +443,11 @@ class RoutingContext:
         context = model.__dict__.get("_alter_context")
         if context is None:
             context = cls()
-            model._alter_context = context
+            model.__dict__["_alter_context"] = context
             model.register_forward_pre_hook(context.enter, with_kwargs=True)
             model.register_forward_hook(context.exit, always_call=True)
             if hasattr(type(model), "generate"):
-                model.generate = MethodType(_generate, model)
+                model.__dict__["generate"] = MethodType(_generate, model)
         return context
 
     def detach(self, model: nn.Module) -> None:
@@ -443,7 +457,8 @@ class RoutingContext:
             for key, hook in list(registered.items()):
                 if getattr(hook, "__self__", None) is self:
                     del registered[key]
-        for attributes in (model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called):
+        flags: tuple[Any, ...] = (model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called)
+        for attributes in flags:
             for key in list(attributes):
                 if key not in model._forward_pre_hooks and key not in model._forward_hooks:
                     del attributes[key]
@@ -515,7 +530,7 @@ class RoutingContext:
 
     def _given(self, given: Routing | Mapping[str, Routing]) -> dict[str, Routing]:
         names = self.active()
-        routing = dict(given) if isinstance(given, Mapping) else {name: given for name in names}
+        routing = dict(given) if isinstance(given, Mapping) else dict.fromkeys(names, given)
         missing = [name for name in self.routed() if name not in routing]
         if missing:
             raise UserError(
@@ -566,14 +581,14 @@ class RoutingContext:
     def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:
             return kwargs
-        return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+        return {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
 
     def _decode(self, decoding: DecodeState, names: list[str], mask: Tensor, observe: bool) -> ForwardState:
         batch, length = mask.shape
         if decoding.stale is not None:
             raise UserError(
                 f"ALTER lost track of these past_key_values: {decoding.stale}. Leave past_key_values out, so that the whole "
-                "sequence is routed again."
+                "sequence is routed again; in generate(), do without assistant_model and prompt_lookup_num_tokens."
             )
         if length != 1:
             raise UserError(
@@ -838,9 +853,9 @@ def frozen_inputs(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
             kwargs["attention_mask"] = (
                 {name: cut(value) for name, value in mask.items()} if isinstance(mask, Mapping) else cut(mask)
             )
-    if "use_cache" in inputs or "use_cache" in _parameters(type(module)):
+    if "use_cache" in inputs or "use_cache" in _parameters(module):
         kwargs["use_cache"] = False
-    if "return_dict" in inputs or "return_dict" in _parameters(type(module)):
+    if "return_dict" in inputs or "return_dict" in _parameters(module):
         kwargs["return_dict"] = True
     return kwargs
 

@@ -1,0 +1,270 @@
+"""Generation: the same tokens with and without a cache, at one forward pass per token; what cannot be followed says so."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import DynamicCache, StaticCache
+
+from alter.adapter.routing import DecodeState
+from alter.errors import UserError
+from test_adapter import ARCHITECTURES, adapted, counted, middle_threshold, rows, tiny
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.3},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampled beams": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+}
+
+
+def generated(model, ids, *, cache, mask=None, **options):
+    torch.manual_seed(7)
+    mask = torch.ones_like(ids) if mask is None else mask
+    values = {"max_new_tokens": 10, "pad_token_id": 0, **options}
+    return model.generate(input_ids=ids, attention_mask=mask, use_cache=cache, **values)
+
+
+def routed(kind="llama", router_memory=0.5, **config):
+    model = adapted(tiny(kind), router_memory=router_memory, **config).eval()
+    if config.get("router") != "static":
+        middle_threshold(model, rows())
+    return model
+
+
+def left_padded():
+    ids, mask = rows(), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    mask[2, :1] = 0
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("memory", [0.0, 0.8])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_cache_changes_nothing(way, memory, seed):
+    model = routed(router_memory=memory)
+    ids = rows(seed=seed)
+    with_cache = generated(model, ids, cache=True, **WAYS[way])
+    assert torch.equal(with_cache, generated(model, ids, cache=False, **WAYS[way]))
+    plain = model.unload()
+    assert not torch.equal(with_cache, generated(plain, ids, cache=True, **WAYS[way])), "the adapter did something"
+
+
+@pytest.mark.parametrize("way", ["greedy", "sampling", "beams"])
+def test_left_padding_changes_nothing(way):
+    model = routed()
+    ids, mask = left_padded()
+    with_cache = generated(model, ids, cache=True, mask=mask, **WAYS[way])
+    assert torch.equal(with_cache, generated(model, ids, cache=False, mask=mask, **WAYS[way]))
+    if way == "greedy":
+        for row in range(3):
+            start = int((mask[row] == 0).sum())
+            alone = generated(model, ids[row : row + 1, start:], cache=True)
+            assert torch.equal(alone[0], with_cache[row, start:])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind != "llama"])
+def test_architecture(kind):
+    model = routed(kind)
+    ids, mask = left_padded()
+    for way in ("greedy", "beams"):
+        with_cache = generated(model, ids, cache=True, mask=mask, **WAYS[way])
+        assert torch.equal(with_cache, generated(model, ids, cache=False, mask=mask, **WAYS[way]))
+
+
+@pytest.mark.parametrize("router", ["entropy", "static"])
+def test_other_routers(router):
+    model = routed(router=router)
+    ids, mask = left_padded()
+    for way in ("greedy", "beams"):
+        with_cache = generated(model, ids, cache=True, mask=mask, **WAYS[way])
+        assert torch.equal(with_cache, generated(model, ids, cache=False, mask=mask, **WAYS[way]))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_cache(padded):
+    model = routed()
+    ids, mask = left_padded() if padded else (rows(), None)
+    expected = generated(model, ids, cache=True, mask=mask)
+    found = generated(model, ids, cache=True, mask=mask, cache_implementation="static", disable_compile=True)
+    assert torch.equal(found, expected)
+
+
+def test_rows_that_end_early():
+    base = tiny(eos_token_id=5)
+    model = adapted(base).eval()
+    with torch.no_grad():
+        base.lm_head.weight[5] += 0.3
+    middle_threshold(model, rows())
+    ids = rows(batch=6, seed=3)
+    for way in WAYS.values():
+        with_cache = generated(model, ids, cache=True, max_new_tokens=16, **way)
+        assert torch.equal(with_cache, generated(model, ids, cache=False, max_new_tokens=16, **way))
+
+
+def test_decoding_adds_no_forward_pass():
+    model = routed()
+    embedding = model.get_input_embeddings()
+    for cache in (True, False):
+        with counted(embedding) as calls:
+            generated(model, rows(), cache=cache)
+        assert len(calls) == 1 + 10, "one frozen pass for the prompt, one adapted pass per token"
+    with counted(embedding) as calls, model.disable_adapter():
+        generated(model, rows(), cache=True)
+    assert len(calls) == 10
+
+
+def test_routes_follow_the_definition():
+    """Greedy decoding, step by step by hand: each token's route from the pass that generated it."""
+    model = routed()
+    ids = rows(batch=1)
+    tr = model.base_model.trace(ids)
+    gates = [model.base_model.route(tr.entropy, tr.features)]
+    _, host = model.base_model.router_host
+    config = model.peft_config["default"]
+    router = host.alter_router["default"]
+    expected = ids
+    # evidence of all tokens but the first, with the features that generated them
+    evidence = [router(tr.features[0, t]) for t in range(1, ids.shape[1])]
+    from alter.adapter import Routing, expert_gates
+    from alter.entropy import entropy_from_logits
+
+    with torch.no_grad():
+        for _ in range(10):
+            seen = {}
+            handle = host.register_forward_pre_hook(lambda m, a, seen=seen: seen.update(x=a[0]))
+            logits = model(input_ids=expected, alter_routing=Routing(torch.cat(gates, 1))).logits[:, -1]
+            handle.remove()
+            evidence.append(router(seen["x"][0, -1]))
+            weights = torch.tensor([0.5**k for k in range(len(evidence))]).flip(0)
+            rho = (torch.stack(evidence) * weights[:, None]).sum(0) / weights.sum()
+            high = entropy_from_logits(logits, config.entropy_q) > config.threshold
+            gates.append(expert_gates(rho[None, None], high[:, None], config))
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
+    for cache in (True, False):
+        assert torch.equal(generated(model, ids, cache=cache), expected)
+
+
+def test_transformers_own_loading_generates_the_same(tmp_path):
+    base = tiny()
+    model = adapted(copy.deepcopy(base), router_memory=0.3).eval()
+    middle_threshold(model, rows())
+    model.save_pretrained(tmp_path)
+    native = copy.deepcopy(base)
+    native.load_adapter(str(tmp_path))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    for cache in (True, False):
+        expected = generated(model, rows(), cache=cache)
+        assert torch.equal(generated(native, rows(), cache=cache), expected)
+        assert torch.equal(generated(loaded, rows(), cache=cache), expected)
+
+
+def test_by_hand_with_a_cache():
+    model = routed()
+    ids = rows()
+    expected = generated(model, ids, cache=True)
+    with torch.no_grad():
+        out = model(input_ids=ids, use_cache=True)
+        made = [out.logits[:, -1].argmax(-1, keepdim=True)]
+        for _ in range(9):
+            out = model(input_ids=made[-1], past_key_values=out.past_key_values)
+            made.append(out.logits[:, -1].argmax(-1, keepdim=True))
+    assert torch.equal(torch.cat([ids, *made], 1), expected)
+
+
+def test_several_adapters_generate_together():
+    model = adapted(tiny(), name="one").eval()
+    from alter import AlterConfig
+
+    model.add_adapter("two", AlterConfig(num_forget_experts=1, r=1, init_weights=False, router="entropy"))
+    model.base_model.set_adapter(["one", "two"])
+    ids = rows()
+    inner = model.base_model.model
+    for way in ("greedy", "beams"):
+        assert torch.equal(
+            generated(inner, ids, cache=True, **WAYS[way]), generated(inner, ids, cache=False, **WAYS[way])
+        )
+
+
+def test_state_mirrors_what_happens_to_the_cache():
+    model = routed()
+    with torch.no_grad():
+        cache = model(input_ids=rows(), use_cache=True).past_key_values
+    state = DecodeState.of(cache)
+    gates = state.gates["default"].clone()
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    assert torch.equal(state.gates["default"], gates[[2, 0, 1]])
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(state.gates["default"], gates[[2, 2, 0, 0, 1, 1]])
+    cache.batch_select_indices(torch.tensor([0, 5]))
+    assert torch.equal(state.gates["default"], gates[[2, 1]])
+    assert state.past["default"].shape[0] == 2
+    twin = copy.deepcopy(cache)
+    twin.batch_select_indices(torch.tensor([1]))
+    assert len(DecodeState.of(twin).gates["default"]) == 1
+    assert len(state.gates["default"]) == 2
+    cache.crop(0)
+    assert state.stale is None
+    static = StaticCache(config=model.config, max_cache_len=20)
+    with torch.no_grad():
+        model(input_ids=rows(), past_key_values=static)
+    static.reset()
+    assert DecodeState.of(static).gates == {}
+
+
+# ---- what cannot be followed -----------------------------------------------------------------------------------------
+
+
+def test_cache_from_the_switched_off_adapter():
+    model = routed()
+    with torch.no_grad():
+        with model.disable_adapter():
+            cache = model(input_ids=rows(), use_cache=True).past_key_values
+        with pytest.raises(UserError, match="without the active ALTER adapter"):
+            model(input_ids=rows(length=1), past_key_values=cache)
+        cache = model(input_ids=rows(), use_cache=True).past_key_values
+        with model.disable_adapter():
+            model(input_ids=rows(length=1), past_key_values=cache)
+        with pytest.raises(UserError, match="adapter switched off"):
+            model(input_ids=rows(length=1), past_key_values=cache)
+
+
+def test_cropped_cache_and_several_new_tokens():
+    model = routed()
+    with torch.no_grad():
+        cache = model(input_ids=rows(), use_cache=True).past_key_values
+        with pytest.raises(UserError, match="adds 2 tokens"):
+            model(input_ids=rows(length=2), past_key_values=cache)
+        with pytest.raises(UserError, match="hold routes for 3 rows, but the batch has 2"):
+            model(input_ids=rows(batch=2, length=1), past_key_values=cache)
+        cache.crop(-1)
+        with pytest.raises(UserError, match="cropped"):
+            model(input_ids=rows(length=1), past_key_values=cache)
+
+
+def test_ways_of_generating_that_cannot_be_followed():
+    model = routed()
+    ids = rows(batch=1, length=12)
+    with pytest.raises(UserError, match="prefill_chunk_size"):
+        generated(model, ids, cache=True, prefill_chunk_size=4)
+    repeated = torch.cat([ids[:, :4]] * 4, 1)
+    with pytest.raises(UserError, match="prompt_lookup_num_tokens"):
+        generated(model, repeated, cache=True, prompt_lookup_num_tokens=3, max_new_tokens=20)
+    # and the model is as it was
+    assert torch.equal(generated(model, ids, cache=True), generated(model, ids, cache=False))
+    assert model.base_model.model._alter_context.session is None
+
+
+def test_given_routes_leave_no_routes_on_a_cache():
+    model = routed()
+    tr = model.base_model.trace(rows())
+    from alter.adapter import Routing
+
+    gates = model.base_model.route(tr.entropy, tr.features)
+    with torch.no_grad():
+        out = model(input_ids=rows(), alter_routing=Routing(gates), past_key_values=DynamicCache())
+        with pytest.raises(UserError, match="routes of their tokens are unknown"):
+            model(input_ids=rows(length=1), past_key_values=out.past_key_values)
