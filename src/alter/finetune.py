@@ -318,7 +318,9 @@ def _divide_logits(model: PreTrainedModel, temperature: float) -> None:
 
 
 def _comparable(settings: Finetune) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude={"resume", "overwrite", "log_steps", "title"})
+    """Return the settings that training depends on; the others may change when a run is resumed."""
+    free = {"resume", "overwrite", "log_steps", "checkpoint_steps", "title", "temperature", "dtype"}
+    return settings.model_dump(mode="json", exclude=free)
 
 
 def _check_folder(settings: Finetune) -> Path | None:
@@ -430,7 +432,7 @@ def _card(settings: Finetune, numbers: dict[str, Any]) -> str:
         f"| optimizer steps, epochs | {numbers['steps']:,}, {numbers['epochs']:g} |",
         f"| training loss, mean of the last {numbers['loss_steps']} steps | {numbers['loss']:.4f} |",
         f"| seed | {settings.seed} |",
-        f"| wall time | {numbers['seconds']:.0f} s on {numbers['made_by']['machine']}, {numbers['device']} |",
+        f"| wall time{' since it was resumed' * numbers['resumed']} | {numbers['seconds']:.0f} s on {numbers['made_by']['machine']}, {numbers['device']} |",
         f"| weights | {settings.dtype}, safetensors |",
         "",
     ]
