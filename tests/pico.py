@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-EOS, PAD, VOCAB = 256, 257, 260
+EOS, PAD, VOCAB = 256, 257, 300
 
 
 def pico(seed=0, **settings):

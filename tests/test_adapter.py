@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import threading
 import warnings
 
 import pytest
@@ -547,6 +548,49 @@ def test_several_adapters_side_by_side():
     assert "_alter_context" not in base.__dict__
     assert not base._forward_pre_hooks
     assert not base._forward_hooks
+
+
+def test_an_adapter_after_the_last_one_was_deleted():
+    model = adapted(tiny())
+    ids = rows()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.base_model.delete_adapter("default")
+    model.base_model.peft_config["again"] = AlterConfig(num_forget_experts=1, r=2, init_weights=False)
+    model.base_model.inject_adapter(model.base_model.model, "again")
+    model.base_model.set_adapter("again")
+    out = model.base_model(ids).logits
+    model.base_model.disable_adapter_layers()
+    assert not torch.allclose(model.base_model(ids).logits, out)
+
+
+def test_threads_and_replicas_do_not_share_routes():
+    model = adapted(tiny())
+    ids = rows()
+    raised = []
+
+    def other():
+        try:
+            model(ids)
+        except UserError as error:
+            raised.append(str(error))
+
+    def hook(*_):
+        if not raised:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    expected = model(ids).logits
+    handle = model.base_model.model.model.layers[1].register_forward_pre_hook(hook)
+    # the frozen pass meets the other thread first; the routes of this one are not touched
+    assert torch.equal(model(ids).logits, expected)
+    handle.remove()
+    assert raised
+    assert "Two threads" in raised[0]
+    model.base_model.model._is_replica = True
+    with pytest.raises(UserError, match="DistributedDataParallel"):
+        model(ids)
 
 
 def test_unload_leaves_the_base_as_it_was():

@@ -190,6 +190,44 @@ def test_training_lowers_the_loss_and_leaves_no_dropout(tmp_path):
     assert json.loads((out / "config.json").read_text())["attention_dropout"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("embedding_dropout", 0.5),
+        ("attention_dropout", 0.5),
+        ("neftune", 50.0),
+        ("label_smoothing", 0.2),
+        ("prompt_weight", 1.0),
+    ],
+)
+def test_every_regulariser_changes_the_loss(tmp_path, setting, value):
+    losses = []
+    for changes in ({}, {setting: value}):
+        out = finetune(settings(tmp_path / f"{len(changes)}", max_steps=2, precision="fp32", **changes))
+        losses.append(json.loads((out / "finetune.json").read_text())["losses"])
+    assert losses[0] != losses[1]
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
+    real = module.weighted_loss
+    seen = []
+
+    def recording(logits, labels, *rest):
+        seen.append(labels.tolist())
+        return real(logits, labels, *rest)
+
+    monkeypatch.setattr(module, "weighted_loss", recording)
+    finetune(settings(tmp_path / "a", max_steps=None, epochs=2))
+    assert [len(batch) for batch in seen] == [8] * 10
+    # labels without padding: the same rows, in another order
+    rows = [
+        [[token for token in row if token != -100] for batch in epoch for row in batch]
+        for epoch in (seen[:5], seen[5:])
+    ]
+    assert rows[0] != rows[1]
+    assert sorted(rows[0]) == sorted(rows[1])
+
+
 class Killed(Exception):
     pass
 

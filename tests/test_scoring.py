@@ -7,55 +7,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 import reference
 from alter import AlterConfig, scoring
 from alter.data import Encoded
 from alter.errors import UserError
-
-VOCAB = 300
-EOS, PAD = 256, 257
-
-
-def pico(seed=0, **settings):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **settings,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def byte_tokenizer(**settings):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: i for i, character in enumerate(alphabet)} | {"<eos>": EOS, "<pad>": PAD}
-    vocab |= {f"<unused{i}>": i for i in range(PAD + 1, VOCAB)}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **{"eos_token": "<eos>", "pad_token": "<pad>"} | settings
-    )
+from pico import EOS, PAD, VOCAB, byte_tokenizer, pico
 
 
 def rows(seed=0, n=9, high=40):

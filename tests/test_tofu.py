@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import reference
 from alter import metrics, records
@@ -17,28 +16,18 @@ from alter.benchmarks import tofu
 from alter.data import encode, encode_prompt, examples
 from alter.errors import UserError
 from alter.report import table
-from test_scoring import EOS, PAD, VOCAB, by_hand, byte_tokenizer
+from pico import EOS, PAD, byte_tokenizer
+from pico import pico as make_pico
+from test_scoring import by_hand
 
 LOGS = Path(__file__).parent.parent / "data" / "tofu_logs"
 FULL, RETAINED = LOGS / "llama2-7b_full.json", LOGS / "llama2-7b_retain90.json"
 
 
 def pico(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return LlamaForCausalLM(config).eval()
+    """Room for TOFU's longest prompts, and otherwise as small as it gets."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return make_pico(seed, **sizes, max_position_embeddings=2048, initializer_range=0.5)
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,11 @@ def test_schedule_takes_every_forget_row_once_an_epoch_and_cycles_the_retain_row
         {"adapter": {"router": "entropy"}, "phase_one": 0.5, "lr_scheduler": "constant"},
         {"adapter": {"router": "static"}, "objective": {"kind": "stopped_hinge"}},
         {"domain_column": None, "num_forget_experts": 2, "objective": {"kind": "without_truth"}},
-        {"objective": {"kind": "stranger"}, "retain_objective": {"kind": "keep_base"}, "gradient_checkpointing": True},
+        {
+            "objective": {"kind": "without_truth", "hinge": 1.0},
+            "retain_objective": {"kind": "keep_base"},
+            "gradient_checkpointing": True,
+        },
         {"objective": {"kind": "gradient_ascent"}, "gradient_accumulation_steps": 2, "bf16": True},
     ],
 )

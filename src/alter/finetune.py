@@ -278,14 +278,14 @@ def _start(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model, tokenizer
 
 
-def _add_dropout(model: PreTrainedModel, probability: float) -> Any:
-    """Hook dropout onto the embeddings and return the hook's handle: the saved model stays a plain one."""
+def _add_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Hook dropout onto the embeddings, in training only: the saved model stays a plain one."""
     import torch
 
     def hook(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(output, probability, module.training)
 
-    return model.get_input_embeddings().register_forward_hook(hook)
+    model.get_input_embeddings().register_forward_hook(hook)
 
 
 def _set_attention_dropout(model: PreTrainedModel, probability: float) -> None:
@@ -551,7 +551,8 @@ def finetune(settings: Finetune) -> Path:
     model, tokenizer = _start(settings)
     rows = training_rows(settings, tokenizer)
     plain_attention = getattr(model.config, "attention_dropout", None)
-    dropout = _add_dropout(model, settings.embedding_dropout) if settings.embedding_dropout else None
+    if settings.embedding_dropout:
+        _add_dropout(model, settings.embedding_dropout)
     if settings.attention_dropout:
         _set_attention_dropout(model, settings.attention_dropout)
     if settings.gradient_checkpointing:
@@ -562,8 +563,6 @@ def finetune(settings: Finetune) -> Path:
         _start_folder(settings)
     trainer = _trainer(settings, model, rows, tokenizer.pad_token_id)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if dropout is not None:
-        dropout.remove()
     if settings.attention_dropout:
         _set_attention_dropout(model, plain_attention or 0.0)
     if settings.temperature != 1:

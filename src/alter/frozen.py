@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -121,118 +118,6 @@ def trace_rows(
                 reference,
             )
     return [result[i] for i in range(len(rows))]
-
-
-@torch.no_grad()
-def stranger_references(
-    model: Any, rows: Sequence[Encoded], variants: Sequence[Sequence[Sequence[int]]], *, pad_token_id: int, k: int
-) -> list[Reference]:
-    """The frozen base's distributions for the labelled tokens of `rows`, asked about strangers instead.
-
-    Args:
-        model: `PeftModel` with an ALTER adapter; its base is what runs.
-        rows: the rows as they are.
-        variants: for each row, token lists of its length with its subject replaced (see `strangers`).
-        k: tokens kept per position.
-
-    Returns:
-        one `Reference` per row: the mean over its variants. Where a variant swapped the label itself (the subject's
-        name in the answer), the two tokens' probabilities are swapped back, since saying the name that the question
-        gave is no knowledge.
-    """
-    device = next(model.parameters()).device
-    collate = Collator(pad_token_id)
-    result: dict[int, Reference] = {}
-    groups = batches_by_length([len(row.input_ids) for row in rows], TOKENS_PER_BATCH)
-    for group in progress(groups, total=len(groups), label="strangers"):
-        mean: Tensor | None = None
-        for sample in range(len(variants[group[0]])):
-            swapped = [{"input_ids": list(variants[i][sample]), "labels": list(rows[i].labels)} for i in group]
-            batch = {name: value.to(device) for name, value in collate(swapped).items()}
-            positions = labelled(batch["labels"])
-            logits = model.base_model.trace(batch["input_ids"], batch["attention_mask"]).logits[positions]
-            p = torch.softmax(logits.float(), dim=-1)
-            truth = batch["labels"][:, 1:][positions[:, :-1]][:, None]
-            said = batch["input_ids"][:, 1:][positions[:, :-1]][:, None]
-            p_truth, p_said = p.gather(-1, truth), p.gather(-1, said)
-            p = p.scatter(-1, said, p_truth).scatter(-1, truth, p_said)
-            mean = p if mean is None else mean + p
-        assert mean is not None
-        merged = top_k((mean / len(variants[group[0]])).clamp_min(1e-30).log().cpu(), k)
-        counts = [sum(label != -100 for label in rows[i].labels[1:]) for i in group]
-        for i, ids, logp in zip(group, merged.ids.split(counts), merged.logp.split(counts), strict=True):
-            result[i] = Reference(ids.clone(), logp.clone())
-    return [result[i] for i in range(len(rows))]
-
-
-def words(tokenizer: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Spans [start, end) of the words in a token sequence; a token whose text begins with a non-letter begins a word."""
-    spans: list[tuple[int, int]] = []
-    for position, token in enumerate(ids):
-        text = tokenizer.decode([token])
-        starts = not text or not re.match(r"\w", text)
-        if starts or not spans:
-            spans.append((position, position + 1))
-        else:
-            spans[-1] = (spans[-1][0], position + 1)
-    return spans
-
-
-def strangers(
-    tokenizer: Any,
-    forget: Sequence[Encoded],
-    retain: Sequence[Encoded],
-    *,
-    samples: int,
-    share: float,
-    seed: int,
-) -> list[list[list[int]]]:
-    """The forget rows' tokens with the words that single out their subject replaced, `samples` times each.
-
-    A word of the prompt singles the subject out if fewer than `share` of the retain rows hold it. It is replaced,
-    wherever it stands in the row, by a word of equal length in tokens that is as rare there, so that positions stay
-    aligned; where there is none of that length, by pieces of rare words.
-
-    Returns:
-        for each row, `samples` token lists of the row's own length.
-    """
-    generator = np.random.default_rng(seed)
-    count: Counter[tuple[int, ...]] = Counter()
-    for row in retain:
-        count.update({tuple(row.input_ids[a:b]) for a, b in words(tokenizer, row.input_ids)})
-    rare_limit = max(1.0, share * len(retain))
-    special = set(tokenizer.all_special_ids)
-    by_length: dict[int, list[tuple[int, ...]]] = {}
-    for word, n in sorted(count.items()):
-        if n <= rare_limit and not special & set(word) and re.search(r"\w", tokenizer.decode(list(word))):
-            by_length.setdefault(len(word), []).append(word)
-    pieces = sorted({token for found in by_length.values() for word in found for token in word})
-    result = []
-    for row in forget:
-        spans = words(tokenizer, row.input_ids)
-        rare = {
-            tuple(row.input_ids[a:b])
-            for a, b in spans
-            if b <= row.prompt_length
-            and count[tuple(row.input_ids[a:b])] <= rare_limit
-            and re.search(r"\w", tokenizer.decode(row.input_ids[a:b]))
-            and not special & set(row.input_ids[a:b])
-        }
-        variants = []
-        for _ in range(samples):
-            swap: dict[tuple[int, ...], tuple[int, ...]] = {}
-            for word in sorted(rare):
-                choices = by_length.get(len(word))
-                if choices:
-                    swap[word] = choices[generator.integers(len(choices))]
-                elif pieces:
-                    swap[word] = tuple(int(p) for p in generator.choice(pieces, size=len(word)))
-            ids = list(row.input_ids)
-            for a, b in spans:
-                ids[a:b] = swap.get(tuple(row.input_ids[a:b]), tuple(ids[a:b]))
-            variants.append(ids)
-        result.append(variants)
-    return result
 
 
 @dataclass

@@ -52,7 +52,7 @@ class Labelled:
         logits: [n, V], the model's, of the distribution that should give each label.
         labels: [n] long, the true tokens.
         high: [n] bool, whether the token is a high-entropy (structural) one.
-        reference: what the objective should compare with, or None if it declared `needs = None`.
+        reference: what the objective should compare with, or None unless it declared `needs_base`.
     """
 
     logits: Tensor
@@ -126,8 +126,8 @@ def divergence(reference: Reference, logits: Tensor) -> Tensor:
 class _Objective(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    needs: ClassVar[Literal["base", "stranger"] | None] = None
-    """Which reference distributions the trainer must supply: the frozen base's own, or its answer about a stranger."""
+    needs_base: ClassVar[bool] = False
+    """Whether the trainer must supply the frozen base's own distributions as the reference."""
 
 
 class InvertedHinge(_Objective):
@@ -179,38 +179,25 @@ class GradientAscent(_Objective):
 class WithoutTruth(_Objective):
     """KL to the frozen base's own distribution with the true token removed and renormalised, on low-entropy tokens.
 
-    Not in the paper: a bounded target that leaves the base's other choices as they are.
+    Not in the paper: a bounded target that leaves the base's other choices as they are. `hinge` adds that multiple of
+    the stopped hinge max(0, p(y) - max_{v != y} p(v)), which speeds up tokens of which the base is nearly certain.
     """
 
     kind: Literal["without_truth"] = "without_truth"
     only_low: bool = Field(True, description="Count low-entropy tokens only.")
-    needs: ClassVar[Literal["base", "stranger"] | None] = "base"
+    hinge: float = Field(0.0, ge=0.0, description="Weight of the stopped hinge next to the divergence.")
+    needs_base: ClassVar[bool] = True
 
     def __call__(self, tokens: Labelled) -> Tensor:
         assert tokens.reference is not None
         if self.only_low:
             tokens = tokens.select(~tokens.high)
         assert tokens.reference is not None
-        return mean_or_zero(divergence(tokens.reference.without(tokens.labels), tokens.logits))
-
-
-class Stranger(_Objective):
-    """KL to what the frozen base says when the question names somebody it has never heard of.
-
-    Not in the paper: the reference is the base's answer to the same row with the words that single out its subject
-    replaced by words of others, averaged over several replacements (`alter.frozen.strangers`). It is a bounded target
-    that a model without the knowledge would have, and needs no retrained model.
-    """
-
-    kind: Literal["stranger"] = "stranger"
-    only_low: bool = Field(False, description="Count low-entropy tokens only.")
-    needs: ClassVar[Literal["base", "stranger"] | None] = "stranger"
-
-    def __call__(self, tokens: Labelled) -> Tensor:
-        if self.only_low:
-            tokens = tokens.select(~tokens.high)
-        assert tokens.reference is not None
-        return mean_or_zero(divergence(tokens.reference, tokens.logits))
+        loss = mean_or_zero(divergence(tokens.reference.without(tokens.labels), tokens.logits))
+        if self.hinge:
+            true, other = true_and_runner_up(tokens.logits, tokens.labels)
+            loss = loss + self.hinge * mean_or_zero(F.relu(true - other))
+        return loss
 
 
 class CrossEntropy(_Objective):
@@ -229,14 +216,12 @@ class KeepBase(_Objective):
     """
 
     kind: Literal["keep_base"] = "keep_base"
-    needs: ClassVar[Literal["base", "stranger"] | None] = "base"
+    needs_base: ClassVar[bool] = True
 
     def __call__(self, tokens: Labelled) -> Tensor:
         assert tokens.reference is not None
         return mean_or_zero(divergence(tokens.reference, tokens.logits))
 
 
-Forget = Annotated[
-    InvertedHinge | StoppedHinge | GradientAscent | WithoutTruth | Stranger, Field(discriminator="kind")
-]
+Forget = Annotated[InvertedHinge | StoppedHinge | GradientAscent | WithoutTruth, Field(discriminator="kind")]
 Retain = Annotated[CrossEntropy | KeepBase, Field(discriminator="kind")]

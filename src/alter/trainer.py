@@ -119,11 +119,6 @@ class Unlearn(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
     max_length: int | None = Field(None, ge=8, description="Longer rows are cut; by default the model's context.")
     reference_top_k: int = Field(256, ge=1, description="Tokens kept of each reference distribution.")
-    stranger_samples: int = Field(4, ge=1)
-    stranger_share: float = Field(0.002, ge=0, le=1)
-    prefix_noise: float = Field(
-        0.0, ge=0, lt=1, description="Share of a forget row's answer tokens that the model reads as random others."
-    )
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     bf16: bool = Field(False, description="Autocast to bf16.")
@@ -336,35 +331,18 @@ class PairCollator:
 
 
 class Pairs(torch.utils.data.Dataset):
-    """The schedule as a dataset: item i is the i-th pair of a forget and a retain row.
+    """The schedule as a dataset: item i is the i-th pair of a forget and a retain row."""
 
-    With `noise`, the answer tokens that a forget row's model reads (not those it should give) are replaced by tokens of
-    retain rows with that probability, so that forgetting does not hang on the exact words of the forget set.
-    """
-
-    def __init__(
-        self, order: list[tuple[int, int]], rows: Rows, traced: Traced, *, noise: float = 0.0, seed: int = 0
-    ) -> None:
-        self.order, self.rows, self.traced, self.noise, self.seed = order, rows, traced, noise, seed
-
-    def _noisy(self, i: int, row: Encoded, donor: Encoded) -> Encoded:
-        # a function of seed and place, so that a resumed run reads the same
-        generator = np.random.default_rng((self.seed, i))
-        ids = np.array(row.input_ids)
-        hit = (generator.random(len(ids)) < self.noise) & (np.array(row.labels) != -100)
-        ids[hit] = generator.choice(donor.input_ids, size=int(hit.sum()))
-        return Encoded(ids.tolist(), row.labels, row.prompt_length)
+    def __init__(self, order: list[tuple[int, int]], rows: Rows, traced: Traced) -> None:
+        self.order, self.rows, self.traced = order, rows, traced
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
         f, r = self.order[i]
-        forget = self.rows.forget[f]
-        if self.noise:
-            forget = self._noisy(i, forget, self.rows.retain[r])
         return (
-            {"encoded": forget, "row": self.traced["forget"][f], "expert": self.rows.domain[f] + 1},
+            {"encoded": self.rows.forget[f], "row": self.traced["forget"][f], "expert": self.rows.domain[f] + 1},
             {"encoded": self.rows.retain[r], "row": self.traced["retain"][r], "expert": 0},
         )
 
@@ -479,13 +457,11 @@ def trace_run(
     """Everything the training needs from the frozen base: router, entropies, gates, references; kept in `cache`."""
     encoded = {"forget": rows.forget, "retain": rows.retain}
     used = {"forget": sorted({f for f, _ in order}), "retain": sorted({r for _, r in order})}
-    needs = {"forget": run.objective.needs, "retain": run.retain_objective.needs}
+    needs = {"forget": run.objective.needs_base, "retain": run.retain_objective.needs_base}
     config = model.peft_config["default"]
     key = frozen.digest(
         config.base_fingerprint,
-        run.model_dump(
-            include={"adapter", "router_fit", "reference_top_k", "stranger_samples", "stranger_share", "seed"}
-        ),
+        run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed"}),
         needs,
         [[encoded[name][i].input_ids for i in used[name]] for name in used],
         rows.domain,
@@ -497,24 +473,10 @@ def trace_run(
         traced = []
         for name in used:
             members = [encoded[name][i] for i in used[name]]
-            k = run.reference_top_k if needs[name] == "base" else 0
+            k = run.reference_top_k if needs[name] else 0
             part = frozen.trace_rows(
                 model, members, pad_token_id=tokenizer.pad_token_id, gates=True, reference_k=k, label=f"{name} rows"
             )
-            if needs[name] == "stranger":
-                variants = frozen.strangers(
-                    tokenizer,
-                    members,
-                    rows.retain,
-                    samples=run.stranger_samples,
-                    share=run.stranger_share,
-                    seed=run.seed,
-                )
-                references = frozen.stranger_references(
-                    model, members, variants, pad_token_id=tokenizer.pad_token_id, k=run.reference_top_k
-                )
-                for row, reference in zip(part, references, strict=True):
-                    row.reference = reference
             traced += part
         weights = {} if router is None else {name: p.detach().cpu() for name, p in router.named_parameters()}
         kept = frozen.Frozen(traced, weights, found)
@@ -610,7 +572,7 @@ def unlearn(run: Unlearn) -> Path:
         model.peft_config["default"].num_forget_experts + 1,
         model=model,
         args=arguments,
-        train_dataset=Pairs(order, rows, traced, noise=run.prefix_noise, seed=run.seed),
+        train_dataset=Pairs(order, rows, traced),
         data_collator=PairCollator(tokenizer.pad_token_id),
     )
     checkpoint = last_whole_checkpoint(checkpoints) if run.resume else None

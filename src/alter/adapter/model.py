@@ -299,6 +299,8 @@ class AlterModel(BaseTuner):
                 f"router={peft_config.router!r} routes all of them. Add 'experts' layers to exclude_modules."
             )
         if isinstance(target, AlterLinear):
+            # deleting the last adapter leaves the layers, but not their context
+            target.context = self._context
             target.update_layer(adapter_name, peft_config)
             return
         inner = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

@@ -8,6 +8,7 @@ known when the token enters the network, and during generation is a by-product o
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -434,6 +435,7 @@ class RoutingContext:
         self.anchors: dict[str, AlterLinear] = {}
         self.configs: dict[str, AlterConfig] = {}
         self.failed = 0
+        self.thread = 0
 
     # attaching to a model
 
@@ -491,6 +493,7 @@ class RoutingContext:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Route the tokens of the forward pass that is about to start."""
         try:
+            self._check_alone(module)
             given = kwargs.get("alter_routing")
             if "alter_routing" in kwargs:
                 kwargs = {name: value for name, value in kwargs.items() if name != "alter_routing"}
@@ -504,6 +507,8 @@ class RoutingContext:
             raise
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._capture_checkpoints(module)
+        if self.state is None and not torch.compiler.is_compiling():
+            self.thread = threading.get_ident()
         state.previous, self.state = self.state, state
         return args, kwargs
 
@@ -518,6 +523,20 @@ class RoutingContext:
         self.state = state.previous
         if output is not None and state.continuation is not None:
             self._continue(state, output)
+
+    def _check_alone(self, module: nn.Module) -> None:
+        if getattr(module, "_is_replica", False):
+            raise UserError(
+                "ALTER does not run under torch.nn.DataParallel, whose threads would share one set of routes. Use "
+                "DistributedDataParallel (torchrun, accelerate), or one device."
+            )
+        if torch.compiler.is_compiling() or self.state is None:
+            return
+        if threading.get_ident() != self.thread:
+            raise UserError(
+                "Two threads run a model with ALTER adapters at once, and would share one set of routes. Run one forward "
+                "pass at a time, or give each thread its own copy of the model."
+            )
 
     def _capture_checkpoints(self, module: nn.Module) -> None:
         for part in base_modules(module):
@@ -641,6 +660,8 @@ class RoutingContext:
         """Route whole rows by what the frozen base says about them, in one pass without gradients."""
         frozen = ForwardState(frozen=True, grad=torch.is_grad_enabled(), names=tuple(names))
         output = self.run_frozen(module, (), frozen_inputs(module, inputs), frozen)
+        if frozen.grad:
+            self._check_sharding(names)
         logits = model_logits(module, output)
         previous = previous_real(mask, sequence_starts(inputs, mask))
         routing, past = {}, {}
@@ -653,6 +674,18 @@ class RoutingContext:
         observe = observe and logits is not None
         continuation = Continuation(mask, past, ids) if observe else None
         return ForwardState(routing=routing, observe=observe, names=tuple(names), continuation=continuation)
+
+    def _check_sharding(self, names: list[str]) -> None:
+        """Refuse a router whose gradient FSDP2 would drop: it was read in a pass that leaves no hooks on its block."""
+        for name in names:
+            router = self.anchors[name].alter_router[name]
+            sharded = type(router.weight).__name__ == "DTensor" and not hasattr(router, "unshard")
+            if sharded and router.weight.requires_grad:
+                raise UserError(
+                    f"The router of adapter {name!r} trains inside an FSDP unit that is not its own, where its gradient would "
+                    "be lost. Wrap it with fully_shard() too (PEFT's own wrapping policy does), or freeze it with "
+                    "requires_grad_(False) and pass alter_routing."
+                )
 
     def token_entropy(self, logits: Tensor | None, previous: Tensor, config: AlterConfig) -> Tensor:
         """[B, T] entropy of each token from the logits [B, T, V] at every position; +inf where nothing generated it."""

@@ -1,0 +1,96 @@
+"""Two processes on the CPU: gradients under DDP and FSDP2 are the mean of the single-process ones; saving works."""
+
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import get_peft_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from alter.adapter import AlterLinear
+from alter.errors import UserError
+from test_adapter import adapted, middle_threshold, rows, tiny
+
+
+def make():
+    model = adapted(tiny()).train()
+    middle_threshold(model, rows())
+    return model
+
+
+def loss_of(model, rank):
+    """Two forward passes, of different shapes, before one backward pass."""
+    one, two = rows(seed=10 + rank), rows(batch=2, length=7, seed=20 + rank)
+    return model(input_ids=one, labels=one).loss - 0.5 * model(input_ids=two, labels=two).loss
+
+
+def routers(model):
+    return [m.alter_router["default"] for m in model.modules() if isinstance(m, AlterLinear) and len(m.alter_router)]
+
+
+def shard(model, leaves):
+    for module in model.modules():
+        if isinstance(module, AlterLinear) and leaves == "all":
+            fully_shard(module.alter_A["default"])
+            fully_shard(module.alter_B["default"])
+    if leaves:
+        for router in routers(model):
+            fully_shard(router)
+    for block in model.base_model.model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def work(rank, port, wrapping, checkpointing):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    expected = []
+    for other in range(2):
+        model = make()
+        loss_of(model, other).backward()
+        expected.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    keys = sorted(get_peft_model_state_dict(model))
+    model = make()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped = model
+    if wrapping == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    elif wrapping == "blocks":
+        shard(model, "")
+        with pytest.raises(UserError, match="trains inside an FSDP unit"):
+            loss_of(model, rank)
+        for router in routers(model):
+            router.requires_grad_(False)
+        expected = [{n: g for n, g in grads.items() if "router" not in n} for grads in expected]
+    else:
+        shard(model, wrapping)
+    loss_of(wrapped, rank).backward()
+    parameters = dict(model.named_parameters())
+    for name in expected[0]:
+        grad = parameters[name].grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        torch.testing.assert_close(grad, (expected[0][name] + expected[1][name]) / 2, msg=name)
+    if wrapping != "ddp":
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        assert rank != 0 or sorted(get_peft_model_state_dict(model, state_dict=state)) == keys
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("wrapping", ["ddp", "blocks", "router", "all"])
+def test_gradients_of_two_processes(wrapping, checkpointing):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, (port, wrapping, checkpointing), nprocs=2)
