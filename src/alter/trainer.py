@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -41,30 +42,34 @@ from alter.objectives import (
 from alter.records import provenance, to_json, write_atomic
 from alter.scoring import load_model
 
+_ADAPTER = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
+
 
 class AdapterSettings(BaseModel):
-    """The adapter to train; see `AlterConfig` for what each field does."""
+    """The adapter to train; its defaults and meanings are `AlterConfig`'s."""
 
     model_config = ConfigDict(extra="forbid")
 
-    r: int = Field(8, ge=1, description="Rank of A and of every expert.")
-    alter_alpha: float = Field(16, gt=0, description="The update is scaled by alter_alpha / r.")
-    alter_dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(_ADAPTER["r"], ge=1, description="Rank of A and of every expert.")
+    alter_alpha: float = Field(_ADAPTER["alter_alpha"], gt=0, description="The update is scaled by alter_alpha / r.")
+    alter_dropout: float = Field(_ADAPTER["alter_dropout"], ge=0, lt=1, description="Dropout on the input of A.")
     target_modules: list[str] | str | None = Field(
-        None, description="Linear layers to adapt; all of the blocks' by default."
+        _ADAPTER["target_modules"], description="Linear layers to adapt; all of the blocks' by default."
     )
-    router: Literal["learned", "entropy", "static"] = "learned"
-    router_memory: float = Field(0.0, ge=0, le=1, description="How much of the past the router's evidence keeps.")
-    entropy_q: float = Field(1.5, gt=0, description="Tsallis order of the token entropies.")
-    entropy_threshold: float | None = Field(
-        None, description="Entropy above which a token is high (1.2 if none is given)."
+    router: Literal["learned", "entropy", "static"] = Field(
+        _ADAPTER["router"], description="Hidden states choose the expert, the entropy alone does, or all are open."
     )
+    router_memory: float = Field(
+        _ADAPTER["router_memory"], ge=0, le=1, description="How much of the text so far the router's evidence keeps."
+    )
+    entropy_q: float = Field(_ADAPTER["entropy_q"], description="Tsallis order of the token entropies, above 0.")
+    entropy_threshold: float | None = Field(None, description="Entropy above which a token is high (1.2 by default).")
     entropy_quantile: float | None = Field(
         None, gt=0, lt=1, description="Set the threshold so that this share of the retain tokens is low."
     )
-    temperature_high: float = Field(0.8, gt=0)
-    temperature_low: float = Field(0.01, gt=0)
-    top_k: int = Field(3, ge=1, description="Forget experts fused on a high-entropy token.")
+    temperature_high: float = Field(_ADAPTER["temperature_high"], gt=0, description="Of gates on high-entropy tokens.")
+    temperature_low: float = Field(_ADAPTER["temperature_low"], gt=0, description="Of gates on low-entropy tokens.")
+    top_k: int = Field(_ADAPTER["top_k"], ge=1, description="Forget experts fused on a high-entropy token.")
 
 
 class RouterFit(BaseModel):
