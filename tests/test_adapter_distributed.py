@@ -66,8 +66,6 @@ def work(rank, port, wrapping, checkpointing):
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     elif wrapping == "blocks":
         shard(model, "")
-        with pytest.raises(UserError, match="trains inside an FSDP unit"):
-            loss_of(model, rank)
         for router in routers(model):
             router.requires_grad_(False)
         expected = [{n: g for n, g in grads.items() if "router" not in n} for grads in expected]
@@ -86,11 +84,31 @@ def work(rank, port, wrapping, checkpointing):
     dist.destroy_process_group()
 
 
+def refuse(rank, port):
+    warnings.simplefilter("ignore")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=1)
+    model = make()
+    shard(model, "")
+    with pytest.raises(UserError, match="trains inside an FSDP unit"):
+        loss_of(model, rank)
+    dist.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("wrapping", ["ddp", "blocks", "router", "all"])
 def test_gradients_of_two_processes(wrapping, checkpointing):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, wrapping, checkpointing), nprocs=2)
+    mp.spawn(work, (free_port(), wrapping, checkpointing), nprocs=2)
+
+
+@pytest.mark.slow
+def test_a_router_that_trains_inside_an_fsdp_unit_is_refused():
+    """One process: an error inside a unit leaves two processes waiting for each other."""
+    mp.spawn(refuse, (free_port(),), nprocs=1)

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, StaticCache
 
-from alter.adapter.routing import DecodeState
+from alter.adapter.routing import DecodeState, token_mask
 from alter.errors import UserError
 from test_adapter import ARCHITECTURES, adapted, counted, middle_threshold, rows, tiny
 
@@ -91,6 +91,35 @@ def test_static_cache(padded):
     expected = generated(model, ids, cache=True, mask=mask)
     found = generated(model, ids, cache=True, mask=mask, cache_implementation="static", disable_compile=True)
     assert torch.equal(found, expected)
+
+
+def test_static_cache_routes_padded_prompts_like_a_dynamic_one():
+    model = routed(router_memory=1.0)
+    ids, mask = left_padded()
+    states = []
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):
+        inputs = model.base_model.model.prepare_inputs_for_generation(ids, attention_mask=mask, past_key_values=cache)
+        with torch.no_grad():
+            states.append(DecodeState.of(model(**inputs).past_key_values))
+    torch.testing.assert_close(states[1].past, states[0].past)
+    torch.testing.assert_close(states[1].gates, states[0].gates)
+
+
+@pytest.mark.parametrize("form", ["2-D", "bool", "float", "mapping"])
+def test_token_mask_of_any_form(form):
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    # as for a static cache of 6 slots
+    allowed = torch.ones(4, 6, dtype=torch.bool).tril() & torch.nn.functional.pad(mask, (0, 2))[:, None, None]
+    given = {
+        "2-D": mask.long(),
+        "bool": allowed,
+        "float": torch.where(allowed, 0.0, torch.finfo(torch.float32).min),
+        "mapping": {"sliding_attention": None, "full_attention": allowed},
+    }[form]
+    assert torch.equal(token_mask(given, 3, 4, mask.device), mask)
+    assert token_mask(None, 3, 4, mask.device).all()
+    with pytest.raises(UserError, match="with 3 dimensions"):
+        token_mask(mask[None], 3, 4, mask.device)
 
 
 def test_rows_that_end_early():
@@ -253,6 +282,8 @@ def test_ways_of_generating_that_cannot_be_followed():
     repeated = torch.cat([ids[:, :4]] * 4, 1)
     with pytest.raises(UserError, match="prompt_lookup_num_tokens"):
         generated(model, repeated, cache=True, prompt_lookup_num_tokens=3, max_new_tokens=20)
+    with pytest.raises(UserError, match="continuous batching"):
+        model(input_ids=ids, write_index=[])
     # and the model is as it was
     assert torch.equal(generated(model, ids, cache=True), generated(model, ids, cache=False))
     assert model.base_model.model._alter_context.session is None

@@ -507,8 +507,6 @@ class RoutingContext:
             raise
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._capture_checkpoints(module)
-        if self.state is None and not torch.compiler.is_compiling():
-            self.thread = threading.get_ident()
         state.previous, self.state = self.state, state
         return args, kwargs
 
@@ -530,9 +528,11 @@ class RoutingContext:
                 "ALTER does not run under torch.nn.DataParallel, whose threads would share one set of routes. Use "
                 "DistributedDataParallel (torchrun, accelerate), or one device."
             )
-        if torch.compiler.is_compiling() or self.state is None:
+        if torch.compiler.is_compiling():
             return
-        if threading.get_ident() != self.thread:
+        if self.state is None:
+            self.thread = threading.get_ident()
+        elif self.thread != threading.get_ident():
             raise UserError(
                 "Two threads run a model with ALTER adapters at once, and would share one set of routes. Run one forward "
                 "pass at a time, or give each thread its own copy of the model."
@@ -577,6 +577,11 @@ class RoutingContext:
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(module, PreTrainedModel) or not isinstance(tokens, Tensor):
             return self._route_each(module, args, kwargs, names)
+        if "write_index" in inputs:
+            raise UserError(
+                "ALTER cannot follow continuous batching (generate_batch), which packs tokens of several requests into one "
+                "row. Use generate() on padded batches, or router='static'."
+            )
         if getattr(module.config, "is_encoder_decoder", False):
             raise UserError(
                 f"router={self.configs[names[0]].router!r} needs a decoder-only model: in an encoder-decoder model "
