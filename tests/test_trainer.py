@@ -95,6 +95,9 @@ def test_a_run_trains_an_adapter_that_peft_loads(data, tmp_path, changes):
             assert torch.equal(model(input_ids=ids).logits, before)
     experts = changes.get("num_forget_experts", 3)
     assert len(record["domains"]) == experts
+    card = (out / "adapter" / "README.md").read_text()
+    assert "import alter" in card
+    assert str(data / "model") in card
     assert record["steps"] == (3 if "gradient_accumulation_steps" in changes else 6)
     assert model.peft_config["default"].num_forget_experts == experts
     assert any(value.abs().sum() > 0 for name, value in weights(out).items() if "alter_B" in name)

@@ -80,7 +80,7 @@ class RouterFit(BaseModel):
     steps: int = Field(1000, ge=1)
     learning_rate: float = Field(0.03, gt=0)
     weight_decay: float = Field(0.1, ge=0)
-    max_tokens: int = Field(100_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
+    max_tokens: int = Field(150_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
 
 
 class Unlearn(BaseModel):
@@ -250,15 +250,17 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
     """
     generator = np.random.default_rng(run.seed)
     config = model.peft_config["default"]
-    parts = []
-    for encoded in (rows.forget, rows.retain):
-        order, total = generator.permutation(len(encoded)).tolist(), 0
-        chosen = []
-        for i in order:
-            if total >= run.router_fit.max_tokens // 2:
+    parts: list[list[int]] = []
+    left = run.router_fit.max_tokens
+    # forget rows take half at most; retain rows, of which there are more, take what is left
+    for encoded, limit in ((rows.forget, left // 2), (rows.retain, left)):
+        chosen, total = [], 0
+        for i in generator.permutation(len(encoded)).tolist():
+            if total >= min(limit, left):
                 break
             chosen.append(i)
             total += len(encoded[i].input_ids)
+        left -= total
         parts.append(chosen)
     chosen_rows = [rows.forget[i] for i in parts[0]] + [rows.retain[i] for i in parts[1]]
     traced = frozen.trace_rows(
@@ -497,11 +499,45 @@ def trace_run(
     }, kept.found
 
 
-def save_adapter(model: Any, out: Path) -> Path:
-    """Write the adapter to `out`/adapter, whole or not at all: a folder beside it, then renamed."""
+def card(run: Unlearn, names: Sequence[str]) -> str:
+    """The adapter's model card: what it is, how to load it, what it was trained with, and what it does not do."""
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    settings = yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False)
+    return f"""---
+library_name: peft
+base_model: {run.model}
+tags: [alter, unlearning]
+---
+
+# ALTER adapter: makes {run.model} forget {run.forget}
+
+{len(names)} sub-domains, one forgetting expert each: {shown}.
+
+```python
+import alter  # registers the method with PEFT
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({run.model!r}), "this folder")
+```
+
+It loads on no other base: the configuration holds a fingerprint of the weights. It is an adapter: whoever has the base
+weights has the knowledge, and `disable_adapter()` brings it back. A routed adapter cannot be merged.
+
+## Settings
+
+```yaml
+{settings}```
+"""
+
+
+def save_adapter(model: Any, out: Path, text: str | None = None) -> Path:
+    """Write the adapter, with its card, to `out`/adapter, whole or not at all: a folder beside it, then renamed."""
     partial, final = out / ".adapter.partial", out / "adapter"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial))
+    if text is not None:
+        write_atomic(partial / "README.md", text)
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
@@ -582,7 +618,7 @@ def unlearn(run: Unlearn) -> Path:
     )
     checkpoint = last_whole_checkpoint(checkpoints) if run.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save_adapter(model, out)
+    save_adapter(model, out, card(run, names))
     write_atomic(
         out / "run.json",
         to_json(
