@@ -173,6 +173,16 @@ def test_gradients_equal_those_of_separate_passes(data, tmp_path, monkeypatch):
     assert seen
 
 
+def test_activation_checkpointing_changes_nothing(data, tmp_path):
+    """Every layer trains, and ends at the weights of a run that kept its activations."""
+    common = {"epochs": 1, "batch_size": 4, "objective": {"kind": "gradient_ascent"}, "lambda_": 0.0, "gamma": 0.0}
+    plain = weights(unlearn(settings(data, tmp_path / "plain", **common)))
+    checkpointed = weights(unlearn(settings(data, tmp_path / "gc", gradient_checkpointing=True, **common)))
+    assert sum(value.abs().sum() > 0 for name, value in plain.items() if "alter_B" in name) == 14
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_the_frozen_pass_is_reused_only_for_the_same_run(data, tmp_path, monkeypatch):
     out = unlearn(settings(data, tmp_path / "run"))
     calls = []

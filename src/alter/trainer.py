@@ -42,7 +42,7 @@ from alter.objectives import (
 from alter.records import provenance, to_json, write_atomic
 from alter.scoring import load_model
 
-_ADAPTER = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
+_ADAPTER: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
 
 
 class AdapterSettings(BaseModel):
