@@ -61,15 +61,20 @@ class MaskedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, bias=False, **kwargs)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, groups: Tensor | None = None, width: int | None = None
+    ) -> Tensor:
         """x [..., in] -> [..., out]; the weight learns only where `mask` [..., E] is true (E divides `in_features`).
 
         Entry e of the mask covers the e-th of E equal groups of neighbouring inputs. The gradient with respect to x
-        is that of a plain linear layer, whatever the mask.
+        is that of a plain linear layer, whatever the mask. With `groups` (indices), x and mask hold those groups of
+        `width` inputs alone, and all others count as zero.
         """
-        if mask is None:
-            return F.linear(x, self.weight)
         weight = self.weight
+        if groups is not None:
+            weight = weight.unflatten(-1, (-1, width)).index_select(1, groups.to(weight.device)).flatten(1)
+        if mask is None:
+            return F.linear(x, weight)
         if torch.is_autocast_enabled(x.device.type):
             # autocast does not reach into autograd functions
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -219,7 +224,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         return self.base_layer(x, *args, **kwargs)
 
     def _update(self, name: str, x: Tensor, state: ForwardState | None) -> Tensor:
-        gates, expert_mask, shared_mask = self._routing(name, x, state)
+        gates, expert_mask, shared_mask, opened = self._routing(name, x, state)
         A = self.alter_A[name]
         x = self._cast_input_dtype(x, A.weight.dtype)
         z = A(self.alter_dropout[name](x), shared_mask) * self.scaling[name]
@@ -228,16 +233,19 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             gated = z.unsqueeze(-2).expand(*z.shape[:-1], experts, z.shape[-1])
         else:
             gated = z.unsqueeze(-2) * gates.to(device=z.device, dtype=z.dtype).unsqueeze(-1)
-        return self.alter_B[name](gated.flatten(-2), expert_mask)
+        return self.alter_B[name](gated.flatten(-2), expert_mask, opened, z.shape[-1])
 
     def _routing(
         self, name: str, x: Tensor, state: ForwardState | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gates and masks of one adapter, in the leading shape of x; the A mask gets a last axis of 1."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gates and masks of one adapter, in the leading shape of x, and the experts they are of (None: all).
+
+        The mask of A gets a last axis of 1.
+        """
         routing = None if state is None else state.routing.get(name)
         if routing is None:
             if self.alter_mode[name] == "static":
-                return None, None, None
+                return None, None, None, None
             raise UserError(
                 f"Layer {self.layer_name!r} was called without a route for adapter {name!r}: ALTER routes each token once "
                 "for the whole network. Call the whole model that holds the adapter, not a part of it."
@@ -254,14 +262,15 @@ class AlterLinear(nn.Module, BaseTunerLayer):
                 f"The routing given for adapter {name!r} has {routing.gates.shape[-1]} experts per token; the adapter has "
                 f"{self.alter_experts[name]} (the retention expert and {self.alter_experts[name] - 1} forget experts)."
             )
-        gates, expert_mask, shared_mask = routing.gates, routing.expert_mask, routing.shared_mask
+        assert state is not None
+        gates, expert_mask, shared_mask, opened = state.narrowed(name)
         if shared_mask is not None:
             shared_mask = shared_mask.unsqueeze(-1)
         if shape != given:
             gates = gates.flatten(0, 1)
             expert_mask = None if expert_mask is None else expert_mask.flatten(0, 1)
             shared_mask = None if shared_mask is None else shared_mask.flatten(0, 1)
-        return gates, expert_mask, shared_mask
+        return gates, expert_mask, shared_mask, opened
 
     def resize(self, adapter_name: str, experts: int) -> None:
         """Append experts (zero columns of B, zero rows of the router) up to `experts`, keeping the old ones bit-exact."""

@@ -255,6 +255,25 @@ class ForwardState:
     router_logits: dict[str, Tensor] = field(default_factory=dict)
     continuation: Continuation | None = None
     previous: ForwardState | None = None
+    narrow: dict[str, tuple[Routing, Tensor]] = field(default_factory=dict)
+
+    def leave_out_closed(self) -> None:
+        """Let the layers work with the experts that some token of this pass opens: the others add exactly nothing.
+
+        Only where no gradient flows to the gates: a closed gate can have one.
+        """
+        for name, route in self.routing.items():
+            if route.gates.requires_grad:
+                continue
+            opened = (route.gates != 0).flatten(0, -2).any(0).nonzero().squeeze(-1)
+            if len(opened) < route.gates.shape[-1]:
+                mask = None if route.expert_mask is None else route.expert_mask[..., opened]
+                self.narrow[name] = Routing(route.gates[..., opened], mask, route.shared_mask), opened
+
+    def narrowed(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gates and masks of one adapter, and the experts that they are of: None stands for all."""
+        route, opened = self.narrow.get(name, (self.routing[name], None))
+        return route.gates, route.expert_mask, route.shared_mask, opened
 
     def read_host(self, layer: AlterLinear, x: Tensor) -> None:
         """Keep what the routers on this layer say about its input at every position."""
@@ -505,8 +524,11 @@ class RoutingContext:
             # the exit hook is called for failed passes too, and must not end somebody else's
             self.failed += 1
             raise
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._capture_checkpoints(module)
+        if not torch.compiler.is_compiling():
+            # the number of open experts differs from pass to pass, which a compiled graph could not follow
+            state.leave_out_closed()
+            if torch.is_grad_enabled():
+                self._capture_checkpoints(module)
         state.previous, self.state = self.state, state
         return args, kwargs
 
