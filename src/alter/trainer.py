@@ -19,7 +19,6 @@ import yaml
 from peft import get_peft_model
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
 from alter import frozen
@@ -318,16 +317,22 @@ class PairCollator:
     """Lay forget rows and retain rows of a step into one batch, forget rows first, with their routes and references."""
 
     def __init__(self, pad_token_id: int) -> None:
-        self.collate = Collator(pad_token_id)
+        # few different shapes: the allocator can then give a step the memory of the last one
+        self.collate = Collator(pad_token_id, multiple_of=16)
 
     def __call__(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
         items = [forget for forget, _ in pairs] + [retain for _, retain in pairs]
         batch: dict[str, Any] = self.collate(
             [{"input_ids": item["encoded"].input_ids, "labels": item["encoded"].labels} for item in items]
         )
-        batch["gates"] = pad_sequence([item["row"].gates for item in items], batch_first=True)
+        shape = batch["input_ids"].shape
+        batch["gates"] = torch.zeros(*shape, items[0]["row"].gates.shape[-1])
         # padding counts as high: it is never labelled and must not look like knowledge
-        batch["entropy"] = pad_sequence([item["row"].entropy for item in items], True, torch.inf)
+        batch["entropy"] = torch.full(shape, torch.inf)
+        for place, item in enumerate(items):
+            length = len(item["row"].entropy)
+            batch["gates"][place, :length] = item["row"].gates
+            batch["entropy"][place, :length] = item["row"].entropy
         batch["expert"] = torch.tensor([item["expert"] for item in items])
         for name, members in (("forget", items[: len(pairs)]), ("retain", items[len(pairs) :])):
             references = [item["row"].reference for item in members if item["row"].reference is not None]
