@@ -17,6 +17,7 @@ from alter import AlterConfig, AlterModel
 from alter.adapter import AlterLinear, Routing, base_fingerprint, expert_gates
 from alter.adapter.layer import MaskedLinear
 from alter.adapter.model import default_host, same_base
+from alter.adapter.routing import ForwardState
 from alter.errors import UserError
 from reference import naive_gates, naive_masked_linear, naive_pool, naive_previous
 
@@ -434,6 +435,36 @@ def test_given_routes_equal_own_routes_and_cost_no_frozen_pass():
         model(input_ids=ids, alter_routing={"default": Routing(gates)})
         assert len(calls) == 4
     torch.testing.assert_close(given, own)
+
+
+def test_experts_that_no_token_opens_are_left_out_at_no_difference(monkeypatch):
+    model = adapted(tiny(), num_forget_experts=5, r=8)
+    ids = rows()
+    gates = torch.zeros(*ids.shape, 6)
+    gates[..., 0], gates[0, 3:, 4] = 1.0, 0.5
+    allowed = torch.zeros(*ids.shape, 6, dtype=torch.bool)
+    allowed[..., [0, 4]] = True
+    routing = Routing(gates, allowed, torch.rand(ids.shape) < 0.5)
+    seen = []
+    layer = next(m for m in model.modules() if isinstance(m, AlterLinear))
+    layer.alter_B["default"].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1] // 8))
+
+    def run():
+        model.zero_grad()
+        logits = model(input_ids=ids, alter_routing=routing).logits
+        logits.square().mean().backward()
+        return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    narrow, narrow_grads = run()
+    monkeypatch.setattr(ForwardState, "leave_out_closed", lambda self: None)
+    whole, whole_grads = run()
+    assert seen == [2, 6]
+    torch.testing.assert_close(narrow, whole)
+    assert narrow_grads.keys() == whole_grads.keys()
+    for name, grad in whole_grads.items():
+        torch.testing.assert_close(narrow_grads[name], grad, msg=name)
+        if "alter_B" in name:
+            assert grad[:, 4 * 8 : 5 * 8].abs().sum() > 0, name
 
 
 def test_frozen_pass_has_no_dropout_and_no_trained_copies():
