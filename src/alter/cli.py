@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -178,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"alter {version('alter-unlearning')}")
         return 0
     command = args[0]
+    # transformers and peft warn of each other's coming changes, which is no news for a user
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
         if command not in COMMANDS:
             raise UserError(
