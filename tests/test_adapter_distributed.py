@@ -81,6 +81,8 @@ def work(rank, port, wrapping, checkpointing):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)
         assert rank != 0 or sorted(get_peft_model_state_dict(model, state_dict=state)) == keys
+    # a process that leaves while the other still talks to it is aborted
+    dist.barrier()
     dist.destroy_process_group()
 
 
