@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -192,6 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"alter: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # the reader has seen enough (alter … | head); Python would complain once more while closing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("alter: interrupted", file=sys.stderr)
         return 130
