@@ -33,6 +33,7 @@ def test_flags_override_a_recipe_and_the_dump_reads_back(tmp_path):
         cli.parse("unlearn", Unlearn, [*REQUIRED, "--objective.kind", "without_truth"]).objective.kind
         == "without_truth"
     )
+    assert cli.parse("unlearn", Unlearn, [*REQUIRED, "--lambda", "0.5"]).lambda_ == 0.5
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(run.model_dump()))
     assert cli.parse("unlearn", Unlearn, [str(again)]) == run

@@ -117,8 +117,8 @@ def _annotated(name: str, annotation: Any, info: Any) -> Any:
     markers = [item for item in info.metadata if type(item).__module__.startswith("tyro")]
     for marker in markers:
         annotation = Annotated[annotation, marker]
-    # a pydantic model cannot have a field called json
-    flag = "json" if name == "json_path" else None
+    # names that Python or pydantic keep for themselves
+    flag = {"json_path": "json", "lambda_": "lambda"}.get(name)
     return Annotated[annotation, tyro.conf.arg(name=flag, help=info.description or "")]
 
 
