@@ -1,7 +1,6 @@
 """Two processes on the CPU: gradients under DDP and FSDP2 are the mean of the single-process ones; saving works."""
 
-import os
-import socket
+import time
 import warnings
 
 import pytest
@@ -46,11 +45,10 @@ def shard(model, leaves):
     fully_shard(model)
 
 
-def work(rank, port, wrapping, checkpointing):
+def work(rank, meeting, wrapping, checkpointing):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     expected = []
     for other in range(2):
         model = make()
@@ -86,10 +84,9 @@ def work(rank, port, wrapping, checkpointing):
     dist.destroy_process_group()
 
 
-def refuse(rank, port):
+def refuse(rank, meeting, *_):
     warnings.simplefilter("ignore")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=1)
     model = make()
     shard(model, "")
     with pytest.raises(UserError, match="trains inside an FSDP unit"):
@@ -97,20 +94,30 @@ def refuse(rank, port):
     dist.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def together(function, folder, processes, *args):
+    """Run the processes; once more if they lost each other (a crash or a wait), never if one of them raised."""
+    for attempt in range(3):
+        context = mp.spawn(function, (str(folder / f"meeting{attempt}"), *args), nprocs=processes, join=False)
+        until = time.monotonic() + 45
+        try:
+            while time.monotonic() < until:
+                if context.join(timeout=1):
+                    return
+        except mp.ProcessExitedException:
+            continue
+        for process in context.processes:
+            process.kill()
+    raise AssertionError("the processes never came to an end")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("wrapping", ["ddp", "blocks", "router", "all"])
-def test_gradients_of_two_processes(wrapping, checkpointing):
-    mp.spawn(work, (free_port(), wrapping, checkpointing), nprocs=2)
+def test_gradients_of_two_processes(wrapping, checkpointing, tmp_path):
+    together(work, tmp_path, 2, wrapping, checkpointing)
 
 
 @pytest.mark.slow
-def test_a_router_that_trains_inside_an_fsdp_unit_is_refused():
+def test_a_router_that_trains_inside_an_fsdp_unit_is_refused(tmp_path):
     """One process: an error inside a unit leaves two processes waiting for each other."""
-    mp.spawn(refuse, (free_port(),), nprocs=1)
+    together(refuse, tmp_path, 1)
