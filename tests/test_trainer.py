@@ -173,6 +173,20 @@ def test_gradients_equal_those_of_separate_passes(data, tmp_path, monkeypatch):
     assert seen
 
 
+def test_only_high_entropy_tokens_may_move_the_shared_matrix(data, tmp_path, monkeypatch):
+    masks = []
+    real = trainer.Routing
+    monkeypatch.setattr(trainer, "Routing", lambda g, e, shared: masks.append(shared) or real(g, e, shared))
+    out = unlearn(settings(data, tmp_path / "run", epochs=1))
+    kept = load_file(str(out / "frozen.safetensors"))["entropy"]
+    threshold = json.loads((out / "run.json").read_text())["router"]["entropy_threshold"]
+    assert len(masks) == 3
+    assert all(mask[:, 0].all() for mask in masks)
+    low = sum(int((~mask).sum()) for mask in masks)
+    # one epoch of twelve forget rows and twelve different retain rows: each traced row is seen once, padding is high
+    assert low == int((kept <= threshold).sum()) > 0
+
+
 def test_activation_checkpointing_changes_nothing(data, tmp_path):
     """Every layer trains, and ends at the weights of a run that kept its activations."""
     common = {"epochs": 1, "batch_size": 4, "objective": {"kind": "gradient_ascent"}, "lambda_": 0.0, "gamma": 0.0}
