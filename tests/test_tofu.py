@@ -15,6 +15,7 @@ from alter import metrics, records
 from alter.benchmarks import tofu
 from alter.data import encode, encode_prompt, examples
 from alter.errors import UserError
+from alter.evaluation import evaluate
 from alter.report import table
 from pico import EOS, PAD, byte_tokenizer
 from pico import pico as make_pico
@@ -262,16 +263,18 @@ def save(folder, seed=0):
 
 
 def test_evaluate_from_folders(tmp_path, capsys):
-    settings = tofu.TofuEvaluation(model=save(tmp_path / "model"), split="forget01", limit=3, device="cpu")
-    found = by_metric(tofu.evaluate_tofu(settings, name="before"))
+    settings = tofu.TofuEvaluation(
+        model=save(tmp_path / "model"), split="forget01", limit=3, device="cpu", name="before"
+    )
+    found = by_metric(evaluate(settings))
     assert "forget_quality" not in found
     assert "--retain-records retrained.json" in capsys.readouterr().err
     assert {record.model for record in found.values()} == {"before"}
     retrained = save(tmp_path / "retrained", 1)
-    from_folder = by_metric(tofu.evaluate_tofu(settings.model_copy(update={"retain_records": retrained})))
+    from_folder = by_metric(evaluate(settings.model_copy(update={"retain_records": retrained})))
     path = str(tmp_path / "retrained.json")
-    records.write_records(path, tofu.evaluate_tofu(settings.model_copy(update={"model": retrained})))
-    from_file = by_metric(tofu.evaluate_tofu(settings.model_copy(update={"retain_records": path})))
+    records.write_records(path, evaluate(settings.model_copy(update={"model": retrained})))
+    from_file = by_metric(evaluate(settings.model_copy(update={"retain_records": path})))
     assert from_folder["forget_quality"].value == from_file["forget_quality"].value
     assert from_file["model_utility"].value == found["model_utility"].value
 

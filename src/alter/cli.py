@@ -25,14 +25,22 @@ class Command:
     settings: str
     function: str
     help: str
+    chooser: str | None = None
 
+
+# the settings that `--benchmark NAME` stands for; the first is the default
+BENCHMARKS = {
+    "tofu": ("alter.benchmarks.tofu", "TofuEvaluation"),
+}
 
 COMMANDS = {
     "demo": Command(
         "alter.demo", "Demo", "demo", "forget 20 authors with the shipped model: before, after, retrained"
     ),
     "unlearn": Command("alter.trainer", "Unlearn", "unlearn", "train an ALTER adapter that makes a model forget"),
-    "evaluate": Command("alter.evaluation", "Evaluate", "evaluate", "measure a model, with or without an adapter"),
+    "evaluate": Command(
+        "alter.evaluation", "Evaluation", "evaluate", "measure a model, with or without an adapter", "benchmark"
+    ),
     "aggregate": Command("alter.evaluation", "AggregateLogs", "aggregate_logs", "TOFU's numbers from published logs"),
     "generate": Command("alter.evaluation", "Generate", "generate", "answer prompts with a model and an adapter"),
     "finetune": Command(
@@ -53,6 +61,7 @@ def _help() -> str:
             *lines,
             "",
             "`alter COMMAND --help` lists a command's options; a recipe gives them in YAML, flags override it.",
+            f"Benchmarks: {', '.join(BENCHMARKS)} (`alter evaluate --benchmark NAME --help`).",
         ]
     )
 
@@ -122,6 +131,49 @@ def _annotated(name: str, annotation: Any, info: Any) -> Any:
     return Annotated[annotation, tyro.conf.arg(name=flag, help=info.description or "")]
 
 
+def _recipe(args: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split arguments into the settings of the recipe that comes first, if one does, and the flags."""
+    import yaml
+
+    if not args or args[0].startswith("-") or not args[0].endswith((".yaml", ".yml")):
+        return {}, args
+    path = Path(args[0])
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        raise UserError(f"No recipe at {path}.{near}")
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{path} holds {type(given).__name__}, expected settings as keys and values.")
+    return given, args[1:]
+
+
+def _flag(args: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`, or None."""
+    for place, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if flag == f"--{name}":
+            return value if equals else (args[place + 1] if place + 1 < len(args) else "")
+    return None
+
+
+def choose(args: Sequence[str]) -> tuple[str, str]:
+    """Module and settings of the benchmark that the flags or the recipe name; the first benchmark by default.
+
+    Raises:
+        UserError: there is no such benchmark.
+    """
+    given, flags = _recipe(list(args))
+    name = _flag(flags, "benchmark") or given.get("benchmark") or next(iter(BENCHMARKS))
+    if name not in BENCHMARKS:
+        raise UserError(
+            f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(str(name), BENCHMARKS)}"
+        )
+    return BENCHMARKS[name]
+
+
 def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
     """Settings from a recipe (the first argument, if it names a YAML file) and flags that override it.
 
@@ -129,22 +181,9 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
         UserError: a recipe that is missing or not YAML, an unknown key, or a value that the settings refuse.
     """
     import tyro
-    import yaml
     from pydantic import ValidationError
 
-    args = list(args)
-    given: dict[str, Any] = {}
-    if args and not args[0].startswith("-") and args[0].endswith((".yaml", ".yml")):
-        path = Path(args.pop(0))
-        if not path.is_file():
-            near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-            raise UserError(f"No recipe at {path}.{near}")
-        try:
-            given = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(given, dict):
-            raise UserError(f"{path} holds {type(given).__name__}, expected settings as keys and values.")
+    given, args = _recipe(list(args))
     kinds = {}
     for place, arg in enumerate(args):
         flag, equals, value = arg.partition("=")
@@ -188,8 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Unknown command {command!r}; expected one of {', '.join(COMMANDS)}.{nearest(command, COMMANDS)}"
             )
         found = COMMANDS[command]
-        module = importlib.import_module(found.module)
-        getattr(module, found.function)(parse(command, getattr(module, found.settings), args[1:]))
+        owner, settings = (found.module, found.settings) if found.chooser is None else choose(args[1:])
+        parsed = parse(command, getattr(importlib.import_module(owner), settings), args[1:])
+        getattr(importlib.import_module(found.module), found.function)(parsed)
     except UserError as error:
         print(f"alter: {error}", file=sys.stderr)
         return 2

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from alter.benchmarks.tofu import Aggregate, TofuEvaluation, aggregate, evaluate_tofu
+from alter.benchmarks.base import Evaluation
+from alter.benchmarks.tofu import Aggregate, aggregate
 from alter.data import Example, encode_prompt, read_rows
 from alter.errors import UserError
 from alter.records import Record, to_json, write_atomic, write_records
@@ -33,30 +34,18 @@ def check_writable(path: str | None) -> None:
         raise UserError(f"--json is {path!r}, which cannot be written: give the path of a file.")
 
 
-class Evaluate(TofuEvaluation):
-    """Measure a model on a benchmark, print the table and, with --json, write the records."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    benchmark: Literal["tofu"] = "tofu"
-    """What to measure on."""
-    name: str | None = None
-    """What the records call the model; "unlearned" with an adapter, else "original", unless this says otherwise."""
-    json_path: str | None = None
-    """File for the records."""
-
-
-def evaluate(settings: Evaluate) -> list[Record]:
-    """Run `alter evaluate`: load, measure, print, write.
+def evaluate(settings: Evaluation) -> list[Record]:
+    """Run `alter evaluate`: check the data, load the model, measure, print, write.
 
     Raises:
-        UserError: see `evaluate_tofu`.
+        UserError: see the benchmark's `data_digest` and `measure`, and `load_model`.
     """
     check_writable(settings.json_path)
-    name = settings.name or ("unlearned" if settings.adapter else "original")
-    common = TofuEvaluation.model_validate(settings.model_dump(include=set(TofuEvaluation.model_fields)))
-    records = evaluate_tofu(common, name=name)
-    show({name: records}, settings.json_path, f"TOFU {settings.split}: {settings.adapter or settings.model}")
+    settings.data_digest()
+    model, tokenizer = settings.load()
+    records = settings.measure(model, tokenizer)
+    title = f"{settings.title()}: {settings.adapter or settings.model}"
+    show({settings.subject: records}, settings.json_path, title)
     return records
 
 

@@ -6,7 +6,6 @@ the run will see, kept next to the run in safetensors, and reused when the run r
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,11 +36,6 @@ class Row:
     features: Tensor | None = None
     gates: Tensor | None = None
     reference: Reference | None = None
-
-
-def digest(*parts: Any) -> str:
-    """Short SHA-256 of JSON-able parts: the key under which a cached result may be reused."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:

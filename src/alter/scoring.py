@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -349,6 +350,36 @@ def _can_drop_rows(cache: Any) -> bool:
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
+
+
+class Subject(BaseModel):
+    """Which model to look at: the settings that every command has which loads one."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """Model: local folder, hub id, or builtin:NAME."""
+    adapter: str | None = None
+    """Adapter on top of it: local folder or hub id."""
+    merged: bool = False
+    """Fold the adapter into the weights first, where that is exact; a routed adapter is refused."""
+    dtype: str = "auto"
+    """Number format: auto, float32, bfloat16, float16."""
+    device: str | None = None
+    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+
+    def load(self) -> tuple[Any, Any]:
+        """Return model and tokenizer.
+
+        Raises:
+            UserError: see `load_model`; or `merged` without an adapter, or with one that cannot be merged.
+        """
+        if not self.merged:
+            return load_model(self.model, self.adapter, self.dtype, self.device)
+        if self.adapter is None:
+            raise UserError("--merged folds an adapter into the weights: give one with --adapter, or leave it out.")
+        network, tokenizer = load_model(self.model, self.adapter, self.dtype, self.device)
+        return network.merge_and_unload(), tokenizer
 
 
 def shipped_model(name: str) -> str:

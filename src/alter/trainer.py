@@ -38,7 +38,7 @@ from alter.objectives import (
     cross_entropy,
     mean_or_zero,
 )
-from alter.records import provenance, to_json, write_atomic
+from alter.records import digest, provenance, to_json, write_atomic
 from alter.scoring import load_model
 
 _ADAPTER: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
@@ -471,7 +471,7 @@ def trace_run(
     used = {"forget": sorted({f for f, _ in order}), "retain": sorted({r for _, r in order})}
     needs = {"forget": run.objective.needs_base, "retain": run.retain_objective.needs_base}
     config = model.peft_config["default"]
-    key = frozen.digest(
+    key = digest(
         config.base_fingerprint,
         run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed"}),
         needs,

@@ -27,9 +27,10 @@ import pydantic
 import tyro
 
 from alter import metrics
+from alter.benchmarks.base import Evaluation, say
 from alter.data import Encoded, Example, encode, encode_prompt, examples, tofu_rows
 from alter.errors import UserError, nearest
-from alter.records import Record, read_records
+from alter.records import Record, digest, read_records
 from alter.scoring import Scores, generate, load_model, score
 
 Array = npt.NDArray[np.float64]
@@ -545,13 +546,11 @@ def read_reference(path: str) -> Reference:
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
-class TofuEvaluation(pydantic.BaseModel, extra="forbid"):
-    """Settings of one evaluation on TOFU."""
+class TofuEvaluation(Evaluation):
+    """Measure a model on TOFU, print the table and, with --json, write the records."""
 
-    model: str
-    """Model to evaluate: local folder, hub id, or builtin:NAME."""
-    adapter: str | None = None
-    """Adapter on top of it: local folder or hub id."""
+    benchmark: Literal["tofu"] = "tofu"
+    """What to measure on."""
     split: Literal["forget01", "forget05", "forget10"] = "forget10"
     """Which authors were to be forgotten: the last 1, 5 or 10 percent."""
     data: str = "builtin"
@@ -560,50 +559,33 @@ class TofuEvaluation(pydantic.BaseModel, extra="forbid"):
     """Metrics by their definition, or with the quirks of OpenUnlearning, to compare with its numbers."""
     retain_records: str | None = None
     """The model retrained without the forgotten rows: its result file (--json) or folder. Gives forget quality."""
-    batch_tokens: int | None = pydantic.Field(None, ge=1)
-    """Padded tokens in one scoring batch; by default 16384, or 4096 on a CPU."""
-    batch_size: int = pydantic.Field(64, ge=1)
-    """Prompts in one generation batch."""
-    limit: int | None = pydantic.Field(None, ge=1)
-    """Only this many rows of each set, for a quick look."""
-    seed: int = 0
-    """Chooses the rows when there is a limit."""
-    dtype: str = "auto"
-    """Number format: auto, float32, bfloat16, float16."""
-    device: str | None = None
-    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
 
+    def title(self) -> str:
+        """Heading of the table."""
+        return f"TOFU {self.split}"
 
-def evaluate_tofu(
-    settings: TofuEvaluation, model: Any = None, tokenizer: Any = None, name: str = "original"
-) -> list[Record]:
-    """Evaluate a model on TOFU and return its records; what could not be computed is said on stderr, with the remedy.
+    def data_digest(self) -> str:
+        """Hash of the rows of all sets."""
+        return digest([_fingerprint(_set_rows(key, self.split, self.data, self.limit, self.seed)) for key in SETS])
 
-    Args:
-        model, tokenizer: a loaded pair; None loads what the settings name.
-        name: what the records call the model.
-
-    Raises:
-        UserError: see `load_model`, `tofu_metrics` and `read_reference`.
-    """
-    common: dict[str, Any] = settings.model_dump(
-        include={"split", "data", "mode", "limit", "seed", "batch_tokens", "batch_size"}
-    )
-    reference = None
-    if settings.retain_records is not None:
-        source = settings.retain_records
-        if source.startswith("builtin:") or Path(source).expanduser().is_dir():
-            retrained, own_tokenizer = load_model(source, dtype=settings.dtype, device=settings.device)
-            result = tofu_metrics(retrained, own_tokenizer, which=("likelihood",), sets=("forget",), **common)
-            reference = result.as_reference(source)
-            del retrained
-        else:
-            reference = read_reference(source)
-    if model is None:
-        model, tokenizer = load_model(settings.model, settings.adapter, settings.dtype, settings.device)
-    result = tofu_metrics(model, tokenizer, reference=reference, **common)
-    _say(result.notes)
-    return result.records(name)
+    def measure(self, model: Any, tokenizer: Any) -> list[Record]:
+        """Return the figures of TOFU's table; what could not be computed is said on stderr, with the remedy."""
+        common: dict[str, Any] = self.model_dump(
+            include={"split", "data", "mode", "limit", "seed", "batch_tokens", "batch_size"}
+        )
+        reference = None
+        if self.retain_records is not None:
+            source = self.retain_records
+            if source.startswith("builtin:") or Path(source).expanduser().is_dir():
+                retrained, own_tokenizer = load_model(source, dtype=self.dtype, device=self.device)
+                result = tofu_metrics(retrained, own_tokenizer, which=("likelihood",), sets=("forget",), **common)
+                reference = result.as_reference(source)
+                del retrained
+            else:
+                reference = read_reference(source)
+        result = tofu_metrics(model, tokenizer, reference=reference, **common)
+        say(result.notes)
+        return result.records(self.subject)
 
 
 class Aggregate(pydantic.BaseModel, extra="forbid"):
@@ -691,9 +673,7 @@ def aggregate(log: str, retain: str | None = None, *, mode: Mode = "strict", nam
             )
         result.reference = Reference(retain, None, None, None, ratios)
     else:
-        _say(
-            [f"No forget_quality: give the retrained model's log as well, `alter aggregate {log} --retain LOG.json`."]
-        )
+        say([f"No forget_quality: give the retrained model's log as well, `alter aggregate {log} --retain LOG.json`."])
     return result.records(name or Path(log).stem)
 
 
@@ -701,11 +681,3 @@ def _truth_ratio(result: TofuResult) -> Array:
     ratios = result.sets["forget"].truth_ratio
     assert ratios is not None
     return ratios
-
-
-def _say(notes: Iterable[str]) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    for note in notes:
-        console.print(note)
