@@ -72,11 +72,14 @@ class AdapterSettings(BaseModel):
 
 
 class RouterFit(BaseModel):
-    """How the router learns which expert serves which token: cross-entropy on the frozen base's hidden states."""
+    """How the router learns which expert serves which token: one logistic regression per expert on hidden states."""
 
     model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(1000, ge=1)
+    retain_weight: float = Field(
+        4.0, gt=0, description="How much worse it is to open an expert for a retain token than to miss a forget token."
+    )
     learning_rate: float = Field(0.03, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     max_tokens: int = Field(150_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
@@ -99,6 +102,15 @@ class Unlearn(BaseModel):
     )
     num_forget_experts: int | None = Field(None, ge=1, description="Experts; by default one per sub-domain.")
     max_domains: int = Field(8, ge=1, description="Most sub-domains that clustering may choose.")
+
+    start_from: str | None = Field(
+        None, description="Adapter of earlier requests to grow: new experts beside its own, which stay bit-exact."
+    )
+    experts_only: bool = Field(
+        False,
+        description="Train forget experts alone: A keeps its start, the retention expert stays zero, so that tokens "
+        "routed to it get exactly the base model. Always so with start_from.",
+    )
 
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
     router_fit: RouterFit = Field(default_factory=RouterFit)
@@ -139,15 +151,24 @@ class Unlearn(BaseModel):
             raise ValueError("give either adapter.entropy_threshold or adapter.entropy_quantile, not both")
         return self
 
+    @model_validator(mode="after")
+    def _experts_alone(self) -> Unlearn:
+        if self.start_from is not None:
+            self.experts_only = True
+        if self.experts_only and self.phase_one:
+            raise ValueError("phase_one trains A and the retention expert, which experts_only (or start_from) freezes")
+        if self.experts_only and self.adapter.router == "static":
+            raise ValueError("experts_only needs a router that keeps the experts apart; adapter.router is 'static'")
+        return self
+
 
 @dataclass(frozen=True)
 class Rows:
-    """The data of a run, encoded: forget rows with the sub-domain of each, and retain rows."""
+    """The data of a run, encoded: forget rows with the expert of each (1 is the first), and retain rows."""
 
     forget: list[Encoded]
     retain: list[Encoded]
-    domain: list[int]
-    domain_names: list[str]
+    expert: list[int]
 
 
 def prepare_folder(run: Unlearn) -> Path:
@@ -225,8 +246,27 @@ def schedule(
 
 
 def add_adapter(model: Any, run: Unlearn, names: list[str]) -> Any:
-    """Put the run's ALTER adapter on a loaded model."""
+    """Put a new ALTER adapter on a loaded model; the adapter of `start_from`, which it has then, gets room for `names`.
+
+    Raises:
+        UserError: the adapter to grow is not ALTER's, has other settings than asked for, or serves a name already.
+    """
     settings = run.adapter
+    if run.start_from is not None:
+        config = model.peft_config["default"]
+        if not isinstance(config, AlterConfig) or config.router == "static":
+            raise UserError(f"start_from is {run.start_from!r}, which is no ALTER adapter with a router to grow.")
+        for name in sorted(settings.model_fields_set - {"entropy_quantile"}):
+            wanted, has = getattr(settings, name), getattr(config, name)
+            if wanted is not None and wanted != (sorted(has) if isinstance(has, set) else has):
+                raise UserError(f"adapter.{name} is {wanted!r}, but {run.start_from} has {has!r}: leave it out.")
+        own = config.domains or [f"expert {d + 1}" for d in range(config.num_forget_experts)]
+        taken = [name for name in names if name in own]
+        if taken:
+            raise UserError(f"{run.start_from} has an expert for {taken[0]!r} already: nothing to add for it.")
+        model.base_model.resize_experts("default", len(own) + len(names), own + names)
+        config.inference_mode = False
+        return model
     config = AlterConfig(
         **settings.model_dump(),
         num_forget_experts=run.num_forget_experts or len(names),
@@ -240,9 +280,10 @@ def add_adapter(model: Any, run: Unlearn, names: list[str]) -> Any:
 def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[str, float]:
     """Set the entropy threshold and train the router, both on the frozen base, before the adapter trains.
 
-    The router reads hidden states of the frozen base, which no training step changes: its supervised cross-entropy
-    (forget rows of sub-domain d belong to expert d, retain rows to the retention expert) is fitted once instead of next
-    to the task losses. This is a reading of the paper, like the supervision itself.
+    The router reads hidden states of the frozen base, which no training step changes, so it is fitted once instead of
+    next to the task losses: for every new expert one logistic regression, its own forget rows against all other rows;
+    the retention expert's logit is 0. So a row of the router depends on no other expert's, and an expert that comes
+    later leaves it as it is. This is a reading of the paper, like the supervision itself.
 
     Returns:
         what was found: the threshold, the share of tokens routed as their row says, per kind of row.
@@ -266,17 +307,17 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
         model, chosen_rows, pad_token_id=pad_token_id, label="router", features=config.router == "learned"
     )
     found: dict[str, float] = {}
-    if run.adapter.entropy_quantile is not None:
+    if run.start_from is None and run.adapter.entropy_quantile is not None:
         retain_entropy = torch.cat([row.entropy for row in traced[len(parts[0]) :]])
         config.entropy_threshold = threshold_from_quantile(retain_entropy, run.adapter.entropy_quantile)
         check_threshold(config.entropy_q, config.entropy_threshold, config.vocab_size)
-    found["entropy_threshold"] = float(config.entropy_threshold)
+    found["entropy_threshold"] = float(config.threshold)
     if config.router == "static":
         return found
     inputs, targets = [], []
     for place, row in enumerate(traced):
         evidence = row.entropy[:, None] if row.features is None else row.features.float()
-        label = rows.domain[parts[0][place]] + 1 if place < len(parts[0]) else 0
+        label = rows.expert[parts[0][place]] if place < len(parts[0]) else 0
         # the first token of a row has no evidence and is never routed
         evidence = pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), config.router_memory)[0]
         inputs.append(evidence)
@@ -284,26 +325,37 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
     x, y = torch.cat(inputs), torch.cat(targets)
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     x = (x - mean) / std
-    head = torch.nn.Linear(x.shape[1], config.num_forget_experts + 1)
+    new = sorted(set(rows.expert))
+    is_own = y[:, None] == torch.tensor(new)
+    head = torch.nn.Linear(x.shape[1], len(new))
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     fit = run.router_fit
     optimizer = torch.optim.AdamW(head.parameters(), lr=fit.learning_rate, weight_decay=fit.weight_decay)
+    of_forget, of_retain = (y > 0).nonzero()[:, 0], (y == 0).nonzero()[:, 0]
     for step in range(fit.steps):
         for group in optimizer.param_groups:
             group["lr"] = fit.learning_rate * (1 - step / fit.steps)
-        batch = torch.from_numpy(generator.integers(len(x), size=min(2048, len(x))))
-        loss = torch.nn.functional.cross_entropy(head(x[batch]), y[batch])
+        drawn = [part[torch.from_numpy(generator.integers(len(part), size=1024))] for part in (of_forget, of_retain)]
+        batch = torch.cat(drawn)
+        own, logits = is_own[batch], head(x[batch])
+        hit = torch.nn.functional.softplus(-logits)[own].mean()
+        miss = torch.nn.functional.softplus(logits)[~own].mean()
+        loss = hit + fit.retain_weight * miss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        right = head(x).argmax(-1) == y
+        weight = head.weight / std
         _, host = model.base_model.router_host
         router = host.alter_router["default"]
-        weight = head.weight / std
-        router.weight.copy_(weight)
-        router.bias.copy_(head.bias - weight @ mean)
+        router.weight[new] = weight
+        router.bias[new] = head.bias - weight @ mean
+        if run.start_from is None:
+            router.weight[0], router.bias[0] = 0.0, 0.0
+            # spare experts are never chosen
+            router.bias[max(new) + 1 :] = -1e4
+        right = torch.nn.functional.linear(x * std + mean, router.weight, router.bias).argmax(-1) == y
     router.requires_grad_(False)
     found["router_accuracy_forget"] = float(right[y > 0].float().mean())
     found["router_accuracy_retain"] = float(right[y == 0].float().mean())
@@ -320,8 +372,8 @@ class PairCollator:
         # few different shapes: the allocator can then give a step the memory of the last one
         self.collate = Collator(pad_token_id, multiple_of=16)
 
-    def __call__(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-        items = [forget for forget, _ in pairs] + [retain for _, retain in pairs]
+    def __call__(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> dict[str, Any]:
+        items = [forget for forget, _ in pairs] + [retain for _, retain in pairs if retain is not None]
         batch: dict[str, Any] = self.collate(
             [{"input_ids": item["encoded"].input_ids, "labels": item["encoded"].labels} for item in items]
         )
@@ -343,20 +395,23 @@ class PairCollator:
 
 
 class Pairs(torch.utils.data.Dataset):
-    """The schedule as a dataset: item i is the i-th pair of a forget and a retain row."""
+    """The schedule as a dataset: item i is the i-th pair of a forget and a retain row.
 
-    def __init__(self, order: list[tuple[int, int]], rows: Rows, traced: Traced) -> None:
-        self.order, self.rows, self.traced = order, rows, traced
+    Where forget experts train alone, nothing learns from retain rows, and the retain row is None.
+    """
+
+    def __init__(self, order: list[tuple[int, int]], rows: Rows, traced: Traced, *, experts_only: bool) -> None:
+        self.order, self.rows, self.traced, self.experts_only = order, rows, traced, experts_only
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def __getitem__(self, i: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
         f, r = self.order[i]
-        return (
-            {"encoded": self.rows.forget[f], "row": self.traced["forget"][f], "expert": self.rows.domain[f] + 1},
-            {"encoded": self.rows.retain[r], "row": self.traced["retain"][r], "expert": 0},
-        )
+        forget = {"encoded": self.rows.forget[f], "row": self.traced["forget"][f], "expert": self.rows.expert[f]}
+        if self.experts_only:
+            return forget, None
+        return forget, {"encoded": self.rows.retain[r], "row": self.traced["retain"][r], "expert": 0}
 
 
 @contextmanager
@@ -412,7 +467,7 @@ class UnlearnTrainer(Trainer):
             structure = mean_or_zero(cross_entropy(logits, truth)[token_high])
             parts = {
                 "forget": self.run.objective(forget),
-                "retain": self.run.retain_objective(retain),
+                "retain": self.run.retain_objective(retain) if len(retain.labels) else 0.0 * logits.sum(),
                 "structure": structure,
             }
             loss = self.run.beta * parts["forget"] + self.run.gamma * parts["retain"]
@@ -447,6 +502,7 @@ class UnlearnTrainer(Trainer):
                 {"params": shared, "lr": self.run.learning_rate_shared, "weight_decay": 0.0},
             ]
             options.pop("lr", None)
+            groups = [group for group in groups if group["params"]]
             self.optimizer = cls(groups, lr=self.run.learning_rate_experts, **options)
         return self.optimizer
 
@@ -468,18 +524,24 @@ def trace_run(
 ) -> tuple[Traced, dict[str, float]]:
     """Everything the training needs from the frozen base: router, entropies, gates, references; kept in `cache`."""
     encoded = {"forget": rows.forget, "retain": rows.retain}
-    used = {"forget": sorted({f for f, _ in order}), "retain": sorted({r for _, r in order})}
+    used = {
+        "forget": sorted({f for f, _ in order}),
+        "retain": [] if run.experts_only else sorted({r for _, r in order}),
+    }
     needs = {"forget": run.objective.needs_base, "retain": run.retain_objective.needs_base}
     config = model.peft_config["default"]
+    router = None if config.router == "static" else model.base_model.router_host[1].alter_router["default"]
     key = digest(
         config.base_fingerprint,
         run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed"}),
         needs,
         [[encoded[name][i].input_ids for i in used[name]] for name in used],
-        rows.domain,
+        rows.expert,
+        # an adapter to grow brings a router with it, and the retain rows that are not trained on still fit the new one
+        None if run.start_from is None or router is None else [weight.sum().item() for weight in router.parameters()],
+        [row.input_ids for row in rows.retain] if run.experts_only else None,
     )
     kept = frozen.restore(cache, key)
-    router = None if run.adapter.router == "static" else model.base_model.router_host[1].alter_router["default"]
     if kept is None:
         found = fit_router(model, run, rows, tokenizer.pad_token_id)
         traced = []
@@ -569,13 +631,14 @@ def unlearn(run: Unlearn) -> Path:
     write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
 
     torch.manual_seed(run.seed)
-    base, tokenizer = load_model(run.model, dtype=run.dtype, device=run.device)
+    base, tokenizer = load_model(run.model, run.start_from, run.dtype, run.device)
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
+    model = add_adapter(base, run, names)
+    first = 1 if run.start_from is None else model.peft_config["default"].num_forget_experts - len(names) + 1
     rows = Rows(
         [encode(tokenizer, example, max_length=limit) for example in forget_examples],
         [encode(tokenizer, example, max_length=limit) for example in retain_examples],
-        domain,
-        names,
+        [first + d for d in domain],
     )
     order = schedule(
         [len(row.input_ids) for row in rows.forget],
@@ -584,7 +647,10 @@ def unlearn(run: Unlearn) -> Path:
         batch=run.batch_size,
         seed=run.seed,
     )
-    model = add_adapter(base, run, names)
+    if run.experts_only:
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".alter_B." in name)
     traced, found = trace_run(model, tokenizer, run, rows, order, out / "frozen.safetensors")
     prepared = time.time()
 
@@ -618,7 +684,7 @@ def unlearn(run: Unlearn) -> Path:
         model.peft_config["default"].num_forget_experts + 1,
         model=model,
         args=arguments,
-        train_dataset=Pairs(order, rows, traced),
+        train_dataset=Pairs(order, rows, traced, experts_only=run.experts_only),
         data_collator=PairCollator(tokenizer.pad_token_id),
     )
     checkpoint = last_whole_checkpoint(checkpoints) if run.resume else None
@@ -630,6 +696,7 @@ def unlearn(run: Unlearn) -> Path:
             {
                 "settings": run.model_dump(),
                 "domains": names,
+                "experts": sorted(set(rows.expert)),
                 "router": found,
                 "steps": trainer.state.global_step,
                 "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
