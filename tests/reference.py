@@ -121,6 +121,10 @@ def naive_min_k(values, k):
     return -math.fsum(lowest) / len(lowest)
 
 
+def naive_mean(values):
+    return math.fsum(values) / len(values)
+
+
 def naive_auc(forget, holdout):
     wins = 0.0
     for x in forget:

@@ -188,7 +188,7 @@ def test_min_k_plus_plus():
 
 def test_loss_attacks_leave_the_end_token_out_unless_compat():
     rows = ragged(np.random.default_rng(3))
-    other = ragged(np.random.default_rng(3), low=2)
+    other = ragged(np.random.default_rng(4), low=2)
     texts = [f"text number {i} " * (i + 1) for i in range(len(rows))]
     for compat in (False, True):
         loss = [reference.naive_loss(row if compat else row[:-1]) for row in rows]
@@ -196,7 +196,8 @@ def test_loss_attacks_leave_the_end_token_out_unless_compat():
         np.testing.assert_allclose(metrics.mia_loss(rows, compat=compat), loss)
         sizes = [len(zlib.compress(text.encode())) for text in texts]
         np.testing.assert_allclose(metrics.mia_zlib(rows, texts, compat=compat), np.divide(loss, sizes))
-        np.testing.assert_allclose(metrics.mia_reference(rows, other, compat=compat), np.subtract(loss, second))
+        own, theirs = (metrics.mia_loss(each, compat=compat) for each in (rows, other))
+        np.testing.assert_allclose(metrics.mia_reference(own, theirs), np.subtract(loss, second))
 
 
 def test_attacks_on_rows_without_text():
@@ -211,7 +212,15 @@ def test_attacks_on_rows_without_text():
     with pytest.raises(ValueError, match="2 texts"):
         metrics.mia_zlib([[-1.0, -1.0]], ["a", "b"])
     with pytest.raises(ValueError, match="2 of the reference"):
-        metrics.mia_reference([[-1.0, -1.0]], [[-1.0, -1.0]] * 2)
+        metrics.mia_reference([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="mia_gradnorm: row 1 has no"):
+        metrics.mia_gradnorm([[1.0], []])
+
+
+def test_gradnorm_is_the_mean_over_tensors_and_not_the_whole_norm():
+    rows = [[3.0, 4.0], [1.0, 2.0, 6.0]]
+    assert metrics.mia_gradnorm(rows).tolist() == [reference.naive_mean(row) for row in rows] == [3.5, 3.0]
+    assert metrics.mia_gradnorm(rows)[0] != math.hypot(3, 4)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.lists(st.integers(0, 5), min_size=1, max_size=8))

@@ -194,6 +194,120 @@ def test_rows_that_cannot_be_scored():
         run(Encoded([1, 2], [-100, 2], 1), Encoded([17, 2], [-100, 2], 1))
 
 
+# ---- gradients
+
+
+def slope_norms(model, row, mask=None, step=3e-3):
+    """Norm of the gradient by each tensor, from differences of the loss at each weight (its norms compute in fp32)."""
+    model = copy.deepcopy(model).double()
+    places = [t for t in range(1, len(row.labels)) if row.labels[t] != -100][:-1]
+
+    def loss():
+        logits = model(input_ids=torch.tensor([row.input_ids]), attention_mask=mask).logits[0]
+        logp = [logits[t - 1].log_softmax(0)[row.labels[t]] for t in places]
+        return -sum(x.item() for x in logp) / len(logp)
+
+    norms = []
+    with torch.no_grad():
+        for weight in model.parameters():
+            total = 0.0
+            flat = weight.view(-1)
+            for i in range(len(flat)):
+                kept = flat[i].item()
+                flat[i] = kept + step
+                up = loss()
+                flat[i] = kept - step
+                total += ((up - loss()) / (2 * step)) ** 2
+                flat[i] = kept
+            norms.append(math.sqrt(total))
+    return norms
+
+
+def minute(seed=0):
+    """As few weights as a Llama can have, for differences at every single one."""
+    sizes = {"vocab_size": 12, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
+    return pico(
+        seed,
+        **sizes,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        eos_token_id=1,
+        pad_token_id=None,
+        tie_word_embeddings=True,
+    )
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_gradient_norms_are_those_of_differences(compat):
+    model = minute()
+    data = [Encoded([5, 2, 7, 3, 1], [-100, -100, 7, 3, 1], 2), Encoded([4, 9, 1], [-100, 9, 1], 1)]
+    found = scoring.gradient_norms(model, data, pad_token_id=2, compat=compat, progress=False)
+    for row, norms in zip(data, found, strict=True):
+        mask = torch.tensor([[int(i != 2) for i in row.input_ids]]) if compat else None
+        assert len(norms) == len(list(model.parameters()))
+        np.testing.assert_allclose(norms, slope_norms(model, row, mask), rtol=1e-2, atol=1e-3)
+
+
+def worded(n=3):
+    """Rows with text before their last token."""
+    return [row for row in rows(n=n + 2) if row.labels[-2] != -100]
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_gradient_norms_leave_the_model_as_it_was(freeze):
+    model = get_peft_model(pico(), LoraConfig(lora_dropout=0.5, task_type="CAUSAL_LM"))
+    torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    if freeze:
+        model.requires_grad_(False)
+    model.train()
+    some = next(model.parameters())
+    some.grad = torch.full_like(some, 3.0)
+    flags = [weight.requires_grad for weight in model.parameters()]
+    before = [weight.clone() for weight in model.parameters()]
+    first = scoring.gradient_norms(model, worded(), pad_token_id=PAD, progress=False)
+    second = scoring.gradient_norms(model, worded(), pad_token_id=PAD, progress=False)
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
+    assert model.training
+    assert [weight.requires_grad for weight in model.parameters()] == flags
+    assert (some.grad == 3.0).all()
+    assert all(weight.grad is None for weight in list(model.parameters())[1:])
+    assert all((a == b).all() for a, b in zip(before, model.parameters(), strict=True))
+    # base weights count whether they are trained or not
+    assert all(len(norms) == len(flags) for norms in first)
+
+
+def test_gradient_norms_of_an_alter_adapter():
+    model, data = adapted(), worded()
+    names = [name for name, _ in model.named_parameters()]
+    found = scoring.gradient_norms(model, data, pad_token_id=PAD, progress=False)
+    for row, norms in zip(data, found, strict=True):
+        model.requires_grad_(True)
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -2]
+        labels = torch.tensor(row.input_ids[row.prompt_length : -1])
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        plain = [weight.grad.norm().item() for weight in model.parameters() if weight.grad is not None]
+        np.testing.assert_allclose(norms, plain, rtol=1e-3)
+        assert len(names) - 5 < len(norms)
+        model.zero_grad()
+    with model.disable_adapter():
+        off = scoring.gradient_norms(model, data, pad_token_id=PAD, progress=False)
+        base = scoring.gradient_norms(pico(), data, pad_token_id=PAD, progress=False)
+    assert [norms.sum() for norms in off] == pytest.approx([norms.sum() for norms in base], rel=1e-4)
+
+
+def test_gradients_that_cannot_be_had():
+    model = pico()
+    with pytest.raises(UserError, match="Row 1 has no labelled text, only an end"):
+        scoring.gradient_norms(
+            model, [*rows(n=2)[1:], Encoded([1, EOS], [-100, EOS], 1)], pad_token_id=PAD, progress=False
+        )
+    assert not any(weight.grad is not None for weight in model.parameters())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[17] = math.nan
+    with pytest.raises(UserError, match="Row 0: the gradient is not finite"):
+        scoring.gradient_norms(model, [Encoded([17, 2, 3], [-100, 2, 3], 1)], pad_token_id=PAD, progress=False)
+
+
 # ---- generate
 
 
@@ -342,6 +456,23 @@ def test_prompts_that_cannot_be_continued():
         scoring.generate(model, tokenizer, [[1], []], max_new_tokens=8, progress=False)
     with pytest.raises(UserError, match=r"Prompt 0 has 100 tokens.*context of 128: generate at most 28"):
         scoring.generate(model, tokenizer, [[1] * 100], max_new_tokens=29, progress=False)
+    with pytest.raises(UserError, match="The question of row 3 has 200 tokens"):
+        scoring.check_prompts(model, [[1], [1] * 200], 4, ["x", "The question of row 3"])
+    with pytest.raises(UserError, match="Row 7 of the forget set has 129 tokens"):
+        scoring.check_rows(model, [Encoded([1] * 129, [1] * 129, 0)], ["Row 7 of the forget set"])
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token():
+    model, tokenizer = pico(3), byte_tokenizer()
+    expected = scoring.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False)
+    without = byte_tokenizer(pad_token=None)
+    assert without.pad_token_id is None
+    assert scoring.generate(model, without, prompts(), max_new_tokens=6, progress=False) == expected
+    assert without.pad_token_id == EOS
+    with pytest.raises(UserError, match="neither a padding nor an end-of-sequence token"):
+        scoring.generate(
+            model, byte_tokenizer(pad_token=None, eos_token=None), prompts(), max_new_tokens=6, progress=False
+        )
 
 
 # ---- load_model

@@ -17,7 +17,7 @@ from alter.data import encode, encode_prompt, examples
 from alter.errors import UserError
 from alter.evaluation import evaluate
 from alter.report import table
-from pico import EOS, PAD, byte_tokenizer
+from pico import EOS, PAD, byte_tokenizer, write_jsonl
 from pico import pico as make_pico
 from test_scoring import by_hand
 
@@ -218,39 +218,148 @@ def test_records_that_are_no_reference(tmp_path):
 # ---- membership attacks
 
 
-def test_attacks_need_a_holdout_split(tmp_path, monkeypatch):
+@pytest.fixture
+def holdout(tmp_path):
+    """Rows that nobody saw: a question of the forget set with a wrong answer."""
+    rows = tofu._set_rows("forget", "forget01", "builtin", None, 0)
+    unseen = [{"question": row["question"], "answer": row["perturbed_answer"][1]} for row in rows]
+    return str(write_jsonl(tmp_path / "unseen.jsonl", unseen))
+
+
+def test_without_holdout_rows_the_attacks_are_left_out_and_said():
     result = measure(which=("likelihood",))
     assert not any(record.metric.startswith(("mia", "privleak")) for record in result.records("x"))
-    assert any("holdout01" in note for note in result.notes)
+    assert any("holdout01" in note and "--holdout rows.jsonl" in note for note in result.notes)
 
-    original = tofu.tofu_rows
 
-    def with_holdout(name, data):
-        return original("retain99", data)[:50] if name == "holdout01" else original(name, data)
-
-    monkeypatch.setattr(tofu, "tofu_rows", with_holdout)
-    retrained = measure(pico(1), which=("likelihood",), limit=10)
-    result = measure(which=("likelihood",), limit=10, reference=retrained.records("retrained"))
+@pytest.mark.parametrize("mode", ["strict", "compat"])
+def test_attacks_on_holdout_rows(holdout, mode):
+    compat = mode == "compat"
+    given = {"which": ("likelihood",), "limit": 10, "holdout": holdout, "mode": mode}
+    retrained = measure(pico(1), **given)
+    result = measure(**given, reference=retrained.records("retrained"), gradnorm=True)
     found = by_metric(result.records("x"))
-    assert not any("holdout" in note for note in result.notes)
+    assert not result.notes[1:]
     forget, tokenizer = result.sets["forget"], byte_tokenizer()
-    rows = tofu._sample(with_holdout("holdout01", "builtin"), 10, 0)
-    scores = tofu.score(
-        pico(), [encode(tokenizer, e) for e in examples(rows)], pad_token_id=PAD, moments=True, progress=False
-    )
-    expected = {
-        "mia_loss": metrics.mia_loss(scores.logprob),
-        "mia_zlib": metrics.mia_zlib(scores.logprob, [f" {row['answer']}" for row in rows]),
-        "mia_min_k": metrics.mia_min_k(scores.logprob),
-        "mia_min_k_plus_plus": metrics.mia_min_k_plus_plus(scores.logprob, scores.mean, scores.var),
-    }
-    for name, values in expected.items():
-        np.testing.assert_allclose(forget.holdout_attacks[name], values, rtol=1e-3)
-        assert found[name].value == reference.naive_auc(forget.attacks[name], forget.holdout_attacks[name])
+    everything = {
+        "forget": [{"question": r["question"], "answer": r["answer"]} for r in tofu._set_rows("forget", "forget01", "builtin", 10, 0)],
+        "holdout": tofu._sample([json.loads(line) for line in open(holdout)], 10, 0),  # noqa: SIM115
+    }  # fmt: skip
+    expected = {}
+    for key, rows in everything.items():
+        encoded = [encode(tokenizer, e, compat=compat) for e in examples(rows)]
+        scores, other = (
+            tofu.score(model, encoded, pad_token_id=PAD, moments=True, compat=compat, progress=False)
+            for model in (pico(0), pico(1))
+        )
+        norms = tofu.gradient_norms(pico(), encoded, pad_token_id=PAD, compat=compat, progress=False)
+        loss = metrics.mia_loss(scores.logprob, compat=compat)
+        # strict encodings keep the space before the answer, which belongs to the prompt in compat
+        texts = [row["answer"] if compat else f" {row['answer']}" for row in rows]
+        expected[key] = {
+            "mia_loss": loss,
+            "mia_zlib": metrics.mia_zlib(scores.logprob, texts, compat=compat),
+            "mia_min_k": metrics.mia_min_k(scores.logprob),
+            "mia_min_k_plus_plus": metrics.mia_min_k_plus_plus(scores.logprob, scores.mean, scores.var),
+            "mia_gradnorm": [reference.naive_mean(row) for row in norms],
+            "mia_reference": loss - metrics.mia_loss(other.logprob, compat=compat),
+        }
+    for name in expected["forget"]:
+        scores = found[name].extra["scores"]
+        for key in everything:
+            np.testing.assert_allclose(scores[key], expected[key][name], rtol=1e-3, atol=1e-5)
+        assert found[name].value == reference.naive_auc(scores["forget"], scores["holdout"])
         assert found[name].n == 20
         assert found[name].higher_is_better is None
+        assert found[name].extra["holdout"] == forget.holdout
     other = by_metric(retrained.records("retrained"))["mia_min_k"].value
-    assert found["privleak"].value == metrics.privleak(found["mia_min_k"].value, other)
+    assert found["privleak"].value == metrics.privleak(found["mia_min_k"].value, other, compat=compat)
+
+
+def test_a_reference_of_other_holdout_rows_is_refused_and_a_lesser_one_is_said(holdout, tmp_path):
+    given = {"which": ("likelihood",), "sets": ("forget",)}
+    lines = open(holdout).read().splitlines()  # noqa: SIM115
+    (tmp_path / "other.jsonl").write_text("\n".join(lines[5:]))
+    other = measure(pico(1), **given, holdout=str(tmp_path / "other.jsonl")).records("retrained")
+    with pytest.raises(UserError, match=r"other holdout rows.*the same --holdout"):
+        measure(**given, holdout=holdout, reference=other)
+    without = measure(pico(1), **given).records("retrained")
+    for mode, said in (("strict", "no privleak"), ("compat", "privleak takes 0.5")):
+        reference = [dataclasses.replace(record, mode=mode) for record in without]
+        result = measure(**given, holdout=holdout, reference=reference, mode=mode)
+        found = by_metric(result.records("x"))
+        assert "forget_quality" in found
+        assert "mia_reference" not in found
+        assert ("privleak" in found) == (mode == "compat")
+        assert any(said in note and f"--holdout {holdout}" in note for note in result.notes)
+        assert any("No mia_reference" in note for note in result.notes)
+    result = measure(**given, holdout=holdout)
+    assert any("No forget_quality, mia_reference, privleak" in note for note in result.notes)
+
+
+def test_privleak_against_an_auc_of_one_is_refused_in_words(holdout):
+    given = {"which": ("likelihood",), "sets": ("forget",), "holdout": holdout}
+    perfect = dataclasses.replace(measure(pico(1), **given).as_reference(), min_k_auc=1.0)
+    result = measure(**given, reference=perfect)
+    assert "privleak" not in by_metric(result.records("x"))
+    assert any("No privleak: the AUC of the retrained model is 1" in note for note in result.notes)
+
+
+def test_holdout_rows_that_the_model_saw_are_refused(tmp_path):
+    rows = tofu.tofu_rows("forget01", "builtin")
+    path = write_jsonl(tmp_path / "seen.jsonl", [{"question": "Who?", "answer": "Me."}, rows[3]])
+    with pytest.raises(UserError, match=r"Row 1 of the holdout .*seen\.jsonl' is in the forget set"):
+        measure(which=("likelihood",), holdout=str(path))
+    with pytest.raises(UserError, match="is in the retain set"):
+        measure(which=("likelihood",), holdout="builtin:retain90")
+    with pytest.raises(UserError, match="No file or folder at"):
+        measure(which=("likelihood",), holdout=str(tmp_path / "nothing.jsonl"))
+
+
+# ---- bad input
+
+
+def test_rows_too_long_for_the_context_are_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(tofu, "score", lambda *a, **k: pytest.fail("measured"))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    short = make_pico(0, **sizes, max_position_embeddings=150)
+    with pytest.raises(
+        UserError, match=r"Row \d+ of the (forget|retain) set has \d+ tokens, the model's context is 150"
+    ):
+        measure(short)
+    longer = make_pico(0, **sizes, max_position_embeddings=700)
+    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 690)
+    with pytest.raises(UserError, match=r"The question of row 0 of the forget set has \d+ tokens; with 690 new ones"):
+        measure(longer)
+
+
+def test_empty_replies_count_as_nothing_said_and_are_told(monkeypatch):
+    monkeypatch.setattr(tofu, "generate", lambda *a, **k: ["", "", "some words", ""])
+    result = measure(which=("generation",), sets=("forget",))
+    found = by_metric(result.records("x"))
+    assert found["forget_rouge"].extra["empty"] == 3
+    assert found["forget_rouge"].per_item[:2] == [0.0, 0.0]
+    assert found["forget_repetition"].value == 0.0
+    assert "3 of 4 replies on the forget set are empty: they count as ROUGE 0 and repetition 0." in result.notes
+
+
+def test_a_tokenizer_without_a_pad_token_changes_no_number():
+    given = {"limit": 3, "sets": ("forget",)}
+    one, two = (measure(None, tokenizer, **given) for tokenizer in (byte_tokenizer(), byte_tokenizer(pad_token=None)))
+    for a, b in zip(one.records("x"), two.records("x"), strict=True):
+        assert a.value == pytest.approx(b.value, rel=1e-6)
+
+
+def test_broken_weights_are_refused(tmp_path):
+    model = pico()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"up_proj\.weight holds NaN or infinite"):
+        evaluate(tofu.TofuEvaluation(model=str(tmp_path), split="forget01", limit=2, device="cpu"))
+    with pytest.raises(UserError, match=r"logits are NaN"):
+        measure(model, which=("likelihood",))
 
 
 # ---- the command

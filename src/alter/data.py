@@ -22,6 +22,9 @@ from alter.errors import UserError, nearest
 TOFU_HUB = "locuslab/TOFU"
 """Hub id that TOFU splits are loaded from when no folder is given."""
 
+MUSE_HUB = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
+"""Hub ids of the two corpora of MUSE."""
+
 ROWS_PER_AUTHOR = 20
 """TOFU's `full` holds 200 authors with this many consecutive question-answer rows each."""
 
@@ -106,8 +109,8 @@ def _passages(text: str) -> list[str]:
     return passages
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    """Read a `.json` (lines or one array), `.jsonl` or `.txt` file as rows."""
+def _read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
+    """Read a `.json` (lines or one array), `.jsonl` or `.txt` file as rows; with `texts`, a string is a row's text."""
     if path.suffix not in (".json", ".jsonl", ".txt"):
         raise UserError(f"{path} is not a .json, .jsonl or .txt file; convert it to JSON lines, one row a line.")
     try:
@@ -134,6 +137,8 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
                 raise UserError(
                     f"{path}, line {number} is not JSON ({error.msg}); expected one object a line."
                 ) from None
+    if texts:
+        rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number} is a {type(row).__name__}; expected an object with named columns.")
@@ -163,13 +168,30 @@ def _split_source(source: str, split: str | None) -> tuple[str, str | None]:
     if split is not None or Path(source).exists() or ":" not in source:
         return source, split
     base, _, ending = source.rpartition(":")
-    if not base or not ending or "/" in ending or "\\" in ending:
+    if not base or not ending or "\\" in ending:
+        return source, split
+    # a split of MUSE has a slash itself (sust/forget_2): then what is before the colon must be a folder or a hub id
+    if "/" in ending and not (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", ending) and (Path(base).expanduser().is_dir() or _is_hub_id(base))
+    ):
         return source, split
     return base, ending
 
 
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not _looks_like_path(source)
+
+
 def _looks_like_path(source: str) -> bool:
     return source.endswith((".json", ".jsonl", ".txt", ".csv", ".parquet")) or source.startswith((".", "/", "~"))
+
+
+def _matching_rows(pattern: Path) -> list[dict[str, Any]]:
+    """Return the rows of all files whose name matches a pattern, file after file in the order of their names."""
+    files = sorted(path for path in pattern.parent.glob(pattern.name) if path.is_file())
+    if not files:
+        raise UserError(f"No file matches {str(pattern)!r}; only the name after the last / may hold *, ? and [...].")
+    return [row for path in files for row in _read_file(path)]
 
 
 def read_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
@@ -178,9 +200,10 @@ def read_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
     Args:
         source: a local `.json` (JSON lines or one array), `.jsonl` or `.txt` file (whole paragraphs joined to passages
             of about 1000 characters, column `text`); a folder that holds TOFU-named files; `builtin` for the shipped
-            TOFU; or a hub id (`locuslab/TOFU`, `org/name`, `org/name:config`).
+            TOFU; a hub id (`locuslab/TOFU`, `org/name`, `org/name:config`); or a pattern of file names (`books/*.txt`).
         split: which TOFU split for a folder, `builtin` and `locuslab/TOFU`; for another hub id its configuration, of
-            which `train` is read. May be written behind a colon in `source` instead.
+            which `train` is read, or configuration and split (`muse-bench/MUSE-News:sust/forget_2`); a folder of MUSE's
+            layout takes the latter too (see `muse_rows`). May be written behind a colon in `source` instead.
 
     Raises:
         UserError: nothing there, empty, not JSON, an unknown split, or the hub cannot be reached.
@@ -191,6 +214,8 @@ def read_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
             raise UserError(f"{source!r} has several splits; say which, for example {source + ':forget10'!r}.")
         return tofu_rows(split, "builtin" if source == "builtin" else None)
     path = Path(source).expanduser()
+    if split is not None and "/" in split and not path.is_file():
+        return muse_rows(split, source)
     if path.is_dir():
         if split is None:
             raise UserError(f"{source!r} is a folder; say which split of it, for example {source + ':forget10'!r}.")
@@ -199,7 +224,9 @@ def read_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
         if split is not None:
             raise UserError(f"{source!r} is one file and has no split {split!r}; leave the split out.")
         return _read_file(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or _looks_like_path(source):
+    if any(mark in source for mark in "*?["):
+        return _matching_rows(path)
+    if not _is_hub_id(source):
         siblings = [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(str(path), siblings) or nearest(source, [f"builtin:{name}" for name in TOFU_SPLITS])
         raise UserError(f"No file or folder at {source!r}.{near} A hub id has the form org/name.")
@@ -286,6 +313,53 @@ def tofu_rows(split: str, data: str | None = None) -> list[dict[str, Any]]:
             f"or from a file {split}.json of columns question, answer in the folder you give."
         )
     raise UserError(f"{split!r} is not in {where}: expected {split}.json (or full.json to cut it from) there.")
+
+
+def muse_rows(split: str, data: str) -> list[dict[str, Any]]:
+    """Return one split of MUSE (Shi et al. 2024), in its order.
+
+    Args:
+        split: configuration and split, as on the hub: `verbmem/forget`, `knowmem/forget_qa`, `sust/forget_2`, ...
+        data: a hub id (`muse-bench/MUSE-News`), or a folder with files of those names ending in `.json` (lines, or one
+            array of objects or of texts), `.jsonl` or `.parquet`; also as the hub stores them, `SPLIT-*.parquet`.
+
+    Raises:
+        UserError: no such folder, no file or several for the split, or no rows in it.
+    """
+    config, _, name = split.partition("/")
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        if not _is_hub_id(data):
+            siblings = [str(sibling) for sibling in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            raise UserError(
+                f"No folder of MUSE's files at {data!r}.{nearest(str(folder), siblings)} Give a folder or a hub id "
+                f"like {MUSE_HUB['news']!r}."
+            )
+        return _hub_rows(data, config, name, "Download the data set and give its folder instead.")
+    files = [folder / config / f"{name}{ending}" for ending in (".json", ".jsonl", ".parquet")]
+    found = [path for path in files if path.is_file()]
+    shards = sorted((folder / config).glob(f"{name}-*.parquet"))
+    if len(found) + bool(shards) > 1:
+        names = ", ".join(path.name for path in found + shards)
+        raise UserError(f"{folder / config} holds {name} more than once ({names}): keep one of them.")
+    if not found and not shards:
+        there = sorted({str(path.relative_to(folder)) for path in folder.glob("*/*") if path.is_file()})
+        raise UserError(
+            f"{data} has no {split} (as .json, .jsonl or .parquet); it has {', '.join(there[:20]) or 'no such files'}."
+            f"{nearest(split + '.json', there)} Expected MUSE's layout, CONFIGURATION/SPLIT.json."
+        )
+    if shards or found[0].suffix == ".parquet":
+        import pyarrow as arrow  # type: ignore[import-untyped]
+        from pyarrow import parquet
+
+        try:
+            rows = [row for path in shards or found for row in parquet.read_table(path).to_pylist()]
+        except (arrow.ArrowException, OSError) as error:
+            raise UserError(f"{(shards or found)[0]} is not a parquet file: {str(error).splitlines()[0]}") from None
+        if not rows:
+            raise UserError(f"{(shards or found)[0]} holds no rows; expected at least one.")
+        return rows
+    return _read_file(found[0], texts=True)
 
 
 def refusals(data: str | None = None) -> list[str]:

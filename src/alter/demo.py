@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,8 +13,8 @@ from rich.table import Table
 
 from alter.benchmarks.tofu import TofuResult, tofu_metrics
 from alter.evaluation import check_writable, show
-from alter.records import write_records
-from alter.scoring import load_model
+from alter.records import cache_folder, digest, stamped, write_records
+from alter.scoring import Subject
 from alter.trainer import Unlearn, unlearn
 
 RECIPE = Path(__file__).parent / "recipes" / "tofu-mini.yaml"
@@ -75,6 +76,7 @@ def demo(settings: Demo) -> Path:
     unlearned = time.time() - started
 
     results: dict[str, TofuResult] = {}
+    facts: dict[str, dict[str, Any]] = {}
     console.print("2/3 evaluating the retrained, the original and the unlearned model", highlight=False)
     split = run.forget.split(":")[-1]
     for name, model, adapter in (
@@ -82,12 +84,22 @@ def demo(settings: Demo) -> Path:
         ("original", run.model, None),
         ("unlearned", run.model, str(out / "adapter")),
     ):
-        network, tokenizer = load_model(model, adapter)
+        subject = Subject(model=model, adapter=adapter)
+        network, tokenizer = subject.load()
         results[name] = tofu_metrics(
             network, tokenizer, split, limit=settings.limit, reference=results.get("retrained")
         )
+        facts[name] = {
+            "settings": subject.model_dump(mode="json")
+            | {"benchmark": "tofu", "split": split, "limit": settings.limit},
+            **subject.identity(cache_folder()),
+            "data": digest({key: part.fingerprint for key, part in results[name].sets.items()}),
+            "device": subject.place(),
+        }
     ordered = {name: results[name] for name in ("original", "unlearned", "retrained")}
-    records = {name: result.records(name) for name, result in ordered.items()}
+    records = {
+        name: stamped(result.records(name), seed=settings.seed, **facts[name]) for name, result in ordered.items()
+    }
     console.print("3/3 what happened", highlight=False)
     if settings.questions:
         console.print(side_by_side(ordered, settings.questions))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,25 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from alter.benchmarks.base import Evaluation
+from alter.benchmarks.base import Evaluation, overheard, say
 from alter.benchmarks.tofu import Aggregate, aggregate
 from alter.data import Example, encode_prompt, read_rows
 from alter.errors import UserError
-from alter.records import Record, to_json, write_atomic, write_records
+from alter.records import (
+    VERSION,
+    Cached,
+    Record,
+    cache_folder,
+    code_digest,
+    file_digest,
+    recall,
+    remember,
+    stamped,
+    to_json,
+    versions,
+    write_atomic,
+    write_records,
+)
 from alter.report import table
 from alter.scoring import generate as generate_texts
 from alter.scoring import load_model
@@ -34,19 +49,81 @@ def check_writable(path: str | None) -> None:
         raise UserError(f"--json is {path!r}, which cannot be written: give the path of a file.")
 
 
+UNKEYED = {"name", "json_path", "cache", "model", "adapter", "device", "batch_size", "batch_tokens"}
+"""Settings that are no part of a cache key: they change no number, or stand in it by contents or by kind."""
+
+
+def cache_key(settings: Evaluation, identity: Mapping[str, str | None], data: str | None) -> dict[str, Any] | None:
+    """Return everything that decides the numbers of an evaluation; None if something of it cannot be known.
+
+    That is: the benchmark and its settings (all but `UNKEYED`), digests of weights, tokenizer, adapter (`identity`) and
+    data, the kind of device, the version of the metrics, this package's code, and the versions of the libraries.
+    """
+    if data is None or "unknown" in identity.values():
+        return None
+    return {
+        "benchmark": type(settings).__name__,
+        "settings": settings.model_dump(mode="json", exclude=UNKEYED),
+        **identity,
+        "data": data,
+        "device": settings.place(),
+        "metrics_version": VERSION,
+        "code": code_digest(),
+        "versions": versions(),
+    }
+
+
 def evaluate(settings: Evaluation) -> list[Record]:
     """Run `alter evaluate`: check the data, load the model, measure, print, write.
+
+    A result that was measured before under the same `cache_key` is used again, and said so on stderr; it keeps the
+    provenance of its measurement, only the name of the model is the one asked for.
 
     Raises:
         UserError: see the benchmark's `data_digest` and `measure`, and `load_model`.
     """
     check_writable(settings.json_path)
-    settings.data_digest()
-    model, tokenizer = settings.load()
-    records = settings.measure(model, tokenizer)
+    data = settings.data_digest()
+    folder = cache_folder(settings.cache)
+    identity = settings.identity(folder)
+    key = None if folder is None else cache_key(settings, identity, data)
+    found = recall(folder, key) if folder is not None and key is not None else None
+    if found is None:
+        model, tokenizer = settings.load()
+        with overheard() as notes:
+            records = settings.measure(model, tokenizer)
+        if not _is_still(settings, identity, folder):
+            say(["The model's files changed while it was measured: which of them gave these numbers is not known."])
+            identity, key = dict.fromkeys(identity, "unknown"), None
+        records = stamped(
+            records,
+            settings=settings.model_dump(mode="json", exclude={"json_path", "cache"}),
+            seed=settings.seed,
+            **identity,
+            data=data,
+            device=settings.place(),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        )
+        if folder is not None and key is not None:
+            remember(folder, key, Cached(records, notes, settings.subject))
+    else:
+        measured = found.records[0].provenance.get("measured") if found.records else None
+        say([f"A result of {measured}, of the same model, data, settings and code; --cache off measures again."])
+        say(found.notes)
+        records = [
+            replace(record, model=settings.subject) if record.model == found.subject else record
+            for record in found.records
+        ]
     title = f"{settings.title()}: {settings.adapter or settings.model}"
     show({settings.subject: records}, settings.json_path, title)
     return records
+
+
+def _is_still(settings: Evaluation, identity: Mapping[str, str | None], memo: Path | None) -> bool:
+    try:
+        return settings.identity(memo) == identity
+    except (UserError, OSError):
+        return False
 
 
 class AggregateLogs(Aggregate):
@@ -65,7 +142,11 @@ def aggregate_logs(settings: AggregateLogs) -> list[Record]:
         UserError: see `aggregate`.
     """
     check_writable(settings.json_path)
-    records = aggregate(settings.log, settings.retain, mode=settings.mode, name=settings.name)
+    records = stamped(
+        aggregate(settings.log, settings.retain, mode=settings.mode, name=settings.name),
+        settings=settings.model_dump(mode="json", exclude={"json_path"}),
+        data=[file_digest(path) for path in (settings.log, settings.retain) if path is not None],
+    )
     show({records[0].model: records}, settings.json_path, f"TOFU from {Path(settings.log).name}")
     return records
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +56,12 @@ class Scores:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off and keep no graph inside the block; each module's training mode is given back after it."""
+def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Switch dropout off, and keep no graph inside the block unless `gradients`; training modes are given back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         for module, mode in modes:
@@ -80,7 +81,8 @@ def _text_config(model: nn.Module) -> Any:
     return _inner(model).config.get_text_config()
 
 
-def _context_length(model: nn.Module) -> int | None:
+def context_length(model: nn.Module) -> int | None:
+    """Most tokens that a model takes, prompt and reply together; None where its configuration does not say."""
     return getattr(_text_config(model), "max_position_embeddings", None)
 
 
@@ -89,6 +91,11 @@ def _shown(iterable: Iterable[Any], total: int, label: str, progress: bool) -> I
 
 
 # Scoring -------------------------------------------------------------------------------------------------------------
+
+
+def _batch_tokens(chosen: int | None, device: torch.device) -> int:
+    """Return the padded tokens of a batch: on a CPU so few that the activations of a small model stay in its caches."""
+    return chosen or (1024 if device.type == "cpu" else 16384)
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -103,19 +110,28 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _check(model: nn.Module, encoded: Sequence[Encoded]) -> None:
-    context = _context_length(model)
+def check_rows(model: nn.Module, encoded: Sequence[Encoded], names: Sequence[str] | None = None) -> None:
+    """Raise now what `score` would raise of these rows.
+
+    Args:
+        names: what errors call each row; by default "Row 0", "Row 1", ...
+
+    Raises:
+        UserError: a row has nothing to score, or is longer than the model's context.
+    """
+    context = context_length(model)
     for i, row in enumerate(encoded):
+        name = f"Row {i}" if names is None else names[i]
         if len(row.labels) != len(row.input_ids):
             raise ValueError(f"row {i} has {len(row.input_ids)} tokens but {len(row.labels)} labels")
         if not any(label != -100 for label in row.labels[1:]):
             raise UserError(
-                f"Row {i} has no labelled token to score (the first token has nothing before it and cannot be): "
+                f"{name} has no labelled token to score (the first token has nothing before it and cannot be): "
                 "its answer is empty or was cut off; remove the row or raise the maximum length."
             )
         if context is not None and len(row.input_ids) > context:
             raise UserError(
-                f"Row {i} has {len(row.input_ids)} tokens, the model's context is {context}: "
+                f"{name} has {len(row.input_ids)} tokens, the model's context is {context}: "
                 "shorten the row or evaluate a model with a longer context."
             )
 
@@ -141,7 +157,7 @@ def score(
         model: a causal language model of transformers, or a PeftModel around one.
         encoded: rows; tokens with label -100 are context. A label at the first position is not scored.
         pad_token_id: fills rows up on the right; masked by length, so a pad id inside a row is attended to.
-        batch_tokens: padded tokens in a batch; None: 16384, or 4096 on a CPU, whose caches larger ones overflow. A
+        batch_tokens: padded tokens in a batch; None: 16384, or 1024 on a CPU, whose caches larger ones overflow. A
             longer row is a batch of its own.
         moments: also compute mean and variance of log p under p (needed for min-k++).
         compat: as OpenUnlearning, hide every token equal to `pad_token_id` from attention, inside rows too.
@@ -151,13 +167,11 @@ def score(
     Raises:
         UserError: a row has nothing to score, is longer than the model's context, or gets NaN logits.
     """
-    _check(model, encoded)
+    check_rows(model, encoded)
     device = _device(model)
     slices_logits = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
     lengths = [len(row.input_ids) for row in encoded]
-    if batch_tokens is None:
-        batch_tokens = 4096 if device.type == "cpu" else 16384
-    tokens = max(1, min(batch_tokens, MAX_LOGITS // _text_config(model).vocab_size))
+    tokens = max(1, min(_batch_tokens(batch_tokens, device), MAX_LOGITS // _text_config(model).vocab_size))
     out: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(encoded) for _ in range(4)]
     batches = _batches(lengths, tokens)
     with evaluating(model):
@@ -218,13 +232,137 @@ def _statistics(
     return [torch.cat(column).numpy() for column in zip(*pieces, strict=True)]
 
 
+def gradient_norms(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    compat: bool = False,
+    progress: bool = True,
+    label: str = "gradients",
+) -> list[npt.NDArray[np.float64]]:
+    """Return the L2 norm of the gradient of each row's loss, by parameter tensor: one forward and one backward per row.
+
+    The loss is the mean negative log-probability of the row's labelled tokens but the last. The gradient is taken by
+    every tensor of floating point that the loss depends on, whether the model trains it or not: base weights under an
+    adapter count, and so does the adapter; integer weights (quantised) have no gradient and are left out. The model is
+    in eval mode (the tool that compat follows has dropout on here). It is left as it was: training modes, what
+    requires a gradient, and what is in `.grad`.
+
+    Args:
+        model, encoded: as in `score`.
+        pad_token_id: hidden from attention where it occurs in a row, in compat only.
+        compat: see `pad_token_id`.
+
+    Returns:
+        One array per row, in the order given: [tensors that have a gradient].
+
+    Raises:
+        UserError: a row has no labelled token but its last, does not fit into the context, or has a gradient that is
+            not finite.
+    """
+    check_rows(model, encoded)
+    device = _device(model)
+    slices_logits = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    norms = []
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        with evaluating(model, gradients=True):
+            for i, row in _shown(list(enumerate(encoded)), len(encoded), label, progress):
+                places = [t - 1 for t in range(1, len(row.labels)) if row.labels[t] != -100][:-1]
+                if not places:
+                    raise UserError(f"Row {i} has no labelled text, only an end: it has no gradient; remove the row.")
+                ids = torch.tensor([row.input_ids], device=device)
+                mask = (ids != pad_token_id).long() if compat else torch.ones_like(ids)
+                positions = torch.tensor(places, device=device)
+                keep = {"logits_to_keep": positions} if slices_logits else {}
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits[0]
+                if not slices_logits:
+                    logits = logits[positions]
+                loss = nn.functional.cross_entropy(logits.float(), ids[0, positions + 1])
+                found = torch.autograd.grad(loss, weights, allow_unused=True)
+                sizes = torch.stack([torch.linalg.vector_norm(g.float()) for g in found if g is not None])
+                if not sizes.isfinite().all():
+                    raise UserError(f"Row {i}: the gradient is not finite; try --dtype float32.")
+                norms.append(sizes.double().cpu().numpy())
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    return norms
+
+
+def hidden_states(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    batch_tokens: int | None = None,
+    progress: bool = True,
+    label: str = "hidden states",
+) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """Yield each row's number and its tokens' hidden states at every depth, [tokens, layers + 1, width]; longest first.
+
+    Depth 0 is the embeddings, depth d what the d-th block gives; the last one is after the final norm where the model
+    reports it so (as Llama does in transformers). The state of a token is the one that generates the next.
+
+    Args:
+        model, encoded, pad_token_id, batch_tokens: as in `score`; labels do not matter, but there must be some.
+
+    Raises:
+        UserError: a row has no labelled token, is longer than the model's context, or gets states that are not finite.
+    """
+    check_rows(model, encoded)
+    device = _device(model)
+    lengths = [len(row.input_ids) for row in encoded]
+    batches = _batches(lengths, batch_tokens or (4096 if device.type == "cpu" else 16384))
+    for batch in _shown(batches, len(batches), label, progress):
+        ids = torch.full((len(batch), lengths[batch[0]]), pad_token_id)
+        mask = torch.zeros_like(ids)
+        for k, i in enumerate(batch):
+            ids[k, : lengths[i]] = torch.tensor(encoded[i].input_ids)
+            mask[k, : lengths[i]] = 1
+        given = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "output_hidden_states": True}
+        # opened for each batch: between two rows, the caller's own gradient mode holds
+        with evaluating(model):
+            states = model(**given, use_cache=False).hidden_states
+        for k, i in enumerate(batch):
+            own = torch.stack([state[k, : lengths[i]].float() for state in states], dim=1)
+            if not own.isfinite().all():
+                raise UserError(f"Row {i}: the model's hidden states are not finite; try --dtype float32.")
+            yield i, own.cpu().numpy()
+
+
 # Generation ----------------------------------------------------------------------------------------------------------
 
 
-def _stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Tokens that end a reply: the generation configuration's and the tokenizer's."""
     eos = _inner(model).generation_config.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def check_prompts(
+    model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, names: Sequence[str] | None = None
+) -> None:
+    """Raise now what `generate` would raise of these prompts; `names` as in `check_rows`, "Prompt 0" by default.
+
+    Raises:
+        UserError: a prompt is empty, or prompt and reply do not fit into the model's context.
+    """
+    context = context_length(model)
+    for i, prompt in enumerate(prompts):
+        name = f"Prompt {i}" if names is None else names[i]
+        if not prompt:
+            raise UserError(f"{name} is empty: there is nothing to continue.")
+        if context is not None and len(prompt) + max_new_tokens > context:
+            raise UserError(
+                f"{name} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's context "
+                f"of {context}: generate at most {max(context - len(prompt), 0)}, or shorten the prompt."
+            )
 
 
 def generate(
@@ -247,6 +385,7 @@ def generate(
 
     Args:
         model: as in `score`; it is in eval mode meanwhile.
+        tokenizer: if it has no pad token, its end-of-sequence token becomes it.
         prompts: token ids, none of them empty.
         expected_lengths: how long each reply will about be, in any unit: a batch runs until its longest reply ends, so
             likely lengths that are alike share one. Changes the time only. None: all alike.
@@ -256,16 +395,9 @@ def generate(
     Raises:
         UserError: a prompt is empty, or prompt and reply do not fit into the model's context.
     """
-    context = _context_length(model)
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"Prompt {i} is empty: there is nothing to continue.")
-        if context is not None and len(prompt) + max_new_tokens > context:
-            raise UserError(
-                f"Prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's context "
-                f"of {context}: generate at most {max(context - len(prompt), 0)}, or shorten the prompt."
-            )
-    stop = _stop_ids(model, tokenizer)
+    check_prompts(model, prompts, max_new_tokens)
+    ensure_pad_token(tokenizer)
+    stop = stop_ids(model, tokenizer)
     own = _inner(model).generation_config
     # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
     whole = bool(sampling) or own.min_new_tokens is not None or own.cache_implementation is not None
@@ -380,6 +512,38 @@ class Subject(BaseModel):
             raise UserError("--merged folds an adapter into the weights: give one with --adapter, or leave it out.")
         network, tokenizer = load_model(self.model, self.adapter, self.dtype, self.device)
         return network.merge_and_unload(), tokenizer
+
+    def identity(self, memo: Path | None = None) -> dict[str, str | None]:
+        """Return digests of what is loaded, `weights` and `adapter`: a folder's by the contents of its files.
+
+        A hub id is known by its commit. `adapter` is None without one; either is "unknown" if the hub does not answer.
+
+        Args:
+            memo: folder in which the digests of files are kept (see `records.folder_digest`).
+
+        Raises:
+            UserError: no such folder, or not one of a model or an adapter.
+        """
+        adapter = None if self.adapter is None else _content(self.adapter, "adapter_config.json", "adapter", memo)
+        return {"weights": _content(shipped_model(self.model), "config.json", "model", memo), "adapter": adapter}
+
+    def place(self) -> str:
+        """Return the kind of device that the model is loaded to: results of one kind do not stand for another's."""
+        place = _place(self.device)
+        if place.type == "cuda":
+            return f"cuda {torch.cuda.get_device_name(place)}"
+        return f"{place.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _content(name: str, needs: str, what: str, memo: Path | None) -> str:
+    if _local(name):
+        return records.folder_digest(_folder(name, needs, what), memo)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return f"{name}@{Path(hf_hub_download(name, needs)).parent.name}"
+    except Exception:  # the client raises many unrelated types; loading, which comes next, says what is wrong
+        return "unknown"
 
 
 def shipped_model(name: str) -> str:

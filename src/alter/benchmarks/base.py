@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import Field
 
-from alter.records import Record
+from alter.records import Record, warn
 from alter.scoring import Subject
 
 
@@ -21,7 +22,7 @@ class Evaluation(Subject, ABC):
     name: str | None = None
     """What the records call the model; "unlearned" with an adapter, else "original", unless this says otherwise."""
     batch_tokens: int | None = Field(None, ge=1)
-    """Padded tokens in one scoring batch; by default 16384, or 4096 on a CPU."""
+    """Padded tokens in one scoring batch; by default 16384, or 1024 on a CPU."""
     batch_size: int = Field(64, ge=1)
     """Prompts in one generation batch."""
     limit: int | None = Field(None, ge=1)
@@ -30,6 +31,8 @@ class Evaluation(Subject, ABC):
     """Chooses the rows when there is a limit."""
     json_path: str | None = None
     """File for the records."""
+    cache: str | None = None
+    """Folder that keeps results, or "off"; by default that of ALTER_CACHE, else ~/.cache/alter."""
 
     @property
     def subject(self) -> str:
@@ -41,8 +44,11 @@ class Evaluation(Subject, ABC):
         """Heading of the table, without the model."""
 
     @abstractmethod
-    def data_digest(self) -> str:
-        """Hash of the contents of everything that is read beside the model, reference results included.
+    def data_digest(self) -> str | None:
+        """Hash of the contents of everything that is read beside the model, reference results and models included.
+
+        None if the numbers also depend on what cannot be known by its contents (a judge behind a network): then the
+        result is not cached.
 
         Raises:
             UserError: something is missing or not of the expected form: so it is found before a model is loaded.
@@ -57,10 +63,23 @@ class Evaluation(Subject, ABC):
         """
 
 
+_listeners: list[list[str]] = []
+
+
+@contextlib.contextmanager
+def overheard() -> Iterator[list[str]]:
+    """Collect the notes that are said inside the block, so that a cached result can say them again."""
+    notes: list[str] = []
+    _listeners.append(notes)
+    try:
+        yield notes
+    finally:
+        _listeners.pop()
+
+
 def say(notes: Iterable[str]) -> None:
     """Print notes on stderr: what could not be computed, why, and which command helps."""
-    from rich.console import Console
-
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     for note in notes:
-        console.print(note)
+        warn(note)
+        for listener in _listeners:
+            listener.append(note)

@@ -7,7 +7,12 @@
 | real_authors | real_authors_pert. | plain                            | answer's share among 1 + 3     |
 | world_facts  | world_facts_pert.  | plain                            | answer's share among 1 + 3     |
 
-ROUGE-L recall is that of a greedy reply of at most 200 tokens. Model utility is the harmonic mean of the nine figures
+ROUGE-L recall is that of a greedy reply of at most 200 tokens; an empty reply is a reply: ROUGE 0, repetition 0, and a
+note says how many there are. A reply that does not fit into the model's context is refused before anything is measured.
+
+Membership attacks compare the forget set's answers with holdout rows, which no model has seen: TOFU's holdoutNN, or any
+rows of your own. Five of the six come from the pass that scores the answers; `mia_gradnorm` costs a backward per row and
+is made on request; `mia_reference` and PrivLeak need the retrained model. Model utility is the harmonic mean of the nine figures
 of the last three sets; forget quality compares the truth ratios on the forget set with those of a model retrained
 without it.
 """
@@ -28,10 +33,18 @@ import tyro
 
 from alter import metrics
 from alter.benchmarks.base import Evaluation, say
-from alter.data import Encoded, Example, encode, encode_prompt, examples, tofu_rows
+from alter.data import Encoded, Example, encode, encode_prompt, ensure_pad_token, examples, read_rows, tofu_rows
 from alter.errors import UserError, nearest
-from alter.records import Record, digest, read_records
-from alter.scoring import Scores, generate, load_model, score
+from alter.records import Record, cache_folder, digest, file_digest, read_records
+from alter.scoring import (
+    Scores,
+    Subject,
+    check_prompts,
+    check_rows,
+    generate,
+    gradient_norms,
+    score,
+)
 
 Array = npt.NDArray[np.float64]
 Mode = Literal["strict", "compat"]
@@ -57,7 +70,8 @@ class TofuSet:
         exact_memorization, extraction_strength: [n].
         references, generations: what should be said and what is said, after `questions`.
         rouge: ROUGE-L recall, [n].
-        attacks: membership scores by the attack's name, [n]; `holdout_attacks` those of rows never trained on.
+        attacks: membership scores by the attack's name, [n]; `holdout_attacks` those of rows never trained on, [m],
+            and `holdout` the hash of these rows.
     """
 
     name: str
@@ -76,6 +90,7 @@ class TofuSet:
     rouge: Array | None = None
     attacks: dict[str, Array] = field(default_factory=dict)
     holdout_attacks: dict[str, Array] = field(default_factory=dict)
+    holdout: str | None = None
 
     def set_likelihood(self, loss: Array, right_loss: Array, wrong_loss: Array, *, compat: bool) -> None:
         """Fill in the losses and what follows from them: probability and truth ratio."""
@@ -89,7 +104,9 @@ class TofuSet:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a retrained model contributes: raw truth ratios on the forget set, and its min-k AUC where there is one."""
+    """What a retrained model contributes: raw truth ratios on the forget set, and where there are holdout rows (`holdout`
+    is their hash) its min-k AUC, and its losses of the forget and of the holdout rows.
+    """
 
     source: str
     split: str | None
@@ -97,6 +114,8 @@ class Reference:
     fingerprint: str | None
     truth_ratio: Array
     min_k_auc: float | None = None
+    losses: tuple[Array, Array] | None = None
+    holdout: str | None = None
 
 
 @dataclass
@@ -122,8 +141,12 @@ class TofuResult:
         forget = self.sets.get("forget")
         if forget is None or forget.truth_ratio is None:
             raise UserError(f"{source} has no truth ratios on the forget set: evaluate its likelihoods on that set.")
+        losses = None
+        if "mia_loss" in forget.attacks:
+            losses = (forget.attacks["mia_loss"], forget.holdout_attacks["mia_loss"])
+        min_k = _aucs(forget.attacks, forget.holdout_attacks).get("mia_min_k")
         return Reference(
-            source, self.split, self.mode, forget.fingerprint, forget.truth_ratio, _aucs(forget).get("mia_min_k")
+            source, self.split, self.mode, forget.fingerprint, forget.truth_ratio, min_k, losses, forget.holdout
         )
 
     def records(self, name: str) -> list[Record]:
@@ -146,7 +169,8 @@ class TofuResult:
                 add(f"{key}_truth_ratio", self._ratio(part).mean(), part.n, part.truth_ratio, **extra)
             if part.rouge is not None:
                 texts = {"questions": part.questions, "references": part.references, "generations": part.generations}
-                add(f"{key}_rouge", part.rouge.mean(), part.n, part.rouge, **extra, **texts)
+                empty = sum(not text for text in part.generations or [])
+                add(f"{key}_rouge", part.rouge.mean(), part.n, part.rouge, **extra, **texts, empty=empty)
         forget = self.sets.get("forget")
         if forget is not None:
             extra = {"fingerprint": forget.fingerprint}
@@ -161,13 +185,14 @@ class TofuResult:
                 add("forget_distinct_2", metrics.distinct_n(forget.generations, 2), forget.n, **extra)
                 repeats = metrics.repetition(forget.generations)
                 add("forget_repetition", repeats.mean(), forget.n, repeats, **extra)
-            aucs = _aucs(forget)
+            if self.reference is not None:
+                _check_reference(self.reference, self.split, self.mode, forget)
+            attacks, unseen = self._attacks(forget)
+            aucs = _aucs(attacks, unseen)
             for attack, value in aucs.items():
-                scores = {
-                    "forget": forget.attacks[attack].tolist(),
-                    "holdout": forget.holdout_attacks[attack].tolist(),
-                }
-                add(attack, value, sum(map(len, scores.values())), scores=scores, **extra)
+                scores = {"forget": attacks[attack].tolist(), "holdout": unseen[attack].tolist()}
+                count = sum(map(len, scores.values()))
+                add(attack, value, count, scores=scores, holdout=forget.holdout, **extra)
             self._add_compared(forget, aucs, add)
         parts = self._utility_parts()
         if parts is not None:
@@ -194,11 +219,19 @@ class TofuResult:
             parts[f"{key}_truth_ratio"] = float(self._ratio(part).mean())
         return parts
 
+    def _attacks(self, forget: TofuSet) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Return the scores of every attack on the forget and on the holdout rows, the one by reference among them."""
+        attacks, unseen = dict(forget.attacks), dict(forget.holdout_attacks)
+        if "mia_loss" in attacks and self.reference is not None and self.reference.losses is not None:
+            own, other = self.reference.losses
+            attacks["mia_reference"] = metrics.mia_reference(attacks["mia_loss"], own)
+            unseen["mia_reference"] = metrics.mia_reference(unseen["mia_loss"], other)
+        return attacks, unseen
+
     def _add_compared(self, forget: TofuSet, aucs: dict[str, float], add: Callable[..., None]) -> None:
         """Add what needs the retrained model: forget quality, and PrivLeak where there is a holdout set."""
         if self.reference is None or forget.truth_ratio is None:
             return
-        _check_reference(self.reference, self.split, self.mode, forget)
         quality = metrics.forget_quality(forget.truth_ratio, self.reference.truth_ratio)
         add(
             "forget_quality",
@@ -211,13 +244,21 @@ class TofuResult:
             fingerprint=forget.fingerprint,
         )
         compat = self.mode == "compat"
-        if "mia_min_k" in aucs and (self.reference.min_k_auc is not None or compat):
-            value = metrics.privleak(aucs["mia_min_k"], self.reference.min_k_auc, compat=compat)
-            add("privleak", value, forget.n, reference_auc=self.reference.min_k_auc, fingerprint=forget.fingerprint)
+        reference_auc = self.reference.min_k_auc
+        if "mia_min_k" in aucs and (compat or (reference_auc is not None and reference_auc < 1)):
+            value = metrics.privleak(aucs["mia_min_k"], reference_auc, compat=compat)
+            add(
+                "privleak",
+                value,
+                forget.n,
+                reference_auc=reference_auc,
+                fingerprint=forget.fingerprint,
+                holdout=forget.holdout,
+            )
 
 
-def _aucs(forget: TofuSet) -> dict[str, float]:
-    return {name: metrics.auc(forget.attacks[name], scores) for name, scores in forget.holdout_attacks.items()}
+def _aucs(attacks: dict[str, Array], holdout: dict[str, Array]) -> dict[str, float]:
+    return {name: metrics.auc(attacks[name], scores) for name, scores in holdout.items()}
 
 
 def _check_reference(reference: Reference, split: str, mode: str, forget: TofuSet) -> None:
@@ -236,6 +277,10 @@ def _check_reference(reference: Reference, split: str, mode: str, forget: TofuSe
         raise UserError(
             f"{reference.source} was evaluated on other rows than this run (same number, other text): "
             f"{again}, and the same --data, --limit and --seed."
+        )
+    if None not in (reference.holdout, forget.holdout) and reference.holdout != forget.holdout:
+        raise UserError(
+            f"{reference.source} was evaluated with other holdout rows than this run: {again}, and the same --holdout."
         )
 
 
@@ -277,13 +322,33 @@ def _set_rows(key: str, split: str, data: str, limit: int | None, seed: int) -> 
 
 
 def _holdout_rows(
-    split: str, data: str, limit: int | None, seed: int
+    split: str, data: str, holdout: str | None, limit: int | None, seed: int
 ) -> tuple[list[dict[str, Any]] | None, list[str]]:
+    """Return the rows that no model has seen, or None and a note that says how to give some.
+
+    Raises:
+        UserError: rows were named but are not there, or some of them are in one of TOFU's sets.
+    """
     name = f"holdout{split.removeprefix('forget')}"
-    try:
-        return _sample(tofu_rows(name, data), limit, seed), []
-    except UserError as error:
-        return None, [f"No membership attacks (mia_*, privleak): they need the split {name}. {error}"]
+    if holdout is None:
+        try:
+            rows = tofu_rows(name, data)
+        except UserError as error:
+            return None, [
+                f"No membership attacks (mia_*, privleak): they need rows that the model never saw, TOFU's {name} or "
+                f"your own: --holdout rows.jsonl. {error}"
+            ]
+    else:
+        rows = read_rows(holdout)
+    seen = {(row["question"], row["answer"]): key for key in SETS for row in _set_rows(key, split, data, None, seed)}
+    for example in examples(rows):
+        key = seen.get((example.prompt, example.answer))
+        if key is not None:
+            raise UserError(
+                f"Row {example.index} of the holdout {holdout or name!r} is in the {key} set, which a model "
+                "may have seen. Membership attacks need rows that it never saw."
+            )
+    return _sample(rows, limit, seed), []
 
 
 def tofu_metrics(
@@ -295,6 +360,8 @@ def tofu_metrics(
     which: Iterable[str] = WHICH,
     *,
     sets: Iterable[str] = SETS,
+    holdout: str | None = None,
+    gradnorm: bool = False,
     limit: int | None = None,
     seed: int = 0,
     reference: TofuResult | Reference | Sequence[Record] | None = None,
@@ -305,19 +372,23 @@ def tofu_metrics(
     """Measure a model in memory on TOFU, each sequence with one forward pass.
 
     Args:
-        model, tokenizer: as in `alter.scoring.score`; the tokenizer has a pad token.
+        model, tokenizer: as in `alter.scoring.score`. A tokenizer without a pad token pads with its end-of-sequence
+            token: in strict mode padding is hidden by length, so the choice changes no number.
         split: forget01, forget05 or forget10.
         data: "builtin", a folder with TOFU's files, or a hub id.
         mode: "strict" or "compat" (see `alter.metrics`).
         which: "likelihood" (probabilities, truth ratios, memorisation, attacks), "generation" (ROUGE, diversity).
         sets: of forget, retain, real_authors, world_facts.
+        holdout: rows never trained on, for the membership attacks: what `alter.data.read_rows` reads. None: the split
+            holdoutNN of `data`; where there is none, a note says so and the attacks are left out.
+        gradnorm: also attack by the gradient's norm, which costs a backward per forget and holdout row.
         limit: only this many rows of each set, drawn by `seed`; None: all, as TOFU is reported.
         reference: the retrained model's result or records, of the same split, mode and rows; gives forget quality.
         batch_tokens, batch_size: padded tokens in a scoring batch (None: see `score`), prompts in a generation batch.
 
     Raises:
-        UserError: no such split, set or kind of metric, rows without the columns that are needed, a reference of
-            something else, or what `score` and `generate` raise.
+        UserError: no such split, set or kind of metric, rows without the columns that are needed or too long for the
+            model's context, a reference of something else; all of it before the first forward. Or what `score` raises.
     """
     which, sets = tuple(which), tuple(sets)
     for value, choices in [(split, SPLITS), (mode, ("strict", "compat")), *((w, WHICH) for w in which)]:
@@ -335,18 +406,35 @@ def tofu_metrics(
     forget = result.sets.get("forget")
     if forget is not None and result.reference is not None:
         _check_reference(result.reference, split, mode, forget)
+    ensure_pad_token(tokenizer)
+    compat = mode == "compat"
+    answers = prompts = unseen = None
     if "likelihood" in which:
-        holdout = None
         if forget is not None:
-            holdout, notes = _holdout_rows(split, data, limit, seed)
+            unseen, notes = _holdout_rows(split, data, holdout, limit, seed)
             result.notes += notes
-        _likelihood(result, model, tokenizer, rows, holdout, batch_tokens, progress)
-        if forget is not None and result.reference is None:
-            result.notes.append(_how_to_make_a_reference(split, data, mode, limit, seed))
-        elif holdout is not None and result.reference is not None and result.reference.min_k_auc is None:
-            result.notes.append(f"No privleak: {result.reference.source} has no mia_min_k; evaluate it again.")
+            if unseen is not None:
+                forget.holdout = _fingerprint(unseen)
+                if result.reference is not None:
+                    _check_reference(result.reference, split, mode, forget)
+        answers = _answers(tokenizer, rows, unseen, compat)
+        check_rows(model, answers.encoded, answers.names)
     if "generation" in which:
-        _generation(result, model, tokenizer, rows, batch_size, progress)
+        prompts = _prompts(tokenizer, rows, compat)
+        names = [f"The question of row {i} of the {key} set" for key, own in rows.items() for i in range(len(own))]
+        check_prompts(model, prompts, MAX_NEW_TOKENS, names)
+    if answers is not None:
+        _likelihood(result, model, tokenizer, answers, gradnorm, batch_tokens, progress)
+        if forget is not None:
+            result.notes += _missing(result, forget, data, limit, seed, holdout)
+    if prompts is not None:
+        _generation(result, model, tokenizer, rows, prompts, batch_size, progress)
+        for key, part in result.sets.items():
+            empty = sum(not text for text in part.generations or [])
+            if empty:
+                result.notes.append(
+                    f"{empty} of {part.n} replies on the {key} set are empty: they count as ROUGE 0 and repetition 0."
+                )
     return result
 
 
@@ -355,43 +443,61 @@ def _choice(value: str, choices: Sequence[str]) -> None:
         raise UserError(f"{value!r} is not one of {', '.join(choices)}.{nearest(value, choices)}")
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """Every (question, answer) pair to score, what errors call each, and which stretch of them belongs to which set.
+
+    In a set's stretch each row has its answer, its paraphrased answer (forget and retain), and its wrong answers.
+    """
+
+    encoded: list[Encoded]
+    names: list[str]
+    where: dict[str, slice]
+
+
+def _answers(
+    tokenizer: Any, rows: dict[str, list[dict[str, Any]]], holdout: list[dict[str, Any]] | None, compat: bool
+) -> _Answers:
+    found = _Answers([], [], {})
+    for key, own_rows in (rows | ({"holdout": holdout} if holdout is not None else {})).items():
+        start = len(found.encoded)
+        for example in examples(own_rows):
+            texts = [example.answer]
+            if key in PARAPHRASED:
+                texts.append(example.row["paraphrased_answer"])
+            if key != "holdout":
+                texts += example.row["perturbed_answer"]
+            found.encoded.extend(encode(tokenizer, example, answer=text, compat=compat) for text in texts)
+            found.names.extend([f"Row {example.index} of the {key} set"] * len(texts))
+        found.where[key] = slice(start, len(found.encoded))
+    return found
+
+
 def _likelihood(
     result: TofuResult,
     model: Any,
     tokenizer: Any,
-    rows: dict[str, list[dict[str, Any]]],
-    holdout: list[dict[str, Any]] | None,
+    answers: _Answers,
+    gradnorm: bool,
     batch_tokens: int | None,
     progress: bool,
 ) -> None:
     """Score every (question, answer) pair once and fill in what follows from the token log-probabilities."""
     compat = result.mode == "compat"
-    encoded: list[Encoded] = []
-    where: dict[str, slice] = {}
-    for key, own_rows in rows.items():
-        start = len(encoded)
-        for example in examples(own_rows):
-            texts = [example.answer]
-            if key in PARAPHRASED:
-                texts.append(example.row["paraphrased_answer"])
-            texts += example.row["perturbed_answer"]
-            encoded += [encode(tokenizer, example, answer=text, compat=compat) for text in texts]
-        where[key] = slice(start, len(encoded))
-    if holdout is not None:
-        where["holdout"] = slice(len(encoded), len(encoded) + len(holdout))
-        encoded += [encode(tokenizer, example, compat=compat) for example in examples(holdout)]
+    unseen = answers.where.get("holdout")
     scores = score(
         model,
-        encoded,
+        answers.encoded,
         pad_token_id=tokenizer.pad_token_id,
         batch_tokens=batch_tokens,
-        moments=holdout is not None,
+        moments=unseen is not None,
         compat=compat,
         progress=progress,
         label="TOFU: scoring answers",
     )
     for key, part in result.sets.items():
-        own = scores[where[key]]
+        where = answers.where[key]
+        own = scores[where]
         width = len(own.logprob) // part.n
         loss = metrics.average_loss(own.logprob).reshape(part.n, width)
         first_wrong = 2 if key in PARAPHRASED else 1
@@ -399,11 +505,25 @@ def _likelihood(
         if key == "forget":
             part.exact_memorization = metrics.exact_memorization(own.correct[::width])
             part.extraction_strength = metrics.extraction_strength(own.correct[::width], compat=compat)
-            if holdout is not None:
-                answers = slice(where[key].start, where[key].stop, width)
-                part.attacks = _attacks(scores[answers], encoded[answers], tokenizer, compat)
-                unseen = where["holdout"]
-                part.holdout_attacks = _attacks(scores[unseen], encoded[unseen], tokenizer, compat)
+            if unseen is not None:
+                true = slice(where.start, where.stop, width)
+                part.attacks, part.holdout_attacks = (
+                    _attacks(scores[rows], answers.encoded[rows], tokenizer, compat) for rows in (true, unseen)
+                )
+                if gradnorm:
+                    part.attacks["mia_gradnorm"], part.holdout_attacks["mia_gradnorm"] = (
+                        metrics.mia_gradnorm(
+                            gradient_norms(
+                                model,
+                                answers.encoded[rows],
+                                pad_token_id=tokenizer.pad_token_id,
+                                compat=compat,
+                                progress=progress,
+                                label=f"TOFU: gradients of the {name} set",
+                            )
+                        )
+                        for name, rows in (("forget", true), ("holdout", unseen))
+                    )
 
 
 def _attacks(scores: Scores, encoded: Sequence[Encoded], tokenizer: Any, compat: bool) -> dict[str, Array]:
@@ -419,18 +539,22 @@ def _attacks(scores: Scores, encoded: Sequence[Encoded], tokenizer: Any, compat:
     }
 
 
+def _prompts(tokenizer: Any, rows: dict[str, list[dict[str, Any]]], compat: bool) -> list[list[int]]:
+    return [encode_prompt(tokenizer, example, compat=compat) for own in rows.values() for example in examples(own)]
+
+
 def _generation(
     result: TofuResult,
     model: Any,
     tokenizer: Any,
     rows: dict[str, list[dict[str, Any]]],
+    prompts: list[list[int]],
     batch_size: int,
     progress: bool,
 ) -> None:
     """Let the model answer every question once and fill in replies and ROUGE."""
     compat = result.mode == "compat"
     found = {key: examples(own_rows) for key, own_rows in rows.items()}
-    prompts = [encode_prompt(tokenizer, example, compat=compat) for part in found.values() for example in part]
     replies = generate(
         model,
         tokenizer,
@@ -466,15 +590,38 @@ def _expected(tokenizer: Any, example: Example) -> str:
 # References ----------------------------------------------------------------------------------------------------------
 
 
-def _how_to_make_a_reference(split: str, data: str, mode: str, limit: int | None, seed: int) -> str:
-    flags = f"--benchmark tofu --split {split}"
+def _missing(
+    result: TofuResult, forget: TofuSet, data: str, limit: int | None, seed: int, holdout: str | None
+) -> list[str]:
+    """Return notes on what the retrained model's part was not enough for, each with the command that helps."""
+    flags = f"--benchmark tofu --split {result.split}"
     flags += f" --data {data}" if data != "builtin" else ""
-    flags += f" --mode {mode}" if mode != "strict" else ""
+    flags += f" --mode {result.mode}" if result.mode != "strict" else ""
+    flags += f" --holdout {holdout}" if holdout is not None else ""
     flags += f" --limit {limit} --seed {seed}" if limit is not None else ""
-    return (
-        "No forget_quality: it compares with a model that never saw the forget set. Make its results once with "
-        f"`alter evaluate --model RETRAINED {flags} --json retrained.json`, then add `--retain-records retrained.json`."
-    )
+    reference = result.reference
+    if reference is None:
+        which = "forget_quality, mia_reference, privleak" if forget.attacks else "forget_quality"
+        return [
+            f"No {which}: that takes a model that never saw the forget set. Make its results once with "
+            f"`alter evaluate --model RETRAINED {flags} --json retrained.json`, then add "
+            "`--retain-records retrained.json`."
+        ]
+    if not forget.attacks:
+        return []
+    notes = []
+    again = f"evaluate it again with `{flags}`"
+    if reference.min_k_auc is None:
+        taken = "privleak takes 0.5 for its AUC, as OpenUnlearning does" if result.mode == "compat" else "no privleak"
+        notes.append(f"{reference.source} has no mia_min_k, so {taken}: {again}.")
+    elif reference.min_k_auc == 1 and result.mode == "strict":
+        notes.append(
+            f"No privleak: the AUC of {reference.source} is 1, and PrivLeak divides by what is left to 1. "
+            "Take holdout rows that are more like the forget set."
+        )
+    if reference.losses is None:
+        notes.append(f"No mia_reference: {reference.source} has no mia_loss with its rows; {again}.")
+    return notes
 
 
 def _as_reference(reference: TofuResult | Reference | Sequence[Record] | None) -> Reference | None:
@@ -500,14 +647,17 @@ def reference_from_records(records: Sequence[Record], source: str) -> Reference:
             "RETRAINED --benchmark tofu --json FILE`."
         )
     ratio = ratios[0]
-    min_k = [record.value for record in records if record.metric == "mia_min_k"]
+    of = {record.metric: record for record in records}
+    scores = of["mia_loss"].extra.get("scores") if "mia_loss" in of else None
     return Reference(
         source,
         ratio.extra.get("split"),
         ratio.mode,
         ratio.extra.get("fingerprint"),
         np.array(ratio.per_item, dtype=np.float64),
-        min_k[0] if min_k else None,
+        of["mia_min_k"].value if "mia_min_k" in of else None,
+        None if scores is None else (np.array(scores["forget"]), np.array(scores["holdout"])),
+        of["mia_loss"].extra.get("holdout") if "mia_loss" in of else None,
     )
 
 
@@ -559,31 +709,52 @@ class TofuEvaluation(Evaluation):
     """Metrics by their definition, or with the quirks of OpenUnlearning, to compare with its numbers."""
     retain_records: str | None = None
     """The model retrained without the forgotten rows: its result file (--json) or folder. Gives forget quality."""
+    holdout: str | None = None
+    """Rows that no model saw, for the membership attacks: a file, builtin:SPLIT, or a hub id; else TOFU's holdoutNN."""
+    gradnorm: bool = False
+    """Attack by the gradient's norm as well: a backward per row of the forget and the holdout set."""
 
     def title(self) -> str:
         """Heading of the table."""
         return f"TOFU {self.split}"
 
     def data_digest(self) -> str:
-        """Hash of the rows of all sets."""
-        return digest([_fingerprint(_set_rows(key, self.split, self.data, self.limit, self.seed)) for key in SETS])
+        """Hash of the rows of all sets, of the holdout rows, and of the retrained model or its results."""
+        rows = [_fingerprint(_set_rows(key, self.split, self.data, self.limit, self.seed)) for key in SETS]
+        unseen, _ = _holdout_rows(self.split, self.data, self.holdout, self.limit, self.seed)
+        return digest(rows, unseen and _fingerprint(unseen), self._reference_digest())
+
+    def _retrained(self) -> Subject | None:
+        """Return the retrained model if `retain_records` names a model's folder rather than a result file."""
+        source = self.retain_records
+        if source is None or not (source.startswith("builtin:") or Path(source).expanduser().is_dir()):
+            return None
+        return Subject(model=source, dtype=self.dtype, device=self.device)
+
+    def _reference_digest(self) -> str | None:
+        if self.retain_records is None:
+            return None
+        retrained = self._retrained()
+        if retrained is not None:
+            return retrained.identity(cache_folder(self.cache))["weights"]
+        read_reference(self.retain_records)
+        return file_digest(self.retain_records)
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
         """Return the figures of TOFU's table; what could not be computed is said on stderr, with the remedy."""
         common: dict[str, Any] = self.model_dump(
-            include={"split", "data", "mode", "limit", "seed", "batch_tokens", "batch_size"}
+            include={"split", "data", "mode", "holdout", "limit", "seed", "batch_tokens", "batch_size"}
         )
         reference = None
-        if self.retain_records is not None:
-            source = self.retain_records
-            if source.startswith("builtin:") or Path(source).expanduser().is_dir():
-                retrained, own_tokenizer = load_model(source, dtype=self.dtype, device=self.device)
-                result = tofu_metrics(retrained, own_tokenizer, which=("likelihood",), sets=("forget",), **common)
-                reference = result.as_reference(source)
-                del retrained
-            else:
-                reference = read_reference(source)
-        result = tofu_metrics(model, tokenizer, reference=reference, **common)
+        retrained = self._retrained()
+        if retrained is not None:
+            network, own_tokenizer = retrained.load()
+            result = tofu_metrics(network, own_tokenizer, which=("likelihood",), sets=("forget",), **common)
+            reference = result.as_reference(retrained.model)
+            del network
+        elif self.retain_records is not None:
+            reference = read_reference(self.retain_records)
+        result = tofu_metrics(model, tokenizer, reference=reference, gradnorm=self.gradnorm, **common)
         say(result.notes)
         return result.records(self.subject)
 
