@@ -1,5 +1,6 @@
 """The command line, the recipes and the README as a user types them."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -69,12 +70,17 @@ def test_unknown_names(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse_and_say_how_to_run_them(path):
-    command = re.search(r"^# .*alter (unlearn|finetune|demo)", path.read_text(), re.MULTILINE).group(1)
+    command = re.search(r"^# .*alter (unlearn|finetune|demo|evaluate|request)", path.read_text(), re.MULTILINE).group(1)
     given = yaml.safe_load(path.read_text())
     if command == "finetune":
         Finetune.model_validate(given)
+    elif command == "evaluate":
+        module, settings = cli.choose([str(path)])
+        getattr(importlib.import_module(module), settings).model_validate({"model": "m", **given})
     else:
-        Unlearn.model_validate({"out": "x", **given})
+        # what the requests of a database share leaves model and data to them
+        decided = {"model": "m", "forget": "f", "retain": "r"} if command == "request" else {}
+        Unlearn.model_validate({"out": "x", **decided, **given})
 
 
 def test_readme_python_runs():

@@ -31,6 +31,12 @@ class Command:
 # the settings that `--benchmark NAME` stands for; the first is the default
 BENCHMARKS = {
     "tofu": ("alter.benchmarks.tofu", "TofuEvaluation"),
+    "muse": ("alter.benchmarks.muse", "MuseEvaluation"),
+    "book": ("alter.benchmarks.book", "BookEvaluation"),
+    "wmdp": ("alter.benchmarks.harness", "WmdpEvaluation"),
+    "mmlu": ("alter.benchmarks.harness", "MmluEvaluation"),
+    "lm-eval": ("alter.benchmarks.harness", "LmEvalEvaluation"),
+    "fluency": ("alter.benchmarks.fluency", "FluencyEvaluation"),
 }
 
 COMMANDS = {
@@ -41,17 +47,40 @@ COMMANDS = {
     "evaluate": Command(
         "alter.evaluation", "Evaluation", "evaluate", "measure a model, with or without an adapter", "benchmark"
     ),
+    "chat": Command("alter.serve", "Chat", "chat", "talk to a model and its adapter in the terminal"),
+    "serve": Command("alter.serve", "Serve", "serve", "answer over HTTP as OpenAI's API does, routing active"),
+    "request init": Command("alter.requests.commands", "Init", "init", "a database of erasure requests for one model"),
+    "request add": Command("alter.requests.commands", "Add", "add", "write down an erasure request"),
+    "request list": Command("alter.requests.commands", "List", "list_requests", "all requests with their evidence"),
+    "request show": Command("alter.requests.commands", "Show", "show", "one request, its evidence and its history"),
+    "request run": Command("alter.requests.commands", "Run", "run", "make the model forget what was asked for"),
+    "request verify": Command("alter.requests.commands", "Verify", "verify", "is all still forgotten, nothing altered?"),
+    "request revoke": Command("alter.requests.commands", "Revoke", "revoke", "take a request back"),
+    "request export": Command("alter.requests.commands", "Export", "export", "the adapter or a merged model, with a card"),
+    "muse-curve": Command(
+        "alter.benchmarks.muse", "MuseCurve", "muse_curve", "MUSE of models that forgot more and more, side by side"
+    ),
     "aggregate": Command("alter.evaluation", "AggregateLogs", "aggregate_logs", "TOFU's numbers from published logs"),
+    "attack": Command("alter.attacks", "Attack", "attack", "try to bring the forgotten back, beside a retrained model"),
+    "report": Command("alter.page", "Report", "report", "one HTML page about runs, attacks and requests, to hand over"),
     "generate": Command("alter.evaluation", "Generate", "generate", "answer prompts with a model and an adapter"),
+    "judge": Command("alter.judge", "JudgeFile", "judge_file", "have saved replies graded by a language model"),
+    "entropy": Command(
+        "alter.study", "Study", "entropy", "token entropies of a model on a text, and what adapting changes"
+    ),
     "finetune": Command(
         "alter.finetune", "Finetune", "finetune", "train a model on rows or on texts, or from scratch"
     ),
 }
 
 
+def _listed(names: Sequence[str]) -> list[str]:
+    width = max(map(len, names))
+    return [f"  {name:<{width}}  {COMMANDS[name].help}" for name in names]
+
+
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    lines = _listed(list(COMMANDS))
     return "\n".join(
         [
             "usage: alter COMMAND [RECIPE.yaml] [--OPTION VALUE ...]",
@@ -218,7 +247,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"alter {version('alter-unlearning')}")
         return 0
-    command = args[0]
+    command = args.pop(0)
+    members = [name for name in COMMANDS if name.startswith(f"{command} ")]
+    if members:
+        if not args or args[0] in ("-h", "--help"):
+            print("\n".join([f"usage: alter {command} COMMAND [--OPTION VALUE ...]", "", *_listed(members)]))
+            return 0
+        command = f"{command} {args.pop(0)}"
     # transformers and peft warn of each other's coming changes, which is no news for a user
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
@@ -227,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Unknown command {command!r}; expected one of {', '.join(COMMANDS)}.{nearest(command, COMMANDS)}"
             )
         found = COMMANDS[command]
-        owner, settings = (found.module, found.settings) if found.chooser is None else choose(args[1:])
-        parsed = parse(command, getattr(importlib.import_module(owner), settings), args[1:])
+        owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
+        parsed = parse(command, getattr(importlib.import_module(owner), settings), args)
         getattr(importlib.import_module(found.module), found.function)(parsed)
     except UserError as error:
         print(f"alter: {error}", file=sys.stderr)

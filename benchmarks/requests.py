@@ -1,0 +1,200 @@
+"""Erasure requests one after another, and under kill -9: what a year of them does to a model, and to the database.
+
+    python benchmarks/requests.py ten            # ten of TOFU's authors, one request each; the fourth is taken back
+    python benchmarks/requests.py kills          # kill -9 at 50 random moments of `alter request run`
+
+Both use tofu-mini and print a table; `ten` writes benchmarks/requests.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+
+from alter.data import encode_prompt, load_examples
+from alter.requests import work
+from alter.requests.commands import Add, Init, Revoke, Run, Verify, add, init, revoke, run, verify
+from alter.requests.store import Store
+from alter.scoring import generate, load_model
+
+HERE = Path(__file__).parent
+ORIGINAL, RETRAINED = "builtin:tofu-mini/original", "builtin:tofu-mini/retrained"
+
+
+def authors(folder: Path, count: int) -> list[Path]:
+    """One file of rows per author, from forget10."""
+    rows = load_examples("builtin:forget10")
+    files = []
+    for number in range(count):
+        file = folder / f"author-{number}.jsonl"
+        lines = [json.dumps(example.row) for example in rows[20 * number : 20 * number + 20]]
+        file.write_text("\n".join(lines) + "\n")
+        files.append(file)
+    return files
+
+
+def answers(model: Any, tokenizer: Any, file: Path) -> list[str]:
+    """Greedy answers to the questions of a file."""
+    prompts = [encode_prompt(tokenizer, example) for example in load_examples(str(file))]
+    return generate(model, tokenizer, prompts, max_new_tokens=100, progress=False)
+
+
+def ten(folder: Path) -> None:
+    """Ten requests, each its own run; then the fourth is revoked."""
+    url = f"sqlite:///{folder}/requests.db"
+    files = authors(folder, 10)
+    init(
+        Init(
+            db=url,
+            model=ORIGINAL,
+            retain="builtin:retain90",
+            retrained=RETRAINED,
+            folder=str(folder / "work"),
+            recipe=str(HERE.parent / "recipes" / "requests-mini.yaml"),
+        )
+    )
+    seconds = []
+    before_fourth: list[str] = []
+    for number, file in enumerate(files):
+        add(Add(db=url, subject=f"author {number + 1}", data=str(file)))
+        if number == 3:
+            model, tokenizer = load_model(ORIGINAL, str(folder / "work" / "adapter"))
+            before_fourth = answers(model, tokenizer, file)
+        started = time.perf_counter()
+        run(Run(db=url))
+        seconds.append(time.perf_counter() - started)
+    store = Store.open(url)
+    project = work.Project.model_validate(store.project())
+    found = verify(Verify(db=url))
+    rows = []
+    for request in store.requests("done"):
+        assert request.after is not None
+        assert request.run is not None
+        reference = request.after["reference"]["rouge"]
+        rows.append(
+            {
+                "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+                "request": request.name,
+                "seconds": round(seconds[request.id - 1], 1),
+                "train_seconds": request.run["seconds"]["train"],
+                "rouge_when_done": round(request.after["rouge"], 3),
+                "rouge_after_ten": round(found[request.name]["rouge"], 3),
+                "rouge_retrained": round(reference, 3),
+                "forgotten": found[request.name]["rouge"] <= reference + work.ROUGE_SLACK,
+                "utility_share": round(request.after["utility_share"], 4),
+            }
+        )
+    with (HERE / "requests.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(row)
+    print(f"utility after ten: {found['utility']['share']:.4f} of the untouched model")
+    half = len(seconds) // 2
+    print(f"seconds of the last five over the first five: {sum(seconds[half:]) / sum(seconds[:half]):.3f}")
+    revoke(Revoke(db=url, id="4"))
+    model, tokenizer = load_model(ORIGINAL, str(project.adapter))
+    with model.disable_adapter():
+        plain = answers(model, tokenizer, files[3])
+    after = answers(model, tokenizer, files[3])
+    same = sum(a == b for a, b in zip(after, plain, strict=True))
+    again = sum(a == b for a, b in zip(after, before_fourth, strict=True))
+    print(f"revoked: {same} of {len(plain)} answers are the base model's, {again} those from before request 4")
+    left = verify(Verify(db=url))
+    still = [name for name, values in left.items() if name != "utility"]
+    print(f"the other {len(still)}: ROUGE-L", [round(left[name]["rouge"], 3) for name in still])
+
+
+def kills(folder: Path, count: int, seed: int) -> None:
+    """Kill `alter request run` at random moments and look at everything after each."""
+    moments = random.Random(seed)
+    files = authors(folder, 12)
+    retain = folder / "retain.jsonl"
+    retain.write_text("\n".join(json.dumps(row.row) for row in load_examples("builtin:retain90")[:60]) + "\n")
+    recipe = {"epochs": 2, "batch_size": 10, "save_steps": 1, "router_fit": {"steps": 50}, "reference_top_k": 16}
+    recipe |= {"adapter": {"r": 2}, "objective": {"kind": "without_truth"}, "device": "cpu"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    url = f"sqlite:///{folder}/requests.db"
+    store = init(
+        Init(
+            db=url, model=ORIGINAL, retain=str(retain), folder=str(folder / "work"), recipe=str(folder / "recipe.yaml")
+        )
+    )
+    project = work.Project.model_validate(store.project())
+    base, _ = load_model(ORIGINAL)
+    command = [sys.executable, "-m", "alter", "request", "run", "--db", url]
+    waiting = list(enumerate(files))
+    add(Add(db=url, subject="author 0", data=str(waiting.pop(0)[1])))
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    usual = time.perf_counter() - started
+    states: dict[str, int] = {}
+    killed = done = 0
+    while killed < count:
+        if not store.requests("received", "running", "failed"):
+            if not waiting:
+                waiting = []
+                break
+            number, file = waiting.pop(0)
+            add(Add(db=url, subject=f"author {number}", data=str(file)))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(moments.uniform(0.2, 1.1) * usual)
+            done += 1
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+        wrong = store.check_chain()
+        assert not wrong, wrong
+        inside = work.manifest(project)
+        model = PeftModel.from_pretrained(base, str(project.adapter))
+        assert model.peft_config["default"].num_forget_experts == len(inside["experts"])
+        base = model.unload()
+        assert len(set(inside["experts"].values())) == len(inside["experts"]), "a request has two experts"
+        for request in store.requests():
+            states[request.state] = states.get(request.state, 0) + 1
+    subprocess.run(command, capture_output=True)
+    final = store.requests()
+    experts = work.manifest(project)["experts"]
+    assert all(request.state == "done" for request in final), [request.state for request in final]
+    assert sorted(experts.values()) == [request.name for request in final]
+    assert not store.check_chain()
+    interrupted = sum(entry.what == "interrupted" for entry in store.history())
+    recovered = sum(entry.what == "recovered" for entry in store.history())
+    print(f"{killed} kills, {done} runs ended by themselves (one takes {usual:.1f} s)")
+    print(
+        f"{len(final)} requests: all done, each with one expert; {interrupted} begun again, {recovered} finished afterwards"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["ten", "kills"])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.what == "ten":
+            ten(Path(folder))
+        else:
+            kills(Path(folder), options.kills, options.seed)
+
+
+if __name__ == "__main__":
+    main()
