@@ -40,6 +40,7 @@ from alter.objectives import (
 )
 from alter.records import digest, provenance, to_json, write_atomic
 from alter.scoring import load_model
+from alter.watch import KEPT, Watch, Watcher, read_watched
 
 _ADAPTER: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
 
@@ -78,10 +79,10 @@ class RouterFit(BaseModel):
 
     steps: int = Field(1000, ge=1)
     retain_weight: float = Field(
-        4.0, gt=0, description="How much worse it is to open an expert for a retain token than to miss a forget token."
+        30.0, gt=0, description="How much worse it is to open an expert for a retain token than to miss a forget token."
     )
     learning_rate: float = Field(0.03, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
     max_tokens: int = Field(150_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
 
 
@@ -139,6 +140,7 @@ class Unlearn(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     bf16: bool = Field(False, description="Autocast to bf16.")
     seed: int = 0
+    watch: Watch = Field(default_factory=Watch)
     save_steps: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
     resume: bool = Field(False, description="Go on from the last whole checkpoint in `out`.")
     overwrite: bool = Field(False, description="Delete what `out` holds.")
@@ -627,6 +629,19 @@ def unlearn(run: Unlearn) -> Path:
     started = time.time()
     check_threshold(run.adapter.entropy_q, run.adapter.entropy_threshold or 1e-9, None)
     forget_examples, retain_examples, domain, names = read_data(run)
+    watched = None
+    if run.watch.on:
+        per_epoch = len(forget_examples) / (run.batch_size * run.gradient_accumulation_steps)
+        steps = run.max_steps or math.ceil(run.epochs * per_epoch)
+        watched, retain_examples = read_watched(
+            run.watch,
+            forget_examples,
+            retain_examples,
+            domain_column=run.domain_column,
+            seed=run.seed,
+            steps=steps,
+            steps_per_epoch=per_epoch,
+        )
     out = prepare_folder(run)
     write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
 
@@ -640,6 +655,10 @@ def unlearn(run: Unlearn) -> Path:
         [encode(tokenizer, example, max_length=limit) for example in retain_examples],
         [first + d for d in domain],
     )
+    watcher = None
+    if watched is not None:
+        device = next(base.parameters()).device
+        watcher = Watcher(run.watch, watched, tokenizer, max_length=limit, folder=out / KEPT, device=device)
     order = schedule(
         [len(row.input_ids) for row in rows.forget],
         [len(row.input_ids) for row in rows.retain],
@@ -686,9 +705,11 @@ def unlearn(run: Unlearn) -> Path:
         args=arguments,
         train_dataset=Pairs(order, rows, traced, experts_only=run.experts_only),
         data_collator=PairCollator(tokenizer.pad_token_id),
+        callbacks=[watcher] if watcher else None,
     )
     checkpoint = last_whole_checkpoint(checkpoints) if run.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seen = watcher and watcher.restore_best(model)
     save_adapter(model, out, card(run, names))
     write_atomic(
         out / "run.json",
@@ -701,7 +722,8 @@ def unlearn(run: Unlearn) -> Path:
                 "steps": trainer.state.global_step,
                 "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "seconds": {"prepare": round(prepared - started, 2), "train": round(time.time() - prepared, 2)},
-                "log": trainer.state.log_history,
+                "log": [entry for entry in trainer.state.log_history if "watch" not in entry],
+                "watch": seen,
                 "provenance": provenance(),
             }
         ),
