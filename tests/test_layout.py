@@ -33,6 +33,7 @@ LAYERS = {
     "judge": {"errors", "records", "metrics", "report"},
     "plots": {"records"},
     "study": {"errors", "records", "entropy", "metrics", "data", "adapter", "frozen", "report", "plots", "scoring"},
+    "inspector": {"errors", "entropy", "data", "adapter", "requests", "scoring"},
     "cli": {"errors"},
     "__main__": {"cli"},
     "__init__": {"adapter"},

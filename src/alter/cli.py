@@ -63,6 +63,7 @@ COMMANDS = {
     "aggregate": Command("alter.evaluation", "AggregateLogs", "aggregate_logs", "TOFU's numbers from published logs"),
     "attack": Command("alter.attacks", "Attack", "attack", "try to bring the forgotten back, beside a retrained model"),
     "report": Command("alter.page", "Report", "report", "one HTML page about runs, attacks and requests, to hand over"),
+    "inspect": Command("alter.inspector", "Inspect", "inspect", "a page: ask, see before and after, and each token's expert"),
     "generate": Command("alter.evaluation", "Generate", "generate", "answer prompts with a model and an adapter"),
     "judge": Command("alter.judge", "JudgeFile", "judge_file", "have saved replies graded by a language model"),
     "entropy": Command(
