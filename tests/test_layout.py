@@ -19,11 +19,19 @@ LAYERS = {
     "objectives": set(),
     "adapter": {"errors", "entropy"},
     "scoring": {"errors", "records", "data", "adapter"},
-    "frozen": {"data", "objectives", "records"},
+    "initializers": set(),
+    "methods": {"errors"},
+    "frozen": {"adapter", "data", "objectives", "records"},
+    "alternatives": {"errors", "data", "frozen", "objectives", "records"},
+    "probes": {"data", "frozen", "initializers", "objectives", "records"},
+    "tuning": {"errors", "adapter", "initializers"},
     "report": {"metrics", "records"},
     "benchmarks": {"errors", "records", "data", "metrics", "scoring"},
     "finetune": {"errors", "records", "data", "scoring"},
-    "trainer": {"errors", "records", "entropy", "data", "objectives", "adapter", "frozen", "scoring"},
+    "trainer": {
+        *("errors", "records", "entropy", "data", "objectives", "adapter", "frozen", "scoring"),
+        *("alternatives", "initializers", "methods", "probes", "tuning"),
+    },
     "evaluation": {"errors", "records", "data", "benchmarks", "report", "scoring"},
     "demo": {"errors", "records", "benchmarks", "evaluation", "scoring", "trainer"},
     "cli": {"errors"},
@@ -55,7 +63,7 @@ def test_imports_point_one_way(path):
     assert own <= LAYERS[module]
 
 
-@pytest.mark.parametrize("module", ["entropy", "objectives", "metrics"])
+@pytest.mark.parametrize("module", ["entropy", "initializers", "objectives", "metrics"])
 def test_mathematics_knows_no_framework(module):
     roots = {name.split(".")[0] for name in imports(SOURCE / f"{module}.py")}
     assert not roots & {"transformers", "peft", "datasets", "accelerate"}

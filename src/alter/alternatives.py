@@ -1,0 +1,162 @@
+"""The forget rows once more, in the form that an objective asks for: refused, with random labels, or led elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from alter.data import Encoded, Example, encode, refusals
+from alter.errors import UserError
+from alter.frozen import View
+from alter.objectives import Forget, Persona
+from alter.records import progress
+
+EXPERT = "This text was written by a leading expert who knows everything about {concept}:"
+NOVICE = "This text was written by a novice who has never heard of {concept}:"
+"""What ELM's two personas are put before a row with; our wording."""
+
+CHANGES_OF_SUBJECT = (
+    "But let us talk about something else.",
+    "That reminds me of a different matter.",
+    "On another note, here is what I did today.",
+    "Before going on, let me change the subject.",
+    "Now for something completely different.",
+)
+"""How a diversion begins; our wording of ELM's templates."""
+
+PROMPT_TOKENS = 60
+"""Longest prompt that a diversion starts from; raw text has no prompt, and lends its first half up to this length."""
+
+
+def alternatives(
+    objective: Forget,
+    tokenizer: Any,
+    base: Any,
+    examples: Sequence[Example],
+    rows: Sequence[Encoded],
+    *,
+    seed: int,
+    max_length: int | None,
+) -> list[Encoded]:
+    """One alternative for each forget row; a function of the arguments alone, so that a resumed run has the same ones.
+
+    Args:
+        objective: says which kind it needs; none gives an empty list.
+        tokenizer: of the model.
+        base: the untouched model, which writes diversions.
+        examples: the forget rows.
+        rows: the same, encoded.
+        seed: of what is drawn.
+        max_length: longest sequence.
+
+    Raises:
+        UserError: raw text is to be refused, which has no question.
+    """
+    kind = objective.needs.alternative
+    generator = np.random.default_rng(seed)
+    if kind == "refusal":
+        if any(example.kind == "text" for example in examples):
+            raise UserError(
+                f"objective.kind {objective.kind} answers forget rows with a refusal, but they are raw text without a "
+                "question: give rows with question and answer, or another objective."
+            )
+        lines = refusals()
+        drawn = generator.integers(len(lines), size=len(examples)).tolist()
+        return [
+            encode(tokenizer, example, answer=lines[i], max_length=max_length)
+            for example, i in zip(examples, drawn, strict=True)
+        ]
+    if kind == "random_labels":
+        kept = {-100, *tokenizer.all_special_ids}
+        return [
+            replace(
+                row,
+                labels=[y if y in kept else int(generator.integers(base.config.vocab_size)) for y in row.labels],
+            )
+            for row in rows
+        ]
+    if kind == "diversion":
+        assert isinstance(objective, Persona)
+        return diversions(objective, tokenizer, base, rows, seed=seed, max_length=max_length)
+    return []
+
+
+def persona_views(objective: Forget, tokenizer: Any) -> dict[str, View]:
+    """ELM's two further passes: the same rows after the words of an expert and of a novice."""
+    assert isinstance(objective, Persona)
+    return {
+        name: View(
+            tuple(tokenizer(text.format(concept=objective.concept), add_special_tokens=False)["input_ids"]),
+            tokenizer.bos_token_id,
+        )
+        for name, text in (("expert", EXPERT), ("novice", NOVICE))
+    }
+
+
+class _Tilt(LogitsProcessor):
+    """log p - guidance (log p_expert - log p_novice), all of the base, while it writes one row."""
+
+    def __init__(self, base: Any, objective: Persona, views: Sequence[View]) -> None:
+        self.base, self.objective, self.views = base, objective, views
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ids = input_ids[0].tolist()
+        logp = []
+        for view in self.views:
+            longer = view.extend(Encoded(ids, ids, 0))["input_ids"]
+            logits = self.base(input_ids=torch.tensor([longer], device=input_ids.device), use_cache=False).logits
+            logp.append(torch.log_softmax(logits[:, -1].float() / self.objective.temperature, dim=-1))
+        plain = torch.log_softmax(scores.float() / self.objective.temperature, dim=-1)
+        return plain - self.objective.guidance * (logp[0] - logp[1])
+
+
+@torch.no_grad()
+def diversions(
+    objective: Persona,
+    tokenizer: Any,
+    base: Any,
+    rows: Sequence[Encoded],
+    *,
+    seed: int,
+    max_length: int | None,
+) -> list[Encoded]:
+    """Each row's prompt, a change of subject, and what the base goes on with under ELM's tilt; the rest is labelled.
+
+    Greedy, one row at a time, three forward passes a token: this is what makes ELM slow before it trains.
+    """
+    generator = np.random.default_rng(seed)
+    views = list(persona_views(objective, tokenizer).values())
+    device = next(base.parameters()).device
+    limit = max_length or base.config.max_position_embeddings
+    longest = max(len(view.prefix) for view in views)
+    result = []
+    for row in progress(rows, total=len(rows), label="diversions"):
+        prompt = row.input_ids[: row.prompt_length]
+        if row.prompt_length <= 1:
+            prompt = row.input_ids[: max(1, len(row.input_ids) // 2)]
+        text = " " + CHANGES_OF_SUBJECT[int(generator.integers(len(CHANGES_OF_SUBJECT)))]
+        change = tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt = prompt[:PROMPT_TOKENS]
+        start = [*prompt, *change]
+        room = limit - len(start) - longest
+        if room < 1:
+            raise UserError(
+                f"ELM's diversions need {len(start) + longest} tokens for prompt, change of subject and persona, and the "
+                f"model's context or max_length is {limit}: raise it, or shorten objective.concept."
+            )
+        written = base.generate(
+            input_ids=torch.tensor([start], device=device),
+            attention_mask=torch.ones(1, len(start), dtype=torch.long, device=device),
+            max_new_tokens=min(objective.new_tokens, room),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([_Tilt(base, objective, views)]),
+        )[0].tolist()
+        result.append(Encoded(written, [-100] * len(prompt) + written[len(prompt) :], len(prompt)))
+    return result
