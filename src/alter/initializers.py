@@ -101,7 +101,8 @@ def important_part(weight: Tensor, importance: Tensor, r: int, scaling: float, s
     row = importance.sum(1).sqrt().to(weight)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        U, S, V = torch.svd_lowrank(row[:, None] * weight, q=r)
+        # a few directions more than are kept make the randomised decomposition accurate (the authors take r)
+        U, S, V = (part[..., :r] for part in torch.svd_lowrank(row[:, None] * weight, q=min(r + 10, *weight.shape)))
     root = (S / scaling).sqrt()
     return Factors((V * root).t().contiguous(), U * root / (row[:, None] + EPSILON))
 

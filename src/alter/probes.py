@@ -65,7 +65,7 @@ def _mean_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
 
 
 @contextmanager
-def _only(model: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterator[None]:
+def _only(model: nn.Module, wanted: Sequence[Tensor]) -> Iterator[None]:
     """Within the block gradients are taken of these parameters alone."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = {id(parameter) for parameter in wanted}

@@ -466,6 +466,12 @@ class FirstEpoch(TrainerCallback, ExportableState):
         """What a checkpoint keeps."""
         return {"args": {"total": self.total, "count": self.count}, "attributes": {}}
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over what the checkpoint of a resumed run has kept."""
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if kept:
+            self.total, self.count = kept["args"]["total"], kept["args"]["count"]
+
     def weight(self, loss: float, first: bool) -> float:
         """The retain weight of a step, given its loss and whether the first epoch still runs."""
         if first:
@@ -579,7 +585,7 @@ class UnlearnTrainer(Trainer):
 
     @property
     def first_epoch(self) -> FirstEpoch:
-        """The callback that remembers the first epoch; the trainer makes a new one when it resumes."""
+        """The callback that remembers the first epoch."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, FirstEpoch))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
