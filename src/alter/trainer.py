@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from alter import frozen, methods
+from alter.adapter import AlterConfig
 from alter.adapter.model import base_fingerprint
 from alter.adapter.routing import Routing, pool
 from alter.alternatives import alternatives, persona_views
@@ -69,11 +70,14 @@ BRANCHES = ("forget", "alternative", "retain")
 
 
 class RouterFit(BaseModel):
-    """How the router learns which expert serves which token: cross-entropy on the frozen base's hidden states."""
+    """How the router learns which expert serves which token: one logistic regression per expert on hidden states."""
 
     model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(1000, ge=1)
+    retain_weight: float = Field(
+        4.0, gt=0, description="How much worse it is to open an expert for a retain token than to miss a forget token."
+    )
     learning_rate: float = Field(0.03, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     max_tokens: int = Field(150_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
@@ -110,6 +114,15 @@ class Unlearn(BaseModel):
     )
     num_forget_experts: int | None = Field(None, ge=1, description="Experts; by default one per sub-domain.")
     max_domains: int = Field(8, ge=1, description="Most sub-domains that clustering may choose.")
+
+    start_from: str | None = Field(
+        None, description="Adapter of earlier requests to grow: new experts beside its own, which stay bit-exact."
+    )
+    experts_only: bool = Field(
+        False,
+        description="Train forget experts alone: A keeps its start, the retention expert stays zero, so that tokens "
+        "routed to it get exactly the base model. Always so with start_from.",
+    )
 
     adapter: Adapter = Field(default_factory=AlterAdapter)
     initializer: Initializer = Field(default_factory=Zero)
@@ -187,18 +200,36 @@ class Unlearn(BaseModel):
             raise ValueError("objective.kind and retain_objective.kind are both none: there is nothing to train")
         return self
 
+    @model_validator(mode="after")
+    def _experts_alone(self) -> Unlearn:
+        if self.start_from is not None:
+            self.experts_only = True
+        if not self.experts_only:
+            return self
+        if not isinstance(self.adapter, AlterAdapter):
+            raise ValueError(f"experts_only and start_from are for adapter.kind alter, not {self.adapter.kind}")
+        if self.phase_one:
+            raise ValueError("phase_one trains A and the retention expert, which experts_only (or start_from) freezes")
+        if self.adapter.router == "static":
+            raise ValueError("experts_only needs a router that keeps the experts apart; adapter.router is 'static'")
+        needs = self.objective.needs
+        if self.start_from is not None and (needs.alternative == "diversion" or set(needs.views) - {"base"}):
+            raise ValueError(
+                f"objective.kind {self.objective.kind} looks at the bare base, which start_from has adapted"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class Rows:
-    """The data of a run, encoded: forget rows with the sub-domain of each, and retain rows.
+    """The data of a run, encoded: forget rows with the expert of each (1 is the first), and retain rows.
 
     `alternative` holds the forget rows once more in the form that the objective asks for, if it does.
     """
 
     forget: list[Encoded]
     retain: list[Encoded]
-    domain: list[int]
-    domain_names: list[str]
+    expert: list[int]
     alternative: list[Encoded] = field(default_factory=list)
 
     def of(self, branch: str) -> list[Encoded]:
@@ -285,13 +316,33 @@ def schedule(
 def add_adapter(model: Any, run: Unlearn, names: list[str], start: Mapping[str, Factors] | None = None) -> Any:
     """Put the run's adapter on a loaded model, or choose the weights to train.
 
+    The adapter of `start_from`, which the model has then, gets room for `names`.
+
     Args:
         model: the base model.
         run: the settings.
         names: names of the sub-domains.
         start: where LoRA's factors start, with an initialiser that gives some.
+
+    Raises:
+        UserError: the adapter to grow is not ALTER's, has other settings than asked for, or serves a name already.
     """
     adapter = run.adapter
+    if run.start_from is not None:
+        config = model.peft_config["default"]
+        if not isinstance(config, AlterConfig) or not config.routed:
+            raise UserError(f"start_from is {run.start_from!r}, which is no ALTER adapter with a router to grow.")
+        for name in sorted(adapter.model_fields_set - {"kind", "isolation", "entropy_quantile"}):
+            wanted, has = getattr(adapter, name), getattr(config, name)
+            if wanted is not None and wanted != (sorted(has) if isinstance(has, set) else has):
+                raise UserError(f"adapter.{name} is {wanted!r}, but {run.start_from} has {has!r}: leave it out.")
+        own = config.domains or [f"expert {d + 1}" for d in range(config.num_forget_experts)]
+        taken = [name for name in names if name in own]
+        if taken:
+            raise UserError(f"{run.start_from} has an expert for {taken[0]!r} already: nothing to add for it.")
+        model.base_model.resize_experts("default", len(own) + len(names), own + names)
+        config.inference_mode = False
+        return model
     if isinstance(adapter, AlterAdapter):
         return adapter.attach(model, names, run.num_forget_experts or len(names))
     if isinstance(adapter, Lora):
@@ -302,9 +353,10 @@ def add_adapter(model: Any, run: Unlearn, names: list[str], start: Mapping[str, 
 def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[str, float]:
     """Set the entropy threshold and train the router, both on the frozen base, before the adapter trains.
 
-    The router reads hidden states of the frozen base, which no training step changes: its supervised cross-entropy
-    (forget rows of sub-domain d belong to expert d, retain rows to the retention expert) is fitted once instead of next
-    to the task losses. This is a reading of the paper, like the supervision itself.
+    The router reads hidden states of the frozen base, which no training step changes, so it is fitted once instead of
+    next to the task losses: for every new expert one logistic regression, its own forget rows against all other rows;
+    the retention expert's logit is 0. So a row of the router depends on no other expert's, and an expert that comes
+    later leaves it as it is. This is a reading of the paper, like the supervision itself.
 
     Returns:
         what was found: the threshold, the share of tokens routed as their row says, per kind of row.
@@ -329,18 +381,18 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
         model, chosen_rows, pad_token_id=pad_token_id, label="router", features=config.router == "learned"
     )
     found: dict[str, float] = {}
-    if run.adapter.entropy_quantile is not None:
+    if run.start_from is None and run.adapter.entropy_quantile is not None:
         retain_entropy = torch.cat([row.entropy for row in traced[len(parts[0]) :] if row.entropy is not None])
         config.entropy_threshold = threshold_from_quantile(retain_entropy, run.adapter.entropy_quantile)
         check_threshold(config.entropy_q, config.entropy_threshold, config.vocab_size)
-    found["entropy_threshold"] = float(config.entropy_threshold)
+    found["entropy_threshold"] = float(config.threshold)
     if config.router == "static":
         return found
     inputs, targets = [], []
     for place, row in enumerate(traced):
         assert row.entropy is not None
         evidence = row.entropy[:, None] if row.features is None else row.features.float()
-        label = rows.domain[parts[0][place]] + 1 if place < len(parts[0]) else 0
+        label = rows.expert[parts[0][place]] if place < len(parts[0]) else 0
         # the first token of a row has no evidence and is never routed
         evidence = pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), config.router_memory)[0]
         inputs.append(evidence)
@@ -348,26 +400,37 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
     x, y = torch.cat(inputs), torch.cat(targets)
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     x = (x - mean) / std
-    head = torch.nn.Linear(x.shape[1], config.num_forget_experts + 1)
+    new = sorted(set(rows.expert))
+    is_own = y[:, None] == torch.tensor(new)
+    head = torch.nn.Linear(x.shape[1], len(new))
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     fit = run.router_fit
     optimizer = torch.optim.AdamW(head.parameters(), lr=fit.learning_rate, weight_decay=fit.weight_decay)
+    of_forget, of_retain = (y > 0).nonzero()[:, 0], (y == 0).nonzero()[:, 0]
     for step in range(fit.steps):
         for group in optimizer.param_groups:
             group["lr"] = fit.learning_rate * (1 - step / fit.steps)
-        batch = torch.from_numpy(generator.integers(len(x), size=min(2048, len(x))))
-        loss = torch.nn.functional.cross_entropy(head(x[batch]), y[batch])
+        drawn = [part[torch.from_numpy(generator.integers(len(part), size=1024))] for part in (of_forget, of_retain)]
+        batch = torch.cat(drawn)
+        own, logits = is_own[batch], head(x[batch])
+        hit = torch.nn.functional.softplus(-logits)[own].mean()
+        miss = torch.nn.functional.softplus(logits)[~own].mean()
+        loss = hit + fit.retain_weight * miss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        right = head(x).argmax(-1) == y
+        weight = head.weight / std
         _, host = model.base_model.router_host
         router = host.alter_router["default"]
-        weight = head.weight / std
-        router.weight.copy_(weight)
-        router.bias.copy_(head.bias - weight @ mean)
+        router.weight[new] = weight
+        router.bias[new] = head.bias - weight @ mean
+        if run.start_from is None:
+            router.weight[0], router.bias[0] = 0.0, 0.0
+            # spare experts are never chosen
+            router.bias[max(new) + 1 :] = -1e4
+        right = torch.nn.functional.linear(x * std + mean, router.weight, router.bias).argmax(-1) == y
     router.requires_grad_(False)
     found["router_accuracy_forget"] = float(right[y > 0].float().mean())
     found["router_accuracy_retain"] = float(right[y == 0].float().mean())
@@ -428,8 +491,8 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, dict[str, Any]]:
         f, r = self.order[i]
         chosen = {
-            "forget": (f, self.rows.domain[f] + 1),
-            "alternative": (f, self.rows.domain[f] + 1),
+            "forget": (f, self.rows.expert[f]),
+            "alternative": (f, self.rows.expert[f]),
             "retain": (r, 0),
         }
         return {
@@ -562,7 +625,7 @@ class UnlearnTrainer(Trainer):
             structure = mean_or_zero(cross_entropy(logits, truth)[token_high])
             parts = {
                 "forget": run.objective(forget),
-                "retain": run.retain_objective(retain),
+                "retain": run.retain_objective(retain) if retain.rows else 0.0 * logits.sum(),
                 "structure": structure,
             }
             if isinstance(run.retain_objective, Adaptive):
@@ -614,6 +677,7 @@ class UnlearnTrainer(Trainer):
                 {"params": shared, "lr": self.run.learning_rate_shared, "weight_decay": 0.0},
             ]
             options.pop("lr", None)
+            groups = [group for group in groups if group["params"]]
             self.optimizer = cls(groups, lr=self.run.learning_rate_experts, **options)
         return self.optimizer
 
@@ -634,6 +698,9 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 def branch_needs(run: Unlearn) -> list[Needs]:
     """What is needed of the rows of each of `BRANCHES`; `rows` says whether they take part at all."""
     forget, retain = run.objective.needs, run.retain_objective.needs
+    if run.experts_only:
+        # nothing learns from retain rows
+        retain = Needs(rows=False)
     other = Needs(rows=forget.alternative is not None, base_logp=forget.base_logp and forget.alternative is not None)
     return [forget, other, retain]
 
@@ -653,6 +720,9 @@ def trace_run(
     drawn = {"forget": {f for f, _ in order}, "alternative": {f for f, _ in order}, "retain": {r for _, r in order}}
     used = {name: sorted(drawn[name]) for name in BRANCHES if needs[name].rows}
     alter = model.peft_config["default"] if isinstance(run.adapter, AlterAdapter) else None
+    router = None
+    if alter is not None and alter.routed:
+        router = model.base_model.router_host[1].alter_router["default"]
     key = digest(
         base_fingerprint(model),
         run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed", "reinforcement"}),
@@ -660,12 +730,12 @@ def trace_run(
         [repr(needs[name]) for name in used],
         [[rows.of(name)[i].input_ids for i in used[name]] for name in used],
         [[rows.of(name)[i].labels for i in used[name]] for name in used],
-        rows.domain,
+        rows.expert,
+        # an adapter to grow brings a router with it, and the retain rows that are not trained on still fit the new one
+        None if run.start_from is None or router is None else [weight.sum().item() for weight in router.parameters()],
+        [row.input_ids for row in rows.retain] if run.experts_only else None,
     )
     kept = frozen.restore(cache, key)
-    router = None
-    if alter is not None and alter.routed:
-        router = model.base_model.router_host[1].alter_router["default"]
     if kept is None:
         found = {} if alter is None else fit_router(model, run, rows, tokenizer.pad_token_id)
         traced = []
@@ -737,7 +807,7 @@ def hidden_depth(run: Unlearn) -> float:
 
 
 def start_of(
-    base: Any, tokenizer: Any, run: Unlearn, rows: Rows, cache: Path
+    base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], retain: list[Encoded], cache: Path
 ) -> tuple[dict[str, Factors] | None, dict[str, Tensor]]:
     """Where LoRA's factors start, and the directions that B is kept away from, of each layer."""
     adapter, initializer = run.adapter, run.initializer
@@ -747,18 +817,18 @@ def start_of(
     key = digest(
         base_fingerprint(base),
         run.model_dump(include={"adapter", "initializer", "batch_size", "seed"}),
-        [[row.input_ids for row in part] for part in (rows.forget, rows.retain)],
+        [[row.input_ids for row in part] for part in (forget, retain)],
     )
     # as many retain rows as forget rows: one epoch of the schedule
-    drawn = np.random.default_rng(run.seed).permutation(len(rows.retain))[: len(rows.forget)].tolist()
+    drawn = np.random.default_rng(run.seed).permutation(len(retain))[: len(forget)].tolist()
 
     def make() -> dict[str, Tensor]:
         start, away = starting_factors(
             base,
             adapter.layers(base),
             initializer,
-            rows.forget,
-            [rows.retain[i] for i in drawn],
+            forget,
+            [retain[i] for i in drawn],
             r=adapter.r,
             scaling=adapter.alpha / adapter.r,
             batch=run.batch_size,
@@ -807,7 +877,9 @@ def penalty_of(model: Any, run: Unlearn, away: Mapping[str, Tensor]) -> Penalty 
     return Penalty(adapter.orthogonality / blocks(model)[1], terms, adapter.r)
 
 
-def frozen_views(base: Any, tokenizer: Any, run: Unlearn, rows: Rows, cache: Path) -> dict[str, frozen.View]:
+def frozen_views(
+    base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], cache: Path
+) -> dict[str, frozen.View]:
     """The frozen passes besides the base's own that the forget objective asks for."""
     wanted = run.objective.needs.views
     views: dict[str, frozen.View] = {}
@@ -818,7 +890,7 @@ def frozen_views(base: Any, tokenizer: Any, run: Unlearn, rows: Rows, cache: Pat
         key = digest(
             base_fingerprint(base),
             run.model_dump(include={"reinforcement", "batch_size", "seed"}),
-            [row.input_ids for row in rows.forget],
+            [row.input_ids for row in forget],
         )
 
         def make() -> dict[str, Tensor]:
@@ -826,7 +898,7 @@ def frozen_views(base: Any, tokenizer: Any, run: Unlearn, rows: Rows, cache: Pat
                 reinforce(
                     base,
                     layers,
-                    rows.forget,
+                    forget,
                     r=16,
                     scaling=2.0,
                     epochs=run.reinforcement.epochs,
@@ -938,26 +1010,21 @@ def unlearn(run: Unlearn) -> Path:
     torch.manual_seed(run.seed)
     full = isinstance(run.adapter, FullWeights)
     # small steps would be lost in the rounding of 16-bit weights
-    base, tokenizer = load_model(
-        run.model, dtype="float32" if full and run.dtype == "auto" else run.dtype, device=run.device
-    )
+    dtype = "float32" if full and run.dtype == "auto" else run.dtype
+    base, tokenizer = load_model(run.model, run.start_from, dtype, run.device)
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
-    forget_rows = [encode(tokenizer, example, max_length=limit) for example in forget_examples]
-    rows = Rows(
-        forget_rows,
-        [encode(tokenizer, example, max_length=limit) for example in retain_examples],
-        domain,
-        names,
-        alternatives(
-            run.objective,
-            tokenizer,
-            base,
-            forget_examples,
-            forget_rows,
-            seed=run.seed,
-            max_length=limit,
-        ),
-    )
+    forget = [encode(tokenizer, example, max_length=limit) for example in forget_examples]
+    retain = [encode(tokenizer, example, max_length=limit) for example in retain_examples]
+    other = alternatives(run.objective, tokenizer, base, forget_examples, forget, seed=run.seed, max_length=limit)
+    views = frozen_views(base, tokenizer, run, forget, out / "reinforced.safetensors")
+    start, away = start_of(base, tokenizer, run, forget, retain, out / "start.safetensors")
+    block = None
+    if run.objective.needs.hidden or run.retain_objective.needs.hidden:
+        place, count = blocks(base)
+        block = base.get_submodule(f"{place}.{block_at(hidden_depth(run), count)}")
+    model = add_adapter(base, run, names, start)
+    first = 1 if run.start_from is None else model.peft_config["default"].num_forget_experts - len(names) + 1
+    rows = Rows(forget, retain, [first + d for d in domain], other)
     order = schedule(
         [len(row.input_ids) for row in rows.forget],
         [len(row.input_ids) for row in rows.retain],
@@ -965,13 +1032,10 @@ def unlearn(run: Unlearn) -> Path:
         batch=run.batch_size,
         seed=run.seed,
     )
-    block = None
-    if run.objective.needs.hidden or run.retain_objective.needs.hidden:
-        place, count = blocks(base)
-        block = base.get_submodule(f"{place}.{block_at(hidden_depth(run), count)}")
-    views = frozen_views(base, tokenizer, run, rows, out / "reinforced.safetensors")
-    start, away = start_of(base, tokenizer, run, rows, out / "start.safetensors")
-    model = add_adapter(base, run, names, start)
+    if run.experts_only:
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".alter_B." in name)
     traced, found = trace_run(model, tokenizer, run, rows, order, out / "frozen.safetensors", views, block)
     prepared = time.time()
 
@@ -1022,6 +1086,7 @@ def unlearn(run: Unlearn) -> Path:
             {
                 "settings": run.model_dump(),
                 "domains": names,
+                "experts": sorted(set(rows.expert)),
                 "router": found,
                 "steps": trainer.state.global_step,
                 "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
