@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alter import cli, methods, trainer
+from alter import assistant, cli, methods, trainer
 from alter.errors import UserError
 from alter.methods import METHODS
 from alter.trainer import Unlearn, unlearn
@@ -85,6 +85,8 @@ def loaded(data, out):
     before = logits_of(base)
     if (out / "model").exists():
         return AutoModelForCausalLM.from_pretrained(out / "model").eval(), before
+    if (out / "adapter" / "assistant.json").exists():
+        return assistant.load(base, str(out / "adapter")), before
     return PeftModel.from_pretrained(base, str(out / "adapter")).eval(), before
 
 
@@ -419,6 +421,45 @@ def test_sha256_raises_the_retain_weight_after_the_first_epoch(data, tmp_path, m
     for (loss, _), weight in weights[3:]:
         assert weight == pytest.approx(min(max(round(0.3 * 6 ** (loss - mean) + 0.8, 1), 1.2), 2.3))
     assert max(w for _, w in weights) > 1.2
+
+
+# ---- ULD -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_difference_takes_what_the_assistant_knows_from_plausible_tokens():
+    base = torch.log(torch.tensor([[0.6, 0.3, 0.0996, 0.0004]]))
+    helper = torch.log(torch.tensor([[0.7, 0.1, 0.1, 0.1]])) + 3.0
+    got = assistant.difference(base, helper, 0.8, 0.01)[0].tolist()
+    expected = [math.log(p) - 0.8 * math.log(q) for p, q in ((0.6, 0.7), (0.3, 0.1), (0.0996, 0.1))]
+    assert got == pytest.approx([*expected, math.log(0.0004)], abs=1e-5)
+
+
+def test_an_assistant_scores_and_generates_with_and_without_a_cache(data, tmp_path):
+    from alter.scoring import generate, load_model
+
+    out = unlearn(settings(data, tmp_path / "run", "uld", epochs=4))
+    with pytest.raises(ValueError, match="adapter_config"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(data / "model"), str(out / "adapter"))
+    model, tokenizer = load_model(str(data / "model"), str(out / "adapter"), device="cpu")
+    base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
+    ids = torch.tensor([[9, 10, 20, 30, 40, 50]])
+    with torch.no_grad():
+        got = model(input_ids=ids).logits
+        helper = model.assistant(input_ids=ids).logits
+        torch.testing.assert_close(got, assistant.difference(base(input_ids=ids).logits, helper, 0.8, 0.01))
+        assert model.assistant.config.num_hidden_layers == 1
+    # left padding, rows that end and leave the batch, a cache that two networks share
+    prompts = [[10, 20, 30], [5, 6, 7, 8, 9, 10, 11], [40, 41]]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=20, progress=False)
+    for prompt, text in zip(prompts, texts, strict=True):
+        plain = list(prompt)
+        for _ in range(20):
+            with torch.no_grad():
+                plain.append(int(model(input_ids=torch.tensor([plain])).logits[0, -1].argmax()))
+            if plain[-1] == 256:
+                break
+        assert tokenizer.decode(plain[len(prompt) :], skip_special_tokens=True).strip() == text
+    assert texts != generate(base, tokenizer, prompts, max_new_tokens=20, progress=False)
 
 
 # ---- ablations of ALTER ----------------------------------------------------------------------------------------------

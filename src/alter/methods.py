@@ -300,6 +300,21 @@ METHODS: dict[str, Method] = {
             "batch_size": 16,
         },
     ),
+    "uld": Method(
+        "ULD: logit difference with an assistant that knows only the forget set",
+        "Ji et al. 2024, arXiv:2406.08607; TOFU (without its paraphrased and perturbed rows)",
+        {
+            "adapter": {"kind": "assistant", "r": 16, "alpha": 32, "share": 0.25, "weight": 0.8},
+            "lambda_": 0.0,
+            "objective": {"kind": "learn"},
+            "retain_objective": {"kind": "uniform"},
+            "gamma": 5.0,
+            "learning_rate": 1e-3,
+            "epochs": 10,
+            "batch_size": 8,
+            "gradient_accumulation_steps": 2,
+        },
+    ),
     "sha256": Method(
         "SHA256: ascent on early MLPs with an adaptive retain weight",
         "SemEval-2025 task 4, Texas A&M (methods.md 3.8); blocks 0 to 5 of 16",

@@ -30,6 +30,7 @@ from alter.adapter import AlterConfig
 from alter.adapter.model import base_fingerprint
 from alter.adapter.routing import Routing, pool
 from alter.alternatives import alternatives, persona_views
+from alter.assistant import FILE as ASSISTANT
 from alter.data import Collator, Encoded, Example, check_overlap, domains, encode, load_examples
 from alter.entropy import check_threshold, threshold_from_quantile
 from alter.errors import UserError
@@ -56,6 +57,7 @@ from alter.scoring import load_model
 from alter.tuning import (
     Adapter,
     AlterAdapter,
+    AssistantLora,
     BoundedLora,
     FullWeights,
     Lora,
@@ -190,6 +192,8 @@ class Unlearn(BaseModel):
                     f"initializer.kind {self.initializer.kind} starts from factors that a frozen copy cancels: "
                     "adapter.dropout and weight_decay must be 0"
                 )
+        if isinstance(adapter, AssistantLora) and (self.negate or self.objective.needs.hidden):
+            raise ValueError("adapter.kind assistant goes with neither negate nor objectives on hidden states")
         if self.negate is not None and isinstance(adapter, BoundedLora):
             raise ValueError("negate cannot undo a bounded update: phi(-n x) is not -n phi(x); take adapter.kind lora")
         if self.phase_one and not self.retain_objective.needs.rows:
@@ -938,6 +942,19 @@ def card(run: Unlearn, names: Sequence[str]) -> str:
 
 {title}; adapter.kind full: these are the model's own weights, changed. `AutoModelForCausalLM.from_pretrained` loads them.
 {tail}"""
+    if isinstance(run.adapter, AssistantLora):
+        return f"""{head.format(library="peft")}# Assistant: makes {run.model} forget {run.forget}
+
+{title}: a LoRA adapter (`lora`) on the model's first blocks, whose log-probabilities are subtracted from the model's.
+
+```python
+from transformers import AutoModelForCausalLM
+
+from alter.assistant import load
+
+model = load(AutoModelForCausalLM.from_pretrained({run.model!r}), "this folder")
+```
+{tail}"""
     parts = "" if run.method is None else f"{title}; "
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     about = f"{parts}adapter.kind {run.adapter.kind}."
@@ -970,11 +987,23 @@ weights has the knowledge, and `disable_adapter()` brings it back. {merging}
 {tail}"""
 
 
-def save_adapter(model: Any, out: Path, text: str | None = None, name: str = "adapter", tokenizer: Any = None) -> Path:
-    """Write an adapter or a model, with its card, to `out`/`name`, whole or not at all: a folder beside it, renamed."""
+def save_adapter(
+    model: Any,
+    out: Path,
+    text: str | None = None,
+    name: str = "adapter",
+    tokenizer: Any = None,
+    assistant: dict[str, Any] | None = None,
+) -> Path:
+    """Write an adapter or a model, with its card, to `out`/`name`, whole or not at all: a folder beside it, renamed.
+
+    With `assistant` (what `alter.assistant.load` must know) the adapter itself goes into a folder `lora` within.
+    """
     partial, final = out / f".{name}.partial", out / name
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
+    model.save_pretrained(str(partial if assistant is None else partial / "lora"))
+    if assistant is not None:
+        write_atomic(partial / ASSISTANT, to_json(assistant))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial))
     if text is not None:
@@ -1079,7 +1108,11 @@ def unlearn(run: Unlearn) -> Path:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if run.negate is not None:
         negate(model, run, run.negate)
-    save_adapter(model, out, card(run, names), "model" if full else "adapter", tokenizer if full else None)
+    assistant = None
+    if isinstance(run.adapter, AssistantLora):
+        where, size = run.adapter.size(base)
+        assistant = {"list": where, "blocks": size, **run.adapter.model_dump(include={"weight", "plausible"})}
+    save_adapter(model, out, card(run, names), "model" if full else "adapter", tokenizer if full else None, assistant)
     write_atomic(
         out / "run.json",
         to_json(

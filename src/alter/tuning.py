@@ -1,7 +1,7 @@
-"""What of a model is trained: ALTER's adapter, LoRA, asymmetric or bounded LoRA, or its own weights.
+"""What of a model is trained: ALTER's adapter, LoRA, asymmetric or bounded LoRA, an assistant, or its own weights.
 
 Each class is the settings of one choice (`kind` names it in a recipe) and how it is put on a model. `Adapter` is the
-registry. Everything but `FullWeights` is a PEFT adapter, which `PeftModel.from_pretrained` loads.
+registry. Everything but `FullWeights` and `AssistantLora` is a PEFT adapter, which `PeftModel.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from alter.adapter import AlterConfig
 from alter.adapter.model import TARGETS, base_fingerprint, linear_layers
+from alter.assistant import first_blocks
 from alter.errors import UserError, nearest
 from alter.initializers import Factors, residual_pair
 
@@ -274,6 +275,40 @@ class BoundedLora(_Adapter):
         return get_peft_model(model, config)
 
 
+class AssistantLora(_Adapter):
+    """ULD's assistant: LoRA on the first blocks of the model, whose logits are subtracted when it is used.
+
+    The result loads with `alter.assistant.load`, not with `PeftModel.from_pretrained`.
+    """
+
+    kind: Literal["assistant"] = "assistant"
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
+    target_modules: list[str] | str | None = Field(
+        None, description="Linear layers to adapt; all of the blocks' by default."
+    )
+    share: float = Field(0.25, gt=0, le=1, description="Share of the model's blocks that the assistant has.")
+    weight: float = Field(0.8, gt=0, description="How much of the assistant is subtracted.")
+    plausible: float = Field(
+        0.01, gt=0, le=1, description="Subtract only from tokens with this share of the largest base probability."
+    )
+
+    def size(self, model: Any) -> tuple[str, int]:
+        """Name of the model's list of blocks, and how many of them the assistant has."""
+        name, count = blocks(model)
+        return name, max(1, round(self.share * count))
+
+    def attach(self, model: Any) -> Any:
+        """The assistant: a model of the first blocks, which shares its weights with `model`, with a LoRA adapter."""
+        config = LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            target_modules=target_names(model, self.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(first_blocks(model, *self.size(model)), config)
+
+
 class FullWeights(_Adapter):
     """The model's own weights, all or some, in float32; the result is a model folder, not an adapter."""
 
@@ -308,4 +343,6 @@ class FullWeights(_Adapter):
         return model
 
 
-Adapter = Annotated[AlterAdapter | Lora | AsymLora | BoundedLora | FullWeights, Field(discriminator="kind")]
+Adapter = Annotated[
+    AlterAdapter | Lora | AsymLora | BoundedLora | AssistantLora | FullWeights, Field(discriminator="kind")
+]
