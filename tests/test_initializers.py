@@ -206,6 +206,12 @@ def test_reinforcement_learns_the_rows_and_leaves_the_model(rows):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_all_linear_layers_of_the_blocks_are_found():
+    every = Lora(target_modules="all-linear").layers(pico())
+    assert set(every) == set(Lora().layers(pico()))
+    assert len(every) == 14
+
+
 def test_shares_of_the_depth():
     assert block_at(7.5 / 32, 32) == 7
     assert blocks_within((5 / 32, 8 / 32), 32) == [5, 6, 7]

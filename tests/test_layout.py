@@ -24,7 +24,7 @@ LAYERS = {
     "methods": {"errors"},
     "frozen": {"adapter", "data", "objectives", "records"},
     "alternatives": {"errors", "data", "frozen", "objectives", "records"},
-    "probes": {"data", "frozen", "initializers", "objectives", "records"},
+    "probes": {"errors", "data", "frozen", "initializers", "objectives", "records"},
     "tuning": {"errors", "adapter", "assistant", "initializers"},
     "report": {"metrics", "records"},
     "benchmarks": {"errors", "records", "data", "metrics", "scoring"},

@@ -529,6 +529,7 @@ def refused(data, out, capsys, *args):
         (["--method", "rmu", "--objective.depth", "0.9"], "one block"),
         (["--method", "rmu", "--adapter.modules", "mlp.dwn_proj"], "down_proj"),
         (["--method", "lora_gd", "--adapter.target-modules", "qproj"], "q_proj"),
+        (["--method", "uld", "--retain-objective.kind", "keep_base"], "uniform"),
         (["--method", "elm", "--objective.concept", 40 * "long "], "concept"),
     ],
 )
@@ -598,3 +599,26 @@ def test_activation_checkpointing_changes_nothing_for_hidden_states(data, tmp_pa
     )
     for name, value in plain.items():
         torch.testing.assert_close(checkpointed[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_made_up_labels_are_no_structure_for_the_shared_matrix(data, tmp_path, monkeypatch):
+    """ALTER's adapter with random labels: the loss on high-entropy tokens counts real tokens alone."""
+    changes = {"adapter": {"entropy_quantile": 0.3}, "objective": {"kind": "random_labels"}, "batch_size": 3}
+
+    def look(self, model, inputs, loss):
+        model.eval()
+        found = []
+        with torch.no_grad():
+            gates, high = inputs["gates"].float(), inputs["entropy"] > self.threshold
+            logits = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                alter_routing=trainer.Routing(gates),
+            ).logits
+            for b in (inputs["branch"] == 2).nonzero()[:, 0].tolist():
+                for t in range(1, inputs["labels"].shape[1]):
+                    if inputs["labels"][b, t] != -100 and high[b, t]:
+                        found.append(-torch.log_softmax(logits[b, t - 1], -1)[inputs["labels"][b, t]].item())
+        assert self.parts["structure"].item() == pytest.approx(sum(found) / len(found), rel=1e-4)
+
+    first_step(monkeypatch, settings(data, tmp_path / "run", "alter", **changes), look)

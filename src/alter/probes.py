@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alter.data import Collator, Encoded
+from alter.errors import UserError
 from alter.frozen import head_on, labelled
 from alter.initializers import (
     Factors,
@@ -183,7 +184,16 @@ def starting_factors(
 
     Returns:
         the factors in fp32 on the CPU, and for REGLU the retain directions P [out, k] that B is kept away from.
+
+    Raises:
+        UserError: the weights are quantised, and cannot be decomposed.
     """
+    packed = next((name for name, layer in layers.items() if not layer.weight.is_floating_point()), None)
+    if packed is not None:
+        raise UserError(
+            f"initializer.kind {initializer.kind} decomposes weights, and those of {packed} are quantised: load the model "
+            "unquantised, or take initializer.kind zero."
+        )
     sets = {"forget": forget, "retain": retain}
     common: dict[str, Any] = {"batch": batch, "pad_token_id": pad_token_id}
     weights = {name: layer.weight.detach().float().cpu() for name, layer in layers.items()}

@@ -101,7 +101,8 @@ class Unlearn(BaseModel):
 
     method: str | None = Field(
         None,
-        description="Start from a published method's parts and settings, such as npo; what else is given overrides.",
+        description="Start from a published method's parts and settings; what else is given overrides. One of "
+        f"{', '.join(methods.METHODS)}.",
     )
 
     model: str = Field(description="Folder or hub id of the model that must forget.")
@@ -192,8 +193,18 @@ class Unlearn(BaseModel):
                     f"initializer.kind {self.initializer.kind} starts from factors that a frozen copy cancels: "
                     "adapter.dropout and weight_decay must be 0"
                 )
-        if isinstance(adapter, AssistantLora) and (self.negate or self.objective.needs.hidden):
-            raise ValueError("adapter.kind assistant goes with neither negate nor objectives on hidden states")
+        if isinstance(adapter, AssistantLora):
+            frozen_needs = [
+                part.kind
+                for part in (self.objective, self.retain_objective)
+                if part.needs.views or part.needs.base_logp or part.needs.hidden
+            ]
+            if frozen_needs or self.negate is not None:
+                raise ValueError(
+                    f"adapter.kind assistant trains another model than the base, so it goes with neither negate nor "
+                    f"objectives that compare with the base{' such as ' + frozen_needs[0] if frozen_needs else ''}: take "
+                    "objective.kind learn and retain_objective.kind uniform"
+                )
         if self.negate is not None and isinstance(adapter, BoundedLora):
             raise ValueError("negate cannot undo a bounded update: phi(-n x) is not -n phi(x); take adapter.kind lora")
         if self.phase_one and not self.retain_objective.needs.rows:
@@ -626,7 +637,9 @@ class UnlearnTrainer(Trainer):
             loss = run.gamma * mean_or_zero(cross_entropy(retain.logits, retain.labels)[retain.high])
             loss = loss + 0.0 * logits.sum()
         else:
-            structure = mean_or_zero(cross_entropy(logits, truth)[token_high])
+            # labels that an alternative makes up are no structure
+            real = (branch != BRANCHES.index("alternative"))[:, None].expand_as(positions)[positions]
+            structure = mean_or_zero(cross_entropy(logits, truth)[token_high & real])
             parts = {
                 "forget": run.objective(forget),
                 "retain": run.retain_objective(retain) if retain.rows else 0.0 * logits.sum(),

@@ -56,9 +56,15 @@ def blocks_within(span: tuple[float, float], count: int) -> list[int]:
 def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | str:
     """Names of the linear layers to adapt: those given, or all of the blocks' for a known architecture.
 
+    "all-linear" stands for all linear layers in numbered blocks of any architecture.
+
     Raises:
         UserError: nothing is given and the architecture is not known.
     """
+    if given == "all-linear":
+        inside = f"{blocks(model)[0]}."
+        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        return sorted({name.rpartition(".")[2] for name in linear if name.startswith(inside)})
     if given is not None:
         return given if isinstance(given, str) else list(given)
     kind = model.config.model_type
@@ -71,10 +77,10 @@ def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | s
 
 
 def target_layers(model: nn.Module, names: Sequence[str] | str, chosen: Sequence[int] | None) -> dict[str, nn.Linear]:
-    """The plain linear layers that a LoRA adapter with these settings goes on, by name.
+    """The linear layers that a LoRA adapter with these settings goes on, by name.
 
     Raises:
-        UserError: there is none, as for quantised weights.
+        UserError: there is none.
     """
     found = {}
     for name, module in model.named_modules():
@@ -83,7 +89,7 @@ def target_layers(model: nn.Module, names: Sequence[str] | str, chosen: Sequence
         if isinstance(module, nn.Linear) and ending and (chosen is None or (number and int(number[1]) in chosen)):
             found[name] = module
     if not found:
-        raise UserError(f"No plain linear layer is named {names!r}; there are: {', '.join(linear_layers(model))}.")
+        raise UserError(f"No linear layer is named {names!r}; there are: {', '.join(linear_layers(model))}.")
     return found
 
 
