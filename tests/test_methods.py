@@ -586,19 +586,26 @@ def test_a_run_that_stops_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_
                 torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=name)
 
 
-def test_activation_checkpointing_changes_nothing_for_hidden_states(data, tmp_path):
-    changes = {"epochs": 1, "learning_rate": 1e-2}
-    plain, checkpointed = (
-        load_file(
-            str(
-                unlearn(settings(data, tmp_path / str(on), "rmu", gradient_checkpointing=on, **changes))
-                / "model/model.safetensors"
-            )
-        )
-        for on in (False, True)
-    )
+@pytest.mark.parametrize("method", ["rmu", "lora_gd", "asym_lora", "stable", "loku", "uld"])
+def test_activation_checkpointing_changes_nothing(data, tmp_path, method):
+    """Every method trains the same weights with and without it (peers' adapters stay silently untrained)."""
+
+    def weights(on):
+        changes = {"epochs": 1, "learning_rate": 1e-2, "gradient_checkpointing": on}
+        out = unlearn(settings(data, tmp_path / str(on), method, **changes))
+        return load_file(str(next(out.glob("[am]*/**/*model.safetensors"))))
+
+    plain, checkpointed = weights(False), weights(True)
+    assert any("B" not in name or value.abs().sum() > 0 for name, value in plain.items())
     for name, value in plain.items():
-        torch.testing.assert_close(checkpointed[name], value, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(checkpointed[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", ["npo_gd", "asym_lora", "stable", "rmu", "uld"])
+def test_autocast_to_bf16_trains_finite_weights(data, tmp_path, method):
+    out = unlearn(settings(data, tmp_path / "run", method, bf16=True))
+    trained = load_file(str(next(out.glob("[am]*/**/*model.safetensors"))))
+    assert all(torch.isfinite(value).all() for value in trained.values())
 
 
 def test_made_up_labels_are_no_structure_for_the_shared_matrix(data, tmp_path, monkeypatch):
