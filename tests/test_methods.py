@@ -1,5 +1,6 @@
 """Every named method: it runs, costs the passes that it must, saves something that loads, and resumes."""
 
+import gc
 import json
 import math
 
@@ -42,6 +43,8 @@ BRANCHES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    # accelerate collects garbage at the start of every run: what the imports left behind need not be looked at again
+    gc.freeze()
     folder = tmp_path_factory.mktemp("methods")
     save_pico(folder / "model", max_position_embeddings=256)
     forget = [
@@ -340,6 +343,9 @@ def test_an_initialised_run_keeps_its_frozen_half_and_loads_on_the_original_base
     torch.testing.assert_close(A[4:], start[f"A.{name}"])
     torch.testing.assert_close(B[:, 4:], -start[f"B.{name}"])
     assert not torch.allclose(A[:4], A[4:])
+    plain = settings(data, tmp_path / "plain", method, adapter={"r": 4}, initializer={"kind": "zero"}, max_steps=1)
+    counted = [json.loads((folder / "run.json").read_text())["trained_parameters"] for folder in (out, unlearn(plain))]
+    assert counted[0] == counted[1]
     model, _ = loaded(data, out)
     after = logits_of(model)
     torch.testing.assert_close(logits_of(model.merge_and_unload()), after, rtol=1e-3, atol=1e-3)
@@ -529,6 +535,7 @@ def refused(data, out, capsys, *args):
         (["--method", "rmu", "--objective.depth", "0.9"], "one block"),
         (["--method", "rmu", "--adapter.modules", "mlp.dwn_proj"], "down_proj"),
         (["--method", "lora_gd", "--adapter.target-modules", "qproj"], "q_proj"),
+        (["--method", "elm", "--objective.concept", 60 * "ab ", "--objective.new-tokens", 1], "concept"),
         (["--method", "uld", "--retain-objective.kind", "keep_base"], "uniform"),
         (["--method", "elm", "--objective.concept", 40 * "long "], "concept"),
     ],
@@ -561,7 +568,7 @@ def test_results_answer_and_are_measured_from_the_command_line(data, tmp_path, c
 
 @pytest.mark.parametrize(
     "method",
-    ["npo_gd", "loku", pytest.param("sha256", marks=pytest.mark.slow), pytest.param("e2urec", marks=pytest.mark.slow)],
+    ["npo_gd", "loku", "sha256", "e2urec"],
 )
 def test_a_run_that_stops_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_path, monkeypatch, method):
     changes = {"epochs": 4, "save_steps": 4, "learning_rate": 1e-2}

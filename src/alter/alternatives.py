@@ -74,10 +74,11 @@ def alternatives(
         ]
     if kind == "random_labels":
         kept = {-100, *tokenizer.all_special_ids}
+        vocabulary = base.config.get_text_config().vocab_size
         return [
             replace(
                 row,
-                labels=[y if y in kept else int(generator.integers(base.config.vocab_size)) for y in row.labels],
+                labels=[y if y in kept else int(generator.integers(vocabulary)) for y in row.labels],
             )
             for row in rows
         ]
@@ -87,16 +88,30 @@ def alternatives(
     return []
 
 
-def persona_views(objective: Forget, tokenizer: Any) -> dict[str, View]:
-    """ELM's two further passes: the same rows after the words of an expert and of a novice."""
+def persona_views(
+    objective: Forget, tokenizer: Any, rows: Sequence[Encoded] = (), limit: int | None = None
+) -> dict[str, View]:
+    """ELM's two further passes: the same rows after the words of an expert and of a novice.
+
+    Raises:
+        UserError: the longest of `rows` does not fit into `limit` tokens behind them.
+    """
     assert isinstance(objective, Persona)
-    return {
+    views = {
         name: View(
             tuple(tokenizer(text.format(concept=objective.concept), add_special_tokens=False)["input_ids"]),
             tokenizer.bos_token_id,
         )
         for name, text in (("expert", EXPERT), ("novice", NOVICE))
     }
+    words = max(len(view.prefix) for view in views.values())
+    longest = max((len(row.input_ids) for row in rows), default=0)
+    if limit is not None and longest + words > limit:
+        raise UserError(
+            f"ELM puts {words} tokens of a persona before each row, and the longest row has {longest} of the model's "
+            f"{limit}: give max_length of at most {limit - words}, or shorten objective.concept."
+        )
+    return views
 
 
 class _Tilt(LogitsProcessor):

@@ -901,7 +901,8 @@ def frozen_views(
     wanted = run.objective.needs.views
     views: dict[str, frozen.View] = {}
     if "expert" in wanted:
-        views |= persona_views(run.objective, tokenizer)
+        context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        views |= persona_views(run.objective, tokenizer, forget, context)
     if "reinforced" in wanted:
         layers = target_layers(base, target_names(base, None), None)
         key = digest(
@@ -1135,7 +1136,9 @@ def unlearn(run: Unlearn) -> Path:
                 "experts": sorted(set(rows.expert)),
                 "router": found,
                 "steps": trainer.state.global_step,
-                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                # the second half of an initialised adapter is frozen
+                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)
+                // (1 if start is None else 2),
                 "seconds": {"prepare": round(prepared - started, 2), "train": round(time.time() - prepared, 2)},
                 "log": trainer.state.log_history,
                 "provenance": provenance(),
