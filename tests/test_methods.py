@@ -285,6 +285,37 @@ def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
     first_step(monkeypatch, run, look)
 
 
+def test_diversions_follow_the_tilt_token_by_token(data):
+    from alter.alternatives import CHANGES_OF_SUBJECT, diversions, persona_views
+    from alter.data import Encoded
+    from alter.objectives import Persona
+    from pico import byte_tokenizer
+
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(data / "model").eval(), byte_tokenizer()
+    objective = Persona(new_tokens=6, guidance=2.0, temperature=1.5, concept="towns")
+    rows = [
+        Encoded(list(range(5, 5 + n)), [-100] * k + list(range(5 + k, 5 + n)), k) for n, k in ((9, 4), (6, 1), (8, 6))
+    ]
+    views = persona_views(objective, tokenizer)
+    for row, got in zip(rows, diversions(objective, tokenizer, base, rows, seed=0, max_length=None), strict=True):
+        prompt = row.input_ids[: row.prompt_length] if row.prompt_length > 1 else row.input_ids[:3]
+        assert got.input_ids[: len(prompt)] == prompt
+        assert got.labels == [-100] * len(prompt) + got.input_ids[len(prompt) :]
+        texts = [tokenizer(f" {text}")["input_ids"] for text in CHANGES_OF_SUBJECT]
+        change = next(text for text in texts if got.input_ids[len(prompt) :][: len(text)] == text)
+        written = [*prompt, *change]
+        for _ in range(6):
+            logp = []
+            for words in ((), views["expert"].prefix, views["novice"].prefix):
+                with torch.no_grad():
+                    logits = base(input_ids=torch.tensor([[*words, *written]])).logits[0, -1]
+                logp.append(torch.log_softmax(logits.double() / 1.5, -1))
+            written.append(int((logp[0] - 2.0 * (logp[1] - logp[2])).argmax()))
+            if written[-1] == 256:
+                break
+        assert got.input_ids == written
+
+
 def test_rows_keep_their_length_when_labels_are_drawn_at_random(data, tmp_path, monkeypatch):
     seen = []
 

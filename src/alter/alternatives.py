@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
-from alter.data import Encoded, Example, encode, refusals
+from alter.data import Collator, Encoded, Example, encode, refusals
 from alter.errors import UserError
-from alter.frozen import View
+from alter.frozen import View, head_on
 from alter.objectives import Forget, Persona
 from alter.records import progress
 
@@ -29,6 +28,9 @@ CHANGES_OF_SUBJECT = (
     "Now for something completely different.",
 )
 """How a diversion begins; our wording of ELM's templates."""
+
+ROWS_AT_ONCE = 32
+"""Diversions that are written side by side."""
 
 PROMPT_TOKENS = 60
 """Longest prompt that a diversion starts from; raw text has no prompt, and lends its first half up to this length."""
@@ -114,21 +116,15 @@ def persona_views(
     return views
 
 
-class _Tilt(LogitsProcessor):
-    """log p - guidance (log p_expert - log p_novice), all of the base, while it writes one row."""
-
-    def __init__(self, base: Any, objective: Persona, views: Sequence[View]) -> None:
-        self.base, self.objective, self.views = base, objective, views
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        ids = input_ids[0].tolist()
-        logp = []
-        for view in self.views:
-            longer = view.extend(Encoded(ids, ids, 0))["input_ids"]
-            logits = self.base(input_ids=torch.tensor([longer], device=input_ids.device), use_cache=False).logits
-            logp.append(torch.log_softmax(logits[:, -1].float() / self.objective.temperature, dim=-1))
-        plain = torch.log_softmax(scores.float() / self.objective.temperature, dim=-1)
-        return plain - self.objective.guidance * (logp[0] - logp[1])
+def _next_logp(base: Any, rows: Sequence[list[int]], pad_token_id: int, temperature: float) -> Tensor:
+    """[rows, V] log-probabilities of the token after each row, at a temperature."""
+    batch = Collator(pad_token_id)([{"input_ids": row, "labels": row} for row in rows])
+    mask = batch["attention_mask"].to(base.device)
+    last = torch.zeros_like(mask, dtype=torch.bool)
+    last[torch.arange(len(rows)), mask.sum(1) - 1] = True
+    with head_on(base, last):
+        logits = base(input_ids=batch["input_ids"].to(base.device), attention_mask=mask, use_cache=False).logits
+    return torch.log_softmax(logits.float() / temperature, dim=-1)
 
 
 @torch.no_grad()
@@ -141,37 +137,51 @@ def diversions(
     seed: int,
     max_length: int | None,
 ) -> list[Encoded]:
-    """Each row's prompt, a change of subject, and what the base goes on with under ELM's tilt; the rest is labelled.
+    """Each row's prompt, a change of subject, and what the base goes on with under ELM's tilt; all but the prompt labelled.
 
-    Greedy, one row at a time, three forward passes a token: this is what makes ELM slow before it trains.
+    The next token is the likeliest by log p - guidance (log p_expert - log p_novice): three passes a token over a batch
+    of rows, which is what makes ELM slow before it trains.
+
+    Raises:
+        UserError: prompt, change of subject and persona leave no room in the context.
     """
     generator = np.random.default_rng(seed)
     views = list(persona_views(objective, tokenizer).values())
-    device = next(base.parameters()).device
-    limit = max_length or base.config.max_position_embeddings
+    limit = max_length or base.config.get_text_config().max_position_embeddings
     longest = max(len(view.prefix) for view in views)
-    result = []
-    for row in progress(rows, total=len(rows), label="diversions"):
+    starts, rooms = [], []
+    for row in rows:
         prompt = row.input_ids[: row.prompt_length]
         if row.prompt_length <= 1:
             prompt = row.input_ids[: max(1, len(row.input_ids) // 2)]
+        prompt = prompt[:PROMPT_TOKENS]
         text = " " + CHANGES_OF_SUBJECT[int(generator.integers(len(CHANGES_OF_SUBJECT)))]
         change = tokenizer(text, add_special_tokens=False)["input_ids"]
-        prompt = prompt[:PROMPT_TOKENS]
-        start = [*prompt, *change]
-        room = limit - len(start) - longest
+        room = limit - len(prompt) - len(change) - longest
         if room < 1:
             raise UserError(
-                f"ELM's diversions need {len(start) + longest} tokens for prompt, change of subject and persona, and the "
-                f"model's context or max_length is {limit}: raise it, or shorten objective.concept."
+                f"ELM's diversions need {limit - room} tokens for prompt, change of subject and persona, and the model's "
+                f"context or max_length is {limit}: raise it, or shorten objective.concept."
             )
-        written = base.generate(
-            input_ids=torch.tensor([start], device=device),
-            attention_mask=torch.ones(1, len(start), dtype=torch.long, device=device),
-            max_new_tokens=min(objective.new_tokens, room),
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([_Tilt(base, objective, views)]),
-        )[0].tolist()
-        result.append(Encoded(written, [-100] * len(prompt) + written[len(prompt) :], len(prompt)))
-    return result
+        starts.append((prompt, change))
+        rooms.append(min(objective.new_tokens, room))
+    written = [[*prompt, *change] for prompt, change in starts]
+    groups = [range(i, min(i + ROWS_AT_ONCE, len(rows))) for i in range(0, len(rows), ROWS_AT_ONCE)]
+    for group in progress(groups, total=len(groups), label="diversions"):
+        going = list(group)
+        for step in range(objective.new_tokens):
+            going = [i for i in going if step < rooms[i] and (step == 0 or written[i][-1] != tokenizer.eos_token_id)]
+            if not going:
+                break
+            inputs = [[written[i] for i in going]]
+            inputs += [[view.extend(Encoded(ids, ids, 0))["input_ids"] for ids in inputs[0]] for view in views]
+            plain, expert, novice = (
+                _next_logp(base, ids, tokenizer.pad_token_id, objective.temperature) for ids in inputs
+            )
+            chosen = (plain - objective.guidance * (expert - novice)).argmax(-1).tolist()
+            for i, token in zip(going, chosen, strict=True):
+                written[i].append(token)
+    return [
+        Encoded(ids, [-100] * len(prompt) + ids[len(prompt) :], len(prompt))
+        for ids, (prompt, _) in zip(written, starts, strict=True)
+    ]
