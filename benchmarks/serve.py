@@ -1,0 +1,110 @@
+"""Load on `alter serve`: N clients for S seconds; every answer equal to the one that a lone client got; memory.
+
+    python benchmarks/serve.py --adapter runs/demo/adapter --clients 16 --seconds 120
+
+The server is a process of its own on the loopback address and ends with the benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import psutil
+
+from alter.data import load_examples
+
+OUT = Path(__file__).parent / "serve.csv"
+
+
+def ask(client: openai.OpenAI, question: str, tokens: int) -> str:
+    """One greedy answer."""
+    reply = client.chat.completions.create(
+        model="served", messages=[{"role": "user", "content": question}], max_tokens=tokens, temperature=0
+    )
+    return reply.choices[0].message.content or ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="builtin:tofu-mini/original")
+    parser.add_argument("--adapter")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--tokens", type=int, default=40)
+    options = parser.parse_args()
+    command = [sys.executable, "-m", "alter", "serve", "--model", options.model, "--port", "0", "--name", "served"]
+    command += ["--adapter", options.adapter] if options.adapter else []
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    address = next(line.split(" answers at ")[1].split()[0] for line in server.stderr if " answers at " in line)
+    process = psutil.Process(server.pid)
+    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=120)
+    questions = [example.prompt or "" for example in load_examples("builtin:forget10")[::10]]
+    try:
+        alone = time.perf_counter()
+        single = {question: ask(client, question, options.tokens) for question in questions}
+        alone = time.perf_counter() - alone
+        end = time.time() + options.seconds
+
+        def work(seed: int) -> tuple[int, int, list[str]]:
+            own, done, other, errors = random.Random(seed), 0, 0, []
+            while time.time() < end:
+                question = own.choice(questions)
+                try:
+                    other += ask(client, question, options.tokens) != single[question]
+                    done += 1
+                except openai.OpenAIError as error:
+                    errors.append(repr(error))
+            return done, other, errors
+
+        memory = []
+        with ThreadPoolExecutor(options.clients) as pool:
+            running = [pool.submit(work, seed) for seed in range(options.clients)]
+            while time.time() < end:
+                memory.append(process.memory_info().rss / 2**20)
+                time.sleep(2)
+            results = [future.result() for future in running]
+    finally:
+        server.terminate()
+        server.wait(60)
+    answers, differ = (sum(result[i] for result in results) for i in (0, 1))
+    errors = [error for result in results for error in result[2]]
+    third = max(1, len(memory) // 3)
+    row = {
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "adapter": bool(options.adapter),
+        "clients": options.clients,
+        "seconds": options.seconds,
+        "answers": answers,
+        "errors": len(errors),
+        "other_than_alone": differ,
+        "answers_per_second": round(answers / options.seconds, 2),
+        "alone_per_second": round(len(questions) / alone, 2),
+        "memory_first_third_mib": round(sum(memory[:third]) / third, 1),
+        "memory_last_third_mib": round(sum(memory[-third:]) / third, 1),
+    }
+    new = not OUT.exists()
+    with OUT.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    for name, value in row.items():
+        print(f"{name:24} {value}")
+    print(*errors[:3], sep="\n")
+    # a benchmark that finds wrong answers must not look like one that found none
+    raise SystemExit(1 if errors or differ else 0)
+
+
+if __name__ == "__main__":
+    main()

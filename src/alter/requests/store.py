@@ -1,0 +1,582 @@
+"""The database of erasure requests: states that move along allowed edges, and a history that nobody can rewrite unseen.
+
+Every change of a request is one transaction that also appends to the history. Each entry of the history holds the hash
+of the one before it, so an entry that is altered, removed or inserted breaks the chain, which `check_chain` finds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date, datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+import sqlalchemy as sql
+from sqlalchemy import event
+
+from alter.errors import UserError, nearest
+
+SCHEMA = 1
+"""Version of the tables; a database of a newer one is refused."""
+
+EDGES: dict[str, tuple[str, ...]] = {
+    "received": ("running", "withdrawn"),
+    "running": ("done", "failed", "received"),
+    "failed": ("running", "withdrawn"),
+    "done": ("revoked",),
+    "revoked": (),
+    "withdrawn": (),
+}
+"""Where a request may go from each state. `running` to `received` is a run that was cut off before it took effect."""
+
+LEASE_SECONDS = 120
+"""A run on another machine that has not shown a sign of life for so long is taken for dead."""
+
+_TABLES = sql.MetaData()
+_META = sql.Table(
+    "alter_meta", _TABLES, sql.Column("key", sql.String(40), primary_key=True), sql.Column("value", sql.Text)
+)
+_REQUESTS = sql.Table(
+    "alter_requests",
+    _TABLES,
+    sql.Column("id", sql.Integer, primary_key=True, autoincrement=True),
+    sql.Column("subject", sql.Text, nullable=False),
+    sql.Column("state", sql.String(20), nullable=False),
+    sql.Column("received", sql.String(40), nullable=False),
+    sql.Column("due", sql.String(40)),
+    sql.Column("data", sql.Text, nullable=False),
+    sql.Column("data_hash", sql.String(64), nullable=False),
+    sql.Column("row_hashes", sql.JSON, nullable=False),
+    sql.Column("rows", sql.Integer, nullable=False),
+    sql.Column("text", sql.Text),
+    sql.Column("expert", sql.Integer),
+    sql.Column("run", sql.JSON),
+    sql.Column("before", sql.JSON),
+    sql.Column("after", sql.JSON),
+)
+_HISTORY = sql.Table(
+    "alter_history",
+    _TABLES,
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("request", sql.Integer),
+    sql.Column("at", sql.String(40), nullable=False),
+    sql.Column("who", sql.Text, nullable=False),
+    sql.Column("what", sql.String(40), nullable=False),
+    sql.Column("details", sql.Text, nullable=False),
+    sql.Column("previous", sql.String(64), nullable=False),
+    sql.Column("hash", sql.String(64), nullable=False),
+)
+_LEASE = sql.Table(
+    "alter_lease",
+    _TABLES,
+    sql.Column("name", sql.String(40), primary_key=True),
+    sql.Column("host", sql.Text, nullable=False),
+    sql.Column("pid", sql.Integer, nullable=False),
+    sql.Column("started", sql.Float, nullable=False),
+    sql.Column("seen", sql.Float, nullable=False),
+)
+
+_APPEND_ONLY = {
+    "sqlite": [
+        f"CREATE TRIGGER alter_history_{verb.lower()} BEFORE {verb} ON alter_history "
+        "BEGIN SELECT RAISE(ABORT, 'the history is append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    ],
+    "postgresql": [
+        "CREATE OR REPLACE FUNCTION alter_history_fixed() RETURNS trigger AS "
+        "$$ BEGIN RAISE EXCEPTION 'the history is append-only'; END $$ LANGUAGE plpgsql",
+        "CREATE TRIGGER alter_history_fixed BEFORE UPDATE OR DELETE OR TRUNCATE ON alter_history "
+        "FOR EACH STATEMENT EXECUTE FUNCTION alter_history_fixed()",
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One erasure request as the database holds it.
+
+    Attributes:
+        id: number that the database gave it; `name` is how people write it, R-0007.
+        subject: whom or what it is about, in the words of who received it.
+        state: one of `EDGES`.
+        received, due: ISO 8601; `received` with the time, in UTC, `due` a date or None.
+        data: location of the rows to forget.
+        data_hash: SHA-256 of their content; `row_hashes` of each row's, `rows` their number.
+        text: the rows themselves, only if that was asked for.
+        expert: the forget expert that holds the erasure, from `done` on.
+        run: record of the run (settings, versions, times, adapter version), from `done` on.
+        before, after: evidence, as lists of measurements; see `alter.requests.work`.
+    """
+
+    id: int
+    subject: str
+    state: str
+    received: str
+    due: str | None
+    data: str
+    data_hash: str
+    row_hashes: list[str]
+    rows: int
+    text: str | None
+    expert: int | None
+    run: dict[str, Any] | None
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """How people write the request's id: R-0007."""
+        return f"R-{self.id:04d}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the history; `details` holds what changed, `request` is None where it is about the database."""
+
+    number: int
+    request: int | None
+    at: str
+    who: str
+    what: str
+    details: dict[str, Any]
+    previous: str
+    hash: str
+
+
+def now() -> str:
+    """The present in UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def default_who() -> str:
+    """Who is at work, for the history: user and machine."""
+    return f"{psutil.Process().username()}@{socket.gethostname()}"
+
+
+def _entry_hash(number: int, request: int | None, at: str, who: str, what: str, details: str, previous: str) -> str:
+    content = json.dumps([number, request, at, who, what, details, previous], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def parse_id(text: str) -> int:
+    """The number in `7`, `R-7` or `R-0007`.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    digits = text.upper().removeprefix("R-").lstrip("0") or "0"
+    if not digits.isdigit():
+        raise UserError(f"{text!r} is not the id of a request; expected a form like R-0007 or 7.")
+    return int(digits)
+
+
+def check_due(text: str | None) -> str | None:
+    """The due date as given, checked.
+
+    Raises:
+        UserError: it is not a date of the form 2026-12-31.
+    """
+    if text is not None:
+        try:
+            date.fromisoformat(text)
+        except ValueError:
+            raise UserError(f"--due is {text!r}; expected a date of the form 2026-12-31.") from None
+    return text
+
+
+class Store:
+    """The database, opened. Each method is one transaction; several processes may use it at once."""
+
+    def __init__(self, engine: sql.Engine, url: str) -> None:
+        self.engine, self.url, self.who = engine, url, default_who()
+
+    # Opening
+
+    @classmethod
+    def create(cls, url: str, project: Mapping[str, Any], who: str | None = None) -> Store:
+        """Make the tables in an empty database and write down what all its requests share.
+
+        Args:
+            url: any SQLAlchemy URL.
+            project: model, retain set, recipe, folder; see `alter.requests.work.Project`.
+            who: for the history.
+
+        Raises:
+            UserError: there are requests in it already, or it cannot be opened.
+        """
+        store = cls(_engine(url, create=True), url)
+        with _said(url), store._write(lock=False) as connection:
+            if sql.inspect(connection).has_table("alter_meta"):
+                raise UserError(f"{_shown(url)} holds requests already; give another --db, or use it as it is.")
+            _TABLES.create_all(connection)
+            for statement in _APPEND_ONLY.get(store.engine.dialect.name, []):
+                connection.execute(sql.text(statement))
+            values = {"schema": str(SCHEMA), "project": json.dumps(dict(project), ensure_ascii=False)}
+            connection.execute(sql.insert(_META), [{"key": key, "value": value} for key, value in values.items()])
+            _append(connection, None, who or store.who, "created", {"project": dict(project)})
+        return store
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """Open a database that `create` made.
+
+        Raises:
+            UserError: there is none, it is not a database or not one of requests, or a newer version wrote it.
+        """
+        store = cls(_engine(url, create=False), url)
+        with _said(url), store.engine.connect() as connection:
+            if not sql.inspect(connection).has_table("alter_meta"):
+                raise UserError(f"{_shown(url)} holds no erasure requests; make them with `alter request init`.")
+            found = connection.execute(sql.select(_META.c.value).where(_META.c.key == "schema")).scalar_one()
+        if int(found) > SCHEMA:
+            raise UserError(
+                f"{_shown(url)} was written by a newer version of alter (tables {found}, this one knows {SCHEMA}): "
+                'update it with `pip install --upgrade "alter-unlearning"`.'
+            )
+        return store
+
+    def project(self) -> dict[str, Any]:
+        """What all requests share, as it was given to `create`."""
+        with _said(self.url), self.engine.connect() as connection:
+            text = connection.execute(sql.select(_META.c.value).where(_META.c.key == "project")).scalar_one()
+        return json.loads(text)
+
+    # Reading
+
+    def requests(self, *states: str) -> list[Request]:
+        """All requests, or those in the given states, oldest first."""
+        query = sql.select(_REQUESTS).order_by(_REQUESTS.c.id)
+        if states:
+            query = query.where(_REQUESTS.c.state.in_(states))
+        with _said(self.url), self.engine.connect() as connection:
+            return [Request(**row) for row in connection.execute(query).mappings()]
+
+    def get(self, number: int) -> Request:
+        """One request.
+
+        Raises:
+            UserError: there is none with this id.
+        """
+        with _said(self.url), self.engine.connect() as connection:
+            return _get(connection, number)
+
+    def history(self, number: int | None = None) -> list[Entry]:
+        """The history, of one request or of all, oldest first."""
+        query = sql.select(_HISTORY).order_by(_HISTORY.c.number)
+        if number is not None:
+            query = query.where(_HISTORY.c.request == number)
+        with _said(self.url), self.engine.connect() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [Entry(**{**row, "details": json.loads(row["details"])}) for row in rows]
+
+    def head(self) -> str:
+        """Hash of the last entry of the history: written down elsewhere, it fixes all that came before it."""
+        with _said(self.url), self.engine.connect() as connection:
+            return _last(connection)[1]
+
+    def check_chain(self, heads: Sequence[str] = ()) -> list[str]:
+        """What is wrong with the history, in sentences; nothing if it is whole.
+
+        Args:
+            heads: hashes that were noted earlier and must still be in it.
+        """
+        with _said(self.url), self.engine.connect() as connection:
+            rows = connection.execute(sql.select(_HISTORY).order_by(_HISTORY.c.number)).mappings().all()
+            states = dict(connection.execute(sql.select(_REQUESTS.c.id, _REQUESTS.c.state)).tuples().all())
+        wrong, previous, last_state = [], "", {}
+        for expected, row in enumerate(rows, start=1):
+            content = {key: row[key] for key in ("number", "request", "at", "who", "what", "details", "previous")}
+            if row["number"] != expected:
+                wrong.append(f"Entry {expected} of the history is missing.")
+                break
+            if row["previous"] != previous or row["hash"] != _entry_hash(**content):
+                wrong.append(f"Entry {expected} of the history ({row['what']}, {row['at']}) was altered.")
+                break
+            previous = row["hash"]
+            if "to" in json.loads(row["details"]):
+                last_state[row["request"]] = json.loads(row["details"])["to"]
+        else:
+            known = {row["hash"] for row in rows}
+            missing = [head for head in heads if head not in known]
+            if missing:
+                wrong.append(f"The end of the history is missing: it once went on to {missing[0][:12]}.")
+        if not wrong:
+            wrong += [
+                f"R-{number:04d} is in state {state!r}, its history says {last_state.get(number)!r}."
+                for number, state in states.items()
+                if last_state.get(number) != state
+            ]
+            wrong += [f"R-{number:04d} was removed." for number in last_state if number not in states]
+        return wrong
+
+    # Writing
+
+    def add(
+        self,
+        *,
+        subject: str,
+        data: str,
+        data_hash: str,
+        row_hashes: Sequence[str],
+        due: str | None = None,
+        text: str | None = None,
+        who: str | None = None,
+    ) -> Request:
+        """Write down a new request, in state `received`.
+
+        Raises:
+            UserError: another request that stands has the same rows, or some of them; says which.
+        """
+        who = who or self.who
+        with _said(self.url), self._write() as connection:
+            standing = connection.execute(
+                sql.select(_REQUESTS.c.id, _REQUESTS.c.subject, _REQUESTS.c.row_hashes, _REQUESTS.c.state)
+                .where(_REQUESTS.c.state.not_in(["withdrawn", "revoked"]))
+                .order_by(_REQUESTS.c.id)
+            ).all()
+            for number, other, hashes, state in standing:
+                shared = len(set(hashes) & set(row_hashes))
+                if shared:
+                    share = "the same data" if shared == len(set(row_hashes)) else f"{shared} of these rows"
+                    raise UserError(f"R-{number:04d} ({other}, {state}) has {share} already; nothing was added.")
+            received = now()
+            values = {
+                "subject": subject,
+                "state": "received",
+                "received": received,
+                "due": due,
+                "data": data,
+                "data_hash": data_hash,
+                "row_hashes": list(row_hashes),
+                "rows": len(row_hashes),
+                "text": text,
+            }
+            inserted = connection.execute(sql.insert(_REQUESTS).values(**values)).inserted_primary_key
+            assert inserted is not None
+            number = inserted[0]
+            # the subject and the text stay out of the history, which cannot be erased
+            shown = {key: values[key] for key in ("data_hash", "rows", "received", "due")}
+            _append(connection, number, who, "received", {"from": None, "to": "received", **shown})
+            return _get(connection, number)
+
+    def move(
+        self,
+        numbers: Sequence[int],
+        to: str,
+        *,
+        what: str | None = None,
+        who: str | None = None,
+        details: Mapping[str, Any] | None = None,
+        values: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> list[Request]:
+        """Move requests to a state, all of them or none, and write columns of each on the way.
+
+        Args:
+            numbers: ids.
+            to: the new state.
+            what: what the history calls it; the state's name by default.
+            who: for the history.
+            details: kept in the history, for each of them.
+            values: columns to set, by id.
+
+        Raises:
+            UserError: an id is unknown, or a request may not go there from where it is.
+        """
+        with _said(self.url), self._write() as connection:
+            for number in numbers:
+                request = _get(connection, number)
+                self.check_edge(request, to)
+                own = dict((values or {}).get(number, {}))
+                connection.execute(sql.update(_REQUESTS).where(_REQUESTS.c.id == number).values(state=to, **own))
+                entry = {"from": request.state, "to": to, **(details or {})}
+                _append(connection, number, who or self.who, what or to, entry)
+            return [_get(connection, number) for number in numbers]
+
+    def check_edge(self, request: Request, to: str) -> None:
+        """Refuse a state that the request may not go to from where it is."""
+        if to not in EDGES[request.state]:
+            raise UserError(_refused(request, to))
+
+    def note(self, number: int | None, what: str, details: Mapping[str, Any], who: str | None = None) -> None:
+        """Append to the history something that changes no state: a check, a measurement, an export."""
+        with _said(self.url), self._write() as connection:
+            if number is not None:
+                _get(connection, number)
+            _append(connection, number, who or self.who, what, dict(details))
+
+    @contextmanager
+    def _write(self, lock: bool = True) -> Iterator[sql.Connection]:
+        """One transaction that no other writer's overlaps; without `lock` where there are no tables to lock yet."""
+        with self.engine.connect() as connection:
+            if self.engine.dialect.name == "sqlite":
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            elif not lock:
+                connection.begin()
+            elif self.engine.dialect.name == "postgresql":
+                connection.execute(sql.text("LOCK TABLE alter_history IN EXCLUSIVE MODE"))
+            else:
+                connection.execute(sql.select(_META.c.value).where(_META.c.key == "schema").with_for_update())
+            try:
+                yield connection
+            except BaseException:
+                connection.rollback()
+                raise
+            connection.commit()
+
+    # One worker at a time
+
+    @contextmanager
+    def lease(self, who: str | None = None) -> Iterator[None]:
+        """Hold the right to change adapters; one process at a time has it. A dead holder's passes on.
+
+        Args:
+            who: whom the history names for what is done meanwhile; user and machine by default.
+
+        Raises:
+            UserError: a living process holds it.
+        """
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+        with _said(self.url), self._write() as connection:
+            row = connection.execute(sql.select(_LEASE).where(_LEASE.c.name == "run")).mappings().one_or_none()
+            if row is not None and _alive(row):
+                raise UserError(
+                    f"Process {row['pid']} on {row['host']} is working on these requests; wait until it is done."
+                )
+            connection.execute(sql.delete(_LEASE).where(_LEASE.c.name == "run"))
+            connection.execute(sql.insert(_LEASE).values(name="run", seen=_seconds(), **me))
+        self.who = who or self.who
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(LEASE_SECONDS / 4):
+                with self._write() as connection:
+                    mine = (_LEASE.c.name == "run") & (_LEASE.c.pid == me["pid"]) & (_LEASE.c.host == me["host"])
+                    connection.execute(sql.update(_LEASE).where(mine).values(seen=_seconds()))
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            with self._write() as connection:
+                mine = (_LEASE.c.name == "run") & (_LEASE.c.pid == me["pid"]) & (_LEASE.c.host == me["host"])
+                connection.execute(sql.delete(_LEASE).where(mine))
+
+
+def _seconds() -> float:
+    return datetime.now(timezone.utc).timestamp()
+
+
+def _alive(row: Any) -> bool:
+    """Whether the holder of a lease still runs: its process on this machine, its last sign of life on another."""
+    if row["host"] != socket.gethostname():
+        return _seconds() - row["seen"] < LEASE_SECONDS
+    try:
+        process = psutil.Process(row["pid"])
+        # a process that got the same number later is another one
+        return abs(process.create_time() - row["started"]) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _refused(request: Request, to: str) -> str:
+    allowed = EDGES[request.state]
+    if request.state == to:
+        return f"{request.name} ({request.subject}) is {to} already."
+    ways = f"; from there it may only become {' or '.join(allowed)}" if allowed else ", which is final"
+    return f"{request.name} ({request.subject}) is {request.state}{ways}: it cannot become {to}."
+
+
+def _get(connection: sql.Connection, number: int) -> Request:
+    row = connection.execute(sql.select(_REQUESTS).where(_REQUESTS.c.id == number)).mappings().one_or_none()
+    if row is None:
+        known = [f"R-{n:04d}" for n in connection.execute(sql.select(_REQUESTS.c.id)).scalars()]
+        there = f"there are {known[0]} to {known[-1]}" if known else "there are none yet"
+        raise UserError(f"There is no request R-{number:04d}; {there}.{nearest(f'R-{number:04d}', known)}")
+    return Request(**row)
+
+
+def _last(connection: sql.Connection) -> tuple[int, str]:
+    query = sql.select(_HISTORY.c.number, _HISTORY.c.hash).order_by(_HISTORY.c.number.desc()).limit(1)
+    row = connection.execute(query).one_or_none()
+    return (0, "") if row is None else (row[0], row[1])
+
+
+def _append(connection: sql.Connection, request: int | None, who: str, what: str, details: Mapping[str, Any]) -> None:
+    number, previous = _last(connection)
+    content: dict[str, Any] = {
+        "number": number + 1,
+        "request": request,
+        "at": now(),
+        "who": who,
+        "what": what,
+        "details": json.dumps(dict(details), ensure_ascii=False, sort_keys=True),
+        "previous": previous,
+    }
+    connection.execute(sql.insert(_HISTORY).values(**content, hash=_entry_hash(**content)))
+
+
+def _shown(url: str) -> str:
+    """The URL without its password."""
+    return sql.make_url(url).render_as_string(hide_password=True)
+
+
+@contextmanager
+def _said(url: str) -> Iterator[None]:
+    """Turn what a database driver raises into one line for the user."""
+    try:
+        yield
+    except sql.exc.DatabaseError as error:
+        reason = " ".join(str(error.orig).split())
+        if "append-only" in reason:
+            raise
+        raise UserError(f"{_shown(url)} cannot be used as a database of requests: {reason}.") from error
+
+
+def _engine(url: str, *, create: bool) -> sql.Engine:
+    """An engine with the settings that keep the file whole: for SQLite a write-ahead log that is flushed to disk.
+
+    Raises:
+        UserError: the URL is none, its driver is missing, or the SQLite file is not there.
+    """
+    try:
+        parsed = sql.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            file = parsed.database
+            if not file or file == ":memory:":
+                raise UserError(f"--db is {url!r}: a database in memory is gone when the command ends; name a file.")
+            if create:
+                Path(file).expanduser().resolve().parent.mkdir(parents=True, exist_ok=True)
+            elif not Path(file).is_file():
+                raise UserError(f"No database at {file}: make it with `alter request init`, or give its --db.")
+            engine = sql.create_engine(parsed, connect_args={"timeout": 60}, isolation_level="AUTOCOMMIT")
+            event.listen(engine, "connect", _durable)
+            return engine
+        if parsed.drivername == "postgresql":
+            # the driver that is installed with the extra, and the one that is still developed
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        return sql.create_engine(parsed, pool_pre_ping=True)
+    except (sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
+        raise UserError(f"--db is {_shown(url)!r}: {error}. Install the driver of this database.") from None
+    except sql.exc.ArgumentError:
+        raise UserError(
+            f"--db is {url!r}, which is no database URL; expected for example sqlite:///requests.db or "
+            "postgresql://user@host/name."
+        ) from None
+
+
+def _durable(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

@@ -1,0 +1,637 @@
+"""Erasure requests: the database and its history, runs one after another, revoking, kills, and every wrong input."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sql
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import alter
+from alter import cli
+from alter.data import Collator, encode, load_examples
+from alter.errors import UserError
+from alter.requests import work
+from alter.requests.commands import (
+    Add,
+    Export,
+    Init,
+    List,
+    Revoke,
+    Run,
+    Show,
+    Verify,
+    add,
+    export,
+    init,
+    list_requests,
+    revoke,
+    run,
+    show,
+    verify,
+)
+from alter.requests.store import EDGES, Store, parse_id
+from pico import byte_tokenizer, pico, write_jsonl
+
+NAMES = ["Ada", "Bo", "Cy"]
+
+
+def rows(name):
+    return [{"question": f"Where was {name} born, {i}?", "answer": f"In town {i}{name}."} for i in range(3)]
+
+
+def memorise(folder):
+    """Save a pico model that knows the rows to forget and the rows to keep."""
+    model, tokenizer = pico(0), byte_tokenizer()
+    names = [f"{name}.jsonl" for name in NAMES] + ["retain.jsonl"]
+    encoded = [encode(tokenizer, example) for name in names for example in load_examples(str(folder / name))]
+    batch = Collator(tokenizer.pad_token_id)([{"input_ids": row.input_ids, "labels": row.labels} for row in encoded])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name in NAMES:
+        write_jsonl(folder / f"{name}.jsonl", rows(name))
+    write_jsonl(
+        folder / "retain.jsonl",
+        [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(12)],
+    )
+    write_jsonl(
+        folder / "holdout.jsonl", [{"question": f"Who is Zed {i}?", "answer": f"A man, {i}."} for i in range(6)]
+    )
+    memorise(folder)
+    recipe = {
+        "adapter": {"r": 4, "entropy_threshold": 1.0},
+        "router_fit": {"steps": 300},
+        "learning_rate_experts": 0.02,
+        "objective": {"kind": "without_truth", "hinge": 2.0},
+        "epochs": 4,
+        "batch_size": 3,
+        "save_steps": 1,
+        "device": "cpu",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def start(data, folder, **changes):
+    given = dict(
+        db=f"sqlite:///{folder}/requests.db",
+        model=str(data / "model"),
+        retain=str(data / "retain.jsonl"),
+        folder=str(folder / "work"),
+        holdout=str(data / "holdout.jsonl"),
+        recipe=str(data / "recipe.yaml"),
+    )
+    return init(Init(**{**given, **changes}))
+
+
+def ask(store, data, name, **changes):
+    return add(Add(db=store.url, subject=name, data=str(data / f"{name}.jsonl"), **changes))
+
+
+def weights(folder):
+    return load_file(str(folder / "work" / "adapter" / "adapter_model.safetensors"))
+
+
+# The store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store.create(f"sqlite:///{tmp_path}/requests.db", {"model": "m"})
+
+
+def put(store, subject, *hashes):
+    return store.add(subject=subject, data=f"{subject}.jsonl", data_hash=hashes[0], row_hashes=hashes)
+
+
+def test_states_move_along_their_edges_only(store):
+    for state, allowed in EDGES.items():
+        for to in EDGES:
+            request = put(store, f"{state}-{to}", f"{state}-{to}")
+            path = {
+                "received": [],
+                "running": ["running"],
+                "failed": ["running", "failed"],
+                "done": ["running", "done"],
+                "revoked": ["running", "done", "revoked"],
+                "withdrawn": ["withdrawn"],
+            }[state]
+            for step in path:
+                store.move([request.id], step)
+            if to in allowed:
+                assert store.move([request.id], to)[0].state == to
+            else:
+                with pytest.raises(UserError, match=request.name):
+                    store.move([request.id], to)
+                assert store.get(request.id).state == state
+    assert store.check_chain() == []
+
+
+def test_all_move_or_none(store):
+    first, second = put(store, "a", "1"), put(store, "b", "2")
+    store.move([second.id], "withdrawn")
+    with pytest.raises(UserError, match="R-0002"):
+        store.move([first.id, second.id], "running")
+    assert store.get(first.id).state == "received"
+    assert len(store.history(first.id)) == 1
+
+
+def test_same_rows_are_taken_once_and_again_after_a_withdrawal(store):
+    put(store, "Ada", "1", "2")
+    with pytest.raises(UserError, match=r"R-0001 \(Ada, received\) has the same data"):
+        put(store, "Ada again", "2", "1")
+    with pytest.raises(UserError, match=r"R-0001 .* has 1 of these rows"):
+        put(store, "Bo", "2", "3")
+    assert len(store.requests()) == 1
+    store.move([1], "withdrawn")
+    assert put(store, "Ada", "1", "2").id == 2
+
+
+def raw(store, statement):
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql(statement)
+        connection.commit()
+
+
+def test_history_refuses_to_be_rewritten(store):
+    put(store, "Ada", "1")
+    for statement in ("DELETE FROM alter_history", "UPDATE alter_history SET who = 'x'"):
+        with pytest.raises(sql.exc.DatabaseError, match="append-only"):
+            raw(store, statement)
+
+
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("UPDATE alter_history SET who = 'x' WHERE number = 2", "Entry 2 .* altered"),
+        ("UPDATE alter_history SET details = '{}' WHERE number = 3", "Entry 3 .* altered"),
+        ("DELETE FROM alter_history WHERE number = 2", "Entry 2 .* missing"),
+        ("DELETE FROM alter_history WHERE number = 3", "end of the history is missing"),
+        ("UPDATE alter_requests SET state = 'done'", "is in state 'done', its history says 'withdrawn'"),
+        ("DELETE FROM alter_requests", "R-0001 was removed"),
+    ],
+)
+def test_tampering_behind_the_triggers_is_found(store, statement, says):
+    put(store, "Ada", "1")
+    store.move([1], "withdrawn")
+    head = store.head()
+    assert store.check_chain([head]) == []
+    for name in ("update", "delete"):
+        raw(store, f"DROP TRIGGER alter_history_{name}")
+    raw(store, statement)
+    found = " ".join(store.check_chain([head]))
+    assert re.search(says, found)
+
+
+def test_history_holds_neither_subject_nor_text(store):
+    store.add(subject="Ada Lovelace", data="a.jsonl", data_hash="1", row_hashes=["1"], text="secret")
+    assert not any(
+        "Ada" in json.dumps(entry.details) or "secret" in json.dumps(entry.details) for entry in store.history()
+    )
+
+
+def adders(url, count):
+    code = (
+        "import sys\nfrom alter.requests.store import Store\nstore = Store.open(sys.argv[1])\n"
+        "for i in range(20):\n"
+        "    name = f'{sys.argv[2]}-{i}'\n"
+        "    r = store.add(subject=name, data='d', data_hash=name, row_hashes=[name])\n"
+        "    store.move([r.id], 'running')\n"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, url, str(n)], stderr=subprocess.PIPE) for n in range(count)
+    ]
+    errors = [process.communicate(timeout=120)[1].decode() for process in running]
+    assert [process.returncode for process in running] == [0] * count, errors
+
+
+def test_several_processes_write_one_chain(store):
+    adders(store.url, 3)
+    assert len(store.requests("running")) == 60
+    assert store.check_chain() == []
+    assert [entry.number for entry in store.history()] == list(range(1, 122))
+
+
+def test_one_request_is_taken_by_one_worker_only(store):
+    put(store, "Ada", "1")
+
+    def take(_):
+        try:
+            Store.open(store.url).move([1], "running")
+        except UserError:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(take, range(8))) == 1
+
+
+def test_lease_belongs_to_a_living_process(store):
+    code = (
+        "import sys, time\nfrom alter.requests.store import Store\n"
+        "with Store.open(sys.argv[1]).lease():\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, store.url], stdout=subprocess.PIPE)
+    assert holder.stdout.readline().strip() == b"held"
+    with pytest.raises(UserError, match=f"Process {holder.pid} on"), store.lease():
+        pass
+    holder.kill()
+    holder.wait()
+    with store.lease():
+        pass
+    with store.lease():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("nonsense", "no database URL"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///{tmp}/missing.db", "No database at"),
+        ("sqlite:///{tmp}/text.db", "file is not a database"),
+        ("sqlite:///{tmp}/empty.db", "holds no erasure requests"),
+        ("postgresql://nobody@127.0.0.1:1/x", "cannot be used"),
+        ("nodb://x", "Install the driver"),
+    ],
+)
+def test_what_is_no_database(tmp_path, url, says):
+    (tmp_path / "text.db").write_text("these are no tables, but it is long enough to be looked at\n" * 20)
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(UserError, match=says):
+        Store.open(url.format(tmp=tmp_path))
+
+
+def test_newer_database_is_refused(store):
+    raw(store, "UPDATE alter_meta SET value = '99' WHERE key = 'schema'")
+    with pytest.raises(UserError, match="newer version"):
+        Store.open(store.url)
+    with pytest.raises(UserError, match="holds requests already"):
+        Store.create(store.url, {})
+
+
+@pytest.mark.parametrize(("text", "number"), [("7", 7), ("R-0007", 7), ("r-12", 12), ("0", 0)])
+def test_ids(text, number):
+    assert parse_id(text) == number
+
+
+# PostgreSQL, started here
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    found = shutil.which("postgres") or next(
+        iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres")))), None
+    )
+    if found is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+    real = os.path.dirname(os.path.realpath(found))
+    # not in pytest's folder, which only its owner may enter: the server refuses to run as root
+    folder = Path(tempfile.mkdtemp(prefix="alter-postgres-"))
+    user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    if user:
+        shutil.chown(folder, "nobody")
+    base, log = folder / "base", folder / "log"
+    initdb = [f"{real}/initdb", "-D", str(base), "-U", "alter", "-A", "trust", "--no-sync"]
+    made = subprocess.run(initdb, capture_output=True, text=True, cwd=folder, **user)
+    if made.returncode:
+        pytest.skip(f"initdb does not run here: {made.stderr.strip().splitlines()[-1:]}")
+    command = [f"{real}/postgres", "-D", str(base), "-c", "listen_addresses=", "-k", str(folder)]
+    with open(log, "w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, cwd=folder, **user)
+    url = f"postgresql://alter@/postgres?host={folder}"
+    for _ in range(100):
+        try:
+            with sql.create_engine(url.replace("postgresql:", "postgresql+psycopg:")).connect():
+                break
+        except sql.exc.OperationalError:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+    yield url
+    server.send_signal(signal.SIGINT)
+    server.wait(30)
+    shutil.rmtree(folder)
+
+
+def test_postgres(postgres, data, tmp_path):
+    store = Store.create(postgres, {"model": "m"})
+    adders(postgres, 2)
+    assert len(store.requests("running")) == 40
+    assert store.check_chain() == []
+    for statement in ("DELETE FROM alter_history", "UPDATE alter_history SET who = 'x'", "TRUNCATE alter_history"):
+        with pytest.raises(sql.exc.DatabaseError, match="append-only"):
+            raw(store, statement)
+    with store.lease(), pytest.raises(UserError, match="is working on"), Store.open(postgres).lease():
+        pass
+    with pytest.raises(UserError, match="holds requests already"):
+        Store.create(postgres, {})
+    # a text that PostgreSQL cannot store is an error of one line
+    with pytest.raises(UserError, match=r"cannot be used|NUL"):
+        put(store, "nul \x00", "nul")
+
+
+# The work
+
+
+@pytest.fixture(scope="module")
+def three(data, tmp_path_factory):
+    """Three requests run one after another."""
+    folder = tmp_path_factory.mktemp("three")
+    store = start(data, folder)
+    states = []
+    for name in NAMES:
+        ask(store, data, name, who="Eve")
+        run(Run(db=store.url, who="Eve"))
+        states.append({key: value.clone() for key, value in weights(folder).items()})
+    return store, folder, states
+
+
+def test_each_request_gets_an_expert_and_evidence(three, data):
+    store, folder, states = three
+    found = store.requests()
+    assert [request.state for request in found] == ["done"] * 3
+    assert [request.expert for request in found] == [1, 2, 3]
+    for before, after in pairwise(states):
+        for name, value in before.items():
+            if ".alter_B." in name:
+                assert torch.equal(after[name][:, : value.shape[1]], value)
+            elif "router" in name:
+                assert torch.equal(after[name][: value.shape[0]], value)
+            else:
+                assert torch.equal(after[name], value)
+    assert set(found[2].after["earlier"]) == {"R-0001", "R-0002"}
+    for request in found:
+        assert request.after["probability"] < request.before["probability"]
+        assert request.after["reference"]["by"] == "holdout"
+        assert 0.5 < request.after["utility_share"] < 1.5
+    assert {entry.who for entry in store.history(1)} == {"Eve"}
+    assert [entry.what for entry in store.history(1)] == ["received", "running", "done"]
+    # nothing of the rows is left behind
+    assert list((folder / "work" / "runs").iterdir()) == []
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(data / "model"), str(folder / "work" / "adapter")
+    )
+    assert model.peft_config["default"].domains == ["R-0001", "R-0002", "R-0003"]
+
+
+def test_show_and_list(three, tmp_path, capsys):
+    store, _, _ = three
+    show(Show(db=store.url, id="R-0002", json_path=str(tmp_path / "r.json")))
+    list_requests(List(db=store.url, json_path=str(tmp_path / "l.json")))
+    printed = capsys.readouterr().out
+    assert "R-0002: Bo" in printed
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["history"][0]["what"] == "received"
+    assert [row["subject"] for row in json.loads((tmp_path / "l.json").read_text())] == NAMES
+
+
+def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
+    store, folder, _ = three
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, symlinks=True)
+    project = {**store.project(), "folder": str(copy / "work")}
+    url = f"sqlite:///{copy}/requests.db"
+    with sql.create_engine(url).begin() as connection:
+        statement = sql.text("UPDATE alter_meta SET value = :v WHERE key = 'project'")
+        connection.execute(statement, {"v": json.dumps(project)})
+    before = weights(copy)
+    assert revoke(Revoke(db=url, id="2")).state == "revoked"
+    after = weights(copy)
+    for name, value in before.items():
+        if ".alter_B." in name:
+            assert not after[name][:, 8:12].any()
+            assert value[:, 8:12].any()
+            kept = [c for c in range(value.shape[1]) if not 8 <= c < 12]
+            assert torch.equal(after[name][:, kept], value[:, kept])
+        else:
+            assert torch.equal(after[name], value)
+    with pytest.raises(UserError, match="revoked already"):
+        revoke(Revoke(db=url, id="2"))
+    found = verify(Verify(db=url))
+    assert set(found) == {"R-0001", "R-0003", "utility"}
+    assert Store.open(url).history()[-1].what == "verified"
+    # the same rows may be asked for again
+    again = ask(Store.open(url), data, "Bo")
+    run(Run(db=url))
+    assert Store.open(url).get(again.id).expert == 4
+    # somebody puts the old adapter back
+    link = copy / "work" / "adapter"
+    link.unlink()
+    link.symlink_to("adapters/0003")
+    with pytest.raises(UserError, match=r"R-0002 is revoked, but .* still holds it"):
+        verify(Verify(db=url, chain_only=True))
+
+
+def test_verify_sees_what_came_back(three, tmp_path):
+    store, folder, _ = three
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, symlinks=True)
+    url = f"sqlite:///{copy}/requests.db"
+    with sql.create_engine(url).begin() as connection:
+        project = {**store.project(), "folder": str(copy / "work")}
+        statement = sql.text("UPDATE alter_meta SET value = :v WHERE key = 'project'")
+        connection.execute(statement, {"v": json.dumps(project)})
+    # the expert is emptied, manifest and database do not say so
+    adapter = (copy / "work" / "adapter").resolve()
+    (adapter / "adapter_model.safetensors").write_bytes(work.clear_columns(adapter, 1))
+    with pytest.raises(UserError, match="R-0001 has come back"):
+        verify(Verify(db=url))
+
+
+def test_export(three, data, tmp_path):
+    store, _, _ = three
+    out = export(Export(db=store.url, out=str(tmp_path / "adapter")))
+    card = (out / "README.md").read_text()
+    assert store.get(1).data_hash[:16] in card
+    assert "Ada" not in card
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(data / "model"), str(out))
+    with pytest.raises(UserError, match="exists"):
+        export(Export(db=store.url, out=str(out)))
+    with pytest.raises(UserError, match="--approximate"):
+        export(Export(db=store.url, out=str(tmp_path / "merged"), form="merged"))
+    merged = export(Export(db=store.url, out=str(tmp_path / "merged"), form="merged", approximate=True))
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    base = AutoModelForCausalLM.from_pretrained(data / "model")
+    moved = sum(
+        not torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values(), strict=True)
+    )
+    assert moved > 0
+    assert "approximation" in (merged / "README.md").read_text()
+
+
+def test_several_requests_are_one_run_and_text_may_be_kept(data, tmp_path, capsys):
+    store = start(data, tmp_path)
+    moved = tmp_path / "Ada.jsonl"
+    shutil.copy(data / "Ada.jsonl", moved)
+    add(Add(db=store.url, subject="Ada", data=str(moved), keep_text=True, due="2026-12-31"))
+    moved.unlink()
+    ask(store, data, "Bo")
+    run(Run(db=store.url))
+    assert [request.run["key"] for request in store.requests()].count(store.get(1).run["key"]) == 2
+    assert work.manifest(work.Project.model_validate(store.project()))["version"] == 1
+    assert verify(Verify(db=store.url))["R-0001"]["n"] == 3
+
+
+def test_changed_data_is_refused_before_anything_runs(data, tmp_path):
+    store = start(data, tmp_path)
+    file = tmp_path / "Ada.jsonl"
+    write_jsonl(file, rows("Ada"))
+    add(Add(db=store.url, subject="Ada", data=str(file)))
+    write_jsonl(file, rows("Adam"))
+    with pytest.raises(UserError, match=r"data of R-0001 .* is not what was received"):
+        run(Run(db=store.url))
+    assert store.get(1).state == "received"
+    file.unlink()
+    with pytest.raises(UserError):
+        run(Run(db=store.url))
+    assert store.get(1).state == "received"
+    assert revoke(Revoke(db=store.url, id="1")).state == "withdrawn"
+    with pytest.raises(UserError, match="Nothing to run"):
+        run(Run(db=store.url))
+
+
+def test_failed_run_can_be_tried_again(data, tmp_path, monkeypatch):
+    store = start(data, tmp_path)
+    ask(store, data, "Ada")
+    real = work.unlearn
+
+    def broken(settings):
+        raise UserError("the loss is nan")
+
+    monkeypatch.setattr(work, "unlearn", broken)
+    with pytest.raises(UserError, match="nan"):
+        run(Run(db=store.url))
+    assert store.get(1).state == "failed"
+    monkeypatch.setattr(work, "unlearn", real)
+    with pytest.raises(UserError, match="--again"):
+        run(Run(db=store.url))
+    assert run(Run(db=store.url, again=True))[0].state == "done"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"subject": " "}, "--subject is empty"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"data": "{data}/retain.jsonl"}, "both forget and retain"),
+        ({"due": "soon"}, "2026-12-31"),
+        ({"subject": "plus one"}, "is in the retain set .12 rows"),
+    ],
+)
+def test_what_cannot_be_asked_for(data, tmp_path, changes, says):
+    store = start(data, tmp_path)
+    given = {"subject": "Ada", "data": "{data}/Ada.jsonl", **changes}
+    given["data"] = given["data"].format(data=data)
+    with pytest.raises(UserError, match=says):
+        add(Add(db=store.url, **given))
+    assert store.requests() == []
+
+
+def test_no_rows_no_request(data, tmp_path):
+    store = start(data, tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError):
+        add(Add(db=store.url, subject="Ada", data=str(tmp_path / "empty.jsonl")))
+    with pytest.raises(UserError, match="no request R-0009"):
+        show(Show(db=store.url, id="9"))
+    with pytest.raises(UserError, match="not the id"):
+        show(Show(db=store.url, id="nine"))
+    with pytest.raises(UserError, match="no request has run yet"):
+        export(Export(db=store.url, out=str(tmp_path / "x")))
+
+
+def test_what_no_project_can_have(data, tmp_path):
+    (tmp_path / "bad.yaml").write_text("forget: x\n")
+    with pytest.raises(UserError, match="which the requests decide"):
+        start(data, tmp_path, recipe=str(tmp_path / "bad.yaml"))
+    with pytest.raises(UserError, match="must be unseen"):
+        start(data, tmp_path, holdout=str(data / "retain.jsonl"))
+    with pytest.raises(UserError, match="No recipe"):
+        start(data, tmp_path, recipe=str(data / "recip.yaml"))
+    assert not (tmp_path / "requests.db").exists()
+
+
+def test_command_line(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["request"]) == 0
+    assert "request revoke" in capsys.readouterr().out
+    assert cli.main(["request", "list"]) == 2
+    assert "alter request init" in capsys.readouterr().err
+    assert cli.main(["request", "init", "--model", str(data / "model"), "--retain", str(data / "retain.jsonl")]) == 0
+    assert cli.main(["request", "add", "--subject", "Ada", "--data", str(data / "Ada.jsonl")]) == 0
+    assert cli.main(["request", "lst"]) == 2
+    assert "Did you mean 'request list'" in capsys.readouterr().err
+    assert cli.main(["request", "list"]) == 0
+    assert "Ada" in capsys.readouterr().out
+
+
+# Kills
+
+
+def command(*args):
+    # the folder that this alter comes from, in the process as well
+    return subprocess.Popen(
+        [sys.executable, "-m", "alter", "request", *args],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(alter.__file__))},
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_nothing_is_lost_or_done_twice(data, tmp_path):
+    store = start(data, tmp_path)
+    moments = random.Random(0)
+    base = AutoModelForCausalLM.from_pretrained(data / "model")
+    started = time.time()
+    ask(store, data, "Ada")
+    command("run", "--db", store.url).wait(120)
+    usual = time.time() - started
+    assert store.get(1).state == "done"
+    for name in NAMES[1:]:
+        ask(store, data, name)
+        for _ in range(2):
+            process = command("run", "--db", store.url)
+            try:
+                process.wait(moments.uniform(0.3, 1.1) * usual)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert store.check_chain() == []
+            if (tmp_path / "work" / "adapter").exists():
+                model = PeftModel.from_pretrained(base, str(tmp_path / "work" / "adapter"))
+                base = model.unload()
+    if store.requests("received", "running"):
+        run(Run(db=store.url))
+    found = store.requests()
+    assert [request.state for request in found] == ["done"] * 3
+    inside = work.manifest(work.Project.model_validate(store.project()))
+    assert sorted(inside["experts"].values()) == ["R-0001", "R-0002", "R-0003"]
+    verify(Verify(db=store.url, chain_only=True))
