@@ -31,7 +31,7 @@ FULL: dict[str, Any] = {
     "epochs": 10,
     "batch_size": 32,
 }
-"""OpenUnlearning's common protocol (methods.md, section 0): all weights, 1e-5, ten epochs, batches of 32."""
+"""OpenUnlearning's common protocol (its docs/repro.md): all weights, 1e-5, ten epochs, batches of 32."""
 
 LORA: dict[str, Any] = {
     "adapter": {"kind": "lora", "r": 8, "alpha": 16},
@@ -242,7 +242,7 @@ METHODS: dict[str, Method] = {
     ),
     "vila": Method(
         "VILA with the inverted hinge",
-        "methods.md 3.2 (COLM 2025); Llama-2-7B, forget10",
+        "VILA, COLM 2025, and its code; values for Llama-2-7B, forget10",
         {
             **LOKU,
             "initializer": {"kind": "vila"},
@@ -255,7 +255,7 @@ METHODS: dict[str, Method] = {
     ),
     "reglu": Method(
         "REGLU with the inverted hinge",
-        "methods.md 3.4 (Findings of ACL 2026); TOFU, Phi-1.5",
+        "REGLU, Findings of ACL 2026, and its code; values for TOFU, Phi-1.5",
         {
             **LOKU,
             "adapter": {"kind": "lora", "r": 32, "alpha": 64},
@@ -317,7 +317,7 @@ METHODS: dict[str, Method] = {
     ),
     "sha256": Method(
         "SHA256: ascent on early MLPs with an adaptive retain weight",
-        "SemEval-2025 task 4, Texas A&M (methods.md 3.8); blocks 0 to 5 of 16",
+        "SHA256 (Texas A&M), SemEval-2025 task 4, and its code; blocks 0 to 5 of 16",
         {
             **FULL,
             "adapter": {"kind": "full", "modules": [".mlp."], "depth": [0.0, 6 / 16]},
