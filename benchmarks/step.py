@@ -42,7 +42,7 @@ def base(args: argparse.Namespace) -> LlamaForCausalLM:
     ).to(args.device, getattr(torch, args.dtype))
 
 
-def batch_of(args: argparse.Namespace) -> list[tuple[dict, dict]]:
+def batch_of(args: argparse.Namespace) -> list[dict[str, dict]]:
     """Pairs of rows as the trainer sees them, half of each row labelled; gates as a perfect router gives them."""
     generator = torch.Generator().manual_seed(0)
     pairs = []
@@ -56,7 +56,7 @@ def batch_of(args: argparse.Namespace) -> list[tuple[dict, dict]]:
             entropy = torch.rand(args.length, generator=generator) * 2
             row = frozen.Row(entropy, gates=gates)
             pair.append({"encoded": Encoded(ids, [-100] * half + ids[half:], half), "row": row, "expert": expert})
-        pairs.append((pair[0], pair[1]))
+        pairs.append({"forget": pair[0], "retain": pair[1]})
     return pairs
 
 

@@ -70,7 +70,9 @@ def test_unknown_names(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse_and_say_how_to_run_them(path):
-    command = re.search(r"^# .*alter (unlearn|finetune|demo|evaluate|request)", path.read_text(), re.MULTILINE).group(1)
+    command = re.search(r"^# .*alter (unlearn|finetune|demo|evaluate|request)", path.read_text(), re.MULTILINE).group(
+        1
+    )
     given = yaml.safe_load(path.read_text())
     if command == "finetune":
         Finetune.model_validate(given)
@@ -93,8 +95,9 @@ def test_readme_python_runs():
 
 def test_readme_names_only_files_and_commands_that_exist():
     text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"(?:^|`)alter (\w+)", text, re.MULTILINE)
-    assert set(commands) - {"COMMAND"} <= set(cli.COMMANDS)
+    commands = re.findall(r"(?:^|`)alter ([\w-]+)(?: ([a-z]+))?", text, re.MULTILINE)
+    for first, second in commands:
+        assert {first, f"{first} {second}"} & {"COMMAND", *cli.COMMANDS}, f"{first} {second}"
     assert len(commands) > 5
     for name in re.findall(r"recipes/[\w.-]+\.yaml", text):
         assert (ROOT / name).exists(), name

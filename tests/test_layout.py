@@ -18,14 +18,23 @@ LAYERS = {
     "data": {"errors", "records"},
     "objectives": set(),
     "adapter": {"errors", "entropy"},
-    "scoring": {"errors", "records", "data", "adapter"},
-    "frozen": {"data", "objectives", "records"},
+    "assistant": {"errors"},
+    "scoring": {"errors", "records", "data", "adapter", "assistant"},
+    "initializers": set(),
+    "methods": {"errors"},
+    "frozen": {"adapter", "data", "objectives", "records"},
+    "alternatives": {"errors", "data", "frozen", "objectives", "records"},
+    "probes": {"errors", "data", "frozen", "initializers", "objectives", "records"},
+    "tuning": {"errors", "adapter", "assistant", "initializers"},
     "report": {"metrics", "records"},
     "benchmarks": {"errors", "records", "data", "judge", "metrics", "scoring", "report"},
     "attacks": {"errors", "records", "data", "metrics", "plots", "scoring"},
     "finetune": {"errors", "records", "data", "scoring"},
     "watch": {"errors", "records", "data", "metrics", "scoring", "benchmarks"},
-    "trainer": {"errors", "records", "entropy", "data", "objectives", "adapter", "frozen", "scoring", "watch"},
+    "trainer": {
+        *("errors", "records", "entropy", "data", "objectives", "adapter", "frozen", "scoring"),
+        *("alternatives", "assistant", "initializers", "methods", "probes", "tuning", "watch"),
+    },
     "evaluation": {"errors", "records", "data", "benchmarks", "report", "scoring"},
     "requests": {"errors", "records", "data", "metrics", "adapter", "scoring", "trainer"},
     "serve": {"errors", "data", "scoring"},
@@ -63,7 +72,7 @@ def test_imports_point_one_way(path):
     assert own <= LAYERS[module]
 
 
-@pytest.mark.parametrize("module", ["entropy", "objectives", "metrics"])
+@pytest.mark.parametrize("module", ["entropy", "initializers", "objectives", "metrics"])
 def test_mathematics_knows_no_framework(module):
     roots = {name.split(".")[0] for name in imports(SOURCE / f"{module}.py")}
     assert not roots & {"transformers", "peft", "datasets", "accelerate"}

@@ -1,21 +1,44 @@
 """Objectives against the oracles of the literature, loops in float64, their own gradients, bf16 and empty selections."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from alter.frozen import top_k
 from alter.objectives import (
+    NPO,
+    Adaptive,
     CrossEntropy,
+    Distil,
     GradientAscent,
+    Hidden,
     InvertedHinge,
     KeepBase,
+    KeepBaseAnswers,
+    KeepHidden,
     Labelled,
+    Learn,
+    Misdirect,
+    NoForget,
+    NoRetain,
+    Persona,
+    PreferRefusal,
+    RandomLabels,
     Reference,
+    Refuse,
+    Reinforced,
+    SaturationImportance,
+    SimNPO,
     StoppedHinge,
+    Undial,
+    Uniform,
+    WeightedAscent,
     WithoutTruth,
     divergence,
+    row_means,
+    soft_cross_entropy,
 )
 from reference import (
     naive_divergence,
@@ -156,3 +179,235 @@ def test_bf16_is_computed_in_fp32(objective):
     assert loss.item() == pytest.approx(objective(wide).item(), rel=1e-5)
     loss.backward()
     assert torch.isfinite(narrow.logits.grad).all()
+
+
+# ---- objectives over rows -------------------------------------------------------------------------------------------
+
+
+def with_nll(sums, base_sums, lengths=None):
+    """Rows whose labelled tokens have the given summed NLL, and base NLL, spread evenly over each row's tokens."""
+    lengths = lengths or [1] * len(sums)
+    each = [total / n for total, n in zip(sums, lengths, strict=True) for _ in range(n)]
+    base = [total / n for total, n in zip(base_sums, lengths, strict=True) for _ in range(n)]
+    # two outcomes: the label has probability exp(-nll)
+    logits = torch.tensor([[-x, math.log(-math.expm1(-x))] for x in each], dtype=torch.float64, requires_grad=True)
+    row = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)])
+    n = len(each)
+    return Labelled(
+        logits,
+        torch.zeros(n, dtype=torch.long),
+        torch.zeros(n, dtype=torch.bool),
+        None,
+        row,
+        len(sums),
+        -torch.tensor(base, dtype=torch.float64),
+    )
+
+
+def test_npo_oracle_with_gradient_weights():
+    tokens_ = with_nll([5.0, 20.0], [4.0, 25.0])
+    loss = NPO()(tokens_)
+    assert loss.item() == pytest.approx(16.184736, abs=1e-6)
+    assert NPO()(with_nll([5.0, 20.0], [5.0, 20.0])).item() == pytest.approx(2 / 0.1 * math.log(2), abs=1e-9)
+    loss.backward()
+    # d loss / d NLL_b = -W_b / 2, and NLL depends on the label's logit with slope p - 1
+    slopes = [math.expm1(-5.0), math.expm1(-20.0)]
+    weights = [-2 * tokens_.logits.grad[b, 0].item() / slopes[b] for b in range(2)]
+    assert weights == pytest.approx([0.950042, 1.244919], abs=1e-6)
+
+
+def test_npo_sums_over_a_row_and_simnpo_takes_its_mean():
+    """The same sums spread over more tokens: NPO must not change, SimNPO must."""
+    assert NPO()(with_nll([5.0, 20.0], [4.0, 25.0], [3, 7])).item() == pytest.approx(16.184736, abs=1e-6)
+    assert SimNPO()(with_nll([5.0, 20.0], [0.0, 0.0], [10, 20])).item() == pytest.approx(0.024723, abs=1e-6)
+    assert SimNPO()(with_nll([5.0, 20.0], [0.0, 0.0], [5, 10])).item() != pytest.approx(0.024723, abs=1e-3)
+    margin = SimNPO(beta=2.0, delta=0.3)(with_nll([5.0, 20.0], [0.0, 0.0], [10, 20])).item()
+    expected = [-2 / 2.0 * math.log(1 / (1 + math.exp(-2.0 * (x - 0.3)))) for x in (0.5, 1.0)]
+    assert margin == pytest.approx(sum(expected) / 2, abs=1e-9)
+
+
+def test_dpo_oracle():
+    forget, refusal = with_nll([5.0, 20.0], [4.0, 25.0]), with_nll([3.0, 4.0], [6.0, 5.0], [2, 3])
+    loss = PreferRefusal()(replace(forget, alternative=refusal))
+    assert loss.item() == pytest.approx(14.260305, abs=1e-6)
+
+
+def test_means_of_rows_divide_each_row_by_its_own_count():
+    """RMU's masked mean: sums 6 and 1 over 3 tokens and 1 give 1.5; dividing [B] by [B, 1] would give 2.33."""
+    values, row = torch.tensor([1.0, 2.0, 3.0, 1.0]), torch.tensor([0, 0, 0, 1])
+    assert row_means(values, row, 2).tolist() == [2.0, 1.0]
+    assert row_means(values, row, 3).tolist() == [2.0, 1.0, 0.0]
+    states = torch.zeros(4, 5, dtype=torch.float64)
+    base = values.double()[:, None].sqrt().expand(4, 5)
+    empty = Labelled(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool), rows=2)
+    assert KeepHidden()(replace(empty, hidden=Hidden(states, row, base))).item() == pytest.approx(1.5, abs=1e-9)
+
+
+def test_misdirection_equals_a_loop():
+    generator = torch.Generator().manual_seed(3)
+    states, row = torch.randn(7, 6, generator=generator, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 1, 1, 2])
+    empty = Labelled(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool), rows=3)
+    objective = Misdirect(c=2.0, seed=5)
+    u = objective.direction(6)
+    assert u.norm().item() == pytest.approx(1.0, abs=1e-6)
+    assert (u > 0).all()
+    per_row = []
+    for b in range(3):
+        of_row = [states[t].tolist() for t in range(7) if row[t] == b]
+        distances = [sum((h - 2.0 * float(a)) ** 2 for h, a in zip(x, u, strict=True)) / 6 for x in of_row]
+        per_row.append(sum(distances) / len(distances))
+    got = objective(replace(empty, hidden=Hidden(states, row)))
+    assert got.item() == pytest.approx(sum(per_row) / 3, rel=1e-6)
+
+
+# ---- objectives over tokens -----------------------------------------------------------------------------------------
+
+
+def test_weighted_ascents_equal_loops_and_hold_their_weights_still():
+    batch, _ = tokens()
+    p = [naive_softmax(row)[y] for row, y in zip(batch.logits.tolist(), batch.labels.tolist(), strict=True)]
+    wga = -sum(x**0.7 * -math.log(x) for x in p) / 13
+    assert WeightedAscent(beta=0.7)(batch).item() == pytest.approx(wga, abs=1e-12)
+    sat = -sum(x**5 * (1 - x) * -math.log(x) for x in p) / 13
+    assert SaturationImportance()(batch).item() == pytest.approx(sat, abs=1e-12)
+    SaturationImportance()(batch).backward()
+    # d (-w nll) / d z_y = w (1 - p) with w held still
+    for i, y in enumerate(batch.labels.tolist()):
+        expected = p[i] ** 5 * (1 - p[i]) * (1 - p[i]) / 13
+        assert batch.logits.grad[i, y].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.5, 10.0, 30.0])
+def test_undial_lowers_the_logit_of_the_true_token(beta):
+    batch, base = tokens()
+    expected = []
+    for z, row, y in zip(base.tolist(), batch.logits.tolist(), batch.labels.tolist(), strict=True):
+        lowered = naive_softmax([x - beta * (v == y) for v, x in enumerate(z)])
+        p = naive_softmax(row)
+        expected.append(-sum(a * math.log(b) for a, b in zip(lowered, p, strict=True)))
+    assert Undial(beta=beta)(batch).item() == pytest.approx(sum(expected) / 13, abs=1e-9)
+
+
+def test_undial_of_a_certain_token_stays_finite_in_single_precision():
+    certain = Reference(torch.tensor([[2, 0]]), torch.tensor([[0.0, -30.0]]))
+    loss = Undial()(Labelled(torch.randn(1, 5), torch.tensor([2]), torch.tensor([False]), certain))
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("k", [1, 4, 11])
+def test_soft_cross_entropy_equals_a_loop(k):
+    batch, base = tokens(k=k)
+    got = soft_cross_entropy(batch.reference, batch.logits).tolist()
+    for i in range(13):
+        p, q = naive_softmax(base[i].tolist()), naive_softmax(batch.logits[i].tolist())
+        kept = set(batch.reference.ids[i].tolist())
+        tail_p, tail_q = (sum(x for v, x in enumerate(d) if v not in kept) for d in (p, q))
+        expected = -sum(p[v] * math.log(q[v]) for v in kept) - (tail_p * math.log(tail_q) if tail_p > 1e-6 else 0)
+        assert got[i] == pytest.approx(expected, abs=1e-9)
+
+
+def test_uniform_is_the_divergence_from_the_uniform_distribution():
+    batch, _ = tokens(vocabulary=7)
+    expected = [sum(1 / 7 * math.log((1 / 7) / x) for x in naive_softmax(row)) for row in batch.logits.tolist()]
+    assert Uniform()(batch).item() == pytest.approx(sum(expected) / 13, abs=1e-12)
+
+
+def test_distil_and_the_bases_own_answers_equal_loops():
+    batch, base = tokens()
+    rows, labels = batch.logits.tolist(), batch.labels.tolist()
+    p = [naive_softmax(row) for row in base.tolist()]
+    hard = [-math.log(naive_softmax(rows[i])[p[i].index(max(p[i]))]) for i in range(13)]
+    assert KeepBaseAnswers()(batch).item() == pytest.approx(sum(hard) / 13, abs=1e-10)
+    both = [
+        -math.log(naive_softmax(rows[i])[labels[i]])
+        - sum(a * math.log(b) for a, b in zip(p[i], naive_softmax(rows[i]), strict=True))
+        for i in range(13)
+    ]
+    assert Distil()(batch).item() == pytest.approx(sum(both) / 13, abs=1e-9)
+
+
+def test_the_reinforced_target_turns_away_from_what_rises():
+    generator = torch.Generator().manual_seed(2)
+    base, learned = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    for i in range(4):
+        v = [b - 2.0 * max(0.0, r - b) for b, r in zip(base[i].tolist(), learned[i].tolist(), strict=True)]
+        views = {"base": base[i : i + 1], "reinforced": learned[i : i + 1]}
+        soft = Reinforced(alpha=2.0, hard=False).target(views)[0].exp().tolist()
+        assert soft == pytest.approx(naive_softmax(v), abs=1e-12)
+        hard = Reinforced(alpha=2.0).target(views)[0].exp().tolist()
+        assert hard == [float(x == max(v)) for x in v]
+
+
+def test_the_persona_target_rises_in_strength_along_the_row():
+    generator = torch.Generator().manual_seed(4)
+    views = {
+        name: torch.randn(3, 6, generator=generator, dtype=torch.float64) for name in ("base", "expert", "novice")
+    }
+    objective = Persona(eta=5.0, temperature=1.3, top=4)
+    got = objective.target(views)
+    for t, eta in enumerate((1.0, 3.0, 5.0)):
+        logp = {
+            name: [math.log(x) for x in naive_softmax([z / 1.3 for z in view[t].tolist()])]
+            for name, view in views.items()
+        }
+        tilted = [a - eta * (b - c) for a, b, c in zip(logp["base"], logp["expert"], logp["novice"], strict=True)]
+        kept = sorted(range(6), key=lambda v: -tilted[v])[:4]
+        p = naive_softmax([tilted[v] for v in kept])
+        for v in range(6):
+            expected = p[kept.index(v)] if v in kept else 0.0
+            assert got[t, v].exp().item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_adaptive_weight_is_the_published_one():
+    assert [Adaptive.multiplier(x) for x in (0, 0.3, 0.5, 0.8, 1)] == pytest.approx([1.2, 1.3, 1.5, 2.1, 2.3])
+    assert Adaptive.multiplier(-3.0) == 1.2
+    assert Adaptive.multiplier(1e6) == 2.3
+
+
+def test_answers_in_the_alternative_are_what_counts():
+    batch, _ = tokens()
+    other, _ = tokens(n=5, seed=1)
+    for objective in (Refuse(), RandomLabels()):
+        assert objective(replace(batch, alternative=other)).item() == pytest.approx(CrossEntropy()(other).item())
+    assert Learn()(batch).item() == pytest.approx(CrossEntropy()(batch).item())
+
+
+@pytest.mark.parametrize(
+    "objective", [Undial(), WeightedAscent(beta=0.0), Distil(), Uniform(), KeepBaseAnswers(), NPO(), SimNPO(beta=1.0)]
+)
+@pytest.mark.parametrize("k", [3, 11])
+def test_more_gradients(objective, k):
+    batch, base = tokens(n=5, k=k)
+    row, base_logp = torch.tensor([0, 0, 1, 2, 2]), torch.log_softmax(base, -1)[:, 0]
+
+    def loss(logits):
+        return objective(Labelled(logits, batch.labels, batch.high, batch.reference, row, 3, base_logp))
+
+    assert torch.autograd.gradcheck(loss, (batch.logits.detach().requires_grad_(),))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(NPO(), SimNPO(), Undial(), WeightedAscent(), SaturationImportance(), Learn(), Distil(), Uniform()),
+        *(KeepBaseAnswers(), NoForget(), NoRetain(), Adaptive()),
+    ],
+)
+def test_a_batch_without_tokens_is_zero_with_a_gradient(objective):
+    batch, _ = tokens()
+    batch = replace(batch, row=torch.zeros(13, dtype=torch.long), rows=0, base_logp=torch.zeros(13))
+    nothing = batch.select(torch.zeros(13, dtype=torch.bool))
+    loss = objective(nothing)
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("objective", [NPO(), SimNPO(), Undial(), WeightedAscent(), SaturationImportance(), Uniform()])
+def test_more_bf16_is_computed_in_fp32(objective):
+    narrow, base = tokens(vocabulary=500, dtype=torch.bfloat16)
+    extra = {"row": torch.arange(13) // 4, "rows": 4, "base_logp": torch.log_softmax(base, -1)[:, 0].float()}
+    narrow = replace(narrow, **extra)
+    wide = replace(narrow, logits=narrow.logits.detach().double())
+    loss = objective(narrow)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(objective(wide).item(), rel=1e-5)

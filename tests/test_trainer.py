@@ -152,7 +152,9 @@ def test_gradients_equal_those_of_separate_passes(data, tmp_path, monkeypatch):
             for number in range(4):
                 rows = inputs["expert"] == number
                 alone = {
-                    k: v[rows] for k, v in inputs.items() if k in ("input_ids", "labels", "gates", "entropy", "expert")
+                    k: v[rows]
+                    for k, v in inputs.items()
+                    if k in ("input_ids", "labels", "gates", "entropy", "expert", "branch")
                 }
                 # a mask of all rows: nothing is isolated, the separate pass does it
                 alone["attention_mask"] = inputs["attention_mask"][rows]

@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Where a command's settings and its function live, and what the help says of it."""
+    """Where a command's settings and its function live, and what the help says of it.
+
+    `presets` is a module whose `expand` fills in what a named setting stands for, before flags override it.
+    """
 
     module: str
     settings: str
     function: str
     help: str
     chooser: str | None = None
+    presets: str | None = None
 
 
 # the settings that `--benchmark NAME` stands for; the first is the default
@@ -43,7 +47,13 @@ COMMANDS = {
     "demo": Command(
         "alter.demo", "Demo", "demo", "forget 20 authors with the shipped model: before, after, retrained"
     ),
-    "unlearn": Command("alter.trainer", "Unlearn", "unlearn", "train an ALTER adapter that makes a model forget"),
+    "unlearn": Command(
+        "alter.trainer",
+        "Unlearn",
+        "unlearn",
+        "make a model forget, by ALTER's adapter or any other method",
+        presets="alter.methods",
+    ),
     "evaluate": Command(
         "alter.evaluation", "Evaluation", "evaluate", "measure a model, with or without an adapter", "benchmark"
     ),
@@ -54,16 +64,26 @@ COMMANDS = {
     "request list": Command("alter.requests.commands", "List", "list_requests", "all requests with their evidence"),
     "request show": Command("alter.requests.commands", "Show", "show", "one request, its evidence and its history"),
     "request run": Command("alter.requests.commands", "Run", "run", "make the model forget what was asked for"),
-    "request verify": Command("alter.requests.commands", "Verify", "verify", "is all still forgotten, nothing altered?"),
+    "request verify": Command(
+        "alter.requests.commands", "Verify", "verify", "is all still forgotten, nothing altered?"
+    ),
     "request revoke": Command("alter.requests.commands", "Revoke", "revoke", "take a request back"),
-    "request export": Command("alter.requests.commands", "Export", "export", "the adapter or a merged model, with a card"),
+    "request export": Command(
+        "alter.requests.commands", "Export", "export", "the adapter or a merged model, with a card"
+    ),
     "muse-curve": Command(
         "alter.benchmarks.muse", "MuseCurve", "muse_curve", "MUSE of models that forgot more and more, side by side"
     ),
     "aggregate": Command("alter.evaluation", "AggregateLogs", "aggregate_logs", "TOFU's numbers from published logs"),
-    "attack": Command("alter.attacks", "Attack", "attack", "try to bring the forgotten back, beside a retrained model"),
-    "report": Command("alter.page", "Report", "report", "one HTML page about runs, attacks and requests, to hand over"),
-    "inspect": Command("alter.inspector", "Inspect", "inspect", "a page: ask, see before and after, and each token's expert"),
+    "attack": Command(
+        "alter.attacks", "Attack", "attack", "try to bring the forgotten back, beside a retrained model"
+    ),
+    "report": Command(
+        "alter.page", "Report", "report", "one HTML page about runs, attacks and requests, to hand over"
+    ),
+    "inspect": Command(
+        "alter.inspector", "Inspect", "inspect", "a page: ask, see before and after, and each token's expert"
+    ),
     "generate": Command("alter.evaluation", "Generate", "generate", "answer prompts with a model and an adapter"),
     "judge": Command("alter.judge", "JudgeFile", "judge_file", "have saved replies graded by a language model"),
     "entropy": Command(
@@ -127,7 +147,11 @@ def _plain(model: type[BaseModel], given: dict[str, Any], where: str, kinds: dic
             default = info.get_default(call_default_factory=True)
             if not isinstance(inner, dict):
                 raise UserError(f"Setting {where}{name} is {inner!r}; expected keys and values.")
-            kind = kinds.get(f"{where}{name}") or inner.get("kind") or getattr(default, "kind", "")
+            named = inner.get("kind") or getattr(default, "kind", "")
+            kind = kinds.get(f"{where}{name}") or named
+            if kind != named:
+                # what the recipe says of another kind means nothing for the one that the flag names
+                inner = {}
             if kind not in members:
                 choices = list(members)
                 raise UserError(
@@ -220,6 +244,10 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
         if flag.startswith("--") and flag.endswith(".kind"):
             name = flag[2:-5].replace("-", "_")
             kinds[name] = value if equals else (args[place + 1] if place + 1 < len(args) else "")
+    presets = COMMANDS[command].presets if command in COMMANDS else None
+    if presets is not None:
+        method = _flag(args, "method")
+        given = importlib.import_module(presets).expand({**given, **({"method": method} if method else {})})
     default = _plain(model, given, "", kinds)
     parsed = tyro.cli(type(default), default=default, args=args, prog=f"alter {command}", description=model.__doc__)
     try:

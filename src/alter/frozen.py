@@ -7,18 +7,21 @@ the run will see, kept next to the run in safetensors, and reused when the run r
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from alter.adapter import AlterModel, Trace
 from alter.data import Collator, Encoded
-from alter.objectives import Reference
+from alter.objectives import Needs, Reference
 from alter.records import progress, write_atomic
 
 TOKENS_PER_BATCH = 8192
@@ -29,13 +32,61 @@ class Row:
     """One row under the frozen base: T tokens, of which n are labelled, N forget experts, D router features.
 
     `entropy` [T], `features` [T, D] and `gates` [T, N + 1] belong to each token's generating step (see
-    `AlterModel.trace`); `reference` holds the distributions an objective compares with, at the n labelled tokens.
+    `AlterModel.trace`); `reference` holds the distributions an objective compares with, and `base_logp` [n] the
+    log-probabilities of the labels, at the n labelled tokens; `hidden` [T, H] the hidden states after one block.
     """
 
-    entropy: Tensor
+    entropy: Tensor | None = None
     features: Tensor | None = None
     gates: Tensor | None = None
     reference: Reference | None = None
+    base_logp: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """One more frozen pass over the same rows: with `prefix` tokens before each, or with `inside` around the pass.
+
+    The prefix comes after a row's first token where that is `bos`.
+    """
+
+    prefix: tuple[int, ...] = ()
+    bos: int | None = None
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def extend(self, row: Encoded) -> dict[str, list[int]]:
+        """The row with the prefix put in, for a collator."""
+        start = int(self.bos is not None and row.input_ids[0] == self.bos)
+        ids = [*row.input_ids[:start], *self.prefix, *row.input_ids[start:]]
+        return {"input_ids": ids, "labels": ids}
+
+
+@contextmanager
+def head_on(model: Any, positions: Tensor) -> Iterator[None]:
+    """Within the block the language-model head sees only the hidden states at `positions` [B, T]: logits are [n, V]."""
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions], *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def states_of(block: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Within the block the hidden states [B, T, H] that `block` puts out are appended to the list."""
+    seen: list[Tensor] = []
+    if block is None:
+        yield seen
+        return
+    handle = block.register_forward_hook(
+        lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -63,6 +114,20 @@ def top_k(logp: Tensor, k: int) -> Reference:
     return Reference(ids.to(torch.int32), values)
 
 
+def _frozen_pass(model: Any, ids: Tensor, mask: Tensor) -> Trace:
+    """One pass of the base under whatever adapter there is; entropies and features only where ALTER routes."""
+    if isinstance(model, PeftModel) and isinstance(model.base_model, AlterModel):
+        return model.base_model.trace(ids, mask)
+    off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    with off:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return Trace(torch.zeros(ids.shape, device=ids.device), None, logits)
+
+
+def _log_softmax_of_base(views: Mapping[str, Tensor]) -> Tensor:
+    return torch.log_softmax(views["base"], dim=-1)
+
+
 @torch.no_grad()
 def trace_rows(
     model: Any,
@@ -72,45 +137,71 @@ def trace_rows(
     features: bool = False,
     gates: bool = False,
     reference_k: int = 0,
+    needs: Needs | None = None,
+    target: Callable[[Mapping[str, Tensor]], Tensor] = _log_softmax_of_base,
+    views: Mapping[str, View] | None = None,
+    block: nn.Module | None = None,
     label: str = "frozen base",
 ) -> list[Row]:
-    """Run the frozen base once over `rows`.
+    """Run the frozen base once over `rows`, and once more for each further view that the reference needs.
 
     Args:
-        model: `PeftModel` with an ALTER adapter; its base is what runs.
+        model: the base, or a `PeftModel` around it, whose base is what runs.
         rows: encoded rows, any lengths.
         pad_token_id: fills up shorter rows of a batch.
         features: keep the router's features, fp16.
         gates: keep the gates that the adapter's router gives now.
         reference_k: keep this many most likely tokens per labelled position; 0 keeps no reference.
+        needs: what an objective needs; `base_logp` and `base_hidden` are kept where it says so.
+        target: makes the reference of the logits [n, V] of all views at one row's n labelled positions.
+        views: further passes by name, besides "base".
+        block: whose hidden states are kept with `needs.base_hidden`.
 
     Returns:
         one `Row` per input row, in order, on the CPU.
     """
     device = next(model.parameters()).device
     collate = Collator(pad_token_id)
+    needs = needs or Needs()
+    routed = isinstance(model, PeftModel) and isinstance(model.base_model, AlterModel)
     result: dict[int, Row] = {}
     groups = batches_by_length([len(row.input_ids) for row in rows], TOKENS_PER_BATCH)
     for group in progress(groups, total=len(groups), label=label):
         batch = collate([{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in group])
         batch = {name: value.to(device) for name, value in batch.items()}
-        traced = model.base_model.trace(batch["input_ids"], batch["attention_mask"])
+        with states_of(block if needs.base_hidden else None) as hidden:
+            traced = _frozen_pass(model, batch["input_ids"], batch["attention_mask"])
+        seen = {"base": traced.logits}
+        for name, view in (views or {}).items():
+            longer = collate([view.extend(rows[i]) for i in group])
+            with view.inside():
+                logits = _frozen_pass(
+                    model, longer["input_ids"].to(device), longer["attention_mask"].to(device)
+                ).logits
+            seen[name] = logits[:, len(view.prefix) :]
         opened = None
         if gates:
             opened = model.base_model.route(traced.entropy, traced.features, batch["attention_mask"]).half().cpu()
         positions = labelled(batch["labels"])
         for place, i in enumerate(group):
             length = len(rows[i].input_ids)
-            reference = None
+            row = Row()
+            if routed:
+                row.entropy = traced.entropy[place, :length].float().cpu()
+            if features and traced.features is not None:
+                row.features = traced.features[place, :length].half().cpu()
+            if opened is not None:
+                row.gates = opened[place, :length]
+            if needs.base_hidden:
+                row.hidden = hidden[0][place, :length].cpu()
             if reference_k:
+                at = {name: logits[place][positions[place]].float() for name, logits in seen.items()}
+                row.reference = top_k(target(at).cpu(), reference_k)
+            if needs.base_logp:
                 logp = torch.log_softmax(traced.logits[place][positions[place]].float(), dim=-1)
-                reference = top_k(logp.cpu(), reference_k)
-            result[i] = Row(
-                traced.entropy[place, :length].float().cpu(),
-                traced.features[place, :length].half().cpu() if features and traced.features is not None else None,
-                opened[place, :length] if opened is not None else None,
-                reference,
-            )
+                truth = batch["labels"][place, 1:][positions[place, :-1]]
+                row.base_logp = logp.gather(-1, truth[:, None])[:, 0].cpu()
+            result[i] = row
     return [result[i] for i in range(len(rows))]
 
 
@@ -124,18 +215,19 @@ class Frozen:
 
 
 def store(path: Path, frozen: Frozen, key: str) -> None:
-    """Write entropies, gates, references and router to one safetensors file, whole or not at all."""
-    rows = frozen.rows
-    references = [row.reference for row in rows if row.reference is not None]
-    tensors = {
-        "lengths": torch.tensor([len(row.entropy) for row in rows]),
-        "labelled": torch.tensor([0 if row.reference is None else len(row.reference.ids) for row in rows]),
-        "entropy": torch.cat([row.entropy for row in rows]),
-        "gates": torch.cat([row.gates for row in rows if row.gates is not None]),
-    }
-    if references:
-        tensors["ids"] = torch.cat([reference.ids for reference in references])
-        tensors["logp"] = torch.cat([reference.logp for reference in references])
+    """Write all that is known of the rows, and the router, to one safetensors file, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for field in fields(Row):
+        parts = [getattr(row, field.name) for row in frozen.rows]
+        columns = {field.name: parts}
+        if field.name == "reference":
+            columns = {name: [part and getattr(part, name) for part in parts] for name in ("ids", "logp")}
+        for name, values in columns.items():
+            if any(value is not None for value in values):
+                # a row without the field counts -1
+                tensors[f"{name}.count"] = torch.tensor([-1 if v is None else len(v) for v in values])
+                tensors[name] = torch.cat([value for value in values if value is not None])
+    tensors["rows"] = torch.tensor(len(frozen.rows))
     tensors |= {f"router.{name}": value.contiguous() for name, value in frozen.router.items()}
     write_atomic(path, save(tensors, metadata={"key": key, "found": json.dumps(frozen.found)}))
 
@@ -149,13 +241,18 @@ def restore(path: Path, key: str) -> Frozen | None:
         if metadata["key"] != key:
             return None
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    lengths, counts = tensors["lengths"].tolist(), tensors["labelled"].tolist()
-    rows = [
-        Row(entropy, gates=gates)
-        for entropy, gates in zip(tensors["entropy"].split(lengths), tensors["gates"].split(lengths), strict=True)
-    ]
-    if "ids" in tensors:
-        for row, ids, logp in zip(rows, tensors["ids"].split(counts), tensors["logp"].split(counts), strict=True):
-            row.reference = Reference(ids, logp) if len(ids) else None
+
+    def column(name: str) -> list[Tensor | None]:
+        if name not in tensors:
+            return [None] * int(tensors["rows"])
+        counts = tensors[f"{name}.count"].tolist()
+        parts = iter(tensors[name].split([count for count in counts if count >= 0]))
+        return [next(parts) if count >= 0 else None for count in counts]
+
+    known = [field.name for field in fields(Row) if field.name != "reference"]
+    rows = [Row(**dict(zip(known, values, strict=True))) for values in zip(*map(column, known), strict=True)]
+    for row, ids, logp in zip(rows, column("ids"), column("logp"), strict=True):
+        if ids is not None and logp is not None:
+            row.reference = Reference(ids, logp)
     router = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
     return Frozen(rows, router, json.loads(metadata["found"]))

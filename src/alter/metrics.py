@@ -806,7 +806,9 @@ def multiple_choice(logprob: npt.ArrayLike) -> Answers:
     """
     values = _floats(logprob)
     if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] < 2 or np.isnan(values).any():
-        raise ValueError(f"multiple choice: expected log-probabilities [n, k >= 2] without NaN, got shape {values.shape}")
+        raise ValueError(
+            f"multiple choice: expected log-probabilities [n, k >= 2] without NaN, got shape {values.shape}"
+        )
     predicted = values.argmax(axis=1)
     counts = np.bincount(predicted, minlength=values.shape[1])
     share = counts[counts > 0] / len(values)

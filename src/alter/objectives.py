@@ -1,12 +1,15 @@
 """What a training step minimises on forget and on retain rows: one final class per objective, tensors in, scalar out.
 
-Each class is at once the settings of the objective (a pydantic model whose `kind` names it in a recipe) and the
-function that computes it. `Forget` and `Retain` are the registries: the unions of what a recipe may name.
+Each class is at once the settings of the objective (a pydantic model whose `kind` names it in a recipe), what it needs
+besides the model's logits (`needs`), and the function that computes it. `Forget` and `Retain` are the registries: the
+unions of what a recipe may name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -43,27 +46,104 @@ class Reference:
         logp = torch.where(kept > 1e-6, logp - kept.clamp_min(1e-6).log(), torch.full_like(logp, -torch.inf))
         return Reference(self.ids, logp)
 
+    def lowered(self, labels: Tensor, by: float) -> Reference:
+        """The same distributions with the label's logit lowered by `by`, renormalised; the tail bucket takes part.
+
+        Args:
+            labels: [n] long; one outside the k tokens is in the tail, and nothing changes there.
+        """
+        hit = self.ids == labels[:, None]
+        p = (self.logp.exp() * hit).sum(-1, keepdim=True)
+        left = ((1 - p).clamp_min(0.0) + p * math.exp(-by)).log()
+        return Reference(self.ids, torch.where(hit, self.logp - by, self.logp) - left)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states of the real tokens of some rows after one block, m tokens of width D.
+
+    Attributes:
+        states: [m, D], the model's.
+        row: [m] long, the row of each token, as in `Labelled`.
+        base: [m, D], the frozen base's, or None unless the objective declared `base_hidden`.
+    """
+
+    states: Tensor
+    row: Tensor
+    base: Tensor | None = None
+
 
 @dataclass(frozen=True)
 class Labelled:
-    """The labelled tokens of a batch, all rows concatenated: n tokens, vocabulary V.
+    """The labelled tokens of a batch, all rows concatenated: n tokens, vocabulary V. Prompts and padding are not in it.
 
     Attributes:
         logits: [n, V], the model's, of the distribution that should give each label.
         labels: [n] long, the true tokens.
         high: [n] bool, whether the token is a high-entropy (structural) one.
-        reference: what the objective should compare with, or None unless it declared `needs_base`.
+        reference: what the objective should compare with, or None unless it declared `views`.
+        row: [n] long, the row of each token, 0 to `rows` - 1; None where no objective sums over rows.
+        rows: number of rows.
+        base_logp: [n] log-probability of each label under the frozen base, or None unless declared.
+        alternative: the same rows with other answers or labels, if the objective declared `alternative`.
+        hidden: hidden states of all real tokens, prompts included, if the objective declared `hidden`.
     """
 
     logits: Tensor
     labels: Tensor
     high: Tensor
     reference: Reference | None = None
+    row: Tensor | None = None
+    rows: int = 0
+    base_logp: Tensor | None = None
+    alternative: Labelled | None = None
+    hidden: Hidden | None = None
 
     def select(self, mask: Tensor) -> Labelled:
-        """The tokens where `mask` [n] is true."""
+        """The tokens where `mask` [n] is true; the rows stay as many as they are."""
         reference = self.reference and Reference(self.reference.ids[mask], self.reference.logp[mask])
-        return Labelled(self.logits[mask], self.labels[mask], self.high[mask], reference)
+        row = None if self.row is None else self.row[mask]
+        base_logp = None if self.base_logp is None else self.base_logp[mask]
+        return replace(
+            self,
+            logits=self.logits[mask],
+            labels=self.labels[mask],
+            high=self.high[mask],
+            reference=reference,
+            row=row,
+            base_logp=base_logp,
+        )
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """[rows] sums of `values` [n] over the tokens of each row."""
+        assert self.row is not None
+        return values.new_zeros(self.rows).index_add(0, self.row, values)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective must be given; the trainer computes exactly this and nothing else.
+
+    Attributes:
+        rows: the rows themselves go through the model.
+        labels: the language-model head runs on their labelled tokens.
+        views: passes of frozen models over the rows, computed once; `target` makes the reference of them. "base" is
+            the model before unlearning, "reinforced" the same after more training on the forget set, "expert" and
+            "novice" the base with a persona put before the row.
+        base_logp: log-probabilities of the labels under the base, computed once.
+        alternative: the forget rows once more: with a "refusal" as the answer, with "random_labels", or with a
+            "diversion" (a change of subject that the base itself wrote).
+        hidden: hidden states at the block that the objective names.
+        base_hidden: those of the base as well, computed once.
+    """
+
+    rows: bool = True
+    labels: bool = True
+    views: tuple[str, ...] = ()
+    base_logp: bool = False
+    alternative: Literal["refusal", "random_labels", "diversion"] | None = None
+    hidden: bool = False
+    base_hidden: bool = False
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -123,11 +203,40 @@ def divergence(reference: Reference, logits: Tensor) -> Tensor:
     return torch.where(known.any(-1), inside + outside, torch.zeros_like(inside))
 
 
+def soft_cross_entropy(reference: Reference, logits: Tensor) -> Tensor:
+    """H(reference, model) at each position, over the reference's k tokens and one bucket for all others.
+
+    Args:
+        reference: n positions, k tokens each.
+        logits: [n, V].
+
+    Returns:
+        [n] in nats: the divergence plus the reference's own entropy, which has no gradient.
+    """
+    target = reference.logp.to(_wide(logits).dtype)
+    p = target.exp()
+    entropy = -torch.where(p > 0, p * target.masked_fill(p == 0, 0.0), torch.zeros_like(p)).sum(-1)
+    if reference.ids.shape[-1] < logits.shape[-1]:
+        tail = (1 - p.sum(-1)).clamp_min(0.0)
+        entropy = entropy - torch.where(tail > 1e-6, tail * tail.clamp_min(1e-6).log(), torch.zeros_like(tail))
+    return divergence(reference, logits) + entropy
+
+
+def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """[rows] means of `values` [n] over each row's tokens, whose rows are `row` [n]; 0 for a row without tokens."""
+    total = values.new_zeros(rows).index_add(0, row, values)
+    count = values.new_zeros(rows).index_add(0, row, torch.ones_like(values))
+    return total / count.clamp_min(1.0)
+
+
 class _Objective(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    needs_base: ClassVar[bool] = False
-    """Whether the trainer must supply the frozen base's own distributions as the reference."""
+    needs: ClassVar[Needs] = Needs()
+
+    def target(self, views: Mapping[str, Tensor]) -> Tensor:
+        """Log-probabilities [n, V] of the reference, from the logits [n, V] that each view gave at one row's labels."""
+        return torch.log_softmax(views["base"], dim=-1)
 
 
 class InvertedHinge(_Objective):
@@ -179,14 +288,15 @@ class GradientAscent(_Objective):
 class WithoutTruth(_Objective):
     """KL to the frozen base's own distribution with the true token removed and renormalised, on low-entropy tokens.
 
-    Not in the paper: a bounded target that leaves the base's other choices as they are. `hinge` adds that multiple of
+    With `only_low` off this is CEU (Yang 2025, arXiv:2503.01224) up to a constant: cross-entropy to the teacher whose
+    true-token logit is -inf. Not in ALTER's paper: a bounded target that leaves the base's other choices as they are. `hinge` adds that multiple of
     the stopped hinge max(0, p(y) - max_{v != y} p(v)), which speeds up tokens of which the base is nearly certain.
     """
 
     kind: Literal["without_truth"] = "without_truth"
     only_low: bool = Field(True, description="Count low-entropy tokens only.")
     hinge: float = Field(0.0, ge=0.0, description="Weight of the stopped hinge next to the divergence.")
-    needs_base: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(views=("base",))
 
     def __call__(self, tokens: Labelled) -> Tensor:
         assert tokens.reference is not None
@@ -198,6 +308,232 @@ class WithoutTruth(_Objective):
             true, other = true_and_runner_up(tokens.logits, tokens.labels)
             loss = loss + self.hinge * mean_or_zero(F.relu(true - other))
         return loss
+
+
+class WeightedAscent(_Objective):
+    """WGA (Wang et al. 2025, arXiv:2502.19301): -mean p(y)^beta nll(y), the weight p(y)^beta without gradient.
+
+    beta = 0 is gradient ascent; a token that is already unlikely is left alone.
+    """
+
+    kind: Literal["weighted_ascent"] = "weighted_ascent"
+    beta: float = Field(1.0, ge=0, description="Power of the token's probability.")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        nll = cross_entropy(tokens.logits, tokens.labels)
+        return -mean_or_zero((-self.beta * nll).exp().detach() * nll)
+
+
+class SaturationImportance(_Objective):
+    """SatImp (Yang et al. 2025, arXiv:2505.11953): -mean p(y)^beta1 (1 - p(y))^beta2 nll(y), weights without gradient."""
+
+    kind: Literal["satimp"] = "satimp"
+    beta1: float = Field(5.0, ge=0, description="Power of the token's probability (saturation).")
+    beta2: float = Field(1.0, ge=0, description="Power of its complement (importance).")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        nll = cross_entropy(tokens.logits, tokens.labels)
+        p = (-nll).exp().detach()
+        return -mean_or_zero(p**self.beta1 * (1 - p) ** self.beta2 * nll)
+
+
+class NPO(_Objective):
+    """Negative preference optimisation (Zhang et al. 2024, arXiv:2404.05868, Eq. 3; methods.md 2.4).
+
+    (2 / beta) mean over rows of softplus(-beta (NLL - NLL_base)), where NLL is the *sum* over the row's labelled tokens.
+    """
+
+    kind: Literal["npo"] = "npo"
+    beta: float = Field(0.1, gt=0, description="Inverse temperature; towards 0 it is gradient ascent on row sums.")
+    needs: ClassVar[Needs] = Needs(base_logp=True)
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        assert tokens.base_logp is not None
+        change = tokens.row_sums(cross_entropy(tokens.logits, tokens.labels) + tokens.base_logp)
+        return 2 / self.beta * mean_or_zero(F.softplus(-self.beta * change))
+
+
+class SimNPO(_Objective):
+    """NPO without a reference (Fan et al. 2024, arXiv:2410.07163): -(2 / beta) mean log sigmoid(beta (NLL / |y| - delta)).
+
+    NLL / |y| is the row's *mean* over its labelled tokens.
+    """
+
+    kind: Literal["simnpo"] = "simnpo"
+    beta: float = Field(4.5, gt=0, description="Inverse temperature.")
+    delta: float = Field(0.0, ge=0, description="Margin in nats per token.")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        assert tokens.row is not None
+        mean = row_means(cross_entropy(tokens.logits, tokens.labels), tokens.row, tokens.rows)
+        return -2 / self.beta * mean_or_zero(F.logsigmoid(self.beta * (mean - self.delta)))
+
+
+class PreferRefusal(_Objective):
+    """DPO with a refusal as the preferred answer (IdkDPO; Rafailov et al. 2023, Maini et al. 2024; methods.md 5.2).
+
+    -(2 / beta) mean over rows of log sigmoid(beta ((NLL_base - NLL of the refusal) - (NLL_base - NLL of the answer))),
+    NLL summed over each row's labelled tokens. One refusal per row, drawn with the run's seed (a reading: TOFU draws
+    anew each time, for which no reference could be kept).
+    """
+
+    kind: Literal["prefer_refusal"] = "prefer_refusal"
+    beta: float = Field(0.1, gt=0, description="Inverse temperature.")
+    needs: ClassVar[Needs] = Needs(base_logp=True, alternative="refusal")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        other = tokens.alternative
+        assert other is not None
+        assert other.base_logp is not None
+        assert tokens.base_logp is not None
+        change = tokens.row_sums(cross_entropy(tokens.logits, tokens.labels) + tokens.base_logp)
+        preferred = other.row_sums(cross_entropy(other.logits, other.labels) + other.base_logp)
+        return -2 / self.beta * mean_or_zero(F.logsigmoid(self.beta * (change - preferred)))
+
+
+class Refuse(_Objective):
+    """Cross-entropy of a refusal in place of each forget row's answer (IDK, Maini et al. 2024; O3's wrong answers)."""
+
+    kind: Literal["refuse"] = "refuse"
+    needs: ClassVar[Needs] = Needs(rows=False, alternative="refusal")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        other = tokens.alternative
+        assert other is not None
+        return mean_or_zero(cross_entropy(other.logits, other.labels))
+
+
+class RandomLabels(_Objective):
+    """Cross-entropy of labels drawn uniformly from the vocabulary, once for the run (Yao et al. 2024, methods.md 2.6).
+
+    The context stays the true text, and special tokens keep their own label.
+    """
+
+    kind: Literal["random_labels"] = "random_labels"
+    needs: ClassVar[Needs] = Needs(rows=False, alternative="random_labels")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        other = tokens.alternative
+        assert other is not None
+        return mean_or_zero(cross_entropy(other.logits, other.labels))
+
+
+class Undial(_Objective):
+    """UNDIAL (Dong et al. 2024, arXiv:2402.10052): cross-entropy to softmax(z_base - beta onehot(y)), mean over tokens.
+
+    Only labelled tokens count (the authors' code also pushes an unrelated token at every prompt position).
+    """
+
+    kind: Literal["undial"] = "undial"
+    beta: float = Field(10.0, gt=0, description="What the true token's logit is lowered by.")
+    needs: ClassVar[Needs] = Needs(views=("base",))
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        assert tokens.reference is not None
+        lowered = tokens.reference.lowered(tokens.labels, self.beta)
+        return mean_or_zero(soft_cross_entropy(lowered, tokens.logits))
+
+
+class Learn(_Objective):
+    """Cross-entropy of the forget rows' true tokens: learns them still better, for task arithmetic (`negate`) and ULD."""
+
+    kind: Literal["learn"] = "learn"
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return mean_or_zero(cross_entropy(tokens.logits, tokens.labels))
+
+
+class Reinforced(_Objective):
+    """Away from what more training on the forget set would bring (WHP, Eldan and Russinovich 2023, arXiv:2310.02238).
+
+    The target is v = z_base - alpha relu(z_reinforced - z_base) on the logits: with `hard` its likeliest token (WHP,
+    without the dictionary of anchored terms), else softmax(v) (the teacher of E2URec, methods.md 3.6).
+    """
+
+    kind: Literal["reinforced"] = "reinforced"
+    alpha: float = Field(5.0, gt=0, description="How far to go away from what rises.")
+    hard: bool = Field(True, description="Aim at the likeliest token alone.")
+    needs: ClassVar[Needs] = Needs(views=("base", "reinforced"))
+
+    def target(self, views: Mapping[str, Tensor]) -> Tensor:
+        away = views["base"] - self.alpha * F.relu(views["reinforced"] - views["base"])
+        if not self.hard:
+            return torch.log_softmax(away, dim=-1)
+        return torch.full_like(away, -torch.inf).scatter(-1, away.argmax(-1, keepdim=True), 0.0)
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        assert tokens.reference is not None
+        return mean_or_zero(soft_cross_entropy(tokens.reference, tokens.logits))
+
+
+class Persona(_Objective):
+    """ELM (Gandikota et al. 2024, arXiv:2410.02760; methods.md 2.8): away from an expert's words, towards a novice's.
+
+    The target at the t-th of a row's n labelled tokens is softmax(log p - eta_t (log p_expert - log p_novice)) over its
+    50 likeliest tokens, all from the frozen base at `temperature`, where eta_t rises evenly from 1 to `eta`; the loss is
+    the mean cross-entropy to it plus `fluency` times that of a diversion: the row's prompt, a change of subject, and how
+    the base goes on under the same tilt (weight `guidance`).
+    """
+
+    kind: Literal["persona"] = "persona"
+    eta: float = Field(1000.0, ge=1, description="Strength at the end of a row; it starts from 1.")
+    temperature: float = Field(1.2, gt=0, description="Divides the base's logits.")
+    top: int = Field(50, ge=1, description="Tokens that the target keeps.")
+    fluency: float = Field(1.0, ge=0, description="Weight of the diversion.")
+    guidance: float = Field(3.0, ge=0, description="Strength of the tilt while the diversion is written.")
+    new_tokens: int = Field(100, ge=1, description="Length of the diversion.")
+    concept: str = Field("the subject of this text", description="What the personas know all or nothing about.")
+    needs: ClassVar[Needs] = Needs(views=("base", "expert", "novice"), alternative="diversion")
+
+    def target(self, views: Mapping[str, Tensor]) -> Tensor:
+        logp = {name: torch.log_softmax(view / self.temperature, dim=-1) for name, view in views.items()}
+        n = len(views["base"])
+        eta = torch.linspace(1.0, self.eta, n, dtype=logp["base"].dtype, device=views["base"].device)
+        tilted = logp["base"] - eta[:, None] * (logp["expert"] - logp["novice"])
+        kept = tilted.topk(min(self.top, tilted.shape[-1]), dim=-1)
+        return torch.full_like(tilted, -torch.inf).scatter(-1, kept.indices, torch.log_softmax(kept.values, dim=-1))
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        other = tokens.alternative
+        assert other is not None
+        assert tokens.reference is not None
+        loss = mean_or_zero(soft_cross_entropy(tokens.reference, tokens.logits))
+        return loss + self.fluency * mean_or_zero(cross_entropy(other.logits, other.labels))
+
+
+class Misdirect(_Objective):
+    """RMU (Li et al. 2024, arXiv:2403.03218; methods.md 2.7): hidden states of forget rows are driven to c u.
+
+    u is uniform in [0, 1]^D scaled to length 1, one for the run. The squared distance is averaged over the width, over
+    the row's real tokens, then over the rows.
+    """
+
+    kind: Literal["misdirect"] = "misdirect"
+    c: float = Field(6.5, gt=0, description="Length of the vector that hidden states are driven to.")
+    depth: float = Field(7.5 / 32, ge=0, le=1, description="Which block: the one nearest this share of the depth.")
+    seed: int = Field(0, description="Of the direction u.")
+    needs: ClassVar[Needs] = Needs(labels=False, hidden=True)
+
+    def direction(self, width: int) -> Tensor:
+        """[D] fp32: the random direction, of length 1, all of its entries positive."""
+        u = torch.rand(width, generator=torch.Generator().manual_seed(self.seed))
+        return u / u.norm()
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        assert tokens.hidden is not None
+        states = _wide(tokens.hidden.states)
+        aim = self.c * self.direction(states.shape[-1]).to(states)
+        return mean_or_zero(row_means((states - aim).square().mean(-1), tokens.hidden.row, tokens.rows))
+
+
+class NoForget(_Objective):
+    """Nothing on forget rows, which do not go through the model: fine-tuning on the retain set alone."""
+
+    kind: Literal["none"] = "none"
+    needs: ClassVar[Needs] = Needs(rows=False)
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return tokens.logits.sum() * 0.0
 
 
 class CrossEntropy(_Objective):
@@ -216,12 +552,116 @@ class KeepBase(_Objective):
     """
 
     kind: Literal["keep_base"] = "keep_base"
-    needs_base: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(views=("base",))
 
     def __call__(self, tokens: Labelled) -> Tensor:
         assert tokens.reference is not None
         return mean_or_zero(divergence(tokens.reference, tokens.logits))
 
 
-Forget = Annotated[InvertedHinge | StoppedHinge | GradientAscent | WithoutTruth, Field(discriminator="kind")]
-Retain = Annotated[CrossEntropy | KeepBase, Field(discriminator="kind")]
+class KeepBaseAnswers(_Objective):
+    """Mean cross-entropy of the token that the frozen base finds likeliest (ELM's retain term, methods.md 2.8)."""
+
+    kind: Literal["keep_base_answers"] = "keep_base_answers"
+    needs: ClassVar[Needs] = Needs(views=("base",))
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        assert tokens.reference is not None
+        best = tokens.reference.logp.argmax(-1, keepdim=True)
+        return mean_or_zero(cross_entropy(tokens.logits, tokens.reference.ids.gather(-1, best)[:, 0]))
+
+
+class Distil(_Objective):
+    """Cross-entropy of the true tokens plus that of the frozen base's distribution (E2URec, methods.md 3.6)."""
+
+    kind: Literal["distil"] = "distil"
+    needs: ClassVar[Needs] = Needs(views=("base",))
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        assert tokens.reference is not None
+        true = cross_entropy(tokens.logits, tokens.labels)
+        return mean_or_zero(true + soft_cross_entropy(tokens.reference, tokens.logits))
+
+
+class Uniform(_Objective):
+    """Mean KL(uniform || model) on labelled tokens: the model is to know nothing about them (ULD, methods.md 4.2)."""
+
+    kind: Literal["uniform"] = "uniform"
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        logp = torch.log_softmax(_wide(tokens.logits), dim=-1)
+        return mean_or_zero(-logp.mean(-1) - math.log(logp.shape[-1]))
+
+
+class KeepHidden(_Objective):
+    """Hidden states of retain rows stay where the frozen base has them (RMU's second term, methods.md 2.7).
+
+    The squared distance is averaged over the width, over the row's real tokens, then over the rows.
+    """
+
+    kind: Literal["keep_hidden"] = "keep_hidden"
+    depth: float = Field(7.5 / 32, ge=0, le=1, description="Which block: the one nearest this share of the depth.")
+    needs: ClassVar[Needs] = Needs(labels=False, hidden=True, base_hidden=True)
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        assert tokens.hidden is not None
+        assert tokens.hidden.base is not None
+        states = _wide(tokens.hidden.states)
+        distance = (states - tokens.hidden.base.to(states)).square().mean(-1)
+        return mean_or_zero(row_means(distance, tokens.hidden.row, tokens.rows))
+
+
+class Adaptive(_Objective):
+    """Cross-entropy with a weight that grows where retain rows get worse (SHA256, SemEval-2025 task 4; methods.md 3.8).
+
+    The weight is 1.2 in the first epoch, and afterwards `multiplier` of how far the loss lies above that epoch's mean.
+    (The authors' code divides that mean by the batch size once too often; ours does not.)
+    """
+
+    kind: Literal["adaptive"] = "adaptive"
+
+    @staticmethod
+    def multiplier(rise: float) -> float:
+        """clip(round(0.3 * 6^rise + 0.8, 1), 1.2, 2.3); `rise` is in nats."""
+        if rise <= 0:
+            return 1.2
+        return min(max(round(0.3 * 6.0 ** min(rise, 2.0) + 0.8, 1), 1.2), 2.3)
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return mean_or_zero(cross_entropy(tokens.logits, tokens.labels))
+
+
+class NoRetain(_Objective):
+    """Nothing on retain rows, which do not go through the model."""
+
+    kind: Literal["none"] = "none"
+    needs: ClassVar[Needs] = Needs(rows=False)
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return tokens.logits.sum() * 0.0
+
+
+Forget = Annotated[
+    InvertedHinge
+    | StoppedHinge
+    | GradientAscent
+    | WithoutTruth
+    | WeightedAscent
+    | SaturationImportance
+    | NPO
+    | SimNPO
+    | PreferRefusal
+    | Refuse
+    | RandomLabels
+    | Undial
+    | Learn
+    | Reinforced
+    | Persona
+    | Misdirect
+    | NoForget,
+    Field(discriminator="kind"),
+]
+Retain = Annotated[
+    CrossEntropy | KeepBase | KeepBaseAnswers | KeepHidden | Distil | Uniform | Adaptive | NoRetain,
+    Field(discriminator="kind"),
+]

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alter import records
+from alter.assistant import is_assistant
+from alter.assistant import load as load_assistant
 from alter.data import Encoded, ensure_pad_token
 from alter.errors import UserError, nearest
 
@@ -609,7 +611,8 @@ def load_model(
     model = shipped_model(model)
     if _local(model):
         model = _folder(model, "config.json", "model")
-    if adapter is not None and _local(adapter):
+    assisted = adapter is not None and is_assistant(adapter)
+    if adapter is not None and _local(adapter) and not assisted:
         adapter = _folder(adapter, "adapter_config.json", "adapter")
     try:
         network = AutoModelForCausalLM.from_pretrained(
@@ -623,7 +626,9 @@ def load_model(
     if dtype == "auto" and place.type == "cpu" and network.dtype == torch.float16:
         network = network.float()
     ensure_pad_token(tokenizer)
-    if adapter is not None:
+    if adapter is not None and assisted:
+        network = load_assistant(network, adapter)
+    elif adapter is not None:
         from peft import PeftModel
 
         import alter.adapter  # noqa: F401  registers the method with PEFT

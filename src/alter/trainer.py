@@ -1,75 +1,75 @@
-"""One unlearning run, read downwards: `unlearn(settings)` checks, prepares, trains and saves an ALTER adapter."""
+"""One unlearning run, read downwards: `unlearn(settings)` checks, prepares, trains and saves.
+
+A method is a combination of parts: what is trained (`tuning`), where it starts (`initializers`), what it does on forget
+and on retain rows (`objectives`). `methods` names the published combinations.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
-from peft import get_peft_model
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from alter import frozen
+from alter import frozen, methods
 from alter.adapter import AlterConfig
 from alter.adapter.model import base_fingerprint
 from alter.adapter.routing import Routing, pool
+from alter.alternatives import alternatives, persona_views
+from alter.assistant import FILE as ASSISTANT
 from alter.data import Collator, Encoded, Example, check_overlap, domains, encode, load_examples
 from alter.entropy import check_threshold, threshold_from_quantile
 from alter.errors import UserError
+from alter.frozen import head_on, states_of
+from alter.initializers import Factors, Initializer, Reglu, Zero
 from alter.objectives import (
+    Adaptive,
     CrossEntropy,
     Forget,
+    Hidden,
     InvertedHinge,
+    KeepHidden,
     Labelled,
+    Misdirect,
+    Needs,
     Reference,
     Retain,
     cross_entropy,
     mean_or_zero,
 )
+from alter.probes import low_rank, reinforce, starting_factors
 from alter.records import digest, provenance, to_json, write_atomic
 from alter.scoring import load_model
+from alter.tuning import (
+    Adapter,
+    AlterAdapter,
+    AssistantLora,
+    BoundedLora,
+    FullWeights,
+    Lora,
+    block_at,
+    blocks,
+    target_layers,
+    target_names,
+)
 from alter.watch import KEPT, Watch, Watcher, read_watched
 
-_ADAPTER: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
-
-
-class AdapterSettings(BaseModel):
-    """The adapter to train; its defaults and meanings are `AlterConfig`'s."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    r: int = Field(_ADAPTER["r"], ge=1, description="Rank of A and of every expert.")
-    alter_alpha: float = Field(_ADAPTER["alter_alpha"], gt=0, description="The update is scaled by alter_alpha / r.")
-    alter_dropout: float = Field(_ADAPTER["alter_dropout"], ge=0, lt=1, description="Dropout on the input of A.")
-    target_modules: list[str] | str | None = Field(
-        _ADAPTER["target_modules"], description="Linear layers to adapt; all of the blocks' by default."
-    )
-    router: Literal["learned", "entropy", "static"] = Field(
-        _ADAPTER["router"], description="Hidden states choose the expert, the entropy alone does, or all are open."
-    )
-    router_memory: float = Field(
-        _ADAPTER["router_memory"], ge=0, le=1, description="How much of the text so far the router's evidence keeps."
-    )
-    entropy_q: float = Field(_ADAPTER["entropy_q"], description="Tsallis order of the token entropies, above 0.")
-    entropy_threshold: float | None = Field(None, description="Entropy above which a token is high (1.2 by default).")
-    entropy_quantile: float | None = Field(
-        None, gt=0, lt=1, description="Set the threshold so that this share of the retain tokens is low."
-    )
-    temperature_high: float = Field(_ADAPTER["temperature_high"], gt=0, description="Of gates on high-entropy tokens.")
-    temperature_low: float = Field(_ADAPTER["temperature_low"], gt=0, description="Of gates on low-entropy tokens.")
-    top_k: int = Field(_ADAPTER["top_k"], ge=1, description="Forget experts fused on a high-entropy token.")
+BRANCHES = ("forget", "alternative", "retain")
+"""Kinds of rows in a step's batch, in this order."""
 
 
 class RouterFit(BaseModel):
@@ -79,17 +79,34 @@ class RouterFit(BaseModel):
 
     steps: int = Field(1000, ge=1)
     retain_weight: float = Field(
-        30.0, gt=0, description="How much worse it is to open an expert for a retain token than to miss a forget token."
+        30.0,
+        gt=0,
+        description="How much worse it is to open an expert for a retain token than to miss a forget token.",
     )
     learning_rate: float = Field(0.03, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     max_tokens: int = Field(150_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
 
 
+class Reinforcement(BaseModel):
+    """More training on the forget set, for objectives that aim away from its result; with LoRA of rank 16, alpha 32."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: int = Field(1, ge=1, description="Passes over the forget set.")
+    learning_rate: float = Field(1e-4, gt=0)
+
+
 class Unlearn(BaseModel):
     """Settings of one unlearning run."""
 
     model_config = ConfigDict(extra="forbid")
+
+    method: str | None = Field(
+        None,
+        description="Start from a published method's parts and settings; what else is given overrides. One of "
+        f"{', '.join(methods.METHODS)}.",
+    )
 
     model: str = Field(description="Folder or hub id of the model that must forget.")
     forget: str = Field(
@@ -113,24 +130,31 @@ class Unlearn(BaseModel):
         "routed to it get exactly the base model. Always so with start_from.",
     )
 
-    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    adapter: Adapter = Field(default_factory=AlterAdapter)
+    initializer: Initializer = Field(default_factory=Zero)
     router_fit: RouterFit = Field(default_factory=RouterFit)
+    reinforcement: Reinforcement = Field(default_factory=Reinforcement)
     objective: Forget = Field(default_factory=InvertedHinge)
     retain_objective: Retain = Field(default_factory=CrossEntropy)
     beta: float = Field(1.0, ge=0, description="Weight of the forget objective (Eq. 8).")
     gamma: float = Field(1.0, ge=0, description="Weight of the retain objective (Eq. 8).")
     lambda_: float = Field(
-        0.01, ge=0, description="Weight of the loss on high-entropy tokens, which is what A learns."
+        0.01, ge=0, description="ALTER's adapter: weight of the loss on high-entropy tokens, which is what A learns."
     )
     phase_one: float = Field(
-        0.0, ge=0, lt=1, description="Share of the steps that only learns high-entropy retain tokens."
+        0.0, ge=0, lt=1, description="ALTER's adapter: share of the steps that only learns high-entropy retain tokens."
+    )
+    negate: float | None = Field(
+        None, gt=0, description="After training, apply minus so many times what was learned (task arithmetic)."
     )
 
     epochs: float = Field(3, gt=0, description="Passes over the forget set.")
     batch_size: int = Field(4, ge=1, description="Forget rows a step; as many retain rows come with them.")
     gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate_experts: float = Field(1e-3, gt=0, description="eta_B.")
-    learning_rate_shared: float = Field(1e-5, ge=0, description="eta_A.")
+    learning_rate_experts: float = Field(1e-3, gt=0, description="ALTER's adapter: eta_B.")
+    learning_rate_shared: float = Field(1e-5, ge=0, description="ALTER's adapter: eta_A.")
+    learning_rate: float = Field(1e-4, gt=0, description="Of everything but ALTER's adapter.")
+    weight_decay: float = Field(0.0, ge=0, description="Of everything but ALTER's adapter.")
     lr_scheduler: str = "linear"
     warmup_steps: int = Field(0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -147,30 +171,94 @@ class Unlearn(BaseModel):
     max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, whatever `epochs` says.")
     device: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_method(cls, given: Any) -> Any:
+        return methods.expand(given) if isinstance(given, dict) else given
+
     @model_validator(mode="after")
-    def _entropy_can_split(self) -> Unlearn:
-        if self.adapter.entropy_threshold is not None and self.adapter.entropy_quantile is not None:
-            raise ValueError("give either adapter.entropy_threshold or adapter.entropy_quantile, not both")
+    def _parts_fit(self) -> Unlearn:
+        adapter = self.adapter
+        if isinstance(adapter, AlterAdapter):
+            if adapter.entropy_threshold is not None and adapter.entropy_quantile is not None:
+                raise ValueError("give either adapter.entropy_threshold or adapter.entropy_quantile, not both")
+        elif self.objective.model_dump().get("only_low"):
+            raise ValueError(
+                f"objective.only_low needs the token entropies of adapter.kind alter, not {adapter.kind}: give "
+                "--objective.no-only-low"
+            )
+        if not isinstance(self.initializer, Zero):
+            if not isinstance(adapter, Lora):
+                raise ValueError(
+                    f"initializer.kind {self.initializer.kind} is for adapter.kind lora, not {adapter.kind}"
+                )
+            if adapter.dropout or self.weight_decay:
+                raise ValueError(
+                    f"initializer.kind {self.initializer.kind} starts from factors that a frozen copy cancels: "
+                    "adapter.dropout and weight_decay must be 0"
+                )
+        if self.watch.on and (isinstance(adapter, (FullWeights, AssistantLora)) or self.negate is not None):
+            raise ValueError(
+                "watch looks at an adapter on the model while it trains: not with adapter.kind full or "
+                "assistant, and not with negate"
+            )
+        if isinstance(adapter, AssistantLora):
+            frozen_needs = [
+                part.kind
+                for part in (self.objective, self.retain_objective)
+                if part.needs.views or part.needs.base_logp or part.needs.hidden
+            ]
+            if frozen_needs or self.negate is not None:
+                raise ValueError(
+                    f"adapter.kind assistant trains another model than the base, so it goes with neither negate nor "
+                    f"objectives that compare with the base{' such as ' + frozen_needs[0] if frozen_needs else ''}: take "
+                    "objective.kind learn and retain_objective.kind uniform"
+                )
+        if self.negate is not None and isinstance(adapter, BoundedLora):
+            raise ValueError("negate cannot undo a bounded update: phi(-n x) is not -n phi(x); take adapter.kind lora")
+        if self.phase_one and not self.retain_objective.needs.rows:
+            raise ValueError("phase_one learns retain tokens: retain_objective.kind must not be none")
+        if isinstance(adapter, Lora) and adapter.orthogonal_to and not isinstance(self.initializer, Zero):
+            raise ValueError("adapter.orthogonal_to goes with initializer.kind zero only")
+        if not (self.objective.needs.rows or self.objective.needs.alternative or self.retain_objective.needs.rows):
+            raise ValueError("objective.kind and retain_objective.kind are both none: there is nothing to train")
         return self
 
     @model_validator(mode="after")
     def _experts_alone(self) -> Unlearn:
         if self.start_from is not None:
             self.experts_only = True
-        if self.experts_only and self.phase_one:
+        if not self.experts_only:
+            return self
+        if not isinstance(self.adapter, AlterAdapter):
+            raise ValueError(f"experts_only and start_from are for adapter.kind alter, not {self.adapter.kind}")
+        if self.phase_one:
             raise ValueError("phase_one trains A and the retention expert, which experts_only (or start_from) freezes")
-        if self.experts_only and self.adapter.router == "static":
+        if self.adapter.router == "static":
             raise ValueError("experts_only needs a router that keeps the experts apart; adapter.router is 'static'")
+        needs = self.objective.needs
+        if self.start_from is not None and (needs.alternative == "diversion" or set(needs.views) - {"base"}):
+            raise ValueError(
+                f"objective.kind {self.objective.kind} looks at the bare base, which start_from has adapted"
+            )
         return self
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The data of a run, encoded: forget rows with the expert of each (1 is the first), and retain rows."""
+    """The data of a run, encoded: forget rows with the expert of each (1 is the first), and retain rows.
+
+    `alternative` holds the forget rows once more in the form that the objective asks for, if it does.
+    """
 
     forget: list[Encoded]
     retain: list[Encoded]
     expert: list[int]
+    alternative: list[Encoded] = field(default_factory=list)
+
+    def of(self, branch: str) -> list[Encoded]:
+        """The rows of one of `BRANCHES`."""
+        return {"forget": self.forget, "alternative": self.alternative, "retain": self.retain}[branch]
 
 
 def prepare_folder(run: Unlearn) -> Path:
@@ -203,6 +291,8 @@ def read_data(run: Unlearn) -> tuple[list[Example], list[Example], list[int], li
     forget = load_examples(run.forget, domain_column=run.domain_column)
     retain = load_examples(run.retain)
     check_overlap(forget, retain)
+    if run.num_forget_experts == 1:
+        return forget, retain, [0] * len(forget), ["all"]
     if run.domain_column is None and run.num_forget_experts is not None:
         index, names = domains(forget, n=run.num_forget_experts, seed=run.seed)
     else:
@@ -247,19 +337,27 @@ def schedule(
     return pairs
 
 
-def add_adapter(model: Any, run: Unlearn, names: list[str]) -> Any:
-    """Put a new ALTER adapter on a loaded model; the adapter of `start_from`, which it has then, gets room for `names`.
+def add_adapter(model: Any, run: Unlearn, names: list[str], start: Mapping[str, Factors] | None = None) -> Any:
+    """Put the run's adapter on a loaded model, or choose the weights to train.
+
+    The adapter of `start_from`, which the model has then, gets room for `names`.
+
+    Args:
+        model: the base model.
+        run: the settings.
+        names: names of the sub-domains.
+        start: where LoRA's factors start, with an initialiser that gives some.
 
     Raises:
         UserError: the adapter to grow is not ALTER's, has other settings than asked for, or serves a name already.
     """
-    settings = run.adapter
+    adapter = run.adapter
     if run.start_from is not None:
         config = model.peft_config["default"]
-        if not isinstance(config, AlterConfig) or config.router == "static":
+        if not isinstance(config, AlterConfig) or not config.routed:
             raise UserError(f"start_from is {run.start_from!r}, which is no ALTER adapter with a router to grow.")
-        for name in sorted(settings.model_fields_set - {"entropy_quantile"}):
-            wanted, has = getattr(settings, name), getattr(config, name)
+        for name in sorted(adapter.model_fields_set - {"kind", "isolation", "entropy_quantile"}):
+            wanted, has = getattr(adapter, name), getattr(config, name)
             if wanted is not None and wanted != (sorted(has) if isinstance(has, set) else has):
                 raise UserError(f"adapter.{name} is {wanted!r}, but {run.start_from} has {has!r}: leave it out.")
         own = config.domains or [f"expert {d + 1}" for d in range(config.num_forget_experts)]
@@ -269,14 +367,11 @@ def add_adapter(model: Any, run: Unlearn, names: list[str]) -> Any:
         model.base_model.resize_experts("default", len(own) + len(names), own + names)
         config.inference_mode = False
         return model
-    config = AlterConfig(
-        **settings.model_dump(),
-        num_forget_experts=run.num_forget_experts or len(names),
-        domains=names,
-        task_type="CAUSAL_LM",
-    )
-    config.base_fingerprint = base_fingerprint(model)
-    return get_peft_model(model, config)
+    if isinstance(adapter, AlterAdapter):
+        return adapter.attach(model, names, run.num_forget_experts or len(names))
+    if isinstance(adapter, Lora):
+        return adapter.attach(model, start, run.model)
+    return adapter.attach(model)
 
 
 def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[str, float]:
@@ -290,6 +385,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
     Returns:
         what was found: the threshold, the share of tokens routed as their row says, per kind of row.
     """
+    assert isinstance(run.adapter, AlterAdapter)
     generator = np.random.default_rng(run.seed)
     config = model.peft_config["default"]
     parts: list[list[int]] = []
@@ -310,7 +406,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
     )
     found: dict[str, float] = {}
     if run.start_from is None and run.adapter.entropy_quantile is not None:
-        retain_entropy = torch.cat([row.entropy for row in traced[len(parts[0]) :]])
+        retain_entropy = torch.cat([row.entropy for row in traced[len(parts[0]) :] if row.entropy is not None])
         config.entropy_threshold = threshold_from_quantile(retain_entropy, run.adapter.entropy_quantile)
         check_threshold(config.entropy_q, config.entropy_threshold, config.vocab_size)
     found["entropy_threshold"] = float(config.threshold)
@@ -318,6 +414,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
         return found
     inputs, targets = [], []
     for place, row in enumerate(traced):
+        assert row.entropy is not None
         evidence = row.entropy[:, None] if row.features is None else row.features.float()
         label = rows.expert[parts[0][place]] if place < len(parts[0]) else 0
         # the first token of a row has no evidence and is never routed
@@ -368,120 +465,217 @@ Traced = dict[str, dict[int, frozen.Row]]
 
 
 class PairCollator:
-    """Lay forget rows and retain rows of a step into one batch, forget rows first, with their routes and references."""
+    """Lay the rows of a step into one batch, forget rows first, with their routes and what the frozen base knows.
+
+    An item holds a dict per branch that takes part: `encoded`, `row` (of the frozen base) and `expert`.
+    """
 
     def __init__(self, pad_token_id: int) -> None:
         # few different shapes: the allocator can then give a step the memory of the last one
         self.collate = Collator(pad_token_id, multiple_of=16)
 
-    def __call__(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> dict[str, Any]:
-        items = [forget for forget, _ in pairs] + [retain for _, retain in pairs if retain is not None]
+    def __call__(self, pairs: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
+        present = [name for name in BRANCHES if name in pairs[0]]
+        items = [pair[name] for name in present for pair in pairs]
         batch: dict[str, Any] = self.collate(
             [{"input_ids": item["encoded"].input_ids, "labels": item["encoded"].labels} for item in items]
         )
         shape = batch["input_ids"].shape
-        batch["gates"] = torch.zeros(*shape, items[0]["row"].gates.shape[-1])
-        # padding counts as high: it is never labelled and must not look like knowledge
-        batch["entropy"] = torch.full(shape, torch.inf)
-        for place, item in enumerate(items):
-            length = len(item["row"].entropy)
-            batch["gates"][place, :length] = item["row"].gates
-            batch["entropy"][place, :length] = item["row"].entropy
+        if items[0]["row"].gates is not None:
+            batch["gates"] = torch.zeros(*shape, items[0]["row"].gates.shape[-1])
+            # padding counts as high: it is never labelled and must not look like knowledge
+            batch["entropy"] = torch.full(shape, torch.inf)
+            for place, item in enumerate(items):
+                length = len(item["row"].entropy)
+                batch["gates"][place, :length] = item["row"].gates
+                batch["entropy"][place, :length] = item["row"].entropy
         batch["expert"] = torch.tensor([item["expert"] for item in items])
-        for name, members in (("forget", items[: len(pairs)]), ("retain", items[len(pairs) :])):
-            references = [item["row"].reference for item in members if item["row"].reference is not None]
-            if references:
-                batch[f"{name}_ids"] = torch.cat([reference.ids for reference in references]).long()
-                batch[f"{name}_logp"] = torch.cat([reference.logp for reference in references]).float()
+        batch["branch"] = torch.tensor([BRANCHES.index(name) for name in present for _ in pairs])
+        for name in present:
+            rows = [pair[name]["row"] for pair in pairs]
+            if rows[0].reference is not None:
+                batch[f"{name}_ids"] = torch.cat([row.reference.ids for row in rows]).long()
+                batch[f"{name}_logp"] = torch.cat([row.reference.logp for row in rows]).float()
+            if rows[0].base_logp is not None:
+                batch[f"{name}_base_logp"] = torch.cat([row.base_logp for row in rows]).float()
+            if rows[0].hidden is not None:
+                batch[f"{name}_hidden"] = torch.cat([row.hidden for row in rows])
         return batch
 
 
 class Pairs(torch.utils.data.Dataset):
-    """The schedule as a dataset: item i is the i-th pair of a forget and a retain row.
+    """The schedule as a dataset: item i is the i-th pair of a forget and a retain row, in the branches that are traced."""
 
-    Where forget experts train alone, nothing learns from retain rows, and the retain row is None.
-    """
-
-    def __init__(self, order: list[tuple[int, int]], rows: Rows, traced: Traced, *, experts_only: bool) -> None:
-        self.order, self.rows, self.traced, self.experts_only = order, rows, traced, experts_only
+    def __init__(self, order: list[tuple[int, int]], rows: Rows, traced: Traced) -> None:
+        self.order, self.rows, self.traced = order, rows, traced
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, i: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def __getitem__(self, i: int) -> dict[str, dict[str, Any]]:
         f, r = self.order[i]
-        forget = {"encoded": self.rows.forget[f], "row": self.traced["forget"][f], "expert": self.rows.expert[f]}
-        if self.experts_only:
-            return forget, None
-        return forget, {"encoded": self.rows.retain[r], "row": self.traced["retain"][r], "expert": 0}
+        chosen = {
+            "forget": (f, self.rows.expert[f]),
+            "alternative": (f, self.rows.expert[f]),
+            "retain": (r, 0),
+        }
+        return {
+            name: {"encoded": self.rows.of(name)[row], "row": self.traced[name][row], "expert": expert}
+            for name, (row, expert) in chosen.items()
+            if name in self.traced
+        }
 
 
-@contextmanager
-def head_on(model: Any, positions: Tensor) -> Iterator[None]:
-    """Within the block the language-model head sees only the hidden states at `positions` [B, T]: logits are [n, V]."""
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions], *inputs[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+@dataclass(frozen=True)
+class Penalty:
+    """weight * sum over terms of |C M|_F^2 for constant matrices C and parameters M, which a function views."""
+
+    weight: float
+    terms: list[tuple[Tensor, torch.nn.Parameter, bool]]
+    r: int
+
+    def __call__(self) -> Tensor:
+        """The penalty now; M is lora_B's first r columns, or lora_A's first r rows transposed."""
+        parts = [
+            (constant @ (parameter[: self.r].t() if transposed else parameter[:, : self.r])).square().sum()
+            for constant, parameter, transposed in self.terms
+        ]
+        return self.weight * torch.stack(parts).sum()
+
+
+class FirstEpoch(TrainerCallback, ExportableState):
+    """Mean of the retain loss in the first epoch, which `Adaptive` compares with; saved with every checkpoint."""
+
+    def __init__(self, total: float = 0.0, count: int = 0) -> None:
+        self.total, self.count = total, count
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"total": self.total, "count": self.count}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over what the checkpoint of a resumed run has kept."""
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if kept:
+            self.total, self.count = kept["args"]["total"], kept["args"]["count"]
+
+    def weight(self, loss: float, first: bool) -> float:
+        """The retain weight of a step, given its loss and whether the first epoch still runs."""
+        if first:
+            self.total += loss
+            self.count += 1
+            return Adaptive.multiplier(0.0)
+        return Adaptive.multiplier(loss - self.total / max(self.count, 1))
 
 
 class UnlearnTrainer(Trainer):
-    """transformers' Trainer with ALTER's loss (Eq. 8), gradient isolation and two learning rates."""
+    """transformers' Trainer with the run's loss (ALTER Eq. 8), gradient isolation and learning rates.
 
-    def __init__(self, run: Unlearn, threshold: float, num_experts: int, **kwargs: Any) -> None:
+    Args:
+        run: the settings.
+        threshold: entropy above which a token is high.
+        num_experts: experts of ALTER's adapter, the retention expert included.
+        block: module whose hidden states the objectives read, if they do.
+        penalty: of the parameters, added to the loss.
+    """
+
+    def __init__(
+        self,
+        run: Unlearn,
+        threshold: float,
+        num_experts: int,
+        block: torch.nn.Module | None = None,
+        penalty: Penalty | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.run, self.threshold, self.num_experts = run, threshold, num_experts
+        self.block, self.penalty = block, penalty
         # our loss is a mean per step, so the trainer itself divides by the accumulation steps
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, Tensor] = {}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """One forward for forget and retain rows together; see `Unlearn` for the weights of the three terms."""
-        labels, high = inputs["labels"], inputs["entropy"] > self.threshold
-        forget_row = inputs["expert"] > 0
-        # row b may move only its own expert, and A only through high-entropy tokens (strict gradient isolation)
-        allowed = torch.nn.functional.one_hot(inputs["expert"], self.num_experts).bool()
-        allowed = allowed[:, None, :].expand(-1, labels.shape[1], -1)
-        routing = Routing(inputs["gates"].float(), allowed, high)
-        positions = frozen.labelled(labels)
-        with head_on(self.accelerator.unwrap_model(model), positions):
-            logits = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], alter_routing=routing
-            ).logits
+        """One forward for all rows of the step together; see `Unlearn` for the weights of the terms."""
+        run = self.run
+        labels, branch = inputs["labels"], inputs["branch"]
+        options: dict[str, Any] = {}
+        high = torch.zeros_like(labels, dtype=torch.bool)
+        if "gates" in inputs:
+            assert isinstance(run.adapter, AlterAdapter)
+            high = inputs["entropy"] > self.threshold
+            # row b may move only its own expert, and A only through high-entropy tokens (strict gradient isolation)
+            allowed = torch.nn.functional.one_hot(inputs["expert"], self.num_experts).bool()
+            allowed = allowed[:, None, :].expand(-1, labels.shape[1], -1)
+            isolated = (allowed, high) if run.adapter.isolation else (None, None)
+            options["alter_routing"] = Routing(inputs["gates"].float(), *isolated)
+        wanted = torch.tensor([needs.labels for needs in branch_needs(run)], device=labels.device)
+        positions = frozen.labelled(labels) & wanted[branch][:, None]
+        with head_on(self.accelerator.unwrap_model(model), positions), states_of(self.block) as hidden:
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options).logits
         truth = labels[:, 1:][positions[:, :-1]]
         # the token's own entropy: that of the step that generated it
         token_high = high[:, 1:][positions[:, :-1]]
-        of_forget = forget_row[:, None].expand_as(positions)[positions]
+        number = torch.arange(len(branch), device=labels.device)
 
-        def part(mask: Tensor, name: str) -> Labelled:
-            reference = None
+        def part(name: str) -> Labelled:
+            members = branch == BRANCHES.index(name)
+            row = number - number[members].min() if members.any() else number
+            mask = members[:, None].expand_as(positions)[positions]
+            reference = states = None
             if f"{name}_ids" in inputs:
                 reference = Reference(inputs[f"{name}_ids"], inputs[f"{name}_logp"])
-            return Labelled(logits[mask], truth[mask], token_high[mask], reference)
+            if hidden and members.any():
+                real = inputs["attention_mask"].bool() & members[:, None]
+                of_token = row[:, None].expand_as(real)[real]
+                states = Hidden(hidden[0][real], of_token, inputs.get(f"{name}_hidden"))
+            return Labelled(
+                logits[mask],
+                truth[mask],
+                token_high[mask],
+                reference,
+                row[:, None].expand_as(positions)[positions][mask],
+                int(members.sum()),
+                inputs.get(f"{name}_base_logp"),
+                part("alternative") if name == "forget" else None,
+                states,
+            )
 
-        forget, retain = part(of_forget, "forget"), part(~of_forget, "retain")
-        if self.state.global_step < self.run.phase_one * self.state.max_steps:
-            loss = self.run.gamma * mean_or_zero(cross_entropy(retain.logits, retain.labels)[retain.high])
+        forget, retain = part("forget"), part("retain")
+        if self.state.global_step < run.phase_one * self.state.max_steps:
+            loss = run.gamma * mean_or_zero(cross_entropy(retain.logits, retain.labels)[retain.high])
             loss = loss + 0.0 * logits.sum()
         else:
-            structure = mean_or_zero(cross_entropy(logits, truth)[token_high])
+            # labels that an alternative makes up are no structure
+            real = (branch != BRANCHES.index("alternative"))[:, None].expand_as(positions)[positions]
+            structure = mean_or_zero(cross_entropy(logits, truth)[token_high & real])
             parts = {
-                "forget": self.run.objective(forget),
-                "retain": self.run.retain_objective(retain) if len(retain.labels) else 0.0 * logits.sum(),
+                "forget": run.objective(forget),
+                "retain": run.retain_objective(retain) if retain.rows else 0.0 * logits.sum(),
                 "structure": structure,
             }
-            loss = self.run.beta * parts["forget"] + self.run.gamma * parts["retain"]
-            if self.run.lambda_:
-                loss = loss + self.run.lambda_ * parts["structure"]
+            if isinstance(run.retain_objective, Adaptive):
+                first = self.state.global_step * run.epochs < self.state.max_steps
+                parts["retain"] = parts["retain"] * self.first_epoch.weight(float(parts["retain"].detach()), first)
+            loss = run.beta * parts["forget"] + run.gamma * parts["retain"]
+            if run.lambda_:
+                loss = loss + run.lambda_ * parts["structure"]
+            if self.penalty is not None:
+                parts["penalty"] = self.penalty()
+                loss = loss + parts["penalty"]
             self.parts = {name: value.detach() for name, value in parts.items()}
         if not torch.isfinite(loss):
+            rate = "learning_rate_experts" if isinstance(run.adapter, AlterAdapter) else "learning_rate"
             raise UserError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}: training stops, and the last good "
-                f"checkpoint stays in {self.args.output_dir}. Lower learning_rate_experts or max_grad_norm."
+                f"checkpoint stays in {self.args.output_dir}. Lower {rate} or max_grad_norm."
             )
         return (loss, logits) if return_outputs else loss
+
+    @property
+    def first_epoch(self) -> FirstEpoch:
+        """The callback that remembers the first epoch."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, FirstEpoch))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the terms of the last step's loss to what is logged."""
@@ -490,12 +684,17 @@ class UnlearnTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with eta_A for the shared A and eta_B for the experts, without weight decay.
+        """AdamW; for ALTER's adapter with eta_A for the shared A and eta_B for the experts, without weight decay.
 
         Weight decay would move the columns of experts that the gradient masks protect.
         """
         if getattr(self, "optimizer", None) is None:
             named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            if not isinstance(self.run.adapter, AlterAdapter):
+                cls, options = self.get_optimizer_cls_and_kwargs(self.args)
+                decay = {"weight_decay": self.run.weight_decay}
+                self.optimizer = cls([{"params": [p for _, p in named], **decay}], **options)
+                return self.optimizer
             shared = [p for name, p in named if ".alter_A." in name]
             experts = [p for name, p in named if ".alter_A." not in name]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -512,32 +711,51 @@ class UnlearnTrainer(Trainer):
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files were all written; a kill while saving leaves one that is not."""
     found = []
+    weights = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
         # trainer_state.json is the last file that the trainer writes
-        whole = all((path / name).exists() for name in ("trainer_state.json", "adapter_model.safetensors"))
+        whole = (path / "trainer_state.json").exists() and any((path / name).exists() for name in weights)
         if number.isdigit() and whole:
             found.append((int(number), path))
     return max(found)[1] if found else None
 
 
+def branch_needs(run: Unlearn) -> list[Needs]:
+    """What is needed of the rows of each of `BRANCHES`; `rows` says whether they take part at all."""
+    forget, retain = run.objective.needs, run.retain_objective.needs
+    if run.experts_only:
+        # nothing learns from retain rows
+        retain = Needs(rows=False)
+    other = Needs(rows=forget.alternative is not None, base_logp=forget.base_logp and forget.alternative is not None)
+    return [forget, other, retain]
+
+
 def trace_run(
-    model: Any, tokenizer: Any, run: Unlearn, rows: Rows, order: list[tuple[int, int]], cache: Path
+    model: Any,
+    tokenizer: Any,
+    run: Unlearn,
+    rows: Rows,
+    order: list[tuple[int, int]],
+    cache: Path,
+    views: Mapping[str, frozen.View] | None = None,
+    block: torch.nn.Module | None = None,
 ) -> tuple[Traced, dict[str, float]]:
     """Everything the training needs from the frozen base: router, entropies, gates, references; kept in `cache`."""
-    encoded = {"forget": rows.forget, "retain": rows.retain}
-    used = {
-        "forget": sorted({f for f, _ in order}),
-        "retain": [] if run.experts_only else sorted({r for _, r in order}),
-    }
-    needs = {"forget": run.objective.needs_base, "retain": run.retain_objective.needs_base}
-    config = model.peft_config["default"]
-    router = None if config.router == "static" else model.base_model.router_host[1].alter_router["default"]
+    needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
+    drawn = {"forget": {f for f, _ in order}, "alternative": {f for f, _ in order}, "retain": {r for _, r in order}}
+    used = {name: sorted(drawn[name]) for name in BRANCHES if needs[name].rows}
+    alter = model.peft_config["default"] if isinstance(run.adapter, AlterAdapter) else None
+    router = None
+    if alter is not None and alter.routed:
+        router = model.base_model.router_host[1].alter_router["default"]
     key = digest(
-        config.base_fingerprint,
-        run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed"}),
-        needs,
-        [[encoded[name][i].input_ids for i in used[name]] for name in used],
+        base_fingerprint(model),
+        run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed", "reinforcement"}),
+        run.objective.model_dump() if run.objective.needs.views else None,
+        [repr(needs[name]) for name in used],
+        [[rows.of(name)[i].input_ids for i in used[name]] for name in used],
+        [[rows.of(name)[i].labels for i in used[name]] for name in used],
         rows.expert,
         # an adapter to grow brings a router with it, and the retain rows that are not trained on still fit the new one
         None if run.start_from is None or router is None else [weight.sum().item() for weight in router.parameters()],
@@ -545,42 +763,239 @@ def trace_run(
     )
     kept = frozen.restore(cache, key)
     if kept is None:
-        found = fit_router(model, run, rows, tokenizer.pad_token_id)
+        found = {} if alter is None else fit_router(model, run, rows, tokenizer.pad_token_id)
         traced = []
         for name in used:
-            members = [encoded[name][i] for i in used[name]]
-            k = run.reference_top_k if needs[name] else 0
-            part = frozen.trace_rows(
-                model, members, pad_token_id=tokenizer.pad_token_id, gates=True, reference_k=k, label=f"{name} rows"
+            members = [rows.of(name)[i] for i in used[name]]
+            objective: Any = run.retain_objective if name == "retain" else run.objective
+            if alter is None and not (needs[name].views or needs[name].base_logp or needs[name].base_hidden):
+                traced += [frozen.Row() for _ in members]
+                continue
+            traced += frozen.trace_rows(
+                model,
+                members,
+                pad_token_id=tokenizer.pad_token_id,
+                gates=alter is not None,
+                reference_k=run.reference_top_k if needs[name].views else 0,
+                needs=needs[name],
+                target=objective.target,
+                views={view: made for view, made in (views or {}).items() if view in needs[name].views},
+                block=block,
+                label=f"{name} rows",
             )
-            traced += part
         weights = {} if router is None else {name: p.detach().cpu() for name, p in router.named_parameters()}
         kept = frozen.Frozen(traced, weights, found)
         frozen.store(cache, kept, key)
     if router is not None:
         router.load_state_dict(kept.router)
         router.requires_grad_(False)
-    config.entropy_threshold = kept.found["entropy_threshold"]
-    split = len(used["forget"])
-    return {
-        "forget": dict(zip(used["forget"], kept.rows[:split], strict=True)),
-        "retain": dict(zip(used["retain"], kept.rows[split:], strict=True)),
-    }, kept.found
+    if alter is not None:
+        alter.entropy_threshold = kept.found["entropy_threshold"]
+    left = iter(kept.rows)
+    return {name: {i: next(left) for i in used[name]} for name in used}, kept.found
+
+
+def kept_tensors(cache: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that `make` gives, or the ones that it gave before under the same key; kept in `cache`."""
+    if cache.exists():
+        with safe_open(str(cache), "pt") as file:
+            if file.metadata()["key"] == key:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    made = {name: value.contiguous() for name, value in make().items()}
+    write_atomic(cache, save(made, metadata={"key": key}))
+    return made
+
+
+def _flat(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    return {f"{side}.{name}": getattr(pair, side).cpu() for name, pair in factors.items() for side in "AB"}
+
+
+def _factors(tensors: Mapping[str, Tensor], device: Any = None) -> dict[str, Factors]:
+    names = [name.removeprefix("A.") for name in tensors if name.startswith("A.")]
+    return {name: Factors(tensors[f"A.{name}"].to(device), tensors[f"B.{name}"].to(device)) for name in names}
+
+
+def hidden_depth(run: Unlearn) -> float:
+    """The share of the depth at which the objectives read hidden states.
+
+    Raises:
+        UserError: the forget and the retain objective name different ones.
+    """
+    depths = {
+        part.depth for part in (run.objective, run.retain_objective) if isinstance(part, (Misdirect, KeepHidden))
+    }
+    if len(depths) > 1:
+        raise UserError(
+            f"objective.depth and retain_objective.depth are {' and '.join(f'{d:g}' for d in sorted(depths))}; a step reads "
+            "hidden states of one block: give the same number."
+        )
+    return depths.pop()
+
+
+def start_of(
+    base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], retain: list[Encoded], cache: Path
+) -> tuple[dict[str, Factors] | None, dict[str, Tensor]]:
+    """Where LoRA's factors start, and the directions that B is kept away from, of each layer."""
+    adapter, initializer = run.adapter, run.initializer
+    if isinstance(initializer, Zero):
+        return None, {}
+    assert isinstance(adapter, Lora)
+    key = digest(
+        base_fingerprint(base),
+        run.model_dump(include={"adapter", "initializer", "batch_size", "seed"}),
+        [[row.input_ids for row in part] for part in (forget, retain)],
+    )
+    # as many retain rows as forget rows: one epoch of the schedule
+    drawn = np.random.default_rng(run.seed).permutation(len(retain))[: len(forget)].tolist()
+
+    def make() -> dict[str, Tensor]:
+        start, away = starting_factors(
+            base,
+            adapter.layers(base),
+            initializer,
+            forget,
+            [retain[i] for i in drawn],
+            r=adapter.r,
+            scaling=adapter.alpha / adapter.r,
+            batch=run.batch_size,
+            seed=run.seed,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return _flat(start) | {f"P.{name}": value for name, value in away.items()}
+
+    tensors = kept_tensors(cache, key, make)
+    away = {name.removeprefix("P."): value for name, value in tensors.items() if name.startswith("P.")}
+    return _factors(tensors), away
+
+
+def penalty_of(model: Any, run: Unlearn, away: Mapping[str, Tensor]) -> Penalty | None:
+    """REGLU's |B^T P|^2 over all layers, or O3's |A_earlier A^T|^2 over all earlier adapters, averaged over the blocks.
+
+    Raises:
+        UserError: an earlier adapter is missing, or adapts other layers.
+    """
+    adapter = run.adapter
+    if not isinstance(adapter, Lora):
+        return None
+    by_layer: dict[str, dict[str, torch.nn.Parameter]] = {"lora_A": {}, "lora_B": {}}
+    for name, parameter in model.named_parameters():
+        for kind, found in by_layer.items():
+            if f".{kind}." in name:
+                found[name.removeprefix("base_model.model.").partition(f".{kind}.")[0]] = parameter
+    if away and isinstance(run.initializer, Reglu):
+        terms = [(away[name].t().to(p), p, False) for name, p in by_layer["lora_B"].items()]
+        return Penalty(run.initializer.penalty, terms, adapter.r)
+    if not adapter.orthogonal_to:
+        return None
+    terms = []
+    for folder in adapter.orthogonal_to:
+        path = Path(folder) / "adapter_model.safetensors"
+        if not path.is_file():
+            raise UserError(f"No adapter at {folder} (adapter.orthogonal_to): expected the folder of a LoRA adapter.")
+        with safe_open(str(path), "pt") as file:
+            for name, parameter in by_layer["lora_A"].items():
+                key = f"base_model.model.{name}.lora_A.weight"
+                if key not in file.keys():  # noqa: SIM118  not a dict
+                    raise UserError(
+                        f"The adapter in {folder} does not adapt layer {name!r}, so no A is there to avoid."
+                    )
+                terms.append((file.get_tensor(key).to(parameter), parameter, True))
+    return Penalty(adapter.orthogonality / blocks(model)[1], terms, adapter.r)
+
+
+def frozen_views(
+    base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], cache: Path
+) -> dict[str, frozen.View]:
+    """The frozen passes besides the base's own that the forget objective asks for."""
+    wanted = run.objective.needs.views
+    views: dict[str, frozen.View] = {}
+    if "expert" in wanted:
+        context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        views |= persona_views(run.objective, tokenizer, forget, context)
+    if "reinforced" in wanted:
+        layers = target_layers(base, target_names(base, None), None)
+        key = digest(
+            base_fingerprint(base),
+            run.model_dump(include={"reinforcement", "batch_size", "seed"}),
+            [row.input_ids for row in forget],
+        )
+
+        def make() -> dict[str, Tensor]:
+            return _flat(
+                reinforce(
+                    base,
+                    layers,
+                    forget,
+                    r=16,
+                    scaling=2.0,
+                    epochs=run.reinforcement.epochs,
+                    learning_rate=run.reinforcement.learning_rate,
+                    batch=run.batch_size,
+                    seed=run.seed,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            )
+
+        factors = _factors(kept_tensors(cache, key, make), next(base.parameters()).device)
+        views["reinforced"] = frozen.View(inside=lambda: low_rank(layers, factors, 2.0))
+    return views
+
+
+def negate(model: Any, run: Unlearn, times: float) -> None:
+    """Turn what was learned round: theta - times * (theta' - theta) (task arithmetic, Ilharco et al. 2023)."""
+    with torch.no_grad():
+        if not isinstance(run.adapter, FullWeights):
+            for name, parameter in model.named_parameters():
+                if ".lora_B." in name or ".alter_B." in name:
+                    parameter.mul_(-times)
+            return
+        before, _ = load_model(run.model, dtype="float32", device=run.device)
+        for new, old in zip(model.parameters(), before.parameters(), strict=True):
+            new.copy_(old - times * (new - old))
 
 
 def card(run: Unlearn, names: Sequence[str]) -> str:
-    """The adapter's model card: what it is, how to load it, what it was trained with, and what it does not do."""
+    """The result's model card: what it is, how to load it, what it was trained with, and what it does not do."""
+    settings = yaml.safe_dump(run.model_dump(mode="json", exclude={"resume", "overwrite"}), sort_keys=False)
+    title = "ALTER" if run.method is None else methods.METHODS[run.method].title
+    head = f"---\nlibrary_name: {{library}}\nbase_model: {run.model}\ntags: [alter, unlearning]\n---\n\n"
+    tail = f"\n## Settings\n\n```yaml\n{settings}```\n"
+    if isinstance(run.adapter, FullWeights):
+        return f"""{head.format(library="transformers")}# {run.model}, made to forget {run.forget}
+
+{title}; adapter.kind full: these are the model's own weights, changed. `AutoModelForCausalLM.from_pretrained` loads them.
+{tail}"""
+    if isinstance(run.adapter, AssistantLora):
+        return f"""{head.format(library="peft")}# Assistant: makes {run.model} forget {run.forget}
+
+{title}: a LoRA adapter (`lora`) on the model's first blocks, whose log-probabilities are subtracted from the model's.
+
+```python
+from transformers import AutoModelForCausalLM
+
+from alter.assistant import load
+
+model = load(AutoModelForCausalLM.from_pretrained({run.model!r}), "this folder")
+```
+{tail}"""
+    parts = "" if run.method is None else f"{title}; "
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    settings = yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False)
-    return f"""---
-library_name: peft
-base_model: {run.model}
-tags: [alter, unlearning]
----
+    about = f"{parts}adapter.kind {run.adapter.kind}."
+    base = "It loads on no other base: the configuration holds a fingerprint of the weights. "
+    merging = "A routed adapter cannot be merged."
+    if isinstance(run.adapter, AlterAdapter):
+        about = f"{parts}{len(names)} sub-domains, one forgetting expert each: {shown}."
+    if isinstance(run.adapter, Lora):
+        base = ""
+        merging = "It can be merged."
+        if not isinstance(run.initializer, Zero):
+            about += (
+                f" It starts by {run.initializer.kind}: the second half of its rank is the negated start, frozen, in place "
+                "of a changed base model, so that the adapter switched off is the original model."
+            )
+    return f"""{head.format(library="peft")}# {"ALTER adapter" if isinstance(run.adapter, AlterAdapter) else "Adapter"}: makes {run.model} forget {run.forget}
 
-# ALTER adapter: makes {run.model} forget {run.forget}
-
-{len(names)} sub-domains, one forgetting expert each: {shown}.
+{about}
 
 ```python
 import alter  # registers the method with PEFT
@@ -590,21 +1005,30 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({run.model!r}), "this folder")
 ```
 
-It loads on no other base: the configuration holds a fingerprint of the weights. It is an adapter: whoever has the base
-weights has the knowledge, and `disable_adapter()` brings it back. A routed adapter cannot be merged.
-
-## Settings
-
-```yaml
-{settings}```
-"""
+{base}It is an adapter: whoever has the base
+weights has the knowledge, and `disable_adapter()` brings it back. {merging}
+{tail}"""
 
 
-def save_adapter(model: Any, out: Path, text: str | None = None) -> Path:
-    """Write the adapter, with its card, to `out`/adapter, whole or not at all: a folder beside it, then renamed."""
-    partial, final = out / ".adapter.partial", out / "adapter"
+def save_adapter(
+    model: Any,
+    out: Path,
+    text: str | None = None,
+    name: str = "adapter",
+    tokenizer: Any = None,
+    assistant: dict[str, Any] | None = None,
+) -> Path:
+    """Write an adapter or a model, with its card, to `out`/`name`, whole or not at all: a folder beside it, renamed.
+
+    With `assistant` (what `alter.assistant.load` must know) the adapter itself goes into a folder `lora` within.
+    """
+    partial, final = out / f".{name}.partial", out / name
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
+    model.save_pretrained(str(partial if assistant is None else partial / "lora"))
+    if assistant is not None:
+        write_atomic(partial / ASSISTANT, to_json(assistant))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(partial))
     if text is not None:
         write_atomic(partial / "README.md", text)
     if final.exists():
@@ -614,20 +1038,23 @@ def save_adapter(model: Any, out: Path, text: str | None = None) -> Path:
 
 
 def unlearn(run: Unlearn) -> Path:
-    """Make a model forget: train an ALTER adapter and save it to `run.out`/adapter.
+    """Make a model forget: train an adapter and save it to `run.out`/adapter, or its weights to `run.out`/model.
 
     Args:
         run: the settings; everything that can be checked without the model is checked before it is loaded.
 
     Returns:
-        the run's folder: `adapter/` loads with `PeftModel.from_pretrained`, `run.yaml` repeats the run, `run.json`
-        records what happened, `frozen.safetensors` and `checkpoints/` let an interrupted run resume.
+        the run's folder: `adapter/` loads with `PeftModel.from_pretrained`, or `model/` (adapter.kind full) with
+        `AutoModelForCausalLM.from_pretrained`; `run.yaml` repeats the run, `run.json` records what happened,
+        `frozen.safetensors`, `start.safetensors` (initialisers), `reinforced.safetensors` and `checkpoints/` let an
+        interrupted run resume.
 
     Raises:
         UserError: bad settings or data, a folder that is in use, or a loss that is not finite.
     """
     started = time.time()
-    check_threshold(run.adapter.entropy_q, run.adapter.entropy_threshold or 1e-9, None)
+    if isinstance(run.adapter, AlterAdapter):
+        check_threshold(run.adapter.entropy_q, run.adapter.entropy_threshold or 1e-9, None)
     forget_examples, retain_examples, domain, names = read_data(run)
     watched = None
     if run.watch.on:
@@ -646,15 +1073,23 @@ def unlearn(run: Unlearn) -> Path:
     write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
 
     torch.manual_seed(run.seed)
-    base, tokenizer = load_model(run.model, run.start_from, run.dtype, run.device)
+    full = isinstance(run.adapter, FullWeights)
+    # small steps would be lost in the rounding of 16-bit weights
+    dtype = "float32" if full and run.dtype == "auto" else run.dtype
+    base, tokenizer = load_model(run.model, run.start_from, dtype, run.device)
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
-    model = add_adapter(base, run, names)
+    forget = [encode(tokenizer, example, max_length=limit) for example in forget_examples]
+    retain = [encode(tokenizer, example, max_length=limit) for example in retain_examples]
+    other = alternatives(run.objective, tokenizer, base, forget_examples, forget, seed=run.seed, max_length=limit)
+    views = frozen_views(base, tokenizer, run, forget, out / "reinforced.safetensors")
+    start, away = start_of(base, tokenizer, run, forget, retain, out / "start.safetensors")
+    block = None
+    if run.objective.needs.hidden or run.retain_objective.needs.hidden:
+        place, count = blocks(base)
+        block = base.get_submodule(f"{place}.{block_at(hidden_depth(run), count)}")
+    model = add_adapter(base, run, names, start)
     first = 1 if run.start_from is None else model.peft_config["default"].num_forget_experts - len(names) + 1
-    rows = Rows(
-        [encode(tokenizer, example, max_length=limit) for example in forget_examples],
-        [encode(tokenizer, example, max_length=limit) for example in retain_examples],
-        [first + d for d in domain],
-    )
+    rows = Rows(forget, retain, [first + d for d in domain], other)
     watcher = None
     if watched is not None:
         device = next(base.parameters()).device
@@ -670,7 +1105,7 @@ def unlearn(run: Unlearn) -> Path:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".alter_B." in name)
-    traced, found = trace_run(model, tokenizer, run, rows, order, out / "frozen.safetensors")
+    traced, found = trace_run(model, tokenizer, run, rows, order, out / "frozen.safetensors", views, block)
     prepared = time.time()
 
     checkpoints = out / "checkpoints"
@@ -680,7 +1115,7 @@ def unlearn(run: Unlearn) -> Path:
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         num_train_epochs=1,
         max_steps=run.max_steps or -1,
-        learning_rate=run.learning_rate_experts,
+        learning_rate=run.learning_rate_experts if isinstance(run.adapter, AlterAdapter) else run.learning_rate,
         lr_scheduler_type=run.lr_scheduler,
         warmup_steps=run.warmup_steps,
         max_grad_norm=run.max_grad_norm,
@@ -699,18 +1134,26 @@ def unlearn(run: Unlearn) -> Path:
     )
     trainer = UnlearnTrainer(
         run,
-        found["entropy_threshold"],
-        model.peft_config["default"].num_forget_experts + 1,
+        found.get("entropy_threshold", math.inf),
+        model.peft_config["default"].num_forget_experts + 1 if isinstance(run.adapter, AlterAdapter) else 0,
+        block,
+        penalty_of(model, run, away),
         model=model,
         args=arguments,
-        train_dataset=Pairs(order, rows, traced, experts_only=run.experts_only),
+        train_dataset=Pairs(order, rows, traced),
         data_collator=PairCollator(tokenizer.pad_token_id),
-        callbacks=[watcher] if watcher else None,
+        callbacks=[FirstEpoch(), *([watcher] if watcher else [])],
     )
     checkpoint = last_whole_checkpoint(checkpoints) if run.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seen = watcher and watcher.restore_best(model)
-    save_adapter(model, out, card(run, names))
+    if run.negate is not None:
+        negate(model, run, run.negate)
+    assistant = None
+    if isinstance(run.adapter, AssistantLora):
+        where, size = run.adapter.size(base)
+        assistant = {"list": where, "blocks": size, **run.adapter.model_dump(include={"weight", "plausible"})}
+    save_adapter(model, out, card(run, names), "model" if full else "adapter", tokenizer if full else None, assistant)
     write_atomic(
         out / "run.json",
         to_json(
@@ -720,7 +1163,9 @@ def unlearn(run: Unlearn) -> Path:
                 "experts": sorted(set(rows.expert)),
                 "router": found,
                 "steps": trainer.state.global_step,
-                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                # the second half of an initialised adapter is frozen
+                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)
+                // (1 if start is None else 2),
                 "seconds": {"prepare": round(prepared - started, 2), "train": round(time.time() - prepared, 2)},
                 "log": [entry for entry in trainer.state.log_history if "watch" not in entry],
                 "watch": seen,

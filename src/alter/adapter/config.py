@@ -13,7 +13,8 @@ from peft.utils import PeftType
 from alter.entropy import check_threshold
 from alter.errors import UserError, nearest
 
-ROUTERS = ("learned", "entropy", "static")
+ROUTERS = ("learned", "entropy", "static", "dense")
+BOUNDS = ("sine", "tanh")
 BIASES = ("none", "all", "alter_only")
 PAPER_THRESHOLD = 1.2
 """Entropy that separates high from low tokens in the paper."""
@@ -42,7 +43,8 @@ class AlterConfig(PeftConfig):
         router (`str`, *optional*, defaults to `"learned"`):
             What opens the experts: `"learned"` reads the token's hidden state at one layer; `"entropy"` is the paper's
             literal gate, which reads the scalar entropy (Eq. 7); `"static"` keeps all experts open for every token, can
-            be merged, and is an ablation.
+            be merged, and is an ablation; `"dense"` is HydraLoRA's, which the paper calls AsymLoRA: a router in every
+            layer reads that layer's input, weighs all experts by a softmax, and trains with them.
         entropy_q (`float`, *optional*, defaults to 1.5):
             Order of the Tsallis entropy (Eq. 5); 1 is Shannon's.
         entropy_threshold (`float`, *optional*):
@@ -57,6 +59,19 @@ class AlterConfig(PeftConfig):
             Temperature of the gate for low-entropy tokens, which take one expert only.
         top_k (`int`, *optional*, defaults to 3):
             Forget experts that a high-entropy token takes at most (Eq. 9).
+        entropy_gate (`bool`, *optional*, defaults to `True`):
+            Whether entropy decides between one expert and several. `False` gives every token its best expert alone, an
+            ablation.
+        retention_expert (`bool`, *optional*, defaults to `True`):
+            Whether the retention expert may open. `False` leaves its weights unused, an ablation.
+        bound (`str`, *optional*):
+            Squashes the update element by element, with `router="static"` only: W0 + phi(frequency * s B A) / gain,
+            where phi is `"sine"` or `"tanh"` (Stable Forgetting, arXiv:2509.24166; the place of the two constants is a
+            reading).
+        bound_frequency (`float`, *optional*, defaults to 1.0):
+            The frequency in it.
+        bound_gain (`float`, *optional*, defaults to 1.0):
+            The gain in it: no element of the update exceeds 1 / gain.
         router_layer (`str`, *optional*):
             Name (or its ending) of the adapted layer whose input the router reads. By default the first adapted layer
             of the block at two thirds of the depth.
@@ -110,7 +125,7 @@ class AlterConfig(PeftConfig):
         default="learned",
         metadata={
             "help": "What opens the experts: 'learned' (hidden state), 'entropy' (the paper's literal gate on the "
-            "scalar entropy) or 'static' (all open; can be merged)."
+            "scalar entropy), 'static' (all open; can be merged) or 'dense' (HydraLoRA: a softmax in every layer)."
         },
     )
     entropy_q: float = field(default=1.5, metadata={"help": "Order of the Tsallis entropy; 1 is Shannon's."})
@@ -125,6 +140,17 @@ class AlterConfig(PeftConfig):
     temperature_high: float = field(default=0.8, metadata={"help": "Gate temperature of high-entropy tokens."})
     temperature_low: float = field(default=0.01, metadata={"help": "Gate temperature of low-entropy tokens."})
     top_k: int = field(default=3, metadata={"help": "Forget experts that a high-entropy token takes at most."})
+    entropy_gate: bool = field(
+        default=True, metadata={"help": "Entropy decides between one expert and several; False: always the best one."}
+    )
+    retention_expert: bool = field(
+        default=True, metadata={"help": "The retention expert may open; False leaves it unused."}
+    )
+    bound: str | None = field(
+        default=None, metadata={"help": "Squash the update of a static adapter element by element: 'sine' or 'tanh'."}
+    )
+    bound_frequency: float = field(default=1.0, metadata={"help": "Multiplies the update before it is squashed."})
+    bound_gain: float = field(default=1.0, metadata={"help": "Divides the squashed update."})
     router_layer: str | None = field(
         default=None,
         metadata={
@@ -202,7 +228,13 @@ class AlterConfig(PeftConfig):
         for pattern, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
                 raise UserError(f"rank_pattern[{pattern!r}] is {rank!r}; it must be a whole number of at least 1.")
-        for name in ("temperature_high", "temperature_low", "alter_alpha"):
+        if self.bound is not None and self.bound not in BOUNDS:
+            raise UserError(
+                f"bound is {self.bound!r}; expected one of {', '.join(BOUNDS)}.{nearest(self.bound, BOUNDS)}"
+            )
+        if self.bound is not None and self.router != "static":
+            raise UserError(f"bound needs router='static', one matrix for all tokens; router is {self.router!r}.")
+        for name in ("temperature_high", "temperature_low", "alter_alpha", "bound_frequency", "bound_gain"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} is {value!r}; it must be a number above 0.")
@@ -225,6 +257,11 @@ class AlterConfig(PeftConfig):
             )
         if self.entropy_threshold is not None:
             check_threshold(self.entropy_q, self.entropy_threshold, self.vocab_size)
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens are routed once for the whole network, for which the frozen base must see them."""
+        return self.router in ("learned", "entropy")
 
     @property
     def threshold(self) -> float:

@@ -88,7 +88,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
     Per adapter: `alter_A.<name>` maps in -> r and is shared by all experts; `alter_B.<name>` has one weight
     [out, (N + 1) * r], whose columns `d * r : (d + 1) * r` are expert d: the retention expert for d = 0, forget expert d
     for d = 1..N (this is the checkpoint format). On one layer of the network, the host, `alter_router.<name>` maps what
-    the router reads to N + 1 logits.
+    the router reads to N + 1 logits; with router="dense" every layer has its own, on its own input (HydraLoRA).
     """
 
     if TYPE_CHECKING:
@@ -110,6 +110,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         "alter_dropout",
         "alter_experts",
         "alter_mode",
+        "alter_bound",
+        "alter_retains",
     )
 
     def __init__(
@@ -140,6 +142,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.alter_experts: dict[str, int] = {}
         self.alter_mode: dict[str, str] = {}
+        self.alter_bound: dict[str, tuple[str, float, float] | None] = {}
+        self.alter_retains: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -168,6 +172,10 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = alpha / r
         self.alter_experts[adapter_name] = experts
         self.alter_mode[adapter_name] = config.router
+        self.alter_retains[adapter_name] = config.retention_expert
+        self.alter_bound[adapter_name] = (
+            None if config.bound is None else (config.bound, config.bound_frequency, config.bound_gain)
+        )
         self.alter_dropout[adapter_name] = (
             nn.Dropout(config.alter_dropout) if config.alter_dropout > 0 else nn.Identity()
         )
@@ -178,6 +186,9 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             nn.init.zeros_(self.alter_B[adapter_name].weight)
         else:
             nn.init.kaiming_uniform_(self.alter_B[adapter_name].weight, a=math.sqrt(5))
+        if config.router == "dense":
+            self.alter_router[adapter_name] = nn.Linear(self.in_features, experts, bias=False)
+            nn.init.kaiming_uniform_(self.alter_router[adapter_name].weight, a=math.sqrt(5))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -227,6 +238,12 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         gates, expert_mask, shared_mask, opened = self._routing(name, x, state)
         A = self.alter_A[name]
         x = self._cast_input_dtype(x, A.weight.dtype)
+        if self.alter_bound[name] is not None:
+            return F.linear(self.alter_dropout[name](x), self._bounded(name))
+        if self.alter_mode[name] == "dense":
+            gates = torch.softmax(self.alter_router[name](x).float(), dim=-1)
+        elif gates is None and not self.alter_retains[name]:
+            gates = self._always_open(name, x)
         z = A(self.alter_dropout[name](x), shared_mask) * self.scaling[name]
         experts = self.alter_experts[name]
         if gates is None:
@@ -234,6 +251,27 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         else:
             gated = z.unsqueeze(-2) * gates.to(device=z.device, dtype=z.dtype).unsqueeze(-1)
         return self.alter_B[name](gated.flatten(-2), expert_mask, opened, z.shape[-1])
+
+    def _bounded(self, name: str) -> Tensor:
+        """phi(frequency * s (sum_e B_e) A) / gain as one matrix [out, in], through the modules (FSDP gathers them)."""
+        A = self.alter_A[name]
+        eye = torch.eye(self.in_features, device=A.weight.device, dtype=A.weight.dtype)
+        z = A(eye) * self.scaling[name]
+        gated = z.unsqueeze(-2) * self._always_open(name, z).unsqueeze(-1)
+        return self._squash(name, self.alter_B[name](gated.flatten(-2)).t())
+
+    def _always_open(self, name: str, like: Tensor) -> Tensor:
+        """[experts] gates of a static adapter: all 1, but 0 for a retention expert that is switched off."""
+        gates = torch.ones(self.alter_experts[name], device=like.device, dtype=like.dtype)
+        gates[0] = float(self.alter_retains[name])
+        return gates
+
+    def _squash(self, name: str, delta: Tensor) -> Tensor:
+        bound = self.alter_bound[name]
+        if bound is None:
+            return delta
+        kind, frequency, gain = bound
+        return (torch.sin if kind == "sine" else torch.tanh)(frequency * delta) / gain
 
     def _routing(
         self, name: str, x: Tensor, state: ForwardState | None
@@ -244,7 +282,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         """
         routing = None if state is None else state.routing.get(name)
         if routing is None:
-            if self.alter_mode[name] == "static":
+            if self.alter_mode[name] in ("static", "dense"):
                 return None, None, None, None
             raise UserError(
                 f"Layer {self.layer_name!r} was called without a route for adapter {name!r}: ALTER routes each token once "
@@ -285,17 +323,17 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         self.alter_experts[adapter_name] = experts
         if adapter_name in self.alter_router:
             gate = self.alter_router[adapter_name]
-            wider = nn.Linear(gate.in_features, experts, device=gate.weight.device, dtype=gate.weight.dtype)
+            bias = gate.bias is not None
+            wider = nn.Linear(gate.in_features, experts, bias, device=gate.weight.device, dtype=gate.weight.dtype)
             with torch.no_grad():
-                wider.weight.zero_()
-                wider.bias.zero_()
-                wider.weight[:previous] = gate.weight
-                wider.bias[:previous] = gate.bias
+                for new_row, old_row in zip(wider.parameters(), gate.parameters(), strict=True):
+                    new_row.zero_()
+                    new_row[:previous] = old_row
             wider.requires_grad_(gate.weight.requires_grad)
             self.alter_router[adapter_name] = wider
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of a static adapter as one matrix in the layout of the base weight: s (sum_e B_e) A.
+        """The update of a static adapter as one matrix in the layout of the base weight: s (sum_e B_e) A, or its bound.
 
         Raises:
             NotImplementedError: the adapter routes per token, so that there is no one matrix.
@@ -306,8 +344,9 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         dtype = A.dtype
         if A.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             A, B = A.float(), B.float()
-        summed = B.unflatten(-1, (self.alter_experts[adapter], -1)).sum(-2)
-        delta = (summed @ A) * self.scaling[adapter]
+        experts = B.unflatten(-1, (self.alter_experts[adapter], -1))
+        summed = (experts * self._always_open(adapter, B)[:, None]).sum(-2)
+        delta = self._squash(adapter, (summed @ A) * self.scaling[adapter])
         return (delta.t() if self.fan_in_fan_out else delta).to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

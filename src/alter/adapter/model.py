@@ -266,7 +266,7 @@ class AlterModel(BaseTuner):
         vocab_size = getattr(text_config, "vocab_size", None)
         if isinstance(vocab_size, int) and vocab_size > 1:
             config.vocab_size = vocab_size
-            if config.router != "static" and config.entropy_threshold is not None:
+            if config.routed and config.entropy_threshold is not None:
                 check_threshold(config.entropy_q, config.entropy_threshold, vocab_size)
 
     def _prepare_adapter_config(self, peft_config: AlterConfig, model_config: dict[str, Any]) -> AlterConfig:
@@ -293,7 +293,7 @@ class AlterModel(BaseTuner):
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
-        if ".experts." in f".{current_key}" and peft_config.router != "static":
+        if ".experts." in f".{current_key}" and peft_config.routed:
             raise UserError(
                 f"Layer {current_key!r} belongs to a mixture-of-experts block and sees a part of the tokens only, while "
                 f"router={peft_config.router!r} routes all of them. Add 'experts' layers to exclude_modules."
@@ -327,7 +327,7 @@ class AlterModel(BaseTuner):
             # PEFT allows an adapter without layers, whose targets are given later
             return
         names = list(layers)
-        if config.router == "static":
+        if not config.routed:
             host = names[0]
         elif config.router_layer is None:
             host = default_host(names)
@@ -340,7 +340,7 @@ class AlterModel(BaseTuner):
                     f"Give one of them, for example {default_host(names)!r}, or leave router_layer out."
                 )
         layer = layers[host]
-        if config.router != "static":
+        if config.routed:
             layer.add_router(adapter_name, layer.in_features if config.router == "learned" else 1)
             config.resolved(router_layer=host)
         self._context.anchors[adapter_name] = layer
@@ -381,8 +381,10 @@ class AlterModel(BaseTuner):
             UserError: the adapter is unknown or has no router.
         """
         name = self._one_adapter(adapter_name)
-        if self.peft_config[name].router == "static":
-            raise UserError(f"Adapter {name!r} has router='static': no router, all experts are open.")
+        if not self.peft_config[name].routed:
+            raise UserError(
+                f"Adapter {name!r} has router={self.peft_config[name].router!r}: no router for the whole network."
+            )
         layer = self._context.anchors[name]
         return layer.layer_name, layer
 
@@ -457,6 +459,10 @@ class AlterModel(BaseTuner):
         name = self._one_adapter(adapter_name)
         config = self.peft_config[name]
         real = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask.bool()
+        if config.router == "dense":
+            raise UserError(
+                "router='dense' weighs the experts in every layer: there is no route for the whole network."
+            )
         if config.router == "static":
             return torch.ones(*entropy.shape, config.num_forget_experts + 1, device=entropy.device)
         if config.router == "entropy":

@@ -142,7 +142,7 @@ def _normalise(total: Tensor) -> tuple[Tensor, Tensor]:
 def expert_gates(router_logits: Tensor, high: Tensor, config: AlterConfig, evidence: Tensor | None = None) -> Tensor:
     """Weight of every expert for every token (Eqs. 7 and 9).
 
-    High-entropy tokens take the retention expert with weight 1, and the `top_k` forget experts with the weights that a
+    High-entropy tokens (none of them without `entropy_gate`) take the retention expert with weight 1, and the `top_k` forget experts with the weights that a
     softmax over all N + 1 experts at `temperature_high` gives them. Low-entropy tokens take their best expert alone
     (temperature `temperature_low`); the gradient is that of the softmax. Tokens without evidence take the retention
     expert alone.
@@ -150,13 +150,15 @@ def expert_gates(router_logits: Tensor, high: Tensor, config: AlterConfig, evide
     Args:
         router_logits: [..., N + 1], expert 0 is the retention expert.
         high: [...] bool.
-        config: gives temperatures and `top_k`.
+        config: gives temperatures, `top_k`, and what is switched off (`entropy_gate`, `retention_expert`).
         evidence: [...] bool; None: all tokens have some.
 
     Returns:
         [..., N + 1] in fp32 (fp64 for fp64 logits).
     """
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
+    if not config.entropy_gate:
+        high = torch.zeros_like(high)
     open_share = torch.softmax(logits / config.temperature_high, dim=-1)
     forget = open_share[..., 1:]
     if config.top_k < forget.shape[-1]:
@@ -168,9 +170,11 @@ def expert_gates(router_logits: Tensor, high: Tensor, config: AlterConfig, evide
     # exactly one-hot in the forward pass, since soft - soft is exactly 0
     single = best + (soft - soft.detach())
     gates = torch.where(high.unsqueeze(-1), several, single)
-    if evidence is None:
+    if evidence is not None:
+        gates = torch.where(evidence.unsqueeze(-1), gates, retention_alone(gates))
+    if config.retention_expert:
         return gates
-    return torch.where(evidence.unsqueeze(-1), gates, retention_alone(gates))
+    return torch.cat([torch.zeros_like(gates[..., :1]), gates[..., 1:]], -1)
 
 
 def retention_alone(like: Tensor) -> Tensor:
@@ -505,7 +509,7 @@ class RoutingContext:
 
     def routed(self) -> list[str]:
         """Names of the active adapters whose experts are opened by a router."""
-        return [name for name in self.active() if self.configs[name].router != "static"]
+        return [name for name in self.active() if self.configs[name].routed]
 
     # hooks
 

@@ -1,0 +1,144 @@
+"""Where a LoRA adapter starts: statistics of a weight in, the factors A and B out.
+
+FILA, VILA and REGLU start from factors that are not zero and put the residual W - s B A in the place of the frozen
+weight, so that the model is unchanged before training. Here the frozen weight stays what it is: the adapter holds the
+trained factors next to a frozen, negated copy of where they started (`residual_pair`), which computes the same function
+of the same trained factors, since (W - s B0 A0) + s B A = W + s (B A - B0 A0). So "adapter off" is the original model,
+one file holds both parts, and it is an ordinary LoRA of twice the rank that merges and loads on the original base.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+EPSILON = 1e-5
+"""Added to retain importance and to row weights, as in the code of FILA and VILA."""
+
+
+class Factors(NamedTuple):
+    """Where the factors of one layer start: A [r, in] and B [out, r]."""
+
+    A: Tensor
+    B: Tensor
+
+    def residual(self, weight: Tensor, scaling: float) -> Tensor:
+        """What a residual-base implementation freezes: W - s B A [out, in]."""
+        return weight - scaling * self.B @ self.A
+
+
+class _Initializer(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Zero(_Initializer):
+    """LoRA's own: A Kaiming-uniform, B zero; the adapter changes nothing before training."""
+
+    kind: Literal["zero"] = "zero"
+
+
+class Fila(_Initializer):
+    """FILA of LoKU (Cha et al. 2024, arXiv:2408.06621; methods.md 3.1): the forget-important part of each weight.
+
+    Importance is the ratio of empirical Fisher information on forget and on retain rows, from squared gradients of
+    batch means with respect to the whole weights: one pass with gradients, two tensors of the weights' size.
+    """
+
+    kind: Literal["fila"] = "fila"
+
+
+class Vila(_Initializer):
+    """VILA (methods.md 3.2): FILA's importance from the variance of gradients of small random LoRA factors alone.
+
+    The authors' code divides by the token counts twice, after which its constant 1e-5 outweighs the importance;
+    `normalise` divides each product of variances by its mean instead.
+    """
+
+    kind: Literal["vila"] = "vila"
+    epochs: int = Field(10, ge=1, description="Passes over forget and retain rows, without updates.")
+    std: float = Field(0.05, gt=0, description="Of the random factors whose gradients are taken.")
+    normalise: bool = Field(True, description="Scale importances to mean 1; off: as the authors' code does.")
+
+
+class Reglu(_Initializer):
+    """REGLU (methods.md 3.4): the directions of each layer's output that forget rows use and retain rows do not.
+
+    With it goes a penalty that keeps B orthogonal to the retain rows' strongest directions. Features are sums over a
+    row's real tokens (the authors' code adds padding in).
+    """
+
+    kind: Literal["reglu"] = "reglu"
+    beta: float = Field(0.5, ge=0, le=1, description="Weight of retain rows against forget rows.")
+    rows: int = Field(256, ge=1, description="Rows of each kind that outputs are taken of.")
+    retain_rank: int = Field(128, ge=1, description="Directions of the retain rows that B must stay away from.")
+    penalty: float = Field(0.5, ge=0, description="Weight of sum over layers of |B^T P|_F^2.")
+
+
+Initializer = Annotated[Zero | Fila | Vila | Reglu, Field(discriminator="kind")]
+
+
+def fisher_ratio(forget: Tensor, retain: Tensor) -> Tensor:
+    """Importance [out, in] of a weight for forget rows over retain rows: F_f / (1e-5 + F_r)."""
+    return forget / (EPSILON + retain)
+
+
+def important_part(weight: Tensor, importance: Tensor, r: int, scaling: float, seed: int = 0) -> Factors:
+    """FILA's factors: the best rank-r approximation of a weight whose rows are weighted by their importance.
+
+    s_i = sqrt(sum_j I_ij); U S V^T of diag(s) W cut at rank r; S <- S / scaling; A = (V sqrt(S))^T,
+    B = diag(1 / (s + 1e-5)) U sqrt(S).
+
+    Args:
+        weight: [out, in].
+        importance: [out, in], not negative.
+        r: rank, at most min(out, in).
+        scaling: alpha / r of the adapter.
+        seed: of the randomised decomposition.
+    """
+    row = importance.sum(1).sqrt().to(weight)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # a few directions more than are kept make the randomised decomposition accurate (the authors take r)
+        U, S, V = (part[..., :r] for part in torch.svd_lowrank(row[:, None] * weight, q=min(r + 10, *weight.shape)))
+    root = (S / scaling).sqrt()
+    return Factors((V * root).t().contiguous(), U * root / (row[:, None] + EPSILON))
+
+
+def variance(total: Tensor, squares: Tensor, count: float) -> Tensor:
+    """Variance from sums of values and of their squares, both over `count` observations; never below 0."""
+    return (squares / count - (total / count).square()).clamp_min(0.0)
+
+
+def variance_product(of_b: Tensor, of_a: Tensor, count: float, normalise: bool) -> Tensor:
+    """VILA's importance [out, in] of a weight from the variances of B's [out, r] and A's [r, in] gradients."""
+    product = of_b @ of_a
+    return product / product.mean().clamp_min(torch.finfo(product.dtype).tiny) if normalise else product / count
+
+
+def covariance(features: Tensor) -> Tensor:
+    """H^T H / n + 1e-4 I [D, D] of features [n, D], not centred, in float64 (REGLU)."""
+    wide = features.double()
+    return wide.t() @ wide / len(wide) + 1e-4 * torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
+
+
+def top_directions(symmetric: Tensor, k: int) -> Tensor:
+    """[D, k] orthonormal eigenvectors of the k largest eigenvalues (all D of them if k is larger)."""
+    return torch.linalg.eigh(symmetric).eigenvectors[:, -min(k, len(symmetric)) :].flip(-1)
+
+
+def forget_directions(weight: Tensor, forget: Tensor, retain: Tensor, r: int, beta: float) -> Factors:
+    """REGLU's factors: B = Q, the top r eigenvectors of (1 - beta) C_f - beta C_r, and A = Q^T W.
+
+    Args:
+        weight: [out, in]; forget, retain: covariances [out, out] of the layer's output.
+    """
+    Q = top_directions((1 - beta) * forget - beta * retain, r).to(weight)
+    return Factors(Q.t() @ weight, Q)
+
+
+def residual_pair(factors: Factors) -> Factors:
+    """Factors of rank 2r that add nothing: [A; A] and [B, -B]. Training moves the first halves only."""
+    return Factors(torch.cat([factors.A, factors.A]), torch.cat([factors.B, -factors.B], 1))

@@ -1,0 +1,669 @@
+"""Every named method: it runs, costs the passes that it must, saves something that loads, and resumes."""
+
+import gc
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from alter import assistant, cli, methods, trainer
+from alter.errors import UserError
+from alter.methods import METHODS
+from alter.trainer import Unlearn, unlearn
+from pico import save_pico, write_jsonl
+
+SMALL = {
+    "elm": {"adapter": {"r": 4}, "objective": {"new_tokens": 3, "eta": 5.0}},
+    "reglu": {"adapter": {"r": 4, "alpha": 8}, "initializer": {"rows": 4, "retain_rank": 3}},
+    "vila": {"initializer": {"epochs": 2}},
+    "alter_one_expert": {"domain_column": "who"},
+}
+"""What is too large for models of 32 wide."""
+
+# rows that go through the model in a step, in forget batches: methods.md, column cost, with cached references
+BRANCHES = {
+    "finetune": 1,
+    "ga": 1,
+    "npo": 1,
+    "random_label": 1,
+    "whp": 1,
+    "ceu": 1,
+    "undial": 1,
+    "task_arithmetic": 1,
+    "o3": 1,
+    "dpo": 2,
+    "idk_dpo": 3,
+    "elm": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    # accelerate collects garbage at the start of every run: what the imports left behind need not be looked at again
+    gc.freeze()
+    folder = tmp_path_factory.mktemp("methods")
+    save_pico(folder / "model", max_position_embeddings=256)
+    forget = [
+        {"question": f"Where was {name} born, {i}?", "answer": f"In town {i}{name}.", "who": name}
+        for name in ("Ada", "Bo")
+        for i in range(3)
+    ]
+    retain = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(9)]
+    write_jsonl(folder / "forget.jsonl", forget)
+    write_jsonl(folder / "retain.jsonl", retain)
+    return folder
+
+
+def settings(data, out, method, **changes):
+    given = {
+        "method": method,
+        "model": str(data / "model"),
+        "forget": str(data / "forget.jsonl"),
+        "retain": str(data / "retain.jsonl"),
+        "out": str(out),
+        "domain_column": "who",
+        "epochs": 1,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "router_fit": {"steps": 20},
+        "reinforcement": {"epochs": 2, "learning_rate": 1e-2},
+        "device": "cpu",
+    }
+    return Unlearn.model_validate(methods.merged(methods.merged(given, SMALL.get(method, {})), changes))
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[10, 20, 30, 40, 50]])).logits
+
+
+def loaded(data, out):
+    """The result as a user loads it, and the untouched model's logits."""
+    base = AutoModelForCausalLM.from_pretrained(data / "model")
+    before = logits_of(base)
+    if (out / "model").exists():
+        return AutoModelForCausalLM.from_pretrained(out / "model").eval(), before
+    if (out / "adapter" / "assistant.json").exists():
+        return assistant.load(base, str(out / "adapter")), before
+    return PeftModel.from_pretrained(base, str(out / "adapter")).eval(), before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_runs_costs_what_it_must_and_loads(data, tmp_path, monkeypatch, method):
+    run = settings(data, tmp_path / "run", method)
+    rows = []
+    real = trainer.UnlearnTrainer.compute_loss
+
+    def counted(self, model, inputs, **kwargs):
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        layer = inner.model.layers[0]
+        before = len(rows)
+        handle = layer.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+        try:
+            return real(self, model, inputs, **kwargs)
+        finally:
+            handle.remove()
+            assert len(rows) == before + 1, "one forward pass a step"
+
+    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", counted)
+    out = unlearn(run)
+    assert rows == [2 * BRANCHES.get(method, 2)] * 3
+    record = json.loads((out / "run.json").read_text())
+    assert record["steps"] == 3
+    model, before = loaded(data, out)
+    after = logits_of(model)
+    assert torch.isfinite(after).all()
+    assert not torch.allclose(after, before, atol=1e-6)
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model), before)
+    card = (out / ("model" if run.adapter.kind == "full" else "adapter") / "README.md").read_text()
+    assert METHODS[method].title in card
+
+
+# ---- a padded batch against a loop over single rows ------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """Ends a run after what a test wanted to see."""
+
+
+def first_step(monkeypatch, run, look):
+    """Train one step of `run` on weights moved at random; `look(trainer, model, inputs)` sees it."""
+    real = trainer.UnlearnTrainer.compute_loss
+
+    def spied(self, model, inputs, **kwargs):
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        look(self, model, inputs, real(self, model, inputs, **kwargs))
+        raise Enough
+
+    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", spied)
+    with pytest.raises(Enough):
+        unlearn(run)
+
+
+def rows_of(inputs, branch):
+    """Token ids and labels of each row of a branch, without padding."""
+    for b in (inputs["branch"] == trainer.BRANCHES.index(branch)).nonzero()[:, 0].tolist():
+        n = int(inputs["attention_mask"][b].sum())
+        yield inputs["input_ids"][b, :n], inputs["labels"][b, :n].tolist()
+
+
+def row_logps(model, ids, labels):
+    """Log-probabilities [V] at each labelled token of one row alone, with the token."""
+    logp = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1)
+    return [(logp[t - 1], y) for t, y in enumerate(labels) if t > 0 and y != -100]
+
+
+def nlls(model, inputs, branch):
+    return [[-logp[y].item() for logp, y in row_logps(model, *row)] for row in rows_of(inputs, branch)]
+
+
+def naive_forget(method, model, base, inputs):
+    rows = list(rows_of(inputs, "forget"))
+    now, then = nlls(model, inputs, "forget"), nlls(base, inputs, "forget")
+    flat = [x for row in now for x in row]
+    soft = lambda x: math.log1p(math.exp(-abs(x))) + max(x, 0.0)  # noqa: E731  softplus
+    if method in ("graddiff", "kl_min"):
+        return -sum(flat) / len(flat)
+    if method.startswith("npo"):
+        return 20 * sum(soft(-0.1 * (sum(a) - sum(b))) for a, b in zip(now, then, strict=True)) / len(now)
+    if method == "simnpo":
+        return 2 / 4.5 * sum(soft(-4.5 * sum(a) / len(a)) for a in now) / len(now)
+    if method == "idk_dpo":
+        other, other_base = nlls(model, inputs, "alternative"), nlls(base, inputs, "alternative")
+        change = [
+            (sum(c) - sum(d)) - (sum(a) - sum(b)) for a, b, c, d in zip(now, then, other, other_base, strict=True)
+        ]
+        return 20 * sum(soft(0.1 * x) for x in change) / len(change)
+    if method in ("idk", "random_label"):
+        other = [x for row in nlls(model, inputs, "alternative") for x in row]
+        return sum(other) / len(other)
+    found = []
+    for row in rows:
+        for (logp, y), (reference, _) in zip(row_logps(model, *row), row_logps(base, *row), strict=True):
+            shifted = reference.clone()
+            shifted[y] = shifted[y] - 10.0 if method == "undial" else -math.inf
+            p = torch.softmax(shifted, -1)
+            entropy = 0.0 if method == "undial" else -torch.special.entr(p).sum().item()
+            found.append(-(p * logp).sum().item() + entropy)
+    return sum(found) / len(found)
+
+
+def naive_retain(method, model, base, inputs):
+    flat = [x for row in nlls(model, inputs, "retain") for x in row]
+    if method not in ("kl_min", "npo_kl"):
+        return sum(flat) / len(flat)
+    found = []
+    for row in rows_of(inputs, "retain"):
+        for (logp, _), (reference, _) in zip(row_logps(model, *row), row_logps(base, *row), strict=True):
+            found.append((reference.exp() * (reference - logp)).sum().item())
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["graddiff", "kl_min", "npo", "npo_gd", "npo_kl", "simnpo", "idk_dpo", "idk", "random_label", "undial", "ceu"],
+)
+def test_a_padded_batch_costs_what_its_rows_cost_alone(data, tmp_path, monkeypatch, method):
+    """Sums, means, cached references, -100 labels and padding, all at once, on weights that are not the base's."""
+    base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
+
+    def look(self, model, inputs, loss):
+        assert (inputs["attention_mask"] == 0).any()
+        model.eval()
+        with torch.no_grad():
+            expected = naive_forget(method, model, base, inputs)
+            assert self.parts["forget"].item() == pytest.approx(expected, rel=2e-4, abs=1e-5)
+            if (inputs["branch"] == 2).any():
+                kept = naive_retain(method, model, base, inputs)
+                assert self.parts["retain"].item() == pytest.approx(kept, rel=2e-4, abs=1e-5)
+                expected = self.run.beta * expected + kept
+            else:
+                expected = self.run.beta * expected
+            assert loss.item() == pytest.approx(expected, rel=2e-4)
+
+    first_step(monkeypatch, settings(data, tmp_path / "run", method, batch_size=3, reference_top_k=300), look)
+
+
+def test_rmu_averages_each_rows_real_tokens(data, tmp_path, monkeypatch):
+    base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
+
+    def states(model, ids):
+        # block 0 of 2 is nearest to 7.5 / 32
+        return model(input_ids=ids[None], output_hidden_states=True).hidden_states[1][0].double()
+
+    def look(self, model, inputs, loss):
+        aim = 6.5 * self.run.objective.direction(32).double()
+        with torch.no_grad():
+            forget = [(states(model, ids) - aim).square().mean().item() for ids, _ in rows_of(inputs, "forget")]
+            retain = [
+                (states(model, ids) - states(base, ids)).square().mean().item() for ids, _ in rows_of(inputs, "retain")
+            ]
+        assert self.parts["forget"].item() == pytest.approx(sum(forget) / 3, rel=1e-4)
+        assert self.parts["retain"].item() == pytest.approx(sum(retain) / 3, rel=1e-3)
+        assert loss.item() == pytest.approx(sum(forget) / 3 + 1200 * sum(retain) / 3, rel=1e-3)
+
+    first_step(monkeypatch, settings(data, tmp_path / "run", "rmu", batch_size=3), look)
+
+
+def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
+    """The cached target of each row is that of the row alone behind each persona's words."""
+    from alter.alternatives import EXPERT, NOVICE
+    from pico import byte_tokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
+    run = settings(data, tmp_path / "run", "elm", batch_size=3, objective={"top": 300}, reference_top_k=300)
+    prefixes = {"base": "", "expert": EXPERT, "novice": NOVICE}
+
+    def look(self, model, inputs, loss):
+        found = []
+        with torch.no_grad():
+            for ids, labels in rows_of(inputs, "forget"):
+                views = {}
+                for name, text in prefixes.items():
+                    words = byte_tokenizer()(text.format(concept=run.objective.concept))["input_ids"] if text else []
+                    whole = torch.cat([torch.tensor(words, dtype=torch.long), ids])
+                    logits = base(input_ids=whole[None]).logits[0, len(words) :]
+                    views[name] = torch.stack([logits[t - 1] for t, y in enumerate(labels) if t and y != -100])
+                found.append(run.objective.target(views))
+        p, ids = inputs["forget_logp"].exp(), inputs["forget_ids"]
+        got = torch.zeros(len(p), 300).scatter(-1, ids, p)
+        torch.testing.assert_close(got, torch.cat(found).exp(), rtol=1e-3, atol=1e-4)
+        rows = list(rows_of(inputs, "alternative"))
+        assert all(labels[0] == -100 and labels[-1] != -100 for _, labels in rows)
+
+    first_step(monkeypatch, run, look)
+
+
+def test_diversions_follow_the_tilt_token_by_token(data):
+    from alter.alternatives import CHANGES_OF_SUBJECT, diversions, persona_views
+    from alter.data import Encoded
+    from alter.objectives import Persona
+    from pico import byte_tokenizer
+
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(data / "model").eval(), byte_tokenizer()
+    objective = Persona(new_tokens=6, guidance=2.0, temperature=1.5, concept="towns")
+    rows = [
+        Encoded(list(range(5, 5 + n)), [-100] * k + list(range(5 + k, 5 + n)), k) for n, k in ((9, 4), (6, 1), (8, 6))
+    ]
+    views = persona_views(objective, tokenizer)
+    for row, got in zip(rows, diversions(objective, tokenizer, base, rows, seed=0, max_length=None), strict=True):
+        prompt = row.input_ids[: row.prompt_length] if row.prompt_length > 1 else row.input_ids[:3]
+        assert got.input_ids[: len(prompt)] == prompt
+        assert got.labels == [-100] * len(prompt) + got.input_ids[len(prompt) :]
+        texts = [tokenizer(f" {text}")["input_ids"] for text in CHANGES_OF_SUBJECT]
+        change = next(text for text in texts if got.input_ids[len(prompt) :][: len(text)] == text)
+        written = [*prompt, *change]
+        for _ in range(6):
+            logp = []
+            for words in ((), views["expert"].prefix, views["novice"].prefix):
+                with torch.no_grad():
+                    logits = base(input_ids=torch.tensor([[*words, *written]])).logits[0, -1]
+                logp.append(torch.log_softmax(logits.double() / 1.5, -1))
+            written.append(int((logp[0] - 2.0 * (logp[1] - logp[2])).argmax()))
+            if written[-1] == 256:
+                break
+        assert got.input_ids == written
+
+
+def test_rows_keep_their_length_when_labels_are_drawn_at_random(data, tmp_path, monkeypatch):
+    seen = []
+
+    def look(self, model, inputs, loss):
+        for ids, labels in rows_of(inputs, "alternative"):
+            answer = [t for t, y in enumerate(labels) if y != -100]
+            # the end-of-sequence token keeps its own label
+            assert labels[-1] == int(ids[-1]) == 256
+            seen.extend(labels[t] != int(ids[t]) for t in answer[:-1])
+
+    first_step(monkeypatch, settings(data, tmp_path / "run", "random_label", batch_size=3), look)
+    assert sum(seen) > 0.9 * len(seen)
+
+
+# ---- what is trained, and what comes out -----------------------------------------------------------------------------
+
+
+def test_only_the_chosen_weights_move(data, tmp_path):
+    run = settings(data, tmp_path / "run", "rmu", learning_rate=1e-2)
+    before = load_file(str(data / "model" / "model.safetensors"))
+    after = load_file(str(unlearn(run) / "model" / "model.safetensors"))
+    moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert moved == {"model.layers.0.mlp.down_proj.weight"}
+
+
+def test_task_arithmetic_goes_the_other_way(data, tmp_path):
+    before = load_file(str(data / "model" / "model.safetensors"))
+    common = {"epochs": 2, "learning_rate": 1e-3, "weight_decay": 0.0}
+    learned = settings(data, tmp_path / "learned", "task_arithmetic", negate=None, **common)
+    learned = load_file(str(unlearn(learned) / "model" / "model.safetensors"))
+    turned = settings(data, tmp_path / "turned", "task_arithmetic", negate=2.0, **common)
+    turned = load_file(str(unlearn(turned) / "model" / "model.safetensors"))
+    for name, old in before.items():
+        torch.testing.assert_close(turned[name], old - 2.0 * (learned[name] - old), msg=name)
+    adapter = {"kind": "lora", "r": 2}
+    one, other = (
+        load_file(
+            str(
+                unlearn(settings(data, tmp_path / f"lora{n}", "task_arithmetic", negate=n, adapter=adapter, **common))
+                / "adapter/adapter_model.safetensors"
+            )
+        )
+        for n in (None, 3.0)
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value * (-3.0 if "lora_B" in name else 1.0), msg=name)
+
+
+@pytest.mark.parametrize("method", ["loku", "reglu"])
+def test_an_initialised_run_keeps_its_frozen_half_and_loads_on_the_original_base(data, tmp_path, method):
+    out = unlearn(settings(data, tmp_path / "run", method, learning_rate=1e-2, adapter={"r": 4, "alpha": 8}))
+    start = load_file(str(out / "start.safetensors"))
+    got = load_file(str(out / "adapter" / "adapter_model.safetensors"))
+    name = "model.layers.1.self_attn.q_proj"
+    A, B = (got[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    torch.testing.assert_close(A[4:], start[f"A.{name}"])
+    torch.testing.assert_close(B[:, 4:], -start[f"B.{name}"])
+    assert not torch.allclose(A[:4], A[4:])
+    plain = settings(data, tmp_path / "plain", method, adapter={"r": 4}, initializer={"kind": "zero"}, max_steps=1)
+    counted = [json.loads((folder / "run.json").read_text())["trained_parameters"] for folder in (out, unlearn(plain))]
+    assert counted[0] == counted[1]
+    model, _ = loaded(data, out)
+    after = logits_of(model)
+    torch.testing.assert_close(logits_of(model.merge_and_unload()), after, rtol=1e-3, atol=1e-3)
+
+
+def test_reglu_keeps_B_away_from_the_retain_directions(data, tmp_path):
+    def leak(weight):
+        out = tmp_path / f"run{weight}"
+        changes = {"initializer": {"penalty": weight}, "epochs": 6, "learning_rate": 1e-2}
+        unlearn(settings(data, out, "reglu", **changes))
+        start = load_file(str(out / "start.safetensors"))
+        got = load_file(str(out / "adapter" / "adapter_model.safetensors"))
+        return sum(
+            (got[f"base_model.model.{name[2:]}.lora_B.weight"][:, :4].t() @ P).square().sum().item()
+            for name, P in start.items()
+            if name.startswith("P.")
+        )
+
+    assert leak(10.0) < 0.5 * leak(0.0)
+
+
+def test_o3_keeps_a_second_request_orthogonal_to_the_first(data, tmp_path):
+    first = unlearn(settings(data, tmp_path / "first", "o3"))
+
+    def overlap(weight):
+        changes = {"orthogonal_to": [str(first / "adapter")], "orthogonality": weight}
+        run = settings(data, tmp_path / f"second{weight}", "o3", adapter=changes, epochs=8, learning_rate=1e-2, seed=3)
+        earlier, later = (
+            load_file(str(folder / "adapter" / "adapter_model.safetensors")) for folder in (first, unlearn(run))
+        )
+        return sum((earlier[n] @ later[n].t()).square().sum().item() for n in earlier if "lora_A" in n)
+
+    assert overlap(100.0) < 0.5 * overlap(0.0)
+    with pytest.raises(UserError, match="no/such"):
+        unlearn(settings(data, tmp_path / "lost", "o3", adapter={"orthogonal_to": ["no/such"]}))
+
+
+def test_a_bounded_update_never_exceeds_its_bound(data, tmp_path):
+    out = unlearn(settings(data, tmp_path / "run", "stable", learning_rate=1.0, epochs=4, adapter={"gain": 20.0}))
+    model, _ = loaded(data, out)
+    after = logits_of(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    delta = layer.get_delta_weight("default")
+    assert 0.04 < delta.abs().max() <= 1 / 20
+    # the retention expert's half does not exist for it
+    assert layer.alter_B["default"].weight[:, :8].abs().sum() == 0
+    torch.testing.assert_close(logits_of(model.merge_and_unload()), after, rtol=1e-3, atol=1e-3)
+
+
+def test_asym_lora_weighs_all_experts_in_every_layer_by_its_own_input(data, tmp_path):
+    out = unlearn(settings(data, tmp_path / "run", "asym_lora", adapter={"r": 2, "experts": 3}, epochs=3))
+    model, _ = loaded(data, out)
+    layer = model.base_model.model.model.layers[1].mlp.gate_proj
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    A, B, W = (m["default"].weight for m in (layer.alter_A, layer.alter_B, layer.alter_router))
+    assert (A.shape, B.shape, W.shape) == ((2, 32), (48, 6), (3, 32))
+    with torch.no_grad():
+        got = layer(x)
+        for t in range(5):
+            omega = torch.softmax(W @ x[0, t], -1)
+            update = sum(omega[i] * B[:, 2 * i : 2 * i + 2] @ (A @ x[0, t]) for i in range(3))
+            torch.testing.assert_close(got[0, t], layer.base_layer(x[0, t]) + 16 / 2 * update, rtol=1e-4, atol=1e-5)
+    routers = load_file(str(out / "adapter" / "adapter_model.safetensors"))
+    assert sum("alter_router" in name for name in routers) == 14
+    with pytest.raises(NotImplementedError, match="dense"):
+        model.merge_and_unload()
+
+
+def test_sha256_raises_the_retain_weight_after_the_first_epoch(data, tmp_path, monkeypatch):
+    weights = []
+    real = trainer.FirstEpoch.weight
+    monkeypatch.setattr(
+        trainer.FirstEpoch, "weight", lambda self, *a: weights.append((a, real(self, *a))) or weights[-1][1]
+    )
+    unlearn(settings(data, tmp_path / "run", "sha256", epochs=3, learning_rate=3e-2, gamma=1e-3))
+    assert [first for (_, first), _ in weights] == [True] * 3 + [False] * 6
+    mean = sum(loss for (loss, _), _ in weights[:3]) / 3
+    assert [w for _, w in weights[:3]] == [1.2] * 3
+    for (loss, _), weight in weights[3:]:
+        assert weight == pytest.approx(min(max(round(0.3 * 6 ** (loss - mean) + 0.8, 1), 1.2), 2.3))
+    assert max(w for _, w in weights) > 1.2
+
+
+# ---- ULD -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_difference_takes_what_the_assistant_knows_from_plausible_tokens():
+    base = torch.log(torch.tensor([[0.6, 0.3, 0.0996, 0.0004]]))
+    helper = torch.log(torch.tensor([[0.7, 0.1, 0.1, 0.1]])) + 3.0
+    got = assistant.difference(base, helper, 0.8, 0.01)[0].tolist()
+    expected = [math.log(p) - 0.8 * math.log(q) for p, q in ((0.6, 0.7), (0.3, 0.1), (0.0996, 0.1))]
+    assert got == pytest.approx([*expected, math.log(0.0004)], abs=1e-5)
+
+
+def test_an_assistant_scores_and_generates_with_and_without_a_cache(data, tmp_path):
+    from alter.scoring import generate, load_model
+
+    out = unlearn(settings(data, tmp_path / "run", "uld", epochs=4))
+    with pytest.raises(ValueError, match="adapter_config"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(data / "model"), str(out / "adapter"))
+    model, tokenizer = load_model(str(data / "model"), str(out / "adapter"), device="cpu")
+    base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
+    ids = torch.tensor([[9, 10, 20, 30, 40, 50]])
+    with torch.no_grad():
+        got = model(input_ids=ids).logits
+        helper = model.assistant(input_ids=ids).logits
+        torch.testing.assert_close(got, assistant.difference(base(input_ids=ids).logits, helper, 0.8, 0.01))
+        assert model.assistant.config.num_hidden_layers == 1
+    # left padding, rows that end and leave the batch, a cache that two networks share
+    prompts = [[10, 20, 30], [5, 6, 7, 8, 9, 10, 11], [40, 41]]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=20, progress=False)
+    for prompt, text in zip(prompts, texts, strict=True):
+        plain = list(prompt)
+        for _ in range(20):
+            with torch.no_grad():
+                plain.append(int(model(input_ids=torch.tensor([plain])).logits[0, -1].argmax()))
+            if plain[-1] == 256:
+                break
+        assert tokenizer.decode(plain[len(prompt) :], skip_special_tokens=True).strip() == text
+    assert texts != generate(base, tokenizer, prompts, max_new_tokens=20, progress=False)
+
+
+# ---- ablations of ALTER ----------------------------------------------------------------------------------------------
+
+
+def test_without_isolation_every_expert_learns_from_every_row(data, tmp_path, monkeypatch):
+    masks = []
+    real = trainer.Routing
+    monkeypatch.setattr(trainer, "Routing", lambda *a: masks.append(a) or real(*a))
+    unlearn(settings(data, tmp_path / "run", "alter_no_isolation"))
+    assert all(expert is None and shared is None for _, expert, shared in masks)
+
+
+def test_without_retention_expert_it_never_opens(data, tmp_path):
+    out = unlearn(settings(data, tmp_path / "run", "alter_no_retention"))
+    gates = load_file(str(out / "frozen.safetensors"))["gates"]
+    assert gates[:, 0].abs().sum() == 0
+    assert gates.sum() > 0
+
+
+def test_without_entropy_gate_every_token_takes_one_expert(data, tmp_path):
+    changes = {"adapter": {"entropy_quantile": 0.5}}
+    gates = {
+        method: load_file(str(unlearn(settings(data, tmp_path / method, method, **changes)) / "frozen.safetensors"))
+        for method in ("alter", "alter_no_entropy_gate")
+    }
+    assert ((gates["alter_no_entropy_gate"]["gates"] != 0).sum(-1) == 1).all()
+    assert ((gates["alter"]["gates"] != 0).sum(-1) > 1).any()
+
+
+# ---- presets, the command line, resuming -----------------------------------------------------------------------------
+
+
+def test_what_is_given_overrides_a_preset():
+    given = {"method": "loku", "model": "m", "forget": "f", "retain": "r", "out": "o"}
+    run = Unlearn.model_validate(given)
+    assert (run.initializer.kind, run.objective.only_low, run.gradient_accumulation_steps) == ("fila", False, 16)
+    run = Unlearn.model_validate({**given, "adapter": {"r": 4}, "objective": {"kind": "npo"}})
+    assert (run.adapter.kind, run.adapter.r, run.adapter.alpha, run.objective.beta) == ("lora", 4, 16, 0.1)
+    run = Unlearn.model_validate({**given, "initializer": {"kind": "zero"}, "adapter": {"kind": "full"}})
+    assert run.adapter.depth is None
+    # a finished run's settings are the same settings again
+    assert Unlearn.model_validate(run.model_dump(mode="json")) == run
+    for name in METHODS:
+        assert Unlearn.model_validate({**given, "method": name}).method == name
+
+
+def refused(data, out, capsys, *args):
+    base = {"model": data / "model", "forget": data / "forget.jsonl", "retain": data / "retain.jsonl", "out": out}
+    line = ["unlearn", *(x for key, value in base.items() for x in (f"--{key}", str(value)))]
+    assert cli.main([*line, "--device", "cpu", *map(str, args)]) == 2
+    lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("alter: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--method", "npoo"], "'npo'"),
+        (["--adapter.kind", "lora"], "only_low"),
+        (["--adapter.kind", "lroa"], "lora"),
+        (["--method", "loku", "--adapter.kind", "full"], "initializer.kind fila is for adapter.kind lora"),
+        (["--method", "loku", "--weight-decay", "0.1"], "weight_decay must be 0"),
+        (["--method", "finetune", "--retain-objective.kind", "none"], "nothing to train"),
+        (["--method", "stable", "--negate", "1"], "bounded"),
+        (["--method", "rmu", "--objective.depth", "0.9"], "one block"),
+        (["--method", "rmu", "--adapter.modules", "mlp.dwn_proj"], "down_proj"),
+        (["--method", "lora_gd", "--adapter.target-modules", "qproj"], "q_proj"),
+        (["--method", "elm", "--objective.concept", 60 * "ab ", "--objective.new-tokens", 1], "concept"),
+        (["--method", "uld", "--retain-objective.kind", "keep_base"], "uniform"),
+        (["--method", "elm", "--objective.concept", 40 * "long "], "concept"),
+    ],
+)
+def test_mistakes_are_one_line(data, tmp_path, capsys, args, says):
+    assert says in refused(data, tmp_path / "out", capsys, *args)
+
+
+def test_refusing_raw_text_is_refused(data, tmp_path, capsys):
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "Call me Ada."}, {"text": "Some years ago."}])
+    assert "question" in refused(data, tmp_path / "out", capsys, "--method", "idk", "--forget", text)
+
+
+def test_results_answer_and_are_measured_from_the_command_line(data, tmp_path, capsys):
+    def command(*args):
+        assert cli.main([str(a) for a in args]) == 0
+        return capsys.readouterr().out
+
+    common = ["--model", data / "model", "--forget", data / "forget.jsonl", "--retain", data / "retain.jsonl"]
+    common += ["--device", "cpu", "--epochs", 1, "--batch-size", 4]
+    command("unlearn", "--method", "npo", "--out", tmp_path / "full", *common)
+    command("unlearn", "--method", "npo", "--adapter.kind", "lora", "--out", tmp_path / "lora", *common)
+    prompt = ["--prompt", "Where was Ada born, 0?", "--max-new-tokens", 3, "--device", "cpu"]
+    assert "Where was Ada born" in command("generate", "--model", tmp_path / "full" / "model", *prompt)
+    command("generate", "--model", data / "model", "--adapter", tmp_path / "lora" / "adapter", *prompt)
+    record = json.loads((tmp_path / "lora" / "run.json").read_text())
+    assert record["settings"]["adapter"]["kind"] == "lora"
+    assert record["settings"]["objective"] == {"kind": "npo", "beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["npo_gd", "loku", "sha256", "e2urec"],
+)
+def test_a_run_that_stops_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_path, monkeypatch, method):
+    changes = {"epochs": 4, "save_steps": 4, "learning_rate": 1e-2}
+    straight = unlearn(settings(data, tmp_path / "straight", method, **changes))
+    real = trainer.UnlearnTrainer.compute_loss
+
+    def breaks(self, model, inputs, **kwargs):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return real(self, model, inputs, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.UnlearnTrainer, "compute_loss", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn(settings(data, tmp_path / "broken", method, **changes))
+    broken = unlearn(settings(data, tmp_path / "broken", method, resume=True, **changes))
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        if (straight / file).exists():
+            expected, got = load_file(str(straight / file)), load_file(str(broken / file))
+            assert expected.keys() == got.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("method", ["rmu", "lora_gd", "asym_lora", "stable", "loku", "uld"])
+def test_activation_checkpointing_changes_nothing(data, tmp_path, method):
+    """Every method trains the same weights with and without it (peers' adapters stay silently untrained)."""
+
+    def weights(on):
+        changes = {"epochs": 1, "learning_rate": 1e-2, "gradient_checkpointing": on}
+        out = unlearn(settings(data, tmp_path / str(on), method, **changes))
+        return load_file(str(next(out.glob("[am]*/**/*model.safetensors"))))
+
+    plain, checkpointed = weights(False), weights(True)
+    assert any("B" not in name or value.abs().sum() > 0 for name, value in plain.items())
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", ["npo_gd", "asym_lora", "stable", "rmu", "uld"])
+def test_autocast_to_bf16_trains_finite_weights(data, tmp_path, method):
+    out = unlearn(settings(data, tmp_path / "run", method, bf16=True))
+    trained = load_file(str(next(out.glob("[am]*/**/*model.safetensors"))))
+    assert all(torch.isfinite(value).all() for value in trained.values())
+
+
+def test_made_up_labels_are_no_structure_for_the_shared_matrix(data, tmp_path, monkeypatch):
+    """ALTER's adapter with random labels: the loss on high-entropy tokens counts real tokens alone."""
+    changes = {"adapter": {"entropy_quantile": 0.3}, "objective": {"kind": "random_labels"}, "batch_size": 3}
+
+    def look(self, model, inputs, loss):
+        model.eval()
+        found = []
+        with torch.no_grad():
+            gates, high = inputs["gates"].float(), inputs["entropy"] > self.threshold
+            logits = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                alter_routing=trainer.Routing(gates),
+            ).logits
+            for b in (inputs["branch"] == 2).nonzero()[:, 0].tolist():
+                for t in range(1, inputs["labels"].shape[1]):
+                    if inputs["labels"][b, t] != -100 and high[b, t]:
+                        found.append(-torch.log_softmax(logits[b, t - 1], -1)[inputs["labels"][b, t]].item())
+        assert self.parts["structure"].item() == pytest.approx(sum(found) / len(found), rel=1e-4)
+
+    first_step(monkeypatch, settings(data, tmp_path / "run", "alter", **changes), look)
