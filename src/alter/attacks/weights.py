@@ -1,0 +1,211 @@
+"""Attacks by whoever has the weights: training them again, quantising them, taking the adapter off."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from alter.attacks.base import Bench
+from alter.data import Collator, Encoded, encode
+from alter.errors import UserError
+from alter.records import Record
+from alter.scoring import evaluating
+
+
+def base_linears(model: Any) -> list[tuple[str, Any]]:
+    """Return name and module of every linear layer of the base model, under an adapter or not; the head is left out."""
+    head = model.get_output_embeddings()
+    head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    found: list[tuple[str, Any]] = []
+
+    def visit(module: Any, path: str) -> None:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            for name, child in module.named_children():
+                visit(child, f"{path}.{name}" if path else name)
+        elif module is not head:
+            found.append((path, module))
+
+    visit(model, "")
+    return found
+
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The 16 levels of NormalFloat-4 (Dettmers et al. 2023, arXiv:2305.14314, appendix E)."""
+NF4_BLOCK = 64
+
+
+def round_trip(weight: torch.Tensor, bits: Literal[8, 4]) -> torch.Tensor:
+    """Return a weight [out, in] as it is after quantising and back, in its own number format.
+
+    8 bits: each row divided by its largest magnitude over 127 and rounded (the weights of LLM.int8, Dettmers et al.
+    2022, arXiv:2208.07339, without its outlier columns). 4 bits: each block of 64 values in row order divided by its
+    largest magnitude and moved to the nearest NF4 level (QLoRA, without double quantisation). Zeros stay zero.
+    """
+    values = weight.detach().float()
+    if bits == 8:
+        scale = values.abs().amax(dim=1, keepdim=True) / 127
+        return (torch.round(values / scale.clamp(min=1e-38)).clamp(-127, 127) * scale).to(weight.dtype)
+    flat = values.flatten()
+    padded = nn.functional.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    largest = padded.abs().amax(dim=1, keepdim=True)
+    levels = torch.tensor(NF4, device=weight.device)
+    borders = (levels[1:] + levels[:-1]) / 2
+    nearest_level = levels[torch.bucketize(padded / largest.clamp(min=1e-38), borders)]
+    return (nearest_level * largest).flatten()[: len(flat)].view_as(values).to(weight.dtype)
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, bits: Literal[8, 4]) -> int:
+    """Pass the weights of all base linear layers through `round_trip`, in place; adapters keep theirs. Returns how many.
+
+    Raises:
+        UserError: the model has no plain linear layer.
+    """
+    done = 0
+    for name, module in base_linears(model):
+        weight = module.weight
+        if not weight.is_floating_point():
+            raise UserError(f"Layer {name} is quantised already ({weight.dtype}): give the full-precision model.")
+        turned = isinstance(module, Conv1D)
+        found = round_trip(weight.t() if turned else weight, bits)
+        weight.copy_(found.t() if turned else found)
+        done += 1
+    if not done:
+        raise UserError(f"{type(model).__name__} has no linear layer to quantise.")
+    return done
+
+
+class LowRank(nn.Module):
+    """The attacker's LoRA (Hu et al. 2022) as a parametrisation: W -> W + 2 B A, zero at the start."""
+
+    def __init__(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        bound = 1 / math.sqrt(columns)
+        start = (torch.rand(rank, columns, generator=generator) * 2 - 1) * bound
+        self.A = nn.Parameter(start.to(weight))
+        self.B = nn.Parameter(torch.zeros(rows, rank).to(weight))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight with the update."""
+        return weight + 2 * (self.B @ self.A)
+
+
+def add_lora(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
+    """Put a low-rank update on every base linear layer, whatever adapter is on it, and return what trains; the rest is frozen."""
+    model.requires_grad_(False)
+    draw = torch.Generator().manual_seed(seed)
+    trained: list[nn.Parameter] = []
+    for _, module in base_linears(model):
+        weight = module.weight
+        update = LowRank(weight, rank, draw)
+        parametrize.register_parametrization(module, "weight", update)
+        trained += [update.A, update.B]
+    return trained
+
+
+def train(
+    model: nn.Module, rows: Sequence[Encoded], weights: Sequence[nn.Parameter], *, rate: float, steps: int,
+    batch_size: int, pad_token_id: int, seed: int,
+) -> Iterator[tuple[int, float]]:  # fmt: skip
+    """Train on the labelled tokens of rows and yield (steps done, loss) after each step; the caller may measure between.
+
+    AdamW without weight decay, constant rate, gradients cut to norm 1, rows shuffled anew in every pass. The model is in
+    eval mode: no dropout.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    collate = Collator(pad_token_id)
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    draw = random.Random(seed)
+    queue: list[int] = []
+    for step in range(1, steps + 1):
+        while len(queue) < min(batch_size, len(rows)):
+            queue += draw.sample(range(len(rows)), len(rows))
+        chosen, queue = queue[:batch_size], queue[batch_size:]
+        batch = collate([{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in chosen])
+        labels = batch.pop("labels")[:, 1:].to(device)
+        with evaluating(model, gradients=True):
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"The attacker's loss is {loss.item()} at step {step} (rate {rate:g}): lower the rate."
+                )
+            optimizer.zero_grad()
+            loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        yield step, loss.item()
+
+
+def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
+    """Train on the attacker's rows (or on unrelated ones) and measure after each of the chosen numbers of steps.
+
+    Full: every weight trains, the base's and the adapter's (ALTER: A, experts and router), while the adapter is active
+    and routes. LoRA: everything is frozen and a low-rank update is added to each base linear layer, under the adapter,
+    which stays active; ALTER's frozen pass sees the updated base as well. In float32.
+    """
+    how = bench.settings.relearn
+    name = f"{'benign' if benign else 'relearn'}{'_lora' if lora else ''}"
+    model, tokenizer = bench.fresh("float32")
+    torch.manual_seed(bench.settings.seed)
+    if benign:
+        count = min(how.rows, len(bench.unrelated))
+        chosen = random.Random(bench.settings.seed).sample(range(len(bench.unrelated)), count)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        rows = [encode(tokenizer, bench.unrelated[i], max_length=longest) for i in chosen]
+    else:
+        rows = [encode(tokenizer, bench.rows[i]) for i in bench.attacker]
+    if lora:
+        weights = add_lora(model, how.lora_rank, bench.settings.seed)
+    else:
+        weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+        for weight in weights:
+            weight.requires_grad_(True)
+    other, own = bench.items(bench.measured), bench.items(bench.attacker)
+    losses: list[float] = []
+    found: list[Record] = []
+    run = train(
+        model, rows, weights, rate=how.lora_learning_rate if lora else how.learning_rate, steps=how.steps[-1],
+        batch_size=how.batch_size, pad_token_id=tokenizer.pad_token_id, seed=bench.settings.seed,
+    )  # fmt: skip
+    for step, loss in run:
+        losses.append(loss)
+        if step in how.steps:
+            with parametrize.cached():
+                extra = {"step": step, "trained_rows": len(rows), "losses": list(losses)}
+                found += bench.measure(name, model, other, part="other", **extra)
+                if not benign:
+                    found += bench.measure(name, model, own, part="relearned", **extra)
+    return found
+
+
+def quantized(bench: Bench, *, bits: Literal[8, 4]) -> list[Record]:
+    """Quantise the base weights under the adapter, by a round trip in memory, and measure."""
+    model, _ = bench.fresh()
+    layers = quantize(model, bits)
+    return bench.measure(f"quantize_{bits}", model, bench.items(bench.measured), part="other", layers=layers)
+
+
+def strip(bench: Bench) -> list[Record]:
+    """Switch the adapter off: what whoever has the base weights gets."""
+    model, _ = bench.shared()
+    with model.disable_adapter():
+        return bench.measure("strip", model, bench.items(bench.measured), part="other")

@@ -1,0 +1,147 @@
+"""Attacks by whoever can talk to the model: other words for the question, the beginning of the reply, many replies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from alter import metrics
+from alter.attacks.base import Bench, make_item, paraphrases, prefilled
+from alter.errors import UserError
+from alter.records import Record
+from alter.scoring import generate
+
+# Other wordings of a question, by rule: none of them is a translation ------------------------------------------------
+
+LITTLE_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "to",
+        "for",
+        "by",
+        "with",
+        "from",
+        "and",
+        "or",
+        "as",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "does",
+        "do",
+        "did",
+        "has",
+        "have",
+        "had",
+        "can",
+        "could",
+        "that",
+        "this",
+        "these",
+        "those",
+        "its",
+        "it",
+        "their",
+        "his",
+        "her",
+    ]
+)
+
+
+def telegram(question: str) -> str:
+    """Leave out articles, prepositions and auxiliaries, as in a telegram."""
+    kept = [word for word in question.split() if word.lower().strip("?,.") not in LITTLE_WORDS]
+    return " ".join(kept) or question
+
+
+def reversed_words(question: str) -> str:
+    """Put the words in reverse order."""
+    return " ".join(reversed(question.split()))
+
+
+def upper_case(question: str) -> str:
+    """Write everything in capitals."""
+    return question.upper()
+
+
+def foreign_frame(question: str) -> str:
+    """Put the English question into a German request."""
+    return f"Bitte beantworte die folgende Frage auf Englisch: „{question}“ Vielen Dank!"
+
+
+WORDINGS: dict[str, Callable[[str], str]] = {
+    "telegram": telegram,
+    "reversed": reversed_words,
+    "upper_case": upper_case,
+    "foreign_frame": foreign_frame,
+}
+
+
+def ask(bench: Bench, *, name: str) -> list[Record]:
+    """Ask the same in other words (`WORDINGS`, or the rows' own paraphrases) and measure."""
+    model, tokenizer = bench.shared()
+    if name == "paraphrase":
+        questions = paraphrases(bench.settings.forget, bench.rows)
+        assert questions is not None
+    else:
+        questions = [WORDINGS[name](row.prompt or "") for row in bench.rows]
+    items = [make_item(tokenizer, bench.rows[i], prompt=questions[i]) for i in bench.measured]
+    return bench.measure(name, model, items, part="other", questions=[questions[i] for i in bench.measured])
+
+
+def prefill(bench: Bench) -> list[Record]:
+    """Begin the reply with the first tokens of the true answer; only what comes after them counts."""
+    model, tokenizer = bench.shared()
+    tokens = bench.settings.prefill_tokens
+    made = [prefilled(tokenizer, item, tokens) for item in bench.items(bench.measured)]
+    items = [item for item in made if item is not None]
+    if not items:
+        raise UserError(f"No answer is longer than --prefill-tokens {tokens}: take fewer.")
+    return bench.measure("prefill", model, items, part="other", left_out=len(made) - len(items))
+
+
+def sample(bench: Bench) -> list[Record]:
+    """Draw several replies to each question and keep the one nearest to the truth, by ROUGE-L recall: an upper bound.
+
+    The probability of the true answer is not changed by sampling and has no record.
+    """
+    settings = bench.settings
+    model, tokenizer = bench.shared()
+    items = bench.items(bench.measured)
+    torch.manual_seed(settings.seed)
+    replies = generate(
+        model,
+        tokenizer,
+        [item.ids[: item.start] for item in items for _ in range(settings.samples)],
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        expected_lengths=[len(item.ids) - item.start for item in items for _ in range(settings.samples)],
+        label="sample: answering",
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
+    )
+    references = [item.reference for item in items for _ in range(settings.samples)]
+    rouge = metrics.rouge_l(references, replies).recall.reshape(len(items), settings.samples)
+    best = rouge.argmax(axis=1)
+    kept = [replies[row * settings.samples + int(draw)] for row, draw in enumerate(best)]
+    extra: dict[str, Any] = {
+        "attack": "sample",
+        "part": "other",
+        "rows": [item.index for item in items],
+        "replies": kept,
+    }
+    extra |= {"references": [item.reference for item in items], "mean_of_all": float(rouge.mean())}
+    return [bench.record("attack_rouge", rouge.max(axis=1), **extra)]
