@@ -41,6 +41,8 @@ LAYERS = {
     "demo": {"errors", "records", "benchmarks", "evaluation", "scoring", "trainer"},
     "judge": {"errors", "records", "metrics", "report"},
     "plots": {"records"},
+    "markup": set(),
+    "page": {"errors", "records", "metrics", "data", "report", "markup", "attacks", "requests"},
     "study": {"errors", "records", "entropy", "metrics", "data", "adapter", "frozen", "report", "plots", "scoring"},
     "inspector": {"errors", "entropy", "data", "adapter", "requests", "scoring"},
     "cli": {"errors"},

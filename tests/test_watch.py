@@ -480,7 +480,8 @@ def test_a_watched_run_trains_what_an_unwatched_one_trains(data, tmp_path, chang
 def test_rows_set_aside_are_not_trained_on(data, tmp_path):
     """A run that sets rows aside is the run without them in its retain set; so nothing else has seen them either."""
     rows = [json.loads(line) for line in (data / "retain.jsonl").read_text().splitlines()]
-    watched = unlearn(settings(data, tmp_path / "watched", {"every_steps": 6, "retain_rows": 100}))
+    watched = unlearn(settings(data, tmp_path / "watched", {"every_steps": 5, "retain_rows": 100}))
+    assert [check["step"] for check in seen(watched)["checks"]] == [0, 5, 10, 12]
     assert seen(watched)["rows"]["retain"] == len(rows) // 5
     aside, left = watch.read_watched(
         Watch(every_steps=6),

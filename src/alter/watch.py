@@ -683,7 +683,7 @@ class Watcher(TrainerCallback):
         os.replace(partial, final)
 
     def _say(self, steps: int) -> None:
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
         check, verdict = self.checks[-1], self.verdict
         words = [f"{label} {check[name]:.3g}" for name, label in self._columns().items()]
