@@ -461,6 +461,19 @@ def test_listening_says_which_port_is_free():
         listen("192.0.2.1", 0)
 
 
+def test_page_of_an_adapter_without_experts_is_built():
+    pytest.importorskip("gradio", reason="gradio is in the extra [ui]")
+    from alter.inspector import page
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    built = page(Inspector(get_peft_model(pico(), config), byte_tokenizer())).get_config_file()["components"]
+    given = {part["props"].get("elem_id"): part["props"] for part in built}
+    assert given["off"]["choices"] == []
+    assert "no experts" in given["off"]["label"]
+    assert given["length"]["maximum"] == 127
+    assert not {"request", "evidence"} & set(given)
+
+
 class Site:
     """The page on a port of its own, in a thread."""
 

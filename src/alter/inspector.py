@@ -765,7 +765,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UserError(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Give another --port, or 0 for any."
+            f"Cannot listen on {host}:{port}: {error.strerror}. Give another --port (0 takes any) or --host."
         ) from None
     return listener
 

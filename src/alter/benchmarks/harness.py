@@ -384,7 +384,7 @@ class HarnessEvaluation(Evaluation):
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"Task {name!r} shows images or sounds; alter evaluates language models.")
         own, shots = task.get_config("num_fewshot"), self.shots()
-        if False:
+        if shots and own == 0:
             raise UserError(f"Task {name!r} is defined without examples: leave --num-fewshot out.")
         shots = (own or 0) if shots is None else shots
         task.set_config(key="num_fewshot", value=shots)
