@@ -562,7 +562,14 @@ class Visit:
         return self.page.eval_on_selector_all(f"[data-answer={answer}] .token", read)
 
     def fits(self):
-        return self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        # Gradio's container clips what is too wide, so the document's own width does not tell
+        outside = (
+            "[...document.querySelectorAll('.alter *, .gradio-container .block')].filter(n => n.getClientRects().length && "
+            "n.getBoundingClientRect().right > innerWidth + 1).map(n => n.outerHTML.slice(0, 80))"
+        )
+        return self.page.evaluate("document.documentElement.scrollWidth <= innerWidth") and not self.page.evaluate(
+            outside
+        )
 
 
 def rgb(color):

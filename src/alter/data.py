@@ -349,7 +349,7 @@ def muse_rows(split: str, data: str) -> list[dict[str, Any]]:
             f"{nearest(split + '.json', there)} Expected MUSE's layout, CONFIGURATION/SPLIT.json."
         )
     if shards or found[0].suffix == ".parquet":
-        import pyarrow as arrow  # type: ignore[import-untyped]
+        import pyarrow as arrow
         from pyarrow import parquet
 
         try:

@@ -80,9 +80,10 @@ def grid(
         tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell, class_=of(i)) for i, cell in enumerate(row) if i))
         for row in rows
     ]
-    below = tag("caption", caption) if caption else ""
-    whole = tag("table", below, tag("thead", top), tag("tbody", *body))
-    return tag("div", whole, class_="box", role="region", aria_label=label, tabindex="0")
+    whole = tag("table", tag("thead", top), tag("tbody", *body), aria_label=label)
+    # the box takes the focus, so that it can be scrolled with the keyboard
+    box = tag("div", whole, class_="box", role="region", aria_label=label, tabindex="0")
+    return join([box, tag("p", caption, class_="note")]) if caption else box
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -238,7 +239,8 @@ def lines(
     xs = [x for points in known.values() for x, _ in points]
     ys = [y for points in known.values() for _, y in points]
     up = ticks(min(0.0, *ys), max(*ys, 0.0) if up_to is None else up_to)
-    marks = [value for value in ticks(min(xs), max(xs)) if min(xs) <= value <= max(xs)]
+    whole = all(float(x).is_integer() for x in xs)
+    marks = [v for v in ticks(min(xs), max(xs)) if min(xs) <= v <= max(xs) and (v.is_integer() or not whole)]
     plane = _Plane(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, up[0], up[-1])
     parts = plane.frame({value: f"{value:g}" for value in marks}, {value: f"{value:g}" for value in up}, across)
     parts += plane.upright(*at) if at else []

@@ -480,7 +480,7 @@ def summary(run: Run, level: int) -> list[Html]:
         asked.append("The records do not say; no run was given.")
     found = verdict(run)
     tone = {"yes": "good", "no": "bad", "partly": "bad"}.get(found)
-    did = [tag("span", VERDICTS[found], class_=f"verdict {tone or ''}".strip()), *_forgotten(run)]
+    did: list[object] = [tag("span", VERDICTS[found], class_=f"verdict {tone or ''}".strip()), *_forgotten(run)]
     limits: list[object] = [ADAPTER if run.kind == "adapter" else WEIGHTS]
     cut = sorted({r.provenance.get("settings", {}).get("limit") for r in run.records} - {None})
     if cut:
@@ -493,7 +493,7 @@ def summary(run: Run, level: int) -> list[Html]:
             f"One run{f' (seed {seeds[0]})' if len(seeds) == 1 else ''}: another seed gives somewhat other figures."
         )
     limits.append("Measures find what they look for. That nothing was found is evidence, not proof.")
-    pairs = [
+    pairs: list[tuple[str, list[Any]]] = [
         ("What was to be forgotten?", asked),
         ("Did it forget?", did),
         ("What did it cost?", _cost(run)),
@@ -616,7 +616,7 @@ def _samples(run: Run, level: int, count: int) -> list[Html]:
 
     def card(sample: Sample) -> Html:
         parts = [tag("dt", "the truth"), tag("dd", _short(sample.truth), dir="auto")]
-        items = [tag("div", *parts)]
+        items = [tag("div", *parts, class_="truth")]
         for model, (reply, value) in sample.replies.items():
             known = value is not None and math.isfinite(value)
             score = f" · {figure} {value / scale:.2f}" if known and value is not None else ""
@@ -1056,7 +1056,7 @@ def requests(url: str, names: Sequence[str]) -> list[Html]:
             *shown,
             tag("p", "The database holds no request yet: ", tag("code", "alter request add"), " adds one."),
         ]
-    shown.append(grid(head, rows, label=label, numbers=(4, 5, 6, 7, 9), caption=caption, reference=7))
+    shown.append(grid(head, rows, label=label, numbers=(2, 3, 4, 5, 6, 7, 9), caption=caption, reference=7))
     if left:
         shown.append(tag("p", f"{left} other requests are left out.", class_="small soft"))
     for request in chosen if names else ():

@@ -547,7 +547,7 @@ class Watcher(TrainerCallback):
         self.key = digest(watch.model_dump(), [row.input_ids for row in self.encoded])
         self.base = self._calibration(max_length, device) if watch.calibrate else {}
         labels = tuple([str(row.domain) for row in self.sets[name]] for name in ("forget", "holdout"))
-        self.groups = labels if all(len(set(names)) > 1 for names in labels) else None
+        self.groups = (labels[0], labels[1]) if all(len(set(names)) > 1 for names in labels) else None
         self.checks: list[dict[str, float]] = []
         self.seconds = 0.0
 
@@ -683,7 +683,7 @@ class Watcher(TrainerCallback):
         os.replace(partial, final)
 
     def _say(self, steps: int) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         check, verdict = self.checks[-1], self.verdict
         words = [f"{label} {check[name]:.3g}" for name, label in self._columns().items()]
