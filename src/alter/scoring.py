@@ -635,7 +635,9 @@ def load_model(
 
         try:
             network = PeftModel.from_pretrained(network, adapter)
-        except OSError as error:
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"Cannot load the adapter {adapter!r}: {_first_line(error)} Expected a local folder or a hub id."
             ) from error
