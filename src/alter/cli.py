@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -285,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = f"{command} {args.pop(0)}"
     # transformers and peft warn of each other's coming changes, which is no news for a user
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # where bitsandbytes is installed it speaks of a faster kernel on every start, asked for or not
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if command not in COMMANDS:
             raise UserError(
