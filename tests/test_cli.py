@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from alter import cli
+from alter.compare import Compare, run_of
 from alter.demo import RECIPE, Demo, free_folder
 from alter.errors import UserError
 from alter.finetune import Finetune
@@ -70,15 +71,18 @@ def test_unknown_names(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse_and_say_how_to_run_them(path):
-    command = re.search(r"^# .*alter (unlearn|finetune|demo|evaluate|request)", path.read_text(), re.MULTILINE).group(
-        1
-    )
+    found = re.search(r"^# .*alter (unlearn|finetune|demo|evaluate|request|compare)", path.read_text(), re.MULTILINE)
+    command = found.group(1)
     given = yaml.safe_load(path.read_text())
     if command == "finetune":
         Finetune.model_validate(given)
     elif command == "evaluate":
         module, settings = cli.choose([str(path)])
         getattr(importlib.import_module(module), settings).model_validate({"model": "m", **given})
+    elif command == "compare":
+        settings = cli.parse("compare", Compare, [str(path)])
+        for name in settings.methods:
+            run_of(settings, name, settings.splits[0], 0, (1.0, 1.0))
     else:
         # what the requests of a database share leaves model and data to them
         decided = {"model": "m", "forget": "f", "retain": "r"} if command == "request" else {}

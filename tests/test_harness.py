@@ -181,9 +181,12 @@ def test_the_total_weighs_questions_and_not_subjects(plain, tokenizer, folder):
     assert (first.n, second.n, records["mmlu_acc"].n) == (13, 6, 19)
     assert records["mmlu_acc"].value == pytest.approx((13 * first.value + 6 * second.value) / 19)
     assert records["mmlu_acc"].extra["stderr"] > 0
-    letters = first.extra, records["mmlu_answer_entropy"].extra["predicted"]
-    assert sum(letters[1].values()) == 19
+    assert sum(records["mmlu_answer_entropy"].extra["predicted"].values()) == 19
     assert records["mmlu_acc"].higher_is_better
+    parts = [records[f"mmlu_{subject}_answer_entropy"] for subject in ("high_school_stones", "weather")]
+    for key, total in (("ties", "mmlu_answer_ties"), ("mass", "mmlu_choice_mass")):
+        assert sum(part.n * part.extra[key] for part in parts) / 19 == pytest.approx(records[total].value)
+    assert [part.extra["top_share"] for part in parts] == [max(p.extra["predicted"].values()) / p.n for p in parts]
 
 
 def ask(model, tokenizer, texts, **settings):

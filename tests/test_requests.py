@@ -601,7 +601,7 @@ def command(*args):
         [sys.executable, "-m", "alter", "request", *args],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(alter.__file__))},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(os.path.dirname(alter.__file__))},
     )
 
 

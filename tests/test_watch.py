@@ -310,6 +310,7 @@ def test_reasons_name_what_is_wrong():
         return rule.judge([{"step": 0, "retain_probability": 0.9}, {"step": 5, "retain_probability": 0.9, **last}]).why
 
     assert "known like holdout rows" in why(LikeUnseen(), auc_loss=0.52, p_loss=0.3)
+    assert "0.520 by loss (p 0.3), 0.718 by min_k" in why(LikeUnseen(), auc_loss=0.52, p_loss=0.3, auc_min_k=0.718)
     assert "still better known" in why(LikeUnseen(), auc_loss=0.52, p_loss=0.01)
     assert "less known" in why(LikeUnseen(), auc_loss=0.3, p_loss=1.0)
     overshot = LikeUnseen().judge(

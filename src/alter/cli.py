@@ -90,6 +90,9 @@ COMMANDS = {
     "entropy": Command(
         "alter.study", "Study", "entropy", "token entropies of a model on a text, and what adapting changes"
     ),
+    "compare": Command(
+        "alter.compare", "Compare", "compare", "methods x seeds x forget splits x a small grid, with equal budget"
+    ),
     "finetune": Command(
         "alter.finetune", "Finetune", "finetune", "train a model on rows or on texts, or from scratch"
     ),

@@ -464,7 +464,8 @@ def _normal(text: str | None) -> str:
     return " ".join(unicodedata.normalize("NFKC", text or "").casefold().split())
 
 
-def _key(example: Example) -> tuple[str, str]:
+def row_key(example: Example) -> tuple[str, str]:
+    """What makes two rows the same: prompt (or earlier turns) and answer, apart from case, spacing and Unicode width."""
     context = " ".join(turn["content"] for turn in example.messages) if example.messages else example.prompt
     return _normal(context), _normal(example.answer)
 
@@ -479,8 +480,8 @@ def check_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> None:
     """
     kept: dict[tuple[str, str], Example] = {}
     for example in retain:
-        kept.setdefault(_key(example), example)
-    shared = [(example, kept[_key(example)]) for example in forget if _key(example) in kept]
+        kept.setdefault(row_key(example), example)
+    shared = [(example, kept[row_key(example)]) for example in forget if row_key(example) in kept]
     if shared:
         listed = "; ".join(
             f"forget row {f.index} = retain row {r.index} ({(f.prompt or f.answer)[:60]!r})" for f, r in shared[:5]

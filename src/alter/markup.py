@@ -1,7 +1,7 @@
 """Markup for `alter report`: escaped HTML, tables, marked differences, and charts drawn as SVG.
 
-All text of users, data and models goes through `text`, which escapes it: `tag` takes every string for text unless `text`,
-`tag` or `join` made it.
+All text of users, data and models goes through `text`, which escapes it: `tag` takes every string for text unless one of
+`text`, `tag` and `join` made it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-# Elements ----------------------------------------------------------------------------------------------------------------
+# Elements ------------------------------------------------------------------------------------------------------------
 
 
 class Html(str):
@@ -222,8 +222,8 @@ def _key(names: Sequence[str], filled: Sequence[str] = ()) -> list[Html]:
 
 
 def lines(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, alt: str, caption: object, across: str, up_to: float | None = None,
-    at: tuple[float, str] | None = None,
+    series: Mapping[str, Sequence[tuple[float, float]]], *, alt: str, caption: object, across: str,
+    up_to: float | None = None, at: tuple[float, str] | None = None,
 ) -> Html:  # fmt: skip
     """Return a line chart of one to three series, told apart by dashes as well as by colour.
 

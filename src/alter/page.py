@@ -44,7 +44,8 @@ SAID = {
     "verbmem": ("Given the beginning of a passage that was to be forgotten", "true continuations", "passages"),
     "book_rouge": ("Given the beginning of a passage that was to be forgotten", "true continuations", "passages"),
 }
-"""Metrics that say how much of the truth a model still says: the situation, what it is compared with, what is counted."""
+"""Metrics that say how much of the truth a model still says: the situation, what it is compared with, what is
+counted."""
 KEPT = {
     "model_utility": "the utility of the original model on everything else (nine figures in one)",
     "knowmem_retain": "the original model's agreement with the true answers about what was to be kept",
@@ -59,13 +60,13 @@ LONGEST = 1200
 EXPERTS = 40
 """Experts with a line of their own."""
 ADAPTER = (
-    "The forgetting is done by an adapter, a part added to the model. It does not remove knowledge from the base model: "
-    "whoever holds the base weights holds the knowledge, and switching the adapter off brings every answer back."
+    "The forgetting is done by an adapter, a part added to the model. It does not remove knowledge from the base "
+    "model: whoever holds the base weights holds the knowledge, and switching the adapter off brings back every answer."
 )
 
 WEIGHTS = (
-    "All weights of the model were changed. Nothing keeps the forgotten apart from the rest, so it cannot be switched back "
-    "on, nor taken back for one request alone. The base model, wherever it still lies, holds the knowledge."
+    "All weights of the model were changed. Nothing keeps the forgotten apart from the rest, so it cannot be switched "
+    "back on, nor taken back for one request alone. The base model, wherever it still lies, holds the knowledge."
 )
 
 Array = npt.NDArray[np.float64]
@@ -84,7 +85,7 @@ class Report(BaseModel):
     out: str = "report.html"
     """The page."""
     records: list[str] = Field(default_factory=list)
-    """Result files (--json). They go to the run whose adapter they measured, and replace its records.json's figures."""
+    """Result files (--json). They go to the run whose adapter they measured and replace its records.json's figures."""
     attacks: list[str] = Field(default_factory=list)
     """Folders of attacks (`alter attack --out`)."""
     db: str | None = None
@@ -199,29 +200,34 @@ def read_run(given: str) -> Run:
 def read_tokens(path: Path, settings: Mapping[str, Any]) -> Tokens:
     """Read entropies and gates from what `frozen.store` wrote.
 
-    The file does not say where the forget rows end. They are as many as the run used of its forget set, so that set is
-    counted, if it is on this machine; a run of experts alone has no other rows.
+    The file does not say where the forget rows end. They are as many as the run used of its forget set (twice as many if
+    its objective also trains on other answers), so that set is counted, if it is on this machine; a run that used no
+    retain rows has no others.
 
     Raises:
-        UserError: the file is broken.
+        UserError: the file is broken, or the settings are of another version.
     """
     from safetensors import SafetensorError, safe_open
 
+    from alter.trainer import Unlearn, branch_needs
+
     try:
         with safe_open(str(path), "np") as file:
-            entropy, gates, lengths = (file.get_tensor(name) for name in ("entropy", "gates", "lengths"))
+            entropy, gates, lengths = (file.get_tensor(name) for name in ("entropy", "gates", "entropy.count"))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is broken ({error}): delete it, and the report goes without entropies.") from None
-    rows: int | None = None
-    why = ""
-    if settings.get("experts_only"):
-        rows = len(lengths)
-    else:
-        rows, why = _count(str(settings["forget"]), float(settings["epochs"]))
-        if rows is not None and rows > len(lengths):
-            rows, why = None, f"{settings['forget']} has more rows now than the run has seen"
-    forget = None if rows is None else int(lengths[:rows].sum())
-    return Tokens(entropy.astype(np.float64), gates.astype(np.float32), forget, why)
+    try:
+        run = Unlearn.model_validate(settings)
+    except ValueError as error:
+        raise UserError(f"{path.parent}/run.json: {' '.join(str(error).split())}") from None
+    forget, alternative, retain = (needs.rows for needs in branch_needs(run))
+    rows, why = (len(lengths), "") if not retain else _count(run.forget, run.epochs)
+    if rows is not None and retain:
+        rows *= forget + alternative
+        if rows > len(lengths):
+            rows, why = None, f"{run.forget} has more rows now than the run has seen"
+    tokens = None if rows is None else int(lengths[:rows].sum())
+    return Tokens(entropy.astype(np.float64), gates.astype(np.float32), tokens, why)
 
 
 def _count(source: str, epochs: float) -> tuple[int | None, str]:
@@ -240,7 +246,7 @@ def _count(source: str, epochs: float) -> tuple[int | None, str]:
 
 
 def owners(path: str, records: Sequence[Record], runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that records belong to: those whose adapter, or model, they measured; all, if they measured none.
+    """Return the runs that records belong to: those whose adapter or model they measured; all if they measured none.
 
     Raises:
         UserError: they measured another adapter, or it cannot be told which of several.
@@ -403,8 +409,8 @@ def _forgotten(run: Run) -> list[object]:
     if quality is not None and quality.value is not None:
         told = "not told apart" if quality.value >= QUALITY else "told apart"
         found.append(
-            f"By a statistical test on {quality.n} questions it is {told} from a model that was trained without the data "
-            f"(forget quality: p = {number(quality)}; from {QUALITY} on it counts as not told apart)."
+            f"By a statistical test on {quality.n} questions it is {told} from a model that was trained without the "
+            f"data (forget quality: p = {number(quality)}; from {QUALITY} on it counts as not told apart)."
         )
     if not found:
         found.append("No figure says so.")
@@ -461,7 +467,9 @@ def _attacked(run: Run) -> str:
         f"{name} {percent(min(record.value or 0.0, 1.0))} ({_measure(record)}; it needs {record.extra.get('needs')})"
         for name, record in strongest.items()
     ]
-    return f"{listed} Of what was removed, these bring back: {'; '.join(parts)}. The others bring back nothing beyond chance."
+    return (
+        f"{listed} Of what was removed, these bring back: {'; '.join(parts)}. Others bring back nothing beyond chance."
+    )
 
 
 def summary(run: Run, level: int) -> list[Html]:
@@ -527,7 +535,7 @@ def figures(columns: Mapping[str, Sequence[Record]], *, label: str, reference: s
             shown = ["-" if cell is None else number(cell) for cell in cells]
             rows.append([f"{metric}\u00a0{ARROWS[record.higher_is_better]}".strip(), *shown, _counts(cells), meaning])
         place = list(own).index(reference) + 1 if reference in own else None
-        caption = f"{mode} mode. ↑ ↓ point in the better direction; n: how many items a figure is of; -: not measured."
+        caption = f"{mode} mode. ↑ ↓ point in the better direction; n: items that a figure is of; -: not measured."
         found.append(
             grid(
                 ["metric", *names, "n", "what it says"], rows, label=f"{label}, {mode} mode", caption=caption,
@@ -563,7 +571,7 @@ class Sample:
 
 
 def samples(run: Run) -> tuple[str, list[Sample]]:
-    """Return the metric that the samples belong to, and all questions that every model answered; "" if there are none."""
+    """Return the metric that the samples belong to, and all questions that every model answered; "" if none."""
     for metric in SAMPLED:
         own = [r for rows in by_model(run).values() for r in rows if r.metric == metric and "generations" in r.extra]
         own = [r for r in own if not any(o.model == r.model and o.mode > r.mode for o in own)]
@@ -593,7 +601,7 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def worst(found: Sequence[Sample], count: int, taken: Sequence[int]) -> list[int]:
-    """Return the places of the replies of the unlearned model that hold most of the truth, without those in `taken`."""
+    """Return the places of the unlearned model's replies that hold most of the truth, without those in `taken`."""
     scored = [
         (i, sample.replies["unlearned"][1] or 0.0)
         for i, sample in enumerate(found)
@@ -671,8 +679,8 @@ def _attacks(run: Run, level: int) -> list[Html]:
         if "refused" in extra:
             refused.setdefault(extra["refused"], []).append(f"{extra.get('attack')} ({_measure(record)})")
     caption = (
-        "recovered: 1 is all that unlearning removed, 0 no more than the same attack gets out of the retrained model; in "
-        "brackets the 95 % interval. Where an attack has several steps or depths, the one that is best for the attacker."
+        "recovered: 1 is all that unlearning removed, 0 no more than the same attack gets out of the retrained model; "
+        "in brackets the 95 % interval. Of several steps or depths, the one that is best for the attacker."
     )
     head = ["attack", "the attacker needs", "figure", "original", "before", "after", "retrained", "recovered"]
     shown = [grid(head, rows, label="Attacks", numbers=(3, 4, 5, 6, 7), wide=[1], caption=caption, reference=6)]
@@ -690,7 +698,7 @@ def _attacks(run: Run, level: int) -> list[Html]:
         ends = ", ".join(f"{model} {values[-1][1]:.2f}" for model, values in known.items())
         plots.append(
             lines(
-                known, across="steps of the attack", up_to=1.0, caption=f"{name} on rows that the attacker did not have",
+                known, across="steps of the attack", up_to=1.0, caption=f"{name} on rows the attacker did not have",
                 alt=f"Line chart of {name} over the steps of the attack. At its end: {ends}.",
             )
         )  # fmt: skip
@@ -715,7 +723,7 @@ def _entropies(run: Run, level: int) -> list[Html]:
     q = run.settings.get("adapter", {}).get("entropy_q")
     drawn = histogram(
         edges, {name: shares(values, edges) for name, values in finite.items()}, threshold=threshold,
-        across=f"entropy of the token (Tsallis, q = {q})", caption="Share of the tokens in each of 40 bins (logarithmic)",
+        across=f"entropy of the token (Tsallis, q = {q})", caption="Share of the tokens in a bin (logarithmic)",
         alt=f"Histogram of the token entropies. At or below the threshold of {threshold:.3g}: {said}.",
     )  # fmt: skip
     rows = [
@@ -724,12 +732,12 @@ def _entropies(run: Run, level: int) -> list[Html]:
     ]
     table = grid(
         ["tokens of", "tokens", "low", "high", "first tokens"], rows, numbers=(1, 2, 3, 4), label="Token entropies",
-        caption="Nothing generated the first token of a row, so it has no entropy and is not in the shares; the router "
-        "treats it as high.",
+        caption="Nothing generated the first token of a row, so it has no entropy and is not in the shares; the "
+        "router treats it as high.",
     )  # fmt: skip
     words = (
-        "The entropy of a token is how unsure the untouched model was when it came to it. Low ones carry knowledge (a name, "
-        "a date) and take one expert; those above the threshold are structure and may take several."
+        "The entropy of a token is how unsure the untouched model was when it came to it. Low ones carry knowledge (a "
+        "name, a date) and take one expert; those above the threshold are structure and may take several."
     )
     return [tag("p", words), *_unknown_split(tokens), drawn, table]
 
@@ -767,8 +775,8 @@ def _routing(run: Run, level: int) -> list[Html]:
         rows.append([f"{len(rest)} other experts", *parts])
     rows.append(["all forget experts", *(cell(float(v[1:].sum()), "ab"[p]) for p, v in enumerate(found.values()))])
     words = (
-        "Each token takes one or more experts. Ordinary text should take the retention expert, text of the forget set the "
-        "forget experts. A token that several experts serve counts for each by its part."
+        "Each token takes one or more experts. Ordinary text should take the retention expert, text of the forget set "
+        "the forget experts. A token that several experts serve counts for each by its part."
     )
     table = grid(["expert", *found], rows, label="Routing shares", numbers=range(1, len(found) + 1))
     return [tag("p", words), *_unknown_split(tokens), table]
@@ -935,7 +943,7 @@ def _logged(run: Run) -> list[Any]:
 
 
 def comparison(runs: Sequence[Run]) -> list[Html]:
-    """Several runs side by side: the unlearned models, beside the original and the retrained where these are shared."""
+    """Several runs side by side: the unlearned models, beside the original and the retrained ones."""
     columns: dict[str, list[Record]] = {}
 
     def shared(role: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from alter import metrics
 from alter.benchmarks import tofu
-from alter.data import Encoded, Example, _key, encode, encode_prompt, load_examples
+from alter.data import Encoded, Example, encode, encode_prompt, load_examples, row_key
 from alter.errors import UserError
 from alter.records import digest
 from alter.scoring import generate, load_model, score
@@ -157,6 +157,9 @@ class LikeUnseen(_Guarded):
     of smallest |A - 1/2|, the earliest if several. With `patience` 0, training stops at the first satisfied check; an
     over-forgotten one does not stop it, as some objectives overshoot and come back.
 
+    It looks at one score. Another may still tell the sets apart, because unlearning changes which tokens of an answer
+    are unlikely: the reason given for the step names the AUC of every score.
+
     It assumes that forget and holdout rows would be equally hard to a model that saw neither; `watch.calibrate`, or
     the truth ratio as the score, which sets each row against its own wrong answers, take away what differs.
     """
@@ -196,7 +199,9 @@ class LikeUnseen(_Guarded):
         )
 
     def _why(self, best: Check, good: bool) -> str:
+        others = [name for name in get_args(Score) if name != self.score and f"auc_{name}" in best]
         auc = f"AUC {best[f'auc_{self.score}']:.3f} by {self.score} (p {best[f'p_{self.score}']:.2g})"
+        auc += "".join(f", {best[f'auc_{name}']:.3f} by {name}" for name in others)
         if good:
             return f"forget rows are known like holdout rows: {auc}"
         if self._state(best) == 1:
@@ -338,13 +343,13 @@ def _draw(rows: Sequence[Example], count: int, seed: int) -> list[int]:
 
 
 def _apart(name: str, rows: Sequence[Example], other: str, others: Sequence[Example], remedy: str) -> None:
-    known = {_key(example): example.index for example in others}
-    shared = [example for example in rows if _key(example) in known]
+    known = {row_key(example): example.index for example in others}
+    shared = [example for example in rows if row_key(example) in known]
     if shared:
         first = shared[0]
         raise UserError(
             f"{len(shared)} rows of {name} are in the {other} set as well, the first being row {first.index} = "
-            f"{other} row {known[_key(first)]} ({(first.prompt or first.answer)[:60]!r}): {remedy}"
+            f"{other} row {known[row_key(first)]} ({(first.prompt or first.answer)[:60]!r}): {remedy}"
         )
 
 
@@ -395,8 +400,8 @@ def read_watched(
     looked = list(forget)
     if watch.forget is not None:
         looked = _load(watch.forget, domain_column)
-        known = {_key(example) for example in forget}
-        others = [example.index for example in looked if _key(example) not in known]
+        known = {row_key(example) for example in forget}
+        others = [example.index for example in looked if row_key(example) not in known]
         if others:
             raise UserError(
                 f"{len(others)} of {len(looked)} rows of watch.forget ({watch.forget}) are not in the forget set, the "
@@ -444,7 +449,7 @@ def _reference(path: str, rows: Sequence[Example]) -> tofu.Reference:
     again = "evaluate the retrained model on the rows of watch.forget with `alter evaluate --json`, in strict mode"
     if reference.mode not in (None, "strict"):
         raise UserError(f"watch.retain_records: {path} was measured in {reference.mode} mode: {again}.")
-    own = tofu._fingerprint([example.row for example in rows])
+    own = tofu.fingerprint([example.row for example in rows])
     if len(reference.truth_ratio) != len(rows) or reference.fingerprint not in (None, own):
         what = f" ({reference.split})" if reference.split else ""
         raise UserError(

@@ -344,7 +344,8 @@ class HarnessEvaluation(Evaluation):
     where all questions have the same choices: `answer_entropy` (of the predicted letters over log k: 1 evenly spread, 0
     always the same; `extra` has nats), `top_answer` (share of the letter predicted most), `answer_ties` (share of
     questions whose likeliest letters tie, so that the first wins) and `choice_mass` (mean of the summed probability of
-    all letters: near 0 the model does not answer in letters). Of the members of a group: metrics and `answer_entropy`.
+    all letters: near 0 the model does not answer in letters). Of the members of a group: metrics and `answer_entropy`,
+    whose `extra` holds the rest.
 
     With `limit`, the questions of each task are drawn by `seed` (the harness's own --limit takes the first ones).
     """
@@ -465,13 +466,20 @@ class HarnessEvaluation(Evaluation):
             choices, logprob = asked
             spread = metrics.multiple_choice(logprob)
             counts = {choice: int(count) for choice, count in zip(choices, spread.counts, strict=True)}
-            extra = {**more, "predicted": counts, "nats": spread.entropy}
+            ties, mass = spread.ties.astype(float), spread.mass
+            extra = {
+                **more,
+                "predicted": counts,
+                "nats": spread.entropy,
+                "top_share": spread.top_share,
+                "ties": float(ties.mean()),
+                "mass": float(mass.mean()),
+            }
             predicted = [float(i) for i in spread.predicted]
             records.append(self._record(f"{name}_answer_entropy", spread.evenness, predicted, extra))
             if name in inside:
                 continue
             top = {**more, "predicted": counts, "answer": choices[int(spread.counts.argmax())]}
-            ties, mass = spread.ties.astype(float), spread.mass
             records += [
                 self._record(f"{name}_top_answer", spread.top_share, None, top, n=len(logprob)),
                 self._record(f"{name}_answer_ties", ties.mean(), ties.tolist(), more),

@@ -295,7 +295,8 @@ def _sample(rows: list[dict[str, Any]], limit: int | None, seed: int) -> list[di
     return [rows[i] for i in sorted(chosen)]
 
 
-def _fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+def fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+    """Hash of the rows' questions and answers: what two results must share to be compared item by item."""
     keys = ("question", "answer", "paraphrased_answer", "perturbed_answer")
     text = json.dumps([[row.get(key) for key in keys] for row in rows], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -402,7 +403,7 @@ def tofu_metrics(
         result.notes.append(f"A quick look at {limit} rows of each set: not comparable with published figures.")
     rows = {key: _set_rows(key, split, data, limit, seed) for key in sets}
     for key in sets:
-        result.sets[key] = TofuSet(key, len(rows[key]), _fingerprint(rows[key]))
+        result.sets[key] = TofuSet(key, len(rows[key]), fingerprint(rows[key]))
     forget = result.sets.get("forget")
     if forget is not None and result.reference is not None:
         _check_reference(result.reference, split, mode, forget)
@@ -414,7 +415,7 @@ def tofu_metrics(
             unseen, notes = _holdout_rows(split, data, holdout, limit, seed)
             result.notes += notes
             if unseen is not None:
-                forget.holdout = _fingerprint(unseen)
+                forget.holdout = fingerprint(unseen)
                 if result.reference is not None:
                     _check_reference(result.reference, split, mode, forget)
         answers = _answers(tokenizer, rows, unseen, compat)
@@ -720,9 +721,9 @@ class TofuEvaluation(Evaluation):
 
     def data_digest(self) -> str:
         """Hash of the rows of all sets, of the holdout rows, and of the retrained model or its results."""
-        rows = [_fingerprint(_set_rows(key, self.split, self.data, self.limit, self.seed)) for key in SETS]
+        rows = [fingerprint(_set_rows(key, self.split, self.data, self.limit, self.seed)) for key in SETS]
         unseen, _ = _holdout_rows(self.split, self.data, self.holdout, self.limit, self.seed)
-        return digest(rows, unseen and _fingerprint(unseen), self._reference_digest())
+        return digest(rows, unseen and fingerprint(unseen), self._reference_digest())
 
     def _retrained(self) -> Subject | None:
         """Return the retrained model if `retain_records` names a model's folder rather than a result file."""
