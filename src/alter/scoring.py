@@ -513,7 +513,10 @@ class Subject(BaseModel):
         if self.adapter is None:
             raise UserError("--merged folds an adapter into the weights: give one with --adapter, or leave it out.")
         network, tokenizer = load_model(self.model, self.adapter, self.dtype, self.device)
-        return network.merge_and_unload(), tokenizer
+        try:
+            return network.merge_and_unload(), tokenizer
+        except NotImplementedError as error:
+            raise UserError(f"--merged: {error}") from None
 
     def identity(self, memo: Path | None = None) -> dict[str, str | None]:
         """Return digests of what is loaded, `weights` and `adapter`: a folder's by the contents of its files.

@@ -246,7 +246,7 @@ def harness_model(
     the route of a token depends on the tokens before it only. Unlike in the harness:
 
     * Batches hold `batch_tokens` padded tokens instead of a fixed number of rows, longest first.
-    * Log-probabilities are fp32; the harness keeps the model's dtype, where in bf16 many letters tie and "A" wins.
+    * Log-probabilities are fp32; the harness keeps the model's dtype, whose rounding can make letters tie.
     * A prompt that does not fit into the context is refused; the harness cuts off its beginning.
     * NaN is refused; the harness would take the first choice.
 
