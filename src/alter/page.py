@@ -758,7 +758,7 @@ def _routing(run: Run, level: int) -> list[Html]:
     order = sorted(range(1, count), key=lambda i: (-first[i], i))
     shown = [0, *sorted(order[:EXPERTS])]
     rest = sorted(order[EXPERTS:])
-    widest = max(float(values.max()) for values in found.values()) or 1.0
+    widest = max(float(max(values[0], values[1:].sum())) for values in found.values()) or 1.0
 
     def cell(share: float, style: str) -> Html:
         bar = tag("span", class_=f"bar {style}", style=f"width:{100 * share / widest:.1f}%")
@@ -784,8 +784,8 @@ def _routing(run: Run, level: int) -> list[Html]:
 
 TERMS = {
     "loss": "weighted sum of the terms, mean since the entry before",
-    "forget": "forget objective: how much of it the batch still knows",
-    "retain": "retain objective: how far ordinary answers have moved",
+    "forget": "forget objective of the batch, see Settings",
+    "retain": "retain objective of the batch, see Settings",
     "structure": "cross-entropy on high-entropy tokens",
 }
 WATCHED = {
