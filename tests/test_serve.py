@@ -255,14 +255,15 @@ def test_answer_is_cut_off_in_time(monkeypatch):
 
 
 def test_client_that_leaves_frees_its_row(monkeypatch):
-    Slow(monkeypatch, 0.05)
+    Slow(monkeypatch, 0.2)
     one = Running()
     stream = ask(one.client(), "Who?", max_tokens=60, stream=True)
     next(iter(stream))
     stream.close()
     started = time.time()
     assert ask(one.client(), "Who?", max_tokens=2).choices
-    assert time.time() - started < 2
+    # all 60 steps would take 12 s
+    assert time.time() - started < 8
     one.stop()
 
 

@@ -8,6 +8,7 @@ who else asked. Routing is active as in any other forward pass.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import queue
@@ -189,6 +190,8 @@ class Engine:
                     break
                 batch.append(job)
             self._answer(batch)
+            # a batch leaves cycles that hold its keys and values; without this, memory comes back late
+            gc.collect()
             if last:
                 return
 
@@ -562,6 +565,9 @@ def serve(settings: Serve) -> None:
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
         raise UserError(f"--api-key-env names {settings.api_key_env}, which is not set: export it first.")
     model, tokenizer = settings.load()
+    # what is loaded now stays: collecting after each batch need not look at it
+    gc.collect()
+    gc.freeze()
     engine = Engine(model, tokenizer, max_batch=settings.max_batch, max_waiting=settings.max_waiting)
     app = application(settings, engine)
     config = uvicorn.Config(
