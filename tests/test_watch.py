@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from alter import cli, trainer, watch
-from alter.benchmarks.tofu import _fingerprint
+from alter.benchmarks.tofu import fingerprint
 from alter.data import encode, examples
 from alter.errors import UserError
 from alter.records import Record, write_records
@@ -616,7 +616,7 @@ def test_a_killed_run_keeps_its_best_adapter_and_resumes(data, tmp_path):
 
 
 def records_of(path, ratios, rows, **extra):
-    extra = {"split": "forget10", "fingerprint": _fingerprint(rows)} | extra
+    extra = {"split": "forget10", "fingerprint": fingerprint(rows)} | extra
     ratio = Record("retrained", "forget_truth_ratio", 0.5, len(ratios), "strict", True, list(ratios), extra)
     write_records(path, [ratio])
     return str(path)
