@@ -554,6 +554,13 @@ def test_what_cannot_be_asked_for(data, tmp_path, changes, says):
     assert store.requests() == []
 
 
+def test_subject_is_looked_for_as_a_word(data):
+    retain = load_examples(str(data / "retain.jsonl"))
+    work.check_subject("plus on", retain)
+    with pytest.raises(UserError, match="12 rows"):
+        work.check_subject("PLUS  one", retain)
+
+
 def test_no_rows_no_request(data, tmp_path):
     store = start(data, tmp_path)
     (tmp_path / "empty.jsonl").write_text("")

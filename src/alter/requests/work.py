@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -112,11 +113,11 @@ def check_subject(subject: str, retain: Sequence[Example]) -> None:
     Raises:
         UserError: names the rows.
     """
-    needle = " ".join(subject.casefold().split())
+    needle = re.compile(rf"\b{re.escape(' '.join(subject.casefold().split()))}\b")
     named = [
         example.index
         for example in retain
-        if needle in " ".join(f"{example.prompt or ''} {example.answer}".casefold().split())
+        if needle.search(" ".join(f"{example.prompt or ''} {example.answer}".casefold().split()))
     ]
     if named:
         raise UserError(
