@@ -11,6 +11,7 @@ import random
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -70,7 +71,7 @@ class KeepLast(_Rule):
         return Verdict(int(checks[-1]["step"]), True, False, "the last step: no rule was chosen")
 
 
-class _Guarded(_Rule):
+class _Guarded(_Rule, ABC):
     """What the rules share that must not be satisfied by a broken model.
 
     A check is allowed if U >= (1 - utility_loss) U_0, with U the mean probability of the answers of retain rows that
@@ -104,8 +105,9 @@ class _Guarded(_Rule):
             )
         return Verdict(int(best["step"]), good, good and waited >= self.patience, why)
 
+    @abstractmethod
     def _why(self, best: Check, good: bool) -> str:
-        raise NotImplementedError
+        """Why the kept check is the best one, in words."""
 
 
 class LikeRetrained(_Guarded):
