@@ -391,6 +391,13 @@ class PreferRefusal(_Objective):
         return -2 / self.beta * mean_or_zero(F.logsigmoid(self.beta * (change - preferred)))
 
 
+def _learn_alternative(tokens: Labelled) -> Tensor:
+    """Mean cross-entropy of what stands in place of the forget rows' answers."""
+    other = tokens.alternative
+    assert other is not None
+    return mean_or_zero(cross_entropy(other.logits, other.labels))
+
+
 class Refuse(_Objective):
     """Cross-entropy of a refusal in place of each forget row's answer (IDK, Maini et al. 2024; O3's wrong answers)."""
 
@@ -398,9 +405,7 @@ class Refuse(_Objective):
     needs: ClassVar[Needs] = Needs(rows=False, alternative="refusal")
 
     def __call__(self, tokens: Labelled) -> Tensor:
-        other = tokens.alternative
-        assert other is not None
-        return mean_or_zero(cross_entropy(other.logits, other.labels))
+        return _learn_alternative(tokens)
 
 
 class RandomLabels(_Objective):
@@ -413,9 +418,7 @@ class RandomLabels(_Objective):
     needs: ClassVar[Needs] = Needs(rows=False, alternative="random_labels")
 
     def __call__(self, tokens: Labelled) -> Tensor:
-        other = tokens.alternative
-        assert other is not None
-        return mean_or_zero(cross_entropy(other.logits, other.labels))
+        return _learn_alternative(tokens)
 
 
 class Undial(_Objective):
