@@ -20,10 +20,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from safetensors.torch import load_file
 from scipy import stats
 
-from alter import cli, compare, metrics
+from alter import cli, compare, metrics, plots
 from alter.benchmarks import tofu
 from alter.compare import cells, plan, table
 from alter.compare.cells import Job, finished, hold, run_cells
@@ -415,6 +416,38 @@ def test_the_table_is_that_of_a_loop_over_the_records(data, tmp_path, monkeypatc
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "compare.json").read_text())["settings"]["seeds"] == [0, 1, 2]
     assert "table.md" in capsys.readouterr().out
+
+
+def test_names_in_the_plot_cover_neither_each_other_nor_a_point(tmp_path):
+    points = [(0.82 + 0.002 * i, -0.1 * (i % 3)) for i in range(12)] + [(0.82, 0.0), (0.0, -5.0)]
+    names = [f"method_{i}" for i in range(len(points))]
+    kept = {}
+    for path in (tmp_path / "a.png", tmp_path / "b.png"):
+        with plots.figure(path, width=5.6, height=5.2) as drawn:
+            axes = drawn[0, 0]
+            axes.plot(*zip(*points, strict=True), "o", ms=5)
+            plots.name_points(axes, points, names, ["k"] * len(points))
+            axes.get_figure().draw_without_rendering()
+            boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+            kept[path] = (boxes, axes.transData.transform(points), axes.get_window_extent())
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    boxes, places, inside = kept[tmp_path / "a.png"]
+    assert sorted(boxes) == sorted(names)
+    for one, other in itertools.combinations(boxes.values(), 2):
+        # two edges may touch
+        wide = min(one.x1, other.x1) - max(one.x0, other.x0)
+        high = min(one.y1, other.y1) - max(one.y0, other.y0)
+        assert min(wide, high) < 0.01
+    assert not any(box.contains(*place) for box in boxes.values() for place in places)
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes.values())
+    # the one with room all around stands beside its point
+    assert abs(boxes["method_13"].x0 - places[13][0]) < 15
+
+
+def test_a_name_without_room_is_left_out(tmp_path):
+    with plots.figure(tmp_path / "a.png", width=1.2, height=1.2) as drawn:
+        plots.name_points(drawn[0, 0], [(0.5, 0.5)] * 60, ["a_long_name"] * 60, ["k"] * 60)
+        assert 1 <= len(drawn[0, 0].texts) < 60
 
 
 def test_dominated_rows_are_marked_among_the_methods_of_a_split_only(data, tmp_path):

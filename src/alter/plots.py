@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -95,3 +95,58 @@ def before_and_after(axes: Any, before: npt.ArrayLike, after: npt.ArrayLike, thr
     axes.axhline(threshold, color=LINE, lw=1.0, ls="--")
     top = max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.set(xlim=(0, top), ylim=(0, top))
+
+
+def name_points(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[str], colors: Sequence[str]) -> None:
+    """Write each point's name beside it where it covers no other name and no point, with a thin line if it stands farther off.
+
+    Call it last, when all else of the figure is drawn: places are found in the figure's final layout. Points are served in
+    their order; one whose name has no room within reach is left without.
+
+    Args:
+        axes: one plot of `figure`.
+        points: [n], in data coordinates.
+        names, colors: [n].
+    """
+    import numpy as np
+
+    drawn = axes.get_figure()
+    drawn.draw_without_rendering()
+    reach = drawn.dpi / 72
+    inside = axes.get_window_extent()
+    places = np.asarray(axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2)))
+    marks = np.concatenate([places - 3.5 * reach, places + 3.5 * reach], axis=1)
+    taken = np.empty((0, 4))
+
+    def free(box: npt.NDArray[Any], others: npt.NDArray[Any]) -> bool:
+        apart = (box[2:] <= others[:, :2]) | (others[:, 2:] <= box[:2])
+        return bool(apart.any(1).all())
+
+    for point, place, name, color in zip(points, places, names, colors, strict=True):
+        text = axes.annotate(
+            name,
+            point,
+            xytext=(0, 0),
+            textcoords="offset points",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": color, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4},
+            fontsize=7,
+            color=color,
+            parse_math=False,
+            ha="center",
+            va="center",
+        )
+        # else the layout would move the places that were measured
+        text.set_in_layout(False)
+        extent = text.get_window_extent()
+        half = np.array([extent.width, extent.height]) / 2
+        for far, turn in ((f, t) for f in range(6, 130, 4) for t in np.pi * (0.25 + np.arange(24) / 12)):
+            way = np.array([np.cos(turn), np.sin(turn)])
+            offset = way * far * reach + np.clip(1.5 * way, -1, 1) * half
+            box = np.concatenate([place + offset - half, place + offset + half])
+            within = inside.x0 <= box[0] and box[2] <= inside.x1 and inside.y0 <= box[1] and box[3] <= inside.y1
+            if within and free(box, np.concatenate([taken, marks])):
+                taken = np.concatenate([taken, box[None]])
+                text.set_position(offset / reach)
+                break
+        else:
+            text.remove()

@@ -20,7 +20,7 @@ from alter.compare.cells import finished, measured
 from alter.compare.plan import ORIGINAL, RETRAINED, Cell, Chain, Compare, Plan, Setting, chains
 from alter.errors import UserError
 from alter.markup import document, grid, join, tag
-from alter.plots import AFTER, BEFORE, OTHER, figure
+from alter.plots import AFTER, BEFORE, OTHER, figure, name_points
 from alter.records import Record, read_records, stamped
 
 Array = npt.NDArray[np.float64]
@@ -453,7 +453,8 @@ def table_csv(rows: Sequence[Row]) -> str:
 
 def pareto(path: Path, settings: Compare, rows: Sequence[Row]) -> None:
     """Draw forget quality against utility, a plot for each split, as PNG: spread as bars, a line through the best."""
-    with figure(path, columns=len(settings.splits), width=5.2, height=4.2) as plots:
+    named: dict[str, list[tuple[bool, tuple[float, float], str, str]]] = {}
+    with figure(path, columns=len(settings.splits), width=5.6, height=5.2) as plots:
         for axes, split in zip(plots[0], settings.splits, strict=True):
             kind = criterion(settings, split)
             key = "forget_quality" if kind == "retrained" else "forgetting"
@@ -470,15 +471,7 @@ def pareto(path: Path, settings: Compare, rows: Sequence[Row]) -> None:
                     *(x, y), xerr=row.spread.get("model_utility"), yerr=row.spread.get(key), color=color,
                     fmt="s" if row.choice is None else "*" if on else "o", ms=9 if on else 5, lw=0.8,
                 )  # fmt: skip
-                axes.annotate(
-                    row.name,
-                    (x, y),
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color=color,
-                    parse_math=False,
-                )
+                named.setdefault(split, []).append((not on, (x, y), row.name, color))
             axes.plot(*zip(*sorted(best), strict=True) if best else ((), ()), color=AFTER, lw=0.8, ls="--")
             label = (
                 "forget quality, log10 p"
@@ -487,7 +480,11 @@ def pareto(path: Path, settings: Compare, rows: Sequence[Row]) -> None:
             )
             axes.set(xlabel="model utility (higher is better)", ylabel=f"{label} (higher is better)")
             axes.set_title(f"{split}: ★ not dominated")
-            axes.margins(0.15)
+            axes.margins(0.1)
+        for axes, split in zip(plots[0], settings.splits, strict=True):
+            # what is not dominated is named first, where there is most room
+            order = sorted(named.get(split, []), key=lambda each: each[0])
+            name_points(axes, [each[1] for each in order], [each[2] for each in order], [each[3] for each in order])
 
 
 def all_records(settings: Compare, made: Plan, chosen: Mapping[tuple[str, Chain], Choice], out: Path) -> list[Record]:
