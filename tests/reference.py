@@ -41,7 +41,7 @@ def naive_stopped_hinge(logits, label, margin):
 def naive_without(p, label):
     """The distribution without one outcome; None if that outcome had all the probability."""
     rest = math.fsum(x for v, x in enumerate(p) if v != label)
-    if rest <= 1e-6:
+    if rest == 0:
         return None
     return [0.0 if v == label else x / rest for v, x in enumerate(p)]
 

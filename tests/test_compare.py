@@ -366,6 +366,16 @@ def test_the_choice_reads_validation_rows_and_the_table_test_rows(data, tmp_path
     assert changed
 
 
+def test_a_choice_at_the_end_of_the_grid_is_marked(data, tmp_path):
+    wanted = settings(data, tmp_path, rates=[1.0, 0.3, 3.0], epochs=[2.0], methods=["npo"], splits=["forget10"])
+    for rate, shown in ((0.3, "0.3 (lowest)"), (1.0, "1"), (3.0, "3 (highest)")):
+        choice = table.Choice((rate, 2.0), True, 0.5, 0.5, 3, 3)
+        rows = [table.Row("npo", "forget10", 1, {}, {}, choice)]
+        costs = table.described(wanted, rows, {"forget10": dict.fromkeys(PARTS, 1)}).costs
+        assert costs[1][costs[0].index("chosen: rate ×")] == shown
+        assert costs[1][costs[0].index("epochs")] == "2"
+
+
 def test_the_table_is_that_of_a_loop_over_the_records(data, tmp_path, monkeypatch, capsys):
     wanted = settings(data, tmp_path, seeds=[0, 1, 2], search_seeds=2, splits=["forget10", "forget05"])
     made = plan.plan(wanted, tmp_path)
@@ -728,7 +738,10 @@ def test_without_running_the_tables_are_those_of_what_has_finished(data, tmp_pat
         ({"method": "asym_lora"}, "adapter.kind asym_lora neither grows nor merges"),
         ({"method": "uld"}, "adapter.kind assistant neither grows nor merges"),
         ({"method": "stable"}, "adapter.kind bounded_lora neither grows nor merges"),
-        ({"adapter": {"kind": "lora", "detector": True}, "objective": {"kind": "npo"}}, "lora with detector True"),
+        (
+            {"method": "o3", "adapter": {"dropout": 0.0}, "weight_decay": 0.0, "initializer": {"kind": "vila"}},
+            "cannot go on from its own result: .*initializer.kind vila would replace",
+        ),
         ({"method": "alter_scalar_gate"}, "adapter.kind alter with router entropy neither grows"),
         ({"adapter": {"router": "static"}}, "adapter.kind alter with router static neither grows"),
         ({"num_forget_experts": 1}, "num_forget_experts 1 gives the expert of every split the same name"),
@@ -1218,6 +1231,29 @@ def test_a_chain_of_lora_merges(data, tmp_path, monkeypatch):
     assert cells.subject(folder, json.loads((folder / "spec.json").read_text()), 1) == (
         *(str(folder / "base1"), str(folder / "stage1" / "adapter")),
     )
+
+
+def test_a_chain_of_o3_trains_one_lora_on_and_adds_a_detector(data, tmp_path, monkeypatch):
+    folder, started = chain(data, tmp_path, "o3", monkeypatch)
+    first, second = (folder / f"stage{place}" / "adapter" for place in (0, 1))
+    assert [run["start_from"] for run in started] == [None, str(first)]
+    assert [run["model"] for run in started] == [str(data / "model")] * 2
+    assert cells.subject(folder, json.loads((folder / "spec.json").read_text()), 1) == (
+        *(str(data / "model"), str(second)),
+    )
+    assert not (folder / "base1").exists()
+    forms = [json.loads((path / "inference.json").read_text())["calibrations"] for path in (first, second)]
+    assert len(forms[1]) == 2
+    assert forms[1][:1] == forms[0]
+    before, after = (load_file(str(path / "lora" / "adapter_model.safetensors")) for path in (first, second))
+    steps = [(after[name] - before[name]).abs().max().item() for name in before]
+    # two steps of Adam at 1e-2 from where the first stage ended
+    assert all(0 < step < 0.05 for step in steps)
+    # as the detectors know them
+    rows = [r | {"question": f"Question: {r['question']}\nAnswer:"} for r in read_rows(started[0]["forget"])[::5]]
+    said = [answers(data / "model", adapter, rows) for adapter in (None, first, second)]
+    assert (abs(said[1] - said[0]) > 1e-4).all()
+    assert (abs(said[2] - said[0]) > 1e-4).all()
 
 
 def test_a_chain_of_an_initialiser_merges_what_it_says(data, tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ SMALL = {
     "elm": {"adapter": {"r": 4}, "objective": {"new_tokens": 3, "eta": 5.0}},
     "reglu": {"adapter": {"r": 4, "alpha": 8}, "initializer": {"rows": 4, "retain_rank": 3}},
     "vila": {"initializer": {"epochs": 2}},
+    "e2urec": {"retain_after": 0.4},
 }
 """What is too large for models of 32 wide."""
 
@@ -47,6 +48,12 @@ RUNS = {
         "objective": {"kind": "without_truth", "hinge": 1.0},
         "retain_objective": {"kind": "keep_base"},
         "gradient_checkpointing": True,
+    },
+    "retain rows later": {
+        "retain_after": 1.0,
+        "epochs": 3,
+        "gradient_accumulation_steps": 2,
+        "retain_objective": {"kind": "keep_base"},
     },
     "watched": {"watch": {"every_steps": 2, "replies": 2, "reply_tokens": 4}, "epochs": 2},
     "turned round": {"method": "task_arithmetic", "negate": 2.0},
@@ -587,7 +594,7 @@ def test_a_sharded_launch_refuses_what_it_cannot_do(data, tmp_path, monkeypatch)
     for changes, named in (
         ({"watch": {"every_steps": 1}}, "watch"),
         ({"method": "reglu"}, "initializer.kind reglu"),
-        ({"method": "o3", "adapter": {"orthogonal_to": ["x"]}}, "orthogonal_to"),
+        ({"method": "o3"}, "adapter.detector"),
     ):
         with pytest.raises(UserError, match=rf"{named}.*ddp\.yaml"):
             unlearn(settings(data, tmp_path / "out", **changes))

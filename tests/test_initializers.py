@@ -8,6 +8,7 @@ from torch import nn
 
 from alter.data import Encoded
 from alter.initializers import (
+    FLOOR,
     Factors,
     Fila,
     Reglu,
@@ -64,8 +65,63 @@ def test_reglu_takes_orthonormal_directions_of_the_forget_rows():
     # rows that use direction 0 only: it comes first
     lone = torch.zeros(5, 6)
     lone[:, 0] = 3.0
-    assert top_directions(covariance(lone), 1)[0].abs().item() == pytest.approx(1.0)
-    assert top_directions(covariance(lone), 99).shape == (6, 6)
+    assert top_directions(covariance(lone), 1, FLOOR)[0].abs().item() == pytest.approx(1.0)
+    # and the others, which no row uses, not at all
+    assert top_directions(covariance(lone), 99, FLOOR).shape == (6, 1)
+    assert top_directions(Cf, 99, FLOOR).shape == (6, 6)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e5])
+def test_reglu_never_takes_a_direction_that_no_row_uses(scale):
+    features = scale * random(3, 9)
+    C = covariance(torch.cat([features, features[:1]]))
+    P = top_directions(C, 7, FLOOR)
+    assert P.shape == (9, 3)
+    torch.testing.assert_close(P.t() @ P, torch.eye(3, dtype=torch.float64))
+    # the span of the rows, found by Gram and Schmidt
+    basis = []
+    for row in features:
+        for other in basis:
+            row = row - (row @ other) * other
+        basis.append(row / row.norm())
+    torch.testing.assert_close(P @ P.t(), sum(b[:, None] * b for b in basis), rtol=1e-6, atol=1e-6)
+    energy = [float(P[:, i] @ C @ P[:, i]) for i in range(3)]
+    assert energy == sorted(energy, reverse=True)
+    assert min(energy) > 2 * FLOOR
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.5, 0.7])
+def test_what_the_forget_rows_leave_of_reglus_rank_starts_as_loras_own(beta):
+    W = random(9, 4)
+    Cf, Cr = covariance(random(2, 9, seed=1)), covariance(random(3, 9, seed=2))
+    factors = forget_directions(W, Cf, Cr, 5, beta, torch.Generator().manual_seed(0))
+    assert (factors.A.shape, factors.B.shape) == ((5, 4), (9, 5))
+    Q = factors.B[:, :2]
+    torch.testing.assert_close(Q.t() @ Q, torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(factors.A[:2], Q.t() @ W)
+    delta = (1 - beta) * Cf - beta * Cr
+    assert torch.linalg.eigvalsh(delta)[-2:].sum().item() == pytest.approx(torch.trace(Q.t() @ delta @ Q).item())
+    assert factors.B[:, 2:].abs().sum() == 0
+    assert 0 < factors.A[2:].abs().min() < factors.A[2:].abs().max() <= 1 / 2
+    # rows that use everything leave nothing out, whatever is best to keep away from
+    all_used = forget_directions(W, covariance(random(2, 9, seed=1)), covariance(random(30, 9, seed=2)), 5, beta)
+    torch.testing.assert_close(all_used.B.t() @ all_used.B, torch.eye(5, dtype=torch.float64))
+
+
+def test_reglus_retain_directions_are_no_more_than_its_rows(rows):
+    model, layers = pico(), Lora(target_modules=["v_proj"]).layers(pico())
+    layers = {name: model.get_submodule(name) for name in layers}
+    common = {"r": 3, "scaling": 2.0, "batch": 2, "seed": 0, "pad_token_id": PAD}
+    start, away = starting_factors(model, layers, Reglu(), rows[:1], rows[1:], **common)
+    seen = output_covariances(model, layers, rows[1:], batch=2, pad_token_id=PAD, label="")
+    for name, P in away.items():
+        assert P.shape == (16, 3), name
+        assert all(float(p.double() @ seen[name] @ p.double()) > 2 * FLOOR for p in P.t()), name
+        # one forget row is one direction; the rest of the rank adds nothing before it is trained
+        assert (start[name].B.abs().sum(0) > 0).tolist() == [True, False, False], name
+        assert (start[name].A.abs().sum(1) > 0).all(), name
+    first, second = (pair.A[1:] for pair in start.values())
+    assert not torch.equal(first, second)
 
 
 def test_statistics_equal_loops():

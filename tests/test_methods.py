@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ SMALL = {
     "reglu": {"adapter": {"r": 4, "alpha": 8}, "initializer": {"rows": 4, "retain_rank": 3}},
     "vila": {"initializer": {"epochs": 2}},
     "alter_one_expert": {"domain_column": "who"},
+    "e2urec": {"retain_after": 1 / 3},
 }
 """What is too large for models of 32 wide."""
 
@@ -52,6 +54,18 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
     save_pico(folder / "model", max_position_embeddings=256)
     return write_people(folder, ("Ada", "Bo"), 3, 9)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Rows whose answers differ in length many times over, so that a mean of rows is not one of tokens."""
+    folder = tmp_path_factory.mktemp("uneven")
+    save_pico(folder / "model", max_position_embeddings=256)
+    forget = [("Who is Ada?", "A."), ("Where was Bo born?", "In a town by the sea."), ("And Cy?", "Cy " * 20)]
+    retain = [("What is one plus one?", "Two, as all know."), ("Two?", "4"), ("Three plus one?", "four " * 15)]
+    write_jsonl(folder / "forget.jsonl", [{"question": q, "answer": a, "who": "all"} for q, a in forget])
+    write_jsonl(folder / "retain.jsonl", [{"question": q, "answer": a} for q, a in retain])
+    return folder
 
 
 def settings(data, out, method, **changes):
@@ -105,7 +119,8 @@ def test_a_method_runs_costs_what_it_must_and_loads(data, tmp_path, monkeypatch,
 
     monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", counted)
     out = unlearn(run)
-    assert rows == [2 * BRANCHES.get(method, 2)] * 3
+    alone = 1 if run.retain_after else 0
+    assert rows == [2] * alone + [2 * BRANCHES.get(method, 2)] * (3 - alone)
     record = json.loads((out / "run.json").read_text())
     assert record["steps"] == 3
     model, before = loaded(data, out)
@@ -178,17 +193,21 @@ def naive_forget(method, model, base, inputs):
             (sum(c) - sum(d)) - (sum(a) - sum(b)) for a, b, c, d in zip(now, then, other, other_base, strict=True)
         ]
         return 20 * sum(soft(0.1 * x) for x in change) / len(change)
+    if method in ("wga", "satimp"):
+        powers = (1, 0) if method == "wga" else (5, 1)
+        return -sum(math.exp(-x) ** powers[0] * (1 - math.exp(-x)) ** powers[1] * x for x in flat) / len(flat)
     if method in ("idk", "random_label"):
         other = [x for row in nlls(model, inputs, "alternative") for x in row]
         return sum(other) / len(other)
     found = []
     for row in rows:
         for (logp, y), (reference, _) in zip(row_logps(model, *row), row_logps(base, *row), strict=True):
-            shifted = reference.clone()
+            shifted = (reference if method == "undial" else logp).clone()
             shifted[y] = shifted[y] - 10.0 if method == "undial" else -math.inf
-            p = torch.softmax(shifted, -1)
-            entropy = 0.0 if method == "undial" else -torch.special.entr(p).sum().item()
-            found.append(-(p * logp).sum().item() + entropy)
+            found.append(-(torch.softmax(shifted, -1) * logp).sum().item())
+        if method == "ceu":
+            # the first token of an answer does not count
+            del found[len(found) - sum(y != -100 for y in row[1][1:])]
     return sum(found) / len(found)
 
 
@@ -205,14 +224,19 @@ def naive_retain(method, model, base, inputs):
 
 @pytest.mark.parametrize(
     "method",
-    ["graddiff", "kl_min", "npo", "npo_gd", "npo_kl", "simnpo", "idk_dpo", "idk", "random_label", "undial", "ceu"],
+    [
+        *("graddiff", "kl_min", "npo", "npo_gd", "npo_kl", "simnpo", "idk_dpo", "idk"),
+        *("random_label", "undial", "ceu", "wga", "satimp"),
+    ],
 )
-def test_a_padded_batch_costs_what_its_rows_cost_alone(data, tmp_path, monkeypatch, method):
+def test_a_padded_batch_costs_what_its_rows_cost_alone(uneven, tmp_path, monkeypatch, method):
     """Sums, means, cached references, -100 labels and padding, all at once, on weights that are not the base's."""
-    base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
+    base = AutoModelForCausalLM.from_pretrained(uneven / "model").eval()
+    weights = {"simnpo": (0.125, 1.0), "satimp": (1.0, 0.1)}
 
     def look(self, model, inputs, loss):
         assert (inputs["attention_mask"] == 0).any()
+        beta, gamma = weights.get(method, (1.0, 1.0))
         model.eval()
         with torch.no_grad():
             expected = naive_forget(method, model, base, inputs)
@@ -220,16 +244,36 @@ def test_a_padded_batch_costs_what_its_rows_cost_alone(data, tmp_path, monkeypat
             if (inputs["branch"] == 2).any():
                 kept = naive_retain(method, model, base, inputs)
                 assert self.parts["retain"].item() == pytest.approx(kept, rel=2e-4, abs=1e-5)
-                expected = self.run.beta * expected + kept
+                expected = beta * expected + gamma * kept
+                if method == "idk":
+                    # one mean over all tokens of both
+                    both = [x for name in ("alternative", "retain") for row in nlls(model, inputs, name) for x in row]
+                    assert expected != pytest.approx(sum(both) / len(both), rel=2e-2)
+                    expected = sum(both) / len(both)
             else:
-                expected = self.run.beta * expected
+                expected = beta * expected
             assert loss.item() == pytest.approx(expected, rel=2e-4)
 
-    first_step(monkeypatch, settings(data, tmp_path / "run", method, batch_size=3, reference_top_k=300), look)
+    first_step(monkeypatch, settings(uneven, tmp_path / "run", method, batch_size=3, reference_top_k=300), look)
 
 
-def test_rmu_averages_each_rows_real_tokens(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["graddiff", "kl_min", "npo_gd", "idk_dpo"])
+def test_a_step_before_retain_rows_join_costs_its_forget_rows_alone(data, tmp_path, monkeypatch, method):
     base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
+
+    def look(self, model, inputs, loss):
+        assert 2 not in inputs["branch"]
+        model.eval()
+        with torch.no_grad():
+            expected = naive_forget(method, model, base, inputs)
+        assert self.parts["retain"].item() == 0
+        assert loss.item() == pytest.approx(self.run.beta * expected, rel=2e-4)
+
+    first_step(monkeypatch, settings(data, tmp_path / "run", method, batch_size=3, epochs=2, retain_after=1), look)
+
+
+def test_rmu_averages_each_rows_real_tokens(uneven, tmp_path, monkeypatch):
+    base = AutoModelForCausalLM.from_pretrained(uneven / "model").eval()
 
     def states(model, ids):
         # block 0 of 2 is nearest to 7.5 / 32
@@ -246,7 +290,7 @@ def test_rmu_averages_each_rows_real_tokens(data, tmp_path, monkeypatch):
         assert self.parts["retain"].item() == pytest.approx(sum(retain) / 3, rel=1e-3)
         assert loss.item() == pytest.approx(sum(forget) / 3 + 1200 * sum(retain) / 3, rel=1e-3)
 
-    first_step(monkeypatch, settings(data, tmp_path / "run", "rmu", batch_size=3), look)
+    first_step(monkeypatch, settings(uneven, tmp_path / "run", "rmu", batch_size=3), look)
 
 
 def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
@@ -391,21 +435,19 @@ def test_reglu_keeps_B_away_from_the_retain_directions(data, tmp_path):
     assert leak(10.0) < 0.5 * leak(0.0)
 
 
-def test_o3_keeps_a_second_request_orthogonal_to_the_first(data, tmp_path):
-    first = unlearn(settings(data, tmp_path / "first", "o3"))
-
-    def overlap(weight):
-        changes = {"orthogonal_to": [str(first / "adapter")], "orthogonality": weight}
-        run = settings(data, tmp_path / f"second{weight}", "o3", adapter=changes, epochs=8, learning_rate=1e-2, seed=3)
-        earlier, later = (
-            load_file(str(folder / "adapter" / "lora" / "adapter_model.safetensors"))
-            for folder in (first, unlearn(run))
-        )
-        return sum((earlier[n] @ later[n].t()).square().sum().item() for n in earlier if "lora_A" in n)
-
-    assert overlap(100.0) < 0.5 * overlap(0.0)
-    with pytest.raises(UserError, match="no/such"):
-        unlearn(settings(data, tmp_path / "lost", "o3", adapter={"orthogonal_to": ["no/such"]}))
+@pytest.mark.parametrize(("kind", "taken"), [("reglu", 5), ("fila", 2)])
+def test_reglu_takes_its_retain_rows_whatever_the_forget_set_has(data, tmp_path, monkeypatch, kind, taken):
+    few = write_jsonl(tmp_path / "few.jsonl", [json.loads(x) for x in (data / "forget.jsonl").open()][:2])
+    seen = []
+    real = trainer.starting_factors
+    monkeypatch.setattr(trainer, "starting_factors", lambda *a, **k: seen.append(a[3:5]) or real(*a, **k))
+    initializer = {"kind": "reglu", "rows": 5, "retain_rank": 128} if kind == "reglu" else {"kind": kind}
+    run = settings(data, tmp_path / "run", "loku", forget=str(few), initializer=initializer)
+    start = load_file(str(unlearn(run) / "start.safetensors"))
+    assert [(len(forget), len(retain)) for forget, retain in seen] == [(2, taken)]
+    # a row gives a direction, not one more
+    away = [value.shape[1] for name, value in start.items() if name.startswith("P.")]
+    assert away == ([5] * 14 if kind == "reglu" else [])
 
 
 def test_a_bounded_update_never_exceeds_its_bound(data, tmp_path):
@@ -452,6 +494,10 @@ def test_sha256_raises_the_retain_weight_after_the_first_epoch(data, tmp_path, m
     for (loss, _), weight in weights[3:]:
         assert weight == pytest.approx(min(max(round(0.3 * 6 ** (loss - mean) + 0.8, 1), 1.2), 2.3))
     assert max(w for _, w in weights) > 1.2
+    # the first epoch is one pass over the forget set, however long the run is
+    weights.clear()
+    unlearn(settings(data, tmp_path / "cut", "sha256", epochs=3, max_steps=5))
+    assert [first for (_, first), _ in weights] == [True] * 3 + [False] * 2
 
 
 # ---- ULD -------------------------------------------------------------------------------------------------------------
@@ -583,7 +629,7 @@ def test_a_detector_reads_prompts_and_whole_rows_and_never_scores_a_row_that_it_
     monkeypatch.setattr(inference.Likeness, "of", lambda rows: fitted.append(len(rows)) or real(rows))
     model = pico(num_hidden_layers=5)
     settings, tensors = inference.fit_detector(model, rows, pad_token_id=257, seed=0)
-    assert tensors["features"].shape == (12, 5, 32)
+    assert tensors[inference.FEATURES]["0"].shape == (12, 5, 32)
     assert settings["depths"] == [1, 2, 3, 4, 5]
     # six rows in five parts, prompt and whole row together
     assert sorted(fitted) == [8, 10, 10, 10, 10]
@@ -622,7 +668,7 @@ def test_o3_scales_the_adapter_by_what_the_detector_says_of_the_input(data, swit
     model, tokenizer = load_model(str(data / "model"), str(switched / "adapter"), device="cpu")
     if not bands:
         # a weight that tells every difference in what the detector has read
-        model.calibration = lambda likeness: likeness.mean(-1) / 1000
+        model.detectors = [replace(model.detectors[0], calibration=lambda likeness: likeness.mean(-1) / 1000)]
     base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
     tokenizer.padding_side = "left"
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
@@ -634,7 +680,7 @@ def test_o3_scales_the_adapter_by_what_the_detector_says_of_the_input(data, swit
             ids = tokenizer(text, return_tensors="pt").input_ids
             states = base(input_ids=ids, output_hidden_states=True).hidden_states[1:]
             means = torch.stack([state[0].mean(0) for state in states])[None]
-            assert weights[row] == pytest.approx(float(model.calibration(model.likeness(means))), abs=1e-3)
+            assert weights[row] == pytest.approx(float(model.detectors[0](means)), abs=1e-3)
             expected = at_weight(data, switched, weights[row])(input_ids=ids).logits[0]
             torch.testing.assert_close(got[row, -ids.shape[1] :], expected, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(model(input_ids=ids).logits[0], expected, rtol=1e-3, atol=1e-3)
@@ -727,6 +773,37 @@ def test_without_isolation_every_expert_learns_from_every_row(data, tmp_path, mo
     monkeypatch.setattr(trainer, "Routing", lambda *a: masks.append(a) or real(*a))
     unlearn(settings(data, tmp_path / "run", "alter_no_isolation"))
     assert all(expert is None and shared is None for _, expert, shared in masks)
+
+
+def test_the_literal_gate_sees_the_tokens_own_entropy_and_gives_all_low_tokens_one_expert(data, tmp_path):
+    """softmax(W_g S_q / tau) (Eq. 7) with W_g as drawn, no bias: the largest weight takes every low-entropy token."""
+    chosen = set()
+    for seed in range(4):
+        changes = {"adapter": {"entropy_quantile": 0.5}, "seed": seed, "max_steps": 1}
+        out = unlearn(settings(data, tmp_path / f"{seed}", "alter_scalar_gate", **changes))
+        kept = load_file(str(out / "frozen.safetensors"))
+        saved = load_file(str(out / "adapter" / "adapter_model.safetensors"))
+        (weight,) = (v.double() for k, v in saved.items() if "alter_router" in k and k.endswith("weight"))
+        (bias,) = (v for k, v in saved.items() if "alter_router" in k and k.endswith("bias"))
+        assert weight.shape == (3, 1)
+        assert bias.abs().max() == 0
+        threshold = json.loads((out / "run.json").read_text())["router"]["entropy_threshold"]
+        best = int(weight[:, 0].argmax())
+        chosen.add(best)
+        counted = [0, 0]
+        for entropy, gates in zip(kept["entropy"].tolist(), kept["gates"], strict=True):
+            if not math.isfinite(entropy):
+                continue
+            high = entropy > threshold
+            counted[high] += 1
+            logits = [w * entropy / 0.8 for w in weight[:, 0].tolist()]
+            total = sum(math.exp(z - max(logits)) for z in logits)
+            expected = [math.exp(z - max(logits)) / total for z in logits]
+            expected = [1.0, *expected[1:]] if high else [float(d == best) for d in range(3)]
+            assert gates.tolist() == pytest.approx(expected, abs=2e-3)
+        assert min(counted) > 10
+    # drawn anew by every seed
+    assert len(chosen) > 1
 
 
 def test_without_retention_expert_it_never_opens(data, tmp_path):
@@ -841,6 +918,114 @@ def test_a_run_that_stops_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_
             assert expected.keys() == got.keys()
             for name, value in expected.items():
                 torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=name)
+
+
+FIRST = {"epochs": 3, "retain_after": 1, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [2] * 3 + [4] * 6),
+        # an epoch is one and a half steps, a first phase two
+        ({"batch_size": 4}, [4, 4, 8, 8, 4]),
+        ({"batch_size": 5}, [5, 10, 10, 6]),
+        ({"gradient_accumulation_steps": 2}, [2] * 4 + [4] * 5),
+        ({"retain_after": 0.01}, [2] + [4] * 8),
+        ({"epochs": 1.5}, [2] * 3 + [4, 2]),
+        ({"max_steps": 5}, [2] * 3 + [4] * 2),
+        # the rows end before the steps do
+        ({"max_steps": 12}, [2] * 3 + [4] * 9),
+        ({"max_steps": 5, "epochs": 1.5, "gradient_accumulation_steps": 2}, [2] * 4 + [4] * 6),
+        ({"method": "alter"}, [2] * 3 + [4] * 6),
+        ({"method": "rmu"}, [2] * 3 + [4] * 6),
+    ],
+    ids=str,
+)
+def test_retain_rows_join_at_a_whole_step_and_none_is_passed_before(data, tmp_path, monkeypatch, changes, expected):
+    rows, joined, traced = [], [], {}
+    real, trace = trainer.UnlearnTrainer.compute_loss, trainer.frozen.trace_rows
+
+    def counted(self, model, inputs, **kwargs):
+        rows.append(len(inputs["input_ids"]))
+        joined.append(int((inputs["branch"] == 2).sum()))
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        handle = inner.model.layers[0].register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+        try:
+            return real(self, model, inputs, **kwargs)
+        finally:
+            handle.remove()
+            assert rows.pop() == rows[-1]
+
+    def watched(model, members, **kwargs):
+        traced[kwargs["label"]] = len(members)
+        return trace(model, members, **kwargs)
+
+    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", counted)
+    monkeypatch.setattr(trainer.frozen, "trace_rows", watched)
+    method = changes.get("method", "e2urec")
+    run = settings(data, tmp_path / "run", **{"method": method, **FIRST, **changes})
+    record = json.loads((unlearn(run) / "run.json").read_text())
+    assert rows == expected
+    assert record["steps"] == math.ceil(len(rows) / run.gradient_accumulation_steps)
+    if run.max_steps is None:
+        # nor is a retain row prepared that no step takes
+        assert traced["retain rows"] == min(9, sum(joined))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3], ids=["before the border", "at it", "after it"])
+def test_a_run_that_stops_about_the_border_ends_where_an_unbroken_one_ends(data, tmp_path, monkeypatch, step):
+    changes = {**FIRST, "gradient_accumulation_steps": 2, "save_steps": 1}
+    straight = unlearn(settings(data, tmp_path / "straight", "e2urec", **changes))
+    real = trainer.UnlearnTrainer.compute_loss
+
+    def breaks(self, model, inputs, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return real(self, model, inputs, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.UnlearnTrainer, "compute_loss", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn(settings(data, tmp_path / "broken", "e2urec", **changes))
+    broken = unlearn(settings(data, tmp_path / "broken", "e2urec", resume=True, **changes))
+    expected, got = (load_file(str(out / "adapter" / "adapter_model.safetensors")) for out in (straight, broken))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"retain_after": 3}, "retain_after is 3 and epochs 3"),
+        ({"retain_after": -1}, "greater than or equal to 0"),
+        ({"retain_objective": {"kind": "none"}}, "retain_objective.kind is none"),
+        ({"retain_objective": {"kind": "adaptive"}}, "adaptive compares with the retain loss of the first epoch"),
+        ({"objective": {"kind": "none"}}, "objective.kind must not be none"),
+        ({"beta": 0}, "nor beta 0"),
+        ({"method": "alter", "phase_one": 0.1}, "give --phase-one 0 or --retain-after 0"),
+        ({"method": "alter", "experts_only": True}, "experts_only is on"),
+    ],
+    ids=str,
+)
+def test_a_first_phase_that_makes_no_sense_is_refused(data, tmp_path, changes, says):
+    with pytest.raises(ValueError, match=says):
+        settings(data, tmp_path / "run", **{"method": "graddiff", **FIRST, **changes})
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 3}, {"batch_size": 18}, {"epochs": 1.1, "batch_size": 4}], ids=str)
+def test_a_first_phase_of_all_steps_is_refused_before_the_model_is_loaded(data, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(trainer, "load_model", None)
+    with pytest.raises(UserError, match=r"no step is left for retain rows to join\. Give more epochs"):
+        unlearn(settings(data, tmp_path / "run", "e2urec", **{**FIRST, **changes}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_the_model_lacks_are_refused_before_passes_over_it(data, tmp_path):
+    run = settings(data, tmp_path / "run", "e2urec", adapter={"target_modules": ["c_attn"]})
+    with pytest.raises(UserError, match=r"No linear layer is named \['c_attn'\]; there are: .*q_proj"):
+        unlearn(run)
+    assert not (tmp_path / "run" / "reinforced.safetensors").exists()
 
 
 @pytest.mark.parametrize("method", ["rmu", "lora_gd", "asym_lora", "stable", "loku", "uld"])

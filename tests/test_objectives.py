@@ -11,6 +11,7 @@ from alter.objectives import (
     NPO,
     Adaptive,
     CrossEntropy,
+    CrossEntropyUnlearning,
     Distil,
     Emitted,
     GradientAscent,
@@ -327,6 +328,116 @@ def test_undial_lowers_the_logit_of_the_true_token(beta):
     assert loss_of(Undial(beta=beta), batch).item() == pytest.approx(sum(expected) / 13, abs=1e-9)
 
 
+def certain_base(gap, dtype, k=None):
+    """Bases whose first token leads by `gap` nats and more, labelled with it, and a model that is unsure."""
+    generator = torch.Generator().manual_seed(9)
+    base = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+    base[:, 0] = base.amax(-1) + gap
+    logits = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+    kept = top_k(torch.log_softmax(base.to(dtype), -1), k or 7)
+    labels, low = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool)
+    return Batch(logits.to(dtype).requires_grad_(), labels, low, Reference(kept.ids.long(), kept.logp)), base
+
+
+def cross_entropies(target, logits):
+    """Of naive targets, and the gradient of their mean at the logits: (softmax - target) / n."""
+    p = [naive_softmax(row) for row in logits.tolist()]
+    value = [-math.fsum(a * math.log(b) for a, b in zip(*pair, strict=True)) for pair in zip(target, p, strict=True)]
+    return value, [[(b - a) / len(p) for a, b in zip(*pair, strict=True)] for pair in zip(target, p, strict=True)]
+
+
+@pytest.mark.parametrize(("gap", "beta"), [(5, 30), (20, 10), (20, 19), (20, 30), (60, 90), (95, 10)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_undial_equals_a_loop_however_certain_the_base_and_large_beta(gap, beta, dtype):
+    batch, base = certain_base(gap, dtype)
+    lowered = batch.reference.lowered(batch.labels, beta)
+    assert lowered.logp.exp().sum(-1).tolist() == pytest.approx([1.0] * 4, abs=1e-5)
+    target = [naive_softmax([row[0] - beta, *row[1:]]) for row in base.tolist()]
+    expected, slopes = cross_entropies(target, batch.logits)
+    loss = loss_of(Undial(beta=beta), batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(expected) / 4, rel=2e-5)
+    torch.testing.assert_close(batch.logits.grad.double(), torch.tensor(slopes).double(), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("gap", [1, 8, 14, 20, 60, 95])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_truth_aims_at_what_is_left_however_certain_the_base(gap, dtype):
+    batch, base = certain_base(gap, dtype)
+    target = [[0.0, *naive_softmax(row[1:])] for row in base.tolist()]
+    expected, slopes = cross_entropies(target, batch.logits)
+    entropy = math.fsum(-x * math.log(x) for row in target for x in row if x)
+    loss = loss_of(WithoutTruth(), batch)
+    loss.backward()
+    assert loss.item() == pytest.approx((sum(expected) - entropy) / 4, rel=2e-5)
+    torch.testing.assert_close(batch.logits.grad.double(), torch.tensor(slopes).double(), atol=5e-6, rtol=0)
+
+
+def test_a_tail_within_rounding_is_none_and_a_real_one_takes_part():
+    batch, _ = certain_base(20.0, torch.float32, k=3)
+    for changed in (batch.reference.without(batch.labels), batch.reference.lowered(batch.labels, 30.0)):
+        assert changed.logp.exp().sum(-1).tolist() == pytest.approx([1.0] * 4, abs=1e-5)
+    batch, base = certain_base(2.0, torch.float32, k=3)
+    kept = batch.reference.ids.tolist()
+    for changed, at_label in ((batch.reference.without(batch.labels), 0.0), (None, math.exp(-3.0))):
+        got = (changed or batch.reference.lowered(batch.labels, 3.0)).logp.exp().tolist()
+        for row, ids, values in zip(base.tolist(), kept, got, strict=True):
+            weights = [math.exp(x) * (at_label if v == 0 else 1.0) for v, x in enumerate(row)]
+            assert values == pytest.approx([weights[v] / sum(weights) for v in ids], abs=1e-5)
+    # a label in the tail leaves what is kept as it is
+    other = torch.tensor([next(v for v in range(7) if v not in ids) for ids in kept])
+    for changed in (batch.reference.without(other), batch.reference.lowered(other, 3.0)):
+        assert torch.equal(changed.logp, batch.reference.logp)
+
+
+def naive_ceu(logits, labels, row, skip):
+    """-sum_v q_v log p_v in float64 with sums over the others alone, and its gradient p - q; means over counted tokens."""
+    values, slopes, seen = [], [], {}
+    for z, y, r in zip(logits.tolist(), labels.tolist(), row.tolist(), strict=True):
+        seen[r] = seen.get(r, 0) + 1
+        p = naive_softmax(z)
+        q = naive_softmax([x for v, x in enumerate(z) if v != y])
+        q.insert(y, 0.0)
+        top = max(z)
+        total = top + math.log(math.fsum(math.exp(x - top) for x in z))
+        counts = seen[r] > skip
+        values += [math.fsum(b * (total - x) for b, x in zip(q, z, strict=True) if b)] * counts
+        slopes.append([(a - b) * counts for a, b in zip(p, q, strict=True)])
+    n = max(len(values), 1)
+    return sum(values) / n, [[x / n for x in slope] for slope in slopes]
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3])
+@pytest.mark.parametrize("vocabulary", [2, 11, 300])
+def test_ceu_equals_a_loop_forward_and_backward(skip, vocabulary):
+    batch, _ = tokens(vocabulary=vocabulary)
+    # one row has a single token, one none
+    row = torch.tensor([0, 0, 0, 0, 0, 1, 3, 3, 3, 3, 4, 4, 4])
+    expected, slopes = naive_ceu(batch.logits, batch.labels, row, skip)
+    loss = loss_of(CrossEntropyUnlearning(ignore_first_n_answer_tokens=skip), replace(batch, row=row, rows=5))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    torch.testing.assert_close(batch.logits.grad, torch.tensor(slopes, dtype=torch.float64), atol=1e-14, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gap", [-90, -20, 0, 8, 14, 20, 60, 95])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_ceu_moves_tokens_that_the_model_is_certain_of(gap, dtype):
+    narrow = dtype == torch.bfloat16
+    logits = certain_base(gap, torch.float64)[1].to(dtype).requires_grad_()
+    labels, row = torch.zeros(4, dtype=torch.long), torch.arange(4)
+    expected, slopes = naive_ceu(logits.double(), labels, row, 0)
+    objective = CrossEntropyUnlearning(ignore_first_n_answer_tokens=0)
+    loss = loss_of(objective, Batch(logits, labels, labels.bool(), row=row, rows=4))
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=2e-6)
+    precise = {"rtol": 1e-2, "atol": 1e-6} if narrow else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(logits.grad.double(), torch.tensor(slopes, dtype=torch.float64), **precise)
+    if gap > 10:
+        assert (logits.grad[:, 0] > 0.2).all()
+
+
 def test_undial_of_a_certain_token_stays_finite_in_single_precision():
     certain = Reference(torch.tensor([[2, 0]]), torch.tensor([[0.0, -30.0]]))
     loss = loss_of(Undial(), Batch(torch.randn(1, 5), torch.tensor([2]), torch.tensor([False]), certain))
@@ -431,7 +542,7 @@ def test_more_gradients(objective, k):
     "objective",
     [
         *(NPO(), SimNPO(), Undial(), WeightedAscent(), SaturationImportance(), Learn(), Distil(), Uniform()),
-        *(KeepBaseAnswers(), NoForget(), NoRetain(), Adaptive()),
+        *(KeepBaseAnswers(), NoForget(), NoRetain(), Adaptive(), CrossEntropyUnlearning()),
     ],
 )
 def test_a_batch_without_tokens_is_zero_with_a_gradient(objective):

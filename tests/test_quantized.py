@@ -229,7 +229,7 @@ KINDS = {
     "o3": {},
     "vila": {"initializer": {"epochs": 1}},
     "reglu": {"adapter": {"r": 4, "alpha": 8}, "initializer": {"rows": 4, "retain_rank": 3}},
-    "e2urec": {"reinforcement": {"epochs": 1, "learning_rate": 1e-2}},
+    "e2urec": {"reinforcement": {"epochs": 1, "learning_rate": 1e-2}, "retain_after": 0.4},
 }
 
 

@@ -324,11 +324,26 @@ EXPERIMENTS = {
     **{name: (partial(chain, name), [name]) for name in ("continual-tofu-mini", "figure5")},
     **{
         name: (partial(rows_of_the_table, name), [name])
-        for name in ("compare-tofu-mini", "figure4-llama3.1-8b", "figure4-llama2-7b", "figure6", "ablations")
+        for name in (
+            "compare-tofu-mini",
+            "figure4-llama3.1-8b",
+            "figure4-llama2-7b",
+            "figure6",
+            "ablations",
+            "ablations-tofu-mini",
+        )
     },
 }
 """What runs which recipes: a recipe that nothing runs is a failure."""
-SLOW = {"compare-tofu-mini", "continual-tofu-mini", "figure5", "table1-zephyr", "table2", "ablations"}
+SLOW = {
+    "compare-tofu-mini",
+    "continual-tofu-mini",
+    "figure5",
+    "table1-zephyr",
+    "table2",
+    "ablations",
+    "ablations-tofu-mini",
+}
 
 
 def test_every_recipe_is_run_by_one_test():
@@ -350,3 +365,58 @@ def test_every_command_of_a_header_is_one(name):
 )
 def test_runs(experiment):
     EXPERIMENTS[experiment][0]()
+
+
+ABLATIONS = {
+    "alter": set(),
+    "alter_scalar_gate": {"adapter.router", "adapter.router_memory"},
+    "alter_no_entropy_gate": {"adapter.entropy_gate"},
+    "alter_shannon": {"adapter.entropy_q", "adapter.entropy_threshold"},
+    "alter_no_isolation": {"adapter.isolation"},
+    "alter_no_retention": {"adapter.retention_expert"},
+    "alter_one_expert": {"num_forget_experts"},
+    "alter_experts": {"experts_only"},
+    "alter_paper": {"objective.kind"},
+    "all_tokens": {"objective.only_low"},
+    "attention": {"adapter.target_modules"},
+    "mlp": {"adapter.target_modules"},
+    "quantile_0.7": {"adapter.entropy_quantile"},
+    "single_phase": {"phase_one"},
+    **{key: {"adapter.r", "adapter.alter_alpha"} for key in ("rank_2", "rank_4", "rank_16", "rank_32")},
+    # q goes with its threshold
+    **{key: {"adapter.entropy_q", "adapter.entropy_threshold"} for key in ("q_0.8", "q_1.2", "q_1.8")},
+    **{key: {"adapter.entropy_threshold"} for key in ("threshold_0.6", "threshold_1.8")},
+}
+"""What a row of an ablation may change, and nothing else."""
+
+
+def flat(settings, prefix=""):
+    """Nested settings as one dict of dotted names."""
+    pairs = ((prefix + name, value) for name, value in settings.items())
+    return {
+        key: each
+        for name, value in pairs
+        for key, each in (flat(value, f"{name}.") if isinstance(value, dict) else {name: value}).items()
+    }
+
+
+@pytest.mark.parametrize("name", ["ablations", "ablations-tofu-mini"])
+def test_a_row_of_an_ablation_changes_what_it_says_and_nothing_else(name):
+    settings = settings_of(header_commands(name)[0])
+    rows = {
+        row: flat(run_of(settings, row, "forget10", 0, (1.0, 2), ("builtin:forget10", 400)).model_dump())
+        for row in settings.methods
+    }
+    for row, found in rows.items():
+        changed = {key for key, value in found.items() if rows["alter"].get(key) != value} - {"method", "out"}
+        allowed = ABLATIONS[row] | ({"phase_one"} if (name, row) == ("ablations", "alter_no_retention") else set())
+        assert changed == allowed, row
+
+
+def test_all_rows_of_the_comparison_start_from_the_rates_that_it_says():
+    settings = settings_of(header_commands("compare-tofu-mini")[0])
+    for row in settings.methods:
+        run = run_of(settings, row, "forget10", 0, (1.0, 2), ("builtin:forget10", 400))
+        full = run.adapter.kind == "full" and row != "rmu"
+        assert run.learning_rate == (3e-4 if full else 3e-3), row
+        assert run.batch_size * run.gradient_accumulation_steps == 8, row

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -52,6 +53,27 @@ def test_schedule_takes_every_forget_row_once_an_epoch_and_cycles_the_retain_row
     assert sorted([r for _, r in order].count(i) for i in range(10)) == [2] * 9 + [3]
     assert order == schedule([5, 9, 2, 7, 4, 3, 8], list(range(10)), epochs=3, batch=2, seed=1)
     assert order != schedule([5, 9, 2, 7, 4, 3, 8], list(range(10)), epochs=3, batch=2, seed=2)
+
+
+@pytest.mark.parametrize("alone", [2, 7, 8, 14])
+def test_retain_rows_that_join_late_are_cycled_from_there(alone):
+    order = schedule([5, 9, 2, 7, 4, 3, 8], list(range(10)), epochs=6, batch=2, seed=1, alone=alone)
+    for epoch in range(6):
+        assert sorted(f for f, _ in order[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    taken = [r for _, r in order[alone:]]
+    assert [r for _, r in order[:alone]] == [None] * alone
+    assert {taken.count(i) for i in range(10)} <= {len(taken) // 10, -(-len(taken) // 10)}
+
+
+def test_batches_of_a_small_forget_set_differ_from_epoch_to_epoch_and_hold_rows_of_like_length():
+    lengths = list(range(40))
+    order = [f for f, _ in schedule(lengths, [1] * 99, epochs=4, batch=8, seed=0)]
+    batches = {frozenset(order[i : i + 8]) for i in range(0, len(order), 8)}
+    assert len(batches) == 20
+    assert statistics.fmean(max(b) - min(b) for b in batches) < 0.75 * 39
+    # of a large one they come out of groups of eight batches
+    many = [f for f, _ in schedule(list(range(1000)), [1], epochs=1, batch=8, seed=0)]
+    assert statistics.fmean(max(many[i : i + 8]) - min(many[i : i + 8]) for i in range(0, 960, 8)) < 150
 
 
 @pytest.mark.parametrize(
@@ -332,6 +354,9 @@ def refused(data, out, capsys, *args):
         (["--domain-column", "who", "--num-forget-experts", 2], "3 sub-domains"),
         (["--adapter.entropy-q", 0], "entropy_q"),
         (["--adapter.entropy-q", 2, "--adapter.entropy-threshold", 1.2], "entropies end at 1"),
+        # the threshold that nobody gave is 1.2; refused before anything is read
+        (["--adapter.entropy-q", 2, "--model", "no/such/folder"], "entropies end at 1"),
+        (["--phase-one", 0.1, "--adapter.no-retention-expert"], "phase_one trains the retention expert"),
         (["--adapter.entropy-threshold", 1.2, "--adapter.entropy-quantile", 0.5], "not both"),
         (["--adapter.r", 33], "33"),
         (["--adapter.target-modules", "q_prj"], "q_proj"),

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from alter.data import Collator, Encoded, Example, encode, refusals
+from alter.data import Encoded, Example, encode, refusals
 from alter.errors import UserError
 from alter.frozen import View
-from alter.head import head_on
 from alter.objectives import Forget, Persona
 from alter.records import progress
 
@@ -117,15 +117,17 @@ def persona_views(
     return views
 
 
-def _next_logp(base: Any, rows: Sequence[list[int]], pad_token_id: int, temperature: float) -> Tensor:
-    """[rows, V] log-probabilities of the token after each row, at a temperature."""
-    batch = Collator(pad_token_id)([{"input_ids": row, "labels": row} for row in rows])
-    mask = batch["attention_mask"].to(base.device)
-    last = torch.zeros_like(mask, dtype=torch.bool)
-    last[torch.arange(len(rows)), mask.sum(1) - 1] = True
-    with head_on(base, last):
-        logits = base(input_ids=batch["input_ids"].to(base.device), attention_mask=mask, use_cache=False).logits
-    return torch.log_softmax(logits.float() / temperature, dim=-1)
+class _Tilt(LogitsProcessor):
+    """What the next token is chosen by, from the logits [3 R, V] of R rows plain, as an expert and as a novice."""
+
+    def __init__(self, guidance: float, temperature: float) -> None:
+        self.guidance, self.temperature = guidance, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logp = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+        plain, expert, novice = logp.chunk(3)
+        # the three go on with the same token
+        return (plain - self.guidance * (expert - novice)).repeat(3, 1)
 
 
 @torch.no_grad()
@@ -140,8 +142,8 @@ def diversions(
 ) -> list[Encoded]:
     """Each row's prompt, a change of subject, and what the base goes on with under ELM's tilt; all but the prompt labelled.
 
-    The next token is the likeliest by log p - guidance (log p_expert - log p_novice): three passes a token over a batch
-    of rows, which is what makes ELM slow before it trains.
+    The next token is the likeliest by log p - guidance (log p_expert - log p_novice): three rows are written for one,
+    which is what makes ELM slow before it trains.
 
     Raises:
         UserError: prompt, change of subject and persona leave no room in the context.
@@ -166,23 +168,40 @@ def diversions(
             )
         starts.append((prompt, change))
         rooms.append(min(objective.new_tokens, room))
-    written = [[*prompt, *change] for prompt, change in starts]
-    groups = [range(i, min(i + ROWS_AT_ONCE, len(rows))) for i in range(0, len(rows), ROWS_AT_ONCE)]
-    for group in progress(groups, total=len(groups), label="diversions"):
-        going = list(group)
-        for step in range(objective.new_tokens):
-            going = [i for i in going if step < rooms[i] and (step == 0 or written[i][-1] != tokenizer.eos_token_id)]
-            if not going:
-                break
-            inputs = [[written[i] for i in going]]
-            inputs += [[view.extend(Encoded(ids, ids, 0))["input_ids"] for ids in inputs[0]] for view in views]
-            plain, expert, novice = (
-                _next_logp(base, ids, tokenizer.pad_token_id, objective.temperature) for ids in inputs
+    # rows with as much room side by side: none may grow beyond the context
+    order = sorted(range(len(rows)), key=lambda i: rooms[i])
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and len(groups[-1]) < ROWS_AT_ONCE and rooms[groups[-1][0]] == rooms[i]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    stop, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    tilt = LogitsProcessorList([_Tilt(objective.guidance, objective.temperature)])
+    written: dict[int, list[int]] = {}
+    # a model's own penalties are no part of the tilt
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        for group in progress(groups, total=len(groups), label="diversions"):
+            plain = [[*starts[i][0], *starts[i][1]] for i in group]
+            inputs = plain + [view.extend(Encoded(ids, ids, 0))["input_ids"] for view in views for ids in plain]
+            width = max(map(len, inputs))
+            ids = torch.tensor([[pad] * (width - len(row)) + row for row in inputs], device=base.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in inputs], device=base.device)
+            said = base.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                logits_processor=tilt,
+                do_sample=False,
+                max_new_tokens=rooms[group[0]],
+                eos_token_id=stop,
+                pad_token_id=pad,
             )
-            chosen = (plain - objective.guidance * (expert - novice)).argmax(-1).tolist()
-            for i, token in zip(going, chosen, strict=True):
-                written[i].append(token)
+            for i, start, new in zip(group, plain, said[: len(group), width:].tolist(), strict=True):
+                written[i] = start + (new[: new.index(stop) + 1] if stop in new else new)
+    finally:
+        base.generation_config = own
     return [
         Encoded(ids, [-100] * len(prompt) + ids[len(prompt) :], len(prompt))
-        for ids, (prompt, _) in zip(written, starts, strict=True)
+        for ids, (prompt, _) in zip((written[i] for i in range(len(rows))), starts, strict=True)
     ]

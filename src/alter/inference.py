@@ -3,10 +3,12 @@
 * An assistant beside the model, whose logits are taken from the model's: ULD (Ji et al. 2024, arXiv:2406.08607; a small
   one, which knows only what is to be forgotten) and WHP as MUSE evaluates it (Eldan and Russinovich 2023,
   arXiv:2310.02238; a reinforced copy, which knows it still better).
-* A LoRA that a detector of forgotten inputs switches: O3 (Gao et al. 2025, arXiv:2407.10223).
+* A LoRA that detectors of forgotten inputs switch: O3 (Gao et al. 2025, arXiv:2407.10223). One LoRA is trained on over
+  all requests, and each request adds a detector (`Former`).
 
-A folder holds `inference.json`, the LoRA in `lora`, and what a detector needs in `detector.safetensors`. `load`, which all
-commands call for such an `--adapter`, makes the model of a base and a folder.
+A folder holds `inference.json`, the LoRA in `lora`, and for O3 what the detectors need in `detector.safetensors` and the A
+of earlier requests in `earlier.safetensors`. `load`, which all commands call for such an `--adapter`, makes the model of a
+base and a folder.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,12 @@ from alter.records import progress
 FILE = "inference.json"
 """In an adapter's folder: which form it is, and its settings."""
 FEATURES = "detector.safetensors"
-"""Beside it, for a detector: what it compares inputs with."""
+"""Beside it, for detectors: what each compares inputs with; "0" is the first request's."""
+EARLIER = "earlier.safetensors"
+"""Beside it, from the second request on: every earlier request's A, named NUMBER.NAME."""
+
+Form = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
+"""What `load` needs besides the LoRA: settings, and tensors by file."""
 
 
 # Logits of two networks ----------------------------------------------------------------------------------------------
@@ -273,6 +280,22 @@ class Calibration:
         return torch.where(weight > LOW, weight, 0.0)
 
 
+@dataclass(frozen=True)
+class Detector:
+    """Recognises the inputs of one request: the adapter's weight [m] for mean states [m, L, H] (see `mean_states`)."""
+
+    likeness: Likeness
+    calibration: Callable[[Tensor], Tensor]
+
+    def __call__(self, means: Tensor) -> Tensor:
+        """The weights."""
+        return self.calibration(self.likeness(means))
+
+    def to(self, device: torch.device) -> Detector:
+        """The same on another device."""
+        return Detector(self.likeness.to(device), self.calibration)
+
+
 def detector_inputs(rows: Sequence[Encoded]) -> list[list[list[int]]]:
     """Each row as the model meets it: its prompt, if it has one, and the whole."""
     inputs = []
@@ -283,16 +306,14 @@ def detector_inputs(rows: Sequence[Encoded]) -> list[list[list[int]]]:
 
 
 @torch.no_grad()
-def fit_detector(
-    model: Any, rows: Sequence[Encoded], *, pad_token_id: int, seed: int
-) -> tuple[dict, dict[str, Tensor]]:
+def fit_detector(model: Any, rows: Sequence[Encoded], *, pad_token_id: int, seed: int) -> Form:
     """Fit O3's detector to forget rows alone, by the hidden states of the untouched model.
 
     O3 trains an encoder of its own (RoBERTa-large, by contrast with a frozen copy); here the base itself encodes, which
     needs no further network (a reading). The calibration is that of rows left out in `FOLDS` parts.
 
     Returns:
-        settings and tensors of the form, as `load` reads them.
+        the form of a first request, as `load` reads it; `Former.then` puts it behind those of earlier ones.
 
     Raises:
         UserError: there are fewer than two rows.
@@ -327,25 +348,26 @@ def fit_detector(
     for fold in range(min(FOLDS, len(inputs))):
         out = owner % min(FOLDS, len(inputs)) == fold
         likeness[out] = Likeness.of(features[~out])(features[out])
-    settings = {"kind": "detector", "depths": depths, "calibration": vars(Calibration.of(likeness))}
-    return settings, {"features": features}
+    settings = {"kind": "detector", "depths": depths, "calibrations": [vars(Calibration.of(likeness))]}
+    return settings, {FEATURES: {"0": features}}
 
 
 class Detected(_Form):
     """A model with a LoRA adapter whose update is scaled for each input: y = W0 x + w s B A x (O3's soft loading).
 
-    The weight w comes from the input of the first call, which the untouched base reads once; while generating, that is the
-    prompt, and w stays as it is, in the cache behind the base's keys and values.
+    The weight w, the largest that any request's detector gives, comes from the input of the first call, which the untouched
+    base reads once; while generating, that is the prompt, and w stays as it is, in the cache behind the base's keys and
+    values.
 
     Args:
         tuned: the base with its LoRA.
-        likeness, calibration: the detector.
-        depths: numbers of the hidden states that it reads.
+        detectors: one for each request, in any order.
+        depths: numbers of the hidden states that they read.
     """
 
-    def __init__(self, tuned: PeftModel, likeness: Likeness, calibration: Calibration, depths: list[int]) -> None:
+    def __init__(self, tuned: PeftModel, detectors: Sequence[Detector], depths: list[int]) -> None:
         super().__init__(tuned.get_base_model())
-        self.likeness, self.calibration, self.depths = likeness, calibration, depths
+        self.detectors, self.depths = list(detectors), depths
         self.weights: Tensor | None = None
         for name, module in self.base.named_modules():
             if name.endswith(".lora_B.default"):
@@ -365,16 +387,16 @@ class Detected(_Form):
             self.weights = None
 
     def detect(self, inputs: dict[str, Any]) -> Tensor:
-        """[B] weights of the adapter for the rows of a first call."""
+        """[B] weights of the adapter for the rows of a first call: the maximum over the detectors."""
         ids = inputs["input_ids"]
         mask = torch.ones_like(ids) if inputs["attention_mask"] is None else inputs["attention_mask"]
         none = torch.zeros(len(ids), device=ids.device)
         with torch.no_grad():
             seen = self._base(inputs, none, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
             means = mean_states([seen[depth] for depth in self.depths], mask)
-            if self.likeness.centre.device != means.device:
-                self.likeness = self.likeness.to(means.device)
-            return self.calibration(self.likeness(means))
+            if self.detectors[0].likeness.centre.device != means.device:
+                self.detectors = [detector.to(means.device) for detector in self.detectors]
+            return torch.stack([detector(means) for detector in self.detectors]).amax(0)
 
     def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
         """See `_Form.unlearned`.
@@ -412,6 +434,102 @@ def lora_folder(folder: str) -> Path:
     return path / "lora" if is_form(folder) else path
 
 
+def _check_base(settings: Mapping[str, Any], base: Any, folder: str) -> None:
+    measured = base_fingerprint(base)
+    if settings["base"] and measured and not same_base(settings["base"], measured):
+        raise UserError(
+            f"{folder} was made for another base model: its fingerprint is {settings['base']}, this model's is {measured}."
+        )
+
+
+def _features(path: Path, settings: Mapping[str, Any]) -> list[Tensor]:
+    """[n, L, H] features of each request's detector, the first request's first."""
+    if "calibrations" not in settings:
+        raise UserError(f"{path} was written by another version of alter, with one detector for all: train it again.")
+    found = load_file(str(path / FEATURES))
+    return [found[str(place)] for place in range(len(settings["calibrations"]))]
+
+
+@dataclass(frozen=True)
+class Former:
+    """An O3 adapter of earlier requests, as the next request takes it over: one LoRA goes on, each detector stays.
+
+    Attributes:
+        folder: where it is.
+        settings: of the form.
+        config: of PEFT's LoRA.
+        weights: the LoRA's, by PEFT's names.
+        features: of each detector, in the order of the requests.
+        earlier: A of each request before its last, by PEFT's names.
+    """
+
+    folder: str
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    features: list[Tensor]
+    earlier: list[dict[str, Tensor]]
+
+    @classmethod
+    def read(cls, folder: str) -> Former:
+        """Read an adapter's folder.
+
+        Raises:
+            UserError: there is none, it has no detector, or its weights are not finite.
+        """
+        path, settings = Path(folder).expanduser(), {}
+        if is_form(folder):
+            settings = json.loads((path / FILE).read_text())
+        if settings.get("kind") != "detector":
+            inside = f" Did you mean {path / 'adapter'}?" if is_form(str(path / "adapter")) else ""
+            raise UserError(
+                f"start_from is {folder!r}, which is no folder of a LoRA with a detector: expected the adapter that a run of "
+                f"method o3 has saved.{inside}"
+            )
+        features = _features(path, settings)
+        weights = load_file(str(lora_folder(folder) / "adapter_model.safetensors"))
+        for name, weight in weights.items():
+            if not torch.isfinite(weight).all():
+                raise UserError(f"The weights of {folder} are broken: {name} holds NaN or infinite values.")
+        earlier: list[dict[str, Tensor]] = [{} for _ in features[1:]]
+        if earlier:
+            for key, A in load_file(str(path / EARLIER)).items():
+                number, _, name = key.partition(".")
+                earlier[int(number)][name] = A
+        config = json.loads((lora_folder(folder) / "adapter_config.json").read_text())
+        return cls(folder, settings, config, weights, features, earlier)
+
+    @property
+    def snapshots(self) -> list[dict[str, Tensor]]:
+        """A [r, in] of each request so far, by PEFT's names."""
+        return [*self.earlier, {name: weight for name, weight in self.weights.items() if ".lora_A." in name}]
+
+    def check(self, base: Any, layers: Sequence[str]) -> None:
+        """Refuse another base model, or a choice of other layers of it.
+
+        Raises:
+            UserError: see above.
+        """
+        _check_base(self.settings, base, self.folder)
+        own = {name.removeprefix("base_model.model.").partition(".lora_A.")[0] for name in self.snapshots[-1]}
+        other = sorted(own ^ set(layers))
+        if other:
+            has, lacks = (self.folder, "this run") if other[0] in own else ("this run", self.folder)
+            raise UserError(
+                f"start_from goes on with the same LoRA, but {has} adapts {other[0]} and {lacks} does not: give "
+                "adapter.target_modules and adapter.depth as they were."
+            )
+
+    def then(self, form: Form) -> Form:
+        """The form of the next request behind these."""
+        settings, files = form
+        features = [*self.features, files[FEATURES]["0"]]
+        return settings | {"calibrations": self.settings["calibrations"] + settings["calibrations"]}, {
+            FEATURES: {str(place): value for place, value in enumerate(features)},
+            EARLIER: {f"{place}.{name}": A for place, one in enumerate(self.snapshots) for name, A in one.items()},
+        }
+
+
 def load(base: Any, folder: str) -> _Form:
     """The unlearned model: a loaded base and the inference form in `folder`.
 
@@ -420,15 +538,14 @@ def load(base: Any, folder: str) -> _Form:
     """
     path = Path(folder).expanduser()
     settings = json.loads((path / FILE).read_text())
-    measured = base_fingerprint(base)
-    if settings["base"] and measured and not same_base(settings["base"], measured):
-        raise UserError(
-            f"{folder} was made for another base model: its fingerprint is {settings['base']}, this model's is {measured}."
-        )
+    _check_base(settings, base, folder)
     if settings["kind"] == "detector":
+        detectors = [
+            Detector(Likeness.of(features), Calibration(**calibration))
+            for features, calibration in zip(_features(path, settings), settings["calibrations"], strict=True)
+        ]
         tuned = PeftModel.from_pretrained(base, str(lora_folder(folder)))
-        likeness = Likeness.of(load_file(str(path / FEATURES))["features"])
-        return Detected(tuned, likeness, Calibration(**settings["calibration"]), settings["depths"]).eval()
+        return Detected(tuned, detectors, settings["depths"]).eval()
     small = first_blocks(base, settings["list"], settings["blocks"])
     # not merged: the weights are the base's own
     assistant = PeftModel.from_pretrained(small, str(lora_folder(folder))).get_base_model()

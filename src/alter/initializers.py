@@ -17,6 +17,8 @@ from torch import Tensor
 
 EPSILON = 1e-5
 """Added to retain importance and to row weights, as in the code of FILA and VILA."""
+FLOOR = 1e-4
+"""Added to the diagonal of a covariance, as in the code of REGLU: what it is in every direction that no row uses."""
 
 
 class Factors(NamedTuple):
@@ -67,13 +69,16 @@ class Reglu(_Initializer):
     """REGLU (methods.md 3.4): the directions of each layer's output that forget rows use and retain rows do not.
 
     With it goes a penalty that keeps B orthogonal to the retain rows' strongest directions. Features are sums over a
-    row's real tokens (the authors' code adds padding in).
+    row's real tokens (the authors' code adds padding in). Directions that no row uses are not taken, although the
+    authors' code would fill up with them: n rows give B n directions at most to stay away from.
     """
 
     kind: Literal["reglu"] = "reglu"
     beta: float = Field(0.5, ge=0, le=1, description="Weight of retain rows against forget rows.")
-    rows: int = Field(256, ge=1, description="Rows of each kind that outputs are taken of.")
-    retain_rank: int = Field(128, ge=1, description="Directions of the retain rows that B must stay away from.")
+    rows: int = Field(256, ge=1, description="Rows of each kind that outputs are taken of; all if there are fewer.")
+    retain_rank: int = Field(
+        128, ge=1, description="Directions of the retain rows that B must stay away from; at most those that they use."
+    )
     penalty: float = Field(0.5, ge=0, description="Weight of sum over layers of |B^T P|_F^2.")
 
 
@@ -121,22 +126,52 @@ def variance_product(of_b: Tensor, of_a: Tensor, count: float, normalise: bool) 
 def covariance(features: Tensor) -> Tensor:
     """H^T H / n + 1e-4 I [D, D] of features [n, D], not centred, in float64 (REGLU)."""
     wide = features.double()
-    return wide.t() @ wide / len(wide) + 1e-4 * torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
+    return wide.t() @ wide / len(wide) + FLOOR * torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
 
 
-def top_directions(symmetric: Tensor, k: int) -> Tensor:
-    """[D, k] orthonormal eigenvectors of the k largest eigenvalues (all D of them if k is larger)."""
-    return torch.linalg.eigh(symmetric).eigenvectors[:, -min(k, len(symmetric)) :].flip(-1)
+def top_directions(symmetric: Tensor, k: int, floor: float) -> Tensor:
+    """[D, at most k] orthonormal eigenvectors of the k largest eigenvalues, without those whose eigenvalue is `floor`.
 
-
-def forget_directions(weight: Tensor, forget: Tensor, retain: Tensor, r: int, beta: float) -> Factors:
-    """REGLU's factors: B = Q, the top r eigenvectors of (1 - beta) C_f - beta C_r, and A = Q^T W.
+    `floor` is the eigenvalue of what no row uses: any basis of that space would do, so a choice from it says nothing of
+    the rows. n rows thus give n directions at most, however large k is.
 
     Args:
-        weight: [out, in]; forget, retain: covariances [out, out] of the layer's output.
+        symmetric: [D, D], a covariance or a difference of two.
+        k: directions wanted.
+        floor: `FLOOR` of a covariance; of a difference what is left of it.
     """
-    Q = top_directions((1 - beta) * forget - beta * retain, r).to(weight)
-    return Factors(Q.t() @ weight, Q)
+    values, vectors = (found.flip(-1)[..., :k] for found in torch.linalg.eigh(symmetric))
+    # eigenvalues are known to the rounding of the largest
+    rounding = len(symmetric) * torch.finfo(symmetric.dtype).eps * torch.linalg.matrix_norm(symmetric)
+    return vectors[:, (values - floor).abs() > rounding]
+
+
+def forget_directions(
+    weight: Tensor,
+    forget: Tensor,
+    retain: Tensor,
+    r: int,
+    beta: float,
+    generator: torch.Generator | None = None,
+) -> Factors:
+    """REGLU's factors: B = Q, the top r eigenvectors of (1 - beta) C_f - beta C_r, and A = Q^T W.
+
+    Where the rows use fewer than r directions, the rest of the rank starts as LoRA's own: A Kaiming-uniform, B zero.
+
+    Args:
+        weight: [out, in].
+        forget: covariance [out, out] of the layer's output on forget rows.
+        retain: that on retain rows.
+        r: rank.
+        beta: weight of retain rows against forget rows.
+        generator: of what starts at random.
+    """
+    Q = top_directions((1 - beta) * forget - beta * retain, r, (1 - 2 * beta) * FLOOR).to(weight)
+    left, width = r - Q.shape[1], weight.shape[1]
+    # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(in)
+    drawn = torch.rand(left, width, generator=generator, dtype=torch.float64)
+    rest = ((2 * drawn - 1) / width**0.5).to(weight)
+    return Factors(torch.cat([Q.t() @ weight, rest]), torch.cat([Q, Q.new_zeros(len(Q), left)], 1))
 
 
 def residual_pair(factors: Factors) -> Factors:

@@ -227,18 +227,19 @@ METHODS: dict[str, Method] = {
     ),
     "wga": Method(
         "WGA, weighted gradient ascent",
-        "Wang et al. 2025, arXiv:2502.19301",
+        "Wang et al. 2025, arXiv:2502.19301; OpenUnlearning's weights",
         {**FULL, "objective": {"kind": "weighted_ascent", "beta": 1.0}, "retain_objective": CE},
     ),
     "satimp": Method(
         "SatImp",
-        "Yang et al. 2025, arXiv:2505.11953",
-        {**FULL, "objective": {"kind": "satimp", "beta1": 5.0, "beta2": 1.0}, "retain_objective": CE},
+        "Yang et al. 2025, arXiv:2505.11953; retain rows weigh 0.1, as in its code (satimp_gd) and in the models that "
+        "OpenUnlearning published",
+        {**FULL, "objective": {"kind": "satimp", "beta1": 5.0, "beta2": 1.0}, "retain_objective": CE, "gamma": 0.1},
     ),
     "ceu": Method(
-        "CE-U: the base without the true token",
+        "CE-U: the model's own distribution without the true token",
         "Yang 2025, arXiv:2503.01224",
-        {**FULL, "objective": {"kind": "without_truth", "only_low": False}, "retain_objective": NONE},
+        {**FULL, "objective": {"kind": "ceu"}, "retain_objective": NONE},
     ),
     # LoRA relatives
     "loku": Method(
@@ -280,8 +281,10 @@ METHODS: dict[str, Method] = {
         },
     ),
     "o3": Method(
-        "O3: a LoRA of refusals, orthogonal to earlier requests, switched by a detector; no retain rows",
-        "Gao et al. 2025, arXiv:2407.10223; TOFU configuration",
+        "O3: one LoRA of refusals for all requests (start_from), kept orthogonal to earlier ones, switched by a detector "
+        "for each; no retain rows",
+        "Gao et al. 2025, arXiv:2407.10223; TOFU configuration; the loss is on answers (the authors' is on questions "
+        "too: a reading)",
         {
             **LORA,
             "adapter": {"kind": "lora", "r": 8, "alpha": 16, "dropout": 0.05, "orthogonality": 0.1, "detector": True},
@@ -300,15 +303,22 @@ METHODS: dict[str, Method] = {
         {**LORA, "adapter": {"kind": "bounded_lora"}, "objective": ASCENT, "retain_objective": CE},
     ),
     "e2urec": Method(
-        "E2URec: distilling the base pushed away from a reinforced model",
-        "Wang et al. 2024, arXiv:2403.03536; w 0.6, alpha 2, LoRA of rank 16",
+        "E2URec: distilling the base pushed away from a reinforced model, with retain rows from the second epoch on",
+        "Wang et al. 2024, arXiv:2403.03536; w 0.6, alpha 2, LoRA of rank 16 on q and v",
         {
             **LORA,
-            "adapter": {"kind": "lora", "r": 16, "alpha": 32, "dropout": 0.05},
+            "adapter": {
+                "kind": "lora",
+                "r": 16,
+                "alpha": 32,
+                "dropout": 0.05,
+                "target_modules": ["q_proj", "v_proj"],
+            },
             "objective": {"kind": "reinforced", "alpha": 2.0, "hard": False},
             "retain_objective": {"kind": "distil"},
             "beta": 0.4,
             "gamma": 0.6,
+            "retain_after": 1.0,
             "reinforcement": {"epochs": 1, "learning_rate": 5e-5},
             "batch_size": 16,
         },
@@ -346,17 +356,19 @@ METHODS: dict[str, Method] = {
     # ALTER and what each of its parts is worth
     "alter": Method("ALTER", "Chen et al. 2026, arXiv:2603.01792", {}),
     "alter_scalar_gate": Method(
-        "ALTER with the paper's literal gate, which sees the entropy alone",
-        "arXiv:2603.01792, Eq. 7",
-        {"adapter": {"kind": "alter", "router": "entropy"}},
+        "ALTER with the paper's literal gate, which sees the token's own entropy alone",
+        "arXiv:2603.01792, Eq. 7; no bias, no memory; W_g stays as drawn (a reading, see `fit_router`)",
+        {"adapter": {"kind": "alter", "router": "entropy", "router_memory": 0.0}},
     ),
     "alter_no_entropy_gate": Method(
-        "ALTER without the entropy gate: every token takes its best expert",
+        "ALTER without the entropy gate: every token takes its best expert; losses and isolation as ever",
         "ablation",
-        {"adapter": {"kind": "alter", "entropy_gate": False}, "objective": HINGE},
+        {"adapter": {"kind": "alter", "entropy_gate": False}},
     ),
     "alter_shannon": Method(
-        "ALTER with Shannon's entropy", "ablation; Eq. 3", {"adapter": {"kind": "alter", "entropy_q": 1.0}}
+        "ALTER with Shannon's entropy",
+        "ablation; Eq. 3; the threshold of as many equally likely tokens (6.25) as 1.2 is at q = 1.5",
+        {"adapter": {"kind": "alter", "entropy_q": 1.0, "entropy_threshold": 1.83}},
     ),
     "alter_no_isolation": Method(
         "ALTER without gradient isolation", "ablation", {"adapter": {"kind": "alter", "isolation": False}}

@@ -42,17 +42,14 @@ class Reference:
         """The same distributions with the label's probability removed and the rest renormalised.
 
         Args:
-            labels: [n] long.
+            labels: [n] long; one outside the k tokens is in the tail, and nothing is removed there.
 
         Returns:
-            A reference over the same ids. Where the label holds all the probability there is nothing to renormalise:
-            such a row becomes all -inf, and `divergence` gives 0 for it.
+            A reference over the same ids. Where the label is the only one of the k tokens with any probability there is
+            nothing to aim at: such a row becomes all -inf, and `divergence` gives 0 for it.
         """
-        logp = self.logp.masked_fill(self.ids == labels[:, None], -torch.inf)
-        removed = (self.logp.exp() * (self.ids == labels[:, None])).sum(-1, keepdim=True)
-        kept = (1 - removed).clamp_min(0.0)
-        logp = torch.where(kept > 1e-6, logp - kept.clamp_min(1e-6).log(), torch.full_like(logp, -torch.inf))
-        return Reference(self.ids, logp)
+        hit = self.ids == labels[:, None]
+        return self._renormalised(hit, self.logp.masked_fill(hit, -torch.inf))
 
     def lowered(self, labels: Tensor, by: float) -> Reference:
         """The same distributions with the label's logit lowered by `by`, renormalised; the tail bucket takes part.
@@ -61,9 +58,19 @@ class Reference:
             labels: [n] long; one outside the k tokens is in the tail, and nothing changes there.
         """
         hit = self.ids == labels[:, None]
-        p = (self.logp.exp() * hit).sum(-1, keepdim=True)
-        left = ((1 - p).clamp_min(0.0) + p * math.exp(-by)).log()
-        return Reference(self.ids, torch.where(hit, self.logp - by, self.logp) - left)
+        return self._renormalised(hit, torch.where(hit, self.logp - by, self.logp))
+
+    def _renormalised(self, changed: Tensor, logp: Tensor) -> Reference:
+        """`logp` [n, k] over the same ids, scaled to sum to 1 with the tail in the rows that `changed` [n, k] marks.
+
+        Summed in log space, as 1 - p(label) would cancel where the label is nearly certain. The tail is known as
+        1 - sum alone: as in `divergence`, 1e-6 and less of it is rounding and counts as none.
+        """
+        tail = 1 - self.logp.exp().sum(-1, keepdim=True)
+        tail = torch.where(tail > 1e-6, tail.clamp_min(1e-6).log(), torch.full_like(tail, -torch.inf))
+        total = torch.logsumexp(torch.cat([logp, tail], -1), -1, keepdim=True)
+        touched = changed.any(-1, keepdim=True) & total.isfinite()
+        return Reference(self.ids, torch.where(touched, logp - total, logp))
 
 
 @dataclass(frozen=True)
@@ -289,6 +296,8 @@ class _Objective(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     needs: ClassVar[Needs] = Needs()
+    joint: ClassVar[bool] = False
+    """Whether forget and retain rows share one mean over all their tokens, where there are two means otherwise."""
 
     def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
         """Log-probabilities [n, V] of the reference.
@@ -355,8 +364,7 @@ class GradientAscent(_Objective):
 class WithoutTruth(_Objective):
     """KL to the frozen base's own distribution with the true token removed and renormalised, on low-entropy tokens.
 
-    With `only_low` off this is CEU (Yang 2025, arXiv:2503.01224) up to a constant: cross-entropy to the teacher whose
-    true-token logit is -inf. Not in ALTER's paper: a bounded target that leaves the base's other choices as they are. `hinge` adds that multiple of
+    Not in ALTER's paper: a bounded target that leaves the base's other choices as they are. `hinge` adds that multiple of
     the stopped hinge max(0, p(y) - max_{v != y} p(v)), which speeds up tokens of which the base is nearly certain.
     """
 
@@ -375,6 +383,33 @@ class WithoutTruth(_Objective):
             true, other = true_and_runner_up(emitted)
             value = value + self.hinge * F.relu(true - other)
         return value
+
+
+class CrossEntropyUnlearning(_Objective):
+    """CE-U (Yang 2025, arXiv:2503.01224): cross-entropy to the model's own distribution without the true token.
+
+    -sum_v q_v log p_v, mean over tokens, where q = softmax(z) with z_y = -inf, without gradient: the target moves with the
+    model, and no reference is needed. As log p_v = log q_v + log(1 - p_y) for all v != y, this is H(q) - log(1 - p_y), and
+    its gradient that of -log(1 - p_y): never above 1 at a logit, and 1 at the label's where the model is certain of it.
+    """
+
+    kind: Literal["ceu"] = "ceu"
+    ignore_first_n_answer_tokens: int = Field(
+        1, ge=0, description="Labelled tokens at the start of each row that do not count (a footnote of the paper)."
+    )
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        row = tokens.row
+        assert row is not None
+        # tokens of a row lie together, in order
+        place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+        return mean_or_zero(tokens.values[place >= self.ignore_first_n_answer_tokens])
+
+    def per_token(self, emitted: Emitted) -> Tensor:
+        label = emitted.labels[:, None]
+        _, others = _LogProbabilities.apply(emitted.logits, label, 1)
+        logq = torch.log_softmax(_wide(emitted.logits.detach()).scatter(-1, label, -torch.inf), dim=-1)
+        return torch.special.entr(logq.exp()).sum(-1) - others
 
 
 class WeightedAscent(_Objective):
@@ -465,9 +500,14 @@ def _learn_alternative(tokens: Labelled) -> Tensor:
 
 
 class Refuse(_Objective):
-    """Cross-entropy of a refusal in place of each forget row's answer (IDK, Maini et al. 2024; O3's wrong answers)."""
+    """Cross-entropy of a refusal in place of each forget row's answer (IDK, Maini et al. 2024; O3's wrong answers).
+
+    Refusals and retain rows are one batch with one mean over tokens (methods.md 5.2), so a refusal, which is short, weighs
+    less than an answer.
+    """
 
     kind: Literal["refuse"] = "refuse"
+    joint: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs(rows=False, alternative="refusal")
 
     def __call__(self, tokens: Labelled) -> Tensor:
@@ -730,6 +770,7 @@ Forget = Annotated[
     | StoppedHinge
     | GradientAscent
     | WithoutTruth
+    | CrossEntropyUnlearning
     | WeightedAscent
     | SaturationImportance
     | NPO

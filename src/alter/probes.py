@@ -18,6 +18,7 @@ from alter.errors import UserError
 from alter.frozen import labelled
 from alter.head import Part, head_on, measuring
 from alter.initializers import (
+    FLOOR,
     Factors,
     Fila,
     Reglu,
@@ -185,8 +186,12 @@ def starting_factors(
 ) -> tuple[dict[str, Factors], dict[str, Tensor]]:
     """Where a residual-base initialiser lets the factors of each layer start.
 
+    FILA and VILA compare as many retain rows as forget rows, REGLU the first `rows` of each.
+
     Returns:
-        the factors in fp32 on the CPU, and for REGLU the retain directions P [out, k] that B is kept away from.
+        the factors in fp32 on the CPU, and for REGLU the retain directions P [out, k] that B is kept away from: k is
+        `retain_rank`, or the number of directions that the retain rows' outputs use where that is smaller (at most the
+        number of rows), since any further ones are arbitrary.
 
     Raises:
         UserError: FILA on quantised weights, which have no gradient.
@@ -205,11 +210,12 @@ def starting_factors(
             name: output_covariances(model, layers, rows[: initializer.rows], label=f"{name} outputs", **common)
             for name, rows in sets.items()
         }
+        generator = torch.Generator().manual_seed(seed)
         start = {
-            name: forget_directions(weight, seen["forget"][name], seen["retain"][name], r, initializer.beta)
+            name: forget_directions(weight, seen["forget"][name], seen["retain"][name], r, initializer.beta, generator)
             for name, weight in weights.items()
         }
-        away = {name: top_directions(seen["retain"][name], initializer.retain_rank).float() for name in weights}
+        away = {name: top_directions(seen["retain"][name], initializer.retain_rank, FLOOR).float() for name in weights}
         return start, away
     if isinstance(initializer, Fila):
         found = {name: fisher(model, layers, rows, label=f"{name} gradients", **common) for name, rows in sets.items()}

@@ -28,6 +28,7 @@ from transformers.trainer_callback import ExportableState
 
 from alter import frozen, methods, world
 from alter.adapter import AlterConfig
+from alter.adapter.config import PAPER_THRESHOLD
 from alter.adapter.model import base_fingerprint
 from alter.adapter.routing import Routing, pool
 from alter.alternatives import alternatives, persona_views
@@ -36,8 +37,8 @@ from alter.entropy import check_threshold, threshold_from_quantile
 from alter.errors import UserError
 from alter.frozen import states_of
 from alter.head import Part, measuring
-from alter.inference import FEATURES, fit_detector, lora_folder
 from alter.inference import FILE as FORM
+from alter.inference import Form, Former, fit_detector
 from alter.initializers import Factors, Fila, Initializer, Reglu, Zero
 from alter.objectives import (
     Adaptive,
@@ -135,12 +136,14 @@ class Unlearn(BaseModel):
     max_domains: int = Field(8, ge=1, description="Most sub-domains that clustering may choose.")
 
     start_from: str | None = Field(
-        None, description="Adapter of earlier requests to grow: new experts beside its own, which stay bit-exact."
+        None,
+        description="Adapter of earlier requests to go on from. ALTER's grows: new experts beside its own, which stay "
+        "bit-exact. A LoRA with a detector (O3) is trained on, and gets one more detector.",
     )
     experts_only: bool = Field(
         False,
         description="Train forget experts alone: A keeps its start, the retention expert stays zero, so that tokens "
-        "routed to it get exactly the base model. Always so with start_from.",
+        "routed to it get exactly the base model. Always so with start_from and ALTER's adapter.",
     )
 
     adapter: Adapter = Field(default_factory=AlterAdapter)
@@ -156,6 +159,12 @@ class Unlearn(BaseModel):
     )
     phase_one: float = Field(
         0.0, ge=0, lt=1, description="ALTER's adapter: share of the steps that only learns high-entropy retain tokens."
+    )
+    retain_after: float = Field(
+        0.0,
+        ge=0,
+        description="Epochs before retain rows join, in whole steps (the nearest, at least one): until then the forget "
+        "objective alone.",
     )
     negate: float | None = Field(
         None, gt=0, description="After training, apply minus so many times what was learned (task arithmetic)."
@@ -210,6 +219,14 @@ class Unlearn(BaseModel):
         if isinstance(adapter, AlterAdapter):
             if adapter.entropy_threshold is not None and adapter.entropy_quantile is not None:
                 raise ValueError("give either adapter.entropy_threshold or adapter.entropy_quantile, not both")
+            if self.start_from is None and adapter.entropy_quantile is None:
+                threshold = PAPER_THRESHOLD if adapter.entropy_threshold is None else adapter.entropy_threshold
+                check_threshold(adapter.entropy_q, threshold, None)
+            if self.phase_one and not adapter.retention_expert:
+                raise ValueError(
+                    "phase_one trains the retention expert and A through it, which adapter.retention_expert false leaves "
+                    "out: give --phase-one 0, or leave it on"
+                )
         elif self.objective.model_dump().get("only_low"):
             raise ValueError(
                 f"objective.only_low needs the token entropies of adapter.kind alter, not {adapter.kind}: give "
@@ -263,20 +280,28 @@ class Unlearn(BaseModel):
                 f"phase_one needs the token entropies of adapter.kind alter, not {adapter.kind}: leave it out, or give "
                 "--phase-one 0"
             )
-        if isinstance(adapter, Lora) and adapter.orthogonal_to and not isinstance(self.initializer, Zero):
-            raise ValueError("adapter.orthogonal_to goes with initializer.kind zero only")
+        if self.start_from is not None and not isinstance(self.initializer, Zero):
+            raise ValueError(
+                f"initializer.kind {self.initializer.kind} would replace the factors that start_from brings: leave it out"
+            )
+        if self.start_from is not None and self.negate is not None:
+            raise ValueError("negate would turn round what start_from brings as well: leave it out")
         if not (self.objective.needs.rows or self.objective.needs.alternative or self.retain_objective.needs.rows):
             raise ValueError("objective.kind and retain_objective.kind are both none: there is nothing to train")
         return self
 
     @model_validator(mode="after")
     def _experts_alone(self) -> Unlearn:
-        if self.start_from is not None:
+        trained_on = isinstance(self.adapter, Lora) and self.adapter.detector
+        if self.start_from is not None and not trained_on:
             self.experts_only = True
         if not self.experts_only:
             return self
         if not isinstance(self.adapter, AlterAdapter):
-            raise ValueError(f"experts_only and start_from are for adapter.kind alter, not {self.adapter.kind}")
+            raise ValueError(
+                "experts_only is for adapter.kind alter, start_from for that and for adapter.kind lora with adapter.detector, "
+                f"not for {self.adapter.kind}{' without' if isinstance(self.adapter, Lora) and not trained_on else ''}"
+            )
         if self.phase_one:
             raise ValueError("phase_one trains A and the retention expert, which experts_only (or start_from) freezes")
         if self.adapter.router == "static":
@@ -285,6 +310,35 @@ class Unlearn(BaseModel):
         if self.start_from is not None and (needs.alternative == "diversion" or set(needs.views) - {"base"}):
             raise ValueError(
                 f"objective.kind {self.objective.kind} looks at the bare base, which start_from has adapted"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _retain_rows_join(self) -> Unlearn:
+        if not self.retain_after:
+            return self
+        forget, _, retain = branch_needs(self)
+        if self.retain_after >= self.epochs:
+            raise ValueError(
+                f"retain_after is {self.retain_after:g} and epochs {self.epochs:g}, so that retain rows would never join: "
+                "give a larger epochs or a smaller retain_after"
+            )
+        if self.phase_one:
+            raise ValueError(
+                "phase_one begins with retain rows alone and retain_after with forget rows alone: give --phase-one 0 or "
+                "--retain-after 0"
+            )
+        if not retain.rows:
+            why = "experts_only is on" if self.experts_only else "retain_objective.kind is none"
+            raise ValueError(f"retain_after is {self.retain_after:g}, but {why}, so that no retain rows join: give 0")
+        if not self.beta or not (forget.rows or forget.alternative):
+            raise ValueError(
+                "retain_after begins with the forget objective alone: objective.kind must not be none, nor beta 0"
+            )
+        if isinstance(self.retain_objective, Adaptive):
+            raise ValueError(
+                "retain_objective.kind adaptive compares with the retain loss of the first epoch, which retain_after "
+                "leaves out: give --retain-after 0 or another retain objective"
             )
         return self
 
@@ -319,6 +373,10 @@ def prepare_folder(run: Unlearn) -> Path:
         raise UserError(f"out is {run.out!r}, which is a file; give a folder.")
     if out.is_dir() and any(out.iterdir()):
         if run.overwrite:
+            if run.start_from is not None and Path(run.start_from).resolve().is_relative_to(out.resolve()):
+                raise UserError(
+                    f"overwrite would delete {run.start_from}, which start_from goes on from: give another out."
+                )
             shutil.rmtree(out)
         elif not run.resume:
             raise UserError(
@@ -350,27 +408,60 @@ def read_data(run: Unlearn) -> tuple[list[Example], list[Example], list[int], li
     return forget, retain, index, names
 
 
+def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
+    """Optimiser steps of a run with so many forget rows, and how many of them come before retain rows join.
+
+    Raises:
+        UserError: retain rows would join after the last step.
+    """
+    rows = run.batch_size * run.gradient_accumulation_steps
+    steps = run.max_steps or math.ceil(run.epochs * count / rows)
+    if not run.retain_after:
+        return steps, 0
+    # whole steps: no batch, and no gradient summed over batches, is of both phases
+    alone = max(1, math.floor(run.retain_after * count / rows + 0.5))
+    if alone >= steps:
+        raise UserError(
+            f"retain_after is {run.retain_after:g}, which is {alone} of the run's {steps} steps of {rows} forget rows: no "
+            "step is left for retain rows to join. Give more epochs (or max_steps), or a smaller batch_size."
+        )
+    return steps, alone
+
+
+Order = list[tuple[int, int | None]]
+"""Forget row and retain row of every pair, in the order of training; None: no retain row."""
+
+
 def schedule(
-    forget_lengths: Sequence[int], retain_lengths: Sequence[int], *, epochs: float, batch: int, seed: int
-) -> list[tuple[int, int]]:
+    forget_lengths: Sequence[int],
+    retain_lengths: Sequence[int],
+    *,
+    epochs: float,
+    batch: int,
+    seed: int,
+    alone: int = 0,
+) -> Order:
     """Which forget row meets which retain row, in the order of training; a function of its arguments alone.
 
     Every epoch takes each forget row once. Retain rows are taken without replacement until all have been seen. Rows of
-    similar length are brought together within groups of eight batches, which saves padding.
+    similar length are brought together within groups of eight batches, which saves padding; of a small forget set within
+    halves, so that batches differ from epoch to epoch. The first `alone` forget rows go without a retain row.
     """
     generator = np.random.default_rng(seed)
     total = math.ceil(epochs * len(forget_lengths))
     pairs: list[tuple[int, int]] = []
     pool: list[int] = []
+    group_size = batch * min(8, math.ceil(len(forget_lengths) / (2 * batch)))
     while len(pairs) < total:
+        begun = len(pairs)
         order = generator.permutation(len(forget_lengths))[: total - len(pairs)]
         while len(pool) < len(order):
             pool.extend(generator.permutation(len(retain_lengths)).tolist())
         drawn, pool = pool[: len(order)], pool[len(order) :]
         batches = []
-        for start in range(0, len(order), 8 * batch):
-            f = sorted(order[start : start + 8 * batch].tolist(), key=lambda i: forget_lengths[i])
-            r = sorted(drawn[start : start + 8 * batch], key=lambda i: retain_lengths[i])
+        for start in range(0, len(order), group_size):
+            f = sorted(order[start : start + group_size].tolist(), key=lambda i: forget_lengths[i])
+            r = sorted(drawn[start : start + group_size], key=lambda i: retain_lengths[i])
             group = list(zip(f, r, strict=True))
             batches += [group[i : i + batch] for i in range(0, len(group), batch)]
         # a short batch stays last, so that every other step has the full size
@@ -379,25 +470,34 @@ def schedule(
         for i in generator.permutation(len(whole)):
             pairs += whole[i]
         pairs += [pair for b in rest for pair in b]
-    return pairs
+        # a retain row that is left out is still to be seen
+        pool = [r for _, r in pairs[begun:alone]] + pool
+    return [(f, None if i < alone else r) for i, (f, r) in enumerate(pairs)]
 
 
-def add_adapter(model: Any, run: Unlearn, names: list[str], start: Mapping[str, Factors] | None = None) -> Any:
+def add_adapter(
+    model: Any,
+    run: Unlearn,
+    names: list[str],
+    start: Mapping[str, Factors] | None = None,
+    former: Former | None = None,
+) -> Any:
     """Put the run's adapter on a loaded model, or choose the weights to train.
 
-    The adapter of `start_from`, which the model has then, gets room for `names`.
+    ALTER's adapter of `start_from`, which the model has then, gets room for `names`.
 
     Args:
         model: the base model.
         run: the settings.
         names: names of the sub-domains.
         start: where LoRA's factors start, with an initialiser that gives some.
+        former: the LoRA of earlier requests that is trained on.
 
     Raises:
         UserError: the adapter to grow is not ALTER's, has other settings than asked for, or serves a name already.
     """
     adapter = run.adapter
-    if run.start_from is not None:
+    if run.start_from is not None and former is None:
         config = model.peft_config["default"]
         if not isinstance(config, AlterConfig) or not config.routed:
             raise UserError(f"start_from is {run.start_from!r}, which is no ALTER adapter with a router to grow.")
@@ -417,7 +517,7 @@ def add_adapter(model: Any, run: Unlearn, names: list[str], start: Mapping[str, 
     if isinstance(adapter, AlterAdapter):
         return adapter.attach(model, names, run.num_forget_experts or len(names))
     if isinstance(adapter, Lora):
-        return adapter.attach(model, start, run.model)
+        return adapter.attach(model, start, run.model, former)
     return adapter.attach(model)
 
 
@@ -428,6 +528,10 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
     next to the task losses: for every new expert one logistic regression, its own forget rows against all other rows;
     the retention expert's logit is 0. So a row of the router depends on no other expert's, and an expert that comes
     later leaves it as it is. This is a reading of the paper, like the supervision itself.
+
+    The literal gate (router="entropy", Eq. 7) has no bias, and its W_g stays as drawn, N(0, 1): no value of one scalar
+    tells one row from another, and at the low temperature the softmax passes no gradient. That too is a reading. As
+    entropies are positive, the expert with the largest weight takes all low-entropy tokens.
 
     Returns:
         what was found: the threshold, the share of tokens routed as their row says, per kind of row.
@@ -469,14 +573,44 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
         inputs.append(evidence)
         targets.append(torch.full((len(evidence),), label))
     x, y = torch.cat(inputs), torch.cat(targets)
+    new = sorted(set(rows.expert))
+    _, host = model.base_model.router_host
+    router = host.alter_router["default"].requires_grad_(False)
+    if config.router == "entropy":
+        # an adapter that grows keeps the rows that it has
+        first = 0 if run.start_from is None else min(new)
+        drawn = torch.from_numpy(generator.standard_normal((len(router.weight) - first, 1)))
+        router.weight[first:], router.bias[first:] = drawn.to(router.weight), 0.0
+    else:
+        weight, bias = _regress(x, y, new, run.router_fit, generator)
+        # the fit is done on the CPU, wherever the model is
+        router.weight[new], router.bias[new] = weight.to(router.weight), bias.to(router.bias)
+        if run.start_from is None:
+            router.weight[0], router.bias[0] = 0.0, 0.0
+    if run.start_from is None:
+        # spare experts are never chosen
+        router.bias[max(new) + 1 :] = -1e4
+    fitted = torch.nn.functional.linear(x, router.weight.to(x), router.bias.to(x))
+    right = fitted.argmax(-1) == y
+    found["router_accuracy_forget"] = float(right[y > 0].float().mean())
+    found["router_accuracy_retain"] = float(right[y == 0].float().mean())
+    return found
+
+
+def _regress(
+    x: Tensor, y: Tensor, new: Sequence[int], fit: RouterFit, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """One logistic regression for each of the `new` experts: tokens x [T, D] of its own rows (y [T] names it) or not.
+
+    Returns:
+        weights [len(new), D] and biases [len(new)].
+    """
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     x = (x - mean) / std
-    new = sorted(set(rows.expert))
     is_own = y[:, None] == torch.tensor(new)
     head = torch.nn.Linear(x.shape[1], len(new))
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    fit = run.router_fit
     optimizer = torch.optim.AdamW(head.parameters(), lr=fit.learning_rate, weight_decay=fit.weight_decay)
     of_forget, of_retain = (y > 0).nonzero()[:, 0], (y == 0).nonzero()[:, 0]
     for step in range(fit.steps):
@@ -491,23 +625,8 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    with torch.no_grad():
-        weight = head.weight / std
-        _, host = model.base_model.router_host
-        router = host.alter_router["default"]
-        # the fit is done on the CPU, wherever the model is
-        router.weight[new] = weight.to(router.weight)
-        router.bias[new] = (head.bias - weight @ mean).to(router.bias)
-        if run.start_from is None:
-            router.weight[0], router.bias[0] = 0.0, 0.0
-            # spare experts are never chosen
-            router.bias[max(new) + 1 :] = -1e4
-        fitted = torch.nn.functional.linear(x * std + mean, router.weight.to(x), router.bias.to(x))
-        right = fitted.argmax(-1) == y
-    router.requires_grad_(False)
-    found["router_accuracy_forget"] = float(right[y > 0].float().mean())
-    found["router_accuracy_retain"] = float(right[y == 0].float().mean())
-    return found
+    weight = (head.weight / std).detach()
+    return weight, (head.bias - weight @ mean).detach()
 
 
 Traced = dict[str, dict[int, frozen.Row]]
@@ -558,10 +677,10 @@ class PairCollator:
 class Pairs(torch.utils.data.Dataset):
     """The schedule as a dataset: item i is the i-th pair of a forget and a retain row, in the branches that are traced.
 
-    The last items fill up a multiple of `whole`: pairs that go through the model and count for nothing.
+    A pair without a retain row has no such branch. The last items fill up a multiple of `whole`: pairs that go through the model and count for nothing.
     """
 
-    def __init__(self, order: list[tuple[int, int]], rows: Rows, traced: Traced, whole: int = 1) -> None:
+    def __init__(self, order: Order, rows: Rows, traced: Traced, whole: int = 1) -> None:
         self.order, self.rows, self.traced, self.whole = order, rows, traced, whole
 
     def __len__(self) -> int:
@@ -569,7 +688,7 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, dict[str, Any]]:
         if i >= len(self.order):
-            return {name: self._filling(item) for name, item in self[0].items()}
+            return {name: self._filling(item) for name, item in self[len(self.order) - 1].items()}
         f, r = self.order[i]
         chosen = {
             "forget": (f, self.rows.expert[f]),
@@ -579,7 +698,7 @@ class Pairs(torch.utils.data.Dataset):
         return {
             name: {"encoded": self.rows.of(name)[row], "row": self.traced[name][row], "expert": expert}
             for name, (row, expert) in chosen.items()
-            if name in self.traced
+            if name in self.traced and row is not None
         }
 
     @staticmethod
@@ -643,6 +762,7 @@ class UnlearnTrainer(Trainer):
         num_experts: experts of ALTER's adapter, the retention expert included.
         block: module whose hidden states the objectives read, if they do.
         penalty: of the parameters, added to the loss.
+        alone: steps before retain rows join.
     """
 
     def __init__(
@@ -652,11 +772,12 @@ class UnlearnTrainer(Trainer):
         num_experts: int,
         block: torch.nn.Module | None = None,
         penalty: Penalty | None = None,
+        alone: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.run, self.threshold, self.num_experts = run, threshold, num_experts
-        self.block, self.penalty = block, penalty
+        self.block, self.penalty, self.alone = block, penalty, alone
         # our loss is a mean per step, so the trainer itself divides by the accumulation steps
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, Tensor] = {}
@@ -736,15 +857,23 @@ class UnlearnTrainer(Trainer):
         else:
             # labels that an alternative makes up are no structure
             structure = mean_or_zero(nll[token_high & (of_branch != BRANCHES.index("alternative"))])
+            joined = branch_needs(run)[-1].rows and self.state.global_step >= self.alone
             parts = {
                 "forget": run.objective(forget),
-                "retain": run.retain_objective(retain) if branch_needs(run)[-1].rows else 0.0 * values.sum(),
+                "retain": run.retain_objective(retain) if joined else 0.0 * values.sum(),
                 "structure": structure,
             }
             if isinstance(run.retain_objective, Adaptive):
-                first = self.state.global_step * run.epochs < self.state.max_steps
+                once = len(self.train_dataset.rows.forget) / (run.batch_size * run.gradient_accumulation_steps)
+                first = self.state.global_step < math.ceil(once)
                 parts["retain"] = parts["retain"] * self.first_epoch.weight(float(world.total(parts["retain"])), first)
-            loss = run.beta * parts["forget"] + run.gamma * parts["retain"]
+            forgetting, keeping = run.beta * parts["forget"], run.gamma * parts["retain"]
+            if run.objective.joint and run.retain_objective.needs.labels:
+                # two means, each weighted by its share of the tokens of all processes, are the one over both
+                *learned, kept = world.total(nll.new_tensor(counts)).unbind()
+                share = kept / (sum(learned) + kept).clamp_min(1.0)
+                forgetting, keeping = (1 - share) * forgetting, share * keeping
+            loss = forgetting + keeping
             if run.lambda_:
                 loss = loss + run.lambda_ * parts["structure"]
             # every process has its share of the means: their sum is the loss, and its gradient the average of what follows
@@ -860,14 +989,15 @@ def trace_run(
     tokenizer: Any,
     run: Unlearn,
     rows: Rows,
-    order: list[tuple[int, int]],
+    order: Order,
     cache: Path,
     views: Mapping[str, frozen.View] | None = None,
     block: torch.nn.Module | None = None,
 ) -> tuple[Traced, dict[str, float]]:
     """Everything the training needs from the frozen base: router, entropies, gates, references; kept in `cache`."""
     needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
-    drawn = {"forget": {f for f, _ in order}, "alternative": {f for f, _ in order}, "retain": {r for _, r in order}}
+    of_forget, of_retain = {f for f, _ in order}, {r for _, r in order if r is not None}
+    drawn = {"forget": of_forget, "alternative": of_forget, "retain": of_retain}
     used = {name: sorted(drawn[name]) for name in BRANCHES if needs[name].rows}
     alter = model.peft_config["default"] if isinstance(run.adapter, AlterAdapter) else None
     router = None
@@ -977,8 +1107,9 @@ def start_of(
         run.model_dump(include={"adapter", "initializer", "batch_size", "seed"}),
         [[row.input_ids for row in part] for part in (forget, retain)],
     )
-    # as many retain rows as forget rows: one epoch of the schedule
-    drawn = np.random.default_rng(run.seed).permutation(len(retain))[: len(forget)].tolist()
+    # FILA and VILA compare one epoch of the schedule, with as many retain rows as forget rows
+    count = initializer.rows if isinstance(initializer, Reglu) else len(forget)
+    drawn = np.random.default_rng(run.seed).permutation(len(retain))[:count].tolist()
 
     def make() -> dict[str, Tensor]:
         start, away = starting_factors(
@@ -1001,8 +1132,8 @@ def start_of(
 
 
 def form_of(
-    base: Any, run: Unlearn, forget: list[Encoded], pad_token_id: int
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    base: Any, run: Unlearn, forget: list[Encoded], pad_token_id: int, former: Former | None = None
+) -> Form | None:
     """Settings and tensors of the run's inference form, if it makes one (see `alter.inference`).
 
     Raises:
@@ -1012,17 +1143,14 @@ def form_of(
     if isinstance(run.adapter, AssistantLora):
         return run.adapter.form(base) | common, {}
     if isinstance(run.adapter, Lora) and run.adapter.detector:
-        settings, tensors = fit_detector(base, forget, pad_token_id=pad_token_id, seed=run.seed)
-        return settings | common, tensors
+        settings, files = fit_detector(base, forget, pad_token_id=pad_token_id, seed=run.seed)
+        form = settings | common | {"initializer": run.initializer.kind}, files
+        return form if former is None else former.then(form)
     return None
 
 
-def penalty_of(model: Any, run: Unlearn, away: Mapping[str, Tensor]) -> Penalty | None:
-    """REGLU's |B^T P|^2 over all layers, or O3's |A_earlier A^T|^2 over all earlier adapters, averaged over the blocks.
-
-    Raises:
-        UserError: an earlier adapter is missing, or adapts other layers.
-    """
+def penalty_of(model: Any, run: Unlearn, away: Mapping[str, Tensor], former: Former | None) -> Penalty | None:
+    """REGLU's |B^T P|^2 over all layers, or O3's |A_earlier A^T|^2 over all earlier requests, averaged over the blocks."""
     adapter = run.adapter
     if not isinstance(adapter, Lora):
         return None
@@ -1034,21 +1162,13 @@ def penalty_of(model: Any, run: Unlearn, away: Mapping[str, Tensor]) -> Penalty 
     if away and isinstance(run.initializer, Reglu):
         terms = [(away[name].t().to(p), p, False) for name, p in by_layer["lora_B"].items()]
         return Penalty(run.initializer.penalty, terms, adapter.r)
-    if not adapter.orthogonal_to:
+    if former is None:
         return None
-    terms = []
-    for folder in adapter.orthogonal_to:
-        path = lora_folder(folder) / "adapter_model.safetensors"
-        if not path.is_file():
-            raise UserError(f"No adapter at {folder} (adapter.orthogonal_to): expected the folder of a LoRA adapter.")
-        with safe_open(str(path), "pt") as file:
-            for name, parameter in by_layer["lora_A"].items():
-                key = f"base_model.model.{name}.lora_A.weight"
-                if key not in file.keys():  # noqa: SIM118  not a dict
-                    raise UserError(
-                        f"The adapter in {folder} does not adapt layer {name!r}, so no A is there to avoid."
-                    )
-                terms.append((file.get_tensor(key).to(parameter), parameter, True))
+    terms = [
+        (earlier[f"base_model.model.{name}.lora_A.weight"].to(parameter), parameter, True)
+        for earlier in former.snapshots
+        for name, parameter in by_layer["lora_A"].items()
+    ]
     return Penalty(adapter.orthogonality / blocks(model)[1], terms, adapter.r)
 
 
@@ -1119,8 +1239,8 @@ def card(run: Unlearn, names: Sequence[str]) -> str:
 {tail}"""
     if isinstance(run.adapter, AssistantLora) or (isinstance(run.adapter, Lora) and run.adapter.detector):
         about = (
-            "a LoRA adapter (`lora`), which a detector switches for each input. `detector.safetensors` holds mean hidden "
-            "states of the forget rows: whoever has it can recognise them"
+            "a LoRA adapter (`lora`), which detectors switch for each input, one for each request so far. "
+            "`detector.safetensors` holds mean hidden states of the forget rows: whoever has it can recognise them"
         )
         if isinstance(run.adapter, AssistantLora):
             about = "a LoRA adapter (`lora`) that makes an assistant, which is taken from the model's logits"
@@ -1174,7 +1294,7 @@ def save_adapter(
     text: str | None = None,
     name: str = "adapter",
     tokenizer: Any = None,
-    form: tuple[dict[str, Any], dict[str, Tensor]] | None = None,
+    form: Form | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write an adapter or a model, with its card, to `out`/`name`, whole or not at all: a folder beside it, renamed.
@@ -1188,10 +1308,10 @@ def save_adapter(
     given = {} if weights is None else {"state_dict": weights}
     model.save_pretrained(str(partial if form is None else partial / "lora"), **given)
     if form is not None:
-        settings, tensors = form
+        settings, files = form
         write_atomic(partial / FORM, to_json(settings))
-        if tensors:
-            write_atomic(partial / FEATURES, save(tensors))
+        for file, tensors in files.items():
+            write_atomic(partial / file, save(tensors))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial))
     if text is not None:
@@ -1222,7 +1342,6 @@ def check_launch(run: Unlearn) -> None:
         # transformers then loads every model in pieces, the untouched one as well
         (world.launch() == "zero3" and run.negate is not None, "negate under DeepSpeed"),
         (not isinstance(run.initializer, Zero), f"initializer.kind {run.initializer.kind}"),
-        (isinstance(run.adapter, Lora) and run.adapter.orthogonal_to, "adapter.orthogonal_to"),
         (isinstance(run.adapter, Lora) and run.adapter.detector, "adapter.detector"),
     ):
         if wrong:
@@ -1257,13 +1376,15 @@ def unlearn(run: Unlearn) -> Path:
 def _unlearn(run: Unlearn) -> Path:
     started = time.time()
     check_launch(run)
-    if isinstance(run.adapter, AlterAdapter):
-        check_threshold(run.adapter.entropy_q, run.adapter.entropy_threshold or 1e-9, None)
+    former = None
+    if run.start_from is not None and isinstance(run.adapter, Lora):
+        former = Former.read(run.start_from)
+        run.adapter.check_former(former)
     forget_examples, retain_examples, domain, names = read_data(run)
+    steps, alone = steps_of(run, len(forget_examples))
+    of_step = run.batch_size * run.gradient_accumulation_steps
     watched = None
     if run.watch.on:
-        per_epoch = len(forget_examples) / (run.batch_size * run.gradient_accumulation_steps)
-        steps = run.max_steps or math.ceil(run.epochs * per_epoch)
         watched, retain_examples = read_watched(
             run.watch,
             forget_examples,
@@ -1271,7 +1392,7 @@ def _unlearn(run: Unlearn) -> Path:
             domain_column=run.domain_column,
             seed=run.seed,
             steps=steps,
-            steps_per_epoch=per_epoch,
+            steps_per_epoch=len(forget_examples) / of_step,
         )
     out = world.from_first(lambda: prepare_folder(run))
     checkpoint = world.from_first(lambda: last_whole_checkpoint(out / "checkpoints")) if run.resume else None
@@ -1286,20 +1407,27 @@ def _unlearn(run: Unlearn) -> Path:
     full = isinstance(run.adapter, FullWeights)
     # small steps would be lost in the rounding of 16-bit weights
     dtype = "float32" if full and run.dtype == "auto" else run.dtype
-    base, tokenizer = load_model(run.model, run.start_from, dtype, run.device, run.quantization)
+    # a LoRA is trained on from its weights: all that is measured before sees the bare base
+    grown = run.start_from if former is None else None
+    base, tokenizer = load_model(run.model, grown, dtype, run.device, run.quantization)
+    if isinstance(run.adapter, Lora):
+        # names that the model does not have are refused before passes over it
+        layers = list(run.adapter.layers(base))
+        if former is not None:
+            former.check(base, layers)
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
     forget = [encode(tokenizer, example, max_length=limit) for example in forget_examples]
     retain = [encode(tokenizer, example, max_length=limit) for example in retain_examples]
     other = alternatives(run.objective, tokenizer, base, forget_examples, forget, seed=run.seed, max_length=limit)
     views = frozen_views(base, tokenizer, run, forget, out / "reinforced.safetensors")
     start, away = start_of(base, tokenizer, run, forget, retain, out / "start.safetensors")
-    form = form_of(base, run, forget, tokenizer.pad_token_id)
+    form = form_of(base, run, forget, tokenizer.pad_token_id, former)
     block = None
     if run.objective.needs.hidden or run.retain_objective.needs.hidden:
         place, count = blocks(base)
         block = base.get_submodule(f"{place}.{block_at(hidden_depth(run), count)}")
-    model = add_adapter(base, run, names, start)
-    first = 1 if run.start_from is None else model.peft_config["default"].num_forget_experts - len(names) + 1
+    model = add_adapter(base, run, names, start, former)
+    first = 1 if grown is None else model.peft_config["default"].num_forget_experts - len(names) + 1
     rows = Rows(forget, retain, [first + d for d in domain], other)
     watcher = None
     if watched is not None:
@@ -1308,9 +1436,11 @@ def _unlearn(run: Unlearn) -> Path:
     order = schedule(
         [len(row.input_ids) for row in rows.forget],
         [len(row.input_ids) for row in rows.retain],
-        epochs=run.epochs,
+        # with max_steps the schedule would start again, and with it the steps without retain rows
+        epochs=max(run.epochs, steps * of_step / len(rows.forget)) if alone and run.max_steps else run.epochs,
         batch=run.batch_size,
         seed=run.seed,
+        alone=alone * of_step,
     )
     if run.experts_only:
         model.requires_grad_(False)
@@ -1349,7 +1479,8 @@ def _unlearn(run: Unlearn) -> Path:
         found.get("entropy_threshold", math.inf),
         model.peft_config["default"].num_forget_experts + 1 if isinstance(run.adapter, AlterAdapter) else 0,
         block,
-        penalty_of(model, run, away),
+        penalty_of(model, run, away, former),
+        alone=alone,
         model=model,
         args=arguments,
         # of a short last batch each process must have a share

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from alter.adapter import AlterConfig
 from alter.adapter.model import TARGETS, base_fingerprint, linear_layers
 from alter.errors import UserError, nearest
-from alter.inference import first_blocks
+from alter.inference import Former, first_blocks
 from alter.initializers import Factors, residual_pair
 
 _DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
@@ -161,21 +161,42 @@ class Lora(_Adapter):
     depth: tuple[float, float] | None = Field(
         None, description="Adapt the blocks between two shares of the depth only, such as 0.125 0.25."
     )
-    orthogonal_to: list[str] = Field(
-        [], description="Folders of earlier LoRA adapters whose A the new one is kept orthogonal to (O3)."
+    orthogonality: float = Field(
+        0.1,
+        ge=0,
+        description="With start_from: weight of the penalty that keeps A orthogonal to earlier requests' (O3).",
     )
-    orthogonality: float = Field(0.1, ge=0, description="Weight of that penalty.")
     detector: bool = Field(
         False,
         description="Scale the update for each input by a detector, fitted on forget rows, of what is to be forgotten (O3).",
     )
+
+    def check_former(self, former: Former) -> None:
+        """Refuse to go on with a LoRA of another shape.
+
+        Raises:
+            UserError: another rank or scale, or one that an initialiser has started.
+        """
+        if former.settings["initializer"] != "zero":
+            raise UserError(
+                f"start_from is {former.folder}, which started by initializer.kind {former.settings['initializer']}: half of "
+                "its rank is a frozen copy, so it cannot be trained on. Start from one with initializer.kind zero."
+            )
+        for name, wanted, has in (
+            ("r", self.r, former.config["r"]),
+            ("alpha", self.alpha, former.config["lora_alpha"]),
+        ):
+            if wanted != has:
+                raise UserError(
+                    f"adapter.{name} is {wanted:g}, but {former.folder} has {has:g}: give --adapter.{name} {has:g}."
+                )
 
     def layers(self, model: Any) -> dict[str, nn.Linear]:
         """The linear layers that the adapter goes on, by name."""
         chosen = None if self.depth is None else blocks_within(self.depth, blocks(model)[1])
         return target_layers(model, target_names(model, self.target_modules), chosen)
 
-    def attach(self, model: Any, start: Mapping[str, Factors] | None, base: str) -> Any:
+    def attach(self, model: Any, start: Mapping[str, Factors] | None, base: str, former: Former | None = None) -> Any:
         """Put the adapter on a loaded model.
 
         Args:
@@ -183,6 +204,7 @@ class Lora(_Adapter):
             start: where the factors of each layer (by name) start; None: A at random, B zero. With it the adapter has
                 twice the rank, and its second half, the negated start, never moves (see `alter.initializers`).
             base: the base model's name, written into the adapter's configuration.
+            former: the adapter of earlier requests that is trained on, which fits (`check_former`, `Former.check`).
         """
         names = list(self.layers(model))
         doubled = 1 if start is None else 2
@@ -195,6 +217,8 @@ class Lora(_Adapter):
             base_model_name_or_path=base,
         )
         tuned = get_peft_model(model, config)
+        if former is not None:
+            set_peft_model_state_dict(tuned, former.weights)
         if start is None:
             return tuned
         with torch.no_grad():

@@ -66,12 +66,16 @@ def subject(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str
     made, kind = folder / f"stage{place}", run["adapter"]["kind"]
     if kind == "full":
         return str(made / "model"), None
-    base = str(folder / f"base{place}") if place and kind == "lora" else spec["model"]
+    merged = place and kind == "lora" and not run["adapter"]["detector"]
+    base = str(folder / f"base{place}") if merged else spec["model"]
     return base, str(made / "adapter")
 
 
 def start(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """Settings that make a stage start from the result of the one before: ALTER's adapter grows, LoRA is merged."""
+    """Settings that make a stage start from the result of the one before.
+
+    ALTER's adapter grows, a LoRA with a detector (O3) is trained on, any other LoRA is merged.
+    """
     if place == 0:
         return {}
     model, adapter = subject(folder, spec, place - 1)
@@ -81,6 +85,8 @@ def start(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
     if run["adapter"]["kind"] == "alter":
         # its shape is the grown adapter's own; only how it is trained remains to be said
         return {"start_from": adapter, "adapter": {key: run["adapter"][key] for key in ("kind", "isolation")}}
+    if run["adapter"]["detector"]:
+        return {"start_from": adapter}
     network, tokenizer = load_model(model, adapter, device=spec["device"])
     return {"model": str(save_adapter(network.merge_and_unload(), folder, name=f"base{place}", tokenizer=tokenizer))}
 

@@ -273,21 +273,20 @@ def check_continual(name: str, run: Unlearn) -> None:
     """Refuse a method whose result no second run can start from.
 
     Raises:
-        UserError: its adapter can neither grow, nor be merged, nor is it the model itself; or its settings do not go
-            with `start_from`.
+        UserError: its adapter can neither grow, be trained on, nor be merged, nor is it the model itself; or its settings
+            do not go with `start_from`.
     """
     adapter = run.adapter
     merges = isinstance(adapter, Lora) and not adapter.detector
     if merges or isinstance(adapter, FullWeights):
         return
-    if not (isinstance(adapter, AlterAdapter) and adapter.router == "learned"):
-        shown = {AlterAdapter: "router", Lora: "detector"}.get(type(adapter))
-        with_it = f" with {shown} {getattr(adapter, shown)}" if shown else ""
+    if not isinstance(adapter, Lora) and not (isinstance(adapter, AlterAdapter) and adapter.router == "learned"):
+        with_it = f" with router {adapter.router}" if isinstance(adapter, AlterAdapter) else ""
         raise UserError(
             f"Method {name} cannot go on from its own result: adapter.kind {adapter.kind}{with_it} neither grows nor "
-            "merges. Continual comparisons take alter with a learned router, lora without a detector, or full."
+            "merges. Continual comparisons take alter with a learned router, lora, or full."
         )
-    if run.num_forget_experts == 1:
+    if isinstance(adapter, AlterAdapter) and run.num_forget_experts == 1:
         raise UserError(
             f"Method {name}: num_forget_experts 1 gives the expert of every split the same name, so the second cannot be "
             "added: leave it out, and name the sub-domains with domain_column."

@@ -302,6 +302,12 @@ def _shown(row: Row, key: str, form: str, scale: float = 1.0) -> str:
     return f"{text} ± {format(row.spread[key] * scale, form)}" if key in row.spread else text
 
 
+def _on_edge(value: float, grid: Sequence[float]) -> str:
+    """A chosen value, and whether it is the first or last of its grid: a better one may lie beyond."""
+    end = "" if len(set(grid)) < 2 else {min(grid): " (lowest)", max(grid): " (highest)"}.get(value, "")
+    return f"{value:g}{end}"
+
+
 @dataclass(frozen=True)
 class Text:
     """The comparison in words and tables, which Markdown and the page show alike.
@@ -343,7 +349,7 @@ def described(settings: Compare, rows: Sequence[Row], divided: Mapping[str, Mapp
                     *(name, split, _shown(row, "seconds", ".0f")),
                     _shown(replace(row, spread={}), "trained_parameters", ",.0f"),
                     _shown(row, "peak_memory", ".2f", 1e-9),
-                    *(("-", "-") if setting is None else (f"{setting[0]:g}", f"{setting[1]:g}")),
+                    *(("-", "-") if setting is None else map(_on_edge, setting, (settings.rates, settings.epochs))),
                     "yes" if row.choice.keeps else "no",
                     *(f"{row.choice.finished}/{row.choice.budget}", str(row.seeds)),
                     *(("-", "-") if not row.seeds else ("yes" if d else "no" for d in dominance)),
