@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from alter import cli, inference, methods, trainer
 from alter.data import Encoded
@@ -98,6 +98,47 @@ def loaded(data, out):
     if inference.is_form(str(out / "adapter")):
         return inference.load(base, str(out / "adapter")), before
     return PeftModel.from_pretrained(base, str(out / "adapter")).eval(), before
+
+
+# rows that go through the model before the first step, by method; 6 forget rows and 6 of the 9 retain rows are trained on
+PREPARED = {
+    # the reference, once for each row of the branches that compare with it
+    **dict.fromkeys(("npo", "npo_gd", "undial", "kl_min", "rmu"), 6),
+    **dict.fromkeys(("npo_kl", "dpo", "idk_dpo"), 12),
+    # base and reinforced model on forget rows, two epochs of reinforcement; E2URec also the 4 retain rows that join
+    "whp": 6 + 6 + 2 * 6,
+    "e2urec": 6 + 6 + 2 * 6 + 4,
+    # three views of forget rows, retain rows, and three rows a row for each of the 3 tokens of a diversion
+    "elm": 3 * 6 + 6 + 3 * 3 * 6,
+    # a gradient pass over each set; VILA's two epochs of them; REGLU's rows of each set
+    "loku": 6 + 6,
+    "vila": 2 * (6 + 6),
+    "reglu": 4 + 4,
+    # the detector reads each row with and without its answer
+    "o3": 2 * 6,
+    # all rows for the router, and those that are trained on
+    **{name: 6 + 9 + 6 + 6 for name in METHODS if name.startswith("alter")},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_asked_of_a_frozen_model_is_asked_once(data, tmp_path, monkeypatch, method):
+    """Before the first step: the cost column of methods.md with cached references, and each method's preparation."""
+    rows = []
+    real = LlamaModel.forward
+
+    def counted(self, *args, **given):
+        rows.append(len(given["input_ids"]))
+        return real(self, *args, **given)
+
+    def stop(self, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    monkeypatch.setattr(trainer.UnlearnTrainer, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(settings(data, tmp_path / "run", method))
+    assert sum(rows) == PREPARED.get(method, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
