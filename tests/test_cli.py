@@ -82,7 +82,7 @@ def test_shipped_recipes_parse_and_say_how_to_run_them(path):
     elif command == "compare":
         settings = cli.parse("compare", Compare, [str(path)])
         for name in settings.methods:
-            run_of(settings, name, settings.splits[0], 0, (1.0, 1.0))
+            run_of(settings, name, settings.splits[0], 0, (1.0, settings.epochs[0]))
     else:
         # what the requests of a database share leaves model and data to them
         decided = {"model": "m", "forget": "f", "retain": "r"} if command == "request" else {}

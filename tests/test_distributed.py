@@ -160,7 +160,7 @@ def pair(function, folder, *arguments):
     """Run `function(rank, folder, ...)` in two processes that have met."""
     folder.mkdir(exist_ok=True)
     context = mp.spawn(_enter, (free_port(), function, folder, arguments), nprocs=2, join=False)
-    until = time.monotonic() + 200
+    until = time.monotonic() + 500
     try:
         while time.monotonic() < until:
             if context.join(timeout=1):
