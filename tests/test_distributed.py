@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from alter import cli, methods, trainer, world
 from alter.data import Encoded
 from alter.errors import UserError
-from alter.frozen import trace_rows
+from alter.frozen import Depth, trace_rows
 from alter.methods import METHODS
 from alter.objectives import Needs
 from alter.scoring import generate, gradient_norms, hidden_states, score
@@ -429,8 +429,8 @@ def test_batches_of_samples_differ():
 def test_a_traced_row_is_sent_without_the_rest_of_its_batch():
     needs = Needs(views=("base",), base_logp=True, hidden=True, base_hidden=True)
     model = pico()
-    block = model.model.layers[0]
-    for row in trace_rows(model, _rows(), pad_token_id=257, reference_k=5, needs=needs, block=block):
+    depth = Depth(model.model.layers[0], tuple(model.model.layers[1:]))
+    for row in trace_rows(model, _rows(), pad_token_id=257, reference_k=5, needs=needs, depth=depth):
         for value in (row.hidden, row.base_logp, row.reference.ids, row.reference.logp):
             assert value.untyped_storage().nbytes() == value.nbytes
 

@@ -11,14 +11,17 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from alter import cli, inference, methods, trainer
+from alter import cli, inference, methods, trainer, tuning
 from alter.data import Encoded
 from alter.errors import UserError
+from alter.frozen import Depth, states_of
 from alter.methods import METHODS
 from alter.scoring import generate, load_model
 from alter.trainer import Unlearn, unlearn
 from pico import byte_tokenizer, run_on, save_pico, write_jsonl, write_people
+from test_adapter import ARCHITECTURES, tiny
 
 SMALL = {
     "elm": {"adapter": {"r": 4}, "objective": {"new_tokens": 3, "eta": 5.0}},
@@ -332,6 +335,63 @@ def test_rmu_averages_each_rows_real_tokens(uneven, tmp_path, monkeypatch):
         assert loss.item() == pytest.approx(sum(forget) / 3 + 1200 * sum(retain) / 3, rel=1e-3)
 
     first_step(monkeypatch, settings(uneven, tmp_path / "run", "rmu", batch_size=3), look)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_rmu_runs_no_block_behind_its_own_and_gets_the_same_gradient(uneven, tmp_path, monkeypatch, changes):
+    passes = []
+    real, attend = trainer.UnlearnTrainer.compute_loss, LlamaAttention.forward
+
+    def counted(self, *args, **kwargs):
+        passes.append(self.layer_idx)
+        return attend(self, *args, **kwargs)
+
+    def look(self, model, inputs, loss):
+        # retain rows of the frozen base, then the step
+        assert passes == [0, 0]
+        grads = []
+        for only_states in (True, False):
+            self.only_states = only_states
+            passes.clear()
+            real(self, model, inputs).backward()
+            assert set(passes) == ({0} if only_states else {0, 1})
+            grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad()
+        assert [*grads[0]] == [*grads[1]] == ["model.layers.0.mlp.down_proj.weight"]
+        for name, grad in grads[0].items():
+            assert grad.abs().sum() > 0
+            assert torch.equal(grad, grads[1][name])
+
+    monkeypatch.setattr(LlamaAttention, "forward", counted)
+    first_step(monkeypatch, settings(uneven, tmp_path / "run", "rmu", batch_size=3, **changes), look)
+
+
+def test_hidden_states_beside_a_loss_on_tokens_or_weights_behind_need_every_block(uneven, tmp_path, monkeypatch):
+    def look(self, model, inputs, loss):
+        assert not self.only_states
+
+    for number, changes in enumerate(({"retain_objective": {"kind": "cross_entropy"}}, {"adapter": {"depth": None}})):
+        run = settings(uneven, tmp_path / f"run{number}", "rmu", batch_size=3, **changes)
+        with monkeypatch.context() as patch:
+            first_step(patch, run, look)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_states_alone_are_those_of_a_whole_pass_in_every_architecture(kind):
+    model = tiny(kind).eval()
+    blocks = model.get_submodule(tuning.blocks(model)[0])
+    depth = Depth(blocks[0], tuple(blocks[1:]))
+    assert depth.behind
+    ids = torch.arange(1, 13).view(2, 6)
+    before = model(ids).logits
+    found = []
+    for alone in (False, True):
+        with states_of(depth, alone) as seen:
+            logits = model(ids).logits
+        found.append(seen[0])
+        assert torch.equal(logits, before) is not alone
+    assert torch.equal(*found)
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):

@@ -73,20 +73,48 @@ class View:
         return {"input_ids": ids, "labels": ids}
 
 
+@dataclass(frozen=True)
+class Depth:
+    """A block whose hidden states are read, and the blocks behind it, which those states do not depend on."""
+
+    block: nn.Module
+    behind: tuple[nn.Module, ...] = ()
+
+
 @contextmanager
-def states_of(block: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Within the block the hidden states [B, T, H] that `block` puts out are appended to the list."""
+def states_of(depth: Depth | None, alone: bool = False) -> Iterator[list[Tensor]]:
+    """Within the block the hidden states [B, T, H] that `depth.block` puts out are appended to the list.
+
+    With `alone` nothing else of a pass is wanted: the blocks behind hand on what they get, and logits mean nothing.
+    """
     seen: list[Tensor] = []
-    if block is None:
+    if depth is None:
         yield seen
         return
-    handle = block.register_forward_hook(
-        lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
+    # what a block puts out besides its states, in the architectures where that is a tuple
+    others: list[tuple[Any, ...] | None] = []
+
+    def take(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        others.append(output[1:] if isinstance(output, tuple) else None)
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return states if others[0] is None else (states, *others[0])
+
+    handle = depth.block.register_forward_hook(take)
+    left_out = {module: module.__dict__.get("forward") for module in depth.behind} if alone else {}
+    for module in left_out:
+        module.forward = hand_on
     try:
         yield seen
     finally:
         handle.remove()
+        for module, own in left_out.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -182,7 +210,7 @@ def trace_rows(
     needs: Needs | None = None,
     target: Callable[[Mapping[str, Tensor], Tensor], Tensor] = _log_softmax_of_base,
     views: Mapping[str, View] | None = None,
-    block: nn.Module | None = None,
+    depth: Depth | None = None,
     label: str = "frozen base",
 ) -> list[Row]:
     """Run the frozen base once over `rows`, and once more for each further view that the reference needs.
@@ -200,7 +228,7 @@ def trace_rows(
         target: makes the reference of the logits [n, V] of all views at n labelled positions, and of how far each one
             is along its row's (see `objectives`).
         views: further passes by name, besides "base".
-        block: whose hidden states are kept with `needs.base_hidden`.
+        depth: where hidden states are kept from with `needs.base_hidden`.
 
     Returns:
         one `Row` per input row, in order, on the CPU.
@@ -211,12 +239,13 @@ def trace_rows(
     routed = isinstance(model, PeftModel) and isinstance(model.base_model, AlterModel)
     # the logits of all views exist side by side
     rows_at_once = max(1, chunk_rows(model.config.get_text_config().vocab_size) // (1 + len(views or {})))
+    alone = not (routed or reference_k or needs.base_logp)
     groups = batches_by_length([len(row.input_ids) for row in rows], TOKENS_PER_BATCH)
 
     def run(group: list[int]) -> list[Row]:
         batch = collate([{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in group])
         batch = {name: value.to(device) for name, value in batch.items()}
-        with states_of(block if needs.base_hidden else None) as hidden:
+        with states_of(depth if needs.base_hidden else None, alone) as hidden:
             traced = _frozen_pass(model, batch["input_ids"], batch["attention_mask"])
         positions = labelled(batch["labels"])
         seen = {"base": (traced.states[positions], traced.logits)}

@@ -35,7 +35,7 @@ from alter.alternatives import alternatives, persona_views
 from alter.data import Collator, Encoded, Example, check_overlap, domains, encode, load_examples
 from alter.entropy import check_threshold, threshold_from_quantile
 from alter.errors import UserError
-from alter.frozen import states_of
+from alter.frozen import Depth, states_of
 from alter.head import Part, measuring
 from alter.inference import FILE as FORM
 from alter.inference import Form, Former, fit_detector
@@ -760,7 +760,7 @@ class UnlearnTrainer(Trainer):
         run: the settings.
         threshold: entropy above which a token is high.
         num_experts: experts of ALTER's adapter, the retention expert included.
-        block: module whose hidden states the objectives read, if they do.
+        depth: where the objectives read hidden states, if they do.
         penalty: of the parameters, added to the loss.
         alone: steps before retain rows join.
     """
@@ -770,14 +770,18 @@ class UnlearnTrainer(Trainer):
         run: Unlearn,
         threshold: float,
         num_experts: int,
-        block: torch.nn.Module | None = None,
+        depth: Depth | None = None,
         penalty: Penalty | None = None,
         alone: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.run, self.threshold, self.num_experts = run, threshold, num_experts
-        self.block, self.penalty, self.alone = block, penalty, alone
+        self.depth, self.penalty, self.alone = depth, penalty, alone
+        # RMU reads nothing behind its block; trained weights there must still take part, for DDP waits for them
+        labels = any(needs.rows and needs.labels for needs in branch_needs(run))
+        behind = [weight for block in (depth.behind if depth else ()) for weight in block.parameters()]
+        self.only_states = not labels and not any(weight.requires_grad for weight in behind)
         # our loss is a mean per step, so the trainer itself divides by the accumulation steps
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, Tensor] = {}
@@ -825,7 +829,8 @@ class UnlearnTrainer(Trainer):
 
         # rows come branch after branch
         made = [Part(count, measure(name)) for count, name in zip(counts, BRANCHES, strict=True)]
-        with measuring(self.accelerator.unwrap_model(model), positions, made), states_of(self.block) as hidden:
+        reading = states_of(self.depth, self.only_states)
+        with measuring(self.accelerator.unwrap_model(model), positions, made), reading as hidden:
             values = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options).logits
         nll = values[:, 0]
         number = torch.arange(len(branch), device=labels.device)
@@ -992,7 +997,7 @@ def trace_run(
     order: Order,
     cache: Path,
     views: Mapping[str, frozen.View] | None = None,
-    block: torch.nn.Module | None = None,
+    depth: Depth | None = None,
 ) -> tuple[Traced, dict[str, float]]:
     """Everything the training needs from the frozen base: router, entropies, gates, references; kept in `cache`."""
     needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
@@ -1034,7 +1039,7 @@ def trace_run(
                 needs=needs[name],
                 target=objective.target,
                 views={view: made for view, made in (views or {}).items() if view in needs[name].views},
-                block=block,
+                depth=depth,
                 label=f"{name} rows",
             )
         weights = {} if router is None else {name: p.detach().cpu() for name, p in router.named_parameters()}
@@ -1422,10 +1427,11 @@ def _unlearn(run: Unlearn) -> Path:
     views = frozen_views(base, tokenizer, run, forget, out / "reinforced.safetensors")
     start, away = start_of(base, tokenizer, run, forget, retain, out / "start.safetensors")
     form = form_of(base, run, forget, tokenizer.pad_token_id, former)
-    block = None
+    depth = None
     if run.objective.needs.hidden or run.retain_objective.needs.hidden:
         place, count = blocks(base)
-        block = base.get_submodule(f"{place}.{block_at(hidden_depth(run), count)}")
+        block, *behind = list(base.get_submodule(place))[block_at(hidden_depth(run), count) :]
+        depth = Depth(block, tuple(behind))
     model = add_adapter(base, run, names, start, former)
     first = 1 if grown is None else model.peft_config["default"].num_forget_experts - len(names) + 1
     rows = Rows(forget, retain, [first + d for d in domain], other)
@@ -1446,7 +1452,7 @@ def _unlearn(run: Unlearn) -> Path:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".alter_B." in name)
-    traced, found = trace_run(model, tokenizer, run, rows, order, out / "frozen.safetensors", views, block)
+    traced, found = trace_run(model, tokenizer, run, rows, order, out / "frozen.safetensors", views, depth)
     prepared = time.time()
 
     checkpoints = out / "checkpoints"
@@ -1478,7 +1484,7 @@ def _unlearn(run: Unlearn) -> Path:
         run,
         found.get("entropy_threshold", math.inf),
         model.peft_config["default"].num_forget_experts + 1 if isinstance(run.adapter, AlterAdapter) else 0,
-        block,
+        depth,
         penalty_of(model, run, away, former),
         alone=alone,
         model=model,
