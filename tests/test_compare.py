@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -300,6 +301,7 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
         ({"methods": ["npo", "b"], "settings": {"b": {"method": "npo"}}}, "Two cells are the same run"),
         ({"methods": ["original"]}, "'original' is a row"),
         ({"search_seeds": 2}, "search_seeds is 2, but there are 1"),
+        ({"refine": 1, "rates": [1.0]}, "refine is 1, but rates has 1 only"),
         ({"settings": {"np": {}}}, "settings has 'np'.*Did you mean 'npo'"),
         ({"settings": {"npo": {"epochs": 3}}}, "'epochs' is the comparison's own"),
         ({"settings": {"npo": {"bathc_size": 3}}}, "Method npo: bathc_size"),
@@ -369,11 +371,88 @@ def test_the_choice_reads_validation_rows_and_the_table_test_rows(data, tmp_path
 def test_a_choice_at_the_end_of_the_grid_is_marked(data, tmp_path):
     wanted = settings(data, tmp_path, rates=[1.0, 0.3, 3.0], epochs=[2.0], methods=["npo"], splits=["forget10"])
     for rate, shown in ((0.3, "0.3 (lowest)"), (1.0, "1"), (3.0, "3 (highest)")):
-        choice = table.Choice((rate, 2.0), True, 0.5, 0.5, 3, 3)
+        choice = table.Choice((rate, 2.0), True, 0.5, 0.5, 3, 3, [(r, 2.0) for r in wanted.rates])
         rows = [table.Row("npo", "forget10", 1, {}, {}, choice)]
         costs = table.described(wanted, rows, {"forget10": dict.fromkeys(PARTS, 1)}).costs
         assert costs[1][costs[0].index("chosen: rate ×")] == shown
         assert costs[1][costs[0].index("epochs")] == "2"
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        # (forgetting, utility) by rate; utility counts from 0.95 on
+        ({0.1: (0.9, 1.0), 0.3: (0.5, 1.0), 1.0: (0.2, 1.0)}, 0.0333),
+        ({0.1: (0.2, 1.0), 0.3: (0.5, 1.0), 1.0: (0.9, 1.0)}, 3.33),
+        ({0.1: (0.2, 1.0), 0.3: (0.9, 1.0), 1.0: (0.5, 1.0)}, 0.548),
+        # the neighbour that forgets more has lost its utility
+        ({0.1: (0.2, 1.0), 0.3: (0.5, 1.0), 1.0: (0.9, 0.5)}, 0.173),
+        # none keeps it: the largest product
+        ({0.1: (0.5, 0.8), 0.3: (0.9, 0.7), 1.0: (0.9, 0.1)}, 0.173),
+        # one that diverged is no neighbour, all of them were too fast
+        ({0.1: (0.2, 1.0), 0.3: (0.5, 1.0), 1.0: None}, 0.173),
+        ({0.1: None, 0.3: (0.5, 1.0), 1.0: None}, 0.173),
+        ({0.1: None, 0.3: None, 1.0: None}, 0.0333),
+    ],
+    ids=str,
+)
+def test_the_search_goes_on_where_it_points(scores, expected):
+    candidates = {(rate, 2.0): score for rate, score in scores.items() if score is not None}
+    for order in itertools.permutations(scores):
+        assert table.next_rate(candidates, [(rate, 2.0) for rate in order], 1.0, 0.95) == (expected, 2.0)
+
+
+def test_the_search_goes_on_with_the_best_length():
+    candidates = {(0.1, 2.0): (0.2, 1.0), (0.2, 2.0): (0.3, 1.0), (0.1, 5.0): (0.4, 1.0), (0.3, 5.0): (0.5, 1.0)}
+    assert table.next_rate(candidates, list(candidates), 1.0, 0.95) == (0.9, 5.0)
+    # three digits tell no more rates apart
+    assert table.next_rate({(1.0, 1.0): (0.5, 1.0), (1.01, 1.0): (0.4, 1.0)}, [(1.0, 1.0), (1.01, 1.0)], 1, 0.9) == (
+        *(0.99, 1.0),
+    )
+    narrow = {(1.0, 1.0): (0.4, 1.0), (1.01, 1.0): (0.5, 1.0), (1.02, 1.0): (0.3, 1.0)}
+    assert table.next_rate(narrow, list(narrow), 1.0, 0.9) is None
+
+
+def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(data, tmp_path, monkeypatch, capsys):
+    log = []
+
+    def scored(out, jobs, *_):
+        for job in jobs:
+            cell = job.cell
+            log.append((cell.name, cell.setting, cell.seed, job.parts))
+            write_cell(out, cell, np.random.default_rng(0), parts=job.parts)
+            for path in (out / "cells" / cell.key).glob("*-*.json"):
+                records = {record.metric: record for record in read_records(path)}
+                # NPO forgets the more the faster, GradDiff best at 1
+                rate = cell.setting[0] if cell.setting else 1.0
+                rouge = 1 / (1 + rate) if cell.name == "npo" else abs(math.log(rate)) / 10
+                records["forget_rouge"] = replace(records["forget_rouge"], value=rouge)
+                records["model_utility"] = replace(records["model_utility"], value=0.5)
+                write_records(path, list(records.values()))
+            yield cell, ""
+
+    monkeypatch.setattr(cells, "run_cells", scored)
+    wanted = settings(
+        data, tmp_path, seeds=[0, 1], search_seeds=1, rates=[0.3, 1.0, 3.0], refine=2, retrained={"forget10": None}
+    )
+    rows = {row.name: row for row in compare.compare(wanted) if row.choice}
+    searched = [(name, setting[0]) for name, setting, seed, parts in log if setting and "validation" in parts]
+    assert searched[6:] == [("graddiff", 1.73), ("npo", 9.0), ("graddiff", 1.32), ("npo", 27.0)]
+    assert {row.choice.budget for row in rows.values()} == {5}
+    assert (rows["npo"].choice.setting, rows["graddiff"].choice.setting) == ((27.0, 1.0), (1.0, 1.0))
+    text = (tmp_path / "table.md").read_text()
+    assert "| 27 (highest) |" in text
+    assert "3 settings" in text
+    assert "and 2 more" in text
+    # the same command does nothing again, nor does one that only writes the tables know less
+    log.clear()
+    for run in (True, False):
+        again = {row.name: row for row in compare.compare(wanted.model_copy(update={"run": run})) if row.choice}
+        assert again == rows
+    assert log == []
+    # without it the cells of the grid are found again
+    compare.compare(wanted.model_copy(update={"refine": 0}))
+    assert {(name, setting, parts) for name, setting, _, parts in log} == {("npo", (3.0, 1.0), ("test",))}
 
 
 def test_the_table_is_that_of_a_loop_over_the_records(data, tmp_path, monkeypatch, capsys):

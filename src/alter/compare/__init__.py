@@ -24,6 +24,7 @@ from alter.compare.table import (
     markdown,
     page,
     pareto,
+    refined,
     rows_of,
     table_csv,
 )
@@ -71,6 +72,9 @@ def compare(settings: Compare) -> list[Row]:
                 reason = lost.get(cell.key) or (found or {}).get("reason")
                 raise UserError(f"Cannot evaluate the model {cell.spec['model']} on {cell.chain[0]}: {reason}")
         lost |= run([Job(cell, ("validation",)) for cell in made.searched(settings)], "search")
+        for i in range(settings.refine):
+            jobs = [Job(cell, ("validation",)) for cell in refined(settings, made, out)]
+            lost |= run(jobs, f"search, refined {i + 1} of {settings.refine}")
         chosen = choices(settings, made, out)
         lost |= run([Job(cell, ("test",)) for cell in chosen_cells(made, chosen)], "test rows")
         if settings.run and not settings.keep:

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -72,6 +72,9 @@ class Compare(BaseModel):
     """Search the grid with so many of the seeds, and run the others with the chosen setting only; all by default."""
     rates: list[float] = [0.3, 1.0, 3.0]
     """Grid: multiples of each method's own learning rates."""
+    refine: int = Field(0, ge=0)
+    """Search so many rates more, one after the other, where each method's search points: beyond an end of its rates if the
+    best one lies there, else between the best and the better of its neighbours."""
     epochs: list[float] = [5.0]
     """Grid: passes over the forget set, the same for every method."""
     least_steps: int = Field(0, ge=0)
@@ -315,6 +318,11 @@ def check(settings: Compare) -> None:
     sizes = [int(split.removeprefix("forget")) for split in settings.splits]
     if settings.continual and sizes != sorted(sizes):
         raise UserError(f"splits is {settings.splits}; a continual comparison takes them from small to large.")
+    if settings.refine and len(settings.rates) < 2:
+        raise UserError(
+            f"refine is {settings.refine}, but rates has {settings.rates[0]:g} only, which says nothing about the step to "
+            "the next: give two or more, or refine 0."
+        )
     if settings.search_seeds is not None and settings.search_seeds > len(settings.seeds):
         raise UserError(f"search_seeds is {settings.search_seeds}, but there are {len(settings.seeds)} seeds.")
     names = [name for name in settings.methods if name in (ORIGINAL, RETRAINED)]
@@ -334,10 +342,14 @@ def check(settings: Compare) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells: those of the models as they are by name and split, and the grid's by name and chain, setting, seed."""
+    """All cells: those of the models as they are by name and split, and the grid's by name and chain, setting, seed.
+
+    `lay` gives the cells of one more setting by seed, which belong into `grid`.
+    """
 
     models: dict[tuple[str, str], Cell]
     grid: dict[tuple[str, Chain], dict[Setting, dict[int, Cell]]]
+    lay: Callable[[str, Chain, Setting], dict[int, Cell]]
 
     def searched(self, settings: Compare) -> list[Cell]:
         """The cells of the search: every setting with the search seeds, spread so that all methods advance alike."""
@@ -376,6 +388,7 @@ def plan(settings: Compare, out: Path) -> Plan:
     models: dict[tuple[str, str], Cell] = {}
     seen: dict[str, Cell] = {}
     told = {"limit": settings.limit, "device": settings.device}
+    parts: dict[Chain, tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, int]]]] = {}
     for chain in chains(settings):
         stages, common, sources = [], dict(facts), []
         known: list[Any] = []
@@ -404,29 +417,34 @@ def plan(settings: Compare, out: Path) -> Plan:
             sources.append(
                 (f"{settings.data}:{split}" if len(known) == len(new) else f"rows/{content}/new.jsonl", len(new))
             )
+        parts[chain] = common, stages, sources
+
+    def lay(name: str, chain: Chain, setting: Setting) -> dict[int, Cell]:
+        common, stages, sources = parts[chain]
+        by: dict[int, Cell] = {}
+        for seed in settings.seeds:
+            runs = [
+                run_of(settings, name, split, seed, setting, source)
+                for split, source in zip(chain, sources, strict=True)
+            ]
+            if len(chain) > 1:
+                check_continual(name, runs[0])
+            # a preset that the settings contain already must not name the cell
+            decides = [run.model_dump(mode="json", exclude=UNKEYED | {"model", "device"}) for run in runs]
+            key = digest(common, {"model": weights[settings.model], "runs": decides})
+            ran = [{**stage, "run": run.model_dump(mode="json")} for stage, run in zip(stages, runs, strict=True)]
+            spec = {**told, "name": name, "model": settings.model, "stages": ran, "keep": settings.keep}
+            cell = Cell(name, chain, seed, setting, spec, key)
+            if key in seen:
+                raise UserError(f"Two cells are the same run: {seen[key]}, and {cell}. Leave one of them out.")
+            seen[key] = by[seed] = cell
+        return by
+
+    for chain in parts:
         for name in settings.methods:
-            by = grid.setdefault((name, chain), {})
-            for setting in itertools.product(settings.rates, settings.epochs):
-                for seed in settings.seeds:
-                    runs = [
-                        run_of(settings, name, split, seed, setting, source)
-                        for split, source in zip(chain, sources, strict=True)
-                    ]
-                    if len(chain) > 1:
-                        check_continual(name, runs[0])
-                    # a preset that the settings contain already must not name the cell
-                    decides = [run.model_dump(mode="json", exclude=UNKEYED | {"model", "device"}) for run in runs]
-                    key = digest(common, {"model": weights[settings.model], "runs": decides})
-                    ran = [
-                        {**stage, "run": run.model_dump(mode="json")} for stage, run in zip(stages, runs, strict=True)
-                    ]
-                    spec = {**told, "name": name, "model": settings.model, "stages": ran, "keep": settings.keep}
-                    cell = Cell(name, chain, seed, setting, spec, key)
-                    if key in seen:
-                        raise UserError(f"Two cells are the same run: {seen[key]}, and {cell}. Leave one of them out.")
-                    seen[key] = cell
-                    by.setdefault(setting, {})[seed] = cell
-    return Plan(models, grid)
+            points = itertools.product(settings.rates, settings.epochs)
+            grid[name, chain] = {setting: lay(name, chain, setting) for setting in points}
+    return Plan(models, grid, lay)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -132,6 +132,7 @@ class Choice:
     utility: float
     finished: int
     budget: int
+    tried: list[Setting]
 
 
 def choices(settings: Compare, made: Plan, out: Path) -> dict[tuple[str, Chain], Choice]:
@@ -140,33 +141,80 @@ def choices(settings: Compare, made: Plan, out: Path) -> dict[tuple[str, Chain],
     A setting counts if all its search seeds are done: one that diverged with a seed is not chosen. A chain of splits is
     judged by where it ends.
     """
-    seeds = settings.seeds[: settings.search_seeds]
     found: dict[tuple[str, Chain], Choice] = {}
     for (name, chain), by in made.grid.items():
-        last = chain[-1]
-        kind = criterion(settings, last)
-        reference = _records(out, made.models.get((RETRAINED, last)), "validation", last)
-        original = _records(out, made.models[ORIGINAL, last], "validation", last)
-        assert original is not None
-        whole = figures(original, None)["model_utility"]
-        candidates: dict[Setting, tuple[float, float]] = {}
-        count = 0
-        for setting, cells in by.items():
-            rows = [_records(out, cells[seed], "validation", last) for seed in seeds]
-            count += sum(each is not None for each in rows)
-            if all(each is not None for each in rows):
-                each = [figures(own, reference) for own in rows if own is not None]
-                candidates[setting] = (
-                    statistics.fmean(forgetting(f, kind) for f in each),
-                    statistics.fmean(f["model_utility"] for f in each),
-                )
-        budget = len(by) * len(seeds)
-        if candidates:
-            setting, keeps = choose(candidates, whole, settings.utility_floor)
-            found[name, chain] = Choice(setting, keeps, *candidates[setting], count, budget)
-        else:
-            found[name, chain] = Choice(None, False, math.nan, math.nan, count, budget)
+        candidates, whole, count = _candidates(settings, made, out, name, chain)
+        budget = len(by) * len(settings.seeds[: settings.search_seeds])
+        setting, keeps = choose(candidates, whole, settings.utility_floor) if candidates else (None, False)
+        scores = (math.nan, math.nan) if setting is None else candidates[setting]
+        found[name, chain] = Choice(setting, keeps, *scores, count, budget, list(by))
     return found
+
+
+def _candidates(
+    settings: Compare, made: Plan, out: Path, name: str, chain: Chain
+) -> tuple[dict[Setting, tuple[float, float]], float, int]:
+    """Forgetting and utility of the settings that count, the original's utility, and the number of cells that are done."""
+    last = chain[-1]
+    kind = criterion(settings, last)
+    reference = _records(out, made.models.get((RETRAINED, last)), "validation", last)
+    original = _records(out, made.models[ORIGINAL, last], "validation", last)
+    assert original is not None
+    candidates: dict[Setting, tuple[float, float]] = {}
+    count = 0
+    for setting, cells in made.grid[name, chain].items():
+        rows = [_records(out, cells[seed], "validation", last) for seed in settings.seeds[: settings.search_seeds]]
+        count += sum(each is not None for each in rows)
+        if all(each is not None for each in rows):
+            each = [figures(own, reference) for own in rows if own is not None]
+            candidates[setting] = (
+                statistics.fmean(forgetting(f, kind) for f in each),
+                statistics.fmean(f["model_utility"] for f in each),
+            )
+    return candidates, figures(original, None)["model_utility"], count
+
+
+def next_rate(
+    candidates: Mapping[Setting, tuple[float, float]], tried: Sequence[Setting], original: float, floor: float
+) -> Setting | None:
+    """The setting to search next (see `Compare.refine`), its rate to three digits; see `choose` for what is best.
+
+    The step beyond an end is that between the two rates at that end; between two rates it is their geometric mean. Where
+    no setting has finished, the rates were too high.
+
+    Args:
+        candidates: of `choose`.
+        tried: all settings searched so far, with at least two rates.
+
+    Returns:
+        None if the rate has been tried: three digits tell no more rates apart.
+    """
+    best, epochs = choose(candidates, original, floor)[0] if candidates else tried[0]
+    rates = sorted(rate for rate, length in tried if length == epochs)
+    at = rates.index(best) if candidates else 0
+    if at == 0:
+        rate = rates[0] * rates[0] / rates[1]
+    elif at == len(rates) - 1:
+        rate = rates[-1] * rates[-1] / rates[-2]
+    else:
+        beside = {s: v for s, v in candidates.items() if s in ((rates[at - 1], epochs), (rates[at + 1], epochs))}
+        # a neighbour that did not finish leaves the lower one
+        other = choose(beside, original, floor)[0][0] if beside else rates[at - 1]
+        rate = math.sqrt(best * other)
+    rate = float(f"{rate:.3g}")
+    return None if rate in rates else (rate, epochs)
+
+
+def refined(settings: Compare, made: Plan, out: Path) -> list[Cell]:
+    """Lay out one more setting for every row and chain, into `made`; return its cells of the search seeds."""
+    cells: list[Cell] = []
+    for (name, chain), by in made.grid.items():
+        candidates, whole, _ = _candidates(settings, made, out, name, chain)
+        setting = next_rate(candidates, list(by), whole, settings.utility_floor)
+        if setting is not None:
+            by[setting] = made.lay(name, chain, setting)
+            cells += [by[setting][seed] for seed in settings.seeds[: settings.search_seeds]]
+    return cells
 
 
 def chosen_cells(made: Plan, chosen: Mapping[tuple[str, Chain], Choice]) -> list[Cell]:
@@ -349,7 +397,7 @@ def described(settings: Compare, rows: Sequence[Row], divided: Mapping[str, Mapp
                     *(name, split, _shown(row, "seconds", ".0f")),
                     _shown(replace(row, spread={}), "trained_parameters", ",.0f"),
                     _shown(row, "peak_memory", ".2f", 1e-9),
-                    *(("-", "-") if setting is None else map(_on_edge, setting, (settings.rates, settings.epochs))),
+                    *(("-", "-") if setting is None else map(_on_edge, setting, zip(*row.choice.tried, strict=True))),
                     "yes" if row.choice.keeps else "no",
                     *(f"{row.choice.finished}/{row.choice.budget}", str(row.seeds)),
                     *(("-", "-") if not row.seeds else ("yes" if d else "no" for d in dominance)),
@@ -357,13 +405,19 @@ def described(settings: Compare, rows: Sequence[Row], divided: Mapping[str, Mapp
             )
         results.append(line)
     least = f", at least {settings.least_steps} steps" if settings.least_steps else ""
+    more = (
+        f" and {settings.refine} more, one after the other: beyond an end of the rates if the best one lies there, else "
+        "between the best and the better of its neighbours"
+        if settings.refine
+        else ""
+    )
     rules = [
         f"Model {settings.model}, seeds {', '.join(map(str, settings.seeds))}; mean ± standard deviation over seeds. "
         "Numbers are of test rows. Bold utility: no other method of this split is at least as good in forgetting and "
         "utility, and better in one of them. Fluency: distinct-2 and repetition besides.",
         f"Search budget, the same for every method and split: {len(settings.rates) * len(settings.epochs)} settings "
         f"(learning rates × {', '.join(f'{r:g}' for r in settings.rates)}; epochs "
-        f"{', '.join(f'{e:g}' for e in settings.epochs)}{least}), seeds searched: "
+        f"{', '.join(f'{e:g}' for e in settings.epochs)}{least}){more}, seeds searched: "
         f"{', '.join(map(str, settings.seeds[: settings.search_seeds]))}.",
         "Chosen on validation rows, by method and split: the setting that forgets best among those that keep "
         f"{settings.utility_floor:.0%} of the original's utility; where none does, the largest forgetting × utility.",
