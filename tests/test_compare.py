@@ -381,17 +381,25 @@ def test_a_choice_at_the_end_of_the_grid_is_marked(data, tmp_path):
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
-        # (forgetting, utility) by rate; utility counts from 0.95 on
+        # (forgetting, utility) by rate; a utility from 0.95 on is kept
         ({0.1: (0.9, 1.0), 0.3: (0.5, 1.0), 1.0: (0.2, 1.0)}, 0.0333),
         ({0.1: (0.2, 1.0), 0.3: (0.5, 1.0), 1.0: (0.9, 1.0)}, 3.33),
         ({0.1: (0.2, 1.0), 0.3: (0.9, 1.0), 1.0: (0.5, 1.0)}, 0.548),
-        # the neighbour that forgets more has lost its utility
-        ({0.1: (0.2, 1.0), 0.3: (0.5, 1.0), 1.0: (0.9, 0.5)}, 0.173),
-        # none keeps it: the largest product
+        ({0.1: (0.5, 1.0), 0.3: (0.9, 1.0), 1.0: (0.2, 1.0)}, 0.173),
+        # the border of the utility lies where more is forgotten, also at an end
+        ({0.1: (0.2, 1.0), 0.3: (0.5, 1.0), 1.0: (0.9, 0.5)}, 0.548),
+        ({0.1: (0.2, 1.0), 0.3: (0.5, 0.9), 1.0: (0.9, 0.5)}, 0.173),
+        # of equals the faster neighbour; at the end as much is not more
+        ({0.1: (0.2, 1.0), 0.3: (0.5, 1.0), 1.0: (0.2, 1.0)}, 0.548),
+        ({0.1: (0.2, 1.0), 0.3: (0.2, 0.9), 1.0: (0.2, 0.8)}, 0.0333),
+        # none keeps the utility: where there is more of it
         ({0.1: (0.5, 0.8), 0.3: (0.9, 0.7), 1.0: (0.9, 0.1)}, 0.173),
-        # one that diverged is no neighbour, all of them were too fast
-        ({0.1: (0.2, 1.0), 0.3: (0.5, 1.0), 1.0: None}, 0.173),
-        ({0.1: None, 0.3: (0.5, 1.0), 1.0: None}, 0.173),
+        ({0.1: (0.9, 0.8), 0.3: (0.9, 0.7), 1.0: (0.9, 0.1)}, 0.0333),
+        ({0.1: (0.9, 0.1), 0.3: (0.9, 0.2), 1.0: (0.9, 0.3)}, 3.33),
+        # one that diverged was too fast
+        ({0.1: (0.2, 1.0), 0.3: (0.5, 1.0), 1.0: None}, 0.548),
+        ({0.1: None, 0.3: (0.5, 1.0), 1.0: None}, 0.548),
+        ({0.1: (0.2, 0.5), 0.3: (0.5, 0.9), 1.0: None}, 0.173),
         ({0.1: None, 0.3: None, 1.0: None}, 0.0333),
     ],
     ids=str,

@@ -73,8 +73,8 @@ class Compare(BaseModel):
     rates: list[float] = [0.3, 1.0, 3.0]
     """Grid: multiples of each method's own learning rates."""
     refine: int = Field(0, ge=0)
-    """Search so many rates more, one after the other, where each method's search points: beyond an end of its rates if the
-    best one lies there, else between the best and the better of its neighbours."""
+    """Search so many rates more, one after the other, where each method's search points: between its best rate and the
+    neighbour that forgets more, or beyond the best where that is the last of its rates and forgets most."""
     epochs: list[float] = [5.0]
     """Grid: passes over the forget set, the same for every method."""
     least_steps: int = Field(0, ge=0)

@@ -177,31 +177,34 @@ def _candidates(
 def next_rate(
     candidates: Mapping[Setting, tuple[float, float]], tried: Sequence[Setting], original: float, floor: float
 ) -> Setting | None:
-    """The setting to search next (see `Compare.refine`), its rate to three digits; see `choose` for what is best.
+    """The setting to search next: its rate, to three digits, lies towards what the best one (see `choose`) lacks.
 
-    The step beyond an end is that between the two rates at that end; between two rates it is their geometric mean. Where
-    no setting has finished, the rates were too high.
+    A best one that keeps the utility lacks forgetting, any other utility. Where the neighbour with most of it has more of
+    it, or there are two, the next rate is the geometric mean; else it lies beyond the best, which is at the end of the
+    rates, by the step before. A neighbour that did not finish was too fast: it counts as forgetting all and keeping
+    nothing. If no setting has finished, the next lies below all.
 
     Args:
         candidates: of `choose`.
-        tried: all settings searched so far, with at least two rates.
+        tried: all settings searched so far, with at least two rates for each length.
 
     Returns:
         None if the rate has been tried: three digits tell no more rates apart.
     """
-    best, epochs = choose(candidates, original, floor)[0] if candidates else tried[0]
+    (best, epochs), keeps = choose(candidates, original, floor) if candidates else (min(tried), False)
     rates = sorted(rate for rate, length in tried if length == epochs)
-    at = rates.index(best) if candidates else 0
-    if at == 0:
-        rate = rates[0] * rates[0] / rates[1]
-    elif at == len(rates) - 1:
-        rate = rates[-1] * rates[-1] / rates[-2]
-    else:
-        beside = {s: v for s, v in candidates.items() if s in ((rates[at - 1], epochs), (rates[at + 1], epochs))}
-        # a neighbour that did not finish leaves the lower one
-        other = choose(beside, original, floor)[0][0] if beside else rates[at - 1]
-        rate = math.sqrt(best * other)
-    rate = float(f"{rate:.3g}")
+    lacks = 0 if keeps else 1
+
+    def amount(rate: float) -> float:
+        found = candidates.get((rate, epochs))
+        return (math.inf if keeps else -math.inf) if found is None else found[lacks]
+
+    at = rates.index(best)
+    beside = [rates[i] for i in (at - 1, at + 1) if 0 <= i < len(rates)]
+    # of equals the faster one, which is the one to forget more
+    other = max(beside, key=lambda rate: (amount(rate), rate))
+    within = len(beside) == 2 or amount(other) > amount(best)
+    rate = float(f"{math.sqrt(best * other) if within else best * best / other:.3g}")
     return None if rate in rates else (rate, epochs)
 
 
@@ -406,8 +409,8 @@ def described(settings: Compare, rows: Sequence[Row], divided: Mapping[str, Mapp
         results.append(line)
     least = f", at least {settings.least_steps} steps" if settings.least_steps else ""
     more = (
-        f" and {settings.refine} more, one after the other: beyond an end of the rates if the best one lies there, else "
-        "between the best and the better of its neighbours"
+        f" and {settings.refine} more, one after the other: between the best rate and the neighbour that forgets more, or "
+        "beyond the best where it is the last and forgets most"
         if settings.refine
         else ""
     )
