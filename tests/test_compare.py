@@ -371,7 +371,8 @@ def test_the_choice_reads_validation_rows_and_the_table_test_rows(data, tmp_path
 def test_a_choice_at_the_end_of_the_grid_is_marked(data, tmp_path):
     wanted = settings(data, tmp_path, rates=[1.0, 0.3, 3.0], epochs=[2.0], methods=["npo"], splits=["forget10"])
     for rate, shown in ((0.3, "0.3 (lowest)"), (1.0, "1"), (3.0, "3 (highest)")):
-        choice = table.Choice((rate, 2.0), True, 0.5, 0.5, 3, 3, [(r, 2.0) for r in wanted.rates])
+        searched = [table.Searched(r, 2.0, 0.5, 0.5) for r in wanted.rates]
+        choice = table.Choice((rate, 2.0), True, 0.5, 0.5, 3, 3, searched)
         rows = [table.Row("npo", "forget10", 1, {}, {}, choice)]
         costs = table.described(wanted, rows, {"forget10": dict.fromkeys(PARTS, 1)}).costs
         assert costs[1][costs[0].index("chosen: rate ×")] == shown
@@ -408,6 +409,38 @@ def test_the_search_goes_on_where_it_points(scores, expected):
     candidates = {(rate, 2.0): score for rate, score in scores.items() if score is not None}
     for order in itertools.permutations(scores):
         assert table.next_rate(candidates, [(rate, 2.0) for rate in order], 1.0, 0.95) == (expected, 2.0)
+
+
+def test_all_that_a_search_found_can_be_looked_at(data, tmp_path, monkeypatch):
+    wanted = settings(data, tmp_path, seeds=[0, 1], rates=[3.0, 0.3], epochs=[1, 2])
+    made = plan.plan(wanted, tmp_path)
+    write_all(tmp_path, made)
+    write_cell(tmp_path, made.grid["npo", ("forget10",)][0.3, 2.0][1], None, status="failed")
+    monkeypatch.setattr(cells, "run_cells", lambda *_: iter(()))
+    rows = {row.name: row for row in compare.compare(wanted)}
+    with open(tmp_path / "search.csv") as file:
+        lines = list(csv.DictReader(file))
+    twin = read_records(tmp_path / "cells" / made.models["retrained", "forget10"].key / "validation-forget10.json")
+    shown = {line[0]: line[2:] for line in Page((tmp_path / "report.html").read_text()).tables[2][1:]}
+    assert len(lines) == 8
+    for line in lines:
+        setting = float(line["rate"]), float(line["epochs"])
+        chosen = setting == rows[line["method"]].choice.setting
+        assert line["chosen"] == str(chosen)
+        text = f"{'★ ' * chosen}× {setting[0]:g}, {setting[1]:g} epochs: "
+        [place] = [i for i, cell in enumerate(shown[line["method"]]) if cell.startswith(text)]
+        # the settings of a row are in order
+        assert place == sorted(itertools.product((0.3, 3.0), (1.0, 2.0))).index(setting)
+        if (line["method"], setting) == ("npo", (0.3, 2.0)):
+            assert (line["forgetting"], line["utility"], shown["npo"][place]) == ("", "", f"{text}not finished")
+            continue
+        scores = []
+        for cell in made.grid[line["method"], ("forget10",)][setting].values():
+            own = figures(read_records(tmp_path / "cells" / cell.key / "validation-forget10.json"), twin)
+            scores.append((1 - own["distance"], own["model_utility"]))
+        means = [sum(each) / 2 for each in zip(*scores, strict=True)]
+        assert [float(line["forgetting"]), float(line["utility"])] == pytest.approx(means)
+        assert shown[line["method"]][place] == f"{text}{means[0]:.2f} / {means[1]:.3f}"
 
 
 def test_the_search_goes_on_with_the_best_length():
@@ -650,7 +683,8 @@ def test_the_page_shows_what_the_table_shows(data, tmp_path, monkeypatch):
         text = (tmp_path / "report.html").read_text()
         page = Page(text)
         assert not page.open
-        assert page.tables == [said.results, said.costs]
+        assert page.tables == [said.results, said.costs, said.searched]
+        assert len(said.searched) == 1 + 3 * 2
         assert page.tables[0][3][0] == name
         assert page.strong == {(0, *place) for place in said.best}
         by = {(row.name, row.split): row for row in rows}

@@ -26,6 +26,7 @@ from alter.compare.table import (
     pareto,
     refined,
     rows_of,
+    search_csv,
     table_csv,
 )
 from alter.errors import UserError
@@ -35,7 +36,7 @@ from alter.records import provenance, to_json, write_atomic, write_records
 def compare(settings: Compare) -> list[Row]:
     """Run `alter compare`: all cells, the choice, the table; and write them to `settings.out`.
 
-    Files: `table.md`, `table.csv`, `report.html`, `pareto.png`, `records.json`, `compare.json` (settings, choices,
+    Files: `table.md`, `table.csv`, `search.csv`, `report.html`, `pareto.png`, `records.json`, `compare.json` (settings, choices,
     provenance); `cells/KEY` and `rows/` hold what they are made of.
 
     Raises:
@@ -91,6 +92,7 @@ def compare(settings: Compare) -> list[Row]:
         text = markdown(said)
         write_atomic(out / "table.md", text)
         write_atomic(out / "table.csv", table_csv(rows))
+        write_atomic(out / "search.csv", search_csv(chosen))
         pareto(out / "pareto.png", settings, rows)
         write_atomic(out / "report.html", page(said, settings, out / "pareto.png"))
         write_records(out / "records.json", all_records(settings, made, chosen, out))
@@ -103,7 +105,9 @@ def compare(settings: Compare) -> list[Row]:
     finally:
         if lock is not None:
             os.close(lock)
-    print(f"\n{text}\n{out}: report.html, table.md, table.csv, pareto.png, records.json, compare.json, cells/")
+    print(
+        f"\n{text}\n{out}: report.html, table.md, table.csv, search.csv, pareto.png, records.json, compare.json, cells/"
+    )
     if lost:
         print(f"alter: {len(lost)} cells did not finish; the same command runs them again.", file=sys.stderr)
     return rows

@@ -123,6 +123,16 @@ def choose(candidates: Mapping[Setting, tuple[float, float]], original: float, f
 
 
 @dataclass(frozen=True)
+class Searched:
+    """A setting that was searched, with its figures on validation rows; NaN if a seed of it did not finish."""
+
+    rate: float
+    epochs: float
+    forgetting: float
+    utility: float
+
+
+@dataclass(frozen=True)
 class Choice:
     """The setting chosen for one row and split on validation rows, and why; None if no setting has finished."""
 
@@ -132,7 +142,7 @@ class Choice:
     utility: float
     finished: int
     budget: int
-    tried: list[Setting]
+    searched: list[Searched]
 
 
 def choices(settings: Compare, made: Plan, out: Path) -> dict[tuple[str, Chain], Choice]:
@@ -147,7 +157,8 @@ def choices(settings: Compare, made: Plan, out: Path) -> dict[tuple[str, Chain],
         budget = len(by) * len(settings.seeds[: settings.search_seeds])
         setting, keeps = choose(candidates, whole, settings.utility_floor) if candidates else (None, False)
         scores = (math.nan, math.nan) if setting is None else candidates[setting]
-        found[name, chain] = Choice(setting, keeps, *scores, count, budget, list(by))
+        searched = [Searched(*each, *candidates.get(each, (math.nan, math.nan))) for each in sorted(by)]
+        found[name, chain] = Choice(setting, keeps, *scores, count, budget, searched)
     return found
 
 
@@ -363,11 +374,13 @@ def _on_edge(value: float, grid: Sequence[float]) -> str:
 class Text:
     """The comparison in words and tables, which Markdown and the page show alike.
 
-    `results` and `costs` are tables: a head and rows of cells, of which `best` (row, column) are not dominated.
+    `results`, `costs` and `searched` are tables: a head and rows of cells. Of the results, `best` (row, column) are not
+    dominated.
     """
 
     results: list[list[str]]
     costs: list[list[str]]
+    searched: list[list[str]]
     best: set[tuple[int, int]]
     rules: list[str]
     notes: list[str]
@@ -395,12 +408,13 @@ def described(settings: Compare, rows: Sequence[Row], divided: Mapping[str, Mapp
             if row.seeds and not row.dominated:
                 best.add((len(results), len(line) - len(FIGURES) + 1))
             setting, dominance = row.choice.setting, (row.dominated, row.dominated_with_fluency)
+            rates, lengths = ([getattr(each, of) for each in row.choice.searched] for of in ("rate", "epochs"))
             costs.append(
                 [
                     *(name, split, _shown(row, "seconds", ".0f")),
                     _shown(replace(row, spread={}), "trained_parameters", ",.0f"),
                     _shown(row, "peak_memory", ".2f", 1e-9),
-                    *(("-", "-") if setting is None else map(_on_edge, setting, zip(*row.choice.tried, strict=True))),
+                    *(("-", "-") if setting is None else map(_on_edge, setting, (rates, lengths))),
                     "yes" if row.choice.keeps else "no",
                     *(f"{row.choice.finished}/{row.choice.budget}", str(row.seeds)),
                     *(("-", "-") if not row.seeds else ("yes" if d else "no" for d in dominance)),
@@ -443,7 +457,28 @@ def described(settings: Compare, rows: Sequence[Row], divided: Mapping[str, Mapp
         "Wall time: the run without loading Python and without evaluation, beside the other workers' cells. Peak memory: "
         "of the run's process (of the GPU, where there is one).",
     ]
-    return Text(results, costs, best, rules, [note for row in rows for note in row.notes])
+    return Text(results, costs, _searched(rows), best, rules, [note for row in rows for note in row.notes])
+
+
+def _searched(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each method and place where its chain ends: every setting, its forgetting and utility, ★ the chosen one."""
+    choices = {id(row.choice): row for row in rows if row.choice is not None}  # a chain's splits share theirs
+    lines = []
+    for row in choices.values():
+        assert row.choice is not None
+        several = len({each.epochs for each in row.choice.searched}) > 1
+        cells = []
+        for each in row.choice.searched:
+            length = f", {each.epochs:g} epochs" if several else ""
+            star = "★ " if (each.rate, each.epochs) == row.choice.setting else ""
+            found = "not finished" if math.isnan(each.forgetting) else f"{each.forgetting:.2f} / {each.utility:.3f}"
+            cells.append(f"{star}× {each.rate:g}{length}: {found}")
+        lines.append([row.name, row.split, *cells])
+    width = max((len(line) for line in lines), default=2)
+    return [
+        ["method", "split", *(f"setting {i}" for i in range(1, width - 1))],
+        *(line + [""] * (width - len(line)) for line in lines),
+    ]
 
 
 def markdown(said: Text) -> str:
@@ -480,6 +515,13 @@ def page(said: Text, settings: Compare, picture: Path) -> str:
         grid(results[0], results[1:], label="Results", numbers=range(1, len(results[0]))),
         tag("h2", "What it cost"),
         grid(said.costs[0], said.costs[1:], label="Costs", numbers=range(2, len(said.costs[0]))),
+        tag("h2", "What the search found"),
+        grid(
+            said.searched[0],
+            said.searched[1:],
+            label="Search",
+            caption="Learning rate × …: forgetting / utility on validation rows, means over the search seeds; ★ the choice.",
+        ),
         tag("h2", "How it was made"),
         tag("ul", *(tag("li", rule) for rule in said.rules)),
     ]
@@ -511,6 +553,20 @@ def table_csv(rows: Sequence[Row]) -> str:
         values = [each.get(key, "") for key in keys for each in (row.mean, row.spread)]
         marks = [row.dominated, row.dominated_with_fluency] if choice is not None and row.seeds else ["", ""]
         writer.writerow([row.name, row.split, row.seeds, *said, *marks, *values])
+    return file.getvalue()
+
+
+def search_csv(chosen: Mapping[tuple[str, Chain], Choice]) -> str:
+    """Every setting of every search as CSV: forgetting and utility on validation rows, and whether it was chosen."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["method", "splits", "rate", "epochs", "forgetting", "utility", "chosen"])
+    for (name, chain), choice in chosen.items():
+        for each in choice.searched:
+            figures = ["" if math.isnan(value) else value for value in (each.forgetting, each.utility)]
+            writer.writerow(
+                [name, " ".join(chain), each.rate, each.epochs, *figures, (each.rate, each.epochs) == choice.setting]
+            )
     return file.getvalue()
 
 
