@@ -437,7 +437,7 @@ def described(settings: Compare, rows: Sequence[Row], divided: Mapping[str, Mapp
         f"{', '.join(f'{e:g}' for e in settings.epochs)}{least}){more}, seeds searched: "
         f"{', '.join(map(str, settings.seeds[: settings.search_seeds]))}.",
         "Chosen on validation rows, by method and split: the setting that forgets best among those that keep "
-        f"{settings.utility_floor:.0%} of the original's utility; where none does, the largest forgetting × utility.",
+        f"{settings.utility_floor:.0%} of the original's utility; where none does, the largest forgetting × utility; of equals the first searched.",
         *(
             [
                 f"Continual: {', then '.join(settings.splits)}; each run forgets the rows that are new and starts from the "
