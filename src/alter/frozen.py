@@ -23,7 +23,7 @@ from alter import world
 from alter.adapter import AlterModel, Trace
 from alter.data import Collator, Encoded
 from alter.entropy import chunk_rows
-from alter.head import Head
+from alter.head import Head, standing_in
 from alter.objectives import Emitted, Needs, Reference
 from alter.records import progress, write_atomic
 
@@ -103,18 +103,11 @@ def states_of(depth: Depth | None, alone: bool = False) -> Iterator[list[Tensor]
         return states if others[0] is None else (states, *others[0])
 
     handle = depth.block.register_forward_hook(take)
-    left_out = {module: module.__dict__.get("forward") for module in depth.behind} if alone else {}
-    for module in left_out:
-        module.forward = hand_on
     try:
-        yield seen
+        with standing_in(depth.behind if alone else (), hand_on):
+            yield seen
     finally:
         handle.remove()
-        for module, own in left_out.items():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import ModelOutput
 
@@ -31,6 +31,23 @@ class Part:
 
     count: int
     of: Callable[[Tensor, slice], Tensor]
+
+
+@contextmanager
+def standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block `forward` runs in the place of the modules' own; hooks around them stay."""
+    # another library may have put its own into a module already
+    own = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, own, strict=True):
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
 
 
 class Head:
@@ -84,19 +101,13 @@ class Head:
         A body that `reading` has not seen run cannot be left out: it then runs on one token, which changes nothing.
         """
         handle = self.head.register_forward_pre_hook(lambda _, inputs: (states[None], *inputs[1:]))
-        own = self.body.__dict__.get("forward")
-        if self._blank is not None:
-            self.body.forward = lambda *_, **__: self._blank
         try:
-            token = torch.zeros(1, 1, dtype=torch.long, device=states.device)
-            # not a call: the hooks around the model belong to a pass over real rows
-            return self.model.forward(input_ids=token, use_cache=False).logits[0]
+            with standing_in([self.body] if self._blank is not None else [], lambda *_, **__: self._blank):
+                token = torch.zeros(1, 1, dtype=torch.long, device=states.device)
+                # not a call: the hooks around the model belong to a pass over real rows
+                return self.model.forward(input_ids=token, use_cache=False).logits[0]
         finally:
             handle.remove()
-            if own is not None:
-                self.body.forward = own
-            else:
-                self.body.__dict__.pop("forward", None)
 
     def measure(self, states: Tensor, parts: Sequence[Part]) -> Tensor:
         """[n, m]: what the parts make of the logits of `states` [n, D], of which one chunk at a time exists.
