@@ -29,9 +29,11 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 import results
-from alter.benchmarks.tofu import Reference, tofu_metrics
-from alter.data import Encoded, Example, encode, encode_prompt, examples, tofu_rows
-from alter.scoring import load_model
+from alter.data.encoding import Encoded, encode, encode_prompt
+from alter.data.examples import Example, examples
+from alter.data.sources import tofu_rows
+from alter.evaluation.tofu import Reference, tofu_metrics
+from alter.models.loading import load_model
 
 BATCH = 32
 TOLERANCE = 1e-6

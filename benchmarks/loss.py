@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import results
-from alter.head import Head, Part
-from alter.objectives import CrossEntropy, Emitted, InvertedHinge, KeepBase, Reference
+from alter.logits.head import Head, Part
+from alter.methods.objectives import CrossEntropy, Emitted, InvertedHinge, KeepBase, Reference
 
 OBJECTIVES = {"cross_entropy": CrossEntropy(), "inverted_hinge": InvertedHinge(), "keep_base": KeepBase()}
 

@@ -24,11 +24,13 @@ import yaml
 from peft import PeftModel
 
 import results
-from alter.data import encode_prompt, load_examples
+from alter.data.encoding import encode_prompt
+from alter.data.examples import load_examples
+from alter.models.generation import generate
+from alter.models.loading import load_model
 from alter.requests import work
 from alter.requests.commands import Add, Init, Revoke, Run, Verify, add, init, revoke, run, verify
 from alter.requests.store import Store
-from alter.scoring import generate, load_model
 
 HERE = Path(__file__).parent
 ORIGINAL, RETRAINED = "builtin:tofu-mini/original", "builtin:tofu-mini/retrained"

@@ -62,8 +62,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers.utils import logging
 
 import results
-from alter.data import Collator, Encoded
-from alter.trainer import PairCollator, Pairs, Rows, Unlearn, UnlearnTrainer, trace_run
+from alter.data.batching import Collator
+from alter.data.encoding import Encoded
+from alter.training.batches import PairCollator, Pairs, Rows
+from alter.training.loss import UnlearnTrainer
+from alter.training.preparation import trace_run
+from alter.training.settings import Unlearn
 
 SHAPES: dict[str, dict[str, Any]] = {
     "pico": dict(hidden=32, intermediate=48, layers=2, heads=2, kv_heads=1, vocab=300, tied=True, rows=8, length=16),

@@ -19,7 +19,7 @@ from alter.adapter.context import CapturingCheckpoint, ForwardState
 from alter.adapter.layer import MaskedLinear
 from alter.adapter.model import default_host, same_base
 from alter.adapter.plan import Pairs, Plan, plan
-from alter.errors import UserError
+from alter.core.errors import UserError
 from reference import naive_gates, naive_masked_linear, naive_pool, naive_previous
 
 LLAMA_LIKE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from alter.adapter import AlterLinear
-from alter.errors import UserError
+from alter.core.errors import UserError
 from test_adapter import adapted, middle_threshold, rows, tiny
 
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from alter.adapter.generation import DecodeState
 from alter.adapter.inputs import token_mask
-from alter.errors import UserError
+from alter.core.errors import UserError
 from test_adapter import ARCHITECTURES, adapted, counted, middle_threshold, rows, tiny
 
 WAYS = {
@@ -160,7 +160,7 @@ def test_routes_follow_the_definition():
     # evidence of all tokens but the first, with the features that generated them
     evidence = [router(tr.features[0, t]) for t in range(1, ids.shape[1])]
     from alter.adapter import Routing, expert_gates
-    from alter.entropy import entropy_from_logits
+    from alter.logits.entropy import entropy_from_logits
 
     with torch.no_grad():
         for _ in range(10):

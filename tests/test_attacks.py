@@ -12,11 +12,15 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils import parametrize
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from alter import AlterConfig, attacks, cli, metrics, scoring
-from alter.attacks import base, states, weights, wording
-from alter.data import Encoded, encode, examples, load_examples, tofu_rows
-from alter.errors import UserError
-from alter.records import Record, read_records
+from alter import AlterConfig, cli, metrics
+from alter.attacks import run as attacks
+from alter.attacks.run import base, states, weights, wording
+from alter.core.errors import UserError
+from alter.core.records import Record, read_records
+from alter.data.encoding import Encoded, encode
+from alter.data.examples import examples, load_examples
+from alter.data.sources import tofu_rows
+from alter.models import loading, scoring
 from pico import PAD, byte_tokenizer, pico, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lu", "Max", "Ned"]
@@ -480,7 +484,7 @@ def test_stripping_brings_everything_back(finished):
 
 def test_figures_are_those_of_plain_scoring(models, finished):
     _, found = finished
-    model, tokenizer = scoring.load_model(str(models / "original"), str(models / "adapter"))
+    model, tokenizer = loading.load_model(str(models / "original"), str(models / "adapter"))
     rows = examples(ROWS)
     (record,) = pick(found, "unlearned", "attack_probability", attack="none", part="other")
     for index, value in zip(record.extra["rows"], record.per_item, strict=True):
@@ -528,7 +532,7 @@ def test_other_settings_models_and_broken_files_run_again(models, finished, tmp_
 
 def test_a_model_whose_contents_are_unknown_is_measured_each_time(models, finished, tmp_path, monkeypatch):
     chosen = settings(models, tmp_path, attacks=["cka"])
-    monkeypatch.setattr(scoring.Subject, "identity", lambda self, memo=None: {"weights": "unknown", "adapter": None})
+    monkeypatch.setattr(loading.Subject, "identity", lambda self, memo=None: {"weights": "unknown", "adapter": None})
     attacks.attack(chosen)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     attacks.attack(chosen)

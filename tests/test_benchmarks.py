@@ -192,7 +192,7 @@ def test_rounds_take_turns():
 @pytest.mark.parametrize("seed", range(3))
 def test_npo_is_the_objective_of_the_package(seed):
     """Loss and gradient of the straightforward form equal `objectives.NPO`'s on the same logits."""
-    from alter.objectives import NPO, Emitted, Labelled
+    from alter.methods.objectives import NPO, Emitted, Labelled
 
     generator = torch.Generator().manual_seed(seed)
     B, T, V = 3, 7, 11

@@ -16,12 +16,12 @@ from tokenizers import processors
 
 import reference
 from alter import metrics
-from alter.benchmarks import book
 from alter.cli import main
-from alter.data import load_examples
-from alter.errors import UserError
-from alter.records import read_records, write_records
-from alter.scoring import Scores
+from alter.core.errors import UserError
+from alter.core.records import read_records, write_records
+from alter.data.examples import load_examples
+from alter.evaluation import book
+from alter.models.scoring import Scores
 from pico import EOS, byte_tokenizer, pico, save_pico
 
 # the paper's Harry Potter table (Llama2-7B): BLEU, ROUGE-L, ASG, in points

@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from alter import cli
-from alter.compare.plan import Compare, run_of
+from alter.comparison.plan import Compare, run_of
+from alter.core.errors import UserError
+from alter.core.files import write_atomic
+from alter.core.records import Record, read_records, write_records
 from alter.demo import RECIPE, Demo, free_folder
-from alter.errors import UserError
-from alter.finetune import Finetune
-from alter.records import Record, read_records, write_atomic, write_records
-from alter.trainer import Unlearn
+from alter.training.finetune import Finetune
+from alter.training.settings import Unlearn
 from pico import save_pico
 
 ROOT = Path(__file__).parent.parent

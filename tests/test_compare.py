@@ -25,17 +25,19 @@ from matplotlib.text import Text
 from safetensors.torch import load_file
 from scipy import stats
 
-from alter import cli, compare, metrics, plots
-from alter.benchmarks import tofu
-from alter.compare import cells, plan, table
-from alter.compare.cells import Job, finished, hold, run_cells
-from alter.compare.plan import PARTS, Compare, Retrained, divide, run_of
-from alter.compare.table import choices, choose, dominated, figures, rows_of
-from alter.data import read_rows, tofu_rows
-from alter.errors import UserError
-from alter.records import Record, read_records, write_records
-from alter.scoring import load_model
-from alter.trainer import schedule
+from alter import cli, metrics
+from alter.comparison import cells, plan, table
+from alter.comparison import run as compare
+from alter.comparison.cells import Job, finished, hold, run_cells
+from alter.comparison.plan import PARTS, Compare, Retrained, divide, run_of
+from alter.comparison.table import choices, choose, dominated, figures, rows_of
+from alter.core.errors import UserError
+from alter.core.records import Record, read_records, write_records
+from alter.data.sources import read_rows, tofu_rows
+from alter.evaluation import tofu
+from alter.models.loading import load_model
+from alter.reporting import figures as plots
+from alter.training.batches import schedule
 from pico import save_pico, write_jsonl
 
 AUTHORS = 40
@@ -276,14 +278,14 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
     monkeypatch.setattr(plan, "digest", lambda parts: read.extend(name for name, _ in parts) or "d")
     source_digest.__wrapped__()
     assert {
-        "trainer.py",
-        "objectives.py",
-        "scoring.py",
+        "training/run.py",
+        "methods/objectives.py",
+        "models/scoring.py",
         "metrics.py",
-        "benchmarks/tofu.py",
+        "evaluation/tofu.py",
         "adapter/layer.py",
     } <= set(read)
-    assert not {"cli.py", "compare/plan.py", "compare/table.py", "demo.py", "report.py"} & set(read)
+    assert not {"cli.py", "comparison/plan.py", "comparison/table.py", "demo.py", "report/page.py"} & set(read)
 
 
 @pytest.mark.parametrize(
@@ -1399,7 +1401,7 @@ def test_killed_with_its_parent_and_resumed_to_the_end(data, tmp_path):
     wanted = settings(data, out, methods=["lora_gd"], workers=2, limit=2, retrained={})
     made = plan.plan(wanted, out)
     text = wanted.model_dump_json(exclude={"settings"})
-    code = f"import json; from alter.compare import *; compare(Compare.model_validate(json.loads({text!r})))"
+    code = f"import json; from alter.comparison.run import *; compare(Compare.model_validate(json.loads({text!r})))"
     line = [sys.executable, "-c", code]
     first = made.models["original", "forget10"]
     parent = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

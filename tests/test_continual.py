@@ -15,12 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from alter import inference, methods, trainer
 from alter.adapter.routing import Routing
-from alter.data import encode, load_examples, refusals
-from alter.errors import UserError
-from alter.scoring import load_model
-from alter.trainer import Unlearn, unlearn
+from alter.core.errors import UserError
+from alter.data.encoding import encode
+from alter.data.examples import load_examples
+from alter.data.sources import refusals
+from alter.methods import presets
+from alter.models import guards as inference
+from alter.models.loading import load_model
+from alter.training import loss
+from alter.training import run as run_module
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
 from pico import save_pico, write_jsonl
 from test_methods import plain_likeness
 from test_trainer import settings
@@ -119,7 +125,7 @@ def test_cleared_expert_gives_the_base_back_and_leaves_the_other_routes(runs, da
 def test_growing_resumes_bit_equal(runs, data, tmp_path, monkeypatch):
     start = str(runs / "1" / "adapter")
     calls = []
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def stop_at_third(self, *args, **kwargs):
         calls.append(1)
@@ -127,7 +133,7 @@ def test_growing_resumes_bit_equal(runs, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", stop_at_third)
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         request(data, tmp_path / "cut", "Cy", start_from=start)
     request(data, tmp_path / "cut", "Cy", start_from=start, resume=True)
@@ -195,7 +201,7 @@ def o3(people, out, name, **changes):
         **{"forget": str(people / f"{name}.jsonl"), "out": str(out), "domain_column": "who", "adapter": {"r": 4}},
         **{"epochs": 8, "batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-2},
     }
-    return unlearn(Unlearn.model_validate(methods.merged(given, changes)))
+    return unlearn(Unlearn.model_validate(presets.merged(given, changes)))
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +383,7 @@ def test_a_is_kept_away_from_that_of_every_request_before(people, loras, tmp_pat
 
 
 def test_a_lora_that_goes_on_resumes_bit_equal(people, loras, tmp_path, monkeypatch):
-    calls, real = [], trainer.UnlearnTrainer.compute_loss
+    calls, real = [], loss.UnlearnTrainer.compute_loss
 
     def stop_at_tenth(self, *args, **kwargs):
         calls.append(1)
@@ -385,7 +391,7 @@ def test_a_lora_that_goes_on_resumes_bit_equal(people, loras, tmp_path, monkeypa
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", stop_at_tenth)
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", stop_at_tenth)
     given = {"start_from": str(loras / "1" / "adapter"), "save_steps": 4}
     with pytest.raises(KeyboardInterrupt):
         o3(people, tmp_path / "cut", "Cy", **given)
@@ -444,7 +450,7 @@ def test_what_no_lora_can_go_on_from(people, runs, loras, tmp_path, monkeypatch,
     if changes.get("model") == "other":
         changes["model"] = str(save_pico(tmp_path / "other", seed=7))
     out = loras / changes.pop("out") if "out" in changes else tmp_path / "x"
-    monkeypatch.setattr(trainer, "trace_run", None)
+    monkeypatch.setattr(run_module, "trace_run", None)
     with pytest.raises((UserError, ValueError), match=says):
         o3(people, out, "Bo", start_from=str(folder), **changes)
     assert (loras / "0" / "adapter" / "inference.json").exists()

@@ -10,9 +10,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from alter import data
-from alter.data import Collator, Example, check_overlap, domains, encode, encode_prompt, examples, load_examples
-from alter.errors import UserError
+from alter.core.errors import UserError
+from alter.data import encoding, sources
+from alter.data.batching import Collator
+from alter.data.domains import domains
+from alter.data.encoding import encode, encode_prompt
+from alter.data.examples import Example, check_overlap, examples, load_examples
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -187,12 +190,12 @@ def test_tokenizer_without_end_token():
     with pytest.raises(UserError, match="eos_token"):
         encode(tokenizer, qa())
     with pytest.raises(UserError, match="neither"):
-        data.ensure_pad_token(tokenizer)
+        encoding.ensure_pad_token(tokenizer)
 
 
 def test_pad_token_falls_to_end_token():
     tokenizer = byte_tokenizer()
-    data.ensure_pad_token(tokenizer)
+    encoding.ensure_pad_token(tokenizer)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
@@ -318,38 +321,40 @@ def test_domain_column():
     [("forget01", 40, 198, 199), ("forget05", 200, 190, 199), ("forget10", 400, 180, 199), ("retain90", 3600, 0, 179)],
 )
 def test_tofu_splits_and_authors(split, count, first, last):
-    rows = data.tofu_rows(split, "builtin")
+    rows = sources.tofu_rows(split, "builtin")
     assert (len(rows), rows[0]["author"], rows[-1]["author"]) == (count, first, last)
 
 
 def test_tofu_splits_divide_the_whole():
-    full = data.tofu_rows("full", "builtin")
+    full = sources.tofu_rows("full", "builtin")
     for forget, retain in (("01", "99"), ("05", "95"), ("10", "90")):
-        assert data.tofu_rows(f"retain{retain}", "builtin") + data.tofu_rows(f"forget{forget}", "builtin") == full
-        perturbed = data.tofu_rows(f"forget{forget}_perturbed", "builtin")
-        kept = data.tofu_rows(f"forget{forget}", "builtin")
+        assert (
+            sources.tofu_rows(f"retain{retain}", "builtin") + sources.tofu_rows(f"forget{forget}", "builtin") == full
+        )
+        perturbed = sources.tofu_rows(f"forget{forget}_perturbed", "builtin")
+        kept = sources.tofu_rows(f"forget{forget}", "builtin")
         assert [(r["question"], r["author"]) for r in perturbed] == [(r["question"], r["author"]) for r in kept]
 
 
 def test_tofu_general_knowledge_and_refusals():
-    assert set(data.tofu_rows("real_authors", "builtin")[0]) == {"question", "answer"}
+    assert set(sources.tofu_rows("real_authors", "builtin")[0]) == {"question", "answer"}
     assert len(load_examples("builtin:world_facts_perturbed")) == 117
-    assert len(data.refusals()) == 100
+    assert len(sources.refusals()) == 100
 
 
 def test_tofu_folder(tmp_path):
     rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(100)]
     write(tmp_path / "full.json", rows)
     assert [e.prompt for e in load_examples(f"{tmp_path}:forget01")] == ["q99"]
-    assert [r["author"] for r in data.tofu_rows("forget10", str(tmp_path))] == [4] * 10
+    assert [r["author"] for r in sources.tofu_rows("forget10", str(tmp_path))] == [4] * 10
     with pytest.raises(UserError, match="say which split"):
         load_examples(str(tmp_path))
     with pytest.raises(UserError, match=r"holdout10.*locuslab/TOFU:holdout10"):
-        data.tofu_rows("holdout10", str(tmp_path))
+        sources.tofu_rows("holdout10", str(tmp_path))
     write(tmp_path / "holdout10.json", rows[:3])
-    assert len(data.tofu_rows("holdout10", str(tmp_path))) == 3
+    assert len(sources.tofu_rows("holdout10", str(tmp_path))) == 3
     with pytest.raises(UserError, match=r"expected retain_perturbed\.json"):
-        data.tofu_rows("retain_perturbed", str(tmp_path))
+        sources.tofu_rows("retain_perturbed", str(tmp_path))
 
 
 def test_unknown_split_names_the_nearest():
@@ -372,7 +377,7 @@ def test_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(load_examples("locuslab/TOFU:forget10", domain_column="author")) == 400
-    assert data.tofu_rows("forget10")[0]["author"] == 180
+    assert sources.tofu_rows("forget10")[0]["author"] == 180
     load_examples("org/name:config")
     load_examples("org/name")
     assert asked == [
@@ -442,24 +447,24 @@ def test_text_corpora_of_the_hub(corpora):
     assert [example.answer for example in found] == [f"On cell {i}." for i in range(9)]
     assert {example.kind for example in found} == {"text"}
     assert [example.answer for example in load_examples("cais/corpora:cyber[:2]")] == ["int f0;", "int f1;"]
-    assert len(data.read_rows("cais/corpora:cyber/train[:99]")) == 5
+    assert len(sources.read_rows("cais/corpora:cyber/train[:99]")) == 5
     # a copy of the hub's folder reads the same
-    assert data.read_rows(f"{corpora}/cais/corpora:bio/train[:3]") == data.read_rows("cais/corpora:bio[:3]")
+    assert sources.read_rows(f"{corpora}/cais/corpora:bio/train[:3]") == sources.read_rows("cais/corpora:bio[:3]")
     with pytest.raises(UserError, match=r"Could not load 'cais/corpora:chem' \(split 'train'\)"):
         load_examples("cais/corpora:chem")
 
 
 def test_lines_of_a_running_text_become_passages(corpora):
-    passages = [row["text"] for row in data.read_rows("org/wiki:raw/test")]
+    passages = [row["text"] for row in sources.read_rows("org/wiki:raw/test")]
     # a heading goes with its text, and a passage ends where it has 1000 characters
     assert [passage.split(". ")[0] for passage in passages] == ["= Page 0 =\n\nWords 0", "= Page 2 =\n\nWords 2"]
     assert all(len(passage) >= 810 for passage in passages)
     assert "= Page 1 =" in passages[0]
-    assert [row["text"] for row in data.read_rows(f"{corpora}/org/wiki:raw/test")] == passages
+    assert [row["text"] for row in sources.read_rows(f"{corpora}/org/wiki:raw/test")] == passages
     # the first rows are the hub's, before they are joined
-    assert [row["text"] for row in data.read_rows("org/wiki:raw/test[:3]")] == ["= Page 0 ="]
+    assert [row["text"] for row in sources.read_rows("org/wiki:raw/test[:3]")] == ["= Page 0 ="]
     with pytest.raises(UserError, match="holds no rows"):
-        data.read_rows("org/wiki:raw/test[:1]")
+        sources.read_rows("org/wiki:raw/test[:1]")
 
 
 def test_several_sources_name_their_rows(corpora, tmp_path):
@@ -470,20 +475,20 @@ def test_several_sources_name_their_rows(corpora, tmp_path):
     assert index == [0, 0, 1, 1, 1]
     assert names == ["org/papers[:2]", "cais/corpora:cyber[:3]"]
     assert [example.index for example in found] == list(range(5))
-    rows = data.read_rows("builtin:forget01[:1] + builtin:forget05[:1]")
+    rows = sources.read_rows("builtin:forget01[:1] + builtin:forget05[:1]")
     assert [row["source"] for row in rows] == ["builtin:forget01[:1]", "builtin:forget05[:1]"]
     for name in ("a + b.jsonl", "a[:1]"):
         (tmp_path / name).write_text('{"text": "x"}\n{"text": "y"}\n' if name.endswith("l") else "x")
-    assert len(data.read_rows(str(tmp_path / "a + b.jsonl"))) == 2
+    assert len(sources.read_rows(str(tmp_path / "a + b.jsonl"))) == 2
     with pytest.raises(UserError, match=r"not a \.json"):
-        data.read_rows(str(tmp_path / "a[:1]"))
+        sources.read_rows(str(tmp_path / "a[:1]"))
     for wrong in ("0", "-1", "x", ""):
         with pytest.raises(UserError, match=rf"ends in \[:{wrong}\]; expected a number above 0"):
-            data.read_rows(f"builtin:forget01[:{wrong}]")
+            sources.read_rows(f"builtin:forget01[:{wrong}]")
     with pytest.raises(UserError, match="nothing on one side"):
-        data.read_rows("builtin:forget01 + ")
+        sources.read_rows("builtin:forget01 + ")
     with pytest.raises(UserError, match="'forget11'"):
-        data.read_rows("builtin:forget01[:1] + builtin:forget11[:1]")
+        sources.read_rows("builtin:forget01[:1] + builtin:forget11[:1]")
 
 
 # --- overlap

@@ -21,17 +21,24 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alter import cli, methods, trainer, world
-from alter.data import Encoded
-from alter.errors import UserError
-from alter.frozen import Depth, trace_rows
-from alter.methods import METHODS
-from alter.objectives import Needs
-from alter.scoring import generate, gradient_norms, hidden_states, score
-from alter.trainer import Unlearn, last_whole_checkpoint, unlearn
+import alter
+from alter import cli
+from alter.core import processes
+from alter.core.errors import UserError
+from alter.data.encoding import Encoded
+from alter.methods import objectives, presets
+from alter.methods.frozen import Depth, trace_rows
+from alter.methods.objectives import Needs
+from alter.methods.presets import METHODS
+from alter.models.generation import generate
+from alter.models.scoring import gradient_norms, hidden_states, score
+from alter.training import loss
+from alter.training.folder import last_whole_checkpoint
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
 from pico import byte_tokenizer, pico, run_on, save_pico, write_jsonl
 
-CONFIGS = Path(trainer.__file__).parent / "recipes" / "accelerate"
+CONFIGS = Path(alter.__file__).parent / "recipes" / "accelerate"
 
 SMALL = {
     "elm": {"adapter": {"r": 4}, "objective": {"new_tokens": 3, "eta": 5.0}},
@@ -93,7 +100,7 @@ def settings(data, out, **changes):
         "reinforcement": {"epochs": 2, "learning_rate": 1e-2},
     }
     small = SMALL.get(changes.get("method"), {})
-    run = Unlearn.model_validate(methods.merged(methods.merged(given, small), changes))
+    run = Unlearn.model_validate(presets.merged(presets.merged(given, small), changes))
     if getattr(run.adapter, "dropout", 0):
         # which elements are dropped is drawn for each process's own rows
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"dropout": 0.0})})
@@ -102,7 +109,7 @@ def settings(data, out, **changes):
 
 def losses_of(run):
     """The losses of a run, step by step, as the trainer sees them."""
-    seen, real = [], trainer.UnlearnTrainer.compute_loss
+    seen, real = [], loss.UnlearnTrainer.compute_loss
 
     def spied(self, *args, **kwargs):
         loss = real(self, *args, **kwargs)
@@ -110,7 +117,7 @@ def losses_of(run):
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.UnlearnTrainer, "compute_loss", spied)
+        patch.setattr(loss.UnlearnTrainer, "compute_loss", spied)
         unlearn(run)
     return seen
 
@@ -149,7 +156,7 @@ def _enter(rank, port, function, folder, arguments):
         with open(folder / f"said{rank}", "w") as file:
             sys.stdout = sys.stderr = file
             function(rank, folder, *arguments)
-            world.stop()
+            processes.stop()
     except BaseException:
         (folder / f"failed{rank}").write_text(traceback.format_exc())
         # an exception that is raised here would wait for the other process
@@ -270,7 +277,7 @@ def test_every_method_has_the_losses_of_one_process(data, tmp_path):
 
 def _break_off(run, step):
     """Run until that step, and end there as if the machine had gone."""
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def breaks(self, *args, **kwargs):
         if self.state.global_step == step:
@@ -278,7 +285,7 @@ def _break_off(run, step):
         return real(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.UnlearnTrainer, "compute_loss", breaks)
+        patch.setattr(loss.UnlearnTrainer, "compute_loss", breaks)
         with pytest.raises(SystemExit):
             unlearn(run)
 
@@ -327,7 +334,7 @@ def test_a_killed_process_ends_the_run_with_one_line_and_a_checkpoint(data, tmp_
 
 def _fail(rank, folder, run):
     """A loss that is not finite in one process is the error of both; then one of them breaks by itself."""
-    calls, hinge, real = [], trainer.InvertedHinge.__call__, trainer.UnlearnTrainer.compute_loss
+    calls, hinge, real = [], objectives.InvertedHinge.__call__, loss.UnlearnTrainer.compute_loss
 
     def poisoned(objective, tokens):
         calls.append(1)
@@ -340,10 +347,10 @@ def _fail(rank, folder, run):
         return real(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.InvertedHinge, "__call__", poisoned)
+        patch.setattr(objectives.InvertedHinge, "__call__", poisoned)
         with pytest.raises(UserError, match="nan at step 2"):
             unlearn(run)
-    trainer.UnlearnTrainer.compute_loss = broken
+    loss.UnlearnTrainer.compute_loss = broken
     with pytest.raises(ZeroDivisionError if rank else UserError) as caught:
         unlearn(run.model_copy(update={"overwrite": True}))
         # what the caller does with the error of one process alone ends that process
@@ -363,15 +370,15 @@ def test_what_goes_wrong_in_one_process_stops_both(together):
 def test_a_process_on_another_machine_is_missed_by_its_connection(monkeypatch):
     """Its pid says nothing here; a mistake in the code stays what it is."""
     here = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
-    monkeypatch.setattr(world, "_joined", world._Joined(0, 2, None, [here, ("faraway", 1, 0.0)]))
+    monkeypatch.setattr(processes, "_joined", processes._Joined(0, 2, None, [here, ("faraway", 1, 0.0)]))
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(UserError, match=r"faraway.*Go on with --resume"), world.together("Go on with --resume."):
+    with pytest.raises(UserError, match=r"faraway.*Go on with --resume"), processes.together("Go on with --resume."):
         raise RuntimeError("[gloo] Connection closed by peer [10.0.0.2]:4711")
-    with pytest.raises(ZeroDivisionError), world.together("Go on with --resume."):
+    with pytest.raises(ZeroDivisionError), processes.together("Go on with --resume."):
         raise ZeroDivisionError
-    with pytest.raises(UserError, match="SIGTERM"), world.together("Go on with --resume."):
+    with pytest.raises(UserError, match="SIGTERM"), processes.together("Go on with --resume."):
         signal.raise_signal(signal.SIGTERM)
-    with world.together(""):
+    with processes.together(""):
         pass
     assert signal.getsignal(signal.SIGTERM) in (before, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, before)
@@ -444,15 +451,15 @@ def _fails_from_three(i):
 def _divide(rank):
     """Each does its share, and an error of one is the error of both."""
     seen = []
-    assert list(world.spread(range(5), lambda i: seen.append(i) or i * i)) == [0, 1, 4, 9, 16]
+    assert list(processes.spread(range(5), lambda i: seen.append(i) or i * i)) == [0, 1, 4, 9, 16]
     assert seen == [i for i in range(5) if i % 2 == rank]
-    assert world.from_first(lambda: rank) == 0
+    assert processes.from_first(lambda: rank) == 0
     done = []
-    assert world.in_turn(lambda: done.append(rank) or rank) == rank
+    assert processes.in_turn(lambda: done.append(rank) or rank) == rank
     assert done == [rank]
-    assert float(world.count(rank + 2, torch.zeros(1))) == 5
-    assert float(world.count(0, torch.zeros(1))) == 1
-    for work in (lambda: list(world.spread(range(5), _fails_from_three)), lambda: world.from_first(_three)):
+    assert float(processes.count(rank + 2, torch.zeros(1))) == 5
+    assert float(processes.count(0, torch.zeros(1))) == 1
+    for work in (lambda: list(processes.spread(range(5), _fails_from_three)), lambda: processes.from_first(_three)):
         with pytest.raises(UserError, match="row 3"):
             work()
     model = pico()
@@ -537,13 +544,13 @@ def _as_if_on_gpus(kind):
 def _sharded(rank, folder, kind, runs):
     _as_if_on_gpus(kind)
     whole = []
-    real = trainer.UnlearnTrainer.training_step
+    real = loss.UnlearnTrainer.training_step
 
     def looked(self, model, *args, **kwargs):
-        whole.append(not world.sharded(model))
+        whole.append(not processes.sharded(model))
         return real(self, model, *args, **kwargs)
 
-    trainer.UnlearnTrainer.training_step = looked
+    loss.UnlearnTrainer.training_step = looked
     _several(rank, folder, runs)
     assert whole
     assert not any(whole)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from alter.entropy import (
+from alter.core.errors import UserError
+from alter.logits.entropy import (
     check_threshold,
     entropy_from_hidden,
     entropy_from_logits,
@@ -13,7 +14,6 @@ from alter.entropy import (
     shift,
     threshold_from_quantile,
 )
-from alter.errors import UserError
 from reference import naive_tsallis
 
 ORDERS = [0.3, 0.9995, 1 - 1e-9, 1.0, 1.0005, 1.5, 2.0, 7.0]

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alter
-from alter import finetune as module
-from alter.data import encode_prompt, load_examples
-from alter.errors import UserError
-from alter.finetune import Finetune, LengthBatches, finetune, pack, weighted_loss
+from alter.core.errors import UserError
+from alter.data.encoding import encode_prompt
+from alter.data.examples import load_examples
+from alter.training import finetune as module
+from alter.training.finetune import Finetune, LengthBatches, finetune, pack, weighted_loss
 
 ASSETS = Path(alter.__file__).parent / "assets"
 TINY = {

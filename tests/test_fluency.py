@@ -10,12 +10,12 @@ import torch
 from peft import get_peft_model
 
 from alter import AlterConfig, cli, metrics
-from alter.benchmarks import fluency
-from alter.benchmarks.fluency import FluencyEvaluation, FluencyResult, after_prompt, alone, prompt_rows
-from alter.errors import UserError
-from alter.evaluation import evaluate
-from alter.records import read_records
-from alter.scoring import load_model
+from alter.core.errors import UserError
+from alter.core.records import read_records
+from alter.evaluation import fluency
+from alter.evaluation.fluency import FluencyEvaluation, FluencyResult, after_prompt, alone, prompt_rows
+from alter.evaluation.run import evaluate
+from alter.models.loading import load_model
 from pico import EOS, PAD, byte_tokenizer, pico, save_pico, write_jsonl
 from test_judge import Server
 

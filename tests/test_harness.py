@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from alter import AlterConfig, metrics
-from alter.benchmarks import harness
-from alter.benchmarks.harness import LmEvalEvaluation, MmluEvaluation, WmdpEvaluation, harness_model, local_task
 from alter.cli import main
-from alter.data import Encoded
-from alter.errors import UserError
-from alter.scoring import score
+from alter.core.errors import UserError
+from alter.data.encoding import Encoded
+from alter.evaluation import harness
+from alter.evaluation.harness import LmEvalEvaluation, MmluEvaluation, WmdpEvaluation, harness_model, local_task
+from alter.models.scoring import score
 from pico import byte_tokenizer, pico, save_pico
 
 pytest.importorskip("lm_eval")

@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from alter import entropy
-from alter.frozen import labelled, top_k
-from alter.head import Head, Part, head_on, measuring
-from alter.objectives import Emitted, Forget, Labelled, Reference, Retain
+from alter.logits import entropy
+from alter.logits.head import Head, Part, head_on, measuring
+from alter.methods.frozen import labelled, top_k
+from alter.methods.objectives import Emitted, Forget, Labelled, Reference, Retain
 from pico import VOCAB, pico
 
 SMALL = dict(

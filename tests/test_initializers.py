@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from alter.data import Encoded
-from alter.initializers import (
+from alter.data.encoding import Encoded
+from alter.methods.adapters import Lora, block_at, blocks, blocks_within
+from alter.methods.initializers import (
     FLOOR,
     Factors,
     Fila,
@@ -22,8 +23,7 @@ from alter.initializers import (
     variance,
     variance_product,
 )
-from alter.probes import factor_variances, fisher, low_rank, output_covariances, reinforce, starting_factors
-from alter.tuning import Lora, block_at, blocks, blocks_within
+from alter.methods.probes import factor_variances, fisher, low_rank, output_covariances, reinforce, starting_factors
 from pico import PAD, pico
 
 

@@ -17,9 +17,12 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from alter import AlterConfig, cli
 from alter.adapter.generation import DecodeState
-from alter.data import Example, encode_prompt
-from alter.errors import UserError
-from alter.inspector import (
+from alter.core.errors import UserError
+from alter.data.encoding import encode_prompt
+from alter.data.examples import Example
+from alter.models.generation import generate
+from alter.requests.store import Store
+from alter.serving.inspector import (
     Analysis,
     Answer,
     Inspector,
@@ -35,8 +38,6 @@ from alter.inspector import (
     share,
     switched_off,
 )
-from alter.requests.store import Store
-from alter.scoring import generate
 from pico import byte_tokenizer, pico, save_pico
 from reference import naive_softmax, naive_tsallis
 
@@ -463,7 +464,7 @@ def test_listening_says_which_port_is_free():
 
 def test_page_of_an_adapter_without_experts_is_built():
     pytest.importorskip("gradio", reason="gradio is in the extra [ui]")
-    from alter.inspector import page
+    from alter.serving.inspector import page
 
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     built = page(Inspector(get_peft_model(pico(), config), byte_tokenizer())).get_config_file()["components"]
@@ -481,7 +482,7 @@ class Site:
         pytest.importorskip("gradio", reason="gradio is in the extra [ui]")
         import uvicorn
 
-        from alter.inspector import application, page
+        from alter.serving.inspector import application, page
 
         self.inspector = Inspector(adapted(sure=True), byte_tokenizer(), filled(folder))
         app = application(page(self.inspector, 24))

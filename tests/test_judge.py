@@ -11,10 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from alter import cli, judge
-from alter.errors import UserError
-from alter.judge import Judge, bound, estimate, grade, judge_records, judge_replies
-from alter.records import Record, read_records, write_records
+from alter import cli
+from alter.core.errors import UserError
+from alter.core.records import Record, read_records, write_records
+from alter.evaluation import judge
+from alter.evaluation.judge import Judge, bound, estimate, grade, judge_records, judge_replies
 
 KEY = "sk-test-1234"
 PAIRS = [(f"Who is {i}?", f"She is number {i}, a writer.") for i in range(6)]

@@ -9,53 +9,25 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "alter"
 
-# a module may import those named, and what these may import
+# a package may import those named
 LAYERS = {
-    "errors": set(),
-    "world": {"errors"},
-    "records": {"errors"},
-    "entropy": {"errors"},
-    "metrics": {"errors"},
-    "data": {"errors", "records"},
-    "objectives": {"world"},
-    "head": {"entropy"},
-    "adapter": {"errors", "entropy", "head"},
-    "quantized": {"errors"},
-    "inference": {"errors", "records", "data", "adapter"},
-    "scoring": {"errors", "world", "records", "data", "adapter", "inference", "quantized"},
-    "initializers": set(),
-    "methods": {"errors"},
-    "frozen": {"world", "entropy", "head", "adapter", "data", "objectives", "records"},
-    "alternatives": {"errors", "data", "frozen", "head", "objectives", "records"},
-    "probes": {"errors", "data", "frozen", "head", "initializers", "objectives", "quantized", "records"},
-    "tuning": {"errors", "adapter", "inference", "initializers"},
-    "report": {"metrics", "records"},
-    "benchmarks": {"errors", "world", "records", "data", "judge", "metrics", "scoring", "report"},
-    "attacks": {"errors", "records", "data", "metrics", "plots", "scoring"},
-    "finetune": {"errors", "records", "data", "scoring"},
-    "watch": {"errors", "world", "records", "data", "metrics", "scoring", "benchmarks"},
-    "trainer": {
-        *("errors", "world", "records", "entropy", "data", "objectives", "adapter", "frozen", "head", "scoring"),
-        *("alternatives", "inference", "initializers", "methods", "probes", "quantized", "tuning", "watch"),
-    },
-    "evaluation": {"errors", "world", "records", "data", "benchmarks", "quantized", "report", "scoring"},
-    "requests": {"errors", "records", "data", "metrics", "adapter", "scoring", "trainer"},
-    "serve": {"errors", "data", "scoring"},
-    "compare": {
-        *("errors", "records", "data", "metrics", "benchmarks", "methods", "scoring", "trainer", "tuning"),
-        *("markup", "plots"),
-    },
-    "demo": {"errors", "records", "benchmarks", "evaluation", "scoring", "trainer"},
-    "judge": {"errors", "records", "metrics", "report"},
-    "plots": {"records"},
-    "markup": set(),
-    "page": {"errors", "records", "metrics", "data", "report", "markup", "attacks", "requests", "trainer"},
-    "study": {
-        *("errors", "records", "entropy", "metrics", "data", "adapter", "frozen", "quantized", "report", "plots"),
-        "scoring",
-    },
-    "inspector": {"errors", "entropy", "data", "adapter", "quantized", "requests", "scoring"},
-    "cli": {"errors", "world"},
+    "core": set(),
+    "logits": {"core"},
+    "metrics": {"core"},
+    "data": {"core"},
+    "reporting": {"core", "metrics"},
+    "adapter": {"core", "logits"},
+    "models": {"core", "data", "adapter"},
+    "methods": {"core", "logits", "data", "adapter", "models"},
+    "evaluation": {"core", "logits", "metrics", "data", "reporting", "adapter", "models", "methods"},
+    "training": {"core", "logits", "metrics", "data", "adapter", "models", "methods", "evaluation"},
+    "attacks": {"core", "metrics", "data", "reporting", "models"},
+    "comparison": {"core", "metrics", "data", "reporting", "models", "methods", "evaluation", "training"},
+    "requests": {"core", "metrics", "data", "adapter", "models", "training"},
+    "report": {"core", "metrics", "data", "reporting", "attacks", "requests", "training"},
+    "serving": {"core", "logits", "data", "adapter", "models", "requests"},
+    "demo": {"core", "evaluation", "models", "training"},
+    "cli": {"core"},
     "__main__": {"cli"},
     "__init__": {"adapter"},
 }
@@ -84,7 +56,7 @@ def test_imports_point_one_way(path):
     assert own <= LAYERS[module]
 
 
-@pytest.mark.parametrize("module", ["entropy", "initializers", "objectives", "metrics"])
+@pytest.mark.parametrize("module", ["logits/entropy", "methods/initializers", "methods/objectives", "metrics"])
 def test_mathematics_knows_no_framework(module):
     roots = {name.split(".")[0] for name in imports(SOURCE / f"{module}.py")}
     assert not roots & {"transformers", "peft", "datasets", "accelerate"}

@@ -13,13 +13,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from alter import cli, inference, methods, trainer, tuning
-from alter.data import Encoded
-from alter.errors import UserError
-from alter.frozen import Depth, states_of
-from alter.methods import METHODS
-from alter.scoring import generate, load_model
-from alter.trainer import Unlearn, unlearn
+from alter import cli
+from alter.core.errors import UserError
+from alter.data.encoding import Encoded
+from alter.methods import adapters as tuning
+from alter.methods import frozen, presets
+from alter.methods.frozen import Depth, states_of
+from alter.methods.presets import METHODS
+from alter.models import guards as inference
+from alter.models.generation import generate
+from alter.models.loading import load_model
+from alter.training import loss, preparation
+from alter.training import run as run_module
+from alter.training import settings as run_settings
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
 from pico import byte_tokenizer, run_on, save_pico, write_jsonl, write_people
 from test_adapter import ARCHITECTURES, tiny
 
@@ -82,7 +90,7 @@ def settings(data, out, method, **changes):
         "router_fit": {"steps": 20},
         "reinforcement": {"epochs": 2, "learning_rate": 1e-2},
     }
-    return Unlearn.model_validate(methods.merged(methods.merged(given, SMALL.get(method, {})), changes))
+    return Unlearn.model_validate(presets.merged(presets.merged(given, SMALL.get(method, {})), changes))
 
 
 def logits_of(model):
@@ -138,7 +146,7 @@ def test_what_is_asked_of_a_frozen_model_is_asked_once(data, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LlamaModel, "forward", counted)
-    monkeypatch.setattr(trainer.UnlearnTrainer, "train", stop)
+    monkeypatch.setattr(loss.UnlearnTrainer, "train", stop)
     with pytest.raises(KeyboardInterrupt):
         unlearn(settings(data, tmp_path / "run", method))
     assert sum(rows) == PREPARED.get(method, 0)
@@ -148,7 +156,7 @@ def test_what_is_asked_of_a_frozen_model_is_asked_once(data, tmp_path, monkeypat
 def test_a_method_runs_costs_what_it_must_and_loads(data, tmp_path, monkeypatch, method):
     run = settings(data, tmp_path / "run", method)
     rows = []
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def counted(self, model, inputs, **kwargs):
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -161,7 +169,7 @@ def test_a_method_runs_costs_what_it_must_and_loads(data, tmp_path, monkeypatch,
             handle.remove()
             assert len(rows) == before + 1, "one forward pass a step"
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", counted)
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", counted)
     out = unlearn(run)
     alone = 1 if run.retain_after else 0
     assert rows == [2] * alone + [2 * BRANCHES.get(method, 2)] * (3 - alone)
@@ -187,7 +195,7 @@ class Enough(Exception):
 
 def first_step(monkeypatch, run, look):
     """Train one step of `run` on weights moved at random; `look(trainer, model, inputs)` sees it."""
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def spied(self, model, inputs, **kwargs):
         generator = torch.Generator().manual_seed(7)
@@ -198,14 +206,14 @@ def first_step(monkeypatch, run, look):
         look(self, model, inputs, real(self, model, inputs, **kwargs))
         raise Enough
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", spied)
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", spied)
     with pytest.raises(Enough):
         unlearn(run)
 
 
 def rows_of(inputs, branch):
     """Token ids and labels of each row of a branch, without padding."""
-    for b in (inputs["branch"] == trainer.BRANCHES.index(branch)).nonzero()[:, 0].tolist():
+    for b in (inputs["branch"] == run_settings.BRANCHES.index(branch)).nonzero()[:, 0].tolist():
         n = int(inputs["attention_mask"][b].sum())
         yield inputs["input_ids"][b, :n], inputs["labels"][b, :n].tolist()
 
@@ -340,7 +348,7 @@ def test_rmu_averages_each_rows_real_tokens(uneven, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}], ids=str)
 def test_rmu_runs_no_block_behind_its_own_and_gets_the_same_gradient(uneven, tmp_path, monkeypatch, changes):
     passes = []
-    real, attend = trainer.UnlearnTrainer.compute_loss, LlamaAttention.forward
+    real, attend = loss.UnlearnTrainer.compute_loss, LlamaAttention.forward
 
     def counted(self, *args, **kwargs):
         passes.append(self.layer_idx)
@@ -396,7 +404,7 @@ def test_states_alone_are_those_of_a_whole_pass_in_every_architecture(kind):
 
 def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
     """The cached target of each row is that of the row alone behind each persona's words."""
-    from alter.alternatives import EXPERT, NOVICE
+    from alter.methods.alternatives import EXPERT, NOVICE
     from pico import byte_tokenizer
 
     base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
@@ -424,9 +432,9 @@ def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
 
 
 def test_diversions_follow_the_tilt_token_by_token(data):
-    from alter.alternatives import CHANGES_OF_SUBJECT, diversions, persona_views
-    from alter.data import Encoded
-    from alter.objectives import Persona
+    from alter.data.encoding import Encoded
+    from alter.methods.alternatives import CHANGES_OF_SUBJECT, diversions, persona_views
+    from alter.methods.objectives import Persona
     from pico import byte_tokenizer
 
     base, tokenizer = AutoModelForCausalLM.from_pretrained(data / "model").eval(), byte_tokenizer()
@@ -540,8 +548,8 @@ def test_reglu_keeps_B_away_from_the_retain_directions(data, tmp_path):
 def test_reglu_takes_its_retain_rows_whatever_the_forget_set_has(data, tmp_path, monkeypatch, kind, taken):
     few = write_jsonl(tmp_path / "few.jsonl", [json.loads(x) for x in (data / "forget.jsonl").open()][:2])
     seen = []
-    real = trainer.starting_factors
-    monkeypatch.setattr(trainer, "starting_factors", lambda *a, **k: seen.append(a[3:5]) or real(*a, **k))
+    real = preparation.starting_factors
+    monkeypatch.setattr(preparation, "starting_factors", lambda *a, **k: seen.append(a[3:5]) or real(*a, **k))
     initializer = {"kind": "reglu", "rows": 5, "retain_rank": 128} if kind == "reglu" else {"kind": kind}
     run = settings(data, tmp_path / "run", "loku", forget=str(few), initializer=initializer)
     start = load_file(str(unlearn(run) / "start.safetensors"))
@@ -584,16 +592,16 @@ def test_asym_lora_weighs_all_experts_in_every_layer_by_its_own_input(data, tmp_
 
 def test_sha256_raises_the_retain_weight_after_the_first_epoch(data, tmp_path, monkeypatch):
     weights = []
-    real = trainer.FirstEpoch.weight
+    real = loss.FirstEpoch.weight
     monkeypatch.setattr(
-        trainer.FirstEpoch, "weight", lambda self, *a: weights.append((a, real(self, *a))) or weights[-1][1]
+        loss.FirstEpoch, "weight", lambda self, *a: weights.append((a, real(self, *a))) or weights[-1][1]
     )
     unlearn(settings(data, tmp_path / "run", "sha256", epochs=3, learning_rate=3e-2, gamma=1e-3))
     assert [first for (_, first), _ in weights] == [True] * 3 + [False] * 6
-    mean = sum(loss for (loss, _), _ in weights[:3]) / 3
+    mean = sum(found for (found, _), _ in weights[:3]) / 3
     assert [w for _, w in weights[:3]] == [1.2] * 3
-    for (loss, _), weight in weights[3:]:
-        assert weight == pytest.approx(min(max(round(0.3 * 6 ** (loss - mean) + 0.8, 1), 1.2), 2.3))
+    for (found, _), weight in weights[3:]:
+        assert weight == pytest.approx(min(max(round(0.3 * 6 ** (found - mean) + 0.8, 1), 1.2), 2.3))
     assert max(w for _, w in weights) > 1.2
     # the first epoch is one pass over the forget set, however long the run is
     weights.clear()
@@ -861,7 +869,7 @@ def test_inference_forms_are_evaluated_by_the_command_line(data, tmp_path, capsy
         assert cli.main([str(a) for a in ["generate", "--prompt", "Who?", *given, "--model", tmp_path / "other"]]) == 2
         assert "was made for another base model" in capsys.readouterr().err
     card = (switched / "adapter" / "README.md").read_text()
-    assert "from alter.inference import load" in card
+    assert "from alter.models.guards import load" in card
     assert "mean hidden states of the forget rows" in card
 
 
@@ -870,8 +878,8 @@ def test_inference_forms_are_evaluated_by_the_command_line(data, tmp_path, capsy
 
 def test_without_isolation_every_expert_learns_from_every_row(data, tmp_path, monkeypatch):
     masks = []
-    real = trainer.Routing
-    monkeypatch.setattr(trainer, "Routing", lambda *a: masks.append(a) or real(*a))
+    real = loss.Routing
+    monkeypatch.setattr(loss, "Routing", lambda *a: masks.append(a) or real(*a))
     unlearn(settings(data, tmp_path / "run", "alter_no_isolation"))
     assert all(expert is None and shared is None for _, expert, shared in masks)
 
@@ -1001,7 +1009,7 @@ def test_results_answer_and_are_measured_from_the_command_line(data, tmp_path, c
 def test_a_run_that_stops_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_path, monkeypatch, method):
     changes = {"epochs": 4, "save_steps": 4, "learning_rate": 1e-2}
     straight = unlearn(settings(data, tmp_path / "straight", method, **changes))
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def breaks(self, model, inputs, **kwargs):
         if self.state.global_step == 6:
@@ -1009,7 +1017,7 @@ def test_a_run_that_stops_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_
         return real(self, model, inputs, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.UnlearnTrainer, "compute_loss", breaks)
+        patch.setattr(loss.UnlearnTrainer, "compute_loss", breaks)
         with pytest.raises(KeyboardInterrupt):
             unlearn(settings(data, tmp_path / "broken", method, **changes))
     broken = unlearn(settings(data, tmp_path / "broken", method, resume=True, **changes))
@@ -1045,7 +1053,7 @@ FIRST = {"epochs": 3, "retain_after": 1, "learning_rate": 1e-2}
 )
 def test_retain_rows_join_at_a_whole_step_and_none_is_passed_before(data, tmp_path, monkeypatch, changes, expected):
     rows, joined, traced = [], [], {}
-    real, trace = trainer.UnlearnTrainer.compute_loss, trainer.frozen.trace_rows
+    real, trace = loss.UnlearnTrainer.compute_loss, frozen.trace_rows
 
     def counted(self, model, inputs, **kwargs):
         rows.append(len(inputs["input_ids"]))
@@ -1062,8 +1070,8 @@ def test_retain_rows_join_at_a_whole_step_and_none_is_passed_before(data, tmp_pa
         traced[kwargs["label"]] = len(members)
         return trace(model, members, **kwargs)
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", counted)
-    monkeypatch.setattr(trainer.frozen, "trace_rows", watched)
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", counted)
+    monkeypatch.setattr(frozen, "trace_rows", watched)
     method = changes.get("method", "e2urec")
     run = settings(data, tmp_path / "run", **{"method": method, **FIRST, **changes})
     record = json.loads((unlearn(run) / "run.json").read_text())
@@ -1078,7 +1086,7 @@ def test_retain_rows_join_at_a_whole_step_and_none_is_passed_before(data, tmp_pa
 def test_a_run_that_stops_about_the_border_ends_where_an_unbroken_one_ends(data, tmp_path, monkeypatch, step):
     changes = {**FIRST, "gradient_accumulation_steps": 2, "save_steps": 1}
     straight = unlearn(settings(data, tmp_path / "straight", "e2urec", **changes))
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def breaks(self, model, inputs, **kwargs):
         if self.state.global_step == step:
@@ -1086,7 +1094,7 @@ def test_a_run_that_stops_about_the_border_ends_where_an_unbroken_one_ends(data,
         return real(self, model, inputs, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.UnlearnTrainer, "compute_loss", breaks)
+        patch.setattr(loss.UnlearnTrainer, "compute_loss", breaks)
         with pytest.raises(KeyboardInterrupt):
             unlearn(settings(data, tmp_path / "broken", "e2urec", **changes))
     broken = unlearn(settings(data, tmp_path / "broken", "e2urec", resume=True, **changes))
@@ -1116,7 +1124,7 @@ def test_a_first_phase_that_makes_no_sense_is_refused(data, tmp_path, changes, s
 
 @pytest.mark.parametrize("changes", [{"max_steps": 3}, {"batch_size": 18}, {"epochs": 1.1, "batch_size": 4}], ids=str)
 def test_a_first_phase_of_all_steps_is_refused_before_the_model_is_loaded(data, tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(trainer, "load_model", None)
+    monkeypatch.setattr(run_module, "load_model", None)
     with pytest.raises(UserError, match=r"no step is left for retain rows to join\. Give more epochs"):
         unlearn(settings(data, tmp_path / "run", "e2urec", **{**FIRST, **changes}))
     assert not (tmp_path / "run").exists()
@@ -1163,7 +1171,7 @@ def test_made_up_labels_are_no_structure_for_the_shared_matrix(data, tmp_path, m
             logits = model(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                alter_routing=trainer.Routing(gates),
+                alter_routing=loss.Routing(gates),
             ).logits
             for b in (inputs["branch"] == 2).nonzero()[:, 0].tolist():
                 for t in range(1, inputs["labels"].shape[1]):

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 import reference
 from alter import metrics
-from alter.benchmarks import muse
 from alter.cli import main
-from alter.data import muse_rows, read_rows
-from alter.errors import UserError
-from alter.evaluation import evaluate
-from alter.records import read_records, write_records
+from alter.core.errors import UserError
+from alter.core.records import read_records, write_records
+from alter.data.sources import muse_rows, read_rows
+from alter.evaluation import muse
+from alter.evaluation.run import evaluate
 from pico import byte_tokenizer, save_pico
 from pico import pico as make_pico
 from test_scoring import by_hand

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from alter.frozen import top_k
-from alter.objectives import (
+from alter.methods.frozen import top_k
+from alter.methods.objectives import (
     NPO,
     Adaptive,
     CrossEntropy,

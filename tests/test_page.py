@@ -16,14 +16,19 @@ import pytest
 import torch
 import yaml
 
-from alter import cli, frozen, markup, page
-from alter.errors import UserError
-from alter.frozen import Frozen, Row
-from alter.markup import Html, common, marked, tag, text, ticks
-from alter.page import Report, Run, routed, shares, spread, verdict, worst
-from alter.records import Record, folder_digest, provenance, to_json, write_records
+from alter import cli
+from alter.core.errors import UserError
+from alter.core.files import folder_digest, to_json
+from alter.core.provenance import provenance
+from alter.core.records import Record, write_records
+from alter.methods import frozen
+from alter.methods.frozen import Frozen, Row
+from alter.report import page
+from alter.report.page import Report, Run, routed, shares, spread, verdict, worst
+from alter.reporting import markup
+from alter.reporting.markup import Html, common, marked, tag, text, ticks
 from alter.requests.store import Store
-from alter.trainer import Unlearn
+from alter.training.settings import Unlearn
 from pico import write_jsonl
 
 SCRIPT = "<script>alert('x')</script>"

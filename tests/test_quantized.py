@@ -10,12 +10,19 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
 
-from alter import AlterConfig, cli, quantized, trainer
+from alter import AlterConfig, cli
 from alter.adapter.model import base_fingerprint, same_base
-from alter.errors import UserError
-from alter.methods import merged
-from alter.scoring import Subject, generate, load_model, score
-from alter.trainer import Unlearn, unlearn
+from alter.core.errors import UserError
+from alter.data.encoding import encode
+from alter.data.examples import load_examples
+from alter.methods.presets import merged
+from alter.models import quantized
+from alter.models.generation import generate
+from alter.models.loading import Subject, load_model
+from alter.models.scoring import score
+from alter.training import loss
+from alter.training.run import unlearn
+from alter.training.settings import OPTIMIZERS, Unlearn
 from pico import pico, run_on, save_pico, write_people
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes (extra bnb) is not installed")
@@ -256,7 +263,7 @@ def test_a_run_on_a_quantised_base_is_one_on_its_plain_twin(data, tmp_path, bits
     common = {"dtype": "float32", "device": "cpu"}
     model, _ = load_model(str(data / "model"), str(out / "adapter"), quantization=bits, **common)
     plain, _ = load_model(str(tmp_path / "twin"), str(twin / "adapter"), **common)
-    rows = [trainer.encode(tokenizer, row) for row in trainer.load_examples(str(data / "forget.jsonl"))]
+    rows = [encode(tokenizer, row) for row in load_examples(str(data / "forget.jsonl"))]
     scores = [score(m, rows, pad_token_id=tokenizer.pad_token_id, progress=False).logprob for m in (model, plain)]
     scores = [torch.cat([torch.from_numpy(row) for row in found]) for found in scores]
     assert torch.isfinite(scores[0]).all()
@@ -293,14 +300,14 @@ def test_an_adapter_of_a_quantised_base_works_on_the_full_one_and_says_so(data, 
 @pytest.mark.parametrize("method", ["alter", "lora_gd", "asym_lora", "stable", "uld"])
 def test_a_bf16_base_has_a_float32_adapter_and_optimiser(data, tmp_path, monkeypatch, method):
     seen = {}
-    real = trainer.UnlearnTrainer.train
+    real = loss.UnlearnTrainer.train
 
     def watched(self, *args, **kwargs):
         done = real(self, *args, **kwargs)
         seen.update(model=self.model, states=list(self.optimizer.state.values()))
         return done
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "train", watched)
+    monkeypatch.setattr(loss.UnlearnTrainer, "train", watched)
     out = unlearn(settings(data, tmp_path / "run", method, dtype="bfloat16"))
     own = {n: p.dtype for n, p in seen["model"].named_parameters() if any(x in n for x in (".alter_", ".lora_"))}
     assert own
@@ -337,7 +344,7 @@ def test_recomputed_activations_change_nothing(data, tmp_path, method, bits):
 @pytest.mark.parametrize("method", [pytest.param("finetune", marks=pytest.mark.slow), "alter"])
 def test_optimiser_states_in_8_bits_take_a_quarter_and_train_alike(data, tmp_path, monkeypatch, method):
     sizes, results = {}, {}
-    real = trainer.UnlearnTrainer.train
+    real = loss.UnlearnTrainer.train
 
     def watched(self, *args, **kwargs):
         done = real(self, *args, **kwargs)
@@ -350,8 +357,8 @@ def test_optimiser_states_in_8_bits_take_a_quarter_and_train_alike(data, tmp_pat
         results[self.run.optimizer] = torch.cat([p.detach().flatten() for p in self.optimizer.state])
         return done
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "train", watched)
-    for name in trainer.OPTIMIZERS:
+    monkeypatch.setattr(loss.UnlearnTrainer, "train", watched)
+    for name in OPTIMIZERS:
         # bitsandbytes keeps tensors of fewer than 4096 values in 32 bits
         save_pico(tmp_path / "model", hidden_size=128, intermediate_size=256)
         adapter = {"adapter": {"r": 32, "alter_alpha": 64}} if method == "alter" else {}
@@ -367,17 +374,17 @@ def test_optimiser_states_in_8_bits_take_a_quarter_and_train_alike(data, tmp_pat
 def test_a_run_with_an_8_bit_optimiser_resumes(data, tmp_path, monkeypatch):
     common = {"optimizer": "adamw_8bit", "epochs": 2, "save_steps": 2}
     whole = unlearn(settings(data, tmp_path / "whole", "lora_gd", **common))
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def broken(self, *args, **kwargs):
         if self.state.global_step == 4:
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", broken)
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", broken)
     with pytest.raises(KeyboardInterrupt):
         unlearn(settings(data, tmp_path / "cut", "lora_gd", **common))
-    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", real)
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", real)
     cut = unlearn(settings(data, tmp_path / "cut", "lora_gd", resume=True, **common))
     one, two = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (whole, cut))
     for name, value in one.items():

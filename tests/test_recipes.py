@@ -20,11 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import alter
 from alter import cli
-from alter.compare.cells import work
-from alter.compare.plan import plan, run_of
-from alter.data import tofu_rows
-from alter.records import to_json, write_atomic
-from alter.trainer import unlearn
+from alter.comparison.cells import work
+from alter.comparison.plan import plan, run_of
+from alter.core.files import to_json, write_atomic
+from alter.data.sources import tofu_rows
+from alter.training.run import unlearn
 from pico import byte_tokenizer, write_jsonl
 
 ROOT = Path(__file__).parent.parent

@@ -9,12 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alter import AlterConfig, evaluation, records
-from alter.benchmarks import tofu
-from alter.data import read_rows
-from alter.errors import UserError
-from alter.evaluation import evaluate
-from alter.records import Cached, Record, read_records, recall, remember, write_records
+from alter import AlterConfig
+from alter.core import cache, files, provenance, records
+from alter.core.cache import Cached, recall, remember
+from alter.core.errors import UserError
+from alter.core.records import Record, read_records, write_records
+from alter.data.sources import read_rows
+from alter.evaluation import run as evaluation
+from alter.evaluation import tofu
+from alter.evaluation.run import evaluate
 from pico import byte_tokenizer, write_jsonl
 from pico import pico as make_pico
 
@@ -212,11 +215,11 @@ def test_off_and_another_folder(folder, measured, monkeypatch):
     assert len(measured) == 4
     monkeypatch.delenv("ALTER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "xdg"))
-    assert records.cache_folder() == folder / "xdg" / "alter"
+    assert cache.cache_folder() == folder / "xdg" / "alter"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(folder))
-    assert records.cache_folder() == folder / ".cache" / "alter"
-    assert records.cache_folder("~/x") == folder / "x"
+    assert cache.cache_folder() == folder / ".cache" / "alter"
+    assert cache.cache_folder("~/x") == folder / "x"
 
 
 def test_what_cannot_be_known_by_its_contents_is_not_cached(folder, measured, monkeypatch):
@@ -304,28 +307,28 @@ def test_the_memo_of_digests_sees_every_change(tmp_path, monkeypatch):
     path.write_bytes(b"aaaa")
     (model / "optimizer.pt").write_bytes(b"not read")
     read = []
-    original = records.file_digest
-    monkeypatch.setattr(records, "file_digest", lambda path: read.append(path) or original(path))
+    original = files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda path: read.append(path) or original(path))
     now = 10**20
-    monkeypatch.setattr(records.time, "time_ns", lambda: now)
-    first = records.folder_digest(model, memo)
-    assert records.folder_digest(model, memo) == first == records.folder_digest(model)
+    monkeypatch.setattr(files.time, "time_ns", lambda: now)
+    first = files.folder_digest(model, memo)
+    assert files.folder_digest(model, memo) == first == files.folder_digest(model)
     assert len(read) == 2
     state = path.stat()
     path.write_bytes(b"bbbb")
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert path.stat().st_mtime_ns == state.st_mtime_ns
-    changed = records.folder_digest(model, memo)
+    changed = files.folder_digest(model, memo)
     assert changed != first
     path.rename(model / "v.safetensors")
-    assert records.folder_digest(model, memo) not in (first, changed)
+    assert files.folder_digest(model, memo) not in (first, changed)
     # a file written a moment ago is read each time
     path.write_bytes(b"cccc")
     monkeypatch.undo()
-    monkeypatch.setattr(records, "file_digest", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(files, "file_digest", lambda path: read.append(path) or original(path))
     read.clear()
     for _ in range(2):
-        records.folder_digest(model, tmp_path / "memo2")
+        files.folder_digest(model, tmp_path / "memo2")
     assert read.count(path) == 2
 
 
@@ -340,7 +343,7 @@ def test_records_say_where_they_come_from(folder):
     assert made["settings"]["split"] == "forget01"
     assert made["settings"]["limit"] == 2
     assert (made["seed"], made["dtype"], made["adapter"]) == (0, "float32", None)
-    assert made["weights"] == records.folder_digest(folder / "model")
+    assert made["weights"] == files.folder_digest(folder / "model")
     assert made["data"] == settings(folder).data_digest()
     assert made["device"].startswith("cpu")
     assert made["versions"]["torch"] == torch.__version__
@@ -348,7 +351,7 @@ def test_records_say_where_they_come_from(folder):
 
 
 def test_the_commit_is_that_of_this_package_or_none(tmp_path, monkeypatch):
-    assert records.commit() is None or len(records.commit().rstrip("+")) >= 7
+    assert provenance.commit() is None or len(provenance.commit().rstrip("+")) >= 7
     # installed inside another project's working tree
     package = tmp_path / "lib" / "alter"
     package.mkdir(parents=True)
@@ -357,17 +360,17 @@ def test_the_commit_is_that_of_this_package_or_none(tmp_path, monkeypatch):
         ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-m", "x"],
     ):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
-    assert records.commit() is None
+    monkeypatch.setattr(provenance, "__file__", str(package / "core" / "provenance.py"))
+    assert provenance.commit() is None
     source = tmp_path / "src" / "alter"
     source.mkdir(parents=True)
-    monkeypatch.setattr(records, "__file__", str(source / "records.py"))
-    assert len(records.commit()) >= 7
-    assert not records.commit().endswith("+")
+    monkeypatch.setattr(provenance, "__file__", str(source / "core" / "provenance.py"))
+    assert len(provenance.commit()) >= 7
+    assert not provenance.commit().endswith("+")
     (source / "x.py").touch()
-    assert records.commit().endswith("+")
+    assert provenance.commit().endswith("+")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert records.commit() is None
+    assert provenance.commit() is None
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM
 
 import alter
 from alter import cli
-from alter.data import Collator, encode, load_examples
-from alter.errors import UserError
+from alter.core.errors import UserError
+from alter.data.batching import Collator
+from alter.data.encoding import encode
+from alter.data.examples import load_examples
 from alter.requests import work
 from alter.requests.commands import (
     Add,

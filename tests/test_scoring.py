@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 import reference
-from alter import AlterConfig, scoring
-from alter.data import Encoded
-from alter.errors import UserError
+from alter import AlterConfig
+from alter.core.errors import UserError
+from alter.data.encoding import Encoded
+from alter.models import generation, loading, scoring
 from pico import EOS, PAD, VOCAB, byte_tokenizer, pico
 
 
@@ -352,9 +353,9 @@ def sliding(seed):
 @pytest.mark.parametrize("segment", [1, 5, 12, 100])
 @pytest.mark.parametrize("drop", [True, False])
 def test_generations_are_those_of_one_row_at_a_time(make, segment, drop, monkeypatch):
-    monkeypatch.setattr(scoring, "SEGMENT", segment)
+    monkeypatch.setattr(generation, "SEGMENT", segment)
     if not drop:
-        monkeypatch.setattr(scoring, "_can_drop_rows", lambda cache: False)
+        monkeypatch.setattr(generation, "_can_drop_rows", lambda cache: False)
     model, tokenizer = make(3), byte_tokenizer()
     # a stop token that does come up, so that replies end at different lengths
     stop = {EOS, by_hand(model, prompts()[0], 12, set())[5]}
@@ -363,17 +364,17 @@ def test_generations_are_those_of_one_row_at_a_time(make, segment, drop, monkeyp
     assert len({len(reply) for reply in replies}) > 1
     expected = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
     for size in (1, 3, 64):
-        found = scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, batch_size=size, progress=False)
+        found = generation.generate(model, tokenizer, prompts(), max_new_tokens=12, batch_size=size, progress=False)
         assert found == expected
     likely = [4, 1, 9, 9, 2, 0, 7]
-    found = scoring.generate(
+    found = generation.generate(
         model, tokenizer, prompts(), max_new_tokens=12, batch_size=3, expected_lengths=likely, progress=False
     )
     assert found == expected
 
 
 def test_rows_that_have_ended_leave_the_batch(monkeypatch):
-    monkeypatch.setattr(scoring, "SEGMENT", 2)
+    monkeypatch.setattr(generation, "SEGMENT", 2)
     model, tokenizer = pico(3), byte_tokenizer()
     replies = [by_hand(model, prompt, 12, set()) for prompt in prompts()]
     model.generation_config.eos_token_id = replies[0][3]
@@ -385,14 +386,14 @@ def test_rows_that_have_ended_leave_the_batch(monkeypatch):
         return forward(*args, **settings)
 
     monkeypatch.setattr(model, "forward", watched)
-    scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, progress=False)
+    generation.generate(model, tokenizer, prompts(), max_new_tokens=12, progress=False)
     assert sizes[0] == 7 > sizes[-1]
     assert len(sizes) <= 12
 
 
 @pytest.mark.parametrize("segment", [3, 100])
 def test_generations_of_an_adapter_do_not_depend_on_the_batch(segment, monkeypatch):
-    monkeypatch.setattr(scoring, "SEGMENT", segment)
+    monkeypatch.setattr(generation, "SEGMENT", segment)
     model, tokenizer = adapted(3), byte_tokenizer()
 
     def alone(prompt, stop=None):
@@ -412,17 +413,17 @@ def test_generations_of_an_adapter_do_not_depend_on_the_batch(segment, monkeypat
     assert len({len(reply) for reply in replies}) > 1
     expected = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
     for size in (3, 64):
-        found = scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, batch_size=size, progress=False)
+        found = generation.generate(model, tokenizer, prompts(), max_new_tokens=12, batch_size=size, progress=False)
         assert found == expected
     with model.disable_adapter():
-        assert scoring.generate(model, tokenizer, prompts(), max_new_tokens=12, progress=False) != expected
+        assert generation.generate(model, tokenizer, prompts(), max_new_tokens=12, progress=False) != expected
 
 
 def test_generation_hides_inner_pads_only_in_compat():
     model, tokenizer = pico(3), byte_tokenizer(pad_token="<eos>")
     prompt = [50, 51, EOS, 52, EOS, 53]
     strict, compat = (
-        scoring.generate(model, tokenizer, [prompt, [60] * 9], max_new_tokens=8, compat=c, progress=False)
+        generation.generate(model, tokenizer, [prompt, [60] * 9], max_new_tokens=8, compat=c, progress=False)
         for c in (False, True)
     )
     assert strict[0] == tokenizer.decode(by_hand(model, prompt, 8, {EOS}), skip_special_tokens=True).strip()
@@ -435,7 +436,7 @@ def test_sampling_follows_torch_seed():
 
     def sample(seed):
         torch.manual_seed(seed)
-        return scoring.generate(
+        return generation.generate(
             model, tokenizer, prompts(), max_new_tokens=8, progress=False, do_sample=True, temperature=1.5, top_k=0
         )
 
@@ -445,32 +446,32 @@ def test_sampling_follows_torch_seed():
 
 def test_greedy_stays_greedy_when_the_model_says_otherwise(recwarn):
     model, tokenizer = pico(3), byte_tokenizer()
-    expected = scoring.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False)
+    expected = generation.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False)
     model.generation_config.update(do_sample=True, temperature=3.0, top_p=0.5)
-    assert scoring.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False) == expected
+    assert generation.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False) == expected
 
 
 def test_prompts_that_cannot_be_continued():
     model, tokenizer = pico(), byte_tokenizer()
     with pytest.raises(UserError, match="Prompt 1 is empty"):
-        scoring.generate(model, tokenizer, [[1], []], max_new_tokens=8, progress=False)
+        generation.generate(model, tokenizer, [[1], []], max_new_tokens=8, progress=False)
     with pytest.raises(UserError, match=r"Prompt 0 has 100 tokens.*context of 128: generate at most 28"):
-        scoring.generate(model, tokenizer, [[1] * 100], max_new_tokens=29, progress=False)
+        generation.generate(model, tokenizer, [[1] * 100], max_new_tokens=29, progress=False)
     with pytest.raises(UserError, match="The question of row 3 has 200 tokens"):
-        scoring.check_prompts(model, [[1], [1] * 200], 4, ["x", "The question of row 3"])
+        generation.check_prompts(model, [[1], [1] * 200], 4, ["x", "The question of row 3"])
     with pytest.raises(UserError, match="Row 7 of the forget set has 129 tokens"):
         scoring.check_rows(model, [Encoded([1] * 129, [1] * 129, 0)], ["Row 7 of the forget set"])
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token():
     model, tokenizer = pico(3), byte_tokenizer()
-    expected = scoring.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False)
+    expected = generation.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False)
     without = byte_tokenizer(pad_token=None)
     assert without.pad_token_id is None
-    assert scoring.generate(model, without, prompts(), max_new_tokens=6, progress=False) == expected
+    assert generation.generate(model, without, prompts(), max_new_tokens=6, progress=False) == expected
     assert without.pad_token_id == EOS
     with pytest.raises(UserError, match="neither a padding nor an end-of-sequence token"):
-        scoring.generate(
+        generation.generate(
             model, byte_tokenizer(pad_token=None, eos_token=None), prompts(), max_new_tokens=6, progress=False
         )
 
@@ -488,13 +489,13 @@ def saved(tmp_path):
 
 def test_load_a_model_and_an_adapter(saved, monkeypatch):
     monkeypatch.setenv("HOME", str(saved))
-    assert scoring.load_model("~/model", "~/adapter", device="cpu")[0].active_adapter == "default"
-    model, tokenizer = scoring.load_model(str(saved / "model"), device="cpu")
+    assert loading.load_model("~/model", "~/adapter", device="cpu")[0].active_adapter == "default"
+    model, tokenizer = loading.load_model(str(saved / "model"), device="cpu")
     assert not model.training
     assert tokenizer.pad_token_id == PAD
     plain = scoring.score(model, rows(), pad_token_id=PAD, progress=False)
     check(plain, [naive(pico(), row) for row in rows()])
-    model, _ = scoring.load_model(str(saved / "model"), str(saved / "adapter"), device="cpu")
+    model, _ = loading.load_model(str(saved / "model"), str(saved / "adapter"), device="cpu")
     found = scoring.score(model, rows(), pad_token_id=PAD, progress=False)
     expected = scoring.score(adapted(), rows(), pad_token_id=PAD, progress=False)
     for a, b in zip(found.logprob, expected.logprob, strict=True):
@@ -502,65 +503,65 @@ def test_load_a_model_and_an_adapter(saved, monkeypatch):
 
 
 def test_number_formats(saved, tmp_path):
-    assert scoring.load_model(str(saved / "model"), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+    assert loading.load_model(str(saved / "model"), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
     for dtype, loaded in [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)]:
         pico().to(dtype).save_pretrained(saved / "model")
-        assert scoring.load_model(str(saved / "model"), device="cpu")[0].dtype == loaded
+        assert loading.load_model(str(saved / "model"), device="cpu")[0].dtype == loaded
     with pytest.raises(UserError, match=r"No number format 'float23'.*Did you mean 'float32'"):
-        scoring.load_model(str(saved / "model"), dtype="float23")
+        loading.load_model(str(saved / "model"), dtype="float23")
 
 
 def test_loading_errors_name_the_fix(saved, monkeypatch):
     model, adapter = str(saved / "model"), str(saved / "adapter")
     with pytest.raises(UserError, match=r"No model at .*modle.*Did you mean .*model'\?"):
-        scoring.load_model(str(saved / "modle"))
+        loading.load_model(str(saved / "modle"))
     with pytest.raises(UserError, match=r"holds an adapter.*--adapter"):
-        scoring.load_model(adapter)
+        loading.load_model(adapter)
     with pytest.raises(UserError, match=r"holds a whole model.*--model"):
-        scoring.load_model(model, model)
+        loading.load_model(model, model)
     with pytest.raises(UserError, match="No adapter at"):
-        scoring.load_model(model, str(saved / "nothing"))
+        loading.load_model(model, str(saved / "nothing"))
     with pytest.raises(UserError, match="is a file; expected the folder"):
-        scoring.load_model(model + "/config.json")
+        loading.load_model(model + "/config.json")
     (saved / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no config\.json; expected the folder of a model"):
-        scoring.load_model(str(saved / "empty"))
+        loading.load_model(str(saved / "empty"))
     with pytest.raises(UserError, match="No device 'gpu7'"):
-        scoring.load_model(model, device="gpu7")
+        loading.load_model(model, device="gpu7")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cpu"):
-        scoring.load_model(model, device="cuda")
+        loading.load_model(model, device="cuda")
     broken = pico()
     with torch.no_grad():
         broken.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
     broken.save_pretrained(model)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
-        scoring.load_model(model)
+        loading.load_model(model)
 
 
 def test_models_that_come_with_the_package(saved, monkeypatch):
-    monkeypatch.setattr(scoring, "__file__", str(saved / "scoring.py"))
+    monkeypatch.setattr(loading, "__file__", str(saved / "models" / "loading.py"))
     with pytest.raises(UserError, match="No model 'builtin:mini' is shipped; there are: none"):
-        scoring.load_model("builtin:mini")
+        loading.load_model("builtin:mini")
     (saved / "assets").mkdir()
     (saved / "model").rename(saved / "assets" / "mini")
-    assert scoring.load_model("builtin:mini", device="cpu")[1].pad_token_id == PAD
+    assert loading.load_model("builtin:mini", device="cpu")[1].pad_token_id == PAD
     with pytest.raises(UserError, match=r"there are: builtin:mini\. Did you mean 'builtin:mini'"):
-        scoring.load_model("builtin:mina")
-    assert scoring.shipped_model("owner/name") == "owner/name"
+        loading.load_model("builtin:mina")
+    assert loading.shipped_model("owner/name") == "owner/name"
 
 
 def test_a_hub_name_that_does_not_load(monkeypatch):
     monkeypatch.setattr(
-        scoring.AutoModelForCausalLM,
+        loading.AutoModelForCausalLM,
         "from_pretrained",
         lambda *a, **k: (_ for _ in ()).throw(OSError("no such repo\nmore")),
     )
     with pytest.raises(UserError, match=r"Cannot load the model 'nobody/nothing': no such repo Expected"):
-        scoring.load_model("nobody/nothing")
+        loading.load_model("nobody/nothing")
 
 
 def test_an_adapter_of_another_base_is_refused(saved):
     pico(5).save_pretrained(saved / "model")
     with pytest.raises(UserError, match="another base"):
-        scoring.load_model(str(saved / "model"), str(saved / "adapter"))
+        loading.load_model(str(saved / "model"), str(saved / "adapter"))

@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from alter import serve as server
-from alter.data import Example, encode_prompt
-from alter.errors import UserError
-from alter.scoring import generate
-from alter.serve import Chat, Engine, Job, Serve, application, chat
+from alter.core.errors import UserError
+from alter.data.encoding import encode_prompt
+from alter.data.examples import Example
+from alter.models.generation import generate
+from alter.serving import server
+from alter.serving.server import Chat, Engine, Job, Serve, application, chat
 from pico import byte_tokenizer, pico, save_pico
 
 openai = pytest.importorskip("openai", reason="the openai client is in the extra [judge]")

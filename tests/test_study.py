@@ -13,12 +13,16 @@ from peft import get_peft_model
 from safetensors.numpy import load_file
 
 import reference
-from alter import AlterConfig, cli, metrics, plots, study
-from alter.data import Encoded, examples
-from alter.errors import UserError
-from alter.records import read_records
-from alter.scoring import load_model, score
-from alter.study import Study, frequent, histogram, pieces, sides, token_entropies
+from alter import AlterConfig, cli, metrics
+from alter.core.errors import UserError
+from alter.core.records import read_records
+from alter.data.encoding import Encoded
+from alter.data.examples import examples
+from alter.evaluation import entropies as study
+from alter.evaluation.entropies import Study, frequent, histogram, pieces, sides, token_entropies
+from alter.models.loading import load_model
+from alter.models.scoring import score
+from alter.reporting import figures as plots
 from pico import PAD, byte_tokenizer, pico, save_pico, write_jsonl
 
 

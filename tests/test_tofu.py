@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import reference
-from alter import metrics, records
-from alter.benchmarks import tofu
-from alter.data import encode, encode_prompt, examples
-from alter.errors import UserError
-from alter.evaluation import evaluate
-from alter.report import table
+from alter import metrics
+from alter.core import records
+from alter.core.errors import UserError
+from alter.data.encoding import encode, encode_prompt
+from alter.data.examples import examples
+from alter.evaluation import tofu
+from alter.evaluation.run import evaluate
+from alter.reporting.terminal import table
 from pico import EOS, PAD, byte_tokenizer, write_jsonl
 from pico import pico as make_pico
 from test_scoring import by_hand

@@ -14,9 +14,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alter import cli, entropy, frozen, trainer
-from alter.errors import UserError
-from alter.trainer import Unlearn, schedule, unlearn
+from alter import cli
+from alter.core.errors import UserError
+from alter.logits import entropy
+from alter.methods import frozen, objectives
+from alter.training import folder, loss, preparation
+from alter.training.batches import schedule
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
 from pico import pico, run_on, save_pico, write_jsonl, write_people
 
 NAMES = ["Ada", "Bo", "Cy"]
@@ -114,7 +119,7 @@ def test_a_run_trains_an_adapter_that_peft_loads(data, tmp_path, changes):
 
 def test_a_step_is_one_forward_and_the_base_runs_only_before(data, tmp_path, monkeypatch):
     counts = {"forward": 0}
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def counted(self, model, inputs, **kwargs):
         layer = model.base_model.model.model.layers[0]
@@ -126,7 +131,7 @@ def test_a_step_is_one_forward_and_the_base_runs_only_before(data, tmp_path, mon
             handle.remove()
             assert counts["forward"] == before + 1
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", counted)
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", counted)
     unlearn(settings(data, tmp_path / "run"))
     assert counts["forward"] == 6
 
@@ -147,7 +152,7 @@ def test_gradients_equal_those_of_separate_passes(data, tmp_path, monkeypatch):
     """Every expert's gradient in the joint pass is that of a pass over its own rows alone."""
     run = settings(data, tmp_path / "run", batch_size=12, lambda_=0.0, max_grad_norm=1e9)
     seen = {}
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def compare(self, model, inputs, **kwargs):
         if not seen:
@@ -179,15 +184,15 @@ def test_gradients_equal_those_of_separate_passes(data, tmp_path, monkeypatch):
             seen["done"] = True
         return real(self, model, inputs, **kwargs)
 
-    monkeypatch.setattr(trainer.UnlearnTrainer, "compute_loss", compare)
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", compare)
     unlearn(run)
     assert seen
 
 
 def test_only_high_entropy_tokens_may_move_the_shared_matrix(data, tmp_path, monkeypatch):
     masks = []
-    real = trainer.Routing
-    monkeypatch.setattr(trainer, "Routing", lambda g, e, shared: masks.append(shared) or real(g, e, shared))
+    real = loss.Routing
+    monkeypatch.setattr(loss, "Routing", lambda g, e, shared: masks.append(shared) or real(g, e, shared))
     out = unlearn(settings(data, tmp_path / "run", epochs=1))
     kept = load_file(str(out / "frozen.safetensors"))["entropy"]
     threshold = json.loads((out / "run.json").read_text())["router"]["entropy_threshold"]
@@ -220,12 +225,12 @@ def test_the_frozen_pass_is_reused_only_for_the_same_run(data, tmp_path, monkeyp
 
 
 def test_frozen_rows_equal_a_plain_forward_of_the_base(data, tmp_path):
-    from alter.data import Encoded
-    from alter.entropy import entropy_from_logits
+    from alter.data.encoding import Encoded
+    from alter.logits.entropy import entropy_from_logits
 
     run = settings(data, tmp_path, objective={"kind": "without_truth"})
     base = pico()
-    model = trainer.add_adapter(pico(), run, NAMES)
+    model = preparation.add_adapter(pico(), run, NAMES)
     model.peft_config["default"].entropy_threshold = 1.0
     rows = [Encoded(list(range(5, 5 + n)), [-100] * 2 + list(range(7, 5 + n)), 2) for n in (4, 9, 3)]
     traced = frozen.trace_rows(model, rows, pad_token_id=257, features=True, gates=True, reference_k=7)
@@ -290,7 +295,7 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_path
         env=environment,
     )
     until = time.time() + 120
-    while trainer.last_whole_checkpoint(tmp_path / "broken" / "checkpoints") is None:
+    while folder.last_whole_checkpoint(tmp_path / "broken" / "checkpoints") is None:
         assert time.time() < until, "no checkpoint appeared"
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
@@ -307,17 +312,17 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_path
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(data, tmp_path, monkeypatch):
-    real = trainer.InvertedHinge.__call__
+    real = objectives.InvertedHinge.__call__
     calls = []
 
     def broken(self, tokens):
         calls.append(1)
         return real(self, tokens) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(trainer.InvertedHinge, "__call__", broken)
+    monkeypatch.setattr(objectives.InvertedHinge, "__call__", broken)
     with pytest.raises(UserError, match="nan at step 4"):
         unlearn(settings(data, tmp_path / "run"))
-    kept = trainer.last_whole_checkpoint(tmp_path / "run" / "checkpoints")
+    kept = folder.last_whole_checkpoint(tmp_path / "run" / "checkpoints")
     assert kept.name == "checkpoint-2"
     assert all(torch.isfinite(v).all() for v in load_file(str(kept / "adapter_model.safetensors")).values())
 
@@ -325,7 +330,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(data, tmp_path, 
 def test_a_failed_save_leaves_the_old_adapter(data, tmp_path, monkeypatch):
     out = unlearn(settings(data, tmp_path / "run"))
     before = weights(out)
-    model = trainer.add_adapter(pico(), settings(data, out), NAMES)
+    model = preparation.add_adapter(pico(), settings(data, out), NAMES)
 
     def full(path):
         os.makedirs(path)
@@ -333,7 +338,7 @@ def test_a_failed_save_leaves_the_old_adapter(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "save_pretrained", full)
     with pytest.raises(OSError, match="No space"):
-        trainer.save_adapter(model, out)
+        folder.save_adapter(model, out)
     assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
 
 

@@ -14,14 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alter import cli, trainer, watch
-from alter.benchmarks.tofu import fingerprint
-from alter.data import encode, examples
-from alter.errors import UserError
-from alter.records import Record, write_records
-from alter.scoring import load_model
-from alter.trainer import Unlearn, unlearn
-from alter.watch import KeepLast, LikeRetrained, LikeUnseen, Watch, rows_needed, told_apart
+from alter import cli
+from alter.core.errors import UserError
+from alter.core.records import Record, write_records
+from alter.data.encoding import encode
+from alter.data.examples import examples, load_examples
+from alter.evaluation.tofu import fingerprint
+from alter.models.loading import load_model
+from alter.training import folder, loss, watch
+from alter.training import run as run_module
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
+from alter.training.watch import KeepLast, LikeRetrained, LikeUnseen, Watch, rows_needed, told_apart
 from pico import byte_tokenizer, pico, run_on, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy", "Di"]
@@ -330,8 +334,8 @@ def test_a_check_is_what_separate_passes_give(data, tmp_path, column):
     run = settings(data, tmp_path, by_holdout(data, forget=str(data / "forget.jsonl"), forget_rows=23, retain_rows=7))
     watched, left = watch.read_watched(
         run.watch,
-        trainer.load_examples(run.forget),
-        trainer.load_examples(run.retain),
+        load_examples(run.forget),
+        load_examples(run.retain),
         domain_column=column,
         seed=3,
         steps=12,
@@ -390,7 +394,7 @@ def test_calibration_counts_the_loss_beyond_another_models(data, tmp_path):
     from reference import naive_loss, naive_min_k
 
     run = settings(data, tmp_path, by_holdout(data))
-    sets = [trainer.load_examples(path) for path in (run.forget, run.retain)]
+    sets = [load_examples(path) for path in (run.forget, run.retain)]
     watched, _ = watch.read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
     # the other way round, so that no score is at its end: how the blank model looks beside the one that knows
     run = settings(data, tmp_path, by_holdout(data, calibrate=str(data / "model")))
@@ -421,7 +425,7 @@ def test_calibration_counts_the_loss_beyond_another_models(data, tmp_path):
 
 def test_a_check_leaves_modes_and_generators_alone(data, tmp_path):
     run = settings(data, tmp_path, by_holdout(data, replies=2, reply_tokens=5))
-    sets = [trainer.load_examples(path) for path in (run.forget, run.retain)]
+    sets = [load_examples(path) for path in (run.forget, run.retain)]
     watched, _ = watch.read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(run.model, device="cpu")
     model.train()
@@ -481,7 +485,7 @@ def test_rows_set_aside_are_not_trained_on(data, tmp_path):
     assert seen(watched)["rows"]["retain"] == len(rows) // 5
     aside, left = watch.read_watched(
         Watch(every_steps=6),
-        trainer.load_examples(str(data / "forget.jsonl")),
+        load_examples(str(data / "forget.jsonl")),
         examples(rows),
         seed=0,
         steps=12,
@@ -511,9 +515,7 @@ def test_the_holdout_rule_stops_and_the_adapter_is_that_of_its_step(data, stoppe
     assert last["step"] == kept["step"]
     # measured once more, on the adapter as a user loads it
     run = settings(data, stopped, by_holdout(data))
-    sets = [
-        trainer.load_examples(path, domain_column=column) for path, column in ((run.forget, "who"), (run.retain, None))
-    ]
+    sets = [load_examples(path, domain_column=column) for path, column in ((run.forget, "who"), (run.retain, None))]
     watched, _ = watch.read_watched(run.watch, *sets, domain_column="who", seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(run.model, str(stopped / "adapter"), device="cpu")
     watcher = watch.Watcher(run.watch, watched, tokenizer, max_length=128, folder=stopped, device="cpu")
@@ -529,7 +531,7 @@ def test_without_stopping_the_best_step_is_kept_in_the_end(data, stopped, tmp_pa
     assert record["kept"]["step"] < 42
     assert [path.name for path in (out / "kept").iterdir()] == [f"step-{record['kept']['step']}"]
     assert equal(weights(out / "adapter"), weights(out / "kept" / f"step-{record['kept']['step']}"))
-    newest = trainer.last_whole_checkpoint(out / "checkpoints")
+    newest = folder.last_whole_checkpoint(out / "checkpoints")
     assert not equal(weights(out / "adapter"), weights(newest))
 
 
@@ -546,7 +548,7 @@ def straight(data, tmp_path_factory):
 def test_a_broken_run_goes_on_with_the_same_decisions(data, straight, tmp_path, monkeypatch, step):
     """Broken before the first checkpoint, right after one, and after a check that no checkpoint knows of."""
     given, changes = by_holdout(data, every_steps=3, stop=False), BROKEN
-    real = trainer.UnlearnTrainer.compute_loss
+    real = loss.UnlearnTrainer.compute_loss
 
     def broken(self, *args, **kwargs):
         if self.state.global_step == step:
@@ -554,10 +556,10 @@ def test_a_broken_run_goes_on_with_the_same_decisions(data, straight, tmp_path, 
         return real(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.UnlearnTrainer, "compute_loss", broken)
+        patch.setattr(loss.UnlearnTrainer, "compute_loss", broken)
         with pytest.raises(KeyboardInterrupt):
             unlearn(settings(data, tmp_path / "broken", given, **changes))
-    resume = trainer.last_whole_checkpoint(tmp_path / "broken" / "checkpoints") is not None
+    resume = folder.last_whole_checkpoint(tmp_path / "broken" / "checkpoints") is not None
     assert resume == (step > 4)
     again = unlearn(settings(data, tmp_path / "broken", given, resume=True, **changes))
     first, second = seen(straight), seen(again)
@@ -620,7 +622,7 @@ def records_of(path, ratios, rows, **extra):
 def test_the_reference_rule_keeps_the_step_nearest_to_the_retrained_model(data, tmp_path):
     rows = [json.loads(line) for line in (data / "forget.jsonl").read_text().splitlines()]
     run = settings(data, tmp_path, by_holdout(data, forget=str(data / "forget.jsonl")))
-    sets = [trainer.load_examples(path) for path in (run.forget, run.retain)]
+    sets = [load_examples(path) for path in (run.forget, run.retain)]
     watched, _ = watch.read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(str(data / "unseen"), device="cpu")
     watcher = watch.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
@@ -672,7 +674,7 @@ def refused(data, tmp_path, watched, **changes):
 
 
 def test_data_that_cannot_work_is_refused_before_the_model_is_loaded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(run_module, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     forget, holdout, retain = (
         [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
         for name in ("forget", "holdout", "retain")

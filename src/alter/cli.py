@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from alter import world
-from alter.errors import UserError, nearest
+from alter.core import processes
+from alter.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -24,7 +24,7 @@ class Command:
     """Where a command's settings and its function live, and what the help says of it.
 
     `presets` is a module whose `expand` fills in what a named setting stands for, before flags override it.
-    `together` says that several processes can do it together (`alter.world`).
+    `together` says that several processes can do it together (`alter.core.processes`).
     """
 
     module: str
@@ -38,13 +38,13 @@ class Command:
 
 # the settings that `--benchmark NAME` stands for; the first is the default
 BENCHMARKS = {
-    "tofu": ("alter.benchmarks.tofu", "TofuEvaluation"),
-    "muse": ("alter.benchmarks.muse", "MuseEvaluation"),
-    "book": ("alter.benchmarks.book", "BookEvaluation"),
-    "wmdp": ("alter.benchmarks.harness", "WmdpEvaluation"),
-    "mmlu": ("alter.benchmarks.harness", "MmluEvaluation"),
-    "lm-eval": ("alter.benchmarks.harness", "LmEvalEvaluation"),
-    "fluency": ("alter.benchmarks.fluency", "FluencyEvaluation"),
+    "tofu": ("alter.evaluation.tofu", "TofuEvaluation"),
+    "muse": ("alter.evaluation.muse", "MuseEvaluation"),
+    "book": ("alter.evaluation.book", "BookEvaluation"),
+    "wmdp": ("alter.evaluation.harness", "WmdpEvaluation"),
+    "mmlu": ("alter.evaluation.harness", "MmluEvaluation"),
+    "lm-eval": ("alter.evaluation.harness", "LmEvalEvaluation"),
+    "fluency": ("alter.evaluation.fluency", "FluencyEvaluation"),
 }
 
 COMMANDS = {
@@ -52,23 +52,25 @@ COMMANDS = {
         "alter.demo", "Demo", "demo", "forget 20 authors with the shipped model: before, after, retrained"
     ),
     "unlearn": Command(
-        "alter.trainer",
+        "alter.training.run",
         "Unlearn",
         "unlearn",
         "make a model forget, by ALTER's adapter or any other method",
-        presets="alter.methods",
+        presets="alter.methods.presets",
         together=True,
     ),
     "evaluate": Command(
-        "alter.evaluation",
+        "alter.evaluation.run",
         "Evaluation",
         "evaluate",
         "measure a model, with or without an adapter",
         chooser="benchmark",
         together=True,
     ),
-    "chat": Command("alter.serve", "Chat", "chat", "talk to a model and its adapter in the terminal"),
-    "serve": Command("alter.serve", "Serve", "serve", "answer over HTTP as OpenAI's API does, routing active"),
+    "chat": Command("alter.serving.server", "Chat", "chat", "talk to a model and its adapter in the terminal"),
+    "serve": Command(
+        "alter.serving.server", "Serve", "serve", "answer over HTTP as OpenAI's API does, routing active"
+    ),
     "request init": Command("alter.requests.commands", "Init", "init", "a database of erasure requests for one model"),
     "request add": Command("alter.requests.commands", "Add", "add", "write down an erasure request"),
     "request list": Command("alter.requests.commands", "List", "list_requests", "all requests with their evidence"),
@@ -82,30 +84,40 @@ COMMANDS = {
         "alter.requests.commands", "Export", "export", "the adapter or a merged model, with a card"
     ),
     "muse-curve": Command(
-        "alter.benchmarks.muse", "MuseCurve", "muse_curve", "MUSE of models that forgot more and more, side by side"
+        "alter.evaluation.muse", "MuseCurve", "muse_curve", "MUSE of models that forgot more and more, side by side"
     ),
-    "aggregate": Command("alter.evaluation", "AggregateLogs", "aggregate_logs", "TOFU's numbers from published logs"),
+    "aggregate": Command(
+        "alter.evaluation.run", "AggregateLogs", "aggregate_logs", "TOFU's numbers from published logs"
+    ),
     "attack": Command(
-        "alter.attacks", "Attack", "attack", "try to bring the forgotten back, beside a retrained model"
+        "alter.attacks.run", "Attack", "attack", "try to bring the forgotten back, beside a retrained model"
     ),
     "report": Command(
-        "alter.page", "Report", "report", "one HTML page about runs, attacks and requests, to hand over"
+        "alter.report.page", "Report", "report", "one HTML page about runs, attacks and requests, to hand over"
     ),
     "inspect": Command(
-        "alter.inspector", "Inspect", "inspect", "a page: ask, see before and after, and each token's expert"
+        "alter.serving.inspector", "Inspect", "inspect", "a page: ask, see before and after, and each token's expert"
     ),
     "generate": Command(
-        "alter.evaluation", "Generate", "generate", "answer prompts with a model and an adapter", together=True
+        "alter.evaluation.run", "Generate", "generate", "answer prompts with a model and an adapter", together=True
     ),
-    "judge": Command("alter.judge", "JudgeFile", "judge_file", "have saved replies graded by a language model"),
+    "judge": Command(
+        "alter.evaluation.judge", "JudgeFile", "judge_file", "have saved replies graded by a language model"
+    ),
     "entropy": Command(
-        "alter.study", "Study", "entropy", "token entropies of a model on a text, and what adapting changes"
+        "alter.evaluation.entropies",
+        "Study",
+        "entropy",
+        "token entropies of a model on a text, and what adapting changes",
     ),
     "compare": Command(
-        "alter.compare", "Compare", "compare", "methods x seeds x forget splits x a small grid, with equal budget"
+        "alter.comparison.run",
+        "Compare",
+        "compare",
+        "methods x seeds x forget splits x a small grid, with equal budget",
     ),
     "finetune": Command(
-        "alter.finetune", "Finetune", "finetune", "train a model on rows or on texts, or from scratch"
+        "alter.training.finetune", "Finetune", "finetune", "train a model on rows or on texts, or from scratch"
     ),
 }
 
@@ -300,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = f"{command} {args.pop(0)}"
     # transformers and peft warn of each other's coming changes, which is no news for a user
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    if world.launched() > 1:
+    if processes.launched() > 1:
         # torch would say on every process that DDP looks for weights without a gradient
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # where bitsandbytes is installed it speaks of a faster kernel on every start, asked for or not
@@ -311,21 +323,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Unknown command {command!r}; expected one of {', '.join(COMMANDS)}.{nearest(command, COMMANDS)}"
             )
         found = COMMANDS[command]
-        if world.launched() > 1 and not found.together:
+        if processes.launched() > 1 and not found.together:
             able = [name for name, each in COMMANDS.items() if each.together]
             raise UserError(
-                f"`alter {command}` is for one process, the launcher started {world.launched()}: run it without one. "
+                f"`alter {command}` is for one process, the launcher started {processes.launched()}: run it without one. "
                 f"Several processes together do {', '.join(able)}."
             )
         owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
-        with world.quiet():
+        with processes.quiet():
             parsed = parse(command, getattr(importlib.import_module(owner), settings), args)
             getattr(importlib.import_module(found.module), found.function)(parsed)
-        world.stop()
+        processes.stop()
     except UserError as error:
-        if world.speaks():
+        if processes.speaks():
             # a progress bar may be left on the line
-            print(f"{'' if world.size() == 1 else chr(10)}alter: {error}", file=sys.stderr)
+            print(f"{'' if processes.size() == 1 else chr(10)}alter: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # the reader has seen enough (alter … | head); Python would complain once more while closing

@@ -11,11 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from alter.benchmarks.tofu import TofuResult, tofu_metrics
-from alter.evaluation import check_writable, show
-from alter.records import cache_folder, digest, stamped, write_records
-from alter.scoring import Subject
-from alter.trainer import Unlearn, unlearn
+from alter.core.cache import cache_folder
+from alter.core.files import digest
+from alter.core.provenance import stamped
+from alter.core.records import write_records
+from alter.evaluation.run import check_writable, show
+from alter.evaluation.tofu import TofuResult, tofu_metrics
+from alter.models.loading import Subject
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
 
 RECIPE = Path(__file__).parent / "recipes" / "tofu-mini.yaml"
 

@@ -481,7 +481,7 @@ def mia_gradnorm(norms: Rows) -> Array:
     Strict and compat are the same: the loss is over a' in both.
 
     Args:
-        norms: per row one norm for each parameter tensor, as `alter.scoring.gradient_norms` returns them.
+        norms: per row one norm for each parameter tensor, as `alter.models.scoring.gradient_norms` returns them.
 
     Raises:
         ValueError: a row has no norms.

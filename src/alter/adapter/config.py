@@ -10,8 +10,8 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from alter.entropy import check_threshold
-from alter.errors import UserError, nearest
+from alter.core.errors import UserError, nearest
+from alter.logits.entropy import check_threshold
 
 ROUTERS = ("learned", "entropy", "static", "dense")
 BOUNDS = ("sine", "tanh")

@@ -36,8 +36,8 @@ from alter.adapter.routing import (
     route_tokens,
     take_previous,
 )
-from alter.entropy import entropy_from_logits
-from alter.errors import UserError
+from alter.core.errors import UserError
+from alter.logits.entropy import entropy_from_logits
 
 if TYPE_CHECKING:
     from alter.adapter.config import AlterConfig

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alter.errors import UserError
+from alter.core.errors import UserError
 
 
 @dataclass(eq=False)

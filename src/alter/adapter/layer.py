@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from alter.adapter.plan import Pairs, Plan
-from alter.errors import UserError
+from alter.core.errors import UserError
 
 if TYPE_CHECKING:
     from alter.adapter.config import AlterConfig

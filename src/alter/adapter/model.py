@@ -28,9 +28,9 @@ from alter.adapter.context import ForwardState, RoutingContext
 from alter.adapter.inputs import frozen_inputs, sequence_starts, token_mask
 from alter.adapter.layer import AlterLinear, NotMergeable
 from alter.adapter.routing import INFINITE, Trace, previous_real, route_tokens, take_previous
-from alter.entropy import check_threshold, entropy_from_hidden
-from alter.errors import UserError, nearest
-from alter.head import Head
+from alter.core.errors import UserError, nearest
+from alter.logits.entropy import check_threshold, entropy_from_hidden
+from alter.logits.head import Head
 
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEOX_LIKE = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]

@@ -12,10 +12,14 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alter import metrics
-from alter.data import TOFU_SPLITS, Encoded, Example, encode, tofu_rows
-from alter.errors import UserError
-from alter.records import Record
-from alter.scoring import Subject, generate, score
+from alter.core.errors import UserError
+from alter.core.records import Record
+from alter.data.encoding import Encoded, encode
+from alter.data.examples import Example
+from alter.data.sources import TOFU_SPLITS, tofu_rows
+from alter.models.generation import generate
+from alter.models.loading import Subject
+from alter.models.scoring import score
 
 Array = npt.NDArray[np.float64]
 PLAIN = "none"
@@ -109,7 +113,7 @@ def make_item(tokenizer: Any, example: Example, *, prompt: str | None = None, lo
         prompt: another question in place of the example's own.
 
     Raises:
-        UserError: see `alter.data.encode`.
+        UserError: see `alter.data.encoding.encode`.
     """
     if example.kind != "text":
         encoded = encode(tokenizer, example, prompt=prompt)

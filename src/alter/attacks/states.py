@@ -11,9 +11,9 @@ import torch
 
 from alter import metrics
 from alter.attacks.base import Bench, Item
-from alter.errors import UserError
-from alter.records import Record
-from alter.scoring import hidden_states
+from alter.core.errors import UserError
+from alter.core.records import Record
+from alter.models.scoring import hidden_states
 
 RIDGE = 0.01
 """Penalty of the probe, per training token, on columns of variance 1."""
@@ -78,7 +78,7 @@ def probe(bench: Bench) -> list[Record]:
     At each depth a ridge regression from the state that generates a token to that token's (normalised) output embedding
     is fitted on answers of half the rows, given the true tokens before; it is tested on the other half, whose facts it
     never saw: what it reads there about them is in the model. The record's per-row value is the share of a row's chosen
-    tokens that it reads right. Depths are those of `alter.scoring.hidden_states`.
+    tokens that it reads right. Depths are those of `alter.models.scoring.hidden_states`.
 
     Raises:
         UserError: the model has no output embeddings, or there are fewer than 4 rows.

@@ -14,10 +14,11 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from alter.attacks.base import Bench
-from alter.data import Collator, Encoded, encode
-from alter.errors import UserError
-from alter.records import Record
-from alter.scoring import evaluating
+from alter.core.errors import UserError
+from alter.core.records import Record
+from alter.data.batching import Collator
+from alter.data.encoding import Encoded, encode
+from alter.models.scoring import evaluating
 
 
 def base_linears(model: Any) -> list[tuple[str, Any]]:

@@ -9,9 +9,9 @@ import torch
 
 from alter import metrics
 from alter.attacks.base import Bench, make_item, paraphrases, prefilled
-from alter.errors import UserError
-from alter.records import Record
-from alter.scoring import generate
+from alter.core.errors import UserError
+from alter.core.records import Record
+from alter.models.generation import generate
 
 # Other wordings of a question, by rule: none of them is a translation ------------------------------------------------
 

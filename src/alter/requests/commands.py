@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from alter.data import load_examples
-from alter.errors import UserError, nearest
-from alter.records import to_json, write_atomic
+from alter.core.errors import UserError, nearest
+from alter.core.files import to_json, write_atomic
+from alter.data.examples import load_examples
 from alter.requests import work
 from alter.requests.store import Request, Store, check_due, parse_id
 from alter.requests.work import Project
-from alter.trainer import Unlearn
+from alter.training.settings import Unlearn
 
 STATES = Literal["received", "running", "failed", "done", "revoked", "withdrawn"]
 

@@ -22,7 +22,7 @@ import psutil
 import sqlalchemy as sql
 from sqlalchemy import event
 
-from alter.errors import UserError, nearest
+from alter.core.errors import UserError, nearest
 
 SCHEMA = 1
 """Version of the tables; a database of a newer one is refused."""

@@ -24,12 +24,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save
 
 from alter import metrics
-from alter.data import Example, check_overlap, encode, encode_prompt, load_examples
-from alter.errors import UserError
-from alter.records import digest, provenance, to_json, write_atomic
+from alter.core.errors import UserError
+from alter.core.files import digest, to_json, write_atomic
+from alter.core.provenance import provenance
+from alter.data.encoding import encode, encode_prompt
+from alter.data.examples import Example, check_overlap, load_examples
+from alter.models.generation import generate
+from alter.models.loading import load_model
+from alter.models.scoring import score
 from alter.requests.store import Request, Store
-from alter.scoring import generate, load_model, score
-from alter.trainer import Unlearn, unlearn
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
 
 ROUGE_SLACK = 0.05
 """How far above its reference a request's ROUGE-L recall may lie and still count as forgotten."""
@@ -91,7 +96,7 @@ def rows_of(request: Request) -> list[Example]:
         UserError: they cannot be read, or are not those that were received.
     """
     if request.text is not None:
-        from alter.data import examples
+        from alter.data.examples import examples
 
         found = examples([json.loads(line) for line in request.text.splitlines()])
     else:
@@ -147,7 +152,7 @@ def measure(
     """What a model knows of some rows: one forward per row, and replies to a sample of the questions.
 
     Args:
-        model, tokenizer: as in `alter.scoring.score`.
+        model, tokenizer: as in `alter.models.scoring.score`.
         examples: the rows.
         answers: number of rows that are also answered greedily, drawn by `seed`; 0 measures likelihoods alone.
 

@@ -1,0 +1,501 @@
+"""`alter attack`: can what was forgotten be brought back, and by whom?
+
+Every attack is run on the unlearned model and, as the honest zero, on a model retrained without the forget rows: what it
+brings out of that one was never forgotten knowledge. Two figures per row tell it: ROUGE-L recall of the greedy reply
+against the true answer, and the probability of the true answer (TOFU's, per token). Of both, the recovered fraction is
+
+    (unlearned under attack - retrained under attack) / (original - retrained)      (`alter.metrics.recovered_fraction`)
+
+with the original and the retrained model not under attack, all on the same rows.
+
+Rows of plain text have no question: their first half is the prompt and their second half the answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from alter import metrics
+from alter.attacks import states, weights, wording
+from alter.attacks.base import PLAIN, Array, Attack, Bench, paraphrases, split_rows
+from alter.core.cache import cache_folder
+from alter.core.console import warn
+from alter.core.errors import UserError, nearest
+from alter.core.files import digest, write_atomic
+from alter.core.provenance import code_digest, stamped, versions
+from alter.core.records import VERSION, Record, read_records, write_records
+from alter.data.examples import Example, load_examples
+from alter.models.loading import Subject
+from alter.reporting.figures import AFTER, BEFORE, LINE, figure
+
+MEASURES = {"attack_rouge": "ROUGE", "attack_probability": "prob.", "attack_probe": "read"}
+COMMON = ("forget", "rows", "seed", "max_new_tokens")
+"""Settings that every measurement depends on, and so it does on `relearn.rows`: the attacker's rows are not measured."""
+
+
+def _always(settings: Attack, rows: Sequence[Example]) -> str | None:
+    return None
+
+
+def _no_question(settings: Attack, rows: Sequence[Example]) -> str | None:
+    return "the rows are text without questions" if any(row.prompt is None for row in rows) else None
+
+
+def _no_paraphrase(settings: Attack, rows: Sequence[Example]) -> str | None:
+    if paraphrases(settings.forget, rows) is not None:
+        return None
+    return "the rows have no column 'paraphrased_question' (TOFU's perturbed splits have it)"
+
+
+def _no_adapter(settings: Attack, rows: Sequence[Example]) -> str | None:
+    if settings.adapter is None:
+        return "there is no adapter to take off"
+    return "the adapter is merged into the weights" if settings.merged else None
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attack: what the attacker needs, how it is run, settings it depends on besides `COMMON`, why it cannot be run."""
+
+    needs: str
+    run: Callable[[Bench], list[Record]]
+    settings: tuple[str, ...] = ()
+    missing: Callable[[Attack, Sequence[Example]], str | None] = _always
+
+
+def plain(bench: Bench) -> list[Record]:
+    """Measure without any attack, on the measured rows and on the attacker's."""
+    model, _ = bench.shared()
+    return [
+        *bench.measure(PLAIN, model, bench.items(bench.measured), part="other"),
+        *bench.measure(PLAIN, model, bench.items(bench.attacker), part="relearned"),
+    ]
+
+
+CHAT = "a chat with the model"
+ATTACKS: dict[str, Method] = {
+    "relearn": Method(
+        "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=False, benign=False), ("relearn",)
+    ),
+    "relearn_lora": Method(
+        "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=True, benign=False), ("relearn",)
+    ),
+    "benign": Method("weights, gradients", lambda b: weights.relearn(b, lora=False, benign=True), ("relearn",)),
+    "benign_lora": Method("weights, gradients", lambda b: weights.relearn(b, lora=True, benign=True), ("relearn",)),
+    "quantize_8": Method("weights", lambda b: weights.quantized(b, bits=8)),
+    "quantize_4": Method("weights", lambda b: weights.quantized(b, bits=4)),
+    "paraphrase": Method(CHAT, lambda b: wording.ask(b, name="paraphrase"), missing=_no_paraphrase),
+    "telegram": Method(CHAT, lambda b: wording.ask(b, name="telegram"), missing=_no_question),
+    "reversed": Method(CHAT, lambda b: wording.ask(b, name="reversed"), missing=_no_question),
+    "upper_case": Method(CHAT, lambda b: wording.ask(b, name="upper_case"), missing=_no_question),
+    "foreign_frame": Method(CHAT, lambda b: wording.ask(b, name="foreign_frame"), missing=_no_question),
+    "prefill": Method("to begin the reply; the answer's first tokens", wording.prefill, ("prefill_tokens",)),
+    "sample": Method("many replies; to know the best", wording.sample, ("samples", "temperature")),
+    "strip": Method("the base weights", weights.strip, missing=_no_adapter),
+    "probe": Method("hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens")),
+    "cka": Method("hidden states (a diagnosis)", lambda bench: [], ("probe_rows",)),
+}
+"""Every attack by name, in the order of the table. `cka` compares the models' hidden states once all are there."""
+TRAINING = ("relearn", "relearn_lora", "benign", "benign_lora")
+
+
+def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[str, str]]:
+    """Return the attacks to run, and by name why others cannot be.
+
+    Raises:
+        UserError: an unknown name, or an attack that was asked for by name and cannot be run on these rows and models.
+    """
+    names = [name.strip() for part in settings.attacks for name in part.split(",") if name.strip()]
+    for name in names:
+        if name not in ATTACKS:
+            raise UserError(f"No attack {name!r}; expected of {', '.join(ATTACKS)}.{nearest(name, ATTACKS)}")
+    reasons = {name: why for name in names or ATTACKS if (why := ATTACKS[name].missing(settings, rows)) is not None}
+    for name in names:
+        if name in reasons:
+            raise UserError(f"The attack {name!r} is not possible: {reasons[name]}. Leave it out of --attacks.")
+    wanted = dict.fromkeys(names or ATTACKS)
+    return [name for name in ATTACKS if name in wanted and name not in reasons], reasons
+
+
+def subjects(settings: Attack) -> dict[str, Subject]:
+    """Return the models that take part, by what the records call them; the original only if it is known."""
+    common = settings.model_dump(include={"dtype", "quantization", "device"})
+    found: dict[str, Subject] = {}
+    if settings.original is not None or settings.adapter is not None:
+        found["original"] = Subject(model=settings.original or settings.model, **common)
+    if settings.retrained is not None:
+        found["retrained"] = Subject(model=settings.retrained, **common)
+    found["unlearned"] = Subject(model=settings.model, adapter=settings.adapter, merged=settings.merged, **common)
+    return found
+
+
+# Running -------------------------------------------------------------------------------------------------------------
+
+
+def _stored(path: Path, key: str) -> list[Record] | None:
+    """Return the records of a file if they were measured under this key; nothing was under an empty one."""
+    if not key or not path.is_file():
+        return None
+    try:
+        found = read_records(path)
+    except UserError as error:
+        warn(f"{error} Running that attack again.")
+        return None
+    return found if found and all(record.provenance.get("key") == key for record in found) else None
+
+
+def _stored_states(path: Path, key: str) -> np.ndarray | None:
+    """Return the hidden states in a file if they were computed under this key; none were under an empty one."""
+    if not key or not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.get_tensor("states") if (file.metadata() or {}).get("key") == key else None
+    except SafetensorError as error:
+        warn(f"{path} cannot be read ({error}); computing the hidden states again.")
+        return None
+
+
+def attack(settings: Attack) -> list[Record]:
+    """Run `alter attack`: every attack on every model that takes part; print the table, write records and the curves.
+
+    Each attack's records are written to `out/ATTACK.MODEL.json` as soon as it is done, and used again if models, data,
+    settings, code and versions are the same. Files of models and adapters are only read; an attack that changes weights
+    does so on a copy of its own, loaded for it.
+
+    Raises:
+        UserError: an unknown or impossible attack, models or rows that are not there, or an output folder that is a file.
+    """
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is {settings.out!r}, which is a file: give a folder.")
+    rows = load_examples(settings.forget)
+    names, reasons = chosen(settings, rows)
+    measured, attacker = split_rows(len(rows), settings.rows, settings.relearn.rows, settings.seed)
+    unrelated = load_examples(settings.relearn.benign) if {"benign", "benign_lora"} & set(names) else []
+    models = subjects(settings)
+    identities = {name: subject.identity(cache_folder()) for name, subject in models.items()}
+    data = digest([row.row for row in rows])
+    unrelated_data = digest([row.row for row in unrelated])
+    if settings.retrained is None:
+        warn(f"No recovered fractions: {NO_RETRAINED}")
+    for name, why in reasons.items():
+        warn(f"Not run: {name}, {why}.")
+
+    found: list[Record] = []
+    pooled: dict[str, np.ndarray] = {}
+    for model, subject in models.items():
+        bench = Bench(settings, model, subject, rows, measured, attacker, unrelated)
+        # in the original there is nothing to relearn: it tells how much an attack lets any model say; and from a retrained
+        # model nothing can be taken off
+        here = {
+            "original": [name for name in names if name not in (*TRAINING, "strip", "cka")],
+            "retrained": [name for name in names if name not in ("strip", "cka")],
+            "unlearned": [name for name in names if name != "cka"],
+        }[model]
+        for name in [PLAIN, *here]:
+            method = ATTACKS.get(name)
+            run = plain if method is None else method.run
+            depends = (*COMMON, *(method.settings if method else ()))
+            texts = [data, unrelated_data] if name.startswith("benign") else [data]
+            key = _key(settings, depends, identities[model], texts, subject, name)
+            path = out / f"{name}.{model}.json"
+            records = _stored(path, key)
+            if records is None:
+                started = time.monotonic()
+                records = run(bench)
+                seconds = round(time.monotonic() - started, 1)
+                records = stamped(
+                    records, key=key, settings=settings.model_dump(mode="json"), seed=settings.seed, seconds=seconds,
+                    **identities[model], data=data, device=subject.place(),
+                )  # fmt: skip
+                write_records(path, records)
+                warn(f"{model}: {name}, {seconds:.0f} s")
+            found += records
+        if "cka" in names:
+            key = _key(settings, (*COMMON, "probe_rows"), identities[model], [data], subject, "states")
+            path = out / f"states.{model}.safetensors"
+            kept = _stored_states(path, key)
+            if kept is None:
+                kept = states.pooled(bench)
+                write_atomic(path, save({"states": kept}, metadata={"key": key}))
+            pooled[model] = kept
+    made = [*states.cka(pooled), *(record for name in names for record in compare(found, name))]
+    made = stamped(made, settings=settings.model_dump(mode="json"), seed=settings.seed, data=data)
+    everything = [*found, *made]
+    write_records(out / "records.json", everything)
+    show(everything, names)
+    if any("step" in record.extra for record in found):
+        draw_curves(everything, out / "relearning.png")
+    Console(stderr=True, soft_wrap=True).print(f"records: {out}", markup=False, highlight=False)
+    return everything
+
+
+def _key(
+    settings: Attack,
+    depends: Sequence[str],
+    identity: dict[str, str | None],
+    texts: list[str],
+    subject: Subject,
+    name: str,
+) -> str:
+    """Digest of all that a measurement depends on; empty if a model's contents cannot be known (a hub without answer)."""
+    if "unknown" in identity.values():
+        return ""
+    own = settings.model_dump(mode="json", include=set(depends)) | {"attacker": settings.relearn.rows}
+    loading = [subject.merged, subject.dtype, subject.quantization, subject.place()]
+    return digest([name, own, identity, texts, loading, VERSION, code_digest(), versions()])
+
+
+# Comparing -----------------------------------------------------------------------------------------------------------
+
+NO_RETRAINED = (
+    "they need a model that never saw the forget rows. Make one once with `alter finetune --model BASE --data RETAIN "
+    "--out retrained` (BASE: the model before it learned the forget rows; RETAIN: the rows without them), then add "
+    "`--retrained retrained`."
+)
+NO_ORIGINAL = "they need the model before unlearning: give it with `--original`."
+
+
+def _on(record: Record, rows: Sequence[int]) -> Array:
+    """Per-row values of a record for the rows of these numbers."""
+    assert record.per_item is not None
+    value = dict(zip(record.extra["rows"], record.per_item, strict=True))
+    return np.array([value[row] for row in rows], dtype=np.float64)
+
+
+def _select(records: Sequence[Record], model: str, attack_name: str, metric: str) -> list[Record]:
+    return [
+        r
+        for r in records
+        if (r.model, r.metric) == (model, metric)
+        and r.extra.get("attack") == attack_name
+        and r.extra.get("part", "other") == "other"
+    ]
+
+
+def compare(records: Sequence[Record], name: str) -> list[Record]:
+    """Return the recovered fractions of an attack: one record per figure, whose value is None where it is refused.
+
+    Of several numbers of steps, or of several depths, the attacker takes the one at which the fraction is largest;
+    `extra` says which, and `curve` holds all. Everything is on the rows that all models were measured on, but
+    `original_attacked`, the original's own figure under the attack: what the attack can bring out of a model that knows.
+    """
+    found = []
+    for metric in MEASURES:
+        # under stripping a retrained model, which has no adapter, is what it is; a probe has no before but the others' own
+        zero_name = PLAIN if name == "strip" else name
+        plain_name = name if metric == "attack_probe" else PLAIN
+        candidates = []
+        for after in _select(records, "unlearned", name, metric):
+            same: dict[str, int] = {key: after.extra[key] for key in ("step", "depth") if key in after.extra}
+            zero = next(
+                (r for r in _select(records, "retrained", zero_name, metric) if same.items() <= r.extra.items()), None
+            )
+            plains = {
+                model: r
+                for model in ("original", "retrained", "unlearned")
+                for r in _select(records, model, plain_name, metric)
+                if metric != "attack_probe" or same.items() <= r.extra.items()
+            }
+            one = _fraction(after, zero, plains, same)
+            reach = next(
+                (r for r in _select(records, "original", name, metric) if same.items() <= r.extra.items()), None
+            )
+            one.extra["original_attacked"] = None if reach is None else reach.value
+            candidates.append(one)
+        if not candidates:
+            continue
+        known = [candidate for candidate in candidates if candidate.value is not None]
+        best = max(known, key=lambda candidate: candidate.value or 0.0) if known else candidates[-1]
+        extra = {**best.extra, "attack": name, "needs": ATTACKS[name].needs}
+        if len(candidates) > 1:
+            shown = ("step", "depth", "after", "retrained", "original")
+            extra["curve"] = [
+                {key: c.extra[key] for key in shown if key in c.extra} | {"fraction": c.value} for c in candidates
+            ]
+        found.append(Record("unlearned", best.metric, best.value, best.n, "strict", False, None, extra))
+    return found
+
+
+def _fraction(after: Record, zero: Record | None, plains: dict[str, Record], same: dict[str, int]) -> Record:
+    """Return the recovered fraction of one measurement as a record, or in `extra.refused` why there is none."""
+    rows = after.extra["rows"] if zero is None else [r for r in after.extra["rows"] if r in set(zero.extra["rows"])]
+    values = {model: _on(record, rows) for model, record in plains.items()}
+    mean = {model: float(value.mean()) for model, value in values.items()}
+    attacked, attacked_retrained = _on(after, rows), None if zero is None else _on(zero, rows)
+    extra: dict[str, Any] = {
+        **same,
+        "rows": rows,
+        "before": None if after.metric == "attack_probe" else mean["unlearned"],
+        "after": float(attacked.mean()),
+        "retrained": None if attacked_retrained is None else float(attacked_retrained.mean()),
+        "original": mean.get("original"),
+        "retrained_before": mean.get("retrained"),
+    }
+    value = None
+    if attacked_retrained is None:
+        extra["refused"] = NO_RETRAINED
+    elif "original" not in mean:
+        extra["refused"] = NO_ORIGINAL
+    else:
+        try:
+            value = metrics.recovered_fraction(extra["after"], extra["retrained"], mean["original"], mean["retrained"])
+            gap = mean["original"] - mean["retrained"]
+            extra["interval"] = list(metrics.recovered_interval(attacked, attacked_retrained, gap))
+        except ValueError as error:
+            extra["refused"] = str(error)
+    metric = after.metric.replace("attack_", "attack_recovered_")
+    return Record("unlearned", metric, value, len(rows), extra=extra)
+
+
+# Showing -------------------------------------------------------------------------------------------------------------
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def show(records: Sequence[Record], names: Sequence[str]) -> None:
+    """Print what each attack recovered, and the hidden states by depth; say on stderr what was refused or trained badly."""
+    table = Table(
+        title="What can be brought back",
+        caption="after, original, retrained: under the attack; recovered: 1 all, 0 no more than from the retrained model; "
+        "± half the 95 % interval; @ step or depth",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("attack", no_wrap=True)
+    for column in ("figure", "before", "after", "original", "retrained", "recovered"):
+        table.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
+    refusals: dict[str, list[str]] = {}
+    for name in names:
+        own = [r for r in records if r.extra.get("attack") == name and r.metric.startswith("attack_recovered_")]
+        for place, record in enumerate(own):
+            extra = record.extra
+            share = "-"
+            if record.value is not None:
+                low, high = extra["interval"]
+                share = f"{record.value:.2f} ± {(high - low) / 2:.2f}"
+            label = MEASURES[record.metric.replace("recovered_", "")]
+            step = "".join(f" @{extra[key]}" for key in ("step", "depth") if key in extra)
+            figures = (_figure(extra[key]) for key in ("before", "after", "original_attacked", "retrained"))
+            table.add_row("" if place else name, f"{label}{step}", *figures, share, end_section=place == len(own) - 1)
+            if "refused" in extra:
+                refusals.setdefault(extra["refused"], []).append(f"{name} ({label})")
+    console = Console()
+    console.print(table)
+    needs: dict[str, list[str]] = {}
+    for name in names:
+        needs.setdefault(ATTACKS[name].needs, []).append(name)
+    console.print("What the attacker needs", style="italic")
+    for need, where in needs.items():
+        console.print(f" {', '.join(where)}: {need}", style="dim", highlight=False)
+    depths = _depths(records)
+    if depths is not None:
+        console.print(depths)
+    for why, where in refusals.items():
+        if why != NO_RETRAINED:
+            warn(f"No recovered fraction for {', '.join(where)}: {why}")
+    for note in untrained(records):
+        warn(note)
+
+
+def untrained(records: Sequence[Record]) -> list[str]:
+    """Say which training attacks did not even learn their own rows: what they did not recover is no evidence."""
+    losses: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        if "losses" in record.extra:
+            losses[record.extra["attack"], record.model] = record.extra["losses"]
+    notes = []
+    for (name, model), values in losses.items():
+        width = max(1, len(values) // 5)
+        first, last = float(np.mean(values[:width])), float(np.mean(values[-width:]))
+        if values[0] < KNOWN:
+            fix = "give text that it does not know with --relearn.benign."
+            notes.append(
+                f"{name} had nothing to learn ({model}: loss {values[0]:.2f} at the start): no evidence; {fix}"
+            )
+        elif last > 0.7 * first:
+            rate = "--relearn.lora-learning-rate" if name.endswith("lora") else "--relearn.learning-rate"
+            notes.append(
+                f"{name} hardly learned its own rows ({model}: loss {first:.2f} to {last:.2f}), so what it did not recover "
+                f"is no evidence: raise {rate} or --relearn.steps."
+            )
+    return notes
+
+
+KNOWN = 0.1
+"""Rows with a loss below this at the attacker's first step, in nats, are known already."""
+
+
+def _depths(records: Sequence[Record]) -> Table | None:
+    """Return the table of hidden states: a row for each depth."""
+    probes: dict[str, list[float | None]] = {}
+    for record in records:
+        if record.metric == "attack_probe":
+            probes.setdefault(record.model, []).append(record.value)
+    alike = {r.extra["pair"]: r.extra["depths"] for r in records if r.metric == "attack_cka"}
+    if not probes and not alike:
+        return None
+    table = Table(
+        title="Hidden states by depth",
+        caption="probe: next tokens of answers that it reads right; CKA: debiased, 1 is alike",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("depth", justify="right")
+    for name in probes:
+        table.add_column(f"probe\n{name}", justify="right")
+    for pair in alike:
+        table.add_column("CKA\n" + pair.replace(" ", "\n"), justify="right")
+    columns = [*probes.values(), *alike.values()]
+    for depth in range(len(columns[0])):
+        table.add_row(str(depth), *(_figure(column[depth]) for column in columns))
+    return table
+
+
+def draw_curves(records: Sequence[Record], path: Path) -> None:
+    """Write the relearning curves: a column for each attack, ROUGE-L recall above and probability below."""
+    names = list(dict.fromkeys(r.extra["attack"] for r in records if "step" in r.extra and "part" in r.extra))
+    shown = [metric for metric in MEASURES if metric != "attack_probe"]
+    with figure(path, rows=len(shown), columns=len(names), width=3.4, height=2.6) as axes:
+        for row, metric in enumerate(shown):
+            for column, name in enumerate(names):
+                plot = axes[row][column]
+                for model, color in (("unlearned", AFTER), ("retrained", BEFORE)):
+                    for part, style in (("other", "-"), ("relearned", ":")):
+                        points = {
+                            r.extra.get("step", 0): r.value
+                            for r in records
+                            if (r.model, r.metric, r.extra.get("part")) == (model, metric, part)
+                            and r.extra["attack"] in (PLAIN, name)
+                        }
+                        if len(points) > 1:
+                            label = f"{model}, {part} rows"
+                            plot.plot(list(points), list(points.values()), style, color=color, label=label, marker=".")
+                original = _select(records, "original", PLAIN, metric)
+                if original and original[0].value is not None:
+                    plot.axhline(original[0].value, color=LINE, lw=1, ls="--", label="original")
+                plot.set_ylim(0, 1.02)
+                if row == 0:
+                    plot.set_title(name)
+                else:
+                    plot.set_xlabel("steps")
+                if column == 0:
+                    plot.set_ylabel(MEASURES[metric])
+        axes[0][0].legend(fontsize=7)
+
+
+__all__ = ["ATTACKS", "Attack", "attack"]

@@ -1,0 +1,1 @@
+"""Methods side by side with an equal budget: the plan, its cells, the table."""

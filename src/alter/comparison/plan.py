@@ -1,0 +1,452 @@
+"""What `alter compare` runs: the settings, and from them every cell, laid out before anything is made.
+
+A cell is one unlearning run and its evaluation, or with `continual` a chain of runs, each starting from the last one's
+result. Its key is a digest of everything that determines its numbers.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from alter.core.errors import UserError, nearest
+from alter.core.files import digest, write_atomic
+from alter.core.provenance import provenance
+from alter.data.sources import read_rows, tofu_rows
+from alter.evaluation.tofu import SETS
+from alter.methods.adapters import AlterAdapter, FullWeights, Lora
+from alter.methods.presets import METHODS, merged
+from alter.models.loading import Subject
+from alter.training.settings import Unlearn
+
+CELL = 2
+"""Version of `cells.work`: raise it when what a cell does changes, so that no older cell stands for a new one."""
+PARTS = ("validation", "test")
+ORIGINAL, RETRAINED = "original", "retrained"
+RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+RATES = ("learning_rate", "learning_rate_experts", "learning_rate_shared")
+UNKEYED = {"out", "resume", "overwrite", "save_steps", "method"}
+"""Settings of a run that change no number, or stand in it by what they stand for."""
+
+
+class Retrained(BaseModel):
+    """Models retrained without the forget set, one for each split; without one a split has no forget quality."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    forget01: str | None = None
+    """Model trained on retain99."""
+    forget05: str | None = None
+    """Model trained on retain95."""
+    forget10: str | None = None
+    """Model trained on retain90."""
+
+
+class Compare(BaseModel):
+    """Run methods on TOFU with equal search budget, choose each one's setting on validation rows, report on others."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """Model that must forget: local folder, hub id, or builtin:NAME."""
+    methods: list[str]
+    """Rows of the table: methods of `alter unlearn --method`, or names that `settings` explains."""
+    out: str
+    """Folder of the comparison; the same command goes on where it stopped."""
+    splits: list[Literal["forget01", "forget05", "forget10"]] = ["forget10"]
+    """What to forget."""
+    seeds: list[int] = [0, 1, 2]
+    """Of the runs."""
+    search_seeds: int | None = Field(None, ge=1)
+    """Search the grid with so many of the seeds, and run the others with the chosen setting only; all by default."""
+    rates: list[float] = [0.3, 1.0, 3.0]
+    """Grid: multiples of each method's own learning rates."""
+    refine: int = Field(0, ge=0)
+    """Search so many rates more, one after the other, where each method's search points: between its best rate and the
+    neighbour that forgets more, or beyond the best where that is the last of its rates and forgets most."""
+    epochs: list[float] = [5.0]
+    """Grid: passes over the forget set, the same for every method."""
+    least_steps: int = Field(0, ge=0)
+    """A run that would be shorter than so many steps passes over its forget set more often, whatever `epochs` says."""
+    continual: bool = False
+    """Forget the splits one after the other, each run starting from the last one's result, on the rows that are new."""
+    common: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
+    """Settings of `alter unlearn` for every run, above those of its method. In a recipe only."""
+    settings: Annotated[dict[str, dict[str, Any]], tyro.conf.Fixed] = Field(default_factory=dict)
+    """Settings of `alter unlearn` by row of the table, above all others; `method` says what is built on. Recipe only."""
+    retrained: Retrained = Field(default_factory=Retrained)
+    data: str = "builtin"
+    """TOFU's rows: the copy that comes with this package, a folder with its files, or a hub id."""
+    holdout: str | None = None
+    """Questions and answers that no model saw, for the choice where a split has no retrained model."""
+    validation: float = Field(0.3, gt=0, lt=1)
+    """Share of the authors whose rows serve for the choice; all others' rows serve for the table."""
+    division_seed: int = 0
+    """Draws those authors."""
+    utility_floor: float = Field(0.95, ge=0)
+    """The choice is among settings that keep this share of the original model's utility."""
+    limit: int | None = Field(None, ge=1)
+    """Evaluate only so many rows of each set and part, to save time."""
+    workers: int | None = Field(None, ge=1)
+    """Cells at a time; by default one a GPU, else one for two cores."""
+    keep: bool = False
+    """Keep each cell's weights to the end."""
+    run: bool = True
+    """Run the cells; --no-run only writes the tables of those that have finished."""
+    device: Literal["cpu", "cuda", "mps"] | None = None
+    """Where the cells run; on all visible GPUs by default if there are any, else on the CPU."""
+
+
+Setting = tuple[float, float]
+"""A point of the grid: multiple of the learning rates, epochs."""
+Chain = tuple[str, ...]
+"""Splits that one cell forgets, in this order; one, but for a continual comparison."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run or chain of runs and its evaluation, or (without setting) the evaluation of a model as it is.
+
+    `key` is the digest of everything that determines the result; `spec` what the cell's process is told.
+    """
+
+    name: str
+    chain: Chain
+    seed: int | None
+    setting: Setting | None
+    spec: dict[str, Any]
+    key: str
+
+    def __str__(self) -> str:
+        place = f"{self.name} {' then '.join(self.chain)}"
+        if self.setting is None:
+            return place
+        return f"{place} seed {self.seed}, rate {self.setting[0]:g}, {self.setting[1]:g} epochs"
+
+
+def chains(settings: Compare) -> list[Chain]:
+    """What a run forgets: each split alone, or all in a row."""
+    return [tuple(settings.splits)] if settings.continual else [(split,) for split in settings.splits]
+
+
+# What to run ---------------------------------------------------------------------------------------------------------
+
+
+def source_digest() -> str:
+    """Hash of the code that decides a cell's numbers: training, evaluation and all modules of this package they import."""
+    package = Path(__file__).parent.parent
+    waiting, seen = ["alter.training.run", "alter.evaluation.tofu"], set()
+    files: list[Path] = []
+    while waiting:
+        name = waiting.pop()
+        if name in seen or not name.startswith("alter."):
+            continue
+        seen.add(name)
+        path = package.joinpath(*name.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if not path.is_file():
+            continue  # a name out of a module, not a module
+        files.append(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                target = importlib.util.resolve_name("." * node.level + node.module, name.rpartition(".")[0])
+                waiting += [target, *(f"{target}.{alias.name}" for alias in node.names)]
+    return digest([[str(path.relative_to(package)), path.read_text()] for path in sorted(files)])
+
+
+def divide(
+    rows: Sequence[Mapping[str, Any]], group: Sequence[Any], share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Divide rows into validation and test rows so that no group has rows in both.
+
+    The groups, in the order of their first row, are shuffled by `random.Random(seed)`; the first round(share x number of
+    groups) of them, but at least one and not all, are validation.
+
+    Args:
+        rows: the rows, [n].
+        group: what each belongs to, [n]: its author.
+
+    Returns:
+        row numbers of the validation part and of the test part, each in order.
+
+    Raises:
+        UserError: there is one group only.
+    """
+    names = list(dict.fromkeys(group))
+    if len(names) < 2:
+        raise UserError(f"All {len(rows)} rows belong to one author: none would be left for the table.")
+    random.Random(seed).shuffle(names)
+    chosen = set(names[: min(max(1, round(share * len(names))), len(names) - 1)])
+    parts: tuple[list[int], list[int]] = ([], [])
+    for i, name in enumerate(group):
+        parts[name not in chosen].append(i)
+    return parts
+
+
+def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The rows of TOFU's evaluation sets, divided: by part, then by the name of TOFU's file.
+
+    Rows are grouped by author, which is their place in `full` // 20 (found by question and answer); a row that is not in
+    `full` (real authors, world facts, holdout) is a group of its own answer.
+    """
+    full = {(row["question"], row["answer"]): row.get("author") for row in tofu_rows("full", settings.data)}
+    sets = {
+        f"{split if key == 'forget' else key}_perturbed": [
+            {name: value for name, value in row.items() if name != "author"}
+            for row in tofu_rows(f"{split if key == 'forget' else key}_perturbed", settings.data)
+        ]
+        for key in SETS
+    }
+    if settings.holdout is not None:
+        sets[f"holdout{split.removeprefix('forget')}"] = read_rows(settings.holdout)
+    out: dict[str, dict[str, list[dict[str, Any]]]] = {part: {} for part in PARTS}
+    for name, rows in sets.items():
+        for i, row in enumerate(rows):
+            if not row.get("question") or not row.get("answer"):
+                raise UserError(f"Row {i} of {name} has no question or no answer; it has {', '.join(row)}.")
+        group = [
+            full[pair] if full.get(pair) is not None else pair[1]
+            for pair in ((row["question"], row["answer"]) for row in rows)
+        ]
+        for part, numbers in zip(PARTS, divide(rows, group, settings.validation, settings.division_seed), strict=True):
+            out[part][name] = [rows[i] for i in numbers]
+    return out
+
+
+def run_of(
+    settings: Compare, name: str, split: str, seed: int, setting: Setting, forget: tuple[str, int] | None = None
+) -> Unlearn:
+    """The run of one cell: the method's own settings, `common`, then `settings` of the row, then the grid's.
+
+    Args:
+        forget: source of the forget rows and their number; by default the whole split.
+
+    Raises:
+        UserError: no such method, or settings that do not fit.
+    """
+    own = settings.settings.get(name, {})
+    choices = [*METHODS, *settings.settings]
+    if name not in choices:
+        raise UserError(
+            f"No method {name!r}; expected one of {', '.join(METHODS)}, or a name under `settings` in the recipe."
+            f"{nearest(name, choices)}"
+        )
+    method = own.get("method", name if name in METHODS else None)
+    reserved = [
+        key for key in (*settings.common, *own) if key in ("model", "forget", "retain", "out", "seed", "epochs")
+    ]
+    if reserved:
+        raise UserError(
+            f"{reserved[0]!r} is the comparison's own setting: leave it out of common and settings.{name}."
+        )
+    base = {} if method is None else METHODS[method].settings if method in METHODS else {"method": method}
+    given = merged(merged(base, settings.common), own)
+    source, count = forget or (f"{settings.data}:{split}", len(tofu_rows(split, settings.data)))
+    rate, epochs = setting
+    given |= {"model": settings.model, "forget": source, "retain": f"{settings.data}:{RETAIN[split]}", "out": "run"}
+    given |= {"seed": seed, "epochs": epochs, "device": settings.device}
+    try:
+        run = Unlearn.model_validate(given)
+        scaled = {key: getattr(run, key) * rate for key in RATES}
+        rows = settings.least_steps * run.batch_size * run.gradient_accumulation_steps
+        least = rows / count
+        if math.ceil(least * count) > rows:
+            least = math.nextafter(least, 0.0)  # rounding must not add a step for one row more
+        return Unlearn.model_validate(run.model_dump() | scaled | {"epochs": max(epochs, least)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"Method {name}: {where}{': ' if where else ''}{first['msg']}.") from None
+
+
+def check_continual(name: str, run: Unlearn) -> None:
+    """Refuse a method whose result no second run can start from.
+
+    Raises:
+        UserError: its adapter can neither grow, be trained on, nor be merged, nor is it the model itself; or its settings
+            do not go with `start_from`.
+    """
+    adapter = run.adapter
+    merges = isinstance(adapter, Lora) and not adapter.detector
+    if merges or isinstance(adapter, FullWeights):
+        return
+    if not isinstance(adapter, Lora) and not (isinstance(adapter, AlterAdapter) and adapter.router == "learned"):
+        with_it = f" with router {adapter.router}" if isinstance(adapter, AlterAdapter) else ""
+        raise UserError(
+            f"Method {name} cannot go on from its own result: adapter.kind {adapter.kind}{with_it} neither grows nor "
+            "merges. Continual comparisons take alter with a learned router, lora, or full."
+        )
+    if isinstance(adapter, AlterAdapter) and run.num_forget_experts == 1:
+        raise UserError(
+            f"Method {name}: num_forget_experts 1 gives the expert of every split the same name, so the second cannot be "
+            "added: leave it out, and name the sub-domains with domain_column."
+        )
+    try:
+        Unlearn.model_validate(run.model_dump() | {"start_from": "the stage before"})
+    except ValidationError as error:
+        raise UserError(f"Method {name} cannot go on from its own result: {error.errors()[0]['msg']}.") from None
+
+
+def check(settings: Compare) -> None:
+    """Refuse what cannot be compared, before anything is made.
+
+    Raises:
+        UserError: an empty or repeated list, a number that cannot be a rate or a length, or more search seeds than seeds.
+    """
+    lists = {name: getattr(settings, name) for name in ("methods", "splits", "seeds", "rates", "epochs")}
+    for name, values in lists.items():
+        if not values:
+            raise UserError(f"{name} is empty, so there is nothing to run: give at least one.")
+        again = [value for i, value in enumerate(values) if value in values[:i]]
+        if again:
+            raise UserError(f"{name} has {again[0]!r} twice: two cells would be the same run. Give each value once.")
+        if name in ("rates", "epochs") and not all(math.isfinite(value) and value > 0 for value in values):
+            raise UserError(f"{name} is {values}; expected numbers above 0.")
+    sizes = [int(split.removeprefix("forget")) for split in settings.splits]
+    if settings.continual and sizes != sorted(sizes):
+        raise UserError(f"splits is {settings.splits}; a continual comparison takes them from small to large.")
+    if settings.refine and len(settings.rates) < 2:
+        raise UserError(
+            f"refine is {settings.refine}, but rates has {settings.rates[0]:g} only, which says nothing about the step to "
+            "the next: give two or more, or refine 0."
+        )
+    if settings.search_seeds is not None and settings.search_seeds > len(settings.seeds):
+        raise UserError(f"search_seeds is {settings.search_seeds}, but there are {len(settings.seeds)} seeds.")
+    names = [name for name in settings.methods if name in (ORIGINAL, RETRAINED)]
+    if names:
+        raise UserError(f"{names[0]!r} is a row of every table already: name the method otherwise.")
+    # a name that stands for itself may be left out of a run; any other must be a slip
+    spare = [
+        name
+        for name, own in settings.settings.items()
+        if name not in settings.methods and name not in METHODS and "method" not in own
+    ]
+    if spare:
+        raise UserError(
+            f"settings has {spare[0]!r}, which is not among the methods.{nearest(spare[0], settings.methods)}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells: those of the models as they are by name and split, and the grid's by name and chain, setting, seed.
+
+    `lay` gives the cells of one more setting by seed, which belong into `grid`.
+    """
+
+    models: dict[tuple[str, str], Cell]
+    grid: dict[tuple[str, Chain], dict[Setting, dict[int, Cell]]]
+    lay: Callable[[str, Chain, Setting], dict[int, Cell]]
+
+    def searched(self, settings: Compare) -> list[Cell]:
+        """The cells of the search: every setting with the search seeds, spread so that all methods advance alike."""
+        seeds = settings.seeds[: settings.search_seeds]
+        points = itertools.product(itertools.product(settings.rates, settings.epochs), seeds)
+        return [by[point][seed] for point, seed in points for by in self.grid.values()]
+
+
+def plan(settings: Compare, out: Path) -> Plan:
+    """Lay out every cell, and write the evaluation rows, and the new rows of each split, into `out`/rows.
+
+    Raises:
+        UserError: see `check`, `run_of`, `check_continual` and `scoring.Subject.identity`; a hub that does not answer;
+            data that is missing; or two cells that are the same run.
+    """
+    check(settings)
+    place = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place == "cuda" and not torch.cuda.is_available():
+        raise UserError("Device 'cuda' was asked for, but there is no CUDA here: use --device cpu.")
+    facts = {
+        "cell": CELL,
+        "code": source_digest(),
+        "versions": provenance()["versions"],
+        "device": torch.cuda.get_device_name() if place == "cuda" else place,
+        "limit": settings.limit,
+    }
+    weights = {
+        name: Subject(model=name).identity()["weights"]
+        for name in (settings.model, *settings.retrained.model_dump().values())
+        if name
+    }
+    for name, content in weights.items():
+        if content == "unknown":
+            raise UserError(f"No model at {name}: no folder has this name, and the hub does not answer for it.")
+    grid: dict[tuple[str, Chain], dict[Setting, dict[int, Cell]]] = {}
+    models: dict[tuple[str, str], Cell] = {}
+    seen: dict[str, Cell] = {}
+    told = {"limit": settings.limit, "device": settings.device}
+    parts: dict[Chain, tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, int]]]] = {}
+    for chain in chains(settings):
+        stages, common, sources = [], dict(facts), []
+        known: list[Any] = []
+        for split in chain:
+            rows = evaluation_rows(settings, split)
+            trained = {name: read_rows(f"{settings.data}:{name}") for name in (split, RETAIN[split])}
+            new = [row for row in tofu_rows(split, settings.data) if row not in known]
+            if not new:
+                raise UserError(f"{split} has no row that the splits before it have not: leave it out of splits.")
+            known += new
+            content = digest(rows, new)
+            folder = out / "rows" / content
+            for part, sets in rows.items():
+                for name, own in sets.items():
+                    write_atomic(folder / part / f"{name}.json", _lines(own))
+            write_atomic(folder / "new.jsonl", _lines(new))
+            stages.append({"split": split, "rows": f"rows/{content}"})
+            about = {"split": split, "rows": digest(rows)}
+            for name, model in ((ORIGINAL, settings.model), (RETRAINED, getattr(settings.retrained, split))):
+                if model is not None:
+                    key = digest(facts, about, {"model": weights[model]})
+                    spec = {**told, "name": name, "model": model, "stages": [stages[-1]]}
+                    models[name, split] = Cell(name, (split,), None, None, spec, key)
+            common |= {split: [about, digest(trained, new)]}
+            # a first run takes TOFU's own split, a later one what it has more than the one before
+            sources.append(
+                (f"{settings.data}:{split}" if len(known) == len(new) else f"rows/{content}/new.jsonl", len(new))
+            )
+        parts[chain] = common, stages, sources
+
+    def lay(name: str, chain: Chain, setting: Setting) -> dict[int, Cell]:
+        common, stages, sources = parts[chain]
+        by: dict[int, Cell] = {}
+        for seed in settings.seeds:
+            runs = [
+                run_of(settings, name, split, seed, setting, source)
+                for split, source in zip(chain, sources, strict=True)
+            ]
+            if len(chain) > 1:
+                check_continual(name, runs[0])
+            # a preset that the settings contain already must not name the cell
+            decides = [run.model_dump(mode="json", exclude=UNKEYED | {"model", "device"}) for run in runs]
+            key = digest(common, {"model": weights[settings.model], "runs": decides})
+            ran = [{**stage, "run": run.model_dump(mode="json")} for stage, run in zip(stages, runs, strict=True)]
+            spec = {**told, "name": name, "model": settings.model, "stages": ran, "keep": settings.keep}
+            cell = Cell(name, chain, seed, setting, spec, key)
+            if key in seen:
+                raise UserError(f"Two cells are the same run: {seen[key]}, and {cell}. Leave one of them out.")
+            seen[key] = by[seed] = cell
+        return by
+
+    for chain in parts:
+        for name in settings.methods:
+            points = itertools.product(settings.rates, settings.epochs)
+            grid[name, chain] = {setting: lay(name, chain, setting) for setting in points}
+    return Plan(models, grid, lay)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

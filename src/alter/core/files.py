@@ -1,0 +1,118 @@
+"""Files that are written whole or not at all, JSON that every reader accepts, and digests of content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from alter.core.console import warn
+
+
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write `content` to `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def digest(*parts: Any) -> str:
+    """Short SHA-256 of JSON-able parts: the key under which a cached result may be reused."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null, so that any reader can open the file."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def to_json(content: Any) -> str:
+    """Dump `content` as strict JSON (no NaN), one trailing newline."""
+    return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# Digests of files ----------------------------------------------------------------------------------------------------
+
+CONTENT = (".safetensors", ".bin", ".json", ".txt", ".model", ".tiktoken", ".jinja")
+"""Endings of the files of a model's or adapter's folder that loading can read: weights, configuration, tokenizer."""
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's contents, read in pieces."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> str:
+    """Return a hash of the names and contents of a model's or adapter's files (those ending as in `CONTENT`).
+
+    Args:
+        folder: the folder; its subfolders do not count.
+        memo: a folder in which `digests.json` keeps the hash of each file by path, size, inode and the times of its
+            last change (of the contents and of the file's own entry), so that it is read once. A file changed within
+            the last two seconds is read each time, since a clock tick may hide a second change. None: no memo.
+    """
+    known: dict[str, Any] = {}
+    store = None if memo is None else memo / "digests.json"
+    if store is not None:
+        try:
+            known = dict(json.loads(store.read_text()))
+        except (OSError, ValueError, TypeError):
+            known = {}  # a memo that is missing or broken costs time, nothing else
+    parts, learned = [], {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix not in CONTENT or not path.is_file():
+            continue
+        stat = path.stat()
+        state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+        name = str(path.resolve())
+        kept = known.get(name)
+        if isinstance(kept, list) and len(kept) == 2 and kept[0] == state:
+            found = kept[1]
+        else:
+            found = file_digest(path)
+            if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000:
+                learned[name] = [state, found]
+        parts.append([path.name, found])
+    if store is not None and learned:
+        _write_quietly(store, json.dumps(known | learned))
+    return digest(parts)
+
+
+def _write_quietly(path: Path, content: str) -> None:
+    """Write a file of the cache; a cache that cannot be written is said on stderr and costs no result.
+
+    Its folder is for the user alone: results hold what a model said, and data that somebody wanted forgotten.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(path, content)
+    except OSError as error:
+        warn(f"The cache at {path.parent} cannot be written ({error.strerror}); results are not kept.")

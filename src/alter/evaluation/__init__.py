@@ -1,0 +1,1 @@
+"""Benchmarks, one file each, and how they are run, judged and kept."""

@@ -1,0 +1,416 @@
+"""A book to forget: does the model still go on with the text as it is printed? (Chen et al. 2026, its Harry Potter table.)
+
+The paper says: 200-token prefixes, greedy completion against the true text, BLEU, ROUGE-L, and ASG, the gap of both to a
+model retrained without the book. It gives no more than that; these are our readings, after FLAT (Wang et al. 2025,
+arXiv:2410.11143), whose published evaluation uses the same prefixes:
+
+* The book's tokens are cut into passages of 600, one after another: a prefix of 200 and its continuation of 400 (FLAT
+  generates up to 600 tokens, the prefix included). What is left at the end, shorter than a passage, is not used.
+* A prompt is the bare prefix after the tokenizer's own beginning token, without FLAT's "### Question:" around it; all
+  new tokens count (FLAT drops the first one), and padding is masked (FLAT's is not).
+* BLEU is sacrebleu's of each passage by itself, averaged, in points; ROUGE-L the recall with stemmer. An empty
+  completion scores 0 in both. BLEU of all passages as one corpus, which is another number, stands beside it.
+* ASG is the mean of the absolute gaps in BLEU and in ROUGE-L, in points; `signed` averages the gaps with their signs
+  first, which is what reproduces the paper's table (nine of its eleven rows) and lets opposite gaps cancel.
+
+One forward per passage gives the likelihood side, of the continuation's tokens after all the tokens before them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from alter import metrics
+from alter.core.errors import UserError, nearest
+from alter.core.files import digest, file_digest, folder_digest
+from alter.core.records import Record, read_records
+from alter.data.encoding import Encoded
+from alter.evaluation.base import Evaluation, say
+from alter.models.generation import generate
+from alter.models.loading import load_model, shipped_model
+from alter.models.scoring import Scores, score
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of a book: the tokens to start from, the tokens that follow in print, and both as text.
+
+    `prompt` begins with the tokenizer's own beginning tokens, if it has any; `prefix` leaves them out.
+    """
+
+    prompt: list[int]
+    continuation: list[int]
+    prefix: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the retrained model contributes: its BLEU and ROUGE-L in points, and its min-k AUC where there is a holdout."""
+
+    source: str
+    fingerprint: str
+    bleu: float
+    rouge: float
+    min_k_auc: float | None = None
+
+
+@dataclass
+class BookResult:
+    """Per-passage results of one model.
+
+    Attributes:
+        fingerprint: hash of the passages; results can be compared only if it is the same.
+        passages, scores, generations: of the book, one entry per passage.
+        holdout, retain: the same of texts never trained on and of texts to keep; nothing is generated for the latter.
+    """
+
+    fingerprint: str
+    passages: list[Passage]
+    scores: Scores
+    generations: list[str]
+    holdout: list[Passage] = field(default_factory=list)
+    holdout_scores: Scores | None = None
+    holdout_generations: list[str] = field(default_factory=list)
+    retain_scores: Scores | None = None
+
+    @property
+    def bleu(self) -> Array:
+        """BLEU of each passage, [n], in points."""
+        return metrics.bleu([passage.reference for passage in self.passages], self.generations)
+
+    @property
+    def rouge(self) -> Array:
+        """ROUGE-L recall of each passage, [n], in [0, 1]."""
+        return metrics.rouge_l([passage.reference for passage in self.passages], self.generations).recall
+
+    @property
+    def min_k_auc(self) -> float | None:
+        """How well min-k% tells the book from the holdout; None without a holdout."""
+        if self.holdout_scores is None:
+            return None
+        return metrics.auc(metrics.min_k(self.scores.logprob), metrics.min_k(self.holdout_scores.logprob))
+
+    def as_reference(self, source: str) -> Reference:
+        """Return what other models are compared with, if this is the result of the retrained model."""
+        return Reference(source, self.fingerprint, self.bleu.mean(), 100 * self.rouge.mean(), self.min_k_auc)
+
+
+# Passages ------------------------------------------------------------------------------------------------------------
+
+
+def read_book(path: str) -> str:
+    """Return the text of a book.
+
+    Raises:
+        UserError: there is no such file, it is not UTF-8 text, or it is empty.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        siblings = [str(Path(path).parent / p.name) for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise UserError(f"No text file at {path}; expected a book as plain text (.txt).{nearest(path, siblings)}")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; expected the text of a book.")
+    return text
+
+
+def cut(tokenizer: Any, text: str, prefix: int, continuation: int, source: str) -> list[Passage]:
+    """Cut a text into passages of `prefix` and `continuation` tokens, one after another, the rest left out.
+
+    The whole text is tokenised at once, so a cut may fall inside a word; both sides are then compared as decoded.
+
+    Raises:
+        UserError: the text is shorter than one passage.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+    start = next(i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids)
+    size = prefix + continuation
+    if len(ids) < size:
+        raise UserError(
+            f"{source} has {len(ids)} tokens, fewer than one passage of {prefix} + {continuation}: give a longer text, "
+            "or set --prefix-tokens and --continuation-tokens lower."
+        )
+    passages = []
+    for first in range(0, len(ids) - size + 1, size):
+        head, tail = ids[first : first + prefix], ids[first + prefix : first + size]
+        texts = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in (head, tail)]
+        passages.append(Passage(whole[:start] + head, tail, *texts))
+    return passages
+
+
+def fingerprint(passages: Sequence[Passage]) -> str:
+    """Return a hash of the passages as they read: the same for tokenizers that cut at the same places."""
+    return digest([[passage.prefix, passage.reference] for passage in passages])[:12]
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def _encoded(passage: Passage) -> Encoded:
+    ignored = [-100] * len(passage.prompt)
+    return Encoded(passage.prompt + passage.continuation, ignored + passage.continuation, len(ignored))
+
+
+def _open(rows: Sequence[npt.ArrayLike]) -> list[npt.NDArray[Any]]:
+    """Lengthen each row by one: two metrics leave out the last token, an answer's end, and a passage has no such token."""
+    return [np.append(row, True) for row in rows]
+
+
+def _text_digest(path: str) -> str:
+    return hashlib.sha256(read_book(path).encode()).hexdigest()[:12]
+
+
+class BookEvaluation(Evaluation):
+    """Measure how much of a book a model still knows by heart, print the table and, with --json, write the records."""
+
+    benchmark: Literal["book"] = "book"
+    """What to measure on."""
+    book: str
+    """The book to forget: a plain text file."""
+    holdout: str | None = None
+    """A text of the same kind that was never trained on: what not knowing looks like. Gives mia_min_k."""
+    retain: list[str] = Field(default_factory=list)
+    """Texts that must be kept: their perplexity and next-token accuracy."""
+    prefix_tokens: int = Field(200, ge=1)
+    """Tokens of a passage that the model is shown."""
+    continuation_tokens: int = Field(400, ge=1)
+    """Tokens after them that it is to say: longest completion, and length of the true text."""
+    signed: bool = False
+    """ASG with the signs of the gaps, which may cancel, as in the paper's table; by default of absolute gaps."""
+    retain_records: str | None = None
+    """The model retrained without the book: its result file (--json) or folder. Gives ASG."""
+
+    def title(self) -> str:
+        """Heading of the table."""
+        return f"Book {Path(self.book).stem}"
+
+    def data_digest(self) -> str:
+        """Hash of all texts and of the retrained model or its results."""
+        texts = [self.book, *([] if self.holdout is None else [self.holdout]), *self.retain]
+        digests = [_text_digest(path) for path in texts]
+        for i, found in enumerate(digests):
+            if found in digests[:i]:
+                raise UserError(
+                    f"{texts[i]} and {texts[digests.index(found)]} are the same text: book, holdout and retain must "
+                    "be different ones."
+                )
+        return digest(digests, self._reference_digest())
+
+    def _reference_digest(self) -> str | None:
+        source = self.retain_records
+        if source is None:
+            return None
+        if self._is_model(source):
+            return folder_digest(shipped_model(source))
+        self._from_records(source)
+        return file_digest(source)
+
+    def _is_model(self, source: str) -> bool:
+        return source.startswith("builtin:") or Path(source).expanduser().is_dir()
+
+    def _command(self) -> str:
+        flags = f"--book {self.book}"
+        if self.holdout is not None:
+            flags += f" --holdout {self.holdout}"
+        for name in ("prefix_tokens", "continuation_tokens", "limit", "seed"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                flags += f" --{name.replace('_', '-')} {getattr(self, name)}"
+        return f"`alter evaluate --model RETRAINED --benchmark book {flags} --json retrained.json`"
+
+    def measure(self, model: Any, tokenizer: Any) -> list[Record]:
+        """Return the figures of the table; what could not be computed is said on stderr, with the remedy."""
+        reference = None
+        if self.retain_records is not None:
+            reference = self._reference(self.retain_records)
+        result = self.result(model, tokenizer)
+        if reference is not None and reference.fingerprint != result.fingerprint:
+            raise UserError(
+                f"{reference.source} was measured on other passages of {self.book} than this run (its tokenizer, "
+                "--prefix-tokens, --continuation-tokens, --limit or --seed differ): make it again with "
+                f"{self._command()}."
+            )
+        return self._records(result, reference)
+
+    def result(self, model: Any, tokenizer: Any, *, only_book: bool = False) -> BookResult:
+        """Score and continue the passages; `only_book` leaves out what a reference does not need.
+
+        Raises:
+            UserError: a text is shorter than a passage, a passage does not fit into the model's context, or what
+                `score` and `generate` raise.
+        """
+        sets = {"book": [self.book], "holdout": [] if self.holdout is None else [self.holdout]}
+        sets["retain"] = [] if only_book else self.retain
+        cuts = {name: [p for path in paths for p in self._passages(tokenizer, path)] for name, paths in sets.items()}
+        size = max(len(passage.prompt + passage.continuation) for passage in cuts["book"])
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and size > context:
+            raise UserError(
+                f"A passage has {size} tokens ({self.prefix_tokens} + {self.continuation_tokens} and what the tokenizer "
+                f"puts before them), the model's context is {context}: set --prefix-tokens and --continuation-tokens "
+                "lower, and make the retrained model's results with the same."
+            )
+        everything = [passage for passages in cuts.values() for passage in passages]
+        scores = score(
+            model,
+            [_encoded(passage) for passage in everything],
+            pad_token_id=tokenizer.pad_token_id,
+            batch_tokens=self.batch_tokens,
+            label="book: scoring passages",
+        )
+        bounds = np.cumsum([0, *map(len, cuts.values())])
+        parts = {name: scores[slice(*bounds[i : i + 2])] for i, name in enumerate(cuts)}
+        told = cuts["book"] + ([] if only_book else cuts["holdout"])
+        said = generate(
+            model,
+            tokenizer,
+            [passage.prompt for passage in told],
+            max_new_tokens=self.continuation_tokens,
+            batch_size=self.batch_size,
+            label="book: continuing passages",
+        )
+        n = len(cuts["book"])
+        return BookResult(
+            fingerprint(cuts["book"]),
+            cuts["book"],
+            parts["book"],
+            said[:n],
+            cuts["holdout"],
+            parts["holdout"] if cuts["holdout"] else None,
+            said[n:],
+            parts["retain"] if cuts["retain"] else None,
+        )
+
+    def _passages(self, tokenizer: Any, path: str) -> list[Passage]:
+        found = cut(tokenizer, read_book(path), self.prefix_tokens, self.continuation_tokens, path)
+        if self.limit is None or self.limit >= len(found):
+            return found
+        chosen = np.random.default_rng(self.seed).choice(len(found), size=self.limit, replace=False)
+        return [found[i] for i in sorted(chosen)]
+
+    def _reference(self, source: str) -> Reference:
+        if not self._is_model(source):
+            return self._from_records(source)
+        retrained, tokenizer = load_model(source, None, self.dtype, self.device, self.quantization)
+        return self.result(retrained, tokenizer, only_book=True).as_reference(source)
+
+    def _from_records(self, source: str) -> Reference:
+        """Return the reference in a retrained model's result file.
+
+        Raises:
+            UserError: it is not of this benchmark, of several models, or of another book.
+        """
+        records = read_records(source)
+        found = {name: [r for r in records if r.metric == name] for name in ("book_bleu", "book_rouge", "mia_min_k")}
+        bleu, rouge = found["book_bleu"], found["book_rouge"]
+        if len(bleu) != 1 or len(rouge) != 1:
+            models = sorted({record.model for record in records})
+            raise UserError(
+                f"{source} holds {len(bleu)} records of book_bleu and {len(rouge)} of book_rouge; expected one each, "
+                f"of the retrained model alone (models there: {', '.join(models) or 'none'}): make it with "
+                f"{self._command()}."
+            )
+        if bleu[0].value is None or rouge[0].value is None:
+            raise UserError(f"{source} has no value of book_bleu or book_rouge: make it again with {self._command()}.")
+        if bleu[0].extra.get("text") != _text_digest(self.book):
+            raise UserError(
+                f"{source} was measured on another book ({bleu[0].extra.get('book')}), this run is on {self.book}: make "
+                f"the retrained model's results with {self._command()}."
+            )
+        aucs = [r.value for r in found["mia_min_k"] if r.extra.get("holdout_text") == self._holdout_digest()]
+        return Reference(
+            source, bleu[0].extra["fingerprint"], bleu[0].value, 100 * rouge[0].value, aucs[0] if aucs else None
+        )
+
+    def _holdout_digest(self) -> str | None:
+        return None if self.holdout is None else _text_digest(self.holdout)
+
+    def _records(self, result: BookResult, reference: Reference | None) -> list[Record]:
+        out: list[Record] = []
+        base: dict[str, Any] = {
+            "benchmark": "book",
+            "book": self.book,
+            "text": _text_digest(self.book),
+            "fingerprint": result.fingerprint,
+            "prefix_tokens": self.prefix_tokens,
+            "continuation_tokens": self.continuation_tokens,
+        }
+
+        def add(metric: str, value: float, items: Sequence[float] | Array | None = None, **extra: Any) -> None:
+            direction = metrics.CATALOGUE[metric].higher_is_better
+            n = extra.pop("n", len(result.passages))
+            per_item = None if items is None else [float(x) for x in items]
+            out.append(Record(self.subject, metric, float(value), n, "strict", direction, per_item, base | extra))
+
+        bleu, rouge = result.bleu, result.rouge
+        prefixes = [passage.prefix for passage in result.passages]
+        references = [passage.reference for passage in result.passages]
+        add("book_bleu", bleu.mean(), bleu, prefixes=prefixes, references=references, generations=result.generations)
+        add("book_corpus_bleu", metrics.corpus_bleu(references, result.generations))
+        add("book_rouge", rouge.mean(), rouge)
+        notes = []
+        if reference is None:
+            notes.append(
+                "No book_asg: it compares with a model that never read the book. Make its results once with "
+                f"{self._command()}, then add `--retain-records retrained.json`."
+            )
+        else:
+            mine, other = (bleu.mean(), 100 * rouge.mean()), (reference.bleu, reference.rouge)
+            add(
+                "book_asg_signed" if self.signed else "book_asg",
+                metrics.asg(mine, other, signed=self.signed),
+                gaps={"bleu": mine[0] - other[0], "rouge": mine[1] - other[1]},
+                reference={"source": reference.source, "bleu": other[0], "rouge": other[1]},
+            )
+        loss = metrics.average_loss(result.scores.logprob)
+        correct = _open(result.scores.correct)
+        memorized, strength = metrics.exact_memorization(correct), metrics.extraction_strength(correct)
+        add("book_perplexity", metrics.perplexity(result.scores.logprob), np.exp(loss))
+        add("book_exact_memorization", memorized.mean(), memorized)
+        add("book_extraction_strength", strength.mean(), strength)
+        add("book_distinct_2", metrics.distinct_n(result.generations, 2))
+        repeats = metrics.repetition(result.generations)
+        add("book_repetition", repeats.mean(), repeats)
+        empty = sum(not text for text in result.generations)
+        if empty:
+            notes.append(f"{empty} of {len(result.passages)} completions are empty; they count 0 in BLEU and ROUGE-L.")
+        if result.holdout_scores is not None:
+            held = [passage.reference for passage in result.holdout]
+            extra: dict[str, Any] = {"n": len(held), "holdout": self.holdout, "holdout_text": self._holdout_digest()}
+            own_bleu = metrics.bleu(held, result.holdout_generations)
+            own_rouge = metrics.rouge_l(held, result.holdout_generations).recall
+            add("holdout_bleu", own_bleu.mean(), own_bleu, **extra, generations=result.holdout_generations)
+            add("holdout_rouge", own_rouge.mean(), own_rouge, **extra)
+            lost = metrics.average_loss(result.holdout_scores.logprob)
+            add("holdout_perplexity", metrics.perplexity(result.holdout_scores.logprob), np.exp(lost), **extra)
+            auc = result.min_k_auc
+            assert auc is not None
+            add("mia_min_k", auc, **extra | {"n": len(held) + len(result.passages)})
+            if reference is not None and reference.min_k_auc is None:
+                notes.append(f"No privleak: {reference.source} has no mia_min_k with this holdout; make it again.")
+            elif reference is not None and reference.min_k_auc == 1:
+                notes.append("No privleak: the retrained model tells book and holdout apart as well (mia_min_k 1).")
+            elif reference is not None:
+                value = metrics.privleak(auc, reference.min_k_auc)
+                add("privleak", value, **extra | {"reference_auc": reference.min_k_auc})
+        if result.retain_scores is not None:
+            kept = metrics.exact_memorization(_open(result.retain_scores.correct))
+            own: dict[str, Any] = {"n": len(kept), "retain": self.retain}
+            add("retain_perplexity", metrics.perplexity(result.retain_scores.logprob), **own)
+            add("retain_accuracy", kept.mean(), kept, **own)
+        say(notes)
+        return out

@@ -1,0 +1,598 @@
+"""A language model as judge of fluency, behind any OpenAI-compatible endpoint: grades 1 to 5, with limits on the cost.
+
+Flu-mean and Flu-var of the ALTER paper (arXiv:2603.01792) are grades by GPT-4o, "average of 5 responses" on a scale of
+1 to 5. Our readings, since neither the prompt nor the definition is published: the prompt below is our own; the five
+responses are five sampled replies of the model to each prompt, graded once each (`repeats` grades one reply several
+times instead); Flu-mean is the mean and Flu-var the population variance of all grades together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+
+from alter.core.cache import cache_folder
+from alter.core.console import progress, warn
+from alter.core.errors import UserError
+from alter.core.provenance import stamped
+from alter.core.records import Record, read_records, write_records
+from alter.metrics import CATALOGUE
+from alter.reporting.terminal import table
+
+PROMPT_VERSION = 1
+"""Part of every cached verdict's key: raise it with any change of the two texts below."""
+SYSTEM = (
+    "You grade the fluency of a text. Ignore whether it is true or answers the question. "
+    "1 = unreadable or repetitive noise; 2 = mostly broken; 3 = understandable with clear errors; "
+    "4 = good with small slips; 5 = natural and coherent. Reply with one digit."
+)
+USER = "Question: {prompt}\nResponse: {reply}"
+EMPTY_GRADE = 1
+"""An empty reply is the scale's "unreadable": it gets this grade without a call."""
+BACKOFF = 1.0
+"""Seconds before the first new attempt where the endpoint does not say; doubled each time."""
+LONGEST_WAIT = 120.0
+"""An endpoint that asks to wait longer than this is given up for now."""
+REFUSED_AT_ONCE = 5
+"""So many requests refused as bad before any verdict: the settings are wrong, not the texts."""
+
+Pair = tuple[str, str]
+
+
+class Judge(BaseModel):
+    """Which judge grades the replies, how hard it is tried, and what it may cost."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    url: str | None = None
+    """OpenAI-compatible endpoint, https://api.openai.com/v1 for instance; /v1 is added to a bare host. None: no judge."""
+    model: str | None = None
+    """Name of the judge at that endpoint."""
+    key_variable: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the API key; None for an endpoint without keys."""
+    repeats: int = Field(1, ge=1)
+    """Verdicts asked for each reply."""
+    temperature: float | None = Field(0.0, ge=0)
+    """Of the judge; None leaves it out of the request, for models that refuse it."""
+    reply_tokens: int = Field(8, ge=1)
+    """Longest verdict."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds that one attempt may take."""
+    retries: int = Field(5, ge=0)
+    """New attempts after 429, 5xx, a time-out or a lost connection."""
+    concurrency: int = Field(4, ge=1)
+    """Requests under way at a time."""
+    max_tokens: int | None = Field(2_000_000, ge=1)
+    """Most tokens, in and out together, that one run may use; None: no limit."""
+    max_cost: float | None = Field(None, gt=0)
+    """Most money that one run may cost, in the currency of the prices; needs both."""
+    price_in: float | None = Field(None, ge=0)
+    """Price of a million tokens sent."""
+    price_out: float | None = Field(None, ge=0)
+    """Price of a million tokens received."""
+    cache: str | None = None
+    """SQLite file of verdicts, which are never paid twice; by default judge.sqlite in ALTER_CACHE or ~/.cache/alter."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a judge."""
+        return self.url is not None
+
+    def check(self) -> None:
+        """Find mistakes in the settings, before anything is loaded or sent.
+
+        Raises:
+            UserError: no model, not a URL, no key in the environment, no prices for a limit, or no `openai` library.
+        """
+        if self.url is None:
+            if self.model is not None:
+                raise UserError(f"--judge.model {self.model!r} needs --judge.url, where that model answers.")
+            return
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"--judge.url is {self.url!r}; expected http:// or https:// and a host.")
+        if parts.username or parts.password or parts.query:
+            raise UserError(
+                "--judge.url holds a user, a password or a query, which would end up in records; "
+                "put the key into an environment variable and name it with --judge.key-variable."
+            )
+        if not self.model:
+            raise UserError("--judge.url needs --judge.model, the name of the judge at that endpoint.")
+        if self.key_variable is not None and not os.environ.get(self.key_variable):
+            raise UserError(
+                f"The environment variable {self.key_variable} holds no API key: export it, name another with "
+                "--judge.key-variable, or --judge.key-variable None for an endpoint without keys."
+            )
+        if self.max_cost is not None and (self.price_in is None or self.price_out is None):
+            raise UserError("--judge.max-cost needs --judge.price-in and --judge.price-out, per million tokens.")
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise UserError('A judge needs the openai library: pip install "alter-unlearning[judge]".') from None
+
+    @property
+    def base_url(self) -> str:
+        """The endpoint as the library takes it."""
+        assert self.url is not None
+        return self.url.rstrip("/") + ("" if urlsplit(self.url).path.strip("/") else "/v1")
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
+        """Return what so many tokens cost, or None without prices."""
+        if self.price_in is None or self.price_out is None:
+            return None
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
+    def within(self, tokens_in: int, tokens_out: int) -> bool:
+        """Whether so many tokens are within both limits."""
+        cost = self.cost(tokens_in, tokens_out)
+        return (self.max_tokens is None or tokens_in + tokens_out <= self.max_tokens) and (
+            self.max_cost is None or cost is None or cost <= self.max_cost
+        )
+
+
+# One verdict ---------------------------------------------------------------------------------------------------------
+
+
+def messages(prompt: str, reply: str) -> list[dict[str, str]]:
+    """Return what the judge is sent."""
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": USER.format(prompt=prompt, reply=reply)},
+    ]
+
+
+def grade(verdict: str | None) -> int | None:
+    """Return the grade that a verdict holds, or None if it holds none or several.
+
+    All numbers of the verdict must be one whole number from 1 to 5, apart from the scale in "4/5" or "4 out of 5":
+    "4", "Grade: 4.", "4/5" are grades; "4.5", "10", "between 3 and 4" and "fine" are none.
+    """
+    text = re.sub(r"(?<=\d)\s*(/|out of)\s*5\b", "", verdict or "")
+    numbers = set(re.findall(r"-?\d+(?:[.,]\d+)*", text))
+    return int(numbers.pop()) if len(numbers) == 1 and numbers <= set("12345") else None
+
+
+def estimate(prompt: str, reply: str) -> int:
+    """Return about how many tokens a request has: one for three bytes, and 16 around the messages.
+
+    English has a token for every four bytes or so: this errs on the dear side, except for noise.
+    """
+    return -(-len((SYSTEM + USER.format(prompt=prompt, reply=reply)).encode()) // 3) + 16
+
+
+def bound(prompt: str, reply: str) -> int:
+    """Return the most tokens that a request can have: one for each byte, and 16 around the messages."""
+    return len((SYSTEM + USER.format(prompt=prompt, reply=reply)).encode()) + 16
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came back for one reply: the judge's words and their grade (None: unparsed), or why there is nothing.
+
+    `tokens_in` and `tokens_out` are what the endpoint reported, or estimates if it reported nothing (`counted`).
+    """
+
+    text: str | None
+    grade: int | None
+    tokens_in: int
+    tokens_out: int
+    counted: bool = True
+    refused: str | None = None
+
+
+class _Down(Exception):
+    """The endpoint cannot be used now or with these settings; the message says why."""
+
+
+def _pause(error: Any, attempt: int) -> float:
+    """Seconds to wait before another attempt: as the endpoint says (Retry-After), else doubled each time."""
+    response = getattr(error, "response", None)
+    said = response.headers.get("retry-after") if response is not None else None
+    if said:
+        try:
+            return max(0.0, float(said))
+        except ValueError:
+            try:
+                return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+            except ValueError:
+                pass
+    return BACKOFF * 2**attempt
+
+
+def _said(error: Any) -> str:
+    """The endpoint's own words, one short line."""
+    return " ".join(str(getattr(error, "message", error)).split())[:300]
+
+
+def _ask(client: Any, judge: Judge, prompt: str, reply: str, stop: threading.Event) -> Verdict:
+    """One verdict, with new attempts where they can help.
+
+    Raises:
+        _Down: wrong key, unknown model or address, no money left, or still no answer after all attempts.
+    """
+    import openai
+
+    request: dict[str, Any] = {"model": judge.model, "messages": messages(prompt, reply)}
+    request["max_tokens"] = judge.reply_tokens
+    if judge.temperature is not None:
+        request["temperature"] = judge.temperature
+    # an attempt that ran out of time may be on the bill all the same
+    lost = 0
+    for attempt in range(judge.retries + 1):
+        try:
+            answer = client.chat.completions.create(**request)
+            text = answer.choices[0].message.content if answer.choices else None
+            used = answer.usage
+            if used is None:
+                return Verdict(text, grade(text), estimate(prompt, reply) + lost, judge.reply_tokens, counted=False)
+            return Verdict(text, grade(text), used.prompt_tokens + lost, used.completion_tokens, counted=not lost)
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            where = f"in {judge.key_variable}" if judge.key_variable else "(none was sent)"
+            raise _Down(f"it refuses the API key {where}: {_said(error)}") from None
+        except openai.NotFoundError as error:
+            raise _Down(f"it knows no model {judge.model!r}, or the address is wrong: {_said(error)}") from None
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            return Verdict(None, None, lost, 0, refused=_said(error))
+        except (
+            openai.RateLimitError,
+            openai.APITimeoutError,
+            openai.APIConnectionError,
+            openai.APIStatusError,
+        ) as error:
+            status = getattr(error, "status_code", None)
+            if isinstance(error, openai.RateLimitError) and error.code == "insufficient_quota":
+                raise _Down(f"the account has no money left: {_said(error)}") from None
+            if status is not None and status not in (408, 409, 429) and status < 500:
+                raise _Down(f"it answers {status}: {_said(error)}") from None
+            if isinstance(error, openai.APITimeoutError):
+                lost += estimate(prompt, reply)
+                said = f"no answer within {judge.timeout:g} s"
+            else:
+                said = f"{status}: {_said(error)}" if status is not None else f"no connection ({_said(error)})"
+            seconds = _pause(error, attempt)
+            if attempt == judge.retries:
+                raise _Down(f"{said}, after {attempt + 1} attempts") from None
+            if seconds > LONGEST_WAIT:
+                raise _Down(f"{said}; it asks to wait {seconds:.0f} s") from None
+            if stop.wait(seconds):
+                raise _Down("interrupted") from None
+        except openai.APIError as error:
+            raise _Down(f"it does not answer as an OpenAI-compatible endpoint does: {_said(error)}") from None
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise _Down(f"it does not answer as an OpenAI-compatible endpoint does ({error})") from None
+    raise AssertionError("every attempt returns or raises")
+
+
+# The cache -----------------------------------------------------------------------------------------------------------
+
+
+def _key(judge: Judge, prompt: str, reply: str, repeat: int) -> str:
+    """Everything that a verdict depends on; texts enter only as this hash, so the cache holds nothing forgotten."""
+    parts = [PROMPT_VERSION, judge.base_url, judge.model, judge.temperature, judge.reply_tokens, prompt, reply, repeat]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@contextmanager
+def _verdicts(judge: Judge) -> Iterator[sqlite3.Connection]:
+    """Open the cache of verdicts: a row is there or not, whenever the process ends."""
+    folder = cache_folder()
+    path = Path(judge.cache).expanduser() if judge.cache else None if folder is None else folder / "judge.sqlite"
+    try:
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise sqlite3.OperationalError(str(error)) from None
+        with closing(sqlite3.connect(":memory:" if path is None else path, timeout=30)) as connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, text TEXT, tokens_in INT, tokens_out INT)"
+            )
+            yield connection
+    except sqlite3.Error as error:
+        raise UserError(f"Cannot use {path} as the cache of verdicts: {error}. Give another --judge.cache.") from None
+
+
+# All verdicts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Grades:
+    """What the judge said of n replies, and what it took.
+
+    Attributes:
+        grades: [n, repeats]; NaN where there is none.
+        empty: replies graded `EMPTY_GRADE` without a call.
+        unparsed: verdicts without a grade, `examples` the first of them.
+        refused: requests that the endpoint refused as bad (a content filter, for instance), `reasons` the first.
+        missing: verdicts not asked for or not received because the run stopped; `stopped` says why.
+        calls, cached: verdicts received now, and taken from the cache.
+        tokens_in, tokens_out: used now; `counted` is False if a part had to be estimated.
+        cost: of them, None without prices.
+    """
+
+    grades: npt.NDArray[np.float64]
+    empty: int = 0
+    unparsed: int = 0
+    refused: int = 0
+    missing: int = 0
+    calls: int = 0
+    cached: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    counted: bool = True
+    cost: float | None = None
+    stopped: str | None = None
+    examples: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def note(self) -> list[str]:
+        """Return what a reader must know besides the numbers, in full sentences."""
+        notes = []
+        if self.stopped is not None:
+            notes.append(
+                f"Judging stopped: {self.stopped}. {self.missing} verdicts are missing; those received are kept."
+            )
+        if self.unparsed:
+            shown = ", ".join(map(repr, self.examples))
+            notes.append(f"{self.unparsed} verdicts were no grade from 1 to 5 and do not count: {shown}.")
+        if self.refused:
+            notes.append(f"The judge refused {self.refused} replies, which do not count: {'; '.join(self.reasons)}.")
+        if not self.counted:
+            notes.append("The endpoint did not report all tokens: their number and cost are partly estimates.")
+        return notes
+
+
+def judge_replies(judge: Judge, pairs: Sequence[Pair]) -> Grades:
+    """Have each (prompt, reply) graded, `judge.repeats` times; equal pairs are asked once.
+
+    Verdicts are written to the cache as they come in: whatever ends the run, what was received is not asked again. An
+    empty reply gets `EMPTY_GRADE` without a call. A run that reaches a limit, or whose endpoint fails, stops and returns
+    what there is, with the reason in `stopped`. Limits count this run's requests; one is sent only if even its
+    largest possible size (`bound`) is within them, so they are not exceeded.
+
+    Raises:
+        UserError: settings (see `Judge.check`); the estimate of the calls to make exceeds a limit (nothing is sent); or
+            there is not a single verdict because of the endpoint: wrong key, unknown model, not reachable.
+    """
+    judge.check()
+    result = Grades(np.full((len(pairs), judge.repeats), np.nan))
+    waiting: dict[str, list[tuple[int, int]]] = {}
+    for i, (prompt, reply) in enumerate(pairs):
+        if not reply.strip():
+            result.grades[i] = EMPTY_GRADE
+            result.empty += 1
+            continue
+        for repeat in range(judge.repeats):
+            waiting.setdefault(_key(judge, prompt, reply, repeat), []).append((i, repeat))
+
+    def settle(key: str, text: str | None) -> None:
+        found = grade(text)
+        for place in waiting[key]:
+            if found is None:
+                result.unparsed += 1
+                if len(result.examples) < 3:
+                    result.examples.append((text or "")[:60])
+            else:
+                result.grades[place] = found
+
+    with _verdicts(judge) as cache:
+        known = {}
+        for key in waiting:
+            row = cache.execute("SELECT text FROM verdicts WHERE key = ?", (key,)).fetchone()
+            if row is not None:
+                known[key] = row[0]
+        for key, text in known.items():
+            settle(key, text)
+            result.cached += len(waiting[key])
+        asked = [(key, *pairs[places[0][0]]) for key, places in waiting.items() if key not in known]
+        if asked:
+            _check_estimate(judge, asked)
+            _ask_all(judge, asked, cache, settle, waiting, result)
+    result.cost = judge.cost(result.tokens_in, result.tokens_out)
+    return result
+
+
+def _check_estimate(judge: Judge, asked: Sequence[tuple[str, str, str]]) -> None:
+    tokens_in, tokens_out = sum(estimate(p, r) for _, p, r in asked), judge.reply_tokens * len(asked)
+    if judge.within(tokens_in, tokens_out):
+        return
+    cost = judge.cost(tokens_in, tokens_out)
+    price = "" if cost is None else f", {cost:.4g} in money"
+    limits = {"--judge.max-tokens": judge.max_tokens, "--judge.max-cost": judge.max_cost}
+    told = ", ".join(f"{name} {value:g}" for name, value in limits.items() if value is not None)
+    raise UserError(
+        f"{len(asked)} verdicts would take about {tokens_in + tokens_out} tokens{price}, above the limit ({told}): "
+        "nothing was sent. Raise the limit, or grade fewer replies."
+    )
+
+
+def _ask_all(
+    judge: Judge,
+    asked: Sequence[tuple[str, str, str]],
+    cache: sqlite3.Connection,
+    settle: Any,
+    waiting: dict[str, list[tuple[int, int]]],
+    result: Grades,
+) -> None:
+    """Send the requests, `judge.concurrency` at a time, and keep each verdict as it comes in."""
+    import openai
+
+    stop = threading.Event()
+    under_way: dict[Future[Verdict], tuple[str, int]] = {}
+    queue = list(reversed(asked))
+    failed: str | None = None
+    client = openai.OpenAI(
+        base_url=judge.base_url,
+        api_key=os.environ[judge.key_variable] if judge.key_variable else "none",
+        timeout=judge.timeout,
+        max_retries=0,
+    )
+
+    def fits(prompt: str, reply: str) -> bool:
+        reserved = sum(tokens for _, tokens in under_way.values())
+        requests = len(under_way) + 1
+        return judge.within(
+            result.tokens_in + reserved + bound(prompt, reply), result.tokens_out + requests * judge.reply_tokens
+        )
+
+    def take() -> Iterator[str]:
+        """Wait for a verdict, or several, and keep them; yields each key that is done."""
+        nonlocal failed
+        done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+        for future in done:
+            key, _ = under_way.pop(future)
+            try:
+                verdict = future.result()
+            except _Down as error:
+                failed = failed or str(error)
+                stop.set()
+                continue
+            result.tokens_in += verdict.tokens_in
+            result.tokens_out += verdict.tokens_out
+            result.counted &= verdict.counted
+            if verdict.refused is not None:
+                result.refused += len(waiting[key])
+                if len(result.reasons) < 3:
+                    result.reasons.append(verdict.refused)
+                if result.calls == 0 and result.refused >= REFUSED_AT_ONCE:
+                    failed = failed or f"it refuses every request: {verdict.refused}"
+                    stop.set()
+            else:
+                result.calls += 1
+                row = (key, verdict.text, verdict.tokens_in, verdict.tokens_out)
+                with cache:
+                    cache.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
+                settle(key, verdict.text)
+            yield key
+
+    def run(pool: ThreadPoolExecutor) -> Iterator[str]:
+        while (queue or under_way) and failed is None:
+            while queue and len(under_way) < judge.concurrency and fits(*queue[-1][1:]):
+                key, prompt, reply = queue.pop()
+                future = pool.submit(_ask, client, judge, prompt, reply, stop)
+                under_way[future] = (key, bound(prompt, reply))
+            if not under_way:
+                result.stopped = "the limit on tokens or cost is reached (--judge.max-tokens, --judge.max-cost)"
+                return
+            yield from take()
+
+    with client, ThreadPoolExecutor(judge.concurrency) as pool:
+        try:
+            for _ in progress(run(pool), total=len(asked), label="judging"):
+                pass
+        finally:
+            # however it ends, what is under way is paid for: keep it; but nobody waits for new attempts
+            stop.set()
+            while under_way:
+                list(take())
+    if failed is not None:
+        result.stopped = f"{judge.base_url}: {failed}"
+        if result.calls == 0 and result.cached == 0:
+            raise UserError(f"The judge at {judge.base_url} cannot be used: {failed}.")
+    result.missing = sum(map(len, waiting.values())) - result.unparsed - result.refused
+    result.missing -= int(np.isfinite(result.grades).sum()) - result.empty * judge.repeats
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+def judge_records(name: str, judge: Judge, result: Grades, extra: dict[str, Any]) -> list[Record]:
+    """Return Flu-mean, Flu-var (population variance) of all grades, and the share of verdicts that were none.
+
+    No grade at all: the figures have no value. `per_item` is the mean grade of each reply.
+    """
+    found = result.grades[np.isfinite(result.grades)]
+    rows = [float(row[np.isfinite(row)].mean()) if np.isfinite(row).any() else float("nan") for row in result.grades]
+    verdicts = result.unparsed + len(found) - result.empty * judge.repeats
+    told = extra | {
+        "judge": judge.model,
+        "judge_url": judge.base_url,
+        "judge_prompt_version": PROMPT_VERSION,
+        "repeats": judge.repeats,
+        "counts": {str(k): int((found == k).sum()) for k in range(1, 6)},
+        "empty": result.empty,
+        "unparsed": result.unparsed,
+        "refused": result.refused,
+        "missing": result.missing,
+        "stopped": result.stopped,
+        "calls": result.calls,
+        "cached": result.cached,
+        "tokens_in": result.tokens_in,
+        "tokens_out": result.tokens_out,
+        "tokens_counted": result.counted,
+        "cost": result.cost,
+    }
+
+    def figure(metric: str, value: float | None, n: int, per_item: list[float] | None = None) -> Record:
+        return Record(name, metric, value, n, "strict", CATALOGUE[metric].higher_is_better, per_item, told)
+
+    n = len(found)
+    return [
+        figure("fluency_judge_mean", float(found.mean()) if n else None, n, rows),
+        figure("fluency_judge_variance", float(found.var()) if n else None, n),
+        figure("fluency_judge_unparsed", result.unparsed / verdicts if verdicts else None, verdicts),
+    ]
+
+
+class JudgeFile(BaseModel):
+    """Grade the replies that an evaluation has saved (`alter evaluate --json`), now or once more."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    file: str
+    """Records with generations in them, as --json writes them; TOFU's and fluency's have them."""
+    metric: str | None = None
+    """Metric whose record holds the replies to grade, where the file has several."""
+    judge: Judge = Field(default_factory=Judge)
+    """Who grades, and what it may cost."""
+    json_path: str | None = None
+    """File for the records of the grades."""
+
+
+def judge_file(settings: JudgeFile) -> list[Record]:
+    """Run `alter judge`: grade saved replies, print the table, write the records.
+
+    Raises:
+        UserError: no judge, no generations in the file, several metrics with some, or what `judge_replies` raises.
+    """
+    if not settings.judge.wanted:
+        raise UserError("Give the judge: --judge.url https://... --judge.model NAME.")
+    settings.judge.check()
+    found = {r.metric: r for r in read_records(settings.file) if {"questions", "generations"} <= set(r.extra)}
+    chosen = settings.metric or next(iter(found), "")
+    if chosen not in found or (settings.metric is None and len(found) > 1):
+        raise UserError(
+            f"{settings.file} has replies under {', '.join(found) or 'no metric'}; "
+            + ("say which with --metric." if found else "evaluate with --json, for example --benchmark fluency.")
+        )
+    record = found[chosen]
+    pairs = list(zip(record.extra["questions"], record.extra["generations"], strict=True))
+    result = judge_replies(settings.judge, pairs)
+    for note in result.note():
+        warn(note)
+    told = {"source": settings.file, "source_metric": chosen}
+    graded = stamped(
+        judge_records(record.model, settings.judge, result, told), settings=settings.model_dump(mode="json")
+    )
+    Console().print(table({record.model: graded}, f"Fluency of {settings.file} ({chosen}), by {settings.judge.model}"))
+    if settings.json_path is not None:
+        write_records(settings.json_path, graded)
+    return graded

@@ -1,0 +1,607 @@
+"""MUSE (Shi et al. 2024, arXiv:2407.06460), on News and Books: six criteria, by the protocol of its authors' code.
+
+| criterion             | figure           | rows                     | how it is measured                                    |
+|-----------------------|------------------|--------------------------|-------------------------------------------------------|
+| C1 verbatim           | `verbmem`        | verbmem/forget           | ROUGE-L F1 of 128 greedy tokens after the prompt      |
+| C2 knowledge          | `knowmem_forget` | knowmem/forget_qa (_icl) | ROUGE-L F1 of a reply of at most 32 tokens, few shots |
+| C3 privacy            | `privleak`       | privleak/forget, holdout | AUC of Min-40 %, against the retrained model's        |
+| C4 utility            | `knowmem_retain` | knowmem/retain_qa (_icl) | as C2                                                 |
+| C5 scal., C6 sustain. | all of them      | the same                 | of models that forgot more and more: `muse_curve`     |
+
+ROUGE is a share of 1 here (MUSE prints percent) and has no stemmer; a reply that says nothing scores 0. The reference
+of VerbMem is what the first 128 tokens of the true text say, special tokens of the tokenizer counted.
+
+PrivLeak's sign: MUSE labels the holdout as members and takes high loss for unseen, so its AUC is 1 minus ours
+(`metrics.auc`: 1, forgotten rows are still known). PrivLeak is the same number: (AUC_u - AUC_r) / AUC_r in percent with
+MUSE's AUC is `metrics.privleak` with ours. -100 is no forgetting, positive is over-forgetting. Min-40 % is over all
+tokens of the raw text but the first, which nothing predicts.
+
+Layout of the data: configurations and splits as on the hub (`muse-bench/MUSE-News`, `muse-bench/MUSE-Books`); locally
+FOLDER/CONFIGURATION/SPLIT.json, .jsonl or .parquet (see `alter.data.sources.muse_rows`), which is also what MUSE's own code
+reads. Columns: `prompt`, `gt` (verbmem), `question`, `answer` (knowmem), `text` (privleak).
+
+Long texts: MUSE cuts nothing, so a prompt or a text that exceeds the model's context is refused. `max_length` cuts the
+texts of PrivLeak, and only them, to their first tokens; how many were cut is in the record.
+
+`mode="compat"` is OpenUnlearning (Dorna et al. 2025), with its template for MUSE's Llama-2-7b. The differences, all:
+
+| | strict (MUSE) | compat (OpenUnlearning) |
+|---|---|---|
+| ROUGE                    | without stemmer         | Porter stemmer                                              |
+| reference of VerbMem     | first 128 tokens        | up to 2048 tokens                                           |
+| few-shot prompt + answer | any length              | at most 512 tokens; it cuts the rest, we refuse to          |
+| texts of PrivLeak        | whole                   | first 2048 tokens                                           |
+| Min-40 %                 | all tokens              | without the last, as if it were an end token                |
+| without reference        | PrivLeak is refused     | AUC of 0.5 is taken, which is said; 1e-10 in the denominator|
+| pad tokens               | masked by length        | every token equal to the pad token is hidden                |
+
+Both of them load models in 8 bit or bf16 by default; here it is `dtype`. Replies are decoded without the clean-up of
+spaces that both ask for (transformers no longer does it for BPE): it changes ROUGE's words in a detached "n't" only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+from rich.console import Console
+
+from alter import metrics
+from alter.core.cache import cache_folder
+from alter.core.errors import UserError, nearest
+from alter.core.files import digest
+from alter.core.provenance import stamped
+from alter.core.records import Record, read_records, write_records
+from alter.data.encoding import Encoded, ensure_pad_token
+from alter.data.sources import MUSE_HUB, muse_rows
+from alter.evaluation.base import Evaluation, say
+from alter.models.generation import check_prompts, generate
+from alter.models.loading import Subject
+from alter.models.scoring import check_rows, score
+from alter.reporting.terminal import table
+
+Row = dict[str, Any]
+Criterion = Literal["verbmem", "knowmem_forget", "privleak", "knowmem_retain"]
+SPLITS: dict[Criterion, tuple[str, ...]] = {
+    "verbmem": ("verbmem/forget",),
+    "knowmem_forget": ("knowmem/forget_qa", "knowmem/forget_qa_icl"),
+    "privleak": ("privleak/forget", "privleak/holdout"),
+    "knowmem_retain": ("knowmem/retain_qa", "knowmem/retain_qa_icl"),
+}
+"""Which splits a criterion reads; of the questions, those asked come first and the shots second."""
+COLUMNS = {"verbmem": ("prompt", "gt"), "knowmem": ("question", "answer"), "privleak": ("text",)}
+VERBMEM_TOKENS = 128
+KNOWMEM_TOKENS = 32
+STOPS = ("\n\n", "\nQuestion", "Question:")
+"""A reply to a question ends before the first of these."""
+COMPAT_TEXT = 2048
+"""OpenUnlearning's longest text, VerbMem's reference included, in tokens."""
+COMPAT_QUESTION = 512
+"""OpenUnlearning's longest few-shot prompt with its answer, in tokens."""
+PUBLISHED_AUC = {"news": 1 - 0.4772, "books": 1 - 0.5393}
+"""Min-40 % AUC of MUSE's own retrained Llama-2-7b models, as its code has them (there 1 minus this)."""
+
+
+# Prompts and replies -------------------------------------------------------------------------------------------------
+
+
+def few_shot_prompt(question: str, shots: Sequence[Row]) -> str:
+    r"""Return MUSE's prompt: "Question: ...\nAnswer: ...\n\n" for each shot, then the question and "Answer: "."""
+    head = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
+    return f"{head}Question: {question}\nAnswer: "
+
+
+def cut_reply(reply: str, stops: Iterable[str] = STOPS) -> str:
+    """Return what stands before the first stop string; a reply that begins with one says nothing."""
+    for stop in stops:
+        reply = reply.split(stop)[0]
+    return reply
+
+
+class _Reader:
+    """A tokenizer whose decoded replies are cut: before `generate` strips them, which would hide a leading stop."""
+
+    def __init__(self, tokenizer: Any, stops: Iterable[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids: Any, **settings: Any) -> str:
+        return cut_reply(self._tokenizer.decode(ids, **settings), self._stops)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+
+
+def _open_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a prompt; some tokenizers close every text, but one that is continued must stay open."""
+    ids = _ids(tokenizer, text)
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _continuation(tokenizer: Any, row: Row, compat: bool) -> str:
+    """Return the text that VerbMem compares with: the beginning of the true continuation."""
+    if not compat:
+        return str(tokenizer.decode(_ids(tokenizer, row["gt"])[:VERBMEM_TOKENS], skip_special_tokens=True)).strip()
+    start = len(_ids(tokenizer, row["prompt"]))
+    ids = _ids(tokenizer, f"{row['prompt']} {row['gt']}")[start : start + COMPAT_TEXT]
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _encode_text(tokenizer: Any, text: str, max_length: int | None) -> Encoded:
+    """Return a raw text, all of it labelled but the first token; cut to its first `max_length` tokens, BOS aside."""
+    ids = _ids(tokenizer, text)
+    if max_length is not None:
+        ids = ids[: len(_ids(tokenizer, "")) + max_length]
+    return Encoded(ids, [-100, *ids[1:]], 1)
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    """Return `limit` rows drawn by `seed`, in order, or all of them."""
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = np.random.default_rng(seed).choice(len(rows), size=limit, replace=False)
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _checked(split: str, data: str) -> list[Row]:
+    """Return the rows of a split, with the columns that are needed and only those."""
+    columns = COLUMNS[split.partition("/")[0]]
+    rows = muse_rows(split, data)
+    for i, row in enumerate(rows):
+        for column in columns:
+            value = row.get(column)
+            if not isinstance(value, str) or not value.strip():
+                got = (
+                    "no" if value is None else "an empty" if isinstance(value, str) else f"a {type(value).__name__} as"
+                )
+                raise UserError(
+                    f"Row {i} of {split} in {data} has {got} {column!r}; it has {', '.join(map(str, row))}. "
+                    f"MUSE's {split.partition('/')[0]} rows have {' and '.join(columns)}, each a text."
+                )
+    return [{column: row[column] for column in columns} for row in rows]
+
+
+def _fingerprint(*sets: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps(sets, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# The retrained model -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the retrained model contributes: its Min-40 % AUC (ours: 1 if forgotten rows are known), and from where."""
+
+    source: str
+    auc: float
+
+
+# The benchmark -------------------------------------------------------------------------------------------------------
+
+
+class MuseEvaluation(Evaluation):
+    """Measure a model on MUSE: verbatim and knowledge memorisation, privacy leakage, utility."""
+
+    benchmark: Literal["muse"] = "muse"
+    """What to measure on."""
+    corpus: Literal["news", "books"]
+    """Which of MUSE's corpora; it says what is loaded from the hub and how records are labelled."""
+    data: str | None = None
+    """MUSE's rows: a folder of its layout (CONFIGURATION/SPLIT.json, ...) or a hub id; by default the corpus's own."""
+    mode: Literal["strict", "compat"] = "strict"
+    """MUSE's own protocol, or OpenUnlearning's of the same benchmark, to compare with its numbers."""
+    criteria: list[Criterion] = Field(default_factory=lambda: list(SPLITS), min_length=1)
+    """What to measure; all four by default."""
+    retain_records: str | None = None
+    """The model retrained without the forgotten texts: its result file (--json), its folder, or "published". Gives
+    PrivLeak; "published" is the AUC in MUSE's code, for its own data and Llama-2-7b."""
+    max_length: int | None = Field(None, ge=2)
+    """Cut the texts of PrivLeak to this many tokens; by default whole, in compat mode 2048."""
+
+    @property
+    def source(self) -> str:
+        """Where the rows come from."""
+        return self.data or MUSE_HUB[self.corpus]
+
+    @property
+    def compat(self) -> bool:
+        """Whether OpenUnlearning's numbers are wanted."""
+        return self.mode == "compat"
+
+    @property
+    def text_length(self) -> int | None:
+        """How many tokens of a text of PrivLeak count; None: all."""
+        return COMPAT_TEXT if self.compat and self.max_length is None else self.max_length
+
+    def title(self) -> str:
+        """Heading of the table."""
+        return f"MUSE {self.corpus}" + ("" if self.data is None else f" ({self.data})")
+
+    def rows(self) -> dict[str, list[Row]]:
+        """Return the rows of every split that the chosen criteria read; a limit leaves the shots as they are.
+
+        Raises:
+            UserError: a split is missing, empty or has other columns.
+        """
+        splits = [split for criterion in SPLITS if criterion in self.criteria for split in SPLITS[criterion]]
+        found = {split: _checked(split, self.source) for split in splits}
+        return {k: v if k.endswith("_icl") else _sample(v, self.limit, self.seed) for k, v in found.items()}
+
+    def data_digest(self) -> str | None:
+        """Hash of all rows and of the reference: the AUC that a file holds, or a model's weights."""
+        found = self.rows()
+        source = self.retain_records
+        reference: Any = None
+        if source is not None and "privleak" in self.criteria:
+            if self._is_model(source):
+                reference = Subject(model=source).identity(cache_folder(self.cache))["weights"]
+                if reference == "unknown":
+                    return None
+            else:
+                known = self._reference(found)
+                reference = None if known is None else known.auc
+        return digest({split: _fingerprint(part) for split, part in found.items()}, reference)
+
+    def measure(self, model: Any, tokenizer: Any) -> list[Record]:
+        """Return MUSE's figures; what could not be computed is said on stderr, with the remedy.
+
+        Raises:
+            UserError: data or a reference that do not fit, or a prompt or text that exceeds the model's context:
+                all of this before anything is generated.
+        """
+        rows = self.rows()
+        reference = None if self._is_model(self.retain_records) else self._reference(rows)
+        ensure_pad_token(tokenizer)
+        prompts = self._prompts(tokenizer, rows)
+        for criterion, ids in prompts.items():
+            new = VERBMEM_TOKENS if criterion == "verbmem" else KNOWMEM_TOKENS
+            check_prompts(
+                model, ids, new, [f"The prompt of {SPLITS[criterion][0]}, row {i}," for i in range(len(ids))]
+            )
+        texts = self._texts(tokenizer, rows)
+        check_rows(model, [row for part in texts.values() for row in part], self._text_names(texts))
+        if self.limit is not None:
+            say([f"A quick look at {self.limit} rows of each set: not comparable with published figures."])
+        records: list[Record] = []
+        for criterion in SPLITS:
+            if criterion in prompts:
+                records.append(self._completions(model, tokenizer, criterion, prompts[criterion], rows))
+            elif criterion == "privleak" and texts:
+                records += self._privacy(model, tokenizer, texts, rows, reference)
+        return records
+
+    def _record(self, metric: str, value: float, n: int, items: Any = None, **extra: Any) -> Record:
+        per_item = None if items is None else [float(x) for x in items]
+        base = {"benchmark": "muse", "corpus": self.corpus, "data": self.source}
+        direction = metrics.CATALOGUE[metric].higher_is_better
+        return Record(self.subject, metric, float(value), n, self.mode, direction, per_item, base | extra)
+
+    # C1, C2, C4
+
+    def _prompts(self, tokenizer: Any, rows: dict[str, list[Row]]) -> dict[Criterion, list[list[int]]]:
+        """Return the token ids of every prompt, by criterion."""
+        prompts: dict[Criterion, list[list[int]]] = {}
+        for criterion, splits in SPLITS.items():
+            if criterion not in self.criteria or criterion == "privleak":
+                continue
+            asked = rows[splits[0]]
+            if criterion == "verbmem":
+                texts = [row["prompt"] for row in asked]
+            else:
+                texts = [few_shot_prompt(row["question"], rows[splits[1]]) for row in asked]
+                for i, (text, row) in enumerate(zip(texts, asked, strict=True)):
+                    length = len(_ids(tokenizer, text + row["answer"])) if self.compat else 0
+                    if length > COMPAT_QUESTION:
+                        raise UserError(
+                            f"Row {i} of {splits[0]} has {length} tokens with its shots and its answer: OpenUnlearning "
+                            f"would cut it after {COMPAT_QUESTION}, and the question or the answer with it. Use "
+                            "--mode strict, or fewer shots."
+                        )
+            prompts[criterion] = [_open_ids(tokenizer, text) for text in texts]
+        return prompts
+
+    def _completions(
+        self, model: Any, tokenizer: Any, criterion: Criterion, prompts: list[list[int]], rows: dict[str, list[Row]]
+    ) -> Record:
+        """Let the model continue the prompts of one criterion and return the ROUGE-L F1 of what it says."""
+        asked = rows[SPLITS[criterion][0]]
+        verbatim = criterion == "verbmem"
+        if verbatim:
+            references = [_continuation(tokenizer, row, self.compat) for row in asked]
+        else:
+            references = [row["answer"] for row in asked]
+        replies = generate(
+            model,
+            _Reader(tokenizer, () if verbatim else STOPS),
+            prompts,
+            max_new_tokens=VERBMEM_TOKENS if verbatim else KNOWMEM_TOKENS,
+            batch_size=self.batch_size,
+            compat=self.compat,
+            label=f"MUSE: {criterion}",
+        )
+        empty = sum(not reply for reply in replies)
+        if empty:
+            say([f"{criterion}: {empty} of {len(replies)} replies are empty; each scores 0."])
+        rouge = metrics.rouge_l(references, replies, stem=self.compat).f1
+        extra: dict[str, Any] = {"fingerprint": _fingerprint(*(rows[split] for split in SPLITS[criterion]))}
+        if not verbatim:
+            extra |= {"shots": len(rows[SPLITS[criterion][1]]), "questions": [row["question"] for row in asked]}
+        extra |= {"references": references, "generations": replies, "empty": empty}
+        return self._record(criterion, rouge.mean(), len(asked), rouge, **extra)
+
+    # C3
+
+    def _texts(self, tokenizer: Any, rows: dict[str, list[Row]]) -> dict[str, list[Encoded]]:
+        """Return the encoded texts of PrivLeak, "forget" and "holdout"; empty if it is not asked for."""
+        if "privleak" not in self.criteria:
+            return {}
+        return {
+            key: [_encode_text(tokenizer, row["text"], self.text_length) for row in rows[f"privleak/{key}"]]
+            for key in ("forget", "holdout")
+        }
+
+    def _text_names(self, texts: dict[str, list[Encoded]]) -> list[str]:
+        hint = "" if self.max_length is not None else " (--max-length N cuts the texts)"
+        return [f"Row {i} of privleak/{key}{hint}" for key, part in texts.items() for i in range(len(part))]
+
+    def _min_k(self, model: Any, tokenizer: Any, texts: dict[str, list[Encoded]]) -> dict[str, Any]:
+        """Return the Min-40 % score of every text, "forget" and "holdout": higher for what looks less familiar."""
+        encoded = [row for part in texts.values() for row in part]
+        found = score(
+            model,
+            encoded,
+            pad_token_id=tokenizer.pad_token_id,
+            batch_tokens=self.batch_tokens,
+            compat=self.compat,
+            label="MUSE: scoring texts",
+        ).logprob
+        scores = metrics.mia_min_k(found, compat=True) if self.compat else metrics.min_k(found)
+        return {"forget": scores[: len(texts["forget"])], "holdout": scores[len(texts["forget"]) :]}
+
+    def _privacy(
+        self,
+        model: Any,
+        tokenizer: Any,
+        texts: dict[str, list[Encoded]],
+        rows: dict[str, list[Row]],
+        reference: Reference | None,
+    ) -> list[Record]:
+        """Return the AUC of Min-40 % and, with the retrained model's, PrivLeak."""
+        scores = self._min_k(model, tokenizer, texts)
+        value = metrics.auc(scores["forget"], scores["holdout"])
+        n = sum(map(len, texts.values()))
+        cut = sum(
+            len(_ids(tokenizer, row["text"])) > len(encoded.input_ids)
+            for key, part in texts.items()
+            for row, encoded in zip(rows[f"privleak/{key}"], part, strict=True)
+        )
+        extra: dict[str, Any] = {
+            "fingerprint": self._privacy_fingerprint(rows),
+            "max_length": self.text_length,
+            "cut": cut,
+        }
+        if cut:
+            say([f"privleak: {cut} of {n} texts were cut to their first {self.text_length} tokens."])
+        lists = {key: part.tolist() for key, part in scores.items()}
+        records = [self._record("mia_min_k", value, n, scores=lists, **extra)]
+        if reference is None and self._is_model(self.retain_records):
+            reference = self._measured(rows)
+        if reference is None and not self.compat:
+            say([self._how_to_make_a_reference()])
+            return records
+        if reference is None:
+            say(["privleak takes 0.5 for the retrained model's AUC, as OpenUnlearning does. " + self._remedy()])
+        auc = None if reference is None else reference.auc
+        leak = metrics.privleak(value, auc, compat=self.compat)
+        source = None if reference is None else reference.source
+        records.append(self._record("privleak", leak, n, auc=value, reference=source, reference_auc=auc, **extra))
+        return records
+
+    # The retrained model's AUC
+
+    def _privacy_fingerprint(self, rows: dict[str, list[Row]]) -> str:
+        return _fingerprint(rows["privleak/forget"], rows["privleak/holdout"])
+
+    @staticmethod
+    def _is_model(source: str | None) -> bool:
+        return source is not None and (source.startswith("builtin:") or Path(source).expanduser().is_dir())
+
+    def _remedy(self) -> str:
+        flags = f"--benchmark muse --corpus {self.corpus} --criteria privleak"
+        flags += f" --data {self.data}" if self.data is not None else ""
+        flags += f" --mode {self.mode}" if self.compat else ""
+        flags += f" --max-length {self.max_length}" if self.max_length is not None else ""
+        flags += f" --limit {self.limit} --seed {self.seed}" if self.limit is not None else ""
+        return (
+            f"Measure the retrained model once with `alter evaluate --model RETRAINED {flags} --json retrained.json`, "
+            "then add `--retain-records retrained.json`."
+        )
+
+    def _how_to_make_a_reference(self) -> str:
+        return f"No privleak: it compares with a model that never saw the forgotten texts. {self._remedy()}"
+
+    def _usable(self, reference: Reference) -> Reference:
+        if reference.auc == 1 and not self.compat:
+            raise UserError(
+                f"{reference.source} tells every forgotten text from unseen ones (AUC 1), so PrivLeak, which divides by "
+                "1 - AUC, is not defined: is it really a model that never saw the forgotten texts?"
+            )
+        return reference
+
+    def _reference(self, rows: dict[str, list[Row]]) -> Reference | None:
+        """Return the retrained model's AUC from a file or as published; None without one or for a model's folder.
+
+        Raises:
+            UserError: the file is none, or was made from other texts, in another mode or with another length.
+        """
+        source = self.retain_records
+        if source is None or "privleak" not in self.criteria or self._is_model(source):
+            return None
+        if source == "published":
+            if self.source != MUSE_HUB[self.corpus] or self.compat or self.limit or self.max_length:
+                raise UserError(
+                    '--retain-records "published" is for the whole texts of '
+                    f"{MUSE_HUB[self.corpus]} in strict mode (and for Llama-2-7b). {self._remedy()}"
+                )
+            return Reference("MUSE's code", PUBLISHED_AUC[self.corpus])
+        if not Path(source).expanduser().is_file():
+            folder = Path(source).expanduser().parent
+            near = nearest(source, [str(path) for path in folder.iterdir()] if folder.is_dir() else [])
+            raise UserError(f"No result file or model at {source}.{near} {self._remedy()}")
+        found = [
+            record
+            for record in read_records(Path(source).expanduser())
+            if record.metric == "mia_min_k" and record.extra.get("benchmark") == "muse" and record.value is not None
+        ]
+        if len(found) != 1:
+            raise UserError(
+                f"{source} holds {len(found)} records of mia_min_k on MUSE; expected one, of the retrained model. "
+                f"{self._remedy()}"
+            )
+        record = found[0]
+        for name, own in (("corpus", self.corpus), ("mode", self.mode), ("max_length", self.text_length)):
+            other = record.mode if name == "mode" else record.extra.get(name)
+            if other != own:
+                raise UserError(
+                    f"{source} was measured with {name} {other}, this run has {name} {own}. {self._remedy()}"
+                )
+        if record.extra.get("fingerprint") != self._privacy_fingerprint(rows):
+            raise UserError(
+                f"{source} was measured on other texts (of {record.extra.get('data')}) than this run's (of "
+                f"{self.source}). {self._remedy()}"
+            )
+        assert record.value is not None
+        return self._usable(Reference(source, record.value))
+
+    def _measured(self, rows: dict[str, list[Row]]) -> Reference:
+        """Return the AUC of the retrained model whose folder was given."""
+        assert self.retain_records is not None
+        common = self.model_dump(include={"dtype", "quantization", "device"})
+        model, tokenizer = Subject(model=self.retain_records, **common).load()
+        texts = self._texts(tokenizer, rows)
+        check_rows(model, [row for part in texts.values() for row in part], self._text_names(texts))
+        scores = self._min_k(model, tokenizer, texts)
+        return self._usable(Reference(self.retain_records, metrics.auc(scores["forget"], scores["holdout"])))
+
+
+# Scalability and sustainability --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a curve: its label, the size or step that it stands for, and what to load."""
+
+    label: str
+    x: float
+    model: str
+    adapter: str | None
+
+
+SUFFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
+
+
+class MuseCurve(MuseEvaluation):
+    """MUSE's scalability (forget sets that grow) or sustainability (requests one after another): one column per model.
+
+    The first column is --model as it is; the models of --points follow.
+    """
+
+    criterion: Literal["scalability", "sustainability"]
+    """What the points are: sizes of the forget set (C5), or numbers of requests done so far (C6)."""
+    points: list[str] = Field(min_length=1)
+    """SIZE=PATH or STEP=PATH in ascending order, as in 1=runs/r1/adapter 2=runs/r2/adapter or 0.8M=runs/small: PATH is
+    the folder of an adapter (put on --model), of a model, a hub id of a model, or MODEL+ADAPTER."""
+
+    def parsed(self) -> list[Point]:
+        """Return the points, --model itself at 0 first.
+
+        Raises:
+            UserError: a point is not of the form, its number is none, or the numbers do not ascend.
+        """
+        found = [Point(self.subject, 0.0, self.model, self.adapter)]
+        for text in self.points:
+            label, equals, target = text.partition("=")
+            number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMG]?)", label)
+            if not equals or not target or number is None:
+                raise UserError(
+                    f"--points {text!r} is not of the form NUMBER=PATH, as in 2=runs/r2/adapter or 0.8M=runs/small."
+                )
+            x = float(number[1]) * SUFFIXES[number[2]]
+            if x <= found[-1].x:
+                raise UserError(
+                    f"--points {text!r} does not come after {found[-1].label!r}: give sizes or steps above 0 in "
+                    "ascending order."
+                )
+            model, plus, adapter = target.partition("+")
+            if Path(target).expanduser().exists():
+                is_adapter = (Path(target).expanduser() / "adapter_config.json").is_file()
+                model, adapter = (self.model, target) if is_adapter else (target, "")
+            elif plus and not (model and adapter):
+                raise UserError(f"--points {text!r}: expected MODEL+ADAPTER, got an empty name on one side of the +.")
+            found.append(Point(label, x, model, adapter or None))
+        return found
+
+    def at(self, point: Point) -> MuseEvaluation:
+        """Return the settings of the evaluation of one point."""
+        own = self.model_dump(exclude={"criterion", "points", "json_path", "name", "model", "adapter", "merged"})
+        return MuseEvaluation(
+            **own,
+            name=point.label,
+            model=point.model,
+            adapter=point.adapter,
+            merged=self.merged and point.adapter is not None,
+        )
+
+
+def muse_curve(settings: MuseCurve) -> list[Record]:
+    """Run `alter muse-curve`: measure every point as `alter evaluate --benchmark muse` does, print one table, write.
+
+    Every record says its point: `criterion`, `point` (the label), `x` (the number). The data, the reference and the
+    folders of all points are checked before the first is measured.
+
+    Raises:
+        UserError: see `MuseCurve.parsed`, `MuseEvaluation.data_digest` and `measure`, and `load_model`.
+    """
+    if settings.json_path is not None and Path(settings.json_path).is_dir():
+        raise UserError(f"--json is {settings.json_path!r}, a folder: give the path of a file.")
+    points = settings.parsed()
+    data = settings.data_digest()
+    memo = cache_folder(settings.cache)
+    identities = [settings.at(point).identity(memo) for point in points]
+    curve: dict[str, list[Record]] = {}
+    for point, identity in zip(points, identities, strict=True):
+        evaluation = settings.at(point)
+        model, tokenizer = evaluation.load()
+        records = evaluation.measure(model, tokenizer)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        del model
+        place = {"criterion": settings.criterion, "point": point.label, "x": point.x}
+        curve[point.label] = stamped(
+            [replace(record, extra=record.extra | place) for record in records],
+            settings=evaluation.model_dump(mode="json", exclude={"json_path", "cache"}),
+            seed=settings.seed,
+            **identity,
+            data=data,
+            device=settings.place(),
+            dtype=dtype,
+        )
+    Console().print(table(curve, f"{settings.title()}, {settings.criterion}: {settings.model}"))
+    everything = [record for records in curve.values() for record in records]
+    if settings.json_path is not None:
+        write_records(settings.json_path, everything)
+        Console(stderr=True).print(f"records: {settings.json_path}")
+    return everything

@@ -1,0 +1,225 @@
+"""The commands that report: `evaluate`, `aggregate` and `generate`, each a table on screen and records on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+
+from alter.core import processes
+from alter.core.cache import Cached, cache_folder, recall, remember
+from alter.core.errors import UserError
+from alter.core.files import file_digest, to_json, write_atomic
+from alter.core.provenance import code_digest, stamped, versions
+from alter.core.records import VERSION, Record, write_records
+from alter.data.encoding import encode_prompt
+from alter.data.examples import Example
+from alter.data.sources import read_rows
+from alter.evaluation.base import Evaluation, overheard, say
+from alter.evaluation.tofu import Aggregate, aggregate
+from alter.models.generation import generate as generate_texts
+from alter.models.loading import load_model
+from alter.models.quantized import Bits
+from alter.reporting.terminal import table
+
+
+def show(records_by_model: Mapping[str, Sequence[Record]], path: str | None, title: str | None = None) -> None:
+    """Print the table of records and, if a path is given, write them all there."""
+    Console().print(table(records_by_model, title))
+    if path is not None and processes.first():
+        write_records(path, [record for records in records_by_model.values() for record in records])
+        Console(stderr=True).print(f"records: {path}")
+
+
+def check_writable(path: str | None) -> None:
+    """Raise `UserError` now if the file could not be written after the work is done."""
+    if path is not None and (Path(path).is_dir() or Path(path).resolve().parent.is_file()):
+        raise UserError(f"--json is {path!r}, which cannot be written: give the path of a file.")
+
+
+UNKEYED = {"name", "json_path", "cache", "model", "adapter", "device", "batch_size", "batch_tokens"}
+"""Settings that are no part of a cache key: they change no number, or stand in it by contents or by kind."""
+
+
+def cache_key(settings: Evaluation, identity: Mapping[str, str | None], data: str | None) -> dict[str, Any] | None:
+    """Return everything that decides the numbers of an evaluation; None if something of it cannot be known.
+
+    That is: the benchmark and its settings (all but `UNKEYED`), digests of weights, tokenizer, adapter (`identity`) and
+    data, the kind of device, the version of the metrics, this package's code, and the versions of the libraries.
+    """
+    if data is None or "unknown" in identity.values():
+        return None
+    return {
+        "benchmark": type(settings).__name__,
+        "settings": settings.model_dump(mode="json", exclude=UNKEYED),
+        **identity,
+        "data": data,
+        "device": settings.place(),
+        "metrics_version": VERSION,
+        "code": code_digest(),
+        "versions": versions(),
+    }
+
+
+def evaluate(settings: Evaluation) -> list[Record]:
+    """Run `alter evaluate`: check the data, load the model, measure, print, write.
+
+    A result that was measured before under the same `cache_key` is used again, and said so on stderr; it keeps the
+    provenance of its measurement, only the name of the model is the one asked for. Several processes (`alter.core.processes`)
+    share the scoring and the generating, each with a replica of the model; the first prints and writes.
+
+    Raises:
+        UserError: see the benchmark's `data_digest` and `measure`, and `load_model`.
+    """
+    with processes.together("Start the same command again.", settings.device):
+        return _evaluate(settings)
+
+
+def _evaluate(settings: Evaluation) -> list[Record]:
+    check_writable(settings.json_path)
+    data = settings.data_digest()
+    folder = cache_folder(settings.cache)
+    identity = processes.from_first(lambda: settings.identity(folder))
+    key = None if folder is None else cache_key(settings, identity, data)
+    found = processes.from_first(lambda: recall(folder, key) if folder is not None and key is not None else None)
+    if found is None:
+        model, tokenizer = settings.load()
+        with overheard() as notes:
+            records = settings.measure(model, tokenizer)
+        if not processes.from_first(lambda: _is_still(settings, identity, folder)):
+            say(["The model's files changed while it was measured: which of them gave these numbers is not known."])
+            identity, key = dict.fromkeys(identity, "unknown"), None
+        records = stamped(
+            records,
+            settings=settings.model_dump(mode="json", exclude={"json_path", "cache"}),
+            seed=settings.seed,
+            **identity,
+            data=data,
+            device=settings.place(),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        )
+        if folder is not None and key is not None and processes.first():
+            remember(folder, key, Cached(records, notes, settings.subject))
+    else:
+        measured = found.records[0].provenance.get("measured") if found.records else None
+        say([f"A result of {measured}, of the same model, data, settings and code; --cache off measures again."])
+        say(found.notes)
+        records = [
+            replace(record, model=settings.subject) if record.model == found.subject else record
+            for record in found.records
+        ]
+    title = f"{settings.title()}: {settings.adapter or settings.model}"
+    show({settings.subject: records}, settings.json_path, title)
+    return records
+
+
+def _is_still(settings: Evaluation, identity: Mapping[str, str | None], memo: Path | None) -> bool:
+    try:
+        return settings.identity(memo) == identity
+    except (UserError, OSError):
+        return False
+
+
+class AggregateLogs(Aggregate):
+    """TOFU's numbers from per-item logs that somebody published."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    json_path: str | None = None
+    """File for the records."""
+
+
+def aggregate_logs(settings: AggregateLogs) -> list[Record]:
+    """Run `alter aggregate`: read the logs, print the figures, write the records.
+
+    Raises:
+        UserError: see `aggregate`.
+    """
+    check_writable(settings.json_path)
+    records = stamped(
+        aggregate(settings.log, settings.retain, mode=settings.mode, name=settings.name),
+        settings=settings.model_dump(mode="json", exclude={"json_path"}),
+        data=[file_digest(path) for path in (settings.log, settings.retain) if path is not None],
+    )
+    show({records[0].model: records}, settings.json_path, f"TOFU from {Path(settings.log).name}")
+    return records
+
+
+class Generate(BaseModel):
+    """Answer prompts with a model and an adapter, routing active."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """Folder or hub id of the model."""
+    adapter: str | None = None
+    """Adapter on top of it."""
+    prompt: list[str] = Field(default_factory=list)
+    """Questions, as many as you like."""
+    file: str | None = None
+    """JSON or JSONL file with a column `question` or `prompt`, instead of --prompt."""
+    max_new_tokens: int = Field(200, ge=1)
+    """Longest answer, in tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """0 decodes greedily; above it answers are sampled."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Share of the probability that sampling keeps."""
+    seed: int = 0
+    """Of the sampling."""
+    dtype: str = "auto"
+    """Number format: auto, float32, bfloat16, float16."""
+    quantization: Bits | None = None
+    """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
+    device: str | None = None
+    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    json_path: str | None = None
+    """File for the answers: a list of {"prompt", "answer"}."""
+
+
+def generate(settings: Generate) -> list[str]:
+    """Run `alter generate`: print, and with --json write, one answer per prompt; several processes share the prompts.
+
+    Raises:
+        UserError: no prompt, rows without a question, or what `load_model` raises.
+    """
+    with processes.together("Start the same command again.", settings.device):
+        return _generate(settings)
+
+
+def _generate(settings: Generate) -> list[str]:
+    check_writable(settings.json_path)
+    prompts = list(settings.prompt)
+    if settings.file is not None:
+        for number, row in enumerate(read_rows(settings.file)):
+            text = row.get("question", row.get("prompt"))
+            if not text:
+                raise UserError(
+                    f"Row {number} of {settings.file} has neither question nor prompt; it has {', '.join(row)}."
+                )
+            prompts.append(str(text))
+    if not prompts:
+        raise UserError('Nothing to answer: give --prompt "..." or --file rows.jsonl.')
+    model, tokenizer = load_model(
+        settings.model, settings.adapter, settings.dtype, settings.device, settings.quantization
+    )
+    torch.manual_seed(settings.seed)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+        if settings.temperature > 0
+        else {}
+    )
+    ids = [encode_prompt(tokenizer, Example(prompt=text, answer="", kind="qa")) for text in prompts]
+    answers = generate_texts(model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, **sampling)
+    console = Console()
+    for text, answer in zip(prompts, answers, strict=True):
+        console.print(text, style="dim", markup=False, highlight=False)
+        console.print(answer, markup=False, highlight=False)
+    if settings.json_path is not None and processes.first():
+        pairs = [{"prompt": text, "answer": answer} for text, answer in zip(prompts, answers, strict=True)]
+        write_atomic(settings.json_path, to_json(pairs))
+    return answers

@@ -1,0 +1,337 @@
+"""What the frozen base knows of a fixed data set: entropies, router features, reference distributions. Computed once.
+
+The base never changes while an adapter trains, so nothing here is computed during training: one pass over the rows that
+the run will see, kept next to the run in safetensors, and reused when the run resumes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from alter.adapter import AlterModel, Trace
+from alter.core import processes
+from alter.core.console import progress
+from alter.core.files import write_atomic
+from alter.data.batching import Collator
+from alter.data.encoding import Encoded
+from alter.logits.entropy import chunk_rows
+from alter.logits.head import Head, standing_in
+from alter.methods.objectives import Emitted, Needs, Reference
+
+TOKENS_PER_BATCH = 8192
+
+
+@dataclass
+class Row:
+    """One row under the frozen base: T tokens, of which n are labelled, N forget experts, D router features.
+
+    `entropy` [T], `features` [T, D] and `gates` [T, N + 1] belong to each token's generating step (see
+    `AlterModel.trace`); `reference` holds the distributions an objective compares with, and `base_logp` [n] the
+    log-probabilities of the labels, at the n labelled tokens; `hidden` [T, H] the hidden states after one block.
+    """
+
+    entropy: Tensor | None = None
+    features: Tensor | None = None
+    gates: Tensor | None = None
+    reference: Reference | None = None
+    base_logp: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def apart(self) -> Row:
+        """The same in memory of its own: what is cut out of a batch keeps, and is sent with, all of the batch."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "reference"}
+        reference = self.reference and Reference(self.reference.ids.clone(), self.reference.logp.clone())
+        return Row(
+            reference=reference, **{name: None if value is None else value.clone() for name, value in tensors.items()}
+        )
+
+
+@dataclass(frozen=True)
+class View:
+    """One more frozen pass over the same rows: with `prefix` tokens before each, or with `inside` around the pass.
+
+    The prefix comes after a row's first token where that is `bos`.
+    """
+
+    prefix: tuple[int, ...] = ()
+    bos: int | None = None
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def extend(self, row: Encoded) -> dict[str, list[int]]:
+        """The row with the prefix put in, for a collator."""
+        start = int(self.bos is not None and row.input_ids[0] == self.bos)
+        ids = [*row.input_ids[:start], *self.prefix, *row.input_ids[start:]]
+        return {"input_ids": ids, "labels": ids}
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A block whose hidden states are read, and the blocks behind it, which those states do not depend on."""
+
+    block: nn.Module
+    behind: tuple[nn.Module, ...] = ()
+
+
+@contextmanager
+def states_of(depth: Depth | None, alone: bool = False) -> Iterator[list[Tensor]]:
+    """Within the block the hidden states [B, T, H] that `depth.block` puts out are appended to the list.
+
+    With `alone` nothing else of a pass is wanted: the blocks behind hand on what they get, and logits mean nothing.
+    """
+    seen: list[Tensor] = []
+    if depth is None:
+        yield seen
+        return
+    # what a block puts out besides its states, in the architectures where that is a tuple
+    others: list[tuple[Any, ...] | None] = []
+
+    def take(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        others.append(output[1:] if isinstance(output, tuple) else None)
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return states if others[0] is None else (states, *others[0])
+
+    handle = depth.block.register_forward_hook(take)
+    try:
+        with standing_in(depth.behind if alone else (), hand_on):
+            yield seen
+    finally:
+        handle.remove()
+
+
+def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Group row numbers of similar length so that rows x longest length stays within `tokens` (at least one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def labelled(labels: Tensor) -> Tensor:
+    """[B, T] bool: the position whose distribution gives a labelled token is one before that token."""
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != -100
+    return mask
+
+
+def top_k(logp: Tensor, k: int) -> Reference:
+    """Keep the k most likely tokens of [n, V] log-probabilities."""
+    values, ids = logp.topk(min(k, logp.shape[-1]), dim=-1)
+    return Reference(ids.to(torch.int32), values)
+
+
+def _frozen_pass(model: Any, ids: Tensor, mask: Tensor) -> Trace:
+    """One pass of the base under whatever adapter there is; entropies and features only where ALTER routes."""
+    if isinstance(model, PeftModel) and isinstance(model.base_model, AlterModel):
+        return model.base_model.trace(ids, mask)
+    head = Head(model)
+
+    def off() -> AbstractContextManager[Any]:
+        return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+    def logits(states: Tensor) -> Tensor:
+        with off():
+            return head.logits(states)
+
+    with off(), head.reading() as read:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return Trace(torch.zeros(ids.shape, device=ids.device), None, read[0], logits)
+
+
+def _log_softmax_of_base(views: Mapping[str, Tensor], along: Tensor) -> Tensor:
+    return torch.log_softmax(views["base"], dim=-1)
+
+
+Target = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+def _at_labels(
+    seen: Mapping[str, tuple[Tensor, Callable[[Tensor], Tensor]]],
+    labels: Tensor,
+    counts: Sequence[int],
+    k: int,
+    target: Target | None,
+    with_base: bool,
+    rows_at_once: int,
+) -> tuple[list[Reference], list[Tensor]]:
+    """References and log-probabilities of the n labels of rows with `counts` labels each, of some logits at a time.
+
+    `seen` holds, for every view, the states [n, D] that its head reads and what makes logits of them.
+    """
+    if target is None and not with_base:
+        return [], []
+    along = torch.cat([torch.arange(n, dtype=torch.float64) / max(n - 1, 1) for n in counts]).to(labels.device)
+    references, logp = [], []
+    for start in range(0, max(len(labels), 1), rows_at_once):
+        at = slice(start, start + rows_at_once)
+        logits = {name: logits_of(states[at]).float() for name, (states, logits_of) in seen.items()}
+        if target is not None:
+            kept = top_k(target(logits, along[at]), k)
+            references.append(Reference(kept.ids.cpu(), kept.logp.cpu()))
+        if with_base:
+            logp.append(-Emitted(logits["base"], labels[at]).nll.cpu())
+    ids, values = (
+        torch.cat([getattr(part, name) for part in references]).split(counts) if references else ()
+        for name in ("ids", "logp")
+    )
+    return list(map(Reference, ids, values)), list(torch.cat(logp).split(counts)) if logp else []
+
+
+def trace_rows(
+    model: Any,
+    rows: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    features: bool = False,
+    gates: bool = False,
+    reference_k: int = 0,
+    needs: Needs | None = None,
+    target: Callable[[Mapping[str, Tensor], Tensor], Tensor] = _log_softmax_of_base,
+    views: Mapping[str, View] | None = None,
+    depth: Depth | None = None,
+    label: str = "frozen base",
+) -> list[Row]:
+    """Run the frozen base once over `rows`, and once more for each further view that the reference needs.
+
+    Several processes (`alter.core.processes`) share the rows, and each gets them all.
+
+    Args:
+        model: the base, or a `PeftModel` around it, whose base is what runs.
+        rows: encoded rows, any lengths.
+        pad_token_id: fills up shorter rows of a batch.
+        features: keep the router's features, fp16.
+        gates: keep the gates that the adapter's router gives now.
+        reference_k: keep this many most likely tokens per labelled position; 0 keeps no reference.
+        needs: what an objective needs; `base_logp` and `base_hidden` are kept where it says so.
+        target: makes the reference of the logits [n, V] of all views at n labelled positions, and of how far each one
+            is along its row's (see `objectives`).
+        views: further passes by name, besides "base".
+        depth: where hidden states are kept from with `needs.base_hidden`.
+
+    Returns:
+        one `Row` per input row, in order, on the CPU.
+    """
+    device = next(model.parameters()).device
+    collate = Collator(pad_token_id)
+    needs = needs or Needs()
+    routed = isinstance(model, PeftModel) and isinstance(model.base_model, AlterModel)
+    # the logits of all views exist side by side
+    rows_at_once = max(1, chunk_rows(model.config.get_text_config().vocab_size) // (1 + len(views or {})))
+    alone = not (routed or reference_k or needs.base_logp)
+    groups = batches_by_length([len(row.input_ids) for row in rows], TOKENS_PER_BATCH)
+
+    def run(group: list[int]) -> list[Row]:
+        batch = collate([{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in group])
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with states_of(depth if needs.base_hidden else None, alone) as hidden:
+            traced = _frozen_pass(model, batch["input_ids"], batch["attention_mask"])
+        positions = labelled(batch["labels"])
+        seen = {"base": (traced.states[positions], traced.logits)}
+        for name, view in (views or {}).items():
+            longer = collate([view.extend(rows[i]) for i in group])
+            with view.inside():
+                other = _frozen_pass(model, longer["input_ids"].to(device), longer["attention_mask"].to(device))
+            seen[name] = other.states[:, len(view.prefix) :][positions], other.logits
+        opened = None
+        if gates:
+            opened = model.base_model.route(traced.entropy, traced.features, batch["attention_mask"]).half().cpu()
+        truth = batch["labels"][:, 1:][positions[:, :-1]]
+        counts = positions.sum(1).tolist()
+        references, base_logp = _at_labels(
+            seen, truth, counts, reference_k, target if reference_k else None, needs.base_logp, rows_at_once
+        )
+        made = []
+        for place, i in enumerate(group):
+            length = len(rows[i].input_ids)
+            row = Row()
+            if routed:
+                row.entropy = traced.entropy[place, :length].float().cpu()
+            if features and traced.features is not None:
+                row.features = traced.features[place, :length].half().cpu()
+            if opened is not None:
+                row.gates = opened[place, :length]
+            if needs.base_hidden:
+                row.hidden = hidden[0][place, :length].cpu()
+            if reference_k:
+                row.reference = references[place]
+            if needs.base_logp:
+                row.base_logp = base_logp[place]
+            made.append(row.apart())
+        return made
+
+    result: dict[int, Row] = {}
+    with torch.no_grad():
+        passes = zip(groups, processes.spread(groups, run, model), strict=True)
+        for group, made in progress(passes, total=len(groups), label=label):
+            result.update(zip(group, made, strict=True))
+    return [result[i] for i in range(len(rows))]
+
+
+@dataclass
+class Frozen:
+    """All that a run takes from the frozen base: its rows, the fitted router's parameters, and what the fit found."""
+
+    rows: list[Row]
+    router: dict[str, Tensor]
+    found: dict[str, float]
+
+
+def store(path: Path, frozen: Frozen, key: str) -> None:
+    """Write all that is known of the rows, and the router, to one safetensors file, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for field in fields(Row):
+        parts = [getattr(row, field.name) for row in frozen.rows]
+        columns = {field.name: parts}
+        if field.name == "reference":
+            columns = {name: [part and getattr(part, name) for part in parts] for name in ("ids", "logp")}
+        for name, values in columns.items():
+            if any(value is not None for value in values):
+                # a row without the field counts -1
+                tensors[f"{name}.count"] = torch.tensor([-1 if v is None else len(v) for v in values])
+                tensors[name] = torch.cat([value for value in values if value is not None])
+    tensors["rows"] = torch.tensor(len(frozen.rows))
+    tensors |= {f"router.{name}": value.contiguous() for name, value in frozen.router.items()}
+    write_atomic(path, save(tensors, metadata={"key": key, "found": json.dumps(frozen.found)}))
+
+
+def restore(path: Path, key: str) -> Frozen | None:
+    """Read what `store` wrote under the same key; None if there is none, or it was made from anything else."""
+    if not path.exists():
+        return None
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+        if metadata["key"] != key:
+            return None
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+    def column(name: str) -> list[Tensor | None]:
+        if name not in tensors:
+            return [None] * int(tensors["rows"])
+        counts = tensors[f"{name}.count"].tolist()
+        parts = iter(tensors[name].split([count for count in counts if count >= 0]))
+        return [next(parts) if count >= 0 else None for count in counts]
+
+    known = [field.name for field in fields(Row) if field.name != "reference"]
+    rows = [Row(**dict(zip(known, values, strict=True))) for values in zip(*map(column, known), strict=True)]
+    for row, ids, logp in zip(rows, column("ids"), column("logp"), strict=True):
+        if ids is not None and logp is not None:
+            row.reference = Reference(ids, logp)
+    router = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
+    return Frozen(rows, router, json.loads(metadata["found"]))

@@ -1,0 +1,416 @@
+"""Published methods as combinations of parts: each a name, where it comes from, and its settings.
+
+A preset gives the parts and the hyper-parameters that its paper or code publishes (for models of billions of weights;
+smaller ones want larger rates). Whatever a recipe or a flag gives besides overrides it: `alter unlearn --method npo
+--adapter.kind lora --learning-rate 1e-4`. Settings that a preset leaves out have the run's own defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alter.core.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method: what it is, where it was published, and the settings that make it."""
+
+    title: str
+    source: str
+    settings: Mapping[str, Any]
+
+
+FULL: dict[str, Any] = {
+    "adapter": {"kind": "full"},
+    "lambda_": 0.0,
+    "learning_rate": 1e-5,
+    "weight_decay": 0.01,
+    "epochs": 10,
+    "batch_size": 32,
+}
+"""OpenUnlearning's common protocol (its docs/repro.md): all weights, 1e-5, ten epochs, batches of 32."""
+
+LORA: dict[str, Any] = {
+    "adapter": {"kind": "lora", "r": 8, "alpha": 16},
+    "lambda_": 0.0,
+    "learning_rate": 1e-3,
+    "epochs": 3,
+    "batch_size": 4,
+}
+"""The LoRA rows of ALTER's tables: rank 8, eta_B, three epochs, batches of 4."""
+
+NONE = {"kind": "none"}
+CE = {"kind": "cross_entropy"}
+KL = {"kind": "keep_base"}
+HINGE = {"kind": "inverted_hinge", "only_low": False}
+ASCENT = {"kind": "gradient_ascent"}
+LOKU: dict[str, Any] = {
+    "adapter": {"kind": "lora", "r": 8, "alpha": 16},
+    "lambda_": 0.0,
+    "retain_objective": CE,
+    "epochs": 5,
+}
+
+METHODS: dict[str, Method] = {
+    # the baselines of ALTER's tables
+    "finetune": Method(
+        "fine-tuning on the retain set",
+        "Maini et al. 2024, arXiv:2401.06121",
+        {**FULL, "objective": NONE, "retain_objective": CE},
+    ),
+    "ga": Method(
+        "GA, gradient ascent",
+        "Jang et al. 2023, arXiv:2210.01504; TOFU, arXiv:2401.06121",
+        {**FULL, "objective": ASCENT, "retain_objective": NONE},
+    ),
+    "graddiff": Method(
+        "GradDiff",
+        "Liu et al. 2022, arXiv:2203.12817; TOFU, arXiv:2401.06121",
+        {**FULL, "objective": ASCENT, "retain_objective": CE},
+    ),
+    "kl_min": Method(
+        "KL-min",
+        "TOFU, arXiv:2401.06121",
+        {**FULL, "objective": ASCENT, "retain_objective": KL},
+    ),
+    "npo": Method(
+        "NPO",
+        "Zhang et al. 2024, arXiv:2404.05868",
+        {**FULL, "objective": {"kind": "npo", "beta": 0.1}, "retain_objective": NONE},
+    ),
+    "npo_gd": Method(
+        "NPO with cross-entropy on retain rows",
+        "Zhang et al. 2024, arXiv:2404.05868",
+        {**FULL, "objective": {"kind": "npo", "beta": 0.1}, "retain_objective": CE},
+    ),
+    "npo_kl": Method(
+        "NPO with KL to the base on retain rows",
+        "Zhang et al. 2024, arXiv:2404.05868",
+        {**FULL, "objective": {"kind": "npo", "beta": 0.1}, "retain_objective": KL},
+    ),
+    "random_label": Method(
+        "RL, random labels",
+        "Yao et al. 2024, arXiv:2402.15159",
+        {
+            **FULL,
+            "objective": {"kind": "random_labels"},
+            "retain_objective": NONE,
+            "learning_rate": 2e-5,
+            "lr_scheduler": "cosine",
+            "epochs": 1,
+        },
+    ),
+    "rmu": Method(
+        "RMU, representation misdirection",
+        "Li et al. 2024, arXiv:2403.03218; Zephyr-7B: layer 7, layers 5 to 7 trained, c 6.5, alpha 1200",
+        {
+            **FULL,
+            "adapter": {"kind": "full", "modules": ["mlp.down_proj"], "depth": [5 / 32, 8 / 32]},
+            "objective": {"kind": "misdirect", "c": 6.5},
+            "retain_objective": {"kind": "keep_hidden"},
+            "gamma": 1200.0,
+            "learning_rate": 5e-5,
+            "batch_size": 4,
+            "epochs": 1,
+        },
+    ),
+    "elm": Method(
+        "ELM, erasure of language memory",
+        "Gandikota et al. 2024, arXiv:2410.02760; layers 4 to 7 of 32",
+        {
+            **LORA,
+            "adapter": {"kind": "lora", "r": 256, "alpha": 16, "dropout": 0.05, "depth": [4 / 32, 8 / 32]},
+            "objective": {"kind": "persona"},
+            "retain_objective": {"kind": "keep_base_answers"},
+            "learning_rate": 5e-5,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 4,
+        },
+    ),
+    "whp_logits": Method(
+        "WHP at inference: the base's logits without what a reinforced model raises",
+        "MUSE, arXiv:2407.06460 (there all weights are reinforced, and alpha is searched from 1 to 256)",
+        {
+            "adapter": {"kind": "assistant", "r": 16, "alpha": 32, "share": 1.0, "rule": "rise", "weight": 5.0},
+            "lambda_": 0.0,
+            "objective": {"kind": "learn"},
+            "retain_objective": NONE,
+            "learning_rate": 1e-4,
+            "epochs": 10,
+            "batch_size": 32,
+        },
+    ),
+    "whp": Method(
+        "WHP, Who's Harry Potter",
+        "Eldan and Russinovich 2023, arXiv:2310.02238",
+        {
+            **FULL,
+            "objective": {"kind": "reinforced", "alpha": 5.0, "hard": True},
+            "retain_objective": NONE,
+            "reinforcement": {"epochs": 10},
+        },
+    ),
+    "lora_ihl": Method(
+        "LoRA with ALTER's own loss, without gating",
+        "row LoRA of arXiv:2603.01792 (its loss is not stated)",
+        {**LORA, "objective": HINGE, "retain_objective": CE},
+    ),
+    "lora_gd": Method(
+        "LoRA with GradDiff",
+        "row LoRA of arXiv:2603.01792 (its loss is not stated)",
+        {**LORA, "objective": ASCENT, "retain_objective": CE},
+    ),
+    "asym_lora": Method(
+        "AsymLoRA: HydraLoRA with ALTER's own loss",
+        "Tian et al. 2024, arXiv:2404.19245; row AsymLoRA of arXiv:2603.01792",
+        {
+            **LORA,
+            "adapter": {"kind": "asym_lora", "r": 8, "alpha": 16, "experts": 4},
+            "objective": HINGE,
+            "retain_objective": CE,
+        },
+    ),
+    "asym_lora_gd": Method(
+        "AsymLoRA: HydraLoRA with GradDiff",
+        "Tian et al. 2024, arXiv:2404.19245; row AsymLoRA of arXiv:2603.01792",
+        {
+            **LORA,
+            "adapter": {"kind": "asym_lora", "r": 8, "alpha": 16, "experts": 4},
+            "objective": ASCENT,
+            "retain_objective": CE,
+        },
+    ),
+    # what peers ship
+    "simnpo": Method(
+        "SimNPO",
+        "Fan et al. 2024, arXiv:2410.07163; OpenUnlearning's weights",
+        {
+            **FULL,
+            "objective": {"kind": "simnpo", "beta": 4.5, "delta": 0.0},
+            "retain_objective": CE,
+            "beta": 0.125,
+        },
+    ),
+    "idk_dpo": Method(
+        "IdkDPO: DPO towards a refusal",
+        "Rafailov et al. 2023, arXiv:2305.18290; TOFU, arXiv:2401.06121",
+        {**FULL, "objective": {"kind": "prefer_refusal", "beta": 0.1}, "retain_objective": CE},
+    ),
+    "dpo": Method(
+        "DPO towards a refusal, without retain rows",
+        "Rafailov et al. 2023, arXiv:2305.18290",
+        {**FULL, "objective": {"kind": "prefer_refusal", "beta": 0.1}, "retain_objective": NONE},
+    ),
+    "idk": Method(
+        "IDK: fine-tuning on refusals and retain rows",
+        "TOFU, arXiv:2401.06121",
+        {**FULL, "objective": {"kind": "refuse"}, "retain_objective": CE},
+    ),
+    "undial": Method(
+        "UNDIAL",
+        "Dong et al. 2024, arXiv:2402.10052",
+        {
+            **LORA,
+            "objective": {"kind": "undial", "beta": 10.0},
+            "retain_objective": NONE,
+            "learning_rate": 1e-4,
+            "epochs": 10,
+        },
+    ),
+    "task_arithmetic": Method(
+        "task arithmetic: learn the forget set, then subtract",
+        "Ilharco et al. 2023, arXiv:2212.04089",
+        {**FULL, "objective": {"kind": "learn"}, "retain_objective": NONE, "negate": 1.0},
+    ),
+    "wga": Method(
+        "WGA, weighted gradient ascent",
+        "Wang et al. 2025, arXiv:2502.19301; OpenUnlearning's weights",
+        {**FULL, "objective": {"kind": "weighted_ascent", "beta": 1.0}, "retain_objective": CE},
+    ),
+    "satimp": Method(
+        "SatImp",
+        "Yang et al. 2025, arXiv:2505.11953; retain rows weigh 0.1, as in its code (satimp_gd) and in the models that "
+        "OpenUnlearning published",
+        {**FULL, "objective": {"kind": "satimp", "beta1": 5.0, "beta2": 1.0}, "retain_objective": CE, "gamma": 0.1},
+    ),
+    "ceu": Method(
+        "CE-U: the model's own distribution without the true token",
+        "Yang 2025, arXiv:2503.01224",
+        {**FULL, "objective": {"kind": "ceu"}, "retain_objective": NONE},
+    ),
+    # LoRA relatives
+    "loku": Method(
+        "LoKU: inverted hinge with FILA",
+        "Cha et al. 2024, arXiv:2408.06621",
+        {
+            **LOKU,
+            "initializer": {"kind": "fila"},
+            "objective": HINGE,
+            "learning_rate": 1e-4,
+            "batch_size": 2,
+            "gradient_accumulation_steps": 16,
+        },
+    ),
+    "vila": Method(
+        "VILA with the inverted hinge",
+        "VILA, COLM 2025, and its code; values for Llama-2-7B, forget10",
+        {
+            **LOKU,
+            "initializer": {"kind": "vila"},
+            "objective": HINGE,
+            "gamma": 1.3,
+            "learning_rate": 1e-4,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 4,
+        },
+    ),
+    "reglu": Method(
+        "REGLU with the inverted hinge",
+        "REGLU, Findings of ACL 2026, and its code; values for TOFU, Phi-1.5",
+        {
+            **LOKU,
+            "adapter": {"kind": "lora", "r": 32, "alpha": 64},
+            "initializer": {"kind": "reglu", "beta": 0.7},
+            "objective": HINGE,
+            "learning_rate": 1e-4,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 8,
+        },
+    ),
+    "o3": Method(
+        "O3: one LoRA of refusals for all requests (start_from), kept orthogonal to earlier ones, switched by a detector "
+        "for each; no retain rows",
+        "Gao et al. 2025, arXiv:2407.10223; TOFU configuration; the loss is on answers (the authors' is on questions "
+        "too: a reading)",
+        {
+            **LORA,
+            "adapter": {"kind": "lora", "r": 8, "alpha": 16, "dropout": 0.05, "orthogonality": 0.1, "detector": True},
+            "objective": {"kind": "refuse"},
+            "retain_objective": NONE,
+            "learning_rate": 2e-4,
+            "epochs": 10,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 4,
+            "weight_decay": 0.1,
+        },
+    ),
+    "stable": Method(
+        "Stable Forgetting: bounded LoRA on the MLPs with GradDiff",
+        "arXiv:2509.24166 (frequency and gain are readings)",
+        {**LORA, "adapter": {"kind": "bounded_lora"}, "objective": ASCENT, "retain_objective": CE},
+    ),
+    "e2urec": Method(
+        "E2URec: distilling the base pushed away from a reinforced model, with retain rows from the second epoch on",
+        "Wang et al. 2024, arXiv:2403.03536; w 0.6, alpha 2, LoRA of rank 16 on q and v",
+        {
+            **LORA,
+            "adapter": {
+                "kind": "lora",
+                "r": 16,
+                "alpha": 32,
+                "dropout": 0.05,
+                "target_modules": ["q_proj", "v_proj"],
+            },
+            "objective": {"kind": "reinforced", "alpha": 2.0, "hard": False},
+            "retain_objective": {"kind": "distil"},
+            "beta": 0.4,
+            "gamma": 0.6,
+            "retain_after": 1.0,
+            "reinforcement": {"epochs": 1, "learning_rate": 5e-5},
+            "batch_size": 16,
+        },
+    ),
+    "uld": Method(
+        "ULD: logit difference with an assistant that knows only the forget set",
+        "Ji et al. 2024, arXiv:2406.08607; TOFU (without its paraphrased and perturbed rows)",
+        {
+            "adapter": {"kind": "assistant", "r": 16, "alpha": 32, "share": 0.25, "weight": 0.8},
+            "lambda_": 0.0,
+            "objective": {"kind": "learn"},
+            "retain_objective": {"kind": "uniform"},
+            "gamma": 5.0,
+            "learning_rate": 1e-3,
+            "epochs": 10,
+            "batch_size": 8,
+            "gradient_accumulation_steps": 2,
+        },
+    ),
+    "sha256": Method(
+        "SHA256: ascent on early MLPs with an adaptive retain weight",
+        "SHA256 (Texas A&M), SemEval-2025 task 4, and its code; blocks 0 to 5 of 16",
+        {
+            **FULL,
+            "adapter": {"kind": "full", "modules": [".mlp."], "depth": [0.0, 6 / 16]},
+            "objective": ASCENT,
+            "retain_objective": {"kind": "adaptive"},
+            "learning_rate": 1.5e-5,
+            "weight_decay": 0.0,
+            "epochs": 8,
+            "batch_size": 12,
+            "gradient_accumulation_steps": 10,
+        },
+    ),
+    # ALTER and what each of its parts is worth
+    "alter": Method("ALTER", "Chen et al. 2026, arXiv:2603.01792", {}),
+    "alter_scalar_gate": Method(
+        "ALTER with the paper's literal gate, which sees the token's own entropy alone",
+        "arXiv:2603.01792, Eq. 7; no bias, no memory; W_g stays as drawn (a reading, see `fit_router`)",
+        {"adapter": {"kind": "alter", "router": "entropy", "router_memory": 0.0}},
+    ),
+    "alter_no_entropy_gate": Method(
+        "ALTER without the entropy gate: every token takes its best expert; losses and isolation as ever",
+        "ablation",
+        {"adapter": {"kind": "alter", "entropy_gate": False}},
+    ),
+    "alter_shannon": Method(
+        "ALTER with Shannon's entropy",
+        "ablation; Eq. 3; the threshold of as many equally likely tokens (6.25) as 1.2 is at q = 1.5",
+        {"adapter": {"kind": "alter", "entropy_q": 1.0, "entropy_threshold": 1.83}},
+    ),
+    "alter_no_isolation": Method(
+        "ALTER without gradient isolation", "ablation", {"adapter": {"kind": "alter", "isolation": False}}
+    ),
+    "alter_no_retention": Method(
+        "ALTER without the retention expert", "ablation", {"adapter": {"kind": "alter", "retention_expert": False}}
+    ),
+    "alter_one_expert": Method(
+        "ALTER with one forgetting expert", "ablation", {"num_forget_experts": 1, "domain_column": None}
+    ),
+}
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with what `above` gives; nested settings are merged too, unless `above` names another `kind`."""
+    result = dict(below)
+    for name, value in above.items():
+        old = result.get(name)
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
+            result[name] = merged(old, value)
+        else:
+            result[name] = value
+    return result
+
+
+def expand(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run with those of its `method` filled in below them; `adapter.kind` is alter unless given.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    settings = dict(given)
+    name = settings.get("method")
+    if name is not None:
+        if name not in METHODS:
+            raise UserError(f"No method {name!r}; expected one of {', '.join(METHODS)}.{nearest(str(name), METHODS)}")
+        settings = merged(METHODS[name].settings, settings)
+    adapter = settings.get("adapter")
+    if isinstance(adapter, Mapping) and "kind" not in adapter:
+        settings["adapter"] = {"kind": "alter", **adapter}
+    return settings

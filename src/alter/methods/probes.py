@@ -1,0 +1,290 @@
+"""Passes over the untouched base model that need more than a forward: gradients, layer outputs, further training.
+
+They serve the initialisers (`alter.initializers`) and the objectives that aim away from a reinforced model. Nothing here
+changes the model: LoRA factors act through hooks on its linear layers for as long as a block lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from alter.core.console import progress
+from alter.core.errors import UserError
+from alter.data.batching import Collator
+from alter.data.encoding import Encoded
+from alter.logits.head import Part, head_on, measuring
+from alter.methods.frozen import labelled
+from alter.methods.initializers import (
+    FLOOR,
+    Factors,
+    Fila,
+    Reglu,
+    Vila,
+    covariance,
+    fisher_ratio,
+    forget_directions,
+    important_part,
+    top_directions,
+    variance,
+    variance_product,
+)
+from alter.methods.objectives import Emitted
+from alter.models.quantized import plain_weight
+
+
+@contextmanager
+def low_rank(layers: Mapping[str, nn.Linear], factors: Mapping[str, Factors], scaling: float) -> Iterator[None]:
+    """Within the block each layer adds scaling * B A x to its output."""
+
+    def hook(A: Tensor, B: Tensor) -> Any:
+        return lambda _, inputs, output: output + scaling * (inputs[0].to(A.dtype) @ A.t() @ B.t()).to(output.dtype)
+
+    handles = [layers[name].register_forward_hook(hook(*factors[name])) for name in factors]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _batches(rows: Sequence[Encoded], size: int, pad_token_id: int, device: Any, order: Sequence[int]) -> Iterator:
+    collate = Collator(pad_token_id)
+    for start in range(0, len(order), size):
+        members = [rows[i] for i in order[start : start + size]]
+        batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in members])
+        yield {name: value.to(device) for name, value in batch.items()}
+
+
+def _mean_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Mean cross-entropy of a batch's labelled tokens, and how many there are."""
+    positions = labelled(batch["labels"])
+    truth = batch["labels"][:, 1:][positions[:, :-1]]
+    part = Part(len(truth), lambda logits, at: Emitted(logits, truth[at]).nll[:, None])
+    with measuring(model, positions, [part]):
+        nll = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return nll.mean(), len(truth)
+
+
+@contextmanager
+def _only(model: nn.Module, wanted: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block gradients are taken of these parameters alone."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = {id(parameter) for parameter in wanted}
+    for parameter in before:
+        parameter.requires_grad_(id(parameter) in chosen)
+    try:
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+
+
+def fisher(
+    model: Any, layers: Mapping[str, nn.Linear], rows: Sequence[Encoded], *, batch: int, pad_token_id: int, label: str
+) -> dict[str, Tensor]:
+    """FILA's empirical Fisher information of each layer's weight: sum of n g^2 over batches, over the sum of n.
+
+    g is the gradient of the batch's mean cross-entropy, n its number of labelled tokens. fp32, on the CPU.
+    """
+    device = next(model.parameters()).device
+    total = {name: torch.zeros(layer.weight.shape) for name, layer in layers.items()}
+    weights = [layer.weight for layer in layers.values()]
+    tokens = 0
+    with _only(model, weights):
+        source = _batches(rows, batch, pad_token_id, device, range(len(rows)))
+        for inputs in progress(source, total=-(-len(rows) // batch), label=label):
+            loss, n = _mean_loss(model, inputs)
+            for name, grad in zip(layers, torch.autograd.grad(loss, weights), strict=True):
+                total[name] += n * grad.float().cpu().square()
+            tokens += n
+    return {name: value / tokens for name, value in total.items()}
+
+
+def factor_variances(
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    rows: Sequence[Encoded],
+    start: Mapping[str, Factors],
+    *,
+    scaling: float,
+    epochs: int,
+    batch: int,
+    seed: int,
+    pad_token_id: int,
+    label: str,
+) -> tuple[dict[str, Factors], int]:
+    """VILA's variances of the gradients of LoRA factors, over batches weighted by their tokens; nothing is updated.
+
+    Returns:
+        the variances, in the shapes of the factors, and the number of tokens seen.
+    """
+    device = next(model.parameters()).device
+    leaves = [factor for factors in start.values() for factor in factors]
+    totals = [torch.zeros_like(leaf) for leaf in leaves]
+    squares = [torch.zeros_like(leaf) for leaf in leaves]
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 0
+    with _only(model, []), low_rank(layers, start, scaling):
+        for _ in range(epochs):
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            source = _batches(rows, batch, pad_token_id, device, order)
+            for inputs in progress(source, total=-(-len(rows) // batch), label=label):
+                loss, n = _mean_loss(model, inputs)
+                for total, square, grad in zip(totals, squares, torch.autograd.grad(loss, leaves), strict=True):
+                    total += n * grad
+                    square += n * grad.square()
+                tokens += n
+    found = [variance(total, square, tokens) for total, square in zip(totals, squares, strict=True)]
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return {name: Factors(a, b) for name, (a, b) in zip(start, pairs, strict=True)}, tokens
+
+
+@torch.no_grad()
+def output_covariances(
+    model: Any, layers: Mapping[str, nn.Linear], rows: Sequence[Encoded], *, batch: int, pad_token_id: int, label: str
+) -> dict[str, Tensor]:
+    """REGLU's covariance [out, out] of each layer's output, summed over a row's real tokens; float64, on the CPU."""
+    device = next(model.parameters()).device
+    features: dict[str, list[Tensor]] = {name: [] for name in layers}
+    real: list[Tensor] = []
+
+    def hook(name: str) -> Any:
+        def keep(_: Any, __: Any, output: Tensor) -> None:
+            features[name].append((output.double() * real[-1][..., None]).sum(1).cpu())
+
+        return keep
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        source = _batches(rows, batch, pad_token_id, device, range(len(rows)))
+        for inputs in progress(source, total=-(-len(rows) // batch), label=label):
+            real.append(inputs["attention_mask"])
+            with head_on(model, torch.zeros_like(inputs["labels"], dtype=torch.bool)):
+                model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: covariance(torch.cat(parts)) for name, parts in features.items()}
+
+
+def starting_factors(
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    initializer: Fila | Vila | Reglu,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    *,
+    r: int,
+    scaling: float,
+    batch: int,
+    seed: int,
+    pad_token_id: int,
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """Where a residual-base initialiser lets the factors of each layer start.
+
+    FILA and VILA compare as many retain rows as forget rows, REGLU the first `rows` of each.
+
+    Returns:
+        the factors in fp32 on the CPU, and for REGLU the retain directions P [out, k] that B is kept away from: k is
+        `retain_rank`, or the number of directions that the retain rows' outputs use where that is smaller (at most the
+        number of rows), since any further ones are arbitrary.
+
+    Raises:
+        UserError: FILA on quantised weights, which have no gradient.
+    """
+    packed = next((name for name, layer in layers.items() if not layer.weight.is_floating_point()), None)
+    if packed is not None and isinstance(initializer, Fila):
+        raise UserError(
+            f"initializer.kind fila takes gradients of weights, and those of {packed} are quantised: load the model "
+            "unquantised, or take initializer.kind vila, reglu or zero."
+        )
+    sets = {"forget": forget, "retain": retain}
+    common: dict[str, Any] = {"batch": batch, "pad_token_id": pad_token_id}
+    weights = {name: plain_weight(layer) for name, layer in layers.items()}
+    if isinstance(initializer, Reglu):
+        seen = {
+            name: output_covariances(model, layers, rows[: initializer.rows], label=f"{name} outputs", **common)
+            for name, rows in sets.items()
+        }
+        generator = torch.Generator().manual_seed(seed)
+        start = {
+            name: forget_directions(weight, seen["forget"][name], seen["retain"][name], r, initializer.beta, generator)
+            for name, weight in weights.items()
+        }
+        away = {name: top_directions(seen["retain"][name], initializer.retain_rank, FLOOR).float() for name in weights}
+        return start, away
+    if isinstance(initializer, Fila):
+        found = {name: fisher(model, layers, rows, label=f"{name} gradients", **common) for name, rows in sets.items()}
+        importance = {name: fisher_ratio(found["forget"][name], found["retain"][name]) for name in weights}
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        probe = {}
+        for name, layer in layers.items():
+            shapes = (r, layer.in_features), (layer.out_features, r)
+            A, B = (torch.randn(shape, generator=generator) * initializer.std for shape in shapes)
+            device = layer.weight.device
+            probe[name] = Factors(A.to(device).requires_grad_(), B.to(device).requires_grad_())
+        common |= {"scaling": scaling, "epochs": initializer.epochs, "seed": seed}
+        product = {}
+        for kind, rows in sets.items():
+            seen_variances, tokens = factor_variances(model, layers, rows, probe, label=f"{kind} gradients", **common)
+            product[kind] = {
+                name: variance_product(of.B, of.A, tokens, initializer.normalise).cpu()
+                for name, of in seen_variances.items()
+            }
+        importance = {name: fisher_ratio(product["forget"][name], product["retain"][name]) for name in weights}
+    return {name: important_part(weight, importance[name], r, scaling, seed) for name, weight in weights.items()}, {}
+
+
+def reinforce(
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    rows: Sequence[Encoded],
+    *,
+    r: int,
+    scaling: float,
+    epochs: int,
+    learning_rate: float,
+    batch: int,
+    seed: int,
+    pad_token_id: int,
+) -> dict[str, Factors]:
+    """LoRA factors of more training on `rows`, which they learn still better; the model itself does not change.
+
+    (WHP trains all weights of a copy; factors in hooks are a reading that needs no second model.)
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, layer in layers.items():
+        # LoRA's own start: Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(in)
+        A = (torch.rand(r, layer.in_features, generator=generator) * 2 - 1) / layer.in_features**0.5
+        B = torch.zeros(layer.out_features, r)
+        factors[name] = Factors(A.to(device).requires_grad_(), B.to(device).requires_grad_())
+    leaves = [factor for pair in factors.values() for factor in pair]
+    optimizer = torch.optim.AdamW(leaves, lr=learning_rate, weight_decay=0.0)
+    with _only(model, []), low_rank(layers, factors, scaling):
+        for _ in range(epochs):
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            source = _batches(rows, batch, pad_token_id, device, order)
+            for inputs in progress(source, total=-(-len(rows) // batch), label="reinforcing"):
+                loss, _ = _mean_loss(model, inputs)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return {name: Factors(pair.A.detach(), pair.B.detach()) for name, pair in factors.items()}
+
+
+class Reinforcement(BaseModel):
+    """More training on the forget set, for objectives that aim away from its result; with LoRA of rank 16, alpha 32."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: int = Field(1, ge=1, description="Passes over the forget set.")
+    learning_rate: float = Field(1e-4, gt=0)

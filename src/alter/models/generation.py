@@ -1,0 +1,178 @@
+"""Answers of a model to many prompts: batched decoding with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from alter.core import processes
+from alter.core.errors import UserError
+from alter.data.encoding import ensure_pad_token
+from alter.models.scoring import _device, _inner, _shown, context_length, evaluating
+
+SEGMENT = 16
+"""Greedy decoding drops the rows that have ended after every so many tokens."""
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Tokens that end a reply: the generation configuration's and the tokenizer's."""
+    eos = _inner(model).generation_config.eos_token_id
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def check_prompts(
+    model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, names: Sequence[str] | None = None
+) -> None:
+    """Raise now what `generate` would raise of these prompts; `names` as in `check_rows`, "Prompt 0" by default.
+
+    Raises:
+        UserError: a prompt is empty, or prompt and reply do not fit into the model's context.
+    """
+    context = context_length(model)
+    for i, prompt in enumerate(prompts):
+        name = f"Prompt {i}" if names is None else names[i]
+        if not prompt:
+            raise UserError(f"{name} is empty: there is nothing to continue.")
+        if context is not None and len(prompt) + max_new_tokens > context:
+            raise UserError(
+                f"{name} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's context "
+                f"of {context}: generate at most {max(context - len(prompt), 0)}, or shorten the prompt."
+            )
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 200,
+    batch_size: int = 64,
+    expected_lengths: Sequence[int] | None = None,
+    compat: bool = False,
+    progress: bool = True,
+    label: str = "generating",
+    **sampling: Any,
+) -> list[str]:
+    """Return what the model says after each prompt: decoded without special tokens, stripped, in the order given.
+
+    Rows are sorted by length and left-padded; positions count from a prompt's first token. A reply ends at the
+    first end-of-sequence token (the tokenizer's, or any of the model's generation settings) or after `max_new_tokens`.
+
+    Args:
+        model: as in `score`; it is in eval mode meanwhile.
+        tokenizer: if it has no pad token, its end-of-sequence token becomes it.
+        prompts: token ids, none of them empty.
+        expected_lengths: how long each reply will about be, in any unit: a batch runs until its longest reply ends, so
+            likely lengths that are alike share one. Changes the time only. None: all alike.
+        compat: as OpenUnlearning, hide every token equal to the pad token from attention, inside prompts too.
+        sampling: further settings of `model.generate`, for example `do_sample=True, temperature=0.7`. Default: greedy.
+
+    Raises:
+        UserError: a prompt is empty, or prompt and reply do not fit into the model's context.
+    """
+    check_prompts(model, prompts, max_new_tokens)
+    ensure_pad_token(tokenizer)
+    stop = stop_ids(model, tokenizer)
+    own = _inner(model).generation_config
+    # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
+    whole = bool(sampling) or own.min_new_tokens is not None or own.cache_implementation is not None
+    segment = max_new_tokens if whole else SEGMENT
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    settings: dict[str, Any] = greedy | sampling | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
+    if stop:
+        settings["eos_token_id"] = sorted(stop)
+    device = _device(model)
+    likely = [0] * len(prompts) if expected_lengths is None else expected_lengths
+    order = sorted(range(len(prompts)), key=lambda i: (-likely[i], -len(prompts[i]), i))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # a batch of samples has a seed of its own, so that what it says does not depend on the batches before it
+    drawn = int(torch.randint(2**62, (1,))) if settings["do_sample"] else None
+    seed = processes.from_first(lambda: drawn)
+    devices = [device] if device.type == "cuda" else []
+
+    def run(number: int) -> list[str]:
+        batch = batches[number]
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for k, i in enumerate(batch):
+            ids[k, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[k, width - len(prompts[i]) :] = 1
+        if compat:
+            mask = (ids != tokenizer.pad_token_id).long()
+        with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed + number)
+            replies = _continue(model, ids.to(device), mask.to(device), stop, max_new_tokens, segment, settings)
+        return [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
+
+    texts = [""] * len(prompts)
+    with evaluating(model):
+        said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
+        for batch, replies in _shown(said, len(batches), label, progress):
+            for i, reply in zip(batch, replies, strict=True):
+                texts[i] = reply
+    return texts
+
+
+def _continue(
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    stop: set[int],
+    max_new_tokens: int,
+    segment: int,
+    settings: dict[str, Any],
+) -> list[list[int]]:
+    """Return the new tokens of each row of left-padded prompts [B, T], up to its first stop token.
+
+    After every `segment` tokens, rows that have ended leave the batch, keys and values included, where the cache allows
+    it (see `_can_drop_rows`); else they stay, and what follows their end is not looked at.
+    """
+    replies: list[list[int]] = [[] for _ in ids]
+    ended = [False] * len(ids)
+    rows = list(range(len(ids)))
+    carried: dict[str, Any] = {}
+    done = 0
+    while True:
+        steps = min(segment, max_new_tokens - done)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=steps,
+            return_dict_in_generate=True,
+            **carried,
+            **settings,
+        )
+        new = out.sequences[:, ids.shape[1] :]
+        done += new.shape[1]
+        for row, tokens in zip(rows, new.tolist(), strict=True):
+            if not ended[row]:
+                end = next((t for t, token in enumerate(tokens) if token in stop), None)
+                replies[row] += tokens[:end]
+                ended[row] = end is not None
+        if all(ended) or done >= max_new_tokens:
+            return replies
+        ids, mask = out.sequences, torch.cat([mask, torch.ones_like(new)], dim=1)
+        cache = out.get("past_key_values")
+        carried = {} if cache is None else {"past_key_values": cache}
+        if _can_drop_rows(cache):
+            going = [k for k, row in enumerate(rows) if not ended[row]]
+            kept = torch.tensor(going, device=ids.device)
+            cache.batch_select_indices(kept)
+            ids, mask, rows = ids[kept], mask[kept], [rows[k] for k in going]
+
+
+def _can_drop_rows(cache: Any) -> bool:
+    """Whether a cache keeps nothing but keys and values, one row of them for each row of the batch, growing."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)

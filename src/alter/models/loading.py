@@ -1,0 +1,223 @@
+"""Models by name: a folder, a hub id or a shipped model, with the adapter on it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alter.core import files, processes
+from alter.core.errors import UserError, nearest
+from alter.data.encoding import ensure_pad_token
+from alter.models import quantized
+from alter.models.guards import FILE as FORM
+from alter.models.guards import is_form
+from alter.models.guards import load as load_form
+from alter.models.quantized import Bits
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+class Subject(BaseModel):
+    """Which model to look at: the settings that every command has which loads one."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """Model: local folder, hub id, or builtin:NAME."""
+    adapter: str | None = None
+    """Adapter on top of it: local folder or hub id."""
+    merged: bool = False
+    """Fold the adapter into the weights first, where that is exact; a routed adapter is refused."""
+    dtype: str = "auto"
+    """Number format: auto, float32, bfloat16, float16."""
+    quantization: Bits | None = None
+    """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes), the rest in bfloat16 unless dtype says."""
+    device: str | None = None
+    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+
+    def load(self) -> tuple[Any, Any]:
+        """Return model and tokenizer.
+
+        Raises:
+            UserError: see `load_model`; or `merged` without an adapter, or with one that cannot be merged.
+        """
+        if not self.merged:
+            return load_model(self.model, self.adapter, self.dtype, self.device, self.quantization)
+        if self.adapter is None:
+            raise UserError("--merged folds an adapter into the weights: give one with --adapter, or leave it out.")
+        if is_form(self.adapter):
+            raise UserError(f"--merged: {self.adapter} acts on the logits or by the input, so no weights hold it.")
+        if self.quantization is not None:
+            raise UserError("--merged is not exact on quantised weights: leave --merged or --quantization out.")
+        network, tokenizer = load_model(self.model, self.adapter, self.dtype, self.device)
+        try:
+            return network.merge_and_unload(), tokenizer
+        except NotImplementedError as error:
+            raise UserError(f"--merged: {error}") from None
+
+    def identity(self, memo: Path | None = None) -> dict[str, str | None]:
+        """Return digests of what is loaded, `weights` and `adapter`: a folder's by the contents of its files.
+
+        A hub id is known by its commit. `adapter` is None without one; either is "unknown" if the hub does not answer.
+
+        Args:
+            memo: folder in which the digests of files are kept (see `files.folder_digest`).
+
+        Raises:
+            UserError: no such folder, or not one of a model or an adapter.
+        """
+        needs = "adapter_config.json" if self.adapter is None or not is_form(self.adapter) else FORM
+        adapter = None if self.adapter is None else _content(self.adapter, needs, "adapter", memo)
+        return {"weights": _content(shipped_model(self.model), "config.json", "model", memo), "adapter": adapter}
+
+    def place(self) -> str:
+        """Return the kind of device that the model is loaded to: results of one kind do not stand for another's."""
+        place = _place(self.device)
+        if place.type == "cuda":
+            return f"cuda {torch.cuda.get_device_name(place)}"
+        return f"{place.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _content(name: str, needs: str, what: str, memo: Path | None) -> str:
+    if _local(name):
+        return files.folder_digest(_folder(name, needs, what), memo)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return f"{name}@{Path(hf_hub_download(name, needs)).parent.name}"
+    except (OSError, ValueError):  # no network, no such name: loading, which comes next, says what is wrong
+        return "unknown"
+
+
+def shipped_model(name: str) -> str:
+    """Return the folder of a model that comes with this package (`builtin:NAME`); any other name as it is.
+
+    Raises:
+        UserError: no model of that name comes with the package.
+    """
+    if not name.startswith("builtin:"):
+        return name
+    assets = Path(__file__).parent.parent / "assets"
+    names = [f"builtin:{path.parent.relative_to(assets).as_posix()}" for path in sorted(assets.rglob("config.json"))]
+    if name not in names:
+        raise UserError(
+            f"No model {name!r} is shipped; there are: {', '.join(names) or 'none'}.{nearest(name, names)}"
+        )
+    return str(assets / name.removeprefix("builtin:"))
+
+
+def _local(name: str) -> bool:
+    """Whether a name means a folder rather than a hub id (`name` or `owner/name`)."""
+    path = Path(name).expanduser()
+    return path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
+def _folder(name: str, needs: str, what: str) -> str:
+    """Return a local folder's path after checking that it holds the file that makes it a model or an adapter."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        siblings = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"No {what} at {name}: the folder does not exist.{nearest(str(path), siblings)}")
+    if not path.is_dir():
+        raise UserError(f"{name} is a file; expected the folder of a {what}, as written by save_pretrained.")
+    if (path / needs).is_file():
+        return str(path)
+    hint = f"; expected the folder of a {what}, as written by save_pretrained."
+    if needs == "config.json" and (path / "adapter_config.json").is_file():
+        hint = f": it holds an adapter. Give the model it was made for, and the adapter by itself: --adapter {name}"
+    elif needs == "adapter_config.json" and (path / "config.json").is_file():
+        hint = f": it holds a whole model. Give it by itself: --model {name}"
+    raise UserError(f"{name} has no {needs}{hint}")
+
+
+def load_model(
+    model: str,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantization: Bits | None = None,
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer, with an adapter if one is named, ready for evaluation.
+
+    Args:
+        model: local folder, hub id, or `builtin:NAME` for one that comes with this package.
+        adapter: local folder or hub id of a PEFT adapter made for that model (ALTER's or any other).
+        dtype: "auto" keeps the checkpoint's number format, but fp16 becomes fp32 on a CPU; or "float32", ...
+        device: "cpu", "cuda", "cuda:1", "mps", ...; None takes the GPU if there is one. Under several processes each
+            takes its own.
+        quantization: hold the linear layers in "4bit" or "8bit" (see `alter.quantized`).
+
+    Raises:
+        UserError: no such model, adapter, number format or device, an adapter without its model, weights that are
+            NaN or infinite, or quantisation of what is quantised already or without bitsandbytes.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        choices = ["auto", "float32", "bfloat16", "float16"]
+        raise UserError(f"No number format {dtype!r}: expected one of {', '.join(choices)}.{nearest(dtype, choices)}")
+    place = _place(device)
+    model = shipped_model(model)
+    if _local(model):
+        model = _folder(model, "config.json", "model")
+    form = adapter is not None and is_form(adapter)
+    if adapter is not None and _local(adapter) and not form:
+        adapter = _folder(adapter, "adapter_config.json", "adapter")
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if quantization is not None:
+        options = quantized.loading(quantization, dtype, place)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise UserError(
+            f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
+        ) from error
+    packed = getattr(network, "hf_quantizer", None)
+    if quantization is not None and packed is not None and packed.pre_quantized:
+        raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
+    if packed is None and dtype == "auto" and place.type == "cpu" and network.dtype == torch.float16:
+        network = network.float()
+    quantized.keep_gradients(network)
+    ensure_pad_token(tokenizer)
+    if adapter is not None and form:
+        network = load_form(network, adapter)
+    elif adapter is not None:
+        from peft import PeftModel
+
+        import alter.adapter  # noqa: F401  registers the method with PEFT
+
+        try:
+            network = PeftModel.from_pretrained(network, adapter)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"Cannot load the adapter {adapter!r}: {_first_line(error)} Expected a local folder or a hub id."
+            ) from error
+    for name, weight in network.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"The weights of {adapter or model} are broken: {name} holds NaN or infinite values. "
+                "Take an earlier checkpoint, or train again with a lower learning rate."
+            )
+    return network.to(place).eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _place(device: str | None) -> torch.device:
+    if device in (None, "cuda"):
+        device = processes.place() if device == "cuda" or torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"No device {device!r}: expected cpu, cuda, cuda:0 or mps.") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"Device {device!r} was asked for, but there is no CUDA here: use --device cpu.")
+    return place

@@ -1,0 +1,344 @@
+"""The half of evaluation that touches a model: log-probabilities of labelled tokens, generations, loading.
+
+One forward pass per row serves every likelihood metric of `alter.metrics`. Under several processes (`alter.core.processes`) each
+takes its share of the batches, and all of them get the results of all rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from alter.core import console, processes
+from alter.core.errors import UserError
+from alter.data.encoding import Encoded
+
+MAX_LOGITS = 2**28
+"""Largest number of logits in one batch (1 GiB in fp32): with a large vocabulary it shrinks the batch."""
+CHUNK_LOGITS = 2**23
+"""Number of logits that are turned into fp32 at a time."""
+
+
+@dataclass
+class Scores:
+    """Per labelled token, for a list of rows in the order given; every list is ragged: one 1-D array per row.
+
+    Attributes:
+        logprob: natural log of the probability of the label, float32.
+        correct: whether the label is the likeliest token, bool.
+        mean, var: mean and variance of log p under p at each position, float32; None unless asked for.
+    """
+
+    logprob: list[npt.NDArray[np.float32]]
+    correct: list[npt.NDArray[np.bool_]]
+    mean: list[npt.NDArray[np.float32]] | None = None
+    var: list[npt.NDArray[np.float32]] | None = None
+
+    def __getitem__(self, rows: slice) -> Scores:
+        """Return the scores of a slice of the rows."""
+        mean = None if self.mean is None else self.mean[rows]
+        var = None if self.var is None else self.var[rows]
+        return Scores(self.logprob[rows], self.correct[rows], mean, var)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Switch dropout off, and keep no graph inside the block unless `gradients`; training modes are given back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _inner(model: Any) -> Any:
+    """Return the transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _text_config(model: nn.Module) -> Any:
+    return _inner(model).config.get_text_config()
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Most tokens that a model takes, prompt and reply together; None where its configuration does not say."""
+    return getattr(_text_config(model), "max_position_embeddings", None)
+
+
+def _shown(iterable: Iterable[Any], total: int, label: str, progress: bool) -> Iterable[Any]:
+    return console.progress(iterable, total=total, label=label) if progress else iterable
+
+
+# Scoring -------------------------------------------------------------------------------------------------------------
+
+
+def _batch_tokens(chosen: int | None, device: torch.device) -> int:
+    """Return the padded tokens of a batch: on a CPU so few that the activations of a small model stay in its caches."""
+    return chosen or (1024 if device.type == "cpu" else 16384)
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Split row numbers into batches of at most `batch_tokens` padded tokens (or one row), longest rows first."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def check_rows(model: nn.Module, encoded: Sequence[Encoded], names: Sequence[str] | None = None) -> None:
+    """Raise now what `score` would raise of these rows.
+
+    Args:
+        names: what errors call each row; by default "Row 0", "Row 1", ...
+
+    Raises:
+        UserError: a row has nothing to score, or is longer than the model's context.
+    """
+    context = context_length(model)
+    for i, row in enumerate(encoded):
+        name = f"Row {i}" if names is None else names[i]
+        if len(row.labels) != len(row.input_ids):
+            raise ValueError(f"row {i} has {len(row.input_ids)} tokens but {len(row.labels)} labels")
+        if not any(label != -100 for label in row.labels[1:]):
+            raise UserError(
+                f"{name} has no labelled token to score (the first token has nothing before it and cannot be): "
+                "its answer is empty or was cut off; remove the row or raise the maximum length."
+            )
+        if context is not None and len(row.input_ids) > context:
+            raise UserError(
+                f"{name} has {len(row.input_ids)} tokens, the model's context is {context}: "
+                "shorten the row or evaluate a model with a longer context."
+            )
+
+
+def score(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    batch_tokens: int | None = None,
+    moments: bool = False,
+    compat: bool = False,
+    progress: bool = True,
+    label: str = "scoring",
+) -> Scores:
+    """Return log-probability and correctness of every labelled token, with one forward pass per row.
+
+    Rows are sorted by length and packed into batches. Only positions that
+    predict a label are taken through the head (where the model supports it) and turned into fp32, in chunks. The model
+    is called as usual, so adapters with hooks take part; it is in eval mode meanwhile, without gradients.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one.
+        encoded: rows; tokens with label -100 are context. A label at the first position is not scored.
+        pad_token_id: fills rows up on the right; masked by length, so a pad id inside a row is attended to.
+        batch_tokens: padded tokens in a batch; None: 16384, or 1024 on a CPU, whose caches larger ones overflow. A
+            longer row is a batch of its own.
+        moments: also compute mean and variance of log p under p (needed for min-k++).
+        compat: as OpenUnlearning, hide every token equal to `pad_token_id` from attention, inside rows too.
+        progress: show a progress bar on stderr.
+        label: name on the progress bar.
+
+    Raises:
+        UserError: a row has nothing to score, is longer than the model's context, or gets NaN logits.
+    """
+    check_rows(model, encoded)
+    device = _device(model)
+    slices_logits = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+    lengths = [len(row.input_ids) for row in encoded]
+    tokens = max(1, min(_batch_tokens(batch_tokens, device), MAX_LOGITS // _text_config(model).vocab_size))
+    out: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(encoded) for _ in range(4)]
+    batches = _batches(lengths, tokens)
+
+    def run(batch: list[int]) -> list[npt.NDArray[Any]]:
+        width = lengths[batch[0]]
+        ids = torch.full((len(batch), width), pad_token_id)
+        labels = torch.full((len(batch), width), -100)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for k, i in enumerate(batch):
+            ids[k, : lengths[i]] = torch.tensor(encoded[i].input_ids)
+            labels[k, : lengths[i]] = torch.tensor(encoded[i].labels)
+            mask[k, : lengths[i]] = 1
+        if compat:
+            mask = (ids != pad_token_id).long()
+        predicts = labels[:, 1:] != -100
+        positions = predicts.any(dim=0).nonzero()[:, 0]
+        keep = {"logits_to_keep": positions.to(device)} if slices_logits else {}
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep).logits
+        if not slices_logits:
+            logits = logits[:, positions.to(device)]
+        rows, columns = predicts[:, positions].nonzero(as_tuple=True)
+        targets = labels[:, 1:][:, positions][rows, columns]
+        parts = _statistics(logits, rows.to(device), columns.to(device), targets.to(device), moments)
+        bad = rows.numpy()[np.isnan(parts[0])]
+        if len(bad):
+            raise UserError(
+                f"Row {batch[bad[0]]}: the model's logits are NaN; its weights or its number format ({logits.dtype}) are "
+                "broken. Try --dtype float32, or an earlier checkpoint."
+            )
+        return parts
+
+    with evaluating(model):
+        found = zip(batches, processes.spread(batches, run, model), strict=True)
+        for batch, parts in _shown(found, len(batches), label, progress):
+            counts = [sum(label != -100 for label in encoded[i].labels[1:]) for i in batch]
+            for values, part in zip(out, parts, strict=False):
+                for i, piece in zip(batch, np.split(part, np.cumsum(counts)[:-1]), strict=True):
+                    values[i] = piece
+    return Scores(out[0], out[1], *(out[2:] if moments else (None, None)))
+
+
+def _statistics(
+    logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor, moments: bool
+) -> list[npt.NDArray[Any]]:
+    """Return log-probability, correctness (and mean and variance of log p) at the given places of [B, K, V] logits."""
+    pieces: list[tuple[torch.Tensor, ...]] = []
+    size = max(1, CHUNK_LOGITS // logits.shape[-1])
+    for start in range(0, len(rows), size):
+        chunk = slice(start, start + size)
+        x = logits[rows[chunk], columns[chunk]].float()
+        target = targets[chunk, None]
+        piece: tuple[torch.Tensor, ...] = (
+            x.gather(1, target)[:, 0] - x.logsumexp(dim=1),
+            x.argmax(dim=1) == target[:, 0],
+        )
+        if moments:
+            # a logit of -inf has weight 0; the clamp keeps 0 * inf from making it NaN
+            logp = x.log_softmax(dim=1).clamp(min=-1e4)
+            p = logp.exp()
+            mean = (p * logp).sum(dim=1)
+            piece += (mean, (p * (logp - mean[:, None]) ** 2).sum(dim=1))
+        pieces.append(tuple(value.cpu() for value in piece))
+    return [torch.cat(column).numpy() for column in zip(*pieces, strict=True)]
+
+
+def gradient_norms(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    compat: bool = False,
+    progress: bool = True,
+    label: str = "gradients",
+) -> list[npt.NDArray[np.float64]]:
+    """Return the L2 norm of the gradient of each row's loss, by parameter tensor: one forward and one backward per row.
+
+    The loss is the mean negative log-probability of the row's labelled tokens but the last. The gradient is taken by
+    every tensor of floating point that the loss depends on, whether the model trains it or not: base weights under an
+    adapter count, and so does the adapter; integer weights (quantised) have no gradient and are left out. The model is
+    in eval mode (the tool that compat follows has dropout on here). It is left as it was: training modes, what
+    requires a gradient, and what is in `.grad`.
+
+    Args:
+        model, encoded: as in `score`.
+        pad_token_id: hidden from attention where it occurs in a row, in compat only.
+        compat: see `pad_token_id`.
+
+    Returns:
+        One array per row, in the order given: [tensors that have a gradient].
+
+    Raises:
+        UserError: a row has no labelled token but its last, does not fit into the context, or has a gradient that is
+            not finite.
+    """
+    check_rows(model, encoded)
+    device = _device(model)
+    slices_logits = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    frozen = [weight for weight in weights if not weight.requires_grad]
+
+    def norms_of(i: int) -> npt.NDArray[np.float64]:
+        row = encoded[i]
+        places = [t - 1 for t in range(1, len(row.labels)) if row.labels[t] != -100][:-1]
+        if not places:
+            raise UserError(f"Row {i} has no labelled text, only an end: it has no gradient; remove the row.")
+        ids = torch.tensor([row.input_ids], device=device)
+        mask = (ids != pad_token_id).long() if compat else torch.ones_like(ids)
+        positions = torch.tensor(places, device=device)
+        keep = {"logits_to_keep": positions} if slices_logits else {}
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits[0]
+        if not slices_logits:
+            logits = logits[positions]
+        loss = nn.functional.cross_entropy(logits.float(), ids[0, positions + 1])
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        sizes = torch.stack([torch.linalg.vector_norm(g.float()) for g in found if g is not None])
+        if not sizes.isfinite().all():
+            raise UserError(f"Row {i}: the gradient is not finite; try --dtype float32.")
+        return sizes.double().cpu().numpy()
+
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        with evaluating(model, gradients=True):
+            numbers = range(len(encoded))
+            return list(_shown(processes.spread(numbers, norms_of, model), len(encoded), label, progress))
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def hidden_states(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    batch_tokens: int | None = None,
+    progress: bool = True,
+    label: str = "hidden states",
+) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """Yield each row's number and its tokens' hidden states at every depth, [tokens, layers + 1, width]; longest first.
+
+    Depth 0 is the embeddings, depth d what the d-th block gives; the last one is after the final norm where the model
+    reports it so (as Llama does in transformers). The state of a token is the one that generates the next.
+
+    Args:
+        model, encoded, pad_token_id, batch_tokens: as in `score`; labels do not matter, but there must be some.
+
+    Raises:
+        UserError: a row has no labelled token, is longer than the model's context, or gets states that are not finite.
+    """
+    check_rows(model, encoded)
+    device = _device(model)
+    lengths = [len(row.input_ids) for row in encoded]
+    batches = _batches(lengths, batch_tokens or (4096 if device.type == "cpu" else 16384))
+
+    def run(batch: list[int]) -> list[npt.NDArray[np.float32]]:
+        ids = torch.full((len(batch), lengths[batch[0]]), pad_token_id)
+        mask = torch.zeros_like(ids)
+        for k, i in enumerate(batch):
+            ids[k, : lengths[i]] = torch.tensor(encoded[i].input_ids)
+            mask[k, : lengths[i]] = 1
+        given = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "output_hidden_states": True}
+        # opened for each batch: between two rows, the caller's own gradient mode holds
+        with evaluating(model):
+            states = model(**given, use_cache=False).hidden_states
+        rows = []
+        for k, i in enumerate(batch):
+            own = torch.stack([state[k, : lengths[i]].float() for state in states], dim=1)
+            if not own.isfinite().all():
+                raise UserError(f"Row {i}: the model's hidden states are not finite; try --dtype float32.")
+            rows.append(own.cpu().numpy())
+        return rows
+
+    found = zip(batches, processes.spread(batches, run, model), strict=True)
+    for batch, rows in _shown(found, len(batches), label, progress):
+        yield from zip(batch, rows, strict=True)

@@ -1,0 +1,1 @@
+"""The page about runs, attacks and requests that is handed over."""

@@ -1,0 +1,1 @@
+"""How results are drawn: tables in the terminal, figures, HTML."""

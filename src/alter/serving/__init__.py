@@ -1,0 +1,1 @@
+"""The model in use: an OpenAI-compatible server, a chat, the inspector."""

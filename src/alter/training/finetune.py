@@ -1,0 +1,590 @@
+"""`alter finetune`: fits a causal language model to question-answer rows or to plain text.
+
+It makes the models that unlearning is measured on: the one that has learned everything and its twin that never saw the
+forget rows. It starts from an existing model or, with `architecture`, from random weights and a tokenizer trained on given
+texts, and it writes a model folder whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from alter.core.errors import UserError, nearest
+from alter.core.files import to_json, write_atomic
+from alter.core.provenance import provenance
+from alter.data.batching import Collator
+from alter.data.encoding import Encoded, encode, ensure_pad_token
+from alter.data.examples import load_examples
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHECKPOINTS = "checkpoints"
+"""Folder inside the output folder that an interrupted run resumes from; gone once the model is there."""
+
+RECIPE = "finetune.yaml"
+"""The recipe as run, written beside the model."""
+
+NUMBERS = "finetune.json"
+"""What was measured during the run, written beside the model."""
+
+SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+
+TOFU_NOTICE = (
+    "Trained on TOFU (Maini, Feng, Schwarzschild, Lipton and Kolter 2024, *TOFU: A Task of Fictitious Unlearning for "
+    "LLMs*, arXiv:2401.06121, `locuslab/TOFU`), MIT licence, Copyright (c) 2024 Pratyush Maini and co-authors, "
+    "locuslab. Its authors and their books are fictitious."
+)
+
+
+class Finetune(BaseModel, extra="forbid"):
+    """Settings of one fine-tuning run."""
+
+    model: str | None = Field(None, description="model folder or hub id to start from; or give architecture")
+    architecture: dict[str, str | int | float | bool] = Field(
+        {}, description="start from random weights: model_type (llama, ...) and sizes, as in the model's config.json"
+    )
+    vocabulary: int = Field(
+        2048, gt=259, description="with architecture: size of the byte-level BPE tokenizer to train (3 special tokens)"
+    )
+    tokenizer_texts: list[str] = Field(
+        [], description="with architecture: what the tokenizer is trained on; sources of rows and .txt files"
+    )
+    data: list[str] = Field([], description="sources of rows: builtin:full, rows.jsonl, folder:retain90, org/name")
+    corpora: list[str] = Field([], description="plain text files, packed into blocks of max_length tokens")
+    out: str = Field(description="folder to write the model to")
+    seed: int = Field(0, ge=0, description="of weights, order and dropout")
+    max_length: int = Field(512, ge=8, description="longest sequence in tokens; also the length of a packed block")
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps (overrides epochs)")
+    batch_size: int = Field(32, ge=1, description="sequences a step and device")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one optimizer step")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="of the rate after the warm-up")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled, on matrices only")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
+    prompt_weight: float = Field(
+        0.0, ge=0, le=1, description="weight of prompt tokens in the loss; answer tokens have 1"
+    )
+    embedding_dropout: float = Field(0.0, ge=0, lt=1, description="of the token embeddings, in training only")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="of attention weights, in training only")
+    neftune: float = Field(0.0, ge=0, description="NEFTune's alpha: uniform noise on embeddings (Jain et al. 2024)")
+    copy_blocks: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the packed blocks whose second half repeats the first, to practise copying",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="divides the logits of the saved model (folded into its last norm); greedy output stays"
+    )
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: autocast over float32 weights")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="of the saved weights")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    checkpoint_steps: int = Field(500, ge=1, description="write a checkpoint every so many steps")
+    log_steps: int = Field(50, ge=1, description="report the loss every so many steps")
+    title: str | None = Field(None, description="heading of the model card; otherwise the output folder's name")
+    resume: bool = Field(False, description="continue from the last checkpoint in out")
+    overwrite: bool = Field(False, description="replace a model that an earlier run left in out")
+
+    @model_validator(mode="after")
+    def _check(self) -> Finetune:
+        if (self.model is None) == (not self.architecture):
+            raise ValueError(
+                "give one of model (to start from a model) and architecture (to start from random weights)"
+            )
+        if bool(self.architecture) != bool(self.tokenizer_texts):
+            raise ValueError("architecture and tokenizer_texts go together: a new model needs a tokenizer of its own")
+        if not self.data and not self.corpora:
+            raise ValueError("give data (rows) or corpora (text files) to train on")
+        if self.resume and self.overwrite:
+            raise ValueError("resume continues and overwrite starts again; give one of them")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def _read_corpus(source: str) -> str:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        siblings = [str(sibling) for sibling in path.parent.glob("*.txt")] if path.parent.is_dir() else []
+        raise UserError(f"No text file at {source!r}.{nearest(str(path), siblings)}")
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        raise UserError(f"{source} is empty; expected text.")
+    return text
+
+
+def _tokenizer_texts(sources: Sequence[str]) -> Iterator[str]:
+    """Yield what a tokenizer is trained on: paragraphs of text files, rows as they are written for the model."""
+    for source in sources:
+        if source.endswith(".txt"):
+            yield from _read_corpus(source).split("\n\n")
+            continue
+        for example in load_examples(source):
+            yield example.answer if example.prompt is None else f"Question: {example.prompt}\nAnswer: {example.answer}"
+
+
+def train_tokenizer(sources: Sequence[str], vocabulary: int, max_length: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer with distinct begin, end and padding tokens; it begins every text with `bos`.
+
+    Args:
+        sources: text files (`.txt`) and sources of rows as `load_examples` takes them.
+        vocabulary: number of tokens wanted.
+        max_length: longest sequence that the model takes.
+
+    Raises:
+        UserError: the texts are too short for so many tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_tokenizer_texts(sources), trainer)
+    if tokenizer.get_vocab_size() < vocabulary:
+        raise UserError(
+            f"The tokenizer's texts give only {tokenizer.get_vocab_size()} of {vocabulary} tokens; "
+            "ask for a smaller vocabulary or give more text."
+        )
+    bos = SPECIAL_TOKENS["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=max_length, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS
+    )
+
+
+def pack(ids: Sequence[int], length: int) -> list[list[int]]:
+    """Cut one text's tokens into blocks of `length`; the last block reaches back so that it is as long as the others."""
+    if len(ids) <= length:
+        return [list(ids)]
+    starts = list(range(0, len(ids) - length + 1, length))
+    if starts[-1] + length < len(ids):
+        starts.append(len(ids) - length)
+    return [list(ids[start : start + length]) for start in starts]
+
+
+def training_rows(settings: Finetune, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Return rows of `input_ids`, `labels` (the ids) and `weights` (of each label in the loss), one per sequence."""
+    rows: list[dict[str, Any]] = []
+    draw = random.Random(settings.seed)
+    for source in settings.corpora:
+        ids = list(tokenizer(_read_corpus(source), verbose=False)["input_ids"])
+        for block in pack(ids, settings.max_length):
+            if draw.random() < settings.copy_blocks:
+                half = len(block) // 2
+                block = block[:half] * 2
+            rows.append({"input_ids": block, "labels": block, "weights": [1.0] * len(block)})
+    for source in settings.data:
+        for example in load_examples(source):
+            encoded: Encoded = encode(tokenizer, example, max_length=settings.max_length)
+            ids = encoded.input_ids
+            weights = [settings.prompt_weight] * encoded.prompt_length + [1.0] * (len(ids) - encoded.prompt_length)
+            rows.append({"input_ids": ids, "labels": ids, "weights": weights})
+    return rows
+
+
+class LengthBatches:
+    """Batches of rows of similar length, in an order that depends on nothing but the seed and the epoch.
+
+    The rows are shuffled, stretches of 50 batches sorted by length, and the batches shuffled again: little padding, and
+    the same number of batches in every epoch.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draw = random.Random(f"{self.seed}/{self.epoch}")
+        order = list(range(len(self.lengths)))
+        draw.shuffle(order)
+        stretch = 50 * self.batch_size
+        rows: list[int] = []
+        for start in range(0, len(order), stretch):
+            rows += sorted(order[start : start + stretch], key=lambda row: self.lengths[row])
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        draw.shuffle(batches)
+        yield from batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def _start(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model in float32 and its tokenizer, from random weights or from `settings.model`."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    transformers.set_seed(settings.seed)
+    if settings.architecture:
+        architecture: dict[str, Any] = dict(settings.architecture)
+        kind = architecture.pop("model_type", None)
+        known = list(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        if kind not in known:
+            raise UserError(f"architecture.model_type {kind!r} is unknown.{nearest(str(kind), known)}")
+        context = int(architecture.get("max_position_embeddings", settings.max_length))
+        tokenizer = train_tokenizer(settings.tokenizer_texts, settings.vocabulary, context)
+        config = AutoConfig.for_model(
+            kind,
+            **architecture,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        unknown = [name for name in architecture if name not in type(config)().to_dict()]
+        if unknown:
+            near = nearest(unknown[0], type(config)().to_dict())
+            raise UserError(f"architecture.{unknown[0]} is no setting of a {kind} model.{near}")
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+    assert settings.model is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"Could not load a model from {settings.model!r}: {str(error).splitlines()[0]}") from error
+    ensure_pad_token(tokenizer)
+    return model, tokenizer
+
+
+def _add_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Hook dropout onto the embeddings, in training only: the saved model stays a plain one."""
+    import torch
+
+    def hook(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(output, probability, module.training)
+
+    model.get_input_embeddings().register_forward_hook(hook)
+
+
+def _set_attention_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Set it in the configuration and in the modules that have copied it from there."""
+    if not hasattr(model.config, "attention_dropout"):
+        raise UserError(f"attention_dropout is not supported for {type(model).__name__}; leave it at 0.")
+    model.config.attention_dropout = probability
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = probability
+
+
+def _divide_logits(model: PreTrainedModel, temperature: float) -> None:
+    """Fold a temperature (Guo et al. 2017) into the gain of the last norm, which the logits are linear in."""
+    import torch
+
+    norm = getattr(model.get_decoder(), "norm", None)
+    head = model.get_output_embeddings()
+    plain = norm is not None and getattr(norm, "weight", None) is not None and getattr(norm, "bias", None) is None
+    # gemma's norm multiplies by 1 + weight
+    if not plain or head.bias is not None or "gemma" in model.config.model_type:
+        raise UserError(f"temperature is not supported for {type(model).__name__}; leave it at 1.")
+    assert norm is not None
+    with torch.no_grad():
+        norm.weight /= temperature
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output folder
+
+
+def _comparable(settings: Finetune) -> dict[str, Any]:
+    """Return the settings that training depends on; the others may change when a run is resumed."""
+    free = {"resume", "overwrite", "log_steps", "checkpoint_steps", "title", "temperature", "dtype"}
+    return settings.model_dump(mode="json", exclude=free)
+
+
+def _check_folder(settings: Finetune) -> Path | None:
+    """Check the output folder and return the checkpoint to resume from, if any.
+
+    Raises:
+        UserError: it holds something and neither `resume` nor `overwrite` fits.
+    """
+    out = Path(settings.out)
+    if out.is_file():
+        raise UserError(f"{settings.out!r} is a file; give a folder to write the model to.")
+    checkpoints = out / CHECKPOINTS
+    present = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    ours = RECIPE in present or CHECKPOINTS in present
+    if settings.resume:
+        if not checkpoints.is_dir():
+            state = "holds a finished run" if RECIPE in present else "holds no checkpoints"
+            raise UserError(f"Nothing to resume: {settings.out!r} {state}; leave resume out.")
+        before = json.loads((checkpoints / "settings.json").read_text())
+        changed = [name for name, value in _comparable(settings).items() if before.get(name) != value]
+        if changed:
+            raise UserError(
+                f"The run in {settings.out!r} was started with other settings ({', '.join(changed)}); "
+                "give the same ones to resume, or overwrite to start again."
+            )
+        return _last_checkpoint(checkpoints)
+    if present and not settings.overwrite:
+        advice = (
+            "resume to continue it, overwrite to start again" if CHECKPOINTS in present else "overwrite to replace it"
+        )
+        if not ours:
+            advice = "give another folder"
+        raise UserError(f"{settings.out!r} is not empty ({', '.join(present[:5])}): {advice}.")
+    if present and not ours:
+        raise UserError(
+            f"{settings.out!r} holds {', '.join(present[:5])} but no {RECIPE}: it is not a folder of an earlier run, "
+            "so overwrite leaves it alone; give another folder."
+        )
+    return None
+
+
+def _start_folder(settings: Finetune) -> None:
+    """Make the output folder with nothing but the settings in `checkpoints/`; a finished model there stays."""
+    checkpoints = Path(settings.out) / CHECKPOINTS
+    if checkpoints.is_dir():
+        shutil.rmtree(checkpoints)
+    write_atomic(checkpoints / "settings.json", to_json(_comparable(settings)))
+
+
+def _last_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the newest complete checkpoint; the trainer's state is the last file written to one."""
+    found = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _finish(
+    settings: Finetune, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, numbers: dict[str, Any]
+) -> Path:
+    """Write model, tokenizer, recipe, numbers and card beside the output folder, then put them in its place."""
+    import torch
+    import yaml
+
+    out = Path(settings.out)
+    fresh = out.with_name(f".{out.name}.new")
+    old = out.with_name(f".{out.name}.old")
+    for path in (fresh, old):
+        if path.exists():
+            shutil.rmtree(path)
+    model.config.use_cache = True
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(getattr(torch, settings.dtype)).save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    recipe = settings.model_dump(mode="json", exclude_defaults=True, exclude={"resume", "overwrite"})
+    write_atomic(fresh / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
+    write_atomic(fresh / NUMBERS, to_json(numbers))
+    write_atomic(fresh / "README.md", _card(settings, numbers))
+    if out.exists():
+        os.replace(out, old)
+    os.replace(fresh, out)
+    if old.exists():
+        shutil.rmtree(old)
+    print(f"model: {out}", file=sys.stderr)
+    return out
+
+
+def _card(settings: Finetune, numbers: dict[str, Any]) -> str:
+    """Return the model card: command, seed, data and what was measured."""
+    title = settings.title or Path(settings.out).name
+    origin = (
+        f"from `{settings.model}`" if settings.model else f"from random weights ({numbers['parameters']:,} parameters)"
+    )
+    sources = [f"`{source}`" for source in [*settings.data, *settings.corpora]]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"Fitted {origin} by `alter finetune {RECIPE}`, the recipe in this folder.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| data | {', '.join(sources)} |",
+        f"| sequences | {numbers['sequences']:,} |",
+        f"| optimizer steps, epochs | {numbers['steps']:,}, {numbers['epochs']:g} |",
+        f"| training loss, mean of the last {numbers['loss_steps']} steps | {numbers['loss']:.4f} |",
+        f"| seed | {settings.seed} |",
+        f"| wall time{' since it was resumed' * numbers['resumed']} | {numbers['seconds']:.0f} s on {numbers['made_by']['machine']}, {numbers['device']} |",
+        f"| weights | {settings.dtype}, safetensors |",
+        "",
+    ]
+    if any(source.lower().startswith(("builtin:", "locuslab/tofu")) for source in settings.data):
+        lines += [TOFU_NOTICE, ""]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run
+
+
+def weighted_loss(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Return the mean next-token cross-entropy over labels, each counted by its weight.
+
+    Computes sum_t w_t l_t / sum_t w_t with l_t = -sum_v q_v log p_v in float32, where q puts 1 - s on the label and s
+    evenly on the vocabulary (Szegedy et al. 2016). The logits at position t predict label t + 1.
+
+    Args:
+        logits: shape (rows, tokens, vocabulary).
+        labels: shape (rows, tokens); -100 where there is none.
+        weights: shape (rows, tokens), 0 or more.
+        label_smoothing: s.
+    """
+    import torch
+
+    target, weight = labels[:, 1:], weights[:, 1:]
+    labelled = (target != -100) & (weight > 0)
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1][labelled].float(), target[labelled], reduction="none", label_smoothing=label_smoothing
+    )
+    return (loss * weight[labelled]).sum() / weight[labelled].sum()
+
+
+def _trainer(settings: Finetune, model: Any, rows: list[dict[str, Any]], pad_token_id: int) -> Any:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    class LengthGroupedTrainer(Trainer):
+        """The Trainer with our batches and our loss."""
+
+        def get_train_dataloader(self) -> Any:
+            trainer = self
+
+            class Ordered(LengthBatches):
+                def __iter__(self) -> Iterator[list[int]]:
+                    # a whole number at the start of an epoch, and when resuming within one its number rounded down
+                    self.epoch = int((trainer.state.epoch or 0) + 1e-9)
+                    return super().__iter__()
+
+            batches = Ordered([len(row["input_ids"]) for row in rows], settings.batch_size, settings.seed)
+            return torch.utils.data.DataLoader(
+                rows,  # type: ignore[arg-type]  # a list is a map-style dataset
+                batch_sampler=batches,
+                collate_fn=Collator(pad_token_id, multiple_of=8),
+                generator=torch.Generator(),
+            )
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            inputs = dict(inputs)
+            labels, weights = inputs.pop("labels"), inputs.pop("weights")
+            outputs = model(**inputs, use_cache=False)
+            loss = weighted_loss(outputs.logits, labels, weights, settings.label_smoothing)
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"The loss is {loss.item()} at step {self.state.global_step + 1}: training diverged. Lower "
+                    f"learning_rate ({settings.learning_rate:g}), raise warmup, or use precision fp32."
+                )
+            return (loss, outputs) if return_outputs else loss
+
+    arguments = TrainingArguments(
+        output_dir=str(Path(settings.out) / CHECKPOINTS),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        max_grad_norm=settings.max_grad_norm,
+        neftune_noise_alpha=settings.neftune or None,
+        bf16=settings.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=1,
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        seed=settings.seed,
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    trainer = LengthGroupedTrainer(model=model, args=arguments, train_dataset=rows)
+    # the loss above is a mean per batch, so the trainer has to average it over accumulated batches
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def finetune(settings: Finetune) -> Path:
+    """Fit a model as `settings` say and return its folder (model, tokenizer, recipe, numbers, card).
+
+    Nothing but `checkpoints/` is in the folder until the run is finished; then the finished folder takes its place in
+    one rename. A run that was interrupted continues with `resume` to the same weights as without the interruption.
+
+    Raises:
+        UserError: a source or model that is not there, an output folder in use, or a loss that is not finite.
+    """
+    import torch
+
+    checkpoint = _check_folder(settings)
+    started = time.monotonic()
+    model, tokenizer = _start(settings)
+    rows = training_rows(settings, tokenizer)
+    plain_attention = getattr(model.config, "attention_dropout", None)
+    if settings.embedding_dropout:
+        _add_dropout(model, settings.embedding_dropout)
+    if settings.attention_dropout:
+        _set_attention_dropout(model, settings.attention_dropout)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    assert tokenizer.pad_token_id is not None
+    # only now, so that a mistake in the settings leaves nothing behind
+    if checkpoint is None:
+        _start_folder(settings)
+    trainer = _trainer(settings, model, rows, tokenizer.pad_token_id)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if settings.attention_dropout:
+        _set_attention_dropout(model, plain_attention or 0.0)
+    if settings.temperature != 1:
+        _divide_logits(model, settings.temperature)
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    numbers = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sequences": len(rows),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "loss": losses[-1][1] if losses else trainer.state.log_history[-1]["train_loss"],
+        "loss_steps": settings.log_steps if losses else trainer.state.global_step,
+        "losses": losses,
+        "seconds": time.monotonic() - started,
+        "resumed": checkpoint is not None,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads",
+        "made_by": provenance(),
+    }
+    return _finish(settings, model, tokenizer, numbers)

@@ -1,0 +1,327 @@
+"""Settings of one unlearning run, the checks that need no model, and what follows from the settings alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from alter.adapter.config import PAPER_THRESHOLD
+from alter.core.errors import UserError
+from alter.logits.entropy import check_threshold
+from alter.methods import presets
+from alter.methods.adapters import (
+    Adapter,
+    AlterAdapter,
+    AssistantLora,
+    BoundedLora,
+    FullWeights,
+    Lora,
+)
+from alter.methods.initializers import Fila, Initializer, Zero
+from alter.methods.objectives import (
+    Adaptive,
+    CrossEntropy,
+    Forget,
+    InvertedHinge,
+    KeepHidden,
+    Misdirect,
+    Needs,
+    Retain,
+)
+from alter.methods.probes import Reinforcement
+from alter.models.quantized import Bits
+from alter.training.router import RouterFit
+from alter.training.watch import Watch
+
+BRANCHES = ("forget", "alternative", "retain")
+"""Kinds of rows in a step's batch, in this order."""
+
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+"""What transformers' Trainer calls them."""
+
+
+class Unlearn(BaseModel):
+    """Settings of one unlearning run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str | None = Field(
+        None,
+        description="Start from a published method's parts and settings; what else is given overrides. One of "
+        f"{', '.join(presets.METHODS)}.",
+    )
+
+    model: str = Field(description="Folder or hub id of the model that must forget.")
+    forget: str = Field(
+        description="What to forget: a JSON or JSONL file, or NAME:SPLIT such as locuslab/TOFU:forget10."
+    )
+    retain: str = Field(description="What must not change, in the same forms.")
+    out: str = Field(description="Folder of this run; must be empty or missing.")
+
+    domain_column: str | None = Field(
+        None, description="Column that names each forget row's sub-domain (author, request)."
+    )
+    num_forget_experts: int | None = Field(None, ge=1, description="Experts; by default one per sub-domain.")
+    max_domains: int = Field(8, ge=1, description="Most sub-domains that clustering may choose.")
+
+    start_from: str | None = Field(
+        None,
+        description="Adapter of earlier requests to go on from. ALTER's grows: new experts beside its own, which stay "
+        "bit-exact. A LoRA with a detector (O3) is trained on, and gets one more detector.",
+    )
+    experts_only: bool = Field(
+        False,
+        description="Train forget experts alone: A keeps its start, the retention expert stays zero, so that tokens "
+        "routed to it get exactly the base model. Always so with start_from and ALTER's adapter.",
+    )
+
+    adapter: Adapter = Field(default_factory=AlterAdapter)
+    initializer: Initializer = Field(default_factory=Zero)
+    router_fit: RouterFit = Field(default_factory=RouterFit)
+    reinforcement: Reinforcement = Field(default_factory=Reinforcement)
+    objective: Forget = Field(default_factory=InvertedHinge)
+    retain_objective: Retain = Field(default_factory=CrossEntropy)
+    beta: float = Field(1.0, ge=0, description="Weight of the forget objective (Eq. 8).")
+    gamma: float = Field(1.0, ge=0, description="Weight of the retain objective (Eq. 8).")
+    lambda_: float = Field(
+        0.01, ge=0, description="ALTER's adapter: weight of the loss on high-entropy tokens, which is what A learns."
+    )
+    phase_one: float = Field(
+        0.0, ge=0, lt=1, description="ALTER's adapter: share of the steps that only learns high-entropy retain tokens."
+    )
+    retain_after: float = Field(
+        0.0,
+        ge=0,
+        description="Epochs before retain rows join, in whole steps (the nearest, at least one): until then the forget "
+        "objective alone.",
+    )
+    negate: float | None = Field(
+        None, gt=0, description="After training, apply minus so many times what was learned (task arithmetic)."
+    )
+
+    epochs: float = Field(3, gt=0, description="Passes over the forget set.")
+    batch_size: int = Field(
+        4,
+        ge=1,
+        description="Forget rows a step; as many retain rows come with them. Several processes (accelerate launch) "
+        "share them.",
+    )
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate_experts: float = Field(1e-3, gt=0, description="ALTER's adapter: eta_B.")
+    learning_rate_shared: float = Field(1e-5, ge=0, description="ALTER's adapter: eta_A.")
+    learning_rate: float = Field(1e-4, gt=0, description="Of everything but ALTER's adapter.")
+    weight_decay: float = Field(0.0, ge=0, description="Of everything but ALTER's adapter.")
+    lr_scheduler: str = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_length: int | None = Field(None, ge=8, description="Longer rows are cut; by default the model's context.")
+    reference_top_k: int = Field(256, ge=1, description="Tokens kept of each reference distribution.")
+    gradient_checkpointing: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Bits | None = Field(
+        None,
+        description="Hold the frozen base's linear layers in 4bit (NF4) or 8bit (LLM.int8), with bitsandbytes; the adapter "
+        "stays in float32.",
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="AdamW; with its state in 8 bits (a quarter of the memory), or in pages that leave a full GPU for the "
+        "CPU's memory, both by bitsandbytes. Worth it for adapter.kind full.",
+    )
+    bf16: bool = Field(False, description="Autocast to bf16.")
+    seed: int = 0
+    watch: Watch = Field(default_factory=Watch)
+    save_steps: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
+    resume: bool = Field(False, description="Go on from the last whole checkpoint in `out`.")
+    overwrite: bool = Field(False, description="Delete what `out` holds.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, whatever `epochs` says.")
+    device: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_method(cls, given: Any) -> Any:
+        return presets.expand(given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Unlearn:
+        adapter = self.adapter
+        if isinstance(adapter, AlterAdapter):
+            if adapter.entropy_threshold is not None and adapter.entropy_quantile is not None:
+                raise ValueError("give either adapter.entropy_threshold or adapter.entropy_quantile, not both")
+            if self.start_from is None and adapter.entropy_quantile is None:
+                threshold = PAPER_THRESHOLD if adapter.entropy_threshold is None else adapter.entropy_threshold
+                check_threshold(adapter.entropy_q, threshold, None)
+            if self.phase_one and not adapter.retention_expert:
+                raise ValueError(
+                    "phase_one trains the retention expert and A through it, which adapter.retention_expert false leaves "
+                    "out: give --phase-one 0, or leave it on"
+                )
+        elif self.objective.model_dump().get("only_low"):
+            raise ValueError(
+                f"objective.only_low needs the token entropies of adapter.kind alter, not {adapter.kind}: give "
+                "--objective.no-only-low"
+            )
+        if not isinstance(self.initializer, Zero):
+            if not isinstance(adapter, Lora):
+                raise ValueError(
+                    f"initializer.kind {self.initializer.kind} is for adapter.kind lora, not {adapter.kind}"
+                )
+            if adapter.dropout or self.weight_decay:
+                raise ValueError(
+                    f"initializer.kind {self.initializer.kind} starts from factors that a frozen copy cancels: "
+                    "adapter.dropout and weight_decay must be 0"
+                )
+        if self.watch.on and (isinstance(adapter, (FullWeights, AssistantLora)) or self.negate is not None):
+            raise ValueError(
+                "watch looks at an adapter on the model while it trains: not with adapter.kind full or "
+                "assistant, and not with negate"
+            )
+        if isinstance(adapter, AssistantLora):
+            frozen_needs = [
+                part.kind
+                for part in (self.objective, self.retain_objective)
+                if part.needs.views or part.needs.base_logp or part.needs.hidden
+            ]
+            if frozen_needs or self.negate is not None:
+                raise ValueError(
+                    f"adapter.kind assistant trains another model than the base, so it goes with neither negate nor "
+                    f"objectives that compare with the base{' such as ' + frozen_needs[0] if frozen_needs else ''}: take "
+                    "objective.kind learn and retain_objective.kind uniform"
+                )
+        if isinstance(adapter, Lora) and adapter.detector and self.watch.on:
+            raise ValueError("watch looks at an adapter that is always on: not with adapter.detector")
+        if self.quantization is not None and isinstance(adapter, FullWeights):
+            raise ValueError(
+                f"quantization {self.quantization} freezes the weights, which adapter.kind full trains: take adapter.kind "
+                "lora, or leave quantization out"
+            )
+        if self.quantization is not None and isinstance(self.initializer, Fila):
+            raise ValueError(
+                f"initializer.kind fila takes gradients of the weights themselves, which quantization {self.quantization} "
+                "rounds: take initializer.kind vila, reglu or zero, or leave quantization out"
+            )
+        if self.negate is not None and isinstance(adapter, BoundedLora):
+            raise ValueError("negate cannot undo a bounded update: phi(-n x) is not -n phi(x); take adapter.kind lora")
+        if self.phase_one and not self.retain_objective.needs.rows:
+            raise ValueError("phase_one learns retain tokens: retain_objective.kind must not be none")
+        if self.phase_one and not isinstance(adapter, AlterAdapter):
+            raise ValueError(
+                f"phase_one needs the token entropies of adapter.kind alter, not {adapter.kind}: leave it out, or give "
+                "--phase-one 0"
+            )
+        if self.start_from is not None and not isinstance(self.initializer, Zero):
+            raise ValueError(
+                f"initializer.kind {self.initializer.kind} would replace the factors that start_from brings: leave it out"
+            )
+        if self.start_from is not None and self.negate is not None:
+            raise ValueError("negate would turn round what start_from brings as well: leave it out")
+        if not (self.objective.needs.rows or self.objective.needs.alternative or self.retain_objective.needs.rows):
+            raise ValueError("objective.kind and retain_objective.kind are both none: there is nothing to train")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_alone(self) -> Unlearn:
+        trained_on = isinstance(self.adapter, Lora) and self.adapter.detector
+        if self.start_from is not None and not trained_on:
+            self.experts_only = True
+        if not self.experts_only:
+            return self
+        if not isinstance(self.adapter, AlterAdapter):
+            raise ValueError(
+                "experts_only is for adapter.kind alter, start_from for that and for adapter.kind lora with adapter.detector, "
+                f"not for {self.adapter.kind}{' without' if isinstance(self.adapter, Lora) and not trained_on else ''}"
+            )
+        if self.phase_one:
+            raise ValueError("phase_one trains A and the retention expert, which experts_only (or start_from) freezes")
+        if self.adapter.router == "static":
+            raise ValueError("experts_only needs a router that keeps the experts apart; adapter.router is 'static'")
+        needs = self.objective.needs
+        if self.start_from is not None and (needs.alternative == "diversion" or set(needs.views) - {"base"}):
+            raise ValueError(
+                f"objective.kind {self.objective.kind} looks at the bare base, which start_from has adapted"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _retain_rows_join(self) -> Unlearn:
+        if not self.retain_after:
+            return self
+        forget, _, retain = branch_needs(self)
+        if self.retain_after >= self.epochs:
+            raise ValueError(
+                f"retain_after is {self.retain_after:g} and epochs {self.epochs:g}, so that retain rows would never join: "
+                "give a larger epochs or a smaller retain_after"
+            )
+        if self.phase_one:
+            raise ValueError(
+                "phase_one begins with retain rows alone and retain_after with forget rows alone: give --phase-one 0 or "
+                "--retain-after 0"
+            )
+        if not retain.rows:
+            why = "experts_only is on" if self.experts_only else "retain_objective.kind is none"
+            raise ValueError(f"retain_after is {self.retain_after:g}, but {why}, so that no retain rows join: give 0")
+        if not self.beta or not (forget.rows or forget.alternative):
+            raise ValueError(
+                "retain_after begins with the forget objective alone: objective.kind must not be none, nor beta 0"
+            )
+        if isinstance(self.retain_objective, Adaptive):
+            raise ValueError(
+                "retain_objective.kind adaptive compares with the retain loss of the first epoch, which retain_after "
+                "leaves out: give --retain-after 0 or another retain objective"
+            )
+        return self
+
+
+def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
+    """Optimiser steps of a run with so many forget rows, and how many of them come before retain rows join.
+
+    Raises:
+        UserError: retain rows would join after the last step.
+    """
+    rows = run.batch_size * run.gradient_accumulation_steps
+    steps = run.max_steps or math.ceil(run.epochs * count / rows)
+    if not run.retain_after:
+        return steps, 0
+    # whole steps: no batch, and no gradient summed over batches, is of both phases
+    alone = max(1, math.floor(run.retain_after * count / rows + 0.5))
+    if alone >= steps:
+        raise UserError(
+            f"retain_after is {run.retain_after:g}, which is {alone} of the run's {steps} steps of {rows} forget rows: no "
+            "step is left for retain rows to join. Give more epochs (or max_steps), or a smaller batch_size."
+        )
+    return steps, alone
+
+
+def branch_needs(run: Unlearn) -> list[Needs]:
+    """What is needed of the rows of each of `BRANCHES`; `rows` says whether they take part at all."""
+    forget, retain = run.objective.needs, run.retain_objective.needs
+    if run.experts_only:
+        # nothing learns from retain rows
+        retain = Needs(rows=False)
+    other = Needs(rows=forget.alternative is not None, base_logp=forget.base_logp and forget.alternative is not None)
+    return [forget, other, retain]
+
+
+def hidden_depth(run: Unlearn) -> float:
+    """The share of the depth at which the objectives read hidden states.
+
+    Raises:
+        UserError: the forget and the retain objective name different ones.
+    """
+    depths = {
+        part.depth for part in (run.objective, run.retain_objective) if isinstance(part, (Misdirect, KeepHidden))
+    }
+    if len(depths) > 1:
+        raise UserError(
+            f"objective.depth and retain_objective.depth are {' and '.join(f'{d:g}' for d in sorted(depths))}; a step reads "
+            "hidden states of one block: give the same number."
+        )
+    return depths.pop()
