@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from alter import AlterConfig, cli, metrics
+from alter.attacks import base, states, weights, wording
 from alter.attacks import run as attacks
-from alter.attacks.run import base, states, weights, wording
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded, encode

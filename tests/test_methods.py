@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from alter import cli
+from alter.adapter.routing import Routing
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
 from alter.methods import adapters as tuning
@@ -1171,7 +1172,7 @@ def test_made_up_labels_are_no_structure_for_the_shared_matrix(data, tmp_path, m
             logits = model(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                alter_routing=loss.Routing(gates),
+                alter_routing=Routing(gates),
             ).logits
             for b in (inputs["branch"] == 2).nonzero()[:, 0].tolist():
                 for t in range(1, inputs["labels"].shape[1]):
