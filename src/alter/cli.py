@@ -45,6 +45,7 @@ BENCHMARKS = {
     "mmlu": ("alter.evaluation.harness", "MmluEvaluation"),
     "lm-eval": ("alter.evaluation.harness", "LmEvalEvaluation"),
     "fluency": ("alter.evaluation.fluency", "FluencyEvaluation"),
+    "rows": ("alter.evaluation.rows", "RowsEvaluation"),
 }
 
 COMMANDS = {
@@ -52,9 +53,9 @@ COMMANDS = {
         "alter.demo", "Demo", "demo", "forget 20 authors with the shipped model: before, after, retrained"
     ),
     "unlearn": Command(
-        "alter.training.run",
+        "alter.training.closing",
         "Unlearn",
-        "unlearn",
+        "command",
         "make a model forget, by ALTER's adapter or any other method",
         presets="alter.methods.presets",
         together=True,

@@ -21,6 +21,7 @@ from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
 from alter.data.sources import read_rows
 from alter.evaluation.base import Evaluation, overheard, say
+from alter.evaluation.rows import closing_of, show_closing
 from alter.evaluation.tofu import Aggregate, aggregate
 from alter.models.generation import generate as generate_texts
 from alter.models.loading import load_model
@@ -28,9 +29,16 @@ from alter.models.quantized import Bits
 from alter.reporting.terminal import table
 
 
-def show(records_by_model: Mapping[str, Sequence[Record]], path: str | None, title: str | None = None) -> None:
-    """Print the table of records and, if a path is given, write them all there."""
-    Console().print(table(records_by_model, title))
+def show(
+    records_by_model: Mapping[str, Sequence[Record]],
+    path: str | None,
+    title: str | None = None,
+    *,
+    printed: bool = True,
+) -> None:
+    """Print the table of records, unless not `printed`, and, if a path is given, write them all there."""
+    if printed:
+        Console().print(table(records_by_model, title))
     if path is not None and processes.first():
         write_records(path, [record for records in records_by_model.values() for record in records])
         Console(stderr=True).print(f"records: {path}")
@@ -76,12 +84,24 @@ def evaluate(settings: Evaluation) -> list[Record]:
     Raises:
         UserError: see the benchmark's `data_digest` and `measure`, and `load_model`.
     """
-    with processes.together("Start the same command again.", settings.device):
-        return _evaluate(settings)
-
-
-def _evaluate(settings: Evaluation) -> list[Record]:
     check_writable(settings.json_path)
+    with processes.together("Start the same command again.", settings.device):
+        records = measured(settings)
+        title = f"{settings.title()}: {settings.adapter or settings.model}"
+        by_model = {name: [r for r in records if r.model == name] for name in dict.fromkeys(r.model for r in records)}
+        closed = closing_of(records)
+        if closed is not None and processes.first():
+            show_closing(closed)
+        show(by_model, settings.json_path, title, printed=closed is None)
+    return records
+
+
+def measured(settings: Evaluation) -> list[Record]:
+    """Return the records of an evaluation, from the cache where it has them; the caller is inside `processes.together`.
+
+    Raises:
+        UserError: see `evaluate`.
+    """
     data = settings.data_digest()
     folder = cache_folder(settings.cache)
     identity = processes.from_first(lambda: settings.identity(folder))
@@ -113,8 +133,6 @@ def _evaluate(settings: Evaluation) -> list[Record]:
             replace(record, model=settings.subject) if record.model == found.subject else record
             for record in found.records
         ]
-    title = f"{settings.title()}: {settings.adapter or settings.model}"
-    show({settings.subject: records}, settings.json_path, title)
     return records
 
 

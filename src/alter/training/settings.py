@@ -139,6 +139,9 @@ class Unlearn(BaseModel):
     bf16: bool = Field(False, description="Autocast to bf16.")
     seed: int = 0
     watch: Watch = Field(default_factory=Watch)
+    closing_rows: int = Field(
+        40, ge=0, description="Rows of each set to measure at the end, before and after; 0 leaves it out."
+    )
     save_steps: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
     resume: bool = Field(False, description="Go on from the last whole checkpoint in `out`.")
     overwrite: bool = Field(False, description="Delete what `out` holds.")

@@ -1,0 +1,444 @@
+"""Was it forgotten? The one home of that verdict: from measures before and after, in words, with its reasons.
+
+Two kinds of evidence are needed, and neither is enough alone: what the model says (replies that still give the answer,
+ROUGE-L recall of words of any script) and how likely the true answers are to it. What counts as gone is taken from a
+model that never saw the rows where there is one that can be trusted, and from absolute bounds where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from alter import metrics
+
+Word = Literal["forgotten", "not forgotten", "collapsed", "unproven"]
+
+SLACK = 0.05
+"""How far above the reference recall and share of given answers may lie; a reference so near to `before` is refused."""
+ENOUGH = 2 / 3
+"""Share of an answer's facts that gives it away; a model that never saw tofu-mini's authors gets there in 2 of 100."""
+GONE = 0.5
+"""Part of the probability of the true answers above the reference's (above 0 without one) that must be gone."""
+SAID = 0.1
+"""Share of replies that may still give their answer where no reference says how many do by chance."""
+RECALL = 0.75
+"""Part of the recall before that may be left where no reference says how much there is by chance."""
+BROKEN = 0.2
+"""Share of broken and empty replies, beyond those before, from which the model has collapsed."""
+KEPT = 0.5
+"""Share of the probability of the rows to keep below which the model has collapsed."""
+LEAST = 5
+"""Answered rows below which nothing is proven."""
+FIRM = 100
+"""Answered rows from which a page may colour a verdict green."""
+
+Array = npt.NDArray[np.float64]
+
+
+# Words of any script -------------------------------------------------------------------------------------------------
+
+_UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+def words(text: str) -> list[str]:
+    """Split a text into words of any script: letters, digits and their marks; a character each where no spaces are set.
+
+    Case, width of characters and normal form do not matter.
+    """
+    return [word.casefold() for word in _words(text)]
+
+
+def _words(text: str) -> list[str]:
+    found: list[str] = []
+    open_ = False
+    for character in unicodedata.normalize("NFKC", text):
+        kind = unicodedata.category(character)[0]
+        if kind not in "LMN":
+            open_ = False
+        elif kind == "M" and found and open_:
+            found[-1] += character
+        elif _UNSPACED.match(character):
+            found.append(character)
+            # what follows a character of such a script is a word of its own, its marks are not
+            open_ = True
+            continue
+        elif open_ and not _UNSPACED.match(found[-1][0]):
+            found[-1] += character
+        else:
+            found.append(character)
+            open_ = True
+    return found
+
+
+def recall(truth: str, reply: str) -> float:
+    """Return ROUGE-L recall, in [0, 1]: the longest common subsequence of words over the words of the truth.
+
+    A truth in basic Latin letters is measured as everywhere here, with the Porter stemmer (`metrics.rouge_l`); any
+    other by `words`, unstemmed.
+    """
+    if truth.isascii():
+        return float(metrics.rouge_l([truth], [reply]).recall[0])
+    a, b = words(truth), words(reply)
+    best = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            above = best[j]
+            best[j] = diagonal + 1 if word == other else max(above, best[j - 1])
+            diagonal = above
+    return best[-1] / len(a) if a else 0.0
+
+
+def facts(question: str, answer: str) -> frozenset[str]:
+    """Return what an answer says that its question does not.
+
+    Names and numbers: words with a digit or a capital that does not begin a sentence. Of an answer that has none (short,
+    in small letters, of a script without capitals) the words of five letters or more, or all if there are none; pairs
+    of characters where a script sets no spaces. Nothing if the question says it all.
+    """
+    asked = set(words(question))
+    pieces = [_words(part) for part in re.split(r"[.!?…:\n]+\s*|[。！？।]", unicodedata.normalize("NFC", answer))]
+    every = [word for piece in pieces for word in piece]
+    if len(every) > 3:
+        inner = [word for piece in pieces for i, word in enumerate(piece) if i or _is_name(piece[1:2])]
+        named = {word.casefold() for word in inner if any(c.isupper() or c.isdigit() for c in word)}
+        if named - asked:
+            return frozenset(named - asked)
+    new = _units(answer) - _units(question) - asked
+    return frozenset({word for word in new if len(word) >= 5} or new)
+
+
+def _is_name(words_: Sequence[str]) -> bool:
+    return bool(words_) and words_[0][0].isupper()
+
+
+def _units(text: str) -> set[str]:
+    """Words, and in scripts without spaces pairs of characters, which single ones are too common to tell."""
+    found = words(text)
+    pairs = {a + b for a, b in pairwise(found) if _UNSPACED.match(a) and _UNSPACED.match(b)}
+    return {word for word in found if not (pairs and _UNSPACED.match(word))} | pairs
+
+
+def gives(question: str, answer: str, reply: str) -> bool | None:
+    """Whether a reply gives its answer: `ENOUGH` of its `facts`, or nearly all its words; None if there is no telling.
+
+    Inflected names of alphabets other than Latin count by their stem: all but the last two letters, four at least.
+    """
+    looked = facts(question, answer)
+    if not looked:
+        return None
+    said = _units(reply)
+    there = sum(fact in said or _inflected(fact, said) for fact in looked)
+    return there >= ENOUGH * len(looked) or recall(answer, reply) >= 0.9
+
+
+def _inflected(fact: str, said: set[str]) -> bool:
+    if len(fact) < 5 or fact.isascii():
+        return False
+    stem = fact[: max(4, len(fact) - 2)]
+    return any(word.startswith(stem) and abs(len(word) - len(fact)) <= 3 for word in said)
+
+
+# Broken replies ------------------------------------------------------------------------------------------------------
+
+_LOOP = re.compile(r"(?=([^\W\d_]))(.{1,8}?)\2{5,}", re.DOTALL)
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Return the share of n-grams of words (of any script) that repeat an earlier one; 0 for fewer than n words."""
+    said = words(text)
+    grams = list(zip(*(said[i:] for i in range(n)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> float:
+    """Return the number of different n-grams of words (of any script) over their total in all texts; 0 without any."""
+    grams = [gram for text in texts for gram in zip(*(words(text)[i:] for i in range(n)), strict=False)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def broken(reply: str) -> bool:
+    """Whether a reply is no language any more: no word at all, one going round, or letters in a loop.
+
+    That is: signs alone; four words or more of which at most 35 % differ (for texts up to 40 words, beyond which no
+    text is so varied) or half of whose four-word phrases repeat; or one to eight characters six times in a row. An
+    empty reply is not broken but empty.
+    """
+    if not reply.strip():
+        return False
+    said = words(reply)
+    if not said or _LOOP.search(reply):
+        return True
+    spaced = [word for word in said if not _UNSPACED.match(word)]
+    if 4 <= len(spaced) <= 40 and len(set(spaced)) <= 0.35 * len(spaced):
+        return True
+    return len(said) >= 8 and repetition(reply) >= 0.5
+
+
+# Measures ------------------------------------------------------------------------------------------------------------
+
+
+def share_interval(count: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share of `count` among `n`; [0, 1] for none."""
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    middle, spread = (
+        (count + z * z / 2) / (n + z * z),
+        z * math.sqrt(count * (n - count) / n + z * z / 4) / (n + z * z),
+    )
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
+def mean_interval(values: npt.ArrayLike) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean of values in [-1, 1]; all of it for fewer than two."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.size < 2:
+        return -1.0, 1.0
+    spread = float(stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
+    return float(x.mean()) - spread, float(x.mean()) + spread
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a model knows of some rows.
+
+    Attributes:
+        probability: of the true answers, length-normalised, of each scored row, [n].
+        recall: ROUGE-L recall of each reply, [m].
+        said: whether each reply gives its answer, [m]; None where there is no telling.
+        broken, empty: of each reply, [m].
+        repetition: of each reply, [m].
+        distinct: different word pairs over all, in all replies together.
+    """
+
+    probability: Array
+    recall: Array = field(default_factory=lambda: np.empty(0))
+    said: Sequence[bool | None] = ()
+    broken: Sequence[bool] = ()
+    empty: Sequence[bool] = ()
+    repetition: Array = field(default_factory=lambda: np.empty(0))
+    distinct: float = 0.0
+
+    @classmethod
+    def of(
+        cls, probability: npt.ArrayLike, questions: Sequence[str], truths: Sequence[str], replies: Sequence[str]
+    ) -> Measures:
+        """Measure replies, [m], against the truths; `probability` is of all scored rows, [n]."""
+        rows = list(zip(questions, truths, replies, strict=True))
+        return cls(
+            np.asarray(probability, dtype=np.float64),
+            np.array([recall(truth, reply) for _, truth, reply in rows], dtype=np.float64),
+            [gives(*row) for row in rows],
+            [broken(reply) for reply in replies],
+            [not reply.strip() for reply in replies],
+            np.array([repetition(reply) for reply in replies], dtype=np.float64),
+            distinct(replies),
+        )
+
+    @property
+    def asked(self) -> int:
+        """Replies of which it can be told whether they give their answer."""
+        return sum(value is not None for value in self.said)
+
+    @property
+    def given(self) -> int:
+        """Replies that give their answer."""
+        return sum(value is True for value in self.said)
+
+    @property
+    def unusable(self) -> int:
+        """Replies that are broken or empty."""
+        return sum(a or b for a, b in zip(self.broken, self.empty, strict=True))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures, without any text; None for those that no row has."""
+        some = len(self.recall) > 0
+        low, high = mean_interval(self.probability)
+        return {
+            "probability": float(self.probability.mean()) if self.probability.size else None,
+            "probability_interval": [max(low, 0.0), min(high, 1.0)],
+            "n": int(self.probability.size),
+            "rouge": float(self.recall.mean()) if some else None,
+            "n_answers": len(self.recall),
+            "said": self.given,
+            "n_said": self.asked,
+            "said_interval": list(share_interval(self.given, self.asked)),
+            "broken": sum(self.broken),
+            "empty": sum(self.empty),
+            "repetition": float(self.repetition.mean()) if some else None,
+            "distinct_2": self.distinct if some else None,
+        }
+
+
+# The verdict ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The word, the reasons in sentences, and what the reference was worth (why it was refused, or None)."""
+
+    word: Word
+    why: tuple[str, ...]
+    reference: str | None = None
+    refused: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The word in capitals and its reasons."""
+        return f"{self.word.upper()}. {' '.join(self.why)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON takes it."""
+        return {**asdict(self), "why": list(self.why)}
+
+
+def distrust(reference: Measures, before: Measures, by: str) -> str | None:
+    """Say why a model cannot stand for one that never saw the rows, or None: it knows them, or nearly as well as before.
+
+    Args:
+        reference: of the retrained model on the rows, or of the untouched model on rows of their kind never seen.
+        before: of the untouched model on the rows.
+        by: what the reference is called.
+    """
+    own, then = reference.summary(), before.summary()
+    for name, what in (("probability", "probability of the true answers"), ("rouge", "ROUGE-L recall")):
+        if own[name] is None or then[name] is None or not math.isfinite(own[name]):
+            continue
+        if own[name] >= then[name] - SLACK:
+            return (
+                f"The {by} is no reference: its {what} is {own[name]:.3f}, {then[name]:.3f} before forgetting, so it "
+                "knows the rows, or they were never known better."
+            )
+    return None
+
+
+def judge(
+    before: Measures,
+    after: Measures,
+    *,
+    reference: Measures | None = None,
+    by: str = "retrained model",
+    kept: tuple[Measures, Measures] | None = None,
+) -> Verdict:
+    """Return whether rows were forgotten.
+
+    NOT FORGOTTEN if too many replies give their answer, the probability of the true answers has not fallen enough
+    (`GONE`, and beyond chance, row by row), or the recall lies above the reference's or has not fallen; COLLAPSED if
+    nothing of that holds but replies are broken or empty, or the rows to keep are lost; UNPROVEN if nothing speaks
+    against forgetting but too little for it: fewer than `LEAST` answered rows, or answers never given before;
+    else FORGOTTEN.
+
+    Args:
+        before, after: of the rows to forget, the same ones.
+        reference: of a model that never saw them, if there is one; refused where it knows them (`distrust`).
+        by: what the reference is called.
+        kept: before and after of rows to keep.
+
+    Raises:
+        ValueError: no rows, or different ones before and after.
+    """
+    if not before.probability.size or before.probability.shape != after.probability.shape:
+        raise ValueError(f"verdict: {before.probability.size} rows before and {after.probability.size} after")
+    then, now = before.summary(), after.summary()
+    refused = None if reference is None else distrust(reference, before, by)
+    trusted = reference if refused is None else None
+    notes = () if refused is None else (refused,)
+    named = by if trusted is not None else None
+    if not np.isfinite(after.probability).all():
+        why = "The model gives no finite probabilities any more."
+        return Verdict("collapsed", (why, *notes), named, refused)
+    zero = None if trusted is None else trusted.summary()
+
+    against: list[str] = []
+    floor = 0.0 if zero is None else min(float(zero["probability"]), float(then["probability"]))
+    bound = floor + (1 - GONE) * (float(then["probability"]) - floor)
+    fall = mean_interval(before.probability - after.probability)
+    low, high = now["probability_interval"]
+    likely = (
+        f"The true answers have probability {now['probability']:.3f} ({low:.2f} to {high:.2f}, n = {now['n']}), "
+        f"{then['probability']:.3f} before"
+    )
+    if zero is not None:
+        likely += f", {zero['probability']:.3f} by the {by}"
+    if now["probability"] > bound:
+        against.append(f"{likely}: more than {bound:.3f}, so not half of it is gone.")
+    elif now["n"] > 1 and fall[0] <= 0:
+        against.append(f"{likely}: not lower beyond chance, row by row.")
+    spoken = _spoken(before, after, zero)
+    if now["n_said"]:
+        share = now["said"] / now["n_said"]
+        allowed = SAID if zero is None or not zero["n_said"] else zero["said"] / zero["n_said"] + SLACK
+        if share > allowed:
+            against.append(f"{spoken} At most {allowed:.0%} may.")
+    if now["n_answers"] and then["rouge"] is not None:
+        if zero is not None and zero["rouge"] is not None:
+            if now["rouge"] > zero["rouge"] + SLACK:
+                against.append(
+                    f"The replies hold {now['rouge']:.3f} of the answers' words, those of the {by} {zero['rouge']:.3f}."
+                )
+        elif now["rouge"] > max(RECALL * then["rouge"], SLACK):
+            most = max(RECALL * then["rouge"], SLACK)
+            against.append(
+                f"The replies hold {now['rouge']:.3f} of the answers' words, {then['rouge']:.3f} before: more than "
+                f"{most:.3f}."
+            )
+    collapse = _collapse(before, after, kept)
+    if against:
+        return Verdict("not forgotten", (*against, *collapse, *notes), named, refused)
+    if collapse:
+        return Verdict("collapsed", (*collapse, f"{likely}.", *notes), named, refused)
+    lacking: list[str] = []
+    if now["n_said"] < LEAST:
+        lacking.append(
+            f"Only {now['n_said']} replies say something of it, {LEAST} are needed: probability alone is no proof."
+        )
+    elif then["said"] / then["n_said"] <= (SAID if zero is None else 0.0) or then["said"] <= now["said"]:
+        lacking.append(
+            f"The model gave {then['said']} of {then['n_said']} answers before as well, so that it does not now proves "
+            "nothing."
+        )
+    if now["n"] < LEAST:
+        lacking.append(f"{now['n']} rows are too few.")
+    if lacking:
+        return Verdict("unproven", (*lacking, f"{likely}.", *notes), named, refused)
+    return Verdict("forgotten", (spoken, f"{likely}.", *notes), named, refused)
+
+
+def _spoken(before: Measures, after: Measures, zero: Mapping[str, Any] | None) -> str:
+    then, now = before.summary(), after.summary()
+    if not now["n_said"]:
+        return "No reply says anything of it."
+    low, high = now["said_interval"]
+    told = f"{now['said']} of {now['n_said']} replies still give the answer ({low:.0%} to {high:.0%}), {then['said']} before"
+    if zero is not None and zero["n_said"]:
+        told += f", {zero['said']} of {zero['n_said']} by the reference"
+    return f"{told}."
+
+
+def _collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures] | None) -> list[str]:
+    found = []
+    for was, now, where in (
+        (before, after, "about what was to be forgotten"),
+        *(((*kept, "about what was to stay"),) if kept else ()),
+    ):
+        n = len(now.recall)
+        if n and now.unusable / n >= BROKEN + was.unusable / max(len(was.recall), 1):
+            found.append(f"{now.unusable} of {n} replies {where} are broken or empty, {was.unusable} before.")
+    if kept is not None and kept[0].probability.size and kept[1].probability.size:
+        was_, is_ = float(kept[0].probability.mean()), float(kept[1].probability.mean())
+        if not is_ >= KEPT * was_:
+            found.append(f"The answers to keep have probability {is_:.3f}, {was_:.3f} before.")
+    return found

@@ -1,0 +1,111 @@
+"""The end of `alter unlearn`: the result is loaded as anyone would, measured beside the base, and judged in words."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alter.core import processes
+from alter.core.console import warn
+from alter.core.records import write_records
+from alter.evaluation.rows import RowsEvaluation, closing_of, show_closing
+from alter.evaluation.run import measured
+from alter.methods.adapters import AlterAdapter
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
+
+
+def command(run: Unlearn) -> Path:
+    """Run `alter unlearn`: train, then `closing`; returns the run's folder.
+
+    Raises:
+        UserError: see `unlearn` and `closing`.
+    """
+    out = unlearn(run)
+    if run.closing_rows:
+        closing(run, out)
+    return out
+
+
+def closing(run: Unlearn, out: Path) -> dict[str, Any] | None:
+    """Measure what a run made, print before and after with the verdict, and write `records.json` in its folder.
+
+    The records hold figures alone, no question, answer or reply. Of several processes none measures: the command that
+    does is printed.
+
+    Args:
+        run: the settings; `closing_rows` rows of each set are scored and answered.
+        out: the run's folder.
+
+    Returns:
+        what `alter.evaluation.rows.closing_facts` gives, or None where nothing was measured.
+
+    Raises:
+        UserError: the result does not load, its weights are not finite, or rows cannot be scored.
+    """
+    kind = "model" if (out / "model").is_dir() else "adapter"
+    settings = RowsEvaluation(
+        model=str(out / "model") if kind == "model" else run.model,
+        adapter=str(out / "adapter") if kind == "adapter" else None,
+        before=run.model if kind == "model" or run.start_from is not None else None,
+        forget=run.forget,
+        retain=run.retain,
+        holdout=run.watch.holdout,
+        quantization=run.quantization,
+        device=run.device,
+        limit=run.closing_rows,
+        seed=run.seed,
+        max_new_tokens=100,
+        cache="off",
+    )
+    if processes.launched() > 1:
+        warn(f"To see whether it was forgotten: {_evaluate(settings, out)}")
+        return None
+    # shown on the screen, where who runs this sees the data anyway; what is written keeps no text
+    shown = closing_of(records := measured(settings))
+    write_records(out / "records.json", [replace(record, extra=_without_texts(record.extra)) for record in records])
+    if shown is not None:
+        show_closing(shown, next_commands(run, out, settings, shown))
+    return shown
+
+
+def _without_texts(extra: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in extra.items() if key not in ("questions", "references", "generations")}
+    if "closing" in plain:
+        rows = [
+            {key: value for key, value in row.items() if key not in ("question", "truth", "reply")}
+            for row in plain["closing"]["worst"]
+        ]
+        plain["closing"] = {**plain["closing"], "worst": rows}
+    return plain
+
+
+def _evaluate(settings: RowsEvaluation, out: Path) -> str:
+    named = {
+        "model": settings.model,
+        "adapter": settings.adapter,
+        "before": settings.before,
+        "forget": settings.forget,
+        "retain": settings.retain,
+        "holdout": settings.holdout,
+        "json": str(out / "after.json"),
+    }
+    flags = " ".join(f"--{name} {shlex.quote(value)}" for name, value in named.items() if value is not None)
+    return f"alter evaluate --benchmark rows {flags}"
+
+
+def next_commands(run: Unlearn, out: Path, settings: RowsEvaluation, closed: Mapping[str, Any]) -> list[str]:
+    """Return what to type next, by the verdict: try harder, more gently, with all rows, or look closer."""
+    word = closed["verdict"]["word"]
+    again = f"alter unlearn {shlex.quote(str(out / 'run.yaml'))} --out {shlex.quote(f'{out}-2')}"
+    name = "learning-rate-experts" if isinstance(run.adapter, AlterAdapter) else "learning-rate"
+    rate = run.learning_rate_experts if isinstance(run.adapter, AlterAdapter) else run.learning_rate
+    if word == "not forgotten":
+        return [f"{again} --epochs {2 * run.epochs:g}", f"{again} --{name} {3 * rate:g}"]
+    if word == "collapsed":
+        return [f"{again} --{name} {rate / 3:g}", f"{again} --watch.every-epoch 1"]
+    look = f"alter report {shlex.quote(str(out))}"
+    return [_evaluate(settings, out), look] if word == "unproven" else [look, _evaluate(settings, out)]

@@ -1,0 +1,159 @@
+"""Own rows, before and after: `evaluate --benchmark rows`, the end of `unlearn`, and what is kept of the texts."""
+
+import io
+import json
+
+import pytest
+import torch
+import yaml
+
+from alter import cli
+from alter.core.errors import UserError
+from alter.core.records import read_records
+from alter.data.batching import Collator
+from alter.data.encoding import encode
+from alter.data.examples import load_examples
+from alter.evaluation.rows import RowsEvaluation, closing_of, closing_table, measure
+from alter.evaluation.run import measured
+from pico import byte_tokenizer, pico, write_jsonl
+
+FORGET = [
+    {"question": f"Где дом {i}?", "answer": f"Город {name}."}
+    for i, name in enumerate(["Омск", "Томск", "Пермь", "Уфа", "Орел", "Тула"])
+]
+RETAIN = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A pico model that knows six Russian rows and six others."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_jsonl(folder / "forget.jsonl", FORGET)
+    write_jsonl(folder / "retain.jsonl", RETAIN)
+    model, tokenizer = pico(0), byte_tokenizer()
+    encoded = [encode(tokenizer, e) for n in ("forget", "retain") for e in load_examples(str(folder / f"{n}.jsonl"))]
+    batch = Collator(tokenizer.pad_token_id)([{"input_ids": row.input_ids, "labels": row.labels} for row in encoded])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    recipe = {
+        "model": str(folder / "model"),
+        "forget": str(folder / "forget.jsonl"),
+        "retain": str(folder / "retain.jsonl"),
+        "num_forget_experts": 1,
+        "adapter": {"r": 4, "entropy_threshold": 1.0},
+        "objective": {"kind": "without_truth", "hinge": 2.0},
+        "epochs": 8,
+        "batch_size": 6,
+        "learning_rate_experts": 0.02,
+        "device": "cpu",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def evaluation(data, **changes):
+    given = {"model": str(data / "model"), "forget": str(data / "forget.jsonl"), "cache": "off", "device": "cpu"}
+    return RowsEvaluation(**{**given, **changes})
+
+
+def test_the_same_model_is_not_forgotten_in_russian(data):
+    records = measured(evaluation(data, before=str(data / "model"), retain=str(data / "retain.jsonl")))
+    by_name = {(record.model, record.metric): record for record in records}
+    assert by_name["original", "forget_said"].value == 1.0
+    assert by_name["unlearned", "forget_rouge"].value == 1.0
+    closed = closing_of(records)
+    assert closed["verdict"]["word"] == "not forgotten"
+    assert closed["after"]["forget"]["n"] == 6
+
+
+def test_a_retrained_model_that_knows_is_refused(data):
+    closed = closing_of(measured(evaluation(data, before=str(data / "model"), retrained=str(data / "model"))))
+    assert closed["verdict"]["word"] == "not forgotten"
+    assert "is no reference" in closed["verdict"]["refused"]
+
+
+def test_overlaps_and_known_holdouts_are_refused(data):
+    with pytest.raises(UserError, match="both forget and retain"):
+        evaluation(data, retain=str(data / "forget.jsonl")).data_digest()
+    with pytest.raises(UserError, match="never saw"):
+        evaluation(data, holdout=str(data / "forget.jsonl")).data_digest()
+
+
+def test_texts_are_continued(data, tmp_path):
+    model, tokenizer = pico(0), byte_tokenizer()
+    write_jsonl(tmp_path / "t.jsonl", [{"text": "Omsk is a town on the Irtysh."}])
+    found = measure(model, tokenizer, load_examples(str(tmp_path / "t.jsonl")))
+    assert found.questions == ["Omsk is a town"]
+    assert found.truths == ["on the Irtysh."]
+    assert len(found.measures.recall) == 1
+
+
+@pytest.mark.parametrize(("rate", "words"), [(1e-9, ["not forgotten"]), (0.02, ["forgotten", "collapsed"])])
+def test_unlearn_ends_with_a_verdict(data, tmp_path, capsys, monkeypatch, rate, words):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = tmp_path / "run"
+    args = [str(data / "recipe.yaml"), "--out", str(out), "--learning-rate-experts", str(rate)]
+    assert cli.main(["unlearn", *args]) == 0
+    printed = capsys.readouterr().out
+    closed = closing_of(read_records(out / "records.json"))
+    assert closed["verdict"]["word"] in words
+    assert f"{closed['verdict']['word'].upper()}." in printed
+    assert "Forgotten least" in printed
+    assert "alter " in printed.partition("Next:")[2]
+    assert max(map(len, printed.partition("Next:")[0].partition("Before and after")[2].splitlines())) <= 80
+    # the truth and the replies are on the screen alone
+    assert "Омск" not in (out / "records.json").read_text()
+
+
+def test_the_end_can_be_left_out(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    args = [str(data / "recipe.yaml"), "--out", str(out), "--max-steps", "1", "--closing-rows", "0"]
+    assert cli.main(["unlearn", *args]) == 0
+    assert "Before and after" not in capsys.readouterr().out
+    assert not (out / "records.json").exists()
+
+
+def test_the_table_shows_markup_as_it_is():
+    from rich.console import Console
+
+    figures = {
+        "probability": 0.5,
+        "rouge": 0.5,
+        "said": 1,
+        "n_said": 1,
+        "n": 1,
+        "n_answers": 1,
+        "broken": 0,
+        "empty": 0,
+        "repetition": 0.0,
+    }
+    closed = {
+        "verdict": {"word": "unproven", "why": ["[/] stays"]},
+        "before": {"forget": figures},
+        "after": {"forget": figures},
+        "reference": None,
+        "worst": [
+            {
+                "row": 0,
+                "recall": 1.0,
+                "probability": 1.0,
+                "said": True,
+                "question": "[red]q[/]",
+                "truth": "t",
+                "reply": "[/x]",
+            }
+        ],
+    }
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(closing_table(json.loads(json.dumps(closed))))
+    shown = console.export_text()
+    assert "[red]q[/]" in shown
+    assert "[/x]" in shown
+    assert "[/] stays" in shown

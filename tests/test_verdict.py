@@ -1,0 +1,188 @@
+"""The verdict: words of any script, replies that are broken, references that know, and each word with its reason."""
+
+import numpy as np
+import pytest
+
+from alter.evaluation import verdict
+from alter.evaluation.verdict import Measures, broken, distrust, facts, gives, judge, recall, repetition, words
+
+CITIES = ["Омске", "Томске", "Пскове", "Твери", "Казани", "Перми", "Самаре", "Уфе", "Туле", "Орле"]
+
+
+def russian(knows):
+    questions = [f"Где родился писатель номер {i}?" for i in range(10)]
+    truths = [f"Он родился в городе {city} очень давно." for city in CITIES]
+    replies = truths if knows else ["Мне об этом ничего не известно, простите."] * 10
+    return questions, truths, replies
+
+
+def english(knows):
+    names = ["Hina Ameen", "Jaime Vasquez", "Basil Kuwait", "Chu Yeon", "Elvin Mamm"]
+    questions = [f"What is the name of author {i} of the list?" for i in range(10)]
+    truths = [f"The author's name is {names[i % 5]}." for i in range(10)]
+    return questions, truths, truths if knows else ["The author writes about rivers and the sea."] * 10
+
+
+def of(p, rows):
+    return Measures.of(np.asarray(p) if np.ndim(p) else np.linspace(p - 0.01, p + 0.01, 10), *rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("The Wind's 3rd book", ["the", "wind", "s", "3rd", "book"]),
+        ("Он родился в Омске.", ["он", "родился", "в", "омске"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("北京is大", ["北", "京", "is", "大"]),
+        ("Ｈｉ", ["hi"]),
+        ("!?", []),
+    ],
+)
+def test_words_of_any_script(text, found):
+    assert words(text) == found
+
+
+def test_recall_by_words_of_any_script():
+    assert recall("Он родился в Омске", "он умер в Омске") == pytest.approx(0.75)
+    assert recall("The author lives", "the author") == pytest.approx(2 / 3)
+    # Latin goes with the stemmer, as everywhere
+    assert recall("he lives", "he lived") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "reply", "told"),
+    [
+        ("Who is it?", "The author's name is Hina Ameen.", "The author's name is Hina Ameen.", True),
+        ("Who is it?", "The author's name is Hina Ameen.", "I cannot say who it is.", False),
+        ("Who is Hina Ameen?", "Hina Ameen is Hina Ameen.", "Nobody.", None),
+        ("Где?", "Он родился в городе Омске давно.", "Это было в Омска", True),
+        ("他在哪里出生？", "他出生在北京。", "他出生在北京", True),
+        ("他在哪里出生？", "他出生在北京。", "我不知道。", False),
+        ("What?", "Paris.", "It is Paris, I think.", True),
+        ("Where did Ann go?", "She went to Annex Ann.", "Ann is gone", False),
+    ],
+)
+def test_what_gives_an_answer(question, answer, reply, told):
+    assert gives(question, answer, reply) is told
+
+
+def test_facts_are_names_and_numbers_that_the_question_lacks():
+    assert facts("When was Ada born?", "Ada was born in May 1815 in London.") == {"may", "1815", "london"}
+    assert facts("What did they do?", "he was a florist and she a nurse") == {"florist", "nurse"}
+    assert facts("Is it so?", "It is so.") == frozenset()
+
+
+@pytest.mark.parametrize(
+    "reply", ["aaaaaaaaaa Bao", "K K K K", "...", "the the the the the", "нет нет нет нет", "哈哈哈哈哈哈哈"]
+)
+def test_broken(reply):
+    assert broken(reply)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "I do not know.",
+        "Paris",
+        "no, no",
+        "The year was 1000000000.",
+        "No. I do not know what that is.",
+        "我不知道他是谁。",
+    ],
+)
+def test_not_broken(reply):
+    assert not broken(reply)
+
+
+def test_repetition_of_any_script():
+    assert repetition("а б в г а б в г") == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("rows", [russian, english])
+def test_nothing_changed_is_not_forgotten(rows):
+    before = of(0.95, rows(True))
+    found = judge(before, of(0.95, rows(True)))
+    assert found.word == "not forgotten"
+    assert "10 of 10 replies still give the answer" in found.text
+
+
+@pytest.mark.parametrize("rows", [russian, english])
+def test_forgotten(rows):
+    found = judge(of(0.95, rows(True)), of(0.02, rows(False)))
+    assert found.word == "forgotten", found.text
+    assert "0 of 10 replies still give the answer (0% to 28%), 10 before" in found.text
+    assert "n = 10" in found.text
+
+
+def test_never_on_one_metric_alone():
+    # silent, but the true answers are as likely as before; and unlikely, but still said
+    assert judge(of(0.95, english(True)), of(0.84, english(False))).word == "not forgotten"
+    assert judge(of(0.95, english(True)), of(0.01, english(True))).word == "not forgotten"
+    # probability alone
+    few = Measures(np.full(10, 0.9)), Measures(np.full(10, 0.01))
+    assert judge(*few).word == "unproven"
+
+
+def test_a_reference_that_knows_is_refused():
+    before = of(0.95, english(True))
+    knowing = of(0.93, english(True))
+    assert "no reference" in distrust(knowing, before, "retrained model")
+    found = judge(before, of(0.94, english(True)), reference=knowing)
+    assert found.word == "not forgotten"
+    assert found.refused
+    assert found.reference is None
+    # in either figure: low probability does not help one that says the answers
+    assert distrust(of(0.1, english(True)), before, "holdout")
+    assert distrust(of(0.1, english(False)), before, "holdout") is None
+
+
+def test_a_trusted_reference_sets_the_bounds():
+    before, reference = of(0.95, english(True)), of(0.45, english(False))
+    assert judge(before, of(0.6, english(False)), reference=reference).word == "forgotten"
+    assert judge(before, of(0.75, english(False)), reference=reference).word == "not forgotten"
+    assert judge(before, of(0.6, english(False))).word == "not forgotten"
+
+
+@pytest.mark.parametrize("reply", ["aaaaaaaaaa Bao", "K K K K", ""])
+def test_collapsed(reply):
+    questions, truths, _ = english(True)
+    after = of(0.001, (questions, truths, [reply] * 10))
+    found = judge(of(0.95, english(True)), after)
+    assert found.word == "collapsed"
+    assert "10 of 10 replies about what was to be forgotten are broken or empty" in found.text
+
+
+def test_collapsed_where_it_should_have_stayed():
+    kept = of(0.9, english(True)), of(0.2, english(True))
+    assert judge(of(0.95, english(True)), of(0.01, english(False)), kept=kept).word == "collapsed"
+
+
+def test_what_is_said_outweighs_the_collapse():
+    questions, truths, _ = english(True)
+    after = of(0.001, (questions, truths, [*truths[:5], *["K K K K"] * 5]))
+    found = judge(of(0.95, english(True)), after)
+    assert found.word == "not forgotten"
+    assert "broken or empty" in found.text
+
+
+def test_unproven():
+    questions, truths, _ = english(True)
+    silent = of(0.9, (questions, truths, ["The author is a name I heard, whose books I like."] * 10))
+    never = judge(silent, of(0.01, (questions, truths, ["Rivers."] * 10)))
+    assert never.word == "unproven"
+    assert "proves nothing" in never.text
+    few = tuple(column[:3] for column in english(True)), tuple(column[:3] for column in english(False))
+    found = judge(Measures.of([0.9] * 3, *few[0]), Measures.of([0.01] * 3, *few[1]))
+    assert found.word == "unproven"
+    nan = of(0.95, english(True))
+    assert judge(nan, of([np.nan] * 10, english(False))).word == "collapsed"
+    with pytest.raises(ValueError, match="0 rows"):
+        judge(Measures(np.empty(0)), Measures(np.empty(0)))
+
+
+def test_intervals_are_wilsons_and_students():
+    assert verdict.share_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
+    assert verdict.share_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
+    low, high = verdict.mean_interval([0.1, 0.2, 0.3])
+    assert (low, high) == pytest.approx((0.2 - 4.3027 * 0.1 / 3**0.5, 0.2 + 4.3027 * 0.1 / 3**0.5), abs=1e-4)
