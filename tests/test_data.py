@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_messages_without_template():
         {"role": "user", "content": "C?"},
         {"role": "assistant", "content": "D"},
     ]
-    encoded = encode(tokenizer, examples([{"messages": turns}])[0])
+    encoded = encode(tokenizer, examples([{"messages": turns}])[-1])
     assert text_of(tokenizer, encoded.input_ids) == (
         "<|bos|>Question: A?\nAnswer: B\nQuestion: C?\nAnswer: D<|im_end|>"
     )
@@ -182,6 +183,73 @@ def test_max_length():
     assert short.labels == whole.labels[:-2]
     with pytest.raises(UserError, match="no labelled token"):
         encode(tokenizer, qa(), max_length=whole.prompt_length)
+
+
+def test_long_rows_become_windows_that_label_every_token_once():
+    tokenizer = byte_tokenizer()
+    rows = examples([{"text": "abcdefghij" * 9}, {"question": "Who?", "answer": "Ada, " * 20}, {"text": "short"}])
+    found, owner = encoding.encode_all(tokenizer, rows, max_length=40)
+    assert (owner[0], owner[-1], sorted(set(owner))) == (0, 2, [0, 1, 2])
+    for number, row in enumerate(rows):
+        whole = encode(tokenizer, row)
+        parts = [part for part, own in zip(found, owner, strict=True) if own == number]
+        assert [i for part in parts for i in part.labels if i >= 0] == [i for i in whole.labels if i >= 0]
+        assert all(len(part.input_ids) <= 40 and len(part.labels) == len(part.input_ids) for part in parts)
+        assert all(part.labels[: part.prompt_length] == [-100] * part.prompt_length for part in parts)
+        for before, part in itertools.pairwise(parts):
+            # the beginning token, then a quarter of what the window before has shown
+            assert part.input_ids[: part.prompt_length] == [tokenizer.bos_token_id, *before.input_ids[-10:]]
+    assert found[-1] == encode(tokenizer, rows[2])
+    with pytest.raises(UserError, match=r"Row 0: A prompt of \d+ tokens leaves no room"):
+        encoding.encode_all(tokenizer, [qa("Who? " * 20)], max_length=40)
+
+
+def test_long_rows_are_said(capsys):
+    encoding.encode_all(byte_tokenizer(), [qa(), qa(answer="Ada " * 50)], max_length=60, label="forget")
+    assert "1 of 2 forget rows are longer than 60 tokens" in " ".join(capsys.readouterr().err.split())
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}[no thoughts]\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_what_a_template_puts_before_an_answer_is_no_part_of_it():
+    tokenizer = byte_tokenizer(THINKING)
+    for answer in ("Ada.", "no"):
+        encoded = encode(tokenizer, qa(answer=answer))
+        assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == f"{answer}<|im_end|>"
+        assert text_of(tokenizer, encode_prompt(tokenizer, qa(answer=answer))).endswith("assistant\n[no thoughts]\n")
+    # a prompt without an answer begins where the template has generation begin
+    assert text_of(tokenizer, encode_prompt(tokenizer, qa(answer=""))).endswith("assistant\n")
+
+
+def test_the_templates_end_of_turn_ends_an_answer():
+    tokenizer = byte_tokenizer(TEMPLATE)
+    tokenizer.eos_token = "<|bos|>"
+    encoded = encode(tokenizer, qa())
+    assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == "Ada.<|im_end|>"
+    assert encoding.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} |{% endfor %}"
+    assert encoding.end_of_turn(tokenizer) is None
+    encoded = encode(tokenizer, qa())
+    assert text_of(tokenizer, encoded.input_ids[-1:]) == "<|bos|>"
+
+
+def test_completions_know_no_template():
+    row = examples([{"prompt": "Once upon", "completion": "a time"}])[0]
+    tokenizer = byte_tokenizer(TEMPLATE)
+    for compat in (False, True):
+        assert text_of(tokenizer, encode(tokenizer, row, compat=compat).input_ids) == "Once upon a time<|im_end|>"
+        assert text_of(tokenizer, encode_prompt(tokenizer, row, compat=compat)) == "Once upon"
+
+
+def test_a_beginning_token_is_not_doubled():
+    tokenizer = byte_tokenizer()
+    for row in ({"text": "<|bos|>abc"}, {"prompt": "<|bos|>ab", "completion": "c"}):
+        ids = encode(tokenizer, examples([row])[0]).input_ids
+        assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_tokenizer_without_end_token():
@@ -269,12 +337,21 @@ def test_text_file_becomes_passages(tmp_path):
         ("bad.json", "[{", "not valid JSON"),
         ("list.jsonl", "[1]\n", "row 1 is a int"),
         ("none.json", "[]", "no rows"),
-        ("rows.csv", "a,b", "not a .json"),
+        ("rows.docx", "a,b", "not a .json"),
+        ("rows.csv", "question,answer\n", "no rows"),
+        ("rows.csv", "question,answer\nWho?,Ada,Bob\n", "line 2 has 3 cells"),
+        ("rows.csv", "a,a\n1,2\n", "two columns named 'a'"),
+        ("deep.jsonl", "[" * 100_000, "nested too deep"),
+        ("deep.jsonl", '{"text": "a"}\n{"text": ' + "[" * 100_000, "line 2 is not JSON .it is nested too deep"),
+        ("huge.jsonl", '{"text": ' + "9" * 5000 + "}", "too many digits"),
+        ("half.jsonl", '{"text": "\\ud83d"}', r"half a character, \\ud83d"),
+        ("bytes.txt", b"\xff\xff", "not UTF-8 text"),
+        ("rows.parquet", "PAR1", "not a parquet file"),
     ],
 )
 def test_broken_files(tmp_path, name, content, message):
     path = tmp_path / name
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         load_examples(str(path))
 
@@ -311,6 +388,123 @@ def test_domain_column():
         examples(rows, domain_column="topics")
     with pytest.raises(UserError, match="Rows 1 have no value"):
         examples([rows[0], {"text": "b"}], domain_column="topic")
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": [{"type": "text", "text": "Where is "}, {"type": "text", "text": "Ilse?"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"who": "Ilse"}}}],
+    },
+    {"role": "tool", "content": "Ulm"},
+    {"role": "assistant", "content": "In Ulm."},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+def test_every_turn_of_the_assistant_is_an_example():
+    rows = [{"messages": CHAT, "who": "I"}, {"question": "q", "answer": "a", "who": "K"}]
+    found = examples(rows, domain_column="who")
+    call = '{"name": "find", "arguments": {"who": "Ilse"}}'
+    assert [(e.prompt, e.answer, e.index, e.domain, e.last) for e in found] == [
+        ("Hi", "Hello.", 0, "I", False),
+        ("Where is Ilse?", call, 0, "I", False),
+        ("Where is Ilse?", "In Ulm.", 0, "I", True),
+        ("q", "a", 1, "K", True),
+    ]
+    # read again, the row of an example gives that example alone
+    for example in found:
+        again = examples([json.loads(json.dumps(example.row))], domain_column="who")
+        assert [(e.prompt, e.answer, e.messages) for e in again] == [
+            (example.prompt, example.answer, example.messages)
+        ]
+    text = text_of(byte_tokenizer(TEMPLATE), encode(byte_tokenizer(TEMPLATE), found[2]).input_ids)
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+        f"<|im_start|>user\nWhere is Ilse?<|im_end|>\n<|im_start|>assistant\n{call}<|im_end|>\n"
+        "<|im_start|>tool\nUlm<|im_end|>\n<|im_start|>assistant\nIn Ulm.<|im_end|>"
+    )
+    own = "{% for m in messages %}{% if m.tool_calls %}CALL {{ m.tool_calls[0].function.name }}{% endif %}{{ m.content }};{% endfor %}"
+    tokenizer = byte_tokenizer(own)
+    encoded = encode(tokenizer, found[1])
+    assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == "CALL find;<|im_end|>"
+
+
+def test_turns_of_weight_0_are_context():
+    turns = [dict(turn) for turn in CHAT]
+    turns[2]["weight"] = 0
+    turns[4]["train"] = False
+    assert [e.answer for e in examples([{"messages": turns}])] == ["In Ulm."]
+    turns[6]["weight"] = 0
+    with pytest.raises(UserError, match="does not end with an assistant"):
+        examples([{"messages": turns}])
+
+
+def test_names_of_columns_that_others_use():
+    rows = [
+        {"instruction": "Sum", "input": "1, 2", "output": "3"},
+        {"instruction": "Greet", "input": "", "output": "Hi"},
+        {"query": "Who?", "response": "Ada", "question": None, "answer": None},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"text": "abc", "question": None},
+    ]
+    assert [(e.kind, e.prompt, e.answer) for e in examples(rows)] == [
+        ("qa", "Sum\n\n1, 2", "3"),
+        ("qa", "Greet", "Hi"),
+        ("qa", "Who?", "Ada"),
+        ("messages", "a", "b"),
+        ("text", None, "abc"),
+    ]
+    with pytest.raises(UserError, match="part of type 'image_url'"):
+        examples([{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}])
+
+
+def test_tables_and_their_columns(tmp_path):
+    (tmp_path / "a.csv").write_bytes('Frage;Antwort;text\r\n"Wer;\r\nwo?";Ada;x\r\n\r\nWann?;;y\r\n'.encode("utf-16"))
+    source = f"{tmp_path}/a.csv@question=Frage,answer=Antwort"
+    found = load_examples(f"{source}[:1]")
+    assert [(e.kind, e.prompt, e.answer, e.place) for e in found] == [
+        ("qa", "Wer;\r\nwo?", "Ada", f"{tmp_path}/a.csv line 2")
+    ]
+    with pytest.raises(UserError, match=r"a\.csv line 5 have no 'answer'"):
+        load_examples(source)
+    with pytest.raises(UserError, match=r"No column 'Antwrt'. Did you mean 'Antwort'"):
+        load_examples(f"{tmp_path}/a.csv@question=Frage,answer=Antwrt")
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "n": [1, 2]}), tmp_path / "b.PARQUET")
+    assert [(e.answer, e.row["n"]) for e in load_examples(str(tmp_path / "b.PARQUET"))] == [("a", 1), ("b", 2)]
+
+
+def test_places_are_those_of_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b\u2028\u2029\x85c"}\n{"text": ""}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl line 4 have no 'text'"):
+        load_examples(str(path))
+    assert [e.place for e in load_examples(f"{path}[:2]")] == [f"{path} line 1", f"{path} line 3"]
+    assert load_examples(f"{path}[:2]")[1].answer == "b\u2028\u2029\x85c"
+    (tmp_path / "b.md").write_text("\n\n# Head\n\n" + "x" * 1000 + "\n\nEnd")
+    assert [e.place for e in load_examples(str(tmp_path / "b.md"))] == [f"{tmp_path}/b.md line {n}" for n in (3, 7)]
+
+
+@pytest.mark.parametrize("unit", ["A line of a letter.\n", "Ein Satz. ", "word ", "字" * 7 + "。", "x"])
+def test_long_paragraphs_are_cut_and_nothing_is_lost(tmp_path, unit):
+    text = unit * (9000 // len(unit))
+    (tmp_path / "a.txt").write_text(f"Before.\n\n{text}\n\nAfter.")
+    found = [e.answer for e in load_examples(str(tmp_path / "a.txt"))]
+    assert "".join("".join(found).split()) == "".join(f"Before.{text}After.".split())
+    assert all(len(answer) <= 2000 for answer in found)
+    # a word is cut in two only where there is nothing but one
+    assert unit == "x" or all(answer.endswith(unit.strip()[-1]) for answer in found[1:-1])
+    pieces = examples([{"text": unit * 30_000, "who": "a"}], domain_column="who")
+    assert "".join(e.answer for e in pieces) == unit * 30_000
+    assert {(e.domain, e.index) for e in pieces} == {("a", 0)}
+    assert all(len(e.answer) <= 200_000 for e in pieces)
 
 
 # --- TOFU

@@ -17,7 +17,7 @@ from alter.attacks.base import Bench
 from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.data.batching import Collator
-from alter.data.encoding import Encoded, encode
+from alter.data.encoding import Encoded, encode, encode_all
 from alter.models.scoring import evaluating
 
 
@@ -171,7 +171,7 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
         count = min(how.rows, len(bench.unrelated))
         chosen = random.Random(bench.settings.seed).sample(range(len(bench.unrelated)), count)
         longest = getattr(model.config, "max_position_embeddings", None)
-        rows = [encode(tokenizer, bench.unrelated[i], max_length=longest) for i in chosen]
+        rows = encode_all(tokenizer, [bench.unrelated[i] for i in chosen], max_length=longest)[0]
     else:
         rows = [encode(tokenizer, bench.rows[i]) for i in bench.attacker]
     if lora:

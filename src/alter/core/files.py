@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alter.core.console import warn
+from alter.core.errors import UserError
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -53,6 +54,63 @@ def _finite(value: Any) -> Any:
 def to_json(content: Any) -> str:
     """Dump `content` as strict JSON (no NaN), one trailing newline."""
     return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+BOMS = (
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+"""Marks at the beginning of a file that say how its text is written."""
+
+
+def read_text(path: str | os.PathLike[str], *, line_ends: bool = True) -> str:
+    """Return the text of a file: UTF-8, or UTF-16 or UTF-32 where the file begins with their mark.
+
+    Args:
+        path: the file.
+        line_ends: make every line end in a line feed alone, whatever system wrote the file.
+
+    Raises:
+        UserError: the file cannot be opened or is no such text.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    encoding = next((name for mark, name in BOMS if data.startswith(mark)), "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not {encoding.upper().removesuffix('-SIG')} text ({error}); save it as UTF-8."
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n") if line_ends else text
+
+
+def from_json(text: str) -> Any:
+    """Parse JSON that others wrote.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deep, holds a number too long to read, or half a character (a lone
+            surrogate, which no file can hold); the message says which.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg}: line {error.lineno} column {error.colno}") from None
+    except ValueError:
+        raise ValueError("it holds a number of too many digits") from None
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(f"it holds half a character, {half} without its other half") from None
+    return value
 
 
 # Digests of files ----------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alter.core.console import warn
 from alter.core.errors import UserError
-from alter.data.examples import Example
+from alter.data.examples import Example, said
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 """System turn put before the user turn where the chat template has a system role (metrics 2.1)."""
@@ -44,21 +46,67 @@ def ensure_pad_token(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _render(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, generation: bool) -> list[int]:
+def _render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
+    """What the chat template writes for these turns."""
     import jinja2
 
     try:
-        rendered = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns],
-            tokenize=True,
-            add_generation_prompt=generation,
-            date_string=DATE_STRING,
-            return_dict=False,
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns],
+                tokenize=False,
+                add_generation_prompt=generation,
+                date_string=DATE_STRING,
+            )
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise UserError(f"The tokenizer's chat template refuses turns of the roles {roles}: {error}.") from error
-    return list(rendered)
+
+
+def _rendered_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of what a template wrote: the marks of beginning and end are in it already."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+MARKER = "alter-answer"
+
+
+def _head(tokenizer: Any, turns: Sequence[Mapping[str, Any]], start: str, whole: str, answer: str) -> str:
+    """Where the answer begins in `whole`: `start`, and what the template puts between it and the answer by itself.
+
+    Templates of models that think write an empty block of thoughts there, which is no part of the answer.
+    """
+    if not answer.strip() or whole.removeprefix(start).lstrip().startswith(answer.strip()):
+        return start
+    marked = _render(tokenizer, [*turns, {"role": "assistant", "content": MARKER}], generation=False)
+    head, found, _ = marked.rpartition(MARKER)
+    put_in = head[_common(head, start) :]
+    return head if found and put_in.strip() and whole.startswith(head) else start
+
+
+_turn_ends: weakref.WeakKeyDictionary[Any, dict[str, int | None]] = weakref.WeakKeyDictionary()
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Return the special token that the chat template writes behind an answer, or None without one.
+
+    It ends a reply, whatever the tokenizer's end-of-sequence token is.
+    """
+    if not tokenizer.chat_template:
+        return None
+    known = _turn_ends.setdefault(tokenizer, {})
+    template = str(tokenizer.chat_template)
+    if template not in known:
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKER}]
+        try:
+            tail = _render(tokenizer, turns, generation=False).rpartition(MARKER)[2].lstrip()
+        except (UserError, ValueError):
+            tail = ""
+        ids = _rendered_ids(tokenizer, tail)[:1] if tail else []
+        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        known[template] = ids[0] if ids and ids[0] in special else None
+    return known[template]
 
 
 def _has_system_role(tokenizer: Any) -> bool:
@@ -77,14 +125,21 @@ def _has_system_role(tokenizer: Any) -> bool:
 _system_role: dict[str, bool] = {}
 
 
-def _turns(tokenizer: Any, example: Example, prompt: str | None, compat: bool) -> list[dict[str, str]]:
+def _written(tokenizer: Any, turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn for the chat template; calls of tools become text for a template that knows none."""
+    if "tool_calls" in turn and "tool_calls" not in str(tokenizer.chat_template):
+        return {"role": turn["role"], "content": said(turn)}
+    return dict(turn)
+
+
+def _turns(tokenizer: Any, example: Example, prompt: str | None, compat: bool) -> list[dict[str, Any]]:
     """Return the turns before the answer, with the system turn of metrics 2.1 where the template has the role."""
     if example.kind == "messages":
-        turns = [dict(turn) for turn in example.messages]
+        turns = [_written(tokenizer, turn) for turn in example.messages]
         if prompt is not None:
             users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
             if not users:
-                raise UserError(f"Row {example.index} has no user turn that another prompt could replace.")
+                raise UserError(f"{example.name} has no user turn that another prompt could replace.")
             turns[users[-1]]["content"] = prompt
     else:
         turns = [{"role": "user", "content": str(example.prompt if prompt is None else prompt)}]
@@ -103,15 +158,18 @@ def _plain(example: Example, prompt: str | None, answer: str) -> tuple[str, str]
     if example.kind == "messages":
         turns = [dict(turn) for turn in example.messages]
         if prompt is not None:
-            next(turn for turn in reversed(turns) if turn["role"] == "user")["content"] = prompt
+            users = [turn for turn in turns if turn["role"] == "user"]
+            if not users:
+                raise UserError(f"{example.name} has no user turn that another prompt could replace.")
+            users[-1]["content"] = prompt
         words = {"user": "Question: {}\n", "assistant": "Answer: {}\n", "system": "{}\n"}
         unknown = [turn["role"] for turn in turns if turn["role"] not in words]
         if unknown:
             raise UserError(
-                f"Row {example.index} has a turn of role {unknown[0]!r}; without a chat template only "
+                f"{example.name} has a turn of role {unknown[0]!r}; without a chat template only "
                 f"{', '.join(words)} are known."
             )
-        start = "".join(words[turn["role"]].format(turn["content"]) for turn in turns) + "Answer:"
+        start = "".join(words[turn["role"]].format(said(turn)) for turn in turns) + "Answer:"
         return start, f"{start} {answer}"
     question = str(example.prompt if prompt is None else prompt)
     if example.kind == "completion":
@@ -122,7 +180,9 @@ def _plain(example: Example, prompt: str | None, answer: str) -> tuple[str, str]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+    """Tokens of a text, with the marks that the tokenizer adds; a beginning that the text has itself is not doubled."""
+    ids = list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids
 
 
 def encode(
@@ -137,11 +197,13 @@ def encode(
     """Turn an example into token ids and labels (metrics 2.1).
 
     With a chat template: a system turn ("You are a helpful assistant.", where the template has the role), the
-    user turn and the answer, with a fixed date. Without one: "Question: {q}\\nAnswer: {a}" (`completion` rows: prompt
-    and completion as they are, a space between if neither has one). An end-of-sequence token ends every answer and is
-    labelled. Raw text is labelled from its second token on and gets no end-of-sequence token.
+    user turn and the answer, with a fixed date. Without one: "Question: {q}\\nAnswer: {a}". `completion` rows are
+    prompt and completion as they are, whatever the template, a space between if neither has one. The template's own end
+    of a turn, or else an end-of-sequence token, ends every answer and is labelled. Raw text is labelled from its second
+    token on and gets no end-of-sequence token.
 
-    The boundary is where the separately tokenised prompt ends. If the tokenizer merges across it, the boundary moves
+    The boundary is where the separately tokenised prompt ends, with all that the template itself puts before an answer (an
+    empty block of thoughts). If the tokenizer merges across it, the boundary moves
     back to the last token that both have in common, so that generation starts from exactly the tokens scored.
 
     `compat=True` reproduces OpenUnlearning instead: the system turn always, the prompt without a template ends in a
@@ -169,42 +231,58 @@ def encode(
         eos = tokenizer.eos_token_id
         if eos is None:
             raise UserError("The tokenizer has no end-of-sequence token; set eos_token in it.")
-        if tokenizer.chat_template:
+        chat = bool(tokenizer.chat_template) and example.kind != "completion"
+        ends = {eos} if compat or not chat else {eos, end_of_turn(tokenizer)} - {None}
+        head = ""
+        if chat:
             turns = _turns(tokenizer, example, prompt, compat)
-            start = _render(tokenizer, turns, generation=True)
-            ids = _render(tokenizer, [*turns, {"role": "assistant", "content": labelled}], generation=False)
+            reply = {"role": "assistant", "content": labelled}
+            if example.reply is not None and answer is None:
+                reply = _written(tokenizer, example.reply)
+            opening = _render(tokenizer, turns, generation=True)
+            whole = _render(tokenizer, [*turns, reply], generation=False)
+            start, ids = _rendered_ids(tokenizer, opening), _rendered_ids(tokenizer, whole)
+            if not compat:
+                head = _head(tokenizer, turns, opening, whole, str(reply["content"]))
+                head = "" if head == opening else head
         else:
-            head, whole = _plain(example, prompt, labelled)
-            start = _ids(tokenizer, f"{head} " if compat and example.kind != "completion" else head)
+            opening, whole = _plain(example, prompt, labelled)
+            start = _ids(tokenizer, f"{opening} " if compat and example.kind != "completion" else opening)
             ids = _ids(tokenizer, whole)
             # some tokenizers close every text themselves; a prompt that is to be continued must stay open
             if start[-1:] == [eos] and len(start) > 1:
                 start = start[:-1]
         length = len(start)
         if not compat:
-            common = 0
-            while common < min(len(start), len(ids)) and start[common] == ids[common]:
-                common += 1
-            if len(start) - common > MERGED_TOKENS:
+            length = _common(start, ids)
+            if len(start) - length > MERGED_TOKENS:
                 raise UserError(
-                    f"The tokenizer's chat template writes the prompt of row {example.index} differently when an "
-                    f"answer follows ({len(start) - common} of {len(start)} tokens differ): no boundary can be found."
+                    f"The tokenizer's chat template writes the prompt of {example.name} differently when an "
+                    f"answer follows ({len(start) - length} of {len(start)} tokens differ): no boundary can be found."
                 )
-            length = common
-            if eos in ids[length:]:
-                last = len(ids) - 1 - ids[::-1].index(eos)
-                if not tokenizer.decode(ids[last + 1 :]).strip():
-                    ids = ids[: last + 1]
-        if ids[-1] != eos:
+            if head:
+                length = _common(_rendered_ids(tokenizer, head), ids)
+            closing = [place for place in range(length, len(ids)) if ids[place] in ends]
+            if closing and not tokenizer.decode(ids[closing[-1] + 1 :]).strip():
+                ids = ids[: closing[-1] + 1]
+        if ids[-1] not in ends:
             ids.append(eos)
     if max_length is not None:
         ids = ids[:max_length]
     if length >= len(ids):
         raise UserError(
-            f"Row {example.index} leaves no labelled token (prompt of {length}, {len(ids)} in all, "
+            f"{example.name} leaves no labelled token (prompt of {length}, {len(ids)} in all, "
             f"max_length {max_length}); raise max_length or shorten the prompt."
         )
     return Encoded(ids, [IGNORE] * length + ids[length:], length)
+
+
+def _common(start: Sequence[Any], ids: Sequence[Any]) -> int:
+    """How many items (tokens, characters) both begin with."""
+    for place, (one, other) in enumerate(zip(start, ids, strict=False)):
+        if one != other:
+            return place
+    return min(len(start), len(ids))
 
 
 MERGED_TOKENS = 8
@@ -213,8 +291,77 @@ MERGED_TOKENS = 8
 
 def encode_prompt(tokenizer: Any, example: Example, *, prompt: str | None = None, compat: bool = False) -> list[int]:
     """Return the tokens that generation starts from: `encode(...).input_ids[:prompt_length]`."""
-    if compat and example.kind != "text" and not tokenizer.chat_template:
+    if compat and example.kind != "text" and (not tokenizer.chat_template or example.kind == "completion"):
         head, _ = _plain(example, prompt, example.answer)
         return _ids(tokenizer, head if example.kind == "completion" else f"{head} ")
     encoded = encode(tokenizer, example, prompt=prompt, compat=compat)
     return encoded.input_ids[: encoded.prompt_length]
+
+
+OVERLAP = 4
+"""Each window of a long row begins with a 1/4 of its length that the window before has already shown."""
+
+
+def windows(row: Encoded, length: int, bos: int | None = None) -> list[Encoded]:
+    """Cut a row into windows of at most `length` tokens, so that each labelled token is labelled in exactly one of them.
+
+    A window behind the first begins with the last tokens of the one before, a quarter of its length, as unlabelled context,
+    and before them with `bos` if the row does.
+
+    Raises:
+        UserError: the prompt alone fills a window.
+    """
+    if len(row.input_ids) <= length:
+        return [row]
+    if row.prompt_length >= length:
+        raise UserError(
+            f"A prompt of {row.prompt_length} tokens leaves no room for an answer in {length}; shorten it or raise max_length."
+        )
+    first = [bos] if bos is not None and row.input_ids[0] == bos else []
+    found = [Encoded(row.input_ids[:length], row.labels[:length], row.prompt_length)]
+    end = length
+    while end < len(row.input_ids):
+        start = end - length // OVERLAP
+        stop = start + length - len(first)
+        shown = len(first) + end - start
+        ids, labels = first + row.input_ids[start:stop], [IGNORE] * shown + row.labels[end:stop]
+        found.append(Encoded(ids, labels, shown))
+        end = min(stop, len(row.input_ids))
+    return found
+
+
+def encode_all(
+    tokenizer: Any, examples: Sequence[Example], *, max_length: int | None, label: str | None = None
+) -> tuple[list[Encoded], list[int]]:
+    """Encode examples whole: one of more than `max_length` tokens becomes several overlapping `windows`.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        examples: what to encode.
+        max_length: longest sequence; None encodes each in one piece.
+        label: what the rows are; with it, long ones are said on stderr.
+
+    Returns:
+        the rows, and for each the number of its example in `examples`.
+
+    Raises:
+        UserError: as `encode`, or a prompt that alone has `max_length` tokens.
+    """
+    rows: list[Encoded] = []
+    owner: list[int] = []
+    long = 0
+    for number, example in enumerate(examples):
+        whole = encode(tokenizer, example)
+        try:
+            parts = [whole] if max_length is None else windows(whole, max_length, tokenizer.bos_token_id)
+        except UserError as error:
+            raise UserError(f"{example.name}: {error}") from None
+        long += len(parts) > 1
+        rows += parts
+        owner += [number] * len(parts)
+    if long and label is not None:
+        warn(
+            f"{long} of {len(examples)} {label} rows are longer than {max_length} tokens: they are read in overlapping "
+            f"windows, {len(rows)} rows in all, and nothing is left out."
+        )
+    return rows, owner

@@ -2,56 +2,163 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from alter.core.errors import UserError, nearest
-from alter.data.sources import read_rows
+from alter.data.files import cut
+from alter.data.sources import COLUMNS, read_rows
 
 
 @dataclass(frozen=True)
 class Example:
     """One thing to learn, keep or forget.
 
-    `prompt` is the user turn of a question or completion row (for `messages` the last user turn, for raw text None);
-    `answer` the labelled text: answer, completion, last assistant turn, or the text itself. `messages` holds the turns
-    before the labelled one, `row` all original columns (paraphrased and perturbed answers, for instance), `index` the
-    row's number in its source.
+    `prompt` is the user turn of a question or completion row (for `messages` the last user turn before the answer, for raw
+    text None); `answer` the labelled text: answer, completion, an assistant's turn, or the text itself. `messages` holds
+    the turns before the labelled one, `reply` that turn itself where it calls tools. `row` has all original columns
+    (paraphrased and perturbed answers, for instance) and, read again, gives this example alone. `index` is the row's number
+    in its source, from 0, `place` where that is ("rows.jsonl line 7", if known); a chat gives an example for each of the
+    assistant's turns, of which `last` marks the last.
     """
 
     prompt: str | None
     answer: str
     kind: str
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     domain: str | None = None
     index: int = 0
     row: dict[str, Any] = field(default_factory=dict, compare=False)
+    reply: dict[str, Any] | None = None
+    place: str = field(default="", compare=False)
+    last: bool = field(default=True, compare=False)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.place or f"Row {self.index}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Turns of a chat
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""Names that some data sets give to the roles."""
+
+
+def said(turn: Mapping[str, Any]) -> str:
+    """What a turn says, as text: its content, and each call of a tool as a line of JSON."""
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in turn.get("tool_calls") or ()]
+    return "\n".join([*filter(None, [turn["content"]]), *calls])
+
+
+def _turn(given: Any, where: str) -> dict[str, Any]:
+    """A turn with role, content as text and the calls of tools, from the forms in which turns are written."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where} has a message without role and content.")
+    role = given.get("role", given.get("from"))
+    content = given.get("content", given.get("value"))
+    calls = given.get("tool_calls") or []
+    if not isinstance(role, str) or not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        raise UserError(f"{where} has a message without role and content.")
+    role = ROLES.get(role, role)
+    if isinstance(content, list):
+        content = "".join(_part(part, where) for part in content)
+    if content is None and (calls or (role == "assistant" and {"content", "value"} & set(given))):
+        content = ""
+    if not isinstance(content, str):
+        raise UserError(f"{where} has a message without role and content.")
+    extra = {key: given[key] for key in ("name", "tool_call_id") if isinstance(given.get(key), str)}
+    return {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **extra}
+
+
+def _part(part: Any, where: str) -> str:
+    """The text of one part of a content that is a list."""
+    text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise UserError(f"{where} has a message with a part of type {kind!r}; only text can be learned: take it out.")
+    return text
+
+
+def _learned(turn: Any) -> bool:
+    """Whether a turn of the assistant is to be learned: `weight: 0` (or `train: false`) makes it context alone."""
+    return bool(turn.get("weight", turn.get("train", True)))
+
+
+def _chat(row: Mapping[str, Any], column: str, where: str) -> list[dict[str, Any]]:
+    """The fields of an example for each turn of the assistant that has something before it."""
+    given = row[column]
+    turns = [_turn(turn, where) for turn in given]
+    spoken = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and _learned(given[n])]
+    asked = [n for n in spoken if n and said(turns[n]).strip()]
+    if not asked:
+        raise UserError(
+            f"{where} does not end with an assistant's answer to an earlier message, and has none before its end."
+        )
+    result = []
+    for number in asked:
+        before = tuple(turns[:number])
+        # cut after this turn, with the others as context alone: read again, the row is this example and no other
+        own = [
+            {**turn, "weight": 0} if n in spoken and n < number else turn for n, turn in enumerate(given[: number + 1])
+        ]
+        result.append(
+            {
+                "prompt": next((turn["content"] for turn in reversed(before) if turn["role"] == "user"), None),
+                "answer": said(turns[number]),
+                "messages": before,
+                "reply": turns[number] if "tool_calls" in turns[number] else None,
+                "row": dict(row) if asked == [len(turns) - 1] else {**row, column: own},
+                "last": number == asked[-1],
+            }
+        )
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "qa": ("question", "answer"),
-    "completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-"""Columns that make each kind of example, in the order they are looked for."""
+TEXT_CHARACTERS = 100_000
+"""A longer raw text becomes several examples: nothing is cut off, and a tokenizer needs memory in proportion."""
+
+LONGEST = 1_000_000
+"""Most characters of a prompt or an answer."""
 
 
-def _row_list(numbers: Sequence[int]) -> str:
-    shown = ", ".join(str(number) for number in numbers[:10])
+def _named(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> str:
+    """Name rows in a message, by their places if those are known."""
+    places = [getattr(rows[number], "place", "") for number in numbers[:10]]
+    shown = ", ".join(places) if all(places) else f"Rows {', '.join(map(str, numbers[:10]))}"
     return shown if len(numbers) <= 10 else f"{shown}, ... ({len(numbers)} rows)"
 
 
-def examples(rows: Sequence[Mapping[str, Any]], *, domain_column: str | None = None) -> list[Example]:
-    """Bring rows to `Example`s; row numbers in messages count from 0.
+def _kind(row: Mapping[str, Any], first: tuple[str, tuple[str, ...]] | None) -> tuple[str, tuple[str, ...]] | None:
+    """Kind and columns of a row: the first whose columns it has, not all of them null."""
+    there = [each for each in COLUMNS if set(each[1]) <= set(row)]
+    full = (each for each in there if any(row[column] is not None for column in each[1]))
+    return next(full, next(iter(there), first))
 
-    The columns of the first row decide the kind: `question` and `answer`, `prompt` and `completion`, `messages` (a
-    list of role and content, the last one by the assistant), or `text`.
+
+def examples(rows: Sequence[Mapping[str, Any]], *, domain_column: str | None = None) -> list[Example]:
+    """Bring rows to `Example`s; row numbers in messages count from 0 where no file and line are known.
+
+    A row's own columns decide its kind: `question` and `answer` (or `instruction` and `output`, `query` and `response`),
+    `prompt` and `completion`, `messages` or `conversations` (a list of role and content), or `text`; rows of several kinds
+    may stand together. A chat gives an example for every turn of the assistant, with the turns before it as context, except
+    for turns of `weight` 0. An `input` or `context` beside an instruction follows it after a blank line.
 
     Args:
         rows: rows as `read_rows` gives them.
@@ -62,45 +169,68 @@ def examples(rows: Sequence[Mapping[str, Any]], *, domain_column: str | None = N
     """
     if not rows:
         raise UserError("There are no rows; expected at least one.")
-    kind = next((kind for kind, columns in COLUMNS.items() if set(columns) <= set(rows[0])), None)
-    if kind is None:
-        choices = "; ".join(" and ".join(columns) for columns in COLUMNS.values())
-        raise UserError(f"Columns {', '.join(map(repr, rows[0]))} are not a known kind of row; expected {choices}.")
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise UserError("A row is no object with named columns.")
+    first = _kind(rows[0], None)
+    kinds = [_kind(row, first) for row in rows]
+    if None in kinds:
+        choices = "; ".join(" and ".join(columns) for _, columns in COLUMNS)
+        number = kinds.index(None)
+        where = f"{_named(rows, [number])}: " if number or getattr(rows[number], "place", None) else ""
+        raise UserError(
+            f"{where}Columns {', '.join(map(repr, rows[number]))} are not a known kind of row; expected {choices}. A source "
+            "may name its own, as in rows.csv@question=Frage,answer=Antwort."
+        )
     if domain_column is not None:
         without = [number for number, row in enumerate(rows) if row.get(domain_column) is None]
         if len(without) == len(rows):
             near = nearest(domain_column, rows[0])
             raise UserError(f"No column {domain_column!r}.{near} Columns: {', '.join(map(repr, rows[0]))}.")
         if without:
-            raise UserError(f"Rows {_row_list(without)} have no value in the domain column {domain_column!r}.")
-    for column in COLUMNS[kind]:
-        empty = [n for n, row in enumerate(rows) if not row.get(column) or not str(row[column]).strip()]
-        if empty:
-            raise UserError(f"Rows {_row_list(empty)} have no {column!r}; give one or take these rows out.")
-        wrong = [n for n, row in enumerate(rows) if not isinstance(row[column], list if kind == "messages" else str)]
-        if wrong:
-            expected = "list of messages" if kind == "messages" else "text"
-            raise UserError(f"Rows {_row_list(wrong)} hold no {expected} in {column!r}.")
+            raise UserError(f"{_named(rows, without)} have no value in the domain column {domain_column!r}.")
+    found = [each for each in kinds if each is not None]
+    for kind, columns in dict.fromkeys(found):
+        own = [n for n, each in enumerate(found) if each == (kind, columns)]
+        for column in columns:
+            _check(rows, own, column, kind)
     result = []
-    for number, row in enumerate(rows):
-        prompt: str | None
-        messages: tuple[dict[str, str], ...] = ()
-        if kind == "messages":
-            turns = row["messages"]
-            if not all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns):
-                raise UserError(f"Row {number} has a message without role and content.")
-            if turns[-1]["role"] != "assistant" or len(turns) < 2 or not str(turns[-1]["content"]).strip():
-                raise UserError(f"Row {number} does not end with an assistant's answer to an earlier message.")
-            messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns[:-1])
-            prompt = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), None)
-            answer = turns[-1]["content"]
-        elif kind == "text":
-            prompt, answer = None, row["text"]
-        else:
-            prompt, answer = (row[column] for column in COLUMNS[kind])
+    for number, (row, (kind, columns)) in enumerate(zip(rows, found, strict=True)):
         domain = None if domain_column is None else str(row[domain_column])
-        result.append(Example(prompt, answer, kind, messages, domain, number, dict(row)))
+        place = getattr(row, "place", "")
+        common: dict[str, Any] = {"kind": kind, "domain": domain, "index": number, "place": place}
+        if kind == "messages":
+            made = _chat(row, columns[0], place or f"Row {number}")
+        elif kind == "text":
+            pieces = cut(row["text"], TEXT_CHARACTERS)
+            rest = [{**row, "text": piece} for piece in pieces] if len(pieces) > 1 else [dict(row)]
+            made = [
+                {"prompt": None, "answer": piece, "row": own}
+                for piece, own in zip(pieces, rest, strict=True)
+                if piece.strip()
+            ]
+        else:
+            more = row.get("input", row.get("context")) if columns[0] == "instruction" else None
+            prompt = row[columns[0]] + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
+            made = [{"prompt": prompt, "answer": row[columns[1]], "row": dict(row)}]
+        result += [Example(**common, **fields) for fields in made]
     return result
+
+
+def _check(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int], column: str, kind: str) -> None:
+    """Refuse rows that have nothing, or nothing of the right form and length, in a column."""
+    empty = [n for n in numbers if not rows[n].get(column) or not str(rows[n][column]).strip()]
+    if empty:
+        raise UserError(f"{_named(rows, empty)} have no {column!r}; give one or take these rows out.")
+    wrong = [n for n in numbers if not isinstance(rows[n][column], list if kind == "messages" else str)]
+    if wrong:
+        expected = "list of messages" if kind == "messages" else "text"
+        raise UserError(f"{_named(rows, wrong)} hold no {expected} in {column!r}.")
+    if kind != "text":
+        long = [n for n in numbers if len(str(rows[n][column])) > LONGEST]
+        if long:
+            raise UserError(
+                f"{_named(rows, long)} have over {LONGEST} characters in {column!r}: give long texts as `text`, in parts."
+            )
 
 
 def load_examples(source: str, *, split: str | None = None, domain_column: str | None = None) -> list[Example]:
@@ -118,7 +248,7 @@ def _normal(text: str | None) -> str:
 
 def row_key(example: Example) -> tuple[str, str]:
     """What makes two rows the same: prompt (or earlier turns) and answer, apart from case, spacing and Unicode width."""
-    context = " ".join(turn["content"] for turn in example.messages) if example.messages else example.prompt
+    context = " ".join(said(turn) for turn in example.messages) if example.messages else example.prompt
     return _normal(context), _normal(example.answer)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from importlib import resources
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from alter.core.errors import UserError, nearest
+from alter.core.files import read_text
+from alter.data.files import ENDINGS, passages, read_file, rename, with_columns
 
 TOFU_HUB = "locuslab/TOFU"
 """Hub id that TOFU splits are loaded from when no folder is given."""
@@ -37,66 +38,23 @@ TOFU_SPLITS = (
 )
 """Every TOFU split that `tofu_rows` knows."""
 
-PASSAGE_CHARACTERS = 1000
-"""A `.txt` file becomes passages: whole paragraphs, joined until a passage has at least this many characters."""
+COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("qa", ("question", "answer")),
+    ("qa", ("instruction", "output")),
+    ("qa", ("instruction", "response")),
+    ("qa", ("query", "response")),
+    ("qa", ("prompt", "response")),
+    ("completion", ("prompt", "completion")),
+    ("messages", ("messages",)),
+    ("messages", ("conversations",)),
+    ("text", ("text",)),
+)
+"""Kinds of rows and the columns that make them, in the order in which they are looked for."""
 
+KNOWN_COLUMNS = tuple(dict.fromkeys(name for _, columns in COLUMNS for name in columns))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
-
-
-def _passages(text: str) -> list[str]:
-    """Join paragraphs (blank line between) into passages of at least `PASSAGE_CHARACTERS` characters."""
-    passages: list[str] = []
-    current = ""
-    for paragraph in re.split(r"\n\s*\n", text):
-        if not paragraph.strip():
-            continue
-        current = f"{current}\n\n{paragraph.strip()}" if current else paragraph.strip()
-        if len(current) >= PASSAGE_CHARACTERS:
-            passages.append(current)
-            current = ""
-    if current:
-        passages.append(current)
-    return passages
-
-
-def _read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
-    """Read a `.json` (lines or one array), `.jsonl` or `.txt` file as rows; with `texts`, a string is a row's text."""
-    if path.suffix not in (".json", ".jsonl", ".txt"):
-        raise UserError(f"{path} is not a .json, .jsonl or .txt file; convert it to JSON lines, one row a line.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty; expected at least one row.")
-    if path.suffix == ".txt":
-        return [{"text": passage} for passage in _passages(text)]
-    rows: list[Any] = []
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} starts as a JSON array but is not valid JSON: {error}.") from None
-    else:
-        for number, line in enumerate(text.splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number} is not JSON ({error.msg}); expected one object a line."
-                ) from None
-    if texts:
-        rows = [{"text": row} if isinstance(row, str) else row for row in rows]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number} is a {type(row).__name__}; expected an object with named columns.")
-    if not rows:
-        raise UserError(f"{path} holds no rows; expected at least one.")
-    return rows
 
 
 def _joined_lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,7 +64,7 @@ def _joined_lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = [str(row["text"] or "") for row in rows]
     if all(line.strip() for line in lines):
         return rows
-    return [{"text": passage} for passage in _passages("\n\n".join(lines))]
+    return [{"text": passage} for passage, _ in passages("\n\n".join(lines))]
 
 
 def _hub_rows(
@@ -129,8 +87,11 @@ def _hub_rows(
     return rows
 
 
-FIRST = re.compile(r"(.+)\[:([^\]]*)\]")
+FIRST = re.compile(r"(.+)\[:([^\]]*)\]", re.DOTALL)
 """A source with `[:N]` behind it: its first N rows."""
+
+NAMES = re.compile(r"(.+?)@([^@=,]+=[^@=,]+(?:,[^@=,]+=[^@=,]+)*)", re.DOTALL)
+"""A source with `@question=Frage,answer=Antwort` behind it: which of its columns are the ones that a row needs."""
 
 
 def _split_source(source: str, split: str | None) -> tuple[str, str | None]:
@@ -153,7 +114,7 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _looks_like_path(source: str) -> bool:
-    return source.endswith((".json", ".jsonl", ".txt", ".csv", ".parquet")) or source.startswith((".", "/", "~"))
+    return source.lower().endswith(ENDINGS) or source.startswith((".", "/", "~"))
 
 
 def _matching_rows(pattern: Path) -> list[dict[str, Any]]:
@@ -161,40 +122,55 @@ def _matching_rows(pattern: Path) -> list[dict[str, Any]]:
     files = sorted(path for path in pattern.parent.glob(pattern.name) if path.is_file())
     if not files:
         raise UserError(f"No file matches {str(pattern)!r}; only the name after the last / may hold *, ? and [...].")
-    return [row for path in files for row in _read_file(path)]
+    return [row for path in files for row in read_file(path)]
 
 
 def read_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
     """Return the rows of `source`, each a dict of its columns.
 
     Args:
-        source: a local `.json` (JSON lines or one array), `.jsonl` or `.txt` file (whole paragraphs joined to passages
-            of about 1000 characters, column `text`); a folder that holds TOFU-named files; `builtin` for the shipped
-            TOFU; a hub id (`locuslab/TOFU`, `org/name`, `org/name:config`); or a pattern of file names (`books/*.txt`).
+        source: a local file (`.json` of lines or one array, `.jsonl`, `.csv`, `.tsv`, `.parquet`; `.txt` and `.md` become
+            passages of about 1000 characters, column `text`); a folder that holds TOFU-named files; `builtin` for the
+            shipped TOFU; a hub id (`locuslab/TOFU`, `org/name`, `org/name:config`); or a pattern of file names
+            (`books/*.txt`).
         split: which TOFU split for a folder, `builtin` and `locuslab/TOFU`; for another hub id its configuration, of
             which `train` is read, or configuration and split (`muse-bench/MUSE-News:sust/forget_2`); a folder of that
             layout takes the latter too (see `muse_rows`). May be written behind a colon in `source` instead.
 
-    Behind all of that `[:N]` takes the first N rows (`cais/wmdp-corpora:cyber-forget-corpus[:500]`), and several sources
-    are read one after another if ` + ` stands between them; each of their rows then names its own in a column `source`.
-    Hub rows that hold nothing but `text`, some of it blank, are the lines of a running text (wikitext): they are joined to
-    passages as those of a `.txt` file are, after the first N were taken.
+    Behind that `@question=Frage,answer=Antwort` says which columns are meant (`letters.csv@text=Brief`), behind all of it
+    `[:N]` takes the first N rows (`cais/wmdp-corpora:cyber-forget-corpus[:500]`), and several sources are read one after
+    another if ` + ` stands between them; each of their rows then names its own in a column `source`. Hub rows that hold
+    nothing but `text`, some of it blank, are the lines of a running text (wikitext): they are joined to passages as those
+    of a `.txt` file are, after the first N were taken.
 
     Raises:
-        UserError: nothing there, empty, not JSON, an unknown split, or the hub cannot be reached.
+        UserError: nothing there, empty, not readable, an unknown split or column, or the hub cannot be reached.
     """
-    # a file whose own name holds the sign wins
-    if " + " in source and not os.path.exists(source):
-        parts = [part.strip() for part in source.split(" + ")]
-        if not all(parts):
-            raise UserError(f"{source!r} has nothing on one side of a ' + '; expected a source on both.")
-        return [{**row, "source": part} for part in parts for row in read_rows(part, split)]
-    sliced = None if os.path.exists(source) else FIRST.fullmatch(source)
-    if sliced is None:
-        return _rows_of(source, split, None)
-    if not sliced[2].isdecimal() or int(sliced[2]) == 0:
-        raise UserError(f"{source!r} ends in [:{sliced[2]}]; expected a number above 0, as in [:100] for 100 rows.")
-    return _rows_of(sliced[1], split, int(sliced[2]))[: int(sliced[2])]
+    try:
+        # a file whose own name holds the sign wins
+        if " + " in source and not os.path.exists(source):
+            parts = [part.strip() for part in source.split(" + ")]
+            if not all(parts):
+                raise UserError(f"{source!r} has nothing on one side of a ' + '; expected a source on both.")
+            return [with_columns(row, {"source": part}) for part in parts for row in read_rows(part, split)]
+        sliced = None if os.path.exists(source) else FIRST.fullmatch(source)
+        if sliced is None:
+            return _named_rows(source, split, None)
+        count = sliced[2]
+        if not (count.isascii() and count.isdecimal() and len(count) < 19 and int(count)):
+            raise UserError(f"{source!r} ends in [:{count}]; expected a number above 0, as in [:100] for 100 rows.")
+        return _named_rows(sliced[1], split, int(count))[: int(count)]
+    except OSError as error:
+        raise UserError(f"Cannot read {source!r}: {error.strerror or error}.") from None
+
+
+def _named_rows(source: str, split: str | None, first: int | None) -> list[dict[str, Any]]:
+    """`_rows_of` a source whose columns may be named behind it."""
+    found = None if os.path.exists(source) else NAMES.fullmatch(source)
+    if found is None:
+        return _rows_of(source, split, first)
+    names = dict(part.split("=") for part in found[2].split(","))
+    return rename(_rows_of(found[1], split, first), {k.strip(): v.strip() for k, v in names.items()}, KNOWN_COLUMNS)
 
 
 def _rows_of(source: str, split: str | None, first: int | None) -> list[dict[str, Any]]:
@@ -214,7 +190,7 @@ def _rows_of(source: str, split: str | None, first: int | None) -> list[dict[str
     if path.is_file():
         if split is not None:
             raise UserError(f"{source!r} is one file and has no split {split!r}; leave the split out.")
-        return _read_file(path)
+        return read_file(path)
     if any(mark in source for mark in "*?["):
         return _matching_rows(path)
     if not _is_hub_id(source):
@@ -288,13 +264,13 @@ def tofu_rows(split: str, data: str | None = None) -> list[dict[str, Any]]:
     total = 4000
     for suffix in (".json", ".jsonl"):
         if (folder / f"{split}{suffix}").is_file():
-            rows = _read_file(folder / f"{split}{suffix}")
+            rows = read_file(folder / f"{split}{suffix}")
             return _with_authors(split, rows, len(rows) if split == "full" else total)
     if split in ("real_authors", "world_facts") and (folder / f"{split}_perturbed.json").is_file():
-        rows = _read_file(folder / f"{split}_perturbed.json")
+        rows = read_file(folder / f"{split}_perturbed.json")
         return [{"question": row["question"], "answer": row["answer"]} for row in rows]
     if (folder / "full.json").is_file():
-        full = _read_file(folder / "full.json")
+        full = read_file(folder / "full.json")
         cut = _derived(split, full)
         if cut is not None:
             return _with_authors(split, cut, len(full))
@@ -342,17 +318,8 @@ def muse_rows(split: str, data: str, first: int | None = None) -> list[dict[str,
             f"{nearest(split + '.json', there)} Expected MUSE's layout, CONFIGURATION/SPLIT.json."
         )
     if shards or found[0].suffix == ".parquet":
-        import pyarrow as arrow
-        from pyarrow import parquet
-
-        try:
-            rows = [row for path in shards or found for row in parquet.read_table(path).to_pylist()]
-        except (arrow.ArrowException, OSError) as error:
-            raise UserError(f"{(shards or found)[0]} is not a parquet file: {str(error).splitlines()[0]}") from None
-        if not rows:
-            raise UserError(f"{(shards or found)[0]} holds no rows; expected at least one.")
-        return _joined_lines(rows)
-    return _read_file(found[0], texts=True)
+        return _joined_lines([row for path in shards or found for row in read_file(path)])
+    return read_file(found[0], texts=True)
 
 
 def refusals(data: str | None = None) -> list[str]:
@@ -365,7 +332,7 @@ def refusals(data: str | None = None) -> list[str]:
     path = folder / "idontknow.jsonl"
     if not path.is_file():
         raise UserError(f"No idontknow.jsonl in {data!r}; expected plain lines, one refusal each.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty; expected one refusal a line.")
     return lines

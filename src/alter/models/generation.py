@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alter.core import processes
 from alter.core.errors import UserError
-from alter.data.encoding import ensure_pad_token
+from alter.data.encoding import end_of_turn, ensure_pad_token
 from alter.models.scoring import _device, _inner, _shown, context_length, evaluating
 
 SEGMENT = 16
@@ -23,10 +23,10 @@ SEGMENT = 16
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Tokens that end a reply: the generation configuration's and the tokenizer's."""
+    """Tokens that end a reply: the generation configuration's, the tokenizer's and the chat template's end of a turn."""
     eos = _inner(model).generation_config.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    return {i for i in [*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)] if i is not None}
 
 
 def check_prompts(

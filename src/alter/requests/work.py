@@ -27,7 +27,7 @@ from alter import metrics
 from alter.core.errors import UserError
 from alter.core.files import digest, to_json, write_atomic
 from alter.core.provenance import provenance
-from alter.data.encoding import encode, encode_prompt
+from alter.data.encoding import encode, encode_all, encode_prompt
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.models.generation import generate
 from alter.models.loading import load_model
@@ -98,7 +98,7 @@ def rows_of(request: Request) -> list[Example]:
     if request.text is not None:
         from alter.data.examples import examples
 
-        found = examples([json.loads(line) for line in request.text.splitlines()])
+        found = examples([json.loads(line) for line in request.text.split("\n")])
     else:
         found = load_examples(request.data)
     hashes = [row_hash(example) for example in found]
@@ -161,7 +161,7 @@ def measure(
         likeliest), `rouge` (ROUGE-L recall of the replies, None without any), `n` and `n_answers`.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
-    encoded = [encode(tokenizer, example, max_length=limit) for example in examples]
+    encoded, _ = encode_all(tokenizer, examples, max_length=limit)
     scores = score(model, encoded, pad_token_id=tokenizer.pad_token_id, label="requests: scoring")
     memorised = metrics.exact_memorization(scores.correct)
     result: dict[str, float | int | None] = {

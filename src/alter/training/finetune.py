@@ -24,7 +24,7 @@ from alter.core.errors import UserError, nearest
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.data.batching import Collator
-from alter.data.encoding import Encoded, encode, ensure_pad_token
+from alter.data.encoding import encode_all, ensure_pad_token
 from alter.data.examples import load_examples
 
 if TYPE_CHECKING:
@@ -202,8 +202,7 @@ def training_rows(settings: Finetune, tokenizer: PreTrainedTokenizerBase) -> lis
                 block = block[:half] * 2
             rows.append({"input_ids": block, "labels": block, "weights": [1.0] * len(block)})
     for source in settings.data:
-        for example in load_examples(source):
-            encoded: Encoded = encode(tokenizer, example, max_length=settings.max_length)
+        for encoded in encode_all(tokenizer, load_examples(source), max_length=settings.max_length, label=source)[0]:
             ids = encoded.input_ids
             weights = [settings.prompt_weight] * encoded.prompt_length + [1.0] * (len(ids) - encoded.prompt_length)
             rows.append({"input_ids": ids, "labels": ids, "weights": weights})

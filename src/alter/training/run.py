@@ -21,7 +21,7 @@ from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.data.domains import domains
-from alter.data.encoding import encode
+from alter.data.encoding import encode_all
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.methods.adapters import (
     AlterAdapter,
@@ -173,8 +173,10 @@ def _unlearn(run: Unlearn) -> Path:
         if former is not None:
             former.check(base, layers)
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
-    forget = [encode(tokenizer, example, max_length=limit) for example in forget_examples]
-    retain = [encode(tokenizer, example, max_length=limit) for example in retain_examples]
+    forget, owner = encode_all(tokenizer, forget_examples, max_length=limit, label="forget")
+    retain, _ = encode_all(tokenizer, retain_examples, max_length=limit, label="retain")
+    forget_examples, domain = [forget_examples[i] for i in owner], [domain[i] for i in owner]
+    steps, alone = steps_of(run, len(forget))
     other = alternatives(run.objective, tokenizer, base, forget_examples, forget, seed=run.seed, max_length=limit)
     views = frozen_views(base, tokenizer, run, forget, out / "reinforced.safetensors")
     start, away = start_of(base, tokenizer, run, forget, retain, out / "start.safetensors")

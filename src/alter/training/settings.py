@@ -122,7 +122,9 @@ class Unlearn(BaseModel):
     lr_scheduler: str = "linear"
     warmup_steps: int = Field(0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    max_length: int | None = Field(None, ge=8, description="Longer rows are cut; by default the model's context.")
+    max_length: int | None = Field(
+        None, ge=8, description="Longer rows become overlapping windows; by default the model's context."
+    )
     reference_top_k: int = Field(256, ge=1, description="Tokens kept of each reference distribution.")
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

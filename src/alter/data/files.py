@@ -1,0 +1,231 @@
+"""Local files as rows: JSON, JSON lines, CSV, Parquet, and running text as passages. Each row knows its place."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alter.core.errors import UserError, nearest
+from alter.core.files import from_json, read_text
+
+PASSAGE_CHARACTERS = 1000
+"""A running text becomes passages: whole paragraphs, joined until a passage has at least this many characters."""
+
+PARAGRAPH_CHARACTERS = 4000
+"""A longer paragraph is cut at its lines, sentences or words: many texts have one paragraph a line, and no blank line."""
+
+TEXT_ENDINGS = (".txt", ".md")
+ENDINGS = (".json", ".jsonl", ".ndjson", *TEXT_ENDINGS, ".csv", ".tsv", ".parquet")
+"""Endings of the files that `read_file` reads; capitals do not matter."""
+
+
+class Row(dict[str, Any]):
+    """One row's columns, and where it was read: `"rows.jsonl line 7"`, or nothing."""
+
+    def __init__(self, columns: Mapping[str, Any], place: str = "") -> None:
+        super().__init__(columns)
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Row, (dict(self), self.place)
+
+
+def with_columns(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Row:
+    """Return the row with more columns, at its place."""
+    return Row({**row, **columns}, getattr(row, "place", ""))
+
+
+# Running text --------------------------------------------------------------------------------------------------------
+
+
+def cut(text: str, size: int) -> list[str]:
+    """Cut a text into pieces of `size` characters or a little more, at the end of a line, else of a sentence, else of a word.
+
+    No piece has over twice `size` characters; joined, the pieces are the text again.
+    """
+    pieces: list[str] = []
+    start = 0
+    while len(text) - start > size:
+        end = start + 2 * size
+        stretch = text[start + size : end]
+        for pattern in (r"\n", r"[.!?…。！？।۔؟]+[\"'”’»）」』]*(?:\s+|(?<=[。！？」』]))", r"\s+"):
+            found = re.search(pattern, stretch)
+            if found:
+                end = start + size + found.end()
+                break
+        pieces.append(text[start:end])
+        start = end
+    if start < len(text):
+        pieces.append(text[start:])
+    return pieces
+
+
+def passages(text: str) -> list[tuple[str, int]]:
+    """Join paragraphs (a blank line between) into passages of at least `PASSAGE_CHARACTERS` characters.
+
+    A paragraph of more than `PARAGRAPH_CHARACTERS` is cut into pieces of about that least size.
+
+    Returns:
+        each passage, and the number of the line on which it begins, from 1.
+    """
+    found: list[tuple[str, int]] = []
+    current, began = "", 1
+    line = 1
+    for paragraph, gap in _paragraphs(text):
+        if paragraph.strip():
+            first = line + paragraph[: len(paragraph) - len(paragraph.lstrip())].count("\n")
+            words = paragraph.strip()
+            if len(words) > PARAGRAPH_CHARACTERS:
+                if current:
+                    found.append((current, began))
+                    current = ""
+                for piece in cut(words, PASSAGE_CHARACTERS):
+                    if piece.strip():
+                        found.append((piece.strip(), first))
+                    first += piece.count("\n")
+            else:
+                current, began = (f"{current}\n\n{words}", began) if current else (words, first)
+                if len(current) >= PASSAGE_CHARACTERS:
+                    found.append((current, began))
+                    current = ""
+        line += paragraph.count("\n") + gap
+    if current:
+        found.append((current, began))
+    return found
+
+
+def _paragraphs(text: str) -> Iterator[tuple[str, int]]:
+    """Each stretch between blank lines, and the number of line ends behind it."""
+    start = 0
+    for between in re.finditer(r"\n\s*\n", text):
+        yield text[start : between.start()], between[0].count("\n")
+        start = between.end()
+    yield text[start:], 0
+
+
+# Tables and JSON -----------------------------------------------------------------------------------------------------
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file with a header; an empty cell is None."""
+    text = read_text(path, line_ends=False)
+    header = text.partition("\n")[0]
+    signs = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=lambda sign: (header.count(sign), sign == ","))
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=signs, strict=True)
+    rows: list[dict[str, Any]] = []
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None or not all(names):
+            raise UserError(
+                f"{path} has {'two columns' if twice else 'a column'} named {twice or ''!r} in its first line."
+            )
+        began = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                if len(cells) > len(names):
+                    raise UserError(
+                        f"{path} line {began} has {len(cells)} cells, the first line names {len(names)} columns: put text "
+                        f"that holds {signs!r} between quotes."
+                    )
+                padded = [*cells, *[""] * (len(names) - len(cells))]
+                rows.append(Row({n: c or None for n, c in zip(names, padded, strict=True)}, f"{path} line {began}"))
+            began = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} is not CSV: {error}.") from None
+    return rows
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    try:
+        found = parquet.read_table(path).to_pylist()
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a parquet file: {(str(error).splitlines() or ['unreadable'])[0]}") from None
+    return [Row(row, f"{path} row {number}") for number, row in enumerate(found, start=1)]
+
+
+def _json(path: Path, text: str, texts: bool) -> list[dict[str, Any]]:
+    """The rows of JSON lines, or of one array over any number of lines; with `texts`, a string is a row's text."""
+    found: list[tuple[Any, str]] = []
+    if text.lstrip().startswith("["):
+        try:
+            found = [(row, f"{path} row {number}") for number, row in enumerate(from_json(text), start=1)]
+        except ValueError as error:
+            raise UserError(f"{path} starts as a JSON array but is not valid JSON: {error}.") from None
+    else:
+        # a JSON string may hold U+2028, U+2029 and U+0085, at which `splitlines` would cut
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                found.append((from_json(line), f"{path} line {number}"))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is not JSON ({error}); expected one object a line.") from None
+    if texts:
+        found = [({"text": row} if isinstance(row, str) else row, place) for row, place in found]
+    for number, (row, _) in enumerate(found, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number} is a {type(row).__name__}; expected an object with named columns.")
+    return [Row(row, place) for row, place in found]
+
+
+def read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of a local file (see `ENDINGS`).
+
+    `.json` holds lines or one array, `.csv` and `.tsv` a header and rows (separated by comma, semicolon, tab or bar), and
+    `.txt` and `.md` a running text, cut into `passages`.
+
+    Args:
+        path: the file.
+        texts: in JSON, a string stands for a row with the column `text`.
+
+    Raises:
+        UserError: an ending that is not known, a file that cannot be read, or one without rows.
+    """
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise UserError(
+            f"{path} is not a {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file; convert it to JSON lines, one row a line."
+        )
+    if ending == ".parquet":
+        rows = _parquet(path)
+    elif ending in (".csv", ".tsv"):
+        rows = _table(path)
+    else:
+        text = read_text(path)
+        if not text.strip():
+            raise UserError(f"{path} is empty; expected at least one row.")
+        if ending in TEXT_ENDINGS:
+            return [Row({"text": passage}, f"{path} line {line}") for passage, line in passages(text)]
+        rows = _json(path, text, texts)
+    if not rows:
+        raise UserError(f"{path} holds no rows; expected at least one.")
+    return rows
+
+
+def rename(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], known: Sequence[str]) -> list[dict[str, Any]]:
+    """Give columns the names that `alter` knows: `{"question": "Frage"}` makes `question` of the column `Frage`.
+
+    Other columns in `known` are left out: what was named decides what a row is.
+
+    Raises:
+        UserError: no row has such a column.
+    """
+    there = list(dict.fromkeys(column for row in rows for column in row))
+    for wanted in names.values():
+        if wanted not in there:
+            raise UserError(f"No column {wanted!r}.{nearest(wanted, there)} Columns: {', '.join(map(repr, there))}.")
+    result: list[dict[str, Any]] = []
+    for row in rows:
+        kept = {name: value for name, value in row.items() if name not in known and name not in names.values()}
+        kept |= {name: row.get(column) for name, column in names.items()}
+        result.append(Row(kept, getattr(row, "place", "")))
+    return result
