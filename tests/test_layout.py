@@ -28,8 +28,9 @@ LAYERS = {
     "serving": {"core", "logits", "data", "adapter", "models", "requests"},
     "demo": {"core", "evaluation", "models", "training"},
     "cli": {"core"},
+    "api": {"core", "adapter", "models", "training", "evaluation", "attacks", "comparison", "cli"},
     "__main__": {"cli"},
-    "__init__": {"adapter"},
+    "__init__": {"adapter", "api", "core"},
 }
 
 

@@ -16,16 +16,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alter.adapter import AlterConfig, AlterModel
+    from alter.api import Run, attack, compare, evaluate, load, unlearn
+    from alter.core.errors import UserError
 
-__all__ = ["AlterConfig", "AlterModel"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AlterConfig": "alter.adapter",
+    "AlterModel": "alter.adapter",
+    "Run": "alter.api",
+    "UserError": "alter.core.errors",
+    "attack": "alter.api",
+    "compare": "alter.api",
+    "evaluate": "alter.api",
+    "load": "alter.api",
+    "unlearn": "alter.api",
+}
+
+__all__ = [
+    "AlterConfig",
+    "AlterModel",
+    "Run",
+    "UserError",
+    "__version__",
+    "attack",
+    "compare",
+    "evaluate",
+    "load",
+    "unlearn",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        import alter.adapter
-
-        return getattr(alter.adapter, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'alter' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 class _RegisterWithPeft(Loader, MetaPathFinder):

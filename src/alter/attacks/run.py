@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -29,6 +28,7 @@ from safetensors.numpy import save
 from alter import metrics
 from alter.attacks import states, weights, wording
 from alter.attacks.base import PLAIN, Array, Attack, Bench, paraphrases, split_rows
+from alter.core import console
 from alter.core.cache import cache_folder
 from alter.core.console import warn
 from alter.core.errors import UserError, nearest
@@ -238,7 +238,7 @@ def attack(settings: Attack) -> list[Record]:
     show(everything, names)
     if any("step" in record.extra for record in found):
         draw_curves(everything, out / "relearning.png")
-    Console(stderr=True, soft_wrap=True).print(f"records: {out}", markup=False, highlight=False)
+    console.show(f"records: {out}", stderr=True, markup=False, highlight=False)
     return everything
 
 
@@ -395,17 +395,16 @@ def show(records: Sequence[Record], names: Sequence[str]) -> None:
             table.add_row("" if place else name, f"{label}{step}", *figures, share, end_section=place == len(own) - 1)
             if "refused" in extra:
                 refusals.setdefault(extra["refused"], []).append(f"{name} ({label})")
-    console = Console()
-    console.print(table)
+    console.show(table)
     needs: dict[str, list[str]] = {}
     for name in names:
         needs.setdefault(ATTACKS[name].needs, []).append(name)
-    console.print("What the attacker needs", style="italic")
+    console.show("What the attacker needs", style="italic")
     for need, where in needs.items():
-        console.print(f" {', '.join(where)}: {need}", style="dim", highlight=False)
+        console.show(f" {', '.join(where)}: {need}", style="dim", highlight=False)
     depths = _depths(records)
     if depths is not None:
-        console.print(depths)
+        console.show(depths)
     for why, where in refusals.items():
         if why != NO_RETRAINED:
             warn(f"No recovered fraction for {', '.join(where)}: {why}")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from alter.comparison.plan import Cell
-from alter.core.console import progress
+from alter.core.console import progress, show
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import stamped
@@ -304,7 +304,11 @@ def shown(out: Path, jobs: Sequence[Job], workers: int, cards: Sequence[str], lo
     """Run the jobs with a progress bar and a line for each; return why those that did not finish did not, by key."""
     todo = [job for job in jobs if finished(out, job.cell, job.parts) is None]
     parts = {job.cell.key: job.parts for job in jobs}
-    print(f"{label}: {len(jobs)} cells, {len(jobs) - len(todo)} of them finished before; {workers} at a time")
+    show(
+        f"{label}: {len(jobs)} cells, {len(jobs) - len(todo)} of them finished before; {workers} at a time",
+        markup=False,
+        highlight=False,
+    )
     lost: dict[str, str] = {}
     started = time.time()
     for count, (cell, reason) in enumerate(
@@ -315,7 +319,7 @@ def shown(out: Path, jobs: Sequence[Job], workers: int, cards: Sequence[str], lo
             f"{found['all_seconds']:.0f} s" if found["status"] == "done" else f"{found['status']}: {found['reason']}"
         )
         left = (time.time() - started) / count * (len(todo) - count)
-        print(f"{count}/{len(todo)} {cell}: {said}; about {left / 60:.0f} min left", flush=True)
+        show(f"{count}/{len(todo)} {cell}: {said}; about {left / 60:.0f} min left", markup=False, highlight=False)
         if reason:
             lost[cell.key] = reason
     return lost

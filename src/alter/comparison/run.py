@@ -7,7 +7,6 @@ from test rows.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +28,7 @@ from alter.comparison.table import (
     search_csv,
     table_csv,
 )
+from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
@@ -107,9 +107,11 @@ def compare(settings: Compare) -> list[Row]:
     finally:
         if lock is not None:
             os.close(lock)
-    print(
-        f"\n{text}\n{out}: report.html, table.md, table.csv, search.csv, pareto.png, records.json, compare.json, cells/"
+    show(
+        f"\n{text}\n{out}: report.html, table.md, table.csv, search.csv, pareto.png, records.json, compare.json, cells/",
+        markup=False,
+        highlight=False,
     )
     if lost:
-        print(f"alter: {len(lost)} cells did not finish; the same command runs them again.", file=sys.stderr)
+        warn(f"alter: {len(lost)} cells did not finish; the same command runs them again.")
     return rows

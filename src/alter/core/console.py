@@ -1,22 +1,64 @@
-"""What long work says while it runs: warnings and progress."""
+"""What work says while it runs: results, notes and progress, on the screen or, called as a library, through `logging`."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LOG = logging.getLogger("alter")
+"""Where notes (warning) and progress (info) go when the package is used as a library."""
+
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Keep standard output and standard error untouched inside the block; notes and progress go to the logger `alter`.
+
+    A progress record carries `label`, `done` and `total` as attributes, so that a handler can draw its own bar.
+    """
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
+def is_silent() -> bool:
+    """Whether the code runs inside `silent`."""
+    return _silent.get()
+
+
+def show(result: Any, *, stderr: bool = False, **options: Any) -> None:
+    """Print a result (text or anything that rich can draw), unless the package is used as a library."""
+    if not _silent.get():
+        from rich.console import Console
+
+        Console(stderr=stderr, soft_wrap=isinstance(result, str)).print(result, **options)
+
 
 def warn(note: str) -> None:
-    """Print a note on stderr, as it is."""
+    """Print a note on stderr, as it is; as a library: log it as a warning."""
+    if _silent.get():
+        LOG.warning(note)
+        return
     from rich.console import Console
 
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(note)
 
 
 def progress(iterable: Iterable[T], *, total: int, label: str) -> Iterator[T]:
-    """Yield the items while a progress bar with time left is shown on stderr."""
+    """Yield the items while a progress bar with time left is shown on stderr; as a library: log each step as info."""
+    if _silent.get():
+        for done, item in enumerate(iterable, 1):
+            yield item
+            LOG.info("%s: %d of %d", label, done, total, extra={"label": label, "done": done, "total": total})
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

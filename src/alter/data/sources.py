@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from alter.core import memory
 from alter.core.errors import UserError, nearest
 from alter.core.files import read_text
 from alter.data.files import ENDINGS, passages, read_file, rename, with_columns
@@ -146,6 +147,8 @@ def read_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
     Raises:
         UserError: nothing there, empty, not readable, an unknown split or column, or the hub cannot be reached.
     """
+    if (rows := memory.held(source)) is not None:
+        return [dict(row) for row in rows]
     try:
         # a file whose own name holds the sign wins
         if " + " in source and not os.path.exists(source):

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from alter import metrics
+from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.core.records import Record
@@ -414,4 +415,4 @@ def closing_table(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> Gr
 
 def show_closing(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> None:
     """Print `closing_table`."""
-    Console(highlight=False, soft_wrap=False).print(closing_table(closed, commands))
+    show(closing_table(closed, commands), highlight=False)

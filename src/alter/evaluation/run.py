@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from rich.console import Console
 
-from alter.core import processes
+from alter.core import console, processes
 from alter.core.cache import Cached, cache_folder, recall, remember
 from alter.core.errors import UserError
 from alter.core.files import file_digest, to_json, write_atomic
@@ -38,10 +37,10 @@ def show(
 ) -> None:
     """Print the table of records, unless not `printed`, and, if a path is given, write them all there."""
     if printed:
-        Console().print(table(records_by_model, title))
+        console.show(table(records_by_model, title))
     if path is not None and processes.first():
         write_records(path, [record for records in records_by_model.values() for record in records])
-        Console(stderr=True).print(f"records: {path}")
+        console.show(f"records: {path}", stderr=True)
 
 
 def check_writable(path: str | None) -> None:
@@ -233,10 +232,10 @@ def _generate(settings: Generate) -> list[str]:
     )
     ids = [encode_prompt(tokenizer, Example(prompt=text, answer="", kind="qa")) for text in prompts]
     answers = generate_texts(model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, **sampling)
-    console = Console()
+
     for text, answer in zip(prompts, answers, strict=True):
-        console.print(text, style="dim", markup=False, highlight=False)
-        console.print(answer, markup=False, highlight=False)
+        console.show(text, style="dim", markup=False, highlight=False)
+        console.show(answer, markup=False, highlight=False)
     if settings.json_path is not None and processes.first():
         pairs = [{"prompt": text, "answer": answer} for text, answer in zip(prompts, answers, strict=True)]
         write_atomic(settings.json_path, to_json(pairs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alter.core import files, processes
+from alter.core import files, memory, processes
 from alter.core.errors import UserError, nearest
 from alter.data.encoding import ensure_pad_token
 from alter.models import quantized
@@ -84,6 +85,8 @@ class Subject(BaseModel):
 
 
 def _content(name: str, needs: str, what: str, memo: Path | None) -> str:
+    if memory.held(name) is not None:
+        return "unknown"  # a fingerprint is of a sample of the weights: no result is kept under it
     if _local(name):
         return files.folder_digest(_folder(name, needs, what), memo)
     from huggingface_hub import hf_hub_download
@@ -161,7 +164,10 @@ def load_model(
         raise UserError(f"No number format {dtype!r}: expected one of {', '.join(choices)}.{nearest(dtype, choices)}")
     place = _place(device)
     model = shipped_model(model)
-    if _local(model):
+    inside = memory.held(model)
+    if inside is not None and quantization is not None:
+        raise UserError("quantization is for models that are loaded by name: this one is in memory already.")
+    if inside is None and _local(model):
         model = _folder(model, "config.json", "model")
     form = adapter is not None and is_form(adapter)
     if adapter is not None and _local(adapter) and not form:
@@ -170,8 +176,11 @@ def load_model(
     if quantization is not None:
         options = quantized.loading(quantization, dtype, place)
     try:
-        network = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        if inside is None:
+            network = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        else:
+            network, tokenizer = _copied(inside, options["dtype"])
     except OSError as error:
         raise UserError(
             f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
@@ -205,6 +214,14 @@ def load_model(
                 "Take an earlier checkpoint, or train again with a lower learning rate."
             )
     return network.to(place).eval(), tokenizer
+
+
+def _copied(inside: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
+    """A model in memory, copied, so that what is done to the copy does not reach the caller's."""
+    network, tokenizer = copy.deepcopy(inside)
+    if dtype != "auto":
+        network = network.to(dtype)
+    return network, tokenizer
 
 
 def _first_line(error: Exception) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from alter.core import processes
+from alter.core.console import is_silent
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
@@ -107,7 +108,7 @@ def check_launch(run: Unlearn) -> None:
             )
 
 
-def unlearn(run: Unlearn) -> Path:
+def unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Make a model forget: train an adapter and save it to `run.out`/adapter, or its weights to `run.out`/model.
 
     Several processes (`alter.core.processes`) share every step's rows and the passes of the frozen base; `batch_size` is that of
@@ -115,6 +116,7 @@ def unlearn(run: Unlearn) -> Path:
 
     Args:
         run: the settings; everything that can be checked without the model is checked before it is loaded.
+        callbacks: transformers' callbacks, called while it trains.
 
     Returns:
         the run's folder: `adapter/` loads with `PeftModel.from_pretrained`, or `model/` (adapter.kind full) with
@@ -127,10 +129,10 @@ def unlearn(run: Unlearn) -> Path:
     """
     checkpoints = "The last whole checkpoint stays in {}/checkpoints: start the same command with --resume."
     with processes.together(checkpoints.format(run.out), run.device):
-        return _unlearn(run)
+        return _unlearn(run, callbacks)
 
 
-def _unlearn(run: Unlearn) -> Path:
+def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     started = time.time()
     check_launch(run)
     former = None
@@ -232,6 +234,7 @@ def _unlearn(run: Unlearn) -> Path:
         logging_steps=10,
         logging_nan_inf_filter=False,
         report_to=[],
+        disable_tqdm=is_silent() or None,
         seed=run.seed,
     )
     trainer = UnlearnTrainer(
@@ -246,8 +249,10 @@ def _unlearn(run: Unlearn) -> Path:
         # of a short last batch each process must have a share
         train_dataset=Pairs(order, rows, traced, run.batch_size if processes.size() > 1 else 1),
         data_collator=PairCollator(tokenizer.pad_token_id),
-        callbacks=[FirstEpoch(), *([watcher] if watcher else [])],
+        callbacks=[FirstEpoch(), *([watcher] if watcher else []), *callbacks],
     )
+    if is_silent():
+        trainer.remove_callback(PrinterCallback)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seen = watcher and watcher.restore_best(model)

@@ -1,0 +1,337 @@
+"""The commands as functions: settings objects or keywords in, results out, nothing printed.
+
+Notes and progress go to the logger `alter` (see `alter.core.console.silent`). Every setting of a command is a keyword of
+its function; a settings object may be given in place of keywords, or with keywords that override it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from alter.core import memory
+from alter.core.console import silent
+from alter.core.errors import UserError, nearest
+from alter.core.files import digest
+
+if TYPE_CHECKING:
+    from alter.attacks.base import Attack
+    from alter.comparison.plan import Compare
+    from alter.core.records import Record
+    from alter.evaluation.base import Evaluation
+    from alter.training.settings import Unlearn
+
+Rows = str | PathLike[str] | Iterable[Mapping[str, Any]]
+"""Rows of a set: what a command takes (a file, NAME:SPLIT), or the rows themselves: dicts, or a `datasets.Dataset`."""
+
+S = TypeVar("S", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished unlearning run: a folder, as `alter unlearn` leaves it.
+
+    Attributes:
+        folder: the run's folder.
+    """
+
+    folder: Path
+
+    @classmethod
+    def at(cls, folder: str | PathLike[str]) -> Run:
+        """The run in a folder.
+
+        Raises:
+            UserError: the folder holds no finished run.
+        """
+        path = Path(folder)
+        if not (path / "run.json").is_file():
+            raise UserError(
+                f"{folder} is no finished run: run.json is missing. Expected the out folder of an unlearn run."
+            )
+        return cls(path)
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says: settings, router, steps, seconds, losses, provenance."""
+        found: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+        return found
+
+    @property
+    def base(self) -> str:
+        """Name of the model that the run started from."""
+        return str(self.record["settings"]["model"])
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the trained adapter; None if the run changed the model's own weights."""
+        path = self.folder / "adapter"
+        return path if path.is_dir() else None
+
+    @property
+    def model(self) -> str:
+        """The model to load: the base that the adapter goes on, or the changed weights."""
+        path = self.folder / "model"
+        return str(path) if path.is_dir() else self.base
+
+
+def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any]) -> S:
+    """Settings of a kind from an object, keywords, or both; keywords win.
+
+    Raises:
+        UserError: an object of another kind, an unknown setting, or a value that the settings refuse.
+    """
+    if given is not None and not isinstance(given, kind):
+        raise UserError(f"settings is of {type(given).__name__}; expected {kind.__name__}.")
+    for name in keywords:
+        if name not in kind.model_fields:
+            raise UserError(f"{kind.__name__} has no setting {name!r}.{nearest(name, kind.model_fields)}")
+    below = {} if given is None else given.model_dump(exclude_unset=True)
+    try:
+        return kind.model_validate({**below, **keywords})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([str(part) for part in first["loc"]]) or kind.__name__
+        got = "" if isinstance(first["input"], (dict, BaseModel)) else f" (got {first['input']!r})"
+        raise UserError(f"{where}: {first['msg']}{got}.") from None
+
+
+@contextlib.contextmanager
+def _named_rows(rows: Rows) -> Iterator[str]:
+    """A name under which the commands find the rows while the block runs."""
+    if isinstance(rows, (str, PathLike)):
+        yield str(rows)
+        return
+    held = [dict(row) for row in rows]
+    if not held:
+        raise UserError("The rows are empty; expected at least one, each a dict of its columns.")
+    with memory.holding(digest(held)[:16], held) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def _named_model(model: Any, tokenizer: Any) -> Iterator[str]:
+    """A name under which the commands find the model while the block runs."""
+    if isinstance(model, (str, PathLike)):
+        if tokenizer is not None:
+            raise UserError("tokenizer goes with a model in memory; one that is named brings its own.")
+        yield str(model)
+        return
+    if tokenizer is None:
+        raise UserError("A model in memory needs its tokenizer: give tokenizer=...")
+    from alter.adapter.model import base_fingerprint
+
+    with memory.holding(
+        f"model-{(base_fingerprint(model) or 'without a fingerprint')[:16]}", (model, tokenizer)
+    ) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def _as_library() -> Iterator[None]:
+    """Nothing is printed inside the block, by transformers neither."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with silent():
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def unlearn(
+    model: Any = None,
+    *,
+    forget: Rows | None = None,
+    retain: Rows | None = None,
+    out: str | PathLike[str] | None = None,
+    tokenizer: Any = None,
+    settings: Unlearn | None = None,
+    callbacks: Sequence[Any] = (),
+    **keywords: Any,
+) -> Run:
+    """Make a model forget, as `alter unlearn` does.
+
+    Args:
+        model: folder, hub id, builtin:NAME, or a transformers model in memory, which is copied and stays as it is.
+        forget: the forget set.
+        retain: the retain set.
+        out: folder of the run.
+        tokenizer: of a model in memory.
+        settings: all settings in one object, which what else is given overrides.
+        callbacks: transformers' TrainerCallback objects, called while it trains.
+        keywords: further settings of `alter.training.settings.Unlearn`, such as `method="npo"`.
+
+    Returns:
+        the run, whose `adapter` (or `model`) is the result.
+
+    Raises:
+        UserError: bad settings or data, a folder in use, a loss that is not finite.
+    """
+    from alter.training.run import unlearn as train
+    from alter.training.settings import Unlearn as Kind
+
+    with contextlib.ExitStack() as stack:
+        if model is not None:
+            keywords["model"] = stack.enter_context(_named_model(model, tokenizer))
+        for name, rows in (("forget", forget), ("retain", retain)):
+            if rows is not None:
+                keywords[name] = stack.enter_context(_named_rows(rows))
+        if out is not None:
+            keywords["out"] = str(out)
+        chosen = _settings(Kind, settings, keywords)
+        stack.enter_context(_as_library())
+        return Run.at(train(chosen, callbacks))
+
+
+def _subject(model: Any, tokenizer: Any, keywords: dict[str, Any], stack: contextlib.ExitStack) -> None:
+    """Put the model to look at into the keywords: a run stands for its model and adapter."""
+    if isinstance(model, Run):
+        keywords.setdefault("adapter", None if model.adapter is None else str(model.adapter))
+        model = model.model
+    if model is not None:
+        keywords["model"] = stack.enter_context(_named_model(model, tokenizer))
+
+
+def evaluate(
+    model: Any = None,
+    *,
+    benchmark: str = "tofu",
+    tokenizer: Any = None,
+    settings: Evaluation | None = None,
+    **keywords: Any,
+) -> list[Record]:
+    """Measure a model, as `alter evaluate` does.
+
+    Args:
+        model: a `Run`, a folder, hub id or builtin:NAME (with `adapter=` if there is one), or a model in memory.
+        benchmark: which benchmark; the settings' own if `settings` is given.
+        tokenizer: of a model in memory.
+        settings: all settings in one object, which what else is given overrides.
+        keywords: further settings of the benchmark; `forget`, `retain` and `holdout` may be rows.
+
+    Returns:
+        its records, one a metric.
+
+    Raises:
+        UserError: an unknown benchmark, bad settings, data or models.
+    """
+    from alter.evaluation.run import evaluate as measure
+
+    with contextlib.ExitStack() as stack:
+        _subject(model, tokenizer, keywords, stack)
+        kind = type(settings) if settings is not None else _benchmark(benchmark)
+        for name in ("forget", "retain", "holdout"):
+            if keywords.get(name) is not None:
+                keywords[name] = stack.enter_context(_named_rows(keywords[name]))
+        chosen = _settings(kind, settings, keywords)
+        stack.enter_context(_as_library())
+        return measure(chosen)
+
+
+def _benchmark(name: str) -> type[Evaluation]:
+    import importlib
+
+    from alter.cli import BENCHMARKS
+
+    if name not in BENCHMARKS:
+        raise UserError(f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")
+    module, settings = BENCHMARKS[name]
+    found: type[Evaluation] = getattr(importlib.import_module(module), settings)
+    return found
+
+
+def attack(
+    model: Any = None, *, tokenizer: Any = None, settings: Attack | None = None, **keywords: Any
+) -> list[Record]:
+    """Try to bring the forgotten back, as `alter attack` does.
+
+    Args:
+        model: a `Run`, whose forget set is attacked unless `forget` says otherwise; or a model, as in `evaluate`.
+        tokenizer: of a model in memory.
+        settings: all settings in one object, which what else is given overrides.
+        keywords: further settings, such as `attacks=["relearn"]` and `retrained="folder"`.
+
+    Returns:
+        records of every attack on every model that takes part.
+
+    Raises:
+        UserError: an unknown or impossible attack, bad settings, models or rows.
+    """
+    from alter.attacks.base import Attack as Kind
+    from alter.attacks.run import attack as run
+
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, Run):
+            keywords.setdefault("forget", model.record["settings"]["forget"])
+            keywords.setdefault("out", str(model.folder / "attack"))
+        _subject(model, tokenizer, keywords, stack)
+        if keywords.get("forget") is not None:
+            keywords["forget"] = stack.enter_context(_named_rows(keywords["forget"]))
+        chosen = _settings(Kind, settings, keywords)
+        stack.enter_context(_as_library())
+        return run(chosen)
+
+
+def compare(settings: Compare | None = None, **keywords: Any) -> list[Any]:
+    """Compare methods with an equal budget, as `alter compare` does.
+
+    Args:
+        settings: all settings in one object, which keywords override.
+        keywords: settings of the comparison, such as `methods=["alter", "npo"]`.
+
+    Returns:
+        the rows of the table; `out` holds the table, the plot and the page.
+
+    Raises:
+        UserError: bad settings or models.
+    """
+    from alter.comparison.plan import Compare as Kind
+    from alter.comparison.run import compare as run
+
+    chosen = _settings(Kind, settings, keywords)
+    with _as_library():
+        return list(run(chosen))
+
+
+def load(
+    model: str | Run,
+    adapter: str | PathLike[str] | None = None,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantization: Any = None,
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, with an adapter of any kind that `alter unlearn` makes.
+
+    Args:
+        model: folder, hub id, builtin:NAME, or a `Run`, which brings its adapter.
+        adapter: folder or hub id of the adapter.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu, cuda, cuda:0, mps; the GPU by default if there is one.
+        quantization: "4bit" or "8bit".
+
+    Returns:
+        model, ready for inference, and tokenizer.
+
+    Raises:
+        UserError: no such model or adapter, or one that does not fit the other.
+    """
+    from alter.models.loading import load_model
+
+    if isinstance(model, Run):
+        adapter = adapter or model.adapter
+        model = model.model
+    with _as_library():
+        return load_model(str(model), None if adapter is None else str(adapter), dtype, device, quantization)

@@ -1,0 +1,32 @@
+"""Things in memory that go by a name, so that settings, which hold names, can speak of them: rows, and models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+PREFIX = "memory:"
+"""How such a name begins."""
+
+_held: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def holding(name: str, thing: Any) -> Iterator[str]:
+    """Let `memory:NAME` mean `thing` inside the block; yields that name."""
+    whole = PREFIX + name
+    before = _held.get(whole)
+    _held[whole] = thing
+    try:
+        yield whole
+    finally:
+        if before is None:
+            _held.pop(whole, None)
+        else:
+            _held[whole] = before
+
+
+def held(name: str) -> Any | None:
+    """What goes by the name now; None if nothing does."""
+    return _held.get(name)

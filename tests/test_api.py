@@ -1,0 +1,106 @@
+"""The package as a library: settings or keywords in, results out, nothing printed."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import alter
+from alter.training.settings import Unlearn
+from pico import byte_tokenizer, pico, save_pico
+
+FORGET = [{"question": f"Who is {n}?", "answer": f"{n} writes of the sea."} for n in ("Ada", "Bo", "Cy", "Di")]
+RETAIN = [{"question": f"What is {n}?", "answer": f"{n} is a kind of tree."} for n in ("oak", "elm", "ash", "fir")]
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    return str(save_pico(tmp_path_factory.mktemp("api") / "model"))
+
+
+def test_import_is_light_and_names_are_there():
+    code = (
+        "import time; t = time.perf_counter(); import alter, sys; took = time.perf_counter() - t;"
+        "print('torch' in sys.modules, took < 0.3, set(alter.__all__) <= set(dir(alter)), alter.__version__)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["False", "True", "True", alter.__version__]
+    with pytest.raises(AttributeError, match="no attribute 'forgett'"):
+        _ = alter.forgett
+
+
+def test_rows_in_memory_give_what_their_files_give(named, tmp_path, capfd, caplog):
+    caplog.set_level(logging.INFO, logger="alter")
+    steps = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    common = {"max_steps": 2, "batch_size": 2, "num_forget_experts": 1, "device": "cpu"}
+    run = alter.unlearn(named, forget=FORGET, retain=RETAIN, out=tmp_path / "r1", callbacks=[Counts()], **common)
+    assert steps == [1, 2]
+    assert capfd.readouterr() == ("", "")
+    assert {"label", "done", "total"} <= set(vars(caplog.records[0]))
+    assert run.base == named
+    assert run.adapter == tmp_path / "r1" / "adapter"
+    files = {}
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        import json
+
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("\n".join(json.dumps(row) for row in rows))
+    settings = Unlearn(model=named, forget=str(files["forget"]), retain="x", out=str(tmp_path / "r2"), **common)
+    twin = alter.unlearn(settings=settings, retain=files["retain"])
+    ids = torch.arange(4, 20)[None]
+    logits = [alter.load(each)[0](ids).logits for each in (run, twin)]
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], alter.load(named)[0](ids).logits)
+
+
+def test_a_model_in_memory_is_left_as_it_is(named, tmp_path):
+    model, tokenizer = pico(), byte_tokenizer()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    given = {"forget": FORGET, "retain": RETAIN, "max_steps": 1, "method": "ga", "device": "cpu"}
+    run = alter.unlearn(model, tokenizer=tokenizer, out=tmp_path / "r", **given)
+    assert run.adapter is None
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    changed, _ = alter.load(run.model)
+    assert any(not torch.equal(weight, before[name]) for name, weight in changed.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "says"),
+    [
+        ({"epoch": 3}, "Unlearn has no setting 'epoch'. Did you mean 'epochs'"),
+        ({"epochs": -1}, "epochs: Input should be greater than 0"),
+        ({"forget": []}, "The rows are empty"),
+        ({"method": "ntpo"}, "npo"),
+        ({"settings": {"epochs": 1}}, "settings is of dict; expected Unlearn"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_made(named, tmp_path, keywords, says):
+    with pytest.raises(alter.UserError, match=says):
+        alter.unlearn(named, **{"forget": FORGET, "retain": RETAIN, "out": tmp_path / "r", **keywords})
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_model_in_memory_needs_its_tokenizer_and_a_benchmark_its_name(named, tmp_path):
+    with pytest.raises(alter.UserError, match="needs its tokenizer"):
+        alter.unlearn(pico(), forget=FORGET, retain=RETAIN, out=tmp_path / "r")
+    with pytest.raises(alter.UserError, match=r"No benchmark 'tofuu'.*Did you mean 'tofu'"):
+        alter.evaluate(named, benchmark="tofuu")
+    with pytest.raises(alter.UserError, match=r"run\.json is missing"):
+        alter.Run.at(tmp_path)
+
+
+def test_evaluate_returns_records_and_prints_nothing(tmp_path, capfd, monkeypatch):
+    named = save_pico(tmp_path / "model", max_position_embeddings=512)
+    monkeypatch.setenv("ALTER_CACHE", "off")
+    capfd.readouterr()
+    records = alter.evaluate(named, benchmark="tofu", split="forget01", limit=2, device="cpu")
+    assert capfd.readouterr() == ("", "")
+    assert {"forget_rouge"} <= {record.metric for record in records} or len(records) > 5
