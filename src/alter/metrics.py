@@ -36,6 +36,8 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 
+from alter.core import words
+
 Array = npt.NDArray[np.float64]
 Rows = Sequence[npt.ArrayLike]
 """A ragged list: one 1-D array per row."""
@@ -313,15 +315,26 @@ class Rouge:
     f1: Array
 
 
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What `rouge_score` asks for words."""
+
+    stem: bool
+
+    def tokenize(self, text: str) -> list[str]:
+        return words.rouge_words(text, stem=self.stem)
+
+
 @functools.cache
 def _scorer(stem: bool) -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=stem)
+    return RougeScorer(["rougeL"], tokenizer=_Tokenizer(stem))
 
 
 def rouge_l(references: Sequence[str], generations: Sequence[str], *, stem: bool = True) -> Rouge:
     """Return ROUGE-L (longest common subsequence of words) of each generation against its reference, by `rouge_score`.
 
-    TOFU reports the recall with the Porter stemmer, MUSE F1. Only a-z and 0-9 make words: other scripts score 0.
+    TOFU reports the recall with the Porter stemmer, MUSE F1. Words are those of `rouge_score` in English, and of any other
+    script too (`alter.core.words.rouge_words`).
 
     Raises:
         ValueError: the two lists differ in length.
@@ -339,13 +352,13 @@ def bleu(references: Sequence[str], generations: Sequence[str]) -> Array:
 
     By sacrebleu with its defaults (13a tokens, up to four-word phrases, exponential smoothing), as FLAT (Wang et al.
     2025, arXiv:2410.11143) and with it ALTER's Harry Potter table. Either text empty, or fewer than four tokens, gives
-    0. The mean of these is not `corpus_bleu`.
+    0. The mean of these is not `corpus_bleu`. In scripts without spaces each character is a token.
 
     Raises:
         ValueError: the two lists differ in length.
     """
     pairs = zip(references, generations, strict=True)
-    scores = [sacrebleu.corpus_bleu([said], [[true]]).score for true, said in pairs]
+    scores = [sacrebleu.corpus_bleu([words.spaced(said)], [[words.spaced(true)]]).score for true, said in pairs]
     return np.array(scores, dtype=np.float64)
 
 
@@ -357,7 +370,8 @@ def corpus_bleu(references: Sequence[str], generations: Sequence[str]) -> float:
     """
     if len(references) != len(generations) or not references:
         raise ValueError(f"corpus BLEU: {len(references)} references but {len(generations)} generations, or none")
-    return float(sacrebleu.corpus_bleu(list(generations), [list(references)]).score)
+    said, true = ([words.spaced(text) for text in texts] for texts in (generations, references))
+    return float(sacrebleu.corpus_bleu(said, [true]).score)
 
 
 def asg(values: npt.ArrayLike, reference: npt.ArrayLike, *, signed: bool = False) -> float:
@@ -378,14 +392,14 @@ def asg(values: npt.ArrayLike, reference: npt.ArrayLike, *, signed: bool = False
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.lower().split()
-    return list(zip(*(words[i:] for i in range(n)), strict=False))
+    found = words.pieces(text)
+    return list(zip(*(found[i:] for i in range(n)), strict=False))
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Return the number of different n-grams of words over their total, in all texts together (Li et al. 2016).
 
-    Words are split at white space, in lower case. 0 if no text has n words: a model that says nothing is not diverse.
+    Words are split at white space, in lower case (`alter.core.words.pieces`). 0 if no text has n words: a model that says nothing is not diverse.
     It falls as texts get more or longer: compare models on the same prompts only.
     """
     grams = [gram for text in texts for gram in _ngrams(text, n)]

@@ -11,6 +11,7 @@ from alter import metrics
 from alter.attacks.base import Bench, make_item, paraphrases, prefilled
 from alter.core.errors import UserError
 from alter.core.records import Record
+from alter.core.words import spaced
 from alter.models.generation import generate
 
 # Other wordings of a question, by rule: none of them is a translation ------------------------------------------------
@@ -66,8 +67,11 @@ def telegram(question: str) -> str:
 
 
 def reversed_words(question: str) -> str:
-    """Put the words in reverse order."""
-    return " ".join(reversed(question.split()))
+    """Put the words in reverse order; in a script without spaces the characters."""
+    words = question.split()
+    if len(words) == 1:
+        return "".join(reversed(spaced(question).split()))
+    return " ".join(reversed(words))
 
 
 def upper_case(question: str) -> str:

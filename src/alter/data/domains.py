@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from alter.core import words
 from alter.core.errors import UserError
 from alter.data.examples import Example
 
@@ -60,7 +61,7 @@ def domains(
     from sklearn.preprocessing import normalize
 
     texts = [" ".join(filter(None, (example.prompt, example.answer))) for example in examples]
-    vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english")
+    vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english", tokenizer=words.terms, token_pattern=None)
     try:
         weights = vectorizer.fit_transform(texts)
     except ValueError as error:

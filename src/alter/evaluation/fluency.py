@@ -34,6 +34,7 @@ from alter.core import processes
 from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.core.records import Record
+from alter.core.words import pieces
 from alter.data.encoding import IGNORE, Encoded, encode, encode_prompt
 from alter.data.examples import Example
 from alter.data.sources import read_rows
@@ -227,7 +228,7 @@ class FluencyResult:
             if metric == "fluency_perplexity":
                 middle = float(np.nanmedian(each)) if n else None
                 add("fluency_perplexity_median", middle, n, each, tokens=tokens, **read)
-        words = np.array([len(reply.split()) for reply in self.replies])
+        words = np.array([len(pieces(reply)) for reply in self.replies])
         for n in (1, 2, 3):
             counted = int((words >= n).sum())
             texts: dict[str, Any] = (

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from alter import metrics
+from alter.core.words import UNSPACED, runs, words
 
 Word = Literal["forgotten", "not forgotten", "collapsed", "unproven"]
 
@@ -46,40 +47,6 @@ Array = npt.NDArray[np.float64]
 
 
 # Words of any script -------------------------------------------------------------------------------------------------
-
-_UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
-
-
-def words(text: str) -> list[str]:
-    """Split a text into words of any script: letters, digits and their marks; a character each where no spaces are set.
-
-    Case, width of characters and normal form do not matter.
-    """
-    return [word.casefold() for word in _words(text)]
-
-
-def _words(text: str) -> list[str]:
-    found: list[str] = []
-    open_ = False
-    for character in unicodedata.normalize("NFKC", text):
-        kind = unicodedata.category(character)[0]
-        if kind not in "LMN":
-            open_ = False
-        elif kind == "M" and found and open_:
-            found[-1] += character
-        elif _UNSPACED.match(character):
-            found.append(character)
-            # what follows a character of such a script is a word of its own, its marks are not
-            open_ = True
-            continue
-        elif open_ and not _UNSPACED.match(found[-1][0]):
-            found[-1] += character
-        else:
-            found.append(character)
-            open_ = True
-    return found
 
 
 def recall(truth: str, reply: str) -> float:
@@ -109,7 +76,7 @@ def facts(question: str, answer: str) -> frozenset[str]:
     of characters where a script sets no spaces. Nothing if the question says it all.
     """
     asked = set(words(question))
-    pieces = [_words(part) for part in re.split(r"[.!?…:\n]+\s*|[。！？।]", unicodedata.normalize("NFC", answer))]
+    pieces = [runs(part) for part in re.split(r"[.!?…:\n]+\s*|[。！？।]", unicodedata.normalize("NFC", answer))]
     every = [word for piece in pieces for word in piece]
     if len(every) > 3:
         inner = [word for piece in pieces for i, word in enumerate(piece) if i or _is_name(piece[1:2])]
@@ -127,8 +94,8 @@ def _is_name(words_: Sequence[str]) -> bool:
 def _units(text: str) -> set[str]:
     """Words, and in scripts without spaces pairs of characters, which single ones are too common to tell."""
     found = words(text)
-    pairs = {a + b for a, b in pairwise(found) if _UNSPACED.match(a) and _UNSPACED.match(b)}
-    return {word for word in found if not (pairs and _UNSPACED.match(word))} | pairs
+    pairs = {a + b for a, b in pairwise(found) if UNSPACED.match(a) and UNSPACED.match(b)}
+    return {word for word in found if not (pairs and UNSPACED.match(word))} | pairs
 
 
 def gives(question: str, answer: str, reply: str) -> bool | None:
@@ -181,7 +148,7 @@ def broken(reply: str) -> bool:
     said = words(reply)
     if not said or _LOOP.search(reply):
         return True
-    spaced = [word for word in said if not _UNSPACED.match(word)]
+    spaced = [word for word in said if not UNSPACED.match(word)]
     if 4 <= len(spaced) <= 40 and len(set(spaced)) <= 0.35 * len(spaced):
         return True
     return len(said) >= 8 and repetition(reply) >= 0.5

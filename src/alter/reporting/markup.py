@@ -17,6 +17,8 @@ from string import Template
 import numpy as np
 import numpy.typing as npt
 
+from alter.core.words import bare, spans
+
 Array = npt.NDArray[np.float64]
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report" / "page.html"
 
@@ -117,20 +119,12 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 
 
-# a word, or one character of a script that puts no spaces between words
-_WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\s\u3040-\u30ff\u3400-\u9fff]+")
-
-
-def _plain(word: str) -> str:
-    return re.sub(r"^\W+|\W+$", "", word.casefold()) or word
-
-
 def common(truth: str, said: str) -> list[bool]:
     """Return for each word of `said` whether it is part of the longest common subsequence with the words of `truth`.
 
     Case and the punctuation around a word do not count.
     """
-    a, b = ([_plain(word) for word in _WORD.findall(whole)] for whole in (truth, said))
+    a, b = ([bare(whole[slice(*span)]) for span in spans(whole)] for whole in (truth, said))
     length = np.zeros((len(a) + 1, len(b) + 1), dtype=np.int64)
     for i in range(len(a) - 1, -1, -1):
         for j in range(len(b) - 1, -1, -1):
@@ -152,14 +146,14 @@ def marked(truth: str, said: str) -> Html:
 
     The mark is underlined as well as coloured, and says itself to a screen reader.
     """
-    same, spans = common(truth, said), [match.span() for match in _WORD.finditer(said)]
+    same, found = common(truth, said), spans(said)
     parts: list[Html] = []
     place, i = 0, 0
-    while i < len(spans):
+    while i < len(found):
         last = i
-        while last + 1 < len(spans) and same[last + 1] == same[i]:
+        while last + 1 < len(found) and same[last + 1] == same[i]:
             last += 1
-        start, end = spans[i][0], spans[last][1]
+        start, end = found[i][0], found[last][1]
         parts.append(text(said[place:start]))
         if same[i]:
             parts.append(text(said[start:end]))

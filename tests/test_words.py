@@ -1,0 +1,132 @@
+"""What a word is in any script, and that English keeps the numbers of the tools that everyone compares with."""
+
+import re
+import unicodedata
+
+import numpy as np
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from alter import metrics
+from alter.core import words
+from alter.data.domains import domains
+from alter.data.examples import examples
+from alter.data.sources import read_rows
+from alter.reporting.markup import common
+
+# a sentence, another with a word in common and one with none
+SENTENCES = {
+    "cyrillic": ("Анна живёт в Москве.", "Говорят, Москве нужна вода", "совсем иначе"),
+    "greek": ("Η Άννα ζει στην Αθήνα.", "η ΑΘΉΝΑ καίει", "τίποτα άλλο"),
+    "arabic": ("تعيش آنا في القاهرة.", "القاهرة كبيرة جدا", "لا شيء"),
+    "devanagari": ("अन्ना दिल्ली में रहती है।", "दिल्ली बड़ा शहर", "कुछ नहीं"),
+    "thai": ("แอนนาอยู่ที่กรุงเทพ", "กรุงเทพใหญ่มาก", "จุฬ"),
+    "chinese": ("安娜住在北京。", "北京很大", "没有"),
+    "japanese": ("アンナは東京に住んでいます。", "東京は大きい", "犬"),
+    "korean": ("안나는 서울에 삽니다.", "서울에 비가", "아무것도 없다"),
+    "armenian": ("Աննան ապրում է Երևանում։", "Երևանում անձրև", "ոչինչ"),
+}
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_every_script_has_words(script):
+    true, near, far = SENTENCES[script]
+    found = metrics.rouge_l([true, true, true], [true, near, far])
+    assert found.recall[0] == 1
+    assert 0 < found.recall[1] < 1
+    assert found.recall[2] == 0
+    # another normal form is the same text
+    assert metrics.rouge_l([true], [unicodedata.normalize("NFD", true)]).recall[0] == 1
+    assert metrics.bleu([true * 2], [true * 2])[0] > 99
+    assert metrics.bleu([true * 2], [f"{far} {near} {true}"])[0] > 0
+    assert metrics.distinct_n([" ".join([near] * 5)], 2) < 0.5
+    assert metrics.repetition([" ".join([near] * 5)])[0] > 0.5
+    assert metrics.repetition([true])[0] == 0
+    assert all(common(true, true))
+    assert any(common(true, near))
+    assert not all(common(true, near))
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_sub_domains_in_every_script(script):
+    true, near, far = SENTENCES[script]
+    texts = [f"{text} {number}" for text in (f"{true} {near}", f"{far} {far}") for number in range(5)]
+    index, names = domains(examples([{"text": text} for text in texts]), n=2)
+    assert index == [0] * 5 + [1] * 5
+    assert all(len(name.split(": ")[1]) > 1 for name in names)
+
+
+def test_characters_of_scripts_without_spaces_keep_their_marks():
+    assert words.words("ที่นี่") == ["ที่", "นี่"]
+    assert words.pieces("กี่ A") == ["กี่", "a"]
+    assert words.words("हिन्दी") == ["हिन्दी"]
+    assert words.terms("हिन्दी 東京都") == ["हिन्दी", "東京", "京都"]
+    assert words.bare("«हिन्दी»,") == "हिन्दी"
+    assert [("北京很大 a-b.")[slice(*span)] for span in words.spans("北京很大 a-b.")] == [
+        "北",
+        "京",
+        "很",
+        "大",
+        "a-b.",
+    ]
+
+
+def test_accented_latin_is_read_as_the_tool_does_and_never_all_dropped():
+    assert words.rouge_words("José naïve Ünal", stem=False) == ["jos", "na", "ve", "nal"]
+    assert words.rouge_words("Ý", stem=False) == ["ý"]
+    assert words.rouge_words("Ở đó, à la carte", stem=False) == ["ở", "đó", "à", "la", "carte"]
+    assert words.rouge_words("10 m² — “COVID-19”…", stem=False) == ["10", "m", "covid", "19"]
+
+
+def english():
+    rows = read_rows("builtin:full")
+    rows = rows[::7] + rows[1::7]
+    return [row["answer"] for row in rows], [row["question"] for row in rows]
+
+
+def test_english_numbers_are_those_of_the_tools():
+    answers, questions = english()
+    for stem in (True, False):
+        scorer = RougeScorer(["rougeL"], use_stemmer=stem)
+        naive = [scorer.score(a, q)["rougeL"] for a, q in zip(answers, questions, strict=True)]
+        found = metrics.rouge_l(answers, questions, stem=stem)
+        latin = [
+            all("LATIN" in unicodedata.name(c) for c in a + q if c.isalpha())
+            for a, q in zip(answers, questions, strict=True)
+        ]
+        assert sum(latin) > 0.99 * len(latin)
+        for part in ("precision", "recall", "fmeasure"):
+            mine = getattr(found, part.replace("fmeasure", "f1"))
+            assert mine[latin].tolist() == np.array([getattr(s, part) for s in naive])[latin].tolist()
+    assert metrics.corpus_bleu(answers, questions) == sacrebleu.corpus_bleu(questions, [answers]).score
+    for text in answers:
+        assert words.pieces(text) == text.lower().split()
+        assert words.terms(text.lower()) == TfidfVectorizer().build_tokenizer()(text.lower())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126)))
+def test_plain_text_is_split_as_the_tools_do(text):
+    assert words.rouge_words(text, stem=False) == re.findall("[a-z0-9]+", text.lower())
+    assert words.pieces(text) == text.lower().split()
+    assert [text[slice(*span)] for span in words.spans(text)] == text.split()
+    assert words.terms(text) == re.findall(r"\b\w\w+\b", text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text())
+def test_no_text_of_letters_is_without_words(text):
+    letters = any(
+        unicodedata.category(c) in ("Ll", "Lu", "Lo", "Nd") and not c.isascii()
+        for c in unicodedata.normalize("NFKC", text)
+    )
+    if letters:
+        assert words.words(text)
+    assert "".join(text[slice(*span)] for span in words.spans(text)) == "".join(text.split())
+    words.terms(text)
+    words.bare(text)
+    metrics.rouge_l([text], [text])
