@@ -68,9 +68,9 @@ COMMANDS = {
         chooser="benchmark",
         together=True,
     ),
-    "chat": Command("alter.serving.server", "Chat", "chat", "talk to a model and its adapter in the terminal"),
+    "chat": Command("alter.serving.chat", "Chat", "chat", "talk to a model and its adapter in the terminal"),
     "serve": Command(
-        "alter.serving.server", "Serve", "serve", "answer over HTTP as OpenAI's API does, routing active"
+        "alter.serving.openai", "Serve", "serve", "answer over HTTP as OpenAI's API does, routing active"
     ),
     "request init": Command("alter.requests.commands", "Init", "init", "a database of erasure requests for one model"),
     "request add": Command("alter.requests.commands", "Add", "add", "write down an erasure request"),

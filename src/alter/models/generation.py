@@ -136,7 +136,7 @@ def _continue(
     """Return the new tokens of each row of left-padded prompts [B, T], up to its first stop token.
 
     After every `segment` tokens, rows that have ended leave the batch, keys and values included, where the cache allows
-    it (see `_can_drop_rows`); else they stay, and what follows their end is not looked at.
+    it (see `can_drop_rows`); else they stay, and what follows their end is not looked at.
     """
     replies: list[list[int]] = [[] for _ in ids]
     ended = [False] * len(ids)
@@ -165,14 +165,14 @@ def _continue(
         ids, mask = out.sequences, torch.cat([mask, torch.ones_like(new)], dim=1)
         cache = out.get("past_key_values")
         carried = {} if cache is None else {"past_key_values": cache}
-        if _can_drop_rows(cache):
+        if can_drop_rows(cache):
             going = [k for k, row in enumerate(rows) if not ended[row]]
             kept = torch.tensor(going, device=ids.device)
             cache.batch_select_indices(kept)
             ids, mask, rows = ids[kept], mask[kept], [rows[k] for k in going]
 
 
-def _can_drop_rows(cache: Any) -> bool:
+def can_drop_rows(cache: Any) -> bool:
     """Whether a cache keeps nothing but keys and values, one row of them for each row of the batch, growing."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import math
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,6 +34,8 @@ from alter.models.loading import load_model
 from alter.models.quantized import Bits
 from alter.models.scoring import context_length, evaluating
 from alter.requests.store import Request, Store
+from alter.serving.text import pieces, visible
+from alter.serving.web import HostGuard, address, listen
 
 LONGEST = 512
 """Most new tokens that the page offers."""
@@ -173,24 +174,6 @@ def switched_off(model: Any, experts: Collection[int]) -> Iterator[None]:
         with torch.no_grad():
             for columns, values in kept:
                 columns.copy_(values)
-
-
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text: they join to the whole text, special tokens included.
-
-    A token that leaves a character unfinished adds nothing; the one that finishes it adds it.
-    """
-    found: list[str] = []
-    done = ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        unfinished = text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids)
-        if unfinished or not text.startswith(done):
-            found.append("")
-            continue
-        found.append(text[len(done) :])
-        done = text
-    return found
 
 
 def _reply(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> tuple[list[int], list[Tensor]]:
@@ -380,11 +363,7 @@ STYLE = """
 
 def escape(text: str) -> str:
     """HTML of a text; characters that no page may hold become pictures of themselves, so that they are seen."""
-    shown = "".join(
-        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if "\x7f" <= c <= "\x9f" else c
-        for c in text
-    )
-    return html.escape(shown, quote=True)
+    return html.escape(visible(text), quote=True)
 
 
 def _probability(value: float) -> str:
@@ -582,6 +561,8 @@ class Inspect(BaseModel):
     """Address to listen on; the default is reachable from this machine alone."""
     port: int = Field(7860, ge=0, le=65535)
     """Port; 0 takes a free one and says which."""
+    allowed_hosts: list[str] = Field(default_factory=list)
+    """Names under which the page is reached, besides this machine's own, its address and any IP address; * for all."""
     max_new_tokens: int = Field(100, ge=1, le=LONGEST)
     """Longest answer that the page starts with, in tokens."""
     dtype: str = "auto"
@@ -712,18 +693,12 @@ POLICY = (
     "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 """Content security policy: whatever is in the page, a browser asks no other host."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def application(blocks: Any, host: str = "127.0.0.1") -> Any:
-    """The web application around the page: no other host is asked, and on a loopback address none may ask.
-
-    A page of another site can make a browser send requests to this machine under that site's name (DNS rebinding);
-    requests that come under a foreign name are refused.
-    """
+def application(blocks: Any, host: str = "127.0.0.1", allowed: Sequence[str] = ()) -> Any:
+    """The web application around the page: it asks no other host, and answers under its own names only (`HostGuard`)."""
     gr = _gradio()
     from fastapi import FastAPI
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI(title="alter", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -734,8 +709,7 @@ def application(blocks: Any, host: str = "127.0.0.1") -> Any:
         return response
 
     app.middleware("http")(guard)
-    if host in LOOPBACK:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "::1", "[::1]"])
+    app.add_middleware(HostGuard, host=host, allowed=allowed)
     return gr.mount_gradio_app(
         app,
         blocks,
@@ -757,26 +731,6 @@ def application(blocks: Any, host: str = "127.0.0.1") -> Any:
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address.
-
-    Raises:
-        UserError: it is taken, or not an address of this machine.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        # from here on nobody else can take it, however long the model loads
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise UserError(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Give another --port (0 takes any) or --host."
-        ) from None
-    return listener
-
-
 def inspect(settings: Inspect) -> None:
     """Run `alter inspect` until it is told to stop.
 
@@ -792,8 +746,10 @@ def inspect(settings: Inspect) -> None:
     inspector = Inspector(
         *load_model(settings.model, settings.adapter, settings.dtype, settings.device, settings.quantization), store
     )
-    app = application(page(inspector, settings.max_new_tokens), settings.host)
-    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-    name = Path(settings.adapter).name
-    print(f"{name}: http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)", file=sys.stderr, flush=True)
+    app = application(page(inspector, settings.max_new_tokens), settings.host, settings.allowed_hosts)
+    print(
+        f"{Path(settings.adapter).name}: {address(settings.host, listener)} (Ctrl-C stops)",
+        file=sys.stderr,
+        flush=True,
+    )
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listener])

@@ -1,0 +1,416 @@
+"""The engine: one thread owns the model and answers what waits, batch by batch.
+
+Requests that wait when the model is free are answered together: one decoding loop in which each row has its own length,
+temperature, stop texts and random numbers, so that an answer does not depend on who else asked. Rows that have ended leave
+the batch every few tokens. Routing is active as in any other forward pass.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from alter.core.errors import UserError
+from alter.models.generation import SEGMENT, can_drop_rows, stop_ids
+from alter.models.scoring import context_length, evaluating
+from alter.serving.text import settled
+
+Finish = Literal["stop", "length", "timeout", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How likely a token was.
+
+    Attributes:
+        token: its id.
+        logprob: natural log of its probability where it stands; None for the first token of all.
+        top: the likeliest tokens there with theirs, best first.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Job:
+    """One answer to be made: what to continue, how, and where its pieces go.
+
+    Attributes:
+        ids: tokens of the prompt.
+        max_tokens: most new tokens; 0 only scores the prompt.
+        temperature: 0 takes the likeliest token.
+        top_p: share of the probability that sampling keeps.
+        stop: texts before which the answer ends.
+        seed: of its own random numbers.
+        put: takes each new piece of text, then `None`; called from the engine's thread.
+        deadline: `time.monotonic()` at which it is cut off.
+        logprobs: how many of the likeliest tokens to tell beside each token; None tells no probabilities.
+        echo: tell the probabilities of the prompt's tokens as well.
+        strip: leave out white space at both ends of the answer.
+        cancelled: set by others: nobody waits for it any more.
+        finish: why it has ended; None before.
+        error: what went wrong, if `finish` is "error".
+        tokens: of the answer so far, without the one that ended it.
+        text: of the answer so far.
+        sent: what of the text `put` has got.
+        prompt_scored, scored: probabilities of the prompt's tokens and of the new ones, the ending token included.
+    """
+
+    ids: list[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    stop: tuple[str, ...]
+    seed: int
+    put: Callable[[str | None], None]
+    deadline: float = float("inf")
+    logprobs: int | None = None
+    echo: bool = False
+    strip: bool = False
+    cancelled: bool = False
+    finish: Finish | None = None
+    error: str | None = None
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    sent: str = ""
+    prompt_scored: list[Scored] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
+
+    def send(self, text: str, last: bool = False) -> None:
+        """Pass on what is new in `text`, the beginning of the answer; a job that was restarted first catches up.
+
+        Raises:
+            UserError: it does not go on from what was sent already.
+        """
+        if not (text.startswith(self.sent) or (self.sent.startswith(text) and not last)):
+            raise UserError("The answer was begun with another text, and what was sent cannot be taken back.")
+        if len(text) > len(self.sent):
+            self.put(text[len(self.sent) :])
+            self.sent = text
+
+    def close(self, why: Finish, error: str | None = None) -> None:
+        """End the answer, and pass on the rest of its text.
+
+        Raises:
+            UserError: see `send`.
+        """
+        if self.strip:
+            self.text = self.text.strip()
+        if error is None:
+            self.send(self.text, last=True)
+        self.finish, self.error = why, error
+        self.put(None)
+
+    def over(self) -> bool:
+        """Close it if nobody waits for it or its time is up; whether it has ended."""
+        if self.finish is None and self.cancelled:
+            self.close("cancelled")
+        elif self.finish is None and time.monotonic() > self.deadline:
+            self.close("timeout")
+        return self.finish is not None
+
+    def restart(self) -> None:
+        """Begin anew; what was sent stays sent."""
+        self.tokens, self.text, self.prompt_scored, self.scored = [], "", [], []
+
+
+def scored(logp: Tensor, token: int, count: int) -> Scored:
+    """The token and the `count` likeliest ones under log-probabilities [V]."""
+    values, index = logp.topk(min(count, len(logp)))
+    return Scored(token, logp[token].item(), tuple(zip(index.tolist(), values.tolist(), strict=True)))
+
+
+def draw(scores: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """[1] token drawn from logits [V] at a temperature above 0, among the likeliest ones that hold `top_p`."""
+    wide = scores.double().cpu()
+    # from the largest, so that no temperature is too small: what overflows has probability 0
+    p = torch.softmax((wide - wide.max()) / temperature, dim=-1)
+    ordered, index = p.sort(descending=True)
+    # the likeliest token always stays
+    ordered[1:][ordered.cumsum(0)[:-1] >= top_p] = 0.0
+    return index[torch.multinomial(ordered, 1, generator=generator)]
+
+
+class _Rows(LogitsProcessor):
+    """Leaves each row the one token that it takes: the likeliest, or one drawn with the row's own numbers."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = list(jobs)
+        self.generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows."""
+        self.jobs = [self.jobs[row] for row in rows]
+        self.generators = [self.generators[row] for row in rows]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = scores.argmax(dim=-1)
+        finite = scores.amax(dim=-1).isfinite().tolist()
+        for row, job in enumerate(self.jobs):
+            if job.finish is not None:
+                continue
+            if not finite[row]:
+                job.close("error", "The model's logits are not finite; serve it with --dtype float32.")
+                continue
+            if job.temperature > 0:
+                chosen[row] = draw(scores[row], job.temperature, job.top_p, self.generators[row]).to(chosen.device)
+            if job.logprobs is not None:
+                logp = scores[row].float().log_softmax(-1)
+                job.scored.append(scored(logp, int(chosen[row]), job.logprobs))
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+class _Watch(StoppingCriteria):
+    """Takes the new token of every row, sends its text, and says which rows have ended."""
+
+    def __init__(self, rows: _Rows, tokenizer: Any, stop: set[int]) -> None:
+        self.rows, self.tokenizer, self.stop = rows, tokenizer, stop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        for job, token in zip(self.rows.jobs, input_ids[:, -1].tolist(), strict=True):
+            if not job.over():
+                self._take(job, token)
+        return torch.tensor([job.finish is not None for job in self.rows.jobs], device=input_ids.device)
+
+    def _take(self, job: Job, token: int) -> None:
+        if token in self.stop:
+            job.close("stop")
+            return
+        job.tokens.append(token)
+        job.text = self.tokenizer.decode(job.tokens, skip_special_tokens=True)
+        found = [place for place in (job.text.find(text) for text in job.stop) if place >= 0]
+        if found:
+            self._cut(job, min(found))
+            job.close("stop")
+        elif len(job.tokens) >= job.max_tokens:
+            job.close("length")
+        else:
+            job.send(self._certain(job))
+
+    def _cut(self, job: Job, end: int) -> None:
+        """End the text before a stop text, and leave the tokens out that add nothing before it."""
+        job.text = job.text[:end]
+        if job.logprobs is not None:
+            lengths = (
+                len(self.tokenizer.decode(job.tokens[:n], skip_special_tokens=True)) for n in range(len(job.tokens))
+            )
+            del job.scored[next((n for n, length in enumerate(lengths) if length >= end), len(job.tokens)) :]
+
+    def _certain(self, job: Job) -> str:
+        """The part of the text that no later token changes or takes back."""
+        text = settled(self.tokenizer, job.tokens, job.text)
+        held = 0
+        for stop in job.stop:
+            held = max([held, *(n for n in range(1, len(stop)) if text.endswith(stop[:n]))])
+        text = text[: len(text) - held]
+        return text.strip() if job.strip else text
+
+
+class Engine:
+    """The model, its queue and the thread that works on it.
+
+    Args:
+        model, tokenizer: any causal language model, with or without an adapter, or an inference form.
+        max_batch: answers that are made together.
+        max_waiting: answers that may wait.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_batch: int = 16, max_waiting: int = 256) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch = max_batch
+        self.waiting: queue.Queue[Job | None] = queue.Queue(max_waiting)
+        self.context = context_length(model)
+        self.stop = stop_ids(model, tokenizer)
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.entry = threading.Lock()
+        self.thread = threading.Thread(target=self._work, daemon=True, name="alter-engine")
+        self.thread.start()
+
+    def check(self, job: Job) -> None:
+        """Refuse a job that the model cannot do.
+
+        Raises:
+            UserError: its prompt is empty, holds tokens that the model does not know, or does not fit into the model's
+                context with its answer.
+        """
+        if not job.ids:
+            raise UserError("The prompt is empty: there is nothing to continue.")
+        unknown = next((token for token in job.ids if not 0 <= token < self.vocabulary), None)
+        if unknown is not None:
+            raise UserError(
+                f"The prompt holds token {unknown}, which the model does not know: its tokens are 0 to "
+                f"{self.vocabulary - 1}."
+            )
+        if self.context is not None and len(job.ids) + job.max_tokens > self.context:
+            raise UserError(
+                f"The prompt has {len(job.ids)} tokens; with {job.max_tokens} new ones it exceeds the model's context of "
+                f"{self.context}. Ask for at most {max(self.context - len(job.ids), 0)} (max_tokens), or shorten it."
+            )
+
+    def submit(self, *jobs: Job) -> None:
+        """Queue jobs: all of them, or none.
+
+        Raises:
+            UserError: see `check`; or there are more than may ever wait.
+            queue.Full: too many wait at present.
+        """
+        for job in jobs:
+            self.check(job)
+        most = self.waiting.maxsize
+        if len(jobs) > most:
+            raise UserError(
+                f"The request asks for {len(jobs)} answers at once; at most {most} may wait (max_waiting)."
+            )
+        # the engine only takes away, so what has room now has room below
+        with self.entry:
+            if self.waiting.qsize() + len(jobs) > most:
+                raise queue.Full
+            for job in jobs:
+                self.waiting.put_nowait(job)
+
+    def close(self) -> None:
+        """Finish what is queued, then end the thread."""
+        self.waiting.put(None)
+        self.thread.join()
+
+    def _work(self) -> None:
+        while True:
+            first = self.waiting.get()
+            if first is None:
+                return
+            batch, last = [first], False
+            while len(batch) < self.max_batch:
+                try:
+                    job = self.waiting.get_nowait()
+                except queue.Empty:
+                    break
+                if job is None:
+                    last = True
+                    break
+                batch.append(job)
+            self._answer(batch)
+            # a batch leaves cycles that hold its keys and values; without this, memory comes back late
+            gc.collect()
+            if last:
+                return
+
+    def _answer(self, batch: list[Job]) -> None:
+        """Answer a batch; if that fails, each row that is still open alone, so that the others do not pay for it."""
+        going = [job for job in batch if not job.over()]
+        try:
+            if going:
+                self._decode(going)
+        except Exception as error:  # whatever fails in a row or in the model, the thread lives and clients are told
+            going = [job for job in going if job.finish is None]
+            for job in going:
+                if len(batch) > 1:
+                    job.restart()
+                    self._answer([job])
+                else:
+                    job.close(
+                        "error", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                    )
+
+    def _decode(self, batch: list[Job]) -> None:
+        for job in batch:
+            if job.echo and job.logprobs is not None:
+                job.prompt_scored = self._score(job.ids, job.logprobs)
+            if job.max_tokens == 0:
+                job.close("length")
+        batch = [job for job in batch if job.finish is None]
+        own = self._settings()
+        # a least length looks at the whole answer, a static cache has room for one call: those run in one piece
+        whole = own.min_new_tokens is not None or own.cache_implementation is not None
+        longest = max((job.max_tokens for job in batch), default=0)
+        if whole and len(batch) > 1 and not self._fit(batch, longest):
+            for job in batch:
+                self._answer([job])
+        elif batch:
+            with evaluating(self.model):
+                self._continue(batch, whole)
+
+    def _settings(self) -> Any:
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return inner.generation_config
+
+    def _fit(self, jobs: Sequence[Job], steps: int) -> bool:
+        """Whether every row stays inside the context for so many new tokens."""
+        return self.context is None or all(len(job.ids) + steps <= self.context for job in jobs)
+
+    def _continue(self, jobs: list[Job], whole: bool) -> None:
+        """Decode until all rows have ended; unless `whole`, those that have ended leave after every `SEGMENT` tokens."""
+        device = next(self.model.parameters()).device
+        pad = self.tokenizer.pad_token_id
+        width = max(len(job.ids) for job in jobs)
+        ids = torch.full((len(jobs), width), pad)
+        mask = torch.zeros((len(jobs), width), dtype=torch.long)
+        for row, job in enumerate(jobs):
+            ids[row, width - len(job.ids) :] = torch.tensor(job.ids)
+            mask[row, width - len(job.ids) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        rows = _Rows(jobs)
+        watch = _Watch(rows, self.tokenizer, self.stop)
+        done = 0
+        carried: dict[str, Any] = {}
+        while True:
+            left = [job.max_tokens - done for job in rows.jobs if job.finish is None]
+            # no further than the first row that must end, so that none passes the context
+            steps = max(left) if whole else min(*left, SEGMENT)
+            if not self._fit(rows.jobs, done + steps):
+                break
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=steps,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                use_cache=True,
+                pad_token_id=pad,
+                return_dict_in_generate=True,
+                logits_processor=LogitsProcessorList([rows]),
+                stopping_criteria=StoppingCriteriaList([watch]),
+                **carried,
+            )
+            new = out.sequences.shape[1] - ids.shape[1]
+            done += new
+            going = [row for row, job in enumerate(rows.jobs) if job.finish is None]
+            if not going:
+                return
+            ids, mask = out.sequences, torch.cat([mask, mask.new_ones(len(mask), new)], dim=1)
+            cache = out.get("past_key_values")
+            carried = {} if cache is None else {"past_key_values": cache}
+            if len(going) < len(rows.jobs) and (cache is None or can_drop_rows(cache)):
+                kept = torch.tensor(going, device=device)
+                if cache is not None:
+                    cache.batch_select_indices(kept)
+                ids, mask = ids[kept], mask[kept]
+                rows.keep(going)
+        # rows that have ended cannot leave this kind of cache, and would pass the context beside the longer ones
+        for job in rows.jobs:
+            if job.finish is None:
+                job.restart()
+                self._answer([job])
+
+    def _score(self, ids: list[int], count: int) -> list[Scored]:
+        """Probabilities of a prompt's tokens given what stands before each, in one forward pass."""
+        with evaluating(self.model):
+            row = torch.tensor([ids], device=next(self.model.parameters()).device)
+            logits = self.model(input_ids=row, use_cache=False).logits[0]
+            found = [Scored(ids[0])]
+            for place in range(1, len(ids)):
+                found.append(scored(logits[place - 1].float().log_softmax(-1), ids[place], count))
+            return found

@@ -1,0 +1,257 @@
+"""What clients may ask, as OpenAI's API has it: the bodies of both endpoints, with bounds on every value.
+
+Fields that would change the answer are refused unless they are null or say what is done anyway: ignoring them would answer
+another question.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from alter.core.errors import UserError
+from alter.data.encoding import encode_prompt
+from alter.data.examples import Example
+
+MOST_STOPS, LONGEST_STOP = 4, 256
+"""Stop texts of a request, and characters of each."""
+MOST_TOP = 20
+"""Most of the likeliest tokens that are told beside each token."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "min_p": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_k": (0, -1),
+}
+"""Fields that are known but not acted on, and the values under which that makes no difference."""
+HINTS = ("prompt_cache_key", "safety_identifier", "user")
+"""Fields that never change an answer."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in tokens and as text."""
+
+    ids: list[int]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a chat."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "user", "assistant", "developer"]
+    content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
+
+    def text(self) -> str:
+        """The turn's text.
+
+        Raises:
+            UserError: there is something else than text in it, or nothing.
+        """
+        if self.tool_calls or self.function_call:
+            raise UserError("A message calls a tool; this server answers text alone.")
+        if isinstance(self.content, str):
+            return self.content
+        if self.content is None:
+            if self.role == "assistant":
+                return ""
+            raise UserError(f"A message of role {self.role!r} has no content; expected a text.")
+        if any(part.get("type") != "text" for part in self.content):
+            raise UserError("A message holds something else than text; this server answers text alone.")
+        if not all(isinstance(part.get("text"), str) for part in self.content):
+            raise UserError('A part of a message has no text; expected {"type": "text", "text": "..."}.')
+        return "".join(part["text"] for part in self.content)
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides the pieces."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool | None = None
+
+
+class Asked(BaseModel):
+    """What both endpoints take; null means the default everywhere."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str = ""
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=16)
+    stop: str | list[str] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if not _neutral(name, value)}
+
+    @property
+    def limit(self) -> int | None:
+        """Most new tokens that the client wishes; None: as many as there is room for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def echoed(self) -> bool:
+        """Whether the prompt is part of the answer."""
+        return False
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts.
+
+        Raises:
+            UserError: there are too many, or one is too long.
+        """
+        given = [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop) if text]
+        if len(given) > MOST_STOPS:
+            raise UserError(f"stop holds {len(given)} texts; at most {MOST_STOPS} are taken.")
+        if any(len(text) > LONGEST_STOP for text in given):
+            longest = max(map(len, given))
+            raise UserError(f"stop holds a text of {longest} characters; at most {LONGEST_STOP} are taken.")
+        return tuple(given)
+
+    @abstractmethod
+    def prompts(self, tokenizer: Any) -> list[Prompt]:
+        """The prompts in tokens.
+
+        Raises:
+            UserError: one is empty, or no text.
+        """
+
+    @abstractmethod
+    def top(self) -> int | None:
+        """How many of the likeliest tokens to tell beside each; None: no probabilities."""
+
+
+def _neutral(name: str, value: Any) -> bool:
+    return value is None or name in HINTS or value in NEUTRAL.get(name, ())
+
+
+class ChatAsked(Asked):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MOST_TOP)
+
+    def prompts(self, tokenizer: Any) -> list[Prompt]:
+        """See `Asked.prompts`: the turns in the model's chat template."""
+        turns = tuple(
+            {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text()}
+            for turn in self.messages
+        )
+        if turns[-1]["role"] == "assistant":
+            raise UserError("The last message is the assistant's: there is nothing to answer.")
+        last = turns[-1]["content"]
+        ids = encode_prompt(tokenizer, Example(prompt=last, answer="", kind="messages", messages=turns))
+        return [Prompt(ids, last)]
+
+    def top(self) -> int | None:
+        """See `Asked.top`.
+
+        Raises:
+            UserError: top_logprobs without logprobs.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise UserError("top_logprobs tells more of logprobs: give logprobs true as well.")
+        return self.top_logprobs if self.logprobs else None
+
+
+Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+class TextAsked(Asked):
+    """Body of POST /v1/completions; a prompt is a text or the ids of its tokens, one or several of them."""
+
+    prompt: str | Ids | list[str] | list[Ids]
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | Literal[False] = False
+
+    @property
+    def echoed(self) -> bool:
+        """See `Asked.echoed`."""
+        return self.echo
+
+    def prompts(self, tokenizer: Any) -> list[Prompt]:
+        """See `Asked.prompts`: each as it is, whether or not the model has a chat template."""
+        if self.max_tokens == 0 and not self.echo:
+            raise UserError("max_tokens is 0: without echo there would be no answer.")
+        given = self.prompt
+        several: list[Any] = list(given) if isinstance(given, list) and not _is_ids(given) else [given]
+        if not several or not all(several):
+            raise UserError("A prompt is empty: there is nothing to continue.")
+        return [
+            Prompt(text_ids(tokenizer, one), one)
+            if isinstance(one, str)
+            else Prompt(one, tokenizer.decode(one, skip_special_tokens=True))
+            for one in several
+        ]
+
+    def top(self) -> int | None:
+        """See `Asked.top`."""
+        # a bool is an int for Python
+        return None if self.logprobs is False else int(self.logprobs)
+
+
+def _is_ids(given: list[Any]) -> bool:
+    return bool(given) and isinstance(given[0], int)
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that is to be continued: begun as the tokenizer begins a text, but only once, and left open."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is not None and ids[:2] == [begin, begin]:
+        ids = ids[1:]
+    # some tokenizers close every text themselves
+    return ids[:-1] if len(ids) > 1 and ids[-1] == end and not text.endswith(tokenizer.eos_token) else ids
+
+
+def explain(error: pydantic.ValidationError) -> tuple[str, str | None]:
+    """One line about what is wrong with a body, and the field that it is about."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    field = str(first["loc"][0]) if first["loc"] else None
+    if first["type"] == "extra_forbidden":
+        neutral = NEUTRAL.get(where)
+        known = f"only {' or '.join(map(repr, neutral))} is" if neutral else "no such field is"
+        return f"{where}: {known} supported here; leave it out.", field
+    return f"{where or 'the body'}: {first['msg']}.", field
+
+
+def refusal(message: str, kind: str = "invalid_request_error", **more: str | None) -> Mapping[str, Any]:
+    """An error in OpenAI's form; `more` may name the `param` and give a `code`."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None, **more}}
