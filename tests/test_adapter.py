@@ -15,10 +15,11 @@ from torch import nn
 import alter.adapter.routing as routing
 from alter import AlterConfig, AlterModel
 from alter.adapter import AlterLinear, Routing, base_fingerprint, expert_gates
-from alter.adapter.context import CapturingCheckpoint, ForwardState
+from alter.adapter.hooks import CapturingCheckpoint
 from alter.adapter.layer import MaskedLinear
 from alter.adapter.model import default_host, same_base
 from alter.adapter.plan import Pairs, Plan, plan
+from alter.adapter.state import ForwardState
 from alter.core.errors import UserError
 from reference import naive_gates, naive_masked_linear, naive_pool, naive_previous
 

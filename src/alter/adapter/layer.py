@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from alter.adapter.plan import Pairs, Plan
+from alter.adapter.state import ForwardState, RoutingContext
 from alter.core.errors import UserError
 
 if TYPE_CHECKING:
     from alter.adapter.config import AlterConfig
-    from alter.adapter.context import ForwardState, RoutingContext
 
 
 class NotMergeable(UserError, NotImplementedError):
@@ -282,6 +282,10 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         router.requires_grad_(like.requires_grad)
         self.hosts = True
         self.alter_router[adapter_name] = router
+
+    def takes_part(self, name: str) -> bool:
+        """Whether the layer holds this adapter, switched on and not merged."""
+        return name in self.alter_A and name in self.active_adapters and not self.disable_adapters and not self.merged
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out]: the base layer plus the update of every active adapter, gated per token."""

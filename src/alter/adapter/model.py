@@ -24,10 +24,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from alter.adapter.config import AlterConfig
-from alter.adapter.context import ForwardState, RoutingContext
+from alter.adapter.frozen import frozen_base, run_frozen
+from alter.adapter.hooks import attach, detach
 from alter.adapter.inputs import frozen_inputs, sequence_starts, token_mask
 from alter.adapter.layer import AlterLinear, NotMergeable
+from alter.adapter.routes import entropy_router
 from alter.adapter.routing import INFINITE, Trace, previous_real, route_tokens, take_previous
+from alter.adapter.state import ForwardState, RoutingContext
 from alter.core.errors import UserError, nearest
 from alter.logits.entropy import check_threshold, entropy_from_hidden
 from alter.logits.head import Head
@@ -257,7 +260,7 @@ class AlterModel(BaseTuner):
         """
         config: AlterConfig = self.peft_config[adapter_name]
         self._check_model(model, config, adapter_name)
-        self._context = RoutingContext.of(model)
+        self._context = attach(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._place_router(model, config, adapter_name)
@@ -387,11 +390,11 @@ class AlterModel(BaseTuner):
 
     def _detach_if_unused(self) -> None:
         if not self._context.anchors:
-            self._context.detach(self.model)
+            detach(self._context, self.model)
 
     @property
     def _context(self) -> RoutingContext:
-        return self.__dict__.get("_routing_context") or RoutingContext.of(self.model)
+        return self.__dict__.get("_routing_context") or attach(self.model)
 
     @_context.setter
     def _context(self, context: RoutingContext) -> None:
@@ -411,6 +414,7 @@ class AlterModel(BaseTuner):
                 f"Adapter {name!r} has router={self.peft_config[name].router!r}: no router for the whole network."
             )
         layer = self._context.anchors[name]
+        assert isinstance(layer, AlterLinear)
         return layer.layer_name, layer
 
     @property
@@ -463,11 +467,11 @@ class AlterModel(BaseTuner):
             raise UserError(f"{type(self.model).__name__} gives no next-token logits, so its tokens have no entropy.")
         head = Head(self.model)
         with head.reading() as read:
-            self._context.run_frozen(self.model, (), frozen_inputs(self.model, inputs), state)
+            run_frozen(self._context, self.model, (), frozen_inputs(self.model, inputs), state)
         states = read[0]
 
         def logits(of: Tensor) -> Tensor:
-            with self._context.frozen_base(self.model, ForwardState(frozen=True)):
+            with frozen_base(self._context, self.model, ForwardState(frozen=True)):
                 return head.logits(of)
 
         mask = token_mask(attention_mask, input_ids.shape[0], input_ids.shape[1], states.device)
@@ -501,7 +505,7 @@ class AlterModel(BaseTuner):
         if config.router == "static":
             return torch.ones(*entropy.shape, config.num_forget_experts + 1, device=entropy.device)
         if config.router == "entropy":
-            raw = self._context.entropy_router(name, entropy)
+            raw = entropy_router(self._context, name, entropy)
         else:
             if features is None:
                 raise UserError("router='learned' routes by features; pass those that trace() returned.")
@@ -586,7 +590,7 @@ class AlterModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         context = self._context
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        context.detach(model)
+        detach(context, model)
         return model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

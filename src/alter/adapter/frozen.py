@@ -1,0 +1,55 @@
+"""The base model as it was before any adapter, run through the adapted one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from alter.adapter.state import ForwardState, RoutingContext
+
+
+def base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """All submodules but the inside of tuner layers, whose adapters are not part of the base model."""
+    yield module
+    for name, child in module._modules.items():
+        if child is not None and (name == "base_layer" or not isinstance(module, BaseTunerLayer)):
+            yield from base_modules(child)
+
+
+@contextmanager
+def frozen_base(context: RoutingContext, module: nn.Module, state: ForwardState) -> Iterator[None]:
+    """Within the block the model is as before any adapter: no gradients, no dropout, no trained copies of modules.
+
+    Flips flags only; `requires_grad` and the adapters' own switches stay as they are.
+    """
+    parts = list(base_modules(module))
+    training = [part for part in parts if part.training]
+    trained = [part for part in parts if isinstance(part, AuxiliaryTrainingWrapper) and not part.disable_adapters]
+    previous, context.state = context.state, state
+    try:
+        for part in training:
+            part.__dict__["training"] = False
+        for part in trained:
+            part.__dict__["_disable_adapters"] = True
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.__dict__["training"] = True
+        for part in trained:
+            part.__dict__["_disable_adapters"] = False
+        context.state = previous
+
+
+def run_frozen(
+    context: RoutingContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState
+) -> Any:
+    """Run the base model as it was before any adapter."""
+    with frozen_base(context, module, state):
+        return module.forward(*args, **kwargs)

@@ -1,0 +1,306 @@
+"""The routes of a forward pass: given by the caller, found by the frozen base, or remembered by a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alter.adapter.frozen import run_frozen
+from alter.adapter.generation import Continuation, DecodeState
+from alter.adapter.inputs import (
+    frozen_inputs,
+    model_logits,
+    output_cache,
+    output_logits,
+    parameter_names,
+    sequence_starts,
+    token_mask,
+)
+from alter.adapter.routing import (
+    INFINITE,
+    UNKNOWN_ENTROPY,
+    Routing,
+    expert_gates,
+    next_gates,
+    previous_real,
+    route_tokens,
+    take_previous,
+)
+from alter.adapter.state import ForwardState, RoutingContext
+from alter.core.errors import UserError
+from alter.logits.entropy import entropy_from_logits
+
+if TYPE_CHECKING:
+    from alter.adapter.config import AlterConfig
+
+
+def given_routes(context: RoutingContext, given: Routing | Mapping[str, Routing]) -> dict[str, Routing]:
+    """Return the caller's route of each adapter, after checking that no active one lacks its own.
+
+    Raises:
+        UserError: an active adapter has no route, or one is no `Routing` or of another number of experts.
+    """
+    names = context.active()
+    routing = dict(given) if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    missing = [name for name in context.routed() if name not in routing]
+    if missing:
+        raise UserError(
+            f"alter_routing holds no route for the active adapter {missing[0]!r}; it names "
+            f"{', '.join(map(repr, routing)) or 'none'}. Give one Routing per active adapter."
+        )
+    for name, route in routing.items():
+        if not isinstance(route, Routing):
+            raise UserError(
+                f"alter_routing for adapter {name!r} is a {type(route).__name__}; expected an "
+                "alter.adapter.routing.Routing, or a mapping from adapter names to them."
+            )
+        experts = context.anchors[name].alter_experts[name] if name in context.anchors else route.gates.shape[-1]
+        if route.gates.shape[-1] != experts:
+            raise UserError(
+                f"The routing given for adapter {name!r} has {route.gates.shape[-1]} experts per token; the adapter has "
+                f"{experts} (the retention expert and {experts - 1} forget experts)."
+            )
+    return routing
+
+
+def routes_of(
+    context: RoutingContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ForwardState:
+    """Return the state of a forward pass with the routes of all its tokens: remembered, or found by the frozen base.
+
+    Raises:
+        UserError: the routes of cached tokens are unknown, or the model's tokens cannot be routed.
+    """
+    names = context.routed()
+    inputs = _named(module, args, kwargs)
+    cache = next((v for k in ("past_key_values", "cache_params") if (v := inputs.get(k)) is not None), None)
+    decoding = None if cache is None else DecodeState.of(cache)
+    if not names:
+        if decoding is not None:
+            decoding.stale = "it went through a forward pass with the adapter switched off"
+        return ForwardState()
+    tokens = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(module, PreTrainedModel) or not isinstance(tokens, Tensor):
+        return _route_each(context, module, args, kwargs, names)
+    if "write_index" in inputs:
+        raise UserError(
+            "ALTER cannot follow continuous batching (generate_batch), which packs tokens of several requests into one "
+            "row. Use generate() on padded batches, or router='static'."
+        )
+    if getattr(module.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"router={context.configs[names[0]].router!r} needs a decoder-only model: in an encoder-decoder model "
+            f"({type(module).__name__}) the layers of encoder and decoder see different tokens. Use router='static'."
+        )
+    batch, length = tokens.shape[:2]
+    mask = token_mask(inputs.get("attention_mask"), batch, length, tokens.device)
+    observe = not isinstance(inputs.get("logits_to_keep"), Tensor)
+    if decoding is not None and decoding.gates:
+        return _decode(context, decoding, names, mask, observe)
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise UserError(
+            "These past_key_values come from a forward pass without the active ALTER adapter, so the routes of their "
+            "tokens are unknown. Leave past_key_values out, or fill them with the adapter switched on."
+        )
+    ids = inputs.get("input_ids")
+    if context.session is not None and cache is None and context.session.ids is not None:
+        return _extend(context, names, ids, mask, observe)
+    return _prompt(context, module, inputs, names, ids, mask, observe)
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    return {**dict(zip(parameter_names(module), args, strict=False)), **kwargs}
+
+
+def _decode(
+    context: RoutingContext, decoding: DecodeState, names: list[str], mask: Tensor, observe: bool
+) -> ForwardState:
+    batch, length = mask.shape
+    if decoding.stale is not None:
+        raise UserError(
+            f"ALTER lost track of these past_key_values: {decoding.stale}. Leave past_key_values out, so that the whole "
+            "sequence is routed again; in generate(), do without assistant_model and prompt_lookup_num_tokens."
+        )
+    if length != 1:
+        raise UserError(
+            f"ALTER follows a cache one token at a time, but this forward pass adds {length} tokens to a non-empty one: "
+            "the frozen base has not seen them. Leave past_key_values out, or, in generate(), do without "
+            "prefill_chunk_size, assistant_model and prompt_lookup_num_tokens."
+        )
+    for name in names:
+        if name not in decoding.gates:
+            raise UserError(
+                f"These past_key_values were filled while adapter {name!r} was not active; leave past_key_values out."
+            )
+        if len(decoding.gates[name]) != batch:
+            raise UserError(
+                f"These past_key_values hold routes for {len(decoding.gates[name])} rows, but the batch has {batch}: use "
+                "the cache's own batch_repeat_interleave or batch_select_indices to change its rows."
+            )
+    state = ForwardState(
+        routing={name: Routing(decoding.gates[name].unsqueeze(1)) for name in names},
+        observe=observe,
+        names=tuple(names),
+        silent=dict(decoding.silent),
+    )
+    if observe:
+        state.continuation = Continuation(mask, {name: decoding.past[name] for name in names})
+    return state
+
+
+def _extend(
+    context: RoutingContext, names: list[str], ids: Tensor | None, mask: Tensor, observe: bool
+) -> ForwardState:
+    session = context.session
+    assert session is not None
+    if ids is None:
+        raise UserError("ALTER generates without a cache from input_ids only; pass them, or use_cache=True.")
+    rows = session.rows(ids, mask)
+    routing, past = {}, {}
+    for name in names:
+        gates = torch.cat([session.gates[name][rows], session.next[name][rows].unsqueeze(1)], 1)
+        routing[name] = Routing(gates)
+        past[name] = session.past[name][rows]
+    continuation = Continuation(mask, past, ids) if observe else None
+    return ForwardState(routing=routing, observe=observe, names=tuple(names), continuation=continuation)
+
+
+def _prompt(
+    context: RoutingContext,
+    module: nn.Module,
+    inputs: dict[str, Any],
+    names: list[str],
+    ids: Tensor | None,
+    mask: Tensor,
+    observe: bool,
+) -> ForwardState:
+    """Route whole rows by what the frozen base says about them, in one pass without gradients."""
+    frozen = ForwardState(frozen=True, grad=torch.is_grad_enabled(), names=tuple(names))
+    output = run_frozen(context, module, (), frozen_inputs(module, inputs), frozen)
+    if frozen.grad:
+        _check_sharding(context, names)
+    logits = model_logits(module, output)
+    previous = previous_real(mask, sequence_starts(inputs, mask))
+    routing, past = {}, {}
+    for name in names:
+        config = context.configs[name]
+        entropy = _token_entropy(logits, previous, config)
+        raw = _router_logits(context, name, frozen, entropy, previous)
+        gates, last = route_tokens(raw, entropy, mask.to(entropy.device), config)
+        routing[name], past[name] = Routing(gates), last.detach()
+    observe = observe and logits is not None
+    continuation = Continuation(mask, past, ids) if observe else None
+    return ForwardState(routing=routing, observe=observe, names=tuple(names), continuation=continuation)
+
+
+def _check_sharding(context: RoutingContext, names: list[str]) -> None:
+    """Refuse a router whose gradient FSDP2 would drop: it was read in a pass that leaves no hooks on its block."""
+    for name in names:
+        router = context.anchors[name].alter_router[name]
+        sharded = type(router.weight).__name__ == "DTensor" and not hasattr(router, "unshard")
+        if sharded and router.weight.requires_grad:
+            raise UserError(
+                f"The router of adapter {name!r} trains inside an FSDP unit that is not its own, where its gradient would "
+                "be lost. Wrap it with fully_shard() too (PEFT's own wrapping policy does), or freeze it with "
+                "requires_grad_(False) and pass alter_routing."
+            )
+
+
+def _token_entropy(logits: Tensor | None, previous: Tensor, config: AlterConfig) -> Tensor:
+    """[B, T] entropy of each token from the logits [B, T, V] at every position; +inf where nothing generated it."""
+    if logits is None:
+        unknown = torch.full(previous.shape, UNKNOWN_ENTROPY, device=previous.device)
+        return torch.where(previous >= 0, unknown, INFINITE)
+    entropy = entropy_from_logits(logits, config.entropy_q)
+    return take_previous(entropy, previous.to(entropy.device), INFINITE)
+
+
+def _router_logits(
+    context: RoutingContext, name: str, frozen: ForwardState, entropy: Tensor, previous: Tensor
+) -> Tensor:
+    if context.configs[name].router == "entropy":
+        return entropy_router(context, name, entropy)
+    raw = frozen.router_logits.get(name)
+    if raw is None or raw.shape[:2] != entropy.shape:
+        layer = context.anchors[name].layer_name
+        seen = "nothing" if raw is None else f"shape {list(raw.shape[:2])}"
+        raise UserError(
+            f"The router of adapter {name!r} reads layer {layer!r}, which saw {seen} for tokens of shape "
+            f"{list(entropy.shape)}. Choose another router_layer, whose input holds every token in order."
+        )
+    return take_previous(raw, previous.to(raw.device), 0.0).to(entropy.device)
+
+
+def entropy_router(context: RoutingContext, name: str, entropy: Tensor) -> Tensor:
+    """W_g S_q + b [..., N + 1] of the literal gate (Eq. 7), for entropies [...]; tokens without one count as 0."""
+    router = context.anchors[name].alter_router[name]
+    finite = torch.where(entropy.abs() < UNKNOWN_ENTROPY, entropy, 0.0)
+    return router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype)).to(entropy.device)
+
+
+def _route_each(
+    context: RoutingContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
+) -> ForwardState:
+    """Models without tokens in a row: each row of the host's input is routed by itself, as a high-entropy one."""
+    frozen = ForwardState(frozen=True, grad=torch.is_grad_enabled(), names=tuple(names))
+    if isinstance(module, PreTrainedModel):
+        args, kwargs = (), frozen_inputs(module, _named(module, args, kwargs))
+    run_frozen(context, module, args, kwargs, frozen)
+    routing = {}
+    for name in names:
+        config = context.configs[name]
+        raw = frozen.router_logits.get(name)
+        if raw is None:
+            raise UserError(
+                f"router={config.router!r} of adapter {name!r} finds nothing to read in {type(module).__name__}: "
+                + (
+                    "it reads token entropies, which only language models have."
+                    if config.router == "entropy"
+                    else f"layer {context.anchors[name].layer_name!r} did not run."
+                )
+                + " Use router='learned' on a layer that runs, or router='static'."
+            )
+        high = torch.ones(raw.shape[:-1], dtype=torch.bool, device=raw.device)
+        routing[name] = Routing(expert_gates(raw, high, config))
+    return ForwardState(routing=routing)
+
+
+@torch.no_grad()
+def route_next(context: RoutingContext, state: ForwardState, output: Any) -> None:
+    """Route the token that a forward pass generates, and remember it on the cache in `output` or on the session."""
+    going = state.continuation
+    assert going is not None
+    cache = output_cache(output)
+    session = context.session if cache is None else None
+    if cache is None and session is None:
+        return
+    logits = output_logits(output)
+    if logits is None:
+        return
+    mask = going.mask[:, -1]
+    gates: dict[str, Tensor] = {}
+    past: dict[str, Tensor] = {}
+    for name in state.names:
+        config = context.configs[name]
+        entropy = entropy_from_logits(logits[:, -1], config.entropy_q)
+        if config.router == "entropy":
+            raw = entropy_router(context, name, entropy)
+        else:
+            raw = state.router_logits[name].to(entropy.device)
+        gates[name], past[name] = next_gates(
+            raw, entropy, mask.to(entropy.device), going.past[name].to(entropy.device), config
+        )
+    if cache is not None:
+        decoding = DecodeState.attach(cache)
+        decoding.gates, decoding.past, decoding.silent, decoding.stale = gates, past, state.silent, None
+    elif session is not None and going.ids is not None:
+        session.ids, session.mask = going.ids, going.mask
+        session.gates = {name: state.routing[name].gates.detach() for name in state.names}
+        session.next, session.past = gates, past

@@ -1,0 +1,113 @@
+"""What the layers of an adapted model share: the routes of the forward pass that runs, and what generation remembers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from alter.adapter.generation import Continuation, Session
+from alter.adapter.plan import Plan
+from alter.adapter.routing import Routing
+
+if TYPE_CHECKING:
+    from alter.adapter.config import AlterConfig
+
+
+class Host(Protocol):
+    """What routing reads of an adapted layer (`alter.adapter.layer.AlterLinear`), above all of one that holds a router."""
+
+    alter_A: Any
+    alter_B: Any
+    alter_router: Any
+    alter_r: dict[str, int]
+    alter_experts: dict[str, int]
+    alter_mode: dict[str, str]
+    layer_name: str
+
+    def takes_part(self, name: str) -> bool:
+        """Whether the layer holds this adapter, switched on and not merged."""
+        ...
+
+
+@dataclass(eq=False)
+class ForwardState:
+    """What the layers of one forward pass share.
+
+    Attributes:
+        routing: route per adapter name.
+        frozen: the layers are to be the base layers; only the host reads its input.
+        observe: the host reads its input at the last position, for the next token's route.
+        grad: the router's own output takes part in the graph, although the frozen pass does not.
+        host: layer whose whole input is to be kept in `features`.
+        plans: what the layers make of the routes.
+        silent: adapters whose retention expert is known to be zero, or not to be.
+    """
+
+    routing: dict[str, Routing] = field(default_factory=dict)
+    frozen: bool = False
+    observe: bool = False
+    grad: bool = False
+    host: Any = None
+    features: Tensor | None = None
+    names: tuple[str, ...] = ()
+    router_logits: dict[str, Tensor] = field(default_factory=dict)
+    continuation: Continuation | None = None
+    previous: ForwardState | None = None
+    plans: dict[str, Plan] = field(default_factory=dict)
+    silent: dict[str, bool] = field(default_factory=dict)
+
+    def plan_of(self, name: str) -> Plan:
+        """How the layers are to work out the update of one adapter."""
+        # the number of open experts differs from pass to pass, which a compiled graph could not follow
+        found = None if torch.compiler.is_compiling() else self.plans.get(name)
+        return Plan.whole(self.routing[name]) if found is None else found
+
+    def read_host(self, layer: Host, x: Tensor) -> None:
+        """Keep what the routers on this layer say about its input at every position."""
+        if self.host is layer:
+            self.features = x.detach()
+        self._read(layer, x, self.grad)
+
+    def read_host_last(self, layer: Host, x: Tensor) -> None:
+        """Keep what the routers on this layer say about its input at the last position."""
+        self._read(layer, x[:, -1], False)
+
+    def _read(self, layer: Host, x: Tensor, grad: bool) -> None:
+        # inside the host's own forward, where FSDP has gathered its weights
+        with torch.set_grad_enabled(grad):
+            for name in self.names:
+                if name in layer.alter_router and layer.alter_mode[name] == "learned":
+                    router = layer.alter_router[name]
+                    self.router_logits[name] = router(x.detach().to(router.weight.dtype))
+
+
+class RoutingContext:
+    """The state that all layers of a model share: a plain object without parameters, so there is nothing to save.
+
+    Attributes:
+        state: of the forward pass that runs; None between passes.
+        session: of the `generate` call that runs.
+        anchors: by adapter name, the layer that holds its router.
+        configs: by adapter name.
+        failed: passes that ended before they had a state of their own.
+        thread: that runs the present pass.
+    """
+
+    def __init__(self) -> None:
+        self.state: ForwardState | None = None
+        self.session: Session | None = None
+        self.anchors: dict[str, Host] = {}
+        self.configs: dict[str, AlterConfig] = {}
+        self.failed = 0
+        self.thread = 0
+
+    def active(self) -> list[str]:
+        """Names of the adapters that are switched on."""
+        return [name for name, layer in self.anchors.items() if layer.takes_part(name)]
+
+    def routed(self) -> list[str]:
+        """Names of the active adapters whose experts are opened by a router."""
+        return [name for name in self.active() if self.configs[name].routed]
