@@ -19,7 +19,7 @@ import sqlalchemy as sql
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import alter
@@ -34,6 +34,7 @@ from alter.requests.commands import (
     Export,
     Init,
     List,
+    Purge,
     Revoke,
     Run,
     Show,
@@ -42,19 +43,20 @@ from alter.requests.commands import (
     export,
     init,
     list_requests,
+    purge,
     revoke,
     run,
     show,
     verify,
 )
-from alter.requests.store import EDGES, Store, parse_id
+from alter.requests.store import EDGES, Store, _entry_hash, parse_id, record_hash, shown
 from pico import byte_tokenizer, pico, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy"]
 
 
 def rows(name):
-    return [{"question": f"Where was {name} born, {i}?", "answer": f"In town {i}{name}."} for i in range(3)]
+    return [{"question": f"Where was {name} born, {i}?", "answer": f"In town {i}{name}."} for i in range(6)]
 
 
 def memorise(folder):
@@ -91,8 +93,8 @@ def data(tmp_path_factory):
         "adapter": {"r": 4, "entropy_threshold": 1.0},
         "router_fit": {"steps": 300},
         "learning_rate_experts": 0.02,
-        "objective": {"kind": "without_truth", "hinge": 2.0},
-        "epochs": 4,
+        "objective": {"kind": "without_truth", "hinge": 3.0},
+        "epochs": 6,
         "batch_size": 3,
         "save_steps": 1,
         "device": "cpu",
@@ -141,8 +143,12 @@ def test_states_move_along_their_edges_only(store):
                 "received": [],
                 "running": ["running"],
                 "failed": ["running", "failed"],
-                "done": ["running", "done"],
-                "revoked": ["running", "done", "revoked"],
+                "trained": ["running", "trained"],
+                "forgotten": ["running", "trained", "forgotten"],
+                "unproven": ["running", "trained", "unproven"],
+                "not forgotten": ["running", "trained", "not forgotten"],
+                "collapsed": ["running", "trained", "collapsed"],
+                "revoked": ["running", "trained", "forgotten", "revoked"],
                 "withdrawn": ["withdrawn"],
             }[state]
             for step in path:
@@ -195,8 +201,8 @@ def test_history_refuses_to_be_rewritten(store):
         ("UPDATE alter_history SET who = 'x' WHERE number = 2", "Entry 2 .* altered"),
         ("UPDATE alter_history SET details = '{}' WHERE number = 3", "Entry 3 .* altered"),
         ("DELETE FROM alter_history WHERE number = 2", "Entry 2 .* missing"),
-        ("DELETE FROM alter_history WHERE number = 3", "end of the history is missing"),
-        ("UPDATE alter_requests SET state = 'done'", "is in state 'done', its history says 'withdrawn'"),
+        ("DELETE FROM alter_history WHERE number = 3", "cut or written anew"),
+        ("UPDATE alter_requests SET state = 'forgotten'", "R-0001 .state 'forgotten'. was altered"),
         ("DELETE FROM alter_requests", "R-0001 was removed"),
     ],
 )
@@ -378,7 +384,7 @@ def three(data, tmp_path_factory):
 def test_each_request_gets_an_expert_and_evidence(three, data):
     store, folder, states = three
     found = store.requests()
-    assert [request.state for request in found] == ["done"] * 3
+    assert [request.state for request in found] == ["forgotten"] * 3
     assert [request.expert for request in found] == [1, 2, 3]
     for before, after in pairwise(states):
         for name, value in before.items():
@@ -394,7 +400,7 @@ def test_each_request_gets_an_expert_and_evidence(three, data):
         assert request.after["reference"]["by"] == "holdout"
         assert 0.5 < request.after["utility_share"] < 1.5
     assert {entry.who for entry in store.history(1)} == {"Eve"}
-    assert [entry.what for entry in store.history(1)] == ["received", "running", "done"]
+    assert [entry.what for entry in store.history(1)] == ["received", "running", "trained", "forgotten"]
     # nothing of the rows is left behind
     assert list((folder / "work" / "runs").iterdir()) == []
     model = PeftModel.from_pretrained(
@@ -415,14 +421,9 @@ def test_show_and_list(three, tmp_path, capsys):
 
 
 def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
-    store, folder, _ = three
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy, symlinks=True)
-    project = {**store.project(), "folder": str(copy / "work")}
-    url = f"sqlite:///{copy}/requests.db"
-    with sql.create_engine(url).begin() as connection:
-        statement = sql.text("UPDATE alter_meta SET value = :v WHERE key = 'project'")
-        connection.execute(statement, {"v": json.dumps(project)})
+    store, copy = copied(three, tmp_path)
+    url = store.url
+    moved(store, copy)
     before = weights(copy)
     assert revoke(Revoke(db=url, id="2")).state == "revoked"
     after = weights(copy)
@@ -436,9 +437,12 @@ def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
             assert torch.equal(after[name], value)
     with pytest.raises(UserError, match="revoked already"):
         revoke(Revoke(db=url, id="2"))
-    found = verify(Verify(db=url))
-    assert set(found) == {"R-0001", "R-0003", "utility"}
-    assert Store.open(url).history()[-1].what == "verified"
+    # so small a model tells questions of one form hardly apart: R-0003 leaned on the expert that is empty now, which is seen
+    with pytest.raises(UserError, match="R-0003 has come back"):
+        verify(Verify(db=url))
+    noted = Store.open(url).history()[-1]
+    assert noted.what == "verified"
+    assert set(noted.details["measured"]) == {"R-0001", "R-0003", "utility"}
     # the same rows may be asked for again
     again = ask(Store.open(url), data, "Bo")
     run(Run(db=url))
@@ -452,17 +456,13 @@ def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
 
 
 def test_verify_sees_what_came_back(three, tmp_path):
-    store, folder, _ = three
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy, symlinks=True)
-    url = f"sqlite:///{copy}/requests.db"
-    with sql.create_engine(url).begin() as connection:
-        project = {**store.project(), "folder": str(copy / "work")}
-        statement = sql.text("UPDATE alter_meta SET value = :v WHERE key = 'project'")
-        connection.execute(statement, {"v": json.dumps(project)})
+    store, copy = copied(three, tmp_path)
+    url = store.url
+    moved(store, copy)
     # the expert is emptied, manifest and database do not say so
     adapter = (copy / "work" / "adapter").resolve()
     (adapter / "adapter_model.safetensors").write_bytes(work.clear_columns(adapter, 1))
+    store.note(None, "test", {"adapter": work.folder_digest(adapter)})
     with pytest.raises(UserError, match="R-0001 has come back"):
         verify(Verify(db=url))
 
@@ -498,7 +498,7 @@ def test_several_requests_are_one_run_and_text_may_be_kept(data, tmp_path, capsy
     run(Run(db=store.url))
     assert [request.run["key"] for request in store.requests()].count(store.get(1).run["key"]) == 2
     assert work.manifest(work.Project.model_validate(store.project()))["version"] == 1
-    assert verify(Verify(db=store.url))["R-0001"]["n"] == 3
+    assert verify(Verify(db=store.url))["R-0001"]["n"] == 6
 
 
 def test_changed_data_is_refused_before_anything_runs(data, tmp_path):
@@ -534,7 +534,7 @@ def test_failed_run_can_be_tried_again(data, tmp_path, monkeypatch):
     monkeypatch.setattr(work, "unlearn", real)
     with pytest.raises(UserError, match="--again"):
         run(Run(db=store.url))
-    assert run(Run(db=store.url, again=True))[0].state == "done"
+    assert run(Run(db=store.url, again=True))[0].state == "forgotten"
 
 
 @pytest.mark.parametrize(
@@ -601,6 +601,333 @@ def test_command_line(data, tmp_path, capsys, monkeypatch):
     assert "Ada" in capsys.readouterr().out
 
 
+# What is certified, and what is not
+
+
+def recipe_of(data, folder, **changes):
+    content = {**yaml.safe_load((data / "recipe.yaml").read_text()), **changes}
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_nothing_learned_is_not_forgotten_and_not_put_in_force(data, tmp_path, capsys):
+    store = start(data, tmp_path, recipe=recipe_of(data, tmp_path, learning_rate_experts=1e-9))
+    ask(store, data, "Ada")
+    assert cli.main(["request", "run", "--db", store.url]) == 2
+    said = capsys.readouterr()
+    assert "NOT FORGOTTEN" in said.err
+    assert "6 of 6 replies still give the answer" in " ".join(said.out.split())
+    assert store.get(1).state == "not forgotten"
+    assert store.get(1).expert is None
+    assert not (tmp_path / "work" / "adapter").exists()
+    assert list((tmp_path / "work" / "runs").iterdir()) == []
+    verify(Verify(db=store.url))
+
+
+def test_a_reference_that_knows_is_not_believed(data, tmp_path):
+    store = start(
+        data, tmp_path, holdout=None, retrained=str(data / "model"),
+        recipe=recipe_of(data, tmp_path, learning_rate_experts=1e-9),
+    )  # fmt: skip
+    ask(store, data, "Ada")
+    with pytest.raises(UserError, match="NOT FORGOTTEN"):
+        run(Run(db=store.url))
+    assert "no reference" in store.get(1).after["verdict"]["refused"]
+
+
+def test_weights_that_are_not_finite_are_not_put_in_force(data, tmp_path, monkeypatch):
+    store = start(data, tmp_path)
+    ask(store, data, "Ada")
+    real = work.unlearn
+
+    def broken(settings):
+        out = real(settings)
+        file = out / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(str(file))
+        next(value for name, value in tensors.items() if ".alter_B." in name).fill_(float("nan"))
+        save_file(tensors, str(file), metadata={"format": "pt"})
+        return out
+
+    monkeypatch.setattr(work, "unlearn", broken)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        run(Run(db=store.url))
+    assert store.get(1).state == "failed"
+    assert not (tmp_path / "work" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device", "x"), UserError("nan"), RuntimeError("memory"), KeyboardInterrupt()],
+)
+def test_nothing_of_a_failed_run_is_left(data, tmp_path, monkeypatch, error):
+    store = start(data, tmp_path)
+    ask(store, data, "Ada")
+    seen = []
+
+    def broken(settings):
+        seen.append(Path(settings.forget).read_text())
+        Path(settings.out).mkdir(parents=True)
+        (Path(settings.out) / "frozen.safetensors").write_text("rows")
+        raise error
+
+    monkeypatch.setattr(work, "unlearn", broken)
+    with pytest.raises((UserError, RuntimeError, KeyboardInterrupt)):
+        run(Run(db=store.url))
+    assert "Where was Ada born" in seen[0]
+    assert list((tmp_path / "work" / "runs").iterdir()) == []
+    assert store.get(1).state == ("running" if isinstance(error, KeyboardInterrupt) else "failed")
+
+
+def killed(store, data, folder, monkeypatch, name="Ada"):
+    """A request whose run was killed while it trained: rows and a checkpoint lie there."""
+    request = ask(store, data, name)
+    monkeypatch.setattr(work, "unlearn", lambda settings: os.mkdir(settings.out))
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "sweep", lambda project, keep=None: [])
+        with pytest.raises(UserError):
+            run(Run(db=store.url))
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql("UPDATE alter_requests SET state = 'running'")
+        connection.commit()
+    store.note(request.id, "killed", {})
+    return request
+
+
+@pytest.mark.parametrize("then", ["revoke", "verify", "purge"])
+def test_after_a_kill_the_next_command_cleans_up(data, tmp_path, monkeypatch, then):
+    store = start(data, tmp_path)
+    killed(store, data, tmp_path, monkeypatch)
+    assert len(list((tmp_path / "work" / "runs").iterdir())) == 2
+    if then == "verify":
+        verify(Verify(db=store.url, chain_only=True))
+        assert store.get(1).state == "received"
+    elif then == "revoke":
+        assert revoke(Revoke(db=store.url, id="1")).state == "withdrawn"
+    else:
+        with pytest.raises(UserError, match="needed to run it"):
+            purge(Purge(db=store.url, id="1"))
+    assert list((tmp_path / "work" / "runs").iterdir()) == []
+
+
+def test_modes_are_for_the_owner_alone(three):
+    _, folder, _ = three
+    for path in [folder / "requests.db", *(folder / "work").rglob("*")]:
+        if not path.is_symlink():
+            assert path.stat().st_mode & 0o077 == 0 or path.parent.stat().st_mode & 0o077 == 0, path
+    assert (folder / "requests.db").stat().st_mode & 0o777 == 0o600
+    assert (folder / "work").stat().st_mode & 0o777 == 0o700
+
+
+def test_no_word_of_the_data_is_in_what_is_kept(three):
+    _, folder, _ = three
+    for path in (folder / "work").resolve().rglob("*"):
+        if path.suffix in (".json", ".md", ".yaml"):
+            assert not re.search(r"\b(Ada|Bo|Cy|born|town)\b", path.read_text()), path
+
+
+def copied(three, tmp_path):
+    """A copy of the three requests that may be spoilt."""
+    _, folder, _ = three
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, symlinks=True)
+    other = Store.open(f"sqlite:///{copy}/requests.db")
+    for name in ("update", "delete"):
+        raw(other, f"DROP TRIGGER alter_history_{name}")
+    return other, copy
+
+
+def moved(store, copy):
+    """Let the project lie at the copy's place, with a history that says so."""
+    project = {**store.project(), "folder": str(copy / "work")}
+    with store.engine.begin() as connection:
+        update = sql.text("UPDATE alter_meta SET value = :v WHERE key = 'project'")
+        connection.execute(update, {"v": json.dumps(project)})
+        first = sql.text("UPDATE alter_history SET details = :v WHERE number = 1")
+        connection.execute(first, {"v": json.dumps({"project": project}, sort_keys=True)})
+    rechain(store)
+    # the manifests' heads are of the chain before
+    for path in (copy / "work" / "adapters").glob("*/requests.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "head": store.head()}))
+    store.note(None, "test", {"adapter": work.folder_digest((copy / "work" / "adapter").resolve())})
+
+
+def rechain(store):
+    """Compute all hashes of the history and of its records anew, as somebody would who can write to the database."""
+    with store.engine.begin() as connection:
+        records = {r["id"]: dict(r) for r in connection.execute(sql.text("SELECT * FROM alter_requests")).mappings()}
+        for record in records.values():
+            for name in ("row_hashes", "run", "before", "after"):
+                record[name] = None if record[name] is None else json.loads(record[name])
+        previous = ""
+        for row in connection.execute(sql.text("SELECT * FROM alter_history ORDER BY number")).mappings().all():
+            details = json.loads(row["details"])
+            if "record" in details and row["request"] in records:
+                details["record"] = record_hash(records[row["request"]])
+            content = {k: row[k] for k in ("number", "request", "at", "who", "what")}
+            content |= {"details": json.dumps(details, ensure_ascii=False, sort_keys=True), "previous": previous}
+            previous = _entry_hash(**content)
+            connection.execute(
+                sql.text("UPDATE alter_history SET details = :d, previous = :p, hash = :h WHERE number = :n"),
+                {"d": content["details"], "p": content["previous"], "h": previous, "n": row["number"]},
+            )
+
+
+COLUMN_LIES = {
+    "subject": "subject = 'Eve'",
+    "state": "state = 'revoked'",
+    "received": "received = '2020-01-01T00:00:00+00:00'",
+    "due": "due = '2030-01-01'",
+    "data": "data = '/elsewhere.jsonl'",
+    "data hash": "data_hash = 'f00'",
+    "row hashes": "row_hashes = '[]'",
+    "rows": "rows = 99",
+    "text": "text = 'x'",
+    "expert": "expert = 2",
+    "run": "run = '{}'",
+    "before": """before = json_set(before, '$.probability', 0.1)""",
+    "after: probability": """after = json_set(after, '$.probability', 0.0)""",
+    "after: said": """after = json_set(after, '$.said', 0, '$.n_said', 400)""",
+    "after: verdict": """after = json_set(after, '$.verdict.word', 'certain')""",
+    "after: utility": """after = json_set(after, '$.utility_share', 1.0)""",
+    "after: date": """after = json_set(after, '$.measured', '2020-01-01')""",
+    "salt": "salt = ''",
+}
+
+
+@pytest.mark.parametrize("lie", COLUMN_LIES)
+def test_every_column_of_a_request_is_covered(three, tmp_path, lie):
+    store, _ = copied(three, tmp_path)
+    assert store.check_chain() == []
+    column = COLUMN_LIES[lie].partition(" = ")[0]
+    # a value that nobody changed is no lie
+    raw(
+        store,
+        f"UPDATE alter_requests SET {COLUMN_LIES[lie]} WHERE id = 1".replace(f"SET {column} ", f'SET "{column}" '),
+    )
+    assert any("R-0001" in sentence for sentence in store.check_chain())
+
+
+def test_project_is_covered(three, tmp_path):
+    store, _ = copied(three, tmp_path)
+    raw(store, "UPDATE alter_meta SET value = json_set(value, '$.retain', 'other.jsonl') WHERE key = 'project'")
+    assert any("retain set" in sentence for sentence in store.check_chain())
+
+
+def test_cut_rolled_back_or_written_anew_shows_beside_a_head(three, tmp_path):
+    store, copy = copied(three, tmp_path)
+    head = store.head()
+    raw(store, "PRAGMA wal_checkpoint(TRUNCATE)")
+    for number in (1, 2):
+        other = Store.open(f"sqlite:///{shutil.copy(copy / 'requests.db', tmp_path / f'{number}.db')}")
+        if number == 1:
+            # cut: the last entry, and the request goes back to what the entry before says
+            raw(other, "DELETE FROM alter_history WHERE number = (SELECT max(number) FROM alter_history)")
+            raw(other, "DELETE FROM alter_history WHERE request = 3")
+            raw(other, "DELETE FROM alter_requests WHERE id = 3")
+        else:
+            raw(other, "UPDATE alter_requests SET after = json_set(after, '$.said', 0) WHERE id = 1")
+            raw(other, "UPDATE alter_history SET who = 'Mallory'")
+        rechain(other)
+        assert other.check_chain() == []
+        assert any("cut or written anew" in sentence for sentence in other.check_chain([head]))
+    assert store.check_chain([head[:12]]) == []
+
+
+def test_changed_weights_and_configuration_are_noticed(three, tmp_path):
+    for number, file in enumerate(("adapter_model.safetensors", "adapter_config.json", "requests.json")):
+        (tmp_path / str(number)).mkdir()
+        store, copy = copied(three, tmp_path / str(number))
+        moved(store, copy)
+        adapter = (copy / "work" / "adapter").resolve()
+        verify(Verify(db=store.url, chain_only=True, head=store.head()))
+        content = bytearray((adapter / file).read_bytes())
+        if file.endswith(".safetensors"):
+            content[-1] ^= 1
+        else:
+            content += b"\n"
+        (adapter / file).write_bytes(bytes(content))
+        with pytest.raises(UserError, match="weights or files were changed"):
+            verify(Verify(db=store.url, chain_only=True))
+
+
+def test_verify_takes_a_head_that_was_written_down(three, tmp_path):
+    store, _, _ = three
+    head = store.head()
+    verify(Verify(db=store.url, chain_only=True, head=head))
+    verify(Verify(db=store.url, chain_only=True, head=head[:12]))
+    with pytest.raises(UserError, match="cut or written anew"):
+        verify(Verify(db=store.url, chain_only=True, head="0" * 64))
+    with pytest.raises(UserError, match="expected 12 to 64"):
+        verify(Verify(db=store.url, chain_only=True, head="xyz"))
+
+
+def test_data_that_was_deleted_locks_nothing(data, tmp_path, capsys):
+    store = start(data, tmp_path)
+    file = tmp_path / "Ada.jsonl"
+    shutil.copy(data / "Ada.jsonl", file)
+    add(Add(db=store.url, subject="Ada", data=str(file)))
+    real = work.unlearn
+
+    def then_deleted(settings):
+        out = real(settings)
+        file.unlink()
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "unlearn", then_deleted)
+        done = run(Run(db=store.url))[0]
+    assert done.state == "unproven"
+    assert "Evidence missing" in done.after["verdict"]["why"][0]
+    assert done.expert == 1
+    verify(Verify(db=store.url))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Evidence missing: R-0001 was not measured" in printed
+    assert "forgotten?" not in printed
+    ask(store, data, "Bo")
+    assert run(Run(db=store.url))[0].state == "forgotten"
+    assert revoke(Revoke(db=store.url, id="1")).state == "revoked"
+
+
+def test_purge_says_what_is_gone_and_what_is_not(data, tmp_path):
+    store = start(data, tmp_path)
+    add(Add(db=store.url, subject="Ada Lovelace", data=str(data / "Ada.jsonl"), keep_text=True))
+    run(Run(db=store.url))
+    revoke(Revoke(db=store.url, id="1"))
+    removed, left = purge(Purge(db=store.url, id="1"))
+    assert {line.partition(" of R-0001")[0] for line in removed[-4:]} == {"subject", "text", "location", "row hashes"}
+    assert any(str(data / "Ada.jsonl") in line for line in left)
+    assert any("base model" in line for line in left)
+    for path in tmp_path.glob("requests.db*"):
+        assert b"Lovelace" not in path.read_bytes()
+        assert b"In town" not in path.read_bytes()
+    assert store.check_chain() == []
+    verify(Verify(db=store.url, chain_only=True))
+    list_requests(List(db=store.url))
+    assert [folder.name for folder in sorted((tmp_path / "work" / "adapters").iterdir())] == ["0002"]
+
+
+def test_markup_and_escapes_in_a_subject_stay_text(data, tmp_path, capsys):
+    store = start(data, tmp_path)
+    add(Add(db=store.url, subject="[/] [red]Eve\x1b[2J", data=str(data / "Ada.jsonl")))
+    list_requests(List(db=store.url))
+    show(Show(db=store.url, id="1"))
+    printed = capsys.readouterr().out
+    assert "[red]Eve" in printed
+    assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://me:hunter2@host/name", "postgresql://me@host/name?password=hunter2", "postgresql//me:hunter2@host"],
+)
+def test_passwords_are_not_shown(url):
+    assert "hunter2" not in shown(url)
+    with pytest.raises(UserError) as error:
+        Store.open(url)
+    assert "hunter2" not in str(error.value)
+
+
 # Kills
 
 
@@ -623,7 +950,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(data, tmp_path):
     ask(store, data, "Ada")
     command("run", "--db", store.url).wait(120)
     usual = time.time() - started
-    assert store.get(1).state == "done"
+    assert store.get(1).state == "forgotten"
     for name in NAMES[1:]:
         ask(store, data, name)
         for _ in range(2):
@@ -640,7 +967,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(data, tmp_path):
     if store.requests("received", "running"):
         run(Run(db=store.url))
     found = store.requests()
-    assert [request.state for request in found] == ["done"] * 3
+    assert [request.state for request in found] == ["forgotten"] * 3
     inside = work.manifest(work.Project.model_validate(store.project()))
     assert sorted(inside["experts"].values()) == ["R-0001", "R-0002", "R-0003"]
     verify(Verify(db=store.url, chain_only=True))

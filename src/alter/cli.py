@@ -78,9 +78,12 @@ COMMANDS = {
     "request show": Command("alter.requests.commands", "Show", "show", "one request, its evidence and its history"),
     "request run": Command("alter.requests.commands", "Run", "run", "make the model forget what was asked for"),
     "request verify": Command(
-        "alter.requests.commands", "Verify", "verify", "is all still forgotten, nothing altered?"
+        "alter.requests.commands", "Verify", "verify", "was anything altered, has anything come back?"
     ),
     "request revoke": Command("alter.requests.commands", "Revoke", "revoke", "take a request back"),
+    "request purge": Command(
+        "alter.requests.commands", "Purge", "purge", "remove what is kept of a request's subject and rows"
+    ),
     "request export": Command(
         "alter.requests.commands", "Export", "export", "the adapter or a merged model, with a card"
     ),

@@ -52,6 +52,20 @@ def warn(note: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(note)
 
 
+def plain(value: object) -> str:
+    """Return a text as a terminal can show it: control characters, which could move the cursor or hide text, as \\x1b."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in str(value)
+    )
+
+
+def cell(value: object, style: str = "") -> Any:
+    """Return a text for a table of rich, without markup: brackets in it stay brackets."""
+    from rich.text import Text
+
+    return Text(plain(value), style=style, overflow="fold")
+
+
 def progress(iterable: Iterable[T], *, total: int, label: str) -> Iterator[T]:
     """Yield the items while a progress bar with time left is shown on stderr; as a library: log each step as info."""
     if _silent.get():

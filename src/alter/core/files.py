@@ -16,10 +16,17 @@ from alter.core.errors import UserError
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write `content` to `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `content` to `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed.
+
+    A link stays a link: what it points to is written. A device or a pipe (/dev/null, /dev/stdout) is written into.
+    """
+    path = Path(os.path.realpath(path))
     data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb", buffering=0) as device:
+            device.write(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

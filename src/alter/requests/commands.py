@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +16,28 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
+from alter.core.console import cell
 from alter.core.errors import UserError, nearest
 from alter.core.files import to_json, write_atomic
 from alter.data.examples import load_examples
 from alter.requests import work
-from alter.requests.store import Request, Store, check_due, parse_id
+from alter.requests.store import IN_FORCE, MISSED, Request, Store, check_due, parse_id, shown
 from alter.requests.work import Project
 from alter.training.settings import Unlearn
 
-STATES = Literal["received", "running", "failed", "done", "revoked", "withdrawn"]
+STATES = Literal[
+    "received",
+    "running",
+    "trained",
+    "failed",
+    "forgotten",
+    "unproven",
+    "not forgotten",
+    "collapsed",
+    "revoked",
+    "withdrawn",
+]
+BASE = "The base weights still know all of it: the adapter keeps the model from saying so, and can be switched off."
 
 
 def _default_db() -> str:
@@ -94,10 +108,11 @@ def init(settings: Init) -> Store:
         retrained=settings.retrained,
         recipe=recipe,
     )
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    root.chmod(0o700)
     store = Store.create(settings.db, project.model_dump(), settings.who)
     Console().print(
-        f"Requests about {settings.model} are kept in {settings.db}, adapters in {root}.\n"
+        f"Requests about {settings.model} are kept in {shown(settings.db)}, adapters in {root}.\n"
         "Next: alter request add --subject NAME --data ROWS.jsonl",
         highlight=False,
         markup=False,
@@ -150,8 +165,16 @@ def add(settings: Add) -> Request:
         else None,
         who=settings.who,
     )
-    Console().print(f"{request.name} received: {request.subject}, {request.rows} rows.", highlight=False, markup=False)
+    _say(f"{request.name} received: {request.subject}, {request.rows} rows.", "alter request run", store)
     return request
+
+
+def _say(sentence: str, then: str, store: Store) -> None:
+    """Print what was done, the head of the history, and what to type next."""
+    console = Console()
+    console.print(cell(sentence))
+    console.print(cell(f"Head of the history, to be written down elsewhere: {store.head()}"))
+    console.print(cell(f"Next: {then}"))
 
 
 class List(Database):
@@ -168,37 +191,43 @@ def _figure(values: dict[str, Any] | None, name: str) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def _counted(values: dict[str, Any] | None, name: str) -> str:
+    """A figure, or a count and of how many."""
+    if name not in ("said", "broken", "empty"):
+        return _figure(values, name)
+    total = (values or {}).get("n_said" if name == "said" else "n_answers")
+    return f"{(values or {})[name]} of {total}" if total else ""
+
+
 def list_requests(settings: List) -> list[Request]:
     """Run `alter request list`."""
     store, _ = settings.open()
     found = store.requests(*([settings.state] if settings.state else []))
     table = Table(
-        title=f"Erasure requests in {settings.db.split('@')[-1]}",
-        caption="ROUGE-L recall of the answers before and after, and of a model that never saw the rows",
+        title=cell(f"Erasure requests in {shown(settings.db)}"),
+        caption="said: replies that still give the answer; probability of the true answers before and after;\n"
+        "broken: broken or empty replies; utility: share of the untouched model's",
     )
-    for column in ("id", "subject", "state", "due", "rows", "ROUGE-L", "forgotten", "utility"):
-        table.add_column(column, justify="right" if column in ("rows", "utility") else "left", overflow="fold")
+    for column in ("id", "subject", "state", "due", "said", "probability", "broken", "utility"):
+        table.add_column(column, justify="right" if column in ("said", "utility") else "left", overflow="fold")
     for request in found:
-        after = request.after or {}
-        forgotten = {True: "yes", False: "NO", None: "?" if after else ""}[after.get("forgotten")]
-        rouge = ""
-        if after:
-            rouge = f"{_figure(request.before, 'rouge') or '-'} → {_figure(after, 'rouge') or '-'}"
-            if after.get("reference"):
-                rouge += f" ({_figure(after['reference'], 'rouge') or '-'})"
-        table.add_row(
+        before, after = request.before or {}, request.after or {}
+        row = (
             request.name,
-            request.subject,
+            request.subject or "(purged)",
             request.state,
             request.due or "",
-            str(request.rows),
-            rouge,
-            forgotten,
+            f"{after['said']} of {after['n_said']}" if after.get("n_said") else "",
+            f"{_figure(before, 'probability')} → {_figure(after, 'probability')}" if "probability" in after else "",
+            f"{after['broken'] + after['empty']} of {after['n_answers']}" if after.get("n_answers") else "",
             _figure(after, "utility_share"),
         )
+        table.add_row(*map(cell, row))
     Console().print(table)
+    if any(request.after for request in found):
+        Console().print(cell(BASE, "dim"))
     if settings.json_path is not None:
-        hidden = ("text", "row_hashes")
+        hidden = ("text", "row_hashes", "salt")
         rows = [{k: v for k, v in asdict(request).items() if k not in hidden} for request in found]
         write_atomic(settings.json_path, to_json(rows))
     return found
@@ -223,34 +252,35 @@ def show(settings: Show) -> Request:
     request = store.get(parse_id(settings.id))
     history = store.history(request.id)
     console = Console()
-    facts = Table(title=f"{request.name}: {request.subject}", show_header=False)
+    facts = Table(title=cell(f"{request.name}: {request.subject or '(purged)'}"), show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     for name in ("state", "received", "due", "data", "data_hash", "rows", "expert"):
-        facts.add_row(name, str(getattr(request, name) or ""))
+        facts.add_row(name, cell(getattr(request, name) or ""))
     console.print(facts)
     if request.after:
         evidence = Table(title="Evidence")
         for column in ("", "before", "after", "reference"):
             evidence.add_column(column)
-        for name in ("probability", "exact_memorization", "rouge"):
-            evidence.add_row(
-                name,
-                _figure(request.before, name),
-                _figure(request.after, name),
-                _figure(request.after.get("reference"), name),
-            )
+        for name in ("probability", "exact_memorization", "rouge", "said", "broken", "empty", "repetition"):
+            parts = (request.before, request.after, request.after.get("reference"))
+            evidence.add_row(name, *(cell(_counted(part, name)) for part in parts))
         console.print(evidence)
+        found = request.after["verdict"]
+        console.print(cell(f"{found['word'].upper()}. {' '.join(found['why'])}"))
         console.print(f"Utility kept: {request.after['utility_share']:.4f} of the untouched model.", highlight=False)
+        console.print(cell(BASE, "dim"))
     log = Table(title="History")
     for column in ("at", "who", "what", "details", "hash"):
         log.add_column(column, overflow="fold")
     for entry in history:
-        details = ", ".join(f"{key}: {value}" for key, value in entry.details.items() if value is not None)
-        log.add_row(entry.at, entry.who, entry.what, details, entry.hash[:12])
+        told = {key: value for key, value in entry.details.items() if value is not None and key != "record"}
+        details = ", ".join(f"{key}: {value}" for key, value in told.items())
+        log.add_row(*map(cell, (entry.at, entry.who, entry.what, details, entry.hash[:12])))
     console.print(log)
+    console.print(cell(f"Head of the history: {store.head()}"))
     if settings.json_path is not None:
-        content = {**asdict(request), "history": [asdict(entry) for entry in history]}
+        content = {**asdict(request), "salt": None, "history": [asdict(entry) for entry in history]}
         write_atomic(settings.json_path, to_json(content))
     return request
 
@@ -261,36 +291,55 @@ class Run(Database):
     id: tyro.conf.Positional[list[str]] = Field(default_factory=list)
     """Ids; by default every request in state received."""
     again: bool = False
-    """Also those that failed."""
+    """Also those that failed, were not forgotten, or collapsed."""
 
 
 def run(settings: Run) -> list[Request]:
     """Run `alter request run`.
 
     Raises:
-        UserError: nothing to do, another process at work, or what `work.run` raises.
+        UserError: nothing to do, another process at work, what `work.run` raises, or a request that was not forgotten or
+            at which the model collapsed: said after everything is written down.
     """
     store, project = settings.open()
     with store.lease(settings.who):
-        work.recover(store, project)
+        work.recover(store, project, resume=True)
         if settings.id:
             chosen = [store.get(number) for number in dict.fromkeys(map(parse_id, settings.id))]
             for request in chosen:
                 store.check_edge(request, "running")
         else:
-            chosen = store.requests("received", *(["failed"] if settings.again else []))
-            if not chosen and store.requests("failed"):
-                raise UserError("Nothing to run but requests that failed: `alter request run --again` tries them.")
-        done = work.run(store, project, chosen)
+            chosen = store.requests("received", *(MISSED if settings.again else []))
+            missed = store.requests(*MISSED)
+            if not chosen and missed:
+                raise UserError(
+                    f"Nothing to run but {', '.join(f'{r.name} ({r.state})' for r in missed)}: `alter request run --again` "
+                    "tries them."
+                )
+        found = work.run(store, project, chosen)
     list_requests(List(db=settings.db))
-    return done
+    console = Console()
+    for request in found:
+        verdict = (request.after or {})["verdict"]
+        console.print(cell(f"{request.name}: {verdict['word'].upper()}. {' '.join(verdict['why'])}"))
+    failed = [request for request in found if request.state in MISSED]
+    if failed:
+        raise UserError(
+            f"{', '.join(f'{r.name} {r.state.upper()}' for r in failed)}: nothing of it was put in force. Change the "
+            "settings (more epochs or a higher rate for NOT FORGOTTEN, a lower rate for COLLAPSED) in a new project's "
+            "--recipe, or try again: alter request run --again"
+        )
+    _say("The requests are in force.", "alter request verify --head HEAD, now and later", store)
+    return found
 
 
 class Verify(Database):
-    """Check that nothing was altered and that what was forgotten still is."""
+    """Check that nothing was altered, and that nothing has come back since it was measured."""
 
     chain_only: bool = False
     """Check history and adapter alone, without loading the model."""
+    head: str | None = None
+    """Head of the history as it was written down elsewhere, or its beginning: shows a history cut or written anew."""
 
 
 def verify(settings: Verify) -> dict[str, Any]:
@@ -300,32 +349,49 @@ def verify(settings: Verify) -> dict[str, Any]:
         UserError: something is wrong; all of it is said.
     """
     store, project = settings.open()
+    if settings.head is not None and not re.fullmatch(r"[0-9a-f]{12,64}", settings.head):
+        raise UserError(f"--head is {settings.head!r}; expected 12 to 64 digits 0-9, a-f, as the commands print it.")
+    heads = [] if settings.head is None else [settings.head]
     with store.lease(settings.who):
+        # what was altered must not be taken for what a kill left
+        wrong = store.check_chain(heads)
+        if wrong:
+            raise UserError("Not as it should be: " + " ".join(wrong))
         work.recover(store, project)
-        found, wrong, unchecked = work.verify(store, project, behaviour=not settings.chain_only)
+        found, wrong, unchecked = work.verify(store, project, behaviour=not settings.chain_only, heads=heads)
     console = Console()
-    table = Table(title="Still forgotten?")
-    for column in ("request", "ROUGE-L when done", "now", "probability when done", "now"):
-        table.add_column(column, justify="left" if column == "request" else "right")
-    for request in store.requests("done"):
+    table = Table(title="Unchanged since it was measured?")
+    for column in ("request", "measured", "said", "now", "probability", "now"):
+        table.add_column(column, justify="left" if column in ("request", "measured") else "right", overflow="fold")
+    for request in store.requests(*IN_FORCE):
         if request.name in found:
-            now = found[request.name]
-            table.add_row(
+            now, then = found[request.name], request.after or {}
+            row = (
                 f"{request.name} {request.subject}",
-                _figure(request.after, "rouge"),
-                _figure(now, "rouge"),
-                _figure(request.after, "probability"),
+                str(then.get("measured", ""))[:10],
+                _counted(then, "said"),
+                _counted(now, "said"),
+                _figure(then, "probability"),
                 _figure(now, "probability"),
             )
+            table.add_row(*map(cell, row))
     if table.rows:
         console.print(table)
         console.print(f"Utility kept: {found['utility']['share']:.4f} of the untouched model.", highlight=False)
     for sentence in unchecked:
-        console.print(f"Not checked: {sentence}", highlight=False, markup=False)
+        console.print(cell(f"Not checked: {sentence}"))
     store.note(None, "verified", {"wrong": wrong, "unchecked": unchecked, "measured": found}, settings.who)
     if wrong:
         raise UserError("Not as it should be: " + " ".join(wrong))
-    console.print(f"All is as it should be. Head of the history: {store.head()}", highlight=False)
+    console.print(
+        cell(
+            "Unchanged: history and adapter are as they were recorded"
+            + (", and nothing measured has come back since." if found else ".")
+            + " Whether a request was forgotten then is in its evidence (alter request show ID). "
+            + BASE
+        )
+    )
+    console.print(cell(f"Head of the history: {store.head()}"))
     return found
 
 
@@ -347,12 +413,44 @@ def revoke(settings: Revoke) -> Request:
     with store.lease(settings.who):
         work.recover(store, project)
         request = store.get(number)
-        if request.state in ("received", "failed"):
+        if request.state in ("received", *MISSED):
             request = store.move([number], "withdrawn", who=settings.who)[0]
         else:
             request = work.revoke(store, project, request, settings.who)
-    Console().print(f"{request.name} is {request.state}.", highlight=False)
+    # another request's tokens may have gone by the expert that is empty now
+    then = "alter request verify, whether the others still hold; " if request.state == "revoked" else ""
+    _say(
+        f"{request.name} is {request.state}.", f"{then}alter request purge {request.name}, if its data must go", store
+    )
     return request
+
+
+class Purge(Database):
+    """Remove what is kept of a request's subject and rows; list what was removed and what cannot be reached."""
+
+    id: tyro.conf.Positional[str]
+    """Its id, R-0007 or 7."""
+
+
+def purge(settings: Purge) -> tuple[list[str], list[str]]:
+    """Run `alter request purge`.
+
+    Raises:
+        UserError: there is no such request, or it has yet to be run.
+    """
+    store, project = settings.open()
+    number = parse_id(settings.id)
+    with store.lease(settings.who):
+        work.recover(store, project)
+        request = store.get(number)
+        removed, left = work.purge(store, project, request, settings.who)
+    console = Console()
+    for title, lines in (("Removed:", removed), ("Out of reach, or kept as evidence:", left)):
+        console.print(cell(title, "bold"))
+        for line in lines or ["nothing"]:
+            console.print(cell(f"  {line}"))
+    console.print(cell(f"Head of the history: {store.head()}"))
+    return removed, left
 
 
 class Export(Database):

@@ -1,7 +1,9 @@
 """The database of erasure requests: states that move along allowed edges, and a history that nobody can rewrite unseen.
 
 Every change of a request is one transaction that also appends to the history. Each entry of the history holds the hash
-of the one before it, so an entry that is altered, removed or inserted breaks the chain, which `check_chain` finds.
+of the one before it, so an entry that is altered, removed or inserted breaks the chain; and each entry about a request
+holds the hash of all its columns, evidence included, so that these cannot be altered either. `check_chain` finds both. A
+chain that was computed anew as a whole, or cut at its end, shows only beside a head that was written down elsewhere.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,19 +27,31 @@ import sqlalchemy as sql
 from sqlalchemy import event
 
 from alter.core.errors import UserError, nearest
+from alter.core.files import to_json
 
-SCHEMA = 1
-"""Version of the tables; a database of a newer one is refused."""
+SCHEMA = 2
+"""Version of the tables; a database of another one is refused."""
 
 EDGES: dict[str, tuple[str, ...]] = {
     "received": ("running", "withdrawn"),
-    "running": ("done", "failed", "received"),
+    "running": ("trained", "failed", "received"),
+    "trained": ("forgotten", "unproven", "not forgotten", "collapsed", "failed", "received"),
     "failed": ("running", "withdrawn"),
-    "done": ("revoked",),
+    "not forgotten": ("running", "withdrawn"),
+    "collapsed": ("running", "withdrawn"),
+    "forgotten": ("revoked",),
+    "unproven": ("revoked",),
     "revoked": (),
     "withdrawn": (),
 }
-"""Where a request may go from each state. `running` to `received` is a run that was cut off before it took effect."""
+"""Where a request may go from each state. `trained` has an adapter that was not measured yet; from there it goes to what
+`alter.evaluation.verdict` says. Back to `received`: a run that was cut off before it took effect."""
+
+IN_FORCE = ("forgotten", "unproven")
+"""States in which the adapter in force holds a request."""
+
+MISSED = ("failed", "not forgotten", "collapsed")
+"""States from which a request may be tried again."""
 
 LEASE_SECONDS = 120
 """A run on another machine that has not shown a sign of life for so long is taken for dead."""
@@ -61,6 +77,7 @@ _REQUESTS = sql.Table(
     sql.Column("run", sql.JSON),
     sql.Column("before", sql.JSON),
     sql.Column("after", sql.JSON),
+    sql.Column("salt", sql.String(32), nullable=False),
 )
 _HISTORY = sql.Table(
     "alter_history",
@@ -111,9 +128,10 @@ class Request:
         data: location of the rows to forget.
         data_hash: SHA-256 of their content; `row_hashes` of each row's, `rows` their number.
         text: the rows themselves, only if that was asked for.
-        expert: the forget expert that holds the erasure, from `done` on.
-        run: record of the run (settings, versions, times, adapter version), from `done` on.
-        before, after: evidence, as lists of measurements; see `alter.requests.work`.
+        expert: the forget expert that holds the erasure, in the states of `IN_FORCE` and once revoked.
+        run: record of the run (settings, versions, times, adapter version), from `trained` on.
+        before, after: evidence; see `alter.requests.work`.
+        salt: random; without it the hash of the columns, which stays in the history, says nothing of the subject.
     """
 
     id: int
@@ -130,6 +148,7 @@ class Request:
     run: dict[str, Any] | None
     before: dict[str, Any] | None
     after: dict[str, Any] | None
+    salt: str
 
     @property
     def name(self) -> str:
@@ -164,6 +183,12 @@ def default_who() -> str:
 def _entry_hash(number: int, request: int | None, at: str, who: str, what: str, details: str, previous: str) -> str:
     content = json.dumps([number, request, at, who, what, details, previous], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def record_hash(columns: Mapping[str, Any]) -> str:
+    """SHA-256 of all columns of a request."""
+    content = {name: columns[name] for name in sorted(column.name for column in _REQUESTS.columns)}
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
 
 def parse_id(text: str) -> int:
@@ -215,7 +240,7 @@ class Store:
         store = cls(_engine(url, create=True), url)
         with _said(url), store._write(lock=False) as connection:
             if sql.inspect(connection).has_table("alter_meta"):
-                raise UserError(f"{_shown(url)} holds requests already; give another --db, or use it as it is.")
+                raise UserError(f"{shown(url)} holds requests already; give another --db, or use it as it is.")
             _TABLES.create_all(connection)
             for statement in _APPEND_ONLY.get(store.engine.dialect.name, []):
                 connection.execute(sql.text(statement))
@@ -234,11 +259,17 @@ class Store:
         store = cls(_engine(url, create=False), url)
         with _said(url), store.engine.connect() as connection:
             if not sql.inspect(connection).has_table("alter_meta"):
-                raise UserError(f"{_shown(url)} holds no erasure requests; make them with `alter request init`.")
+                raise UserError(f"{shown(url)} holds no erasure requests; make them with `alter request init`.")
             found = connection.execute(sql.select(_META.c.value).where(_META.c.key == "schema")).scalar_one()
+        if int(found) < SCHEMA:
+            raise UserError(
+                f"{shown(url)} was written by an older version of alter (tables {found}, this one knows {SCHEMA}), whose "
+                "history covers states alone and says 'done' of what was not measured: make a new one with `alter request "
+                "init` and add its requests again."
+            )
         if int(found) > SCHEMA:
             raise UserError(
-                f"{_shown(url)} was written by a newer version of alter (tables {found}, this one knows {SCHEMA}): "
+                f"{shown(url)} was written by a newer version of alter (tables {found}, this one knows {SCHEMA}): "
                 'update it with `pip install --upgrade "alter-unlearning"`.'
             )
         return store
@@ -290,8 +321,10 @@ class Store:
         """
         with _said(self.url), self.engine.connect() as connection:
             rows = connection.execute(sql.select(_HISTORY).order_by(_HISTORY.c.number)).mappings().all()
-            states = dict(connection.execute(sql.select(_REQUESTS.c.id, _REQUESTS.c.state)).tuples().all())
-        wrong, previous, last_state = [], "", {}
+            records = {row["id"]: dict(row) for row in connection.execute(sql.select(_REQUESTS)).mappings()}
+            meta = dict(connection.execute(sql.select(_META.c.key, _META.c.value)).tuples().all())
+        wrong, previous = [], ""
+        last: dict[int, str] = {}
         for expected, row in enumerate(rows, start=1):
             content = {key: row[key] for key in ("number", "request", "at", "who", "what", "details", "previous")}
             if row["number"] != expected:
@@ -301,21 +334,30 @@ class Store:
                 wrong.append(f"Entry {expected} of the history ({row['what']}, {row['at']}) was altered.")
                 break
             previous = row["hash"]
-            if "to" in json.loads(row["details"]):
-                last_state[row["request"]] = json.loads(row["details"])["to"]
+            if row["request"] is not None:
+                last[row["request"]] = json.loads(row["details"])["record"]
         else:
             known = {row["hash"] for row in rows}
-            missing = [head for head in heads if head not in known]
+            missing = [head for head in heads if not any(each.startswith(head) for each in known)]
             if missing:
-                wrong.append(f"The end of the history is missing: it once went on to {missing[0][:12]}.")
-        if not wrong:
-            wrong += [
-                f"R-{number:04d} is in state {state!r}, its history says {last_state.get(number)!r}."
-                for number, state in states.items()
-                if last_state.get(number) != state
-            ]
-            wrong += [f"R-{number:04d} was removed." for number in last_state if number not in states]
-        return wrong
+                wrong.append(
+                    f"The history was cut or written anew: it once had the head {missing[0][:12]}, which it has no more."
+                )
+        if wrong:
+            return wrong
+        if not rows:
+            return ["The history is gone."]
+        if json.loads(rows[0]["details"]).get("project") != json.loads(meta.get("project", "null")):
+            wrong.append("What all requests share (model, retain set, recipe, folder) is not what it was made with.")
+        for number, record in records.items():
+            if number not in last:
+                wrong.append(f"R-{number:04d} is not in the history.")
+            elif last[number] != record_hash(record):
+                wrong.append(
+                    f"R-{number:04d} (state {record['state']!r}) was altered: state, dates, subject, data, run or evidence "
+                    "are not those of its history."
+                )
+        return wrong + [f"R-{number:04d} was removed." for number in last if number not in records]
 
     # Writing
 
@@ -358,6 +400,7 @@ class Store:
                 "row_hashes": list(row_hashes),
                 "rows": len(row_hashes),
                 "text": text,
+                "salt": secrets.token_hex(16),
             }
             inserted = connection.execute(sql.insert(_REQUESTS).values(**values)).inserted_primary_key
             assert inserted is not None
@@ -394,7 +437,8 @@ class Store:
             for number in numbers:
                 request = _get(connection, number)
                 self.check_edge(request, to)
-                own = dict((values or {}).get(number, {}))
+                # as JSON will give it back, or its hash would be another's
+                own = json.loads(to_json(dict((values or {}).get(number, {}))))
                 connection.execute(sql.update(_REQUESTS).where(_REQUESTS.c.id == number).values(state=to, **own))
                 entry = {"from": request.state, "to": to, **(details or {})}
                 _append(connection, number, who or self.who, what or to, entry)
@@ -408,9 +452,31 @@ class Store:
     def note(self, number: int | None, what: str, details: Mapping[str, Any], who: str | None = None) -> None:
         """Append to the history something that changes no state: a check, a measurement, an export."""
         with _said(self.url), self._write() as connection:
-            if number is not None:
-                _get(connection, number)
             _append(connection, number, who or self.who, what, dict(details))
+
+    def forget(self, number: int, who: str | None = None) -> list[str]:
+        """Take what the database holds of a request's subject and rows out of it; returns what that was.
+
+        Subject, text, location and the rows' hashes go; state, dates, the hash of the data and the evidence stay. The
+        pages that held them are written over.
+
+        Raises:
+            UserError: there is no such request.
+        """
+        with _said(self.url), self._write() as connection:
+            request = _get(connection, number)
+            there = {"subject": request.subject, "text": request.text, "location": request.data}
+            gone = [name for name, value in there.items() if value] + (["row hashes"] if request.row_hashes else [])
+            empty: dict[str, Any] = {"subject": "", "text": None, "data": "", "row_hashes": []}
+            connection.execute(
+                sql.update(_REQUESTS).where(_REQUESTS.c.id == number).values(**empty, salt=secrets.token_hex(16))
+            )
+            _append(connection, number, who or self.who, "purged", {"gone": gone})
+        if self.engine.dialect.name == "sqlite":
+            with _said(self.url), self.engine.connect() as connection:
+                for statement in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                    connection.exec_driver_sql(statement)
+        return gone
 
     @contextmanager
     def _write(self, lock: bool = True) -> Iterator[sql.Connection]:
@@ -514,6 +580,10 @@ def _last(connection: sql.Connection) -> tuple[int, str]:
 
 def _append(connection: sql.Connection, request: int | None, who: str, what: str, details: Mapping[str, Any]) -> None:
     number, previous = _last(connection)
+    if request is not None:
+        _get(connection, request)
+        columns = connection.execute(sql.select(_REQUESTS).where(_REQUESTS.c.id == request)).mappings().one()
+        details = {**details, "record": record_hash(dict(columns))}
     content: dict[str, Any] = {
         "number": number + 1,
         "request": request,
@@ -526,9 +596,14 @@ def _append(connection: sql.Connection, request: int | None, who: str, what: str
     connection.execute(sql.insert(_HISTORY).values(**content, hash=_entry_hash(**content)))
 
 
-def _shown(url: str) -> str:
-    """The URL without its password."""
-    return sql.make_url(url).render_as_string(hide_password=True)
+def shown(url: str) -> str:
+    """The URL without passwords, neither in its place nor among the options."""
+    try:
+        parsed = sql.make_url(url)
+    except sql.exc.ArgumentError:
+        return re.sub(r"//.*@", "//***@", url)
+    secret = [name for name in parsed.query if re.search(r"pass|secret|token|key", name, re.IGNORECASE)]
+    return parsed.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
 
 
 @contextmanager
@@ -540,7 +615,7 @@ def _said(url: str) -> Iterator[None]:
         reason = " ".join(str(error.orig).split())
         if "append-only" in reason:
             raise
-        raise UserError(f"{_shown(url)} cannot be used as a database of requests: {reason}.") from error
+        raise UserError(f"{shown(url)} cannot be used as a database of requests: {reason}.") from None
 
 
 def _engine(url: str, *, create: bool) -> sql.Engine:
@@ -556,7 +631,9 @@ def _engine(url: str, *, create: bool) -> sql.Engine:
             if not file or file == ":memory:":
                 raise UserError(f"--db is {url!r}: a database in memory is gone when the command ends; name a file.")
             if create:
-                Path(file).expanduser().resolve().parent.mkdir(parents=True, exist_ok=True)
+                Path(file).expanduser().resolve().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                # whom it is about is nobody else's business; SQLite gives its log the mode of the file
+                Path(file).touch(mode=0o600)
             elif not Path(file).is_file():
                 raise UserError(f"No database at {file}: make it with `alter request init`, or give its --db.")
             engine = sql.create_engine(parsed, connect_args={"timeout": 60}, isolation_level="AUTOCOMMIT")
@@ -567,16 +644,16 @@ def _engine(url: str, *, create: bool) -> sql.Engine:
             parsed = parsed.set(drivername="postgresql+psycopg")
         return sql.create_engine(parsed, pool_pre_ping=True)
     except (sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
-        raise UserError(f"--db is {_shown(url)!r}: {error}. Install the driver of this database.") from None
+        raise UserError(f"--db is {shown(url)!r}: {error}. Install the driver of this database.") from None
     except sql.exc.ArgumentError:
         raise UserError(
-            f"--db is {url!r}, which is no database URL; expected for example sqlite:///requests.db or "
+            f"--db is {shown(url)!r}, which is no database URL; expected for example sqlite:///requests.db or "
             "postgresql://user@host/name."
         ) from None
 
 
 def _durable(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

@@ -1,8 +1,11 @@
 """What is done with erasure requests: run them, check that they hold, take one back, hand the result out.
 
-A project's folder holds one adapter per version (`adapters/0003/`) and a link `adapter` to the one in force. A version is
-written whole, with a manifest of which expert serves which request, before the link moves to it in one step: that is when
-a run takes effect. Whatever is killed before has not happened, whatever is killed after is finished by the next command.
+A project's folder holds one adapter per version (`adapters/0003/`) and a link `adapter` to the one in force. What a run
+trained is loaded, found finite and measured first; only requests that were not found NOT FORGOTTEN or COLLAPSED take
+effect. A version is written whole, with a manifest of which expert serves which request, before the link moves to it in
+one step: that is when a run takes effect. Whatever is killed before has not happened, whatever is killed after is finished
+by the next command. Rows, checkpoints and untaken adapters of a run are removed on every path; after a kill by the next
+command. Folders and files are for their owner alone.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +26,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save
 
-from alter import metrics
 from alter.core.errors import UserError
-from alter.core.files import digest, to_json, write_atomic
+from alter.core.files import digest, folder_digest, to_json, write_atomic
 from alter.core.provenance import provenance
-from alter.data.encoding import encode, encode_all, encode_prompt
 from alter.data.examples import Example, check_overlap, load_examples
-from alter.models.generation import generate
+from alter.evaluation import rows as own_rows
+from alter.evaluation.verdict import SLACK, Measures, Verdict, judge
 from alter.models.loading import load_model
-from alter.models.scoring import score
-from alter.requests.store import Request, Store
+from alter.requests.store import IN_FORCE, Request, Store, now
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-
-ROUGE_SLACK = 0.05
-"""How far above its reference a request's ROUGE-L recall may lie and still count as forgotten."""
 
 UTILITY_SHARE = 0.97
 """Share of the untouched model's utility that must be left."""
@@ -62,7 +60,7 @@ class Project(BaseModel):
     retrained: str | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
     retain_rows: int = 200
-    answers: int = 20
+    answers: int = 100
 
     @property
     def root(self) -> Path:
@@ -148,44 +146,10 @@ def check_unseen(holdout: Sequence[Example], retain: Sequence[Example]) -> None:
 
 def measure(
     model: Any, tokenizer: Any, examples: Sequence[Example], *, answers: int, seed: int = 0
-) -> dict[str, float | int | None]:
-    """What a model knows of some rows: one forward per row, and replies to a sample of the questions.
-
-    Args:
-        model, tokenizer: as in `alter.models.scoring.score`.
-        examples: the rows.
-        answers: number of rows that are also answered greedily, drawn by `seed`; 0 measures likelihoods alone.
-
-    Returns:
-        `probability` (length-normalised, mean over rows), `exact_memorization` (share of answer tokens that are the
-        likeliest), `rouge` (ROUGE-L recall of the replies, None without any), `n` and `n_answers`.
-    """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    encoded, _ = encode_all(tokenizer, examples, max_length=limit)
-    scores = score(model, encoded, pad_token_id=tokenizer.pad_token_id, label="requests: scoring")
-    memorised = metrics.exact_memorization(scores.correct)
-    result: dict[str, float | int | None] = {
-        "probability": float(metrics.probability(metrics.average_loss(scores.logprob)).mean()),
-        "exact_memorization": float(np.nanmean(memorised)) if not np.isnan(memorised).all() else None,
-        "rouge": None,
-        "n": len(examples),
-        "n_answers": 0,
-    }
-    asked = [example for example in examples if example.prompt]
-    if answers and asked:
-        chosen = np.random.default_rng(seed).permutation(len(asked))[:answers]
-        sample = [asked[i] for i in sorted(chosen.tolist())]
-        longest = max(len(encode(tokenizer, example).input_ids) for example in sample)
-        replies = generate(
-            model,
-            tokenizer,
-            [encode_prompt(tokenizer, example) for example in sample],
-            max_new_tokens=min(200, longest),
-            label="requests: answering",
-        )
-        result["rouge"] = float(metrics.rouge_l([example.answer for example in sample], replies).recall.mean())
-        result["n_answers"] = len(sample)
-    return result
+) -> tuple[Measures, dict[str, Any]]:
+    """What a model knows of some rows, and the same as figures; see `alter.evaluation.rows.measure`."""
+    found = own_rows.measure(model, tokenizer, examples, answers=answers, seed=seed, label="requests")
+    return found.measures, found.summary()
 
 
 def retain_sample(project: Project) -> list[Example]:
@@ -195,11 +159,11 @@ def retain_sample(project: Project) -> list[Example]:
     return [rows[i] for i in sorted(chosen.tolist())]
 
 
-def utility(model: Any, tokenizer: Any, project: Project) -> dict[str, Any]:
+def utility(model: Any, tokenizer: Any, project: Project) -> tuple[Measures, dict[str, Any]]:
     """Behaviour on the retain sample, with the mean of probability and ROUGE-L as `utility`."""
-    found = measure(model, tokenizer, retain_sample(project), answers=2 * project.answers)
+    measures, found = measure(model, tokenizer, retain_sample(project), answers=project.answers)
     parts = [float(value) for value in (found["probability"], found["rouge"]) if value is not None]
-    return {**found, "utility": float(np.mean(parts))}
+    return measures, {**found, "utility": float(np.mean(parts))}
 
 
 def _unaltered(model: Any) -> Any:
@@ -209,27 +173,17 @@ def _unaltered(model: Any) -> Any:
 
 def baselines(
     project: Project, model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]]
-) -> dict[str, Any]:
-    """The honest zero of each request: the retrained model's ROUGE-L on its rows, or the base's on the holdout."""
+) -> dict[str, tuple[Measures, dict[str, Any]]]:
+    """What not knowing looks like for each request: the retrained model on its rows, or the base on the holdout."""
     if project.retrained is not None:
         other, own = load_model(project.retrained)
-        return {
-            name: {"by": "retrained", **measure(other, own, rows, answers=project.answers)}
-            for name, rows in examples.items()
-        }
+        measured = {name: measure(other, own, rows, answers=project.answers) for name, rows in examples.items()}
+        return {name: (found, {"by": "retrained model", **figures}) for name, (found, figures) in measured.items()}
     if project.holdout is not None:
         with _unaltered(model):
-            found = measure(model, tokenizer, load_examples(project.holdout), answers=2 * project.answers)
-        return {name: {"by": "holdout", **found} for name in examples}
+            found, figures = measure(model, tokenizer, load_examples(project.holdout), answers=project.answers)
+        return dict.fromkeys(examples, (found, {"by": "holdout", **figures}))
     return {}
-
-
-def verdict(after: Mapping[str, Any]) -> bool | None:
-    """Whether a request counts as forgotten; None where there is no reference to say so."""
-    reference = after.get("reference")
-    if not reference or reference.get("rouge") is None or after.get("rouge") is None:
-        return None
-    return bool(after["rouge"] <= reference["rouge"] + ROUGE_SLACK)
 
 
 # Versions of the adapter ----------------------------------------------------------------------------------------------
@@ -251,17 +205,20 @@ def put_in_force(project: Project, source: Path, entry: Mapping[str, Any]) -> Pa
         entry: the manifest of the new version.
     """
     versions = project.root / "adapters"
-    versions.mkdir(parents=True, exist_ok=True)
+    versions.mkdir(mode=0o700, parents=True, exist_ok=True)
     final = versions / f"{entry['version']:04d}"
     partial = versions / f".{final.name}.partial"
     for left_over in (partial, final):
         # a version that the link never reached was not in force
         shutil.rmtree(left_over, ignore_errors=True)
     shutil.copytree(source, partial, symlinks=False)
+    partial.chmod(0o700)
     write_atomic(partial / "requests.json", to_json(dict(entry)))
     for path in partial.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        if path.is_file():
+            path.chmod(0o600)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     os.replace(partial, final)
     link = project.root / ".adapter.link"
     link.unlink(missing_ok=True)
@@ -298,18 +255,66 @@ def clear_columns(adapter: Path, expert: int) -> bytes:
 # The work -------------------------------------------------------------------------------------------------------------
 
 
-def recover(store: Store, project: Project) -> None:
-    """Finish what a killed process left: effects that the link shows become true in the database, the rest is undone."""
+@contextmanager
+def private() -> Iterator[None]:
+    """Whatever is written inside the block is for its owner alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def sweep(project: Project, keep: str | None = None) -> list[str]:
+    """Remove rows, checkpoints and untaken adapters that runs left behind; returns what was removed.
+
+    Args:
+        keep: key of a run whose folder is to stay.
+    """
+    removed = []
+    left = [*(project.root / "runs").glob("*"), *(project.root / "runs").glob(".*"), project.root / ".revoked"]
+    left += (project.root / "adapters").glob(".*.partial")
+    for path in left:
+        if path.name == keep or not path.exists():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        removed.append(str(path))
+    return removed
+
+
+def recover(store: Store, project: Project, *, resume: bool = False) -> None:
+    """Finish what a killed process left: effects that the link shows become true in the database, the rest is undone.
+
+    What was trained but not measured is measured now. Everything else of a run that was cut off is removed; with
+    `resume` the folders that a new run of the same requests would go on from stay.
+    """
     inside = manifest(project)
     experts = {name: int(expert) for expert, name in inside["experts"].items()}
-    for request in store.requests("running"):
-        if request.name in experts:
-            _finish(store, project, [request], inside, what="recovered")
+    groups: dict[str, list[Request]] = {}
+    for request in store.requests("running", "trained"):
+        key = ((request.run or {}).get("key") or "") if request.state == "trained" else ""
+        if request.name in experts and experts[request.name] not in inside["cleared"]:
+            _conclude(store, project, [request], project.adapter.resolve(), inside["run"], what="recovered")
+        elif key and (project.root / "runs" / key / "adapter").is_dir():
+            groups.setdefault(key, []).append(request)
         else:
             store.move([request.id], "received", what="interrupted")
-    for request in store.requests("done"):
+    for key, members in groups.items():
+        trained = members[0].run or {}
+        _conclude(store, project, members, project.root / "runs" / key / "adapter", trained, what="recovered")
+    for request in store.requests(*IN_FORCE):
         if request.expert in inside["cleared"]:
-            store.move([request.id], "revoked", what="recovered")
+            store.move([request.id], "revoked", what="recovered", details={"adapter": adapter_digest(project)})
+    if not resume:
+        sweep(project)
+
+
+def adapter_digest(project: Project) -> str | None:
+    """Digest of the adapter in force, its manifest included; None where there is none."""
+    return folder_digest(project.adapter.resolve()) if project.adapter.exists() else None
 
 
 def run(store: Store, project: Project, requests: Sequence[Request]) -> list[Request]:
@@ -317,14 +322,14 @@ def run(store: Store, project: Project, requests: Sequence[Request]) -> list[Req
 
     Args:
         store, project: where the requests are; the caller holds the lease.
-        requests: in state received or failed.
+        requests: in state received, or missed before.
 
     Returns:
-        the requests, done, with their evidence.
+        the requests with their evidence, in the state that the verdict gives.
 
     Raises:
-        UserError: nothing to do, data that changed, an overlap with the retain set, or what `unlearn` raises; the
-            requests are then failed, or as they were if nothing had begun.
+        UserError: nothing to do, data that changed, an overlap with the retain set, or what `unlearn` raises, a full
+            disk included; the requests are then failed, or as they were if nothing had begun.
     """
     if not requests:
         raise UserError("Nothing to run: no request is in state received. `alter request list` shows all.")
@@ -336,145 +341,233 @@ def run(store: Store, project: Project, requests: Sequence[Request]) -> list[Req
     numbers = [request.id for request in requests]
     key = digest(numbers, [request.data_hash for request in requests], inside["version"], project.recipe)
     out = project.root / "runs" / key
+    sweep(project, keep=key)
     store.move(numbers, "running", details={"run": key, "after_version": inside["version"]})
+    forget = project.root / "runs" / f"{key}.jsonl"
     try:
-        forget = project.root / "runs" / f"{key}.jsonl"
-        lines = [
-            json.dumps({**example.row, "alter_request": name}, ensure_ascii=False)
-            for name, members in examples.items()
-            for example in members
-        ]
-        write_atomic(forget, "\n".join(lines) + "\n")
-        settings = Unlearn.model_validate(
-            {
-                **project.recipe,
-                "model": project.model,
-                "forget": str(forget),
-                "retain": project.retain,
-                "domain_column": "alter_request",
-                "experts_only": True,
-                "start_from": str(project.adapter) if inside["version"] else None,
-                "out": str(out),
-                "resume": out.is_dir() and any(out.iterdir()),
-            }
-        )
-        unlearn(settings)
+        with private():
+            lines = [
+                json.dumps({**example.row, "alter_request": name}, ensure_ascii=False)
+                for name, members in examples.items()
+                for example in members
+            ]
+            write_atomic(forget, "\n".join(lines) + "\n")
+            settings = Unlearn.model_validate(
+                {
+                    **project.recipe,
+                    "model": project.model,
+                    "forget": str(forget),
+                    "retain": project.retain,
+                    "domain_column": "alter_request",
+                    "experts_only": True,
+                    "start_from": str(project.adapter) if inside["version"] else None,
+                    "out": str(out),
+                    "resume": out.is_dir() and any(out.iterdir()),
+                }
+            )
+            unlearn(settings)
         record = json.loads((out / "run.json").read_text())
-        served = dict(zip(record["experts"], record["domains"], strict=True))
-        entry = {
-            "version": inside["version"] + 1,
-            "experts": {**inside["experts"], **{str(expert): name for expert, name in served.items()}},
-            "cleared": inside["cleared"],
-            "head": store.head(),
-            "run": {
-                "key": key,
-                "seconds": record["seconds"],
-                "router": record["router"],
-                "trained_parameters": record["trained_parameters"],
-                "settings": {name: value for name, value in record["settings"].items() if name not in CUT},
-                "provenance": provenance(),
-            },
+        trained = {
+            "key": key,
+            "seconds": record["seconds"],
+            "router": record["router"],
+            "trained_parameters": record["trained_parameters"],
+            "settings": {name: value for name, value in record["settings"].items() if name not in CUT},
+            "served": dict(zip(map(str, record["experts"]), record["domains"], strict=True)),
+            "provenance": provenance(),
         }
-        put_in_force(project, out / "adapter", entry)
-    except UserError as error:
-        store.move(numbers, "failed", details={"error": str(error)})
+        details = {"run": key, "adapter": folder_digest(out / "adapter")}
+        # recorded before anything depends on it, so that a kill while measuring costs no training
+        found = store.move(numbers, "trained", details=details, values={n: {"run": trained} for n in numbers})
+        return _conclude(store, project, found, out / "adapter", trained, what=None)
+    except OSError as error:
+        reason = f"{error.strerror or type(error).__name__}{f': {error.filename}' if error.filename else ''}"
+        _failed(store, numbers, reason)
+        raise UserError(
+            f"The run failed: {reason}. Nothing was changed; `alter request run --again` tries it."
+        ) from error
+    except Exception as error:
+        _failed(store, numbers, str(error) if isinstance(error, UserError) else type(error).__name__)
         raise
-    done = _finish(store, project, requests, entry, what="done")
-    forget.unlink(missing_ok=True)
-    # what is left of the run holds traces of the forgotten rows
-    shutil.rmtree(out, ignore_errors=True)
-    return done
+    finally:
+        sweep(project)
 
 
-def _finish(
-    store: Store, project: Project, requests: Sequence[Request], inside: Mapping[str, Any], *, what: str
+def _failed(store: Store, numbers: Sequence[int], reason: str) -> None:
+    still = [n for n in numbers if store.get(n).state in ("running", "trained")]
+    store.move(still, "failed", details={"error": reason})
+
+
+def _conclude(
+    store: Store,
+    project: Project,
+    requests: Sequence[Request],
+    candidate: Path,
+    trained: Mapping[str, Any],
+    *,
+    what: str | None,
 ) -> list[Request]:
-    """Measure what a run did, on the new requests and on all earlier ones, and write it down."""
+    """Load and measure what a run made, put in force what was forgotten, and write the evidence down.
+
+    Experts of requests that were not forgotten, or whose model collapsed, are emptied before the link moves; if none is
+    left, nothing is put in force. Requests whose data are gone meanwhile are unproven: evidence missing.
+
+    Args:
+        candidate: folder of the adapter, of the run or in force already.
+        trained: the run's record; `served` says which expert is whose.
+
+    Raises:
+        UserError: the adapter does not load, or its weights are not finite; nothing is put in force.
+    """
     started = time.time()
-    model, tokenizer = load_model(project.model, str(project.adapter))
-    model.eval()
-    examples = {request.name: rows_of(request) for request in requests}
+    inside = manifest(project)
+    in_force = project.adapter.exists() and candidate == project.adapter.resolve()
+    model, tokenizer = load_model(project.model, str(candidate))
+    examples: dict[str, Sequence[Example]] = {}
+    missing: dict[str, str] = {}
+    for request in requests:
+        try:
+            examples[request.name] = rows_of(request)
+        except UserError as error:
+            missing[request.name] = str(error)
     with _unaltered(model):
         before = {name: measure(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()}
-        base_utility = utility(model, tokenizer, project)
+        base, base_utility = utility(model, tokenizer, project)
     own = {name: measure(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()}
-    kept = utility(model, tokenizer, project)
-    references = baselines(project, model, tokenizer, examples)
+    stayed, kept = utility(model, tokenizer, project)
+    references = baselines(project, model, tokenizer, examples) if examples else {}
+    verdicts: dict[str, Verdict] = {
+        name: Verdict("unproven", (f"Evidence missing: {reason}",)) for name, reason in missing.items()
+    }
+    for name in examples:
+        reference = references.get(name)
+        verdicts[name] = judge(
+            before[name][0],
+            own[name][0],
+            reference=None if reference is None else reference[0],
+            by="model that never saw it" if reference is None else str(reference[1]["by"]),
+            kept=(base, stayed),
+        )
     earlier: dict[str, Any] = {}
-    for other in store.requests("done"):
+    for other in store.requests(*IN_FORCE):
         # likelihoods alone: every request is checked every time, and a run's time stays flat
         try:
-            earlier[other.name] = measure(model, tokenizer, rows_of(other), answers=0)
+            earlier[other.name] = measure(model, tokenizer, rows_of(other), answers=0)[1]
         except UserError as error:
             earlier[other.name] = {"not_checked": str(error)}
-    experts = {name: int(expert) for expert, name in inside["experts"].items()}
+    served = {name: int(expert) for expert, name in {**trained["served"], **inside["experts"]}.items()}
+    served |= {name: int(expert) for expert, name in trained["served"].items()}
+    share = kept["utility"] / base_utility["utility"] if base_utility["utility"] else 0.0
+    missed = [request.name for request in requests if verdicts[request.name].word not in IN_FORCE]
+    version = inside["version"]
+    if len(missed) < len(requests) or in_force:
+        entry = {
+            "version": version + 1,
+            "experts": {**inside["experts"], **trained["served"]},
+            "cleared": sorted({*inside["cleared"], *(served[name] for name in missed)}),
+            "head": store.head(),
+            "run": dict(trained),
+        }
+        if missed or not in_force:
+            with private():
+                work = project.root / ".revoked"
+                shutil.rmtree(work, ignore_errors=True)
+                shutil.copytree(candidate, work)
+                for name in missed:
+                    write_atomic(work / "adapter_model.safetensors", clear_columns(work, served[name]))
+                put_in_force(project, work, entry)
+                shutil.rmtree(work)
+            version = entry["version"]
     values: dict[int, dict[str, Any]] = {}
     for request in requests:
-        after = {**own[request.name], "reference": references.get(request.name)}
+        name = request.name
+        reference = references.get(name)
         values[request.id] = {
-            "expert": experts[request.name],
-            "before": {**before[request.name], "utility": base_utility},
+            "expert": None if name in missed else served[name],
+            "before": {**before[name][1], "utility": base_utility} if name in before else None,
             "after": {
-                **after,
-                "forgotten": verdict(after),
+                **(own[name][1] if name in own else {}),
+                "reference": None if reference is None else reference[1],
+                "verdict": verdicts[name].to_dict(),
                 "utility": kept,
-                "utility_share": kept["utility"] / base_utility["utility"],
+                "utility_share": share,
                 "earlier": earlier,
+                "measured": now(),
             },
-            "run": {
-                **inside["run"],
-                "version": inside["version"],
-                "evidence_seconds": round(time.time() - started, 2),
-            },
+            "run": {**trained, "version": version, "evidence_seconds": round(time.time() - started, 2)},
         }
-    details = {"version": inside["version"], "utility_share": kept["utility"] / base_utility["utility"]}
-    return store.move([request.id for request in requests], "done", what=what, details=details, values=values)
+    done = []
+    for request in requests:
+        found = verdicts[request.name]
+        details = {
+            "version": version,
+            "verdict": found.word,
+            "why": " ".join(found.why),
+            "utility_share": share,
+            "adapter": adapter_digest(project),
+        }
+        done += store.move([request.id], found.word, what=what, details=details, values=values)
+    return done
 
 
 def revoke(store: Store, project: Project, request: Request, who: str | None = None) -> Request:
     """Take one request back: its expert becomes zero, so the model answers as the base does; other routes stay bit-exact.
 
     Raises:
-        UserError: the request is not done.
+        UserError: the adapter in force does not hold the request.
     """
-    if request.state != "done":
+    if request.state not in IN_FORCE:
         return store.move([request.id], "revoked", who=who)[0]
     assert request.expert is not None
     inside = manifest(project)
     work = project.root / ".revoked"
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(project.adapter.resolve(), work)
-    write_atomic(work / "adapter_model.safetensors", clear_columns(work, request.expert))
     entry = {
         **inside,
         "version": inside["version"] + 1,
         "cleared": sorted({*inside["cleared"], request.expert}),
         "head": store.head(),
     }
-    put_in_force(project, work, entry)
-    shutil.rmtree(work)
-    details = {"version": entry["version"], "expert": request.expert}
+    with private():
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(project.adapter.resolve(), work)
+        write_atomic(work / "adapter_model.safetensors", clear_columns(work, request.expert))
+        put_in_force(project, work, entry)
+        shutil.rmtree(work)
+    details = {"version": entry["version"], "expert": request.expert, "adapter": adapter_digest(project)}
     return store.move([request.id], "revoked", who=who, details=details)[0]
 
 
-def verify(store: Store, project: Project, *, behaviour: bool = True) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Check the history, the adapter in force and, with `behaviour`, that every request is still forgotten.
+def verify(
+    store: Store, project: Project, *, behaviour: bool = True, heads: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Check the history, the adapter in force and, with `behaviour`, that nothing of its requests has come back.
+
+    It compares with what was measured when a request took effect, and says no more than that: whether it was forgotten
+    then is in the request's own evidence.
+
+    Args:
+        heads: heads of the history that were written down elsewhere.
 
     Returns:
         what was measured, by request and for `utility`; what is wrong, in sentences, nothing if all is well; and what
         could not be checked, such as requests whose data have been deleted since.
     """
-    heads = [
-        json.loads(path.read_text())["head"]
-        for path in sorted((project.root / "adapters").glob("[0-9]*/requests.json"))
-    ]
-    wrong = store.check_chain(heads)
+    versions = sorted((project.root / "adapters").glob("[0-9]*/requests.json"))
+    wrong = store.check_chain([*heads, *(json.loads(path.read_text())["head"] for path in versions)])
     inside = manifest(project)
-    done = store.requests("done")
-    for request in done:
+    noted = [
+        entry.details["adapter"]
+        for entry in store.history()
+        # an adapter that was trained is not in force yet
+        if entry.details.get("adapter") is not None and entry.details.get("to") != "trained"
+    ]
+    if adapter_digest(project) != (noted[-1] if noted else None):
+        wrong.append("The adapter in force is not the one that the history names: its weights or files were changed.")
+    held = store.requests(*IN_FORCE)
+    for request in held:
         if inside["experts"].get(str(request.expert)) != request.name or request.expert in inside["cleared"]:
             wrong.append(
-                f"{request.name} is done, but the adapter in force does not hold it (expert {request.expert})."
+                f"{request.name} is {request.state}, but the adapter in force does not hold it (expert {request.expert})."
             )
     for request in store.requests("revoked"):
         if request.expert is not None and request.expert not in inside["cleared"]:
@@ -484,36 +577,83 @@ def verify(store: Store, project: Project, *, behaviour: bool = True) -> tuple[d
     if not behaviour or not inside["version"]:
         return found, wrong, unchecked
     model, tokenizer = load_model(project.model, str(project.adapter))
-    for request in done:
+    for request in held:
         try:
             rows = rows_of(request)
         except UserError as error:
-            unchecked.append(f"{request.name} was not measured. {error}")
+            unchecked.append(f"Evidence missing: {request.name} was not measured. {error}")
             continue
-        now = measure(model, tokenizer, rows, answers=project.answers)
-        assert request.after is not None
-        found[request.name] = now
-        then = request.after
-        bound = max(
-            value for value in (then["rouge"], (then["reference"] or {}).get("rouge"), 0.0) if value is not None
-        )
-        if now["rouge"] is not None and now["rouge"] > bound + ROUGE_SLACK:
+        then = request.after or {}
+        if then.get("probability") is None:
+            unchecked.append(f"{request.name} has no earlier figures to compare with: evidence missing.")
+            continue
+        measures, now_ = measure(model, tokenizer, rows, answers=project.answers)
+        found[request.name] = now_
+        since = str(then.get("measured", ""))[:10]
+        # never against a reference, which may know the rows: only against what was measured then
+        for name, what in (("rouge", "ROUGE-L"), ("probability", "probability")):
+            if now_[name] is not None and then[name] is not None and not now_[name] <= then[name] + SLACK:
+                wrong.append(
+                    f"{request.name} has come back: {what} {now_[name]:.3f}, it was {then[name]:.3f} on {since}."
+                )
+        if measures.given > then["said"] + SLACK * max(measures.asked, 1):
             wrong.append(
-                f"{request.name} has come back: ROUGE-L {now['rouge']:.3f}, it was {then['rouge']:.3f} when it was done."
+                f"{request.name} has come back: {measures.given} of {measures.asked} replies give the answer, "
+                f"{then['said']} did on {since}."
             )
-        if now["rouge"] is None and now["probability"] > max(2 * then["probability"], 0.05):
-            wrong.append(
-                f"{request.name} has come back: probability {now['probability']:.3f}, it was {then['probability']:.3f}."
-            )
-    kept = utility(model, tokenizer, project)
+    _, kept = utility(model, tokenizer, project)
     with _unaltered(model):
-        base = utility(model, tokenizer, project)
-    found["utility"] = {**kept, "share": kept["utility"] / base["utility"]}
-    if kept["utility"] < UTILITY_SHARE * base["utility"]:
-        wrong.append(
-            f"Utility is {kept['utility'] / base['utility']:.3f} of the untouched model's, below {UTILITY_SHARE}."
-        )
+        _, base = utility(model, tokenizer, project)
+    share = kept["utility"] / base["utility"] if base["utility"] else 0.0
+    found["utility"] = {**kept, "share": share}
+    if not share >= UTILITY_SHARE:
+        wrong.append(f"Utility is {share:.3f} of the untouched model's, below {UTILITY_SHARE}.")
     return found, wrong, unchecked
+
+
+def purge(store: Store, project: Project, request: Request, who: str | None = None) -> tuple[list[str], list[str]]:
+    """Remove what is kept of a request's subject and rows: from the database, and from the project's folder.
+
+    Returns:
+        what was removed, and what cannot be reached from here, in sentences.
+
+    Raises:
+        UserError: the request has yet to be run, and needs its rows.
+    """
+    if request.state not in (*IN_FORCE, "revoked", "withdrawn"):
+        raise UserError(
+            f"{request.name} is {request.state}: its rows are needed to run it. Withdraw it first (`alter request revoke "
+            f"{request.name}`), or run it."
+        )
+    removed = [f"{path} (left by a run)" for path in sweep(project)]
+    current = f"{manifest(project)['version']:04d}"
+    for folder in sorted((project.root / "adapters").glob("[0-9]*")):
+        if folder.name != current:
+            shutil.rmtree(folder)
+            removed.append(f"{folder} (an adapter that is in force no more)")
+    location = request.data
+    removed += [f"{name} of {request.name} in the database" for name in store.forget(request.id, who)]
+    left = [f"The base model {project.model} still knows what it knew: the adapter only keeps it from saying so."]
+    if location and Path(location).exists():
+        left.append(f"The rows themselves at {location}: delete them if they must go.")
+    elif location:
+        left.append(f"Wherever {location} is kept or copied.")
+    if request.expert is not None:
+        left.append(
+            f"The adapter's router still knows which texts are the request's (expert {request.expert}), also in exports."
+        )
+    left += [
+        f"The export at {entry.details['out']} ({entry.at[:10]})."
+        for entry in store.history()
+        if entry.what == "exported"
+    ]
+    left.append("The history, which cannot be rewritten: dates, who did what, a salted hash, the hash of the data.")
+    left.append(
+        "Results in alter's cache (ALTER_CACHE, ~/.cache/alter), reports, backups, and copies of the database."
+    )
+    if not store.url.startswith("sqlite"):
+        left.append("Old row versions in the database server, until it is vacuumed, and its log.")
+    return removed, left
 
 
 def merge(project: Project, out: Path) -> dict[str, Any]:
@@ -530,12 +670,12 @@ def merge(project: Project, out: Path) -> dict[str, Any]:
 
     model, tokenizer = load_model(project.model, str(project.adapter))
     sample = retain_sample(project)
-    found: dict[str, Any] = {"retain": {"adapter": measure(model, tokenizer, sample, answers=project.answers)}}
+    found: dict[str, Any] = {"retain": {"adapter": measure(model, tokenizer, sample, answers=project.answers)[1]}}
     base, _ = load_model(project.model)
     config = AlterConfig.from_pretrained(str(project.adapter))
     config.router = "static"
     merged = PeftModel.from_pretrained(base, str(project.adapter), config=config).merge_and_unload()
-    found["retain"]["merged"] = measure(merged, tokenizer, sample, answers=project.answers)
+    found["retain"]["merged"] = measure(merged, tokenizer, sample, answers=project.answers)[1]
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     merged.save_pretrained(partial)
@@ -558,21 +698,18 @@ def card(store: Store, project: Project, form: str, measured: Mapping[str, Any] 
         "",
         f"# Erasure requests about {project.model}, version {inside['version']}",
         "",
-        "| request | rows | data (SHA-256) | ROUGE-L before | after | reference | utility kept |",
-        "|---|---|---|---|---|---|---|",
+        "| request | rows | data (SHA-256) | verdict | still said | probability before | after | reference | utility kept |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for request in store.requests("done"):
-        assert request.before is not None
-        assert request.after is not None
-        reference = request.after.get("reference") or {}
-        numbers = [
-            request.before["rouge"],
-            request.after["rouge"],
-            reference.get("rouge"),
-            request.after["utility_share"],
-        ]
-        shown = " | ".join("-" if number is None else f"{number:.3f}" for number in numbers)
-        lines.append(f"| {request.name} | {request.rows} | `{request.data_hash[:16]}` | {shown} |")
+    for request in store.requests(*IN_FORCE):
+        before, after = request.before or {}, request.after or {}
+        reference = after.get("reference") or {}
+        figures = [part.get("probability") for part in (before, after, reference)] + [after.get("utility_share")]
+        shown = " | ".join("-" if number is None else f"{number:.3f}" for number in figures)
+        said = f"{after['said']} of {after['n_said']}" if after.get("n_said") else "-"
+        lines.append(
+            f"| {request.name} | {request.rows} | `{request.data_hash[:16]}` | {request.state} | {said} | {shown} |"
+        )
     lines += ["", f"Head of the history: `{store.head()}`.", "", "## Limits", ""]
     if form == "adapter":
         lines.append(
