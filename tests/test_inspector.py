@@ -395,7 +395,8 @@ def filled(folder):
     }
     after["reference"] = {"by": "holdout", "probability": 0.11, "exact_memorization": None, "rouge": 0.31}
     store.move([1], "running")
-    store.move([1], "done", values={1: {"expert": 1, "before": evidence, "after": after, "run": {"version": 1}}})
+    store.move([1], "trained")
+    store.move([1], "forgotten", values={1: {"expert": 1, "before": evidence, "after": after, "run": {"version": 1}}})
     return store
 
 

@@ -481,7 +481,10 @@ def database(tmp_path):
 def test_requests_and_their_history(tmp_path, database):
     shown = Reader(write(tmp_path, db=database))
     assert shown.titles(2) == ["Erasure requests"]
-    assert "Verified." in shown.text
+    assert "Unchanged since it was recorded." in shown.text
+    assert "Verified" not in shown.text
+    assert "forgotten" not in {word for name, a in shown.tags for word in (a.get("class") or "").split()}
+    assert "whoever holds the base weights" in shown.text
     assert f"R-0001: Ada {SCRIPT}" in shown.text
     assert "R-0002: Bo" in shown.text
     assert Store.open(database).head() in shown.text
@@ -500,8 +503,77 @@ def test_a_history_that_was_altered_is_said(tmp_path, database):
         connection.execute(sql.text("UPDATE alter_requests SET state = 'done' WHERE id = 2"))
     said = Reader(write(tmp_path, db=database)).text
     assert "Not as it should be." in said
-    assert "R-0002 is in state 'done', its history says 'received'." in said
-    assert "Verified." not in said
+    assert "R-0002 (state 'done') was altered" in said
+    assert "Unchanged since" not in said
+
+
+def finished(database, word, said, n, verdict=None):
+    """The second request with evidence, in the state of the word."""
+    store = Store.open(database)
+    figures = {"said": said, "n_said": n, "n_answers": n, "broken": 1, "empty": 2, "probability": 0.1, "rouge": 0.1}
+    after = {**figures, "utility_share": 1.0, "verdict": {"word": word, "why": [f"{said} of {n} replies."]}}
+    store.move([2], "running")
+    store.move([2], "trained")
+    store.move([2], word, values={2: {"before": {**figures, "said": n}, "after": after}})
+
+
+@pytest.mark.parametrize(
+    ("word", "n", "tone"),
+    [
+        ("forgotten", 100, "good"),
+        ("forgotten", 99, None),
+        ("not forgotten", 200, "bad"),
+        ("collapsed", 99, "bad"),
+        ("unproven", 200, None),
+    ],
+)
+def test_green_only_for_forgotten_by_enough_rows(tmp_path, database, word, n, tone):
+    finished(database, word, 0, n)
+    shown = Reader(write(tmp_path, db=database))
+    tones = {a["class"] for _, a in shown.tags if "verdict" in (a.get("class") or "")} - {"verdict"}
+    assert tones == ({f"verdict {tone}"} if tone else set())
+    assert word.upper() in shown.text
+    assert f"{n} of {n}" in shown.text
+    assert f"3 of {n}" in shown.text
+    assert ("no proof" in shown.text) == (n < 100)
+
+
+def test_a_figure_that_tells_nothing_apart_is_no_verdict():
+    found = [record(m, "forget_rouge", v) for m, v in (("original", 0.21), ("unlearned", 0.2), ("retrained", 0.18))]
+    run = Run("r", records=found)
+    assert verdict(run) == "unknown"
+    assert any("cannot tell the original" in str(line) for line in page._forgotten(run))
+
+
+@pytest.mark.parametrize(
+    ("replies", "expected", "says"),
+    [
+        (["K K K K"] * 4, "collapsed", "4 of 4 are broken or empty"),
+        (["Somewhere else, I think."] * 4, "yes", "0 of 4 answers still give"),
+        (["She was born in town 0, town 1, town 2, town 3."] * 4, "yes", "4 of 4 answers still give"),
+    ],
+)
+def test_replies_are_counted_beside_the_mean(replies, expected, says):
+    texts = {"questions": QUESTIONS, "references": [f"Ada was born in town T{i}." for i in range(4)]}
+    found = [
+        record("unlearned", "forget_rouge", 0.2, **texts, generations=[r.replace("town ", "town T") for r in replies]),
+        record("retrained", "forget_rouge", 0.18),
+        record("original", "forget_rouge", 0.9),
+    ]
+    run = Run("r", records=found)
+    assert verdict(run) == expected
+    assert says in str(page._forgotten(run)[0])
+
+
+def test_what_was_found_at_the_end_of_the_run_counts():
+    closed = {"verdict": {"word": "not forgotten", "why": ["40 of 40 replies."]}}
+    found = [
+        record("unlearned", "forget_probability", 0.8, closing=closed),
+        record("unlearned", "forget_quality", 0.9),
+    ]
+    run = Run("r", records=found)
+    assert verdict(run) == "no"
+    assert any("40 of 40 replies." in str(line) for line in page._forgotten(run))
 
 
 # Wrong input ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from alter.core.errors import UserError, nearest
 from alter.core.files import folder_digest, write_atomic
 from alter.core.provenance import commit, versions
 from alter.core.records import Record, read_records
+from alter.evaluation.rows import closing_of
+from alter.evaluation.verdict import BROKEN, FIRM, broken, gives
 from alter.metrics import CATALOGUE
 from alter.reporting.markup import Html, document, grid, histogram, join, lines, marked, percent, tag
 from alter.reporting.terminal import ARROWS, in_order, number
@@ -364,11 +366,12 @@ def routed(gates: npt.ArrayLike) -> Array:
 
 # Sections ------------------------------------------------------------------------------------------------------------
 
-Verdict = Literal["yes", "partly", "no", "unknown"]
+Verdict = Literal["yes", "partly", "no", "collapsed", "unknown"]
 VERDICTS: dict[Verdict, str] = {
     "yes": "Yes, by these measures.",
     "partly": "It no longer says it, but it can be told apart from a model that never saw it.",
     "no": "No, not as a model that never saw it would have.",
+    "collapsed": "No: it no longer says it, because it no longer answers in sentences.",
     "unknown": "That was not measured against a model that never saw it.",
 }
 
@@ -377,8 +380,22 @@ def verdict(run: Run) -> Verdict:
     """Return whether a run made its model forget.
 
     "yes": in every figure of `SAID` that was measured, at most `SLACK` above the retrained model, and a forget quality
-    of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "unknown" without either.
+    of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "unknown" without either, and
+    where the original model is as near to the retrained one (`blind`). What `alter.evaluation.verdict` found of the same
+    adapter, or counts of the replies themselves, can make it worse, never better: "no" if it found NOT FORGOTTEN,
+    "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
     """
+    closed = closing_of(run.records)
+    word = None if closed is None else closed["verdict"]["word"]
+    if word == "not forgotten":
+        return "no"
+    counts, other = reply_counts(run, "unlearned"), reply_counts(run, "original")
+    if word == "collapsed" or (
+        counts is not None and counts.broken / counts.n >= BROKEN + (0.0 if other is None else other.broken / other.n)
+    ):
+        return "collapsed"
+    if blind(run):
+        return "unknown"
     pairs = [(run.value("unlearned", metric), run.value("retrained", metric)) for metric in SAID]
     silent = [mine <= other + SLACK for mine, other in pairs if mine is not None and other is not None]
     quality = run.value("unlearned", "forget_quality")
@@ -391,8 +408,71 @@ def verdict(run: Run) -> Verdict:
     return "yes"
 
 
+def blind(run: Run) -> list[str]:
+    """The figures of `SAID` that cannot tell the original model from the retrained one: the two differ by `SLACK` or less."""
+    found = []
+    for metric in SAID:
+        before, honest = run.value("original", metric), run.value("retrained", metric)
+        if before is not None and honest is not None and before <= honest + SLACK:
+            found.append(metric)
+    return found
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of `n` replies of a model `broken` are broken or empty; of the `asked` that can be judged `said` give the answer."""
+
+    said: int
+    asked: int
+    broken: int
+    n: int
+
+
+def reply_counts(run: Run, model: str) -> Counts | None:
+    """Count a model's replies about what was to be forgotten, where the records hold them or their counts."""
+    said, unusable = run.get(model, "forget_said"), run.get(model, "forget_unusable")
+    if said is not None and unusable is not None:
+        given, bad = round((said.value or 0.0) * said.n), round((unusable.value or 0.0) * unusable.n)
+        return Counts(given, said.n, bad, unusable.n)
+    for metric in ("forget_rouge", "knowmem_forget"):
+        record = run.get(model, metric)
+        if record is not None and record.extra.get("generations"):
+            replies = [str(reply) for reply in record.extra["generations"]]
+            asked = [str(text) for text in record.extra.get("questions") or [""] * len(replies)]
+            truths = [str(text) for text in record.extra["references"]]
+            told = [gives(*row) for row in zip(asked, truths, replies, strict=True)]
+            bad = sum(broken(reply) or not reply.strip() for reply in replies)
+            return Counts(told.count(True), len(told) - told.count(None), bad, len(replies))
+    return None
+
+
+def rows_behind(run: Run) -> int:
+    """The most rows that any figure of the verdict is of."""
+    found = [run.get("unlearned", metric) for metric in (*SAID, "forget_quality", "forget_said")]
+    return max((record.n for record in found if record is not None), default=0)
+
+
 def _forgotten(run: Run) -> list[object]:
     found: list[object] = []
+    counts, other = reply_counts(run, "unlearned"), reply_counts(run, "original")
+    if counts is not None:
+        was = (
+            ""
+            if other is None
+            else f" (the original model: {other.said} of {other.asked}, {other.broken} of {other.n})"
+        )
+        found.append(
+            f"{counts.said} of {counts.asked} answers still give the name or fact that was asked for; {counts.broken} of "
+            f"{counts.n} are broken or empty{was}."
+        )
+    closed = closing_of(run.records)
+    if closed is not None:
+        found.append(f"Measured at the end: {closed['verdict']['word'].upper()}. {' '.join(closed['verdict']['why'])}")
+    for metric in blind(run):
+        found.append(
+            f"{metric} cannot tell the original model from the retrained one, with so few rows or such rows: it says "
+            "nothing about forgetting."
+        )
     for metric, (situation, truth, counted) in SAID.items():
         after = run.get("unlearned", metric)
         if after is None or after.value is None:
@@ -485,8 +565,13 @@ def summary(run: Run, level: int) -> list[Html]:
     else:
         asked.append("The records do not say; no run was given.")
     found = verdict(run)
-    tone = {"yes": "good", "no": "bad", "partly": "bad"}.get(found)
-    did: list[object] = [tag("span", VERDICTS[found], class_=f"verdict {tone or ''}".strip()), *_forgotten(run)]
+    tone = {"yes": "good", "no": "bad", "partly": "bad", "collapsed": "bad"}.get(found)
+    n = rows_behind(run)
+    few = found == "yes" and n < FIRM
+    did: list[object] = [tag("span", VERDICTS[found], class_=f"verdict {tone if tone and not few else ''}".strip())]
+    if few:
+        did.append(f"Only {n} rows stand behind this, fewer than {FIRM}: it is a first look, no proof.")
+    did += _forgotten(run)
     limits: list[object] = [ADAPTER if run.kind == "adapter" else WEIGHTS]
     cut = sorted({r.provenance.get("settings", {}).get("limit") for r in run.records} - {None})
     if cut:
@@ -504,6 +589,7 @@ def summary(run: Run, level: int) -> list[Html]:
         ("Did it forget?", did),
         ("What did it cost?", _cost(run)),
         ("Can it be brought back?", [_attacked(run)]),
+        ("What can it not do?", [limits.pop(0)]),
     ]
     answers = tag("dl", *(join([tag("dt", q), tag("dd", join(a, " "))]) for q, a in pairs))
     return [
@@ -998,10 +1084,17 @@ def requests(url: str, names: Sequence[str]) -> list[Html]:
     else:
         wrong = store.check_chain()
         checked = f"The adapter's folder {project.root} is not here, so only the history itself was checked"
-    good = tag("span", "Verified.", class_="verdict good")
+    # that nothing was altered does not say that anything was forgotten: no colour for it
+    good = tag("span", "Unchanged since it was recorded.", class_="verdict")
     bad = tag("span", "Not as it should be.", class_="verdict bad")
     shown = [
-        tag("p", bad if wrong else good, f" {checked}: ", " ".join(wrong) if wrong else "nothing was altered.", " "),
+        tag(
+            "p",
+            bad if wrong else good,
+            f" {checked}: ",
+            " ".join(wrong) if wrong else "nothing was altered. Whether a request was forgotten is in its own line.",
+            " ",
+        ),
         tag(
             "p",
             "Head of the hash chain: ",
@@ -1013,47 +1106,55 @@ def requests(url: str, names: Sequence[str]) -> list[Html]:
     checks = [entry for entry in history if entry.what == "verified"]
     if checks:
         last = checks[-1]
-        result = " ".join(last.details.get("wrong", [])) or "all was still forgotten."
+        result = " ".join(last.details.get("wrong", [])) or "nothing had come back since it was recorded."
         shown.append(tag("p", f"The model was last measured again on {last.at} by {last.who}: {result}"))
     else:
         shown.append(
             tag("p", "The model was not measured again since; ", tag("code", "alter request verify"), " does it.")
         )
     rows = []
+    reasons: list[Html] = []
     for request in chosen:
         before, after = request.before or {}, request.after or {}
         reference = after.get("reference") or {}
-        told = {True: "yes", False: "NO", None: "no reference" if after else "-"}[after.get("forgotten")]
         share = after.get("utility_share")
+        bad_replies = f"{after['broken'] + after['empty']} of {after['n_answers']}" if after.get("n_answers") else "-"
         rows.append(
             [
-                f"{request.name}: {request.subject}",
-                request.state,
+                f"{request.name}: {request.subject or '(purged)'}",
+                tag("span", request.state.upper() if after else request.state, class_=_tone(request)),
                 request.received[:10],
                 request.due or "-",
                 request.rows,
-                *(_decimal(part.get("rouge")) for part in (before, after, reference)),
-                told,
+                *(f"{part['said']} of {part['n_said']}" if part.get("n_said") else "-" for part in (before, after)),
+                bad_replies,
+                *(_decimal(part.get("probability")) for part in (before, after, reference)),
                 "-" if share is None else percent(share),
                 tag("code", request.data_hash[:16]),
             ]
         )
+        if after.get("verdict"):
+            few = after.get("n_answers") is not None and after["n_answers"] < FIRM
+            small = f" Only {after['n_answers']} answers stand behind this: a first look, no proof." if few else ""
+            reasons.append(tag("li", f"{request.name}: {' '.join(after['verdict']['why'])}{small}"))
     head = [
         "request",
         "state",
         "received",
         "due",
         "rows",
-        "before",
+        "still said before",
+        "after",
+        "broken or empty",
+        "probability before",
         "after",
         "reference",
-        "forgotten",
         "utility",
         "data",
     ]
     caption = (
-        "before, after, reference: ROUGE-L of the answers; the reference never saw the data. utility: share of the "
-        "untouched model's. data: beginning of the SHA-256 of the rows."
+        "still said: replies that give the answer. probability: of the true answers, per token; the reference never saw "
+        "the data. utility: share of the untouched model's. data: beginning of the SHA-256 of the rows."
     )
     label = "Erasure requests"
     left = len(store.requests()) - len(chosen)
@@ -1062,7 +1163,15 @@ def requests(url: str, names: Sequence[str]) -> list[Html]:
             *shown,
             tag("p", "The database holds no request yet: ", tag("code", "alter request add"), " adds one."),
         ]
-    shown.append(grid(head, rows, label=label, numbers=(2, 3, 4, 5, 6, 7, 9), caption=caption, reference=7))
+    shown.append(grid(head, rows, label=label, numbers=range(4, 12), caption=caption, reference=10))
+    limits = (
+        ADAPTER,
+        "Asked were the questions of the data, in their own words. Other wordings, other languages, longer talks and "
+        "attacks were not tested here: `alter attack` tries some.",
+        f"Of fewer than {FIRM} answers nothing is coloured: the intervals in the reasons say how little they prove.",
+    )
+    box = tag("div", tag("ul", *(tag("li", limit) for limit in limits), *reasons), class_="answers")
+    shown.append(box)
     if left:
         shown.append(tag("p", f"{left} other requests are left out.", class_="small soft"))
     for request in chosen if names else ():
@@ -1071,6 +1180,14 @@ def requests(url: str, names: Sequence[str]) -> list[Html]:
         shown.append(tag("h3", f"History of {request.name}"))
         shown.append(grid(["when", "what", "who", "hash"], lines_, label=f"History of {request.name}"))
     return shown
+
+
+def _tone(request: Any) -> str:
+    """The colour of a state: green only for what was found forgotten by enough answers, and trusts no old figure."""
+    if request.state in ("not forgotten", "collapsed", "failed"):
+        return "verdict bad"
+    firm = (request.after or {}).get("n_answers", 0) >= FIRM
+    return "verdict good" if request.state == "forgotten" and firm else "verdict"
 
 
 # The page ------------------------------------------------------------------------------------------------------------
