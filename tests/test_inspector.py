@@ -390,7 +390,7 @@ def filled(folder):
         "exact_memorization": 0.2,
         "rouge": 0.3,
         "n": 4,
-        "forgotten": True,
+        "verdict": {"word": "forgotten", "why": ["0 of 4 replies <still> give it."]},
         "utility_share": 0.99,
     }
     after["reference"] = {"by": "holdout", "probability": 0.11, "exact_memorization": None, "rouge": 0.31}
@@ -405,7 +405,16 @@ def test_request_is_shown_with_its_evidence(store):
     assert "<script>" not in written
     assert html.escape("Ada <script>x</script>") in written
     assert "secret row" not in written
-    for figure in ("0.950", "0.300", "0.310", "0.9900", "holdout", "Forgotten", "Chain verified", store.head()):
+    for figure in (
+        "0.950",
+        "0.300",
+        "0.310",
+        "0.9900",
+        "holdout",
+        "FORGOTTEN. 0 of 4 replies &lt;still&gt; give it.",
+        "Chain verified",
+        store.head(),
+    ):
         assert figure in written
     assert written.count("<tr>") == 1 + 3 + 1 + len(store.history(1))
     assert "No evidence yet" in render_request(store, store.get(2))

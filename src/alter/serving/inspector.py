@@ -497,11 +497,10 @@ def _evidence(request: Request) -> str:
         for name, shown in names.items()
     )
     by = f'<p class="soft">Reference: {escape(str(reference["by"]))}.</p>' if reference.get("by") else ""
-    verdict = {
-        True: '<p class="good">Forgotten, judged by ROUGE-L beside the reference.</p>',
-        False: '<p class="bad">Not forgotten, judged by ROUGE-L beside the reference.</p>',
-        None: '<p class="soft">Whether it counts as forgotten is not known: there is no reference.</p>',
-    }[after.get("forgotten")]
+    found = after.get("verdict") or {}
+    word = str(found.get("word", "unproven"))
+    tone = {"forgotten": "good", "not forgotten": "bad", "collapsed": "bad"}.get(word, "soft")
+    verdict = f'<p class="{tone}">{escape(word.upper())}. {escape(" ".join(found.get("why", [])))}</p>'
     utility = after.get("utility_share")
     kept = "" if utility is None else f"<p>Utility kept: {utility:.4f} of the untouched model.</p>"
     return (
