@@ -1,5 +1,6 @@
 """The command line, the recipes and the README as a user types them."""
 
+import contextlib
 import importlib
 import json
 import re
@@ -7,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from alter import cli
 from alter.comparison.plan import Compare, run_of
 from alter.core.errors import UserError
 from alter.core.files import write_atomic
+from alter.core.recipes import read_recipe
 from alter.core.records import Record, read_records, write_records
 from alter.demo import RECIPE, Demo, free_folder
+from alter.evaluation.book import BookEvaluation
 from alter.training.finetune import Finetune
 from alter.training.settings import Unlearn
 from pico import save_pico
@@ -51,6 +56,30 @@ def test_flags_override_a_recipe_and_the_dump_reads_back(tmp_path):
         ("adapter: 3", REQUIRED, "adapter is 3"),
         ("[1, 2]", REQUIRED, "holds list"),
         ("a: [", REQUIRED, "not YAML"),
+        ("model: m\nmodel: n", REQUIRED, "line 2 gives 'model' a second time"),
+        ("adapter: {r: 4, r: 8}", REQUIRED, "line 1 gives 'r' a second time"),
+        ("1: x", REQUIRED, "line 1 has the key '1', which YAML reads as no text"),
+        ("on: x", REQUIRED, "line 1 has the key 'on'"),
+        ("[a, b]: x", REQUIRED, "a list or more"),
+        ("? {a: b}\n: x", REQUIRED, "a list or more"),
+        ("[" * 5000, REQUIRED, "nested too deep"),
+        (f"seed: {'9' * 5000}", REQUIRED, "a value that cannot be read"),
+        ("out: 2026-13-45", REQUIRED, "a value that cannot be read"),
+        ("model: &a [*a]", REQUIRED, "holds itself"),
+        ("&a {adapter: *a}", REQUIRED, "holds itself"),
+        (
+            "a: &a [1]\n"
+            + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}' if i else '*a'] * 9)}]\n" for i in range(9)),
+            REQUIRED,
+            "over 100000",
+        ),
+        ("epochs: .inf", REQUIRED, "epochs is inf; expected a finite number"),
+        ("gamma: .nan", REQUIRED, "gamma is nan"),
+        ("adapter: {alter_alpha: -.inf}", REQUIRED, "adapter.alter_alpha is -inf"),
+        (f"seed: {2**64}", REQUIRED, "seed is a number of over 64 bits"),
+        ("method: [1]", REQUIRED, "method is [1]"),
+        ("objective: {kind: [1]}", REQUIRED, "objective.kind is '[1]'"),
+        ("objective: {kind: {a: b}}", REQUIRED, "objective.kind is"),
         ("adapter: {r: 0}", REQUIRED, "adapter.r: Input should be greater than or equal to 1 (got 0)"),
         ("objective: {kind: stopped_hinge, margin: 7}", REQUIRED, "objective.margin"),
     ],
@@ -60,6 +89,111 @@ def test_recipe_mistakes_name_the_setting(tmp_path, content, args, says):
     recipe.write_text(content)
     with pytest.raises(UserError, match=re.escape(says)):
         cli.parse("unlearn", Unlearn, [str(recipe), *args])
+
+
+def test_recipes_in_other_encodings(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    for encoding in ("utf-16", "utf-8-sig"):
+        recipe.write_bytes("model: größe\nforget: f\nretain: r\nout: o\n".encode(encoding))
+        assert cli.parse("unlearn", Unlearn, [str(recipe)]).model == "größe"
+    for content, says in ((b"model: gr\xf6\xdfe", "not UTF-8"), (b"a: \x00", "not YAML")):
+        recipe.write_bytes(content)
+        with pytest.raises(UserError, match=says):
+            cli.parse("unlearn", Unlearn, [str(recipe)])
+
+
+def test_a_list_that_is_given_twice_keeps_both(tmp_path):
+    base = ["--model", "m", "--book", "a.txt"]
+    both = cli.parse("evaluate", BookEvaluation, [*base, "--retain", "b.txt", "--retain=c.txt", "d.txt"])
+    assert both.retain == ["b.txt", "c.txt", "d.txt"]
+    lora = [
+        "--objective.no-only-low",
+        "--adapter.kind",
+        "lora",
+        "--adapter.target-modules",
+        "q_proj",
+        "--seed",
+        "3",
+        "--adapter.target_modules",
+        "k_proj",
+    ]
+    assert cli.parse("unlearn", Unlearn, [*REQUIRED, *lora]).adapter.target_modules == ["q_proj", "k_proj"]
+    with pytest.raises(UserError, match="--seed is given twice, with 1 and with 2"):
+        cli.parse("unlearn", Unlearn, [*REQUIRED, "--seed", "1", "--seed=2"])
+    assert cli.parse("unlearn", Unlearn, [*REQUIRED, "--seed", "1", "--seed", "1"]).seed == 1
+
+
+def test_json_on_standard_output(capfd):
+    logs = ROOT / "data" / "tofu_logs"
+    assert cli.main(["aggregate", str(logs / "llama2-7b_full.json"), "--json", "-"]) == 0
+    out, err = capfd.readouterr()
+    assert {row["metric"] for row in json.loads(out)} >= {"model_utility"}
+    assert "TOFU from" in err
+    assert not Path("-").exists()
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_file(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def broken(error):
+        def function(settings):
+            raise error
+
+        return function
+
+    for error, says in (
+        (KeyError("secret"), "an error that alter does not know: KeyError: 'secret'"),
+        (OSError(28, "No space left on device"), "the system refused: OSError: [Errno 28] No space left on device"),
+        (RecursionError(), "RecursionError. Its trace"),
+    ):
+        monkeypatch.setattr("alter.evaluation.run.aggregate_logs", broken(error))
+        assert cli.main(["aggregate", "x.json"]) == 70
+        said = capsys.readouterr().err
+        assert says in said
+        assert said.count("\n") == 1
+        (trace,) = tmp_path.iterdir()
+        assert str(trace) in said
+        assert "Traceback" in trace.read_text()
+        assert trace.stat().st_mode & 0o777 == 0o600
+        trace.unlink()
+
+
+def test_arguments_that_are_no_text(capsys):
+    assert cli.main(["evaluate", "--model", "a\udcffb"]) == 2
+    assert "no text" in capsys.readouterr().err
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["lora", "none", "alter"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["kind", "r", "rank", "target_modules", "hinge"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(given=st.dictionaries(st.sampled_from(sorted(Unlearn.model_fields)) | st.text(max_size=4), VALUES, max_size=3))
+def test_no_recipe_gives_a_trace(tmp_path, capsys, given):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(given))
+    with contextlib.suppress(UserError, SystemExit):
+        cli.parse("unlearn", Unlearn, [str(recipe), *REQUIRED])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet="abr:-[]{}&*!|>#'\"? \n1.", max_size=30))
+def test_no_text_breaks_the_reader_of_recipes(tmp_path, text):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with contextlib.suppress(UserError):
+        assert isinstance(read_recipe(recipe), dict)
 
 
 def test_unknown_names(tmp_path, capsys):

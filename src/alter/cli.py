@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import logging
+import math
 import os
+import re
 import sys
+import tempfile
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from alter.core import processes
 from alter.core.errors import UserError, nearest
@@ -179,14 +184,14 @@ def _plain(model: type[BaseModel], given: dict[str, Any], where: str, kinds: dic
             if not isinstance(inner, dict):
                 raise UserError(f"Setting {where}{name} is {inner!r}; expected keys and values.")
             named = inner.get("kind") or getattr(default, "kind", "")
-            kind = kinds.get(f"{where}{name}") or named
+            kind = str(kinds.get(f"{where}{name}") or named)
             if kind != named:
                 # what the recipe says of another kind means nothing for the one that the flag names
                 inner = {}
             if kind not in members:
                 choices = list(members)
                 raise UserError(
-                    f"{where}{name}.kind is {kind!r}; expected one of {', '.join(choices)}.{nearest(str(kind), choices)}"
+                    f"{where}{name}.kind is {kind!r}; expected one of {', '.join(choices)}.{nearest(kind, choices)}"
                 )
             if not inner and default is not None and getattr(default, "kind", "") == kind:
                 inner = default.model_dump()
@@ -218,21 +223,54 @@ def _annotated(name: str, annotation: Any, info: Any) -> Any:
 
 def _recipe(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Split arguments into the settings of the recipe that comes first, if one does, and the flags."""
-    import yaml
-
     if not args or args[0].startswith("-") or not args[0].endswith((".yaml", ".yml")):
         return {}, args
-    path = Path(args[0])
-    if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise UserError(f"No recipe at {path}.{near}")
-    try:
-        given = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{path} holds {type(given).__name__}, expected settings as keys and values.")
-    return given, args[1:]
+    from alter.core.recipes import read_recipe
+
+    return read_recipe(args[0]), args[1:]
+
+
+def _several(annotation: Any) -> bool:
+    """Whether a flag of this type takes any number of values."""
+    return get_origin(annotation) in (list, dict, set, tuple) or any(map(_several, get_args(annotation)))
+
+
+def _lists(settings: Any, where: str = "") -> set[str]:
+    """Names of the flags that take any number of values, of all nested settings."""
+    found: set[str] = set()
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        name = where + each.name.rstrip("_").replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            found |= _lists(value, f"{name}.")
+        elif _several(each.type):
+            found.add(name)
+    return found
+
+
+def _once(args: Sequence[str], lists: set[str]) -> list[str]:
+    """The arguments with the values of a list that is given twice behind one flag.
+
+    Raises:
+        UserError: another flag is given twice, with different values: one of them would be dropped.
+    """
+    groups: list[tuple[str, list[str]]] = [("", [])]
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if re.fullmatch(r"--[a-zA-Z][\w.-]*", flag):
+            groups.append((flag[2:].replace("_", "-"), [value] if equals else []))
+        else:
+            groups[-1][1].append(arg)
+    kept: dict[str, list[str]] = {}
+    for name, values in groups:
+        if name not in kept:
+            kept[name] = list(values)
+        elif name in lists:
+            kept[name] += values
+        elif kept[name] != values:
+            first, second = " ".join(kept[name]) or "nothing", " ".join(values) or "nothing"
+            raise UserError(f"--{name} is given twice, with {first} and with {second}: give it once.")
+    return [part for name, values in kept.items() for part in ([f"--{name}"] if name else []) + values]
 
 
 def _flag(args: Sequence[str], name: str) -> str | None:
@@ -251,11 +289,9 @@ def choose(args: Sequence[str]) -> tuple[str, str]:
         UserError: there is no such benchmark.
     """
     given, flags = _recipe(list(args))
-    name = _flag(flags, "benchmark") or given.get("benchmark") or next(iter(BENCHMARKS))
+    name = str(_flag(flags, "benchmark") or given.get("benchmark") or next(iter(BENCHMARKS)))
     if name not in BENCHMARKS:
-        raise UserError(
-            f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(str(name), BENCHMARKS)}"
-        )
+        raise UserError(f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
@@ -278,9 +314,13 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
     presets = COMMANDS[command].presets if command in COMMANDS else None
     if presets is not None:
         method = _flag(args, "method")
+        if not isinstance(given.get("method", ""), str | None):
+            raise UserError(f"method is {given['method']!r}; expected a name.")
         given = importlib.import_module(presets).expand({**given, **({"method": method} if method else {})})
     default = _plain(model, given, "", kinds)
+    args = _once(args, _lists(default))
     parsed = tyro.cli(type(default), default=default, args=args, prog=f"alter {command}", description=model.__doc__)
+    _check_numbers(dataclasses.asdict(parsed), dataclasses.asdict(default), given)
     try:
         return model.model_validate(dataclasses.asdict(parsed))
     except ValidationError as error:
@@ -288,8 +328,27 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
         # the union's own tag is no part of the name that the user typed
         names = [str(part) for part in first["loc"] if not (isinstance(part, str) and part in _tags(model))]
         where = ".".join(names) or command
-        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        got = "" if isinstance(first["input"], dict) else f" (got {repr(first['input'])[:200]})"
         raise UserError(f"{where}: {first['msg']}{got}.") from None
+
+
+def _check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> None:
+    """Refuse numbers that no setting can mean: infinite ones, NaN, and integers of more than 64 bits.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if isinstance(values, dict):
+        for name, value in values.items():
+            inner = [each.get(name) if isinstance(each, dict) else None for each in (defaults, given)]
+            _check_numbers(value, inner[0], inner[1], f"{where}.{name}".lstrip("."))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            _check_numbers(value, None, value, where)
+    elif isinstance(values, float) and not math.isfinite(values) and (values is not defaults or given is not None):
+        raise UserError(f"{where} is {values}; expected a finite number.")
+    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
+        raise UserError(f"{where} is a number of over 64 bits; expected a smaller one.")
 
 
 def _tags(model: type[BaseModel]) -> set[str]:
@@ -297,7 +356,11 @@ def _tags(model: type[BaseModel]) -> set[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `alter`; returns the exit status: 0 done, 2 a mistake in what was given, 130 interrupted."""
+    """Entry point of `alter`; returns the exit status.
+
+    0: done; 2: a mistake in what was given; 70: an error that nobody foresaw, or of the system (a full disk), with its trace
+    in a file; 130: interrupted.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(_help())
@@ -322,6 +385,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # where bitsandbytes is installed it speaks of a faster kernel on every start, asked for or not
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        broken = next((arg for arg in [command, *args] if not _is_text(arg)), None)
+        if broken is not None:
+            raise UserError(f"The argument {broken!r} holds bytes that are no text: write it in UTF-8.")
         if command not in COMMANDS:
             raise UserError(
                 f"Unknown command {command!r}; expected one of {', '.join(COMMANDS)}.{nearest(command, COMMANDS)}"
@@ -336,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
         with processes.quiet():
             parsed = parse(command, getattr(importlib.import_module(owner), settings), args)
-            getattr(importlib.import_module(found.module), found.function)(parsed)
+            _call(getattr(importlib.import_module(found.module), found.function), parsed)
         processes.stop()
     except UserError as error:
         if processes.speaks():
@@ -350,4 +416,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("alter: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # the one place that stands between a user and what nobody foresaw
+        if processes.speaks():
+            _report(error)
+        return 70
     return 0
+
+
+def _is_text(arg: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in arg)
+
+
+def _call(function: Callable[[Any], Any], settings: Any) -> None:
+    """Call a command's function; with `--json -` the JSON goes to standard output, and all else to standard error."""
+    if getattr(settings, "json_path", None) != "-":
+        function(settings)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "out.json"
+        with contextlib.redirect_stdout(sys.stderr):
+            function(settings.model_copy(update={"json_path": str(path)}))
+        if path.exists():
+            sys.stdout.write(path.read_text(encoding="utf-8"))
+            sys.stdout.flush()
+
+
+def _report(error: Exception) -> None:
+    """Say in one line what went wrong, and keep the trace in a file that only the user can read."""
+    reason = " ".join(str(error).split())[:300]
+    said = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    trace = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix="alter-trace-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(trace)
+    except OSError:
+        # a full disk takes no trace either
+        print(trace, file=sys.stderr)
+        path = "printed above"
+    kind = "the system refused" if isinstance(error, OSError) else "an error that alter does not know"
+    print(f"alter: {kind}: {said}. Its trace is {path}.", file=sys.stderr)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
 from alter.core.console import cell
-from alter.core.errors import UserError, nearest
+from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
+from alter.core.recipes import read_recipe
 from alter.data.examples import load_examples
 from alter.requests import work
 from alter.requests.store import IN_FORCE, MISSED, Request, Store, check_due, parse_id, shown
@@ -85,14 +85,10 @@ def init(settings: Init) -> Store:
     """
     recipe: dict[str, Any] = {}
     if settings.recipe is not None:
-        path = Path(settings.recipe)
-        if not path.is_file():
-            near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-            raise UserError(f"No recipe at {path}.{near}")
-        recipe = yaml.safe_load(path.read_text()) or {}
+        recipe = read_recipe(settings.recipe)
         decided = sorted(set(recipe) & work.CUT)
         if decided:
-            raise UserError(f"{path} sets {', '.join(decided)}, which the requests decide: take it out.")
+            raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
     Unlearn.model_validate({**recipe, "model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True})
     retain = load_examples(settings.retain)
     if settings.holdout is not None:

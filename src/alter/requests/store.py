@@ -198,7 +198,7 @@ def parse_id(text: str) -> int:
         UserError: it is none of these.
     """
     digits = text.upper().removeprefix("R-").lstrip("0") or "0"
-    if not digits.isdigit():
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 19):
         raise UserError(f"{text!r} is not the id of a request; expected a form like R-0007 or 7.")
     return int(digits)
 

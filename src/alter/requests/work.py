@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from alter.core.errors import UserError
 from alter.core.files import digest, folder_digest, to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.data.examples import Example, check_overlap, load_examples
+from alter.data.subjects import rows_about
 from alter.evaluation import rows as own_rows
 from alter.evaluation.verdict import SLACK, Measures, Verdict, judge
 from alter.models.loading import load_model
@@ -116,12 +116,7 @@ def check_subject(subject: str, retain: Sequence[Example]) -> None:
     Raises:
         UserError: names the rows.
     """
-    needle = re.compile(rf"\b{re.escape(' '.join(subject.casefold().split()))}\b")
-    named = [
-        example.index
-        for example in retain
-        if needle.search(" ".join(f"{example.prompt or ''} {example.answer}".casefold().split()))
-    ]
+    named = [example.index for example in rows_about(subject, retain)]
     if named:
         raise UserError(
             f"{subject!r} is in the retain set ({len(named)} rows, first {', '.join(map(str, named[:5]))}), which would "

@@ -57,7 +57,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         number = path.name.removeprefix("checkpoint-")
         # trainer_state.json is the last file that the trainer writes
         whole = (path / "trainer_state.json").exists() and any((path / name).exists() for name in weights)
-        if number.isdigit() and whole:
+        if number.isascii() and number.isdecimal() and whole:
             found.append((int(number), path))
     return max(found)[1] if found else None
 
