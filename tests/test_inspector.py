@@ -1,6 +1,7 @@
 """What the inspector computes against loops, what it writes, and its page in a real browser."""
 
 import html
+import json
 import math
 import shutil
 import socket
@@ -21,24 +22,13 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
 from alter.models.generation import generate
+from alter.models.guards import Subtracted
 from alter.requests.store import Store
-from alter.serving.inspector import (
-    Analysis,
-    Answer,
-    Inspector,
-    Token,
-    analyse,
-    describe,
-    escape,
-    expert_names,
-    listen,
-    pieces,
-    render,
-    render_request,
-    share,
-    switched_off,
-)
-from pico import byte_tokenizer, pico, save_pico
+from alter.serving.analysis import Analysis, Answer, Stopped, Token, analyse, expert_names, switched_off
+from alter.serving.inspector import Inspect, Inspector, about, listen
+from alter.serving.markup import About, describe, escape, message, render, render_about, render_request, share, taken
+from alter.serving.text import pieces
+from pico import byte_tokenizer, pico, save_pico, write_jsonl
 from reference import naive_softmax, naive_tsallis
 
 NASTY = "<script>alert(1)</script> <b>bold</b> {{value}} ${value} `x` & \"quoted\" 'too'"
@@ -252,6 +242,87 @@ def test_needs_an_adapter_that_can_be_compared():
         Inspector(prompting, byte_tokenizer())
 
 
+def test_answers_are_shown_while_they_are_made():
+    inspector = Inspector(adapted(sure=True), byte_tokenizer())
+    shown = list(inspector.answer("Who?", 12, []))
+    assert shown[-1] == render(inspector.analyse("Who?", 12))
+    assert "data-entropy" not in "".join(shown[:-1])
+    assert list(inspector.answer(" ", 12, [])) == [message("The prompt is empty: type a question.")]
+
+    told = []
+    inspector.analyse("Who?", 12, progress=lambda which, text: told.append((which, text)))
+    found = inspector.analyse("Who?", 12)
+    for which in ("base", "unlearned"):
+        texts = [text for name, text in told if name == which]
+        assert len(texts) == len(getattr(found, which).tokens)
+        assert texts[-1] == getattr(found, which).text
+    assert [name for name, _ in told] == sorted(name for name, _ in told)
+
+
+def test_one_who_leaves_frees_the_model():
+    inspector = Inspector(adapted(), byte_tokenizer())
+
+    def stop(which, text):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        inspector.analyse("Who?", 12, progress=stop)
+    begun = inspector.answer("Who?", 200, [])
+    next(begun)
+    begun.close()
+    started = time.time()
+    plain = inspector.analyse("Who?", 3)
+    assert time.time() - started < 20
+    assert plain == analyse(adapted(), byte_tokenizer(), "Who?", max_new_tokens=3)
+
+
+@pytest.mark.parametrize("rule", ["knowledge", "rise"])
+def test_an_inference_form_is_inspected(rule):
+    torch.manual_seed(0)
+    base = pico(0, max_position_embeddings=256)
+    small = pico(1, max_position_embeddings=256, num_hidden_layers=1)
+    model = Subtracted(base, small, {"rule": rule, "weight": 0.8, "plausible": 1e-3}).eval()
+    tokenizer = byte_tokenizer()
+    found = analyse(model, tokenizer, "Who?", max_new_tokens=8)
+    prompt = [encoded(tokenizer, "Who?")]
+    assert found.unlearned.text == generate(model, tokenizer, prompt, max_new_tokens=8, progress=False)[0]
+    assert found.base.text == generate(base, tokenizer, prompt, max_new_tokens=8, progress=False)[0]
+    ids = prompt[0] + [token.id for token in found.unlearned.tokens]
+    for place, token in enumerate(found.unlearned.tokens, start=len(prompt[0])):
+        assert token.before == pytest.approx(naive_softmax(at(base, ids[:place]))[token.id], abs=1e-5)
+        assert token.after == pytest.approx(naive_softmax(at(model, ids[:place]))[token.id], abs=1e-5)
+    assert "no experts" in render(found)
+
+
+def test_shares_of_experts():
+    assert taken([token(gates=(0.25, 0.75)), token(gates=(1.0, 0.0))]) == (0.625, 0.375)
+    assert taken([token(gates=(1.0, 1.0))]) == (0.5, 0.5)
+    assert taken([]) == ()
+    written = render(analysis(token(gates=(0.25, 0.75)), token(gates=(1.0, 0.0))))
+    assert "62 %" in written
+    assert "38 %" in written
+
+
+def test_page_says_what_it_is_about(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"question": f"Who is {i}?", "answer": "x"} for i in range(30)])
+    folder = tmp_path / "r1" / "adapter"
+    folder.mkdir(parents=True)
+    model = adapted()
+    given = dict(model="owner/name", adapter=str(folder))
+    assert about(Inspect(**given), model) == About("owner/name", "r1", "ALTER, 3 forget experts")
+    record = {"settings": {"forget": str(tmp_path / "rows.jsonl"), "method": "alter"}}
+    (tmp_path / "r1" / "run.json").write_text(json.dumps(record))
+    found = about(Inspect(**given), model)
+    assert found.forgotten == "rows.jsonl"
+    assert found.questions == tuple(f"Who is {i}?" for i in range(0, 30, 5))
+    (tmp_path / "rows.jsonl").unlink()
+    erased = about(Inspect(**given), model)
+    assert (erased.forgotten, erased.questions) == ("rows.jsonl", ())
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        about(Inspect(**given, forget=str(tmp_path / "none.jsonl")), model)
+    assert "&lt;b&gt;" in render_about(About("<b>", "r1", "LoRA"))
+
+
 def test_not_finite_is_said():
     model = adapted()
     with torch.no_grad():
@@ -322,8 +393,14 @@ def test_page_holds_what_was_computed():
                 assert f"Entropy {token.entropy:.3f}" in given["aria-label"]
                 assert f"Probability {token.before:.3f}" in given["aria-label"] or token.before < 0.001
             expected = min(token.entropy / found.top, 1.0) if math.isfinite(token.entropy) else 0.0
-            assert given["style"] == f"--share:{expected:.4f}"
-            assert given["tabindex"] == "0"
+            change = 0.0 if math.isnan(token.before) else token.after - token.before
+            widest = max(range(len(token.gates)), key=lambda d: token.gates[d])
+            assert given["style"] == (
+                f"--share:{expected:.4f};--fall:{max(-change, 0):.4f};--rise:{max(change, 0):.4f};"
+                f"--expert:var(--e{widest})"
+            )
+        # one stop for the Tab key in each answer
+        assert [given["tabindex"] for given in shown] == ["0"] + ["-1"] * (len(tokens) - 1)
     assert f"left:{100 * 1.2 / found.top:.2f}%" in written
 
 
@@ -494,7 +571,8 @@ class Site:
 
         from alter.serving.inspector import application, page
 
-        self.inspector = Inspector(adapted(sure=True), byte_tokenizer(), filled(folder))
+        told = About("pico", "r1", "ALTER, 3 forget experts", "forget.jsonl", ("Who is <b>Ada</b>?", "Where is Bo?"))
+        self.inspector = Inspector(adapted(sure=True), byte_tokenizer(), filled(folder), told)
         app = application(page(self.inspector, 24))
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -617,6 +695,38 @@ def test_in_a_browser(browser, site, tmp_path, width, scheme):
     assert page.locator("#answers script, #answers b:text-is('bold')").count() == 0
     assert NASTY in page.text_content("[data-answer=prompt]")
 
+    # the other meanings of color, and back
+    tokens = {name: getattr(found, name) for name in ("base", "unlearned")}
+    page.get_by_label("change of probability").check()
+    shown = visit.tokens("unlearned")
+    changes = [token.after - token.before for token in tokens["unlearned"].tokens]
+    if max(changes) > 0.2:
+        most = shown[changes.index(max(changes))]
+        assert rgb(most["color"])[2] > rgb(most["color"])[0]
+    page.get_by_label("expert", exact=True).check()
+    assert {given["color"] for given in visit.tokens("unlearned")} != {given["color"] for given in shown}
+    assert page.locator(".legend .by.expert").is_visible()
+    assert not page.locator(".legend .by.entropy").is_visible()
+    page.screenshot(path=tmp_path / f"experts-{scheme}-{width}.png", full_page=True)
+    page.get_by_label("entropy", exact=True).check()
+    assert page.locator(".legend .by.entropy").is_visible()
+
+    # one stop of the Tab key for each answer, arrow keys from there
+    assert page.locator("[data-answer=base] [tabindex='0']").count() == 1
+    page.locator("[data-answer=base] .token").first.focus()
+    for key, place in (
+        ("ArrowRight", 1),
+        ("ArrowRight", 2),
+        ("ArrowLeft", 1),
+        ("End", len(found.base.tokens) - 1),
+        ("Home", 0),
+    ):
+        page.keyboard.press(key)
+        where = "[...document.activeElement.parentNode.children].indexOf(document.activeElement)"
+        assert page.evaluate(where) == place
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('[data-answer]')?.dataset.answer") == "unlearned"
+
     # hover and keyboard show the figures, inside the window
     first = page.locator("[data-answer=unlearned] .token").first
     first.focus()
@@ -631,6 +741,8 @@ def test_in_a_browser(browser, site, tmp_path, width, scheme):
     second.hover()
     assert second.evaluate(tip)[0] == "block"
     assert visit.fits()
+    # no share is out of sight
+    assert page.evaluate("[...document.querySelectorAll('.wide')].every(box => box.scrollWidth <= box.clientWidth)")
     page.screenshot(path=tmp_path / f"answers-{scheme}-{width}.png", full_page=True)
 
     page.get_by_role("button", name="Switch experts off").click()
@@ -665,6 +777,16 @@ def test_mistakes_are_said_on_the_page(browser, site):
         visit.page.fill("#prompt textarea", text)
         visit.page.click("#ask")
         visit.page.wait_for_selector(f"#answers [role=alert]:has-text('{says}')")
+    assert visit.wrong == []
+    visit.page.close()
+
+
+@pytest.mark.slow
+def test_a_forget_question_is_offered(browser, site):
+    visit = Visit(browser, site)
+    assert "forget.jsonl" in visit.page.inner_text("#about")
+    visit.page.get_by_role("button", name="Where is Bo?").click()
+    visit.page.wait_for_function("() => document.querySelector('#prompt textarea').value === 'Where is Bo?'")
     assert visit.wrong == []
     visit.page.close()
 
