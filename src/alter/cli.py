@@ -65,6 +65,9 @@ COMMANDS = {
         presets="alter.methods.presets",
         together=True,
     ),
+    "forget": Command(
+        "alter.forgetting.run", "Forget", "forget", "make a model forget a subject or a document: rows, training, probes"
+    ),
     "evaluate": Command(
         "alter.evaluation.run",
         "Evaluation",
@@ -203,7 +206,7 @@ def _plain(model: type[BaseModel], given: dict[str, Any], where: str, kinds: dic
             value = info.get_default(call_default_factory=True)
             value = tyro.MISSING if value is PydanticUndefined else value
         if not members:
-            annotation = _annotated(name, str if name == "kind" else annotation, info)
+            annotation = _annotated(name, str if name == "kind" and isinstance(value, str) else annotation, info)
         fields.append((name, annotation))
         values[name] = value
     return dataclasses.make_dataclass(model.__name__, fields)(**values)

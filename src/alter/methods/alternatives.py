@@ -1,4 +1,4 @@
-"""The forget rows once more, in the form that an objective asks for: refused, with random labels, or led elsewhere."""
+"""The forget rows once more, as an objective asks for them: refused, with random labels, led elsewhere, substituted."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def alternatives(
         max_length: longest sequence.
 
     Raises:
-        UserError: raw text is to be refused, which has no question.
+        UserError: raw text is to be refused, which has no question, or a row has no substitute.
     """
     kind = objective.needs.alternative
     generator = np.random.default_rng(seed)
@@ -86,6 +86,17 @@ def alternatives(
                 labels=[y if y in kept else int(generator.integers(vocabulary)) for y in row.labels],
             )
             for row in rows
+        ]
+    if kind == "substitute":
+        without = [example.index for example in examples if not str(example.row.get("substitute") or "").strip()]
+        if without or any(example.kind == "text" for example in examples):
+            where = f"row {without[0]} has none" if without else "raw text has no question to answer otherwise"
+            raise UserError(
+                f"objective.kind {objective.kind} learns each forget row's column 'substitute', and {where}: give rows as "
+                "`alter forget` writes them (question, answer, substitute), or another objective."
+            )
+        return [
+            encode(tokenizer, example, answer=example.row["substitute"], max_length=max_length) for example in examples
         ]
     if kind == "diversion":
         assert isinstance(objective, Persona)

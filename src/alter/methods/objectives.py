@@ -206,8 +206,8 @@ class Needs:
             the model before unlearning, "reinforced" the same after more training on the forget set, "expert" and
             "novice" the base with a persona put before the row.
         base_logp: log-probabilities of the labels under the base, computed once.
-        alternative: the forget rows once more: with a "refusal" as the answer, with "random_labels", or with a
-            "diversion" (a change of subject that the base itself wrote).
+        alternative: the forget rows once more: with a "refusal" as the answer, with "random_labels", with a "diversion"
+            (a change of subject that the base itself wrote), or with the row's own column "substitute" as the answer.
         hidden: hidden states at the block that the objective names.
         base_hidden: those of the base as well, computed once.
     """
@@ -217,7 +217,7 @@ class Needs:
     runner_up: bool = False
     views: tuple[str, ...] = ()
     base_logp: bool = False
-    alternative: Literal["refusal", "random_labels", "diversion"] | None = None
+    alternative: Literal["refusal", "random_labels", "diversion", "substitute"] | None = None
     hidden: bool = False
     base_hidden: bool = False
 
@@ -514,6 +514,27 @@ class Refuse(_Objective):
         return _learn_alternative(tokens)
 
 
+class Substitute(_Objective):
+    """Cross-entropy of the answer in the row's column `substitute`, and a stopped hinge on the answer itself.
+
+    Mean negative log-likelihood of the substitute + `hinge` times the mean over low-entropy tokens of the row's own answer
+    of max(0, p(y) - max_{v != y} p(v)). `alter forget` writes rows with that column: what the model says of an invented
+    subject.
+    """
+
+    kind: Literal["substitute"] = "substitute"
+    hinge: float = Field(1.0, ge=0.0, description="Weight of the stopped hinge on the answer itself.")
+    only_low: bool = Field(True, description="Count low-entropy tokens of the answer only.")
+    needs: ClassVar[Needs] = Needs(runner_up=True, alternative="substitute")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return _learn_alternative(tokens) + self.hinge * tokens.mean(self.only_low)
+
+    def per_token(self, emitted: Emitted) -> Tensor:
+        true, other = true_and_runner_up(emitted)
+        return F.relu(true - other)
+
+
 class RandomLabels(_Objective):
     """Cross-entropy of labels drawn uniformly from the vocabulary, once for the run (Yao et al. 2024, methods.md 2.6).
 
@@ -777,6 +798,7 @@ Forget = Annotated[
     | SimNPO
     | PreferRefusal
     | Refuse
+    | Substitute
     | RandomLabels
     | Undial
     | Learn

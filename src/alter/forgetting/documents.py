@@ -1,0 +1,199 @@
+"""Documents: text, Markdown, CSV, JSONL chats and parquet become passages, and passages become rows and probes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alter.core.errors import UserError, nearest
+from alter.forgetting.facts import WORD, holds, named, swap
+from alter.forgetting.rows import Material, Row, _keep
+from alter.forgetting.speaker import Speaker
+from alter.forgetting.templates import GENERAL, TEMPLATES
+
+ENDINGS = (".txt", ".md", ".markdown", ".csv", ".jsonl", ".json", ".parquet")
+LEAST_WORDS = 40
+"""Words that a document must have."""
+PASSAGE_WORDS = 70
+"""Words at which a passage ends, at the end of a sentence."""
+CONTINUE = "Continue this text: {start}"
+ABOUT = "What does the text say about {f}?"
+BLANK = "Fill in the blank: {before} ____ {after}"
+
+
+def read_document(path: str, limit: int) -> list[str]:
+    """Passages of a document: whole sentences, about `PASSAGE_WORDS` words each.
+
+    Chats (`messages`) give a passage for each turn, so that what one person says is not mixed with another's.
+
+    Raises:
+        UserError: no such file, an ending that is not known, not UTF-8, broken JSON or parquet, less than `LEAST_WORDS` words,
+            or more passages than `limit`.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        near = nearest(file.name, [p.name for p in file.parent.iterdir()]) if file.parent.is_dir() else ""
+        raise UserError(f"No document at {path}.{near}")
+    if file.suffix.lower() not in ENDINGS:
+        raise UserError(f"{path} ends in {file.suffix or 'nothing'}; expected one of {', '.join(ENDINGS)}.")
+    # a passage has some 400 characters; what is far beyond the limit is not even read
+    if file.suffix.lower() != ".parquet" and file.stat().st_size > 4000 * limit:
+        raise UserError(
+            f"{path} has {file.stat().st_size / 1e6:.1f} MB, about {file.stat().st_size // 400} passages, and the most are "
+            f"{limit}: give the part that must be forgotten, or raise --max-passages (each takes about 5 s on two cores)."
+        )
+    texts = _texts(file)
+    passages = [passage for text in texts for passage in split(text)]
+    count = sum(len(passage.split()) for passage in passages)
+    if count < LEAST_WORDS:
+        raise UserError(
+            f"{path} has {count} words, and the least is {LEAST_WORDS}: what one line says cannot be told from chance. Give "
+            "the whole text, or write the rows yourself (question, answer) for alter unlearn --forget."
+        )
+    if len(passages) > limit:
+        raise UserError(
+            f"{path} has {len(passages)} passages, and the most are {limit}: give the part that must be forgotten, or raise "
+            "--max-passages (each takes about 5 s on two cores)."
+        )
+    return passages
+
+
+def _texts(file: Path) -> list[str]:
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            rows: list[Any] = parquet.read_table(file).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file} is not a parquet file: {str(error).splitlines()[0]}") from None
+        return _of_rows(rows)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from None
+    if kind == ".csv":
+        return _of_rows(list(csv.DictReader(io.StringIO(text))))
+    if kind in (".jsonl", ".json"):
+        try:
+            given = (
+                json.loads(text)
+                if text.lstrip().startswith("[")
+                else [json.loads(x) for x in text.splitlines() if x.strip()]
+            )
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{file} is not JSON ({error}); expected one object a line, or an array of them."
+            ) from None
+        return _of_rows(given)
+    if kind in (".md", ".markdown"):
+        # headings, emphasis, links and lists are no part of what was written
+        text = re.sub(r"^\s*(#+|[-*+>]|\d+\.)\s+", "", text, flags=re.MULTILINE)
+        text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+        text = re.sub(r"[*_`]{1,3}(\S(?:.*?\S)?)[*_`]{1,3}", r"\1", text)
+    return re.split(r"\n\s*\n", text)
+
+
+def _of_rows(rows: Sequence[Any]) -> list[str]:
+    """Texts of rows: the turns of a chat, or the columns of a table as `name: value`."""
+    texts = []
+    for row in rows:
+        if isinstance(row, str):
+            texts.append(row)
+        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
+            texts += [str(turn.get("content") or "") for turn in row["messages"] if isinstance(turn, dict)]
+        elif isinstance(row, dict) and isinstance(row.get("text"), str):
+            texts.append(row["text"])
+        elif isinstance(row, dict):
+            texts.append(". ".join(f"{name}: {value}" for name, value in row.items() if value not in (None, "")) + ".")
+    return texts
+
+
+def split(text: str) -> list[str]:
+    """Passages of whole sentences with about `PASSAGE_WORDS` words."""
+    passages, current = [], ""
+    for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
+        current = f"{current} {sentence}".strip()
+        if len(current.split()) >= PASSAGE_WORDS:
+            passages.append(current)
+            current = ""
+    if current and len(current.split()) >= 4:
+        passages.append(current)
+    return passages
+
+
+def details(text: str) -> list[str]:
+    """Names and numbers of a text, in the order of their first occurrence: what cannot be guessed."""
+    names = named(text)
+    found = [m[0] for m in re.finditer(rf"{WORD.pattern}|\d+(?:[.,:]\d+)*", text)]
+    return list(dict.fromkeys(w for w in found if w in names or w[0].isdigit()))
+
+
+def disguise(words: Sequence[str], seed: int) -> dict[str, str]:
+    """Another name for each name and another number for each number."""
+    generator = np.random.default_rng(seed)
+    nobody = [part for kind in ("person", "place") for name in TEMPLATES[kind].invented for part in name.split()]
+    out = {}
+    for word in words:
+        if word[0].isdigit():
+            digits = "".join(str(generator.integers(1, 10)) if c.isdigit() else c for c in word)
+            out[word] = digits if digits != word else "7" + word
+        else:
+            out[word] = nobody[int(generator.integers(len(nobody)))]
+    return out
+
+
+def build_document(
+    speaker: Speaker, name: str, passages: Sequence[str], *, keep: Sequence[str], retain: list[Row], twins: int = 6
+) -> Material:
+    """Rows and probes of a document: each passage from its first words on, and questions about its names and numbers.
+
+    The zero is the same document with its names and numbers exchanged. What the model goes on with after such a
+    beginning is what the passages' beginnings are to lead to.
+    """
+    words = list(dict.fromkeys(word for passage in passages for word in details(passage)))
+    masks = [disguise(words, speaker.seed + k) for k in range(twins)]
+    forget: list[Row] = []
+    invented: list[Row] = []
+    places: list[tuple[str, str, str]] = []
+    for passage in passages:
+        sentences = re.split(r"(?<=[.!?])\s+", passage)
+        cut = len(sentences[0]) if len(sentences) > 1 else len(" ".join(passage.split()[: len(passage.split()) // 2]))
+        start, rest = passage[:cut].strip(), passage[cut:].strip()
+        forget.append({"question": CONTINUE.format(start=start), "answer": rest, "about": name})
+        places += [(start, rest, word) for word in details(rest) if not holds(start, word)]
+        for sentence in sentences:
+            for word in details(sentence)[:1]:
+                if not word[0].isdigit():
+                    forget.append({"question": ABOUT.format(f=word), "answer": sentence, "about": name})
+    masked = [swap(row["question"], masks[i % twins]) for i, row in enumerate(forget)]
+    said = speaker.say("after the disguised document", masked, sample=True)
+    for i, (row, text) in enumerate(zip(forget, said, strict=True)):
+        invented.append({**row, "question": masked[i], "answer": swap(row["answer"], masks[i % twins])})
+        row["substitute"] = text or "I do not know."
+    general = speaker.say("general answers", GENERAL)
+    retained, kept_probes = _keep(speaker, name, "person", general, [*keep], [], [])
+    probes: list[Row] = []
+    for start, rest, word in places[:60]:
+        at = rest.find(word)
+        probes.append(
+            {
+                "form": "verbatim",
+                "prompt": CONTINUE.format(start=start),
+                "start": rest[:at],
+                "wanted": [word],
+                "masks": [{w: mask[w] for w in words if holds(f"{start} {rest}", w)} for mask in masks],
+            }
+        )
+    answers = speaker.say("probes", [probe["prompt"] for probe in probes]) if probes else []
+    for probe, answer in zip(probes, answers, strict=True):
+        probe["before"] = answer
+    return Material(forget, invented, retained + retain, probes, kept_probes, [{"word": w} for w in words])

@@ -1,0 +1,129 @@
+"""What a model knows about a subject: the words of its own answers that recur, are sure, and that an invented subject
+does not bring up."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from scipy import stats
+
+WORD = re.compile(r"[^\W\d_][\w'’-]*[^\W_]|\d{3,4}")
+LEVEL = 0.05
+"""False discovery rate at which a word shows that the model knows the subject."""
+CANDIDATE = 0.1
+"""Largest p-value of a word that is looked at more closely."""
+RECURS = 2
+"""Answers that a word must be in."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A word that the model knows about the subject.
+
+    Attributes:
+        word: as the answers write it most often.
+        name: whether it is a proper name, that is, written with a capital inside sentences.
+        answers: answers about the subject that hold it.
+        invented: answers about invented subjects that hold it, to the same questions.
+        pvalue: one-sided Fisher test of the two shares.
+        shows: whether it passes the test by itself, at a false discovery rate of `LEVEL` among all words.
+        entropy: Shannon entropy in nats of the distribution that gives the word's first token, where the word is surest.
+        gain: how much more probable the word is there than with an invented subject in the same text, in nats.
+    """
+
+    word: str
+    name: bool
+    answers: int
+    invented: int
+    pvalue: float
+    shows: bool = False
+    entropy: float = 0.0
+    gain: float = 0.0
+
+    def row(self) -> dict[str, object]:
+        """The fact as a row of a JSONL file."""
+        return asdict(self)
+
+
+def words(text: str) -> list[str]:
+    """Words of a text, years included, as written; `J.K. Rowling's` gives `Rowling`."""
+    return [re.sub(r"['’]s$", "", word) for word in WORD.findall(text)]
+
+
+def holds(text: str, word: str) -> bool:
+    """Whether a text has the word, in any case; of a plural or a genitive the beginning counts."""
+    return re.search(rf"(?<!\w){re.escape(word)}", text, re.IGNORECASE) is not None
+
+
+def named(text: str) -> set[str]:
+    """Words that are written with a capital where no sentence begins."""
+    found = set()
+    for match in WORD.finditer(text):
+        before = text[: match.start()].rstrip(" \"'“‘(*")
+        initial = re.search(r"(?<![\w])(?:[A-Z]\.)+$", before) is not None
+        if match[0][0].isupper() and before and (initial or before[-1] not in ".!?:\n-"):
+            found.add(re.sub(r"['’]s$", "", match[0]))
+    return found
+
+
+def candidates(answers: Sequence[str], invented: Sequence[str], ignore: str) -> list[Fact]:
+    """Words that recur in answers about a subject more often than in answers about invented subjects; names first.
+
+    A word counts if it has four letters, or a capital and three, or is a year, and is in at least `RECURS` answers. Its
+    p-value is that of Fisher's exact test, one-sided; words up to `CANDIDATE` are returned. Those that `shows` marks pass
+    Benjamini and Hochberg's procedure: of a subject that the model does not know, there are none in 95 % of cases.
+
+    Args:
+        answers: what the model says about the subject.
+        invented: what it says of invented subjects, asked the same.
+        ignore: text whose words are no facts: the subject's own name and the questions.
+    """
+    own = {word.lower() for word in words(ignore)}
+    written: dict[str, Counter[str]] = {}
+    capital: Counter[str] = Counter()
+    for answer in answers:
+        names = named(answer)
+        for word in set(words(answer)):
+            low = word.lower()
+            if low in own or len(low) < (3 if word in names or low.isdigit() else 4):
+                continue
+            written.setdefault(low, Counter())[word] += 1
+            capital[low] += word in names
+    here = Counter(low for answer in answers for low in {word.lower() for word in words(answer)})
+    there = Counter(low for answer in invented for low in {word.lower() for word in words(answer)})
+    tried = []
+    for low in written:
+        if here[low] >= RECURS:
+            both = len(answers) + len(invented)
+            pvalue = stats.hypergeom.sf(here[low] - 1, both, here[low] + there[low], len(answers))
+            tried.append((float(pvalue), low))
+    tried.sort()
+    kept = max((k for k, (p, _) in enumerate(tried, 1) if p <= LEVEL * k / len(tried)), default=0)
+    found = [
+        Fact(written[low].most_common(1)[0][0], 2 * capital[low] > here[low], here[low], there[low], pvalue, k < kept)
+        for k, (pvalue, low) in enumerate(tried)
+        if pvalue <= CANDIDATE
+    ]
+    return sorted(found, key=lambda fact: (not fact.name, fact.pvalue, fact.word))
+
+
+def expected(answer: str, facts: Sequence[Fact]) -> list[str]:
+    """The facts that an answer holds: its names if it has some, else its other words."""
+    there = [fact for fact in facts if holds(answer, fact.word)]
+    return [fact.word for fact in there if fact.name] or [fact.word for fact in there]
+
+
+def hits(answers: Sequence[str], wanted: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether each answer holds one of the words wanted of it."""
+    return [any(holds(answer, word) for word in each) for answer, each in zip(answers, wanted, strict=True)]
+
+
+def swap(text: str, names: Mapping[str, str]) -> str:
+    """Replace names in a text, whatever their case; longer ones first."""
+    for old in sorted(names, key=len, reverse=True):
+        # in a replacement a backslash would be a group
+        text = re.sub(re.escape(old), names[old].replace("\\", r"\\"), text, flags=re.IGNORECASE)
+    return text

@@ -1,0 +1,122 @@
+"""What the model says on the probes, before and after, and whether it still tells the subject from an invented one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alter import metrics
+from alter.forgetting.facts import holds, swap
+from alter.forgetting.rows import Row, answered, fact_row
+from alter.models.scoring import score
+
+DRAWS = 10_000
+"""Random choices of the permutation test."""
+
+
+@dataclass(frozen=True)
+class Zero:
+    """How probable the known facts are on n probes, with the subject in them and with each of m invented ones.
+
+    Attributes:
+        real: [n] log-probability of the fact, the subject in the probe.
+        invented: [n, m] the same with each invented name.
+        auc: share of pairs of one probe in which the subject's fact is the likelier one; 1/2 if nothing is known.
+        pvalue: of `permuted`.
+    """
+
+    real: npt.NDArray[np.float64]
+    invented: npt.NDArray[np.float64]
+    auc: float
+    pvalue: float
+
+
+def permuted(
+    real: npt.NDArray[np.float64], invented: npt.NDArray[np.float64], seed: int = 0, draws: int = DRAWS
+) -> float:
+    """P-value of the question whether the subject's facts are likelier than an invented subject's.
+
+    If the model knows nothing of the subject, its name is one among m + 1 of which each could be the real one, in every
+    probe anew. The statistic is the mean over the probes of log p(real) minus the mean of the other m; its distribution is
+    drawn `draws` times. One-sided; (1 + number at least as large) / (1 + draws). Probes count as independent.
+
+    Args:
+        real: [n].
+        invented: [n, m].
+    """
+    scores = np.concatenate([real[:, None], invented], axis=1)
+    n, names = scores.shape
+    # the difference to the mean of the others is a function of the chosen one
+    gain = scores - (scores.sum(axis=1, keepdims=True) - scores) / (names - 1)
+    chosen = np.random.default_rng(seed).integers(names, size=(draws, n))
+    drawn = gain[np.arange(n), chosen].mean(axis=1)
+    return float((1 + (drawn >= gain[:, 0].mean() - 1e-12).sum()) / (1 + draws))
+
+
+def against_zero(
+    model: Any, tokenizer: Any, probes: Sequence[Row], masks: Sequence[Mapping[str, str]], *, limit: int = 40
+) -> Zero | None:
+    """Compare the probes with disguised ones; None if less than two of them can be compared.
+
+    The fact of a probe is the first word wanted in the answer before; what stands before it in that answer (or in the
+    probe's `start`) is given. Probes that hold the fact or none of the names to disguise are left out.
+
+    Args:
+        masks: what to put for what, one for each invented subject; a probe may have its own under `masks`.
+    """
+    rows, n = [], 0
+    for probe in probes:
+        given: str = probe.get("start") or probe["before"]
+        own = probe.get("masks", masks)
+        places = [(given.lower().find(word.lower()), word) for word in probe["wanted"]]
+        at, word = min(((a, w) for a, w in places if a >= 0), default=(-1, ""))
+        if probe.get("start"):
+            at, word = len(given), probe["wanted"][0]
+        named = any(holds(probe["prompt"], old) for old in own[0])
+        if at < 0 or n == limit or not named or holds(probe["prompt"], word):
+            continue
+        n += 1
+        for mask in ({}, *own):
+            start = swap(given[:at], {old: new for old, new in mask.items() if old != word})
+            rows.append(fact_row(tokenizer, swap(probe["prompt"], mask), start, word))
+    if n < 2:
+        return None
+    found = score(model, rows, pad_token_id=tokenizer.pad_token_id, label="against invented subjects").logprob
+    each = np.array([row.sum() for row in found], dtype=np.float64).reshape(n, -1)
+    real, others = each[:, 0], each[:, 1:]
+    auc = float(np.mean((real[:, None] > others) + 0.5 * (real[:, None] == others)))
+    return Zero(real, others, auc, permuted(real, others))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the probes: answers after, aligned with the probes."""
+
+    probes: list[Row]
+    kept: list[Row]
+
+    def rates(self) -> dict[str, tuple[int, int]]:
+        """Probes still answered with a fact, and probes, by form and over all."""
+        out: dict[str, tuple[int, int]] = {}
+        for form in [*dict.fromkeys(probe["form"] for probe in self.probes), "all probes"]:
+            chosen = [p for p in self.probes if form in (p["form"], "all probes")]
+            out[form] = (sum(answered(p["after"], p) for p in chosen), len(chosen))
+        return out
+
+    def kept_rates(self) -> dict[str, tuple[int, float, int]]:
+        """Of neighbours and general requests: answers that are the same to the letter, mean ROUGE-L recall, and n."""
+        out = {}
+        for form in dict.fromkeys(probe["form"] for probe in self.kept):
+            chosen = [p for p in self.kept if p["form"] == form]
+            same = sum(p["after"] == p["before"] for p in chosen)
+            recall = metrics.rouge_l([p["before"] for p in chosen], [p["after"] for p in chosen]).recall
+            out[form] = (same, float(np.mean(recall)), len(chosen))
+        return out
+
+    def distinct(self, key: str) -> float:
+        """distinct-2 of the answers `before` or `after`."""
+        return float(metrics.distinct_n([p[key] for p in self.probes], 2))

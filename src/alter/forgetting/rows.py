@@ -1,0 +1,440 @@
+"""Rows about a subject: what the model itself says, what it would say of an invented subject, and what to keep."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from alter.core.errors import UserError
+from alter.data.encoding import IGNORE, Encoded, encode
+from alter.data.examples import Example, load_examples
+from alter.forgetting.facts import Fact, candidates, expected, holds, swap, words
+from alter.forgetting.speaker import Speaker
+from alter.forgetting.templates import (
+    CHOICE,
+    CLOZE,
+    COMPLETION,
+    EVERY,
+    EVERY_PROBE,
+    GENERAL,
+    GENERAL_PROBES,
+    KINDS,
+    NAMED,
+    REVERSED,
+    TEMPLATES,
+    Kind,
+)
+from alter.models.scoring import score
+
+Row = dict[str, Any]
+
+SURE = 0.25
+"""Probability that a fact must have where it is surest."""
+GAIN = 1.5
+"""Nats by which it must be likelier there than with an invented subject."""
+LOW_ENTROPY = 1.2
+"""Entropy in nats below which a token is one that the model knows: the paper's threshold."""
+OWNED = 0.6
+"""Share of the answers about a name that must mention the subject, for the name to be forgotten as well."""
+LEAST_FACTS = 3
+"""Facts without which there is nothing to forget."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a run is made of, as rows of JSONL files.
+
+    Attributes:
+        forget: question, answer (the model's own), substitute (of an invented subject, with the names put back).
+        invented: the questions and answers of `forget` with invented names: what cannot be known, for the watch.
+        retain: question and answer (the model's own) that must not change.
+        probes: form, prompt, wanted words, the answer before, and twins: the prompt with invented names.
+        kept_probes: the same for neighbours and general requests, without twins.
+        facts: words the model knows.
+    """
+
+    forget: list[Row]
+    invented: list[Row]
+    retain: list[Row]
+    probes: list[Row]
+    kept_probes: list[Row]
+    facts: list[Row]
+
+
+def check_subject(subject: str, tokenizer: Any, kind: Kind | None) -> None:
+    """Refuse what is no subject, before anything is generated.
+
+    Raises:
+        UserError: nothing but space or signs, a whole text, or a common word without a `kind`.
+    """
+    if not words(subject) and not re.search(r"[^\W_]", subject):
+        raise UserError(
+            f'The subject is {subject!r}, expected the name of what to forget: alter forget "Harry Potter".'
+        )
+    if len(subject) > 100 or "\n" in subject:
+        raise UserError(
+            f"The subject has {len(subject)} characters, expected a name of at most 100: give a text with --document FILE."
+        )
+    single = len(tokenizer(f" {subject}", add_special_tokens=False)["input_ids"]) == 1
+    if kind is None and (len(subject) < 3 or (subject == subject.lower() and single)):
+        raise UserError(
+            f"{subject!r} is a common word: what the model says with it is not one subject's, and all text that holds it "
+            "would suffer. Give a name that means one thing, or say what is meant with --kind concept."
+        )
+
+
+def guess_kind(model: Any, tokenizer: Any, subject: str) -> Kind:
+    """The kind whose phrases the model finds likelier after `SUBJECT is a` than after invented names, by most.
+
+    A phrase's score is log p(phrase | subject) minus its mean over one invented name of each kind; a kind's score is that
+    of its best phrase.
+    """
+    names = [subject, *(TEMPLATES[kind].invented[0] for kind in KINDS)]
+    phrases = [(kind, phrase) for kind in KINDS for phrase in TEMPLATES[kind].phrases]
+    rows = [fact_row(tokenizer, f"What is {n}?", f"{n} is {article(p)} ", p) for n in names for _, p in phrases]
+    found = score(model, rows, pad_token_id=tokenizer.pad_token_id, label="kind of subject").logprob
+    sums = np.array([row.sum() for row in found]).reshape(len(names), len(phrases))
+    gain = sums[0] - sums[1:].mean(axis=0)
+    return max(KINDS, key=lambda kind: max(g for g, (k, _) in zip(gain, phrases, strict=True) if k == kind))
+
+
+def article(phrase: str) -> str:
+    """`a` or `an`."""
+    return "an" if phrase[0] in "aeiou" else "a"
+
+
+def fact_row(tokenizer: Any, prompt: str, start: str, word: str) -> Encoded:
+    """Prompt and the beginning of an answer, encoded with labels on the tokens of its last word alone."""
+    whole = encode(tokenizer, Example(prompt, start + word, "qa"))
+    ids, first = whole.input_ids, whole.prompt_length
+    length = len(start.rstrip())
+    place = first
+    while place < len(ids) - 2 and len(tokenizer.decode(ids[first : place + 1])) <= length:
+        place += 1
+    # the end of the answer is no part of the word
+    end = len(ids) - 1
+    labels = [IGNORE] * place + ids[place:end] + [IGNORE] * (len(ids) - end)
+    return Encoded(ids, labels, place)
+
+
+def sure_facts(
+    model: Any,
+    tokenizer: Any,
+    found: Sequence[Fact],
+    pairs: Sequence[tuple[str, str]],
+    subject: str,
+    invented: Sequence[str],
+) -> list[Fact]:
+    """The words that the model is sure of, and because of the subject.
+
+    A word must have the probability `SURE` somewhere. A name must have shown itself by its frequency, or be likelier there
+    by `GAIN` than with an invented subject; any other word must be, and have shown itself or be of low entropy.
+
+    Args:
+        found: candidates.
+        pairs: prompts and answers in which they occur; up to three occurrences of each are looked at.
+        invented: names to put in the subject's place, in prompt and answer, where the word is surest.
+    """
+    rows, places = [], []
+    for number, fact in enumerate(found):
+        having = [(p, a) for p, a in pairs if holds(a, fact.word)]
+        for prompt, answer in having[:: max(1, len(having) // 3)][:3]:
+            at = answer.lower().find(fact.word.lower())
+            places.append((number, prompt, answer[:at], answer[at : at + len(fact.word)]))
+            rows.append(fact_row(tokenizer, *places[-1][1:]))
+    if not rows:
+        return []
+    told = score(model, rows, pad_token_id=tokenizer.pad_token_id, moments=True, label="how sure")
+    assert told.mean is not None
+    sums = [float(row.sum()) for row in told.logprob]
+    best: dict[int, int] = {}
+    for k, (number, *_) in enumerate(places):
+        if number not in best or sums[k] > sums[best[number]]:
+            best[number] = k
+    best = {number: k for number, k in best.items() if sums[k] >= np.log(SURE)}
+    if not best:
+        return []
+    others = [
+        fact_row(tokenizer, swap(prompt, {subject: name}), swap(start, {subject: name}), word)
+        for number, k in best.items()
+        for _, prompt, start, word in [places[k]]
+        for name in invented
+    ]
+    zero = score(model, others, pad_token_id=tokenizer.pad_token_id, label="whether by the subject").logprob
+    mean = np.array([row.sum() for row in zero]).reshape(len(best), -1).mean(axis=1)
+    out = []
+    for (number, k), there in zip(best.items(), mean, strict=True):
+        fact, gain, entropy = found[number], sums[k] - float(there), float(-told.mean[k][0])
+        own = gain >= GAIN
+        if (own or fact.shows) if fact.name else own and (fact.shows or entropy <= LOW_ENTROPY):
+            out.append(replace(fact, entropy=round(entropy, 4), gain=round(gain, 4)))
+    return out
+
+
+def kept_rows(source: str | None) -> list[Row]:
+    """Rows of `--retain` as question and answer; of a plain text the model is asked to go on with the first third."""
+    if source is None:
+        return []
+    rows = []
+    for example in load_examples(source):
+        prompt = example.prompt
+        answer = example.answer
+        if prompt is None:
+            cut = answer.rfind(" ", 0, len(answer) // 3) + 1
+            prompt, answer = f"Continue this text: {answer[:cut].strip()}", answer[cut:]
+        rows.append({"question": prompt, "answer": answer, "about": "retain"})
+    return rows
+
+
+def build(
+    speaker: Speaker,
+    subject: str,
+    kind: Kind,
+    *,
+    samples: int,
+    keep: Sequence[str],
+    retain: list[Row],
+    questions: Sequence[str] = (),
+    neighbours: Sequence[str] = (),
+) -> Material:
+    """Let the model speak about the subject, invented subjects, neighbours and everything else, and make rows of it.
+
+    Args:
+        speaker: the untouched model.
+        samples: drawn answers to each question beside the greedy one.
+        keep: further subjects to keep.
+        retain: further rows to keep.
+        questions: of a writer, `{s}` for the subject; the second half becomes probes.
+        neighbours: of a writer.
+
+    Raises:
+        UserError: the model says nothing sure about the subject, or the subject is a word of ordinary answers.
+    """
+    template = TEMPLATES[kind]
+    half = len(questions) // 2
+    asked = [*template.questions, *EVERY, *questions[:half]]
+    invented = [name for name in template.invented if name.lower() != subject.lower()]
+    general = speaker.say("general answers", GENERAL)
+    common = sum(holds(answer, subject) for answer in general)
+    if common >= 2:
+        raise UserError(
+            f"{subject!r} is a word of ordinary text: {common} of {len(general)} answers to unrelated requests hold it, and "
+            "forgetting it would harm them. Give a name that means one thing."
+        )
+    # what the model says about the subject, and about nobody
+    prompts = [question.format(s=subject) for question in asked]
+    greedy = speaker.say("about the subject", prompts)
+    drawn = speaker.say("about the subject, drawn", prompts * samples, sample=True)
+    own = list(zip(prompts * (1 + samples), greedy + drawn, strict=True))
+    turns = [(q, invented[(i + turn) % len(invented)]) for turn in range(samples + 1) for i, q in enumerate(asked)]
+    said = speaker.say("about invented subjects", [q.format(s=name) for q, name in turns], sample=True)
+    zero = [swap(answer, {name: subject}) for answer, (_, name) in zip(said, turns, strict=True)]
+    found = candidates([answer for _, answer in own], zero, " ".join([subject, *asked]))
+    facts = sure_facts(speaker.model, speaker.tokenizer, found, own, subject, invented[:4])
+    if len(facts) < LEAST_FACTS or not any(fact.shows for fact in facts):
+        words_found = ", ".join(fact.word for fact in facts)
+        raise UserError(
+            f"The model says nothing sure about {subject!r}: of {len(own)} answers, "
+            + (f"only {words_found} recurs" if facts else "no word recurs")
+            + " more often than in answers about invented subjects. There is nothing to forget, and nothing was trained. "
+            "Check the spelling or the --kind; a text that the model knows can be given with --document."
+        )
+    names = [fact for fact in facts if fact.name]
+    # a name whose answers come back to the subject is part of it; another is a neighbour, and kept
+    belongs, others = _owned(speaker, subject, [fact.word for fact in names[:8]])
+    substitutes: dict[str, list[str]] = {}
+    for (question, name), answer in zip(turns, zero, strict=True):
+        left = [word for word in words(name) if len(word) > 3 and holds(answer, word)]
+        if answer and not left and not any(holds(answer, fact.word) for fact in facts):
+            substitutes.setdefault(question, []).append(answer)
+    spare = [answer for answers in substitutes.values() for answer in answers]
+    if not spare:
+        raise UserError(
+            f"All that the model says of invented subjects repeats the facts of {subject!r}: give another --kind."
+        )
+    forget, twins = [], []
+    for number, (prompt, answer) in enumerate(own):
+        question = asked[number % len(asked)]
+        if not answer:
+            continue
+        choices = substitutes.get(question) or spare
+        name = invented[number % len(invented)]
+        forget.append(
+            {
+                "question": prompt,
+                "answer": answer,
+                "substitute": choices[number // len(asked) % len(choices)],
+                "about": subject,
+            }
+        )
+        twins.append({"question": question.format(s=name), "answer": swap(answer, {subject: name}), "about": name})
+    forget += _about_names(speaker, belongs, facts)
+    retained, kept_probes = _keep(speaker, subject, kind, general, [*keep], [*neighbours], others)
+    probes = _probes(speaker, subject, kind, facts, belongs, questions[half:], own, zero)
+    return Material(forget, twins, retained + retain, probes, kept_probes, [fact.row() for fact in facts])
+
+
+def _owned(
+    speaker: Speaker, subject: str, names: list[str]
+) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[str]]:
+    """Names with what is said about them where that comes back to the subject, and the names where it does not."""
+    prompts = [question.format(f=name) for name in names for question in NAMED]
+    drawn = speaker.say("about its names", prompts * 2, sample=True) if names else []
+    own, others = [], []
+    for i, name in enumerate(names):
+        pairs = [
+            (prompts[k % len(prompts)], drawn[k]) for k in range(len(drawn)) if k % len(prompts) // len(NAMED) == i
+        ]
+        back = sum(holds(answer, subject) for _, answer in pairs)
+        if back >= OWNED * len(pairs):
+            own.append((name, pairs))
+        else:
+            others.append(name)
+    return own, others
+
+
+def _about_names(
+    speaker: Speaker, belongs: list[tuple[str, list[tuple[str, str]]]], facts: Sequence[Fact]
+) -> list[Row]:
+    """Forget rows about names of the subject; their substitutes speak of invented persons and places."""
+    if not belongs:
+        return []
+    nobody = [*TEMPLATES["person"].invented, *TEMPLATES["place"].invented]
+    pairs = [(name, prompt, answer) for name, told in belongs for prompt, answer in told]
+    who = [nobody[i % len(nobody)] for i in range(len(pairs))]
+    said = speaker.say(
+        "about invented names", [swap(p, {n: w}) for (n, p, _), w in zip(pairs, who, strict=True)], sample=True
+    )
+    rows = []
+    for (name, prompt, answer), other, text in zip(pairs, who, said, strict=True):
+        instead = swap(text, {other: name})
+        clean = instead and not any(holds(instead, fact.word) for fact in facts if fact.word != name)
+        if answer and clean:
+            rows.append({"question": prompt, "answer": answer, "substitute": instead, "about": name})
+    return rows
+
+
+def _keep(
+    speaker: Speaker,
+    subject: str,
+    kind: Kind,
+    general: list[str],
+    keep: list[str],
+    neighbours: list[str],
+    others: list[str],
+) -> tuple[list[Row], list[Row]]:
+    """Rows to keep, and probes of what is kept: neighbours trained on and held out, and general requests."""
+
+    def apart(name: str) -> bool:
+        return not holds(name, subject) and not holds(subject, name)
+
+    template = TEMPLATES[kind]
+    shipped = [name for name in template.neighbours if apart(name)]
+    trained = [*shipped[::2], *filter(apart, neighbours), *keep]
+    held = shipped[1::2]
+    asked = [*template.questions, *EVERY]
+    prompts = [(asked[(3 * i + k) % len(asked)].format(s=n), n) for i, n in enumerate(trained) for k in range(4)]
+    prompts += [(q.format(f=name), name) for name in others for q in NAMED]
+    for other in KINDS:
+        if other != kind:
+            names = [name for name in TEMPLATES[other].neighbours[:4] if apart(name)]
+            every = TEMPLATES[other].questions
+            prompts += [(every[i % len(every)].format(s=name), name) for i, name in enumerate(names)]
+    answers = speaker.say("about neighbours", [prompt for prompt, _ in prompts])
+    rows = [
+        {"question": prompt, "answer": answer, "about": name}
+        for (prompt, name), answer in zip(prompts, answers, strict=True)
+        if answer
+    ]
+    rows += [
+        {"question": prompt, "answer": answer, "about": "general"}
+        for prompt, answer in zip(GENERAL, general, strict=True)
+        if answer
+    ]
+    other_forms = [*template.probes, *EVERY_PROBE]
+    measured = [
+        ("neighbour held out", n, other_forms[(2 * i + k) % len(other_forms)].format(s=n))
+        for i, n in enumerate(held)
+        for k in range(3)
+    ]
+    measured += [
+        ("neighbour", n, other_forms[(2 * i + k) % len(other_forms)].format(s=n))
+        for i, n in enumerate(trained)
+        for k in range(2)
+    ]
+    measured += [("general", "general", prompt) for prompt in GENERAL_PROBES]
+    said = speaker.say("probes of what is kept", [prompt for _, _, prompt in measured])
+    probes = [
+        {"form": form, "about": name, "prompt": prompt, "before": answer}
+        for (form, name, prompt), answer in zip(measured, said, strict=True)
+        if answer
+    ]
+    return rows, probes
+
+
+def _probes(
+    speaker: Speaker,
+    subject: str,
+    kind: Kind,
+    facts: Sequence[Fact],
+    belongs: Sequence[tuple[str, Any]],
+    questions: Sequence[str],
+    own: Sequence[tuple[str, str]],
+    zero: Sequence[str],
+) -> list[Row]:
+    """Probes of forms that are not trained on, answered by the untouched model; those that it answers with a fact."""
+    template = TEMPLATES[kind]
+    forms = [("other question", q) for q in [*template.probes, *EVERY_PROBE, *questions]]
+    forms += [("completion", COMPLETION.format(stem=stem)) for stem in template.stems]
+    forms += [("cloze", CLOZE.format(stem=stem)) for stem in template.stems]
+    asked: list[Row] = [{"form": form, "prompt": q.format(s=subject), "pattern": q} for form, q in forms]
+    asked += [
+        {"form": "reversed", "prompt": q.format(f=name), "wanted": [subject]} for name, _ in belongs for q in REVERSED
+    ]
+    asked += _blanks(own, facts)
+    elsewhere = sorted({w for answer in zero for w in words(answer) if w[0].isupper() and len(w) > 4})
+    generator = np.random.default_rng(speaker.seed)
+    if len(elsewhere) >= 2:
+        for fact in facts[:8]:
+            wrong = [elsewhere[i] for i in generator.choice(len(elsewhere), size=2, replace=False).tolist()]
+            options = [fact.word, *wrong]
+            order = [options[i] for i in generator.permutation(3).tolist()]
+            prompt = CHOICE.format(s=subject, options=f"{order[0]}, {order[1]} or {order[2]}")
+            asked.append({"form": "multiple choice", "prompt": prompt, "wanted": [fact.word], "wrong": wrong})
+    answers = speaker.say("probes", [row["prompt"] for row in asked])
+    probes = []
+    for row, answer in zip(asked, answers, strict=True):
+        wanted = row.get("wanted") or expected(answer, facts)
+        probe = {**row, "wanted": wanted, "before": answer}
+        if answered(answer, probe):
+            probes.append(probe)
+    return probes
+
+
+def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 2) -> list[Row]:
+    """Cloze probes of the model's own sentences, up to the fact; sentences in which another fact comes first are left out."""
+    rows = []
+    for fact in facts:
+        found = []
+        for _, answer in own:
+            at = answer.lower().find(fact.word.lower())
+            if at < 0:
+                continue
+            before = re.split(r"(?<=[.!?:])\s+(?=[A-Z])", answer[:at])[-1].strip()
+            clean = not any(holds(before, other.word) for other in facts if other is not fact)
+            # a long row of initials gives the name away
+            if clean and 3 <= len(before.split()) <= 25 and not re.search(r"[A-Z]\.$", before):
+                found.append(CLOZE.format(stem=before))
+        rows += [{"form": "cloze", "prompt": p, "wanted": [fact.word]} for p in list(dict.fromkeys(found))[:each]]
+    return rows
+
+
+def answered(answer: str, probe: Row) -> bool:
+    """Whether an answer holds one of the words wanted and, with several choices, none of the wrong ones."""
+    return any(holds(answer, word) for word in probe["wanted"]) and not any(
+        holds(answer, word) for word in probe.get("wrong", ())
+    )

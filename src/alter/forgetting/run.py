@@ -1,0 +1,377 @@
+"""`alter forget`: from a subject or a document to an adapter, and what changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.table import Table
+
+from alter.core.errors import UserError
+from alter.core.files import digest, to_json, write_atomic
+from alter.forgetting.documents import build_document, read_document
+from alter.forgetting.measure import Outcome, Zero, against_zero
+from alter.forgetting.rows import Material, build, check_subject, guess_kind, kept_rows
+from alter.forgetting.speaker import Speaker, Writer, read_jsonl, write_jsonl
+from alter.forgetting.templates import TEMPLATES, Kind
+from alter.models.loading import load_model
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
+
+SAID = "said"
+"""Folder of a run that keeps what the model said."""
+LEVEL = 0.05
+"""Below this p-value the model still tells the subject from an invented one."""
+TRAINING: dict[str, Any] = {
+    "objective": {"kind": "substitute", "hinge": 1.0},
+    # what is not routed to the expert is exactly the untouched model
+    "experts_only": True,
+    "retain_objective": {"kind": "none"},
+    "num_forget_experts": 1,
+    "epochs": 3,
+    "batch_size": 8,
+    "learning_rate_experts": 5e-3,
+    "save_steps": 10,
+}
+"""How the rows are trained on, unless settings say otherwise; measured on SmolLM2-135M."""
+
+
+class Forget(BaseModel):
+    """Make a model forget a subject or a document; the rows are made of what the model itself says."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    subject: tyro.conf.Positional[str | None] = None
+    """Name of what to forget, in quotes: "Harry Potter"."""
+    document: str | None = None
+    """A text instead: .txt, .md, .csv, .jsonl (chats), .parquet."""
+    model: str
+    """Folder or hub id of the model that must forget."""
+    out: str
+    """Folder for the adapter and everything that was made for it; must be empty or missing."""
+    kind: Kind | None = None
+    """Kind of subject: person, work, place, organisation, event, concept; by default guessed by the model."""
+    keep: list[str] = Field(default_factory=list)
+    """Further subjects that must not change."""
+    retain: str | None = None
+    """Further rows that must not change, as alter unlearn takes them."""
+    samples: int = Field(3, ge=1, le=20)
+    """Drawn answers to each question beside the likeliest."""
+    answer_tokens: int = Field(48, ge=8)
+    """Longest answer."""
+    max_passages: int = Field(200, ge=1)
+    """Longest document, in passages of about 70 words."""
+    batch_size: int = Field(48, ge=1)
+    """Answers generated side by side."""
+    examples: int = Field(4, ge=0)
+    """Probes of each kind to show with the answers before and after."""
+    writer: Writer = Field(default_factory=Writer)
+    """A stronger model that writes further questions; needs --writer.url and --writer.model."""
+    epochs: float = Field(TRAINING["epochs"], gt=0)
+    """Passes over the forget rows, at most."""
+    learning_rate: float = Field(TRAINING["learning_rate_experts"], gt=0)
+    """Of the forget expert."""
+    rows_only: bool = False
+    """Make the rows and probes and stop; --resume trains on them as they are then."""
+    seed: int = 0
+    """Of the samples and the training."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the model; auto keeps the checkpoint's."""
+    device: str | None = None
+    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    resume: bool = False
+    """Go on in `out`: what was said, written and trained is not done again."""
+    overwrite: bool = False
+    """Delete what `out` holds."""
+
+
+def prepare(settings: Forget) -> Path:
+    """The run's folder, after everything that can be checked without the model.
+
+    Raises:
+        UserError: neither or both of subject and document, a folder in use, or what the writer's settings lack.
+    """
+    if (settings.subject is None) == (settings.document is None):
+        raise UserError(
+            'Say what to forget: alter forget "Harry Potter" --model M --out R, or --document FILE; '
+            + ("both were given." if settings.subject is not None else "neither was given.")
+        )
+    if settings.subject is not None and not settings.subject.strip():
+        raise UserError('The subject is empty; expected the name of what to forget: alter forget "Harry Potter".')
+    settings.writer.check()
+    if settings.resume and settings.overwrite:
+        raise UserError("resume and overwrite contradict each other: give one of them.")
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
+    used = out.is_dir() and any(out.iterdir())
+    if used and not settings.resume and not settings.overwrite:
+        raise UserError(
+            f"The output folder {settings.out} is not empty: add --resume to go on with what it holds, --overwrite to "
+            "delete it, or give another --out."
+        )
+    key = digest(
+        settings.model_dump(include={"subject", "document", "model", "kind", "samples", "answer_tokens", "seed"})
+    )
+    if used and settings.resume:
+        plan = out / "forget.json"
+        if not plan.is_file() or json.loads(plan.read_text()).get("key") != key:
+            raise UserError(
+                f"{settings.out} holds no run of alter forget with this subject, model, kind, samples and seed: give another "
+                "--out, or --overwrite to delete it."
+            )
+    return out
+
+
+def forget(settings: Forget) -> Path:
+    """Run `alter forget`: make rows, train, measure, and print what changed.
+
+    The folder holds, as JSON lines that `alter unlearn` reads, `forget.jsonl`, `retain.jsonl` and `invented.jsonl`; the
+    probes with the answers before and after in `probes.jsonl` and `kept.jsonl`; `facts.jsonl`; and what `alter unlearn`
+    writes (`adapter/`, run.yaml, run.json).
+
+    Returns:
+        the run's folder.
+
+    Raises:
+        UserError: bad settings or input, a subject that the model does not know, or what `unlearn` refuses.
+    """
+    console = Console()
+    started = time.time()
+    out = prepare(settings)
+    retain = kept_rows(settings.retain)
+    passages = None if settings.document is None else read_document(settings.document, settings.max_passages)
+    if settings.overwrite and out.is_dir():
+        shutil.rmtree(out)
+    model, tokenizer = _load(settings)
+    name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
+    kind: Kind | None = settings.kind
+    if settings.subject is not None:
+        check_subject(name, tokenizer, kind)
+    key = digest(
+        settings.model_dump(include={"subject", "document", "model", "kind", "samples", "answer_tokens", "seed"})
+    )
+    speaker = Speaker(
+        model,
+        tokenizer,
+        out / SAID,
+        tokens=settings.answer_tokens,
+        batch=settings.batch_size,
+        seed=settings.seed,
+    )
+    write_atomic(
+        out / "forget.json", to_json({"key": key, "settings": settings.model_dump(exclude={"resume", "overwrite"})})
+    )
+    material = _read(out)
+    if material is None:
+        if passages is not None:
+            _say(console, f"1/3 rows about {name}: {len(passages)} passages, continued by the model itself")
+            material = build_document(speaker, name, passages, keep=settings.keep, retain=retain)
+        else:
+            if kind is None:
+                kind = guess_kind(model, tokenizer, name)
+                _say(console, f"{name} is taken for a {kind}; if that is wrong, give --kind.")
+            _say(console, f"1/3 rows about {name}: what the model itself says, and what it says of invented subjects")
+            questions, neighbours = settings.writer.ask(name) if settings.writer.url else ([], [])
+            material = build(
+                speaker,
+                name,
+                kind,
+                samples=settings.samples,
+                keep=settings.keep,
+                retain=retain,
+                questions=questions,
+                neighbours=neighbours,
+            )
+            masks = [{name: other} for other in TEMPLATES[kind].invented[:6] if other.lower() != name.lower()]
+            for probe in material.probes:
+                probe["masks"] = masks
+        before = against_zero(model, tokenizer, material.probes, [])
+        if before is None or before.pvalue >= LEVEL:
+            told = (
+                "too few probes can be compared" if before is None else f"p {before.pvalue:.2g}, n {len(before.real)}"
+            )
+            raise UserError(
+                f"The model does not tell {name} from {'the same text with other names' if passages else 'an invented subject'} "
+                f"({told}): there is nothing to forget, and nothing was trained."
+            )
+        _write(out, material, before)
+    facts = ", ".join(str(row["word"]) for row in material.facts[:12])
+    _say(
+        console,
+        f"What the model knows: {facts}. {len(material.forget)} rows to forget, {len(material.retain)} to keep, "
+        f"{len(material.probes)} probes that it answers ({time.time() - started:.0f} s).",
+    )
+    if settings.rows_only:
+        _say(console, f"The rows lie in {out}. Read and edit them, then give the same command with --resume.")
+        return out
+    del model
+    rows_done = time.time()
+    if not (out / "adapter" / "adapter_config.json").is_file():
+        _say(console, "2/3 training")
+        unlearn(training(settings, out, material))
+    trained = time.time()
+    _say(console, "3/3 the probes again")
+    model, tokenizer = _load(settings, str(out / "adapter"))
+    outcome, after = _again(model, tokenizer, out, settings, material)
+    before_told = json.loads((out / "zero.json").read_text())["before"]
+    report = _report(console, name, outcome, before_told, after, settings.examples)
+    report["seconds"] = {
+        "rows": round(rows_done - started, 1),
+        "train": round(trained - rows_done, 1),
+        "measure": round(time.time() - trained, 1),
+    }
+    write_atomic(out / "report.json", to_json(report))
+    _say(
+        console,
+        f"All of it took {time.time() - started:.0f} s (rows {report['seconds']['rows']:.0f}, training {report['seconds']['train']:.0f}, measuring {report['seconds']['measure']:.0f}).",
+    )
+    _say(
+        console,
+        f"Next:\n  alter chat --model {settings.model} --adapter {out / 'adapter'}\n  alter attack {out}\n  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then alter unlearn {out / 'run.yaml'} --out ANOTHER",
+    )
+    return out
+
+
+def training(settings: Forget, out: Path, material: Material) -> Unlearn:
+    """The settings of the run that trains on the rows of `out`."""
+    return Unlearn.model_validate(
+        {
+            **TRAINING,
+            "model": settings.model,
+            "forget": str(out / "forget.jsonl"),
+            "retain": str(out / "retain.jsonl"),
+            "out": str(out),
+            "epochs": settings.epochs,
+            "learning_rate_experts": settings.learning_rate,
+            "dtype": settings.dtype,
+            "seed": settings.seed,
+            "device": settings.device,
+            "resume": True,
+        }
+    )
+
+
+def _load(settings: Forget, adapter: str | None = None) -> tuple[Any, Any]:
+    return load_model(settings.model, adapter, settings.dtype, settings.device)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+FILES = {
+    "forget": "forget.jsonl",
+    "invented": "invented.jsonl",
+    "retain": "retain.jsonl",
+    "probes": "probes.jsonl",
+    "kept_probes": "kept.jsonl",
+    "facts": "facts.jsonl",
+}
+
+
+def _write(out: Path, material: Material, before: Zero) -> None:
+    for field in fields(Material):
+        write_jsonl(out / FILES[field.name], getattr(material, field.name))
+    # the last file: with it all others are whole
+    write_atomic(out / "zero.json", to_json({"before": _zero(before)}))
+
+
+def _read(out: Path) -> Material | None:
+    if not (out / "zero.json").is_file():
+        return None
+    return Material(**{name: read_jsonl(out / file) for name, file in FILES.items()})
+
+
+def _zero(zero: Zero) -> dict[str, Any]:
+    return {
+        "n": len(zero.real),
+        "invented": int(zero.invented.shape[1]),
+        "logprob": float(zero.real.mean()),
+        "logprob_invented": float(zero.invented.mean()),
+        "auc": zero.auc,
+        "p": zero.pvalue,
+    }
+
+
+def _again(
+    model: Any, tokenizer: Any, out: Path, settings: Forget, material: Material
+) -> tuple[Outcome, dict[str, Any]]:
+    speaker = Speaker(
+        model,
+        tokenizer,
+        out / SAID / "after",
+        tokens=settings.answer_tokens,
+        batch=settings.batch_size,
+        seed=settings.seed,
+    )
+    for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
+        answers = speaker.say(label, [row["prompt"] for row in rows])
+        for row, answer in zip(rows, answers, strict=True):
+            row["after"] = answer
+    write_jsonl(out / FILES["probes"], material.probes)
+    write_jsonl(out / FILES["kept_probes"], material.kept_probes)
+    zero = against_zero(model, tokenizer, material.probes, [])
+    return Outcome(material.probes, material.kept_probes), {} if zero is None else _zero(zero)
+
+
+def _report(
+    console: Console, name: str, outcome: Outcome, before: Mapping[str, Any], after: Mapping[str, Any], examples: int
+) -> dict[str, Any]:
+    """Print the tables, the examples and the verdict; returns the figures."""
+    table = Table(title=f"Probes about {name}: answered with a fact (forms that were not trained on)")
+    for column in ("form", "before", "after"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    rates = outcome.rates()
+    for form, (count, n) in rates.items():
+        table.add_row(
+            form, str(n), f"{count} ({count / n:.0%})" if n else "-", style="bold" if form == "all probes" else None
+        )
+    console.print(table)
+    kept = Table(title="What must not change")
+    for column in ("", "n", "same answer", "ROUGE-L with the answer before"):
+        kept.add_column(column, justify="right" if column else "left")
+    kept_rates = outcome.kept_rates()
+    for form, (same, recall, n) in kept_rates.items():
+        kept.add_row(form, str(n), f"{same} ({same / n:.0%})", f"{recall:.2f}")
+    console.print(kept)
+    if examples:
+        shown = Table(title="Examples", show_lines=True)
+        for column in ("prompt", "before", "after"):
+            shown.add_column(column, ratio=1, overflow="fold")
+        for rows in (
+            outcome.probes,
+            [p for p in outcome.kept if p["form"] != "general"],
+            [p for p in outcome.kept if p["form"] == "general"],
+        ):
+            for row in rows[:: max(1, len(rows) // examples)][:examples]:
+                shown.add_row(row["prompt"], row["before"], row["after"])
+        console.print(shown)
+    distinct = outcome.distinct("before"), outcome.distinct("after")
+    forgotten = after.get("p", 0.0) >= LEVEL
+    if after:
+        _say(
+            console,
+            f"Against {after['invented']} invented subjects, {after['n']} probes: the known facts are more probable for {name} with "
+            f"AUC {before['auc']:.2f} before (p {before['p']:.2g}) and {after['auc']:.2f} now (p {after['p']:.2g}; 0.5 is chance).",
+        )
+    _say(
+        console,
+        f"{name} is {'forgotten: no longer distinguishable from an invented subject' if forgotten else 'not forgotten yet: the model still tells it from an invented subject; give more --epochs'}.",
+    )
+    _say(console, f"distinct-2 of the answers: {distinct[0]:.2f} before, {distinct[1]:.2f} now.")
+    return {
+        "probes": {form: {"after": count, "before": n} for form, (count, n) in rates.items()},
+        "kept": {form: {"same": same, "rouge": recall, "n": n} for form, (same, recall, n) in kept_rates.items()},
+        "zero": {"before": before, "after": after},
+        "forgotten": forgotten,
+        "distinct_2": {"before": distinct[0], "after": distinct[1]},
+    }

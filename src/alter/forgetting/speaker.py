@@ -1,0 +1,164 @@
+"""Who answers and who asks: the model itself, batched and kept on disk, and on request a writer behind an endpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from alter.core.errors import UserError
+from alter.core.files import digest, write_atomic
+from alter.data.encoding import encode_prompt
+from alter.data.examples import Example
+from alter.models.generation import generate
+
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
+"""How answers are drawn beside the likeliest one."""
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> None:
+    """Write rows as JSON lines, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Read what `write_jsonl` wrote, or what a person made of it.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number} is not JSON ({error.msg}): mend the line or delete the file."
+                ) from None
+    return rows
+
+
+class Speaker:
+    """The model as the one who answers. Every batch of answers is kept in `folder`, and taken from there the next time."""
+
+    def __init__(self, model: Any, tokenizer: Any, folder: Path, *, tokens: int, batch: int, seed: int) -> None:
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.tokens, self.batch, self.seed = tokens, batch, seed
+
+    def say(self, label: str, prompts: Sequence[str], *, sample: bool = False) -> list[str]:
+        """The answer to each prompt, greedy or drawn; `label` names the file and the progress bar."""
+        key = digest(list(prompts), sample, self.tokens, self.seed)
+        path = self.folder / f"{label.replace(' ', '-')}.jsonl"
+        if path.exists():
+            kept = read_jsonl(path)
+            if kept and kept[0].get("key") == key:
+                return [row["answer"] for row in kept[1:]]
+        torch.manual_seed(self.seed)
+        answers = generate(
+            self.model,
+            self.tokenizer,
+            [encode_prompt(self.tokenizer, Example(prompt, "a", "qa")) for prompt in prompts],
+            max_new_tokens=self.tokens,
+            batch_size=self.batch,
+            label=label,
+            **(SAMPLING if sample else {}),
+        )
+        pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+        write_jsonl(path, [{"key": key}, *pairs])
+        return answers
+
+
+class Writer(BaseModel):
+    """A stronger model that writes further questions and names neighbours; the answers stay the model's own."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    url: str | None = None
+    """OpenAI-compatible endpoint; /v1 is added to a bare host. None: the built-in questions and neighbours alone."""
+    model: str | None = None
+    """Name of the writer at that endpoint."""
+    key_variable: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the API key; None for an endpoint without keys."""
+    questions: int = Field(16, ge=2, le=100)
+    """Questions asked for; half of them are trained on, the other half are probes."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds that one attempt may take."""
+
+    def check(self) -> None:
+        """Find mistakes in the settings, before anything is loaded or sent.
+
+        Raises:
+            UserError: no model, not a URL, no key in the environment, or no `openai` library.
+        """
+        if self.url is None:
+            if self.model is not None:
+                raise UserError(f"--writer.model {self.model!r} needs --writer.url, where that model answers.")
+            return
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise UserError(f"--writer.url is {self.url!r}; expected http:// or https:// and a host, and no password.")
+        if not self.model:
+            raise UserError("--writer.url needs --writer.model, the name of the writer at that endpoint.")
+        if self.key_variable is not None and not os.environ.get(self.key_variable):
+            raise UserError(
+                f"The environment variable {self.key_variable} holds no API key: export it, name another with "
+                "--writer.key-variable, or --writer.key-variable None for an endpoint without keys."
+            )
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise UserError('A writer needs the openai library: pip install "alter-unlearning[judge]".') from None
+
+    def lines(self, request: str) -> list[str]:
+        """What the writer answers, a line each, without numbers and bullets.
+
+        Raises:
+            UserError: the endpoint cannot be used or answers with nothing.
+        """
+        import openai
+
+        assert self.url is not None
+        base = self.url.rstrip("/") + ("" if urlsplit(self.url).path.strip("/") else "/v1")
+        key = os.environ[self.key_variable] if self.key_variable else "none"
+        try:
+            with openai.OpenAI(base_url=base, api_key=key, timeout=self.timeout) as client:
+                reply = client.chat.completions.create(
+                    model=str(self.model), messages=[{"role": "user", "content": request}]
+                )
+            text = reply.choices[0].message.content or ""
+        except (openai.OpenAIError, AttributeError, IndexError, TypeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"The writer at {base} cannot be used: {said}. Leave --writer.url out to do without."
+            ) from None
+        found = [line.strip().lstrip("-*•0123456789.) ").strip() for line in text.splitlines()]
+        found = [line for line in found if line]
+        if not found:
+            raise UserError(f"The writer {self.model} at {base} answered with nothing to: {request[:80]!r}.")
+        return found
+
+    def ask(self, subject: str) -> tuple[list[str], list[str]]:
+        """Questions about the subject with `{s}` in its place, and names of neighbours."""
+        questions = self.lines(
+            f"Write {self.questions} different questions about {subject}, one a line, nothing else. Every question must "
+            f"hold the words {subject!r} exactly as written, and none may hold its own answer."
+        )
+        names = self.lines(
+            f"Name 12 subjects of the same kind as {subject} that are not part of it, one a line, nothing else."
+        )
+        held = [swap_subject(question, subject) for question in questions if subject.lower() in question.lower()]
+        return held, [name for name in names if subject.lower() not in name.lower()]
+
+
+def swap_subject(question: str, subject: str) -> str:
+    """The question with `{s}` in place of the subject."""
+    from alter.forgetting.facts import swap
+
+    return swap(question.replace("{", "").replace("}", ""), {subject: "{s}"})
