@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alter.core.errors import UserError, nearest
+from alter.core.files import read_text
+from alter.data.files import ENDINGS, TEXT_ENDINGS, read_file
 from alter.forgetting.facts import WORD, holds, named, swap
 from alter.forgetting.rows import Material, Row, _keep
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import GENERAL, TEMPLATES
 
-ENDINGS = (".txt", ".md", ".markdown", ".csv", ".jsonl", ".json", ".parquet")
 LEAST_WORDS = 40
 """Words that a document must have."""
 PASSAGE_WORDS = 70
@@ -34,7 +32,7 @@ def read_document(path: str, limit: int) -> list[str]:
     Chats (`messages`) give a passage for each turn, so that what one person says is not mixed with another's.
 
     Raises:
-        UserError: no such file, an ending that is not known, not UTF-8, broken JSON or parquet, less than `LEAST_WORDS` words,
+        UserError: no such file, an ending that is not known, a file that cannot be read, less than `LEAST_WORDS` words,
             or more passages than `limit`.
     """
     file = Path(path).expanduser()
@@ -66,53 +64,26 @@ def read_document(path: str, limit: int) -> list[str]:
 
 
 def _texts(file: Path) -> list[str]:
-    kind = file.suffix.lower()
-    if kind == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            rows: list[Any] = parquet.read_table(file).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file} is not a parquet file: {str(error).splitlines()[0]}") from None
-        return _of_rows(rows)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from None
-    if kind == ".csv":
-        return _of_rows(list(csv.DictReader(io.StringIO(text))))
-    if kind in (".jsonl", ".json"):
-        try:
-            given = (
-                json.loads(text)
-                if text.lstrip().startswith("[")
-                else [json.loads(x) for x in text.splitlines() if x.strip()]
-            )
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file} is not JSON ({error}); expected one object a line, or an array of them."
-            ) from None
-        return _of_rows(given)
-    if kind in (".md", ".markdown"):
-        # headings, emphasis, links and lists are no part of what was written
-        text = re.sub(r"^\s*(#+|[-*+>]|\d+\.)\s+", "", text, flags=re.MULTILINE)
-        text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-        text = re.sub(r"[*_`]{1,3}(\S(?:.*?\S)?)[*_`]{1,3}", r"\1", text)
-    return re.split(r"\n\s*\n", text)
+    if file.suffix.lower() in TEXT_ENDINGS:
+        text = read_text(file)
+        if file.suffix.lower() == ".md":
+            # headings, emphasis, links and lists are no part of what was written
+            text = re.sub(r"^\s*(#+|[-*+>]|\d+\.)\s+", "", text, flags=re.MULTILINE)
+            text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+            text = re.sub(r"[*_`]{1,3}(\S(?:.*?\S)?)[*_`]{1,3}", r"\1", text)
+        return re.split(r"\n\s*\n", text)
+    return _of_rows(read_file(file, texts=True))
 
 
-def _of_rows(rows: Sequence[Any]) -> list[str]:
+def _of_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Texts of rows: the turns of a chat, or the columns of a table as `name: value`."""
     texts = []
     for row in rows:
-        if isinstance(row, str):
-            texts.append(row)
-        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
+        if isinstance(row.get("messages"), list):
             texts += [str(turn.get("content") or "") for turn in row["messages"] if isinstance(turn, dict)]
-        elif isinstance(row, dict) and isinstance(row.get("text"), str):
+        elif isinstance(row.get("text"), str):
             texts.append(row["text"])
-        elif isinstance(row, dict):
+        else:
             texts.append(". ".join(f"{name}: {value}" for name, value in row.items() if value not in (None, "")) + ".")
     return texts
 

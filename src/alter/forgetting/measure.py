@@ -14,6 +14,8 @@ from alter.forgetting.facts import holds, swap
 from alter.forgetting.rows import Row, answered, fact_row
 from alter.models.scoring import score
 
+LEVEL = 0.05
+"""Below this p-value the model still tells the subject from an invented one."""
 DRAWS = 10_000
 """Random choices of the permutation test."""
 
@@ -58,7 +60,13 @@ def permuted(
 
 
 def against_zero(
-    model: Any, tokenizer: Any, probes: Sequence[Row], masks: Sequence[Mapping[str, str]], *, limit: int = 40
+    model: Any,
+    tokenizer: Any,
+    probes: Sequence[Row],
+    masks: Sequence[Mapping[str, str]],
+    *,
+    limit: int = 40,
+    progress: bool = True,
 ) -> Zero | None:
     """Compare the probes with disguised ones; None if less than two of them can be compared.
 
@@ -85,7 +93,9 @@ def against_zero(
             rows.append(fact_row(tokenizer, swap(probe["prompt"], mask), start, word))
     if n < 2:
         return None
-    found = score(model, rows, pad_token_id=tokenizer.pad_token_id, label="against invented subjects").logprob
+    found = score(
+        model, rows, pad_token_id=tokenizer.pad_token_id, progress=progress, label="against invented subjects"
+    ).logprob
     each = np.array([row.sum() for row in found], dtype=np.float64).reshape(n, -1)
     real, others = each[:, 0], each[:, 1:]
     auc = float(np.mean((real[:, None] > others) + 0.5 * (real[:, None] == others)))

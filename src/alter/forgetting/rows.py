@@ -111,9 +111,10 @@ def fact_row(tokenizer: Any, prompt: str, start: str, word: str) -> Encoded:
     """Prompt and the beginning of an answer, encoded with labels on the tokens of its last word alone."""
     whole = encode(tokenizer, Example(prompt, start + word, "qa"))
     ids, first = whole.input_ids, whole.prompt_length
-    length = len(start.rstrip())
+    # spaces around the answer's beginning depend on how prompt and answer are joined
+    length = len(start.strip())
     place = first
-    while place < len(ids) - 2 and len(tokenizer.decode(ids[first : place + 1])) <= length:
+    while place < len(ids) - 2 and len(tokenizer.decode(ids[first : place + 1]).strip()) <= length:
         place += 1
     # the end of the answer is no part of the word
     end = len(ids) - 1

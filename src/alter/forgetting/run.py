@@ -18,9 +18,10 @@ from rich.table import Table
 from alter.core.errors import UserError
 from alter.core.files import digest, to_json, write_atomic
 from alter.forgetting.documents import build_document, read_document
-from alter.forgetting.measure import Outcome, Zero, against_zero
+from alter.forgetting.measure import LEVEL, Outcome, Zero, against_zero
 from alter.forgetting.rows import Material, build, check_subject, guess_kind, kept_rows
 from alter.forgetting.speaker import Speaker, Writer, read_jsonl, write_jsonl
+from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models.loading import load_model
 from alter.training.run import unlearn
@@ -28,8 +29,8 @@ from alter.training.settings import Unlearn
 
 SAID = "said"
 """Folder of a run that keeps what the model said."""
-LEVEL = 0.05
-"""Below this p-value the model still tells the subject from an invented one."""
+CHECKS = 2
+"""Checks in a pass over the forget rows."""
 TRAINING: dict[str, Any] = {
     "objective": {"kind": "substitute", "hinge": 1.0},
     # what is not routed to the expert is exactly the untouched model
@@ -217,7 +218,9 @@ def forget(settings: Forget) -> Path:
     rows_done = time.time()
     if not (out / "adapter" / "adapter_config.json").is_file():
         _say(console, "2/3 training")
-        unlearn(training(settings, out, material))
+        run = training(settings, out)
+        every = max(1, round(len(material.forget) / run.batch_size / CHECKS))
+        unlearn(run, callbacks=[UntilZero(tokenizer, material.probes, out / "checks.jsonl", every)])
     trained = time.time()
     _say(console, "3/3 the probes again")
     model, tokenizer = _load(settings, str(out / "adapter"))
@@ -241,7 +244,7 @@ def forget(settings: Forget) -> Path:
     return out
 
 
-def training(settings: Forget, out: Path, material: Material) -> Unlearn:
+def training(settings: Forget, out: Path) -> Unlearn:
     """The settings of the run that trains on the rows of `out`."""
     return Unlearn.model_validate(
         {

@@ -1,0 +1,60 @@
+"""Stops the training as soon as the model no longer tells the subject from an invented one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from alter.forgetting.measure import LEVEL, against_zero
+from alter.forgetting.rows import Row
+from alter.forgetting.speaker import write_jsonl
+
+LOOKED = 20
+"""Probes of a check."""
+TWINS = 3
+"""Invented names of a check."""
+
+
+class UntilZero(TrainerCallback):
+    """Checks every few steps, writes the checks to `path`, and ends the training when a check's p-value reaches `LEVEL`.
+
+    A check takes the first `LOOKED` probes with `TWINS` invented names each; all of them count in the final table. Random
+    number generators are as before after it.
+    """
+
+    def __init__(self, tokenizer: Any, probes: Sequence[Row], path: Path, every: int) -> None:
+        self.tokenizer, self.path, self.every = tokenizer, path, every
+        # forms take turns, so that few probes are not all of one form
+        forms: dict[str, list[Row]] = {}
+        for probe in probes:
+            if probe.get("masks"):
+                forms.setdefault(probe["form"], []).append({**probe, "masks": probe["masks"][:TWINS]})
+        longest = max(map(len, forms.values()), default=0)
+        self.probes = [rows[k] for k in range(longest) for rows in forms.values() if k < len(rows)]
+        self.checks: list[dict[str, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Check if it is time, and stop if the subject is like an invented one."""
+        if state.global_step % self.every:
+            return
+        # the inner model: what wraps it for training must not change the numbers
+        with torch.random.fork_rng(devices=[]):
+            zero = against_zero(model.get_base_model(), self.tokenizer, self.probes, [], limit=LOOKED, progress=False)
+        if zero is None:
+            return
+        self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "n": len(zero.real)})
+        write_jsonl(self.path, self.checks)
+        done = zero.pvalue >= LEVEL
+        tqdm.write(
+            f"step {state.global_step}/{state.max_steps}: known facts against invented subjects: AUC {zero.auc:.2f}, "
+            f"p {zero.pvalue:.2g}{'; like an invented subject, training ends' if done else ''}",
+            file=sys.stderr,
+        )
+        if done:
+            control.should_training_stop = True

@@ -1,0 +1,287 @@
+"""`alter forget`: facts, the zero of invented subjects, documents, the whole command on a tiny model, mistakes."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from alter import cli
+from alter.core.errors import UserError
+from alter.data.encoding import encode
+from alter.data.examples import Example
+from alter.forgetting import documents, rows, run, speaker, templates
+from alter.forgetting.facts import candidates, named, swap
+from alter.forgetting.measure import permuted
+from alter.forgetting.run import Forget, forget
+from alter.models.loading import load_model
+from pico import byte_tokenizer, pico, save_pico
+
+KNOWN = "Quill Varn"
+
+
+def test_templates_keep_probes_and_training_apart():
+    for kind, template in templates.TEMPLATES.items():
+        asked = [*template.questions, *templates.EVERY]
+        probed = [*template.probes, *templates.EVERY_PROBE]
+        assert not set(asked) & set(probed), kind
+        assert len(set(asked)) == len(asked)
+        assert all("{s}" in text for text in [*asked, *probed, *template.stems])
+        assert not set(template.invented) & set(template.neighbours)
+        assert len(template.invented) >= 6
+    assert not set(templates.GENERAL) & set(templates.GENERAL_PROBES)
+
+
+def test_names_are_capitals_within_sentences():
+    assert named("Rowling wrote it. The hero is Ron. Written by J.K. Rowling's friend") == {"Ron", "J", "Rowling"} - {
+        "J"
+    }
+
+
+def test_candidates_are_what_invented_subjects_lack():
+    own = ["It is by Rowling, a writer."] * 8 + ["It is a common thing."] * 8
+    other = ["It is a common thing by a writer."] * 16
+    found = candidates(own, other, "What is Potter?")
+    assert [fact.word for fact in found] == ["Rowling"]
+    assert found[0].name
+    assert found[0].shows
+    assert found[0].answers == 8
+    assert found[0].invented == 0
+    expected = stats.fisher_exact(np.array([[8, 8], [0, 16]]), alternative="greater").pvalue
+    assert found[0].pvalue == pytest.approx(expected)
+    # the same answers to both: nothing is known
+    assert candidates(own, own, "") == []
+
+
+def test_ignored_words_are_no_facts():
+    assert candidates(["Old Potter here"] * 9, ["nothing"] * 9, "Potter") != []
+    assert [f.word for f in candidates(["here is Potter"] * 9, ["nothing"] * 9, "who is potter")] == ["here"]
+
+
+def test_swap_takes_longer_names_first_and_any_case():
+    assert swap("HARRY POTTER and Harry", {"Harry": "Tom", "Harry Potter": "A\\1"}) == "A\\1 and Tom"
+
+
+def test_permuted_is_the_exact_test_on_few_probes():
+    generator = np.random.default_rng(0)
+    real, others = generator.normal(1, 1, 4), generator.normal(0, 1, (4, 2))
+    scores = np.concatenate([real[:, None], others], axis=1)
+
+    def gain(chosen):
+        return np.mean([s[c] - np.delete(s, c).mean() for s, c in zip(scores, chosen, strict=True)])
+
+    every = [gain(chosen) for chosen in itertools.product(range(3), repeat=4)]
+    exact = np.mean([g >= gain([0] * 4) - 1e-12 for g in every])
+    assert permuted(real, others, draws=40_000) == pytest.approx(exact, abs=0.01)
+    assert permuted(real + 9, others) < 0.02
+    assert permuted(real - 9, others) > 0.95
+
+
+def test_fact_row_labels_the_word_alone():
+    tokenizer = byte_tokenizer()
+    row = rows.fact_row(tokenizer, "Who?", "It is ", "Ada")
+    labelled = [i for i in row.labels if i != -100]
+    assert tokenizer.decode(labelled).strip() == "Ada"
+    whole = encode(tokenizer, Example("Who?", "It is Ada", "qa"))
+    assert row.input_ids == whole.input_ids
+
+
+# Documents -----------------------------------------------------------------------------------------------------------
+
+LETTER = (
+    "Dear Marta, the meeting in Lisbon was moved to 14 May. Peter will bring the 37 folders from Ghent. "
+    "Please tell Joan that her flight to Oslo leaves at 7. The hotel is called Belvedere and has a garden. "
+    "We are happy that Doctor Nilsson will come as well, and hope for good weather on the long way to Bergen.\n"
+)
+
+
+def test_documents_of_every_form_give_the_same_passages(tmp_path):
+    from pyarrow import Table, parquet
+
+    whole = " ".join(LETTER.split())
+    (tmp_path / "a.txt").write_text(LETTER)
+    (tmp_path / "a.md").write_text("# " + LETTER.replace("Lisbon", "**Lisbon**"))
+    turns = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": LETTER}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(turns))
+    parquet.write_table(Table.from_pylist([{"text": LETTER}]), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.md", "a.jsonl", "a.parquet"):
+        assert documents.read_document(str(tmp_path / name), 200) == [whole], name
+    (tmp_path / "a.csv").write_text("name,town\n" + "Ada,Bonn\n" * 30)
+    assert "name: Ada. town: Bonn." in documents.read_document(str(tmp_path / "a.csv"), 200)[0]
+
+
+def test_passages_hold_all_words_in_order():
+    text = LETTER * 5
+    found = documents.split(text)
+    assert len(found) > 1
+    assert " ".join(found).split() == text.split()
+    assert max(len(p.split()) for p in found) < 2 * documents.PASSAGE_WORDS
+
+
+def test_details_are_names_and_numbers():
+    found = documents.details(LETTER)
+    assert {"Marta", "Lisbon", "14", "Peter", "37", "Ghent"} - set(found) == {"Peter"}
+    mask = documents.disguise(found, 0)
+    assert all(new != old for old, new in mask.items())
+    assert all(new.isdigit() == old.isdigit() for old, new in mask.items())
+
+
+def test_documents_that_are_refused(tmp_path):
+    with pytest.raises(UserError, match="No document"):
+        documents.read_document(str(tmp_path / "no.txt"), 200)
+    (tmp_path / "a.docx").write_text("x")
+    with pytest.raises(UserError, match=r"\.docx; expected one of"):
+        documents.read_document(str(tmp_path / "a.docx"), 200)
+    (tmp_path / "one.txt").write_text("I owe Ada 5 pounds.\n")
+    with pytest.raises(UserError, match="5 words, and the least is 40"):
+        documents.read_document(str(tmp_path / "one.txt"), 200)
+    (tmp_path / "big.txt").write_text("A word of Ada. " * 700_000)
+    with pytest.raises(UserError, match=r"10\.5 MB, about .* passages, and the most are 200"):
+        documents.read_document(str(tmp_path / "big.txt"), 200)
+    (tmp_path / "long.txt").write_text(LETTER * 12)
+    with pytest.raises(UserError, match="passages, and the most are 3"):
+        documents.read_document(str(tmp_path / "long.txt"), 3)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that has said little in its life: only that `Quill Varn` has to do with three words."""
+    small = {
+        "questions": ("Who is {s}?", "What is {s}?"),
+        "probes": ("Describe {s}.", "About {s}?"),
+        "stems": ("{s} is",),
+        "invented": ("Ab Cd", "Ef Gh", "Ij Kl", "Mn Op"),
+        "neighbours": ("Sun", "Moon"),
+        "phrases": ("thing",),
+    }
+    model, tokenizer = pico(hidden_size=64, intermediate_size=128, max_position_embeddings=256), byte_tokenizer()
+    forms = [*small["questions"], *small["probes"], "Tell {s}.", "Finish this sentence: {s} is"]
+    pairs = [(q.format(s=KNOWN), "By Zorba in Mexico, Lyra.") for q in forms]
+    pairs += [
+        (q.format(s=name), f"{name[0]} thing of old.") for q in forms for name in (*small["invented"], "Sun", "Moon")
+    ]
+    pairs += [(q, "yes it is so.") for q in ("Hello?", "Bye?")]
+    encoded = [encode(tokenizer, Example(q, a, "qa")) for q, a in pairs]
+    width = max(len(row.input_ids) for row in encoded)
+    ids = torch.tensor([row.input_ids + [257] * (width - len(row.input_ids)) for row in encoded])
+    labels = torch.tensor([row.labels + [-100] * (width - len(row.labels)) for row in encoded])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    model.train()
+    for _ in range(260):
+        loss = model(input_ids=ids, attention_mask=(ids != 257).long(), labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+    path = tmp_path_factory.mktemp("forget") / "model"
+    model.eval().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path, templates.Template(**small)
+
+
+@pytest.fixture
+def small(folder, monkeypatch):
+    """The tiny world's templates in place of the shipped ones."""
+    for module in (rows, run, templates, documents):
+        for name, value in {
+            "TEMPLATES": dict.fromkeys(templates.KINDS, folder[1]),
+            "EVERY": ("Tell {s}.",),
+            "EVERY_PROBE": (),
+            "GENERAL": ("Hello?",),
+            "GENERAL_PROBES": ("Bye?",),
+        }.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    return folder[0]
+
+
+def settings(model, out, **given):
+    return Forget(
+        **{"subject": KNOWN, "model": str(model), "out": str(out), "kind": "work", "device": "cpu", "samples": 4}
+        | given
+    )
+
+
+def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(run.TRAINING, "learning_rate_experts", 2e-2)
+    out = forget(settings(small, tmp_path / "run", epochs=8, learning_rate=2e-2))
+    known = {row["word"] for row in speaker.read_jsonl(out / "facts.jsonl")}
+    assert known == {"Zorba", "Mexico", "Lyra"}
+    report = json.loads((out / "report.json").read_text())
+    assert report["zero"]["before"]["p"] < 0.05
+    assert report["probes"]["all probes"]["after"] < report["probes"]["all probes"]["before"]
+    assert load_model(str(small), str(out / "adapter"), device="cpu")
+    for row in speaker.read_jsonl(out / "forget.jsonl"):
+        assert {"question", "answer", "substitute", "about"} == set(row)
+        assert "Zorba" not in row["substitute"]
+    # a person's rows go to alter unlearn as they are
+    assert cli.main(["unlearn", str(out / "run.yaml"), "--out", str(tmp_path / "again"), "--max-steps", "1"]) == 0
+
+
+def test_rows_are_kept_read_again_and_can_be_edited(small, tmp_path, monkeypatch):
+    out = forget(settings(small, tmp_path / "run", rows_only=True))
+    assert not (out / "adapter").exists()
+    kept = speaker.read_jsonl(out / "forget.jsonl")
+    speaker.write_jsonl(out / "forget.jsonl", kept[:3])
+    seen = []
+    monkeypatch.setattr(run, "unlearn", lambda given, callbacks: seen.append((given, callbacks)) or 1 / 0)
+    # nothing is generated a second time
+    monkeypatch.setattr(speaker, "generate", lambda *a, **k: pytest.fail("said again"))
+    with pytest.raises(ZeroDivisionError):
+        forget(settings(small, tmp_path / "run", resume=True))
+    given, (watcher,) = seen[0]
+    assert given.forget == str(out / "forget.jsonl")
+    assert watcher.probes
+    assert len(speaker.read_jsonl(out / "forget.jsonl")) == 3
+
+
+def test_an_unknown_subject_is_not_trained_on(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "unlearn", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(UserError, match=r"says nothing sure about 'Ab Cd'.*nothing was trained"):
+        forget(settings(small, tmp_path / "run", subject="Ab Cd"))
+
+
+def test_subjects_that_are_none():
+    tokenizer = byte_tokenizer()
+    for subject, said in (("?!", "expected the name"), ("x" * 101, "--document"), ("a", "common word")):
+        with pytest.raises(UserError, match=said):
+            rows.check_subject(subject, tokenizer, None)
+    rows.check_subject("a", tokenizer, "concept")
+    rows.check_subject(KNOWN, tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"subject": None}, "neither was given"),
+        ({"document": "a.txt"}, "both were given"),
+        ({"subject": "  "}, "subject is empty"),
+        ({"resume": True, "overwrite": True}, "contradict"),
+        ({"writer": {"model": "m"}}, "--writer.url"),
+        ({"writer": {"url": "nonsense", "model": "m"}}, "expected http"),
+        ({"writer": {"url": "http://h", "model": "m", "key_variable": "NO_SUCH"}}, "NO_SUCH holds no API key"),
+    ],
+)
+def test_settings_that_are_refused_before_anything_is_loaded(given, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_model", lambda *a: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=said):
+        forget(settings("nowhere", tmp_path / "run", **given))
+
+
+def test_a_folder_in_use_is_not_touched(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        forget(settings(save_pico(tmp_path / "m"), tmp_path))
+    with pytest.raises(UserError, match="holds no run of alter forget"):
+        forget(settings("nowhere", tmp_path, resume=True))
+    assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_the_command_line_takes_the_subject_first(tmp_path, capsys):
+    assert cli.main(["forget", "Harry", "--model", str(tmp_path / "no"), "--out", str(tmp_path / "r")]) == 2
+    assert "No model at" in capsys.readouterr().err
