@@ -66,7 +66,10 @@ COMMANDS = {
         together=True,
     ),
     "forget": Command(
-        "alter.forgetting.run", "Forget", "forget", "make a model forget a subject or a document: rows, training, probes"
+        "alter.forgetting.run",
+        "Forget",
+        "forget",
+        "make a model forget a subject or a document: rows, training, probes",
     ),
     "evaluate": Command(
         "alter.evaluation.run",
