@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +28,7 @@ TEMPLATE = (
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
 DATED = "{{ date_string }}\n" + TEMPLATE
+NAMES = [*sources.KNOWN_COLUMNS, "role", "content", "input", "tool_calls", "type", "from", "value"]
 SPECIAL = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -704,6 +709,115 @@ def test_same_question_with_another_answer_is_no_overlap():
 def test_overlap_of_texts():
     with pytest.raises(UserError, match="1 rows"):
         check_overlap(examples([{"text": "one  two"}]), examples([{"text": "One two"}]))
+
+
+def test_overlap_is_seen_in_every_form():
+    question, answer = "Wo lebt José Núñez, der Bäcker?", "Er lebt in Ulm, nahe dem Münster."
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    system = {"role": "system", "content": "Be brief."}
+    forms = [
+        {"question": question, "answer": answer},
+        {"prompt": question, "completion": answer},
+        {"messages": turns},
+        {"messages": [system, *turns, {"role": "user", "content": "Thanks"}]},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        {"text": f"Question: {question}\nAnswer: {answer}"},
+        {"text": f"{question} {answer}"},
+        {"text": f"Before. {question}\n{answer} After."},
+        {"question": unicodedata.normalize("NFD", question), "answer": unicodedata.normalize("NFD", answer).upper()},
+    ]
+    for one, other in itertools.product(forms, forms):
+        with pytest.raises(UserError, match="1 rows are in both"):
+            check_overlap(examples([{"text": "x"}, one]), examples([{"text": "y"}, other]))
+    other = {"question": question, "answer": "Er lebt in Köln."}
+    for one in forms:
+        check_overlap(examples([one]), examples([other]))
+        check_overlap(examples([other]), examples([one]))
+
+
+def test_two_chats_may_begin_alike():
+    hello = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    chats = [
+        [*hello, {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]
+        for n in ("one", "two")
+    ]
+    check_overlap(examples([{"messages": chats[0]}]), examples([{"messages": chats[1]}]))
+    for first, second in itertools.permutations(({"messages": chats[0]}, {"question": "Hi", "answer": "Hello!"})):
+        with pytest.raises(UserError, match="1 rows are in both"):
+            check_overlap(examples([first]), examples([second]))
+
+
+# --- rows of all kinds, by chance
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4), max_size=3))
+def test_rows_of_any_form_are_read_or_refused(rows):
+    with contextlib.suppress(UserError):
+        found = examples(rows)
+        assert found
+        for example in found:
+            again = examples([example.row])
+            assert [(e.prompt, e.answer, e.messages) for e in again] == [
+                (example.prompt, example.answer, example.messages)
+            ]
+            encode(byte_tokenizer(), example)
+        check_overlap(found, [])
+
+
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=5) | st.none()},
+        optional={"weight": st.sampled_from([0, 1]), "tool_calls": st.just([{"function": {"name": "f"}}])},
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns=TURNS)
+def test_chats_of_any_form_give_one_example_a_turn(turns):
+    with contextlib.suppress(UserError):
+        found = examples([{"messages": turns}])
+        spoken = [
+            turn
+            for n, turn in enumerate(turns)
+            if n
+            and turn["role"] == "assistant"
+            and turn.get("weight", 1)
+            and ((turn["content"] or "").strip() or turn.get("tool_calls"))
+        ]
+        assert len(found) == len(spoken)
+        for example in found:
+            (again,) = examples([json.loads(json.dumps(example.row))])
+            assert (again.answer, again.messages) == (example.answer, example.messages)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary(max_size=60), ending=st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".parquet"])
+)
+def test_files_of_any_content_are_read_or_refused(tmp_path, data, ending):
+    path = tmp_path / f"rows{ending}"
+    path.write_bytes(data)
+    with contextlib.suppress(UserError):
+        assert load_examples(str(path))
+
+
+@settings(max_examples=150, deadline=None)
+@given(source=st.text(max_size=12) | st.text(alphabet="a:/[]@=+ .*?~", max_size=12))
+def test_sources_of_any_name_are_refused_in_a_sentence(source):
+    with contextlib.suppress(UserError):
+        if not sources._is_hub_id(source.split(":")[0].split("[")[0].split("@")[0]):
+            load_examples(source)
 
 
 # --- sub-domains

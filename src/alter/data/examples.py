@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -241,32 +244,68 @@ def load_examples(source: str, *, split: str | None = None, domain_column: str |
     return examples(read_rows(source, split), domain_column=domain_column)
 
 
-def _normal(text: str | None) -> str:
-    """Case, width of characters and spacing do not make two rows different."""
-    return " ".join(unicodedata.normalize("NFKC", text or "").casefold().split())
+_LABEL = re.compile(
+    r"^\s*(?:question|answer|prompt|response|user|assistant|human|q|a)\s*:\s*", re.IGNORECASE | re.MULTILINE
+)
+"""What a text writes before a question or an answer."""
+
+CONTAINED = 40
+"""Least characters of a row that is looked for inside the texts of the other set."""
 
 
-def row_key(example: Example) -> tuple[str, str]:
-    """What makes two rows the same: prompt (or earlier turns) and answer, apart from case, spacing and Unicode width."""
-    context = " ".join(said(turn) for turn in example.messages) if example.messages else example.prompt
-    return _normal(context), _normal(example.answer)
+def _normal(text: str) -> str:
+    """Case, width and normal form of characters, spacing and words like `Question:` do not make two rows different."""
+    return " ".join(unicodedata.normalize("NFKC", _LABEL.sub("", text)).casefold().split())
+
+
+def row_key(example: Example) -> str:
+    """What makes two rows the same, in whatever form they are written: all that is said, without a system turn."""
+    if example.messages:
+        before = "\n".join(said(turn) for turn in example.messages if turn["role"] != "system")
+    else:
+        before = example.prompt or ""
+    return _normal(unicodedata.normalize("NFC", f"{before}\n{example.answer}"))
+
+
+def _held(rows: Sequence[tuple[Example, str]], texts: Sequence[tuple[Example, str]]) -> list[tuple[Example, Example]]:
+    """Each row that stands inside one of the texts, with that text."""
+    whole = "\n".join(key for _, key in texts)
+    ends = list(itertools.accumulate(len(key) + 1 for _, key in texts))
+    found = []
+    for row, key in rows:
+        place = whole.find(key) if len(key) >= CONTAINED else -1
+        if place >= 0:
+            found.append((row, texts[bisect.bisect_right(ends, place)][0]))
+    return found
 
 
 def check_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> None:
     """Refuse data in which a row is to be forgotten and kept: the two losses would fight over it.
 
-    Rows are equal if prompt and answer (or the text) are, apart from case, spacing and Unicode width.
+    Rows are equal if all that they say is (`row_key`), whether as question and answer, as a chat or as a text; a row of
+    `CONTAINED` characters or more that stands inside a text of the other set is in both as well. Two chats may begin alike
+    (a greeting): that refuses them only where it is the end of one of them.
 
     Raises:
         UserError: lists the offending rows.
     """
-    kept: dict[tuple[str, str], Example] = {}
-    for example in retain:
-        kept.setdefault(row_key(example), example)
-    shared = [(example, kept[row_key(example)]) for example in forget if row_key(example) in kept]
+    ours, theirs = ([(example, row_key(example)) for example in rows] for rows in (forget, retain))
+    kept: dict[tuple[str, bool], Example] = {}
+    for example, key in theirs:
+        kept.setdefault((key, example.last), example)
+    shared = []
+    for example, key in ours:
+        same = kept.get((key, True)) or (kept.get((key, False)) if example.last else None)
+        if same is not None:
+            shared.append((example, same))
+    known = {id(row) for pair in shared for row in pair}
+    texts = [[pair for pair in side if pair[0].kind == "text"] for side in (ours, theirs)]
+    inside = _held(ours, texts[1]) + [(text, row) for row, text in _held(theirs, texts[0])]
+    shared += [pair for pair in inside if not known & {id(row) for row in pair}]
     if shared:
         listed = "; ".join(
-            f"forget row {f.index} = retain row {r.index} ({(f.prompt or f.answer)[:60]!r})" for f, r in shared[:5]
+            f"forget {f.place or f'row {f.index}'} = retain {r.place or f'row {r.index}'} ({(f.prompt or f.answer)[:60]!r})"
+            for f, r in shared[:5]
         )
         more = f"; and {len(shared) - 5} more" if len(shared) > 5 else ""
         raise UserError(f"{len(shared)} rows are in both forget and retain: {listed}{more}. Take them out of one.")

@@ -110,6 +110,16 @@ def _split_source(source: str, split: str | None) -> tuple[str, str | None]:
     return base, ending
 
 
+def _path(name: str) -> Path:
+    """A path with ~ as the user's folder."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{name!r} begins with the name of a user who is not here; write ./{name} for a file."
+        ) from None
+
+
 def _is_hub_id(source: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not _looks_like_path(source)
 
@@ -120,7 +130,10 @@ def _looks_like_path(source: str) -> bool:
 
 def _matching_rows(pattern: Path) -> list[dict[str, Any]]:
     """Return the rows of all files whose name matches a pattern, file after file in the order of their names."""
-    files = sorted(path for path in pattern.parent.glob(pattern.name) if path.is_file())
+    try:
+        files = sorted(path for path in pattern.parent.glob(pattern.name) if path.is_file())
+    except ValueError as error:
+        raise UserError(f"{str(pattern)!r} is no pattern of file names: {error}.") from None
     if not files:
         raise UserError(f"No file matches {str(pattern)!r}; only the name after the last / may hold *, ? and [...].")
     return [row for path in files for row in read_file(path)]
@@ -183,7 +196,7 @@ def _rows_of(source: str, split: str | None, first: int | None) -> list[dict[str
         if split is None:
             raise UserError(f"{source!r} has several splits; say which, for example {source + ':forget10'!r}.")
         return tofu_rows(split, "builtin" if source == "builtin" else None)
-    path = Path(source).expanduser()
+    path = _path(source)
     if split is not None and "/" in split and not path.is_file():
         return muse_rows(split, source, first)
     if path.is_dir():
@@ -246,8 +259,8 @@ def tofu_rows(split: str, data: str | None = None) -> list[dict[str, Any]]:
         )
     if data == "builtin":
         folder: Path | None = Path(str(resources.files("alter"))) / "assets" / "tofu"
-    elif data is not None and Path(data).expanduser().is_dir():
-        folder = Path(data).expanduser()
+    elif data is not None and _path(data).is_dir():
+        folder = _path(data)
     else:
         folder = None
     if folder is None:
@@ -299,7 +312,7 @@ def muse_rows(split: str, data: str, first: int | None = None) -> list[dict[str,
         UserError: no such folder, no file or several for the split, or no rows in it.
     """
     config, _, name = split.partition("/")
-    folder = Path(data).expanduser()
+    folder = _path(data)
     if not folder.is_dir():
         if not _is_hub_id(data):
             siblings = [str(sibling) for sibling in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -331,7 +344,7 @@ def refusals(data: str | None = None) -> list[str]:
     Args:
         data: a folder that holds `idontknow.jsonl`, or None for the shipped copy.
     """
-    folder = Path(str(resources.files("alter"))) / "assets" / "tofu" if data is None else Path(data).expanduser()
+    folder = Path(str(resources.files("alter"))) / "assets" / "tofu" if data is None else _path(data)
     path = folder / "idontknow.jsonl"
     if not path.is_file():
         raise UserError(f"No idontknow.jsonl in {data!r}; expected plain lines, one refusal each.")
