@@ -3,13 +3,16 @@
 import contextlib
 import importlib
 import json
+import os
 import re
+import stat
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from alter import cli
 from alter.comparison.plan import Compare, run_of
@@ -19,6 +22,7 @@ from alter.core.recipes import read_recipe
 from alter.core.records import Record, read_records, write_records
 from alter.demo import RECIPE, Demo, free_folder
 from alter.evaluation.book import BookEvaluation
+from alter.reporting.terminal import table
 from alter.training.finetune import Finetune
 from alter.training.settings import Unlearn
 from pico import save_pico
@@ -318,3 +322,28 @@ def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_atomic_keeps_links_and_devices(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to("target")
+    write_atomic(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, "through")
+    assert os.read(read, 99) == b"through"
+    os.close(read)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
+
+
+def test_tables_show_names_as_they_are(capsys):
+    table_of = table({"[red]m[/]": [Record("m", "forget_rouge", 0.5, 1)]}, "title [/] \x1b[2J")
+    Console(width=120).print(table_of)
+    printed = capsys.readouterr().out
+    assert "[red]m[/]" in printed
+    assert "title [/] \\x1b" in printed

@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -11,10 +12,11 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.core.records import read_records
 from alter.data.batching import Collator
-from alter.data.encoding import encode
+from alter.data.encoding import encode, encode_all
 from alter.data.examples import load_examples
 from alter.evaluation.rows import RowsEvaluation, closing_of, closing_table, measure
 from alter.evaluation.run import measured
+from alter.models.scoring import score
 from pico import byte_tokenizer, pico, write_jsonl
 
 FORGET = [
@@ -157,3 +159,16 @@ def test_the_table_shows_markup_as_it_is():
     assert "[red]q[/]" in shown
     assert "[/x]" in shown
     assert "[/] stays" in shown
+
+
+def test_long_rows_are_scored_whole(tmp_path):
+    model, tokenizer = pico(0), byte_tokenizer()
+    write_jsonl(tmp_path / "t.jsonl", [{"text": "abcdefgh" * 30}, {"text": "short"}])
+    rows = load_examples(str(tmp_path / "t.jsonl"))
+    found = measure(model, tokenizer, rows, answers=0)
+    windows, owner = encode_all(tokenizer, rows, max_length=128)
+    assert owner.count(0) > 1
+    scores = score(model, windows, pad_token_id=tokenizer.pad_token_id).logprob
+    naive = np.exp(np.mean(np.concatenate([s for s, o in zip(scores, owner, strict=True) if o == 0])))
+    assert found.measures.probability[0] == pytest.approx(naive, rel=1e-6)
+    assert len(found.exact) == 2

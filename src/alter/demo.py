@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alter.core.cache import cache_folder
+from alter.core.console import cell
 from alter.core.files import digest
 from alter.core.provenance import stamped
 from alter.core.records import write_records
@@ -60,7 +61,8 @@ def side_by_side(results: dict[str, TofuResult], count: int) -> Table:
         shown.add_column(column, ratio=1, overflow="fold")
     for i in range(0, first.n, max(1, first.n // max(count, 1)))[:count]:
         answers = [result.sets["forget"].generations for result in results.values()]
-        shown.add_row(first.questions[i], first.references[i], *(a[i] if a is not None else "" for a in answers))
+        row = (first.questions[i], first.references[i], *(a[i] if a is not None else "" for a in answers))
+        shown.add_row(*map(cell, row))
     return shown
 
 

@@ -23,7 +23,7 @@ from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.core.records import Record
-from alter.data.encoding import encode, encode_prompt
+from alter.data.encoding import encode_all, encode_prompt
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.evaluation.base import Evaluation
 from alter.evaluation.verdict import Measures, Verdict, judge
@@ -78,7 +78,8 @@ def measure(
 
     Args:
         model, tokenizer: as in `alter.models.scoring.score`.
-        rows: one or more; rows longer than the model's context are cut.
+        rows: one or more; those longer than the model's context are scored in overlapping windows, and answered or
+            continued where prompt and reply fit into it.
         answers: number of rows that are answered, drawn by `seed`; None: all, 0: none.
         max_new_tokens: longest reply; no reply is longer than twice the longest answer, which is said.
         batch_tokens, batch_size: of scoring and of generation.
@@ -88,11 +89,18 @@ def measure(
         UserError: a row without anything to score, or what scoring and generating raise.
     """
     limit = context_length(model)
-    encoded = [encode(tokenizer, row, max_length=limit) for row in rows]
+    windows, owner = encode_all(tokenizer, rows, max_length=limit)
     scores = score(
-        model, encoded, pad_token_id=tokenizer.pad_token_id, batch_tokens=batch_tokens, label=f"{label}: scoring"
+        model, windows, pad_token_id=tokenizer.pad_token_id, batch_tokens=batch_tokens, label=f"{label}: scoring"
     )
-    probability = metrics.probability(metrics.average_loss(scores.logprob))
+    # each labelled token is labelled in one window
+    parts: list[list[int]] = [[] for _ in rows]
+    for k, number in enumerate(owner):
+        parts[number].append(k)
+    logprob = [np.concatenate([scores.logprob[k] for k in own]) for own in parts]
+    correct = [np.concatenate([scores.correct[k] for k in own]) for own in parts]
+    encoded = [windows[own[0]] for own in parts]
+    probability = metrics.probability(metrics.average_loss(logprob))
     chosen = np.random.default_rng(seed).permutation(len(rows))[: len(rows) if answers is None else answers]
     prompts: list[list[int]] = []
     questions: list[str] = []
@@ -137,7 +145,7 @@ def measure(
     )
     return Answered(
         Measures.of(probability, questions, truths, replies),
-        metrics.exact_memorization(scores.correct),
+        metrics.exact_memorization(correct),
         [rows[i] for i in taken],
         probability[taken],
         questions,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
+from alter.core.console import cell
 from alter.core.records import Record
 from alter.metrics import CATALOGUE
 
@@ -37,13 +38,15 @@ def table(records_by_model: Mapping[str, Sequence[Record]], title: str | None = 
     by_model = {model: {record.metric: record for record in rows} for model, rows in records_by_model.items()}
     found = in_order(record for rows in by_model.values() for record in rows.values())
     modes = sorted({record.mode for record in found.values()})
-    shown = Table(title=title, caption=f"{', '.join(modes)} mode; ↑ ↓ = the better direction" if modes else None)
+    shown = Table(
+        title=title and cell(title), caption=f"{', '.join(modes)} mode; ↑ ↓ = the better direction" if modes else None
+    )
     shown.add_column("metric", no_wrap=True)
     for model in by_model:
-        shown.add_column(model, justify="right", no_wrap=True)
+        shown.add_column(cell(model), justify="right", no_wrap=True)
     shown.add_column("what it says", style="dim")
     for metric in found:
         values = [number(rows[metric]) if metric in rows else "-" for rows in by_model.values()]
         meaning = CATALOGUE[metric].meaning if metric in CATALOGUE else ""
-        shown.add_row(f"{metric} {ARROWS[found[metric].higher_is_better]}".strip(), *values, meaning)
+        shown.add_row(cell(f"{metric} {ARROWS[found[metric].higher_is_better]}".strip()), *values, meaning)
     return shown

@@ -104,7 +104,8 @@ def next_commands(run: Unlearn, out: Path, settings: RowsEvaluation, closed: Map
     name = "learning-rate-experts" if isinstance(run.adapter, AlterAdapter) else "learning-rate"
     rate = run.learning_rate_experts if isinstance(run.adapter, AlterAdapter) else run.learning_rate
     if word == "not forgotten":
-        return [f"{again} --epochs {2 * run.epochs:g}", f"{again} --{name} {3 * rate:g}"]
+        longer = f"--max-steps {2 * run.max_steps}" if run.max_steps else f"--epochs {2 * run.epochs:g}"
+        return [f"{again} {longer}", f"{again} --{name} {3 * rate:g}"]
     if word == "collapsed":
         return [f"{again} --{name} {rate / 3:g}", f"{again} --watch.every-epoch 1"]
     look = f"alter report {shlex.quote(str(out))}"

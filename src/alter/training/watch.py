@@ -50,7 +50,10 @@ VALIDATION_SHARE = 5
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which step a rule would keep, whether that step satisfies it, whether training may end, and why in words."""
+    """Which step a rule would keep, whether that step satisfies it, whether training may end, and why in words.
+
+    That a rule is satisfied says nothing of whether the rows are forgotten: `alter.evaluation.verdict` does, at the end.
+    """
 
     step: int
     met: bool
