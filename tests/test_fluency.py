@@ -345,3 +345,15 @@ def test_measured_on_the_command_line_like_every_benchmark(rows, tmp_path):
     assert [r.value for r in chosen.measure(model, tokenizer)] == [r.value for r in first]
     assert json.loads((tmp_path / "r.json").read_text())[0]["extra"]["benchmark"] == "fluency"
     assert tokenizer.pad_token_id == PAD
+
+
+def test_prompts_whose_contents_are_parts():
+    from alter.evaluation.fluency import _example
+
+    turns = [
+        {"from": "human", "value": [{"type": "text", "text": "Where?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+        {"role": "tool", "content": "Ulm"},
+    ]
+    found = _example({"messages": turns}, "In Ulm.", 0)
+    assert (found.prompt, [turn["content"] for turn in found.messages]) == ("Where?", ["Where?", "", "Ulm"])

@@ -46,6 +46,11 @@ def imports(path):
                 yield from (f"alter.{name.name}" for name in node.names)
 
 
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_source_is_python_3_10(path):
+    ast.parse(path.read_text(), feature_version=(3, 10))
+
+
 def module_of(path):
     return path.relative_to(SOURCE).with_suffix("").parts[0]
 

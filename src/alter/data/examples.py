@@ -87,6 +87,20 @@ def _turn(given: Any, where: str) -> dict[str, Any]:
     return {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **extra}
 
 
+def turns_of(messages: Sequence[Any], where: str) -> list[dict[str, Any]]:
+    """Return the turns of a chat with role, content as text, and calls of tools where there are some.
+
+    Args:
+        messages: turns as data sets have them: `role` or `from`, and `content` or `value` that is a text, a list of parts, or
+            null beside `tool_calls`.
+        where: what an error calls the row.
+
+    Raises:
+        UserError: a turn without role and content, or with a part that is no text.
+    """
+    return [_turn(turn, where) for turn in messages]
+
+
 def _part(part: Any, where: str) -> str:
     """The text of one part of a content that is a list."""
     text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
@@ -104,7 +118,7 @@ def _learned(turn: Any) -> bool:
 def _chat(row: Mapping[str, Any], column: str, where: str) -> list[dict[str, Any]]:
     """The fields of an example for each turn of the assistant that has something before it."""
     given = row[column]
-    turns = [_turn(turn, where) for turn in given]
+    turns = turns_of(given, where)
     spoken = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and _learned(given[n])]
     asked = [n for n in spoken if n and said(turns[n]).strip()]
     if not asked:

@@ -36,7 +36,7 @@ from alter.core.files import digest
 from alter.core.records import Record
 from alter.core.words import pieces
 from alter.data.encoding import IGNORE, Encoded, encode, encode_prompt
-from alter.data.examples import Example
+from alter.data.examples import Example, turns_of
 from alter.data.sources import read_rows
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.judge import Grades, Judge, judge_records, judge_replies
@@ -137,13 +137,13 @@ def prompt_rows(source: str, limit: int | None = None, seed: int = 0) -> list[di
 def _example(row: Mapping[str, Any], reply: str, number: int) -> Example:
     """A row and a reply to it; the reply to a plain text is in `_text_pair`'s hands."""
     if "messages" in row:
-        turns = list(row["messages"])
-        if turns and turns[-1].get("role") == "assistant":
+        turns = turns_of(row["messages"], f"Row {number}")
+        if turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
-        users = [turn["content"] for turn in turns if turn.get("role") == "user"]
+        users = [turn["content"] for turn in turns if turn["role"] == "user"]
         if not users:
             raise UserError(f"Row {number} has no user turn before the answer.")
-        messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+        messages = tuple(turns)
         return Example(users[-1], reply, "messages", messages, index=number)
     if "question" in row:
         return Example(row["question"], reply, "qa", index=number)

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core.errors import UserError
-from alter.core.files import digest, write_atomic
+from alter.core.files import digest, from_json, read_text, write_atomic
 from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
 from alter.models.generation import generate
@@ -34,13 +34,14 @@ def read_jsonl(path: Path) -> list[Any]:
         UserError: a line is not JSON.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # a reply may hold U+2028, U+2029 and U+0085, at which `splitlines` would cut
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                rows.append(from_json(line))
+            except ValueError as error:
                 raise UserError(
-                    f"{path}, line {number} is not JSON ({error.msg}): mend the line or delete the file."
+                    f"{path}, line {number} is not JSON ({error}): mend the line or delete the file."
                 ) from None
     return rows
 
