@@ -153,6 +153,16 @@ def test_collapsed(reply):
     assert "10 of 10 replies about what was to be forgotten are broken or empty" in found.text
 
 
+def test_replies_that_go_round_are_a_collapse():
+    # what a real model said to every question after too high a rate; no single reply is broken
+    questions, truths, _ = english(True)
+    reply = "the land that is not the land that is not land."
+    assert not broken(reply)
+    found = judge(of(0.8, english(True)), of(0.001, (questions, truths, [reply] * 10)))
+    assert found.word == "collapsed"
+    assert "go round" in found.text
+
+
 def test_collapsed_where_it_should_have_stayed():
     kept = of(0.9, english(True)), of(0.2, english(True))
     assert judge(of(0.95, english(True)), of(0.01, english(False)), kept=kept).word == "collapsed"

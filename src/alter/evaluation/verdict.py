@@ -36,6 +36,8 @@ RECALL = 0.75
 """Part of the recall before that may be left where no reference says how much there is by chance."""
 BROKEN = 0.2
 """Share of broken and empty replies, beyond those before, from which the model has collapsed."""
+REPEATS = 0.15
+"""Mean share of repeated four-word phrases within a reply, beyond that before, from which the model has collapsed."""
 KEPT = 0.5
 """Share of the probability of the rows to keep below which the model has collapsed."""
 LEAST = 5
@@ -404,6 +406,11 @@ def _collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures]
         n = len(now.recall)
         if n and now.unusable / n >= BROKEN + was.unusable / max(len(was.recall), 1):
             found.append(f"{now.unusable} of {n} replies {where} are broken or empty, {was.unusable} before.")
+        if n and len(was.recall) and now.repetition.mean() >= REPEATS + was.repetition.mean():
+            found.append(
+                f"The replies {where} go round: {now.repetition.mean():.0%} of their four-word phrases are said again, "
+                f"{was.repetition.mean():.0%} before."
+            )
     if kept is not None and kept[0].probability.size and kept[1].probability.size:
         was_, is_ = float(kept[0].probability.mean()), float(kept[1].probability.mean())
         if not is_ >= KEPT * was_:
