@@ -12,7 +12,7 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import Example
-from alter.forgetting import documents, rows, run, speaker, templates
+from alter.forgetting import documents, measure, rows, run, speaker, templates
 from alter.forgetting.facts import candidates, named, swap
 from alter.forgetting.measure import permuted
 from alter.forgetting.run import Forget, forget
@@ -77,6 +77,24 @@ def test_permuted_is_the_exact_test_on_few_probes():
     assert permuted(real, others, draws=40_000) == pytest.approx(exact, abs=0.01)
     assert permuted(real + 9, others) < 0.02
     assert permuted(real - 9, others) > 0.95
+
+
+def test_kept_answers_are_counted():
+    def probe(before, after):
+        return {"form": "general", "prompt": "Who wrote Hamlet?", "before": before, "after": after}
+
+    outcome = measure.Outcome(
+        [],
+        [
+            probe("It is by William Shakespeare.", "It is by William Shakespeare."),
+            probe("By one William, of Hamlet.", "By one Kyd, of Hamlet."),
+            probe("No names here.", "None."),
+        ],
+    )
+    kept = outcome.kept_rates()["general"]
+    assert (kept.n, kept.same, kept.named, kept.said) == (3, 1, 2, 1)
+    assert measure.first_name(outcome.kept[1]) == "William"
+    assert 1 / 3 < kept.rouge < 1
 
 
 def test_fact_row_labels_the_word_alone():

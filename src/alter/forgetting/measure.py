@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alter import metrics
-from alter.forgetting.facts import holds, swap
+from alter.forgetting.facts import holds, named, swap, words
 from alter.forgetting.rows import Row, answered, fact_row
 from alter.models.scoring import score
 
@@ -84,8 +84,8 @@ def against_zero(
         at, word = min(((a, w) for a, w in places if a >= 0), default=(-1, ""))
         if probe.get("start"):
             at, word = len(given), probe["wanted"][0]
-        named = any(holds(probe["prompt"], old) for old in own[0])
-        if at < 0 or n == limit or not named or holds(probe["prompt"], word):
+        disguised = any(holds(probe["prompt"], old) for old in own[0])
+        if at < 0 or n == limit or not disguised or holds(probe["prompt"], word):
             continue
         n += 1
         for mask in ({}, *own):
@@ -103,6 +103,26 @@ def against_zero(
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Of n answers that must not change: how many are the same to the letter; of those `named` that give a name which the
+    prompt does not hold, how many still give the first one (`said`); and the mean ROUGE-L recall of the answer before."""
+
+    n: int
+    same: int
+    named: int
+    said: int
+    rouge: float
+
+
+def first_name(probe: Row) -> str | None:
+    """The first proper name of the answer before that the prompt does not hold, or None."""
+    there = named(probe["before"])
+    return next(
+        (w for w in words(probe["before"]) if w in there and len(w) > 2 and not holds(probe["prompt"], w)), None
+    )
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What came of the probes: answers after, aligned with the probes."""
 
@@ -117,14 +137,20 @@ class Outcome:
             out[form] = (sum(answered(p["after"], p) for p in chosen), len(chosen))
         return out
 
-    def kept_rates(self) -> dict[str, tuple[int, float, int]]:
-        """Of neighbours and general requests: answers that are the same to the letter, mean ROUGE-L recall, and n."""
+    def kept_rates(self) -> dict[str, Kept]:
+        """What became of the answers about neighbours and to general requests, by form."""
         out = {}
         for form in dict.fromkeys(probe["form"] for probe in self.kept):
             chosen = [p for p in self.kept if p["form"] == form]
-            same = sum(p["after"] == p["before"] for p in chosen)
             recall = metrics.rouge_l([p["before"] for p in chosen], [p["after"] for p in chosen]).recall
-            out[form] = (same, float(np.mean(recall)), len(chosen))
+            first = [(p, first_name(p)) for p in chosen]
+            out[form] = Kept(
+                len(chosen),
+                sum(p["after"] == p["before"] for p in chosen),
+                sum(name is not None for _, name in first),
+                sum(name is not None and holds(p["after"], name) for p, name in first),
+                float(np.mean(recall)),
+            )
         return out
 
     def distinct(self, key: str) -> float:

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,7 +239,9 @@ def forget(settings: Forget) -> Path:
     )
     _say(
         console,
-        f"Next:\n  alter chat --model {settings.model} --adapter {out / 'adapter'}\n  alter attack {out}\n  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then alter unlearn {out / 'run.yaml'} --out ANOTHER",
+        f"Next:\n  alter inspect --model {settings.model} --adapter {out / 'adapter'}\n"
+        f"  alter chat --model {settings.model} --adapter {out / 'adapter'}\n"
+        f"  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then alter unlearn {out / 'run.yaml'} --out ANOTHER",
     )
     return out
 
@@ -330,7 +332,11 @@ def _report(
     console: Console, name: str, outcome: Outcome, before: Mapping[str, Any], after: Mapping[str, Any], examples: int
 ) -> dict[str, Any]:
     """Print the tables, the examples and the verdict; returns the figures."""
-    table = Table(title=f"Probes about {name}: answered with a fact (forms that were not trained on)")
+    # a wrong guess among three options holds the fact as well
+    table = Table(
+        caption="of multiple choice, one third is right by chance",
+        title=f"Probes about {name}: answered with a fact (forms that were not trained on)",
+    )
     for column in ("form", "before", "after"):
         table.add_column(column, justify="left" if column == "form" else "right")
     rates = outcome.rates()
@@ -340,11 +346,12 @@ def _report(
         )
     console.print(table)
     kept = Table(title="What must not change")
-    for column in ("", "n", "same answer", "ROUGE-L with the answer before"):
+    for column in ("", "n", "first name still said", "same answer", "ROUGE-L with the answer before"):
         kept.add_column(column, justify="right" if column else "left")
     kept_rates = outcome.kept_rates()
-    for form, (same, recall, n) in kept_rates.items():
-        kept.add_row(form, str(n), f"{same} ({same / n:.0%})", f"{recall:.2f}")
+    for form, rate in kept_rates.items():
+        said = f"{rate.said} of {rate.named}"
+        kept.add_row(form, str(rate.n), said, f"{rate.same} ({rate.same / rate.n:.0%})", f"{rate.rouge:.2f}")
     console.print(kept)
     if examples:
         shown = Table(title="Examples", show_lines=True)
@@ -373,7 +380,7 @@ def _report(
     _say(console, f"distinct-2 of the answers: {distinct[0]:.2f} before, {distinct[1]:.2f} now.")
     return {
         "probes": {form: {"after": count, "before": n} for form, (count, n) in rates.items()},
-        "kept": {form: {"same": same, "rouge": recall, "n": n} for form, (same, recall, n) in kept_rates.items()},
+        "kept": {form: asdict(rate) for form, rate in kept_rates.items()},
         "zero": {"before": before, "after": after},
         "forgotten": forgotten,
         "distinct_2": {"before": distinct[0], "after": distinct[1]},
