@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -188,6 +188,31 @@ def same_base(first: str, second: str) -> bool:
     if len(one) != 3 or len(other) != 3:
         return first == second
     return one[0] == other[0] and (one[1] != other[1] or one[2] == other[2])
+
+
+def check_keys(what: str, kind: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Refuse weights that do not fill an adapter, or that hold more than it has: it would load in part, and forget less.
+
+    Args:
+        what: what errors call it.
+        kind: the method of PEFT's that its configuration names.
+        missing: names of tensors that stay as they were made.
+        unexpected: names of tensors that found no place.
+
+    Raises:
+        UserError: there are any.
+    """
+    if not missing and not unexpected:
+        return
+    parts = [
+        f"{len(names)} of its tensors {verb} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for names, verb in ((sorted(missing), "are missing"), (sorted(unexpected), "have no place in the model"))
+        if names
+    ]
+    raise UserError(
+        f"The weights of {what} do not fit its adapter_config.json (peft_type {kind}) on this model: {' and '.join(parts)}. "
+        "Nothing was loaded in part: copy its whole folder again, and load it on the model it was made for."
+    )
 
 
 def default_host(names: list[str]) -> str:
@@ -631,4 +656,8 @@ class AlterModel(BaseTuner):
                 continue
             key = cls._remove_adapter_name_from_key(clean, adapter_name)
             keys[key] = keys.setdefault(f"base_model.model.{key}", model_key)
-        return {keys.get(key, key): value for key, value in state_dict.items()}
+        named = {keys.get(key, key): value for key, value in state_dict.items()}
+        own = set(keys.values())
+        places = {place for key in model.state_dict() for place in (key, f"base_model.model.{key}")}
+        check_keys(f"adapter {adapter_name!r}", "ALTER", list(own - named.keys()), list(named.keys() - own - places))
+        return named

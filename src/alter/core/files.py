@@ -122,7 +122,7 @@ def from_json(text: str) -> Any:
 
 # Digests of files ----------------------------------------------------------------------------------------------------
 
-CONTENT = (".safetensors", ".bin", ".json", ".txt", ".model", ".tiktoken", ".jinja")
+CONTENT = (".safetensors", ".gguf", ".bin", ".json", ".txt", ".model", ".tiktoken", ".jinja")
 """Endings of the files of a model's or adapter's folder that loading can read: weights, configuration, tokenizer."""
 
 
@@ -139,7 +139,7 @@ def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> s
     """Return a hash of the names and contents of a model's or adapter's files (those ending as in `CONTENT`).
 
     Args:
-        folder: the folder; its subfolders do not count.
+        folder: the folder, with what lies in its subfolders (an inference form's LoRA is in `lora`), but for hidden ones.
         memo: a folder in which `digests.json` keeps the hash of each file by path, size, inode and the times of its
             last change (of the contents and of the file's own entry), so that it is read once. A file changed within
             the last two seconds is read each time, since a clock tick may hide a second change. None: no memo.
@@ -152,8 +152,11 @@ def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> s
         except (OSError, ValueError, TypeError):
             known = {}  # a memo that is missing or broken costs time, nothing else
     parts, learned = [], {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix not in CONTENT or not path.is_file():
+    root = Path(folder)
+    for path in sorted(root.rglob("*")):
+        inside = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in inside.parts[:-1])
+        if path.suffix not in CONTENT or hidden or not path.is_file():
             continue
         stat = path.stat()
         state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -165,7 +168,7 @@ def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> s
             found = file_digest(path)
             if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000:
                 learned[name] = [state, found]
-        parts.append([path.name, found])
+        parts.append([inside.as_posix(), found])
     if store is not None and learned:
         _write_quietly(store, json.dumps(known | learned))
     return digest(parts)

