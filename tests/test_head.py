@@ -5,7 +5,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alter.logits import entropy
 from alter.logits.head import Head, Part, head_on, measuring
 from alter.methods.frozen import labelled, top_k
-from alter.methods.objectives import Emitted, Forget, Labelled, Reference, Retain
+from alter.methods.objectives import FORGET, RETAIN, Emitted, Labelled, Reference
 from pico import VOCAB, pico
 
 SMALL = dict(
@@ -149,10 +148,7 @@ def test_training_all_weights_has_the_gradients_of_all_logits(name, rows, tied, 
 
 
 OBJECTIVES = [
-    cls()
-    for union in (Forget, Retain)
-    for cls in get_args(get_args(union)[0])
-    if cls().needs.labels and cls().needs.rows
+    cls() for registry in (FORGET, RETAIN) for cls in registry.values() if cls().needs.labels and cls().needs.rows
 ]
 
 

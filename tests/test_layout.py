@@ -29,7 +29,7 @@ LAYERS = {
     "serving": {"core", "logits", "data", "adapter", "models", "requests"},
     "demo": {"core", "evaluation", "models", "training"},
     "cli": {"core"},
-    "api": {"core", "adapter", "models", "training", "evaluation", "attacks", "comparison", "cli"},
+    "api": {"core", "adapter", "models", "training", "evaluation", "attacks", "comparison"},
     "__main__": {"cli"},
     "__init__": {"adapter", "api", "core"},
 }

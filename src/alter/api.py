@@ -243,7 +243,7 @@ def evaluate(
 def _benchmark(name: str) -> type[Evaluation]:
     import importlib
 
-    from alter.cli import BENCHMARKS
+    from alter.core.plugins import BENCHMARKS
 
     if name not in BENCHMARKS:
         raise UserError(f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")

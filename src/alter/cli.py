@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from alter.core import processes
 from alter.core.errors import UserError, nearest
+from alter.core.plugins import BENCHMARKS, OneOf
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -40,18 +41,6 @@ class Command:
     presets: str | None = None
     together: bool = False
 
-
-# the settings that `--benchmark NAME` stands for; the first is the default
-BENCHMARKS = {
-    "tofu": ("alter.evaluation.tofu", "TofuEvaluation"),
-    "muse": ("alter.evaluation.muse", "MuseEvaluation"),
-    "book": ("alter.evaluation.book", "BookEvaluation"),
-    "wmdp": ("alter.evaluation.harness", "WmdpEvaluation"),
-    "mmlu": ("alter.evaluation.harness", "MmluEvaluation"),
-    "lm-eval": ("alter.evaluation.harness", "LmEvalEvaluation"),
-    "fluency": ("alter.evaluation.fluency", "FluencyEvaluation"),
-    "rows": ("alter.evaluation.rows", "RowsEvaluation"),
-}
 
 COMMANDS = {
     "demo": Command(
@@ -153,36 +142,42 @@ def _help() -> str:
             *lines,
             "",
             "`alter COMMAND --help` lists a command's options; a recipe gives them in YAML, flags override it.",
-            f"Benchmarks: {', '.join(BENCHMARKS)} (`alter evaluate --benchmark NAME --help`).",
+            f"Benchmarks: {', '.join(BENCHMARKS.known())} (`alter evaluate --benchmark NAME --help`).",
         ]
     )
 
 
-def _members(annotation: Any) -> dict[str, type[BaseModel]]:
+def _members(info: Any) -> dict[str, type[BaseModel]]:
     """The models that a field may hold, by `kind` (or one under "" for a plain nested model); empty for a value."""
     from pydantic import BaseModel
 
+    for item in info.metadata:
+        if isinstance(item, OneOf):
+            return dict(item.registry)
+    annotation = info.annotation
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {"": annotation}
     found = [m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
     return {m.model_fields["kind"].default if "kind" in m.model_fields else "": m for m in found}
 
 
-def _plain(model: type[BaseModel], given: dict[str, Any], where: str, kinds: dict[str, str]) -> Any:
+def _plain(
+    model: type[BaseModel], given: dict[str, Any], where: str, kinds: dict[str, str], choices: Sequence[str] = ()
+) -> Any:
     """A plain dataclass with the model's fields, for tyro to fill: pydantic checks all values afterwards, at once."""
     import tyro
     from pydantic_core import PydanticUndefined
 
     unknown = [key for key in given if key not in model.model_fields]
     if unknown:
-        choices = list(model.model_fields)
+        known = list(model.model_fields)
         raise UserError(
-            f"Unknown setting {where}{unknown[0]!r}; expected one of {', '.join(choices)}.{nearest(unknown[0], choices)}"
+            f"Unknown setting {where}{unknown[0]!r}; expected one of {', '.join(known)}.{nearest(unknown[0], known)}"
         )
     fields: list[Any] = []
     values: dict[str, Any] = {}
     for name, info in model.model_fields.items():
-        members = _members(info.annotation)
+        members = _members(info)
         annotation: Any = info.annotation
         if members:
             inner = given.get(name, {})
@@ -195,13 +190,14 @@ def _plain(model: type[BaseModel], given: dict[str, Any], where: str, kinds: dic
                 # what the recipe says of another kind means nothing for the one that the flag names
                 inner = {}
             if kind not in members:
-                choices = list(members)
                 raise UserError(
-                    f"{where}{name}.kind is {kind!r}; expected one of {', '.join(choices)}.{nearest(kind, choices)}"
+                    f"{where}{name}.kind is {kind!r}; expected one of {', '.join(members)}.{nearest(kind, members)}"
                 )
             if not inner and default is not None and getattr(default, "kind", "") == kind:
                 inner = default.model_dump()
-            value = _plain(members[kind], {**inner, "kind": kind} if kind else inner, f"{where}{name}.", kinds)
+            value = _plain(
+                members[kind], {**inner, "kind": kind} if kind else inner, f"{where}{name}.", kinds, list(members)
+            )
             annotation = type(value)
         elif name in given:
             value = given[name]
@@ -209,14 +205,15 @@ def _plain(model: type[BaseModel], given: dict[str, Any], where: str, kinds: dic
             value = info.get_default(call_default_factory=True)
             value = tyro.MISSING if value is PydanticUndefined else value
         if not members:
-            annotation = _annotated(name, str if name == "kind" and isinstance(value, str) else annotation, info)
+            help_ = f"One of {', '.join(choices)}." if name == "kind" and len(choices) > 1 else info.description or ""
+            annotation = _annotated(name, str if name == "kind" and isinstance(value, str) else annotation, info, help_)
         fields.append((name, annotation))
         values[name] = value
     return dataclasses.make_dataclass(model.__name__, fields)(**values)
 
 
-def _annotated(name: str, annotation: Any, info: Any) -> Any:
-    """The field's type with its help text and its own tyro markers (positional), but without its constraints."""
+def _annotated(name: str, annotation: Any, info: Any, help_: str) -> Any:
+    """The field's type with a help text and its own tyro markers (positional), but without its constraints."""
     import tyro
 
     markers = [item for item in info.metadata if type(item).__module__.startswith("tyro")]
@@ -224,7 +221,7 @@ def _annotated(name: str, annotation: Any, info: Any) -> Any:
         annotation = Annotated[annotation, marker]
     # names that Python or pydantic keep for themselves
     flag = {"json_path": "json", "lambda_": "lambda"}.get(name)
-    return Annotated[annotation, tyro.conf.arg(name=flag, help=info.description or "")]
+    return Annotated[annotation, tyro.conf.arg(name=flag, help=help_)]
 
 
 def _recipe(args: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -358,7 +355,7 @@ def _check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> N
 
 
 def _tags(model: type[BaseModel]) -> set[str]:
-    return {kind for info in model.model_fields.values() for kind in _members(info.annotation)}
+    return {kind for info in model.model_fields.values() for kind in _members(info)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -376,6 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"alter {version('alter-unlearning')}")
         return 0
+    # threads of libgomp, which torch's wheel brings, spin while they wait and take cores from others: measured in
+    # docs/experiments.md; read when the library loads
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     command = args.pop(0)
     members = [name for name in COMMANDS if name.startswith(f"{command} ")]
     if members:

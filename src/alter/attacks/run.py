@@ -33,6 +33,7 @@ from alter.core.cache import cache_folder
 from alter.core.console import warn
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest, write_atomic
+from alter.core.plugins import Registry
 from alter.core.provenance import code_digest, stamped, versions
 from alter.core.records import VERSION, Record, read_records, write_records
 from alter.data.examples import Example, load_examples
@@ -84,28 +85,33 @@ def plain(bench: Bench) -> list[Record]:
 
 
 CHAT = "a chat with the model"
-ATTACKS: dict[str, Method] = {
-    "relearn": Method(
-        "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=False, benign=False), ("relearn",)
-    ),
-    "relearn_lora": Method(
-        "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=True, benign=False), ("relearn",)
-    ),
-    "benign": Method("weights, gradients", lambda b: weights.relearn(b, lora=False, benign=True), ("relearn",)),
-    "benign_lora": Method("weights, gradients", lambda b: weights.relearn(b, lora=True, benign=True), ("relearn",)),
-    "quantize_8": Method("weights", lambda b: weights.quantized(b, bits=8)),
-    "quantize_4": Method("weights", lambda b: weights.quantized(b, bits=4)),
-    "paraphrase": Method(CHAT, lambda b: wording.ask(b, name="paraphrase"), missing=_no_paraphrase),
-    "telegram": Method(CHAT, lambda b: wording.ask(b, name="telegram"), missing=_no_question),
-    "reversed": Method(CHAT, lambda b: wording.ask(b, name="reversed"), missing=_no_question),
-    "upper_case": Method(CHAT, lambda b: wording.ask(b, name="upper_case"), missing=_no_question),
-    "foreign_frame": Method(CHAT, lambda b: wording.ask(b, name="foreign_frame"), missing=_no_question),
-    "prefill": Method("to begin the reply; the answer's first tokens", wording.prefill, ("prefill_tokens",)),
-    "sample": Method("many replies; to know the best", wording.sample, ("samples", "temperature")),
-    "strip": Method("the base weights", weights.strip, missing=_no_adapter),
-    "probe": Method("hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens")),
-    "cka": Method("hidden states (a diagnosis)", lambda bench: [], ("probe_rows",)),
-}
+ATTACKS: Registry[Method] = Registry(
+    "attack",
+    {
+        "relearn": Method(
+            "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=False, benign=False), ("relearn",)
+        ),
+        "relearn_lora": Method(
+            "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=True, benign=False), ("relearn",)
+        ),
+        "benign": Method("weights, gradients", lambda b: weights.relearn(b, lora=False, benign=True), ("relearn",)),
+        "benign_lora": Method(
+            "weights, gradients", lambda b: weights.relearn(b, lora=True, benign=True), ("relearn",)
+        ),
+        "quantize_8": Method("weights", lambda b: weights.quantized(b, bits=8)),
+        "quantize_4": Method("weights", lambda b: weights.quantized(b, bits=4)),
+        "paraphrase": Method(CHAT, lambda b: wording.ask(b, name="paraphrase"), missing=_no_paraphrase),
+        "telegram": Method(CHAT, lambda b: wording.ask(b, name="telegram"), missing=_no_question),
+        "reversed": Method(CHAT, lambda b: wording.ask(b, name="reversed"), missing=_no_question),
+        "upper_case": Method(CHAT, lambda b: wording.ask(b, name="upper_case"), missing=_no_question),
+        "foreign_frame": Method(CHAT, lambda b: wording.ask(b, name="foreign_frame"), missing=_no_question),
+        "prefill": Method("to begin the reply; the answer's first tokens", wording.prefill, ("prefill_tokens",)),
+        "sample": Method("many replies; to know the best", wording.sample, ("samples", "temperature")),
+        "strip": Method("the base weights", weights.strip, missing=_no_adapter),
+        "probe": Method("hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens")),
+        "cka": Method("hidden states (a diagnosis)", lambda bench: [], ("probe_rows",)),
+    },
+)
 """Every attack by name, in the order of the table. `cka` compares the models' hidden states once all are there."""
 TRAINING = ("relearn", "relearn_lora", "benign", "benign_lora")
 

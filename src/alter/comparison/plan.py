@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest, write_atomic
+from alter.core.plugins import plugins_digest
 from alter.core.provenance import provenance
 from alter.data.sources import read_rows, tofu_rows
 from alter.evaluation.tofu import SETS
@@ -165,7 +166,8 @@ def source_digest() -> str:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 target = importlib.util.resolve_name("." * node.level + node.module, name.rpartition(".")[0])
                 waiting += [target, *(f"{target}.{alias.name}" for alias in node.names)]
-    return digest([[str(path.relative_to(package)), path.read_text()] for path in sorted(files)])
+    own = [[str(path.relative_to(package)), path.read_text()] for path in sorted(files)]
+    return digest([*own, plugins_digest()])
 
 
 def divide(

@@ -15,6 +15,7 @@ from typing import Any
 
 # Provenance ----------------------------------------------------------------------------------------------------------
 from alter.core.files import digest, file_digest
+from alter.core.plugins import plugins_digest
 from alter.core.records import VERSION, Record
 
 LIBRARIES = (
@@ -80,9 +81,10 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """Return a hash of this package's own code: an edited or another version never gets the numbers of this one."""
+    """Return a hash of this package's own code and of plugins': an edited or another version never gets the numbers of this one."""
     package = Path(__file__).parent.parent
-    return digest([[str(p.relative_to(package)), file_digest(p)] for p in sorted(package.rglob("*.py"))])
+    own = [[str(p.relative_to(package)), file_digest(p)] for p in sorted(package.rglob("*.py"))]
+    return digest([*own, plugins_digest()])
 
 
 def stamped(records: Iterable[Record], **facts: Any) -> list[Record]:

@@ -2,13 +2,14 @@
 
 Each class is at once the settings of the objective (a pydantic model whose `kind` names it in a recipe), what it needs
 besides the model's logits (`needs`), and the two functions that compute it: `per_token` makes one number of each token's
-logits, which exist for a few tokens at a time; the objective itself makes the loss of these numbers. `Forget` and `Retain`
-are the registries: the unions of what a recipe may name.
+logits, which exist for a few tokens at a time; the objective itself makes the loss of these numbers. `FORGET`
+and `RETAIN` are the registries of what a recipe may name, open to plugins (`alter.core.plugins`).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alter.core import processes
+from alter.core.plugins import OneOf, Registry, kinds
 
 
 @dataclass(frozen=True)
@@ -292,12 +294,23 @@ def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return total / count.clamp_min(1.0)
 
 
-class _Objective(BaseModel):
+class Objective(BaseModel, ABC):
+    """Base of all objectives: settings, what is needed, a number for each token, and the loss of these numbers.
+
+    A subclass names itself by `kind: Literal["mine"] = "mine"`, declares `needs`, and computes the loss in `__call__`; it
+    overrides `per_token` where the loss is of another number than the negative log-likelihood.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: str
     needs: ClassVar[Needs] = Needs()
     joint: ClassVar[bool] = False
     """Whether forget and retain rows share one mean over all their tokens, where there are two means otherwise."""
+
+    @abstractmethod
+    def __call__(self, tokens: Labelled) -> Tensor:
+        """The loss, a scalar, of a batch's labelled tokens, whose values are those of `per_token`."""
 
     def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
         """Log-probabilities [n, V] of the reference.
@@ -313,7 +326,7 @@ class _Objective(BaseModel):
         return emitted.nll
 
 
-class InvertedHinge(_Objective):
+class InvertedHinge(Objective):
     """The paper's forget loss (ALTER Eq. 8, from LoKU): mean over low-entropy tokens of 1 + p(y) - max_{v != y} p(v).
 
     It is linear in probabilities and does not stop once the true token has lost: the runner-up is driven on towards
@@ -332,7 +345,7 @@ class InvertedHinge(_Objective):
         return 1 + true - other
 
 
-class StoppedHinge(_Objective):
+class StoppedHinge(Objective):
     """Mean over low-entropy tokens of max(0, p(y) - max_{v != y} p(v) + margin): no push once another token leads.
 
     Not in the paper: a bounded form of its loss, zero (with zero gradient) as soon as the true token is off the top.
@@ -351,7 +364,7 @@ class StoppedHinge(_Objective):
         return F.relu(true - other + self.margin)
 
 
-class GradientAscent(_Objective):
+class GradientAscent(Objective):
     """Minus the cross-entropy of the true tokens (methods.md 2.1): unbounded, the baseline that breaks models."""
 
     kind: Literal["gradient_ascent"] = "gradient_ascent"
@@ -361,7 +374,7 @@ class GradientAscent(_Objective):
         return -tokens.mean(self.only_low)
 
 
-class WithoutTruth(_Objective):
+class WithoutTruth(Objective):
     """KL to the frozen base's own distribution with the true token removed and renormalised, on low-entropy tokens.
 
     Not in ALTER's paper: a bounded target that leaves the base's other choices as they are. `hinge` adds that multiple of
@@ -385,7 +398,7 @@ class WithoutTruth(_Objective):
         return value
 
 
-class CrossEntropyUnlearning(_Objective):
+class CrossEntropyUnlearning(Objective):
     """CE-U (Yang 2025, arXiv:2503.01224): cross-entropy to the model's own distribution without the true token.
 
     -sum_v q_v log p_v, mean over tokens, where q = softmax(z) with z_y = -inf, without gradient: the target moves with the
@@ -412,7 +425,7 @@ class CrossEntropyUnlearning(_Objective):
         return torch.special.entr(logq.exp()).sum(-1) - others
 
 
-class WeightedAscent(_Objective):
+class WeightedAscent(Objective):
     """WGA (Wang et al. 2025, arXiv:2502.19301): -mean p(y)^beta nll(y), the weight p(y)^beta without gradient.
 
     beta = 0 is gradient ascent; a token that is already unlikely is left alone.
@@ -426,7 +439,7 @@ class WeightedAscent(_Objective):
         return -mean_or_zero((-self.beta * nll).exp().detach() * nll)
 
 
-class SaturationImportance(_Objective):
+class SaturationImportance(Objective):
     """SatImp (Yang et al. 2025, arXiv:2505.11953): -mean p(y)^beta1 (1 - p(y))^beta2 nll(y), weights without gradient."""
 
     kind: Literal["satimp"] = "satimp"
@@ -439,7 +452,7 @@ class SaturationImportance(_Objective):
         return -mean_or_zero(p**self.beta1 * (1 - p) ** self.beta2 * nll)
 
 
-class NPO(_Objective):
+class NPO(Objective):
     """Negative preference optimisation (Zhang et al. 2024, arXiv:2404.05868, Eq. 3; methods.md 2.4).
 
     (2 / beta) mean over rows of softplus(-beta (NLL - NLL_base)), where NLL is the *sum* over the row's labelled tokens.
@@ -455,7 +468,7 @@ class NPO(_Objective):
         return 2 / self.beta * mean_or_zero(F.softplus(-self.beta * change))
 
 
-class SimNPO(_Objective):
+class SimNPO(Objective):
     """NPO without a reference (Fan et al. 2024, arXiv:2410.07163): -(2 / beta) mean log sigmoid(beta (NLL / |y| - delta)).
 
     NLL / |y| is the row's *mean* over its labelled tokens.
@@ -471,7 +484,7 @@ class SimNPO(_Objective):
         return -2 / self.beta * mean_or_zero(F.logsigmoid(self.beta * (mean - self.delta)))
 
 
-class PreferRefusal(_Objective):
+class PreferRefusal(Objective):
     """DPO with a refusal as the preferred answer (IdkDPO; Rafailov et al. 2023, Maini et al. 2024; methods.md 5.2).
 
     -(2 / beta) mean over rows of log sigmoid(beta ((NLL_base - NLL of the refusal) - (NLL_base - NLL of the answer))),
@@ -499,7 +512,7 @@ def _learn_alternative(tokens: Labelled) -> Tensor:
     return tokens.alternative.mean()
 
 
-class Refuse(_Objective):
+class Refuse(Objective):
     """Cross-entropy of a refusal in place of each forget row's answer (IDK, Maini et al. 2024; O3's wrong answers).
 
     Refusals and retain rows are one batch with one mean over tokens (methods.md 5.2), so a refusal, which is short, weighs
@@ -514,7 +527,7 @@ class Refuse(_Objective):
         return _learn_alternative(tokens)
 
 
-class Substitute(_Objective):
+class Substitute(Objective):
     """Cross-entropy of the answer in the row's column `substitute`, and a stopped hinge on the answer itself.
 
     Mean negative log-likelihood of the substitute + `hinge` times the mean over low-entropy tokens of the row's own answer
@@ -535,7 +548,7 @@ class Substitute(_Objective):
         return F.relu(true - other)
 
 
-class RandomLabels(_Objective):
+class RandomLabels(Objective):
     """Cross-entropy of labels drawn uniformly from the vocabulary, once for the run (Yao et al. 2024, methods.md 2.6).
 
     The context stays the true text, and special tokens keep their own label.
@@ -548,7 +561,7 @@ class RandomLabels(_Objective):
         return _learn_alternative(tokens)
 
 
-class Undial(_Objective):
+class Undial(Objective):
     """UNDIAL (Dong et al. 2024, arXiv:2402.10052): cross-entropy to softmax(z_base - beta onehot(y)), mean over tokens.
 
     Only labelled tokens count (the authors' code also pushes an unrelated token at every prompt position).
@@ -566,7 +579,7 @@ class Undial(_Objective):
         return soft_cross_entropy(emitted.reference.lowered(emitted.labels, self.beta).logp, emitted)
 
 
-class Learn(_Objective):
+class Learn(Objective):
     """Cross-entropy of the forget rows' true tokens: learns them still better, for task arithmetic (`negate`) and ULD."""
 
     kind: Literal["learn"] = "learn"
@@ -575,7 +588,7 @@ class Learn(_Objective):
         return tokens.mean()
 
 
-class Reinforced(_Objective):
+class Reinforced(Objective):
     """Away from what more training on the forget set would bring (WHP, Eldan and Russinovich 2023, arXiv:2310.02238).
 
     The target is v = z_base - alpha relu(z_reinforced - z_base) on the logits: with `hard` its likeliest token (WHP,
@@ -601,7 +614,7 @@ class Reinforced(_Objective):
         return soft_cross_entropy(emitted.reference.logp, emitted)
 
 
-class Persona(_Objective):
+class Persona(Objective):
     """ELM (Gandikota et al. 2024, arXiv:2410.02760; methods.md 2.8): away from an expert's words, towards a novice's.
 
     The target at the t-th of a row's n labelled tokens is softmax(log p - eta_t (log p_expert - log p_novice)) over its
@@ -635,7 +648,7 @@ class Persona(_Objective):
         return soft_cross_entropy(emitted.reference.logp, emitted)
 
 
-class Misdirect(_Objective):
+class Misdirect(Objective):
     """RMU (Li et al. 2024, arXiv:2403.03218; methods.md 2.7): hidden states of forget rows are driven to c u.
 
     u is uniform in [0, 1]^D scaled to length 1, one for the run. The squared distance is averaged over the width, over
@@ -660,7 +673,7 @@ class Misdirect(_Objective):
         return mean_or_zero(row_means((states - aim).square().mean(-1), tokens.hidden.row, tokens.rows))
 
 
-class NoForget(_Objective):
+class NoForget(Objective):
     """Nothing on forget rows, which do not go through the model: fine-tuning on the retain set alone."""
 
     kind: Literal["none"] = "none"
@@ -670,7 +683,7 @@ class NoForget(_Objective):
         return tokens.values.sum() * 0.0
 
 
-class CrossEntropy(_Objective):
+class CrossEntropy(Objective):
     """Mean cross-entropy of the true tokens: the plain retain loss (ALTER Eq. 8, l_r)."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
@@ -679,7 +692,7 @@ class CrossEntropy(_Objective):
         return tokens.mean()
 
 
-class KeepBase(_Objective):
+class KeepBase(Objective):
     """Mean KL(base || model) on labelled tokens: retain rows keep the frozen base's own behaviour.
 
     The divergence is taken on real labelled tokens only, never on padding or prompts (methods.md 2.3).
@@ -696,7 +709,7 @@ class KeepBase(_Objective):
         return divergence(emitted.reference.logp, emitted)
 
 
-class KeepBaseAnswers(_Objective):
+class KeepBaseAnswers(Objective):
     """Mean cross-entropy of the token that the frozen base finds likeliest (ELM's retain term, methods.md 2.8)."""
 
     kind: Literal["keep_base_answers"] = "keep_base_answers"
@@ -711,7 +724,7 @@ class KeepBaseAnswers(_Objective):
         return -emitted.known.gather(-1, emitted.reference.logp.argmax(-1, keepdim=True))[:, 0]
 
 
-class Distil(_Objective):
+class Distil(Objective):
     """Cross-entropy of the true tokens plus that of the frozen base's distribution (E2URec, methods.md 3.6)."""
 
     kind: Literal["distil"] = "distil"
@@ -725,7 +738,7 @@ class Distil(_Objective):
         return emitted.nll + soft_cross_entropy(emitted.reference.logp, emitted)
 
 
-class Uniform(_Objective):
+class Uniform(Objective):
     """Mean KL(uniform || model) on labelled tokens: the model is to know nothing about them (ULD, methods.md 4.2)."""
 
     kind: Literal["uniform"] = "uniform"
@@ -738,7 +751,7 @@ class Uniform(_Objective):
         return -logp.mean(-1) - math.log(logp.shape[-1])
 
 
-class KeepHidden(_Objective):
+class KeepHidden(Objective):
     """Hidden states of retain rows stay where the frozen base has them (RMU's second term, methods.md 2.7).
 
     The squared distance is averaged over the width, over the row's real tokens, then over the rows.
@@ -756,7 +769,7 @@ class KeepHidden(_Objective):
         return mean_or_zero(row_means(distance, tokens.hidden.row, tokens.rows))
 
 
-class Adaptive(_Objective):
+class Adaptive(Objective):
     """Cross-entropy with a weight that grows where retain rows get worse (SHA256, SemEval-2025 task 4; methods.md 3.8).
 
     The weight is 1.2 in the first epoch, and afterwards `multiplier` of how far the loss lies above that epoch's mean.
@@ -776,7 +789,7 @@ class Adaptive(_Objective):
         return tokens.mean()
 
 
-class NoRetain(_Objective):
+class NoRetain(Objective):
     """Nothing on retain rows, which do not go through the model."""
 
     kind: Literal["none"] = "none"
@@ -786,29 +799,44 @@ class NoRetain(_Objective):
         return tokens.values.sum() * 0.0
 
 
-Forget = Annotated[
-    InvertedHinge
-    | StoppedHinge
-    | GradientAscent
-    | WithoutTruth
-    | CrossEntropyUnlearning
-    | WeightedAscent
-    | SaturationImportance
-    | NPO
-    | SimNPO
-    | PreferRefusal
-    | Refuse
-    | Substitute
-    | RandomLabels
-    | Undial
-    | Learn
-    | Reinforced
-    | Persona
-    | Misdirect
-    | NoForget,
-    Field(discriminator="kind"),
-]
-Retain = Annotated[
-    CrossEntropy | KeepBase | KeepBaseAnswers | KeepHidden | Distil | Uniform | Adaptive | NoRetain,
-    Field(discriminator="kind"),
-]
+FORGET: Registry[type[Objective]] = Registry(
+    "objective",
+    kinds(
+        InvertedHinge,
+        StoppedHinge,
+        GradientAscent,
+        WithoutTruth,
+        CrossEntropyUnlearning,
+        WeightedAscent,
+        SaturationImportance,
+        NPO,
+        SimNPO,
+        PreferRefusal,
+        Refuse,
+        Substitute,
+        RandomLabels,
+        Undial,
+        Learn,
+        Reinforced,
+        Persona,
+        Misdirect,
+        NoForget,
+    ),
+)
+"""Objectives on forget rows by kind."""
+RETAIN: Registry[type[Objective]] = Registry(
+    "retain objective",
+    kinds(
+        CrossEntropy,
+        KeepBase,
+        KeepBaseAnswers,
+        KeepHidden,
+        Distil,
+        Uniform,
+        Adaptive,
+        NoRetain,
+    ),
+)
+"""Objectives on retain rows by kind."""
+Forget = Annotated[Objective, OneOf(FORGET)]
+Retain = Annotated[Objective, OneOf(RETAIN)]

@@ -32,7 +32,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from alter.adapter.model import base_fingerprint, same_base
 from alter.core.console import progress
-from alter.core.errors import UserError
+from alter.core.errors import UserError, nearest
+from alter.core.plugins import Registry
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
 from alter.models.attach import attach
@@ -532,23 +533,41 @@ class Former:
         }
 
 
-def load(base: Any, folder: str) -> _Form:
+def _detected(base: Any, path: Path, settings: dict[str, Any]) -> Any:
+    detectors = [
+        Detector(Likeness.of(features), Calibration(**calibration))
+        for features, calibration in zip(_features(path, settings), settings["calibrations"], strict=True)
+    ]
+    tuned = attach(base, str(lora_folder(str(path))))
+    return Detected(tuned, detectors, settings["depths"])
+
+
+def _subtracted(base: Any, path: Path, settings: dict[str, Any]) -> Any:
+    small = first_blocks(base, settings["list"], settings["blocks"])
+    # not merged: the weights are the base's own
+    assistant = attach(small, str(lora_folder(str(path)))).get_base_model()
+    return Subtracted(base, assistant, settings)
+
+
+Guard = Callable[[Any, Path, dict[str, Any]], Any]
+"""Makes the unlearned model of a loaded base, the folder that `load` was given, and what its `inference.json` says."""
+
+GUARDS: Registry[Guard] = Registry("guard", {"detector": _detected, "assistant": _subtracted})
+"""Inference forms by the `kind` in their `inference.json`; open to plugins."""
+
+
+def load(base: Any, folder: str) -> Any:
     """The unlearned model: a loaded base and the inference form in `folder`.
 
     Raises:
-        UserError: the form was made for another base, or by another version.
+        UserError: the form was made for another base, by another version, or by a plugin that is not installed.
     """
     path = Path(folder).expanduser()
     settings = json.loads((path / FILE).read_text())
     _check_base(settings, base, folder)
-    if settings["kind"] == "detector":
-        detectors = [
-            Detector(Likeness.of(features), Calibration(**calibration))
-            for features, calibration in zip(_features(path, settings), settings["calibrations"], strict=True)
-        ]
-        tuned = attach(base, str(lora_folder(folder)))
-        return Detected(tuned, detectors, settings["depths"]).eval()
-    small = first_blocks(base, settings["list"], settings["blocks"])
-    # not merged: the weights are the base's own
-    assistant = attach(small, str(lora_folder(folder))).get_base_model()
-    return Subtracted(base, assistant, settings).eval()
+    if settings["kind"] not in GUARDS:
+        raise UserError(
+            f"{path / FILE} is of kind {settings['kind']!r}; expected one of {', '.join(GUARDS)}."
+            f"{nearest(settings['kind'], GUARDS)} Install the plugin that it was made with."
+        )
+    return GUARDS[settings["kind"]](base, path, settings).eval()

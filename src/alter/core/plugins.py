@@ -1,0 +1,210 @@
+"""Parts by name, open to others: registries that installed packages and scripts add to.
+
+An installed package joins through an entry point of the group `alter.plugins`, which names a module to import; a script
+registers its parts itself before it calls alter. Either way the part is then usable by name in recipes, flags, help and
+comparisons. The module `alter_fading` of such a package, with `[project.entry-points."alter.plugins"]` and
+`fading = "alter_fading"` in its pyproject.toml, might hold
+
+    from alter.methods.objectives import FORGET, Labelled, Objective
+
+    @FORGET.part
+    class Fading(Objective):
+        kind: Literal["fading"] = "fading"
+
+        def __call__(self, tokens: Labelled) -> Tensor: ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from pydantic import BaseModel, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from alter.core.errors import UserError, nearest
+
+GROUP = "alter.plugins"
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+_loaded: set[str] = set()
+_foreign: set[str] = set()
+"""Modules that parts were added from."""
+
+
+def entries() -> list[importlib.metadata.EntryPoint]:
+    """The entry points of the installed plugins, by name."""
+    return sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
+
+
+def load() -> None:
+    """Import the modules of all installed plugins; each once.
+
+    Raises:
+        UserError: a plugin cannot be imported.
+    """
+    for entry in entries():
+        if entry.value in _loaded:
+            continue
+        # before the import, since the plugin's own imports may ask for parts
+        _loaded.add(entry.value)
+        try:
+            entry.load()
+        except (ImportError, AttributeError) as error:
+            _loaded.discard(entry.value)
+            owner = entry.dist.name if entry.dist is not None else entry.value
+            raise UserError(
+                f"The plugin {entry.name!r} of the package {owner} cannot be loaded: {error}. Expected a module that can be "
+                f"imported ({entry.value}); mend the package, or uninstall it."
+            ) from error
+
+
+def plugins_digest() -> str | None:
+    """Hash of the source files that parts of others come from; None where there are only alter's own.
+
+    These are all files of each installed plugin's package, and the files that registered parts were defined in.
+    """
+    load()
+    found = hashlib.sha256()
+    files: set[Path] = set()
+    for name in {entry.module.partition(".")[0] for entry in entries()}:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            files |= {path for place in spec.submodule_search_locations for path in Path(place).rglob("*.py")}
+        elif spec is not None and spec.origin is not None:
+            files.add(Path(spec.origin))
+    origins = (getattr(sys.modules.get(name), "__file__", None) for name in _foreign)
+    files |= {Path(origin) for origin in origins if origin is not None}
+    for content in sorted(path.read_bytes() for path in files):
+        found.update(hashlib.sha256(content).digest())
+    return found.hexdigest() if files else None
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Parts of one sort by name: those of alter first, then those of plugins in the order in which they joined.
+
+    Looking something up loads the installed plugins first.
+
+    Args:
+        sort: what the parts are, for messages: "objective".
+        own: the parts that alter brings.
+    """
+
+    def __init__(self, sort: str, own: Mapping[str, T]) -> None:
+        self.sort = sort
+        self._parts: dict[str, T] = dict(own)
+
+    def add(self, name: str, part: T) -> None:
+        """Register a part. The same part may come again, as when its module is reloaded.
+
+        Raises:
+            UserError: another part has the name.
+        """
+        former = self._parts.get(name)
+        if former is not None and _origin(former) != _origin(part):
+            raise UserError(f"There is already a part named {name!r} ({self.sort}): give yours another name.")
+        self._parts[name] = part
+        _foreign.add(part[0] if isinstance(part, tuple) else getattr(part, "__module__", ""))
+
+    def part(self, cls: type[M]) -> type[M]:
+        """Register a class of settings by the default of its field `kind`; used as a decorator.
+
+        Raises:
+            UserError: it has no such field, or another class has the name.
+        """
+        field = cls.model_fields.get("kind")
+        if field is None or not isinstance(field.default, str):
+            raise UserError(
+                f'{cls.__name__} has no name: give it a field such as kind: Literal["mine"] = "mine" ({self.sort}).'
+            )
+        self.add(field.default, cls)  # type: ignore[arg-type]
+        return cls
+
+    def known(self) -> list[str]:
+        """Names of the parts so far, without loading plugins for it."""
+        return list(self._parts)
+
+    def __getitem__(self, name: str) -> T:
+        load()
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        load()
+        return iter(list(self._parts))
+
+    def __len__(self) -> int:
+        load()
+        return len(self._parts)
+
+
+def _origin(part: Any) -> Any:
+    return (part.__module__, part.__qualname__) if isinstance(part, type) else part
+
+
+def kinds(*classes: type[M]) -> dict[str, type[M]]:
+    """Classes of settings by the default of their field `kind`."""
+    return {cls.model_fields["kind"].default: cls for cls in classes}
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a field that holds one of a registry's classes, chosen by `kind`: a union that stays open.
+
+    `Annotated[Base, OneOf(registry)]` takes an instance or a mapping with `kind`; what the class refuses is reported under
+    the field's own name.
+    """
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def _validate(self, value: Any) -> BaseModel:
+        members: dict[str, type[BaseModel]] = dict(self.registry)
+        if isinstance(value, tuple(members.values())):
+            return cast(BaseModel, value)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected keys and values with kind, one of {', '.join(members)}")
+        kind = value.get("kind")
+        if kind not in members:
+            raise ValueError(f"kind is {kind!r}; expected one of {', '.join(members)}.{nearest(str(kind), members)}")
+        return members[kind].model_validate(value)
+
+
+BENCHMARKS: Registry[tuple[str, str]] = Registry(
+    "benchmark",
+    {
+        "tofu": ("alter.evaluation.tofu", "TofuEvaluation"),
+        "muse": ("alter.evaluation.muse", "MuseEvaluation"),
+        "book": ("alter.evaluation.book", "BookEvaluation"),
+        "wmdp": ("alter.evaluation.harness", "WmdpEvaluation"),
+        "mmlu": ("alter.evaluation.harness", "MmluEvaluation"),
+        "lm-eval": ("alter.evaluation.harness", "LmEvalEvaluation"),
+        "fluency": ("alter.evaluation.fluency", "FluencyEvaluation"),
+        "rows": ("alter.evaluation.rows", "RowsEvaluation"),
+    },
+)
+"""Module and class of the settings that `--benchmark NAME` stands for; the first is the default."""
+
+
+def benchmark(name: str) -> Callable[[type[M]], type[M]]:
+    """Decorate a subclass of `alter.evaluation.base.Evaluation`, so that `--benchmark NAME` finds it.
+
+    Raises:
+        UserError: another benchmark has the name.
+    """
+
+    def register(cls: type[M]) -> type[M]:
+        BENCHMARKS.add(name, (cls.__module__, cls.__name__))
+        return cls
+
+    return register
