@@ -1,0 +1,198 @@
+"""Parts of others: a package with an entry point brings an objective, a benchmark, an attack and a guard, by name."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from torch import Tensor
+
+from alter.core import plugins
+from alter.core.errors import UserError
+from alter.methods.objectives import FORGET, NPO, Labelled, Objective
+from alter.training.settings import Unlearn
+from pico import run_on, save_pico, write_people
+
+SOURCE = Path(__file__).parent.parent / "src"
+
+PACKAGE = '''
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from alter.attacks.run import ATTACKS, Method
+from alter.core.plugins import benchmark
+from alter.core.records import Record
+from alter.evaluation.base import Evaluation
+from alter.methods.objectives import FORGET, RETAIN, Emitted, Labelled, Objective, mean_or_zero
+from alter.models.guards import GUARDS
+
+
+@FORGET.part
+class Mine(Objective):
+    """Mean probability above a floor."""
+
+    kind: Literal["mine"] = "mine"
+    floor: float = Field(0.05, ge=0, lt=1, description="Probability that is left alone.")
+
+    def per_token(self, emitted: Emitted) -> Tensor:
+        return ((-emitted.nll).exp() - self.floor).relu()
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return mean_or_zero(tokens.values)
+
+
+@RETAIN.part
+class Twice(Objective):
+    """Twice the cross-entropy."""
+
+    kind: Literal["twice"] = "twice"
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return 2 * tokens.mean()
+
+
+@benchmark("weights")
+class Weights(Evaluation):
+    """Count the weights."""
+
+    def title(self):
+        return "Weights"
+
+    def data_digest(self):
+        return "nothing"
+
+    def measure(self, model, tokenizer):
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return [Record(self.subject, "weights", float(total), total)]
+
+
+def shout(bench):
+    model, _ = bench.shared()
+    return bench.measure("shout", model, bench.items(bench.measured))
+
+
+def bare(base, folder, settings):
+    base.config.use_cache = settings["use_cache"]
+    return base
+
+
+ATTACKS.add("shout", Method("a chat with the model", shout))
+GUARDS.add("bare", bare)
+'''
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder that holds the package and what pip writes beside it."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "alter_mine.py").write_text(PACKAGE)
+    info = folder / "alter_mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: alter-mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[alter.plugins]\nmine = alter_mine\n")
+    return folder
+
+
+def python(folder, code, **given):
+    path = os.pathsep.join([str(folder), str(SOURCE)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "ALTER_CACHE": "off"},
+        capture_output=True,
+        text=True,
+        **given,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_package_brings_parts_that_are_used_by_name(installed, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    save_pico(data / "model", max_position_embeddings=512)
+    write_people(data, ("Ada", "Bo"), 4, 8)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "inference.json").write_text(json.dumps({"kind": "bare", "base": None, "use_cache": False}))
+    run = run_on(data, tmp_path / "run")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in run.items()]
+    model = run["model"]
+    code = f"""
+import contextlib, io, json
+import alter
+from alter.cli import main
+said = io.StringIO()
+with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    main(["unlearn", "--help"])
+assert "mine" in said.getvalue() and "twice" in said.getvalue()
+mine = ["--objective.kind", "mine", "--objective.floor", "0.2", "--retain-objective.kind", "twice"]
+assert main(["unlearn", *{flags!r}, *mine, "--max-steps", "1", "--closing-rows", "0"]) == 0
+assert main(["evaluate", "--benchmark", "weights", "--model", {model!r}, "--json", "w.json"]) == 0
+assert main(["attack", "--attacks", "shout", "--model", {model!r}, "--forget", {run["forget"]!r}, "--rows", "2",
+             "--relearn.rows", "2", "--max-new-tokens", "2", "--out", "attack"]) == 0
+assert not alter.load({model!r}, adapter="bare")[0].config.use_cache
+"""
+    python(installed, code, cwd=tmp_path)
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert settings["objective"] == {"kind": "mine", "floor": 0.2}
+    assert settings["retain_objective"] == {"kind": "twice"}
+    assert json.loads((tmp_path / "w.json").read_text())[0]["metric"] == "weights"
+    attacks = {record["extra"]["attack"] for record in json.loads((tmp_path / "attack" / "records.json").read_text())}
+    assert "shout" in attacks
+
+
+def test_caches_know_the_code_of_plugins(installed):
+    code = "from alter.core.provenance import code_digest; print(code_digest())"
+    path = installed / "alter_mine.py"
+    before = path.read_text()
+    first = python(installed, code)
+    path.write_text(before + "\n# changed\n")
+    try:
+        assert python(installed, code) != first
+    finally:
+        path.write_text(before)
+    assert python(installed, code) == first
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[alter.plugins]\nlost = no_such_module\n")
+    code = "from alter.cli import main; print(main(['evaluate', '--benchmark', 'weights', '--model', 'm']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(SOURCE)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "2"
+    assert "plugin 'lost' of the package broken cannot be loaded" in done.stderr
+
+
+def test_a_script_registers_its_own_part_and_names_stay_unique():
+    @FORGET.part
+    class Local(Objective):
+        kind: Literal["local"] = "local"
+
+        def __call__(self, tokens: Labelled) -> Tensor:
+            return tokens.mean()
+
+    required = {"model": "m", "forget": "f", "retain": "r", "out": "o", "lambda_": 0}
+    try:
+        settings = Unlearn(**required, objective={"kind": "local"})
+        assert isinstance(settings.objective, Local)
+        assert Unlearn.model_validate(settings.model_dump()) == settings
+        with pytest.raises(UserError, match="already a part named 'local'"):
+            FORGET.add("local", NPO)
+        assert plugins.plugins_digest() is not None
+    finally:
+        del FORGET._parts["local"]
+    with pytest.raises(ValueError, match="expected one of inverted_hinge"):
+        Unlearn(**required, objective={"kind": "local"})
+    with pytest.raises(UserError, match="has no name"):
+        FORGET.part(type("Nameless", (Objective,), {"__call__": lambda self, tokens: tokens.mean()}))
