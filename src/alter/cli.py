@@ -206,7 +206,9 @@ def _plain(
             value = tyro.MISSING if value is PydanticUndefined else value
         if not members:
             help_ = f"One of {', '.join(choices)}." if name == "kind" and len(choices) > 1 else info.description or ""
-            annotation = _annotated(name, str if name == "kind" and isinstance(value, str) else annotation, info, help_)
+            annotation = _annotated(
+                name, str if name == "kind" and isinstance(value, str) else annotation, info, help_
+            )
         fields.append((name, annotation))
         values[name] = value
     return dataclasses.make_dataclass(model.__name__, fields)(**values)
