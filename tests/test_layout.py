@@ -86,3 +86,27 @@ def test_import_alter_is_enough_for_peft():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "ALTER"
     )
+
+
+@pytest.mark.parametrize("action", ["list", "show", "add", "run"])
+def test_requests_help_loads_no_torch(action):
+    code = (
+        "import contextlib, sys; from alter.cli import main\n"
+        f"with contextlib.suppress(SystemExit): main(['request', '{action}', '--help'])\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'sklearn', 'scipy'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.rstrip().endswith("[]")
+
+
+def test_listing_requests_loads_no_torch(tmp_path):
+    code = (
+        "import sys; from alter.cli import main; from alter.requests.store import Store\n"
+        "Store.create('sqlite:///r.db', {'model': 'm', 'retain': 'r', 'folder': '.'})\n"
+        "status = main(['request', 'list', '--db', 'sqlite:///r.db'])\n"
+        "print(status, sorted({'torch', 'transformers', 'peft', 'sklearn', 'scipy'} & set(sys.modules)))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    ).stdout
+    assert shown.rstrip().endswith("0 []")

@@ -1,4 +1,7 @@
-"""`alter request …`: what a privacy engineer types, and what is printed."""
+"""`alter request …`: what a privacy engineer types, and what is printed.
+
+What trains or loads models is imported by the functions that need it, so that lists and help come at once.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,8 @@ from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.recipes import read_recipe
 from alter.data.examples import load_examples
-from alter.requests import work
+from alter.requests.project import Project
 from alter.requests.store import IN_FORCE, MISSED, Request, Store, check_due, parse_id, shown
-from alter.requests.work import Project
-from alter.training.settings import Unlearn
 
 STATES = Literal[
     "received",
@@ -83,6 +84,9 @@ def init(settings: Init) -> Store:
     Raises:
         UserError: the data cannot be read, the recipe has a setting that the requests decide, or the database is in use.
     """
+    from alter.requests import work
+    from alter.training.settings import Unlearn
+
     recipe: dict[str, Any] = {}
     if settings.recipe is not None:
         recipe = read_recipe(settings.recipe)
@@ -137,6 +141,8 @@ def add(settings: Add) -> Request:
     Raises:
         UserError: no rows, rows or subject in the retain set, rows that another request has, a due date that is none.
     """
+    from alter.requests import work
+
     store, project = settings.open()
     due = check_due(settings.due)
     if not settings.subject.strip():
@@ -297,6 +303,8 @@ def run(settings: Run) -> list[Request]:
         UserError: nothing to do, another process at work, what `work.run` raises, or a request that was not forgotten or
             at which the model collapsed: said after everything is written down.
     """
+    from alter.requests import work
+
     store, project = settings.open()
     with store.lease(settings.who):
         work.recover(store, project, resume=True)
@@ -344,6 +352,8 @@ def verify(settings: Verify) -> dict[str, Any]:
     Raises:
         UserError: something is wrong; all of it is said.
     """
+    from alter.requests import work
+
     store, project = settings.open()
     if settings.head is not None and not re.fullmatch(r"[0-9a-f]{12,64}", settings.head):
         raise UserError(f"--head is {settings.head!r}; expected 12 to 64 digits 0-9, a-f, as the commands print it.")
@@ -404,6 +414,8 @@ def revoke(settings: Revoke) -> Request:
     Raises:
         UserError: there is no such request, or it is revoked already.
     """
+    from alter.requests import work
+
     store, project = settings.open()
     number = parse_id(settings.id)
     with store.lease(settings.who):
@@ -434,6 +446,8 @@ def purge(settings: Purge) -> tuple[list[str], list[str]]:
     Raises:
         UserError: there is no such request, or it has yet to be run.
     """
+    from alter.requests import work
+
     store, project = settings.open()
     number = parse_id(settings.id)
     with store.lease(settings.who):
@@ -467,6 +481,8 @@ def export(settings: Export) -> Path:
     Raises:
         UserError: nothing is done yet, the folder exists, or merging would be inexact and that was not accepted.
     """
+    from alter.requests import work
+
     store, project = settings.open()
     out = Path(settings.out)
     if out.exists():

@@ -231,7 +231,7 @@ class Store:
 
         Args:
             url: any SQLAlchemy URL.
-            project: model, retain set, recipe, folder; see `alter.requests.work.Project`.
+            project: model, retain set, recipe, folder; see `alter.requests.project.Project`.
             who: for the history.
 
         Raises:

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save
 
 from alter.core.errors import UserError
@@ -33,6 +32,7 @@ from alter.data.subjects import rows_about
 from alter.evaluation import rows as own_rows
 from alter.evaluation.verdict import SLACK, Measures, Verdict, judge
 from alter.models.loading import load_model
+from alter.requests.project import Project
 from alter.requests.store import IN_FORCE, Request, Store, now
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
@@ -46,31 +46,6 @@ CUT = {"model", "forget", "retain", "out", "start_from", "experts_only", "domain
     "overwrite",
 }
 """Settings of a run that the request decides, not the recipe."""
-
-
-class Project(BaseModel):
-    """What all requests of one database share."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    retain: str
-    folder: str
-    holdout: str | None = None
-    retrained: str | None = None
-    recipe: dict[str, Any] = Field(default_factory=dict)
-    retain_rows: int = 200
-    answers: int = 100
-
-    @property
-    def root(self) -> Path:
-        """The folder as a path."""
-        return Path(self.folder)
-
-    @property
-    def adapter(self) -> Path:
-        """The link to the adapter in force."""
-        return self.root / "adapter"
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
