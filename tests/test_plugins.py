@@ -60,6 +60,8 @@ class Twice(Objective):
 class Weights(Evaluation):
     """Count the weights."""
 
+    benchmark: Literal["weights"] = "weights"
+
     def title(self):
         return "Weights"
 

@@ -199,11 +199,16 @@ BENCHMARKS: Registry[tuple[str, str]] = Registry(
 def benchmark(name: str) -> Callable[[type[M]], type[M]]:
     """Decorate a subclass of `alter.evaluation.base.Evaluation`, so that `--benchmark NAME` finds it.
 
+    The class has a field `benchmark: Literal["NAME"] = "NAME"`, as every benchmark has.
+
     Raises:
-        UserError: another benchmark has the name.
+        UserError: another benchmark has the name, or the class has no such field.
     """
 
     def register(cls: type[M]) -> type[M]:
+        field = cls.model_fields.get("benchmark")
+        if field is None or field.default != name:
+            raise UserError(f'{cls.__name__} lacks its name: give it a field benchmark: Literal["{name}"] = "{name}".')
         BENCHMARKS.add(name, (cls.__module__, cls.__name__))
         return cls
 
