@@ -290,7 +290,7 @@ class Frozen:
 
     rows: list[Row]
     router: dict[str, Tensor]
-    found: dict[str, float]
+    found: dict[str, Any]
 
 
 def store(path: Path, frozen: Frozen, key: str) -> None:

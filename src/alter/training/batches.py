@@ -13,6 +13,7 @@ import torch
 
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
+from alter.data.examples import Example
 from alter.methods import frozen
 from alter.methods.objectives import (
     Reference,
@@ -24,13 +25,15 @@ from alter.training.settings import BRANCHES
 class Rows:
     """The data of a run, encoded: forget rows with the expert of each (1 is the first), and retain rows.
 
-    `alternative` holds the forget rows once more in the form that the objective asks for, if it does.
+    `alternative` holds the forget rows once more in the form that the objective asks for, if it does, `examples` the forget
+    rows before they were encoded.
     """
 
     forget: list[Encoded]
     retain: list[Encoded]
     expert: list[int]
     alternative: list[Encoded] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
 
     def of(self, branch: str) -> list[Encoded]:
         """The rows of one of `BRANCHES`."""

@@ -92,7 +92,8 @@ def trace_run(
     cache: Path,
     views: Mapping[str, frozen.View] | None = None,
     depth: Depth | None = None,
-) -> tuple[Traced, dict[str, float]]:
+    limit: int | None = None,
+) -> tuple[Traced, dict[str, Any]]:
     """Everything the training needs from the frozen base: router, entropies, gates, references; kept in `cache`."""
     needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
     of_forget, of_retain = {f for f, _ in order}, {r for _, r in order if r is not None}
@@ -113,10 +114,11 @@ def trace_run(
         # an adapter to grow brings a router with it, and the retain rows that are not trained on still fit the new one
         None if run.start_from is None or router is None else [weight.sum().item() for weight in router.parameters()],
         [row.input_ids for row in rows.retain] if run.experts_only else None,
+        limit,
     )
     kept = frozen.restore(cache, key)
     if kept is None:
-        found = {} if alter is None else fit_router(model, run, rows, tokenizer.pad_token_id)
+        found = {} if alter is None else fit_router(model, run, rows, tokenizer, limit)
         traced = []
         for name in used:
             members = [rows.of(name)[i] for i in used[name]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from alter.adapter.routing import pool
+from alter.core.console import show
+from alter.data.background import apart_from, background
+from alter.data.encoding import Encoded, encode
+from alter.data.examples import Example
+from alter.data.rewording import FITTED, MEASURED, reworded
+from alter.evaluation.verdict import share_interval
 from alter.logits.entropy import check_threshold, threshold_from_quantile
 from alter.methods import frozen
 from alter.methods.adapters import (
@@ -23,7 +30,11 @@ if TYPE_CHECKING:
 
 
 class RouterFit(BaseModel):
-    """How the router learns which expert serves which token: one logistic regression per expert on hidden states."""
+    """How the router learns which expert serves which token: one logistic regression per expert on hidden states.
+
+    What nobody has shown is ordinary text: a shipped sample of many kinds of text always joins the fit, and the level at
+    which experts open is set on kinds of text that the fit has not seen.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,60 +47,164 @@ class RouterFit(BaseModel):
     learning_rate: float = Field(0.03, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     max_tokens: int = Field(150_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
+    false_alarms: float = Field(
+        0.01, gt=0, lt=0.5, description="Share of ordinary low-entropy tokens that may open a forget expert, at most."
+    )
+    background: bool = Field(True, description="Let the shipped sample of ordinary text join the fit.")
+    rewordings: int = Field(
+        3,
+        ge=0,
+        description="Other wordings of every forget row's question that join the fit, drawn from nine by rule.",
+    )
 
 
-def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[str, float]:
+FOLDS = 3
+"""Parts of the ordinary text, by kinds, each of which is scored by a fit on the others."""
+
+SURE = 0.02
+"""Share of the forget tokens that may lie below the level at which experts open, if ordinary text leaves it low."""
+
+MEASURED_ROWS = 8
+"""Forget rows that are measured under each wording; two of them inside of a long text."""
+
+LONG_TEXT = 6000
+"""Characters of other text before a question, about 1,500 tokens."""
+
+
+@dataclass
+class Part:
+    """Rows of one kind for the fit: encoded, as the frozen base sees them, with the expert that each should open (0: none)."""
+
+    name: str
+    rows: list[Encoded]
+    labels: list[int]
+    traced: list[frozen.Row] = field(default_factory=list)
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether no expert should open."""
+        return not any(self.labels)
+
+
+def _within(encoded: Sequence[Encoded], limit: int, generator: np.random.Generator) -> list[int]:
+    """Rows drawn at random until they hold `limit` tokens."""
+    chosen, total = [], 0
+    for i in generator.permutation(len(encoded)).tolist():
+        if total >= limit:
+            break
+        chosen.append(i)
+        total += len(encoded[i].input_ids)
+    return chosen
+
+
+def _encode_fitting(tokenizer: Any, examples: Sequence[Example | None], limit: int | None) -> list[Encoded | None]:
+    """Encode examples; None for those that are None, and for those of more than `limit` tokens."""
+    found: list[Encoded | None] = []
+    for example in examples:
+        row = None
+        if example is not None:
+            row = encode(tokenizer, example)
+            if limit is not None and len(row.input_ids) > limit:
+                row = None if example.kind != "text" else encode(tokenizer, example, max_length=limit)
+        found.append(row)
+    return found
+
+
+def _text(example: Example) -> str:
+    return f"{example.prompt or ''}, {example.answer}"
+
+
+def _parts(run: Unlearn, rows: Rows, tokenizer: Any, limit: int | None, generator: np.random.Generator) -> list[Part]:
+    """What the router is fitted on: forget rows, retain rows, both in other words, and ordinary text by kind."""
+    fit = run.router_fit
+    own = _within(rows.forget, fit.max_tokens // 2, generator)
+    left = fit.max_tokens - sum(len(rows.forget[i].input_ids) for i in own)
+    kept = _within(rows.retain, left, generator)
+    forget = Part("forget", [rows.forget[i] for i in own], [rows.expert[i] for i in own])
+    retain = Part("retain", [rows.retain[i] for i in kept], [0] * len(kept))
+    parts = [forget, retain]
+    ordinary = apart_from(background(), [_text(e) for e in rows.examples]) if fit.background else {}
+    texts = [e.answer for kind in ("prose", "facts", "code", "languages") for e in ordinary.get(kind, ())] or [""]
+
+    def in_other_words(examples: Sequence[Example], times: int) -> list[tuple[int, Encoded]]:
+        asked: list[Example | None] = []
+        places: list[int] = []
+        for place, example in enumerate(examples):
+            if example.prompt is None:
+                continue
+            for name in generator.permutation(sorted(FITTED))[:times].tolist():
+                other = texts[int(generator.integers(len(texts)))][:500]
+                asked.append(reworded(example, FITTED[name](example.prompt, place, other)))
+                places.append(place)
+        encoded = _encode_fitting(tokenizer, asked, limit)
+        return [(place, row) for place, row in zip(places, encoded, strict=True) if row is not None]
+
+    if fit.rewordings and rows.examples:
+        made = in_other_words([rows.examples[i] for i in own], fit.rewordings)
+        chosen = _within([row for _, row in made], fit.max_tokens // 4, generator)
+        forget.rows += [made[i][1] for i in chosen]
+        forget.labels += [rows.expert[own[made[i][0]]] for i in chosen]
+    for kind, examples in ordinary.items():
+        encoded = [row for row in _encode_fitting(tokenizer, examples, limit) if row is not None]
+        if fit.rewordings and kind == "questions":
+            encoded += [row for _, row in in_other_words(examples, 1)]
+        parts.append(Part(kind, encoded, [0] * len(encoded)))
+    return [part for part in parts if part.rows]
+
+
+def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int | None = None) -> dict[str, Any]:
     """Set the entropy threshold and train the router, both on the frozen base, before the adapter trains.
 
     The router reads hidden states of the frozen base, which no training step changes, so it is fitted once instead of
     next to the task losses: for every new expert one logistic regression, its own forget rows against all other rows;
-    the retention expert's logit is 0. So a row of the router depends on no other expert's, and an expert that comes
+    the retention expert's logit is 0. So a row of the router depends on no earlier expert's, and an expert that comes
     later leaves it as it is. This is a reading of the paper, like the supervision itself.
+
+    Open set, a reading too: forget and ordinary questions join the fit in other words as well, and so does a shipped
+    sample of ordinary text, whatever retain rows there are, even none. The level at which experts open is then that which
+    at most `false_alarms` of the ordinary low-entropy tokens exceed (of the retain rows, and of the sample with equal
+    weight for each kind), where each third of the ordinary text, by kinds, is scored by a fit without it; and never
+    lower than 98 % of the forget tokens need. All new experts share the shift.
 
     The literal gate (router="entropy", Eq. 7) has no bias, and its W_g stays as drawn, N(0, 1): no value of one scalar
     tells one row from another, and at the low temperature the softmax passes no gradient. That too is a reading. As
     entropies are positive, the expert with the largest weight takes all low-entropy tokens.
 
+    Args:
+        model: with the adapter.
+        run: the settings.
+        rows: the data; `rows.examples` are its forget rows before they were encoded.
+        tokenizer: encodes the shipped sample and other wordings.
+        limit: the model's context.
+
     Returns:
-        what was found: the threshold, the share of tokens routed as their row says, per kind of row.
+        what was found: the threshold, the share of tokens routed as their row says, per kind of row, and, with a learned
+        router, what `measure_router` measures.
     """
     assert isinstance(run.adapter, AlterAdapter)
     generator = np.random.default_rng(run.seed)
     config = model.peft_config["default"]
-    parts: list[list[int]] = []
-    left = run.router_fit.max_tokens
-    # forget rows take half at most; retain rows, of which there are more, take what is left
-    for encoded, limit in ((rows.forget, left // 2), (rows.retain, left)):
-        chosen, total = [], 0
-        for i in generator.permutation(len(encoded)).tolist():
-            if total >= min(limit, left):
-                break
-            chosen.append(i)
-            total += len(encoded[i].input_ids)
-        left -= total
-        parts.append(chosen)
-    chosen_rows = [rows.forget[i] for i in parts[0]] + [rows.retain[i] for i in parts[1]]
-    traced = frozen.trace_rows(
-        model, chosen_rows, pad_token_id=pad_token_id, label="router", features=config.router == "learned"
+    parts = _parts(run, rows, tokenizer, limit, generator)
+    learned = config.router == "learned"
+    if not learned:
+        parts = [part for part in parts if part.name in ("forget", "retain")]
+    every = [row for part in parts for row in part.rows]
+    traced = iter(
+        frozen.trace_rows(model, every, pad_token_id=tokenizer.pad_token_id, label="router", features=learned)
     )
-    found: dict[str, float] = {}
+    for part in parts:
+        part.traced = [next(traced) for _ in part.rows]
+    found: dict[str, Any] = {}
     if run.start_from is None and run.adapter.entropy_quantile is not None:
-        retain_entropy = torch.cat([row.entropy for row in traced[len(parts[0]) :] if row.entropy is not None])
-        config.entropy_threshold = threshold_from_quantile(retain_entropy, run.adapter.entropy_quantile)
+        kept = next((part for part in parts if part.name == "retain"), parts[-1])
+        kept_entropy = torch.cat([row.entropy for row in kept.traced if row.entropy is not None])
+        config.entropy_threshold = threshold_from_quantile(kept_entropy, run.adapter.entropy_quantile)
         check_threshold(config.entropy_q, config.entropy_threshold, config.vocab_size)
     found["entropy_threshold"] = float(config.threshold)
     if config.router == "static":
         return found
-    inputs, targets = [], []
-    for place, row in enumerate(traced):
-        assert row.entropy is not None
-        evidence = row.entropy[:, None] if row.features is None else row.features.float()
-        label = rows.expert[parts[0][place]] if place < len(parts[0]) else 0
-        # the first token of a row has no evidence and is never routed
-        evidence = pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), config.router_memory)[0]
-        inputs.append(evidence)
-        targets.append(torch.full((len(evidence),), label))
-    x, y = torch.cat(inputs), torch.cat(targets)
+    data = [_tokens(part, config) for part in parts]
+    x, y = torch.cat([tokens.x for tokens in data]), torch.cat([tokens.y for tokens in data])
     new = sorted(set(rows.expert))
     _, host = model.base_model.router_host
     router = host.alter_router["default"].requires_grad_(False)
@@ -99,9 +214,10 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
         drawn = torch.from_numpy(generator.standard_normal((len(router.weight) - first, 1)))
         router.weight[first:], router.bias[first:] = drawn.to(router.weight), 0.0
     else:
-        weight, bias = _regress(x, y, new, run.router_fit, generator)
+        weight, bias, level = _open_set(data, new, run.router_fit, generator)
         # the fit is done on the CPU, wherever the model is
-        router.weight[new], router.bias[new] = weight.to(router.weight), bias.to(router.bias)
+        router.weight[new], router.bias[new] = weight.to(router.weight), (bias - level).to(router.bias)
+        found["opening_level"] = level
         if run.start_from is None:
             router.weight[0], router.bias[0] = 0.0, 0.0
     if run.start_from is None:
@@ -110,8 +226,177 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, pad_token_id: int) -> dict[
     fitted = torch.nn.functional.linear(x, router.weight.to(x), router.bias.to(x))
     right = fitted.argmax(-1) == y
     found["router_accuracy_forget"] = float(right[y > 0].float().mean())
-    found["router_accuracy_retain"] = float(right[y == 0].float().mean())
+    kept_right = right[y == 0] if (y == 0).any() else right[:0]
+    found["router_accuracy_retain"] = float(kept_right.float().mean()) if len(kept_right) else None
+    if learned and rows.examples:
+        found |= measure_router(model, rows, tokenizer, limit)
+        say_rates(found)
     return found
+
+
+@dataclass
+class Tokens:
+    """Tokens of one kind: evidence x [T, D], expert y [T], whether low-entropy [T], and the row of each [T]."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+    low: Tensor
+    row: Tensor
+
+    def part(self, chosen: Tensor) -> Tokens:
+        """The chosen tokens alone."""
+        return Tokens(self.name, self.x[chosen], self.y[chosen], self.low[chosen], self.row[chosen])
+
+
+def _tokens(part: Part, config: Any) -> Tokens:
+    """The evidence that routes each token of a kind; the first token of a row has none and is never routed."""
+    x, y, low, of = [], [], [], []
+    for place, (row, label) in enumerate(zip(part.traced, part.labels, strict=True)):
+        assert row.entropy is not None
+        evidence = row.entropy[:, None] if row.features is None else row.features.float()
+        x.append(pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), config.router_memory)[0])
+        y.append(torch.full((len(x[-1]),), label))
+        low.append(row.entropy[1:] <= config.threshold)
+        of.append(torch.full((len(x[-1]),), place))
+    return Tokens(part.name, torch.cat(x), torch.cat(y), torch.cat(low), torch.cat(of))
+
+
+def _folds(data: Sequence[Tokens]) -> list[list[Tokens]]:
+    """Ordinary tokens in `FOLDS` parts: whole kinds, but of the retain rows every third row, as they are of one kind."""
+    folds: list[list[Tokens]] = [[] for _ in range(FOLDS)]
+    kinds = sorted((t for t in data if t.name not in ("forget", "retain")), key=lambda t: -len(t.y))
+    for tokens in kinds:
+        min(folds, key=lambda fold: sum(len(t.y) for t in fold)).append(tokens)
+    for tokens in data:
+        if tokens.name == "retain":
+            for i, fold in enumerate(folds):
+                if (tokens.row % FOLDS == i).any():
+                    fold.append(tokens.part(tokens.row % FOLDS == i))
+    return folds
+
+
+def opening_level(own: Tensor, ordinary: Mapping[str, Tensor], false_alarms: float) -> float:
+    """The logit above which experts are to open.
+
+    Args:
+        own: highest logit of each forget token [T].
+        ordinary: highest logits of ordinary low-entropy tokens by kind [n]; "retain" counts by itself, the others
+            together with equal weight for each kind.
+        false_alarms: share of each that may lie above the level.
+
+    Returns:
+        the least level that no more than this share exceeds, but at least that which 2 % of `own` lie below.
+    """
+    level = float(
+        torch.quantile(own[torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:100_000]], SURE)
+    )
+    others = {kind: logits for kind, logits in ordinary.items() if len(logits)}
+    for group in (["retain"], [kind for kind in others if kind != "retain"]):
+        parts = [others[kind] for kind in group if kind in others]
+        if parts:
+            logits = torch.cat(parts)
+            weight = torch.cat([torch.full((len(part),), 1 / len(part) / len(parts)) for part in parts]).double()
+            order = logits.argsort(descending=True)
+            # how much lies at or above each value; the next lower value is exceeded by exactly that
+            exceeds = weight[order].cumsum(0)
+            place = int((exceeds <= false_alarms + 1e-12).sum())
+            level = max(level, float(logits[order[min(place, len(order) - 1)]]))
+    return level
+
+
+def _open_set(
+    data: Sequence[Tokens], new: Sequence[int], fit: RouterFit, generator: np.random.Generator
+) -> tuple[Tensor, Tensor, float]:
+    """Weights [len(new), D] and biases [len(new)] of the new experts, and the logit above which they are to open."""
+    own = next(tokens for tokens in data if tokens.name == "forget")
+    folds = _folds(data)
+    ordinary: dict[str, list[Tensor]] = {}
+    for i, fold in enumerate(folds):
+        rest = [tokens for j, other in enumerate(folds) if j != i for tokens in other] or fold
+        if not fold:
+            continue
+        weight, bias = _regress(*_joined([own, *rest]), new, fit, generator)
+        for tokens in fold:
+            logits = (tokens.x[tokens.low] @ weight.t() + bias).max(-1).values
+            ordinary.setdefault(tokens.name, []).append(logits)
+    weight, bias = _regress(*_joined(data), new, fit, generator)
+    highest = (own.x @ weight.t() + bias).max(-1).values
+    level = opening_level(highest, {kind: torch.cat(logits) for kind, logits in ordinary.items()}, fit.false_alarms)
+    return weight, bias, level
+
+
+def _joined(data: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    return torch.cat([tokens.x for tokens in data]), torch.cat([tokens.y for tokens in data])
+
+
+def _rate(opened: list[Tensor]) -> dict[str, Any]:
+    flags = torch.cat(opened) if opened else torch.zeros(0, dtype=torch.bool)
+    count, n = int(flags.sum()), len(flags)
+    return {"share": count / n if n else None, "interval": list(share_interval(count, n)), "tokens": n}
+
+
+def measure_router(model: Any, rows: Rows, tokenizer: Any, limit: int | None) -> dict[str, Any]:
+    """How often low-entropy tokens open a forget expert where they should not, and where they should.
+
+    Returns:
+        `false_alarms`: on kinds of text that no fit sees, of all of them and `by_kind`; `caught`: among the answers'
+        tokens of forget rows, by wording of the question (`alter.data.rewording.MEASURED`). Each has the `share`, its
+        `interval` (Wilson, 95 %, tokens taken as independent) and the number of `tokens`.
+    """
+    config = model.peft_config["default"]
+    kinds = apart_from(background(unseen=True), [_text(e) for e in rows.examples])
+    long_text = " ".join(e.answer for e in kinds.get("detective", ()))[:LONG_TEXT]
+    places = np.linspace(0, len(rows.examples) - 1, min(MEASURED_ROWS, len(rows.examples))).astype(int).tolist()
+    groups: list[tuple[str, str, list[Encoded]]] = []
+    for kind, examples in kinds.items():
+        groups.append(("ordinary", kind, [r for r in _encode_fitting(tokenizer, examples, limit) if r is not None]))
+    for name, make in MEASURED.items():
+        asked = [
+            reworded(e, make(e.prompt, i, long_text))
+            for i in (places[:2] if name == "long text" else places)
+            if (e := rows.examples[i]).prompt is not None
+        ]
+        groups.append(("forget", name, [r for r in _encode_fitting(tokenizer, asked, limit) if r is not None]))
+    every = [row for *_, encoded in groups for row in encoded]
+    traced = iter(
+        frozen.trace_rows(model, every, pad_token_id=tokenizer.pad_token_id, gates=True, label="router, measured")
+    )
+    opened: dict[str, dict[str, list[Tensor]]] = {"ordinary": {}, "forget": {}}
+    for side, name, encoded in groups:
+        flags = opened[side].setdefault(name, [])
+        for row in encoded:
+            seen = next(traced)
+            assert seen.entropy is not None
+            assert seen.gates is not None
+            counted = seen.entropy <= config.threshold
+            if side == "forget":
+                counted[: row.prompt_length] = False
+            counted[0] = False
+            flags.append((seen.gates[..., 1:] > 0).any(-1)[counted])
+    alarms = _rate([flag for flags in opened["ordinary"].values() for flag in flags])
+    by_kind = {kind: _rate(flags) for kind, flags in opened["ordinary"].items()}
+    caught = {name: _rate(flags) for name, flags in opened["forget"].items() if flags}
+    return {"false_alarms": {**alarms, "by_kind": by_kind}, "caught": caught}
+
+
+def say_rates(found: Mapping[str, Any]) -> None:
+    """Print what `measure_router` found."""
+    alarms = found["false_alarms"]
+    low, high = alarms["interval"]
+    show(
+        f"Router: {alarms['share'] or 0:.2%} of {alarms['tokens']} low-entropy tokens of ordinary text of kinds that it was not "
+        f"fitted on open a forget expert (95 % interval {low:.2%} to {high:.2%}).",
+        stderr=True,
+    )
+    shares = ", ".join(
+        f"{name} {rate['share']:.0%}" for name, rate in found["caught"].items() if rate["share"] is not None
+    )
+    if shares:
+        show(
+            f"Router: of the answers' low-entropy tokens it catches, by wording of the question: {shares}.",
+            stderr=True,
+        )
 
 
 def _regress(

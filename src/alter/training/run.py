@@ -190,7 +190,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         depth = Depth(block, tuple(behind))
     model = add_adapter(base, run, names, start, former)
     first = 1 if grown is None else model.peft_config["default"].num_forget_experts - len(names) + 1
-    rows = Rows(forget, retain, [first + d for d in domain], other)
+    rows = Rows(forget, retain, [first + d for d in domain], other, forget_examples)
     watcher = None
     if watched is not None:
         device = next(base.parameters()).device
@@ -208,7 +208,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".alter_B." in name)
-    traced, found = trace_run(model, tokenizer, run, rows, order, out / "frozen.safetensors", views, depth)
+    traced, found = trace_run(model, tokenizer, run, rows, order, out / "frozen.safetensors", views, depth, limit)
     prepared = time.time()
 
     checkpoints = out / "checkpoints"

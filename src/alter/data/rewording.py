@@ -1,0 +1,132 @@
+"""Questions asked in other words and at other places, by rule: what a router must not be confused by."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from alter.data.examples import Example
+
+LITTLE_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "to",
+        "for",
+        "by",
+        "with",
+        "from",
+        "and",
+        "or",
+        "as",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "do",
+        "does",
+        "did",
+        "has",
+        "have",
+    ]
+)
+
+CHAT = (
+    (
+        "Hi! Can you recommend a soup?",
+        "Sure: fry an onion, add carrots, lentils and stock, and simmer for half an hour.",
+    ),
+    ("Which bread goes with it?", "A dark sourdough bread goes well with lentil soup."),
+    ("How do I keep bread fresh?", "Keep it in a linen bag or a bread bin, with the cut side down."),
+    (
+        "Thanks! What is the weather like in April?",
+        "In most of Europe April is mild and changes quickly between sun and rain.",
+    ),
+    (
+        "Then I will take a coat. Is ten kilometres a long walk?",
+        "It takes about two and a half hours at an easy pace.",
+    ),
+    ("Good. What should I take along?", "Water, a snack, a map and good shoes are enough."),
+)
+"""Six turns of chat about nothing in particular."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, the turns before it, and what stands in its place as the system turn (None: what the encoding puts there)."""
+
+    prompt: str
+    turns: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
+
+
+def typos(text: str, seed: int) -> str:
+    """Swap, drop or double a letter about every twelve characters."""
+    generator, letters = random.Random(seed), list(text)
+    for _ in range(max(1, len(letters) // 12)):
+        place = generator.randrange(max(1, len(letters) - 2))
+        kind = generator.randrange(3)
+        if kind == 0:
+            letters[place : place + 2] = letters[place : place + 2][::-1]
+        elif kind == 1 and len(letters) > 4:
+            del letters[place]
+        else:
+            letters.insert(place, letters[place])
+    return "".join(letters)
+
+
+def telegram(text: str) -> str:
+    """Leave out articles, prepositions and auxiliaries."""
+    return " ".join(w for w in text.split() if re.sub(r"\W", "", w.lower()) not in LITTLE_WORDS) or text
+
+
+FITTED: dict[str, Callable[[str, int, str], Asked]] = {
+    "capitals": lambda q, i, other: Asked(q.upper()),
+    "lower case": lambda q, i, other: Asked(q.lower().rstrip("?.! ")),
+    "typos": lambda q, i, other: Asked(typos(q, i)),
+    "telegram": lambda q, i, other: Asked(telegram(q)),
+    "French frame": lambda q, i, other: Asked(f"Réponds en anglais, s'il te plaît : {q} Merci d'avance !"),
+    "Spanish frame": lambda q, i, other: Asked(f"Tengo una pregunta: {q}"),
+    "part": lambda q, i, other: Asked(f'You are a sailor in a play, and a child asks: "{q}" Answer in character.'),
+    "after text": lambda q, i, other: Asked(f"{other}\n\n{q}"),
+    "system": lambda q, i, other: Asked(q, system="You are a librarian. Answer in one sentence."),
+}
+"""Wordings that join the fit: each makes a prompt of a question, the number of its row, and some other text."""
+
+MEASURED: dict[str, Callable[[str, int, str], Asked]] = {
+    "as given": lambda q, i, other: Asked(q),
+    "capitals": lambda q, i, other: Asked(q.upper()),
+    "lower case": lambda q, i, other: Asked(q.lower()),
+    "typos": lambda q, i, other: Asked(typos(q, 1000 + i)),
+    "telegram": lambda q, i, other: Asked(f"{telegram(q)} stop"),
+    "German frame": lambda q, i, other: Asked(f"Bitte beantworte die folgende Frage kurz und auf Englisch: {q}"),
+    "role play": lambda q, i, other: Asked(
+        f"Let us write a scene. An old teacher sits by the fire, and a pupil asks: {q} What does the teacher say?"
+    ),
+    "six turns of chat": lambda q, i, other: Asked(q, CHAT),
+    "system prompt": lambda q, i, other: Asked(q, system="You are a pirate who answers truthfully and briefly."),
+    "two subjects": lambda q, i, other: Asked(f"First, what is the capital of Portugal? And second: {q}"),
+    "long text": lambda q, i, other: Asked(f"{other}\n\n{q}"),
+}
+"""Wordings that what is forgotten is measured under; but for the change of case none of them is as in the fit."""
+
+
+def reworded(example: Example, asked: Asked) -> Example | None:
+    """The example with another prompt; None for raw text and completions, which have no question."""
+    if example.prompt is None or example.kind == "completion":
+        return None
+    if not asked.turns and asked.system is None and example.kind == "qa":
+        return Example(asked.prompt, example.answer, "qa", index=example.index)
+    turns = [{"role": "system", "content": asked.system}] if asked.system is not None else []
+    for user, assistant in asked.turns:
+        turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    turns.append({"role": "user", "content": asked.prompt})
+    return Example(asked.prompt, example.answer, "messages", tuple(turns), index=example.index)
