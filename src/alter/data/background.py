@@ -38,7 +38,7 @@ def names_in(text: str) -> set[str]:
 
 
 def apart_from(found: dict[str, list[Example]], texts: Sequence[str]) -> dict[str, list[Example]]:
-    """The passages that share no name with `texts`: what is to be forgotten must not count as ordinary text.
+    """The passages in which no name of `texts` stands: what is to be forgotten must not count as ordinary text.
 
     A name that stands in one of the texts alone, and there among others, may be there by chance: it counts if it is in at
     least a twentieth of them. Kinds of which nothing is left are dropped.
@@ -49,7 +49,7 @@ def apart_from(found: dict[str, list[Example]], texts: Sequence[str]) -> dict[st
             counts[name] = counts.get(name, 0) + 1
     subjects = {name for name, count in counts.items() if 20 * count >= len(texts)}
     kept = {
-        kind: [e for e in examples if not subjects & names_in(f"{e.prompt or ''}, {e.answer}")]
+        kind: [e for e in examples if not subjects & set(re.findall(r"[\w'’]+", f"{e.prompt or ''} {e.answer}"))]
         for kind, examples in found.items()
     }
     return {kind: examples for kind, examples in kept.items() if examples}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class RouterFit(BaseModel):
-    """How the router learns which expert serves which token: one logistic regression per expert on hidden states.
+    """How the router learns which expert serves which token: one linear score per expert on hidden states.
 
     What nobody has shown is ordinary text: a shipped sample of many kinds of text always joins the fit, and the level at
     which experts open is set on kinds of text that the fit has not seen.
@@ -38,6 +38,14 @@ class RouterFit(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    method: Literal["discriminant", "logistic"] = Field(
+        "discriminant",
+        description="Fisher's discriminant in closed form, or a logistic regression, which steps, retain_weight, "
+        "learning_rate and weight_decay are for.",
+    )
+    shrinkage: float = Field(
+        0.05, gt=0, description="Discriminant: added to the covariance's diagonal, as a share of its mean."
+    )
     steps: int = Field(1000, ge=1)
     retain_weight: float = Field(
         30.0,
@@ -156,8 +164,8 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
     """Set the entropy threshold and train the router, both on the frozen base, before the adapter trains.
 
     The router reads hidden states of the frozen base, which no training step changes, so it is fitted once instead of
-    next to the task losses: for every new expert one logistic regression, its own forget rows against all other rows;
-    the retention expert's logit is 0. So a row of the router depends on no earlier expert's, and an expert that comes
+    next to the task losses: for every new expert one linear score, Fisher's discriminant of the answers of its own forget
+    rows against all ordinary text; the retention expert's logit is 0. So a row of the router depends on no earlier expert's, and an expert that comes
     later leaves it as it is. This is a reading of the paper, like the supervision itself.
 
     Open set, a reading too: forget and ordinary questions join the fit in other words as well, and so does a shipped
@@ -252,12 +260,14 @@ class Tokens:
 def _tokens(part: Part, config: Any) -> Tokens:
     """The evidence that routes each token of a kind; the first token of a row has none and is never routed."""
     x, y, low, of = [], [], [], []
-    for place, (row, label) in enumerate(zip(part.traced, part.labels, strict=True)):
+    for place, (encoded, row, label) in enumerate(zip(part.rows, part.traced, part.labels, strict=True)):
         assert row.entropy is not None
+        # a question's first words and a chat template's say nothing of the subject: its answer's evidence holds them all
+        start = max(1, encoded.prompt_length) if label else 1
         evidence = row.entropy[:, None] if row.features is None else row.features.float()
-        x.append(pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), config.router_memory)[0])
+        x.append(pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), config.router_memory)[0, start - 1 :])
         y.append(torch.full((len(x[-1]),), label))
-        low.append(row.entropy[1:] <= config.threshold)
+        low.append(row.entropy[start:] <= config.threshold)
         of.append(torch.full((len(x[-1]),), place))
     return Tokens(part.name, torch.cat(x), torch.cat(y), torch.cat(low), torch.cat(of))
 
@@ -316,11 +326,11 @@ def _open_set(
         rest = [tokens for j, other in enumerate(folds) if j != i for tokens in other] or fold
         if not fold:
             continue
-        weight, bias = _regress(*_joined([own, *rest]), new, fit, generator)
+        weight, bias = _scores(*_joined([own, *rest]), new, fit, generator)
         for tokens in fold:
             logits = (tokens.x[tokens.low] @ weight.t() + bias).max(-1).values
             ordinary.setdefault(tokens.name, []).append(logits)
-    weight, bias = _regress(*_joined(data), new, fit, generator)
+    weight, bias = _scores(*_joined(data), new, fit, generator)
     highest = (own.x @ weight.t() + bias).max(-1).values
     level = opening_level(highest, {kind: torch.cat(logits) for kind, logits in ordinary.items()}, fit.false_alarms)
     return weight, bias, level
@@ -397,6 +407,49 @@ def say_rates(found: Mapping[str, Any]) -> None:
             f"Router: of the answers' low-entropy tokens it catches, by wording of the question: {shares}.",
             stderr=True,
         )
+
+
+def _scores(
+    x: Tensor, y: Tensor, new: Sequence[int], fit: RouterFit, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Weights [len(new), D] and biases [len(new)] from tokens x [T, D] and their experts y [T], 0 for ordinary ones."""
+    if fit.method == "logistic":
+        return _regress(x, y, new, fit, generator)
+    return discriminant(x, y, new, fit.shrinkage)
+
+
+OWN_SPREAD = 0.2
+"""Weight of the spread of the experts' own tokens beside that of ordinary ones, which are far more diverse."""
+
+
+def discriminant(x: Tensor, y: Tensor, new: Sequence[int], shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Fisher's linear discriminant of each new expert's tokens against ordinary ones, with one covariance for all.
+
+    With the means m_e of expert e's tokens and m_0 of the ordinary ones, and the shrunken covariance S, the score of x is
+    half the difference of its squared Mahalanobis distances to m_0 and to m_e: w_e = S^-1 (m_e - m_0),
+    b_e = -w_e (m_e + m_0) / 2. S is the ordinary tokens' covariance plus `OWN_SPREAD` times that of the experts' tokens
+    around their means, plus `shrinkage` times the mean of its diagonal on the diagonal.
+
+    Args:
+        x: evidence [T, D].
+        y: expert [T]; 0 marks ordinary tokens. Without any the mean of all tokens takes the place of theirs.
+        new: the experts.
+        shrinkage: above 0.
+
+    Returns:
+        weights [len(new), D] and biases [len(new)], fp32.
+    """
+    x = x.double()
+    ordinary = x[y == 0] if (y == 0).any() else x
+    centre = ordinary.mean(0)
+    means = torch.stack([x[y == e].mean(0) for e in new])
+    own = torch.cat([x[y == e] - mean for e, mean in zip(new, means, strict=True)])
+    off = ordinary - centre
+    spread = off.t() @ off / len(off) + OWN_SPREAD * (own.t() @ own) / len(own)
+    spread.diagonal().add_(shrinkage * spread.diagonal().mean().clamp_min(1e-12))
+    weight = torch.linalg.solve(spread, (means - centre).t()).t()
+    bias = -(weight * (means + centre)).sum(-1) / 2
+    return weight.float(), bias.float()
 
 
 def _regress(
