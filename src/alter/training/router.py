@@ -55,8 +55,12 @@ class RouterFit(BaseModel):
     learning_rate: float = Field(0.03, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     max_tokens: int = Field(150_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
-    false_alarms: float = Field(
-        0.01, gt=0, lt=0.5, description="Share of ordinary low-entropy tokens that may open a forget expert, at most."
+    false_alarms: float | None = Field(
+        0.01,
+        gt=0,
+        lt=0.5,
+        description="Share of ordinary low-entropy tokens that may open a forget expert, at most; null leaves the level at "
+        "which experts open as the scores have it.",
     )
     background: bool = Field(True, description="Let the shipped sample of ordinary text join the fit.")
     rewordings: int = Field(
@@ -211,7 +215,8 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
     found["entropy_threshold"] = float(config.threshold)
     if config.router == "static":
         return found
-    data = [_tokens(part, config) for part in parts]
+    answers = run.router_fit.method == "discriminant"
+    data = [_tokens(part, config, answers) for part in parts]
     x, y = torch.cat([tokens.x for tokens in data]), torch.cat([tokens.y for tokens in data])
     new = sorted(set(rows.expert))
     _, host = model.base_model.router_host
@@ -257,13 +262,13 @@ class Tokens:
         return Tokens(self.name, self.x[chosen], self.y[chosen], self.low[chosen], self.row[chosen])
 
 
-def _tokens(part: Part, config: Any) -> Tokens:
+def _tokens(part: Part, config: Any, answers: bool = True) -> Tokens:
     """The evidence that routes each token of a kind; the first token of a row has none and is never routed."""
     x, y, low, of = [], [], [], []
     for place, (encoded, row, label) in enumerate(zip(part.rows, part.traced, part.labels, strict=True)):
         assert row.entropy is not None
         # a question's first words and a chat template's say nothing of the subject: its answer's evidence holds them all
-        start = max(1, encoded.prompt_length) if label else 1
+        start = max(1, encoded.prompt_length) if label and answers else 1
         evidence = row.entropy[:, None] if row.features is None else row.features.float()
         x.append(pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), config.router_memory)[0, start - 1 :])
         y.append(torch.full((len(x[-1]),), label))
@@ -320,17 +325,19 @@ def _open_set(
 ) -> tuple[Tensor, Tensor, float]:
     """Weights [len(new), D] and biases [len(new)] of the new experts, and the logit above which they are to open."""
     own = next(tokens for tokens in data if tokens.name == "forget")
+    weight, bias = _scores(*_joined(data), new, fit, generator)
+    if fit.false_alarms is None:
+        return weight, bias, 0.0
     folds = _folds(data)
     ordinary: dict[str, list[Tensor]] = {}
     for i, fold in enumerate(folds):
         rest = [tokens for j, other in enumerate(folds) if j != i for tokens in other] or fold
         if not fold:
             continue
-        weight, bias = _scores(*_joined([own, *rest]), new, fit, generator)
+        its_weight, its_bias = _scores(*_joined([own, *rest]), new, fit, generator)
         for tokens in fold:
-            logits = (tokens.x[tokens.low] @ weight.t() + bias).max(-1).values
+            logits = (tokens.x[tokens.low] @ its_weight.t() + its_bias).max(-1).values
             ordinary.setdefault(tokens.name, []).append(logits)
-    weight, bias = _scores(*_joined(data), new, fit, generator)
     highest = (own.x @ weight.t() + bias).max(-1).values
     level = opening_level(highest, {kind: torch.cat(logits) for kind, logits in ordinary.items()}, fit.false_alarms)
     return weight, bias, level
