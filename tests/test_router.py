@@ -140,9 +140,6 @@ def test_every_ordinary_token_is_scored_once_and_kinds_stay_whole():
 
 
 def test_forget_rows_teach_by_their_answers_and_ordinary_rows_by_all_they_have(data):
-    class Config:
-        router_memory, threshold = 0.9, 1.2
-
     from alter.data.encoding import Encoded
     from alter.methods.frozen import Row
 
@@ -150,7 +147,7 @@ def test_forget_rows_teach_by_their_answers_and_ordinary_rows_by_all_they_have(d
     entropy = torch.tensor([math.inf, 0.5, 2.0, 0.1, 0.2, 3.0])
     rows = [Encoded(list(range(6)), [-100] * 4 + [4, 5], 4)] * 2
     part = Part("any", rows, [3, 0], [Row(entropy=entropy, features=features)] * 2)
-    found = _tokens(part, Config)
+    found = _tokens(part, 1.2, 0.9)
     assert found.y.tolist() == [3, 3, 0, 0, 0, 0, 0]
     assert found.low.tolist() == [True, False, True, False, True, True, False]
     # the answer's evidence still holds the question
@@ -217,6 +214,9 @@ def test_a_run_records_false_alarms_and_what_it_catches(data, tmp_path, method):
     assert low <= alarms["share"] <= high
     assert record["caught"]["as given"]["tokens"] > 0
     assert math.isfinite(record["opening_level"])
+    kept = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert record["router_memory"] == kept["router_memory"]
+    assert record["router_memory"] in ([0.9, 0.97, 1.0] if method == "discriminant" else [1.0])
 
 
 def test_a_run_without_background_has_the_retain_rows_alone(data, tmp_path):

@@ -75,7 +75,7 @@ class AlterConfig(PeftConfig):
         router_layer (`str`, *optional*):
             Name (or its ending) of the adapted layer whose input the router reads. By default the first adapted layer
             of the block at two thirds of the depth.
-        router_memory (`float`, *optional*, defaults to 0.9):
+        router_memory (`float`, *optional*, defaults to 1.0):
             Between 0 and 1: weight of a token's evidence relative to that of the token after it. 0 routes by the last
             token alone, 1 by the mean of all tokens so far.
         vocab_size (`int`, *optional*):
@@ -159,7 +159,7 @@ class AlterConfig(PeftConfig):
         },
     )
     router_memory: float = field(
-        default=0.9,
+        default=1.0,
         metadata={
             "help": "Weight, between 0 and 1, of a token's evidence relative to that of the token after it; 0 routes "
             "by the last token alone."

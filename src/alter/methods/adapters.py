@@ -128,7 +128,11 @@ class AlterAdapter(_Adapter):
         _DEFAULT["router"], description="Hidden states choose the expert, the entropy alone does, or all are open."
     )
     router_memory: float = Field(
-        _DEFAULT["router_memory"], ge=0, le=1, description="How much of the text so far the router's evidence keeps."
+        _DEFAULT["router_memory"],
+        ge=0,
+        le=1,
+        description="How much of the text so far the router's evidence keeps; unless it is given, the router's fit chooses "
+        "(`router_fit.memories`).",
     )
     entropy_q: float = Field(
         _DEFAULT["entropy_q"], description="Tsallis order of the token entropies, above 0; 1 is Shannon's."

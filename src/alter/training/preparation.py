@@ -147,6 +147,7 @@ def trace_run(
         router.requires_grad_(False)
     if alter is not None:
         alter.entropy_threshold = kept.found["entropy_threshold"]
+        alter.router_memory = kept.found.get("router_memory", alter.router_memory)
     left = iter(kept.rows)
     return {name: {i: next(left) for i in used[name]} for name in used}, kept.found
 

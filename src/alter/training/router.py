@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -62,6 +62,12 @@ class RouterFit(BaseModel):
         description="Share of ordinary low-entropy tokens that may open a forget expert, at most; null leaves the level at "
         "which experts open as the scores have it.",
     )
+    memories: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.9, 0.97, 1.0],
+        min_length=1,
+        description="Values of adapter.router_memory that are tried where none is given, with method discriminant. The least "
+        "one is taken that catches nearly as many forget tokens as the best: a short memory is not drowned by long texts.",
+    )
     background: bool = Field(True, description="Let the shipped sample of ordinary text join the fit.")
     rewordings: int = Field(
         3,
@@ -75,6 +81,9 @@ FOLDS = 3
 
 SURE = 0.02
 """Share of the forget tokens that may lie below the level at which experts open, if ordinary text leaves it low."""
+
+NEARLY = 0.05
+"""How much less a memory may catch than the best one, to be taken for its shortness."""
 
 MEASURED_ROWS = 8
 """Forget rows that are measured under each wording; two of them inside of a long text."""
@@ -215,10 +224,22 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
     found["entropy_threshold"] = float(config.threshold)
     if config.router == "static":
         return found
-    answers = run.router_fit.method == "discriminant"
-    data = [_tokens(part, config, answers) for part in parts]
-    x, y = torch.cat([tokens.x for tokens in data]), torch.cat([tokens.y for tokens in data])
     new = sorted(set(rows.expert))
+    fit, answers = run.router_fit, run.router_fit.method == "discriminant"
+    given = "router_memory" in run.adapter.model_fields_set or run.start_from is not None
+    memories = [config.router_memory] if given or not (learned and answers) else sorted(fit.memories)
+    tried: list[tuple[float, float, tuple[Tensor, Tensor, float]]] = []
+    for memory in memories if learned else ():
+        data = [_tokens(part, config.threshold, memory, answers) for part in parts]
+        made = _open_set(data, new, fit, generator)
+        tried.append((memory, _caught(data, made), made))
+    if tried:
+        # of equals the shortest, which a long text before a question does not drown
+        best = max(share for _, share, _ in tried)
+        config.router_memory, _, chosen = next(each for each in tried if each[1] >= best - NEARLY)
+        found["router_memory"] = config.router_memory
+    data = [_tokens(part, config.threshold, config.router_memory, answers) for part in parts]
+    x, y = torch.cat([tokens.x for tokens in data]), torch.cat([tokens.y for tokens in data])
     _, host = model.base_model.router_host
     router = host.alter_router["default"].requires_grad_(False)
     if config.router == "entropy":
@@ -227,7 +248,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
         drawn = torch.from_numpy(generator.standard_normal((len(router.weight) - first, 1)))
         router.weight[first:], router.bias[first:] = drawn.to(router.weight), 0.0
     else:
-        weight, bias, level = _open_set(data, new, run.router_fit, generator)
+        weight, bias, level = chosen
         # the fit is done on the CPU, wherever the model is
         router.weight[new], router.bias[new] = weight.to(router.weight), (bias - level).to(router.bias)
         found["opening_level"] = level
@@ -262,7 +283,15 @@ class Tokens:
         return Tokens(self.name, self.x[chosen], self.y[chosen], self.low[chosen], self.row[chosen])
 
 
-def _tokens(part: Part, config: Any, answers: bool = True) -> Tokens:
+def _caught(data: Sequence[Tokens], made: tuple[Tensor, Tensor, float]) -> float:
+    """Share of the low-entropy forget tokens (of all, if none is low) that lie above the level."""
+    weight, bias, level = made
+    own = next(tokens for tokens in data if tokens.name == "forget")
+    over = (own.x @ weight.t() + bias).max(-1).values > level
+    return float(over[own.low].float().mean() if own.low.any() else over.float().mean())
+
+
+def _tokens(part: Part, threshold: float, memory: float, answers: bool = True) -> Tokens:
     """The evidence that routes each token of a kind; the first token of a row has none and is never routed."""
     x, y, low, of = [], [], [], []
     for place, (encoded, row, label) in enumerate(zip(part.rows, part.traced, part.labels, strict=True)):
@@ -270,9 +299,9 @@ def _tokens(part: Part, config: Any, answers: bool = True) -> Tokens:
         # a question's first words and a chat template's say nothing of the subject: its answer's evidence holds them all
         start = max(1, encoded.prompt_length) if label and answers else 1
         evidence = row.entropy[:, None] if row.features is None else row.features.float()
-        x.append(pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), config.router_memory)[0, start - 1 :])
+        x.append(pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), memory)[0, start - 1 :])
         y.append(torch.full((len(x[-1]),), label))
-        low.append(row.entropy[start:] <= config.threshold)
+        low.append(row.entropy[start:] <= threshold)
         of.append(torch.full((len(x[-1]),), place))
     return Tokens(part.name, torch.cat(x), torch.cat(y), torch.cat(low), torch.cat(of))
 
