@@ -82,6 +82,9 @@ FOLDS = 3
 SURE = 0.02
 """Share of the forget tokens that may lie below the level at which experts open, if ordinary text leaves it low."""
 
+LEAST = 0.8
+"""Share of the forget tokens that experts open for in any case, whatever ordinary text says."""
+
 NEARLY = 0.05
 """How much less a memory may catch than the best one, to be taken for its shortness."""
 
@@ -358,18 +361,27 @@ def _open_set(
     if fit.false_alarms is None:
         return weight, bias, 0.0
     folds = _folds(data)
+    highest = (own.x @ weight.t() + bias).max(-1).values
     ordinary: dict[str, list[Tensor]] = {}
     for i, fold in enumerate(folds):
         rest = [tokens for j, other in enumerate(folds) if j != i for tokens in other] or fold
         if not fold:
             continue
         its_weight, its_bias = _scores(*_joined([own, *rest]), new, fit, generator)
+        its_own = (own.x @ its_weight.t() + its_bias).max(-1).values
+        # the scale of scores depends on the text they are fitted on: compared by the forget tokens' mean and spread
+        scale = highest.std() / its_own.std().clamp_min(1e-12)
         for tokens in fold:
             logits = (tokens.x[tokens.low] @ its_weight.t() + its_bias).max(-1).values
+            logits = (logits - its_own.mean()) * scale + highest.mean()
             ordinary.setdefault(tokens.name, []).append(logits)
-    highest = (own.x @ weight.t() + bias).max(-1).values
     level = opening_level(highest, {kind: torch.cat(logits) for kind, logits in ordinary.items()}, fit.false_alarms)
-    return weight, bias, level
+    # a router that catches less forgets nothing; the run reports what this costs in false alarms
+    return weight, bias, min(level, float(_quantile(highest, 1 - LEAST)))
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    return values.sort().values[int(share * (len(values) - 1))]
 
 
 def _joined(data: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
