@@ -179,6 +179,7 @@ def unlearn(
     Raises:
         UserError: bad settings or data, a folder in use, a loss that is not finite.
     """
+    from alter.methods.presets import with_default
     from alter.training.run import unlearn as train
     from alter.training.settings import Unlearn as Kind
 
@@ -190,6 +191,8 @@ def unlearn(
                 keywords[name] = stack.enter_context(_named_rows(rows))
         if out is not None:
             keywords["out"] = str(out)
+        if settings is None:
+            keywords = with_default(keywords)
         chosen = _settings(Kind, settings, keywords)
         stack.enter_context(_as_library())
         return Run.at(train(chosen, callbacks))

@@ -354,7 +354,19 @@ METHODS: dict[str, Method] = {
         },
     ),
     # ALTER and what each of its parts is worth
-    "alter": Method("ALTER", "Chen et al. 2026, arXiv:2603.01792", {}),
+    "alter": Method("ALTER, the paper's objective and rates", "Chen et al. 2026, arXiv:2603.01792", {}),
+    "alter_bounded": Method(
+        "ALTER with a bounded objective, experts alone: what a run without a method takes",
+        "arXiv:2603.01792 for adapter and routing; objective, rate and length are ours, chosen by measurement",
+        {
+            "adapter": {"kind": "alter"},
+            "objective": {"kind": "without_truth", "hinge": 2.0},
+            "experts_only": True,
+            "learning_rate_experts": 2e-3,
+            "epochs": 3,
+            "least_steps": 60,
+        },
+    ),
     "alter_scalar_gate": Method(
         "ALTER with the paper's literal gate, which sees the token's own entropy alone",
         "arXiv:2603.01792, Eq. 7; no bias, no memory; W_g stays as drawn (a reading, see `fit_router`)",
@@ -396,6 +408,22 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         else:
             result[name] = value
     return result
+
+
+DEFAULT = "alter_bounded"
+"""The method of a run that names none, nor an objective, nor another kind of adapter than ALTER's."""
+
+
+def with_default(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run with `DEFAULT` as the method if they choose none.
+
+    Commands and the Python API ask for it; `Unlearn` itself does not, so that the settings that a run has written down
+    mean the same whatever the default becomes.
+    """
+    adapter = given.get("adapter") or {}
+    kind = adapter.get("kind", "alter") if isinstance(adapter, Mapping) else "alter"
+    chosen = given.get("method") is not None or "objective" in given or kind != "alter"
+    return dict(given) if chosen else {**given, "method": DEFAULT}
 
 
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:

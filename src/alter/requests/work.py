@@ -31,6 +31,7 @@ from alter.data.examples import Example, check_overlap, load_examples
 from alter.data.subjects import rows_about
 from alter.evaluation import rows as own_rows
 from alter.evaluation.verdict import SLACK, Measures, Verdict, judge
+from alter.methods.presets import with_default
 from alter.models.loading import load_model
 from alter.requests.project import Project
 from alter.requests.store import IN_FORCE, Request, Store, now
@@ -324,7 +325,7 @@ def run(store: Store, project: Project, requests: Sequence[Request]) -> list[Req
             write_atomic(forget, "\n".join(lines) + "\n")
             settings = Unlearn.model_validate(
                 {
-                    **project.recipe,
+                    **with_default(project.recipe),
                     "model": project.model,
                     "forget": str(forget),
                     "retain": project.retain,
