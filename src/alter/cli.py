@@ -321,7 +321,7 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
         method = _flag(args, "method")
         if not isinstance(given.get("method", ""), str | None):
             raise UserError(f"method is {given['method']!r}; expected a name.")
-        flags = {part: {"kind": kinds[part]} for part in ("adapter", "objective") if part in kinds}
+        flags: dict[str, Any] = {part: {"kind": kinds[part]} for part in ("adapter", "objective") if part in kinds}
         known = importlib.import_module(presets)
         named = {"method": method} if method else known.with_default({**given, **flags})
         given = known.expand({**given, **({"method": named["method"]} if named.get("method") else {})})

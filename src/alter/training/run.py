@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from alter.core import processes
-from alter.core.console import is_silent
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
@@ -41,7 +40,8 @@ from alter.training.card import card
 from alter.training.folder import check_checkpoint, last_whole_checkpoint, prepare_folder, save_adapter
 from alter.training.loss import FirstEpoch, UnlearnTrainer
 from alter.training.preparation import add_adapter, form_of, frozen_views, penalty_of, start_of, trace_run
-from alter.training.settings import OPTIMIZERS, Unlearn, hidden_depth, steps_of
+from alter.training.progress import Steps
+from alter.training.settings import OPTIMIZERS, Unlearn, hidden_depth, lengthened, steps_of
 from alter.training.watch import KEPT, Watcher, read_watched
 
 
@@ -140,6 +140,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         former = Former.read(run.start_from)
         run.adapter.check_former(former)
     forget_examples, retain_examples, domain, names = read_data(run)
+    run = lengthened(run, len(forget_examples))
     steps, alone = steps_of(run, len(forget_examples))
     of_step = run.batch_size * run.gradient_accumulation_steps
     watched = None
@@ -234,9 +235,10 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         logging_steps=10,
         logging_nan_inf_filter=False,
         report_to=[],
-        disable_tqdm=is_silent() or None,
+        disable_tqdm=True,
         seed=run.seed,
     )
+    bar = Steps()
     trainer = UnlearnTrainer(
         run,
         found.get("entropy_threshold", math.inf),
@@ -249,12 +251,14 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         # of a short last batch each process must have a share
         train_dataset=Pairs(order, rows, traced, run.batch_size if processes.size() > 1 else 1),
         data_collator=PairCollator(tokenizer.pad_token_id),
-        callbacks=[FirstEpoch(), *([watcher] if watcher else []), *callbacks],
+        callbacks=[FirstEpoch(), bar, *([watcher] if watcher else []), *callbacks],
     )
-    if is_silent():
-        trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        bar.close()
     seen = watcher and watcher.restore_best(model)
     weights = trainer.whole_weights()
 

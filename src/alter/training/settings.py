@@ -107,7 +107,14 @@ class Unlearn(BaseModel):
         None, gt=0, description="After training, apply minus so many times what was learned (task arithmetic)."
     )
 
-    epochs: float = Field(3, gt=0, description="Passes over the forget set.")
+    epochs: float = Field(3, gt=0, le=10_000, description="Passes over the forget set.")
+    least_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="A run that would be shorter than so many steps passes over its forget set more often, whatever "
+        "`epochs` says: few rows need more passes than many.",
+    )
     batch_size: int = Field(
         4,
         ge=1,
@@ -147,7 +154,9 @@ class Unlearn(BaseModel):
     save_steps: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
     resume: bool = Field(False, description="Go on from the last whole checkpoint in `out`.")
     overwrite: bool = Field(False, description="Delete what `out` holds.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, whatever `epochs` says.")
+    max_steps: int | None = Field(
+        None, ge=1, le=1_000_000, description="Stop after so many steps, whatever `epochs` says."
+    )
     device: str | None = None
 
     @model_validator(mode="before")
@@ -283,6 +292,12 @@ class Unlearn(BaseModel):
                 "leaves out: give --retain-after 0 or another retain objective"
             )
         return self
+
+
+def lengthened(run: Unlearn, count: int) -> Unlearn:
+    """The settings with as many epochs over so many forget rows as `least_steps` asks for."""
+    rows = run.batch_size * run.gradient_accumulation_steps
+    return run.model_copy(update={"epochs": max(run.epochs, run.least_steps * rows / count)})
 
 
 def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
