@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from alter import cli
 from alter.core.errors import UserError
@@ -401,3 +401,17 @@ def test_an_adapter_on_another_base_is_refused(data, tmp_path):
     out = unlearn(settings(data, tmp_path / "run"))
     with pytest.raises(ValueError, match="base"):
         PeftModel.from_pretrained(pico(seed=1), str(out / "adapter"))
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(data, tmp_path):
+    class Breaks(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = torch.nan
+
+    with pytest.raises(
+        UserError, match=r"holds NaN or infinite values: nothing is saved\. Lower learning_rate_experts"
+    ):
+        unlearn(settings(data, tmp_path / "run", max_steps=1), callbacks=[Breaks()])
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "run.json").exists()

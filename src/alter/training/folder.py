@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -100,6 +101,24 @@ def kept_tensors(cache: Path, key: str, make: Callable[[], dict[str, Tensor]]) -
         return made
 
     return processes.in_turn(read_or_make)
+
+
+def check_finite(weights: Mapping[str, Tensor], rate: str) -> None:
+    """Refuse to save weights that are not numbers; the loss of the step that broke them was still finite.
+
+    Args:
+        weights: by name, those that were trained.
+        rate: the setting that holds the learning rate.
+
+    Raises:
+        UserError: one holds NaN or an infinite value.
+    """
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"After the last step {name} holds NaN or infinite values: nothing is saved. Lower {rate} or "
+                "max_grad_norm, and start again with --overwrite."
+            )
 
 
 def save_adapter(

@@ -37,7 +37,7 @@ from alter.models.guards import Former
 from alter.models.loading import load_model
 from alter.training.batches import PairCollator, Pairs, Rows, schedule
 from alter.training.card import card
-from alter.training.folder import check_checkpoint, last_whole_checkpoint, prepare_folder, save_adapter
+from alter.training.folder import check_checkpoint, check_finite, last_whole_checkpoint, prepare_folder, save_adapter
 from alter.training.loss import FirstEpoch, UnlearnTrainer
 from alter.training.preparation import add_adapter, form_of, frozen_views, penalty_of, start_of, trace_run
 from alter.training.progress import Steps
@@ -265,6 +265,12 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     def finish() -> None:
         if run.negate is not None:
             negate(dict(model.named_parameters()) if weights is None else weights, run, run.negate)
+        check_finite(
+            {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+            if weights is None
+            else weights,
+            "learning_rate_experts" if isinstance(run.adapter, AlterAdapter) else "learning_rate",
+        )
         kind = "model" if full else "adapter"
         save_adapter(model, out, card(run, names), kind, tokenizer if full else None, form, weights)
         write_atomic(
