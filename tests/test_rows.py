@@ -50,6 +50,7 @@ def data(tmp_path_factory):
         "retain": str(folder / "retain.jsonl"),
         "num_forget_experts": 1,
         "adapter": {"r": 4, "entropy_threshold": 1.0},
+        "router_fit": {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None},
         "objective": {"kind": "without_truth", "hinge": 2.0},
         "epochs": 8,
         "batch_size": 6,
