@@ -92,7 +92,7 @@ def data(tmp_path_factory):
     memorise(folder)
     recipe = {
         "adapter": {"r": 4, "entropy_threshold": 1.0},
-        "router_fit": {"steps": 300},
+        "router_fit": {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None, "steps": 300},
         "learning_rate_experts": 0.02,
         "objective": {"kind": "without_truth", "hinge": 3.0},
         "epochs": 6,

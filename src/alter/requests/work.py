@@ -635,7 +635,7 @@ def merge(project: Project, out: Path) -> dict[str, Any]:
     Returns:
         on the retain sample and, by request, on the rows to forget: what the adapter measures and what the merged does.
     """
-    from peft import PeftModel
+    from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 
     from alter.adapter import AlterConfig
 
@@ -645,7 +645,11 @@ def merge(project: Project, out: Path) -> dict[str, Any]:
     base, _ = load_model(project.model)
     config = AlterConfig.from_pretrained(str(project.adapter))
     config.router = "static"
-    merged = PeftModel.from_pretrained(base, str(project.adapter), config=config).merge_and_unload()
+    opened = get_peft_model(base, config)
+    # a static gate has no router: its tensors are left out on purpose
+    weights = load_peft_weights(str(project.adapter), device="cpu")
+    set_peft_model_state_dict(opened, {name: w for name, w in weights.items() if ".alter_router." not in name})
+    merged = opened.merge_and_unload()
     found["retain"]["merged"] = measure(merged, tokenizer, sample, answers=project.answers)[1]
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
