@@ -167,6 +167,8 @@ def make_rows(args: argparse.Namespace, count: int, experts: int, only: int | No
 
 def settings_of(args: argparse.Namespace, kind: str, **options: Any) -> Unlearn:
     """ALTER's objectives on an adapter of this kind."""
+    # random weights and no tokenizer: nothing to read ordinary text with
+    fit = {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None}
     adapter: dict[str, Any] = {"kind": kind, "r": args.rank, "target_modules": TARGETS}
     objective = {"kind": "inverted_hinge", "only_low": kind == "alter"}
     if kind == "alter":
@@ -174,7 +176,9 @@ def settings_of(args: argparse.Namespace, kind: str, **options: Any) -> Unlearn:
         adapter["entropy_quantile"] = 0.6
     if kind == "asym_lora":
         adapter["experts"] = args.experts + 1
-    return Unlearn(model="", forget="", retain="", out="", adapter=adapter, objective=objective, **options)
+    return Unlearn(
+        model="", forget="", retain="", out="", adapter=adapter, objective=objective, router_fit=fit, **options
+    )
 
 
 # Variants ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_rows_in_memory_give_what_their_files_give(named, tmp_path, capfd, caplo
         def on_step_end(self, args, state, control, **kwargs):
             steps.append(state.global_step)
 
-    common = {"max_steps": 2, "batch_size": 2, "num_forget_experts": 1, "device": "cpu"}
+    common = {"max_steps": 2, "batch_size": 2, "num_forget_experts": 1, "device": "cpu", "method": "alter"}
     run = alter.unlearn(named, forget=FORGET, retain=RETAIN, out=tmp_path / "r1", callbacks=[Counts()], **common)
     assert steps == [1, 2]
     assert capfd.readouterr() == ("", "")

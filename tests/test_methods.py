@@ -43,6 +43,7 @@ SMALL = {
 
 # rows that go through the model in a step, in forget batches: methods.md, column cost, with cached references
 BRANCHES = {
+    "alter_bounded": 1,
     "finetune": 1,
     "ga": 1,
     "npo": 1,
@@ -88,9 +89,12 @@ def settings(data, out, method, **changes):
         "batch_size": 2,
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
-        "router_fit": {"steps": 20},
+        # the router of the paper's reading: the default's ordinary text is tested in test_router
+        "router_fit": {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None, "steps": 20},
         "reinforcement": {"epochs": 2, "learning_rate": 1e-2},
     }
+    if method == presets.DEFAULT:
+        given["least_steps"] = 0
     return Unlearn.model_validate(presets.merged(presets.merged(given, SMALL.get(method, {})), changes))
 
 
@@ -130,6 +134,8 @@ PREPARED = {
     "o3": 2 * 6,
     # all rows for the router, and those that are trained on
     **{name: 6 + 9 + 6 + 6 for name in METHODS if name.startswith("alter")},
+    # experts alone: retain rows only fit the router
+    "alter_bounded": 6 + 9 + 6,
 }
 
 

@@ -355,7 +355,7 @@ def sliding(seed):
 def test_generations_are_those_of_one_row_at_a_time(make, segment, drop, monkeypatch):
     monkeypatch.setattr(generation, "SEGMENT", segment)
     if not drop:
-        monkeypatch.setattr(generation, "_can_drop_rows", lambda cache: False)
+        monkeypatch.setattr(generation, "can_drop_rows", lambda cache: False)
     model, tokenizer = make(3), byte_tokenizer()
     # a stop token that does come up, so that replies end at different lengths
     stop = {EOS, by_hand(model, prompts()[0], 12, set())[5]}

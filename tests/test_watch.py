@@ -731,7 +731,7 @@ def test_the_command_line_knows_the_watch(data, tmp_path, capsys):
     line = ["unlearn", "--out", str(tmp_path / "run"), "--domain-column", "who", "--device", "cpu"]
     for name in ("forget", "retain"):
         line += [f"--{name}", str(data / f"{name}.jsonl")]
-    line += ["--model", str(data / "model"), "--epochs", "1", "--router-fit.steps", "5"]
+    line += ["--model", str(data / "model"), "--epochs", "1", "--router-fit.steps", "5", "--method", "alter"]
     wanted = [*line, "--watch.every-epoch", "0.5", "--watch.rule.kind", "holdout"]
     assert cli.main(wanted) == 2
     assert "needs watch.holdout" in capsys.readouterr().err

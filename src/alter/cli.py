@@ -254,11 +254,7 @@ def _lists(settings: Any, where: str = "") -> set[str]:
 
 
 def _once(args: Sequence[str], lists: set[str]) -> list[str]:
-    """The arguments with the values of a list that is given twice behind one flag.
-
-    Raises:
-        UserError: another flag is given twice, with different values: one of them would be dropped.
-    """
+    """The arguments with each flag once: a list that is given twice keeps all its values, of another flag the last counts."""
     groups: list[tuple[str, list[str]]] = [("", [])]
     for arg in args:
         flag, equals, value = arg.partition("=")
@@ -272,9 +268,8 @@ def _once(args: Sequence[str], lists: set[str]) -> list[str]:
             kept[name] = list(values)
         elif name in lists:
             kept[name] += values
-        elif kept[name] != values:
-            first, second = " ".join(kept[name]) or "nothing", " ".join(values) or "nothing"
-            raise UserError(f"--{name} is given twice, with {first} and with {second}: give it once.")
+        else:
+            kept[name] = list(values)
     return [part for name, values in kept.items() for part in ([f"--{name}"] if name else []) + values]
 
 
