@@ -169,6 +169,7 @@ def settings_of(args: argparse.Namespace, kind: str, **options: Any) -> Unlearn:
     """ALTER's objectives on an adapter of this kind."""
     # random weights and no tokenizer: nothing to read ordinary text with
     fit = {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None}
+    options["router_fit"] = {**fit, **options.get("router_fit", {})}
     adapter: dict[str, Any] = {"kind": kind, "r": args.rank, "target_modules": TARGETS}
     objective = {"kind": "inverted_hinge", "only_low": kind == "alter"}
     if kind == "alter":
