@@ -177,9 +177,7 @@ def settings_of(args: argparse.Namespace, kind: str, **options: Any) -> Unlearn:
         adapter["entropy_quantile"] = 0.6
     if kind == "asym_lora":
         adapter["experts"] = args.experts + 1
-    return Unlearn(
-        model="", forget="", retain="", out="", adapter=adapter, objective=objective, router_fit=fit, **options
-    )
+    return Unlearn(model="", forget="", retain="", out="", adapter=adapter, objective=objective, **options)
 
 
 # Variants ------------------------------------------------------------------------------------------------------------
