@@ -373,8 +373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"alter {version('alter-unlearning')}")
         return 0
-    # threads of libgomp, which torch's wheel brings, spin while they wait and take cores from others: measured in
-    # docs/experiments.md; read when the library loads
+    # threads of libgomp, which torch's wheel brings, spin while they wait and take cores from others; it reads this when
+    # it loads
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     command = args.pop(0)
