@@ -1,6 +1,7 @@
 """Erasure requests: the database and its history, runs one after another, revoking, kills, and every wrong input."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -421,12 +422,32 @@ def test_show_and_list(three, tmp_path, capsys):
     assert [row["subject"] for row in json.loads((tmp_path / "l.json").read_text())] == NAMES
 
 
+def gates_of(data, folder):
+    """Gates [tokens, experts] that the adapter in force gives the low-entropy tokens of all requests' rows."""
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(data / "model"), str(folder / "work" / "adapter")
+    ).eval()
+    found = []
+    for name in NAMES:
+        for example in load_examples(str(data / f"{name}.jsonl")):
+            ids = torch.tensor([encode(byte_tokenizer(), example).input_ids])
+            with torch.no_grad():
+                seen = model.base_model.trace(ids, torch.ones_like(ids))
+                gates = model.base_model.route(seen.entropy, seen.features, torch.ones_like(ids))
+            found.append(gates[0][seen.entropy[0] <= model.peft_config["default"].threshold])
+    return torch.cat(found)
+
+
 def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
     store, copy = copied(three, tmp_path)
     url = store.url
     moved(store, copy)
     before = weights(copy)
-    assert revoke(Revoke(db=url, id="2")).state == "revoked"
+    routes = gates_of(data, copy)
+    # so small a model tells questions of one form hardly apart: R-0003 leaned on the expert that is empty now, which is seen
+    with pytest.raises(UserError, match=r"R-0002 is revoked, but .* R-0003 has come back"):
+        revoke(Revoke(db=url, id="2"))
+    assert Store.open(url).get(2).state == "revoked"
     after = weights(copy)
     for name, value in before.items():
         if ".alter_B." in name:
@@ -434,16 +455,22 @@ def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
             assert value[:, 8:12].any()
             kept = [c for c in range(value.shape[1]) if not 8 <= c < 12]
             assert torch.equal(after[name][:, kept], value[:, kept])
+        elif ".alter_router." in name:
+            assert torch.equal(after[name][[0, 1, 3]], value[[0, 1, 3]])
         else:
             assert torch.equal(after[name], value)
-    with pytest.raises(UserError, match="revoked already"):
-        revoke(Revoke(db=url, id="2"))
-    # so small a model tells questions of one form hardly apart: R-0003 leaned on the expert that is empty now, which is seen
-    with pytest.raises(UserError, match="R-0003 has come back"):
-        verify(Verify(db=url))
+    # the empty expert takes no token, and those of the others stay where they were
+    now = gates_of(data, copy)
+    took = routes[..., 2] > 0
+    assert took.any()
+    assert not now[..., 2].any()
+    assert torch.equal(now[~took], routes[~took])
+    assert (now[took].sum(-1) > 0).all()
     noted = Store.open(url).history()[-1]
     assert noted.what == "verified"
     assert set(noted.details["measured"]) == {"R-0001", "R-0003", "utility"}
+    with pytest.raises(UserError, match="revoked already"):
+        revoke(Revoke(db=url, id="2"))
     # the same rows may be asked for again
     again = ask(Store.open(url), data, "Bo")
     # the router's rows of the first time still claim these tokens for the emptied expert, which the verdict may see
@@ -464,7 +491,7 @@ def test_verify_sees_what_came_back(three, tmp_path):
     moved(store, copy)
     # the expert is emptied, manifest and database do not say so
     adapter = (copy / "work" / "adapter").resolve()
-    (adapter / "adapter_model.safetensors").write_bytes(work.clear_columns(adapter, 1))
+    (adapter / "adapter_model.safetensors").write_bytes(work.clear_expert(adapter, 1))
     store.note(None, "test", {"adapter": work.folder_digest(adapter)})
     with pytest.raises(UserError, match="R-0001 has come back"):
         verify(Verify(db=url))
@@ -974,3 +1001,30 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(data, tmp_path):
     inside = work.manifest(work.Project.model_validate(store.project()))
     assert sorted(inside["experts"].values()) == ["R-0001", "R-0002", "R-0003"]
     verify(Verify(db=store.url, chain_only=True))
+
+
+def test_what_was_missed_is_emptied_before_the_others_are_judged(data, tmp_path, monkeypatch):
+    """The evidence of a request is of the adapter that goes in force, without the experts of those that were missed."""
+    store = start(data, tmp_path, holdout=None)
+    for name in NAMES[:2]:
+        ask(store, data, name)
+    judged = []
+    real_load, real_judge = work.load_model, work.judge
+    loaded = []
+    monkeypatch.setattr(work, "load_model", lambda *a: loaded.append(a[1:]) or real_load(*a))
+
+    def judge(before, after, **given):
+        judged.append(len(loaded))
+        found = real_judge(before, after, **given)
+        word = "not forgotten" if len(judged) == 1 else "forgotten"
+        return dataclasses.replace(found, word=word)
+
+    monkeypatch.setattr(work, "judge", judge)
+    with pytest.raises(UserError, match="R-0001 NOT FORGOTTEN"):
+        run(Run(db=store.url))
+    # both with what was trained, then R-0002 alone with what is put in force
+    assert judged == [1, 1, 2]
+    assert [request.state for request in store.requests()] == ["not forgotten", "forgotten"]
+    assert work.manifest(work.Project.model_validate(store.project()))["cleared"] == [1]
+    assert not next(v for k, v in weights(tmp_path).items() if ".alter_B." in k)[:, 4:8].any()
+    assert not (tmp_path / "work" / ".revoked").exists()

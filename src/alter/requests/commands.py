@@ -411,13 +411,17 @@ class Revoke(Database):
 def revoke(settings: Revoke) -> Request:
     """Run `alter request revoke`: an erasure that is done is undone, one that has not run is withdrawn.
 
+    The other requests are measured again at once, since some of their tokens may have gone by the expert that is empty
+    now.
+
     Raises:
-        UserError: there is no such request, or it is revoked already.
+        UserError: there is no such request, it is revoked already, or another request has come back with it.
     """
     from alter.requests import work
 
     store, project = settings.open()
     number = parse_id(settings.id)
+    wrong: list[str] = []
     with store.lease(settings.who):
         work.recover(store, project)
         request = store.get(number)
@@ -425,11 +429,22 @@ def revoke(settings: Revoke) -> Request:
             request = store.move([number], "withdrawn", who=settings.who)[0]
         else:
             request = work.revoke(store, project, request, settings.who)
-    # another request's tokens may have gone by the expert that is empty now
-    then = "alter request verify, whether the others still hold; " if request.state == "revoked" else ""
+            if store.requests(*IN_FORCE):
+                found, wrong, unchecked = work.verify(store, project)
+                for sentence in unchecked:
+                    Console().print(cell(f"Not checked: {sentence}"))
+                store.note(None, "verified", {"wrong": wrong, "unchecked": unchecked, "measured": found}, settings.who)
+    others = " What was measured of the others has not come back." if request.state == "revoked" and not wrong else ""
     _say(
-        f"{request.name} is {request.state}.", f"{then}alter request purge {request.name}, if its data must go", store
+        f"{request.name} is {request.state}.{others}",
+        f"alter request purge {request.name}, if its data must go",
+        store,
     )
+    if wrong:
+        raise UserError(
+            f"{request.name} is revoked, but not all is as it should be: {' '.join(wrong)} A request that has come back "
+            "must be revoked and added again."
+        )
     return request
 
 

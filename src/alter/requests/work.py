@@ -203,10 +203,16 @@ def put_in_force(project: Project, source: Path, entry: Mapping[str, Any]) -> Pa
     return final
 
 
-def clear_columns(adapter: Path, expert: int) -> bytes:
-    """The adapter's weights with one forget expert set to zero, as the content of a safetensors file.
+CLOSED = -1e4
+"""Bias of a router's row that opens for no token; the row's weights are zero."""
 
-    The file alone is enough: what was removed must not depend on a model that loads.
+
+def clear_expert(adapter: Path, expert: int) -> bytes:
+    """The adapter's weights without one forget expert, as the content of a safetensors file.
+
+    Its columns of every B become zero, and its row of the router such that no token opens it: an emptied expert that
+    still took tokens would answer as the base does where another request's expert should. The file alone is enough: what
+    was removed must not depend on a model that loads.
 
     Raises:
         UserError: the adapter has no such expert.
@@ -220,6 +226,8 @@ def clear_columns(adapter: Path, expert: int) -> bytes:
         if ".alter_B." in name:
             r = value.shape[1] // (experts + 1)
             value[:, expert * r : (expert + 1) * r] = 0.0
+        elif ".alter_router." in name and config["router"] != "dense":
+            value[expert] = CLOSED if name.endswith("bias") else 0.0
     return save(tensors, metadata={"format": "pt"})
 
 
@@ -404,21 +412,42 @@ def _conclude(
     with _unaltered(model):
         before = {name: measure(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()}
         base, base_utility = utility(model, tokenizer, project)
-    own = {name: measure(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()}
-    stayed, kept = utility(model, tokenizer, project)
     references = baselines(project, model, tokenizer, examples) if examples else {}
+    served = {name: int(expert) for expert, name in {**trained["served"], **inside["experts"]}.items()}
+    served |= {name: int(expert) for expert, name in trained["served"].items()}
     verdicts: dict[str, Verdict] = {
         name: Verdict("unproven", (f"Evidence missing: {reason}",)) for name, reason in missing.items()
     }
-    for name in examples:
-        reference = references.get(name)
-        verdicts[name] = judge(
-            before[name][0],
-            own[name][0],
-            reference=None if reference is None else reference[0],
-            by="model that never saw it" if reference is None else str(reference[1]["by"]),
-            kept=(base, stayed),
-        )
+    own: dict[str, tuple[Measures, dict[str, Any]]] = {}
+    missed: list[str] = []
+    work = project.root / ".revoked"
+    while True:
+        stayed, kept = utility(model, tokenizer, project)
+        for name in [name for name in examples if name not in missed]:
+            own[name] = measure(model, tokenizer, examples[name], answers=project.answers)
+            reference = references.get(name)
+            verdicts[name] = judge(
+                before[name][0],
+                own[name][0],
+                reference=None if reference is None else reference[0],
+                by="model that never saw it" if reference is None else str(reference[1]["by"]),
+                kept=(base, stayed),
+            )
+        found = [request.name for request in requests if verdicts[request.name].word not in IN_FORCE]
+        if found == missed:
+            break
+        emptied, missed = missed, found
+        with private():
+            if not emptied:
+                shutil.rmtree(work, ignore_errors=True)
+                shutil.copytree(candidate, work)
+            for name in missed:
+                if name not in emptied:
+                    write_atomic(work / "adapter_model.safetensors", clear_expert(work, served[name]))
+        if len(missed) == len(requests):
+            break
+        # the others are judged by what will be in force, without the experts of those that were missed
+        model, tokenizer = load_model(project.model, str(work))
     earlier: dict[str, Any] = {}
     for other in store.requests(*IN_FORCE):
         # likelihoods alone: every request is checked every time, and a run's time stays flat
@@ -426,10 +455,7 @@ def _conclude(
             earlier[other.name] = measure(model, tokenizer, rows_of(other), answers=0)[1]
         except UserError as error:
             earlier[other.name] = {"not_checked": str(error)}
-    served = {name: int(expert) for expert, name in {**trained["served"], **inside["experts"]}.items()}
-    served |= {name: int(expert) for expert, name in trained["served"].items()}
     share = kept["utility"] / base_utility["utility"] if base_utility["utility"] else 0.0
-    missed = [request.name for request in requests if verdicts[request.name].word not in IN_FORCE]
     version = inside["version"]
     if len(missed) < len(requests) or in_force:
         entry = {
@@ -441,14 +467,9 @@ def _conclude(
         }
         if missed or not in_force:
             with private():
-                work = project.root / ".revoked"
-                shutil.rmtree(work, ignore_errors=True)
-                shutil.copytree(candidate, work)
-                for name in missed:
-                    write_atomic(work / "adapter_model.safetensors", clear_columns(work, served[name]))
-                put_in_force(project, work, entry)
-                shutil.rmtree(work)
+                put_in_force(project, work if missed else candidate, entry)
             version = entry["version"]
+    shutil.rmtree(work, ignore_errors=True)
     values: dict[int, dict[str, Any]] = {}
     for request in requests:
         name = request.name
@@ -469,20 +490,22 @@ def _conclude(
         }
     done = []
     for request in requests:
-        found = verdicts[request.name]
+        verdict = verdicts[request.name]
         details = {
             "version": version,
-            "verdict": found.word,
-            "why": " ".join(found.why),
+            "verdict": verdict.word,
+            "why": " ".join(verdict.why),
             "utility_share": share,
             "adapter": adapter_digest(project),
         }
-        done += store.move([request.id], found.word, what=what, details=details, values=values)
+        done += store.move([request.id], verdict.word, what=what, details=details, values=values)
     return done
 
 
 def revoke(store: Store, project: Project, request: Request, who: str | None = None) -> Request:
-    """Take one request back: its expert becomes zero, so the model answers as the base does; other routes stay bit-exact.
+    """Take one request back: its expert becomes zero and opens for no token, so the model answers as the base does.
+
+    Low-entropy tokens that other experts took stay with them, bit for bit; those that this one took go to the next best.
 
     Raises:
         UserError: the adapter in force does not hold the request.
@@ -501,7 +524,7 @@ def revoke(store: Store, project: Project, request: Request, who: str | None = N
     with private():
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(project.adapter.resolve(), work)
-        write_atomic(work / "adapter_model.safetensors", clear_columns(work, request.expert))
+        write_atomic(work / "adapter_model.safetensors", clear_expert(work, request.expert))
         put_in_force(project, work, entry)
         shutil.rmtree(work)
     details = {"version": entry["version"], "expert": request.expert, "adapter": adapter_digest(project)}
@@ -609,7 +632,7 @@ def purge(store: Store, project: Project, request: Request, who: str | None = No
         left.append(f"The rows themselves at {location}: delete them if they must go.")
     elif location:
         left.append(f"Wherever {location} is kept or copied.")
-    if request.expert is not None:
+    if request.expert is not None and request.state in IN_FORCE:
         left.append(
             f"The adapter's router still knows which texts are the request's (expert {request.expert}), also in exports."
         )
