@@ -521,7 +521,9 @@ def test_task_arithmetic_goes_the_other_way(data, tmp_path):
 
 @pytest.mark.parametrize("method", ["loku", "reglu"])
 def test_an_initialised_run_keeps_its_frozen_half_and_loads_on_the_original_base(data, tmp_path, method):
-    out = unlearn(settings(data, tmp_path / "run", method, learning_rate=1e-2, adapter={"r": 4, "alpha": 8}))
+    out = unlearn(
+        settings(data, tmp_path / "run", method, learning_rate=1e-2, adapter={"r": 4, "alpha": 8}, keep_working=True)
+    )
     start = load_file(str(out / "start.safetensors"))
     got = load_file(str(out / "adapter" / "adapter_model.safetensors"))
     name = "model.layers.1.self_attn.q_proj"
@@ -540,7 +542,7 @@ def test_an_initialised_run_keeps_its_frozen_half_and_loads_on_the_original_base
 def test_reglu_keeps_B_away_from_the_retain_directions(data, tmp_path):
     def leak(weight):
         out = tmp_path / f"run{weight}"
-        changes = {"initializer": {"penalty": weight}, "epochs": 6, "learning_rate": 1e-2}
+        changes = {"initializer": {"penalty": weight}, "epochs": 6, "learning_rate": 1e-2, "keep_working": True}
         unlearn(settings(data, out, "reglu", **changes))
         start = load_file(str(out / "start.safetensors"))
         got = load_file(str(out / "adapter" / "adapter_model.safetensors"))
@@ -560,7 +562,7 @@ def test_reglu_takes_its_retain_rows_whatever_the_forget_set_has(data, tmp_path,
     real = preparation.starting_factors
     monkeypatch.setattr(preparation, "starting_factors", lambda *a, **k: seen.append(a[3:5]) or real(*a, **k))
     initializer = {"kind": "reglu", "rows": 5, "retain_rank": 128} if kind == "reglu" else {"kind": kind}
-    run = settings(data, tmp_path / "run", "loku", forget=str(few), initializer=initializer)
+    run = settings(data, tmp_path / "run", "loku", forget=str(few), initializer=initializer, keep_working=True)
     start = load_file(str(unlearn(run) / "start.safetensors"))
     assert [(len(forget), len(retain)) for forget, retain in seen] == [(2, taken)]
     # a row gives a direction, not one more

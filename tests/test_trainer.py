@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -214,12 +215,15 @@ def test_activation_checkpointing_changes_nothing(data, tmp_path):
 
 
 def test_the_frozen_pass_is_reused_only_for_the_same_run(data, tmp_path, monkeypatch):
-    out = unlearn(settings(data, tmp_path / "run"))
+    out = unlearn(settings(data, tmp_path / "run", keep_working=True))
     calls = []
     real = frozen.trace_rows
     monkeypatch.setattr(frozen, "trace_rows", lambda *a, **k: calls.append(k["label"]) or real(*a, **k))
-    unlearn(settings(data, out, resume=True))
+    unlearn(settings(data, out, resume=True, keep_working=True))
     assert calls == []
+    shutil.rmtree(out / "checkpoints")
+    (out / "run.json").unlink()
+    (out / "inputs.json").unlink()
     unlearn(settings(data, out, resume=True, adapter={"r": 4, "entropy_quantile": 0.6}))
     assert calls == ["router", "router, measured", "forget rows", "retain rows"]
 

@@ -191,6 +191,22 @@ def test_unproven():
         judge(Measures(np.empty(0)), Measures(np.empty(0)))
 
 
+def test_what_was_never_known_is_unproven_not_unforgotten():
+    unknown = of(0.02, english(False))
+    found = judge(unknown, of(0.02, english(False)))
+    assert found.word == "unproven"
+    assert "none of 10 answers: there is nothing to forget, which proves nothing" in found.text
+    # known by either figure before, or better known now
+    assert judge(of(0.4, english(False)), of(0.4, english(False))).word == "not forgotten"
+    assert judge(of(0.02, english(True)), of(0.02, english(True))).word == "not forgotten"
+    assert judge(unknown, of(0.4, english(False))).word == "not forgotten"
+    assert judge(unknown, of(0.02, english(True))).word == "not forgotten"
+    questions, truths, _ = english(True)
+    half = of(0.02, (questions, truths, ["The author's name is one that I have forgotten."] * 10))
+    assert judge(half, half).word == "not forgotten"
+    assert judge(unknown, of(0.02, (questions, truths, [""] * 10))).word == "collapsed"
+
+
 def test_intervals_are_wilsons_and_students():
     assert verdict.share_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
     assert verdict.share_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)

@@ -499,7 +499,9 @@ def test_rows_set_aside_are_not_trained_on(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
-    return unlearn(settings(data, tmp_path_factory.mktemp("stopped") / "run", by_holdout(data), **SLOWLY))
+    return unlearn(
+        settings(data, tmp_path_factory.mktemp("stopped") / "run", by_holdout(data), keep_working=True, **SLOWLY)
+    )
 
 
 def test_the_holdout_rule_stops_and_the_adapter_is_that_of_its_step(data, stopped):
@@ -524,7 +526,9 @@ def test_the_holdout_rule_stops_and_the_adapter_is_that_of_its_step(data, stoppe
 
 
 def test_without_stopping_the_best_step_is_kept_in_the_end(data, stopped, tmp_path):
-    out = unlearn(settings(data, tmp_path / "run", by_holdout(data, stop=False), **{**SLOWLY, "epochs": 14}))
+    out = unlearn(
+        settings(data, tmp_path / "run", by_holdout(data, stop=False), **{**SLOWLY, "epochs": 14}, keep_working=True)
+    )
     record = seen(out)
     assert record["checks"][-1]["step"] == 42
     assert not record["stopped_early"]
@@ -577,10 +581,10 @@ def test_a_run_that_had_stopped_resumes_to_the_same_adapter(data, stopped, tmp_p
 
 def test_resuming_with_another_watch_is_refused(data, tmp_path):
     out = unlearn(settings(data, tmp_path / "run", {"every_steps": 4}))
-    with pytest.raises(UserError, match="other settings of watch"):
+    with pytest.raises(UserError, match=r"watch\.every_steps was 4 and is 3"):
         unlearn(settings(data, out, {"every_steps": 3}, resume=True))
     plain = unlearn(settings(data, tmp_path / "plain"))
-    with pytest.raises(UserError, match="other settings of watch"):
+    with pytest.raises(UserError, match=r"watch\.every_steps was None and is 4"):
         unlearn(settings(data, plain, {"every_steps": 4}, resume=True))
 
 

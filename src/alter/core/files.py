@@ -15,8 +15,10 @@ from alter.core.console import warn
 from alter.core.errors import UserError
 
 
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], content: str | bytes, *, private: bool = False) -> None:
     """Write `content` to `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed.
+
+    With `private` it is for its owner alone, whatever the umask says.
 
     A link stays a link: what it points to is written. A device or a pipe (/dev/null, /dev/stdout) is written into.
     """
@@ -35,7 +37,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o600 if private else 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,1 +1,5 @@
 """From rows to batches: where rows come from, their one form, token ids with labels, sub-domains."""
+
+from alter.data.examples import Example as Example
+from alter.data.examples import check_overlap as check_overlap
+from alter.data.examples import load_examples as load_examples

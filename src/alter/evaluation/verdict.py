@@ -40,6 +40,8 @@ REPEATS = 0.15
 """Mean share of repeated four-word phrases within a reply, beyond that before, from which the model has collapsed."""
 KEPT = 0.5
 """Share of the probability of the rows to keep below which the model has collapsed."""
+UNKNOWN = 0.05
+"""Probability of the true answers below which a model that gives none of them has nothing to forget."""
 LEAST = 5
 """Answered rows below which nothing is proven."""
 FIRM = 100
@@ -307,8 +309,8 @@ def judge(
     NOT FORGOTTEN if too many replies give their answer, the probability of the true answers has not fallen enough
     (`GONE`, and beyond chance, row by row), or the recall lies above the reference's or has not fallen; COLLAPSED if
     nothing of that holds but replies are broken or empty, or the rows to keep are lost; UNPROVEN if nothing speaks
-    against forgetting but too little for it: fewer than `LEAST` answered rows, or answers never given before;
-    else FORGOTTEN.
+    against forgetting but too little for it: fewer than `LEAST` answered rows, or answers never given before; and if the
+    model had nothing to forget (`UNKNOWN`) and knows no more now; else FORGOTTEN.
 
     Args:
         before, after: of the rows to forget, the same ones.
@@ -365,6 +367,11 @@ def judge(
                 f"{most:.3f}."
             )
     collapse = _collapse(before, after, kept)
+    if against and _unknown(then) and _unknown(now):
+        given = f"none of {then['n_said']} answers" if then["n_said"] else "no answers"
+        nothing = f"The untouched model gives {given}: there is nothing to forget, which proves nothing."
+        word: Word = "collapsed" if collapse else "unproven"
+        return Verdict(word, (*collapse, nothing, f"{likely}.", *notes), named, refused)
     if against:
         return Verdict("not forgotten", (*against, *collapse, *notes), named, refused)
     if collapse:
@@ -384,6 +391,12 @@ def judge(
     if lacking:
         return Verdict("unproven", (*lacking, f"{likely}.", *notes), named, refused)
     return Verdict("forgotten", (spoken, f"{likely}.", *notes), named, refused)
+
+
+def _unknown(figures: Mapping[str, Any]) -> bool:
+    """Whether a model knows nothing of the rows: it gives no answer, says few of their words, and holds them unlikely."""
+    recalled = figures["rouge"] is None or figures["rouge"] < GONE
+    return not figures["said"] and recalled and figures["probability"] < UNKNOWN
 
 
 def _spoken(before: Measures, after: Measures, zero: Mapping[str, Any] | None) -> str:

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from alter.adapter import AlterModel, Trace
 from alter.core import processes
 from alter.core.console import progress
-from alter.core.files import write_atomic
+from alter.core.tensors import keep, kept
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
 from alter.logits.entropy import chunk_rows
@@ -308,18 +307,15 @@ def store(path: Path, frozen: Frozen, key: str) -> None:
                 tensors[name] = torch.cat([value for value in values if value is not None])
     tensors["rows"] = torch.tensor(len(frozen.rows))
     tensors |= {f"router.{name}": value.contiguous() for name, value in frozen.router.items()}
-    write_atomic(path, save(tensors, metadata={"key": key, "found": json.dumps(frozen.found)}))
+    keep(path, tensors, key, found=json.dumps(frozen.found))
 
 
 def restore(path: Path, key: str) -> Frozen | None:
-    """Read what `store` wrote under the same key; None if there is none, or it was made from anything else."""
-    if not path.exists():
+    """Read what `store` wrote under the same key; None if there is none, it was made from anything else, or is damaged."""
+    found = kept(path, key)
+    if found is None:
         return None
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata()
-        if metadata["key"] != key:
-            return None
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    tensors, metadata = found
 
     def column(name: str) -> list[Tensor | None]:
         if name not in tensors:
@@ -335,3 +331,28 @@ def restore(path: Path, key: str) -> Frozen | None:
             row.reference = Reference(ids, logp)
     router = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
     return Frozen(rows, router, json.loads(metadata["found"]))
+
+
+READ_LATER = ("entropy", "gates", "rows")
+"""What a report shows of the frozen pass: numbers of tokens, but not which tokens."""
+
+
+def strip(path: Path, forget_rows: int) -> None:
+    """Keep of what `store` wrote only what is read once the run has ended; from the rest the rows could be read.
+
+    Args:
+        path: the file; nothing happens if there is none, and one that cannot be read is deleted.
+        forget_rows: how many of the rows, the first ones, are forget rows or other answers to them.
+    """
+    if not path.exists():
+        return
+    try:
+        with safe_open(str(path), "pt") as file:
+            names = [name for name in file.keys() if name.removesuffix(".count") in READ_LATER]  # noqa: SIM118  not a dict
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError:
+        path.unlink()
+        return
+    tensors["forget_rows"] = torch.tensor(forget_rows)
+    # no run is resumed from what is left
+    keep(path, tensors, "ended")

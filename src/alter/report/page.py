@@ -200,7 +200,7 @@ def read_run(given: str) -> Run:
 def read_tokens(path: Path, settings: Mapping[str, Any]) -> Tokens:
     """Read entropies and gates from what `frozen.store` wrote.
 
-    The file does not say where the forget rows end. They are as many as the run used of its forget set (twice as many if
+    A run that has ended says there how many of the rows are forget rows. In what others left they are as many as the run used of its forget set (twice as many if
     its objective also trains on other answers), so that set is counted, if it is on this machine; a run that used no
     retain rows has no others.
 
@@ -214,12 +214,15 @@ def read_tokens(path: Path, settings: Mapping[str, Any]) -> Tokens:
     try:
         with safe_open(str(path), "np") as file:
             entropy, gates, lengths = (file.get_tensor(name) for name in ("entropy", "gates", "entropy.count"))
+            noted = int(file.get_tensor("forget_rows")) if "forget_rows" in file.keys() else None  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is broken ({error}): delete it, and the report goes without entropies.") from None
     try:
         run = Unlearn.model_validate(settings)
     except ValueError as error:
         raise UserError(f"{path.parent}/run.json: {' '.join(str(error).split())}") from None
+    if noted is not None:
+        return Tokens(entropy.astype(np.float64), gates.astype(np.float32), int(lengths[:noted].sum()))
     forget, alternative, retain = (needs.rows for needs in branch_needs(run))
     rows, why = (len(lengths), "") if not retain else _count(run.forget, run.epochs)
     if rows is not None and retain:

@@ -35,6 +35,7 @@ from alter.methods.presets import with_default
 from alter.models.loading import load_model
 from alter.requests.project import Project
 from alter.requests.store import IN_FORCE, Request, Store, now
+from alter.training.folder import OtherInputs
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 
@@ -344,7 +345,12 @@ def run(store: Store, project: Project, requests: Sequence[Request]) -> list[Req
                     "resume": out.is_dir() and any(out.iterdir()),
                 }
             )
-            unlearn(settings)
+            try:
+                unlearn(settings)
+            except OtherInputs:
+                # what a run that was cut off left is of another model or retain set by now
+                shutil.rmtree(out)
+                unlearn(settings.model_copy(update={"resume": False}))
         record = json.loads((out / "run.json").read_text())
         trained = {
             "key": key,

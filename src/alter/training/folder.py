@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from alter.adapter.model import same_base
 from alter.core import processes
+from alter.core.console import warn
 from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
+from alter.core.files import digest, file_digest, folder_digest, from_json, to_json, write_atomic
+from alter.core.tensors import keep, kept
+from alter.data.examples import Example
+from alter.methods import frozen
 from alter.models.guards import FILE as FORM
 from alter.models.guards import Form
 from alter.training.settings import Unlearn
@@ -50,17 +54,146 @@ def prepare_folder(run: Unlearn) -> Path:
     return out
 
 
+INPUTS = "inputs.json"
+"""File of a run's folder that says what its checkpoints were made from."""
+
+UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resume", "overwrite", "device"} | {
+    "closing_rows",
+    "save_steps",
+    "keep_working",
+}
+"""Settings that may be others when a run goes on: names of what is compared by content, and what changes no weight."""
+
+
+class OtherInputs(UserError):
+    """A run was to go on with other data, settings or another model than it was begun with."""
+
+
+BASE = "base model"
+"""What the base's fingerprint goes by; it is compared once the model is loaded."""
+
+
+def inputs_of(run: Unlearn, forget: Sequence[Example], retain: Sequence[Example]) -> dict[str, Any]:
+    """What a run's weights depend on, as `check_inputs` compares it: settings, and hashes of the rows and `start_from`; the base is to be filled in."""
+
+    def rows(examples: Sequence[Example]) -> str:
+        return digest([[e.row, e.domain] for e in examples])
+
+    local = run.start_from is not None and Path(run.start_from).is_dir()
+    found = {
+        "forget rows": rows(forget),
+        "retain rows": rows(retain),
+        BASE: None,
+        "start_from": folder_digest(str(run.start_from)) if local else run.start_from,
+        **_flat(run.model_dump(mode="json", exclude=UNCOMPARED)),
+    }
+    return from_json(to_json(found))
+
+
+def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{where}{name}.") if isinstance(value, dict) and value else {f"{where}{name}": value}
+    return found
+
+
+def check_inputs(out: Path, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with anything else than what a run was begun with, and write that down for one that begins.
+
+    Args:
+        out: the run's folder.
+        now: what `inputs_of` gives; without the base's fingerprint that is not compared.
+
+    Raises:
+        OtherInputs: names what differs.
+    """
+    file = out / INPUTS
+    try:
+        then = dict(from_json(file.read_text()))
+    except FileNotFoundError:
+        if any((out / "checkpoints").glob("checkpoint-*")):
+            raise OtherInputs(
+                f"{out} holds checkpoints but no {INPUTS}, so that nobody knows what they were made from: start again with "
+                "--overwrite, or give another --out."
+            ) from None
+        return
+    except (ValueError, TypeError):
+        raise OtherInputs(f"{file} is broken: start again with --overwrite, or give another --out.") from None
+    differ = [name for name in {**then, **now} if name != BASE and then.get(name) != now.get(name)]
+    if then.get(BASE) and now.get(BASE) and not same_base(then[BASE], now[BASE]):
+        differ.append(BASE)
+    if not differ:
+        return
+    told = [
+        f"other {name}"
+        if name in (BASE, "forget rows", "retain rows", "start_from")
+        else f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+        for name in differ[:3]
+    ]
+    raise OtherInputs(
+        f"{out} was begun with other data or settings: {'; '.join(told)}{'; …' if len(differ) > 3 else ''}. --resume goes on "
+        "with the same alone: give what was given then, --overwrite to start again, or another --out."
+    )
+
+
+WHOLE = "whole.json"
+"""File of a checkpoint with the digests of the others, written last."""
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Write down the digests of a checkpoint's files, by which `last_whole_checkpoint` knows that it is whole."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != WHOLE)
+    found = {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}
+    write_atomic(checkpoint / WHOLE, to_json(found))
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; "" for one that was never finished."""
+    try:
+        written = dict(from_json((checkpoint / WHOLE).read_text()))
+    except FileNotFoundError:
+        return ""
+    except (ValueError, TypeError, OSError):
+        return f"{WHOLE} is broken"
+    for name, wanted in written.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_digest(path) != wanted:
+            return f"{name} is not what was written"
+    return None
+
+
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files were all written; a kill while saving leaves one that is not."""
-    found = []
-    weights = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        # trainer_state.json is the last file that the trainer writes
-        whole = (path / "trainer_state.json").exists() and any((path / name).exists() for name in weights)
-        if number.isascii() and number.isdecimal() and whole:
-            found.append((int(number), path))
-    return max(found)[1] if found else None
+    """The newest checkpoint that is as it was written; a kill while saving leaves one that is not.
+
+    One whose bytes have changed since is passed over, and said.
+    """
+    numbered = [
+        (int(number), path)
+        for path in folder.glob("checkpoint-*")
+        if (number := path.name.removeprefix("checkpoint-")).isascii() and number.isdecimal()
+    ]
+    for _, path in sorted(numbered, reverse=True):
+        wrong = _damage(path)
+        if wrong is None:
+            return path
+        if wrong:
+            warn(f"{path} is damaged ({wrong}): the checkpoint before it is taken.")
+    return None
+
+
+def clean(out: Path, forget_rows: int) -> None:
+    """Remove what only a run that goes on needs, once it has ended: rows that were forgotten can be read from it.
+
+    Args:
+        out: the run's folder.
+        forget_rows: see `frozen.strip`.
+    """
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for name in ("start.safetensors", "reinforced.safetensors"):
+        (out / name).unlink(missing_ok=True)
+    frozen.strip(out / "frozen.safetensors", forget_rows)
 
 
 def check_checkpoint(checkpoint: Path) -> None:
@@ -92,12 +225,11 @@ def kept_tensors(cache: Path, key: str, make: Callable[[], dict[str, Tensor]]) -
     """
 
     def read_or_make() -> dict[str, Tensor]:
-        if cache.exists():
-            with safe_open(str(cache), "pt") as file:
-                if file.metadata()["key"] == key:
-                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        found = kept(cache, key)
+        if found is not None:
+            return found[0]
         made = {name: value.contiguous() for name, value in make().items()}
-        write_atomic(cache, save(made, metadata={"key": key}))
+        keep(cache, made, key)
         return made
 
     return processes.in_turn(read_or_make)

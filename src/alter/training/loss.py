@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from alter.methods.objectives import (
     Reference,
     mean_or_zero,
 )
+from alter.training.folder import seal_checkpoint
 from alter.training.settings import BRANCHES, Unlearn, branch_needs
 
 
@@ -235,6 +237,13 @@ class UnlearnTrainer(Trainer):
     def first_epoch(self) -> FirstEpoch:
         """The callback that remembers the first epoch."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, FirstEpoch))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        # of several processes each writes a part
+        processes.gather(None)
+        if processes.first():
+            seal_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the terms of the last step's loss to what is logged."""

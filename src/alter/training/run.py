@@ -16,7 +16,9 @@ import yaml
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from alter.adapter.model import base_fingerprint
 from alter.core import processes
+from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
@@ -37,7 +39,18 @@ from alter.models.guards import Former
 from alter.models.loading import load_model
 from alter.training.batches import PairCollator, Pairs, Rows, schedule
 from alter.training.card import card
-from alter.training.folder import check_checkpoint, check_finite, last_whole_checkpoint, prepare_folder, save_adapter
+from alter.training.folder import (
+    BASE,
+    INPUTS,
+    check_checkpoint,
+    check_finite,
+    check_inputs,
+    clean,
+    inputs_of,
+    last_whole_checkpoint,
+    prepare_folder,
+    save_adapter,
+)
 from alter.training.loss import FirstEpoch, UnlearnTrainer
 from alter.training.preparation import add_adapter, form_of, frozen_views, penalty_of, start_of, trace_run
 from alter.training.progress import Steps
@@ -120,9 +133,10 @@ def unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 
     Returns:
         the run's folder: `adapter/` loads with `PeftModel.from_pretrained`, or `model/` (adapter.kind full) with
-        `AutoModelForCausalLM.from_pretrained`; `run.yaml` repeats the run, `run.json` records what happened,
-        `frozen.safetensors`, `start.safetensors` (initialisers), `reinforced.safetensors` and `checkpoints/` let an
-        interrupted run resume.
+        `AutoModelForCausalLM.from_pretrained`; `run.yaml` repeats the run, `run.json` records what happened. While it
+        trains, `inputs.json`, `frozen.safetensors`, `start.safetensors` (initialisers), `reinforced.safetensors` and
+        `checkpoints/` let an interrupted run resume; they are for their owner alone, and rows can be read from them. At the
+        end they are removed, but for each token's entropy and gates, unless `keep_working` is set.
 
     Raises:
         UserError: bad settings or data, a folder that is in use, a loss that is not finite, or a process that was lost.
@@ -155,6 +169,12 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
             steps_per_epoch=len(forget_examples) / of_step,
         )
     out = processes.from_first(lambda: prepare_folder(run))
+    given = inputs_of(run, forget_examples, retain_examples)
+    if run.resume:
+        processes.from_first(lambda: check_inputs(out, given))
+        if (out / "run.json").exists() and not (out / "checkpoints").exists():
+            show(f"{out} has ended: nothing is left to do.", stderr=True, markup=False)
+            return out
     checkpoint = processes.from_first(lambda: last_whole_checkpoint(out / "checkpoints")) if run.resume else None
     if checkpoint is not None:
         check_checkpoint(checkpoint)
@@ -170,6 +190,11 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     # a LoRA is trained on from its weights: all that is measured before sees the bare base
     grown = run.start_from if former is None else None
     base, tokenizer = load_model(run.model, grown, dtype, run.device, run.quantization)
+    given[BASE] = base_fingerprint(base)
+    if run.resume:
+        processes.from_first(lambda: check_inputs(out, given))
+    if processes.first() and not (out / INPUTS).exists():
+        write_atomic(out / INPUTS, to_json(given))
     if isinstance(run.adapter, Lora):
         # names that the model does not have are refused before passes over it
         layers = list(run.adapter.layers(base))
@@ -213,6 +238,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     prepared = time.time()
 
     checkpoints = out / "checkpoints"
+    checkpoints.mkdir(mode=0o700, exist_ok=True)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=run.batch_size // processes.size(),
@@ -292,6 +318,10 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
                 }
             ),
         )
+
+        if not run.keep_working:
+            forgetting = [name for name in ("forget", "alternative") if name in traced]
+            clean(out, sum(len(traced[name]) for name in forgetting))
 
     processes.from_first(finish)
     return out

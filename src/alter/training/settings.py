@@ -152,6 +152,11 @@ class Unlearn(BaseModel):
         40, ge=0, description="Rows of each set to measure at the end, before and after; 0 leaves it out."
     )
     save_steps: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
+    keep_working: bool = Field(
+        False,
+        description="Keep checkpoints and the frozen pass when the run has ended; rows that were forgotten can be read from "
+        "them.",
+    )
     resume: bool = Field(False, description="Go on from the last whole checkpoint in `out`.")
     overwrite: bool = Field(False, description="Delete what `out` holds.")
     max_steps: int | None = Field(
