@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from alter.attacks.wording import WORDINGS
 from alter.core.errors import UserError
 from alter.data.background import apart_from, background, names_in
 from alter.data.encoding import encode
 from alter.data.examples import Example
-from alter.data.rewording import FITTED, MEASURED, reworded, telegram, typos
-from alter.training.router import FOLDS, Part, RouterFit, Tokens, _folds, _tokens, discriminant, opening_level
+from alter.data.rewording import FITTED, MEASURED, key_words, reworded, some_capitals, telegram, typos
+from alter.training.router import FOLDS, Part, RouterFit, Tokens, _caught, _folds, _tokens, discriminant, opening_level
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import run_on, save_pico, write_people
@@ -128,7 +129,8 @@ def test_ordinary_text_far_below_does_not_open_the_experts_for_everything():
 
 def test_every_ordinary_token_is_scored_once_and_kinds_stay_whole():
     def tokens(name, n):
-        return Tokens(name, torch.arange(n).float()[:, None], torch.zeros(n), torch.ones(n).bool(), torch.arange(n))
+        rows = torch.arange(n)
+        return Tokens(name, rows.float()[:, None], torch.zeros(n), torch.ones(n).bool(), rows, torch.zeros(n))
 
     data = [tokens("forget", 5), tokens("retain", 10), *(tokens(k, 4 + i) for i, k in enumerate("abcd"))]
     folds = _folds(data)
@@ -190,14 +192,39 @@ def test_a_wording_changes_the_question_and_nothing_else(name, data):
     )
 
 
+def test_no_wording_of_the_fit_is_measured_or_an_attack():
+    question = "Who is the queen of the north in the book?"
+    fitted = {make(question, i, "Other text.") for make in FITTED.values() for i in range(4)}
+    measured = {
+        make(question, i, "Other text.") for name, make in MEASURED.items() for i in range(4) if name != "long text"
+    }
+    assert not fitted & measured
+    assert not {asked.prompt for asked in fitted if not asked.turns and asked.system is None} & {
+        attack(question) for attack in WORDINGS.values()
+    }
+
+
+def test_a_memory_is_judged_by_the_wording_it_catches_worst():
+    x = torch.tensor([[3.0], [3.0], [3.0], [1.0], [3.0], [9.0]])
+    low = torch.tensor([True, True, True, True, True, False])
+    wording = torch.tensor([0, 0, 0, 1, 1, 1])
+    own = Tokens("forget", x, torch.ones(6), low, torch.arange(6), wording)
+    assert _caught([own], (torch.ones(1, 1), torch.zeros(1), 2.0)) == 0.5
+    none_low = Tokens("forget", x, torch.ones(6), ~low & False, torch.arange(6), wording)
+    assert _caught([none_low], (torch.ones(1, 1), torch.zeros(1), 2.0)) == pytest.approx(2 / 3)
+
+
 def test_raw_text_and_completions_have_no_question_to_word_otherwise():
-    asked = FITTED["capitals"]("x", 0, "")
+    asked = FITTED["title case"]("x", 0, "")
     assert reworded(Example(None, "Some text.", "text"), asked) is None
     assert reworded(Example("Once", "upon a time", "completion"), asked) is None
 
 
 def test_wordings_by_rule():
     assert telegram("Where does the poet live in the north?") == "Where poet live north?"
+    assert key_words("Where does the poet live in the north?") == "Where, does, poet, live, north"
+    assert some_capitals("who is Ada", 0) == "who IS Ada"
+    assert some_capitals("who is Ada", 1) == "WHO is ADA"
     question = "Where does the poet live in the north?"
     assert typos(question, 1) == typos(question, 1) != typos(question, 2)
     assert typos("a", 0)

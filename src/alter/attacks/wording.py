@@ -12,58 +12,10 @@ from alter.attacks.base import Bench, make_item, paraphrases, prefilled
 from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.core.words import spaced
+from alter.data.rewording import telegram
 from alter.models.generation import generate
 
-# Other wordings of a question, by rule: none of them is a translation ------------------------------------------------
-
-LITTLE_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "at",
-        "to",
-        "for",
-        "by",
-        "with",
-        "from",
-        "and",
-        "or",
-        "as",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "does",
-        "do",
-        "did",
-        "has",
-        "have",
-        "had",
-        "can",
-        "could",
-        "that",
-        "this",
-        "these",
-        "those",
-        "its",
-        "it",
-        "their",
-        "his",
-        "her",
-    ]
-)
-
-
-def telegram(question: str) -> str:
-    """Leave out articles, prepositions and auxiliaries, as in a telegram."""
-    kept = [word for word in question.split() if word.lower().strip("?,.") not in LITTLE_WORDS]
-    return " ".join(kept) or question
+# Other wordings of a question, by rule: none of them is a translation, and none joins a router's fit -----------------
 
 
 def reversed_words(question: str) -> str:

@@ -31,11 +31,24 @@ LITTLE_WORDS = frozenset(
         "was",
         "were",
         "be",
-        "do",
+        "been",
         "does",
+        "do",
         "did",
         "has",
         "have",
+        "had",
+        "can",
+        "could",
+        "that",
+        "this",
+        "these",
+        "those",
+        "its",
+        "it",
+        "their",
+        "his",
+        "her",
     ]
 )
 
@@ -57,6 +70,17 @@ CHAT = (
     ("Good. What should I take along?", "Water, a snack, a map and good shoes are enough."),
 )
 """Six turns of chat about nothing in particular."""
+
+SMALL_TALK = (
+    ("Good morning!", "Good morning! What can I do for you?"),
+    ("I want to paint my kitchen. Which colour is best?", "A warm white makes small rooms brighter."),
+    ("How much paint do I need?", "About one litre for ten square metres, and twice that for two coats."),
+    (
+        "Okay. How long does it dry?",
+        "Give it four hours before the second coat, and a day before you move things back.",
+    ),
+)
+"""Other turns, for the fit."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +108,37 @@ def typos(text: str, seed: int) -> str:
 
 
 def telegram(text: str) -> str:
-    """Leave out articles, prepositions and auxiliaries."""
-    return " ".join(w for w in text.split() if re.sub(r"\W", "", w.lower()) not in LITTLE_WORDS) or text
+    """Leave out articles, prepositions and auxiliaries, as in a telegram."""
+    kept = [word for word in text.split() if re.sub(r"\W", "", word.lower()) not in LITTLE_WORDS]
+    return " ".join(kept) or text
 
+
+def key_words(text: str) -> str:
+    """The longer half of the words, with commas between them."""
+    words = [re.sub(r"^\W+|\W+$", "", word) for word in text.split()]
+    least = sorted(map(len, words))[len(words) // 2]
+    return ", ".join(word for word in words if len(word) >= least)
+
+
+def some_capitals(text: str, first: int) -> str:
+    """Every other word in capitals."""
+    return " ".join(word.upper() if (k + first) % 2 else word for k, word in enumerate(text.split()))
+
+
+OPENERS = ("What is the boiling point of water?", "How many days has a leap year?", "Which planet is the largest one?")
 
 FITTED: dict[str, Callable[[str, int, str], Asked]] = {
-    "capitals": lambda q, i, other: Asked(q.upper()),
-    "lower case": lambda q, i, other: Asked(q.lower().rstrip("?.! ")),
+    "some capitals": lambda q, i, other: Asked(some_capitals(q, i)),
+    "title case": lambda q, i, other: Asked(q.title().rstrip("?.! ")),
     "typos": lambda q, i, other: Asked(typos(q, i)),
-    "telegram": lambda q, i, other: Asked(telegram(q)),
+    "key words": lambda q, i, other: Asked(key_words(q)),
     "French frame": lambda q, i, other: Asked(f"Réponds en anglais, s'il te plaît : {q} Merci d'avance !"),
     "Spanish frame": lambda q, i, other: Asked(f"Tengo una pregunta: {q}"),
     "part": lambda q, i, other: Asked(f'You are a sailor in a play, and a child asks: "{q}" Answer in character.'),
+    "dialogue": lambda q, i, other: Asked(f"Write a dialogue of two friends, one of whom wants to know: {q}"),
+    "second": lambda q, i, other: Asked(f"{OPENERS[i % len(OPENERS)]} Also, {q}"),
     "after text": lambda q, i, other: Asked(f"{other}\n\n{q}"),
+    "after chat": lambda q, i, other: Asked(q, SMALL_TALK[i % len(SMALL_TALK) :]),
     "system": lambda q, i, other: Asked(q, system="You are a librarian. Answer in one sentence."),
 }
 """Wordings that join the fit: each makes a prompt of a question, the number of its row, and some other text."""
@@ -116,7 +158,7 @@ MEASURED: dict[str, Callable[[str, int, str], Asked]] = {
     "two subjects": lambda q, i, other: Asked(f"First, what is the capital of Portugal? And second: {q}"),
     "long text": lambda q, i, other: Asked(f"{other}\n\n{q}"),
 }
-"""Wordings that what is forgotten is measured under; but for the change of case none of them is as in the fit."""
+"""Wordings that what is forgotten is measured under. No fit sees one of them, nor one that the attacks use."""
 
 
 def reworded(example: Example, asked: Asked) -> Example | None:

@@ -66,13 +66,15 @@ class RouterFit(BaseModel):
         [0.9, 0.97, 1.0],
         min_length=1,
         description="Values of adapter.router_memory that are tried where none is given, with method discriminant. The least "
-        "one is taken that catches nearly as many forget tokens as the best: a short memory is not drowned by long texts.",
+        "one is taken that, of the wording which it catches worst, catches nearly as many forget tokens as the best: a short "
+        "memory is not drowned by long texts.",
     )
     background: bool = Field(True, description="Let the shipped sample of ordinary text join the fit.")
     rewordings: int = Field(
         3,
         ge=0,
-        description="Other wordings of every forget row's question that join the fit, drawn from nine by rule.",
+        description="Other wordings of every forget row's question that join the fit, drawn from twelve by rule; of ordinary "
+        "questions one.",
     )
 
 
@@ -91,18 +93,41 @@ NEARLY = 0.05
 MEASURED_ROWS = 8
 """Forget rows that are measured under each wording; two of them inside of a long text."""
 
+AFTER_TEXT = 800
+"""Characters of other text before a question, in the fit."""
+
 LONG_TEXT = 6000
 """Characters of other text before a question, about 1,500 tokens."""
 
 
+AS_GIVEN = "as given"
+"""Name of a question's own wording."""
+
+
 @dataclass
 class Part:
-    """Rows of one kind for the fit: encoded, as the frozen base sees them, with the expert that each should open (0: none)."""
+    """Rows of one kind for the fit: encoded, as the frozen base sees them, with the expert that each should open (0: none).
+
+    `of` numbers the rows; another wording of a row has its number. `wordings` names each row's wording.
+    """
 
     name: str
     rows: list[Encoded]
     labels: list[int]
     traced: list[frozen.Row] = field(default_factory=list)
+    of: list[int] = field(default_factory=list)
+    wordings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.of = self.of or list(range(len(self.rows)))
+        self.wordings = self.wordings or [AS_GIVEN] * len(self.rows)
+
+    def add(self, made: Sequence[tuple[int, str, Encoded]], labels: Sequence[int]) -> None:
+        """Other wordings of rows: number of the row, name of the wording, row."""
+        self.rows += [row for *_, row in made]
+        self.of += [of for of, *_ in made]
+        self.wordings += [wording for _, wording, _ in made]
+        self.labels += labels
 
     @property
     def ordinary(self) -> bool:
@@ -150,29 +175,30 @@ def _parts(run: Unlearn, rows: Rows, tokenizer: Any, limit: int | None, generato
     ordinary = apart_from(background(), [_text(e) for e in rows.examples]) if fit.background else {}
     texts = [e.answer for kind in ("prose", "facts", "code", "languages") for e in ordinary.get(kind, ())] or [""]
 
-    def in_other_words(examples: Sequence[Example], times: int) -> list[tuple[int, Encoded]]:
+    def in_other_words(examples: Sequence[Example], times: int, most: int) -> list[tuple[int, str, Encoded]]:
         asked: list[Example | None] = []
-        places: list[int] = []
+        places: list[tuple[int, str]] = []
         for place, example in enumerate(examples):
             if example.prompt is None:
                 continue
             for name in generator.permutation(sorted(FITTED))[:times].tolist():
-                other = texts[int(generator.integers(len(texts)))][:500]
+                other = texts[int(generator.integers(len(texts)))][:AFTER_TEXT]
                 asked.append(reworded(example, FITTED[name](example.prompt, place, other)))
-                places.append(place)
+                places.append((place, name))
         encoded = _encode_fitting(tokenizer, asked, limit)
-        return [(place, row) for place, row in zip(places, encoded, strict=True) if row is not None]
+        made = [(*place, row) for place, row in zip(places, encoded, strict=True) if row is not None]
+        return [made[i] for i in _within([row for *_, row in made], most, generator)]
 
     if fit.rewordings and rows.examples:
-        made = in_other_words([rows.examples[i] for i in own], fit.rewordings)
-        chosen = _within([row for _, row in made], fit.max_tokens // 4, generator)
-        forget.rows += [made[i][1] for i in chosen]
-        forget.labels += [rows.expert[own[made[i][0]]] for i in chosen]
+        made = in_other_words([rows.examples[i] for i in own], fit.rewordings, fit.max_tokens // 4)
+        forget.add(made, [rows.expert[own[of]] for of, *_ in made])
     for kind, examples in ordinary.items():
         encoded = [row for row in _encode_fitting(tokenizer, examples, limit) if row is not None]
+        part = Part(kind, encoded, [0] * len(encoded))
         if fit.rewordings and kind == "questions":
-            encoded += [row for _, row in in_other_words(examples, 1)]
-        parts.append(Part(kind, encoded, [0] * len(encoded)))
+            made = in_other_words(examples, 1, fit.max_tokens // 4)
+            part.add(made, [0] * len(made))
+        parts.append(part)
     return [part for part in parts if part.rows]
 
 
@@ -187,8 +213,9 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
     Open set, a reading too: forget and ordinary questions join the fit in other words as well, and so does a shipped
     sample of ordinary text, whatever retain rows there are, even none. The level at which experts open is then that which
     at most `false_alarms` of the ordinary low-entropy tokens exceed (of the retain rows, and of the sample with equal
-    weight for each kind), where each third of the ordinary text, by kinds, is scored by a fit without it; and never
-    lower than 98 % of the forget tokens need. All new experts share the shift.
+    weight for each kind), where each third of the ordinary text, by kinds, is scored by a fit without it; never lower than
+    98 % of the forget tokens need; and never so high that less than `LEAST` of the forget tokens lie above it, whatever
+    share of ordinary tokens then does too. All new experts share the shift.
 
     The literal gate (router="entropy", Eq. 7) has no bias, and its W_g stays as drawn, N(0, 1): no value of one scalar
     tells one row from another, and at the low temperature the softmax passes no gradient. That too is a reading. As
@@ -273,30 +300,36 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
 
 @dataclass
 class Tokens:
-    """Tokens of one kind: evidence x [T, D], expert y [T], whether low-entropy [T], and the row of each [T]."""
+    """Tokens of one kind: evidence x [T, D], expert y [T], whether low-entropy [T], the row of each [T], and the number of
+    its wording [T]."""
 
     name: str
     x: Tensor
     y: Tensor
     low: Tensor
     row: Tensor
+    wording: Tensor
 
     def part(self, chosen: Tensor) -> Tokens:
         """The chosen tokens alone."""
-        return Tokens(self.name, self.x[chosen], self.y[chosen], self.low[chosen], self.row[chosen])
+        columns = (column[chosen] for column in (self.x, self.y, self.low, self.row, self.wording))
+        return Tokens(self.name, *columns)
 
 
 def _caught(data: Sequence[Tokens], made: tuple[Tensor, Tensor, float]) -> float:
-    """Share of the low-entropy forget tokens (of all, if none is low) that lie above the level."""
+    """Share of the low-entropy forget tokens (of all, if none is low) above the level, in the wording where it is least."""
     weight, bias, level = made
     own = next(tokens for tokens in data if tokens.name == "forget")
     over = (own.x @ weight.t() + bias).max(-1).values > level
-    return float(over[own.low].float().mean() if own.low.any() else over.float().mean())
+    counted = own.low if own.low.any() else torch.ones_like(own.low)
+    each = [over[counted & (own.wording == wording)] for wording in own.wording.unique()]
+    return min(float(flags.float().mean()) for flags in each if len(flags))
 
 
 def _tokens(part: Part, threshold: float, memory: float, answers: bool = True) -> Tokens:
     """The evidence that routes each token of a kind; the first token of a row has none and is never routed."""
-    x, y, low, of = [], [], [], []
+    x, y, low, of, wording = [], [], [], [], []
+    names = sorted(set(part.wordings))
     for place, (encoded, row, label) in enumerate(zip(part.rows, part.traced, part.labels, strict=True)):
         assert row.entropy is not None
         # a question's first words and a chat template's say nothing of the subject: its answer's evidence holds them all
@@ -305,8 +338,9 @@ def _tokens(part: Part, threshold: float, memory: float, answers: bool = True) -
         x.append(pool(evidence[None, 1:], torch.ones(1, len(evidence) - 1), memory)[0, start - 1 :])
         y.append(torch.full((len(x[-1]),), label))
         low.append(row.entropy[start:] <= threshold)
-        of.append(torch.full((len(x[-1]),), place))
-    return Tokens(part.name, torch.cat(x), torch.cat(y), torch.cat(low), torch.cat(of))
+        of.append(torch.full((len(x[-1]),), part.of[place]))
+        wording.append(torch.full((len(x[-1]),), names.index(part.wordings[place])))
+    return Tokens(part.name, *map(torch.cat, (x, y, low, of, wording)))
 
 
 def _folds(data: Sequence[Tokens]) -> list[list[Tokens]]:
