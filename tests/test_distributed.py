@@ -328,6 +328,9 @@ def test_a_killed_process_ends_the_run_with_one_line_and_a_checkpoint(data, tmp_
     assert str(out / "checkpoints") in line
     assert not any(worker.is_running() for worker in workers)
     step = int(last_whole_checkpoint(out / "checkpoints").name.removeprefix("checkpoint-"))
+    # to be soon done, as if it had been begun with fewer steps
+    inputs = json.loads((out / "inputs.json").read_text())
+    (out / "inputs.json").write_text(json.dumps({**inputs, "max_steps": step + 2}))
     assert cli.main(["unlearn", *flags(data, out), "--epochs", "200", "--max-steps", str(step + 2), "--resume"]) == 0
     assert json.loads((out / "run.json").read_text())["steps"] == step + 2
 
@@ -557,7 +560,7 @@ def _sharded(rank, folder, kind, runs):
 
 
 SHARDED = {
-    "alter": {"learning_rate_shared": 1e-3},
+    "alter": {"learning_rate_shared": 1e-3, "keep_working": True},
     "checkpointed": {"gradient_checkpointing": True, "retain_objective": {"kind": "keep_base"}},
     "npo": {"method": "npo"},
     "turned round": {"method": "task_arithmetic", "negate": 2.0},
@@ -583,7 +586,7 @@ def compare_sharded(data, tmp_path, kind, named):
 def test_fsdp2_has_the_losses_of_one_process_and_saves_whole_weights(data, tmp_path):
     compare_sharded(data, tmp_path, "fsdp2", SHARDED)
     # what was written by a sharded run is not half read by another
-    done = settings(data, tmp_path / "two" / "alter", resume=True, learning_rate_shared=1e-3)
+    done = settings(data, tmp_path / "two" / "alter", resume=True, **SHARDED["alter"])
     with pytest.raises(UserError, match=r"written under FSDP2.*without sharding"):
         unlearn(done)
 

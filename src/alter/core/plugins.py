@@ -16,6 +16,7 @@ comparisons. The module `alter_fading` of such a package, with `[project.entry-p
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -43,6 +44,12 @@ _foreign: set[str] = set()
 
 def entries() -> list[importlib.metadata.EntryPoint]:
     """The entry points of the installed plugins, by name."""
+    return list(_entries(tuple(sys.path)))
+
+
+@functools.cache
+def _entries(path: tuple[str, ...]) -> list[importlib.metadata.EntryPoint]:
+    # reading the metadata of all installed packages takes 20 ms, and every part that is looked up asks
     return sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
 
 

@@ -507,22 +507,27 @@ def export(settings: Export) -> Path:
         inside = work.manifest(project)
         if not inside["version"]:
             raise UserError("Nothing to export: no request has run yet. `alter request run` does it.")
+        if settings.form == "merged" and not settings.approximate:
+            raise UserError(
+                "A routed adapter is no fixed change of the weights, so merging it is not exact: --approximate opens "
+                "all experts for every token and measures what that costs. --form adapter is exact."
+            )
         measured = None
         out.parent.mkdir(parents=True, exist_ok=True)
-        if settings.form == "merged":
-            if not settings.approximate:
-                raise UserError(
-                    "A routed adapter is no fixed change of the weights, so merging it is not exact: --approximate opens "
-                    "all experts for every token and measures what that costs. --form adapter is exact."
-                )
-            measured = work.merge(project, out)
-        else:
-            partial = out.with_name(f".{out.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(project.adapter.resolve(), partial)
+        partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            if settings.form == "merged":
+                measured = work.merge(project, partial)
+            else:
+                shutil.copytree(project.adapter.resolve(), partial)
+            write_atomic(partial / "README.md", work.card(store, project, settings.form, measured))
+            details = {"form": settings.form, "version": inside["version"], "out": str(out)}
+            # before the folder is there: no export is missing from the history
+            store.note(None, "exported", details, settings.who)
             partial.replace(out)
-        write_atomic(out / "README.md", work.card(store, project, settings.form, measured))
-        details = {"form": settings.form, "version": inside["version"], "out": str(out)}
-        store.note(None, "exported", details, settings.who)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     Console().print(f"{settings.form}: {out}", highlight=False, markup=False)
     return out

@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from pathlib import Path
@@ -523,7 +523,8 @@ class Store:
 
         def beat() -> None:
             while not stop.wait(LEASE_SECONDS / 4):
-                with self._write() as connection:
+                # a sign of life that cannot be written now may be the next time
+                with suppress(sql.exc.DatabaseError), self._write() as connection:
                     mine = (_LEASE.c.name == "run") & (_LEASE.c.pid == me["pid"]) & (_LEASE.c.host == me["host"])
                     connection.execute(sql.update(_LEASE).where(mine).values(seen=_seconds()))
 
@@ -534,7 +535,7 @@ class Store:
         finally:
             stop.set()
             thread.join()
-            with self._write() as connection:
+            with _said(self.url), self._write() as connection:
                 mine = (_LEASE.c.name == "run") & (_LEASE.c.pid == me["pid"]) & (_LEASE.c.host == me["host"])
                 connection.execute(sql.delete(_LEASE).where(mine))
 

@@ -252,12 +252,15 @@ def sweep(project: Project, keep: str | None = None) -> list[str]:
         keep: key of a run whose folder is to stay.
     """
     removed = []
-    left = [*(project.root / "runs").glob("*"), *(project.root / "runs").glob(".*"), project.root / ".revoked"]
-    left += (project.root / "adapters").glob(".*.partial")
-    for path in left:
-        if path.name == keep or not path.exists():
+    left = [*(project.root / "runs").glob("*"), *project.root.glob(".*")]
+    left += (project.root / "adapters").glob(".*")
+    # a version that the link never reached was not in force
+    version = manifest(project)["version"]
+    left += [p for p in (project.root / "adapters").glob("[0-9]*") if int(p.name) > version]
+    for path in dict.fromkeys(left):
+        if path.name == keep:
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -367,19 +370,24 @@ def run(store: Store, project: Project, requests: Sequence[Request]) -> list[Req
         return _conclude(store, project, found, out / "adapter", trained, what=None)
     except OSError as error:
         reason = f"{error.strerror or type(error).__name__}{f': {error.filename}' if error.filename else ''}"
-        _failed(store, numbers, reason)
+        _failed(store, project, numbers, reason)
         raise UserError(
-            f"The run failed: {reason}. Nothing was changed; `alter request run --again` tries it."
+            f"The run failed: {reason}. `alter request list` shows what is in force; `alter request run --again` tries the "
+            "rest."
         ) from error
     except Exception as error:
-        _failed(store, numbers, str(error) if isinstance(error, UserError) else type(error).__name__)
+        _failed(store, project, numbers, str(error) if isinstance(error, UserError) else type(error).__name__)
         raise
     finally:
         sweep(project)
 
 
-def _failed(store: Store, numbers: Sequence[int], reason: str) -> None:
-    still = [n for n in numbers if store.get(n).state in ("running", "trained")]
+def _failed(store: Store, project: Project, numbers: Sequence[int], reason: str) -> None:
+    """Say that requests failed, but for those that the adapter in force holds: `recover` finishes these."""
+    inside = manifest(project)
+    held = {name for expert, name in inside["experts"].items() if int(expert) not in inside["cleared"]}
+    requests = [store.get(number) for number in numbers]
+    still = [r.id for r in requests if r.state in ("running", "trained") and r.name not in held]
     store.move(still, "failed", details={"error": reason})
 
 
@@ -680,11 +688,8 @@ def merge(project: Project, out: Path) -> dict[str, Any]:
     set_peft_model_state_dict(opened, {name: w for name, w in weights.items() if ".alter_router." not in name})
     merged = opened.merge_and_unload()
     found["retain"]["merged"] = measure(merged, tokenizer, sample, answers=project.answers)[1]
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.replace(out)
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     with torch.no_grad():
         found["parameters"] = sum(p.numel() for p in merged.parameters())
     return found

@@ -190,10 +190,12 @@ def clean(out: Path, forget_rows: int) -> None:
         out: the run's folder.
         forget_rows: see `frozen.strip`.
     """
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    for name in ("start.safetensors", "reinforced.safetensors"):
-        (out / name).unlink(missing_ok=True)
+    # what a kill cut off while it was written has a hidden name
+    for path in [out / "start.safetensors", out / "reinforced.safetensors", *out.glob(".*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     frozen.strip(out / "frozen.safetensors", forget_rows)
+    # last: without them a run counts as ended
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def check_checkpoint(checkpoint: Path) -> None:

@@ -1,0 +1,235 @@
+"""Every write of a request's way and of a run, failing in turn: nothing is half done, lost, or left behind."""
+
+import contextlib
+import json
+import os
+import shutil
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alter.core.errors import UserError
+from alter.evaluation.verdict import Measures, Verdict
+from alter.requests import commands, work
+from alter.requests import store as store_module
+from alter.requests.commands import Add, Export, Init, Revoke, Run, Verify, add, export, init, revoke, run, verify
+from alter.requests.project import Project
+from alter.requests.store import Store
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
+from faults import KINDS, Killed, faults
+from pico import run_on, save_pico, write_jsonl, write_people
+
+SETTINGS = {
+    "adapter": {"r": 2, "entropy_threshold": 1.0, "target_modules": ["q_proj"]},
+    "router_fit": {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None, "steps": 2},
+    "objective": {"kind": "without_truth"},
+    "max_steps": 1,
+    "batch_size": 2,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = write_people(tmp_path_factory.mktemp("data"), ["Ada", "Bo"], 2, 4)
+    save_pico(folder / "model")
+    for name in ("Ada", "Bo"):
+        rows = [{"question": f"Where was {name} born, {i}?", "answer": f"In town {i}{name}."} for i in range(2)]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(data, tmp_path_factory):
+    """What runs of one and of two requests write."""
+    folder = tmp_path_factory.mktemp("made")
+    found = {}
+    for number, name in enumerate(("Ada", "Bo"), start=1):
+        rows = [{**json.loads(line), "alter_request": f"R-000{number}"} for line in (data / f"{name}.jsonl").open()]
+        start = {"start_from": str(folder / "1" / "adapter")} if number == 2 else {"experts_only": True}
+        given = {**run_on(data, folder / str(number)), **SETTINGS, **start, "domain_column": "alter_request"}
+        given["forget"] = str(write_jsonl(folder / f"{number}.jsonl", rows))
+        found[number] = unlearn(Unlearn.model_validate({**given, "keep_working": True}))
+    return found
+
+
+@pytest.fixture
+def quick(made, monkeypatch):
+    """Requests whose runs copy what a run has written, file by file, and whose model is not loaded."""
+
+    def copy(settings):
+        which = 1 if settings.start_from is None else 2
+        if settings.resume and os.path.exists(f"{settings.out}/run.json"):
+            return
+        shutil.copytree(made[which], settings.out, dirs_exist_ok=True)
+
+    measures = Measures(np.full(2, 0.5))
+    told = {**measures.summary(), "exact_memorization": 0.5, "rouge": 0.5}
+    monkeypatch.setattr(work, "unlearn", copy)
+    monkeypatch.setattr(work, "load_model", lambda *args: (object(), None))
+    monkeypatch.setattr(work, "measure", lambda *args, **kwargs: (measures, told))
+    for name in ("list_requests", "_say"):
+        monkeypatch.setattr(commands, name, lambda *args: None)
+    monkeypatch.setattr(commands, "Console", lambda: Mock())
+    monkeypatch.setattr(work, "provenance", dict)
+    monkeypatch.setattr(work, "judge", lambda *args, **kwargs: Verdict("forgotten", ("As said.",)))
+    # nothing is cut off from power here
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(store_module, "_durable", lambda c, _: c.execute("PRAGMA synchronous=OFF"))
+    # a killed process is this one here, and lives
+    monkeypatch.setattr(store_module, "_alive", lambda row: False)
+
+
+def begin(data, folder):
+    store = init(
+        Init(
+            db=f"sqlite:///{folder}/requests.db",
+            model=str(data / "model"),
+            retain=str(data / "retain.jsonl"),
+            folder=str(folder / "work"),
+        )
+    )
+    for name in ("Ada", "Bo"):
+        add(Add(db=store.url, subject=name, data=str(data / f"{name}.jsonl")))
+    return store.url
+
+
+def points(template, place, action):
+    """What an action does to files and database, as `Plan.seen` lists it."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(template, place, symlinks=True)
+    with faults(place) as plan:
+        action()
+    return plan.seen
+
+
+def project_of(url):
+    return Project.model_validate(Store.open(url).project())
+
+
+def left_behind(place):
+    """Files that hold a forgotten row, and what no command leaves."""
+    found = []
+    for path in (place / "work").rglob("*"):
+        hidden = path.name.startswith(".")
+        rows = path.is_file() and not path.is_symlink() and b"born" in path.read_bytes()
+        if hidden or rows or path.parent.name == "runs" or path.name == "frozen.safetensors":
+            found.append(str(path.relative_to(place)))
+    return found
+
+
+def check(url, place, states, fault):
+    """After the next command: a whole history, an adapter that is what it says, and nothing left behind."""
+    store = Store.open(url)
+    assert store.check_chain() == [], fault
+    verify(Verify(db=url, chain_only=True))
+    assert left_behind(place) == [], fault
+    assert tuple(request.state for request in store.requests()) in states, fault
+    project = project_of(url)
+    inside = work.manifest(project)
+    held = {request.name for request in store.requests("forgotten")}
+    alive = {name for expert, name in inside["experts"].items() if int(expert) not in inside["cleared"]}
+    assert held == alive, fault
+    for path in (place / "work").rglob("*"):
+        if not path.is_symlink():
+            assert path.stat().st_mode & 0o077 == 0 or path.parent.stat().st_mode & 0o077 == 0, (fault, path)
+
+
+def each(template, place, action, every, stride=1):
+    """Every point of an action with every kind of fault, or each `stride`-th with one kind; yields after each."""
+    seen = points(template, place, action)
+    again = points(template, place, action)
+    assert [what.split()[0] for what in seen] == [what.split()[0] for what in again]
+    assert len(seen) > 5
+    for at in range(1, len(seen) + 1, 1 if every else stride):
+        for kind in KINDS if every else [KINDS[at // stride % len(KINDS)]]:
+            shutil.rmtree(place)
+            shutil.copytree(template, place, symlinks=True)
+            with faults(place, at, kind), contextlib.suppress(UserError, OSError, Killed):
+                action()
+            yield f"{kind} at {at}: {seen[at - 1]}"
+
+
+@pytest.fixture
+def place(data, tmp_path, quick):
+    """Where requests lie, and a copy of them before anything ran; and after the first has run."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    url = begin(data, folder)
+    shutil.copytree(folder, tmp_path / "before", symlinks=True)
+    run(Run(db=url, id=["1"]))
+    shutil.copytree(folder, tmp_path / "after", symlinks=True)
+    return folder, url, tmp_path
+
+
+EVERY = [False, pytest.param(True, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(
+    ("number", "every"), [("1", False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in "12")]
+)
+def test_every_write_of_a_request_run(place, every, number):
+    folder, url, tmp_path = place
+    held, done = {
+        "1": (("received", "received"), ("forgotten", "received")),
+        "2": (("forgotten", "received"), ("forgotten", "forgotten")),
+    }[number]
+    failed = ("failed", "received") if number == "1" else ("forgotten", "failed")
+    template = tmp_path / ("before" if number == "1" else "after")
+    for fault in each(template, folder, lambda: run(Run(db=url, id=[number])), every):
+        check(url, folder, [held, failed, done], fault)
+        if Store.open(url).get(int(number)).state != "forgotten":
+            run(Run(db=url, id=[number]))
+            check(url, folder, [done], fault)
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_every_write_of_a_revocation(place, every):
+    folder, url, tmp_path = place
+    for fault in each(tmp_path / "after", folder, lambda: revoke(Revoke(db=url, id="1")), every):
+        check(url, folder, [("forgotten", "received"), ("revoked", "received")], fault)
+        if Store.open(url).get(1).state != "revoked":
+            revoke(Revoke(db=url, id="1"))
+            check(url, folder, [("revoked", "received")], fault)
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_every_write_of_an_export(place, every):
+    folder, url, tmp_path = place
+    out = folder / "out"
+    for fault in each(tmp_path / "after", folder, lambda: export(Export(db=url, out=str(out))), every):
+        check(url, folder, [("forgotten", "received")], fault)
+        if out.exists():
+            assert (out / "README.md").is_file(), fault
+            assert "exported" in [entry.what for entry in Store.open(url).history()], fault
+            shutil.rmtree(out)
+        export(Export(db=url, out=str(out)))
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], fault
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_every_write_of_a_run(data, tmp_path, monkeypatch, every):
+    """Whatever write fails, the run that goes on ends with the weights of one that was never broken off."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    place, template = tmp_path / "place", tmp_path / "template"
+    template.mkdir()
+    out = place / "run"
+    settings = Unlearn.model_validate({**run_on(data, out), **SETTINGS, "max_steps": 2, "save_steps": 1})
+
+    def go():
+        begun = out.is_dir() and any(out.iterdir())
+        unlearn(settings.model_copy(update={"resume": begun}))
+
+    points(template, place, go)
+    whole = load_file(str(out / "adapter" / "adapter_model.safetensors"))
+    names = {path.name for path in out.rglob("*")}
+    for fault in each(template, place, go, every, stride=9):
+        go()
+        got = load_file(str(out / "adapter" / "adapter_model.safetensors"))
+        assert got.keys() == whole.keys(), fault
+        assert all(torch.equal(value, whole[name]) for name, value in got.items()), fault
+        assert {path.name for path in out.rglob("*")} == names, fault
