@@ -228,3 +228,46 @@ def test_working_files_are_kept_where_asked_for(data, tmp_path):
 def test_nothing_to_resume(data, tmp_path):
     with pytest.raises(UserError, match="Nothing to resume"):
         unlearn(settings(data, tmp_path / "none", resume=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "no/such-model"}, {"adapter": {"r": 4, "target_modules": ["nowhere"]}}, {"max_length": 8}],
+    ids=str,
+)
+def test_a_mistake_leaves_no_folder_and_deletes_none(data, straight, tmp_path, changes, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError):
+        unlearn(settings(data, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+    out = shutil.copytree(straight, tmp_path / "earlier")
+    with pytest.raises(UserError):
+        unlearn(settings(data, out, overwrite=True, **changes))
+    assert equal(weights(out), weights(straight))
+
+
+def test_experts_bear_no_words_of_the_rows_unless_asked(data, tmp_path):
+    named = {}
+    for asked in (False, True):
+        out = unlearn(settings(data, tmp_path / str(asked), domain_column=None, max_steps=1, name_clusters=asked))
+        told = (out / "adapter" / "README.md").read_text()
+        config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        named[asked] = config["domains"]
+        assert json.loads((out / "run.json").read_text())["domains"] == config["domains"]
+        assert all(name in told for name in config["domains"])
+    assert named[False] == [f"cluster {i}" for i in range(1, len(named[True]) + 1)]
+    assert all("ada" in name or "bo" in name for name in named[True])
+    # an adapter that grows goes on counting
+    grown = unlearn(
+        settings(
+            data,
+            tmp_path / "grown",
+            domain_column=None,
+            num_forget_experts=2,
+            max_steps=1,
+            adapter={},
+            start_from=str(tmp_path / "False" / "adapter"),
+        )
+    )
+    config = json.loads((grown / "adapter" / "adapter_config.json").read_text())
+    assert config["domains"] == [f"cluster {i}" for i in range(1, len(named[False]) + 3)]

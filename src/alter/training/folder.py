@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save
 from torch import Tensor
 
@@ -25,8 +26,8 @@ from alter.models.guards import Form
 from alter.training.settings import Unlearn
 
 
-def prepare_folder(run: Unlearn) -> Path:
-    """Return the run's folder, made if it is missing.
+def check_folder(run: Unlearn) -> Path:
+    """Return the run's folder, as it is: nothing is made or deleted before the model is loaded.
 
     Raises:
         UserError: it holds something, and neither `resume` nor `overwrite` is set; or both are.
@@ -42,7 +43,6 @@ def prepare_folder(run: Unlearn) -> Path:
                 raise UserError(
                     f"overwrite would delete {run.start_from}, which start_from goes on from: give another out."
                 )
-            shutil.rmtree(out)
         elif not run.resume:
             raise UserError(
                 f"The output folder {run.out} is not empty: add --resume to go on from its last checkpoint, "
@@ -50,8 +50,25 @@ def prepare_folder(run: Unlearn) -> Path:
             )
     elif run.resume:
         raise UserError(f"Nothing to resume: {run.out} is empty or missing. Leave --resume out to start.")
-    out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def make_folder(run: Unlearn, inputs: Mapping[str, Any]) -> None:
+    """Make the run's folder, without what it held if that is to be overwritten, and write down what is run, and on what.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    out = Path(run.out)
+    if run.overwrite and out.is_dir():
+        shutil.rmtree(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out is {run.out!r}, which cannot be made: {error.strerror}. Give another folder.") from None
+    write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
+    if not (out / INPUTS).exists():
+        write_atomic(out / INPUTS, to_json(inputs))
 
 
 INPUTS = "inputs.json"

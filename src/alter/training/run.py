@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -31,6 +30,8 @@ from alter.methods.adapters import (
     Lora,
     block_at,
     blocks,
+    target_layers,
+    target_names,
 )
 from alter.methods.alternatives import alternatives
 from alter.methods.frozen import Depth
@@ -41,14 +42,14 @@ from alter.training.batches import PairCollator, Pairs, Rows, schedule
 from alter.training.card import card
 from alter.training.folder import (
     BASE,
-    INPUTS,
     check_checkpoint,
     check_finite,
+    check_folder,
     check_inputs,
     clean,
     inputs_of,
     last_whole_checkpoint,
-    prepare_folder,
+    make_folder,
     save_adapter,
 )
 from alter.training.loss import FirstEpoch, UnlearnTrainer
@@ -69,6 +70,9 @@ def read_data(run: Unlearn) -> tuple[list[Example], list[Example], list[int], li
         index, names = domains(forget, n=run.num_forget_experts, seed=run.seed)
     else:
         index, names = domains(forget, seed=run.seed, max_domains=run.max_domains)
+    if run.domain_column is None and not run.name_clusters:
+        # what a cluster is named after are words of the data, which end up in cards and configurations
+        names = [f"cluster {i}" for i in range(1, len(names) + 1)]
     if run.num_forget_experts is not None and run.num_forget_experts < len(names):
         raise UserError(
             f"num_forget_experts is {run.num_forget_experts}, but column {run.domain_column!r} names {len(names)} "
@@ -168,7 +172,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
             steps=steps,
             steps_per_epoch=len(forget_examples) / of_step,
         )
-    out = processes.from_first(lambda: prepare_folder(run))
+    out = processes.from_first(lambda: check_folder(run))
     given = inputs_of(run, forget_examples, retain_examples)
     if run.resume:
         processes.from_first(lambda: check_inputs(out, given))
@@ -178,10 +182,6 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     checkpoint = processes.from_first(lambda: last_whole_checkpoint(out / "checkpoints")) if run.resume else None
     if checkpoint is not None:
         check_checkpoint(checkpoint)
-    if processes.first():
-        write_atomic(
-            out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False)
-        )
 
     torch.manual_seed(run.seed)
     full = isinstance(run.adapter, FullWeights)
@@ -193,19 +193,21 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     given[BASE] = base_fingerprint(base)
     if run.resume:
         processes.from_first(lambda: check_inputs(out, given))
-    if processes.first() and not (out / INPUTS).exists():
-        write_atomic(out / INPUTS, to_json(given))
     if isinstance(run.adapter, Lora):
         # names that the model does not have are refused before passes over it
         layers = list(run.adapter.layers(base))
         if former is not None:
             former.check(base, layers)
+    elif isinstance(run.adapter, AlterAdapter) and grown is None and run.adapter.target_modules is not None:
+        target_layers(base, target_names(base, run.adapter.target_modules), None)
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
     forget, owner = encode_all(tokenizer, forget_examples, max_length=limit, label="forget")
     retain, _ = encode_all(tokenizer, retain_examples, max_length=limit, label="retain")
     forget_examples, domain = [forget_examples[i] for i in owner], [domain[i] for i in owner]
     steps, alone = steps_of(run, len(forget))
     other = alternatives(run.objective, tokenizer, base, forget_examples, forget, seed=run.seed, max_length=limit)
+    # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
+    processes.from_first(lambda: make_folder(run, given))
     views = frozen_views(base, tokenizer, run, forget, out / "reinforced.safetensors")
     start, away = start_of(base, tokenizer, run, forget, retain, out / "start.safetensors")
     form = form_of(base, run, forget, tokenizer.pad_token_id, former)
@@ -214,8 +216,10 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         place, count = blocks(base)
         block, *behind = list(base.get_submodule(place))[block_at(hidden_depth(run), count) :]
         depth = Depth(block, tuple(behind))
+    first = 1 if grown is None else base.peft_config["default"].num_forget_experts + 1
+    if grown is not None and run.domain_column is None and not run.name_clusters:
+        names = [f"cluster {first + i}" for i in range(len(names))]
     model = add_adapter(base, run, names, start, former)
-    first = 1 if grown is None else model.peft_config["default"].num_forget_experts - len(names) + 1
     rows = Rows(forget, retain, [first + d for d in domain], other, forget_examples)
     watcher = None
     if watched is not None:

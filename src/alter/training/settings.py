@@ -72,6 +72,11 @@ class Unlearn(BaseModel):
     num_forget_experts: int | None = Field(None, ge=1, description="Experts; by default one per sub-domain.")
     max_domains: int = Field(8, ge=1, description="Most sub-domains that clustering may choose.")
 
+    name_clusters: bool = Field(
+        False,
+        description="Name clusters after their rows' words, not by number. Cards, configurations and run.json carry the names.",
+    )
+
     start_from: str | None = Field(
         None,
         description="Adapter of earlier requests to go on from. ALTER's grows: new experts beside its own, which stay "
