@@ -2,13 +2,19 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from alter.core.errors import UserError
+from alter.core.files import to_csv
+from alter.core.running import check_free, claim
 from alter.core.tensors import keep, kept
 from alter.methods import frozen
 from alter.training import folder, loss
@@ -271,3 +277,49 @@ def test_experts_bear_no_words_of_the_rows_unless_asked(data, tmp_path):
     )
     config = json.loads((grown / "adapter" / "adapter_config.json").read_text())
     assert config["domains"] == [f"cluster {i}" for i in range(1, len(named[False]) + 3)]
+
+
+@pytest.fixture
+def other():
+    """Another process, which lives."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield psutil.Process(process.pid)
+    process.kill()
+    process.wait()
+
+
+def claimed(folder, process, **changes):
+    folder.mkdir(exist_ok=True)
+    own = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time(), **changes}
+    (folder / ".running").write_text(json.dumps(own))
+
+
+@pytest.mark.parametrize("how", [{"overwrite": True}, {"resume": True}, {}], ids=str)
+def test_a_folder_that_a_living_process_writes_to_is_left_alone(data, broken, straight, tmp_path, other, how):
+    out = shutil.copytree(broken, tmp_path / "run")
+    claimed(out, other)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UserError, match=f"Process {other.pid} is working in"):
+        unlearn(settings(data, out, **how))
+    assert sorted(out.rglob("*")) == before
+    # another process got the number of a dead one
+    claimed(out, other, started=other.create_time() - 100)
+    if how:
+        assert equal(weights(unlearn(settings(data, out, **how))), weights(straight))
+        assert not (out / ".running").exists()
+
+
+def test_claims_of_the_dead_are_void(tmp_path, other):
+    claim(tmp_path)
+    check_free(tmp_path)
+    claimed(tmp_path, other)
+    other.kill()
+    other.wait()
+    check_free(tmp_path)
+    (tmp_path / ".running").write_text("[")
+    check_free(tmp_path)
+
+
+def test_a_spreadsheet_takes_no_cell_for_a_formula():
+    lines = to_csv([["=1+1", "+x", "-2", "@a", "\tb", -2, -0.5, "a=b", None]])
+    assert lines == "'=1+1,'+x,'-2,'@a,'\tb,-2,-0.5,a=b,\n"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from alter import metrics
 from alter.comparison.cells import finished, measured
 from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Compare, Plan, Setting, chains
 from alter.core.errors import UserError
+from alter.core.files import to_csv
 from alter.core.provenance import stamped
 from alter.core.records import Record, read_records
 from alter.reporting.figures import AFTER, BEFORE, OTHER, figure, name_points
@@ -534,11 +533,9 @@ def page(said: Text, settings: Compare, picture: Path) -> str:
 def table_csv(rows: Sequence[Row]) -> str:
     """The rows as CSV, one line for each method and split, all figures with mean and spread."""
     keys = list(dict.fromkeys(key for row in rows for key in row.mean))
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     pairs = [f"{key}{end}" for key in keys for end in ("", "_spread")]
     own = ["rate", "epochs", "keeps_utility", "validation_forgetting", "validation_utility", "cells_done", "cells"]
-    writer.writerow(["method", "split", "seeds", *own, "dominated", "dominated_with_fluency", *pairs])
+    lines: list[list[Any]] = [["method", "split", "seeds", *own, "dominated", "dominated_with_fluency", *pairs]]
     for row in rows:
         choice = row.choice
         said: list[Any] = [""] * len(own)
@@ -553,22 +550,20 @@ def table_csv(rows: Sequence[Row]) -> str:
             ]
         values = [each.get(key, "") for key in keys for each in (row.mean, row.spread)]
         marks = [row.dominated, row.dominated_with_fluency] if choice is not None and row.seeds else ["", ""]
-        writer.writerow([row.name, row.split, row.seeds, *said, *marks, *values])
-    return file.getvalue()
+        lines.append([row.name, row.split, row.seeds, *said, *marks, *values])
+    return to_csv(lines)
 
 
 def search_csv(chosen: Mapping[tuple[str, Chain], Choice]) -> str:
     """Every setting of every search as CSV: forgetting and utility on validation rows, and whether it was chosen."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["method", "splits", "rate", "epochs", "forgetting", "utility", "chosen"])
+    lines: list[list[Any]] = [["method", "splits", "rate", "epochs", "forgetting", "utility", "chosen"]]
     for (name, chain), choice in chosen.items():
         for each in choice.searched:
             figures = ["" if math.isnan(value) else value for value in (each.forgetting, each.utility)]
-            writer.writerow(
+            lines.append(
                 [name, " ".join(chain), each.rate, each.epochs, *figures, (each.rate, each.epochs) == choice.setting]
             )
-    return file.getvalue()
+    return to_csv(lines)
 
 
 def pareto(path: Path, settings: Compare, rows: Sequence[Row]) -> None:

@@ -8,8 +8,6 @@ side of the threshold to the other (for Llama-3-8B adapted on WMDP the paper say
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -426,13 +424,6 @@ def _edges(tokens: Tokens, q: float, bins: int) -> Array:
     return np.linspace(0.0, max(largest, 1e-6), bins + 1)
 
 
-def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([header, *rows])
-    return text.getvalue()
-
-
 def write(settings: Study, tokens: Tokens, tokenizer: Any, columns: dict[str, list[Record]], folder: Path) -> None:
     """Write records, tables, the entropy of each token, and the plot."""
     from safetensors.numpy import save
@@ -457,9 +448,12 @@ def write(settings: Study, tokens: Tokens, tokenizer: Any, columns: dict[str, li
     adapted = tokens.after is not None
     records.write_records(folder / "records.json", [record for column in columns.values() for record in column])
     header = ["q", "token", "text", "count", "mean_before", "high_before"]
-    files.write_atomic(folder / "tokens.csv", _csv(header + ["mean_after", "high_after"] * adapted, by_token))
     files.write_atomic(
-        folder / "histogram.csv", _csv(["q", "from", "to", "share_before", *["share_after"] * adapted], bins)
+        folder / "tokens.csv", files.to_csv([header + ["mean_after", "high_after"] * adapted, *by_token])
+    )
+    files.write_atomic(
+        folder / "histogram.csv",
+        files.to_csv([["q", "from", "to", "share_before", *["share_after"] * adapted], *bins]),
     )
     files.write_atomic(folder / "entropies.safetensors", save(entropies))
     draw(settings, tokens, cuts, folder / "entropy.png")

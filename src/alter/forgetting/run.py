@@ -17,6 +17,7 @@ from rich.table import Table
 
 from alter.core.errors import UserError
 from alter.core.files import digest, to_json, write_atomic
+from alter.core.running import check_free
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.measure import LEVEL, Outcome, Zero, against_zero
 from alter.forgetting.rows import Material, build, check_subject, guess_kind, kept_rows
@@ -113,6 +114,7 @@ def prepare(settings: Forget) -> Path:
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
+    check_free(out)
     used = out.is_dir() and any(out.iterdir())
     if used and not settings.resume and not settings.overwrite:
         raise UserError(

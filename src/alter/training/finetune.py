@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, model_validator
 from alter.core.errors import UserError, nearest
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
+from alter.core.running import check_free, claim
 from alter.data.batching import Collator
 from alter.data.encoding import encode_all, ensure_pad_token
 from alter.data.examples import load_examples
@@ -340,6 +341,7 @@ def _check_folder(settings: Finetune) -> Path | None:
     if out.is_file():
         raise UserError(f"{settings.out!r} is a file; give a folder to write the model to.")
     checkpoints = out / CHECKPOINTS
+    check_free(checkpoints)
     present = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
     ours = RECIPE in present or CHECKPOINTS in present
     if settings.resume:
@@ -375,6 +377,7 @@ def _start_folder(settings: Finetune) -> None:
     if checkpoints.is_dir():
         shutil.rmtree(checkpoints)
     write_atomic(checkpoints / "settings.json", to_json(_comparable(settings)))
+    claim(checkpoints)
 
 
 def _last_checkpoint(checkpoints: Path) -> Path | None:

@@ -18,6 +18,7 @@ from alter.core import processes
 from alter.core.console import warn
 from alter.core.errors import UserError
 from alter.core.files import digest, file_digest, folder_digest, from_json, to_json, write_atomic
+from alter.core.running import check_free, claim
 from alter.core.tensors import keep, kept
 from alter.data.examples import Example
 from alter.methods import frozen
@@ -37,6 +38,7 @@ def check_folder(run: Unlearn) -> Path:
         raise UserError("resume and overwrite contradict each other: give one of them.")
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {run.out!r}, which is a file; give a folder.")
+    check_free(out)
     if out.is_dir() and any(out.iterdir()):
         if run.overwrite:
             if run.start_from is not None and Path(run.start_from).resolve().is_relative_to(out.resolve()):
@@ -60,12 +62,15 @@ def make_folder(run: Unlearn, inputs: Mapping[str, Any]) -> None:
         UserError: it cannot be made.
     """
     out = Path(run.out)
+    # another process may have begun while the model was loaded
+    check_free(out)
     if run.overwrite and out.is_dir():
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out is {run.out!r}, which cannot be made: {error.strerror}. Give another folder.") from None
+    claim(out)
     write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
     if not (out / INPUTS).exists():
         write_atomic(out / INPUTS, to_json(inputs))

@@ -21,6 +21,7 @@ from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
+from alter.core.running import FILE as RUNNING
 from alter.data.domains import domains
 from alter.data.encoding import encode_all
 from alter.data.examples import Example, check_overlap, load_examples
@@ -323,6 +324,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
             ),
         )
 
+        (out / RUNNING).unlink(missing_ok=True)
         if not run.keep_working:
             forgetting = [name for name in ("forget", "alternative") if name in traced]
             clean(out, sum(len(traced[name]) for name in forgetting))
