@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
@@ -336,6 +337,15 @@ def test_a_whole_run_has_every_section_in_order(tmp_path, run):
     assert sum(name == "table" for name, _ in shown.tags) == sum(name == "thead" for name, _ in shown.tags)
     links = {a["href"][1:] for name, a in shown.tags if name == "a"}
     assert links == {a["id"] for _, a in shown.tags if "id" in a}
+
+
+def test_a_narrow_screen_shows_the_unlearned_model_beside_what_a_row_is(tmp_path, run):
+    content = write(tmp_path, runs=[str(run)])
+    head = re.search(r'<th scope="col">metric</th>(<th[^>]*>)(\w+)</th>(<th[^>]*>)(\w+)</th>', content)
+    assert (head[2], head[4]) == ("unlearned", "original")
+    assert re.search(r"tbody th, thead th:first-child \{ position: sticky; left: 0;", content)
+    # an empty cell is no heading
+    assert not re.search(r"<th[^>]*></th>", content)
 
 
 def test_the_summary_is_in_plain_words(tmp_path, run):

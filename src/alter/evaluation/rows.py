@@ -25,8 +25,9 @@ from alter.core.files import digest
 from alter.core.records import Record
 from alter.data.encoding import encode_all, encode_prompt
 from alter.data.examples import Example, check_overlap, load_examples
+from alter.evaluation import others
 from alter.evaluation.base import Evaluation
-from alter.evaluation.verdict import Measures, Verdict, judge
+from alter.evaluation.verdict import SLACK, Measures, Verdict, judge
 from alter.models.generation import generate
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import context_length, score
@@ -219,6 +220,11 @@ class RowsEvaluation(Evaluation):
             found["holdout"] = self._drawn(load_examples(self.holdout))
         return found
 
+    def _people(self) -> frozenset[tuple[str, ...]]:
+        """Names in the questions of all rows to forget and to keep."""
+        rows = load_examples(self.forget) + ([] if self.retain is None else load_examples(self.retain))
+        return others.people(row.prompt for row in rows if row.prompt is not None)
+
     def _drawn(self, rows: list[Example], most: int | None = None) -> list[Example]:
         count = min(len(rows), *(each for each in (self.limit, most) if each is not None), len(rows))
         chosen = np.random.default_rng(self.seed).permutation(len(rows))[:count]
@@ -277,7 +283,7 @@ class RowsEvaluation(Evaluation):
                 by="retrained model" if by == "retrained" else "holdout",
                 kept=(before["retain"].measures, after["retain"].measures) if "retain" in after else None,
             )
-            closed = closing_facts(found, before, after, reference, self.texts)
+            closed = closing_facts(found, before, after, reference, self.texts, self._people())
         records = []
         if before is not None:
             records += self._records("original", before, told)
@@ -335,8 +341,17 @@ def closing_facts(
     after: Mapping[str, Answered],
     reference: Answered | None,
     texts: bool,
+    people: frozenset[tuple[str, ...]] = frozenset(),
 ) -> dict[str, Any]:
-    """Return what `closing_table` shows, as JSON takes it: verdict, figures, and the rows that were forgotten least."""
+    """Return what `closing_table` shows, as JSON takes it: verdict, figures, and the rows that were forgotten least.
+
+    With `people`, the names that rows are about, replies that name somebody else are counted (`others`).
+    """
+
+    def summary(part: Answered) -> dict[str, Any]:
+        told = others.count(part.questions, part.truths, part.replies, people) if people else None
+        return {**part.summary(), "others": told}
+
     forget = after["forget"]
     order = sorted(
         range(len(forget.replies)),
@@ -358,11 +373,22 @@ def closing_facts(
     ]
     return {
         "verdict": found.to_dict(),
-        "before": {name: part.summary() for name, part in before.items()},
-        "after": {name: part.summary() for name, part in after.items()},
-        "reference": None if reference is None else reference.summary(),
+        "before": {name: summary(part) for name, part in before.items()},
+        "after": {name: summary(part) for name, part in after.items()},
+        "reference": None if reference is None else summary(reference),
         "worst": rows,
     }
+
+
+def others_named(closed: Mapping[str, Any]) -> str | None:
+    """Say that replies name somebody else where they did not before, as far as `closing_facts` knows; or None."""
+    was, now = (closed.get(when, {}).get("forget", {}) for when in ("before", "after"))
+    if not now.get("others") or now["others"] <= was["others"] + SLACK * now["n_answers"]:
+        return None
+    return (
+        f"{now['others']} of {now['n_answers']} replies name somebody else of whom the rows speak, {was['others']} before: "
+        "new statements about others, which may be false."
+    )
 
 
 def closing_of(records: Sequence[Record]) -> dict[str, Any] | None:
@@ -377,6 +403,7 @@ FIGURES = {
     "repetition": "repetition within a reply",
     "broken": "broken replies",
     "empty": "empty replies",
+    "others": "replies that name somebody else",
 }
 STYLES = {"forgotten": "bold green", "not forgotten": "bold red", "collapsed": "bold red", "unproven": "bold yellow"}
 
@@ -384,7 +411,7 @@ STYLES = {"forgotten": "bold green", "not forgotten": "bold red", "collapsed": "
 def _shown(figures: Mapping[str, Any] | None, name: str) -> str:
     if figures is None or figures.get(name) is None:
         return "-"
-    if name in ("said", "broken", "empty"):
+    if name in ("said", "broken", "empty", "others"):
         return f"{figures[name]} of {figures['n_said' if name == 'said' else 'n_answers']}"
     return f"{figures[name]:.3f}"
 
@@ -415,6 +442,10 @@ def closing_table(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> Gr
     found = closed["verdict"]
     parts.append(Text(f"\n{found['word'].upper()}.", style=STYLES[found["word"]]))
     parts += [Text(sentence) for sentence in found["why"]]
+    named = others_named(closed)
+    if named is not None:
+        refusal = "--objective.kind refuse --experts-only --least-steps 120 --learning-rate-experts 0.01"
+        parts.append(Text(f"{named} A refusal as the target avoids them: {refusal}", style="yellow"))
     if commands:
         parts.append(Text("\nNext:"))
         parts += [Text(f"  {command}", overflow="fold") for command in commands]

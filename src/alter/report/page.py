@@ -24,7 +24,7 @@ from alter.core.errors import UserError, nearest
 from alter.core.files import folder_digest, write_atomic
 from alter.core.provenance import commit, versions
 from alter.core.records import Record, read_records
-from alter.evaluation.rows import closing_of
+from alter.evaluation.rows import closing_of, others_named
 from alter.evaluation.verdict import BROKEN, FIRM, broken, gives
 from alter.metrics import CATALOGUE
 from alter.reporting.markup import Html, document, grid, histogram, join, lines, marked, percent, tag
@@ -471,6 +471,9 @@ def _forgotten(run: Run) -> list[object]:
     closed = closing_of(run.records)
     if closed is not None:
         found.append(f"Measured at the end: {closed['verdict']['word'].upper()}. {' '.join(closed['verdict']['why'])}")
+        named = others_named(closed)
+        if named is not None:
+            found.append(named)
     for metric in blind(run):
         found.append(
             f"{metric} cannot tell the original model from the retrained one, with so few rows or such rows: it says "
@@ -633,9 +636,11 @@ def figures(columns: Mapping[str, Sequence[Record]], *, label: str, reference: s
 
 
 def by_model(run: Run) -> dict[str, list[Record]]:
-    """Records by model: original, unlearned, retrained, then those of other names."""
+    """Records by model: unlearned, which a narrow screen shows first, original, retrained, then those of other names."""
     names = list(dict.fromkeys(r.model for r in run.records))
-    order = [role for role in ROLES if role in names] + [name for name in names if name not in ROLES]
+    order = [role for role in ("unlearned", "original", "retrained") if role in names] + [
+        name for name in names if name not in ROLES
+    ]
     return {name: [r for r in run.records if r.model == name] for name in order}
 
 

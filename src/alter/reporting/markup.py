@@ -90,7 +90,10 @@ def grid(
         names = ["n"] * (column in numbers) + ["reference"] * (column == reference) + ["wide"] * (column in wide)
         return " ".join(names) or None
 
-    top = tag("tr", *(tag("th", cell, scope="col", class_=of(i)) for i, cell in enumerate(head)))
+    top = tag(
+        "tr",
+        *(tag("th", c, scope="col", class_=of(i)) if c else tag("td", class_=of(i)) for i, c in enumerate(head)),
+    )
     body = [
         tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell, class_=of(i)) for i, cell in enumerate(row) if i))
         for row in rows
