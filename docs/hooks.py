@@ -9,7 +9,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from alter.cli import COMMANDS
-from alter.methods.presets import METHODS
+from alter.methods.presets import METHODS, published
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,12 +20,21 @@ def methods() -> str:
         "# Methods",
         "",
         f"`alter unlearn --method NAME` takes any of these {len(METHODS)}; what else you give overrides its settings. "
-        "The page is made from `alter.methods.presets`.",
+        "The page is made from `alter.methods.presets` and from `published.yaml` beside it, which names the file and commit, "
+        "or the paper, that each value is from.",
         "",
     ]
+    told = published()
     for name, method in METHODS.items():
         shown = json.dumps(method.settings, indent=2) if method.settings else "{}"
         lines += [f"## `{name}`", "", f"{method.title}. Source: {method.source}.", "", "```json", shown, "```", ""]
+        for heading, key in (
+            ("Values from", "sources"),
+            ("Published otherwise", "otherwise"),
+            ("Left out", "left_out"),
+        ):
+            if told[name][key]:
+                lines += [f"{heading}:", "", *(f"- {text}" for text in told[name][key]), ""]
     return "\n".join(lines)
 
 

@@ -52,6 +52,7 @@ BRANCHES = {
     "whp_logits": 1,
     "ceu": 1,
     "undial": 1,
+    "undial_full": 1,
     "task_arithmetic": 1,
     "o3": 1,
     "dpo": 2,
@@ -119,7 +120,7 @@ def loaded(data, out):
 # rows that go through the model before the first step, by method; 6 forget rows and 6 of the 9 retain rows are trained on
 PREPARED = {
     # the reference, once for each row of the branches that compare with it
-    **dict.fromkeys(("npo", "npo_gd", "undial", "kl_min", "rmu"), 6),
+    **dict.fromkeys(("npo", "npo_gd", "undial", "undial_full", "kl_min", "rmu"), 6),
     **dict.fromkeys(("npo_kl", "dpo", "idk_dpo"), 12),
     # base and reinforced model on forget rows, two epochs of reinforcement; E2URec also the 4 retain rows that join
     "whp": 6 + 6 + 2 * 6,
@@ -264,7 +265,7 @@ def naive_forget(method, model, base, inputs):
     for row in rows:
         for (logp, y), (reference, _) in zip(row_logps(model, *row), row_logps(base, *row), strict=True):
             shifted = (reference if method == "undial" else logp).clone()
-            shifted[y] = shifted[y] - 10.0 if method == "undial" else -math.inf
+            shifted[y] = shifted[y] - 3.0 if method == "undial" else -math.inf
             found.append(-(torch.softmax(shifted, -1) * logp).sum().item())
         if method == "ceu":
             # the first token of an answer does not count
@@ -943,6 +944,26 @@ def test_without_entropy_gate_every_token_takes_one_expert(data, tmp_path):
     assert ((gates["alter"]["gates"] != 0).sum(-1) > 1).any()
 
 
+@pytest.mark.parametrize("prompts", [True, False])
+def test_uld_is_uniform_on_whole_rows_or_on_answers(uneven, tmp_path, monkeypatch, prompts):
+    seen = []
+
+    def look(trainer, model, inputs, _):
+        for ids, labels in rows_of(inputs, "retain"):
+            logp = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1)
+            places = [t for t in range(len(ids) - 1) if prompts or byte_answer(ids, t + 1)]
+            assert prompts or places == [t - 1 for t, y in enumerate(labels) if y != -100]
+            seen.extend(-logp[t].mean().item() - math.log(logp.shape[-1]) for t in places)
+        assert float(trainer.parts["retain"]) == pytest.approx(sum(seen) / len(seen), rel=1e-4)
+
+    def byte_answer(ids, t):
+        return t >= len(byte_tokenizer()(byte_tokenizer().decode(ids).split("Answer:")[0] + "Answer:").input_ids)
+
+    changes = {"batch_size": 3, "adapter": {"dropout": 0.0}, "retain_objective": {"prompts": prompts}}
+    first_step(monkeypatch, settings(uneven, tmp_path / "run", "uld", num_forget_experts=1, **changes), look)
+    assert seen
+
+
 # ---- presets, the command line, resuming -----------------------------------------------------------------------------
 
 
@@ -976,7 +997,7 @@ def refused(data, out, capsys, *args):
         (["--adapter.kind", "lora"], "only_low"),
         (["--adapter.kind", "lroa"], "lora"),
         (["--method", "loku", "--adapter.kind", "full"], "initializer.kind fila is for adapter.kind lora"),
-        (["--method", "loku", "--weight-decay", "0.1"], "weight_decay must be 0"),
+        (["--method", "loku", "--adapter.dropout", "0.1"], "adapter.dropout must be 0"),
         (["--method", "finetune", "--retain-objective.kind", "none"], "nothing to train"),
         (["--method", "stable", "--negate", "1"], "bounded"),
         (["--method", "rmu", "--objective.depth", "0.9"], "one block"),

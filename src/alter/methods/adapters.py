@@ -342,6 +342,7 @@ class AssistantLora(_Adapter):
     kind: Literal["assistant"] = "assistant"
     r: int = Field(16, ge=1, description="Rank.")
     alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
     target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")
     share: float = Field(0.25, gt=0, le=1, description="Share of the model's blocks that the assistant has.")
     rule: Literal["knowledge", "rise"] = Field(
@@ -372,6 +373,7 @@ class AssistantLora(_Adapter):
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
             target_modules=target_names(model, self.target_modules),
             task_type="CAUSAL_LM",
         )

@@ -739,9 +739,10 @@ class Distil(Objective):
 
 
 class Uniform(Objective):
-    """Mean KL(uniform || model) on labelled tokens: the model is to know nothing about them (ULD, methods.md 4.2)."""
+    """Mean KL(uniform || model) over a row's tokens: the model is to know nothing about them (ULD, methods.md 4.2)."""
 
     kind: Literal["uniform"] = "uniform"
+    prompts: bool = Field(True, description="Count the tokens of prompts too, as ULD's code does; off: answers alone.")
 
     def __call__(self, tokens: Labelled) -> Tensor:
         return tokens.mean()

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from alter.core.errors import UserError, nearest
 
@@ -29,9 +32,10 @@ FULL: dict[str, Any] = {
     "learning_rate": 1e-5,
     "weight_decay": 0.01,
     "epochs": 10,
+    "warmup_epochs": 1.0,
     "batch_size": 32,
 }
-"""OpenUnlearning's common protocol (its docs/repro.md): all weights, 1e-5, ten epochs, batches of 32."""
+"""OpenUnlearning's common protocol (its docs/repro.md): all weights, 1e-5, ten epochs with a warm-up of one, batches of 32."""
 
 LORA: dict[str, Any] = {
     "adapter": {"kind": "lora", "r": 8, "alpha": 16},
@@ -51,7 +55,9 @@ LOKU: dict[str, Any] = {
     "adapter": {"kind": "lora", "r": 8, "alpha": 16},
     "lambda_": 0.0,
     "retain_objective": CE,
+    "weight_decay": 0.01,
     "epochs": 5,
+    "warmup_epochs": 1.0,
 }
 
 METHODS: dict[str, Method] = {
@@ -99,7 +105,10 @@ METHODS: dict[str, Method] = {
             "objective": {"kind": "random_labels"},
             "retain_objective": NONE,
             "learning_rate": 2e-5,
+            "weight_decay": 0.0,
             "lr_scheduler": "cosine",
+            "warmup_epochs": 0.0,
+            "warmup_ratio": 0.03,
             "epochs": 1,
         },
     ),
@@ -113,6 +122,8 @@ METHODS: dict[str, Method] = {
             "retain_objective": {"kind": "keep_hidden"},
             "gamma": 1200.0,
             "learning_rate": 5e-5,
+            "lr_scheduler": "constant",
+            "warmup_epochs": 0.0,
             "batch_size": 4,
             "epochs": 1,
         },
@@ -126,6 +137,8 @@ METHODS: dict[str, Method] = {
             "objective": {"kind": "persona"},
             "retain_objective": {"kind": "keep_base_answers"},
             "learning_rate": 5e-5,
+            "weight_decay": 0.01,
+            "lr_scheduler": "constant",
             "batch_size": 1,
             "gradient_accumulation_steps": 4,
         },
@@ -210,14 +223,27 @@ METHODS: dict[str, Method] = {
         {**FULL, "objective": {"kind": "refuse"}, "retain_objective": CE},
     ),
     "undial": Method(
-        "UNDIAL",
-        "Dong et al. 2024, arXiv:2402.10052",
+        "UNDIAL with LoRA, as its authors ran it",
+        "Dong et al. 2024, arXiv:2402.10052, and its code (GPT-Neo 1.3B; there it stops early by perplexity)",
         {
             **LORA,
+            "objective": {"kind": "undial", "beta": 3.0},
+            "retain_objective": NONE,
+            "learning_rate": 5e-6,
+            "epochs": 100,
+            "batch_size": 32,
+            "gradient_accumulation_steps": 2,
+            "warmup_steps": 100,
+        },
+    ),
+    "undial_full": Method(
+        "UNDIAL on all weights, as OpenUnlearning runs it",
+        "Dong et al. 2024, arXiv:2402.10052; OpenUnlearning",
+        {
+            **FULL,
             "objective": {"kind": "undial", "beta": 10.0},
             "retain_objective": NONE,
             "learning_rate": 1e-4,
-            "epochs": 10,
         },
     ),
     "task_arithmetic": Method(
@@ -234,7 +260,15 @@ METHODS: dict[str, Method] = {
         "SatImp",
         "Yang et al. 2025, arXiv:2505.11953; retain rows weigh 0.1, as in its code (satimp_gd) and in the models that "
         "OpenUnlearning published",
-        {**FULL, "objective": {"kind": "satimp", "beta1": 5.0, "beta2": 1.0}, "retain_objective": CE, "gamma": 0.1},
+        {
+            **FULL,
+            "objective": {"kind": "satimp", "beta1": 5.0, "beta2": 1.0},
+            "retain_objective": CE,
+            "gamma": 0.1,
+            "weight_decay": 0.0,
+            "epochs": 5,
+            "batch_size": 16,
+        },
     ),
     "ceu": Method(
         "CE-U: the model's own distribution without the true token",
@@ -263,7 +297,7 @@ METHODS: dict[str, Method] = {
             "objective": HINGE,
             "gamma": 1.3,
             "learning_rate": 1e-4,
-            "batch_size": 4,
+            "batch_size": 8,
             "gradient_accumulation_steps": 4,
         },
     ),
@@ -276,6 +310,7 @@ METHODS: dict[str, Method] = {
             "initializer": {"kind": "reglu", "beta": 0.7},
             "objective": HINGE,
             "learning_rate": 1e-4,
+            "warmup_epochs": 0.0,
             "batch_size": 4,
             "gradient_accumulation_steps": 8,
         },
@@ -287,7 +322,7 @@ METHODS: dict[str, Method] = {
         "too: a reading)",
         {
             **LORA,
-            "adapter": {"kind": "lora", "r": 8, "alpha": 16, "dropout": 0.05, "orthogonality": 0.1, "detector": True},
+            "adapter": {"kind": "lora", "r": 8, "alpha": 32, "dropout": 0.05, "orthogonality": 0.1, "detector": True},
             "objective": {"kind": "refuse"},
             "retain_objective": NONE,
             "learning_rate": 2e-4,
@@ -295,6 +330,7 @@ METHODS: dict[str, Method] = {
             "batch_size": 1,
             "gradient_accumulation_steps": 4,
             "weight_decay": 0.1,
+            "warmup_ratio": 0.1,
         },
     ),
     "stable": Method(
@@ -320,6 +356,9 @@ METHODS: dict[str, Method] = {
             "gamma": 0.6,
             "retain_after": 1.0,
             "reinforcement": {"epochs": 1, "learning_rate": 5e-5},
+            "weight_decay": 0.01,
+            "lr_scheduler": "constant",
+            "epochs": 20,
             "batch_size": 16,
         },
     ),
@@ -327,12 +366,14 @@ METHODS: dict[str, Method] = {
         "ULD: logit difference with an assistant that knows only the forget set",
         "Ji et al. 2024, arXiv:2406.08607; TOFU (without its paraphrased and perturbed rows)",
         {
-            "adapter": {"kind": "assistant", "r": 16, "alpha": 32, "share": 0.25, "weight": 0.8},
+            "adapter": {"kind": "assistant", "r": 16, "alpha": 32, "dropout": 0.05, "share": 0.25, "weight": 0.8},
             "lambda_": 0.0,
             "objective": {"kind": "learn"},
             "retain_objective": {"kind": "uniform"},
             "gamma": 5.0,
             "learning_rate": 1e-3,
+            "weight_decay": 0.01,
+            "warmup_ratio": 0.1,
             "epochs": 10,
             "batch_size": 8,
             "gradient_accumulation_steps": 2,
@@ -348,8 +389,10 @@ METHODS: dict[str, Method] = {
             "retain_objective": {"kind": "adaptive"},
             "learning_rate": 1.5e-5,
             "weight_decay": 0.0,
+            "warmup_epochs": 0.0,
             "epochs": 8,
-            "batch_size": 12,
+            # 12 rows of both sets together
+            "batch_size": 6,
             "gradient_accumulation_steps": 10,
         },
     ),
@@ -394,6 +437,15 @@ METHODS: dict[str, Method] = {
 }
 
 
+def published() -> dict[str, dict[str, Any]]:
+    """What was published for each preset, by name: `sources`, `values`, `otherwise`, `left_out` and `ours` (all lists but
+    `values`, which maps settings such as `adapter.r` to theirs); see the head of published.yaml.
+    """
+    text = (Path(__file__).parent / "published.yaml").read_text(encoding="utf-8")
+    empty: dict[str, Any] = {"sources": [], "values": {}, "otherwise": [], "left_out": [], "ours": []}
+    return {name: {**empty, **entry} for name, entry in yaml.safe_load(text).items()}
+
+
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`below` with what `above` gives; nested settings are merged too, unless `above` names another `kind`."""
     result = dict(below)
@@ -409,6 +461,9 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
             result[name] = value
     return result
 
+
+WARM_UPS = ("warmup_steps", "warmup_epochs", "warmup_ratio")
+"""Settings that say how long the learning rate rises, of which a run takes one."""
 
 DEFAULT = "alter_bounded"
 """The method of a run that names none, nor an objective, nor another kind of adapter than ALTER's."""
@@ -437,7 +492,11 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
     if name is not None:
         if name not in METHODS:
             raise UserError(f"No method {name!r}; expected one of {', '.join(METHODS)}.{nearest(str(name), METHODS)}")
-        settings = merged(METHODS[name].settings, settings)
+        below = dict(METHODS[name].settings)
+        if any(warm_up in settings for warm_up in WARM_UPS):
+            # another unit than the preset's replaces it
+            below = {key: value for key, value in below.items() if key not in WARM_UPS}
+        settings = merged(below, settings)
     adapter = settings.get("adapter")
     if isinstance(adapter, Mapping) and "kind" not in adapter:
         settings["adapter"] = {"kind": "alter", **adapter}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from alter.logits.head import Part, measuring
 from alter.methods import frozen
 from alter.methods.adapters import (
     AlterAdapter,
+    Lora,
 )
 from alter.methods.frozen import Depth, states_of
+from alter.methods.initializers import Zero
 from alter.methods.objectives import (
     Adaptive,
     Emitted,
@@ -49,6 +51,28 @@ class Penalty:
             for constant, parameter, transposed in self.terms
         ]
         return self.weight * torch.stack(parts).sum()
+
+
+class FirstHalves:
+    """AdamW's weight decay of the trained half of initialised LoRA factors: w <- (1 - rate * decay) w before each step.
+
+    The other half is the frozen copy of the start, which must stay as it is.
+
+    Args:
+        named: the parameters by name.
+        r: rank that is trained: the first r rows of each lora_A, the first r columns of each lora_B.
+        decay: the weight decay.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], r: int, decay: float) -> None:
+        self.trained = [p[:r] if ".lora_A." in name else p[:, :r] for name, p in named]
+        self.decay = decay
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Shrink the trained halves at the optimizer's rate of now."""
+        with torch.no_grad():
+            for half in self.trained:
+                half.mul_(1 - optimizer.param_groups[0]["lr"] * self.decay)
 
 
 class FirstEpoch(TrainerCallback, ExportableState):
@@ -260,8 +284,13 @@ class UnlearnTrainer(Trainer):
             named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
             if not isinstance(self.run.adapter, AlterAdapter):
                 cls, options = self.get_optimizer_cls_and_kwargs(self.args)
-                decay = {"weight_decay": self.run.weight_decay}
+                halves = not isinstance(self.run.initializer, Zero)
+                decay = {"weight_decay": 0.0 if halves else self.run.weight_decay}
                 self.optimizer = cls([{"params": [p for _, p in named], **decay}], **options)
+                if halves and self.run.weight_decay:
+                    assert isinstance(self.run.adapter, Lora)
+                    decays = FirstHalves(named, self.run.adapter.r, self.run.weight_decay)
+                    self.optimizer.register_step_pre_hook(decays)
                 return self.optimizer
             shared = [p for name, p in named if ".alter_A." in name]
             experts = [p for name, p in named if ".alter_A." not in name]

@@ -6,6 +6,7 @@ and on retain rows (`objectives`). `methods` names the published combinations.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from alter.methods.adapters import (
 from alter.methods.alternatives import alternatives
 from alter.methods.frozen import Depth
 from alter.methods.initializers import Zero
+from alter.methods.objectives import Uniform
 from alter.models.guards import Former
 from alter.models.loading import load_model
 from alter.training.batches import PairCollator, Pairs, Rows, schedule
@@ -56,7 +58,7 @@ from alter.training.folder import (
 from alter.training.loss import FirstEpoch, UnlearnTrainer
 from alter.training.preparation import add_adapter, form_of, frozen_views, penalty_of, start_of, trace_run
 from alter.training.progress import Steps
-from alter.training.settings import OPTIMIZERS, Unlearn, hidden_depth, lengthened, steps_of
+from alter.training.settings import OPTIMIZERS, Unlearn, hidden_depth, lengthened, steps_of, warmup_of
 from alter.training.watch import KEPT, Watcher, read_watched
 
 
@@ -204,6 +206,8 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
     forget, owner = encode_all(tokenizer, forget_examples, max_length=limit, label="forget")
     retain, _ = encode_all(tokenizer, retain_examples, max_length=limit, label="retain")
+    if isinstance(run.retain_objective, Uniform) and run.retain_objective.prompts:
+        retain = [dataclasses.replace(row, labels=list(row.input_ids)) for row in retain]
     forget_examples, domain = [forget_examples[i] for i in owner], [domain[i] for i in owner]
     steps, alone = steps_of(run, len(forget))
     other = alternatives(run.objective, tokenizer, base, forget_examples, forget, seed=run.seed, max_length=limit)
@@ -252,7 +256,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         max_steps=run.max_steps or -1,
         learning_rate=run.learning_rate_experts if isinstance(run.adapter, AlterAdapter) else run.learning_rate,
         lr_scheduler_type=run.lr_scheduler,
-        warmup_steps=run.warmup_steps,
+        warmup_steps=warmup_of(run, len(rows.forget), steps),
         max_grad_norm=run.max_grad_norm,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,

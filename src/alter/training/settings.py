@@ -132,7 +132,9 @@ class Unlearn(BaseModel):
     learning_rate: float = Field(1e-4, gt=0, description="Of everything but ALTER's adapter.")
     weight_decay: float = Field(0.0, ge=0, description="Of everything but ALTER's adapter.")
     lr_scheduler: str = "linear"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="Optimiser steps over which the rate rises from 0.")
+    warmup_epochs: float = Field(0.0, ge=0, description="The same, in passes over the forget set.")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="The same, as a share of all steps.")
     max_grad_norm: float = Field(1.0, gt=0)
     max_length: int | None = Field(
         None, ge=8, description="Longer rows become overlapping windows; by default the model's context."
@@ -198,10 +200,10 @@ class Unlearn(BaseModel):
                 raise ValueError(
                     f"initializer.kind {self.initializer.kind} is for adapter.kind lora, not {adapter.kind}"
                 )
-            if adapter.dropout or self.weight_decay:
+            if adapter.dropout:
                 raise ValueError(
                     f"initializer.kind {self.initializer.kind} starts from factors that a frozen copy cancels: "
-                    "adapter.dropout and weight_decay must be 0"
+                    "adapter.dropout must be 0"
                 )
         if self.watch.on and (isinstance(adapter, (FullWeights, AssistantLora)) or self.negate is not None):
             raise ValueError(
@@ -249,6 +251,15 @@ class Unlearn(BaseModel):
             raise ValueError("negate would turn round what start_from brings as well: leave it out")
         if not (self.objective.needs.rows or self.objective.needs.alternative or self.retain_objective.needs.rows):
             raise ValueError("objective.kind and retain_objective.kind are both none: there is nothing to train")
+        return self
+
+    @model_validator(mode="after")
+    def _one_warm_up(self) -> Unlearn:
+        given = [name for name in presets.WARM_UPS if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(f'{name} {getattr(self, name):g}' for name in given)} say the same in different units: give one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -328,6 +339,20 @@ def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
             "step is left for retain rows to join. Give more epochs (or max_steps), or a smaller batch_size."
         )
     return steps, alone
+
+
+def warmup_of(run: Unlearn, count: int, steps: int) -> int:
+    """Optimiser steps of the warm-up in a run of so many steps over so many forget rows; one is left for the full rate.
+
+    An epoch is counted in whole steps, at least one, as the authors' `max(1, steps_per_epoch)` does.
+    """
+    wanted = run.warmup_steps
+    if run.warmup_epochs:
+        of_step = run.batch_size * run.gradient_accumulation_steps
+        wanted = max(1, int(run.warmup_epochs * count / of_step))
+    elif run.warmup_ratio:
+        wanted = int(run.warmup_ratio * steps)
+    return min(wanted, steps - 1)
 
 
 def branch_needs(run: Unlearn) -> list[Needs]:

@@ -1,0 +1,92 @@
+"""Every preset against the values that were published for it (src/alter/methods/published.yaml), and its warm-up."""
+
+import re
+
+import pytest
+import torch
+
+from alter.methods.presets import METHODS, published
+from alter.training.loss import FirstHalves
+from alter.training.settings import Unlearn, steps_of, warmup_of
+
+GIVEN = {"model": "m", "forget": "f", "retain": "r", "out": "o"}
+
+
+def flat(settings, prefix=""):
+    """{"adapter": {"r": 8}} as {"adapter.r": 8}."""
+    found = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def test_every_preset_has_its_published_values():
+    assert list(published()) == list(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_preset_is_what_was_published(name):
+    entry = published()[name]
+    run = flat(Unlearn.model_validate({**GIVEN, "method": name}).model_dump(mode="json"))
+    wrong = {key: (value, run.get(key)) for key, value in entry.get("values", {}).items() if run.get(key) != value}
+    assert not wrong, "published, and in the preset"
+    if entry["ours"] == ["*"]:
+        return
+    # a repository's file is named with its commit
+    assert entry["sources"]
+    for source in entry["sources"]:
+        assert re.match(r"[\w.-]+/[\w.-]+@[0-9a-f]{7} \S+$|arXiv:\d{4}\.\d{5}", source), source
+    given = set(flat(METHODS[name].settings)) - {"lambda_"}
+    kinds = {key for key in given if key.endswith("objective.kind") or key == "initializer.kind"}
+    unsaid = given - kinds - set(entry["values"]) - set(entry["ours"])
+    assert not unsaid, "settings without a source: name it, or list them under `ours`"
+    assert not set(entry["ours"]) & set(entry["values"])
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "warm"),
+    [
+        # 40 rows, 4 a step: 10 steps an epoch, 30 in all
+        ({"warmup_epochs": 1.0}, 40, 10),
+        ({"warmup_epochs": 1.0}, 43, 10),
+        ({"warmup_epochs": 0.5}, 40, 5),
+        ({"warmup_epochs": 1.0}, 3, 1),
+        ({"warmup_ratio": 0.1}, 40, 3),
+        ({"warmup_steps": 7}, 40, 7),
+        # the last step has the full rate
+        ({"warmup_epochs": 9.0}, 40, 29),
+        ({"warmup_epochs": 1.0, "max_steps": 1}, 40, 0),
+        ({}, 40, 0),
+    ],
+)
+def test_a_warm_up_in_each_unit(given, count, warm):
+    run = Unlearn.model_validate({**GIVEN, **given})
+    assert warmup_of(run, count, steps_of(run, count)[0]) == warm
+
+
+def test_a_warm_up_that_is_given_replaces_the_presets():
+    run = Unlearn.model_validate({**GIVEN, "method": "npo", "warmup_steps": 5})
+    assert (run.warmup_steps, run.warmup_epochs) == (5, 0.0)
+    assert Unlearn.model_validate(run.model_dump(mode="json")) == run
+    with pytest.raises(ValueError, match="give one"):
+        Unlearn.model_validate({**GIVEN, "warmup_steps": 5, "warmup_ratio": 0.1})
+
+
+def test_weight_decay_moves_the_trained_half_alone_and_as_adamw_does():
+    generator = torch.Generator().manual_seed(0)
+    A = torch.nn.Parameter(torch.randn(4, 3, generator=generator, dtype=torch.float64))
+    B = torch.nn.Parameter(torch.randn(5, 4, generator=generator, dtype=torch.float64))
+    before, naive = [A.detach().clone(), B.detach().clone()], [A.detach().clone(), B.detach().clone()]
+    optimizer = torch.optim.AdamW([A, B], lr=0.1, weight_decay=0.0)
+    optimizer.register_step_pre_hook(FirstHalves([("x.lora_A.d", A), ("x.lora_B.d", B)], 2, 0.5))
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = rate = 0.1 / (step + 1)
+        A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+        optimizer.step()
+        for i in range(2):
+            naive[0][i] -= rate * 0.5 * naive[0][i]
+            naive[1][:, i] -= rate * 0.5 * naive[1][:, i]
+    assert torch.equal(A[2:], before[0][2:])
+    assert torch.equal(B[:, 2:], before[1][:, 2:])
+    torch.testing.assert_close(A.detach(), naive[0])
+    torch.testing.assert_close(B.detach(), naive[1])
