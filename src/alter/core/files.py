@@ -134,6 +134,25 @@ def from_json(text: str) -> Any:
     return value
 
 
+def read_object(path: str | os.PathLike[str], expected: str) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        path: the file.
+        expected: what it should hold, for the message.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or holds no object.
+    """
+    try:
+        value = from_json(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); expected {expected}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}; expected {expected}, an object.")
+    return value
+
+
 # Digests of files ----------------------------------------------------------------------------------------------------
 
 CONTENT = (".safetensors", ".gguf", ".bin", ".json", ".txt", ".model", ".tiktoken", ".jinja")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
+from alter.core.files import from_json, read_text, to_json, write_atomic
 
 VERSION = 1
 """Version of the metric definitions; a record of another version is refused when records are read."""
@@ -75,10 +73,10 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     Raises:
         UserError: the file is missing, not JSON, not a list of records, or of another version of the metrics.
     """
+    if not os.path.exists(path):
+        raise UserError(f"No result file at {path}.")
     try:
-        rows = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"No result file at {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = from_json(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); expected records written by --json.") from None
     return _records(rows, str(path))

@@ -34,7 +34,7 @@ import tyro
 from alter import metrics
 from alter.core.cache import cache_folder
 from alter.core.errors import UserError, nearest
-from alter.core.files import digest, file_digest
+from alter.core.files import digest, file_digest, from_json
 from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded, encode, encode_prompt, ensure_pad_token
 from alter.data.examples import Example, examples
@@ -662,12 +662,12 @@ def reference_from_records(records: Sequence[Record], source: str) -> Reference:
 
 def _read_json(path: str, expected: str) -> Any:
     try:
-        return json.loads(Path(path).read_text())
+        return from_json(Path(path).read_text())
     except FileNotFoundError:
         folder = Path(path).parent
         names = [str(folder / entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
         raise UserError(f"No file at {path}; expected {expected}.{nearest(path, names)}") from None
-    except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a JSON file ({error}); expected {expected}.") from None
 
 

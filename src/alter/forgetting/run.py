@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alter.core.errors import UserError
-from alter.core.files import digest, to_json, write_atomic
+from alter.core.files import digest, read_object, to_json, write_atomic
 from alter.core.running import check_free
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.measure import LEVEL, Outcome, Zero, against_zero
@@ -126,7 +125,7 @@ def prepare(settings: Forget) -> Path:
     )
     if used and settings.resume:
         plan = out / "forget.json"
-        if not plan.is_file() or json.loads(plan.read_text()).get("key") != key:
+        if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != key:
             raise UserError(
                 f"{settings.out} holds no run of alter forget with this subject, model, kind, samples and seed: give another "
                 "--out, or --overwrite to delete it."
@@ -227,7 +226,7 @@ def forget(settings: Forget) -> Path:
     _say(console, "3/3 the probes again")
     model, tokenizer = _load(settings, str(out / "adapter"))
     outcome, after = _again(model, tokenizer, out, settings, material)
-    before_told = json.loads((out / "zero.json").read_text())["before"]
+    before_told = read_object(out / "zero.json", "what alter forget wrote")["before"]
     report = _report(console, name, outcome, before_told, after, settings.examples)
     report["seconds"] = {
         "rows": round(rows_done - started, 1),

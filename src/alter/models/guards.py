@@ -14,7 +14,6 @@ base and a folder.
 from __future__ import annotations
 
 import copy
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from alter.adapter.model import base_fingerprint, same_base
 from alter.core.console import progress
 from alter.core.errors import UserError, nearest
+from alter.core.files import read_object
 from alter.core.plugins import Registry
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
@@ -482,7 +482,7 @@ class Former:
         """
         path, settings = Path(folder).expanduser(), {}
         if is_form(folder):
-            settings = json.loads((path / FILE).read_text())
+            settings = read_object(path / FILE, "the settings of an inference form")
         if settings.get("kind") != "detector":
             inside = f" Did you mean {path / 'adapter'}?" if is_form(str(path / "adapter")) else ""
             raise UserError(
@@ -499,7 +499,7 @@ class Former:
             for key, A in load_file(str(path / EARLIER)).items():
                 number, _, name = key.partition(".")
                 earlier[int(number)][name] = A
-        config = json.loads((lora_folder(folder) / "adapter_config.json").read_text())
+        config = read_object(lora_folder(folder) / "adapter_config.json", "the settings of an adapter")
         return cls(folder, settings, config, weights, features, earlier)
 
     @property
@@ -563,7 +563,7 @@ def load(base: Any, folder: str) -> Any:
         UserError: the form was made for another base, by another version, or by a plugin that is not installed.
     """
     path = Path(folder).expanduser()
-    settings = json.loads((path / FILE).read_text())
+    settings = read_object(path / FILE, "the settings of an inference form")
     _check_base(settings, base, folder)
     if settings["kind"] not in GUARDS:
         raise UserError(

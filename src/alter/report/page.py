@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from alter.core.errors import UserError, nearest
-from alter.core.files import folder_digest, write_atomic
+from alter.core.files import folder_digest, from_json, write_atomic
 from alter.core.provenance import commit, versions
 from alter.core.records import Record, read_records
 from alter.evaluation.rows import closing_of, others_named
@@ -174,7 +174,7 @@ def read_run(given: str) -> Run:
         raise UserError(f"{given} is no run: it has no run.yaml, which `alter unlearn` and `alter demo` write.{what}")
     try:
         written = (folder / "run.yaml").read_text()
-        facts = json.loads((folder / "run.json").read_text())
+        facts = from_json((folder / "run.json").read_text())
         settings, log = facts["settings"], facts["log"]
         needed = {name: facts[name] for name in ("domains", "experts", "router", "steps", "seconds", "provenance")}
         needed |= {name: facts["provenance"][name] for name in ("measured", "versions", "python", "machine")}

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from alter.core.errors import UserError
-from alter.core.files import digest, folder_digest, to_json, write_atomic
+from alter.core.files import digest, folder_digest, read_object, to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.data.subjects import rows_about
@@ -165,7 +165,7 @@ def manifest(project: Project) -> dict[str, Any]:
     """Which expert serves which request in the adapter in force; version 0 where there is none yet."""
     if not project.adapter.exists():
         return {"version": 0, "experts": {}, "cleared": []}
-    return json.loads((project.adapter / "requests.json").read_text())
+    return read_object(project.adapter / "requests.json", "which expert serves which request")
 
 
 def put_in_force(project: Project, source: Path, entry: Mapping[str, Any]) -> Path:
@@ -218,7 +218,7 @@ def clear_expert(adapter: Path, expert: int) -> bytes:
     Raises:
         UserError: the adapter has no such expert.
     """
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    config = read_object(adapter / "adapter_config.json", "the settings of an adapter")
     experts = config["num_forget_experts"]
     if not 1 <= expert <= experts:
         raise UserError(f"{adapter} has forget experts 1 to {experts}; there is no expert {expert}.")
@@ -561,7 +561,7 @@ def verify(
         could not be checked, such as requests whose data have been deleted since.
     """
     versions = sorted((project.root / "adapters").glob("[0-9]*/requests.json"))
-    wrong = store.check_chain([*heads, *(json.loads(path.read_text())["head"] for path in versions)])
+    wrong = store.check_chain([*heads, *(str(read_object(path, "a manifest").get("head")) for path in versions)])
     inside = manifest(project)
     noted = [
         entry.details["adapter"]

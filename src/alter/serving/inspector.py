@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core.errors import UserError
+from alter.core.files import read_object
 from alter.data.examples import load_examples
 from alter.models.loading import load_model
 from alter.models.quantized import Bits
@@ -74,7 +74,7 @@ def about(settings: Inspect, model: Any) -> About:
     path = Path(settings.adapter).expanduser().resolve()
     # a run keeps its record beside the adapter
     record = path.parent / "run.json"
-    run = json.loads(record.read_text()) if record.is_file() else {}
+    run = read_object(record, "the record of a run") if record.is_file() else {}
     made = run.get("settings", {})
     names = expert_names(model)
     source = settings.forget or made.get("forget")

@@ -7,7 +7,6 @@ texts, and it writes a model folder whole or not at all.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from alter.core.errors import UserError, nearest
-from alter.core.files import to_json, write_atomic
+from alter.core.files import read_object, to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.core.running import check_free, claim
 from alter.data.batching import Collator
@@ -348,7 +347,7 @@ def _check_folder(settings: Finetune) -> Path | None:
         if not checkpoints.is_dir():
             state = "holds a finished run" if RECIPE in present else "holds no checkpoints"
             raise UserError(f"Nothing to resume: {settings.out!r} {state}; leave resume out.")
-        before = json.loads((checkpoints / "settings.json").read_text())
+        before = read_object(checkpoints / "settings.json", "the settings of the run")
         changed = [name for name, value in _comparable(settings).items() if before.get(name) != value]
         if changed:
             raise UserError(
