@@ -14,6 +14,7 @@ from alter.methods.adapters import (
     Lora,
 )
 from alter.methods.initializers import Zero
+from alter.models import gguf
 from alter.training.settings import Unlearn
 
 
@@ -40,11 +41,9 @@ def card(run: Unlearn, names: Sequence[str]) -> str:
 {title}: {about}.
 
 ```python
-from transformers import AutoModelForCausalLM
+import alter
 
-from alter.models.guards import load
-
-model = load(AutoModelForCausalLM.from_pretrained({run.model!r}), "this folder")
+model, tokenizer = alter.load({run.model!r}, "this folder")
 ```
 {tail}"""
     parts = "" if run.method is None else f"{title}; "
@@ -62,16 +61,22 @@ model = load(AutoModelForCausalLM.from_pretrained({run.model!r}), "this folder")
                 f" It starts by {run.initializer.kind}: the second half of its rank is the negated start, frozen, in place "
                 "of a changed base model, so that the adapter switched off is the original model."
             )
+    load = f"""import alter  # registers the method with PEFT
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({run.model!r}), "this folder")"""
+    if run.model.startswith("builtin:") or run.model.lower().endswith(gguf.ENDING):
+        # transformers reads neither by that name
+        load = f"""import alter
+
+model, tokenizer = alter.load({run.model!r}, "this folder")"""
     return f"""{head.format(library="peft")}# {"ALTER adapter" if isinstance(run.adapter, AlterAdapter) else "Adapter"}: makes {run.model} forget {run.forget}
 
 {about}
 
 ```python
-import alter  # registers the method with PEFT
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({run.model!r}), "this folder")
+{load}
 ```
 
 {base}It is an adapter: whoever has the base
