@@ -881,7 +881,7 @@ def test_inference_forms_are_evaluated_by_the_command_line(data, tmp_path, capsy
         assert cli.main([str(a) for a in ["generate", "--prompt", "Who?", *given, "--model", tmp_path / "other"]]) == 2
         assert "was made for another base model" in capsys.readouterr().err
     card = (switched / "adapter" / "README.md").read_text()
-    assert "from alter.models.guards import load" in card
+    assert "alter.load(" in card
     assert "mean hidden states of the forget rows" in card
 
 
