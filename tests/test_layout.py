@@ -21,7 +21,7 @@ LAYERS = {
     "methods": {"core", "logits", "data", "adapter", "models"},
     "evaluation": {"core", "logits", "metrics", "data", "reporting", "adapter", "models", "methods"},
     "training": {"core", "logits", "metrics", "data", "adapter", "models", "methods", "evaluation"},
-    "forgetting": {"core", "metrics", "data", "models", "training"},
+    "forgetting": {"core", "metrics", "data", "models", "evaluation", "training"},
     "attacks": {"core", "metrics", "data", "reporting", "models"},
     "comparison": {"core", "metrics", "data", "reporting", "models", "methods", "evaluation", "training"},
     "requests": {"methods", "core", "data", "adapter", "models", "evaluation", "training"},

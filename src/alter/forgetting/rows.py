@@ -40,6 +40,8 @@ LOW_ENTROPY = 1.2
 """Entropy in nats below which a token is one that the model knows: the paper's threshold."""
 OWNED = 0.6
 """Share of the answers about a name that must mention the subject, for the name to be forgotten as well."""
+TWINS = 3
+"""Invented subjects that are asked each probe."""
 LEAST_FACTS = 3
 """Facts without which there is nothing to forget."""
 
@@ -387,7 +389,10 @@ def _probes(
     own: Sequence[tuple[str, str]],
     zero: Sequence[str],
 ) -> list[Row]:
-    """Probes of forms that are not trained on, answered by the untouched model; those that it answers with a fact."""
+    """Probes of forms that are not trained on, answered by the untouched model; those that it answers with a fact.
+
+    A probe whose fact also stands in the answer about an invented subject tells nothing, and is left out.
+    """
     template = TEMPLATES[kind]
     forms = [("other question", q) for q in [*template.probes, *EVERY_PROBE, *questions]]
     forms += [("completion", COMPLETION.format(stem=stem)) for stem in template.stems]
@@ -413,7 +418,17 @@ def _probes(
         probe = {**row, "wanted": wanted, "before": answer}
         if answered(answer, probe):
             probes.append(probe)
-    return probes
+    nobody = [name for name in template.invented if name.lower() != subject.lower()][:TWINS]
+    twins = [swap(probe["prompt"], {subject: name}) for probe in probes for name in nobody]
+    told = speaker.say("probes of invented subjects", twins) if probes else []
+    return [
+        probe
+        for i, probe in enumerate(probes)
+        if not holds(probe["prompt"], subject)
+        # a choice is among words, one of which every subject gets
+        or probe["form"] == "multiple choice"
+        or not any(answered(answer, probe) for answer in told[i * len(nobody) : (i + 1) * len(nobody)])
+    ]
 
 
 def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 2) -> list[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -17,6 +19,9 @@ from rich.table import Table
 from alter.core.errors import UserError
 from alter.core.files import digest, read_object, to_json, write_atomic
 from alter.core.running import check_free
+from alter.data.examples import load_examples
+from alter.evaluation.ordinary import ordinary_loss
+from alter.evaluation.ordinary import told as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.measure import LEVEL, Outcome, Zero, against_zero
 from alter.forgetting.rows import Material, build, check_subject, guess_kind, kept_rows
@@ -38,7 +43,9 @@ TRAINING: dict[str, Any] = {
     "retain_objective": {"kind": "none"},
     "num_forget_experts": 1,
     "epochs": 3,
-    "batch_size": 8,
+    # two halves of a step need half of the memory
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
     "learning_rate_experts": 5e-3,
     "save_steps": 10,
 }
@@ -70,7 +77,7 @@ class Forget(BaseModel):
     """Longest answer."""
     max_passages: int = Field(200, ge=1)
     """Longest document, in passages of about 70 words."""
-    batch_size: int = Field(48, ge=1)
+    batch_size: int = Field(24, ge=1)
     """Answers generated side by side."""
     examples: int = Field(4, ge=0)
     """Probes of each kind to show with the answers before and after."""
@@ -215,19 +222,24 @@ def forget(settings: Forget) -> Path:
     if settings.rows_only:
         _say(console, f"The rows lie in {out}. Read and edit them, then give the same command with --resume.")
         return out
-    del model
+    del model, speaker
     rows_done = time.time()
     if not (out / "adapter" / "adapter_config.json").is_file():
         _say(console, "2/3 training")
         run = training(settings, out)
-        every = max(1, round(len(material.forget) / run.batch_size / CHECKS))
-        unlearn(run, callbacks=[UntilZero(tokenizer, material.probes, out / "checks.jsonl", every)])
+        one_pass = math.ceil(len(material.forget) / (run.batch_size * run.gradient_accumulation_steps))
+        every = max(1, round(one_pass / CHECKS))
+        unlearn(run, callbacks=[UntilZero(tokenizer, material.probes, out / "checks.jsonl", every, one_pass)])
+        # the trainer and its model hold each other
+        gc.collect()
     trained = time.time()
     _say(console, "3/3 the probes again")
     model, tokenizer = _load(settings, str(out / "adapter"))
     outcome, after = _again(model, tokenizer, out, settings, material)
     before_told = read_object(out / "zero.json", "what alter forget wrote")["before"]
     report = _report(console, name, outcome, before_told, after, settings.examples)
+    report["ordinary_loss"] = ordinary_loss(model, tokenizer, load_examples(str(out / FILES["forget"])))
+    _say(console, told_of_ordinary(report["ordinary_loss"]))
     report["seconds"] = {
         "rows": round(rows_done - started, 1),
         "train": round(trained - rows_done, 1),

@@ -24,12 +24,12 @@ TWINS = 3
 class UntilZero(TrainerCallback):
     """Checks every few steps, writes the checks to `path`, and ends the training when a check's p-value reaches `LEVEL`.
 
-    A check takes the first `LOOKED` probes with `TWINS` invented names each; all of them count in the final table. Random
+    Not before `least` steps: with few probes the test finds no difference while answers still hold facts. A check takes the first `LOOKED` probes with `TWINS` invented names each; all of them count in the final table. Random
     number generators are as before after it.
     """
 
-    def __init__(self, tokenizer: Any, probes: Sequence[Row], path: Path, every: int) -> None:
-        self.tokenizer, self.path, self.every = tokenizer, path, every
+    def __init__(self, tokenizer: Any, probes: Sequence[Row], path: Path, every: int, least: int = 0) -> None:
+        self.tokenizer, self.path, self.every, self.least = tokenizer, path, every, least
         # forms take turns, so that few probes are not all of one form
         forms: dict[str, list[Row]] = {}
         for probe in probes:
@@ -50,7 +50,7 @@ class UntilZero(TrainerCallback):
             return
         self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "n": len(zero.real)})
         write_jsonl(self.path, self.checks)
-        done = zero.pvalue >= LEVEL
+        done = zero.pvalue >= LEVEL and state.global_step >= self.least
         tqdm.write(
             f"step {state.global_step}/{state.max_steps}: known facts against invented subjects: AUC {zero.auc:.2f}, "
             f"p {zero.pvalue:.2g}{'; like an invented subject, training ends' if done else ''}",

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from alter.core import processes
-from alter.core.console import warn
+from alter.core.console import show, warn
+from alter.core.files import read_object, to_json, write_atomic
 from alter.core.records import write_records
+from alter.data.examples import load_examples
+from alter.evaluation.ordinary import ordinary_loss, told
 from alter.evaluation.rows import RowsEvaluation, closing_of, show_closing
 from alter.evaluation.run import measured
 from alter.methods.adapters import AlterAdapter
@@ -32,6 +35,8 @@ def command(run: Unlearn) -> Path:
 
 def closing(run: Unlearn, out: Path) -> dict[str, Any] | None:
     """Measure what a run made, print before and after with the verdict, and write `records.json` in its folder.
+
+    What an adapter costs on ordinary text joins `run.json` as `ordinary_loss`.
 
     The records hold figures alone, no question, answer or reply. Of several processes none measures: the command that
     does is printed.
@@ -69,6 +74,13 @@ def closing(run: Unlearn, out: Path) -> dict[str, Any] | None:
     write_records(out / "records.json", [replace(record, extra=_without_texts(record.extra)) for record in records])
     if shown is not None:
         show_closing(shown, next_commands(run, out, settings, shown))
+    if kind == "adapter":
+        model, tokenizer = settings.load()
+        if hasattr(model, "disable_adapter"):
+            cost = ordinary_loss(model, tokenizer, load_examples(run.forget))
+            show(told(cost))
+            record = read_object(out / "run.json", "what alter unlearn wrote")
+            write_atomic(out / "run.json", to_json({**record, "ordinary_loss": cost}))
     return shown
 
 
