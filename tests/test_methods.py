@@ -33,6 +33,8 @@ from pico import byte_tokenizer, run_on, save_pico, write_jsonl, write_people
 from test_adapter import ARCHITECTURES, tiny
 
 SMALL = {
+    "altpo": {"objective": {"new_tokens": 3}},
+    "pdu": {"retain_objective": {"warmup_epochs": 0.0}},
     "elm": {"adapter": {"r": 4}, "objective": {"new_tokens": 3, "eta": 5.0}},
     "reglu": {"adapter": {"r": 4, "alpha": 8}, "initializer": {"rows": 4, "retain_rank": 3}},
     "vila": {"initializer": {"epochs": 2}},
@@ -53,6 +55,8 @@ BRANCHES = {
     "ceu": 1,
     "undial": 1,
     "undial_full": 1,
+    "catnip": 1,
+    "altpo": 3,
     "task_arithmetic": 1,
     "o3": 1,
     "dpo": 2,
@@ -125,6 +129,10 @@ PREPARED = {
     # base and reinforced model on forget rows, two epochs of reinforcement; E2URec also the 4 retain rows that join
     "whp": 6 + 6 + 2 * 6,
     "e2urec": 6 + 6 + 2 * 6 + 4,
+    # the teacher and the base on both sets
+    **dict.fromkeys(("duet", "push_pull"), 2 * 12),
+    # references of both answers, and a row a row for each of the 3 tokens of an invented one
+    "altpo": 12 + 3 * 6,
     # three views of forget rows, retain rows, and three rows a row for each of the 3 tokens of a diversion
     "elm": 3 * 6 + 6 + 3 * 3 * 6,
     # a gradient pass over each set; VILA's two epochs of them; REGLU's rows of each set

@@ -17,7 +17,8 @@ from alter.data.encoding import Encoded, encode
 from alter.data.examples import Example
 from alter.data.sources import refusals
 from alter.methods.frozen import View
-from alter.methods.objectives import Forget, Persona
+from alter.methods.invented import invented
+from alter.methods.objectives import Forget, Persona, PreferInvented
 
 EXPERT = "This text was written by a leading expert who knows everything about {concept}:"
 NOVICE = "This text was written by a novice who has never heard of {concept}:"
@@ -98,6 +99,9 @@ def alternatives(
         return [
             encode(tokenizer, example, answer=example.row["substitute"], max_length=max_length) for example in examples
         ]
+    if kind == "invented":
+        assert isinstance(objective, PreferInvented)
+        return invented(tokenizer, base, examples, new_tokens=objective.new_tokens, seed=seed, max_length=max_length)
     if kind == "diversion":
         assert isinstance(objective, Persona)
         return diversions(objective, tokenizer, base, rows, seed=seed, max_length=max_length)

@@ -206,10 +206,11 @@ class Needs:
         runner_up: the likeliest token besides each label is looked for.
         views: passes of frozen models over the rows, computed once; `target` makes the reference of them. "base" is
             the model before unlearning, "reinforced" the same after more training on the forget set, "expert" and
-            "novice" the base with a persona put before the row.
+            "novice" the base with a persona put before the row, "instructed" the base with the objective's `instruction`.
         base_logp: log-probabilities of the labels under the base, computed once.
         alternative: the forget rows once more: with a "refusal" as the answer, with "random_labels", with a "diversion"
-            (a change of subject that the base itself wrote), or with the row's own column "substitute" as the answer.
+            (a change of subject that the base itself wrote), with the row's own column "substitute" as the answer, or with
+            another answer that the base has "invented".
         hidden: hidden states at the block that the objective names.
         base_hidden: those of the base as well, computed once.
     """
@@ -219,7 +220,7 @@ class Needs:
     runner_up: bool = False
     views: tuple[str, ...] = ()
     base_logp: bool = False
-    alternative: Literal["refusal", "random_labels", "diversion", "substitute"] | None = None
+    alternative: Literal["refusal", "random_labels", "diversion", "substitute", "invented"] | None = None
     hidden: bool = False
     base_hidden: bool = False
 
@@ -484,6 +485,96 @@ class SimNPO(Objective):
         return -2 / self.beta * mean_or_zero(F.logsigmoid(self.beta * (mean - self.delta)))
 
 
+class Catnip(Objective):
+    """CATNIP: NPO token by token against 1 - p, without a reference (arXiv:2602.02824; methods.md 4.3).
+
+    -(2 / beta) mean over tokens of log sigmoid(-beta (log p(y) - log(1 - p(y)))), with 1 - p(y) without gradient: a token's
+    ascent weighs 2 sigmoid(beta logit p(y)), above 1 where the model is surer than not, below 1 after. Rebuilt from a
+    description: that 1 - p has no gradient, the mean over tokens and beta are readings.
+    """
+
+    kind: Literal["catnip"] = "catnip"
+    beta: float = Field(1.0, gt=0, description="How fast the weight falls with the token's log-odds.")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return tokens.mean()
+
+    def per_token(self, emitted: Emitted) -> Tensor:
+        with torch.no_grad():
+            _, others = _LogProbabilities.apply(emitted.logits, emitted.labels[:, None], 1)
+        return 2 / self.beta * F.softplus(self.beta * (-emitted.nll - others))
+
+
+class FlattenLogits(Objective):
+    """PDU's forget loss: mean over tokens of (max_v z_v - mean_v z_v)^2 (Entesari et al. 2025, arXiv:2506.05314).
+
+    It is 0 where all tokens are equally likely, whatever the labels are; its gradient is that of the authors' code.
+    """
+
+    kind: Literal["flatten_logits"] = "flatten_logits"
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return tokens.mean()
+
+    def per_token(self, emitted: Emitted) -> Tensor:
+        logits = _wide(emitted.logits)
+        return (logits.amax(-1) - logits.mean(-1)).square()
+
+
+class Duet(Objective):
+    """DUET: the logits of a teacher that was told to forget, without being told (named in arXiv:2604.15482; methods.md 4.11).
+
+    The teacher is the frozen base with `instruction` before the row. Sum over its `top` likeliest tokens v of
+    Huber(z_v, z_teacher_v) on the logits themselves, mean over tokens; the same on forget and retain rows. Rebuilt from a
+    description: the instruction, K, Huber's delta of 1 and the positions (answers) are readings.
+    """
+
+    kind: Literal["duet"] = "duet"
+    instruction: str = Field(
+        "You know nothing about the following and say so; all else you answer as ever.",
+        description="What the teacher is told before each row, in your words: name what is to be forgotten.",
+    )
+    top: int = Field(20, ge=1, description="Tokens of the teacher that are imitated; at most reference_top_k.")
+    needs: ClassVar[Needs] = Needs(views=("base", "instructed"))
+
+    def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
+        """The teacher's logits [n, V] as they are."""
+        return views["instructed"]
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return tokens.mean()
+
+    def per_token(self, emitted: Emitted) -> Tensor:
+        assert emitted.reference is not None
+        ids, teacher = emitted.reference.ids[:, : self.top].long(), emitted.reference.logp[:, : self.top]
+        own = _wide(emitted.logits.gather(-1, ids))
+        return F.huber_loss(own, teacher.to(own), reduction="none").sum(-1)
+
+
+class PushPull(Duet):
+    """Bidirectional logit distillation (arXiv:2604.15482; methods.md 4.11): DUET's pull, and a push on the student's own.
+
+    Besides DUET's sum, `push` times the sum over those of the student's `top` likeliest tokens that are not among the
+    teacher's of max(0, z_v - z_teacher_v). Of tokens beyond the teacher's kept ones (reference_top_k) the least kept logit is
+    taken, which is no less than theirs. Rebuilt from a description (all but the two directions is a reading).
+    """
+
+    kind: Literal["push_pull"] = "push_pull"  # type: ignore[assignment]
+    push: float = Field(1.0, ge=0, description="Weight of the push on what the teacher would not say.")
+
+    def per_token(self, emitted: Emitted) -> Tensor:
+        pull = super().per_token(emitted)
+        assert emitted.reference is not None
+        kept, teacher = emitted.reference.ids.long(), emitted.reference.logp
+        mine = emitted.logits.detach().topk(min(self.top, emitted.logits.shape[-1]), dim=-1).indices
+        own = _wide(emitted.logits.gather(-1, mine))
+        same = mine[:, :, None] == kept[:, None, :]
+        floor = teacher.amin(-1)[:, None, None].expand(same.shape[0], 1, 1)
+        theirs = torch.where(same, teacher[:, None, :], floor).amax(-1)
+        outside = ~same[:, :, : self.top].any(-1)
+        return pull + self.push * (F.relu(own - theirs.to(own)) * outside).sum(-1)
+
+
 class PreferRefusal(Objective):
     """DPO with a refusal as the preferred answer (IdkDPO; Rafailov et al. 2023, Maini et al. 2024; methods.md 5.2).
 
@@ -504,6 +595,19 @@ class PreferRefusal(Objective):
         change = tokens.row_sums(tokens.values + tokens.base_logp)
         preferred = other.row_sums(other.values + other.base_logp)
         return -2 / self.beta * mean_or_zero(F.logsigmoid(self.beta * (change - preferred)))
+
+
+class PreferInvented(PreferRefusal):
+    """AltPO (Mekala et al. 2024, arXiv:2409.13474, Eq. 3): DPO with an answer that the model itself has made up.
+
+    The loss is `PreferRefusal`'s; instead of a refusal, the preferred answer is another plausible one: the row's own column
+    `substitute`, else what the base samples when it is asked to change all facts (`alter.methods.invented`). One for each
+    row (the authors draw five and pass over each of them).
+    """
+
+    kind: Literal["prefer_invented"] = "prefer_invented"  # type: ignore[assignment]
+    new_tokens: int = Field(200, ge=1, description="Longest answer that is made up.")
+    needs: ClassVar[Needs] = Needs(base_logp=True, alternative="invented")
 
 
 def _learn_alternative(tokens: Labelled) -> Tensor:
@@ -790,6 +894,25 @@ class Adaptive(Objective):
         return tokens.mean()
 
 
+class Constrained(Objective):
+    """PDU's retain term: cross-entropy with the weight of a constraint, loss <= `epsilon` (arXiv:2506.05314, section 4).
+
+    The weight starts at `start` and, once `warmup_epochs` are over, changes after every step by `step` times (loss -
+    epsilon), never below 0: dual ascent.
+    """
+
+    kind: Literal["constrained"] = "constrained"
+    epsilon: float = Field(
+        0.3, ge=0, description="What the retain loss may be, in nats: a little above the base's own."
+    )
+    start: float = Field(100.0, ge=0, description="The first weight.")
+    step: float = Field(5.0, ge=0, description="Step size of the dual ascent.")
+    warmup_epochs: float = Field(5.0, ge=0, description="Passes over the forget set before the weight changes.")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return tokens.mean()
+
+
 class NoRetain(Objective):
     """Nothing on retain rows, which do not go through the model."""
 
@@ -812,7 +935,12 @@ FORGET: Registry[type[Objective]] = Registry(
         SaturationImportance,
         NPO,
         SimNPO,
+        Catnip,
+        FlattenLogits,
+        Duet,
+        PushPull,
         PreferRefusal,
+        PreferInvented,
         Refuse,
         Substitute,
         RandomLabels,
@@ -835,6 +963,9 @@ RETAIN: Registry[type[Objective]] = Registry(
         Distil,
         Uniform,
         Adaptive,
+        Constrained,
+        Duet,
+        PushPull,
         NoRetain,
     ),
 )

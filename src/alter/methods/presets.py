@@ -275,6 +275,65 @@ METHODS: dict[str, Method] = {
         "Yang 2025, arXiv:2503.01224",
         {**FULL, "objective": {"kind": "ceu"}, "retain_objective": NONE},
     ),
+    "altpo": Method(
+        "AltPO: DPO towards an answer that the model itself has made up",
+        "Mekala et al. 2024, arXiv:2409.13474, and its code; values for Llama-2-7B, forget10",
+        {
+            **FULL,
+            "objective": {"kind": "prefer_invented", "beta": 0.1},
+            "retain_objective": CE,
+            "learning_rate": 5e-5,
+            "batch_size": 5,
+            "gradient_accumulation_steps": 7,
+        },
+    ),
+    "pdu": Method(
+        "PDU: flat logits under a constraint on the retain loss",
+        "Entesari et al. 2025, arXiv:2506.05314, and OpenUnlearning; values for Llama-3.2-1B, TOFU",
+        {
+            **FULL,
+            "objective": {"kind": "flatten_logits"},
+            "retain_objective": {
+                "kind": "constrained",
+                "epsilon": 0.3,
+                "start": 100.0,
+                "step": 5.0,
+                "warmup_epochs": 5.0,
+            },
+        },
+    ),
+    "catnip": Method(
+        "CATNIP: NPO token by token against 1 - p, no reference, no retain rows",
+        "arXiv:2602.02824 (no code: rebuilt from a description)",
+        {**FULL, "objective": {"kind": "catnip", "beta": 1.0}, "retain_objective": NONE},
+    ),
+    "duet": Method(
+        "DUET: the logits of a teacher that was told to forget",
+        "named in arXiv:2604.15482 (no code: rebuilt from a description)",
+        {**LORA, "objective": {"kind": "duet"}, "retain_objective": {"kind": "duet"}},
+    ),
+    "push_pull": Method(
+        "bidirectional logit distillation: DUET, and a push on what the teacher would not say",
+        "arXiv:2604.15482 (no code: rebuilt from a description)",
+        {**LORA, "objective": {"kind": "push_pull"}, "retain_objective": {"kind": "push_pull"}},
+    ),
+    "iau": Method(
+        "IAU: one step of Adam along the gradients of both sets whole",
+        "Liu et al., Efficient Machine Unlearning via Influence Approximation, and its code; for images there",
+        {
+            **FULL,
+            "objective": ASCENT,
+            "retain_objective": CE,
+            "learning_rate": 1e-3,
+            "weight_decay": 0.0,
+            "lr_scheduler": "constant",
+            "warmup_epochs": 0.0,
+            "batch_size": 8,
+            # all batches of the pass in one step
+            "gradient_accumulation_steps": 1_000_000,
+            "epochs": 1,
+        },
+    ),
     # LoRA relatives
     "loku": Method(
         "LoKU: inverted hinge with FILA",

@@ -26,6 +26,7 @@ from alter.methods.frozen import Depth, states_of
 from alter.methods.initializers import Zero
 from alter.methods.objectives import (
     Adaptive,
+    Constrained,
     Emitted,
     Hidden,
     Labelled,
@@ -98,6 +99,30 @@ class FirstEpoch(TrainerCallback, ExportableState):
             self.count += 1
             return Adaptive.multiplier(0.0)
         return Adaptive.multiplier(loss - self.total / max(self.count, 1))
+
+
+class Dual(TrainerCallback, ExportableState):
+    """The weight of PDU's constraint (`Constrained`), by dual ascent; saved with every checkpoint."""
+
+    def __init__(self, weight: float | None = None) -> None:
+        self.weight = weight
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"weight": self.weight}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over what the checkpoint of a resumed run has kept."""
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if kept:
+            self.weight = kept["args"]["weight"]
+
+    def next(self, constraint: Constrained, loss: float, epochs: float) -> float:
+        """The retain weight of a batch, given its loss; the next batch's follows from it after the warm-up."""
+        weight = constraint.start if self.weight is None else self.weight
+        changes = epochs >= constraint.warmup_epochs
+        self.weight = max(0.0, weight + constraint.step * (loss - constraint.epsilon)) if changes else weight
+        return weight
 
 
 class UnlearnTrainer(Trainer):
@@ -221,6 +246,12 @@ class UnlearnTrainer(Trainer):
                 parts["retain"] = parts["retain"] * self.first_epoch.weight(
                     float(processes.total(parts["retain"])), first
                 )
+            if isinstance(run.retain_objective, Constrained):
+                of_step = run.batch_size * run.gradient_accumulation_steps
+                epochs = self.state.global_step * of_step / len(self.train_dataset.rows.forget)
+                parts["retain"] = parts["retain"] * self.dual.next(
+                    run.retain_objective, float(processes.total(parts["retain"])), epochs
+                )
             forgetting, keeping = run.beta * parts["forget"], run.gamma * parts["retain"]
             if run.objective.joint and run.retain_objective.needs.labels:
                 # two means, each weighted by its share of the tokens of all processes, are the one over both
@@ -261,6 +292,11 @@ class UnlearnTrainer(Trainer):
     def first_epoch(self) -> FirstEpoch:
         """The callback that remembers the first epoch."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, FirstEpoch))
+
+    @property
+    def dual(self) -> Dual:
+        """The callback that keeps the constraint's weight."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, Dual))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)

@@ -28,6 +28,7 @@ from alter.methods.adapters import (
 from alter.methods.alternatives import persona_views
 from alter.methods.frozen import Depth
 from alter.methods.initializers import Factors, Reglu, Zero
+from alter.methods.objectives import Duet
 from alter.methods.probes import low_rank, reinforce, starting_factors
 from alter.models.guards import Form, Former, fit_detector
 from alter.training.batches import Order, Rows, Traced
@@ -106,7 +107,7 @@ def trace_run(
     key = digest(
         base_fingerprint(model),
         run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed", "reinforcement"}),
-        run.objective.model_dump() if run.objective.needs.views else None,
+        [part.model_dump() for part in (run.objective, run.retain_objective) if part.needs.views],
         [repr(needs[name]) for name in used],
         [[rows.of(name)[i].input_ids for i in used[name]] for name in used],
         [[rows.of(name)[i].labels for i in used[name]] for name in used],
@@ -239,12 +240,36 @@ def penalty_of(model: Any, run: Unlearn, away: Mapping[str, Tensor], former: For
     return Penalty(adapter.orthogonality / blocks(model)[1], terms, adapter.r)
 
 
+def instructed_view(run: Unlearn, tokenizer: Any, rows: list[Encoded], base: Any) -> dict[str, frozen.View]:
+    """DUET's teacher: the rows after its instruction.
+
+    Raises:
+        UserError: the objectives instruct it differently, or the longest row does not fit into the context behind it.
+    """
+    said = {part.instruction for part in (run.objective, run.retain_objective) if isinstance(part, Duet)}
+    if len(said) > 1:
+        raise UserError(
+            "objective.instruction and retain_objective.instruction differ, and there is one teacher: give the same words."
+        )
+    words = tuple(tokenizer(said.pop(), add_special_tokens=False)["input_ids"])
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(row.input_ids) for row in rows)
+    if limit is not None and longest + len(words) > limit:
+        raise UserError(
+            f"objective.instruction has {len(words)} tokens and the longest row {longest}; together they exceed the model's "
+            f"context of {limit}: give max_length of at most {limit - len(words)}, or a shorter instruction."
+        )
+    return {"instructed": frozen.View(words, tokenizer.bos_token_id)}
+
+
 def frozen_views(
-    base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], cache: Path
+    base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], retain: list[Encoded], cache: Path
 ) -> dict[str, frozen.View]:
-    """The frozen passes besides the base's own that the forget objective asks for."""
-    wanted = run.objective.needs.views
+    """The frozen passes besides the base's own that the objectives ask for."""
+    wanted = {*run.objective.needs.views, *run.retain_objective.needs.views}
     views: dict[str, frozen.View] = {}
+    if "instructed" in wanted:
+        views |= instructed_view(run, tokenizer, [*forget, *retain], base)
     if "expert" in wanted:
         context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         views |= persona_views(run.objective, tokenizer, forget, context)

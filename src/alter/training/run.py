@@ -55,7 +55,7 @@ from alter.training.folder import (
     make_folder,
     save_adapter,
 )
-from alter.training.loss import FirstEpoch, UnlearnTrainer
+from alter.training.loss import Dual, FirstEpoch, UnlearnTrainer
 from alter.training.preparation import add_adapter, form_of, frozen_views, penalty_of, start_of, trace_run
 from alter.training.progress import Steps
 from alter.training.settings import OPTIMIZERS, Unlearn, hidden_depth, lengthened, steps_of, warmup_of
@@ -213,7 +213,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     other = alternatives(run.objective, tokenizer, base, forget_examples, forget, seed=run.seed, max_length=limit)
     # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
     processes.from_first(lambda: make_folder(run, given))
-    views = frozen_views(base, tokenizer, run, forget, out / "reinforced.safetensors")
+    views = frozen_views(base, tokenizer, run, forget, retain, out / "reinforced.safetensors")
     start, away = start_of(base, tokenizer, run, forget, retain, out / "start.safetensors")
     form = form_of(base, run, forget, tokenizer.pad_token_id, former)
     depth = None
@@ -286,7 +286,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         # of a short last batch each process must have a share
         train_dataset=Pairs(order, rows, traced, run.batch_size if processes.size() > 1 else 1),
         data_collator=PairCollator(tokenizer.pad_token_id),
-        callbacks=[FirstEpoch(), bar, *([watcher] if watcher else []), *callbacks],
+        callbacks=[FirstEpoch(), Dual(), bar, *([watcher] if watcher else []), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

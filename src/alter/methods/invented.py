@@ -1,0 +1,77 @@
+"""Other answers that the model itself makes up for the forget rows (AltPO, arXiv:2409.13474, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from alter.core.errors import UserError
+from alter.data.encoding import Encoded, encode, encode_prompt
+from alter.data.examples import Example
+from alter.models.generation import generate
+
+REQUEST = (
+    "Question: {question}\nAnswer: {answer}\nInvent another answer to this question, as plausible as this one, in which every "
+    "fact of the answer is changed and none of the question is. Reply with the new answer alone."
+)
+"""What the model is asked for; our wording of the authors' prompt."""
+
+
+def invented(
+    tokenizer: Any, base: Any, examples: Sequence[Example], *, new_tokens: int, seed: int, max_length: int | None
+) -> list[Encoded]:
+    """The forget rows with other answers: those in their column `substitute`, else what the base samples (temperature 1).
+
+    A function of the arguments alone, so that a resumed run has the same ones.
+
+    Args:
+        tokenizer: of the model.
+        base: the untouched model.
+        examples: the forget rows.
+        new_tokens: longest answer.
+        seed: of the sampling.
+        max_length: longest sequence.
+
+    Raises:
+        UserError: raw text has no question to answer otherwise, or the request does not fit into the model's context.
+    """
+    for example in examples:
+        if example.prompt is None:
+            raise UserError(
+                f"objective.kind prefer_invented answers forget rows otherwise, but {example.name} is raw text without a "
+                "question: give rows with question and answer, or another objective."
+            )
+    given = [str(example.row.get("substitute") or "").strip() for example in examples]
+    missing = [i for i, text in enumerate(given) if not text]
+    prompts = [
+        encode_prompt(
+            tokenizer,
+            examples[i],
+            prompt=REQUEST.format(question=examples[i].prompt, answer=examples[i].answer),
+        )
+        for i in missing
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        said = (
+            generate(
+                base,
+                tokenizer,
+                prompts,
+                max_new_tokens=new_tokens,
+                do_sample=True,
+                temperature=1.0,
+                label="other answers",
+            )
+            if prompts
+            else []
+        )
+    for i, text in zip(missing, said, strict=True):
+        # a model that says nothing has no other answer to give: it is to say that
+        given[i] = text or "I do not know."
+    return [
+        encode(tokenizer, example, answer=answer, max_length=max_length)
+        for example, answer in zip(examples, given, strict=True)
+    ]
