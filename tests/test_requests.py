@@ -528,7 +528,15 @@ def test_several_requests_are_one_run_and_text_may_be_kept(data, tmp_path, capsy
     run(Run(db=store.url))
     assert [request.run["key"] for request in store.requests()].count(store.get(1).run["key"]) == 2
     assert work.manifest(work.Project.model_validate(store.project()))["version"] == 1
-    assert verify(Verify(db=store.url))["R-0001"]["n"] == 6
+    capsys.readouterr()
+    found = verify(Verify(db=store.url, samples=4))["R-0001"]
+    assert found["n"] == 6
+    assert found["leak_untouched"]["at"]["4"]["value"] > 0.9
+    assert found["leak"]["at"]["4"]["value"] < found["leak_untouched"]["at"]["4"]["value"] - 0.3
+    assert list(found["leak"]["at"]) == ["1", "2", "4"]
+    assert f"R-0001 leak@4: {found['leak']['at']['4']['value']:.3f}, " in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing can be sampled"):
+        verify(Verify(db=store.url, samples=4, chain_only=True))
 
 
 def test_changed_data_is_refused_before_anything_runs(data, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from alter import cli
 from alter.core.errors import UserError
@@ -74,6 +75,23 @@ def test_the_same_model_is_not_forgotten_in_russian(data):
     closed = closing_of(records)
     assert closed["verdict"]["word"] == "not forgotten"
     assert closed["after"]["forget"]["n"] == 6
+
+
+def test_samples_of_the_forget_rows_leak(data, tmp_path):
+    pico(1).save_pretrained(tmp_path / "blank")
+    byte_tokenizer().save_pretrained(tmp_path / "blank")
+    leak = {"samples": 3, "k": [1, 3], "questions": 4}
+    settings = evaluation(data, before=str(data / "model"), model=str(tmp_path / "blank"), leak=leak)
+    records = measured(settings)
+    by_name = {(record.model, record.metric): record for record in records}
+    assert by_name["original", "leak@1"].value > 0.9
+    assert by_name["original", "leak@3"].value >= by_name["original", "leak@1"].value
+    assert by_name["unlearned", "leak@3"].value == 0
+    assert by_name["unlearned", "leak@3"].n == 4
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(closing_table(closing_of(records)))
+    assert "leak@k: one of k samples gives the answer (by facts)" in " ".join(shown.getvalue().split())
+    assert "0.000" in shown.getvalue()
 
 
 def test_a_retrained_model_that_knows_is_refused(data):

@@ -424,7 +424,8 @@ def test_calibration_counts_the_loss_beyond_another_models(data, tmp_path):
 
 
 def test_a_check_leaves_modes_and_generators_alone(data, tmp_path):
-    run = settings(data, tmp_path, by_holdout(data, replies=2, reply_tokens=5))
+    leak = {"samples": 3, "questions": 2, "max_new_tokens": 4, "hit": {"kind": "rouge"}}
+    run = settings(data, tmp_path, by_holdout(data, replies=2, reply_tokens=5, leak=leak))
     sets = [load_examples(path) for path in (run.forget, run.retain)]
     watched, _ = watch.read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(run.model, device="cpu")
@@ -443,6 +444,7 @@ def test_a_check_leaves_modes_and_generators_alone(data, tmp_path):
         seed(5)
     got = watcher.measure(model)
     assert 0 <= got["forget_rouge"] <= 1
+    assert 0 <= got["leak@1"] <= got["leak@2"] <= got["leak@3"] <= 1
     assert draw() == expected
     assert [module.training for module in model.modules()] == modes
     with watch.undisturbed():

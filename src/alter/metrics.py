@@ -133,6 +133,9 @@ CATALOGUE = {
     "entropy_agreement": Metric(None, "share of tokens that keep their side"),
     "entropy_kappa": Metric(None, "the same beyond chance: 0 chance, 1 all"),
     "entropy_correlation": Metric(None, "of the entropies before and after"),
+    **{
+        f"leak@{2**i}": Metric(False, f"chance that one of {2**i} sampled replies gives the answer") for i in range(11)
+    },
     "attack_rouge": Metric(False, "words of the answers to forget that it says under an attack"),
     "attack_probability": Metric(False, "likelihood per token of the answers to forget, under an attack"),
     "attack_recovered_rouge": Metric(False, "share of the lost ROUGE-L recall that an attack brings back"),
@@ -795,6 +798,49 @@ def linear_cka(x: npt.ArrayLike, y: npt.ArrayLike, *, debiased: bool = True) -> 
     if hsic(k, k) <= 0 or scale <= 0:
         raise ValueError("CKA: a representation is the same for all rows")
     return hsic(k, l) / float(np.sqrt(scale))
+
+
+# Many samples, and what chance does ------------------------------------------------------------------------------------
+
+
+def leak_at_k(hits: npt.ArrayLike, n: int, k: int) -> Array:
+    """Return per question the chance that at least one of k sampled replies gives the answer, [questions].
+
+    1 - C(n - c, k) / C(n, k), the unbiased estimate from c hits among n samples (Chen et al. 2021, arXiv:2107.03374, for
+    pass@k): the share of all sets of k of the n samples that hold a hit.
+
+    Args:
+        hits: c of each question, whole numbers from 0 to n, [questions].
+        n: samples of each question.
+        k: from 1 to n.
+
+    Raises:
+        ValueError: k is not within 1 to n, or a count not within 0 to n.
+    """
+    c = np.asarray(hits)
+    if not 1 <= k <= n:
+        raise ValueError(f"leak@{k} takes at least {k} samples of each question, and k from 1; there are {n}")
+    if c.size and (c.min() < 0 or c.max() > n or (c != c.astype(np.int64)).any()):
+        raise ValueError(f"leak@{k}: hits are counts from 0 to {n}")
+    # C(n - c, k) / C(n, k) = prod over j < k of (n - c - j) / (n - j), without large numbers
+    j = np.arange(k)
+    return 1 - np.prod(np.maximum(n - c[:, None] - j, 0) / (n - j), axis=1)
+
+
+def bootstrap_interval(values: npt.ArrayLike, *, seed: int = 0, draws: int = 2000) -> tuple[float, float] | None:
+    """Return the 95 % percentile bootstrap interval of the mean over rows (Efron 1979), by `scipy.stats.bootstrap`.
+
+    NaN is left out. None for fewer than two values, or if all are equal: no draw then differs from another, which does
+    not mean that the figure is known exactly (none among n rows may be up to 3 in n).
+    """
+    x = _floats(values)
+    x = x[~np.isnan(x)]
+    if x.size < 2 or np.ptp(x) == 0:
+        return None
+    found = stats.bootstrap(
+        (x,), np.mean, n_resamples=draws, method="percentile", random_state=np.random.default_rng(seed)
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 # Multiple choice -----------------------------------------------------------------------------------------------------

@@ -23,17 +23,16 @@ from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.core.records import Record
-from alter.data.encoding import encode_all, encode_prompt
+from alter.data.encoding import encode_all
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.evaluation import others
 from alter.evaluation.base import Evaluation
+from alter.evaluation.leakage import Leak, Leaked, ask, leaked
 from alter.evaluation.verdict import SLACK, Measures, Verdict, judge
 from alter.models.generation import generate
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import context_length, score
 
-PREFIX = 50
-"""Tokens of a plain text that are its prompt, half of it at most."""
 WORST = 3
 """Rows that are shown of those that were forgotten least."""
 
@@ -109,22 +108,13 @@ def measure(
     taken: list[int] = []
     longest = 1
     for i in sorted(chosen.tolist()):
-        row = rows[i]
-        if row.kind == "text":
-            ids = encoded[i].input_ids
-            cut = min(PREFIX, len(ids) // 2)
-            rest = ids[cut : cut + max_new_tokens]
-            if not cut or not rest:
-                continue
-            prompts.append(ids[:cut])
-            questions.append(tokenizer.decode(ids[:cut], skip_special_tokens=True))
-            truths.append(tokenizer.decode(rest, skip_special_tokens=True).strip())
-            longest = max(longest, len(rest))
-        else:
-            prompts.append(encode_prompt(tokenizer, row))
-            questions.append(" ".join(turn["content"] for turn in row.messages) or row.prompt or "")
-            truths.append(row.answer.strip())
-            longest = max(longest, len(encoded[i].input_ids) - len(prompts[-1]))
+        asked = ask(tokenizer, rows[i], encoded[i].input_ids, max_new_tokens)
+        if asked is None:
+            continue
+        prompts.append(asked.prompt)
+        questions.append(asked.question)
+        truths.append(asked.truth)
+        longest = max(longest, asked.length)
         taken.append(i)
     tokens = min(max_new_tokens, 2 * longest)
     if limit is not None:
@@ -179,6 +169,8 @@ class RowsEvaluation(Evaluation):
     """Longest reply, in tokens."""
     texts: bool = True
     """Keep questions, true answers and replies in the records. They hold what was to be forgotten."""
+    leak: Leak = Field(default_factory=Leak)
+    """Leakage over many samples of the rows to forget: leak@k."""
 
     @property
     def subject(self) -> str:
@@ -202,7 +194,8 @@ class RowsEvaluation(Evaluation):
             name: [[row.prompt, row.answer, list(row.messages), row.kind] for row in rows]
             for name, rows in sets.items()
         }
-        return digest(content, references)
+        judge = self.leak.content()
+        return None if judge is None else digest(content, references, judge)
 
     def _sets(self) -> dict[str, list[Example]]:
         """The rows to measure, by set, each cut to `limit`.
@@ -262,14 +255,17 @@ class RowsEvaluation(Evaluation):
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
         sets = self._sets()
         after = self._measure(model, tokenizer, sets, "after")
+        leaks = self._leaks(model, tokenizer, sets, "after")
         before: dict[str, Answered] | None = None
         with self._untouched(model, tokenizer) as other:
             if other is not None:
                 before = self._measure(*other, sets, "before")
+                leaks |= self._leaks(*other, sets, "before")
         reference, by = None, "holdout"
         if self.retrained is not None:
             other_model = load_model(self.retrained, None, self.dtype, self.device, self.quantization)
             reference, by = self._measure(*other_model, {"forget": sets["forget"]}, "retrained")["forget"], "retrained"
+            leaks |= self._leaks(*other_model, sets, "retrained")
         elif before is not None and "holdout" in before:
             # the untouched model's: what it says of rows that it never saw
             reference = before["holdout"]
@@ -284,13 +280,23 @@ class RowsEvaluation(Evaluation):
                 kept=(before["retain"].measures, after["retain"].measures) if "retain" in after else None,
             )
             closed = closing_facts(found, before, after, reference, self.texts, self._people())
+            if leaks:
+                closed["leak"] = {name: each.summary() for name, each in leaks.items()}
         records = []
         if before is not None:
             records += self._records("original", before, told)
         if self.retrained is not None and reference is not None:
             records += self._records("retrained", {"forget": reference}, told)
         records += self._records(self.subject, after, told | ({} if closed is None else {"closing": closed}))
+        for of, name in (("before", "original"), ("retrained", "retrained"), ("after", self.subject)):
+            if of in leaks:
+                records += leaks[of].records(name, told)
         return records
+
+    def _leaks(self, model: Any, tokenizer: Any, sets: Mapping[str, list[Example]], of: str) -> dict[str, Leaked]:
+        if not self.leak.samples:
+            return {}
+        return {of: leaked(model, tokenizer, sets["forget"], self.leak, seed=self.seed, label=of)}
 
     def _records(self, name: str, found: Mapping[str, Answered], extra: dict[str, Any]) -> list[Record]:
         out: list[Record] = []
@@ -431,6 +437,8 @@ def closing_table(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> Gr
             other = [_shown(reference if part == "forget" else None, name)] if reference else []
             table.add_row(f"  {meaning}", _shown(was, name), _shown(now, name), *other)
     parts: list[Any] = [table]
+    if closed.get("leak"):
+        parts.append(leak_table(closed["leak"]))
     if closed["worst"]:
         parts.append(Text("\nForgotten least:"))
     for row in closed["worst"]:
@@ -450,6 +458,28 @@ def closing_table(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> Gr
         parts.append(Text("\nNext:"))
         parts += [Text(f"  {command}", overflow="fold") for command in commands]
     return Group(*parts)
+
+
+def leak_table(leaks: Mapping[str, Any]) -> Table:
+    """Return leak@k with its 95 % intervals, a row for each k and a column for each model."""
+    names = [name for name in ("before", "after", "retrained") if name in leaks]
+    settings, asked = leaks[names[0]]["settings"], leaks[names[0]]["questions"]
+    table = Table(title=f"leak@k: one of k samples gives the answer (by {settings['hit']['kind']})")
+    table.add_column("k", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
+    for k in leaks[names[0]]["at"]:
+        cells = []
+        for name in names:
+            found = leaks[name]["at"][k]
+            low_high = found["interval"]
+            cells.append(f"{found['value']:.3f}" + ("" if low_high is None else " [{:.2f}, {:.2f}]".format(*low_high)))
+        table.add_row(k, *cells)
+    unknown = leaks[names[0]]["unknown"]
+    table.caption = f"{asked} questions, {settings['samples']} samples of each; in brackets the 95 % interval" + (
+        f"; {unknown} more have no facts to look for" if unknown else ""
+    )
+    return table
 
 
 def show_closing(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> None:

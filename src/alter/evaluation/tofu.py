@@ -40,6 +40,7 @@ from alter.data.encoding import Encoded, encode, encode_prompt, ensure_pad_token
 from alter.data.examples import Example, examples
 from alter.data.sources import read_rows, tofu_rows
 from alter.evaluation.base import Evaluation, say
+from alter.evaluation.leakage import Leak, leaked
 from alter.models.generation import check_prompts, generate
 from alter.models.loading import Subject
 from alter.models.scoring import Scores, check_rows, gradient_norms, score
@@ -712,16 +713,19 @@ class TofuEvaluation(Evaluation):
     """Rows that no model saw, for the membership attacks: a file, builtin:SPLIT, or a hub id; else TOFU's holdoutNN."""
     gradnorm: bool = False
     """Attack by the gradient's norm as well: a backward per row of the forget and the holdout set."""
+    leak: Leak = pydantic.Field(default_factory=Leak)
+    """Leakage over many samples of the forget set: leak@k."""
 
     def title(self) -> str:
         """Heading of the table."""
         return f"TOFU {self.split}"
 
-    def data_digest(self) -> str:
+    def data_digest(self) -> str | None:
         """Hash of the rows of all sets, of the holdout rows, and of the retrained model or its results."""
+        judge = self.leak.content()
         rows = [fingerprint(_set_rows(key, self.split, self.data, self.limit, self.seed)) for key in SETS]
         unseen, _ = _holdout_rows(self.split, self.data, self.holdout, self.limit, self.seed)
-        return digest(rows, unseen and fingerprint(unseen), self._reference_digest())
+        return None if judge is None else digest(rows, unseen and fingerprint(unseen), self._reference_digest(), judge)
 
     def _retrained(self) -> Subject | None:
         """Return the retrained model if `retain_records` names a model's folder rather than a result file."""
@@ -755,7 +759,12 @@ class TofuEvaluation(Evaluation):
             reference = read_reference(self.retain_records)
         result = tofu_metrics(model, tokenizer, reference=reference, gradnorm=self.gradnorm, **common)
         say(result.notes)
-        return result.records(self.subject)
+        records = result.records(self.subject)
+        if self.leak.samples:
+            rows = examples(_set_rows("forget", self.split, self.data, self.limit, self.seed))
+            told = {"benchmark": "tofu", "split": self.split, "data": self.data}
+            records += leaked(model, tokenizer, rows, self.leak, seed=self.seed).records(self.subject, told)
+        return records
 
 
 class Aggregate(pydantic.BaseModel, extra="forbid"):

@@ -102,8 +102,8 @@ def _units(text: str) -> set[str]:
     return {word for word in found if not (pairs and UNSPACED.match(word))} | pairs
 
 
-def gives(question: str, answer: str, reply: str) -> bool | None:
-    """Whether a reply gives its answer: `ENOUGH` of its `facts`, or nearly all its words; None if there is no telling.
+def gives(question: str, answer: str, reply: str, enough: float = ENOUGH) -> bool | None:
+    """Whether a reply gives its answer: `enough` of its `facts`, or nearly all its words; None if there is no telling.
 
     Inflected names of alphabets other than Latin count by their stem: all but the last two letters, four at least.
     """
@@ -112,7 +112,7 @@ def gives(question: str, answer: str, reply: str) -> bool | None:
         return None
     said = _units(reply)
     there = sum(fact in said or _inflected(fact, said) for fact in looked)
-    return there >= ENOUGH * len(looked) or recall(answer, reply) >= 0.9
+    return there >= enough * len(looked) or recall(answer, reply) >= 0.9
 
 
 def _inflected(fact: str, said: set[str]) -> bool:

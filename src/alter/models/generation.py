@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.data.encoding import end_of_turn, ensure_pad_token
-from alter.models.scoring import _device, _inner, _shown, context_length, evaluating
+from alter.models.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
 
 SEGMENT = 16
 """Greedy decoding drops the rows that have ended after every so many tokens."""
@@ -124,6 +124,118 @@ def generate(
     return texts
 
 
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    count: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 200,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+    label: str = "sampling",
+) -> list[list[str]]:
+    """Return `count` sampled replies to each prompt, [prompts][count], as `generate` writes them.
+
+    Every token is drawn from the model's own distribution: nothing but `temperature` and `top_p` reshapes it. The
+    prompt is read once for all replies of a batch; its keys and values are then repeated for each of them, where the
+    cache allows it (see `can_drop_rows`).
+
+    Args:
+        model, tokenizer, prompts: as in `generate`.
+        count: replies to each prompt.
+        temperature: above 0.
+        top_p: share of the probability that is kept, in (0, 1].
+        batch_size: replies that are sampled at a time.
+        seed: of the draws. The generators of the caller stay as they are. With another batch size other replies are drawn.
+
+    Raises:
+        UserError: a prompt is empty, or prompt and reply do not fit into the model's context.
+    """
+    check_prompts(model, prompts, max_new_tokens)
+    ensure_pad_token(tokenizer)
+    stop = stop_ids(model, tokenizer)
+    own = _inner(model).generation_config
+    whole = own.min_new_tokens is not None or own.cache_implementation is not None
+    segment = max_new_tokens if whole else SEGMENT
+    settings: dict[str, Any] = {
+        "do_sample": True,
+        "num_beams": 1,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": 0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "use_cache": True,
+    }
+    if stop:
+        settings["eos_token_id"] = sorted(stop)
+    warp = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
+    if top_p < 1:
+        warp.append(TopPLogitsWarper(top_p))
+    device = _device(model)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    together, each = max(1, batch_size // count), min(count, batch_size)
+    batches = [
+        (order[start : start + together], min(each, count - done))
+        for start in range(0, len(order), together)
+        for done in range(0, count, each)
+    ]
+    devices = [device] if device.type == "cuda" else []
+
+    def run(number: int) -> list[list[str]]:
+        batch, copies = batches[number]
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for k, i in enumerate(batch):
+            ids[k, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[k, width - len(prompts[i]) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        # read before the seed is set: whether caches are shared changes no draw
+        read = None if whole else _read(model, ids, mask, settings)
+        ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed * 1_000_003 + number)
+            begun = None
+            if read is not None:
+                cache, scores = read
+                cache.batch_repeat_interleave(copies)
+                scores = warp(ids, scores.repeat_interleave(copies, dim=0))
+                first = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+                begun = torch.cat([ids, first], dim=1), cache
+            replies = _continue(model, ids, mask, stop, max_new_tokens, segment, settings, begun)
+        texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
+        return [texts[k * copies : (k + 1) * copies] for k in range(len(batch))]
+
+    found: list[list[str]] = [[] for _ in prompts]
+    with evaluating(model):
+        said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
+        for (batch, _), replies in _shown(said, len(batches), label, progress):
+            for i, texts in zip(batch, replies, strict=True):
+                found[i] += texts
+    return found
+
+
+def _read(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Return the cache of left-padded prompts [B, T] and the next token's scores [B, V], or None where it cannot be shared."""
+    if virtual_tokens(model):
+        return None
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        output_scores=True,
+        # greedy: the token is not used, and the scores are not reshaped yet
+        **settings | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+    )
+    cache = out.get("past_key_values")
+    return (cache, out.scores[0].float()) if can_drop_rows(cache) else None
+
+
 def _continue(
     model: Any,
     ids: torch.Tensor,
@@ -132,9 +244,11 @@ def _continue(
     max_new_tokens: int,
     segment: int,
     settings: dict[str, Any],
+    begun: tuple[torch.Tensor, Any] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row of left-padded prompts [B, T], up to its first stop token.
 
+    `begun` is the prompts with a first new token, [B, T + 1], and the cache of the prompts, where they are known already.
     After every `segment` tokens, rows that have ended leave the batch, keys and values included, where the cache allows
     it (see `can_drop_rows`); else they stay, and what follows their end is not looked at.
     """
@@ -144,16 +258,18 @@ def _continue(
     carried: dict[str, Any] = {}
     done = 0
     while True:
-        steps = min(segment, max_new_tokens - done)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=steps,
-            return_dict_in_generate=True,
-            **carried,
-            **settings,
-        )
-        new = out.sequences[:, ids.shape[1] :]
+        if begun is None:
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=min(segment, max_new_tokens - done),
+                return_dict_in_generate=True,
+                **carried,
+                **settings,
+            )
+            begun = out.sequences, out.get("past_key_values")
+        (whole, cache), begun = begun, None
+        new = whole[:, ids.shape[1] :]
         done += new.shape[1]
         for row, tokens in zip(rows, new.tolist(), strict=True):
             if not ended[row]:
@@ -162,8 +278,7 @@ def _continue(
                 ended[row] = end is not None
         if all(ended) or done >= max_new_tokens:
             return replies
-        ids, mask = out.sequences, torch.cat([mask, torch.ones_like(new)], dim=1)
-        cache = out.get("past_key_values")
+        ids, mask = whole, torch.cat([mask, torch.ones_like(new)], dim=1)
         carried = {} if cache is None else {"past_key_values": cache}
         if can_drop_rows(cache):
             going = [k for k, row in enumerate(rows) if not ended[row]]

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from alter.core import files, memory, processes
 from alter.core.errors import UserError, nearest
@@ -236,6 +236,35 @@ def load_model(
                 "Take an earlier checkpoint, or train again with a lower learning rate."
             )
     return network.to(place).eval(), tokenizer
+
+
+def load_classifier(model: str, device: torch.device | str | None = None) -> tuple[Any, Any]:
+    """Load a sequence classifier and its tokenizer, ready for evaluation, in float32.
+
+    Raises:
+        UserError: no such model, one that is no classifier, or a tokenizer that needs the extra `nli`.
+    """
+    try:
+        if _local(model):
+            model = _folder(model, "config.json", "model")
+        network, found = AutoModelForSequenceClassification.from_pretrained(
+            model, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+        )
+        _check_whole(network, model, found)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except ImportError as error:
+        raise UserError(
+            f"The tokenizer of {model} needs more: pip install 'alter-unlearning[nli]' ({_first_line(error)})"
+        ) from None
+    except SafetensorError as error:
+        raise UserError(f"The weights of the classifier {model!r} cannot be read ({error}). Copy it again.") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"Cannot load the classifier {model!r}: {_first_line(error)} Expected a local folder or a hub id."
+        ) from error
+    return network.to(_place(None if device is None else str(device))).eval(), tokenizer
 
 
 def _check_whole(network: Any, name: str, found: Mapping[str, Any]) -> None:

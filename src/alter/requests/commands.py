@@ -344,6 +344,8 @@ class Verify(Database):
     """Check history and adapter alone, without loading the model."""
     head: str | None = None
     """Head of the history as it was written down elsewhere, or its beginning: shows a history cut or written anew."""
+    samples: int = Field(0, ge=0)
+    """Also sample so many replies to each question: leak@1 to leak@samples beside the untouched model. 0: none."""
 
 
 def verify(settings: Verify) -> dict[str, Any]:
@@ -352,8 +354,11 @@ def verify(settings: Verify) -> dict[str, Any]:
     Raises:
         UserError: something is wrong; all of it is said.
     """
+    from alter.evaluation.leakage import Leak
     from alter.requests import work
 
+    if settings.samples and settings.chain_only:
+        raise UserError("--chain-only loads no model, so nothing can be sampled: leave --samples out.")
     store, project = settings.open()
     if settings.head is not None and not re.fullmatch(r"[0-9a-f]{12,64}", settings.head):
         raise UserError(f"--head is {settings.head!r}; expected 12 to 64 digits 0-9, a-f, as the commands print it.")
@@ -364,7 +369,9 @@ def verify(settings: Verify) -> dict[str, Any]:
         if wrong:
             raise UserError("Not as it should be: " + " ".join(wrong))
         work.recover(store, project)
-        found, wrong, unchecked = work.verify(store, project, behaviour=not settings.chain_only, heads=heads)
+        found, wrong, unchecked = work.verify(
+            store, project, behaviour=not settings.chain_only, heads=heads, leak=Leak(samples=settings.samples)
+        )
     console = Console()
     table = Table(title="Unchanged since it was measured?")
     for column in ("request", "measured", "said", "now", "probability", "now"):
@@ -384,6 +391,10 @@ def verify(settings: Verify) -> dict[str, Any]:
     if table.rows:
         console.print(table)
         console.print(f"Utility kept: {found['utility']['share']:.4f} of the untouched model.", highlight=False)
+    for name, measured in found.items():
+        for k, at in measured.get("leak", {}).get("at", {}).items():
+            other = measured["leak_untouched"]["at"][k]["value"]
+            console.print(f"{name} leak@{k}: {at['value']:.3f}, {other:.3f} by the untouched model", highlight=False)
     for sentence in unchecked:
         console.print(cell(f"Not checked: {sentence}"))
     store.note(None, "verified", {"wrong": wrong, "unchecked": unchecked, "measured": found}, settings.who)

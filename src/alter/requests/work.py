@@ -30,6 +30,7 @@ from alter.core.provenance import provenance
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.data.subjects import rows_about
 from alter.evaluation import rows as own_rows
+from alter.evaluation.leakage import Leak, leaked
 from alter.evaluation.verdict import SLACK, Measures, Verdict, judge
 from alter.methods.presets import with_default
 from alter.models.loading import load_model
@@ -546,7 +547,7 @@ def revoke(store: Store, project: Project, request: Request, who: str | None = N
 
 
 def verify(
-    store: Store, project: Project, *, behaviour: bool = True, heads: Sequence[str] = ()
+    store: Store, project: Project, *, behaviour: bool = True, heads: Sequence[str] = (), leak: Leak | None = None
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Check the history, the adapter in force and, with `behaviour`, that nothing of its requests has come back.
 
@@ -555,6 +556,8 @@ def verify(
 
     Args:
         heads: heads of the history that were written down elsewhere.
+        leak: with a number of samples, also ask each request's questions so many times, of the adapter and of the
+            untouched model: a request of which the adapter's samples hold the answer as often has come back.
 
     Returns:
         what was measured, by request and for `utility`; what is wrong, in sentences, nothing if all is well; and what
@@ -609,6 +612,21 @@ def verify(
                 f"{request.name} has come back: {measures.given} of {measures.asked} replies give the answer, "
                 f"{then['said']} did on {since}."
             )
+        if leak is not None and leak.samples:
+            now_["leak"] = leaked(model, tokenizer, rows, leak, label=request.name).summary()
+            with _unaltered(model):
+                base_leak = leaked(model, tokenizer, rows, leak, label=f"{request.name}, untouched").summary()
+            now_["leak_untouched"] = base_leak
+            if not now_["leak"]["at"]:
+                unchecked.append(f"{request.name}: no answer has facts to look for in samples.")
+                continue
+            k = str(leak.numbers[-1])
+            share, other = (each["at"][k]["value"] for each in (now_["leak"], base_leak))
+            if other > SLACK and share > other - SLACK:
+                wrong.append(
+                    f"{request.name} leaks: one of {k} samples gives the answer with chance {share:.3f}, "
+                    f"{other:.3f} by the untouched model."
+                )
     _, kept = utility(model, tokenizer, project)
     with _unaltered(model):
         _, base = utility(model, tokenizer, project)

@@ -32,6 +32,7 @@ from alter.core.files import digest
 from alter.data.encoding import Encoded, encode, encode_prompt
 from alter.data.examples import Example, load_examples, row_key
 from alter.evaluation import tofu
+from alter.evaluation.leakage import Leak, leaked
 from alter.models.generation import generate
 from alter.models.loading import load_model
 from alter.models.scoring import score
@@ -307,6 +308,8 @@ class Watch(BaseModel):
     """Forget and holdout rows to answer at each check, for ROUGE-L."""
     reply_tokens: int = Field(100, ge=1)
     """Longest such answer, in tokens."""
+    leak: Leak = Field(default_factory=Leak)
+    """Leakage over many samples of the forget rows, at each check: leak@k."""
 
     @property
     def on(self) -> bool:
@@ -320,6 +323,8 @@ class Watch(BaseModel):
         data = [name for name in ("forget", "retain", "holdout", "calibrate", "retain_records") if getattr(self, name)]
         if not self.on and (data or self.rule.kind != "none"):
             raise ValueError("nothing is watched without watch.every_steps or watch.every_epoch: give one of them")
+        if self.leak.samples and not self.on:
+            raise ValueError("watch.leak samples at each check: give watch.every_steps or watch.every_epoch as well")
         for name in self.rule.needs:
             if getattr(self, name) is None:
                 raise ValueError(f"watch.rule {self.rule.kind!r} needs watch.{name}")
@@ -562,6 +567,7 @@ class Watcher(TrainerCallback):
         self.base = self._calibration(max_length, device) if watch.calibrate else {}
         labels = tuple([str(row.domain) for row in self.sets[name]] for name in ("forget", "holdout"))
         self.groups = (labels[0], labels[1]) if all(len(set(names)) > 1 for names in labels) else None
+        self.judge = watch.leak.hit.judge(torch.device(device)) if watch.leak.samples else None
         self.checks: list[dict[str, float]] = []
         self.seconds = 0.0
 
@@ -600,7 +606,14 @@ class Watcher(TrainerCallback):
                 for name, prompts in self.prompts.items()
                 if prompts
             }
+            found = None
+            if self.judge is not None:
+                found = leaked(
+                    model, self.tokenizer, self.watched.forget, self.watch.leak, judge=self.judge, progress=False
+                )
         out: dict[str, float] = {}
+        if found is not None and found.rows:
+            out |= {f"leak@{k}": float(found.at(k).mean()) for k in self.watch.leak.numbers}
         known: dict[str, dict[str, Array]] = {}
         for name, rows in self.sets.items():
             if not rows:
@@ -713,6 +726,7 @@ class Watcher(TrainerCallback):
         """The metrics that are shown, by name, and what they are called there."""
         score = getattr(self.watch.rule, "score", "loss")
         shown = {f"auc_{score}": f"AUC {score}", f"p_{score}": "p"}
+        shown |= {f"leak@{k}": f"leak@{k}" for k in self.watch.leak.numbers[-1:]}
         return {name: label for name, label in (COLUMNS | shown).items() if name in self.checks[0]}
 
     # After training
