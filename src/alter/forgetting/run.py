@@ -128,13 +128,15 @@ def prepare(settings: Forget) -> Path:
             "delete it, or give another --out."
         )
     key = digest(
-        settings.model_dump(include={"subject", "document", "model", "kind", "samples", "answer_tokens", "seed"})
+        settings.model_dump(
+            include={"subject", "document", "model", "kind", "samples", "answer_tokens", "batch_size", "seed"}
+        )
     )
     if used and settings.resume:
         plan = out / "forget.json"
         if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != key:
             raise UserError(
-                f"{settings.out} holds no run of alter forget with this subject, model, kind, samples and seed: give another "
+                f"{settings.out} holds no run of alter forget with this subject, model, kind, samples, batch size and seed: give another "
                 "--out, or --overwrite to delete it."
             )
     return out
@@ -166,7 +168,9 @@ def forget(settings: Forget) -> Path:
     if settings.subject is not None:
         check_subject(name, tokenizer, kind)
     key = digest(
-        settings.model_dump(include={"subject", "document", "model", "kind", "samples", "answer_tokens", "seed"})
+        settings.model_dump(
+            include={"subject", "document", "model", "kind", "samples", "answer_tokens", "batch_size", "seed"}
+        )
     )
     speaker = Speaker(
         model,

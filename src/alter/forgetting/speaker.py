@@ -55,7 +55,8 @@ class Speaker:
 
     def say(self, label: str, prompts: Sequence[str], *, sample: bool = False) -> list[str]:
         """The answer to each prompt, greedy or drawn; `label` names the file and the progress bar."""
-        key = digest(list(prompts), sample, self.tokens, self.seed)
+        # in 16 bits an answer depends on the rows beside it: before and after must be of equal batches
+        key = digest(list(prompts), sample, self.tokens, self.seed, self.batch)
         path = self.folder / f"{label.replace(' ', '-')}.jsonl"
         if path.exists():
             kept = read_jsonl(path)
