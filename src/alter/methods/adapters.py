@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from peft import LoraConfig, PeftType, PromptLearningConfig, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -380,6 +381,58 @@ class AssistantLora(_Adapter):
         return get_peft_model(first_blocks(model, *self.size(model)), config)
 
 
+class PeftAdapter(_Adapter):
+    """Any adapter of PEFT by its own configuration: `config` has `peft_type` and what that type's class takes."""
+
+    kind: Literal["peft"] = "peft"
+    config: dict[str, Any] = Field(
+        default_factory=lambda: {"peft_type": "LORA"},
+        description="The adapter_config.json of PEFT: peft_type (LORA, IA3, VERA, OFT, ...) and that type's settings.",
+    )
+
+    @field_validator("config")
+    @classmethod
+    def _known(cls, given: dict[str, Any]) -> dict[str, Any]:
+        known = {str(name.value): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        name = str(given.get("peft_type")).upper()
+        if name not in known:
+            raise ValueError(
+                f"config.peft_type is {given.get('peft_type')!r}; expected one of {', '.join(sorted(known))}."
+                f"{nearest(name, known)}"
+            )
+        if issubclass(known[name], PromptLearningConfig):
+            raise ValueError(
+                f"config.peft_type is {name}, which puts virtual tokens before each row, so that no logit is at its token's "
+                "place: take one that changes the layers, such as LORA, IA3 or VERA"
+            )
+        names = [field.name for field in dataclasses.fields(known[name])]
+        unknown = next((key for key in given if key not in names), None)
+        if unknown is not None:
+            raise ValueError(
+                f"config.{unknown} is no setting of PEFT's {known[name].__name__}.{nearest(unknown, names)}"
+            )
+        return {**given, "peft_type": name}
+
+    def attach(self, model: Any) -> Any:
+        """Put the adapter on a loaded model; `target_modules` are all of the blocks' linear layers where it takes any.
+
+        Raises:
+            UserError: PEFT refuses the configuration for this model.
+        """
+        settings = {"task_type": "CAUSAL_LM", **self.config}
+        made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(settings.pop("peft_type"))]
+        names = [field.name for field in dataclasses.fields(made)]
+        if "target_modules" in names and not settings.get("target_modules") and "feedforward_modules" not in names:
+            settings["target_modules"] = target_names(model, None)
+        try:
+            return get_peft_model(model, made(**settings))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UserError(
+                f"PEFT refuses adapter.config for this model: {str(error).splitlines()[0]}. See the documentation of its "
+                f"{made.__name__}."
+            ) from error
+
+
 class FullWeights(_Adapter):
     """The model's own weights, all or some, in float32; the result is a model folder, not an adapter."""
 
@@ -415,5 +468,6 @@ class FullWeights(_Adapter):
 
 
 Adapter = Annotated[
-    AlterAdapter | Lora | AsymLora | BoundedLora | AssistantLora | FullWeights, Field(discriminator="kind")
+    AlterAdapter | Lora | AsymLora | BoundedLora | AssistantLora | PeftAdapter | FullWeights,
+    Field(discriminator="kind"),
 ]

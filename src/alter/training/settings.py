@@ -18,6 +18,7 @@ from alter.methods.adapters import (
     BoundedLora,
     FullWeights,
     Lora,
+    PeftAdapter,
 )
 from alter.methods.initializers import Fila, Initializer, Zero
 from alter.methods.objectives import (
@@ -236,6 +237,8 @@ class Unlearn(BaseModel):
             )
         if self.negate is not None and isinstance(adapter, BoundedLora):
             raise ValueError("negate cannot undo a bounded update: phi(-n x) is not -n phi(x); take adapter.kind lora")
+        if self.negate is not None and isinstance(adapter, PeftAdapter):
+            raise ValueError("negate turns LoRA's B round, which other adapters do not have: take adapter.kind lora")
         if self.phase_one and not self.retain_objective.needs.rows:
             raise ValueError("phase_one learns retain tokens: retain_objective.kind must not be none")
         if self.phase_one and not isinstance(adapter, AlterAdapter):
