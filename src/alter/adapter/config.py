@@ -16,6 +16,7 @@ from alter.logits.entropy import check_threshold
 ROUTERS = ("learned", "entropy", "static", "dense")
 BOUNDS = ("sine", "tanh")
 BIASES = ("none", "all", "alter_only")
+ENTROPY_SOURCES = ("probe", "exact")
 PAPER_THRESHOLD = 1.2
 """Entropy that separates high from low tokens in the paper."""
 
@@ -78,6 +79,15 @@ class AlterConfig(PeftConfig):
         router_memory (`float`, *optional*, defaults to 1.0):
             Between 0 and 1: weight of a token's evidence relative to that of the token after it. 0 routes by the last
             token alone, 1 by the mean of all tokens so far.
+        from_layer (`int` or `float`, *optional*):
+            First block that gets experts: its number, or a share of the depth strictly between 0 and 1 (0.5 of 4 blocks
+            is block 2). The blocks below stay the untouched base, and a learned router reads what enters this block, so
+            that one forward pass tells the routes and uses them. By default all blocks have experts, and the frozen base
+            runs before each prompt.
+        entropy_source (`str`, *optional*, defaults to `"probe"`):
+            With `from_layer` and `router="learned"`: what tells high-entropy tokens from low ones in routing. `"probe"`
+            is a logistic regression on what the router reads, `"exact"` the frozen base's own entropy, which takes a
+            second pass over prompts. Objectives always see the exact entropy.
         vocab_size (`int`, *optional*):
             Vocabulary of the base model; filled in when the adapter is attached.
         base_fingerprint (`str`, *optional*):
@@ -165,6 +175,20 @@ class AlterConfig(PeftConfig):
             "by the last token alone."
         },
     )
+    from_layer: int | float | None = field(
+        default=None,
+        metadata={
+            "help": "First block that gets experts: its number, or a share of the depth between 0 and 1. By default all "
+            "blocks have experts."
+        },
+    )
+    entropy_source: str = field(
+        default="probe",
+        metadata={
+            "help": "With from_layer: a 'probe' on what the router reads tells high-entropy tokens from low ones, or the "
+            "'exact' entropy does, at a second pass over prompts."
+        },
+    )
     vocab_size: int | None = field(
         default=None, metadata={"help": "Vocabulary of the base model; filled in when the adapter is attached."}
     )
@@ -216,7 +240,7 @@ class AlterConfig(PeftConfig):
         Raises:
             UserError: a value is outside its range; names the value, what was expected and the fix.
         """
-        for name, choices in (("router", ROUTERS), ("bias", BIASES)):
+        for name, choices in (("router", ROUTERS), ("bias", BIASES), ("entropy_source", ENTROPY_SOURCES)):
             value = getattr(self, name)
             if value not in choices:
                 expected = ", ".join(repr(choice) for choice in choices)
@@ -238,6 +262,7 @@ class AlterConfig(PeftConfig):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} is {value!r}; it must be a number above 0.")
+        self._check_from_layer()
         if not 0 <= self.router_memory <= 1:
             raise UserError(
                 f"router_memory is {self.router_memory!r}; it must lie between 0 (the last token alone) and 1 (the mean "
@@ -257,6 +282,38 @@ class AlterConfig(PeftConfig):
             )
         if self.entropy_threshold is not None:
             check_threshold(self.entropy_q, self.entropy_threshold, self.vocab_size)
+
+    def _check_from_layer(self) -> None:
+        value = self.from_layer
+        if value is None:
+            return
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not whole and not (isinstance(value, float) and 0 < value < 1):
+            raise UserError(
+                f"from_layer is {value!r}; it must be the number of a block (0 is the first), or a share of the depth "
+                "strictly between 0 and 1 (0.5 puts experts in the upper half)."
+            )
+        for name, clashes in (
+            ("layers_to_transform", self.layers_to_transform is not None),
+            ("modules_to_save", self.modules_to_save is not None),
+            ("bias", self.bias == "all"),
+        ):
+            if clashes:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}, but from_layer={value!r} keeps the blocks below it as the "
+                    f"untouched base: leave one of the two out."
+                )
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a forward pass routes its own tokens, by what the untouched blocks below `from_layer` put out."""
+        exact = self.entropy_gate and self.entropy_source == "exact"
+        return self.from_layer is not None and self.router == "learned" and not exact
+
+    @property
+    def probed(self) -> bool:
+        """Whether a probe beside the router, and not the entropy, tells high-entropy tokens from low ones."""
+        return self.one_pass and self.entropy_gate
 
     @property
     def routed(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alter.adapter.routing import History
 from alter.core.errors import UserError
 
 
@@ -32,6 +33,7 @@ class DecodeState:
         self.past: dict[str, Tensor] = {}
         self.silent: dict[str, bool] = {}
         self.stale: str | None = None
+        self.history: History | None = None
 
     @classmethod
     def of(cls, cache: Any) -> DecodeState | None:
@@ -55,11 +57,17 @@ class DecodeState:
         for tensors in (self.gates, self.past):
             for name, value in tensors.items():
                 tensors[name] = operation(value)
+        if self.history is not None:
+            self.history = self.history.map(operation)
 
     def mirror(self, method: str, argument: Any) -> None:
         """Do to the routes what a method of the cache has done to the keys and values."""
         if method == "reset":
-            self.gates, self.past, self.silent, self.stale = {}, {}, {}, None
+            self.gates, self.past, self.silent, self.stale, self.history = {}, {}, {}, None, None
+        elif method == "crop" and self.history is not None:
+            # the argument is minus the number of tokens to remove
+            length = self.history.mask.shape[1] + int(argument)
+            self.history = self.history.map(lambda t: t[:, :length])
         elif method == "crop":
             if int(argument) != 0:
                 self.stale = "tokens were cropped from its end"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alter.adapter.frozen import base_modules
 from alter.adapter.generation import Session
 from alter.adapter.plan import plan
-from alter.adapter.routes import given_routes, route_next, routes_of
+from alter.adapter.routes import given_routes, remember, route_next, routes_of
 from alter.adapter.state import ForwardState, Host, RoutingContext
 from alter.core.errors import UserError
 
@@ -125,6 +125,8 @@ class Hooks:
         if state is None:
             return
         self.context.state = state.previous
+        if output is not None and state.trunk is not None:
+            remember(state, output)
         if output is not None and state.continuation is not None:
             route_next(self.context, state, output)
 
@@ -154,6 +156,10 @@ class Hooks:
     def _plan(self, module: nn.Module, state: ForwardState) -> None:
         learning = torch.is_grad_enabled()
         pairs = not (learning or module.training)
+        if state.trunk is not None:
+            name, state.trunk.pairs = state.trunk.name, pairs
+            if name not in state.silent:
+                state.silent[name] = not learning and _retention_is_zero(self.context, module, name)
         for name, route in state.routing.items():
             # others can change until a layer reads them, see CapturingCheckpoint
             if not route.gates.requires_grad:

@@ -25,11 +25,11 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
     return _names(type(module).forward)
 
 
-def token_mask(attention_mask: Any, batch: int, length: int, device: torch.device) -> Tensor:
+def token_mask(attention_mask: Any, batch: int, length: int, device: torch.device, cached: int = 0) -> Tensor:
     """[batch, length] bool, true on real tokens, from any attention mask that transformers passes to a model.
 
-    A mask with more columns than there are tokens covers cached ones too; the tokens are its last columns. A 4-D mask
-    belongs to a fresh cache (or to one new token): a token is real if it may attend to itself.
+    A mask with more columns than there are tokens covers cached ones too; the tokens are its last columns. Under a
+    4-D mask a token is real if it may attend to itself, `cached` columns further on (or fewer, where a window has fewer).
 
     Raises:
         UserError: the mask has another form.
@@ -43,7 +43,8 @@ def token_mask(attention_mask: Any, batch: int, length: int, device: torch.devic
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
         if length == 1:
             return torch.ones(batch, 1, dtype=torch.bool, device=device)
-        own = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :length]
+        offset = min(cached, attention_mask.shape[-1] - length)
+        own = attention_mask[:, 0].diagonal(offset, dim1=-2, dim2=-1)[:, :length]
         real = own if own.dtype == torch.bool else own == 0
         return real.expand(batch, length).to(device)
     raise UserError(

@@ -169,7 +169,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
     alter_dropout: Any
     base_layer: Any
 
-    adapter_layer_names: tuple[str, ...] = ("alter_A", "alter_B", "alter_router")
+    adapter_layer_names: tuple[str, ...] = ("alter_A", "alter_B", "alter_router", "alter_probe")
     other_param_names: tuple[str, ...] = (
         "alter_r",
         "alter_alpha",
@@ -203,6 +203,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         self.alter_A = nn.ModuleDict({})
         self.alter_B = nn.ModuleDict({})
         self.alter_router = nn.ModuleDict({})
+        self.alter_probe = nn.ModuleDict({})
         self.alter_dropout = nn.ModuleDict({})
         self.alter_r: dict[str, int] = {}
         self.alter_alpha: dict[str, float] = {}
@@ -272,8 +273,11 @@ class AlterLinear(nn.Module, BaseTunerLayer):
                     weight.data = data.contiguous() if mode else data.t().contiguous().t()
         return self
 
-    def add_router(self, adapter_name: str, features: int) -> None:
-        """Make this layer the host of the adapter's router, which maps `features` values to one logit per expert."""
+    def add_router(self, adapter_name: str, features: int, probed: bool = False) -> None:
+        """Make this layer the host of the adapter's router, which maps `features` values to one logit per expert.
+
+        With `probed` a probe of as many values goes beside it: the logit that the next token's entropy is high, at first 0.
+        """
         like = self.alter_A[adapter_name].weight
         router = nn.Linear(features, self.alter_experts[adapter_name], device=like.device, dtype=like.dtype)
         if like.device.type != "meta":
@@ -282,6 +286,15 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         router.requires_grad_(like.requires_grad)
         self.hosts = True
         self.alter_router[adapter_name] = router
+        if probed:
+            probe = nn.Linear(features, 1, device=like.device, dtype=like.dtype)
+            if like.device.type != "meta":
+                nn.init.zeros_(probe.weight)
+                nn.init.zeros_(probe.bias)
+            # fitted in closed form, never by a training step
+            self.alter_probe[adapter_name] = probe.requires_grad_(False)
+            frozen: dict[str, tuple[str, ...]] = getattr(self, "frozen_peft_weight_names", {})
+            self.frozen_peft_weight_names = {**frozen, adapter_name: ("alter_probe",)}
 
     def takes_part(self, name: str) -> bool:
         """Whether the layer holds this adapter, switched on and not merged."""
@@ -301,6 +314,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
+        if self.hosts and state is not None and state.trunk is not None and state.trunk.host is self:
+            state.route_trunk(self, x)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if self.hosts and state is not None and state.observe:
@@ -385,6 +400,12 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         if state is None or name not in state.routing:
             if self.alter_mode[name] in ("static", "dense"):
                 return None
+            if state is not None and state.trunk is not None:
+                raise UserError(
+                    f"Layer {self.layer_name!r} runs before {state.trunk.host.layer_name!r}, whose input the router of "
+                    f"adapter {name!r} reads. With from_layer the first adapted layer to run holds the router: give "
+                    f"router_layer={self.layer_name!r}."
+                )
             raise UserError(
                 f"Layer {self.layer_name!r} was called without a route for adapter {name!r}: ALTER routes each token once "
                 "for the whole network. Call the whole model that holds the adapter, not a part of it."

@@ -29,7 +29,7 @@ from alter.adapter.hooks import attach, detach
 from alter.adapter.inputs import frozen_inputs, sequence_starts, token_mask
 from alter.adapter.layer import AlterLinear, NotMergeable
 from alter.adapter.routes import entropy_router
-from alter.adapter.routing import INFINITE, Trace, previous_real, route_tokens, take_previous
+from alter.adapter.routing import INFINITE, Trace, previous_real, route_tokens, sides, take_previous
 from alter.adapter.state import ForwardState, RoutingContext
 from alter.core.errors import UserError, nearest
 from alter.logits.entropy import check_threshold, entropy_from_hidden
@@ -57,6 +57,9 @@ TARGETS: dict[str, list[str]] = {
     "mpt": ["Wqkv", "out_proj", "up_proj", "down_proj"],
 }
 """All linear layers of the blocks, by `model_type`."""
+
+FIRST_TO_RUN = ("q_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
+"""Layers whose input is what enters a block, and which run before all others in it."""
 
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What FSDP1 and torch's checkpoint wrapper put into module names, but not into the keys of a state dict."""
@@ -215,6 +218,36 @@ def check_keys(what: str, kind: str, missing: Sequence[str], unexpected: Sequenc
     )
 
 
+def block_of(name: str) -> tuple[str, int] | None:
+    """The list of blocks that a layer is in, as a prefix of its name, and the block's number; None outside of blocks."""
+    match = re.match(r"(.*?\.)?(\d+)\.", name)
+    return (match[1] or "", int(match[2])) if match else None
+
+
+def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
+    """The longest list of blocks with linear layers, and the number of the block that `from_layer` means.
+
+    Raises:
+        UserError: the layers are not in numbered blocks, or there are too few.
+    """
+    found: dict[str, set[int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)) and (place := block_of(WRAPPERS.sub("", name))):
+            found.setdefault(place[0], set()).add(place[1])
+    if not found:
+        raise UserError(
+            f"from_layer is {from_layer!r}, but the layers of {type(model).__name__} are not in numbered blocks: leave it out."
+        )
+    prefix = max(found, key=lambda name: len(found[name]))
+    count = max(found[prefix]) + 1
+    first = from_layer if isinstance(from_layer, int) else int(from_layer * count)
+    if first >= count:
+        raise UserError(
+            f"from_layer is {from_layer!r}, but the model has {count} blocks, 0 to {count - 1}: give {count - 1} at most."
+        )
+    return prefix, first
+
+
 def default_host(names: list[str]) -> str:
     """Of adapted layers in the model's order, the one whose input the router reads by default.
 
@@ -233,11 +266,20 @@ def default_host(names: list[str]) -> str:
     return block[order[2 * len(order) // 3]]
 
 
+def first_to_run(names: list[str]) -> str:
+    """Of adapted layers in the model's order, the one of the first block that runs first.
+
+    Modules need not be listed in the order in which they run: known names come first, and a pass checks the choice.
+    """
+    own = [name for name in names if block_of(name) == block_of(names[0])]
+    return next((name for name in own if name.rpartition(".")[2] in FIRST_TO_RUN), own[0])
+
+
 class AlterModel(BaseTuner):
     """Puts ALTER adapters (arXiv:2603.01792) on a model: shared A, a retention expert and N forget experts per layer.
 
     The route of each token, the experts it takes, is computed once for the whole network: see `alter.adapter.routing`.
-    In a plain forward pass the frozen base runs first, to tell entropies and routes; a caller who knows the routes
+    In a plain forward pass the frozen base runs first (not with `AlterConfig.from_layer`, where one pass does both), to tell entropies and routes; a caller who knows the routes
     passes them as `model(..., alter_routing=Routing(...))` and saves that pass. Generation runs the frozen base once, on
     the prompt.
 
@@ -285,6 +327,8 @@ class AlterModel(BaseTuner):
         """
         config: AlterConfig = self.peft_config[adapter_name]
         self._check_model(model, config, adapter_name)
+        if config.from_layer is not None:
+            config.__dict__["_first_block"] = first_block(model, config.from_layer)
         self._context = attach(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -321,6 +365,15 @@ class AlterModel(BaseTuner):
             config.vocab_size = vocab_size
             if config.routed and config.entropy_threshold is not None:
                 check_threshold(config.entropy_q, config.entropy_threshold, vocab_size)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: AlterConfig, key: str) -> bool | re.Match[str] | None:
+        if peft_config.from_layer is not None:
+            prefix, first = peft_config.__dict__["_first_block"]
+            place = block_of(WRAPPERS.sub("", key))
+            if place is None or place[0] != prefix or place[1] < first:
+                return False
+        return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _prepare_adapter_config(self, peft_config: AlterConfig, model_config: dict[str, Any]) -> AlterConfig:
         if peft_config.target_modules is None:
@@ -383,7 +436,7 @@ class AlterModel(BaseTuner):
         if not config.routed:
             host = names[0]
         elif config.router_layer is None:
-            host = default_host(names)
+            host = first_to_run(names) if config.one_pass else default_host(names)
         else:
             wanted = config.router_layer
             host = wanted if wanted in layers else next((n for n in names if n.endswith(f".{wanted}")), "")
@@ -392,9 +445,15 @@ class AlterModel(BaseTuner):
                     f"router_layer {wanted!r} is not among the {len(names)} adapted layers.{nearest(wanted, names)} "
                     f"Give one of them, for example {default_host(names)!r}, or leave router_layer out."
                 )
+        if config.one_pass and block_of(host) != block_of(names[0]):
+            raise UserError(
+                f"router_layer is {config.router_layer!r}, but from_layer={config.from_layer!r} puts the first experts in "
+                f"{names[0]!r}, and the router must read what no expert has changed: leave router_layer out."
+            )
         layer = layers[host]
         if config.routed:
-            layer.add_router(adapter_name, layer.in_features if config.router == "learned" else 1)
+            features = layer.in_features if config.router == "learned" else 1
+            layer.add_router(adapter_name, features, config.probed)
             config.resolved(router_layer=host)
         self._context.anchors[adapter_name] = layer
         self._context.configs[adapter_name] = config
@@ -536,6 +595,10 @@ class AlterModel(BaseTuner):
                 raise UserError("router='learned' routes by features; pass those that trace() returned.")
             router = self._context.anchors[name].alter_router[name]
             raw = router(features.to(device=router.weight.device, dtype=router.weight.dtype)).to(entropy.device)
+            if config.probed:
+                probe = self._context.anchors[name].alter_probe[name]
+                side = probe(features.to(device=probe.weight.device, dtype=probe.weight.dtype))[..., 0]
+                entropy = sides(side.to(entropy.device), entropy != INFINITE)
         # a token with a predecessor has a finite entropy; see Trace
         raw = torch.where((entropy != INFINITE).unsqueeze(-1), raw, 0.0)
         return route_tokens(raw, entropy, real, config)[0]

@@ -28,14 +28,21 @@ from alter.adapter.routing import (
     next_gates,
     previous_real,
     route_tokens,
+    sides,
     take_previous,
 )
-from alter.adapter.state import ForwardState, RoutingContext
+from alter.adapter.state import ForwardState, RoutingContext, Trunk
 from alter.core.errors import UserError
 from alter.logits.entropy import entropy_from_logits
 
 if TYPE_CHECKING:
     from alter.adapter.config import AlterConfig
+
+
+UNKNOWN_CACHE = (
+    "These past_key_values come from a forward pass without the active ALTER adapter, so the routes of their tokens are "
+    "unknown. Leave past_key_values out, or fill them with the adapter switched on."
+)
 
 
 def given_routes(context: RoutingContext, given: Routing | Mapping[str, Routing]) -> dict[str, Routing]:
@@ -98,15 +105,16 @@ def routes_of(
             f"({type(module).__name__}) the layers of encoder and decoder see different tokens. Use router='static'."
         )
     batch, length = tokens.shape[:2]
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    if _routes_itself(context, module, names) and not (decoding is not None and decoding.gates):
+        mask = token_mask(inputs.get("attention_mask"), batch, length, tokens.device, cached)
+        return _trunk(context, names[0], inputs, mask, decoding, cached)
     mask = token_mask(inputs.get("attention_mask"), batch, length, tokens.device)
     observe = not isinstance(inputs.get("logits_to_keep"), Tensor)
     if decoding is not None and decoding.gates:
         return _decode(context, decoding, names, mask, observe)
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise UserError(
-            "These past_key_values come from a forward pass without the active ALTER adapter, so the routes of their "
-            "tokens are unknown. Leave past_key_values out, or fill them with the adapter switched on."
-        )
+    if cached > 0:
+        raise UserError(UNKNOWN_CACHE)
     ids = inputs.get("input_ids")
     if context.session is not None and cache is None and context.session.ids is not None:
         return _extend(context, names, ids, mask, observe)
@@ -117,6 +125,54 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not args:
         return kwargs
     return {**dict(zip(parameter_names(module), args, strict=False)), **kwargs}
+
+
+def _routes_itself(context: RoutingContext, module: nn.Module, names: list[str]) -> bool:
+    """Whether a pass tells the routes of its own tokens: nothing below the router's layer differs from the base.
+
+    While training the base may have dropout, and gradients for the router come from a pass of the frozen base alone.
+    """
+    if module.training or context.active() != names or len(names) != 1 or not context.configs[names[0]].one_pass:
+        return False
+    return not (torch.is_grad_enabled() and context.anchors[names[0]].alter_router[names[0]].weight.requires_grad)
+
+
+def _trunk(
+    context: RoutingContext,
+    name: str,
+    inputs: dict[str, Any],
+    mask: Tensor,
+    decoding: DecodeState | None,
+    cached: int,
+) -> ForwardState:
+    """The state of a pass that routes its own tokens, with the evidence of those in the cache."""
+    past = None if decoding is None else decoding.history
+    if decoding is not None and decoding.stale is not None:
+        raise UserError(
+            f"ALTER lost track of these past_key_values: {decoding.stale}. Leave past_key_values out, so that the whole "
+            "sequence is routed again."
+        )
+    if (past is None and cached > 0) or (past is not None and past.name != name):
+        raise UserError(UNKNOWN_CACHE)
+    if past is not None and tuple(past.mask.shape) != (len(mask), cached):
+        raise UserError(
+            f"These past_key_values hold {cached} tokens for {len(mask)} rows, but ALTER knows the routes of "
+            f"{past.mask.shape[1]} tokens of {past.mask.shape[0]} rows: use the cache's own crop, batch_repeat_interleave or "
+            "batch_select_indices to change it."
+        )
+    starts = sequence_starts(inputs, mask)
+    starts = torch.zeros_like(mask) if starts is None else starts
+    trunk = Trunk(name, context.anchors[name], context.configs[name], mask, starts, past)
+    return ForwardState(trunk=trunk, names=(name,), silent={} if decoding is None else dict(decoding.silent))
+
+
+def remember(state: ForwardState, output: Any) -> None:
+    """Keep the evidence of a pass that routed its own tokens on the cache in its output."""
+    cache, trunk = output_cache(output), state.trunk
+    if cache is None or trunk is None or trunk.history is None:
+        return
+    decoding = DecodeState.attach(cache)
+    decoding.history, decoding.silent, decoding.stale = trunk.history, state.silent, None
 
 
 def _decode(
@@ -193,6 +249,10 @@ def _prompt(
         config = context.configs[name]
         entropy = _token_entropy(logits, previous, config)
         raw = _router_logits(context, name, frozen, entropy, previous)
+        if config.probed:
+            # as a pass that routes its own tokens does
+            own = previous.to(entropy.device)
+            entropy = sides(take_previous(frozen.probe_logits[name][..., 0].to(own.device), own, 0.0), own >= 0)
         gates, last = route_tokens(raw, entropy, mask.to(entropy.device), config)
         routing[name], past[name] = Routing(gates), last.detach()
     observe = observe and logits is not None

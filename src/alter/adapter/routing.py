@@ -190,6 +190,57 @@ def route_tokens(router_logits: Tensor, entropy: Tensor, mask: Tensor, config: A
     return expert_gates(mean, entropy > config.threshold, config, known & evidence), total[:, -1]
 
 
+def sides(probe: Tensor, known: Tensor) -> Tensor:
+    """Stand-ins [B, T] for entropies, on the side of every threshold that a probe says.
+
+    Args:
+        probe: [B, T] logit that the token's entropy is above the threshold.
+        known: [B, T] bool, tokens that something generated.
+
+    Returns:
+        `UNKNOWN_ENTROPY` where the logit is above 0, else 0; +inf where nothing generated the token.
+    """
+    side = torch.where(probe > 0, UNKNOWN_ENTROPY, 0.0)
+    return torch.where(known, side, INFINITE)
+
+
+@dataclass(eq=False)
+class History:
+    """Evidence of all tokens of a row so far, from which the route of each follows, however they were fed in.
+
+    Attributes:
+        name: of the adapter.
+        evidence: [B, T, N + 1] router logits read *at* each token, for the one after it; with a probe its logit is last.
+        mask: [B, T] bool, true on real tokens.
+        starts: [B, T] bool, tokens that begin a new sequence within a row.
+    """
+
+    name: str
+    evidence: Tensor
+    mask: Tensor
+    starts: Tensor
+
+    def map(self, operation: Callable[[Tensor], Tensor]) -> History:
+        """The history with every tensor t replaced by operation(t)."""
+        return History(self.name, operation(self.evidence), operation(self.mask), operation(self.starts))
+
+    def then(self, new: History) -> History:
+        """This history with further tokens at its end."""
+        pairs = ((getattr(self, part), getattr(new, part)) for part in ("evidence", "mask", "starts"))
+        return History(self.name, *(torch.cat([old.to(own.device), own], 1) for old, own in pairs))
+
+    def gates(self, config: AlterConfig) -> Tensor:
+        """[B, T, N + 1] gates of every token, as `route_tokens` gives them."""
+        previous = previous_real(self.mask, self.starts)
+        known = previous >= 0
+        raw = take_previous(self.evidence, previous, 0.0)
+        if config.probed:
+            raw, probe = raw[..., :-1], raw[..., -1]
+        else:
+            probe = raw.new_zeros(known.shape)
+        return route_tokens(raw, sides(probe, known), self.mask, config)[0]
+
+
 def next_gates(
     router_logits: Tensor, entropy: Tensor, mask: Tensor, past: Tensor, config: AlterConfig
 ) -> tuple[Tensor, Tensor]:

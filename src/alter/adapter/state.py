@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from alter.adapter.generation import Continuation, Session
-from alter.adapter.plan import Plan
-from alter.adapter.routing import Routing
+from alter.adapter.plan import Plan, plan
+from alter.adapter.routing import History, Routing
+from alter.core.errors import UserError
 
 if TYPE_CHECKING:
     from alter.adapter.config import AlterConfig
@@ -22,6 +23,7 @@ class Host(Protocol):
     alter_A: Any
     alter_B: Any
     alter_router: Any
+    alter_probe: Any
     alter_r: dict[str, int]
     alter_experts: dict[str, int]
     alter_mode: dict[str, str]
@@ -30,6 +32,31 @@ class Host(Protocol):
     def takes_part(self, name: str) -> bool:
         """Whether the layer holds this adapter, switched on and not merged."""
         ...
+
+
+@dataclass(eq=False)
+class Trunk:
+    """What a pass needs to route its own tokens, once the untouched blocks have run (see `AlterConfig.one_pass`).
+
+    Attributes:
+        name: of the adapter.
+        host: layer that holds its router, the first adapted one to run.
+        config: of the adapter.
+        mask: [B, T] bool, true on real tokens.
+        starts: [B, T] bool, tokens that begin a new sequence within a row.
+        past: of the tokens in the cache.
+        history: of those and the pass's own, once the host has run.
+        pairs: see `alter.adapter.plan.plan`.
+    """
+
+    name: str
+    host: Host
+    config: AlterConfig
+    mask: Tensor
+    starts: Tensor
+    past: History | None = None
+    history: History | None = None
+    pairs: bool = False
 
 
 @dataclass(eq=False)
@@ -44,6 +71,8 @@ class ForwardState:
         host: layer whose whole input is to be kept in `features`.
         plans: what the layers make of the routes.
         silent: adapters whose retention expert is known to be zero, or not to be.
+        probe_logits: what probes say of the host's input, as `router_logits`.
+        trunk: of a pass that routes its own tokens.
     """
 
     routing: dict[str, Routing] = field(default_factory=dict)
@@ -58,6 +87,8 @@ class ForwardState:
     previous: ForwardState | None = None
     plans: dict[str, Plan] = field(default_factory=dict)
     silent: dict[str, bool] = field(default_factory=dict)
+    probe_logits: dict[str, Tensor] = field(default_factory=dict)
+    trunk: Trunk | None = None
 
     def plan_of(self, name: str) -> Plan:
         """How the layers are to work out the update of one adapter."""
@@ -82,6 +113,38 @@ class ForwardState:
                 if name in layer.alter_router and layer.alter_mode[name] == "learned":
                     router = layer.alter_router[name]
                     self.router_logits[name] = router(x.detach().to(router.weight.dtype))
+                    if name in layer.alter_probe:
+                        self.probe_logits[name] = layer.alter_probe[name](x.detach().to(router.weight.dtype))
+
+    @torch.no_grad()
+    def route_trunk(self, layer: Host, x: Tensor) -> None:
+        """Route the tokens of the pass by what enters the router's layer, x [B, T, D].
+
+        Raises:
+            UserError: the layer does not see every token in order.
+        """
+        trunk = self.trunk
+        assert trunk is not None
+        name = trunk.name
+        if x.shape[:-1] != trunk.mask.shape:
+            raise UserError(
+                f"The router of adapter {name!r} reads layer {layer.layer_name!r}, which saw shape {list(x.shape[:-1])} for "
+                f"tokens of shape {list(trunk.mask.shape)}. Leave from_layer out for this model."
+            )
+        router = layer.alter_router[name]
+        seen = x.detach().to(router.weight.dtype)
+        evidence = router(seen)
+        if trunk.config.probed:
+            evidence = torch.cat([evidence, layer.alter_probe[name](seen)], -1)
+        if evidence.dtype != torch.float64:
+            evidence = evidence.float()
+        own = History(name, evidence, trunk.mask.to(x.device), trunk.starts.to(x.device))
+        trunk.history = own if trunk.past is None else trunk.past.then(own)
+        self.routing[name] = Routing(trunk.history.gates(trunk.config)[:, -x.shape[1] :])
+        if not torch.compiler.is_compiling():
+            self.plans[name] = plan(
+                self.routing[name], learning=torch.is_grad_enabled(), pairs=trunk.pairs, silent=self.silent[name]
+            )
 
 
 class RoutingContext:

@@ -135,6 +135,16 @@ class AlterAdapter(_Adapter):
         description="How much of the text so far the router's evidence keeps; unless it is given, the router's fit chooses "
         "(`router_fit.memories`).",
     )
+    from_layer: int | float | None = Field(
+        _DEFAULT["from_layer"],
+        description="First block with experts: its number, or a share of the depth. The blocks below stay the base, so that "
+        "one pass routes and answers; all blocks by default.",
+    )
+    entropy_source: Literal["probe", "exact"] = Field(
+        _DEFAULT["entropy_source"],
+        description="With from_layer: a probe fitted with the router tells high tokens from low ones, or the exact entropy, "
+        "at a second pass over prompts.",
+    )
     entropy_q: float = Field(
         _DEFAULT["entropy_q"], description="Tsallis order of the token entropies, above 0; 1 is Shannon's."
     )

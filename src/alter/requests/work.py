@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -703,7 +704,9 @@ def merge(project: Project, out: Path) -> dict[str, Any]:
     opened = get_peft_model(base, config)
     # a static gate has no router: its tensors are left out on purpose
     weights = load_peft_weights(str(project.adapter), device="cpu")
-    set_peft_model_state_dict(opened, {name: w for name, w in weights.items() if ".alter_router." not in name})
+    set_peft_model_state_dict(
+        opened, {n: w for n, w in weights.items() if not re.search(r"\.alter_(router|probe)\.", n)}
+    )
     merged = opened.merge_and_unload()
     found["retain"]["merged"] = measure(merged, tokenizer, sample, answers=project.answers)[1]
     merged.save_pretrained(out)

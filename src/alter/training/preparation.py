@@ -101,9 +101,11 @@ def trace_run(
     drawn = {"forget": of_forget, "alternative": of_forget, "retain": of_retain}
     used = {name: sorted(drawn[name]) for name in BRANCHES if needs[name].rows}
     alter = model.peft_config["default"] if isinstance(run.adapter, AlterAdapter) else None
-    router = None
+    router, probe = None, None
     if alter is not None and alter.routed:
-        router = model.base_model.router_host[1].alter_router["default"]
+        host = model.base_model.router_host[1]
+        router = host.alter_router["default"]
+        probe = host.alter_probe["default"] if alter.probed else None
     key = digest(
         base_fingerprint(model),
         run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed", "reinforcement"}),
@@ -140,11 +142,15 @@ def trace_run(
                 label=f"{name} rows",
             )
         weights = {} if router is None else {name: p.detach().cpu() for name, p in router.named_parameters()}
+        if probe is not None:
+            weights |= {f"probe.{name}": p.detach().cpu() for name, p in probe.named_parameters()}
         kept = frozen.Frozen(traced, weights, found)
         if processes.first():
             frozen.store(cache, kept, key)
     if router is not None:
-        router.load_state_dict(kept.router)
+        router.load_state_dict({n: w for n, w in kept.router.items() if not n.startswith("probe.")})
+        if probe is not None:
+            probe.load_state_dict({n: kept.router[f"probe.{n}"] for n in probe.state_dict()})
         router.requires_grad_(False)
     if alter is not None:
         alter.entropy_threshold = kept.found["entropy_threshold"]
