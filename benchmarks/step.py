@@ -226,8 +226,7 @@ def through_trainer(
     collate = PairCollator(0)
 
     def loss() -> Tensor:
-        batch = {name: value.to(args.device) for name, value in collate(pairs).items()}
-        return trainer.compute_loss(model, batch)
+        return trainer.compute_loss(model, {"batch": collate(pairs)["batch"].to(args.device)})
 
     return Variant(
         loss, model, trainer.create_optimizer(), autocast, args.device, one_off, ("forget",) if run.experts_only else ("forget", "retain"),

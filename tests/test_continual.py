@@ -23,8 +23,7 @@ from alter.data.sources import refusals
 from alter.methods import presets
 from alter.models import guards as inference
 from alter.models.loading import load_model
-from alter.training import loss
-from alter.training import run as run_module
+from alter.training import loss, preparation
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import save_pico, write_jsonl
@@ -450,7 +449,7 @@ def test_what_no_lora_can_go_on_from(people, runs, loras, tmp_path, monkeypatch,
     if changes.get("model") == "other":
         changes["model"] = str(save_pico(tmp_path / "other", seed=7))
     out = loras / changes.pop("out") if "out" in changes else tmp_path / "x"
-    monkeypatch.setattr(run_module, "trace_run", None)
+    monkeypatch.setattr(preparation, "trace_run", None)
     with pytest.raises((UserError, ValueError), match=says):
         o3(people, out, "Bo", start_from=str(folder), **changes)
     assert (loras / "0" / "adapter" / "inference.json").exists()

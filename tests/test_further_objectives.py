@@ -96,13 +96,13 @@ def test_duet_and_push_pull_equal_loops(top, kept):
 
 
 def test_dual_ascent_by_hand():
-    dual, constraint = loss.Dual(), Constrained(epsilon=0.5, start=2.0, step=10.0, warmup_epochs=1.0)
+    own, constraint = loss.OwnState(), Constrained(epsilon=0.5, start=2.0, step=10.0, warmup_epochs=1.0)
     # during the warm-up the weight stays; then 2 + 10 (0.6 - 0.5), and 3 + 10 (0.1 - 0.5) is below 0
-    weights = [dual.next(constraint, value, epoch) for value, epoch in ((9.0, 0.0), (9.0, 0.5), (0.6, 1.0))]
+    weights = [own.weigh(constraint, value, epoch) for value, epoch in ((9.0, 0.0), (9.0, 0.5), (0.6, 1.0))]
     assert weights == [2.0, 2.0, 2.0]
-    assert dual.next(constraint, 0.1, 1.5) == pytest.approx(3.0)
-    assert dual.next(constraint, 0.5, 2.0) == 0.0
-    assert loss.Dual(**dual.state()["args"]).weight == dual.weight
+    assert own.weigh(constraint, 0.1, 1.5) == pytest.approx(3.0)
+    assert own.weigh(constraint, 0.5, 2.0) == 0.0
+    assert loss.OwnState(**own.state()["args"]).kept == own.kept
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +122,14 @@ def test_pdus_weight_changes_by_the_loss_of_each_step_and_is_resumed(data, tmp_p
     given = {"method": "pdu", "retain_objective": constraint, "epochs": 3, "save_steps": 4}
     given |= {"warmup_steps": 0, "learning_rate": 1e-3}
     weights = []
-    real = loss.Dual.next
+    real = loss.OwnState.weigh
 
     def spied(self, *args):
         weights.append((real(self, *args), args[1]))
         return weights[-1][0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss.Dual, "next", spied)
+        patch.setattr(loss.OwnState, "weigh", spied)
         unlearn(settings(data, tmp_path / "whole", **given))
         whole = weights.copy()
         # 3 steps an epoch
@@ -141,15 +141,15 @@ def test_pdus_weight_changes_by_the_loss_of_each_step_and_is_resumed(data, tmp_p
         weights.clear()
 
         def stopping(self, *args):
-            if self.weight is not None and len(weights) == 6:
+            if self.kept and len(weights) == 6:
                 raise KeyboardInterrupt
             return spied(self, *args)
 
-        patch.setattr(loss.Dual, "next", stopping)
+        patch.setattr(loss.OwnState, "weigh", stopping)
         with pytest.raises(KeyboardInterrupt):
             unlearn(settings(data, tmp_path / "cut", **given))
         weights.clear()
-        patch.setattr(loss.Dual, "next", spied)
+        patch.setattr(loss.OwnState, "weigh", spied)
         unlearn(settings(data, tmp_path / "cut", **given, resume=True))
     assert [w for w, _ in weights] == pytest.approx([w for w, _ in whole[4:]])
 
@@ -179,7 +179,7 @@ def test_altpo_takes_a_rows_own_substitute_and_samples_the_others(data, tmp_path
 
     said = [
         byte_tokenizer().decode([t for t, y in zip(ids.tolist(), labels.tolist(), strict=True) if y != -100])
-        for ids, labels, branch in zip(first["input_ids"], first["labels"], first["branch"], strict=True)
+        for ids, labels, branch in zip(first["input_ids"], first["labels"], first["batch"].branch, strict=True)
         if branch == 1
     ]
     assert len(said) == 6
@@ -207,10 +207,8 @@ def test_duets_teacher_is_the_base_after_the_instruction(data, tmp_path, monkeyp
         kept["rows"], kept["model"] = args[3], args[0]
         raise KeyboardInterrupt
 
-    from alter.training import run as run_module
-
     real = preparation.trace_run
-    monkeypatch.setattr(run_module, "trace_run", stop)
+    monkeypatch.setattr(preparation, "trace_run", stop)
     with pytest.raises(KeyboardInterrupt):
         unlearn(settings(data, tmp_path / "r", method="duet", objective=words, retain_objective=words))
     from pico import byte_tokenizer

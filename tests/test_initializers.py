@@ -1,13 +1,14 @@
 """Where LoRA starts: exact decompositions, importance against loops, and a pair of factors that adds nothing."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from alter.data.encoding import Encoded
-from alter.methods.adapters import Lora, block_at, blocks, blocks_within
+from alter.methods.adapters import Lora
 from alter.methods.initializers import (
     FLOOR,
     Factors,
@@ -23,6 +24,7 @@ from alter.methods.initializers import (
     variance,
     variance_product,
 )
+from alter.methods.places import block_at, blocks, blocks_within
 from alter.methods.probes import factor_variances, fisher, low_rank, output_covariances, reinforce, starting_factors
 from pico import PAD, pico
 
@@ -228,7 +230,7 @@ def test_an_initialised_adapter_starts_as_the_model_and_moves_one_half(rows, ini
         pad_token_id=PAD,
     )
     assert bool(away) == isinstance(initializer, Reglu)
-    tuned = adapter.attach(model, start, "base")
+    tuned = adapter.attach(model, SimpleNamespace(model="base"), [], start)
     with torch.no_grad():
         torch.testing.assert_close(tuned(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
     tuned(input_ids=ids, labels=ids).loss.backward()

@@ -17,15 +17,13 @@ from alter import cli
 from alter.adapter.routing import Routing
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.methods import adapters as tuning
-from alter.methods import frozen, presets
+from alter.methods import frozen, places, presets
 from alter.methods.frozen import Depth, states_of
 from alter.methods.presets import METHODS
 from alter.models import guards as inference
 from alter.models.generation import generate
 from alter.models.loading import load_model
 from alter.training import loss, preparation
-from alter.training import run as run_module
 from alter.training import settings as run_settings
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
@@ -231,9 +229,10 @@ def first_step(monkeypatch, run, look):
 
 def rows_of(inputs, branch):
     """Token ids and labels of each row of a branch, without padding."""
-    for b in (inputs["branch"] == run_settings.BRANCHES.index(branch)).nonzero()[:, 0].tolist():
-        n = int(inputs["attention_mask"][b].sum())
-        yield inputs["input_ids"][b, :n], inputs["labels"][b, :n].tolist()
+    batch = inputs["batch"]
+    for b in (batch.branch == run_settings.BRANCHES.index(branch)).nonzero()[:, 0].tolist():
+        n = int(batch.attention_mask[b].sum())
+        yield batch.input_ids[b, :n], batch.labels[b, :n].tolist()
 
 
 def row_logps(model, ids, labels):
@@ -305,13 +304,13 @@ def test_a_padded_batch_costs_what_its_rows_cost_alone(uneven, tmp_path, monkeyp
     weights = {"simnpo": (0.125, 1.0), "satimp": (1.0, 0.1)}
 
     def look(self, model, inputs, loss):
-        assert (inputs["attention_mask"] == 0).any()
+        assert (inputs["batch"].attention_mask == 0).any()
         beta, gamma = weights.get(method, (1.0, 1.0))
         model.eval()
         with torch.no_grad():
             expected = naive_forget(method, model, base, inputs)
             assert self.parts["forget"].item() == pytest.approx(expected, rel=2e-4, abs=1e-5)
-            if (inputs["branch"] == 2).any():
+            if (inputs["batch"].branch == 2).any():
                 kept = naive_retain(method, model, base, inputs)
                 assert self.parts["retain"].item() == pytest.approx(kept, rel=2e-4, abs=1e-5)
                 expected = beta * expected + gamma * kept
@@ -332,7 +331,7 @@ def test_a_step_before_retain_rows_join_costs_its_forget_rows_alone(data, tmp_pa
     base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
 
     def look(self, model, inputs, loss):
-        assert 2 not in inputs["branch"]
+        assert 2 not in inputs["batch"].branch
         model.eval()
         with torch.no_grad():
             expected = naive_forget(method, model, base, inputs)
@@ -405,7 +404,7 @@ def test_hidden_states_beside_a_loss_on_tokens_or_weights_behind_need_every_bloc
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_states_alone_are_those_of_a_whole_pass_in_every_architecture(kind):
     model = tiny(kind).eval()
-    blocks = model.get_submodule(tuning.blocks(model)[0])
+    blocks = model.get_submodule(places.blocks(model)[0])
     depth = Depth(blocks[0], tuple(blocks[1:]))
     assert depth.behind
     ids = torch.arange(1, 13).view(2, 6)
@@ -440,7 +439,8 @@ def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
                     logits = base(input_ids=whole[None]).logits[0, len(words) :]
                     views[name] = torch.stack([logits[t - 1] for t, y in enumerate(labels) if t and y != -100])
                 found.append(run.objective.target(views, torch.linspace(0, 1, len(views["base"]))))
-        p, ids = inputs["forget_logp"].exp(), inputs["forget_ids"]
+        reference = inputs["batch"].forget.reference
+        p, ids = reference.logp.exp(), reference.ids
         got = torch.zeros(len(p), 300).scatter(-1, ids, p)
         torch.testing.assert_close(got, torch.cat(found).exp(), rtol=1e-3, atol=1e-4)
         rows = list(rows_of(inputs, "alternative"))
@@ -612,9 +612,13 @@ def test_asym_lora_weighs_all_experts_in_every_layer_by_its_own_input(data, tmp_
 
 def test_sha256_raises_the_retain_weight_after_the_first_epoch(data, tmp_path, monkeypatch):
     weights = []
-    real = loss.FirstEpoch.weight
+    real = loss.OwnState.weigh
     monkeypatch.setattr(
-        loss.FirstEpoch, "weight", lambda self, *a: weights.append((a, real(self, *a))) or weights[-1][1]
+        loss.OwnState,
+        "weigh",
+        lambda self, objective, found, epochs: (
+            weights.append(((found, epochs < 1), real(self, objective, found, epochs))) or weights[-1][1]
+        ),
     )
     unlearn(settings(data, tmp_path / "run", "sha256", epochs=3, learning_rate=3e-2, gamma=1e-3))
     assert [first for (_, first), _ in weights] == [True] * 3 + [False] * 6
@@ -1097,7 +1101,7 @@ def test_retain_rows_join_at_a_whole_step_and_none_is_passed_before(data, tmp_pa
 
     def counted(self, model, inputs, **kwargs):
         rows.append(len(inputs["input_ids"]))
-        joined.append(int((inputs["branch"] == 2).sum()))
+        joined.append(int((inputs["batch"].branch == 2).sum()))
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         handle = inner.model.layers[0].register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
         try:
@@ -1149,7 +1153,7 @@ def test_a_run_that_stops_about_the_border_ends_where_an_unbroken_one_ends(data,
         ({"retain_after": 3}, "retain_after is 3 and epochs 3"),
         ({"retain_after": -1}, "greater than or equal to 0"),
         ({"retain_objective": {"kind": "none"}}, "retain_objective.kind is none"),
-        ({"retain_objective": {"kind": "adaptive"}}, "adaptive compares with the retain loss of the first epoch"),
+        ({"retain_objective": {"kind": "adaptive"}}, "adaptive weighs retain rows by their loss"),
         ({"objective": {"kind": "none"}}, "objective.kind must not be none"),
         ({"beta": 0}, "nor beta 0"),
         ({"method": "alter", "phase_one": 0.1}, "give --phase-one 0 or --retain-after 0"),
@@ -1164,7 +1168,7 @@ def test_a_first_phase_that_makes_no_sense_is_refused(data, tmp_path, changes, s
 
 @pytest.mark.parametrize("changes", [{"max_steps": 3}, {"batch_size": 18}, {"epochs": 1.1, "batch_size": 4}], ids=str)
 def test_a_first_phase_of_all_steps_is_refused_before_the_model_is_loaded(data, tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(run_module, "load_model", None)
+    monkeypatch.setattr(preparation, "load_model", None)
     with pytest.raises(UserError, match=r"no step is left for retain rows to join\. Give more epochs"):
         unlearn(settings(data, tmp_path / "run", "e2urec", **{**FIRST, **changes}))
     assert not (tmp_path / "run").exists()
@@ -1207,16 +1211,17 @@ def test_made_up_labels_are_no_structure_for_the_shared_matrix(data, tmp_path, m
         model.eval()
         found = []
         with torch.no_grad():
-            gates, high = inputs["gates"].float(), inputs["entropy"] > self.threshold
+            batch = inputs["batch"]
+            gates, high = batch.gates.float(), batch.entropy > self.threshold
             logits = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
                 alter_routing=Routing(gates),
             ).logits
-            for b in (inputs["branch"] == 2).nonzero()[:, 0].tolist():
-                for t in range(1, inputs["labels"].shape[1]):
-                    if inputs["labels"][b, t] != -100 and high[b, t]:
-                        found.append(-torch.log_softmax(logits[b, t - 1], -1)[inputs["labels"][b, t]].item())
+            for b in (batch.branch == 2).nonzero()[:, 0].tolist():
+                for t in range(1, batch.labels.shape[1]):
+                    if batch.labels[b, t] != -100 and high[b, t]:
+                        found.append(-torch.log_softmax(logits[b, t - 1], -1)[batch.labels[b, t]].item())
         assert self.parts["structure"].item() == pytest.approx(sum(found) / len(found), rel=1e-4)
 
     first_step(monkeypatch, settings(data, tmp_path / "run", "alter", **changes), look)

@@ -1,4 +1,4 @@
-"""Parts of others: a package with an entry point brings an objective, a benchmark, an attack and a guard, by name."""
+"""Parts of others: a package with an entry point brings objectives, an adapter, a benchmark, an attack, a guard, by name."""
 
 import json
 import os
@@ -21,6 +21,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGE = '''
 from typing import ClassVar, Literal
 
+from peft import IA3Config, get_peft_model
 from pydantic import Field
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from alter.attacks.run import ATTACKS, Method
 from alter.core.plugins import benchmark
 from alter.core.records import Record
 from alter.evaluation.base import Evaluation
+from alter.methods.adapters import ADAPTERS, Adapter
 from alter.methods.objectives import FORGET, RETAIN, Emitted, Labelled, Objective, mean_or_zero
 from alter.models.guards import GUARDS
 
@@ -54,6 +56,26 @@ class Twice(Objective):
 
     def __call__(self, tokens: Labelled) -> Tensor:
         return 2 * tokens.mean()
+
+
+@ADAPTERS.part
+class Scaled(Adapter):
+    """IA3: a factor for each output of some layers."""
+
+    kind: Literal["scaled"] = "scaled"
+    layers: list[str] = Field(["k_proj"], description="Layers whose outputs are scaled.")
+
+    def check(self, run):
+        super().check(run)
+        if not self.layers:
+            raise ValueError("adapter.layers is empty: name a layer, such as k_proj")
+
+    def attach(self, model, run, names, start=None, former=None):
+        config = IA3Config(target_modules=self.layers, feedforward_modules=[], task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
+
+    def parameter_groups(self, named, run):
+        return [{"params": [p for _, p in named], "lr": 3 * run.learning_rate, "weight_decay": 0.0}]
 
 
 @benchmark("weights")
@@ -130,9 +152,11 @@ from alter.cli import main
 said = io.StringIO()
 with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
     main(["unlearn", "--help"])
-assert "mine" in said.getvalue() and "twice" in said.getvalue()
+assert all(name in said.getvalue() for name in ("mine", "twice", "scaled"))
 mine = ["--objective.kind", "mine", "--objective.floor", "0.2", "--retain-objective.kind", "twice"]
 assert main(["unlearn", *{flags!r}, *mine, "--max-steps", "1", "--closing-rows", "0"]) == 0
+scaled = ["--out", "scaled", "--adapter.kind", "scaled", "--adapter.layers", "v_proj"]
+assert main(["unlearn", *{flags!r}, *mine, *scaled, "--max-steps", "1", "--closing-rows", "2"]) == 0
 assert main(["evaluate", "--benchmark", "weights", "--model", {model!r}, "--json", "w.json"]) == 0
 assert main(["attack", "--attacks", "shout", "--model", {model!r}, "--forget", {run["forget"]!r}, "--rows", "2",
              "--relearn.rows", "2", "--max-new-tokens", "2", "--out", "attack"]) == 0
@@ -142,6 +166,9 @@ assert not alter.load({model!r}, adapter="bare")[0].config.use_cache
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["objective"] == {"kind": "mine", "floor": 0.2}
     assert settings["retain_objective"] == {"kind": "twice"}
+    assert json.loads((tmp_path / "scaled" / "run.json").read_text())["trained_parameters"] == 2 * 16
+    assert "adapter.kind scaled" in (tmp_path / "scaled" / "adapter" / "README.md").read_text()
+    assert json.loads((tmp_path / "scaled" / "adapter" / "adapter_config.json").read_text())["peft_type"] == "IA3"
     assert json.loads((tmp_path / "w.json").read_text())[0]["metric"] == "weights"
     attacks = {record["extra"]["attack"] for record in json.loads((tmp_path / "attack" / "records.json").read_text())}
     assert "shout" in attacks

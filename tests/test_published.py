@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
+from alter.methods.adapters import FirstHalves
 from alter.methods.presets import METHODS, published
-from alter.training.loss import FirstHalves
 from alter.training.settings import Unlearn, steps_of, warmup_of
 
 GIVEN = {"model": "m", "forget": "f", "retain": "r", "out": "o"}

@@ -1,5 +1,7 @@
 """Which layers an adapter goes on: GPT-2's Conv1D, flags; and virtual tokens in scoring."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -21,12 +23,12 @@ def test_lora_finds_the_layers_of_gpt2(given):
     names = set(Lora(target_modules=given).layers(gpt2()))
     kinds = {name.rpartition(".")[2] for name in names}
     assert kinds == ({"c_fc"} if given == ["c_fc"] else {"c_attn", "c_proj", "c_fc"})
-    Lora(target_modules=given).attach(gpt2(), None, "base")
+    Lora(target_modules=given).attach(gpt2(), SimpleNamespace(model="base"), [])
 
 
 def test_an_initializer_refuses_gpt2s_turned_weights():
     with pytest.raises(UserError, match="Conv1D"):
-        Lora().attach(gpt2(), {}, "base")
+        Lora().attach(gpt2(), SimpleNamespace(model="base"), [], {})
 
 
 @pytest.mark.parametrize("kind", [Lora, AlterAdapter])

@@ -19,8 +19,8 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.logits import entropy
 from alter.methods import frozen, objectives
-from alter.training import folder, loss, preparation
-from alter.training.batches import schedule
+from alter.training import folder, loss
+from alter.training.batches import Batch, schedule
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import pico, run_on, save_pico, write_jsonl, write_people
@@ -161,21 +161,18 @@ def test_gradients_equal_those_of_separate_passes(data, tmp_path, monkeypatch):
             for p in experts.values():
                 torch.nn.init.normal_(p, std=0.1)
             joint = torch.autograd.grad(real(self, model, inputs), list(experts.values()))
-            labels = inputs["labels"]
-            low_forget = ((inputs["entropy"] <= self.threshold) & (labels != -100))[inputs["expert"] > 0]
-            n_forget, n_retain = low_forget[:, 1:].sum(), (labels[inputs["expert"] == 0][:, 1:] != -100).sum()
+            batch = inputs["batch"]
+            labels = batch.labels
+            low_forget = ((batch.entropy <= self.threshold) & (labels != -100))[batch.expert > 0]
+            n_forget, n_retain = low_forget[:, 1:].sum(), (labels[batch.expert == 0][:, 1:] != -100).sum()
             for number in range(4):
-                rows = inputs["expert"] == number
-                alone = {
-                    k: v[rows]
-                    for k, v in inputs.items()
-                    if k in ("input_ids", "labels", "gates", "entropy", "expert", "branch")
-                }
+                rows = batch.expert == number
+                names = ("input_ids", "attention_mask", "labels", "gates", "entropy", "expert", "branch")
                 # a mask of all rows: nothing is isolated, the separate pass does it
-                alone["attention_mask"] = inputs["attention_mask"][rows]
-                loss = real(self, model, alone)
-                own = (alone["entropy"] <= self.threshold) & (alone["labels"] != -100)
-                share = own[:, 1:].sum() / n_forget if number else (alone["labels"][:, 1:] != -100).sum() / n_retain
+                alone = Batch(**{name: getattr(batch, name)[rows] for name in names})
+                loss = real(self, model, {"batch": alone})
+                own = (alone.entropy <= self.threshold) & (alone.labels != -100)
+                share = own[:, 1:].sum() / n_forget if number else (alone.labels[:, 1:] != -100).sum() / n_retain
                 for (name, p), whole in zip(experts.items(), joint, strict=True):
                     (part,) = torch.autograd.grad(loss, [p], retain_graph=True)
                     block = slice(4 * number, 4 * number + 4)
@@ -234,7 +231,7 @@ def test_frozen_rows_equal_a_plain_forward_of_the_base(data, tmp_path):
 
     run = settings(data, tmp_path, objective={"kind": "without_truth"})
     base = pico()
-    model = preparation.add_adapter(pico(), run, NAMES)
+    model = run.adapter.attach(pico(), run, NAMES)
     model.peft_config["default"].entropy_threshold = 1.0
     rows = [Encoded(list(range(5, 5 + n)), [-100] * 2 + list(range(7, 5 + n)), 2) for n in (4, 9, 3)]
     traced = frozen.trace_rows(model, rows, pad_token_id=257, features=True, gates=True, reference_k=7)
@@ -334,7 +331,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(data, tmp_path, 
 def test_a_failed_save_leaves_the_old_adapter(data, tmp_path, monkeypatch):
     out = unlearn(settings(data, tmp_path / "run"))
     before = weights(out)
-    model = preparation.add_adapter(pico(), settings(data, out), NAMES)
+    run = settings(data, out)
+    model = run.adapter.attach(pico(), run, NAMES)
 
     def full(path):
         os.makedirs(path)

@@ -21,8 +21,7 @@ from alter.data.encoding import encode
 from alter.data.examples import examples, load_examples
 from alter.evaluation.tofu import fingerprint
 from alter.models.loading import load_model
-from alter.training import folder, loss, watch
-from alter.training import run as run_module
+from alter.training import folder, loss, preparation, watch
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from alter.training.watch import KeepLast, LikeRetrained, LikeUnseen, Watch, rows_needed, told_apart
@@ -680,7 +679,7 @@ def refused(data, tmp_path, watched, **changes):
 
 
 def test_data_that_cannot_work_is_refused_before_the_model_is_loaded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(preparation, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     forget, holdout, retain = (
         [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
         for name in ("forget", "holdout", "retain")

@@ -33,6 +33,7 @@ from alter.core.files import to_json, write_atomic
 from alter.core.provenance import stamped
 from alter.core.records import write_records
 from alter.evaluation.tofu import tofu_metrics
+from alter.methods.adapters import adapter_of
 from alter.models.loading import load_model
 from alter.training.folder import save_adapter
 from alter.training.run import unlearn
@@ -68,11 +69,10 @@ def subject(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str
     run = spec["stages"][place].get("run")
     if run is None:
         return spec["model"], None
-    made, kind = folder / f"stage{place}", run["adapter"]["kind"]
-    if kind == "full":
+    made, kind = folder / f"stage{place}", adapter_of(run["adapter"])
+    if kind.result == "model":
         return str(made / "model"), None
-    merged = place and kind == "lora" and not run["adapter"]["detector"]
-    base = str(folder / f"base{place}") if merged else spec["model"]
+    base = str(folder / f"base{place}") if place and kind.merges else spec["model"]
     return base, str(made / "adapter")
 
 
@@ -86,14 +86,12 @@ def start(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
     model, adapter = subject(folder, spec, place - 1)
     if adapter is None:
         return {"model": model}
-    run = spec["stages"][place]["run"]
-    if run["adapter"]["kind"] == "alter":
-        # its shape is the grown adapter's own; only how it is trained remains to be said
-        return {"start_from": adapter, "adapter": {key: run["adapter"][key] for key in ("kind", "isolation")}}
-    if run["adapter"]["detector"]:
-        return {"start_from": adapter}
-    network, tokenizer = load_model(model, adapter, device=spec["device"])
-    return {"model": str(save_adapter(network.merge_and_unload(), folder, name=f"base{place}", tokenizer=tokenizer))}
+
+    def merged() -> str:
+        network, tokenizer = load_model(model, adapter, device=spec["device"])
+        return str(save_adapter(network.merge_and_unload(), folder, name=f"base{place}", tokenizer=tokenizer))
+
+    return adapter_of(spec["stages"][place]["run"]["adapter"]).continued(adapter, merged)
 
 
 def measure(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequence[str]) -> None:

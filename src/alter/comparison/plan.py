@@ -27,7 +27,6 @@ from alter.core.plugins import plugins_digest
 from alter.core.provenance import provenance
 from alter.data.sources import read_rows, tofu_rows
 from alter.evaluation.tofu import SETS
-from alter.methods.adapters import AlterAdapter, FullWeights, Lora
 from alter.methods.presets import METHODS, merged
 from alter.models.loading import Subject
 from alter.training.settings import Unlearn
@@ -282,21 +281,12 @@ def check_continual(name: str, run: Unlearn) -> None:
         UserError: its adapter can neither grow, be trained on, nor be merged, nor is it the model itself; or its settings
             do not go with `start_from`.
     """
-    adapter = run.adapter
-    merges = isinstance(adapter, Lora) and not adapter.detector
-    if merges or isinstance(adapter, FullWeights):
+    try:
+        run.adapter.check_continues(run)
+    except ValueError as error:
+        raise UserError(f"Method {name} cannot go on from its own result: {error}.") from None
+    if run.adapter.result == "model" or run.adapter.merges:
         return
-    if not isinstance(adapter, Lora) and not (isinstance(adapter, AlterAdapter) and adapter.router == "learned"):
-        with_it = f" with router {adapter.router}" if isinstance(adapter, AlterAdapter) else ""
-        raise UserError(
-            f"Method {name} cannot go on from its own result: adapter.kind {adapter.kind}{with_it} neither grows nor "
-            "merges. Continual comparisons take alter with a learned router, lora, or full."
-        )
-    if isinstance(adapter, AlterAdapter) and run.num_forget_experts == 1:
-        raise UserError(
-            f"Method {name}: num_forget_experts 1 gives the expert of every split the same name, so the second cannot be "
-            "added: leave it out, and name the sub-domains with domain_column."
-        )
     try:
         Unlearn.model_validate(run.model_dump() | {"start_from": "the stage before"})
     except ValidationError as error:

@@ -22,6 +22,16 @@ def claim(folder: Path) -> None:
     write_atomic(folder / FILE, json.dumps(own), private=True)
 
 
+def release(folder: Path) -> None:
+    """Take this process's own claim back, if it has one: what ended in an error can go on from another process."""
+    try:
+        holder = json.loads((folder / FILE).read_text())
+    except (OSError, ValueError):
+        return
+    if isinstance(holder, dict) and holder.get("host") == socket.gethostname() and holder.get("pid") == os.getpid():
+        (folder / FILE).unlink(missing_ok=True)
+
+
 def check_free(folder: Path) -> None:
     """Refuse a folder that another living process on this machine is working in; a dead one's claim is void.
 

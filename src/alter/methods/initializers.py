@@ -9,7 +9,9 @@ one file holds both parts, and it is an ordinary LoRA of twice the rank that mer
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,17 +34,91 @@ class Factors(NamedTuple):
         return weight - scaling * self.B @ self.A
 
 
-class _Initializer(BaseModel):
+class Statistics(Protocol):
+    """Passes over the untouched model that an initializer asks for, by kind of rows ("forget", "retain") and layer."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """[out, in] of each layer."""
+
+    def covariances(self, rows: int) -> dict[str, dict[str, Tensor]]:
+        """[out, out] of each layer's output, of that many rows of each kind."""
+
+    def fisher(self) -> dict[str, dict[str, Tensor]]:
+        """[out, in] mean squared gradients of each weight."""
+
+    def variances(self, probe: Mapping[str, Factors], epochs: int) -> dict[str, tuple[dict[str, Factors], float]]:
+        """Variances of the gradients of the factors `probe`, and of how many tokens."""
+
+
+Start = tuple[dict[str, Factors], dict[str, Tensor]]
+"""Where the factors of each layer start, and the directions [out, k] that its B is kept away from, if any."""
+
+
+class Initializer(BaseModel, ABC):
+    """Where LoRA starts: what it asks of a run, and the factors that it makes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: str
+    gives_factors: ClassVar[bool] = True
+    """Whether the factors start elsewhere than LoRA's own, beside a frozen copy."""
 
-class Zero(_Initializer):
+    def check(self, run: Any) -> None:
+        """Refuse settings of a run (`alter.training.settings.Unlearn`) that do not go with this start.
+
+        Raises:
+            ValueError: says which, and what to give.
+        """
+        if not run.adapter.starts_from_factors:
+            raise ValueError(f"initializer.kind {self.kind} is for adapter.kind lora, not {run.adapter.kind}")
+        if run.adapter.dropout:
+            raise ValueError(
+                f"initializer.kind {self.kind} starts from factors that a frozen copy cancels: "
+                "adapter.dropout must be 0"
+            )
+        if run.start_from is not None:
+            raise ValueError(
+                f"initializer.kind {self.kind} would replace the factors that start_from brings: leave it out"
+            )
+
+    def retain_rows(self, forget_rows: int) -> int:
+        """How many retain rows are drawn: for one epoch of the schedule, as many as forget rows."""
+        return forget_rows
+
+    @abstractmethod
+    def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:
+        """Compute where the factors of each layer start, in fp32 on the CPU.
+
+        Args:
+            seen: passes over the untouched model.
+            r: rank.
+            scaling: alpha / r of the adapter.
+            seed: of what is drawn.
+        """
+
+
+def _important(importance: Mapping[str, Tensor], seen: Statistics, r: int, scaling: float, seed: int) -> Start:
+    weights = seen.weights
+    return {name: important_part(weight, importance[name], r, scaling, seed) for name, weight in weights.items()}, {}
+
+
+@final
+class Zero(Initializer):
     """LoRA's own: A Kaiming-uniform, B zero; the adapter changes nothing before training."""
 
     kind: Literal["zero"] = "zero"
+    gives_factors: ClassVar[bool] = False
+
+    def check(self, run: Any) -> None:
+        """Nothing to refuse."""
+
+    def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:
+        return {}, {}
 
 
-class Fila(_Initializer):
+@final
+class Fila(Initializer):
     """FILA of LoKU (Cha et al. 2024, arXiv:2408.06621; methods.md 3.1): the forget-important part of each weight.
 
     Importance is the ratio of empirical Fisher information on forget and on retain rows, from squared gradients of
@@ -51,8 +127,22 @@ class Fila(_Initializer):
 
     kind: Literal["fila"] = "fila"
 
+    def check(self, run: Any) -> None:
+        super().check(run)
+        if run.quantization is not None:
+            raise ValueError(
+                f"initializer.kind fila takes gradients of the weights themselves, which quantization {run.quantization} "
+                "rounds: take initializer.kind vila, reglu or zero, or leave quantization out"
+            )
 
-class Vila(_Initializer):
+    def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:
+        found = seen.fisher()
+        importance = {name: fisher_ratio(found["forget"][name], found["retain"][name]) for name in seen.weights}
+        return _important(importance, seen, r, scaling, seed)
+
+
+@final
+class Vila(Initializer):
     """VILA (methods.md 3.2): FILA's importance from the variance of gradients of small random LoRA factors alone.
 
     The authors' code divides by the token counts twice, after which its constant 1e-5 outweighs the importance;
@@ -64,8 +154,24 @@ class Vila(_Initializer):
     std: float = Field(0.05, gt=0, description="Of the random factors whose gradients are taken.")
     normalise: bool = Field(True, description="Scale importances to mean 1; off: as the authors' code does.")
 
+    def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:
+        weights = seen.weights
+        generator = torch.Generator().manual_seed(seed)
+        probe = {}
+        for name, weight in weights.items():
+            shapes = (r, weight.shape[1]), (len(weight), r)
+            A, B = (torch.randn(shape, generator=generator) * self.std for shape in shapes)
+            probe[name] = Factors(A.to(weight.device).requires_grad_(), B.to(weight.device).requires_grad_())
+        product = {
+            kind: {name: variance_product(of.B, of.A, tokens, self.normalise).cpu() for name, of in variances.items()}
+            for kind, (variances, tokens) in seen.variances(probe, self.epochs).items()
+        }
+        importance = {name: fisher_ratio(product["forget"][name], product["retain"][name]) for name in weights}
+        return _important(importance, seen, r, scaling, seed)
 
-class Reglu(_Initializer):
+
+@final
+class Reglu(Initializer):
     """REGLU (methods.md 3.4): the directions of each layer's output that forget rows use and retain rows do not.
 
     With it goes a penalty that keeps B orthogonal to the retain rows' strongest directions. Features are sums over a
@@ -81,8 +187,28 @@ class Reglu(_Initializer):
     )
     penalty: float = Field(0.5, ge=0, description="Weight of sum over layers of |B^T P|_F^2.")
 
+    def retain_rows(self, forget_rows: int) -> int:
+        """As many as outputs are taken of."""
+        return self.rows
 
-Initializer = Annotated[Zero | Fila | Vila | Reglu, Field(discriminator="kind")]
+    def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:
+        """Compute the factors, and the retain directions P [out, k] that B is kept away from.
+
+        k is `retain_rank`, or the number of directions that the retain rows' outputs use where that is smaller (at most
+        the number of rows), since any further ones are arbitrary.
+        """
+        found, weights = seen.covariances(self.rows), seen.weights
+        generator = torch.Generator().manual_seed(seed)
+        start = {
+            name: forget_directions(weight, found["forget"][name], found["retain"][name], r, self.beta, generator)
+            for name, weight in weights.items()
+        }
+        return start, {
+            name: top_directions(found["retain"][name], self.retain_rank, FLOOR).float() for name in weights
+        }
+
+
+AnyInitializer = Annotated[Zero | Fila | Vila | Reglu, Field(discriminator="kind")]
 
 
 def fisher_ratio(forget: Tensor, retain: Tensor) -> Tensor:

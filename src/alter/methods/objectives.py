@@ -175,7 +175,7 @@ class Labelled:
         base_logp: [n] log-probability of each label under the frozen base, or None unless declared.
         alternative: the same rows with other answers or labels, if the objective declared `alternative`; the values are
             negative log-likelihoods.
-        hidden: hidden states of all real tokens, prompts included, if the objective declared `hidden`.
+        hidden: hidden states of all real tokens, prompts included, if the objective declared a `depth`.
     """
 
     values: Tensor
@@ -198,7 +198,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective must be given; the trainer computes exactly this and nothing else.
+    """What an objective with its settings must be given; the trainer computes exactly this and nothing else.
 
     Attributes:
         rows: the rows themselves go through the model.
@@ -206,13 +206,17 @@ class Needs:
         runner_up: the likeliest token besides each label is looked for.
         views: passes of frozen models over the rows, computed once; `target` makes the reference of them. "base" is
             the model before unlearning, "reinforced" the same after more training on the forget set, "expert" and
-            "novice" the base with a persona put before the row, "instructed" the base with the objective's `instruction`.
+            "novice" the base with a persona put before the row, "instructed" the base with an instruction.
         base_logp: log-probabilities of the labels under the base, computed once.
         alternative: the forget rows once more: with a "refusal" as the answer, with "random_labels", with a "diversion"
             (a change of subject that the base itself wrote), with the row's own column "substitute" as the answer, or with
             another answer that the base has "invented".
-        hidden: hidden states at the block that the objective names.
+        instruction: what the view "instructed" says before each row.
+        prompts: every token of a retain row is labelled, those of its prompt too.
+        entropy: the tokens' entropies tell high from low ones (`Labelled.high`), which needs an adapter that routes.
+        depth: hidden states at the block nearest to this share of the model's depth.
         base_hidden: those of the base as well, computed once.
+        state: numbers of its own that checkpoints keep: each batch's loss is multiplied by what `weigh` makes of them.
     """
 
     rows: bool = True
@@ -221,8 +225,12 @@ class Needs:
     views: tuple[str, ...] = ()
     base_logp: bool = False
     alternative: Literal["refusal", "random_labels", "diversion", "substitute", "invented"] | None = None
-    hidden: bool = False
+    instruction: str | None = None
+    prompts: bool = False
+    entropy: bool = False
+    depth: float | None = None
     base_hidden: bool = False
+    state: bool = False
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -305,9 +313,13 @@ class Objective(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
-    needs: ClassVar[Needs] = Needs()
     joint: ClassVar[bool] = False
     """Whether forget and retain rows share one mean over all their tokens, where there are two means otherwise."""
+
+    @property
+    def needs(self) -> Needs:
+        """What a run must give it: a constant (`needs: ClassVar[Needs] = Needs(...)`) where its settings change nothing."""
+        return Needs()
 
     @abstractmethod
     def __call__(self, tokens: Labelled) -> Tensor:
@@ -326,6 +338,16 @@ class Objective(BaseModel, ABC):
         """[n], one number for each token: its negative log-likelihood, unless the objective says otherwise."""
         return emitted.nll
 
+    def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:
+        """What a batch's loss is multiplied by, for a retain objective that needs `state`.
+
+        Args:
+            loss: of all processes together.
+            epochs: passes over the forget set before this step.
+            state: the objective's own numbers so far, empty at first; changed in place.
+        """
+        return 1.0
+
 
 class InvertedHinge(Objective):
     """The paper's forget loss (ALTER Eq. 8, from LoKU): mean over low-entropy tokens of 1 + p(y) - max_{v != y} p(v).
@@ -336,7 +358,10 @@ class InvertedHinge(Objective):
 
     kind: Literal["inverted_hinge"] = "inverted_hinge"
     only_low: bool = Field(True, description="Count low-entropy tokens only, as the paper does.")
-    needs: ClassVar[Needs] = Needs(runner_up=True)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(runner_up=True, entropy=self.only_low)
 
     def __call__(self, tokens: Labelled) -> Tensor:
         return tokens.mean(self.only_low)
@@ -355,7 +380,10 @@ class StoppedHinge(Objective):
     kind: Literal["stopped_hinge"] = "stopped_hinge"
     only_low: bool = Field(True, description="Count low-entropy tokens only.")
     margin: float = Field(0.0, ge=0.0, le=1.0, description="Probability by which another token must lead.")
-    needs: ClassVar[Needs] = Needs(runner_up=True)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(runner_up=True, entropy=self.only_low)
 
     def __call__(self, tokens: Labelled) -> Tensor:
         return tokens.mean(self.only_low)
@@ -371,6 +399,10 @@ class GradientAscent(Objective):
     kind: Literal["gradient_ascent"] = "gradient_ascent"
     only_low: bool = Field(False, description="Count low-entropy tokens only.")
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(entropy=self.only_low)
+
     def __call__(self, tokens: Labelled) -> Tensor:
         return -tokens.mean(self.only_low)
 
@@ -385,7 +417,10 @@ class WithoutTruth(Objective):
     kind: Literal["without_truth"] = "without_truth"
     only_low: bool = Field(True, description="Count low-entropy tokens only.")
     hinge: float = Field(0.0, ge=0.0, description="Weight of the stopped hinge next to the divergence.")
-    needs: ClassVar[Needs] = Needs(runner_up=True, views=("base",))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(runner_up=True, views=("base",), entropy=self.only_low)
 
     def __call__(self, tokens: Labelled) -> Tensor:
         return tokens.mean(self.only_low)
@@ -535,7 +570,10 @@ class Duet(Objective):
         description="What the teacher is told before each row, in your words: name what is to be forgotten.",
     )
     top: int = Field(20, ge=1, description="Tokens of the teacher that are imitated; at most reference_top_k.")
-    needs: ClassVar[Needs] = Needs(views=("base", "instructed"))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(views=("base", "instructed"), instruction=self.instruction)
 
     def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
         """The teacher's logits [n, V] as they are."""
@@ -642,7 +680,10 @@ class Substitute(Objective):
     kind: Literal["substitute"] = "substitute"
     hinge: float = Field(1.0, ge=0.0, description="Weight of the stopped hinge on the answer itself.")
     only_low: bool = Field(True, description="Count low-entropy tokens of the answer only.")
-    needs: ClassVar[Needs] = Needs(runner_up=True, alternative="substitute")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(runner_up=True, alternative="substitute", entropy=self.only_low)
 
     def __call__(self, tokens: Labelled) -> Tensor:
         return _learn_alternative(tokens) + self.hinge * tokens.mean(self.only_low)
@@ -763,7 +804,10 @@ class Misdirect(Objective):
     c: float = Field(6.5, gt=0, description="Length of the vector that hidden states are driven to.")
     depth: float = Field(7.5 / 32, ge=0, le=1, description="Which block: the one nearest this share of the depth.")
     seed: int = Field(0, description="Of the direction u.")
-    needs: ClassVar[Needs] = Needs(labels=False, hidden=True)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=False, depth=self.depth)
 
     def direction(self, width: int) -> Tensor:
         """[D] fp32: the random direction, of length 1, all of its entries positive."""
@@ -848,6 +892,10 @@ class Uniform(Objective):
     kind: Literal["uniform"] = "uniform"
     prompts: bool = Field(True, description="Count the tokens of prompts too, as ULD's code does; off: answers alone.")
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(prompts=self.prompts)
+
     def __call__(self, tokens: Labelled) -> Tensor:
         return tokens.mean()
 
@@ -864,7 +912,10 @@ class KeepHidden(Objective):
 
     kind: Literal["keep_hidden"] = "keep_hidden"
     depth: float = Field(7.5 / 32, ge=0, le=1, description="Which block: the one nearest this share of the depth.")
-    needs: ClassVar[Needs] = Needs(labels=False, hidden=True, base_hidden=True)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=False, depth=self.depth, base_hidden=True)
 
     def __call__(self, tokens: Labelled) -> Tensor:
         assert tokens.hidden is not None
@@ -882,6 +933,14 @@ class Adaptive(Objective):
     """
 
     kind: Literal["adaptive"] = "adaptive"
+    needs: ClassVar[Needs] = Needs(state=True)
+
+    def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:
+        """The `multiplier`; `state` holds sum and number of the first epoch's losses."""
+        if epochs < 1:
+            state |= {"total": state.get("total", 0.0) + loss, "count": state.get("count", 0) + 1}
+            return self.multiplier(0.0)
+        return self.multiplier(loss - state.get("total", 0.0) / max(state.get("count", 0), 1))
 
     @staticmethod
     def multiplier(rise: float) -> float:
@@ -908,6 +967,15 @@ class Constrained(Objective):
     start: float = Field(100.0, ge=0, description="The first weight.")
     step: float = Field(5.0, ge=0, description="Step size of the dual ascent.")
     warmup_epochs: float = Field(5.0, ge=0, description="Passes over the forget set before the weight changes.")
+    needs: ClassVar[Needs] = Needs(state=True)
+
+    def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:
+        """The constraint's weight, which `state` holds; after the warm-up the next batch's follows from this one's loss."""
+        weight = state.get("weight", self.start)
+        state["weight"] = (
+            max(0.0, weight + self.step * (loss - self.epsilon)) if epochs >= self.warmup_epochs else weight
+        )
+        return weight
 
     def __call__(self, tokens: Labelled) -> Tensor:
         return tokens.mean()

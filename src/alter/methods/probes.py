@@ -1,6 +1,6 @@
 """Passes over the untouched base model that need more than a forward: gradients, layer outputs, further training.
 
-They serve the initialisers (`alter.initializers`) and the objectives that aim away from a reinforced model. Nothing here
+They serve the initializers (`alter.methods.initializers`) and the objectives that aim away from a reinforced model. Nothing here
 changes the model: LoRA factors act through hooks on its linear layers for as long as a block lasts.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,20 +22,7 @@ from alter.data.batching import Collator
 from alter.data.encoding import Encoded
 from alter.logits.head import Part, head_on, measuring
 from alter.methods.frozen import labelled
-from alter.methods.initializers import (
-    FLOOR,
-    Factors,
-    Fila,
-    Reglu,
-    Vila,
-    covariance,
-    fisher_ratio,
-    forget_directions,
-    important_part,
-    top_directions,
-    variance,
-    variance_product,
-)
+from alter.methods.initializers import Factors, Initializer, Start, covariance, variance
 from alter.methods.objectives import Emitted
 from alter.models.quantized import plain_weight
 
@@ -173,10 +162,84 @@ def output_covariances(
     return {name: covariance(torch.cat(parts)) for name, parts in features.items()}
 
 
+@dataclass(frozen=True)
+class Passes:
+    """The passes that initializers ask for (`alter.methods.initializers.Statistics`), on loaded rows."""
+
+    model: Any
+    layers: Mapping[str, nn.Linear]
+    sets: Mapping[str, Sequence[Encoded]]
+    scaling: float
+    batch: int
+    seed: int
+    pad_token_id: int
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """[out, in] of each layer, unpacked where it is quantised."""
+        return {name: plain_weight(layer) for name, layer in self.layers.items()}
+
+    def covariances(self, rows: int) -> dict[str, dict[str, Tensor]]:
+        """`output_covariances` of the first `rows` rows of each kind."""
+        return {
+            name: output_covariances(
+                self.model,
+                self.layers,
+                members[:rows],
+                label=f"{name} outputs",
+                batch=self.batch,
+                pad_token_id=self.pad_token_id,
+            )
+            for name, members in self.sets.items()
+        }
+
+    def fisher(self) -> dict[str, dict[str, Tensor]]:
+        """`fisher` of the rows of each kind.
+
+        Raises:
+            UserError: the weights are quantised, and have no gradient.
+        """
+        packed = next((name for name, layer in self.layers.items() if not layer.weight.is_floating_point()), None)
+        if packed is not None:
+            raise UserError(
+                f"initializer.kind fila takes gradients of weights, and those of {packed} are quantised: load the model "
+                "unquantised, or take initializer.kind vila, reglu or zero."
+            )
+        return {
+            name: fisher(
+                self.model,
+                self.layers,
+                members,
+                label=f"{name} gradients",
+                batch=self.batch,
+                pad_token_id=self.pad_token_id,
+            )
+            for name, members in self.sets.items()
+        }
+
+    def variances(self, probe: Mapping[str, Factors], epochs: int) -> dict[str, tuple[dict[str, Factors], float]]:
+        """`factor_variances` of the rows of each kind."""
+        return {
+            name: factor_variances(
+                self.model,
+                self.layers,
+                members,
+                probe,
+                label=f"{name} gradients",
+                batch=self.batch,
+                pad_token_id=self.pad_token_id,
+                scaling=self.scaling,
+                epochs=epochs,
+                seed=self.seed,
+            )
+            for name, members in self.sets.items()
+        }
+
+
 def starting_factors(
     model: Any,
     layers: Mapping[str, nn.Linear],
-    initializer: Fila | Vila | Reglu,
+    initializer: Initializer,
     forget: Sequence[Encoded],
     retain: Sequence[Encoded],
     *,
@@ -185,61 +248,17 @@ def starting_factors(
     batch: int,
     seed: int,
     pad_token_id: int,
-) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """Where a residual-base initialiser lets the factors of each layer start.
-
-    FILA and VILA compare as many retain rows as forget rows, REGLU the first `rows` of each.
+) -> Start:
+    """Compute where an initializer lets the factors of each layer start, from passes over the rows.
 
     Returns:
-        the factors in fp32 on the CPU, and for REGLU the retain directions P [out, k] that B is kept away from: k is
-        `retain_rank`, or the number of directions that the retain rows' outputs use where that is smaller (at most the
-        number of rows), since any further ones are arbitrary.
+        the factors in fp32 on the CPU, and the directions [out, k] that B is kept away from, if any.
 
     Raises:
         UserError: FILA on quantised weights, which have no gradient.
     """
-    packed = next((name for name, layer in layers.items() if not layer.weight.is_floating_point()), None)
-    if packed is not None and isinstance(initializer, Fila):
-        raise UserError(
-            f"initializer.kind fila takes gradients of weights, and those of {packed} are quantised: load the model "
-            "unquantised, or take initializer.kind vila, reglu or zero."
-        )
-    sets = {"forget": forget, "retain": retain}
-    common: dict[str, Any] = {"batch": batch, "pad_token_id": pad_token_id}
-    weights = {name: plain_weight(layer) for name, layer in layers.items()}
-    if isinstance(initializer, Reglu):
-        seen = {
-            name: output_covariances(model, layers, rows[: initializer.rows], label=f"{name} outputs", **common)
-            for name, rows in sets.items()
-        }
-        generator = torch.Generator().manual_seed(seed)
-        start = {
-            name: forget_directions(weight, seen["forget"][name], seen["retain"][name], r, initializer.beta, generator)
-            for name, weight in weights.items()
-        }
-        away = {name: top_directions(seen["retain"][name], initializer.retain_rank, FLOOR).float() for name in weights}
-        return start, away
-    if isinstance(initializer, Fila):
-        found = {name: fisher(model, layers, rows, label=f"{name} gradients", **common) for name, rows in sets.items()}
-        importance = {name: fisher_ratio(found["forget"][name], found["retain"][name]) for name in weights}
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        probe = {}
-        for name, layer in layers.items():
-            shapes = (r, layer.in_features), (layer.out_features, r)
-            A, B = (torch.randn(shape, generator=generator) * initializer.std for shape in shapes)
-            device = layer.weight.device
-            probe[name] = Factors(A.to(device).requires_grad_(), B.to(device).requires_grad_())
-        common |= {"scaling": scaling, "epochs": initializer.epochs, "seed": seed}
-        product = {}
-        for kind, rows in sets.items():
-            seen_variances, tokens = factor_variances(model, layers, rows, probe, label=f"{kind} gradients", **common)
-            product[kind] = {
-                name: variance_product(of.B, of.A, tokens, initializer.normalise).cpu()
-                for name, of in seen_variances.items()
-            }
-        importance = {name: fisher_ratio(product["forget"][name], product["retain"][name]) for name in weights}
-    return {name: important_part(weight, importance[name], r, scaling, seed) for name, weight in weights.items()}, {}
+    passes = Passes(model, layers, {"forget": forget, "retain": retain}, scaling, batch, seed, pad_token_id)
+    return initializer.start(passes, r, scaling, seed)
 
 
 def reinforce(

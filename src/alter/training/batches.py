@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
 from alter.data.examples import Example
 from alter.methods import frozen
-from alter.methods.objectives import (
-    Reference,
-)
+from alter.methods.objectives import Reference
 from alter.training.settings import BRANCHES
 
 
@@ -87,55 +85,158 @@ def schedule(
     return [(f, None if i < alone else r) for i, (f, r) in enumerate(pairs)]
 
 
+@dataclass(frozen=True)
+class Item:
+    """One row as it goes into a step: its tokens, what the frozen base knows of them, and its expert (0: retention).
+
+    `fills` marks a row that only fills up a batch: it goes through the model, and nothing is learned from it.
+    """
+
+    encoded: Encoded
+    known: frozen.Row
+    expert: int
+    fills: bool = False
+
+    def filling(self) -> Item:
+        """The same row without anything that is learned from."""
+        known = self.known
+        reference = known.reference and known.reference.at(slice(0))
+        cut = {name: getattr(known, name)[:0] for name in ("base_logp", "hidden") if getattr(known, name) is not None}
+        labels = [-100] * len(self.encoded.labels)
+        return Item(
+            replace(self.encoded, labels=labels), replace(known, reference=reference, **cut), self.expert, fills=True
+        )
+
+
 Traced = dict[str, dict[int, frozen.Row]]
+"""What the frozen base knows of the rows of each branch, by row number."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the frozen base knows of the rows of one branch of a batch.
+
+    Attributes:
+        reference: distributions at the branch's n labelled tokens, or None unless its objective declared `views`.
+        base_logp: [n] log-probability of each label, or None unless declared.
+        hidden: [m, D] hidden states of its m real tokens, or None unless declared.
+    """
+
+    reference: Reference | None = None
+    base_logp: Tensor | None = None
+    hidden: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[frozen.Row]) -> Known:
+        """What is known of each row, side by side."""
+
+        def beside(parts: list[Any]) -> Any:
+            return None if parts[0] is None else torch.cat(parts)
+
+        references = [row.reference for row in rows]
+        if references[0] is None:
+            reference = None
+        else:
+            ids, logp = (torch.cat([getattr(part, name) for part in references]) for name in ("ids", "logp"))
+            reference = Reference(ids.long(), logp.float())
+        base_logp = beside([row.base_logp for row in rows])
+        return cls(reference, None if base_logp is None else base_logp.float(), beside([row.hidden for row in rows]))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Known:
+        """The same with every tensor changed."""
+        reference = self.reference and Reference(change(self.reference.ids), change(self.reference.logp))
+        return Known(reference, *(None if value is None else change(value) for value in (self.base_logp, self.hidden)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of a step side by side, branch after branch: B rows of T tokens.
+
+    Attributes:
+        input_ids, attention_mask, labels: [B, T] long.
+        expert: [B] long, the only expert that each row may move; 0 is the retention expert.
+        branch: [B] long, places in `BRANCHES`; -1 for a row that only fills up the batch.
+        forget, alternative, retain: what the base knows of the rows of each branch; None where the branch has none.
+        gates: [B, T, experts], or None unless the adapter routes.
+        entropy: [B, T] of the step that generated each token, likewise; +inf for padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    expert: Tensor
+    branch: Tensor
+    forget: Known | None = None
+    alternative: Known | None = None
+    retain: Known | None = None
+    gates: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def known(self, branch: str) -> Known:
+        """What the base knows of the rows of one of `BRANCHES`."""
+        found: Known | None = getattr(self, branch)
+        return Known() if found is None else found
+
+    def to(self, device: Any, non_blocking: bool = False) -> Batch:
+        """The same on a device; accelerate calls it on every batch."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Known):
+                return value.map(move)
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
 
 class PairCollator:
-    """Lay the rows of a step into one batch, forget rows first, with their routes and what the frozen base knows.
+    """Lay the pairs of a step into one `Batch`.
 
-    An item holds a dict per branch that takes part: `encoded`, `row` (of the frozen base) and `expert`.
+    transformers' Trainer is given a dict: `batch`, beside it the `input_ids` and `labels` that it counts itself.
     """
 
     def __init__(self, pad_token_id: int) -> None:
         # few different shapes: the allocator can then give a step the memory of the last one
         self.collate = Collator(pad_token_id, multiple_of=16)
 
-    def __call__(self, pairs: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
+    def __call__(self, pairs: Sequence[Mapping[str, Item]]) -> dict[str, Any]:
+        """Return the batch of some pairs, which all have the same branches."""
         present = [name for name in BRANCHES if name in pairs[0]]
         items = [pair[name] for name in present for pair in pairs]
-        batch: dict[str, Any] = self.collate(
-            [{"input_ids": item["encoded"].input_ids, "labels": item["encoded"].labels} for item in items]
+        tokens = self.collate([{"input_ids": i.encoded.input_ids, "labels": i.encoded.labels} for i in items])
+        gates, entropy = self._routes(items, *tokens["input_ids"].shape)
+        batch = Batch(
+            tokens["input_ids"],
+            tokens["attention_mask"],
+            tokens["labels"],
+            torch.tensor([item.expert for item in items]),
+            torch.tensor([-1 if pair[name].fills else BRANCHES.index(name) for name in present for pair in pairs]),
+            gates=gates,
+            entropy=entropy,
+            **{name: Known.of([pair[name].known for pair in pairs]) for name in present},
         )
-        shape = batch["input_ids"].shape
-        if items[0]["row"].gates is not None:
-            batch["gates"] = torch.zeros(*shape, items[0]["row"].gates.shape[-1])
-            # padding counts as high: it is never labelled and must not look like knowledge
-            batch["entropy"] = torch.full(shape, torch.inf)
-            for place, item in enumerate(items):
-                length = len(item["row"].entropy)
-                batch["gates"][place, :length] = item["row"].gates
-                batch["entropy"][place, :length] = item["row"].entropy
-        batch["expert"] = torch.tensor([item["expert"] for item in items])
-        # a row that only fills up the batch belongs to no branch
-        batch["branch"] = torch.tensor(
-            [-1 if pair[name].get("fills") else BRANCHES.index(name) for name in present for pair in pairs]
-        )
-        for name in present:
-            rows = [pair[name]["row"] for pair in pairs]
-            if rows[0].reference is not None:
-                batch[f"{name}_ids"] = torch.cat([row.reference.ids for row in rows]).long()
-                batch[f"{name}_logp"] = torch.cat([row.reference.logp for row in rows]).float()
-            if rows[0].base_logp is not None:
-                batch[f"{name}_base_logp"] = torch.cat([row.base_logp for row in rows]).float()
-            if rows[0].hidden is not None:
-                batch[f"{name}_hidden"] = torch.cat([row.hidden for row in rows])
-        return batch
+        return {"input_ids": batch.input_ids, "labels": batch.labels, "batch": batch}
+
+    @staticmethod
+    def _routes(items: Sequence[Item], rows: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+        """Gates [rows, width, experts] and entropies [rows, width], where the rows have any."""
+        if items[0].known.gates is None:
+            return None, None
+        gates = torch.zeros(rows, width, items[0].known.gates.shape[-1])
+        # padding counts as high: it is never labelled and must not look like knowledge
+        entropy = torch.full((rows, width), torch.inf)
+        for place, item in enumerate(items):
+            assert item.known.entropy is not None
+            assert item.known.gates is not None
+            length = len(item.known.entropy)
+            gates[place, :length] = item.known.gates
+            entropy[place, :length] = item.known.entropy
+        return gates, entropy
 
 
 class Pairs(torch.utils.data.Dataset):
     """The schedule as a dataset: item i is the i-th pair of a forget and a retain row, in the branches that are traced.
 
-    A pair without a retain row has no such branch. The last items fill up a multiple of `whole`: pairs that go through the model and count for nothing.
+    A pair without a retain row has no such branch. The last pairs fill up a multiple of `whole` and count for nothing.
     """
 
     def __init__(self, order: Order, rows: Rows, traced: Traced, whole: int = 1) -> None:
@@ -144,26 +245,13 @@ class Pairs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return -(-len(self.order) // self.whole) * self.whole
 
-    def __getitem__(self, i: int) -> dict[str, dict[str, Any]]:
+    def __getitem__(self, i: int) -> dict[str, Item]:
         if i >= len(self.order):
-            return {name: self._filling(item) for name, item in self[len(self.order) - 1].items()}
+            return {name: item.filling() for name, item in self[len(self.order) - 1].items()}
         f, r = self.order[i]
-        chosen = {
-            "forget": (f, self.rows.expert[f]),
-            "alternative": (f, self.rows.expert[f]),
-            "retain": (r, 0),
-        }
+        chosen = {"forget": (f, self.rows.expert[f]), "alternative": (f, self.rows.expert[f]), "retain": (r, 0)}
         return {
-            name: {"encoded": self.rows.of(name)[row], "row": self.traced[name][row], "expert": expert}
+            name: Item(self.rows.of(name)[row], self.traced[name][row], expert)
             for name, (row, expert) in chosen.items()
             if name in self.traced and row is not None
         }
-
-    @staticmethod
-    def _filling(item: dict[str, Any]) -> dict[str, Any]:
-        """The same row without anything that is learned from."""
-        row = item["row"]
-        reference = row.reference and Reference(row.reference.ids[:0], row.reference.logp[:0])
-        cut = {name: getattr(row, name)[:0] for name in ("base_logp", "hidden") if getattr(row, name) is not None}
-        encoded = dataclasses.replace(item["encoded"], labels=[-100] * len(item["encoded"].labels))
-        return {**item, "encoded": encoded, "row": dataclasses.replace(row, reference=reference, **cut), "fills": True}

@@ -16,7 +16,6 @@ from alter.data.examples import load_examples
 from alter.evaluation.ordinary import ordinary_loss, told
 from alter.evaluation.rows import RowsEvaluation, closing_of, show_closing
 from alter.evaluation.run import measured
-from alter.methods.adapters import AlterAdapter
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 
@@ -113,8 +112,7 @@ def next_commands(run: Unlearn, out: Path, settings: RowsEvaluation, closed: Map
     """Return what to type next, by the verdict: try harder, more gently, with all rows, or look closer."""
     word = closed["verdict"]["word"]
     again = f"alter unlearn {shlex.quote(str(out / 'run.yaml'))} --out {shlex.quote(f'{out}-2')}"
-    name = "learning-rate-experts" if isinstance(run.adapter, AlterAdapter) else "learning-rate"
-    rate = run.learning_rate_experts if isinstance(run.adapter, AlterAdapter) else run.learning_rate
+    name, rate = run.adapter.rate.replace("_", "-"), run.adapter.learning_rate(run)
     if word == "not forgotten":
         longer = f"--max-steps {2 * run.max_steps}" if run.max_steps else f"--epochs {2 * run.epochs:g}"
         return [f"{again} {longer}", f"{again} --{name} {3 * rate:g}"]

@@ -76,6 +76,11 @@ def make_folder(run: Unlearn, inputs: Mapping[str, Any]) -> None:
         write_atomic(out / INPUTS, to_json(inputs))
 
 
+def has_ended(out: Path) -> bool:
+    """Whether a run's folder holds a result that nothing is left to do for."""
+    return (out / "run.json").exists() and not (out / "checkpoints").exists()
+
+
 INPUTS = "inputs.json"
 """File of a run's folder that says what its checkpoints were made from."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from alter.adapter.routing import Routing
@@ -18,111 +17,67 @@ from alter.core import processes
 from alter.core.errors import UserError
 from alter.logits.head import Part, measuring
 from alter.methods import frozen
-from alter.methods.adapters import (
-    AlterAdapter,
-    Lora,
-)
+from alter.methods.adapters import Penalty
 from alter.methods.frozen import Depth, states_of
-from alter.methods.initializers import Zero
-from alter.methods.objectives import (
-    Adaptive,
-    Constrained,
-    Emitted,
-    Hidden,
-    Labelled,
-    Reference,
-    mean_or_zero,
-)
+from alter.methods.objectives import Emitted, Hidden, Labelled, Objective, mean_or_zero
+from alter.training.batches import Batch
 from alter.training.folder import seal_checkpoint
-from alter.training.settings import BRANCHES, Unlearn, branch_needs
+from alter.training.settings import BRANCHES, OPTIMIZERS, Unlearn, branch_needs, steps_of, warmup_of
+
+ALTERNATIVE, RETAIN = BRANCHES.index("alternative"), BRANCHES.index("retain")
+
+
+class OwnState(TrainerCallback, ExportableState):
+    """The numbers that a retain objective keeps for itself (`Needs.state`); saved with every checkpoint."""
+
+    def __init__(self, **kept: float) -> None:
+        self.kept = kept
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": dict(self.kept), "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over what the checkpoint of a resumed run has kept."""
+        found = state.stateful_callbacks.get(type(self).__name__)
+        if found:
+            self.kept = dict(found["args"])
+
+    def weigh(self, objective: Objective, loss: float, epochs: float) -> float:
+        """The weight that an objective gives a batch with that loss (`Objective.weigh`)."""
+        return objective.weigh(loss, epochs, self.kept)
 
 
 @dataclass(frozen=True)
-class Penalty:
-    """weight * sum over terms of |C M|_F^2 for constant matrices C and parameters M, which a function views."""
+class Places:
+    """Where a batch's n labelled tokens are, those alone whose objective reads the head.
 
-    weight: float
-    terms: list[tuple[Tensor, torch.nn.Parameter, bool]]
-    r: int
-
-    def __call__(self) -> Tensor:
-        """The penalty now; M is lora_B's first r columns, or lora_A's first r rows transposed."""
-        parts = [
-            (constant @ (parameter[: self.r].t() if transposed else parameter[:, : self.r])).square().sum()
-            for constant, parameter, transposed in self.terms
-        ]
-        return self.weight * torch.stack(parts).sum()
-
-
-class FirstHalves:
-    """AdamW's weight decay of the trained half of initialised LoRA factors: w <- (1 - rate * decay) w before each step.
-
-    The other half is the frozen copy of the start, which must stay as it is.
-
-    Args:
-        named: the parameters by name.
-        r: rank that is trained: the first r rows of each lora_A, the first r columns of each lora_B.
-        decay: the weight decay.
+    Attributes:
+        positions: [B, T] bool, the position before each token: its distribution gives the token.
+        truth: [n] long, the tokens.
+        high: [n] bool, whether each has high entropy: that of the step that generated it.
+        branch: [n] long, places in `BRANCHES`.
+        counts: tokens of each branch; they come branch after branch.
     """
 
-    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], r: int, decay: float) -> None:
-        self.trained = [p[:r] if ".lora_A." in name else p[:, :r] for name, p in named]
-        self.decay = decay
+    positions: Tensor
+    truth: Tensor
+    high: Tensor
+    branch: Tensor
+    counts: list[int]
 
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Shrink the trained halves at the optimizer's rate of now."""
-        with torch.no_grad():
-            for half in self.trained:
-                half.mul_(1 - optimizer.param_groups[0]["lr"] * self.decay)
+    @classmethod
+    def of(cls, batch: Batch, high: Tensor, wanted: Sequence[bool]) -> Places:
+        """The places in a batch with high-entropy tokens [B, T], of the branches that are wanted."""
+        asked = torch.tensor(wanted, device=batch.labels.device)
+        positions = frozen.labelled(batch.labels) & asked[batch.branch][:, None]
+        truth, of_high = (values[:, 1:][positions[:, :-1]] for values in (batch.labels, high))
+        branch = batch.branch[:, None].expand_as(positions)[positions]
+        return cls(positions, truth, of_high, branch, torch.bincount(branch, minlength=len(BRANCHES)).tolist())
 
-
-class FirstEpoch(TrainerCallback, ExportableState):
-    """Mean of the retain loss in the first epoch, which `Adaptive` compares with; saved with every checkpoint."""
-
-    def __init__(self, total: float = 0.0, count: int = 0) -> None:
-        self.total, self.count = total, count
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": {"total": self.total, "count": self.count}, "attributes": {}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over what the checkpoint of a resumed run has kept."""
-        kept = state.stateful_callbacks.get(type(self).__name__)
-        if kept:
-            self.total, self.count = kept["args"]["total"], kept["args"]["count"]
-
-    def weight(self, loss: float, first: bool) -> float:
-        """The retain weight of a step, given its loss and whether the first epoch still runs."""
-        if first:
-            self.total += loss
-            self.count += 1
-            return Adaptive.multiplier(0.0)
-        return Adaptive.multiplier(loss - self.total / max(self.count, 1))
-
-
-class Dual(TrainerCallback, ExportableState):
-    """The weight of PDU's constraint (`Constrained`), by dual ascent; saved with every checkpoint."""
-
-    def __init__(self, weight: float | None = None) -> None:
-        self.weight = weight
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": {"weight": self.weight}, "attributes": {}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over what the checkpoint of a resumed run has kept."""
-        kept = state.stateful_callbacks.get(type(self).__name__)
-        if kept:
-            self.weight = kept["args"]["weight"]
-
-    def next(self, constraint: Constrained, loss: float, epochs: float) -> float:
-        """The retain weight of a batch, given its loss; the next batch's follows from it after the warm-up."""
-        weight = constraint.start if self.weight is None else self.weight
-        changes = epochs >= constraint.warmup_epochs
-        self.weight = max(0.0, weight + constraint.step * (loss - constraint.epsilon)) if changes else weight
-        return weight
+    def truth_of(self, branch: str) -> Tensor:
+        """The tokens of a branch, and those of the branches behind it."""
+        return self.truth[sum(self.counts[: BRANCHES.index(branch)]) :]
 
 
 class UnlearnTrainer(Trainer):
@@ -150,137 +105,149 @@ class UnlearnTrainer(Trainer):
         super().__init__(**kwargs)
         self.run, self.threshold, self.num_experts = run, threshold, num_experts
         self.depth, self.penalty, self.alone = depth, penalty, alone
+        self.needs = branch_needs(run)
         # RMU reads nothing behind its block; trained weights there must still take part, for DDP waits for them
-        labels = any(needs.rows and needs.labels for needs in branch_needs(run))
+        labels = any(needs.rows and needs.labels for needs in self.needs)
         behind = [weight for block in (depth.behind if depth else ()) for weight in block.parameters()]
         self.only_states = not labels and not any(weight.requires_grad for weight in behind)
         # our loss is a mean per step, so the trainer itself divides by the accumulation steps
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, Tensor] = {}
 
+    @property
+    def in_phase_one(self) -> bool:
+        """Whether this step learns high-entropy retain tokens alone."""
+        return self.state.global_step < self.run.phase_one * self.state.max_steps
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """One forward for all rows of the step together; see `Unlearn` for the weights of the terms."""
-        run = self.run
-        labels, branch = inputs["labels"], inputs["branch"]
-        options: dict[str, Any] = {}
-        high = torch.zeros_like(labels, dtype=torch.bool)
-        if "gates" in inputs:
-            assert isinstance(run.adapter, AlterAdapter)
-            high = inputs["entropy"] > self.threshold
-            # row b may move only its own expert, and A only through high-entropy tokens (strict gradient isolation)
-            allowed = torch.nn.functional.one_hot(inputs["expert"], self.num_experts).bool()
-            allowed = allowed[:, None, :].expand(-1, labels.shape[1], -1)
-            isolated = (allowed, high) if run.adapter.isolation else (None, None)
-            options["alter_routing"] = Routing(inputs["gates"].float(), *isolated)
-        wanted = torch.tensor([needs.labels for needs in branch_needs(run)], device=labels.device)
-        positions = frozen.labelled(labels) & wanted[branch][:, None]
-        truth = labels[:, 1:][positions[:, :-1]]
-        # the token's own entropy: that of the step that generated it
-        token_high = high[:, 1:][positions[:, :-1]]
-        of_branch = branch[:, None].expand_as(positions)[positions]
-        counts = torch.bincount(of_branch, minlength=len(BRANCHES)).tolist()
-        starts = [sum(counts[:i]) for i in range(len(BRANCHES))]
-        phase_one = self.state.global_step < run.phase_one * self.state.max_steps
-
-        def measure(name: str) -> Callable[[Tensor, slice], Tensor]:
-            """What a branch needs of its tokens' logits: the negative log-likelihood, and its objective's own number."""
-            objective = {"forget": run.objective, "retain": run.retain_objective}.get(name)
-            reference = None
-            if f"{name}_ids" in inputs:
-                reference = Reference(inputs[f"{name}_ids"], inputs[f"{name}_logp"])
-            runner_up = objective is not None and objective.needs.runner_up
-            labels_of = truth[starts[BRANCHES.index(name)] :]
-
-            def of(logits: Tensor, at: slice) -> Tensor:
-                emitted = Emitted(logits, labels_of[at], reference and reference.at(at), runner_up)
-                value = emitted.nll if objective is None else objective.per_token(emitted)
-                # without a weight the structure term is only reported
-                return torch.stack([emitted.nll if run.lambda_ or phase_one else emitted.nll.detach(), value], 1)
-
-            return of
-
-        # rows come branch after branch
-        made = [Part(count, measure(name)) for count, name in zip(counts, BRANCHES, strict=True)]
-        reading = states_of(self.depth, self.only_states)
-        with measuring(self.accelerator.unwrap_model(model), positions, made), reading as hidden:
-            values = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options).logits
-        nll = values[:, 0]
-        number = torch.arange(len(branch), device=labels.device)
-
-        def part(name: str) -> Labelled:
-            members = branch == BRANCHES.index(name)
-            row = number - number[members].min() if members.any() else number
-            mask = of_branch == BRANCHES.index(name)
-            states = None
-            if hidden:
-                real = inputs["attention_mask"].bool() & members[:, None]
-                of_token = row[:, None].expand_as(real)[real]
-                states = Hidden(hidden[0][real], of_token, inputs.get(f"{name}_hidden"))
-            return Labelled(
-                values[mask, 1],
-                token_high[mask],
-                row[:, None].expand_as(positions)[positions][mask],
-                int(members.sum()),
-                inputs.get(f"{name}_base_logp"),
-                part("alternative") if name == "forget" else None,
-                states,
-            )
-
-        forget, retain = part("forget"), part("retain")
-        if phase_one:
-            loss = run.gamma * mean_or_zero(nll[(of_branch == BRANCHES.index("retain")) & token_high])
-            loss = loss + 0.0 * values.sum()
-            self.parts, loss, whole = {}, processes.size() * loss, processes.total(loss)
+        batch: Batch = inputs["batch"]
+        if batch.entropy is None:
+            high = torch.zeros_like(batch.labels, dtype=torch.bool)
         else:
-            # labels that an alternative makes up are no structure
-            structure = mean_or_zero(nll[token_high & (of_branch != BRANCHES.index("alternative"))])
-            joined = branch_needs(run)[-1].rows and self.state.global_step >= self.alone
-            parts = {
-                "forget": run.objective(forget),
-                "retain": run.retain_objective(retain) if joined else 0.0 * values.sum(),
-                "structure": structure,
-            }
-            if isinstance(run.retain_objective, Adaptive):
-                once = len(self.train_dataset.rows.forget) / (run.batch_size * run.gradient_accumulation_steps)
-                first = self.state.global_step < math.ceil(once)
-                parts["retain"] = parts["retain"] * self.first_epoch.weight(
-                    float(processes.total(parts["retain"])), first
-                )
-            if isinstance(run.retain_objective, Constrained):
-                of_step = run.batch_size * run.gradient_accumulation_steps
-                epochs = self.state.global_step * of_step / len(self.train_dataset.rows.forget)
-                parts["retain"] = parts["retain"] * self.dual.next(
-                    run.retain_objective, float(processes.total(parts["retain"])), epochs
-                )
-            forgetting, keeping = run.beta * parts["forget"], run.gamma * parts["retain"]
-            if run.objective.joint and run.retain_objective.needs.labels:
-                # two means, each weighted by its share of the tokens of all processes, are the one over both
-                *learned, kept = processes.total(nll.new_tensor(counts)).unbind()
-                share = kept / (sum(learned) + kept).clamp_min(1.0)
-                forgetting, keeping = (1 - share) * forgetting, share * keeping
-            loss = forgetting + keeping
-            if run.lambda_:
-                loss = loss + run.lambda_ * parts["structure"]
-            # every process has its share of the means: their sum is the loss, and its gradient the average of what follows
-            *terms, whole = processes.total(torch.stack([*parts.values(), loss])).unbind()
-            self.parts = dict(zip(parts, terms, strict=True))
-            loss = processes.size() * loss
-            if self.penalty is not None:
-                # a function of the weights alone, the same everywhere
-                penalty = self.penalty()
-                self.parts["penalty"] = penalty.detach()
-                loss, whole = loss + penalty, whole + penalty.detach()
+            high = batch.entropy > self.threshold
+        places = Places.of(batch, high, [needs.labels for needs in self.needs])
+        values, states = self._forward(model, batch, high, places)
+        if self.in_phase_one:
+            loss, whole = self._structure_alone(values, places)
+        else:
+            loss, whole = self._objectives(batch, places, values, states)
         if not torch.isfinite(whole):
-            rate = "learning_rate_experts" if isinstance(run.adapter, AlterAdapter) else "learning_rate"
             raise UserError(
                 f"The loss is {whole.item()} at step {self.state.global_step + 1}: training stops, and the last good "
-                f"checkpoint stays in {self.args.output_dir}. Lower {rate} or max_grad_norm."
+                f"checkpoint stays in {self.args.output_dir}. Lower {self.run.adapter.rate} or max_grad_norm."
             )
         if processes.size() > 1:
             # DDP waits for the gradient of every weight that took part; what is reported is the loss of all processes
             loss = loss + 0.0 * values.nan_to_num(0.0, 0.0, 0.0).sum()
             loss = loss + (whole - loss).detach()
         return (loss, values) if return_outputs else loss
+
+    def _forward(self, model: Any, batch: Batch, high: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+        """Return [n, 2] negative log-likelihood and objective's number of each labelled token, and hidden states."""
+        options = {} if batch.gates is None else {"alter_routing": self._routing(batch, batch.gates, high)}
+        # rows come branch after branch
+        made = [
+            Part(count, self._measure(name, batch, places))
+            for count, name in zip(places.counts, BRANCHES, strict=True)
+        ]
+        reading = states_of(self.depth, self.only_states)
+        with measuring(self.accelerator.unwrap_model(model), places.positions, made), reading as hidden:
+            values = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).logits
+        return values, hidden[0] if hidden else None
+
+    def _routing(self, batch: Batch, gates: Tensor, high: Tensor) -> Routing:
+        """Row b may move only its own expert, and A only through high-entropy tokens (strict gradient isolation)."""
+        if not self.run.adapter.isolates:
+            return Routing(gates.float(), None, None)
+        allowed = torch.nn.functional.one_hot(batch.expert, self.num_experts).bool()
+        return Routing(gates.float(), allowed[:, None, :].expand(-1, batch.labels.shape[1], -1), high)
+
+    def _measure(self, name: str, batch: Batch, places: Places) -> Callable[[Tensor, slice], Tensor]:
+        """What a branch needs of its tokens' logits: the negative log-likelihood, and its objective's own number."""
+        run = self.run
+        objective = {"forget": run.objective, "retain": run.retain_objective}.get(name)
+        reference, truth = batch.known(name).reference, places.truth_of(name)
+        runner_up = objective is not None and objective.needs.runner_up
+        # without a weight the structure term is only reported
+        learned = bool(run.lambda_ or self.in_phase_one)
+
+        def of(logits: Tensor, at: slice) -> Tensor:
+            emitted = Emitted(logits, truth[at], reference and reference.at(at), runner_up)
+            value = emitted.nll if objective is None else objective.per_token(emitted)
+            return torch.stack([emitted.nll if learned else emitted.nll.detach(), value], 1)
+
+        return of
+
+    def _labelled(self, name: str, batch: Batch, places: Places, values: Tensor, states: Tensor | None) -> Labelled:
+        """The labelled tokens of one branch, as its objective reads them."""
+        members = batch.branch == BRANCHES.index(name)
+        number = torch.arange(len(members), device=members.device)
+        row = number - number[members].min() if members.any() else number
+        mask = places.branch == BRANCHES.index(name)
+        known, hidden = batch.known(name), None
+        if states is not None:
+            real = batch.attention_mask.bool() & members[:, None]
+            hidden = Hidden(states[real], row[:, None].expand_as(real)[real], known.hidden)
+        return Labelled(
+            values[mask, 1],
+            places.high[mask],
+            row[:, None].expand_as(places.positions)[places.positions][mask],
+            int(members.sum()),
+            known.base_logp,
+            self._labelled("alternative", batch, places, values, states) if name == "forget" else None,
+            hidden,
+        )
+
+    def _structure_alone(self, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """The first phase: high-entropy retain tokens. Returns this process's loss and that of all."""
+        loss = self.run.gamma * mean_or_zero(values[:, 0][(places.branch == RETAIN) & places.high])
+        loss = loss + 0.0 * values.sum()
+        self.parts = {}
+        return processes.size() * loss, processes.total(loss)
+
+    def _objectives(
+        self, batch: Batch, places: Places, values: Tensor, states: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 8 and the penalty. Returns this process's loss and that of all."""
+        run, parts = self.run, self._terms(batch, places, values, states)
+        forgetting, keeping = run.beta * parts["forget"], run.gamma * parts["retain"]
+        if run.objective.joint and run.retain_objective.needs.labels:
+            # two means, each weighted by its share of the tokens of all processes, are the one over both
+            *learned, kept = processes.total(values.new_tensor(places.counts)).unbind()
+            share = kept / (sum(learned) + kept).clamp_min(1.0)
+            forgetting, keeping = (1 - share) * forgetting, share * keeping
+        loss = forgetting + keeping
+        if run.lambda_:
+            loss = loss + run.lambda_ * parts["structure"]
+        # every process has its share of the means: their sum is the loss, and its gradient the average of what follows
+        *terms, whole = processes.total(torch.stack([*parts.values(), loss])).unbind()
+        self.parts = dict(zip(parts, terms, strict=True))
+        loss = processes.size() * loss
+        if self.penalty is not None:
+            # a function of the weights alone, the same everywhere
+            penalty = self.penalty()
+            self.parts["penalty"] = penalty.detach()
+            loss, whole = loss + penalty, whole + penalty.detach()
+        return loss, whole
+
+    def _terms(self, batch: Batch, places: Places, values: Tensor, states: Tensor | None) -> dict[str, Tensor]:
+        """The unweighted terms of Eq. 8: forget, retain and structure."""
+        run, step = self.run, self.state.global_step
+        forget, retain = (self._labelled(name, batch, places, values, states) for name in ("forget", "retain"))
+        # labels that an alternative makes up are no structure
+        structure = mean_or_zero(values[:, 0][places.high & (places.branch != ALTERNATIVE)])
+        joined = self.needs[-1].rows and step >= self.alone
+        parts = {
+            "forget": run.objective(forget),
+            "retain": run.retain_objective(retain) if joined else 0.0 * values.sum(),
+            "structure": structure,
+        }
+        if run.retain_objective.needs.state:
+            epochs = step * run.batch_size * run.gradient_accumulation_steps / len(self.train_dataset.rows.forget)
+            lost = float(processes.total(parts["retain"]))
+            parts["retain"] = parts["retain"] * self.own_state.weigh(run.retain_objective, lost, epochs)
+        return parts
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """All weights of a sharded model, gathered into the first process; None if it holds them all anyway."""
@@ -289,14 +256,9 @@ class UnlearnTrainer(Trainer):
         return self.accelerator.get_state_dict(self.model_wrapped)
 
     @property
-    def first_epoch(self) -> FirstEpoch:
-        """The callback that remembers the first epoch."""
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, FirstEpoch))
-
-    @property
-    def dual(self) -> Dual:
-        """The callback that keeps the constraint's weight."""
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, Dual))
+    def own_state(self) -> OwnState:
+        """The callback that keeps the retain objective's numbers."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, OwnState))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
@@ -312,30 +274,46 @@ class UnlearnTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW; for ALTER's adapter with eta_A for the shared A and eta_B for the experts, without weight decay.
-
-        Weight decay would move the columns of experts that the gradient masks protect.
-        """
+        """AdamW, with the learning rates and the weight decay that the adapter wants."""
         if getattr(self, "optimizer", None) is None:
             named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
-            if not isinstance(self.run.adapter, AlterAdapter):
-                cls, options = self.get_optimizer_cls_and_kwargs(self.args)
-                halves = not isinstance(self.run.initializer, Zero)
-                decay = {"weight_decay": 0.0 if halves else self.run.weight_decay}
-                self.optimizer = cls([{"params": [p for _, p in named], **decay}], **options)
-                if halves and self.run.weight_decay:
-                    assert isinstance(self.run.adapter, Lora)
-                    decays = FirstHalves(named, self.run.adapter.r, self.run.weight_decay)
-                    self.optimizer.register_step_pre_hook(decays)
-                return self.optimizer
-            shared = [p for name, p in named if ".alter_A." in name]
-            experts = [p for name, p in named if ".alter_A." not in name]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
-            groups = [
-                {"params": experts, "lr": self.run.learning_rate_experts, "weight_decay": 0.0},
-                {"params": shared, "lr": self.run.learning_rate_shared, "weight_decay": 0.0},
-            ]
-            options.pop("lr", None)
-            groups = [group for group in groups if group["params"]]
-            self.optimizer = cls(groups, lr=self.run.learning_rate_experts, **options)
+            self.optimizer = cls(self.run.adapter.parameter_groups(named, self.run), **options)
+            self.run.adapter.hook_optimizer(self.optimizer, named, self.run)
         return self.optimizer
+
+
+def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -> TrainingArguments:
+    """What transformers' Trainer is told: the schedule is the data set's, so that one epoch of it is the whole run.
+
+    Args:
+        run: the settings.
+        model: what is trained.
+        rows: how many forget rows there are.
+        checkpoints: folder that checkpoints go to.
+    """
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=run.batch_size // processes.size(),
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        num_train_epochs=1,
+        max_steps=run.max_steps or -1,
+        learning_rate=run.adapter.learning_rate(run),
+        lr_scheduler_type=run.lr_scheduler,
+        warmup_steps=warmup_of(run, rows, steps_of(run, rows)[0]),
+        max_grad_norm=run.max_grad_norm,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        gradient_checkpointing=run.gradient_checkpointing,
+        bf16=run.bf16,
+        optim=OPTIMIZERS[run.optimizer],
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        save_strategy="steps",
+        save_steps=run.save_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=run.seed,
+    )

@@ -1,87 +1,198 @@
-"""What is made before the first step: the adapter and its start, the frozen passes, the router, the penalties."""
+"""What is made before the first step: the adapter and its start, the frozen passes, the router, the schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from alter.adapter import AlterConfig
 from alter.adapter.model import base_fingerprint
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.core.files import digest
-from alter.data.encoding import Encoded
+from alter.data.encoding import Encoded, encode_all
+from alter.data.examples import Example
 from alter.methods import frozen
-from alter.methods.adapters import (
-    AlterAdapter,
-    AssistantLora,
-    Lora,
-    blocks,
-    target_layers,
-    target_names,
-)
-from alter.methods.alternatives import persona_views
+from alter.methods.adapters import Penalty
+from alter.methods.alternatives import alternatives, persona_views
 from alter.methods.frozen import Depth
-from alter.methods.initializers import Factors, Reglu, Zero
-from alter.methods.objectives import Duet
+from alter.methods.initializers import Factors
+from alter.methods.places import block_at, blocks, target_layers, target_names
 from alter.methods.probes import low_rank, reinforce, starting_factors
-from alter.models.guards import Form, Former, fit_detector
-from alter.training.batches import Order, Rows, Traced
+from alter.models.guards import Form, Former
+from alter.models.loading import load_model
+from alter.training.batches import Order, Rows, Traced, schedule
+from alter.training.data import Data, clusters
 from alter.training.folder import kept_tensors
-from alter.training.loss import Penalty
 from alter.training.router import fit_router
-from alter.training.settings import BRANCHES, Unlearn, branch_needs
+from alter.training.settings import BRANCHES, Unlearn, branch_needs, hidden_depth, steps_of
+from alter.training.watch import KEPT, Watcher
 
 
-def add_adapter(
-    model: Any,
-    run: Unlearn,
-    names: list[str],
-    start: Mapping[str, Factors] | None = None,
-    former: Former | None = None,
-) -> Any:
-    """Put the run's adapter on a loaded model, or choose the weights to train.
+@dataclass(frozen=True)
+class Loaded:
+    """The model of a run and its rows in tokens: all that is known before anything is computed or written.
 
-    ALTER's adapter of `start_from`, which the model has then, gets room for `names`.
+    Attributes:
+        base: the model; with an adapter to grow, that is on it.
+        tokenizer: its tokenizer.
+        limit: longest sequence.
+        forget, retain: the rows; a long one has become several.
+        alternative: the forget rows once more in the form that the objective asks for, if it does.
+        examples: of each forget row the example that it comes from.
+        domain: of each forget row its sub-domain.
+        former: the earlier adapter that is trained on.
+        alone: steps before retain rows join.
+    """
 
-    Args:
-        model: the base model.
-        run: the settings.
-        names: names of the sub-domains.
-        start: where LoRA's factors start, with an initialiser that gives some.
-        former: the LoRA of earlier requests that is trained on.
+    base: Any
+    tokenizer: Any
+    limit: int | None
+    forget: list[Encoded]
+    retain: list[Encoded]
+    alternative: list[Encoded]
+    examples: list[Example]
+    domain: list[int]
+    former: Former | None
+    alone: int
+
+
+def load(run: Unlearn) -> tuple[Any, Any]:
+    """Load the model and its tokenizer, with the adapter of earlier requests on it where that grows.
 
     Raises:
-        UserError: the adapter to grow is not ALTER's, has other settings than asked for, or serves a name already.
+        UserError: there is no such model or adapter.
     """
-    adapter = run.adapter
-    if run.start_from is not None and former is None:
-        config = model.peft_config["default"]
-        if not isinstance(config, AlterConfig) or not config.routed:
-            raise UserError(f"start_from is {run.start_from!r}, which is no ALTER adapter with a router to grow.")
-        for name in sorted(adapter.model_fields_set - {"kind", "isolation", "entropy_quantile"}):
-            wanted, has = getattr(adapter, name), getattr(config, name)
-            if isinstance(has, set) and isinstance(wanted, (list, tuple)):
-                wanted, has = sorted(wanted), sorted(has)
-            if wanted is not None and wanted != has:
-                raise UserError(f"adapter.{name} is {wanted!r}, but {run.start_from} has {has!r}: leave it out.")
-        own = config.domains or [f"expert {d + 1}" for d in range(config.num_forget_experts)]
-        taken = [name for name in names if name in own]
-        if taken:
-            raise UserError(f"{run.start_from} has an expert for {taken[0]!r} already: nothing to add for it.")
-        model.base_model.resize_experts("default", len(own) + len(names), own + names)
-        config.inference_mode = False
-        return model
-    if isinstance(adapter, AlterAdapter):
-        return adapter.attach(model, names, run.num_forget_experts or len(names))
-    if isinstance(adapter, Lora):
-        return adapter.attach(model, start, run.model, former)
-    return adapter.attach(model)
+    # an adapter that is trained on comes later, from its weights: all that is measured before sees the bare base
+    grown = run.start_from if run.adapter.grows else None
+    return load_model(run.model, grown, run.adapter.dtype(run.dtype), run.device, run.quantization)
+
+
+def encode(run: Unlearn, data: Data, base: Any, tokenizer: Any, former: Former | None) -> Loaded:
+    """Check what the model must have, and encode the rows.
+
+    Raises:
+        UserError: the model lacks what the settings name, or the rows do not fit it.
+    """
+    run.adapter.check_model(base, run, former)
+    limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
+    forget, owner = encode_all(tokenizer, data.forget, max_length=limit, label="forget")
+    retain, _ = encode_all(tokenizer, data.retain, max_length=limit, label="retain")
+    if run.retain_objective.needs.prompts:
+        retain = [replace(row, labels=list(row.input_ids)) for row in retain]
+    examples = [data.forget[i] for i in owner]
+    _, alone = steps_of(run, len(forget))
+    other = alternatives(run.objective, tokenizer, base, examples, forget, seed=run.seed, max_length=limit)
+    domain = [data.domain[i] for i in owner]
+    return Loaded(base, tokenizer, limit, forget, retain, other, examples, domain, former, alone)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training takes and saving writes.
+
+    Attributes:
+        model: what is trained, with the adapter on it.
+        tokenizer: its tokenizer.
+        names: of the sub-domains.
+        rows, order, traced: the rows, the order in which they are trained on, and what the frozen base knows of them.
+        found: what the router's fit found.
+        depth: where the objectives read hidden states, if they do.
+        penalty: of the weights alone, if there is one.
+        form: what the result needs besides the adapter, if anything.
+        watcher: looks at the adapter while it trains, if the run is watched.
+        alone: steps before retain rows join.
+        trained: how many numbers train.
+    """
+
+    model: Any
+    tokenizer: Any
+    names: list[str]
+    rows: Rows
+    order: Order
+    traced: Traced
+    found: dict[str, Any]
+    depth: Depth | None
+    penalty: Penalty | None
+    form: Form | None
+    watcher: Watcher | None
+    alone: int
+    trained: int
+
+
+def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
+    """Make everything that the first step needs; passes over the frozen base are kept in `out`.
+
+    Raises:
+        UserError: the initializer or the adapter cannot work with these rows or this model.
+    """
+    base, tokenizer, former = loaded.base, loaded.tokenizer, loaded.former
+    views = frozen_views(base, tokenizer, run, loaded.forget, loaded.retain, out / "reinforced.safetensors")
+    start, away = start_of(base, tokenizer, run, loaded.forget, loaded.retain, out / "start.safetensors")
+    form = run.adapter.form(base, run, loaded.forget, tokenizer.pad_token_id, former)
+    depth = depth_of(base, run)
+    # new experts come behind those of an adapter that grows
+    grows = run.adapter.grows and run.start_from is not None
+    first = run.adapter.routed_experts(base) if grows else 1
+    numbered = grows and run.domain_column is None and not run.name_clusters
+    names = clusters(first, len(data.names)) if numbered else data.names
+    model = run.adapter.attach(base, run, names, start, former)
+    experts = [first + d for d in loaded.domain]
+    rows = Rows(loaded.forget, loaded.retain, experts, loaded.alternative, loaded.examples)
+    watcher = None
+    if data.watched is not None:
+        device = next(base.parameters()).device
+        watcher = Watcher(
+            run.watch, data.watched, tokenizer, max_length=loaded.limit, folder=out / KEPT, device=device
+        )
+    order = order_of(run, rows, loaded.alone)
+    cache = out / "frozen.safetensors"
+    traced, found = trace_run(model, tokenizer, run, rows, order, cache, views, depth, loaded.limit)
+    penalty = run.adapter.penalty(model, run, away, former)
+    # the second half of an initialised adapter is frozen
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) // (1 if start is None else 2)
+    return Prepared(
+        model, tokenizer, names, rows, order, traced, found, depth, penalty, form, watcher, loaded.alone, trained
+    )
+
+
+def depth_of(base: Any, run: Unlearn) -> Depth | None:
+    """The block whose hidden states the objectives read, if they do.
+
+    Raises:
+        UserError: they name different ones.
+    """
+    share = hidden_depth(run)
+    if share is None:
+        return None
+    place, count = blocks(base)
+    block, *behind = list(base.get_submodule(place))[block_at(share, count) :]
+    return Depth(block, tuple(behind))
+
+
+def order_of(run: Unlearn, rows: Rows, alone: int) -> Order:
+    """The order of training; with `max_steps` no more of it than is used.
+
+    Args:
+        run: the settings.
+        rows: the rows.
+        alone: steps before retain rows join.
+    """
+    of_step = run.batch_size * run.gradient_accumulation_steps
+    steps, _ = steps_of(run, len(rows.forget))
+    return schedule(
+        [len(row.input_ids) for row in rows.forget],
+        [len(row.input_ids) for row in rows.retain],
+        # with max_steps the schedule would start again, and with it the steps without retain rows
+        epochs=max(run.epochs, steps * of_step / len(rows.forget)) if alone and run.max_steps else run.epochs,
+        batch=run.batch_size,
+        seed=run.seed,
+        alone=alone * of_step,
+    )
 
 
 def trace_run(
@@ -100,47 +211,17 @@ def trace_run(
     of_forget, of_retain = {f for f, _ in order}, {r for _, r in order if r is not None}
     drawn = {"forget": of_forget, "alternative": of_forget, "retain": of_retain}
     used = {name: sorted(drawn[name]) for name in BRANCHES if needs[name].rows}
-    alter = model.peft_config["default"] if isinstance(run.adapter, AlterAdapter) else None
+    alter = model.peft_config["default"] if run.adapter.routes else None
     router, probe = None, None
     if alter is not None and alter.routed:
         host = model.base_model.router_host[1]
         router = host.alter_router["default"]
         probe = host.alter_probe["default"] if alter.probed else None
-    key = digest(
-        base_fingerprint(model),
-        run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed", "reinforcement"}),
-        [part.model_dump() for part in (run.objective, run.retain_objective) if part.needs.views],
-        [repr(needs[name]) for name in used],
-        [[rows.of(name)[i].input_ids for i in used[name]] for name in used],
-        [[rows.of(name)[i].labels for i in used[name]] for name in used],
-        rows.expert,
-        # an adapter to grow brings a router with it, and the retain rows that are not trained on still fit the new one
-        None if run.start_from is None or router is None else [weight.sum().item() for weight in router.parameters()],
-        [row.input_ids for row in rows.retain] if run.experts_only else None,
-        limit,
-    )
+    key = _key_of(model, run, rows, used, router, limit)
     kept = frozen.restore(cache, key)
     if kept is None:
         found = {} if alter is None else fit_router(model, run, rows, tokenizer, limit)
-        traced = []
-        for name in used:
-            members = [rows.of(name)[i] for i in used[name]]
-            objective: Any = run.retain_objective if name == "retain" else run.objective
-            if alter is None and not (needs[name].views or needs[name].base_logp or needs[name].base_hidden):
-                traced += [frozen.Row() for _ in members]
-                continue
-            traced += frozen.trace_rows(
-                model,
-                members,
-                pad_token_id=tokenizer.pad_token_id,
-                gates=alter is not None,
-                reference_k=run.reference_top_k if needs[name].views else 0,
-                needs=needs[name],
-                target=objective.target,
-                views={view: made for view, made in (views or {}).items() if view in needs[name].views},
-                depth=depth,
-                label=f"{name} rows",
-            )
+        traced = _trace(model, tokenizer.pad_token_id, run, rows, used, views or {}, depth)
         weights = {} if router is None else {name: p.detach().cpu() for name, p in router.named_parameters()}
         if probe is not None:
             weights |= {f"probe.{name}": p.detach().cpu() for name, p in probe.named_parameters()}
@@ -159,6 +240,60 @@ def trace_run(
     return {name: {i: next(left) for i in used[name]} for name in used}, kept.found
 
 
+def _key_of(
+    model: Any, run: Unlearn, rows: Rows, used: Mapping[str, list[int]], router: Any, limit: int | None
+) -> str:
+    """Key of all that the frozen passes depend on."""
+    needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
+    return digest(
+        base_fingerprint(model),
+        run.model_dump(include={"adapter", "router_fit", "reference_top_k", "seed", "reinforcement"}),
+        [part.model_dump() for part in (run.objective, run.retain_objective) if part.needs.views],
+        [repr(needs[name]) for name in used],
+        [[rows.of(name)[i].input_ids for i in used[name]] for name in used],
+        [[rows.of(name)[i].labels for i in used[name]] for name in used],
+        rows.expert,
+        # an adapter to grow brings a router with it, and the retain rows that are not trained on still fit the new one
+        None if run.start_from is None or router is None else [weight.sum().item() for weight in router.parameters()],
+        [row.input_ids for row in rows.retain] if run.experts_only else None,
+        limit,
+    )
+
+
+def _trace(
+    model: Any,
+    pad_token_id: int,
+    run: Unlearn,
+    rows: Rows,
+    used: Mapping[str, list[int]],
+    views: Mapping[str, frozen.View],
+    depth: Depth | None,
+) -> list[frozen.Row]:
+    """What the frozen base knows of the rows used of each branch, one branch after the other."""
+    traced = []
+    for name, needs in zip(BRANCHES, branch_needs(run), strict=True):
+        if name not in used:
+            continue
+        members = [rows.of(name)[i] for i in used[name]]
+        if not (run.adapter.routes or needs.views or needs.base_logp or needs.base_hidden):
+            traced += [frozen.Row() for _ in members]
+            continue
+        objective = run.retain_objective if name == "retain" else run.objective
+        traced += frozen.trace_rows(
+            model,
+            members,
+            pad_token_id=pad_token_id,
+            gates=run.adapter.routes,
+            reference_k=run.reference_top_k if needs.views else 0,
+            needs=needs,
+            target=objective.target,
+            views={view: made for view, made in views.items() if view in needs.views},
+            depth=depth,
+            label=f"{name} rows",
+        )
+    return traced
+
+
 def _flat(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     return {f"{side}.{name}": getattr(pair, side).cpu() for name, pair in factors.items() for side in "AB"}
 
@@ -172,17 +307,16 @@ def start_of(
     base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], retain: list[Encoded], cache: Path
 ) -> tuple[dict[str, Factors] | None, dict[str, Tensor]]:
     """Where LoRA's factors start, and the directions that B is kept away from, of each layer."""
-    adapter, initializer = run.adapter, run.initializer
-    if isinstance(initializer, Zero):
+    adapter: Any = run.adapter
+    initializer = run.initializer
+    if not initializer.gives_factors:
         return None, {}
-    assert isinstance(adapter, Lora)
     key = digest(
         base_fingerprint(base),
         run.model_dump(include={"adapter", "initializer", "batch_size", "seed"}),
         [[row.input_ids for row in part] for part in (forget, retain)],
     )
-    # FILA and VILA compare one epoch of the schedule, with as many retain rows as forget rows
-    count = initializer.rows if isinstance(initializer, Reglu) else len(forget)
+    count = initializer.retain_rows(len(forget))
     drawn = np.random.default_rng(run.seed).permutation(len(retain))[:count].tolist()
 
     def make() -> dict[str, Tensor]:
@@ -205,59 +339,18 @@ def start_of(
     return _factors(tensors), away
 
 
-def form_of(
-    base: Any, run: Unlearn, forget: list[Encoded], pad_token_id: int, former: Former | None = None
-) -> Form | None:
-    """Settings and tensors of the run's inference form, if it makes one (see `alter.models.guards`).
-
-    Raises:
-        UserError: a detector is to be fitted on a single row.
-    """
-    common = {"base": base_fingerprint(base)}
-    if isinstance(run.adapter, AssistantLora):
-        return run.adapter.form(base) | common, {}
-    if isinstance(run.adapter, Lora) and run.adapter.detector:
-        settings, files = fit_detector(base, forget, pad_token_id=pad_token_id, seed=run.seed)
-        form = settings | common | {"initializer": run.initializer.kind}, files
-        return form if former is None else former.then(form)
-    return None
-
-
-def penalty_of(model: Any, run: Unlearn, away: Mapping[str, Tensor], former: Former | None) -> Penalty | None:
-    """REGLU's |B^T P|^2 over all layers, or O3's |A_earlier A^T|^2 over all earlier requests, averaged over the blocks."""
-    adapter = run.adapter
-    if not isinstance(adapter, Lora):
-        return None
-    by_layer: dict[str, dict[str, torch.nn.Parameter]] = {"lora_A": {}, "lora_B": {}}
-    for name, parameter in model.named_parameters():
-        for kind, found in by_layer.items():
-            if f".{kind}." in name:
-                found[name.removeprefix("base_model.model.").partition(f".{kind}.")[0]] = parameter
-    if away and isinstance(run.initializer, Reglu):
-        terms = [(away[name].t().to(p), p, False) for name, p in by_layer["lora_B"].items()]
-        return Penalty(run.initializer.penalty, terms, adapter.r)
-    if former is None:
-        return None
-    terms = [
-        (earlier[f"base_model.model.{name}.lora_A.weight"].to(parameter), parameter, True)
-        for earlier in former.snapshots
-        for name, parameter in by_layer["lora_A"].items()
-    ]
-    return Penalty(adapter.orthogonality / blocks(model)[1], terms, adapter.r)
-
-
 def instructed_view(run: Unlearn, tokenizer: Any, rows: list[Encoded], base: Any) -> dict[str, frozen.View]:
     """DUET's teacher: the rows after its instruction.
 
     Raises:
         UserError: the objectives instruct it differently, or the longest row does not fit into the context behind it.
     """
-    said = {part.instruction for part in (run.objective, run.retain_objective) if isinstance(part, Duet)}
+    said = {part.needs.instruction for part in (run.objective, run.retain_objective)} - {None}
     if len(said) > 1:
         raise UserError(
             "objective.instruction and retain_objective.instruction differ, and there is one teacher: give the same words."
         )
-    words = tuple(tokenizer(said.pop(), add_special_tokens=False)["input_ids"])
+    words = tuple(tokenizer(str(said.pop()), add_special_tokens=False)["input_ids"])
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(row.input_ids) for row in rows)
     if limit is not None and longest + len(words) > limit:

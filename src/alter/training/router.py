@@ -20,9 +20,6 @@ from alter.data.rewording import FITTED, MEASURED, reworded
 from alter.evaluation.verdict import share_interval
 from alter.logits.entropy import check_threshold, threshold_from_quantile
 from alter.methods import frozen
-from alter.methods.adapters import (
-    AlterAdapter,
-)
 
 if TYPE_CHECKING:
     from alter.training.batches import Rows
@@ -232,7 +229,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
         what was found: the threshold, the share of tokens routed as their row says, per kind of row, and, with a learned
         router, what `measure_router` measures.
     """
-    assert isinstance(run.adapter, AlterAdapter)
+    adapter: Any = run.adapter
     generator = np.random.default_rng(run.seed)
     config = model.peft_config["default"]
     parts = _parts(run, rows, tokenizer, limit, generator)
@@ -246,10 +243,10 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
     for part in parts:
         part.traced = [next(traced) for _ in part.rows]
     found: dict[str, Any] = {}
-    if run.start_from is None and run.adapter.entropy_quantile is not None:
+    if run.start_from is None and adapter.entropy_quantile is not None:
         kept = next((part for part in parts if part.name == "retain"), parts[-1])
         kept_entropy = torch.cat([row.entropy for row in kept.traced if row.entropy is not None])
-        config.entropy_threshold = threshold_from_quantile(kept_entropy, run.adapter.entropy_quantile)
+        config.entropy_threshold = threshold_from_quantile(kept_entropy, adapter.entropy_quantile)
         check_threshold(config.entropy_q, config.entropy_threshold, config.vocab_size)
     found["entropy_threshold"] = float(config.threshold)
     if config.router == "static":

@@ -7,30 +7,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alter.adapter.config import PAPER_THRESHOLD
+from alter.core import processes
 from alter.core.errors import UserError
-from alter.logits.entropy import check_threshold
 from alter.methods import presets
-from alter.methods.adapters import (
-    Adapter,
-    AlterAdapter,
-    AssistantLora,
-    BoundedLora,
-    FullWeights,
-    Lora,
-    PeftAdapter,
-)
-from alter.methods.initializers import Fila, Initializer, Zero
-from alter.methods.objectives import (
-    Adaptive,
-    CrossEntropy,
-    Forget,
-    InvertedHinge,
-    KeepHidden,
-    Misdirect,
-    Needs,
-    Retain,
-)
+from alter.methods.adapters import AlterAdapter, AnyAdapter
+from alter.methods.initializers import AnyInitializer, Zero
+from alter.methods.objectives import CrossEntropy, Forget, InvertedHinge, Needs, Retain
 from alter.methods.probes import Reinforcement
 from alter.models.quantized import Bits
 from alter.training.router import RouterFit
@@ -89,8 +71,8 @@ class Unlearn(BaseModel):
         "routed to it get exactly the base model. Always so with start_from and ALTER's adapter.",
     )
 
-    adapter: Adapter = Field(default_factory=AlterAdapter)
-    initializer: Initializer = Field(default_factory=Zero)
+    adapter: AnyAdapter = Field(default_factory=AlterAdapter)
+    initializer: AnyInitializer = Field(default_factory=Zero)
     router_fit: RouterFit = Field(default_factory=RouterFit)
     reinforcement: Reinforcement = Field(default_factory=Reinforcement)
     objective: Forget = Field(default_factory=InvertedHinge)
@@ -179,77 +161,10 @@ class Unlearn(BaseModel):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Unlearn:
-        adapter = self.adapter
-        if isinstance(adapter, AlterAdapter):
-            if adapter.entropy_threshold is not None and adapter.entropy_quantile is not None:
-                raise ValueError("give either adapter.entropy_threshold or adapter.entropy_quantile, not both")
-            if self.start_from is None and adapter.entropy_quantile is None:
-                threshold = PAPER_THRESHOLD if adapter.entropy_threshold is None else adapter.entropy_threshold
-                check_threshold(adapter.entropy_q, threshold, None)
-            if self.phase_one and not adapter.retention_expert:
-                raise ValueError(
-                    "phase_one trains the retention expert and A through it, which adapter.retention_expert false leaves "
-                    "out: give --phase-one 0, or leave it on"
-                )
-        elif self.objective.model_dump().get("only_low"):
-            raise ValueError(
-                f"objective.only_low needs the token entropies of adapter.kind alter, not {adapter.kind}: give "
-                "--objective.no-only-low"
-            )
-        if not isinstance(self.initializer, Zero):
-            if not isinstance(adapter, Lora):
-                raise ValueError(
-                    f"initializer.kind {self.initializer.kind} is for adapter.kind lora, not {adapter.kind}"
-                )
-            if adapter.dropout:
-                raise ValueError(
-                    f"initializer.kind {self.initializer.kind} starts from factors that a frozen copy cancels: "
-                    "adapter.dropout must be 0"
-                )
-        if self.watch.on and (isinstance(adapter, (FullWeights, AssistantLora)) or self.negate is not None):
-            raise ValueError(
-                "watch looks at an adapter on the model while it trains: not with adapter.kind full or "
-                "assistant, and not with negate"
-            )
-        if isinstance(adapter, AssistantLora):
-            frozen_needs = [
-                part.kind
-                for part in (self.objective, self.retain_objective)
-                if part.needs.views or part.needs.base_logp or part.needs.hidden
-            ]
-            if frozen_needs or self.negate is not None:
-                raise ValueError(
-                    f"adapter.kind assistant trains another model than the base, so it goes with neither negate nor "
-                    f"objectives that compare with the base{' such as ' + frozen_needs[0] if frozen_needs else ''}: take "
-                    "objective.kind learn and retain_objective.kind uniform"
-                )
-        if isinstance(adapter, Lora) and adapter.detector and self.watch.on:
-            raise ValueError("watch looks at an adapter that is always on: not with adapter.detector")
-        if self.quantization is not None and isinstance(adapter, FullWeights):
-            raise ValueError(
-                f"quantization {self.quantization} freezes the weights, which adapter.kind full trains: take adapter.kind "
-                "lora, or leave quantization out"
-            )
-        if self.quantization is not None and isinstance(self.initializer, Fila):
-            raise ValueError(
-                f"initializer.kind fila takes gradients of the weights themselves, which quantization {self.quantization} "
-                "rounds: take initializer.kind vila, reglu or zero, or leave quantization out"
-            )
-        if self.negate is not None and isinstance(adapter, BoundedLora):
-            raise ValueError("negate cannot undo a bounded update: phi(-n x) is not -n phi(x); take adapter.kind lora")
-        if self.negate is not None and isinstance(adapter, PeftAdapter):
-            raise ValueError("negate turns LoRA's B round, which other adapters do not have: take adapter.kind lora")
+        self.adapter.check(self)
+        self.initializer.check(self)
         if self.phase_one and not self.retain_objective.needs.rows:
             raise ValueError("phase_one learns retain tokens: retain_objective.kind must not be none")
-        if self.phase_one and not isinstance(adapter, AlterAdapter):
-            raise ValueError(
-                f"phase_one needs the token entropies of adapter.kind alter, not {adapter.kind}: leave it out, or give "
-                "--phase-one 0"
-            )
-        if self.start_from is not None and not isinstance(self.initializer, Zero):
-            raise ValueError(
-                f"initializer.kind {self.initializer.kind} would replace the factors that start_from brings: leave it out"
-            )
         if self.start_from is not None and self.negate is not None:
             raise ValueError("negate would turn round what start_from brings as well: leave it out")
         if not (self.objective.needs.rows or self.objective.needs.alternative or self.retain_objective.needs.rows):
@@ -267,25 +182,10 @@ class Unlearn(BaseModel):
 
     @model_validator(mode="after")
     def _experts_alone(self) -> Unlearn:
-        trained_on = isinstance(self.adapter, Lora) and self.adapter.detector
-        if self.start_from is not None and not trained_on:
+        if self.start_from is not None and not self.adapter.trained_on:
             self.experts_only = True
-        if not self.experts_only:
-            return self
-        if not isinstance(self.adapter, AlterAdapter):
-            raise ValueError(
-                "experts_only is for adapter.kind alter, start_from for that and for adapter.kind lora with adapter.detector, "
-                f"not for {self.adapter.kind}{' without' if isinstance(self.adapter, Lora) and not trained_on else ''}"
-            )
-        if self.phase_one:
-            raise ValueError("phase_one trains A and the retention expert, which experts_only (or start_from) freezes")
-        if self.adapter.router == "static":
-            raise ValueError("experts_only needs a router that keeps the experts apart; adapter.router is 'static'")
-        needs = self.objective.needs
-        if self.start_from is not None and (needs.alternative == "diversion" or set(needs.views) - {"base"}):
-            raise ValueError(
-                f"objective.kind {self.objective.kind} looks at the bare base, which start_from has adapted"
-            )
+        if self.experts_only:
+            self.adapter.check_experts_only(self)
         return self
 
     @model_validator(mode="after")
@@ -310,12 +210,41 @@ class Unlearn(BaseModel):
             raise ValueError(
                 "retain_after begins with the forget objective alone: objective.kind must not be none, nor beta 0"
             )
-        if isinstance(self.retain_objective, Adaptive):
+        if retain.state:
             raise ValueError(
-                "retain_objective.kind adaptive compares with the retain loss of the first epoch, which retain_after "
-                "leaves out: give --retain-after 0 or another retain objective"
+                f"retain_objective.kind {self.retain_objective.kind} weighs retain rows by their loss from the first step on, "
+                "which retain_after leaves out: give --retain-after 0 or another retain objective"
             )
         return self
+
+
+def check_launch(run: Unlearn) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        UserError: `batch_size` cannot be shared, or a sharded model is asked for with parts that need all of it.
+    """
+    if run.batch_size % processes.size():
+        low = run.batch_size // processes.size() * processes.size()
+        raise UserError(
+            f"batch_size is {run.batch_size}, the rows of a step of all {processes.size()} processes together, and cannot be "
+            f"shared evenly: give {low or processes.size()}{f' or {low + processes.size()}' if low else ''}."
+        )
+    if processes.launch() == "ddp":
+        return
+    whole = run.adapter.needs_whole_model()
+    for wrong, what in (
+        (run.watch.on, "watch"),
+        (run.quantization is not None, "quantization"),
+        # transformers then loads every model in pieces, the untouched one as well
+        (processes.launch() == "zero3" and run.negate is not None, "negate under DeepSpeed"),
+        (run.initializer.gives_factors, f"initializer.kind {run.initializer.kind}"),
+        (whole is not None, whole),
+    ):
+        if wrong:
+            raise UserError(
+                f"{what} needs all of the model in each process: launch with DDP (recipes/accelerate/ddp.yaml)."
+            )
 
 
 def lengthened(run: Unlearn, count: int) -> Unlearn:
@@ -368,18 +297,16 @@ def branch_needs(run: Unlearn) -> list[Needs]:
     return [forget, other, retain]
 
 
-def hidden_depth(run: Unlearn) -> float:
-    """The share of the depth at which the objectives read hidden states.
+def hidden_depth(run: Unlearn) -> float | None:
+    """The share of the depth at which the objectives read hidden states; None where neither does.
 
     Raises:
         UserError: the forget and the retain objective name different ones.
     """
-    depths = {
-        part.depth for part in (run.objective, run.retain_objective) if isinstance(part, (Misdirect, KeepHidden))
-    }
+    depths = {part.needs.depth for part in (run.objective, run.retain_objective) if part.needs.depth is not None}
     if len(depths) > 1:
         raise UserError(
             f"objective.depth and retain_objective.depth are {' and '.join(f'{d:g}' for d in sorted(depths))}; a step reads "
             "hidden states of one block: give the same number."
         )
-    return depths.pop()
+    return depths.pop() if depths else None

@@ -1,0 +1,89 @@
+"""The end of training: what was learned is turned round if asked for, saved with its card, and recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alter.core import processes
+from alter.core.files import to_json, write_atomic
+from alter.core.provenance import provenance
+from alter.models.loading import load_model
+from alter.training.card import card
+from alter.training.folder import check_finite, clean, save_adapter
+from alter.training.loss import UnlearnTrainer
+from alter.training.preparation import Prepared
+from alter.training.settings import Unlearn
+
+
+def save_run(
+    run: Unlearn,
+    ready: Prepared,
+    trainer: UnlearnTrainer,
+    out: Path,
+    started: float,
+    prepared: float,
+) -> None:
+    """Write the result and `run.json`; of several processes the first one does.
+
+    Args:
+        run: the settings.
+        ready: what was prepared; its model is trained now.
+        trainer: has trained it.
+        out: the run's folder.
+        started, prepared: when the run began and when its preparation ended, in seconds.
+    """
+    seen = ready.watcher and ready.watcher.restore_best(ready.model)
+    weights = trainer.whole_weights()
+
+    def finish() -> None:
+        model = ready.model
+        if run.negate is not None:
+            turn_round(run, dict(model.named_parameters()) if weights is None else weights, run.negate)
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        check_finite(trained if weights is None else weights, run.adapter.rate)
+        kind = run.adapter.result
+        tokenizer = ready.tokenizer if kind == "model" else None
+        save_adapter(model, out, card(run, ready.names), kind, tokenizer, ready.form, weights)
+        seconds = {"prepare": round(prepared - started, 2), "train": round(time.time() - prepared, 2)}
+        write_atomic(out / "run.json", to_json(record(run, ready, trainer, seconds, seen)))
+        if not run.keep_working:
+            forgetting = [name for name in ("forget", "alternative") if name in ready.traced]
+            clean(out, sum(len(ready.traced[name]) for name in forgetting))
+
+    processes.from_first(finish)
+
+
+def record(
+    run: Unlearn, ready: Prepared, trainer: UnlearnTrainer, seconds: Mapping[str, float], seen: Any
+) -> dict[str, Any]:
+    """What `run.json` holds: settings, sub-domains, the router's fit, cost, and the log."""
+    return {
+        "settings": run.model_dump(),
+        "domains": ready.names,
+        "experts": sorted(set(ready.rows.expert)),
+        "router": ready.found,
+        "steps": trainer.state.global_step,
+        "trained_parameters": ready.trained,
+        "processes": processes.size(),
+        "seconds": dict(seconds),
+        "log": [entry for entry in trainer.state.log_history if "watch" not in entry],
+        "watch": seen,
+        "provenance": provenance(),
+    }
+
+
+def turn_round(run: Unlearn, weights: Mapping[str, Tensor], times: float) -> None:
+    """Turn what was learned round, in place (see `Adapter.negate`)."""
+
+    def before() -> Mapping[str, Tensor]:
+        model, _ = load_model(run.model, dtype="float32", device="cpu")
+        return dict(model.named_parameters(remove_duplicate=False))
+
+    with torch.no_grad():
+        run.adapter.negate(weights, times, before)
