@@ -268,7 +268,7 @@ def by_hand(people, folder, weight, ids):
             B = found[name.replace(".lora_A.", ".lora_B.")]
             layer = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
             with torch.no_grad():
-                model.get_submodule(layer).weight += weight * 16 / 4 * (B.double() @ A.double())
+                model.get_submodule(layer).weight += weight * 32 / 4 * (B.double() @ A.double())
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).logits[0]
 
@@ -406,7 +406,7 @@ def test_a_lora_that_goes_on_resumes_bit_equal(people, loras, tmp_path, monkeypa
     ("changes", "says"),
     [
         ({"adapter": {"r": 8}}, r"adapter.r is 8, but .* has 4: give --adapter.r 4"),
-        ({"adapter": {"alpha": 8.0}}, r"adapter.alpha is 8, but .* has 16"),
+        ({"adapter": {"alpha": 8.0}}, r"adapter.alpha is 8, but .* has 32"),
         ({"start_from": "0"}, r"is no folder of a LoRA with a detector.*Did you mean .*adapter\?"),
         ({"start_from": "nowhere"}, "nowhere', which is no folder of a LoRA with a detector"),
         ({"start_from": "alter"}, "which is no folder of a LoRA with a detector"),
