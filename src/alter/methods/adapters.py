@@ -380,8 +380,8 @@ class AlterAdapter(Adapter):
     router: Literal["learned", "entropy", "static"] = Field(
         _DEFAULT["router"], description="Hidden states choose the expert, the entropy alone does, or all are open."
     )
-    router_memory: float = Field(
-        _DEFAULT["router_memory"],
+    router_memory: float | None = Field(
+        None,
         ge=0,
         le=1,
         description="How much of the text so far the router's evidence keeps; unless it is given, the router's fit chooses "
@@ -484,9 +484,10 @@ class AlterAdapter(Adapter):
             tuned = self._grow(model, run.start_from, names)
         else:
             experts = run.num_forget_experts or len(names)
+            unset = {"router_memory"} if self.router_memory is None else set()
             tuned = _attach_alter(
                 model,
-                **self.model_dump(exclude={"kind", "isolation"}),
+                **self.model_dump(exclude={"kind", "isolation", *unset}),
                 num_forget_experts=experts,
                 domains=list(names) if len(names) == experts else None,
             )

@@ -264,7 +264,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
         )
     new = sorted(set(rows.expert))
     fit, answers = run.router_fit, run.router_fit.method == "discriminant"
-    given = "router_memory" in run.adapter.model_fields_set or run.start_from is not None
+    given = run.adapter.router_memory is not None or run.start_from is not None
     memories = [config.router_memory] if given or not (learned and answers) else sorted(fit.memories)
     tried: list[tuple[float, float, tuple[Tensor, Tensor, float]]] = []
     for memory in memories if learned else ():
