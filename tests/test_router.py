@@ -258,3 +258,12 @@ def test_a_run_without_background_has_the_retain_rows_alone(data, tmp_path):
 def test_a_rate_of_false_alarms_lies_between_none_and_half(value):
     with pytest.raises((UserError, ValueError), match="false_alarms"):
         RouterFit(false_alarms=value)
+
+
+@pytest.mark.parametrize("method", ["discriminant", "logistic"])
+def test_every_expert_is_fitted_however_few_tokens_are_drawn(data, tmp_path, method):
+    fit = {"method": method, "steps": 20, "max_tokens": 2}
+    weights = router_of(unlearn(settings(data, tmp_path / "run", router_fit=fit)))
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(record["experts"]) == 3

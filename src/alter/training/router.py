@@ -164,7 +164,10 @@ def _parts(run: Unlearn, rows: Rows, tokenizer: Any, limit: int | None, generato
     """What the router is fitted on: forget rows, retain rows, both in other words, and ordinary text by kind."""
     fit = run.router_fit
     own = _within(rows.forget, fit.max_tokens // 2, generator)
-    left = fit.max_tokens - sum(len(rows.forget[i].input_ids) for i in own)
+    # an expert of whose rows none was drawn could not be fitted
+    first = {expert: i for i, expert in reversed(list(enumerate(rows.expert)))}
+    own += sorted(first[expert] for expert in first.keys() - {rows.expert[i] for i in own})
+    left = max(1, fit.max_tokens - sum(len(rows.forget[i].input_ids) for i in own))
     kept = _within(rows.retain, left, generator)
     forget = Part("forget", [rows.forget[i] for i in own], [rows.expert[i] for i in own])
     retain = Part("retain", [rows.retain[i] for i in kept], [0] * len(kept))
@@ -264,7 +267,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
         )
     new = sorted(set(rows.expert))
     fit, answers = run.router_fit, run.router_fit.method == "discriminant"
-    given = run.adapter.router_memory is not None or run.start_from is not None
+    given = adapter.router_memory is not None or run.start_from is not None
     memories = [config.router_memory] if given or not (learned and answers) else sorted(fit.memories)
     tried: list[tuple[float, float, tuple[Tensor, Tensor, float]]] = []
     for memory in memories if learned else ():
