@@ -22,6 +22,7 @@ LAYERS = {
     "evaluation": {"core", "logits", "metrics", "data", "reporting", "adapter", "models", "methods"},
     "training": {"core", "logits", "metrics", "data", "adapter", "models", "methods", "evaluation"},
     "forgetting": {"core", "metrics", "data", "models", "evaluation", "training"},
+    "distillation": {"core", "logits", "data", "models", "evaluation", "training"},
     "attacks": {"core", "metrics", "data", "reporting", "models"},
     "comparison": {"core", "metrics", "data", "reporting", "models", "methods", "evaluation", "training"},
     "requests": {"methods", "core", "data", "adapter", "models", "evaluation", "training"},
@@ -29,7 +30,7 @@ LAYERS = {
     "serving": {"core", "logits", "data", "adapter", "models", "requests"},
     "demo": {"core", "evaluation", "models", "training"},
     "cli": {"core"},
-    "api": {"core", "methods", "adapter", "models", "training", "evaluation", "attacks", "comparison"},
+    "api": {"core", "distillation", "methods", "adapter", "models", "training", "evaluation", "attacks", "comparison"},
     "__main__": {"cli"},
     "__init__": {"adapter", "api", "core"},
 }

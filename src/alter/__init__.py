@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alter.adapter import AlterConfig, AlterModel
-    from alter.api import Run, attack, compare, evaluate, load, unlearn
+    from alter.api import Run, attack, compare, distill, evaluate, load, unlearn
     from alter.core.errors import UserError
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ _HOMES = {
     "UserError": "alter.core.errors",
     "attack": "alter.api",
     "compare": "alter.api",
+    "distill": "alter.api",
     "evaluate": "alter.api",
     "load": "alter.api",
     "unlearn": "alter.api",
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "attack",
     "compare",
+    "distill",
     "evaluate",
     "load",
     "unlearn",

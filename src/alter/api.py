@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from alter.attacks.base import Attack
     from alter.comparison.plan import Compare
     from alter.core.records import Record
+    from alter.distillation.settings import Distill
     from alter.evaluation.base import Evaluation
     from alter.training.settings import Unlearn
 
@@ -193,6 +194,45 @@ def unlearn(
             keywords["out"] = str(out)
         if settings is None:
             keywords = with_default(keywords)
+        chosen = _settings(Kind, settings, keywords)
+        stack.enter_context(_as_library())
+        return Run.at(train(chosen, callbacks))
+
+
+def distill(
+    run: Any = None,
+    *,
+    out: str | PathLike[str] | None = None,
+    settings: Distill | None = None,
+    callbacks: Sequence[Any] = (),
+    **keywords: Any,
+) -> Run:
+    """Make plain weights that say what an unlearned model says, as `alter distill` does.
+
+    Args:
+        run: a `Run` or its folder, the teacher; or leave it out and give `model=`, `adapter=`, `forget=` and `retain=`.
+        out: folder of the new run.
+        settings: all settings in one object, which what else is given overrides.
+        callbacks: transformers' TrainerCallback objects, called while it trains.
+        keywords: further settings of `alter.distillation.settings.Distill`, such as `form="lora"`.
+
+    Returns:
+        the new run, whose `model` (or `adapter`, a plain LoRA) is the result.
+
+    Raises:
+        UserError: bad settings, rows or models, a folder in use, too little disk, a divergence that is not finite.
+    """
+    from alter.distillation.run import distill as train
+    from alter.distillation.settings import Distill as Kind
+
+    with contextlib.ExitStack() as stack:
+        if run is not None:
+            keywords["run"] = str(run.folder if isinstance(run, Run) else run)
+        for name in ("forget", "retain"):
+            if keywords.get(name) is not None:
+                keywords[name] = stack.enter_context(_named_rows(keywords[name]))
+        if out is not None:
+            keywords["out"] = str(out)
         chosen = _settings(Kind, settings, keywords)
         stack.enter_context(_as_library())
         return Run.at(train(chosen, callbacks))

@@ -60,6 +60,9 @@ COMMANDS = {
         "forget",
         "make a model forget a subject or a document: rows, training, probes",
     ),
+    "distill": Command(
+        "alter.distillation.run", "Distill", "distill", "plain weights that no longer know, from an unlearned model"
+    ),
     "evaluate": Command(
         "alter.evaluation.run",
         "Evaluation",

@@ -84,9 +84,7 @@ class Head:
 
         def note(_: Any, __: Any, output: Any) -> None:
             handles[1].remove()
-            if isinstance(output, ModelOutput):
-                last = output["last_hidden_state"]
-                self._blank = type(output)(last_hidden_state=last.new_zeros(1, 1, last.shape[-1]))
+            self._leave_out(output)
 
         handles = [self.head.register_forward_pre_hook(take), self.body.register_forward_hook(note)]
         try:
@@ -95,10 +93,37 @@ class Head:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def listening(self) -> Iterator[list[Tensor]]:
+        """Within the block all goes through the head as ever, and the list holds what it read last, [B, T, D].
+
+        For a model that makes passes of its own before it answers, as a router's frozen one, whose logits it needs.
+        """
+        read: list[Tensor] = []
+
+        def take(_: Any, inputs: tuple[Any, ...]) -> None:
+            read[:] = [inputs[0]]
+
+        def note(_: Any, __: Any, output: Any) -> None:
+            self._leave_out(output)
+
+        handles = [self.head.register_forward_pre_hook(take), self.body.register_forward_hook(note)]
+        try:
+            yield read
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _leave_out(self, output: Any) -> None:
+        """Keep the form of what the body gives, with which `logits` puts it out of the way."""
+        if isinstance(output, ModelOutput):
+            last = output["last_hidden_state"]
+            self._blank = type(output)(last_hidden_state=last.new_zeros(1, 1, last.shape[-1]))
+
     def logits(self, states: Tensor) -> Tensor:
         """The model's logits [n, V] for what its head reads at n positions, [n, D]; within autograd.
 
-        A body that `reading` has not seen run cannot be left out: it then runs on one token, which changes nothing.
+        A body that neither `reading` nor `listening` has seen run cannot be left out: it then runs on one token, which changes nothing.
         """
         handle = self.head.register_forward_pre_hook(lambda _, inputs: (states[None], *inputs[1:]))
         try:

@@ -1,0 +1,1 @@
+"""`alter distill`: what an adapter hides, plain weights no longer know."""

@@ -1,0 +1,148 @@
+"""Settings of one distillation, and what follows from an unlearning run's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from alter.core.errors import UserError
+from alter.distillation.noise import Noise
+
+
+class Distill(BaseModel):
+    """Erase, not hide: plain weights learn to say what the unlearned model says."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    run: str | None = None
+    """Folder of an unlearning run: its model, adapter, forget and retain rows, where they are not given."""
+    model: str | None = None
+    """The teacher's model: folder, hub id or builtin:NAME."""
+    adapter: str | None = None
+    """The teacher's adapter, of any method."""
+    student: str | None = None
+    """The model whose weights the student begins with; by default the teacher's model without its adapter."""
+    forget: str | None = None
+    """Rows that the teacher has forgotten: a file, or NAME:SPLIT."""
+    retain: str | None = None
+    """Rows that must not change, in the same forms."""
+    neighbours: list[str] = Field(default_factory=list)
+    """Further rows that must not change: what is near to the forgotten."""
+    general: list[str] = Field(default_factory=list)
+    """Ordinary text or rows. Without any, text is sampled from the teacher."""
+    out: str
+    """Folder of this run; must be empty or missing."""
+
+    form: Literal["full", "lora"] = "full"
+    """What is made: a whole model (full), or one plain PEFT LoRA on the student that loads without alter (lora)."""
+    lora_rank: int = Field(16, ge=1)
+    """Rank of the LoRA, on every linear layer; its scale is 2."""
+    noise: Noise = Field(default_factory=Noise)
+    """Damage before learning, so that what is hidden is gone; for form full."""
+    keep: Literal["teacher", "student"] = "teacher"
+    """Whose words the kept rows and the general text are: the teacher's, or those of the student before any change."""
+    forget_repeats: int = Field(1, ge=0)
+    """How often the forget rows, in each of their wordings, come in an epoch; 0 leaves them out."""
+    rewordings: int = Field(2, ge=0)
+    """Other wordings of each forget question, for which the teacher's words on the question as given count."""
+    sampled: int = Field(256, ge=1)
+    """Without general text: how many texts are sampled from the teacher."""
+    sampled_tokens: int = Field(128, ge=8)
+    """Length of each of them, in tokens."""
+
+    seed: int = Field(0, ge=0)
+    """Of noise, sampling and order."""
+    max_length: int | None = Field(None, ge=8)
+    """Longest sequence in tokens; by default the model's context."""
+    epochs: float = Field(3.0, gt=0)
+    """Passes over all rows."""
+    max_steps: int | None = Field(None, gt=0)
+    """Stop after this many optimizer steps (overrides epochs)."""
+    batch_size: int = Field(16, ge=1)
+    """Rows a step."""
+    accumulate: int = Field(1, ge=1)
+    """Batches whose gradients are averaged into one step."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak rate of AdamW; by default 5e-5, and 5e-4 for a LoRA. A small model needs more."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Of the rate after the warm-up."""
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled, on matrices only."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast of the student over float32 weights."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Of the saved weights; auto: the student's own."""
+    gradient_checkpointing: bool = False
+    """Recompute activations to save memory."""
+    device: str | None = None
+    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    checkpoint_steps: int = Field(500, ge=1)
+    """Write a checkpoint every so many steps."""
+    log_steps: int = Field(10, ge=1)
+    """Report the loss every so many steps."""
+    closing_rows: int = Field(40, ge=0)
+    """Rows of each set that are measured before, after and of the teacher at the end; 0: none."""
+    resume: bool = False
+    """Go on from the last checkpoint in out."""
+    overwrite: bool = False
+    """Delete what is in out and start again."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Distill:
+        if self.resume and self.overwrite:
+            raise ValueError("resume continues and overwrite starts again; give one of them")
+        if self.run is None and (self.model is None or self.forget is None or self.retain is None):
+            raise ValueError("give run (the folder of an unlearning run), or model, forget and retain")
+        if self.form == "lora" and self.noise.alpha:
+            raise ValueError("noise.alpha damages all weights, which a LoRA leaves as they are: give --form full")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return self.learning_rate or (5e-4 if self.form == "lora" else 5e-5)
+
+
+def completed(settings: Distill) -> Distill:
+    """The settings with what the run's folder says of teacher and rows.
+
+    Raises:
+        UserError: the folder holds no finished run, or its result is no longer there; or the student would be the teacher
+            itself.
+    """
+    found: dict[str, Any] = {}
+    if settings.run is not None:
+        folder = Path(settings.run)
+        try:
+            said = json.loads((folder / "run.json").read_text())["settings"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(
+                f"{settings.run} is no finished run: it has no run.json that can be read. Expected the out folder of `alter "
+                "unlearn` or `alter forget`."
+            ) from None
+        adapter, model = folder / "adapter", folder / "model"
+        if settings.model is None and settings.adapter is None and not adapter.is_dir() and not model.is_dir():
+            raise UserError(
+                f"{settings.run} holds neither adapter/ nor model/: what was unlearned has been taken away, and without it "
+                "nothing there has forgotten anything. Give it with --model and --adapter."
+            )
+        found = {"forget": said.get("forget"), "retain": said.get("retain"), "student": said.get("model")}
+        found["model"] = str(model) if model.is_dir() else said.get("model")
+        found["adapter"] = str(adapter) if adapter.is_dir() and settings.model is None else None
+    given = {name: value for name in found if (value := getattr(settings, name)) is not None}
+    whole = settings.model_copy(update=found | given)
+    if whole.student is None:
+        whole = whole.model_copy(update={"student": whole.model})
+    if whole.adapter is None and whole.student == whole.model and not whole.noise.alpha:
+        raise UserError(
+            f"Teacher and student are both {whole.model}: there is nothing to learn. Give the teacher's --adapter, another "
+            "--student (the model before unlearning), or --noise.alpha."
+        )
+    return whole

@@ -1,0 +1,97 @@
+"""The teacher's words: what its head reads at the tokens that count, kept or computed again, and the divergence from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alter.core.console import progress
+from alter.data.batching import Collator
+from alter.logits.head import Head, Part
+from alter.models.scoring import evaluating
+
+BATCH_TOKENS = 4096
+"""Padded tokens in one of the teacher's passes."""
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) = sum_v p_v (log p_v - log q_v) in nats, in float32, from logits [n, V] of both: [n]."""
+    log_p, log_q = torch.log_softmax(teacher.float(), -1), torch.log_softmax(student.float(), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+class Teacher:
+    """A model whose distribution at chosen tokens is learned from.
+
+    What its head reads there, [n, D], says all of the distribution, and is kept in memory where it fits: then each row
+    passes through the teacher once. Of a model without one head (an inference form of two networks) the logits
+    themselves are computed anew for every batch.
+
+    Args:
+        model: the teacher, in eval mode.
+        pad_token_id: fills rows up.
+        one_head: whether its logits are what its head makes of hidden states.
+    """
+
+    def __init__(self, model: Any, pad_token_id: int, *, one_head: bool = True) -> None:
+        self.model = model
+        self.collate = Collator(pad_token_id)
+        self.head = Head(model) if one_head else None
+        self.kept: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def states(self, rows: Sequence[list[int]], counted: Sequence[int]) -> list[Tensor]:
+        """What the head reads to predict the last `counted` tokens of each row: [counted, D] each ([counted, V] logits)."""
+        device = next(self.model.parameters()).device
+        batch = self.collate([{"input_ids": ids, "labels": ids} for ids in rows])
+        positions = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        for k, (ids, count) in enumerate(zip(rows, counted, strict=True)):
+            positions[k, len(ids) - 1 - count : len(ids) - 1] = True
+        given = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        place = positions.to(device)
+        with evaluating(self.model):
+            if self.head is None:
+                found = self.model(**given, use_cache=False).logits[place]
+            else:
+                with self.head.listening() as read:
+                    self.model(**given, use_cache=False)
+                found = read.pop()[place]
+        return list(found.split(list(counted)))
+
+    def size(self, counted: Sequence[int]) -> int | None:
+        """Bytes that keeping the states of all rows takes; None where there are none to keep."""
+        if self.head is None:
+            return None
+        weight = self.head.head.weight
+        return sum(counted) * weight.shape[-1] * weight.element_size()
+
+    def keep(self, rows: Sequence[list[int]], counted: Sequence[int]) -> None:
+        """Pass all rows through the teacher once, and keep the states on the CPU."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        batches: list[list[int]] = []
+        for i in order:
+            if batches and (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) <= BATCH_TOKENS:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        found: dict[int, Tensor] = {}
+        for batch in progress(batches, total=len(batches), label="teacher"):
+            made = self.states([rows[i] for i in batch], [counted[i] for i in batch])
+            # a view would keep the whole batch alive
+            found |= {i: state.cpu().clone() for i, state in zip(batch, made, strict=True)}
+        self.kept = [found[i] for i in range(len(rows))]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [n, V] of states [n, D] that `states` gave, in the teacher's own number format."""
+        if self.head is None:
+            return states
+        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+            return self.head.logits(states)
+
+
+def part(teacher: Teacher, states: Tensor) -> Part:
+    """What `alter.logits.head.measuring` makes of the student's logits: the divergence at each of n tokens, [n, 1]."""
+    return Part(len(states), lambda logits, at: divergence(teacher.logits(states[at]), logits)[:, None])

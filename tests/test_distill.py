@@ -1,0 +1,285 @@
+"""`alter distill`: naive twins of the divergence and the noise, runs on pico models, what loads where, what is refused."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
+
+from alter import api
+from alter.core.errors import UserError
+from alter.data.examples import load_examples
+from alter.distillation import rows as lessons
+from alter.distillation import run as module
+from alter.distillation.noise import Noise, add_noise
+from alter.distillation.rows import lesson
+from alter.distillation.run import distill
+from alter.distillation.settings import Distill, completed
+from alter.distillation.teacher import Teacher, divergence, part
+from alter.logits.head import measuring
+from alter.models.loading import load_model
+from pico import PAD, byte_tokenizer, pico, save_pico, write_jsonl, write_people
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distill")
+    save_pico(folder / "model")
+    write_people(folder, ["Ada", "Bo"], 3, 6)
+    write_jsonl(folder / "text.jsonl", [{"text": f"The wind is from the west on day {i}."} for i in range(4)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data):
+    """An unlearning run with an adapter that says something else than its base."""
+    out = data / "run"
+    api.unlearn(
+        str(data / "model"), forget=str(data / "forget.jsonl"), retain=str(data / "retain.jsonl"), out=out, device="cpu",
+        num_forget_experts=1, max_steps=4, batch_size=3, learning_rate_experts=0.1, closing_rows=0,
+        router_fit={"background": False, "rewordings": 0, "false_alarms": None},
+        adapter={"kind": "alter", "r": 4, "entropy_threshold": 1.8},
+    )  # fmt: skip
+    return out
+
+
+def settings(data, run, out, **changes):
+    given = {
+        "run": run and str(run), "out": str(out), "general": [str(data / "text.jsonl")], "max_steps": 2, "batch_size": 4,
+        "precision": "fp32", "device": "cpu", "closing_rows": 0, "learning_rate": 1e-3, "log_steps": 1,
+    }  # fmt: skip
+    return Distill.model_validate(given | changes)
+
+
+# ---- arithmetic
+
+
+def test_divergence_is_its_naive_twin():
+    torch.manual_seed(0)
+    one, other = torch.randn(5, 7).double(), torch.randn(5, 7).double()
+    for p, q, found in zip(one.tolist(), other.tolist(), divergence(one, other).tolist(), strict=True):
+        sums = [math.fsum(math.exp(v) for v in row) for row in (p, q)]
+        naive = math.fsum(
+            math.exp(a) / sums[0] * (math.log(math.exp(a) / sums[0]) - math.log(math.exp(b) / sums[1]))
+            for a, b in zip(p, q, strict=True)
+        )
+        assert found == pytest.approx(naive, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_noise_is_its_naive_twin(tied):
+    model, before = pico(tie_word_embeddings=tied), pico(tie_word_embeddings=tied)
+    add_noise(model, Noise(alpha=0.4, beta=0.1), seed=3)
+    draw = torch.Generator().manual_seed(3)
+    for new, old in zip(model.parameters(), before.parameters(), strict=True):
+        if new.dim() == 1:
+            torch.testing.assert_close(new, 0.6 * old)
+            continue
+        bound = math.sqrt(6 / (old.shape[0] + old.shape[1]))
+        noise = torch.rand(old.shape, generator=draw)
+        for i, j in ((0, 0), (old.shape[0] - 1, 1)):
+            wanted = 0.6 * old[i, j].item() + 0.4 * 0.1 * (2 * float(noise[i, j]) - 1) * bound
+            assert new[i, j].item() == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+
+
+def test_without_alpha_nothing_changes():
+    model = pico()
+    add_noise(model, Noise(alpha=0, beta=0.1), seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pico().parameters(), strict=True))
+
+
+def test_what_is_kept_of_the_teacher_gives_its_logits_and_the_mean_divergence(data, run):
+    teacher, tokenizer = load_model(str(data / "model"), str(run / "adapter"), device="cpu")
+    student = pico(seed=5)
+    rows = [tokenizer(text)["input_ids"] for text in ("Where was Ada born, 1?", "In town 1Bo.", "It is so.")]
+    counted = [4, 6, 3]
+    one = Teacher(teacher, PAD)
+    one.keep(rows, counted)
+    assert one.kept is not None
+    parts, wanted, ids = [], [], torch.full((3, 30), PAD)
+    positions = torch.zeros(3, 30, dtype=torch.bool)
+    mask = torch.zeros(3, 30, dtype=torch.long)
+    for k, (row, count) in enumerate(zip(rows, counted, strict=True)):
+        with torch.no_grad():
+            alone = teacher(input_ids=torch.tensor([row])).logits[0, len(row) - 1 - count : -1]
+            own = student(input_ids=torch.tensor([row])).logits[0, len(row) - 1 - count : -1]
+        torch.testing.assert_close(one.logits(one.kept[k]), alone, rtol=1e-4, atol=1e-4)
+        wanted += divergence(alone, own).tolist()
+        ids[k, : len(row)], mask[k, : len(row)] = torch.tensor(row), 1
+        positions[k, len(row) - 1 - count : len(row) - 1] = True
+        parts.append(part(one, one.kept[k]))
+    with measuring(student, positions, parts):
+        found = student(input_ids=ids, attention_mask=mask).logits[:, 0]
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-3, atol=1e-4)
+    # of logits that are computed anew the same comes out
+    whole = Teacher(teacher, PAD, one_head=False)
+    for states, kept in zip(whole.states(rows, counted), one.kept, strict=True):
+        torch.testing.assert_close(states, one.logits(kept), rtol=1e-4, atol=1e-4)
+
+
+# ---- rows
+
+
+def test_forget_rows_are_asked_in_other_words_and_answered_as_the_question_given(data, run):
+    wanted = settings(data, run, "unused", rewordings=2)
+    tokenizer = byte_tokenizer()
+    found = lessons.read_rows(completed(wanted))
+    taught = lesson(tokenizer, found, wanted, 1000)
+    forget = [row for row in taught.rows if row.kind == 0]
+    assert len(forget) == 6 * 3
+    assert len({tuple(row.ids) for row in forget}) == 6 * 3
+    for row in forget:
+        said = taught.teacher[row.source]
+        assert row.ids[-row.counted :] == said[-row.counted :]
+        assert tokenizer.decode(row.ids[-row.counted : -1]).strip().startswith("In town")
+        assert taught.counted[row.source] == row.counted
+    kept = [row for row in taught.rows if row.kind == 1]
+    # every kept row, and as many in other words as there are forget rows, each with the teacher's own words on them
+    assert len(kept) == 6 + 6
+    assert all(taught.teacher[row.source] == row.ids and row.counted == len(row.ids) - 1 for row in kept)
+    assert sum(row.kind == 2 for row in taught.rows) == 4
+    # a wording that the model has no room for is left out
+    assert 0 < sum(row.kind == 0 for row in lesson(tokenizer, found, wanted, 100).rows) < 6 * 3
+    twice = lesson(tokenizer, found, wanted.model_copy(update={"forget_repeats": 2}), 1000)
+    assert sum(row.kind == 0 for row in twice.rows) == 2 * 6 * 3
+    assert not any(
+        r.kind == 0 for r in lesson(tokenizer, found, wanted.model_copy(update={"forget_repeats": 0}), 1000).rows
+    )
+
+
+def test_sampled_text_names_nothing_of_the_forgotten(data, monkeypatch):
+    texts = ["The sea was calm that day, said Ada to me.", "The sea was calm and wide that day.", "short"]
+    monkeypatch.setattr(lessons, "generate", lambda *args, **given: texts)
+    rows = load_examples(str(write_jsonl(data / "named.jsonl", [{"text": "It was in May that Ada sang."}])))
+    found = lessons.sample(None, byte_tokenizer(), Distill(run="r", out="o", sampled=3), rows)
+    assert [row.answer for row in found] in ([texts[1]], texts[:2])
+
+
+# ---- runs
+
+
+def test_a_run_comes_nearer_to_its_teacher_and_loads_without_alter(data, run, tmp_path, capsys):
+    out = distill(settings(data, run, tmp_path / "out", max_steps=20, learning_rate=3e-3, closing_rows=6))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "inputs.json",
+        "model",
+        "records.json",
+        "run.json",
+        "run.yaml",
+    ]
+    facts = json.loads((out / "run.json").read_text())
+    losses = [entry["loss"] for entry in facts["log"] if "loss" in entry]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    assert {"forget", "keep", "general"} <= set().union(*facts["log"])
+    assert facts["teacher_passes"] == "once"
+    assert "distilled" in capsys.readouterr().out
+    assert "Ada" not in (out / "records.json").read_text()
+    code = (
+        "import sys; sys.modules['alter'] = None; from transformers import AutoModelForCausalLM as A; "
+        f"print(type(A.from_pretrained({str(out / 'model')!r})).__name__)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "LlamaForCausalLM"
+    assert api.Run.at(out).model == str(out / "model")
+
+
+def test_a_lora_is_plain(data, run, tmp_path):
+    from peft import PeftModel
+
+    out = distill(settings(data, run, tmp_path / "out", form="lora", lora_rank=2))
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 4)
+    tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(data / "model"), str(out / "adapter"))
+    assert any(weight.abs().sum() > 0 for name, weight in tuned.named_parameters() if "lora_B" in name)
+
+
+class _Killed(BaseException):
+    pass
+
+
+class _Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise _Killed
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_killed_run_resumes_to_the_same_weights(data, run, tmp_path, monkeypatch, stored):
+    if not stored:
+        monkeypatch.setattr(module, "_keep", lambda *args: False)
+    common = {"max_steps": 5, "checkpoint_steps": 2, "noise": {"alpha": 0.3}}
+    straight = distill(settings(data, run, tmp_path / "a", **common))
+    with pytest.raises(_Killed):
+        distill(settings(data, run, tmp_path / "b", **common), [_Kill()])
+    with pytest.raises(UserError, match="other data or settings"):
+        distill(settings(data, run, tmp_path / "b", resume=True, **common, seed=4))
+    resumed = distill(settings(data, run, tmp_path / "b", resume=True, **common))
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (straight, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_students_own_words_can_be_kept(data, run, tmp_path):
+    out = distill(settings(data, run, tmp_path / "out", keep="student", max_steps=1, learning_rate=1e-9))
+    log = json.loads((out / "run.json").read_text())["log"][0]
+    assert log.get("keep", 0.0) == pytest.approx(0, abs=1e-5)
+    assert log.get("general", 0.0) == pytest.approx(0, abs=1e-5)
+
+
+# ---- refused
+
+
+def test_what_is_refused_before_any_work(data, run, tmp_path):
+    save_pico(tmp_path / "wide", hidden_size=64)
+    other = byte_tokenizer()
+    pico().save_pretrained(tmp_path / "words")
+    other.add_tokens(["Ada"])
+    other.save_pretrained(tmp_path / "words")
+    empty = tmp_path / "gone"
+    shutil.copytree(run, empty)
+    shutil.rmtree(empty / "adapter")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "x").write_text("x")
+    for changes, says in (
+        ({"student": str(tmp_path / "wide")}, "hidden_size 64"),
+        ({"student": str(tmp_path / "words")}, "another vocabulary"),
+        ({"run": str(empty)}, "has been taken away"),
+        ({"run": str(tmp_path)}, "no finished run"),
+        ({"out": str(full)}, "not empty"),
+        ({"out": str(data)}, "which holds the run"),
+        ({"resume": True}, "Nothing to resume"),
+        ({"run": None, "model": str(data / "model"), "forget": str(data / "forget.jsonl"),
+          "retain": str(data / "retain.jsonl")}, "both"),
+        ({"general": [str(data / "forget.jsonl")]}, "both forget and retain"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            distill(settings(data, **{"run": run, "out": tmp_path / "out"} | changes))
+    with pytest.raises(ValueError, match="damages all weights"):
+        settings(data, run, "o", form="lora", noise={"alpha": 0.1})
+
+
+def test_a_detached_adapter_is_refused(data, run):
+    teacher, _ = load_model(str(data / "model"), str(run / "adapter"), device="cpu")
+    module.check_teacher(teacher)
+    with teacher.disable_adapter(), pytest.raises(UserError, match="detached"):
+        module.check_teacher(teacher)
+
+
+def test_a_full_disk_is_said_before_training(data, run, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="GB free"):
+        distill(settings(data, run, tmp_path / "out"))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_the_shipped_dtype_is_the_students(data, run, tmp_path):
+    pico().half().save_pretrained(tmp_path / "half")
+    byte_tokenizer().save_pretrained(tmp_path / "half")
+    out = distill(settings(data, run, tmp_path / "out", student=str(tmp_path / "half"), max_steps=1))
+    assert AutoModelForCausalLM.from_pretrained(out / "model").dtype == torch.float16
