@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from alter import metrics
-from alter.attacks import states, weights, wording
+from alter.attacks import pruning, states, weights, wording
 from alter.attacks.base import PLAIN, Array, Attack, Bench, paraphrases, split_rows
 from alter.core import console
 from alter.core.cache import cache_folder
@@ -100,6 +100,10 @@ ATTACKS: Registry[Method] = Registry(
         ),
         "quantize_8": Method("weights", lambda b: weights.quantized(b, bits=8)),
         "quantize_4": Method("weights", lambda b: weights.quantized(b, bits=4)),
+        "prune_20": Method("weights", lambda b: pruning.pruned(b, percent=20, wanda=False)),
+        "prune_50": Method("weights", lambda b: pruning.pruned(b, percent=50, wanda=False)),
+        "wanda_20": Method("weights", lambda b: pruning.pruned(b, percent=20, wanda=True), ("relearn",)),
+        "wanda_50": Method("weights", lambda b: pruning.pruned(b, percent=50, wanda=True), ("relearn",)),
         "paraphrase": Method(CHAT, lambda b: wording.ask(b, name="paraphrase"), missing=_no_paraphrase),
         "telegram": Method(CHAT, lambda b: wording.ask(b, name="telegram"), missing=_no_question),
         "reversed": Method(CHAT, lambda b: wording.ask(b, name="reversed"), missing=_no_question),
@@ -113,6 +117,8 @@ ATTACKS: Registry[Method] = Registry(
     },
 )
 """Every attack by name, in the order of the table. `cka` compares the models' hidden states once all are there."""
+UNRELATED = {"benign", "benign_lora", "wanda_20", "wanda_50"}
+"""Attacks that need rows of something else."""
 TRAINING = ("relearn", "relearn_lora", "benign", "benign_lora")
 
 
@@ -189,7 +195,7 @@ def attack(settings: Attack) -> list[Record]:
     rows = load_examples(settings.forget)
     names, reasons = chosen(settings, rows)
     measured, attacker = split_rows(len(rows), settings.rows, settings.relearn.rows, settings.seed)
-    unrelated = load_examples(settings.relearn.benign) if {"benign", "benign_lora"} & set(names) else []
+    unrelated = load_examples(settings.relearn.benign) if UNRELATED & set(names) else []
     models = subjects(settings)
     identities = {name: subject.identity(cache_folder()) for name, subject in models.items()}
     data = digest([row.row for row in rows])
@@ -214,7 +220,7 @@ def attack(settings: Attack) -> list[Record]:
             method = ATTACKS.get(name)
             run = plain if method is None else method.run
             depends = (*COMMON, *(method.settings if method else ()))
-            texts = [data, unrelated_data] if name.startswith("benign") else [data]
+            texts = [data, unrelated_data] if name in UNRELATED else [data]
             key = _key(settings, depends, identities[model], texts, subject, name)
             path = out / f"{name}.{model}.json"
             records = _stored(path, key)
