@@ -90,6 +90,12 @@ COMMANDS = {
     "request export": Command(
         "alter.requests.commands", "Export", "export", "the adapter or a merged model, with a card"
     ),
+    "certificate": Command(
+        "alter.requests.certificate",
+        "Certificate",
+        "certificate",
+        "a signed statement of what was forgotten; check one",
+    ),
     "muse-curve": Command(
         "alter.evaluation.muse", "MuseCurve", "muse_curve", "MUSE of models that forgot more and more, side by side"
     ),

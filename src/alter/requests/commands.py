@@ -22,7 +22,9 @@ from alter.core.console import cell
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.recipes import read_recipe
+from alter.core.signing import fingerprint, read_key, read_public
 from alter.data.examples import load_examples
+from alter.requests.anchor import Anchor, compare, read_heads
 from alter.requests.project import Project
 from alter.requests.store import IN_FORCE, MISSED, Request, Store, check_due, parse_id, shown
 
@@ -54,11 +56,38 @@ class Database(BaseModel):
     """Database as an SQLAlchemy URL; by default the environment's ALTER_DB, else a file in alter-requests/."""
     who: str | None = None
     """Who does this, for the history; by default user and machine."""
+    anchor: str | None = Field(default_factory=lambda: os.environ.get("ALTER_ANCHOR"))
+    """File outside the database for every head of the history, signed; by default the environment's ALTER_ANCHOR."""
+    key: str | None = Field(default_factory=lambda: os.environ.get("ALTER_KEY"))
+    """Private key that signs; `alter certificate --new-key` makes one. By default the environment's ALTER_KEY."""
 
     def open(self) -> tuple[Store, Project]:
-        """The database and what its requests share."""
+        """The database and what its requests share.
+
+        Raises:
+            UserError: there is none, it is older than its anchor or another, or the anchor has no key.
+        """
+        store, project = self.open_unchecked()
+        if store.anchor is not None:
+            store.anchor.refuse([(entry.number, entry.hash) for entry in store.history()])
+        return store, project
+
+    def open_unchecked(self) -> tuple[Store, Project]:
+        """The same, without a look at what the anchor holds.
+
+        Raises:
+            UserError: there is no database, or the anchor has no key.
+        """
         store = Store.open(self.db)
+        store.anchor = self._anchor()
         return store, Project.model_validate(store.project())
+
+    def _anchor(self) -> Anchor | None:
+        if self.anchor is None:
+            return None
+        if self.key is None:
+            raise UserError("The lines of --anchor are signed: give --key FILE, or ALTER_KEY.")
+        return Anchor(self.anchor, read_key(self.key))
 
 
 class Init(Database):
@@ -97,6 +126,9 @@ def init(settings: Init) -> Store:
     retain = load_examples(settings.retain)
     if settings.holdout is not None:
         work.check_unseen(load_examples(settings.holdout), retain)
+    anchor = settings._anchor()
+    if anchor is not None and anchor.path.exists():
+        raise UserError(f"{anchor.path} holds the heads of another database; give another --anchor.")
     root = Path(settings.folder)
     if (root / "adapter").exists():
         raise UserError(f"{root} holds the adapter of other requests; give another --folder.")
@@ -110,7 +142,7 @@ def init(settings: Init) -> Store:
     )
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     root.chmod(0o700)
-    store = Store.create(settings.db, project.model_dump(), settings.who)
+    store = Store.create(settings.db, project.model_dump(), settings.who, anchor)
     Console().print(
         f"Requests about {settings.model} are kept in {shown(settings.db)}, adapters in {root}.\n"
         "Next: alter request add --subject NAME --data ROWS.jsonl",
@@ -346,6 +378,11 @@ class Verify(Database):
     """Head of the history as it was written down elsewhere, or its beginning: shows a history cut or written anew."""
     samples: int = Field(0, ge=0)
     """Also sample so many replies to each question: leak@1 to leak@samples beside the untouched model. 0: none."""
+    certificate: list[str] = Field(default_factory=list)
+    """Certificates of this database: their heads must be in its history."""
+    public_key: list[str] = Field(default_factory=list)
+    """Public keys, of which one must have signed anchor and certificates: files, or 64 hexadecimal digits each. By
+    default the one of --key."""
 
 
 def verify(settings: Verify) -> dict[str, Any]:
@@ -359,13 +396,18 @@ def verify(settings: Verify) -> dict[str, Any]:
 
     if settings.samples and settings.chain_only:
         raise UserError("--chain-only loads no model, so nothing can be sampled: leave --samples out.")
-    store, project = settings.open()
+    trusted = [read_public(each) for each in settings.public_key]
+    if settings.key is not None:
+        trusted.append(read_key(settings.key).public)
+    # to check needs no private key
+    store, project = (settings if settings.key else settings.model_copy(update={"anchor": None})).open_unchecked()
+    kept = [head for path in (settings.anchor, *settings.certificate) if path for head in read_heads(path, trusted)]
     if settings.head is not None and not re.fullmatch(r"[0-9a-f]{12,64}", settings.head):
         raise UserError(f"--head is {settings.head!r}; expected 12 to 64 digits 0-9, a-f, as the commands print it.")
     heads = [] if settings.head is None else [settings.head]
     with store.lease(settings.who):
         # what was altered must not be taken for what a kill left
-        wrong = store.check_chain(heads)
+        wrong = compare(kept, [(entry.number, entry.hash) for entry in store.history()]) or store.check_chain(heads)
         if wrong:
             raise UserError("Not as it should be: " + " ".join(wrong))
         work.recover(store, project)
@@ -408,6 +450,14 @@ def verify(settings: Verify) -> dict[str, Any]:
             + BASE
         )
     )
+    if kept:
+        console.print(
+            cell(
+                f"The history holds all {len(kept)} heads that were kept elsewhere, the last of {kept[-1].at}, signed by "
+                f"key {', '.join(sorted({fingerprint(head.key) for head in kept}))}"
+                + ("." if trusted else ", which nobody vouches for: give --public-key.")
+            )
+        )
     console.print(cell(f"Head of the history: {store.head()}"))
     return found
 

@@ -3,7 +3,8 @@
 Every change of a request is one transaction that also appends to the history. Each entry of the history holds the hash
 of the one before it, so an entry that is altered, removed or inserted breaks the chain; and each entry about a request
 holds the hash of all its columns, evidence included, so that these cannot be altered either. `check_chain` finds both. A
-chain that was computed anew as a whole, or cut at its end, shows only beside a head that was written down elsewhere.
+chain that was computed anew as a whole, or cut at its end, shows only beside a head that was written down elsewhere, as
+`alter.requests.anchor` does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sqlalchemy import event
 
 from alter.core.errors import UserError, nearest
 from alter.core.files import to_json
+from alter.requests.anchor import Anchor
 
 SCHEMA = 2
 """Version of the tables; a database of another one is refused."""
@@ -222,22 +224,28 @@ class Store:
 
     def __init__(self, engine: sql.Engine, url: str) -> None:
         self.engine, self.url, self.who = engine, url, default_who()
+        # where every new head of the history is also written, if anywhere
+        self.anchor: Anchor | None = None
 
     # Opening
 
     @classmethod
-    def create(cls, url: str, project: Mapping[str, Any], who: str | None = None) -> Store:
+    def create(
+        cls, url: str, project: Mapping[str, Any], who: str | None = None, anchor: Anchor | None = None
+    ) -> Store:
         """Make the tables in an empty database and write down what all its requests share.
 
         Args:
             url: any SQLAlchemy URL.
             project: model, retain set, recipe, folder; see `alter.requests.project.Project`.
             who: for the history.
+            anchor: where the heads of its history are to be written.
 
         Raises:
             UserError: there are requests in it already, or it cannot be opened.
         """
         store = cls(_engine(url, create=True), url)
+        store.anchor = anchor
         with _said(url), store._write(lock=False) as connection:
             if sql.inspect(connection).has_table("alter_meta"):
                 raise UserError(f"{shown(url)} holds requests already; give another --db, or use it as it is.")
@@ -495,7 +503,10 @@ class Store:
             except BaseException:
                 connection.rollback()
                 raise
+            last = _last(connection) if self.anchor is not None else (0, "")
             connection.commit()
+            if self.anchor is not None:
+                self.anchor.append(*last, now())
 
     # One worker at a time
 
