@@ -211,7 +211,10 @@ def test_every_write_of_an_export(place, every):
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], fault
 
 
-@pytest.mark.parametrize("every", EVERY)
+long = pytest.mark.skipif("ALTER_SWEEP" not in os.environ, reason="takes over five minutes: ALTER_SWEEP=1 runs it")
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=[long, pytest.mark.slow, pytest.mark.timeout(0)])])
 def test_every_write_of_a_run(data, tmp_path, monkeypatch, every):
     """Whatever write fails, the run that goes on ends with the weights of one that was never broken off."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
