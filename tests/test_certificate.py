@@ -14,7 +14,7 @@ from alter.core.records import Record, write_records
 from alter.core.signing import Forged, canonical, new_key, read_key, read_public, signed_text
 from alter.models.loading import Subject
 from alter.requests.anchor import Anchor, read_heads
-from alter.requests.certificate import VERSION, Certificate, certificate, check_certificate
+from alter.requests.certificate import VERSION, Certificate, _limits, certificate, check_certificate
 from alter.requests.commands import List, Run, Verify, list_requests, run, verify
 from alter.requests.store import Store
 from test_requests import ask, memorise, rows, start, write_jsonl
@@ -326,3 +326,16 @@ def test_command_line(made, tmp_path, capsys):
     assert cli.main(["certificate", "--verify", str(out), "--public-key", str(folder / "key.pub")]) == 0
     assert cli.main(["certificate", "--verify", str(out), "--public-key", str(tmp_path / "k.pub")]) == 2
     assert "the one to trust" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attacks", [[], ["records.json"]])
+@pytest.mark.parametrize("shipped", [None, "adapter", "weights"])
+@pytest.mark.parametrize("made", [True, False])
+def test_the_limits_are_those_of_what_is_shipped(tmp_path, made, shipped, attacks):
+    for name, file in (("adapter", "adapter_config.json"), ("weights", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    place = None if shipped is None else str(tmp_path / shipped)
+    said = " ".join(_limits(Certificate(what="1", shipped=place, attacks=attacks), adapter=made))
+    assert ("base weights still know" in said) == (made if shipped is None else shipped == "adapter")
+    assert ("No attack was made" in said) == (not attacks)

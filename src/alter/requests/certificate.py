@@ -314,15 +314,18 @@ def _request_content(
             "utility_share": after.get("utility_share"),
         },
         "attacks": _attacks(settings.attacks, _identities(settings, model, str(adapter))),
-        "limits": _limits(settings),
+        "limits": _limits(settings, adapter=True),
     }
 
 
-def _limits(settings: Certificate) -> list[str]:
+def _limits(settings: Certificate, *, adapter: bool) -> list[str]:
+    """What the statement does not say; `adapter`: what was made is one, and so is what is shipped if it has its config."""
     found = [
         "It states what was measured on the rows and the attacks named here, and nothing of other wordings or attacks."
     ]
-    if settings.shipped is None:
+    if settings.shipped is not None:
+        adapter = (Path(settings.shipped).expanduser() / "adapter_config.json").is_file()
+    if adapter:
         found.append(
             "The result is an adapter: the base weights still know all of it, and whoever has them can leave it off."
         )
@@ -365,7 +368,7 @@ def _of_run(settings: Certificate, run: Path) -> dict[str, Any]:
             settings.attacks,
             _identities(settings, str(result) if whole else given["model"], None if whole else str(result)),
         ),
-        "limits": _limits(settings)[:: 2 if whole else 1],
+        "limits": _limits(settings, adapter=not whole),
     }
 
 
