@@ -209,10 +209,6 @@ def through_trainer(
 
     The frozen base's pass and the router's fit are of all rows, and timed; steps are on the rows `steps_on`.
     """
-    if run.experts_only:
-        model.requires_grad_(False)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".alter_B." in name)
     order = [(i, i) for i in range(len(rows.forget))]
     cache = Path(tempfile.mkdtemp(dir=folder)) / "frozen.safetensors"
     started = now(args)
@@ -269,10 +265,9 @@ def make(name: str, args: argparse.Namespace, base: Callable[[], Any], rows: Row
         return npo_full(args, rows, autocast if name == "npo_full_mixed" else None)
     if name in ("lora_same_loss", "asym_lora"):
         run = settings_of(args, "lora" if name == "lora_same_loss" else "asym_lora")
-        model = run.adapter.attach(base(), None, "") if name == "lora_same_loss" else run.adapter.attach(base())
-        return through_trainer(args, model, run, rows, autocast, folder)
+        return through_trainer(args, run.adapter.attach(base(), run, []), run, rows, autocast, folder)
     run = settings_of(args, "alter", experts_only=name == "alter_experts")
-    model = run.adapter.attach(base(), [str(d) for d in range(args.experts)], args.experts)
+    model = run.adapter.attach(base(), run, [str(d) for d in range(args.experts)])
     return through_trainer(args, model, run, rows, autocast, folder, args.experts + 1)
 
 
@@ -443,7 +438,7 @@ def grown(args: argparse.Namespace, base: Any, experts: int, folder: Path) -> Va
     earlier, newest = make_rows(args, 2 * experts, experts), make_rows(args, half, experts, only=experts - 1)
     # a short fit: the router must know all experts, how well does not matter here
     run = settings_of(args, "alter", experts_only=True, router_fit={"steps": 200})
-    model = run.adapter.attach(base, [str(d) for d in range(experts)], experts)
+    model = run.adapter.attach(base, run, [str(d) for d in range(experts)])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".alter_B." in name:
@@ -457,7 +452,7 @@ def grown(args: argparse.Namespace, base: Any, experts: int, folder: Path) -> Va
 def whole_request(args: argparse.Namespace, base: Any, count: int, folder: Path) -> None:
     """One request of `count` forget rows from nothing: frozen pass, router, and one epoch of steps."""
     run = settings_of(args, "alter", experts_only=True)
-    model = run.adapter.attach(base, ["0"], 1)
+    model = run.adapter.attach(base, run, ["0"])
     autocast = None if args.dtype == "float32" else getattr(torch, args.dtype)
     variant = through_trainer(args, model, run, make_rows(args, count, 1), autocast, folder, 2)
     for _ in range(math.ceil(count / (args.rows // 2))):

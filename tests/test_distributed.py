@@ -442,7 +442,7 @@ def test_batches_of_samples_differ():
 
 
 def test_a_traced_row_is_sent_without_the_rest_of_its_batch():
-    needs = Needs(views=("base",), base_logp=True, hidden=True, base_hidden=True)
+    needs = Needs(views=("base",), base_logp=True, depth=0.5, base_hidden=True)
     model = pico()
     depth = Depth(model.model.layers[0], tuple(model.model.layers[1:]))
     for row in trace_rows(model, _rows(), pad_token_id=257, reference_k=5, needs=needs, depth=depth):
