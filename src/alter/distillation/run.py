@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +176,8 @@ class DistillTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Batches of rows of similar length, within each the forget rows first."""
-        trainer = self
-
-        class Ordered(LengthBatches):
-            def __iter__(self) -> Iterator[list[int]]:
-                # a whole number at the start of an epoch, and when resuming within one its number rounded down
-                self.epoch = int((trainer.state.epoch or 0) + 1e-9)
-                return super().__iter__()
-
         rows = self.lesson.rows
-        batches = Ordered([len(row.ids) for row in rows], self.settings.batch_size, self.settings.seed)
+        batches = LengthBatches([len(row.ids) for row in rows], self.settings.batch_size, self.settings.seed, self)
         return torch.utils.data.DataLoader(
             range(len(rows)),  # type: ignore[arg-type]  # a range is a map-style dataset
             batch_sampler=batches,

@@ -213,19 +213,23 @@ class LengthBatches:
     """Batches of rows of similar length, in an order that depends on nothing but the seed and the epoch.
 
     The rows are shuffled, stretches of 50 batches sorted by length, and the batches shuffled again: little padding, and
-    the same number of batches in every epoch.
+    the same number of batches in every epoch. Given a Trainer, each pass is of the epoch that it has come to.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, trainer: Any = None) -> None:
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
+        self.trainer = trainer
 
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.trainer is not None:
+            # a whole number at the start of an epoch, and when resuming within one its number rounded down
+            self.epoch = int((self.trainer.state.epoch or 0) + 1e-9)
         draw = random.Random(f"{self.seed}/{self.epoch}")
         order = list(range(len(self.lengths)))
         draw.shuffle(order)
@@ -486,15 +490,7 @@ def _trainer(settings: Finetune, model: Any, rows: list[dict[str, Any]], pad_tok
         """The Trainer with our batches and our loss."""
 
         def get_train_dataloader(self) -> Any:
-            trainer = self
-
-            class Ordered(LengthBatches):
-                def __iter__(self) -> Iterator[list[int]]:
-                    # a whole number at the start of an epoch, and when resuming within one its number rounded down
-                    self.epoch = int((trainer.state.epoch or 0) + 1e-9)
-                    return super().__iter__()
-
-            batches = Ordered([len(row["input_ids"]) for row in rows], settings.batch_size, settings.seed)
+            batches = LengthBatches([len(row["input_ids"]) for row in rows], settings.batch_size, settings.seed, self)
             return torch.utils.data.DataLoader(
                 rows,  # type: ignore[arg-type]  # a list is a map-style dataset
                 batch_sampler=batches,
