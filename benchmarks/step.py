@@ -64,6 +64,7 @@ from transformers.utils import logging
 import results
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
+from alter.methods.adapters import Beginning
 from alter.training.batches import PairCollator, Pairs, Rows
 from alter.training.loss import UnlearnTrainer
 from alter.training.preparation import trace_run
@@ -265,9 +266,9 @@ def make(name: str, args: argparse.Namespace, base: Callable[[], Any], rows: Row
         return npo_full(args, rows, autocast if name == "npo_full_mixed" else None)
     if name in ("lora_same_loss", "asym_lora"):
         run = settings_of(args, "lora" if name == "lora_same_loss" else "asym_lora")
-        return through_trainer(args, run.adapter.attach(base(), run, []), run, rows, autocast, folder)
+        return through_trainer(args, run.adapter.attach(base(), run, Beginning()), run, rows, autocast, folder)
     run = settings_of(args, "alter", experts_only=name == "alter_experts")
-    model = run.adapter.attach(base(), run, [str(d) for d in range(args.experts)])
+    model = run.adapter.attach(base(), run, Beginning([str(d) for d in range(args.experts)]))
     return through_trainer(args, model, run, rows, autocast, folder, args.experts + 1)
 
 
@@ -438,7 +439,7 @@ def grown(args: argparse.Namespace, base: Any, experts: int, folder: Path) -> Va
     earlier, newest = make_rows(args, 2 * experts, experts), make_rows(args, half, experts, only=experts - 1)
     # a short fit: the router must know all experts, how well does not matter here
     run = settings_of(args, "alter", experts_only=True, router_fit={"steps": 200})
-    model = run.adapter.attach(base, run, [str(d) for d in range(experts)])
+    model = run.adapter.attach(base, run, Beginning([str(d) for d in range(experts)]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".alter_B." in name:
@@ -452,7 +453,7 @@ def grown(args: argparse.Namespace, base: Any, experts: int, folder: Path) -> Va
 def whole_request(args: argparse.Namespace, base: Any, count: int, folder: Path) -> None:
     """One request of `count` forget rows from nothing: frozen pass, router, and one epoch of steps."""
     run = settings_of(args, "alter", experts_only=True)
-    model = run.adapter.attach(base, run, ["0"])
+    model = run.adapter.attach(base, run, Beginning(["0"]))
     autocast = None if args.dtype == "float32" else getattr(torch, args.dtype)
     variant = through_trainer(args, model, run, make_rows(args, count, 1), autocast, folder, 2)
     for _ in range(math.ceil(count / (args.rows // 2))):

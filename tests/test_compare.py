@@ -281,7 +281,7 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
     source_digest.__wrapped__()
     assert {
         "training/run.py",
-        "methods/objectives.py",
+        "methods/objectives/likelihood.py",
         "models/scoring.py",
         "metrics.py",
         "evaluation/tofu.py",

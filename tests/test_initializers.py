@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from alter.data.encoding import Encoded
-from alter.methods.adapters import Lora
+from alter.methods.adapters import Beginning, Lora
 from alter.methods.initializers import (
     FLOOR,
     Factors,
@@ -230,7 +230,7 @@ def test_an_initialised_adapter_starts_as_the_model_and_moves_one_half(rows, ini
         pad_token_id=PAD,
     )
     assert bool(away) == isinstance(initializer, Reglu)
-    tuned = adapter.attach(model, SimpleNamespace(model="base"), [], start)
+    tuned = adapter.attach(model, SimpleNamespace(model="base"), Beginning(factors=start))
     with torch.no_grad():
         torch.testing.assert_close(tuned(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
     tuned(input_ids=ids, labels=ids).loss.backward()

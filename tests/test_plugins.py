@@ -70,7 +70,7 @@ class Scaled(Adapter):
         if not self.layers:
             raise ValueError("adapter.layers is empty: name a layer, such as k_proj")
 
-    def attach(self, model, run, names, start=None, former=None):
+    def attach(self, model, run, beginning):
         config = IA3Config(target_modules=self.layers, feedforward_modules=[], task_type="CAUSAL_LM")
         return get_peft_model(model, config)
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.methods.adapters import AlterAdapter, Lora
+from alter.methods.adapters import AlterAdapter, Beginning, Lora
 from alter.models.scoring import score
 from pico import PAD, pico
 
@@ -23,12 +23,12 @@ def test_lora_finds_the_layers_of_gpt2(given):
     names = set(Lora(target_modules=given).layers(gpt2()))
     kinds = {name.rpartition(".")[2] for name in names}
     assert kinds == ({"c_fc"} if given == ["c_fc"] else {"c_attn", "c_proj", "c_fc"})
-    Lora(target_modules=given).attach(gpt2(), SimpleNamespace(model="base"), [])
+    Lora(target_modules=given).attach(gpt2(), SimpleNamespace(model="base"), Beginning())
 
 
 def test_an_initializer_refuses_gpt2s_turned_weights():
     with pytest.raises(UserError, match="Conv1D"):
-        Lora().attach(gpt2(), SimpleNamespace(model="base"), [], {})
+        Lora().attach(gpt2(), SimpleNamespace(model="base"), Beginning(factors={}))
 
 
 @pytest.mark.parametrize("kind", [Lora, AlterAdapter])

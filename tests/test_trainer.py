@@ -19,6 +19,7 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.logits import entropy
 from alter.methods import frozen, objectives
+from alter.methods.adapters import Beginning
 from alter.training import folder, loss
 from alter.training.batches import Batch, schedule
 from alter.training.run import unlearn
@@ -231,7 +232,7 @@ def test_frozen_rows_equal_a_plain_forward_of_the_base(data, tmp_path):
 
     run = settings(data, tmp_path, objective={"kind": "without_truth"})
     base = pico()
-    model = run.adapter.attach(pico(), run, NAMES)
+    model = run.adapter.attach(pico(), run, Beginning(NAMES))
     model.peft_config["default"].entropy_threshold = 1.0
     rows = [Encoded(list(range(5, 5 + n)), [-100] * 2 + list(range(7, 5 + n)), 2) for n in (4, 9, 3)]
     traced = frozen.trace_rows(model, rows, pad_token_id=257, features=True, gates=True, reference_k=7)
@@ -332,7 +333,7 @@ def test_a_failed_save_leaves_the_old_adapter(data, tmp_path, monkeypatch):
     out = unlearn(settings(data, tmp_path / "run"))
     before = weights(out)
     run = settings(data, out)
-    model = run.adapter.attach(pico(), run, NAMES)
+    model = run.adapter.attach(pico(), run, Beginning(NAMES))
 
     def full(path):
         os.makedirs(path)

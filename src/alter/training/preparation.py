@@ -17,7 +17,7 @@ from alter.core.files import digest
 from alter.data.encoding import Encoded, encode_all
 from alter.data.examples import Example
 from alter.methods import frozen
-from alter.methods.adapters import Penalty
+from alter.methods.adapters import Beginning, Penalty
 from alter.methods.alternatives import alternatives, persona_views
 from alter.methods.frozen import Depth
 from alter.methods.initializers import Factors
@@ -140,7 +140,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     first = run.adapter.routed_experts(base) if grows else 1
     numbered = grows and run.domain_column is None and not run.name_clusters
     names = clusters(first, len(data.names)) if numbered else data.names
-    model = run.adapter.attach(base, run, names, start, former)
+    model = run.adapter.attach(base, run, Beginning(names, start, former))
     experts = [first + d for d in loaded.domain]
     rows = Rows(loaded.forget, loaded.retain, experts, loaded.alternative, loaded.examples)
     watcher = None

@@ -1,0 +1,274 @@
+"""What a run asks of an adapter: checks of its settings, itself on the model, groups of parameters, the result, its card."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from alter.data.encoding import Encoded
+from alter.methods.adapters.cards import Card, peft_card, titled
+from alter.methods.initializers import Factors
+from alter.models.guards import Form, Former
+
+
+class Settings(Protocol):
+    """What an adapter reads of a run's settings (`alter.training.settings.Unlearn`, where they are explained)."""
+
+    model: str
+    forget: str
+    start_from: str | None
+    experts_only: bool
+    num_forget_experts: int | None
+    phase_one: float
+    negate: float | None
+    learning_rate: float
+    learning_rate_experts: float
+    learning_rate_shared: float
+    weight_decay: float
+    quantization: Any
+    initializer: Any
+    objective: Any
+    retain_objective: Any
+    watch: Any
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """weight * sum over terms of |C M|_F^2 for constant matrices C and parameters M, which a function views."""
+
+    weight: float
+    terms: list[tuple[Tensor, nn.Parameter, bool]]
+    r: int
+
+    def __call__(self) -> Tensor:
+        """The penalty now; M is lora_B's first r columns, or lora_A's first r rows transposed."""
+        parts = [
+            (constant @ (parameter[: self.r].t() if transposed else parameter[:, : self.r])).square().sum()
+            for constant, parameter, transposed in self.terms
+        ]
+        return self.weight * torch.stack(parts).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What an adapter of a run starts from.
+
+    Attributes:
+        names: of the sub-domains.
+        factors: where the factors of each layer (by name) start; None: A at random, B zero.
+        former: the earlier adapter that is trained on, if one is.
+    """
+
+    names: Sequence[str] = ()
+    factors: Mapping[str, Factors] | None = None
+    former: Former | None = None
+
+
+class Adapter(BaseModel, ABC):
+    """What a run asks of what it trains.
+
+    A kind names itself by `kind: Literal["mine"] = "mine"`, puts itself on a model in `attach`, and overrides what else
+    differs: what is not said is as with a PEFT adapter that is always on, such as LoRA.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str
+    result: ClassVar[Literal["adapter", "model"]] = "adapter"
+    """Name of the folder that the result is saved to."""
+    routes: ClassVar[bool] = False
+    """Whether tokens have entropies and gates, which are known before training."""
+    grows: ClassVar[bool] = False
+    """Whether `start_from` loads an adapter that gets new experts."""
+    is_seen: ClassVar[bool] = True
+    """Whether watching sees the adapter act while it trains."""
+    starts_from_factors: ClassVar[bool] = False
+    """Whether an initializer can say where it starts."""
+    negates: ClassVar[bool] = False
+    """Whether what was learned can be turned round (`negate`)."""
+    rate: ClassVar[str] = "learning_rate"
+    """The setting that holds the learning rate."""
+
+    # what goes with what
+
+    def check(self, run: Settings) -> None:
+        """Refuse settings of a run that do not go with this kind.
+
+        Raises:
+            ValueError: says which, and what to give.
+        """
+        if not self.routes and run.objective.needs.entropy:
+            raise ValueError(
+                f"objective.only_low needs the token entropies of adapter.kind alter, not {self.kind}: give "
+                "--objective.no-only-low"
+            )
+        if run.watch.on and (not self.is_seen or run.negate is not None):
+            raise ValueError(
+                "watch looks at an adapter on the model while it trains: not with adapter.kind full or "
+                "assistant, and not with negate"
+            )
+        if run.phase_one and not self.routes and run.retain_objective.needs.rows:
+            raise ValueError(
+                f"phase_one needs the token entropies of adapter.kind alter, not {self.kind}: leave it out, or give "
+                "--phase-one 0"
+            )
+        if run.negate is not None and not self.negates:
+            raise ValueError(
+                f"negate turns LoRA's B round, which adapter.kind {self.kind} does not have: take adapter.kind lora"
+            )
+
+    def check_experts_only(self, run: Settings) -> None:
+        """Refuse to train new experts alone, as `experts_only` and `start_from` ask.
+
+        Raises:
+            ValueError: this kind has none, or its settings do not keep them apart.
+        """
+        raise ValueError(
+            "experts_only is for adapter.kind alter, start_from for that and for adapter.kind lora with adapter.detector, "
+            f"not for {self.kind}"
+        )
+
+    def check_model(self, base: Any, run: Settings, former: Former | None) -> None:
+        """Refuse a loaded model that lacks what the settings name, before passes over it.
+
+        Args:
+            base: the model; with `grows` and `start_from` it has the earlier adapter.
+            run: the run's settings.
+            former: the earlier adapter that is trained on.
+
+        Raises:
+            UserError: it has no such layers, or is not the one that `former` was trained on.
+        """
+
+    def needs_whole_model(self) -> str | None:
+        """The setting that needs all weights in each process, or None: a sharded model is refused with it."""
+        return None
+
+    # going on from an earlier adapter
+
+    @property
+    def trained_on(self) -> bool:
+        """Whether `start_from` trains the earlier request's own weights further."""
+        return False
+
+    def former(self, start_from: str | None) -> Former | None:
+        """The earlier request's adapter where it is trained on (`trained_on`), read and checked.
+
+        Raises:
+            UserError: it cannot be gone on with.
+        """
+        return None
+
+    @property
+    def merges(self) -> bool:
+        """Whether its result can become part of the model's weights."""
+        return False
+
+    def check_continues(self, run: Settings) -> None:
+        """Refuse to make a second run start from the result of a first one.
+
+        Raises:
+            ValueError: it can neither grow, be trained on, nor be merged, nor is it the model itself.
+        """
+        raise ValueError(
+            f"adapter.kind {self.kind} neither grows nor merges. Continual comparisons take alter with a learned router, "
+            "lora, or full"
+        )
+
+    def continued(self, adapter: str, merged: Callable[[], str]) -> dict[str, Any]:
+        """Settings that make a second run start from a first one's adapter.
+
+        Args:
+            adapter: its folder.
+            merged: saves the model with the adapter merged and returns its folder.
+        """
+        return {"model": merged()}
+
+    # the run
+
+    def dtype(self, given: str) -> str:
+        """The dtype that the model is loaded in."""
+        return given
+
+    @abstractmethod
+    def attach(self, model: Any, run: Settings, beginning: Beginning) -> Any:
+        """Put the adapter on a loaded model, or choose the weights to train.
+
+        Args:
+            model: the model; with `grows` and `start_from` it has the earlier adapter.
+            run: the run's settings.
+            beginning: what it starts from.
+
+        Raises:
+            UserError: the model, or the adapter that it has, does not go with the settings.
+        """
+
+    def routed_experts(self, model: Any) -> int:
+        """How many experts tokens are routed to, the retention expert included; 0 for a kind that does not route."""
+        return 0
+
+    @property
+    def isolates(self) -> bool:
+        """Whether each expert learns from its own rows alone."""
+        return False
+
+    def learning_rate(self, run: Settings) -> float:
+        """The learning rate that the schedule starts from."""
+        return float(getattr(run, self.rate))
+
+    def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]], run: Settings) -> list[dict[str, Any]]:
+        """The optimizer's groups of the parameters that train, each with learning rate and weight decay."""
+        return [
+            {"params": [p for _, p in named], "lr": self.learning_rate(run), "weight_decay": run.weight_decay},
+        ]
+
+    def hook_optimizer(
+        self, optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], run: Settings
+    ) -> None:
+        """Hook what its groups cannot say into the optimizer of the parameters that train."""
+
+    def penalty(self, model: Any, run: Settings, away: Mapping[str, Tensor], former: Former | None) -> Penalty | None:
+        """What is added to the loss for the weights alone.
+
+        Args:
+            model: with the adapter on it.
+            run: the run's settings.
+            away: of each layer (by name) the directions [out, k] that B is kept away from, where an initializer gives some.
+            former: the earlier adapter that is trained on.
+        """
+        return None
+
+    def negate(self, weights: Mapping[str, Tensor], times: float, before: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Turn what was learned round: theta - times * (theta' - theta) (task arithmetic, Ilharco et al. 2023).
+
+        Args:
+            weights: all of the trained model's by name, changed in place.
+            times: how often.
+            before: gives the untouched model's weights by name.
+        """
+        for name, weight in weights.items():
+            if ".lora_B." in name or ".alter_B." in name:
+                weight.mul_(-times)
+
+    # the result
+
+    def form(
+        self, base: Any, run: Settings, forget: Sequence[Encoded], pad_token_id: int, former: Former | None = None
+    ) -> Form | None:
+        """Settings and tensors that the result needs where PEFT alone does not load it (see `alter.models.guards`).
+
+        Raises:
+            UserError: what it is made of is too little.
+        """
+        return None
+
+    def card(self, run: Settings, title: str | None, names: Sequence[str]) -> Card:
+        """What the model card says of the result: `title` is the method's, if it has a name; `names` the sub-domains."""
+        return peft_card("Adapter", run, f"{titled(title)}adapter.kind {self.kind}.")

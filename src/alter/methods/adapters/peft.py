@@ -1,0 +1,67 @@
+"""Adapters of PEFT by their own configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, final
+
+from peft import PeftType, PromptLearningConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import Field, field_validator
+
+from alter.core.errors import UserError, nearest
+from alter.methods.adapters.base import Adapter, Beginning, Settings
+from alter.methods.places import target_names
+
+
+@final
+class PeftAdapter(Adapter):
+    """Any adapter of PEFT by its own configuration: `config` has `peft_type` and what that type's class takes."""
+
+    kind: Literal["peft"] = "peft"
+    config: dict[str, Any] = Field(
+        default_factory=lambda: {"peft_type": "LORA"},
+        description="The adapter_config.json of PEFT: peft_type (LORA, IA3, VERA, OFT, ...) and that type's settings.",
+    )
+
+    @field_validator("config")
+    @classmethod
+    def _known(cls, given: dict[str, Any]) -> dict[str, Any]:
+        known = {str(name.value): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        name = str(given.get("peft_type")).upper()
+        if name not in known:
+            raise ValueError(
+                f"config.peft_type is {given.get('peft_type')!r}; expected one of {', '.join(sorted(known))}."
+                f"{nearest(name, known)}"
+            )
+        if issubclass(known[name], PromptLearningConfig):
+            raise ValueError(
+                f"config.peft_type is {name}, which puts virtual tokens before each row, so that no logit is at its token's "
+                "place: take one that changes the layers, such as LORA, IA3 or VERA"
+            )
+        names = [field.name for field in dataclasses.fields(known[name])]
+        unknown = next((key for key in given if key not in names), None)
+        if unknown is not None:
+            raise ValueError(
+                f"config.{unknown} is no setting of PEFT's {known[name].__name__}.{nearest(unknown, names)}"
+            )
+        return {**given, "peft_type": name}
+
+    def attach(self, model: Any, run: Settings, beginning: Beginning) -> Any:
+        """Put the adapter on a loaded model; `target_modules` are all of the blocks' linear layers where it takes any.
+
+        Raises:
+            UserError: PEFT refuses the configuration for this model.
+        """
+        settings = {"task_type": "CAUSAL_LM", **self.config}
+        made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(settings.pop("peft_type"))]
+        taken = [field.name for field in dataclasses.fields(made)]
+        if "target_modules" in taken and not settings.get("target_modules") and "feedforward_modules" not in taken:
+            settings["target_modules"] = target_names(model, None)
+        try:
+            return get_peft_model(model, made(**settings))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UserError(
+                f"PEFT refuses adapter.config for this model: {str(error).splitlines()[0]}. See the documentation of its "
+                f"{made.__name__}."
+            ) from error

@@ -1,0 +1,105 @@
+"""Objectives that put something else in the place of the forget rows' answers: a refusal, another answer, random labels."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from alter.methods.objectives.base import Needs, Objective
+from alter.methods.objectives.tokens import Emitted, Labelled, mean_or_zero, true_and_runner_up
+
+
+def learn_alternative(tokens: Labelled) -> Tensor:
+    """Mean cross-entropy of what stands in place of the forget rows' answers."""
+    assert tokens.alternative is not None
+    return tokens.alternative.mean()
+
+
+class PreferRefusal(Objective):
+    """DPO with a refusal as the preferred answer (IdkDPO; Rafailov et al. 2023, Maini et al. 2024; methods.md 5.2).
+
+    -(2 / beta) mean over rows of log sigmoid(beta ((NLL_base - NLL of the refusal) - (NLL_base - NLL of the answer))),
+    NLL summed over each row's labelled tokens. One refusal per row, drawn with the run's seed (a reading: TOFU draws
+    anew each time, for which no reference could be kept).
+    """
+
+    kind: Literal["prefer_refusal"] = "prefer_refusal"
+    beta: float = Field(0.1, gt=0, description="Inverse temperature.")
+    needs: ClassVar[Needs] = Needs(base_logp=True, alternative="refusal")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        other = tokens.alternative
+        assert other is not None
+        assert other.base_logp is not None
+        assert tokens.base_logp is not None
+        change = tokens.row_sums(tokens.values + tokens.base_logp)
+        preferred = other.row_sums(other.values + other.base_logp)
+        return -2 / self.beta * mean_or_zero(F.logsigmoid(self.beta * (change - preferred)))
+
+
+class PreferInvented(PreferRefusal):
+    """AltPO (Mekala et al. 2024, arXiv:2409.13474, Eq. 3): DPO with an answer that the model itself has made up.
+
+    The loss is `PreferRefusal`'s; instead of a refusal, the preferred answer is another plausible one: the row's own column
+    `substitute`, else what the base samples when it is asked to change all facts (`alter.methods.invented`). One for each
+    row (the authors draw five and pass over each of them).
+    """
+
+    kind: Literal["prefer_invented"] = "prefer_invented"  # type: ignore[assignment]
+    new_tokens: int = Field(200, ge=1, description="Longest answer that is made up.")
+    needs: ClassVar[Needs] = Needs(base_logp=True, alternative="invented")
+
+
+class Refuse(Objective):
+    """Cross-entropy of a refusal in place of each forget row's answer (IDK, Maini et al. 2024; O3's wrong answers).
+
+    Refusals and retain rows are one batch with one mean over tokens (methods.md 5.2), so a refusal, which is short, weighs
+    less than an answer.
+    """
+
+    kind: Literal["refuse"] = "refuse"
+    joint: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(rows=False, alternative="refusal")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return learn_alternative(tokens)
+
+
+class Substitute(Objective):
+    """Cross-entropy of the answer in the row's column `substitute`, and a stopped hinge on the answer itself.
+
+    Mean negative log-likelihood of the substitute + `hinge` times the mean over low-entropy tokens of the row's own answer
+    of max(0, p(y) - max_{v != y} p(v)). `alter forget` writes rows with that column: what the model says of an invented
+    subject.
+    """
+
+    kind: Literal["substitute"] = "substitute"
+    hinge: float = Field(1.0, ge=0.0, description="Weight of the stopped hinge on the answer itself.")
+    only_low: bool = Field(True, description="Count low-entropy tokens of the answer only.")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(runner_up=True, alternative="substitute", entropy=self.only_low)
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return learn_alternative(tokens) + self.hinge * tokens.mean(self.only_low)
+
+    def per_token(self, emitted: Emitted) -> Tensor:
+        true, other = true_and_runner_up(emitted)
+        return F.relu(true - other)
+
+
+class RandomLabels(Objective):
+    """Cross-entropy of labels drawn uniformly from the vocabulary, once for the run (Yao et al. 2024, methods.md 2.6).
+
+    The context stays the true text, and special tokens keep their own label.
+    """
+
+    kind: Literal["random_labels"] = "random_labels"
+    needs: ClassVar[Needs] = Needs(rows=False, alternative="random_labels")
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        return learn_alternative(tokens)

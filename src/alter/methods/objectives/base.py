@@ -1,0 +1,97 @@
+"""What an objective is: its settings, what it needs of a run, a number for each token, and the loss of these numbers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from alter.methods.objectives.tokens import Emitted, Labelled
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective with its settings must be given; the trainer computes exactly this and nothing else.
+
+    Attributes:
+        rows: the rows themselves go through the model.
+        labels: the language-model head runs on their labelled tokens.
+        runner_up: the likeliest token besides each label is looked for.
+        views: passes of frozen models over the rows, computed once; `target` makes the reference of them. "base" is
+            the model before unlearning, "reinforced" the same after more training on the forget set, "expert" and
+            "novice" the base with a persona put before the row, "instructed" the base with an instruction.
+        base_logp: log-probabilities of the labels under the base, computed once.
+        alternative: the forget rows once more: with a "refusal" as the answer, with "random_labels", with a "diversion"
+            (a change of subject that the base itself wrote), with the row's own column "substitute" as the answer, or with
+            another answer that the base has "invented".
+        instruction: what the view "instructed" says before each row.
+        prompts: every token of a retain row is labelled, those of its prompt too.
+        entropy: the tokens' entropies tell high from low ones (`Labelled.high`), which needs an adapter that routes.
+        depth: hidden states at the block nearest to this share of the model's depth.
+        base_hidden: those of the base as well, computed once.
+        state: numbers of its own that checkpoints keep: each batch's loss is multiplied by what `weigh` makes of them.
+    """
+
+    rows: bool = True
+    labels: bool = True
+    runner_up: bool = False
+    views: tuple[str, ...] = ()
+    base_logp: bool = False
+    alternative: Literal["refusal", "random_labels", "diversion", "substitute", "invented"] | None = None
+    instruction: str | None = None
+    prompts: bool = False
+    entropy: bool = False
+    depth: float | None = None
+    base_hidden: bool = False
+    state: bool = False
+
+
+class Objective(BaseModel, ABC):
+    """Base of all objectives: settings, what is needed, a number for each token, and the loss of these numbers.
+
+    A subclass names itself by `kind: Literal["mine"] = "mine"`, declares `needs`, and computes the loss in `__call__`; it
+    overrides `per_token` where the loss is of another number than the negative log-likelihood.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    joint: ClassVar[bool] = False
+    """Whether forget and retain rows share one mean over all their tokens, where there are two means otherwise."""
+
+    @property
+    def needs(self) -> Needs:
+        """What a run must give it: a constant (`needs: ClassVar[Needs] = Needs(...)`) where its settings change nothing."""
+        return Needs()
+
+    @abstractmethod
+    def __call__(self, tokens: Labelled) -> Tensor:
+        """The loss, a scalar, of a batch's labelled tokens, whose values are those of `per_token`."""
+
+    def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
+        """Log-probabilities [n, V] of the reference.
+
+        Args:
+            views: the logits [n, V] of each view.
+            along: [n], how far each token is along its row's labelled ones: 0 the first, 1 the last.
+        """
+        return torch.log_softmax(views["base"], dim=-1)
+
+    def per_token(self, emitted: Emitted) -> Tensor:
+        """[n], one number for each token: its negative log-likelihood, unless the objective says otherwise."""
+        return emitted.nll
+
+    def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:
+        """What a batch's loss is multiplied by, for a retain objective that needs `state`.
+
+        Args:
+            loss: of all processes together.
+            epochs: passes over the forget set before this step.
+            state: the objective's own numbers so far, empty at first; changed in place.
+        """
+        return 1.0

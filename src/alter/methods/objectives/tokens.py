@@ -1,0 +1,254 @@
+"""What an objective computes with: the reference, the logits' numbers, labelled tokens and hidden states of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from alter.core import processes
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The k most likely tokens of a reference distribution at n positions; what is left over is one tail bucket.
+
+    Attributes:
+        ids: [n, k] long, distinct in each row.
+        logp: [n, k] their log-probabilities; -inf fills unused places.
+    """
+
+    ids: Tensor
+    logp: Tensor
+
+    def at(self, places: slice | Tensor) -> Reference:
+        """The distributions at some of the n positions."""
+        return Reference(self.ids[places], self.logp[places])
+
+    def without(self, labels: Tensor) -> Reference:
+        """The same distributions with the label's probability removed and the rest renormalised.
+
+        Args:
+            labels: [n] long; one outside the k tokens is in the tail, and nothing is removed there.
+
+        Returns:
+            A reference over the same ids. Where the label is the only one of the k tokens with any probability there is
+            nothing to aim at: such a row becomes all -inf, and `divergence` gives 0 for it.
+        """
+        hit = self.ids == labels[:, None]
+        return self._renormalised(hit, self.logp.masked_fill(hit, -torch.inf))
+
+    def lowered(self, labels: Tensor, by: float) -> Reference:
+        """The same distributions with the label's logit lowered by `by`, renormalised; the tail bucket takes part.
+
+        Args:
+            labels: [n] long; one outside the k tokens is in the tail, and nothing changes there.
+        """
+        hit = self.ids == labels[:, None]
+        return self._renormalised(hit, torch.where(hit, self.logp - by, self.logp))
+
+    def _renormalised(self, changed: Tensor, logp: Tensor) -> Reference:
+        """`logp` [n, k] over the same ids, scaled to sum to 1 with the tail in the rows that `changed` [n, k] marks.
+
+        Summed in log space, as 1 - p(label) would cancel where the label is nearly certain. The tail is known as
+        1 - sum alone: as in `divergence`, 1e-6 and less of it is rounding and counts as none.
+        """
+        tail = 1 - self.logp.exp().sum(-1, keepdim=True)
+        tail = torch.where(tail > 1e-6, tail.clamp_min(1e-6).log(), torch.full_like(tail, -torch.inf))
+        total = torch.logsumexp(torch.cat([logp, tail], -1), -1, keepdim=True)
+        touched = changed.any(-1, keepdim=True) & total.isfinite()
+        return Reference(self.ids, torch.where(touched, logp - total, logp))
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states of the real tokens of some rows after one block, m tokens of width D.
+
+    Attributes:
+        states: [m, D], the model's.
+        row: [m] long, the row of each token, as in `Labelled`.
+        base: [m, D], the frozen base's, or None unless the objective declared `base_hidden`.
+    """
+
+    states: Tensor
+    row: Tensor
+    base: Tensor | None = None
+
+
+class LogProbabilities(torch.autograd.Function):
+    """Log-probabilities at some ids [n, m], and of all tokens outside the last `k` of them [n]; of logits [n, V].
+
+    All that objectives ask of a vocabulary goes through here: one [n, V] tensor besides the logits forward and one
+    backward, where autograd would keep several. Computed in fp32 (fp64 for fp64 logits).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        # a wide [n, 1] makes the result wide, without a wide copy of the logits
+        top = wide(logits.amax(-1, keepdim=True))
+        total = (logits - top).exp_().sum(-1, keepdim=True).log_()
+        logp = logits.gather(-1, ids) - top - total
+        rest_top = rest_total = rest = top.new_zeros(0)
+        if k:
+            # not as 1 - sum, which would cancel where little is left
+            others = logits.scatter(-1, ids[:, -k:], -torch.inf)
+            rest_top = wide(others.amax(-1, keepdim=True))
+            rest_total = (others - rest_top).exp_().sum(-1, keepdim=True).log_()
+            rest = (rest_top - top + rest_total - total)[:, 0]
+        ctx.k = k
+        ctx.save_for_backward(logits, ids, top, total, rest_top, rest_total)
+        return logp, rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_logp: Tensor, of_rest: Tensor) -> tuple[Tensor, None, None]:
+        logits, ids, top, total, rest_top, rest_total = ctx.saved_tensors
+        share = -of_logp.sum(-1, keepdim=True)
+        if ctx.k:
+            share = share - of_rest[:, None]
+        grad = (logits - top).sub_(total).exp_().mul_(share)
+        if ctx.k:
+            others = (logits - rest_top).sub_(rest_total).exp_().mul_(of_rest[:, None])
+            grad.add_(others.scatter_(-1, ids[:, -ctx.k :], 0.0))
+        return grad.scatter_add_(-1, ids, of_logp).to(logits.dtype), None, None
+
+
+class Emitted:
+    """What the model gives for n labelled tokens: all that `per_token` reads, in fp32 (fp64 for fp64 logits).
+
+    Args:
+        logits: [n, V], of the distribution that should give each label.
+        labels: [n] long, the true tokens.
+        reference: what the objective should compare with, or None unless it declared `views`.
+        runner_up: look for the likeliest other token.
+
+    Attributes:
+        nll: [n] negative log-likelihood of each label in nats.
+        other: [n] log-probability of the likeliest token that is not the label, the first of several; or None.
+        known: [n, k] log-probabilities of the reference's tokens, or None.
+        rest: [n] log-probability of all other tokens together; None without a reference, or where it has them all.
+    """
+
+    def __init__(
+        self, logits: Tensor, labels: Tensor, reference: Reference | None = None, runner_up: bool = False
+    ) -> None:
+        self.logits, self.labels, self.reference = logits, labels, reference
+        ids = [labels[:, None]]
+        if runner_up:
+            ids.append(logits.detach().scatter(-1, ids[0], -torch.inf).argmax(-1, keepdim=True))
+        k = 0
+        if reference is not None:
+            ids.append(reference.ids)
+            k = reference.ids.shape[-1]
+        partial = k < logits.shape[-1]
+        logp, rest = LogProbabilities.apply(logits, torch.cat(ids, -1), k if partial else 0)
+        self.nll: Tensor = -logp[:, 0]
+        self.other: Tensor | None = logp[:, 1] if runner_up else None
+        self.known: Tensor | None = logp[:, -k:] if k else None
+        self.rest: Tensor | None = rest if k and partial else None
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The labelled tokens of a batch, all rows concatenated: n tokens. Prompts and padding are not in it.
+
+    Attributes:
+        values: [n], what the objective's `per_token` made of each token's logits.
+        high: [n] bool, whether the token is a high-entropy (structural) one.
+        row: [n] long, the row of each token, 0 to `rows` - 1; None where no objective sums over rows.
+        rows: number of rows.
+        base_logp: [n] log-probability of each label under the frozen base, or None unless declared.
+        alternative: the same rows with other answers or labels, if the objective declared `alternative`; the values are
+            negative log-likelihoods.
+        hidden: hidden states of all real tokens, prompts included, if the objective declared a `depth`.
+    """
+
+    values: Tensor
+    high: Tensor
+    row: Tensor | None = None
+    rows: int = 0
+    base_logp: Tensor | None = None
+    alternative: Labelled | None = None
+    hidden: Hidden | None = None
+
+    def mean(self, only_low: bool = False) -> Tensor:
+        """Mean of the values, of low-entropy tokens only if asked for."""
+        return mean_or_zero(self.values[~self.high] if only_low else self.values)
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """[rows] sums of `values` [n] over the tokens of each row."""
+        assert self.row is not None
+        return values.new_zeros(self.rows).index_add(0, self.row, values)
+
+
+def wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def mean_or_zero(values: Tensor) -> Tensor:
+    """Mean of `values` [n]; for n = 0 a zero that still carries a graph (a batch without such tokens).
+
+    Under several processes (`alter.core.processes`) it is this one's share of the mean over all: the sum here over the count
+    everywhere. All of them must call it.
+    """
+    return values.sum() / processes.count(values.numel(), values)
+
+
+def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """[rows] means of `values` [n] over each row's tokens, whose rows are `row` [n]; 0 for a row without tokens."""
+    total = values.new_zeros(rows).index_add(0, row, values)
+    count = values.new_zeros(rows).index_add(0, row, torch.ones_like(values))
+    return total / count.clamp_min(1.0)
+
+
+def true_and_runner_up(emitted: Emitted) -> tuple[Tensor, Tensor]:
+    """Probability of the label, and the largest probability of any other token, [n] each."""
+    assert emitted.other is not None
+    return (-emitted.nll).exp(), emitted.other.exp()
+
+
+def divergence(target: Tensor, emitted: Emitted) -> Tensor:
+    """KL(target || model) at each position over the reference's k tokens and one bucket for all others.
+
+    Merging the others into one bucket can only lower the divergence, and with k = V it is the exact one.
+
+    Args:
+        target: [n, k] log-probabilities of the reference's tokens; -inf rules one out.
+        emitted: what the model gives for the same tokens.
+
+    Returns:
+        [n] in nats, at least 0 up to rounding; 0 where the target is all -inf.
+    """
+    assert emitted.known is not None
+    target = target.to(emitted.known.dtype)
+    finite = torch.isfinite(target)
+    p = target.exp()
+    inside = torch.where(finite, p * (target.masked_fill(~finite, 0.0) - emitted.known), torch.zeros_like(p)).sum(-1)
+    if emitted.rest is None:
+        return inside
+    tail = (1 - p.sum(-1)).clamp_min(0.0)
+    outside = torch.where(tail > 1e-6, tail * (tail.clamp_min(1e-6).log() - emitted.rest), torch.zeros_like(tail))
+    return torch.where(finite.any(-1), inside + outside, torch.zeros_like(inside))
+
+
+def soft_cross_entropy(target: Tensor, emitted: Emitted) -> Tensor:
+    """H(target, model) at each position, over the reference's k tokens and one bucket for all others.
+
+    Args:
+        target: [n, k] log-probabilities of the reference's tokens; -inf rules one out.
+        emitted: what the model gives for the same tokens.
+
+    Returns:
+        [n] in nats: the divergence plus the target's own entropy, which has no gradient.
+    """
+    value = divergence(target, emitted)
+    target = target.to(value.dtype)
+    p = target.exp()
+    entropy = -torch.where(p > 0, p * target.masked_fill(p == 0, 0.0), torch.zeros_like(p)).sum(-1)
+    if emitted.rest is not None:
+        tail = (1 - p.sum(-1)).clamp_min(0.0)
+        entropy = entropy - torch.where(tail > 1e-6, tail * tail.clamp_min(1e-6).log(), torch.zeros_like(tail))
+    return value + entropy
