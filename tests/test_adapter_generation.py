@@ -102,7 +102,7 @@ def test_static_cache_routes_padded_prompts_like_a_dynamic_one():
         inputs = model.base_model.model.prepare_inputs_for_generation(ids, attention_mask=mask, past_key_values=cache)
         with torch.no_grad():
             states.append(DecodeState.of(model(**inputs).past_key_values))
-    torch.testing.assert_close(states[1].past, states[0].past)
+    torch.testing.assert_close(states[1].past, states[0].past, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(states[1].gates, states[0].gates)
 
 

@@ -1,12 +1,23 @@
 """One pass with `from_layer`: the trunk stays the base, routes are those of the frozen base however the tokens come in."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from peft import PeftModel
 
 from alter.adapter import AlterConfig
 from alter.adapter.generation import DecodeState
-from alter.adapter.routing import INFINITE, Routing
+from alter.adapter.routing import (
+    INFINITE,
+    History,
+    Routing,
+    continue_routes,
+    previous_real,
+    route_tokens,
+    sides,
+    take_previous,
+)
 from alter.core.errors import UserError
 from alter.methods.frozen import Row
 from alter.training.router import fit_probe
@@ -36,8 +47,18 @@ def same_route(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def own_gates(cache, model):
-    return DecodeState.of(cache).history.gates(model.peft_config["default"])
+@contextmanager
+def own_gates(model):
+    """Within the block the gates of every token that a pass of the model routes, pass by pass."""
+    seen, inside = [], model.base_model.model
+    context = inside._alter_context
+    handle = inside.register_forward_hook(
+        lambda *_: seen.append(context.state.routing["default"].gates.clone()), prepend=True
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize(("given", "first"), [(0, 0), (2, 2), (0.34, 1), (0.9, 2)])
@@ -56,11 +77,11 @@ def test_a_plain_pass_runs_once_and_takes_the_routes_of_the_frozen_base(kind):
     assert len({tuple(g.tolist()) for g in gates.flatten(0, 1) > 0}) > 2, "routes differ between tokens"
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, alter_routing=Routing(gates)).logits
-        with counted(model.base_model.model.get_output_embeddings()) as calls:
+        with counted(model.base_model.model.get_output_embeddings()) as calls, own_gates(model) as own:
             output = model(input_ids=ids, attention_mask=mask, use_cache=True)
     assert len(calls) == 1
     real = mask.bool()
-    assert torch.equal(own_gates(output.past_key_values, model)[real], gates[real])
+    assert torch.equal(torch.cat(own, 1)[real], gates[real])
     torch.testing.assert_close(output.logits[real], expected[real], rtol=0, atol=0)
 
 
@@ -82,6 +103,7 @@ def test_chunks_give_what_the_whole_row_gives(chunks):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    with torch.no_grad(), own_gates(model) as own:
         for size in chunks:
             at = slice(done, done + size)
             done += size
@@ -96,7 +118,8 @@ def test_chunks_give_what_the_whole_row_gives(chunks):
             parts.append(output.logits)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-3, atol=1e-3)
-    same_route(own_gates(cache, model)[real], frozen_gates(model, ids, mask)[real])
+    same_route(torch.cat(own, 1)[real], frozen_gates(model, ids, mask)[real])
+    assert DecodeState.of(cache).history.length == 9
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -106,11 +129,65 @@ def test_generation_takes_the_routes_of_training(way):
     with_cache = generated(model, ids, cache=True, mask=mask, **WAYS[way])
     assert torch.equal(with_cache, generated(model, ids, cache=False, mask=mask, **WAYS[way]))
     if way == "greedy":
-        output = generated(model, ids, cache=True, mask=mask, return_dict_in_generate=True)
-        sequences = output.sequences[:, :-1]
+        with own_gates(model) as own:
+            sequences = generated(model, ids, cache=True, mask=mask)[:, :-1]
         full = torch.cat([mask, torch.ones(3, sequences.shape[1] - mask.shape[1], dtype=mask.dtype)], 1)
-        found, expected = own_gates(output.past_key_values, model), frozen_gates(model, sequences, full)
-        same_route(found[full.bool()], expected[full.bool()])
+        expected = frozen_gates(model, sequences, full)
+        same_route(torch.cat(own, 1)[full.bool()], expected[full.bool()])
+
+
+def test_every_token_of_fifty_rows_takes_the_route_of_training_while_generating():
+    model = one_pass()
+    ids = rows(batch=50, length=12)
+    mask = (torch.arange(12) >= torch.arange(50)[:, None] % 7).long()
+    with own_gates(model) as own:
+        sequences = generated(model, ids, cache=True, mask=mask, max_new_tokens=12)[:, :-1]
+    full = torch.cat([mask, torch.ones(50, sequences.shape[1] - 12, dtype=mask.dtype)], 1)
+    assert len(own) == 12
+    real = full.bool()
+    same_route(torch.cat(own, 1)[real], frozen_gates(model, sequences, full)[real])
+
+
+@pytest.mark.parametrize("probed", [True, False])
+@pytest.mark.parametrize("memory", [0.0, 0.7, 1.0])
+def test_routes_are_bit_equal_however_the_tokens_are_fed_in(memory, probed):
+    config = AlterConfig(num_forget_experts=3, router_memory=memory, from_layer=1, entropy_gate=probed)
+    assert config.probed is probed
+    random = torch.Generator().manual_seed(0)
+    evidence = torch.randn(20, 30, 4 + probed, generator=random)
+    mask = (torch.rand(20, 30, generator=random) > 0.1) & (torch.arange(30) >= torch.arange(20)[:, None] % 5)
+    starts = torch.rand(20, 30, generator=random) < 0.1
+    previous = previous_real(mask, starts)
+    read = take_previous(evidence, previous, 0.0)
+    high = read[..., -1] if probed else torch.zeros(20, 30)
+    expected = route_tokens(read[..., :4], sides(high, previous >= 0), mask, config)[0]
+    for sizes in ([30], [1] * 30, [7, 1, 1, 16, 5]):
+        history, gates = History("default"), []
+        for part in zip(*(t.split(sizes, 1) for t in (evidence, mask, starts)), strict=True):
+            own, known = continue_routes(*part, history.last, config)
+            history.then(known)
+            gates.append(own)
+        assert torch.equal(torch.cat(gates, 1)[mask], expected[mask])
+    # what is cropped can be fed in again
+    for length in (23, 24, 1, 0):
+        history.crop(length)
+        assert history.length == length
+        own, known = continue_routes(evidence[:, length:], mask[:, length:], starts[:, length:], history.last, config)
+        assert torch.equal(own[mask[:, length:]], expected[:, length:][mask[:, length:]])
+        history.then(known)
+
+
+def test_a_decoded_token_costs_the_same_after_however_many():
+    """The history is never read again: neither its evidence nor the gates of tokens that have been."""
+    model = one_pass()
+    ids = rows(batch=2)
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        history = DecodeState.of(cache).history
+        first = history._parts[0]
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    assert history._parts[0] is first
+    assert [part.seen.shape[1] for part in history._parts] == [ids.shape[1], 1]
 
 
 @pytest.mark.parametrize(

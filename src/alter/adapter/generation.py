@@ -58,7 +58,7 @@ class DecodeState:
             for name, value in tensors.items():
                 tensors[name] = operation(value)
         if self.history is not None:
-            self.history = self.history.map(operation)
+            self.history.apply(operation)
 
     def mirror(self, method: str, argument: Any) -> None:
         """Do to the routes what a method of the cache has done to the keys and values."""
@@ -66,8 +66,7 @@ class DecodeState:
             self.gates, self.past, self.silent, self.stale, self.history = {}, {}, {}, None, None
         elif method == "crop" and self.history is not None:
             # the argument is minus the number of tokens to remove
-            length = self.history.mask.shape[1] + int(argument)
-            self.history = self.history.map(lambda t: t[:, :length])
+            self.history.crop(self.history.length + int(argument))
         elif method == "crop":
             if int(argument) != 0:
                 self.stale = "tokens were cropped from its end"

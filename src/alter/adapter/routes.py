@@ -23,6 +23,7 @@ from alter.adapter.inputs import (
 from alter.adapter.routing import (
     INFINITE,
     UNKNOWN_ENTROPY,
+    History,
     Routing,
     expert_gates,
     next_gates,
@@ -154,10 +155,10 @@ def _trunk(
         )
     if (past is None and cached > 0) or (past is not None and past.name != name):
         raise UserError(UNKNOWN_CACHE)
-    if past is not None and tuple(past.mask.shape) != (len(mask), cached):
+    if past is not None and (past.rows, past.length) != (len(mask), cached):
         raise UserError(
             f"These past_key_values hold {cached} tokens for {len(mask)} rows, but ALTER knows the routes of "
-            f"{past.mask.shape[1]} tokens of {past.mask.shape[0]} rows: use the cache's own crop, batch_repeat_interleave or "
+            f"{past.length} tokens of {past.rows} rows: use the cache's own crop, batch_repeat_interleave or "
             "batch_select_indices to change it."
         )
     starts = sequence_starts(inputs, mask)
@@ -169,10 +170,11 @@ def _trunk(
 def remember(state: ForwardState, output: Any) -> None:
     """Keep the evidence of a pass that routed its own tokens on the cache in its output."""
     cache, trunk = output_cache(output), state.trunk
-    if cache is None or trunk is None or trunk.history is None:
+    if cache is None or trunk is None or trunk.own is None:
         return
     decoding = DecodeState.attach(cache)
-    decoding.history, decoding.silent, decoding.stale = trunk.history, state.silent, None
+    history = History(trunk.name) if trunk.past is None else trunk.past
+    decoding.history, decoding.silent, decoding.stale = history.then(trunk.own), state.silent, None
 
 
 def _decode(

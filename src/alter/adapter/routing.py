@@ -82,7 +82,9 @@ def take_previous(values: Tensor, previous: Tensor, fill: float) -> Tensor:
     return torch.where(known, values.gather(1, index.expand_as(values)), fill)
 
 
-def accumulate(values: Tensor, evidence: Tensor, reset: Tensor, memory: float) -> Tensor:
+def accumulate(
+    values: Tensor, evidence: Tensor, reset: Tensor, memory: float, initial: Tensor | None = None
+) -> Tensor:
     """Discounted sums over the past: s_t = memory * s_{t-1} + values_t where there is evidence, else s_{t-1}.
 
     Args:
@@ -90,13 +92,14 @@ def accumulate(values: Tensor, evidence: Tensor, reset: Tensor, memory: float) -
         evidence: [B, T] bool, tokens that contribute.
         reset: [B, T] bool, tokens before which everything is forgotten (their own evidence counts).
         memory: in [0, 1].
+        initial: [B, D + 1], the sums before the first token; zeros by default.
 
     Returns:
         [B, T, D + 1]: the sums, and in the last place the sum of the weights. O(log T) parallel steps.
     """
     total = torch.cat([values, torch.ones_like(values[..., :1])], -1)
     total = torch.where(evidence.unsqueeze(-1), total, 0.0)
-    if memory == 0 or values.shape[1] == 1:
+    if initial is None and (memory == 0 or values.shape[1] == 1):
         return total
     keep = torch.where(evidence, memory, 1.0).to(total.dtype)
     keep = torch.where(reset, 0.0, keep).unsqueeze(-1)
@@ -105,9 +108,9 @@ def accumulate(values: Tensor, evidence: Tensor, reset: Tensor, memory: float) -
         # Hillis-Steele scan of the linear recurrence
         earlier = torch.cat([torch.zeros_like(total[:, :step]), total[:, :-step]], 1)
         total = total + keep * earlier
-        keep = keep * torch.cat([torch.zeros_like(keep[:, :step]), keep[:, :-step]], 1)
+        keep = keep * torch.cat([torch.ones_like(keep[:, :step]), keep[:, :-step]], 1)
         step *= 2
-    return total
+    return total if initial is None else total + keep * initial.unsqueeze(1)
 
 
 def pool(values: Tensor, evidence: Tensor, memory: float) -> Tensor:
@@ -121,6 +124,15 @@ def pool(values: Tensor, evidence: Tensor, memory: float) -> Tensor:
     known = evidence.bool()
     total = accumulate(values, known, torch.zeros_like(known), memory)
     return _normalise(total)[0]
+
+
+def exact(logits: Tensor) -> Tensor:
+    """Router logits in which sums come out the same in whatever order: tokens may come at once, in chunks or one by one."""
+    return logits.float() if logits.device.type == "mps" else logits.double()
+
+
+def _of_gates(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _normalise(total: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,10 +196,10 @@ def route_tokens(router_logits: Tensor, entropy: Tensor, mask: Tensor, config: A
         gates [B, T, N + 1], and the accumulated evidence after the last token [B, N + 2] for `next_gates`.
     """
     evidence = mask & (entropy != INFINITE)
-    logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
-    total = accumulate(logits, evidence, mask & ~evidence, config.router_memory)
+    total = accumulate(exact(router_logits), evidence, mask & ~evidence, config.router_memory)
     mean, known = _normalise(total)
-    return expert_gates(mean, entropy > config.threshold, config, known & evidence), total[:, -1]
+    gates = expert_gates(mean.to(_of_gates(router_logits)), entropy > config.threshold, config, known & evidence)
+    return gates, total[:, -1]
 
 
 def sides(probe: Tensor, known: Tensor) -> Tensor:
@@ -205,40 +217,110 @@ def sides(probe: Tensor, known: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class History:
-    """Evidence of all tokens of a row so far, from which the route of each follows, however they were fed in.
+class Running:
+    """What routes the tokens that come next, after each of T tokens of a row that routed themselves.
 
     Attributes:
-        name: of the adapter.
-        evidence: [B, T, N + 1] router logits read *at* each token, for the one after it; with a probe its logit is last.
-        mask: [B, T] bool, true on real tokens.
-        starts: [B, T] bool, tokens that begin a new sequence within a row.
+        total: [B, T, N + 2] accumulated evidence of the sequence, see `accumulate`.
+        last: [B, T, N + 1] router logits read at the last real token; with a probe its logit comes last.
+        seen: [B, T] bool, whether there is one.
     """
 
-    name: str
-    evidence: Tensor
-    mask: Tensor
-    starts: Tensor
+    total: Tensor
+    last: Tensor
+    seen: Tensor
 
-    def map(self, operation: Callable[[Tensor], Tensor]) -> History:
-        """The history with every tensor t replaced by operation(t)."""
-        return History(self.name, operation(self.evidence), operation(self.mask), operation(self.starts))
+    def map(self, operation: Callable[[Tensor], Tensor]) -> Running:
+        """The same with every tensor t replaced by operation(t)."""
+        return Running(operation(self.total), operation(self.last), operation(self.seen))
 
-    def then(self, new: History) -> History:
-        """This history with further tokens at its end."""
-        pairs = ((getattr(self, part), getattr(new, part)) for part in ("evidence", "mask", "starts"))
-        return History(self.name, *(torch.cat([old.to(own.device), own], 1) for old, own in pairs))
 
-    def gates(self, config: AlterConfig) -> Tensor:
-        """[B, T, N + 1] gates of every token, as `route_tokens` gives them."""
-        previous = previous_real(self.mask, self.starts)
-        known = previous >= 0
-        raw = take_previous(self.evidence, previous, 0.0)
-        if config.probed:
-            raw, probe = raw[..., :-1], raw[..., -1]
-        else:
-            probe = raw.new_zeros(known.shape)
-        return route_tokens(raw, sides(probe, known), self.mask, config)[0]
+def continue_routes(
+    evidence: Tensor, mask: Tensor, starts: Tensor, past: Running | None, config: AlterConfig
+) -> tuple[Tensor, Running]:
+    """Gates of T further tokens of each row, as `route_tokens` gives them for the whole row: however tokens are fed in.
+
+    Args:
+        evidence: [B, T, N + 1] router logits read *at* each token, for the one after it; with a probe its logit comes last.
+        mask: [B, T] bool, true on real tokens.
+        starts: [B, T] bool, tokens that begin a new sequence within a row.
+        past: after the token before, T = 1; None: there is none.
+        config: of the adapter.
+
+    Returns:
+        gates [B, T, N + 1], and what is known after each token.
+    """
+    if past is None:
+        before = Running(
+            exact(evidence).new_zeros(len(mask), 1, evidence.shape[-1] + (0 if config.probed else 1)),
+            torch.zeros_like(evidence[:, :1]),
+            torch.zeros_like(mask[:, :1]),
+        )
+    else:
+        before = past.map(lambda t: t.to(evidence.device))
+    if mask.shape[1] == 1:
+        # a decoding step is too short for more operations than it needs
+        read, real = before.last, before.seen
+        last, seen = torch.where(mask.unsqueeze(-1), evidence, read), real | mask
+    else:
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        index = torch.where(mask, places, 0).cummax(dim=1).values
+        index = torch.cat([torch.zeros_like(index[:, :1]), index], 1)
+        every = torch.cat([before.last, evidence], 1)
+        every = every.gather(1, index.unsqueeze(-1).expand_as(every))
+        reals = before.seen | (index > 0)
+        read, last, real, seen = every[:, :-1], every[:, 1:], reals[:, :-1], reals[:, 1:]
+    known = mask & real & ~starts
+    raw, high = (read[..., :-1], read[..., -1] > 0) if config.probed else (read, torch.zeros_like(known))
+    total = accumulate(exact(raw), known, mask & ~known, config.router_memory, before.total[:, 0])
+    mean, some = _normalise(total)
+    return expert_gates(mean.to(_of_gates(raw)), high, config, known & some), Running(total, last, seen)
+
+
+class History:
+    """What is known after every token of the rows in a cache: a further token costs the same after however many.
+
+    Args:
+        name: of the adapter.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.length = 0
+        # of each pass, in order
+        self._parts: list[Running] = []
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self._parts[-1].seen) if self._parts else 0
+
+    @property
+    def last(self) -> Running | None:
+        """After the last token; None before there is one."""
+        return self._parts[-1].map(lambda t: t[:, -1:]) if self._parts else None
+
+    def then(self, new: Running) -> History:
+        """This history with further tokens at its end; the old one is not to be used again."""
+        self._parts.append(new)
+        self.length += new.seen.shape[1]
+        return self
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens alone."""
+        while self._parts and self.length - (own := self._parts[-1].seen.shape[1]) >= length:
+            self._parts.pop()
+            self.length -= own
+        if self.length > length:
+            left = self._parts[-1].seen.shape[1] - (self.length - length)
+            self._parts[-1] = self._parts[-1].map(lambda t: t[:, :left])
+            self.length = length
+
+    def apply(self, operation: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor t [rows, tokens, ...] by operation(t)."""
+        if self._parts:
+            columns = zip(*((part.total, part.last, part.seen) for part in self._parts), strict=True)
+            self._parts = [Running(*(operation(torch.cat(column, 1)) for column in columns))]
 
 
 def next_gates(
@@ -260,4 +342,4 @@ def next_gates(
     new = config.router_memory * past + torch.cat([logits, torch.ones_like(logits[:, :1])], -1)
     total = torch.where(mask.unsqueeze(-1), new, past)
     mean, known = _normalise(total)
-    return expert_gates(mean, entropy > config.threshold, config, known), total
+    return expert_gates(mean.to(_of_gates(router_logits)), entropy > config.threshold, config, known), total

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alter.adapter.generation import Continuation, Session
 from alter.adapter.plan import Plan, plan
-from alter.adapter.routing import History, Routing
+from alter.adapter.routing import History, Routing, Running, continue_routes
 from alter.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Trunk:
         mask: [B, T] bool, true on real tokens.
         starts: [B, T] bool, tokens that begin a new sequence within a row.
         past: of the tokens in the cache.
-        history: of those and the pass's own, once the host has run.
+        own: of the pass's own, once the host has run.
         pairs: see `alter.adapter.plan.plan`.
     """
 
@@ -55,7 +55,7 @@ class Trunk:
     mask: Tensor
     starts: Tensor
     past: History | None = None
-    history: History | None = None
+    own: Running | None = None
     pairs: bool = False
 
 
@@ -138,9 +138,10 @@ class ForwardState:
             evidence = torch.cat([evidence, layer.alter_probe[name](seen)], -1)
         if evidence.dtype != torch.float64:
             evidence = evidence.float()
-        own = History(name, evidence, trunk.mask.to(x.device), trunk.starts.to(x.device))
-        trunk.history = own if trunk.past is None else trunk.past.then(own)
-        self.routing[name] = Routing(trunk.history.gates(trunk.config)[:, -x.shape[1] :])
+        mask, starts = trunk.mask.to(x.device), trunk.starts.to(x.device)
+        past = None if trunk.past is None else trunk.past.last
+        gates, trunk.own = continue_routes(evidence, mask, starts, past, trunk.config)
+        self.routing[name] = Routing(gates)
         if not torch.compiler.is_compiling():
             self.plans[name] = plan(
                 self.routing[name], learning=torch.is_grad_enabled(), pairs=trunk.pairs, silent=self.silent[name]
