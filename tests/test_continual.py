@@ -23,6 +23,7 @@ from alter.data.sources import refusals
 from alter.methods import presets
 from alter.models import guards as inference
 from alter.models.loading import load_model
+from alter.serving.analysis import switched_off
 from alter.training import loss, preparation
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
@@ -93,7 +94,7 @@ def test_a_row_of_the_router_says_nothing_of_other_experts(runs):
             assert torch.equal(first[name], last[name][:2])
 
 
-def test_cleared_expert_gives_the_base_back_and_leaves_the_other_routes(runs, data):
+def test_an_expert_switched_off_gives_the_base_back_and_leaves_the_other_routes(runs, data):
     model, tokenizer = load_model(str(data / "model"), str(runs / "2" / "adapter"), device="cpu")
     base = AutoModelForCausalLM.from_pretrained(data / "model")
     ids = torch.tensor([tokenizer("Where was Bo born, 2? In town 2Bo.")["input_ids"]])
@@ -111,14 +112,14 @@ def test_cleared_expert_gives_the_base_back_and_leaves_the_other_routes(runs, da
     with torch.no_grad():
         plain = base(input_ids=ids).logits
     assert not torch.equal(before[2], plain)
-    router.clear_expert("default", 2)
-    assert torch.equal(router.route(trace.entropy, trace.features)[0], gates)
-    assert torch.equal(logits(2), plain)
-    for expert in (0, 1, 3):
-        assert torch.equal(logits(expert), before[expert])
-    for wrong in (0, 4):
-        with pytest.raises(UserError, match="experts 1 to 3"):
-            router.clear_expert("default", wrong)
+    with switched_off(model, [2]):
+        assert torch.equal(router.route(trace.entropy, trace.features)[0], gates)
+        assert torch.equal(logits(2), plain)
+        for expert in (0, 1, 3):
+            assert torch.equal(logits(expert), before[expert])
+    for wrong in (-1, 4):
+        with pytest.raises(UserError, match="no expert"), switched_off(model, [wrong]):
+            pass
 
 
 def test_growing_resumes_bit_equal(runs, data, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Parts of others: a package with an entry point brings objectives, an adapter, a benchmark, an attack, a guard, by name."""
+"""Parts of others, by name: a package with an entry point brings one of each sort."""
 
 import json
 import os
@@ -30,6 +30,7 @@ from alter.core.plugins import benchmark
 from alter.core.records import Record
 from alter.evaluation.base import Evaluation
 from alter.methods.adapters import ADAPTERS, Adapter
+from alter.methods.initializers import INITIALIZERS, Factors, Initializer
 from alter.methods.objectives import FORGET, RETAIN, Emitted, Labelled, Objective, mean_or_zero
 from alter.models.guards import GUARDS
 
@@ -76,6 +77,18 @@ class Scaled(Adapter):
 
     def parameter_groups(self, named, run):
         return [{"params": [p for _, p in named], "lr": 3 * run.learning_rate, "weight_decay": 0.0}]
+
+
+@INITIALIZERS.part
+class Sliced(Initializer):
+    """The first rows of each weight."""
+
+    kind: Literal["sliced"] = "sliced"
+    scale: float = Field(0.1, gt=0, description="Of both factors.")
+
+    def start(self, seen, r, scaling, seed):
+        made = {name: Factors(W[:r] * self.scale, W[:, :r] * self.scale) for name, W in seen.weights.items()}
+        return made, {}
 
 
 @benchmark("weights")
@@ -152,9 +165,10 @@ from alter.cli import main
 said = io.StringIO()
 with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
     main(["unlearn", "--help"])
-assert all(name in said.getvalue() for name in ("mine", "twice", "scaled"))
+assert all(name in said.getvalue() for name in ("mine", "twice", "scaled", "sliced"))
 mine = ["--objective.kind", "mine", "--objective.floor", "0.2", "--retain-objective.kind", "twice"]
-assert main(["unlearn", *{flags!r}, *mine, "--max-steps", "1", "--closing-rows", "0"]) == 0
+sliced = ["--adapter.kind", "lora", "--initializer.kind", "sliced", "--initializer.scale", "0.5"]
+assert main(["unlearn", *{flags!r}, *mine, *sliced, "--max-steps", "1", "--closing-rows", "0"]) == 0
 scaled = ["--out", "scaled", "--adapter.kind", "scaled", "--adapter.layers", "v_proj"]
 assert main(["unlearn", *{flags!r}, *mine, *scaled, "--max-steps", "1", "--closing-rows", "2"]) == 0
 assert main(["evaluate", "--benchmark", "weights", "--model", {model!r}, "--json", "w.json"]) == 0
@@ -166,6 +180,8 @@ assert not alter.load({model!r}, adapter="bare")[0].config.use_cache
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["objective"] == {"kind": "mine", "floor": 0.2}
     assert settings["retain_objective"] == {"kind": "twice"}
+    assert settings["initializer"] == {"kind": "sliced", "scale": 0.5}
+    assert "It starts by sliced" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert json.loads((tmp_path / "scaled" / "run.json").read_text())["trained_parameters"] == 2 * 16
     assert "adapter.kind scaled" in (tmp_path / "scaled" / "adapter" / "README.md").read_text()
     assert json.loads((tmp_path / "scaled" / "adapter" / "adapter_config.json").read_text())["peft_type"] == "IA3"

@@ -1,18 +1,15 @@
 """ALTER: asymmetric LoRA for token-entropy-guided unlearning (Chen et al., AAAI 2026, arXiv:2603.01792).
 
 `import alter` is all it takes for PEFT to load and make ALTER adapters. The registration itself waits until `peft` is
-imported, so that the command line can print its help without loading torch.
+imported (`alter.core.registration`), so that the command line can print its help without loading torch.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from alter.core.registration import after
 
 if TYPE_CHECKING:
     from alter.adapter import AlterConfig, AlterModel
@@ -59,31 +56,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _RegisterWithPeft(Loader, MetaPathFinder):
-    """Imports `alter.adapter`, which registers the method, right after `peft` has been imported by anybody."""
-
-    loader: Loader
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "peft":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
-        if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        importlib.import_module("alter.adapter")
-
-
-if "peft" in sys.modules:
-    importlib.import_module("alter.adapter")
-else:
-    sys.meta_path.insert(0, _RegisterWithPeft())
+after("peft", "alter.adapter")

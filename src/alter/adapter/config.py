@@ -341,10 +341,6 @@ class AlterConfig(PeftConfig):
         """
         self.__dict__.setdefault("_resolved", {}).update(values)
 
-    def resolved_value(self, name: str) -> Any:
-        """The value of a field as it would be saved."""
-        return self.__dict__.get("_resolved", {}).get(name, getattr(self, name))
-
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is saved, with what was found on the model it is attached to."""
         values = dataclasses.asdict(self)

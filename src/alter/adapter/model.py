@@ -636,30 +636,6 @@ class AlterModel(BaseTuner):
                 module.resize(name, num_forget_experts + 1)
         config.num_forget_experts, config.domains = num_forget_experts, names
 
-    @torch.no_grad()
-    def clear_expert(self, adapter_name: str, expert: int) -> None:
-        """Set one forget expert to zero: its tokens get the base model again, every other route stays bit-exact.
-
-        The router keeps its row, so no token changes its route.
-
-        Args:
-            adapter_name: adapter that holds the expert.
-            expert: 1 to `num_forget_experts`.
-
-        Raises:
-            UserError: there is no such forget expert, or the adapter is merged.
-        """
-        name = self._one_adapter(adapter_name)
-        last = self.peft_config[name].num_forget_experts
-        if not 1 <= expert <= last:
-            raise UserError(f"Adapter {name!r} has forget experts 1 to {last}; there is no expert {expert}.")
-        for module in self.model.modules():
-            if isinstance(module, AlterLinear) and name in module.alter_A:
-                if module.merged:
-                    raise UserError("Adapters are merged into the base weights: call unmerge_adapter() first.")
-                r = module.alter_r[name]
-                module.alter_B[name].weight[:, expert * r : (expert + 1) * r] = 0.0
-
     # Taking adapters off
 
     def delete_adapter(self, adapter_name: str) -> None:

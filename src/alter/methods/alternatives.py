@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from alter.core.console import progress
 from alter.core.errors import UserError
+from alter.data.batching import Collator
 from alter.data.encoding import Encoded, encode
 from alter.data.examples import Example
 from alter.data.sources import refusals
 from alter.methods.frozen import View
 from alter.methods.invented import invented
-from alter.methods.objectives import Forget, Persona, PreferInvented
+from alter.methods.objectives import Forget
 
 EXPERT = "This text was written by a leading expert who knows everything about {concept}:"
 NOVICE = "This text was written by a novice who has never heard of {concept}:"
@@ -40,6 +41,97 @@ PROMPT_TOKENS = 60
 """Longest prompt that a diversion starts from; raw text has no prompt, and lends its first half up to this length."""
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What alternatives are made of; see `alternatives`."""
+
+    objective: Forget
+    tokenizer: Any
+    base: Any
+    examples: Sequence[Example]
+    rows: Sequence[Encoded]
+    seed: int
+    max_length: int | None
+
+    def encoded(self, answers: Sequence[str]) -> list[Encoded]:
+        """The rows with other answers."""
+        return [
+            encode(self.tokenizer, example, answer=answer, max_length=self.max_length)
+            for example, answer in zip(self.examples, answers, strict=True)
+        ]
+
+    @property
+    def raw(self) -> bool:
+        """Whether a row is raw text, which has no question."""
+        return any(example.kind == "text" for example in self.examples)
+
+
+def _refused(asked: _Asked) -> list[Encoded]:
+    """Each row with one of TOFU's refusals as its answer."""
+    if asked.raw:
+        raise UserError(
+            f"objective.kind {asked.objective.kind} answers forget rows with a refusal, but they are raw text without a "
+            "question: give rows with question and answer, or another objective."
+        )
+    lines = refusals()
+    drawn = np.random.default_rng(asked.seed).integers(len(lines), size=len(asked.examples))
+    return asked.encoded([lines[i] for i in drawn.tolist()])
+
+
+def _relabelled(asked: _Asked) -> list[Encoded]:
+    """The rows with labels drawn from the vocabulary; special tokens keep theirs."""
+    generator = np.random.default_rng(asked.seed)
+    kept = {-100, *asked.tokenizer.all_special_ids}
+    vocabulary = asked.base.config.get_text_config().vocab_size
+    return [
+        replace(row, labels=[y if y in kept else int(generator.integers(vocabulary)) for y in row.labels])
+        for row in asked.rows
+    ]
+
+
+def _substituted(asked: _Asked) -> list[Encoded]:
+    """Each row with its column `substitute` as its answer."""
+    without = [example.index for example in asked.examples if not str(example.row.get("substitute") or "").strip()]
+    if without or asked.raw:
+        where = f"row {without[0]} has none" if without else "raw text has no question to answer otherwise"
+        raise UserError(
+            f"objective.kind {asked.objective.kind} learns each forget row's column 'substitute', and {where}: give rows as "
+            "`alter forget` writes them (question, answer, substitute), or another objective."
+        )
+    return asked.encoded([example.row["substitute"] for example in asked.examples])
+
+
+def _invented(asked: _Asked) -> list[Encoded]:
+    """Each row with another answer that the base has made up."""
+    writing = asked.objective.needs.writing
+    assert writing is not None
+    return invented(
+        asked.tokenizer,
+        asked.base,
+        asked.examples,
+        new_tokens=writing.new_tokens,
+        seed=asked.seed,
+        max_length=asked.max_length,
+    )
+
+
+def _diverted(asked: _Asked) -> list[Encoded]:
+    """Each row led to another subject by the base."""
+    return diversions(
+        asked.objective, asked.tokenizer, asked.base, asked.rows, seed=asked.seed, max_length=asked.max_length
+    )
+
+
+MAKERS: dict[str, Callable[[_Asked], list[Encoded]]] = {
+    "refusal": _refused,
+    "random_labels": _relabelled,
+    "substitute": _substituted,
+    "invented": _invented,
+    "diversion": _diverted,
+}
+"""What makes each kind of alternative (`Needs.alternative`)."""
+
+
 def alternatives(
     objective: Forget,
     tokenizer: Any,
@@ -55,7 +147,7 @@ def alternatives(
     Args:
         objective: says which kind it needs; none gives an empty list.
         tokenizer: of the model.
-        base: the untouched model, which writes diversions.
+        base: the untouched model, which writes diversions and invented answers.
         examples: the forget rows.
         rows: the same, encoded.
         seed: of what is drawn.
@@ -65,47 +157,9 @@ def alternatives(
         UserError: raw text is to be refused, which has no question, or a row has no substitute.
     """
     kind = objective.needs.alternative
-    generator = np.random.default_rng(seed)
-    if kind == "refusal":
-        if any(example.kind == "text" for example in examples):
-            raise UserError(
-                f"objective.kind {objective.kind} answers forget rows with a refusal, but they are raw text without a "
-                "question: give rows with question and answer, or another objective."
-            )
-        lines = refusals()
-        drawn = generator.integers(len(lines), size=len(examples)).tolist()
-        return [
-            encode(tokenizer, example, answer=lines[i], max_length=max_length)
-            for example, i in zip(examples, drawn, strict=True)
-        ]
-    if kind == "random_labels":
-        kept = {-100, *tokenizer.all_special_ids}
-        vocabulary = base.config.get_text_config().vocab_size
-        return [
-            replace(
-                row,
-                labels=[y if y in kept else int(generator.integers(vocabulary)) for y in row.labels],
-            )
-            for row in rows
-        ]
-    if kind == "substitute":
-        without = [example.index for example in examples if not str(example.row.get("substitute") or "").strip()]
-        if without or any(example.kind == "text" for example in examples):
-            where = f"row {without[0]} has none" if without else "raw text has no question to answer otherwise"
-            raise UserError(
-                f"objective.kind {objective.kind} learns each forget row's column 'substitute', and {where}: give rows as "
-                "`alter forget` writes them (question, answer, substitute), or another objective."
-            )
-        return [
-            encode(tokenizer, example, answer=example.row["substitute"], max_length=max_length) for example in examples
-        ]
-    if kind == "invented":
-        assert isinstance(objective, PreferInvented)
-        return invented(tokenizer, base, examples, new_tokens=objective.new_tokens, seed=seed, max_length=max_length)
-    if kind == "diversion":
-        assert isinstance(objective, Persona)
-        return diversions(objective, tokenizer, base, rows, seed=seed, max_length=max_length)
-    return []
+    if kind is None:
+        return []
+    return MAKERS[kind](_Asked(objective, tokenizer, base, examples, rows, seed, max_length))
 
 
 def persona_views(
@@ -116,10 +170,10 @@ def persona_views(
     Raises:
         UserError: the longest of `rows` does not fit into `limit` tokens behind them.
     """
-    assert isinstance(objective, Persona)
+    assert objective.needs.concept is not None
     views = {
         name: View(
-            tuple(tokenizer(text.format(concept=objective.concept), add_special_tokens=False)["input_ids"]),
+            tuple(tokenizer(text.format(concept=objective.needs.concept), add_special_tokens=False)["input_ids"]),
             tokenizer.bos_token_id,
         )
         for name, text in (("expert", EXPERT), ("novice", NOVICE))
@@ -147,9 +201,64 @@ class _Tilt(LogitsProcessor):
         return (plain - self.guidance * (expert - novice)).repeat(3, 1)
 
 
+@dataclass(frozen=True)
+class _Opening:
+    """How a diversion begins: tokens of the row's prompt, of the change of subject, and how many may follow."""
+
+    prompt: list[int]
+    change: list[int]
+    room: int
+
+
+def _openings(
+    rows: Sequence[Encoded], tokenizer: Any, *, most: int, limit: int, before: int, seed: int
+) -> list[_Opening]:
+    """The beginning of each row's diversion.
+
+    Args:
+        rows: the forget rows.
+        tokenizer: of the model.
+        most: tokens that are written.
+        limit: the model's context, which `before` tokens of a persona and the whole diversion share.
+        before: see `limit`.
+        seed: of the change of subject.
+
+    Raises:
+        UserError: no room is left.
+    """
+    generator = np.random.default_rng(seed)
+    found = []
+    for row in rows:
+        prompt = row.input_ids[: row.prompt_length]
+        if row.prompt_length <= 1:
+            prompt = row.input_ids[: max(1, len(row.input_ids) // 2)]
+        prompt = prompt[:PROMPT_TOKENS]
+        text = " " + CHANGES_OF_SUBJECT[int(generator.integers(len(CHANGES_OF_SUBJECT)))]
+        change = tokenizer(text, add_special_tokens=False)["input_ids"]
+        room = limit - len(prompt) - len(change) - before
+        if room < 1:
+            raise UserError(
+                f"ELM's diversions need {limit - room} tokens for prompt, change of subject and persona, and the model's "
+                f"context or max_length is {limit}: raise it, or shorten objective.concept."
+            )
+        found.append(_Opening(prompt, change, min(most, room)))
+    return found
+
+
+def _as_roomy(openings: Sequence[_Opening]) -> list[list[int]]:
+    """Numbers of openings with as much room, `ROWS_AT_ONCE` at most together: none may grow beyond the context."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(openings)), key=lambda i: openings[i].room):
+        if groups and len(groups[-1]) < ROWS_AT_ONCE and openings[groups[-1][0]].room == openings[i].room:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
 @torch.no_grad()
 def diversions(
-    objective: Persona,
+    objective: Forget,
     tokenizer: Any,
     base: Any,
     rows: Sequence[Encoded],
@@ -165,60 +274,38 @@ def diversions(
     Raises:
         UserError: prompt, change of subject and persona leave no room in the context.
     """
-    generator = np.random.default_rng(seed)
+    writing = objective.needs.writing
+    assert writing is not None
     views = list(persona_views(objective, tokenizer).values())
     limit = max_length or base.config.get_text_config().max_position_embeddings
     longest = max(len(view.prefix) for view in views)
-    starts, rooms = [], []
-    for row in rows:
-        prompt = row.input_ids[: row.prompt_length]
-        if row.prompt_length <= 1:
-            prompt = row.input_ids[: max(1, len(row.input_ids) // 2)]
-        prompt = prompt[:PROMPT_TOKENS]
-        text = " " + CHANGES_OF_SUBJECT[int(generator.integers(len(CHANGES_OF_SUBJECT)))]
-        change = tokenizer(text, add_special_tokens=False)["input_ids"]
-        room = limit - len(prompt) - len(change) - longest
-        if room < 1:
-            raise UserError(
-                f"ELM's diversions need {limit - room} tokens for prompt, change of subject and persona, and the model's "
-                f"context or max_length is {limit}: raise it, or shorten objective.concept."
-            )
-        starts.append((prompt, change))
-        rooms.append(min(objective.new_tokens, room))
-    # rows with as much room side by side: none may grow beyond the context
-    order = sorted(range(len(rows)), key=lambda i: rooms[i])
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and len(groups[-1]) < ROWS_AT_ONCE and rooms[groups[-1][0]] == rooms[i]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+    openings = _openings(rows, tokenizer, most=writing.new_tokens, limit=limit, before=longest, seed=seed)
+    groups = _as_roomy(openings)
     stop, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    tilt = LogitsProcessorList([_Tilt(objective.guidance, objective.temperature)])
+    collate = Collator(pad, side="left")
+    tilt = LogitsProcessorList([_Tilt(writing.guidance, writing.temperature)])
     written: dict[int, list[int]] = {}
     # a model's own penalties are no part of the tilt
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
         for group in progress(groups, total=len(groups), label="diversions"):
-            plain = [[*starts[i][0], *starts[i][1]] for i in group]
+            plain = [openings[i].prompt + openings[i].change for i in group]
             inputs = plain + [view.extend(Encoded(ids, ids, 0))["input_ids"] for view in views for ids in plain]
-            width = max(map(len, inputs))
-            ids = torch.tensor([[pad] * (width - len(row)) + row for row in inputs], device=base.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in inputs], device=base.device)
+            batch = collate([{"input_ids": ids} for ids in inputs])
             said = base.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **{name: value.to(base.device) for name, value in batch.items()},
                 logits_processor=tilt,
                 do_sample=False,
-                max_new_tokens=rooms[group[0]],
+                max_new_tokens=openings[group[0]].room,
                 eos_token_id=stop,
                 pad_token_id=pad,
             )
+            width = batch["input_ids"].shape[1]
             for i, start, new in zip(group, plain, said[: len(group), width:].tolist(), strict=True):
                 written[i] = start + (new[: new.index(stop) + 1] if stop in new else new)
     finally:
         base.generation_config = own
     return [
-        Encoded(ids, [-100] * len(prompt) + ids[len(prompt) :], len(prompt))
-        for ids, (prompt, _) in zip((written[i] for i in range(len(rows))), starts, strict=True)
+        Encoded(written[i], [-100] * len(opening.prompt) + written[i][len(opening.prompt) :], len(opening.prompt))
+        for i, opening in enumerate(openings)
     ]

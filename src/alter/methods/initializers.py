@@ -5,6 +5,7 @@ weight, so that the model is unchanged before training. Here the frozen weight s
 trained factors next to a frozen, negated copy of where they started (`residual_pair`), which computes the same function
 of the same trained factors, since (W - s B0 A0) + s B A = W + s (B A - B0 A0). So "adapter off" is the original model,
 one file holds both parts, and it is an ordinary LoRA of twice the rank that merges and loads on the original base.
+`INITIALIZERS` holds them by name and is open to plugins (`alter.core.plugins`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from alter.core.plugins import OneOf, Registry, kinds
+
 EPSILON = 1e-5
 """Added to retain importance and to row weights, as in the code of FILA and VILA."""
 FLOOR = 1e-4
@@ -28,10 +31,6 @@ class Factors(NamedTuple):
 
     A: Tensor
     B: Tensor
-
-    def residual(self, weight: Tensor, scaling: float) -> Tensor:
-        """What a residual-base implementation freezes: W - s B A [out, in]."""
-        return weight - scaling * self.B @ self.A
 
 
 class Statistics(Protocol):
@@ -85,6 +84,11 @@ class Initializer(BaseModel, ABC):
     def retain_rows(self, forget_rows: int) -> int:
         """How many retain rows are drawn: for one epoch of the schedule, as many as forget rows."""
         return forget_rows
+
+    @property
+    def weight_away(self) -> float:
+        """Weight of sum over layers of |B^T P|_F^2, for the directions P that `start` keeps B away from."""
+        return 0.0
 
     @abstractmethod
     def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:
@@ -191,6 +195,10 @@ class Reglu(Initializer):
         """As many as outputs are taken of."""
         return self.rows
 
+    @property
+    def weight_away(self) -> float:
+        return self.penalty
+
     def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:
         """Compute the factors, and the retain directions P [out, k] that B is kept away from.
 
@@ -208,7 +216,9 @@ class Reglu(Initializer):
         }
 
 
-AnyInitializer = Annotated[Zero | Fila | Vila | Reglu, Field(discriminator="kind")]
+INITIALIZERS: Registry[type[Initializer]] = Registry("initializer", kinds(Zero, Fila, Vila, Reglu))
+"""Initializers by kind."""
+AnyInitializer = Annotated[Initializer, OneOf(INITIALIZERS)]
 
 
 def fisher_ratio(forget: Tensor, retain: Tensor) -> Tensor:

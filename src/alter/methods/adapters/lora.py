@@ -183,7 +183,7 @@ class Lora(Adapter):
                     found[name.removeprefix("base_model.model.").partition(f".{kind}.")[0]] = parameter
         if away:
             terms = [(away[name].t().to(p), p, False) for name, p in by_layer["lora_B"].items()]
-            return Penalty(run.initializer.penalty, terms, self.r)
+            return Penalty(run.initializer.weight_away, terms, self.r)
         if former is None:
             return None
         terms = [

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from alter.core.plugins import OneOf, Registry, kinds
 from alter.methods.objectives.answers import PreferInvented, PreferRefusal, RandomLabels, Refuse, Substitute
-from alter.methods.objectives.base import Needs, Objective
+from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.hidden import KeepHidden, Misdirect
 from alter.methods.objectives.likelihood import (
     NPO,
@@ -95,6 +95,7 @@ __all__ = [
     "Uniform",
     "WeightedAscent",
     "WithoutTruth",
+    "Writing",
     "divergence",
     "mean_or_zero",
     "row_means",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from alter.methods.objectives.base import Needs, Objective
+from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.tokens import Emitted, Labelled, mean_or_zero, true_and_runner_up
 
 
@@ -28,7 +28,10 @@ class PreferRefusal(Objective):
 
     kind: Literal["prefer_refusal"] = "prefer_refusal"
     beta: float = Field(0.1, gt=0, description="Inverse temperature.")
-    needs: ClassVar[Needs] = Needs(base_logp=True, alternative="refusal")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(base_logp=True, alternative="refusal")
 
     def __call__(self, tokens: Labelled) -> Tensor:
         other = tokens.alternative
@@ -50,7 +53,10 @@ class PreferInvented(PreferRefusal):
 
     kind: Literal["prefer_invented"] = "prefer_invented"  # type: ignore[assignment]
     new_tokens: int = Field(200, ge=1, description="Longest answer that is made up.")
-    needs: ClassVar[Needs] = Needs(base_logp=True, alternative="invented")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(base_logp=True, alternative="invented", writing=Writing(self.new_tokens))
 
 
 class Refuse(Objective):

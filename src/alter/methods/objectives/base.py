@@ -15,6 +15,21 @@ from alter.methods.objectives.tokens import Emitted, Labelled
 
 
 @dataclass(frozen=True)
+class Writing:
+    """How the base writes the rows that an objective learns in place of the forget rows.
+
+    Attributes:
+        new_tokens: most tokens of a row.
+        guidance: ELM's tilt: how far to go from an expert's words to a novice's.
+        temperature: divides the logits.
+    """
+
+    new_tokens: int
+    guidance: float = 0.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
 class Needs:
     """What an objective with its settings must be given; the trainer computes exactly this and nothing else.
 
@@ -29,7 +44,9 @@ class Needs:
         alternative: the forget rows once more: with a "refusal" as the answer, with "random_labels", with a "diversion"
             (a change of subject that the base itself wrote), with the row's own column "substitute" as the answer, or with
             another answer that the base has "invented".
+        writing: how the base writes a "diversion" or an "invented" answer.
         instruction: what the view "instructed" says before each row.
+        concept: what the personas of the views "expert" and "novice" know all or nothing about.
         prompts: every token of a retain row is labelled, those of its prompt too.
         entropy: the tokens' entropies tell high from low ones (`Labelled.high`), which needs an adapter that routes.
         depth: hidden states at the block nearest to this share of the model's depth.
@@ -43,7 +60,9 @@ class Needs:
     views: tuple[str, ...] = ()
     base_logp: bool = False
     alternative: Literal["refusal", "random_labels", "diversion", "substitute", "invented"] | None = None
+    writing: Writing | None = None
     instruction: str | None = None
+    concept: str | None = None
     prompts: bool = False
     entropy: bool = False
     depth: float | None = None

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from alter.methods.objectives.answers import learn_alternative
-from alter.methods.objectives.base import Needs, Objective
+from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.tokens import (
     Emitted,
     Labelled,
@@ -167,7 +167,12 @@ class Persona(Objective):
     guidance: float = Field(3.0, ge=0, description="Strength of the tilt while the diversion is written.")
     new_tokens: int = Field(100, ge=1, description="Length of the diversion.")
     concept: str = Field("the subject of this text", description="What the personas know all or nothing about.")
-    needs: ClassVar[Needs] = Needs(views=("base", "expert", "novice"), alternative="diversion")
+
+    @property
+    def needs(self) -> Needs:
+        writing = Writing(self.new_tokens, self.guidance, self.temperature)
+        views = ("base", "expert", "novice")
+        return Needs(views=views, alternative="diversion", writing=writing, concept=self.concept)
 
     def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
         logp = {name: torch.log_softmax(view / self.temperature, dim=-1) for name, view in views.items()}
