@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alter
 from alter.core.errors import UserError
+from alter.data.batching import LengthBatches
 from alter.data.encoding import encode_prompt
 from alter.data.examples import load_examples
 from alter.training import finetune as module
-from alter.training.finetune import Finetune, LengthBatches, finetune, pack, weighted_loss
+from alter.training.finetune import Finetune, finetune, pack, weighted_loss
 
 ASSETS = Path(alter.__file__).parent / "assets"
 TINY = {

@@ -22,9 +22,11 @@ from alter.data.examples import examples, load_examples
 from alter.evaluation.tofu import fingerprint
 from alter.models.loading import load_model
 from alter.training import folder, loss, preparation, watch
+from alter.training import watcher as watching
+from alter.training.rules import KeepLast, LikeRetrained, LikeUnseen, rows_needed, told_apart
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-from alter.training.watch import KeepLast, LikeRetrained, LikeUnseen, Watch, rows_needed, told_apart
+from alter.training.watch import Watch
 from pico import byte_tokenizer, pico, run_on, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy", "Di"]
@@ -345,7 +347,7 @@ def test_a_check_is_what_separate_passes_give(data, tmp_path, column):
     assert len(left) == 33
     assert not {row.prompt for row in left} & {row.prompt for row in watched.retain}
     model, tokenizer = load_model(run.model, device="cpu")
-    watcher = watch.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
+    watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
     got = watcher.measure(model)
 
     def one(example, answer=None):
@@ -398,13 +400,13 @@ def test_calibration_counts_the_loss_beyond_another_models(data, tmp_path):
     # the other way round, so that no score is at its end: how the blank model looks beside the one that knows
     run = settings(data, tmp_path, by_holdout(data, calibrate=str(data / "model")))
     model, tokenizer = load_model(str(data / "unseen"), device="cpu")
-    watcher = watch.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
+    watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
     got = watcher.measure(model)
     other, _ = load_model(str(data / "model"), device="cpu")
 
     def logprobs(network, rows):
         encoded = [encode(tokenizer, row) for row in rows]
-        found = [watch.score(network, [row], pad_token_id=257, progress=False).logprob[0] for row in encoded]
+        found = [watching.score(network, [row], pad_token_id=257, progress=False).logprob[0] for row in encoded]
         return [values[:-1].tolist() for values in found]
 
     both = {
@@ -419,7 +421,7 @@ def test_calibration_counts_the_loss_beyond_another_models(data, tmp_path):
         assert auc != told_apart(*([naive(x) for x, _ in both[name]] for name in ("forget", "holdout")))[0]
     changed = byte_tokenizer(eos_token="<unused258>")
     with pytest.raises(UserError, match="other tokens than the model"):
-        watch.Watcher(run.watch, watched, changed, max_length=128, folder=tmp_path, device="cpu")
+        watching.Watcher(run.watch, watched, changed, max_length=128, folder=tmp_path, device="cpu")
 
 
 def test_a_check_leaves_modes_and_generators_alone(data, tmp_path):
@@ -431,7 +433,7 @@ def test_a_check_leaves_modes_and_generators_alone(data, tmp_path):
     model.train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    watcher = watch.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
+    watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
 
     def draw():
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
@@ -446,11 +448,11 @@ def test_a_check_leaves_modes_and_generators_alone(data, tmp_path):
     assert 0 <= got["leak@1"] <= got["leak@2"] <= got["leak@3"] <= 1
     assert draw() == expected
     assert [module.training for module in model.modules()] == modes
-    with watch.undisturbed():
+    with watching.undisturbed():
         draw()
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(5)
-    with watch.undisturbed():
+    with watching.undisturbed():
         draw()
     assert draw() == expected
 
@@ -521,7 +523,7 @@ def test_the_holdout_rule_stops_and_the_adapter_is_that_of_its_step(data, stoppe
     sets = [load_examples(path, domain_column=column) for path, column in ((run.forget, "who"), (run.retain, None))]
     watched, _ = watch.read_watched(run.watch, *sets, domain_column="who", seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(run.model, str(stopped / "adapter"), device="cpu")
-    watcher = watch.Watcher(run.watch, watched, tokenizer, max_length=128, folder=stopped, device="cpu")
+    watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=stopped, device="cpu")
     for name, value in watcher.measure(model).items():
         assert value == pytest.approx(last[name], rel=1e-4), name
 
@@ -630,10 +632,10 @@ def test_the_reference_rule_keeps_the_step_nearest_to_the_retrained_model(data, 
     sets = [load_examples(path) for path in (run.forget, run.retain)]
     watched, _ = watch.read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(str(data / "unseen"), device="cpu")
-    watcher = watch.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
-    scores = watch.score(model, watcher.encoded, pad_token_id=257, progress=False)
-    rated = watch.metrics.average_loss(scores[watcher.where["forget_rated"]].logprob).reshape(len(rows), -1)
-    ratios = watch.metrics.truth_ratio(rated[:, 0], rated[:, 1:])
+    watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
+    scores = watching.score(model, watcher.encoded, pad_token_id=257, progress=False)
+    rated = watching.metrics.average_loss(scores[watcher.where["forget_rated"]].logprob).reshape(len(rows), -1)
+    ratios = watching.metrics.truth_ratio(rated[:, 0], rated[:, 1:])
     path = records_of(tmp_path / "retrained.json", ratios, rows)
     given = {
         "every_steps": 2,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,3 +57,48 @@ class Collator:
 
     def _slots(self, length: int, longest: int) -> slice:
         return slice(0, length) if self.side == "right" else slice(longest - length, longest)
+
+
+def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Group row numbers, longest rows first, so that rows x longest length stays within `tokens` (or is one row's)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+class LengthBatches:
+    """Batches of rows of similar length, in an order that depends on nothing but the seed and the epoch.
+
+    The rows are shuffled, stretches of 50 batches sorted by length, and the batches shuffled again: little padding, and
+    the same number of batches in every epoch. Given a Trainer, each pass is of the epoch that it has come to.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, trainer: Any = None) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.trainer is not None:
+            # a whole number at the start of an epoch, and when resuming within one its number rounded down
+            self.epoch = int((self.trainer.state.epoch or 0) + 1e-9)
+        draw = random.Random(f"{self.seed}/{self.epoch}")
+        order = list(range(len(self.lengths)))
+        draw.shuffle(order)
+        stretch = 50 * self.batch_size
+        rows: list[int] = []
+        for start in range(0, len(order), stretch):
+            rows += sorted(order[start : start + stretch], key=lambda row: self.lengths[row])
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        draw.shuffle(batches)
+        yield from batches

@@ -232,36 +232,15 @@ def encode(
         if eos is None:
             raise UserError("The tokenizer has no end-of-sequence token; set eos_token in it.")
         chat = bool(tokenizer.chat_template) and example.kind != "completion"
-        ends = {eos} if compat or not chat else {eos, end_of_turn(tokenizer)} - {None}
         head = ""
         if chat:
-            turns = _turns(tokenizer, example, prompt, compat)
-            reply = {"role": "assistant", "content": labelled}
-            if example.reply is not None and answer is None:
-                reply = _written(tokenizer, example.reply)
-            opening = _render(tokenizer, turns, generation=True)
-            whole = _render(tokenizer, [*turns, reply], generation=False)
-            start, ids = _rendered_ids(tokenizer, opening), _rendered_ids(tokenizer, whole)
-            if not compat:
-                head = _head(tokenizer, turns, opening, whole, str(reply["content"]))
-                head = "" if head == opening else head
+            start, ids, head = _as_chat(tokenizer, example, answer, prompt, compat)
         else:
-            opening, whole = _plain(example, prompt, labelled)
-            start = _ids(tokenizer, f"{opening} " if compat and example.kind != "completion" else opening)
-            ids = _ids(tokenizer, whole)
-            # some tokenizers close every text themselves; a prompt that is to be continued must stay open
-            if start[-1:] == [eos] and len(start) > 1:
-                start = start[:-1]
+            start, ids = _as_plain(tokenizer, example, labelled, prompt, compat)
+        ends = {eos} if compat or not chat else {eos, end_of_turn(tokenizer)} - {None}
         length = len(start)
         if not compat:
-            length = _common(start, ids)
-            if len(start) - length > MERGED_TOKENS:
-                raise UserError(
-                    f"The tokenizer's chat template writes the prompt of {example.name} differently when an "
-                    f"answer follows ({len(start) - length} of {len(start)} tokens differ): no boundary can be found."
-                )
-            if head:
-                length = _common(_rendered_ids(tokenizer, head), ids)
+            length = _answer_begins(tokenizer, example.name, start, ids, head)
             closing = [place for place in range(length, len(ids)) if ids[place] in ends]
             if closing and not tokenizer.decode(ids[closing[-1] + 1 :]).strip():
                 ids = ids[: closing[-1] + 1]
@@ -275,6 +254,50 @@ def encode(
             f"max_length {max_length}); raise max_length or shorten the prompt."
         )
     return Encoded(ids, [IGNORE] * length + ids[length:], length)
+
+
+def _as_chat(
+    tokenizer: Any, example: Example, answer: str | None, prompt: str | None, compat: bool
+) -> tuple[list[int], list[int], str]:
+    """Tokens before the answer and of the whole, by the chat template, and the text that it puts before the answer.
+
+    That text is "" where it is the turns before the answer and no more.
+    """
+    turns = _turns(tokenizer, example, prompt, compat)
+    reply: dict[str, Any] = {"role": "assistant", "content": example.answer if answer is None else answer}
+    if example.reply is not None and answer is None:
+        reply = _written(tokenizer, example.reply)
+    opening = _render(tokenizer, turns, generation=True)
+    whole = _render(tokenizer, [*turns, reply], generation=False)
+    head = opening if compat else _head(tokenizer, turns, opening, whole, str(reply["content"]))
+    return _rendered_ids(tokenizer, opening), _rendered_ids(tokenizer, whole), "" if head == opening else head
+
+
+def _as_plain(
+    tokenizer: Any, example: Example, answer: str, prompt: str | None, compat: bool
+) -> tuple[list[int], list[int]]:
+    """Tokens before the answer and of the whole, without a chat template."""
+    opening, whole = _plain(example, prompt, answer)
+    start = _ids(tokenizer, f"{opening} " if compat and example.kind != "completion" else opening)
+    # some tokenizers close every text themselves; a prompt that is to be continued must stay open
+    if start[-1:] == [tokenizer.eos_token_id] and len(start) > 1:
+        start = start[:-1]
+    return start, _ids(tokenizer, whole)
+
+
+def _answer_begins(tokenizer: Any, name: str, start: Sequence[int], ids: Sequence[int], head: str) -> int:
+    """The place of the answer's first token among `ids`, which begin as `start` does, or as `head` if there is one.
+
+    Raises:
+        UserError: the template writes the prompt differently where an answer follows.
+    """
+    length = _common(start, ids)
+    if len(start) - length > MERGED_TOKENS:
+        raise UserError(
+            f"The tokenizer's chat template writes the prompt of {name} differently when an "
+            f"answer follows ({len(start) - length} of {len(start)} tokens differ): no boundary can be found."
+        )
+    return _common(_rendered_ids(tokenizer, head), ids) if head else length
 
 
 def _common(start: Sequence[Any], ids: Sequence[Any]) -> int:

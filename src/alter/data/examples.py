@@ -188,6 +188,28 @@ def examples(rows: Sequence[Mapping[str, Any]], *, domain_column: str | None = N
         raise UserError("There are no rows; expected at least one.")
     if not all(isinstance(row, Mapping) for row in rows):
         raise UserError("A row is no object with named columns.")
+    found = _kinds_of(rows)
+    if domain_column is not None:
+        _check_domains(rows, domain_column)
+    for kind, columns in dict.fromkeys(found):
+        own = [n for n, each in enumerate(found) if each == (kind, columns)]
+        for column in columns:
+            _check(rows, own, column, kind)
+    result = []
+    for number, (row, (kind, columns)) in enumerate(zip(rows, found, strict=True)):
+        domain = None if domain_column is None else str(row[domain_column])
+        place = getattr(row, "place", "")
+        made = _fields(row, kind, columns, place or f"Row {number}")
+        result += [Example(kind=kind, domain=domain, index=number, place=place, **fields) for fields in made]
+    return result
+
+
+def _kinds_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Kind and columns of each row.
+
+    Raises:
+        UserError: a row has no known columns.
+    """
     first = _kind(rows[0], None)
     kinds = [_kind(row, first) for row in rows]
     if None in kinds:
@@ -198,39 +220,34 @@ def examples(rows: Sequence[Mapping[str, Any]], *, domain_column: str | None = N
             f"{where}Columns {', '.join(map(repr, rows[number]))} are not a known kind of row; expected {choices}. A source "
             "may name its own, as in rows.csv@question=Frage,answer=Antwort."
         )
-    if domain_column is not None:
-        without = [number for number, row in enumerate(rows) if row.get(domain_column) is None]
-        if len(without) == len(rows):
-            near = nearest(domain_column, rows[0])
-            raise UserError(f"No column {domain_column!r}.{near} Columns: {', '.join(map(repr, rows[0]))}.")
-        if without:
-            raise UserError(f"{_named(rows, without)} have no value in the domain column {domain_column!r}.")
-    found = [each for each in kinds if each is not None]
-    for kind, columns in dict.fromkeys(found):
-        own = [n for n, each in enumerate(found) if each == (kind, columns)]
-        for column in columns:
-            _check(rows, own, column, kind)
-    result = []
-    for number, (row, (kind, columns)) in enumerate(zip(rows, found, strict=True)):
-        domain = None if domain_column is None else str(row[domain_column])
-        place = getattr(row, "place", "")
-        common: dict[str, Any] = {"kind": kind, "domain": domain, "index": number, "place": place}
-        if kind == "messages":
-            made = _chat(row, columns[0], place or f"Row {number}")
-        elif kind == "text":
-            pieces = cut(row["text"], TEXT_CHARACTERS)
-            rest = [{**row, "text": piece} for piece in pieces] if len(pieces) > 1 else [dict(row)]
-            made = [
-                {"prompt": None, "answer": piece, "row": own}
-                for piece, own in zip(pieces, rest, strict=True)
-                if piece.strip()
-            ]
-        else:
-            more = row.get("input", row.get("context")) if columns[0] == "instruction" else None
-            prompt = row[columns[0]] + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
-            made = [{"prompt": prompt, "answer": row[columns[1]], "row": dict(row)}]
-        result += [Example(**common, **fields) for fields in made]
-    return result
+    return [each for each in kinds if each is not None]
+
+
+def _check_domains(rows: Sequence[Mapping[str, Any]], column: str) -> None:
+    """Refuse rows that have nothing in the domain column."""
+    without = [number for number, row in enumerate(rows) if row.get(column) is None]
+    if len(without) == len(rows):
+        near = nearest(column, rows[0])
+        raise UserError(f"No column {column!r}.{near} Columns: {', '.join(map(repr, rows[0]))}.")
+    if without:
+        raise UserError(f"{_named(rows, without)} have no value in the domain column {column!r}.")
+
+
+def _fields(row: Mapping[str, Any], kind: str, columns: Sequence[str], where: str) -> list[dict[str, Any]]:
+    """The fields of each example that a row gives."""
+    if kind == "messages":
+        return _chat(row, columns[0], where)
+    if kind == "text":
+        pieces = cut(row["text"], TEXT_CHARACTERS)
+        rest = [{**row, "text": piece} for piece in pieces] if len(pieces) > 1 else [dict(row)]
+        return [
+            {"prompt": None, "answer": piece, "row": own}
+            for piece, own in zip(pieces, rest, strict=True)
+            if piece.strip()
+        ]
+    more = row.get("input", row.get("context")) if columns[0] == "instruction" else None
+    prompt = row[columns[0]] + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
+    return [{"prompt": prompt, "answer": row[columns[1]], "row": dict(row)}]
 
 
 def _check(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int], column: str, kind: str) -> None:

@@ -29,7 +29,7 @@ from alter.core.errors import UserError
 from alter.core.files import digest, to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.core.records import Record, write_records
-from alter.data.batching import Collator
+from alter.data.batching import Collator, LengthBatches
 from alter.data.examples import Example
 from alter.distillation.noise import add_noise
 from alter.distillation.rows import KINDS, Lesson, lesson, read_rows, sample
@@ -41,7 +41,6 @@ from alter.logits.head import measuring
 from alter.models.guards import is_form
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import context_length
-from alter.training.finetune import LengthBatches
 from alter.training.folder import (
     check_finite,
     check_inputs,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alter.core.console import progress
-from alter.data.batching import Collator
+from alter.data.batching import Collator, batches_by_length
 from alter.logits.head import Head, Part
 from alter.models.scoring import evaluating
 
@@ -70,13 +70,7 @@ class Teacher:
 
     def keep(self, rows: Sequence[list[int]], counted: Sequence[int]) -> None:
         """Pass all rows through the teacher once, and keep the states on the CPU."""
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        batches: list[list[int]] = []
-        for i in order:
-            if batches and (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) <= BATCH_TOKENS:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
+        batches = batches_by_length([len(row) for row in rows], BATCH_TOKENS)
         found: dict[int, Tensor] = {}
         for batch in progress(batches, total=len(batches), label="teacher"):
             made = self.states([rows[i] for i in batch], [counted[i] for i in batch])

@@ -28,11 +28,10 @@ from alter.core import console, files, records
 from alter.core.errors import UserError
 from alter.core.provenance import stamped
 from alter.core.records import Record
-from alter.data.batching import Collator
+from alter.data.batching import Collator, batches_by_length
 from alter.data.encoding import Encoded, encode
 from alter.data.examples import Example, load_examples
 from alter.logits.entropy import check_order, entropy_from_logits, max_entropy, threshold_from_quantile
-from alter.methods.frozen import batches_by_length
 from alter.models import gguf
 from alter.models.loading import load_model, shipped_model
 from alter.models.quantized import Bits

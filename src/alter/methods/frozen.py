@@ -22,7 +22,7 @@ from alter.adapter import AlterModel, Trace
 from alter.core import processes
 from alter.core.console import progress
 from alter.core.tensors import keep, kept
-from alter.data.batching import Collator
+from alter.data.batching import Collator, batches_by_length
 from alter.data.encoding import Encoded
 from alter.logits.entropy import chunk_rows
 from alter.logits.head import Head, standing_in
@@ -109,18 +109,6 @@ def states_of(depth: Depth | None, alone: bool = False) -> Iterator[list[Tensor]
             yield seen
     finally:
         handle.remove()
-
-
-def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Group row numbers of similar length so that rows x longest length stays within `tokens` (at least one row)."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    groups: list[list[int]] = []
-    for index in order:
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
 
 
 def labelled(labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alter.core import processes
 from alter.core.errors import UserError
+from alter.data.batching import Collator
 from alter.data.encoding import end_of_turn, ensure_pad_token
 from alter.models.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
 
@@ -49,6 +51,52 @@ def check_prompts(
             )
 
 
+@dataclass(frozen=True)
+class _Decoding:
+    """How replies are decoded.
+
+    Attributes:
+        settings: what `model.generate` is told.
+        stop: tokens that end a reply.
+        new_tokens: most tokens of a reply.
+        whole: a reply is made by one call of `model.generate`.
+    """
+
+    settings: dict[str, Any]
+    stop: set[int]
+    new_tokens: int
+    whole: bool
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, new_tokens: int, settings: dict[str, Any], whole: bool) -> _Decoding:
+        """Decoding by some settings of `model.generate`; `whole`: they look at the whole reply."""
+        stop = stop_ids(model, tokenizer)
+        own = _inner(model).generation_config
+        # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
+        whole = whole or own.min_new_tokens is not None or own.cache_implementation is not None
+        settings = settings | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
+        if stop:
+            settings["eos_token_id"] = sorted(stop)
+        return cls(settings, stop, new_tokens, whole)
+
+    @property
+    def segment(self) -> int:
+        """Tokens after which the rows that have ended leave the batch."""
+        return self.new_tokens if self.whole else SEGMENT
+
+
+def _padded(
+    prompts: Sequence[list[int]], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return left-padded prompts [B, T] and their attention mask."""
+    batch = Collator(pad_token_id, side="left")([{"input_ids": prompt} for prompt in prompts])
+    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
+
+
+def _decoded(tokenizer: Any, replies: Sequence[list[int]]) -> list[str]:
+    return [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -81,39 +129,25 @@ def generate(
     """
     check_prompts(model, prompts, max_new_tokens)
     ensure_pad_token(tokenizer)
-    stop = stop_ids(model, tokenizer)
-    own = _inner(model).generation_config
-    # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
-    whole = bool(sampling) or own.min_new_tokens is not None or own.cache_implementation is not None
-    segment = max_new_tokens if whole else SEGMENT
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    settings: dict[str, Any] = greedy | sampling | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
-    if stop:
-        settings["eos_token_id"] = sorted(stop)
+    decoding = _Decoding.of(model, tokenizer, max_new_tokens, greedy | sampling, whole=bool(sampling))
     device = _device(model)
     likely = [0] * len(prompts) if expected_lengths is None else expected_lengths
     order = sorted(range(len(prompts)), key=lambda i: (-likely[i], -len(prompts[i]), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     # a batch of samples has a seed of its own, so that what it says does not depend on the batches before it
-    drawn = int(torch.randint(2**62, (1,))) if settings["do_sample"] else None
+    drawn = int(torch.randint(2**62, (1,))) if decoding.settings["do_sample"] else None
     seed = processes.from_first(lambda: drawn)
     devices = [device] if device.type == "cuda" else []
 
     def run(number: int) -> list[str]:
-        batch = batches[number]
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for k, i in enumerate(batch):
-            ids[k, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[k, width - len(prompts[i]) :] = 1
+        ids, mask = _padded([prompts[i] for i in batches[number]], tokenizer.pad_token_id, device)
         if compat:
             mask = (ids != tokenizer.pad_token_id).long()
         with torch.random.fork_rng(devices=devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed + number)
-            replies = _continue(model, ids.to(device), mask.to(device), stop, max_new_tokens, segment, settings)
-        return [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
+            return _decoded(tokenizer, _continue(model, ids, mask, decoding))
 
     texts = [""] * len(prompts)
     with evaluating(model):
@@ -157,24 +191,8 @@ def sample(
     """
     check_prompts(model, prompts, max_new_tokens)
     ensure_pad_token(tokenizer)
-    stop = stop_ids(model, tokenizer)
-    own = _inner(model).generation_config
-    whole = own.min_new_tokens is not None or own.cache_implementation is not None
-    segment = max_new_tokens if whole else SEGMENT
-    settings: dict[str, Any] = {
-        "do_sample": True,
-        "num_beams": 1,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": 0,
-        "pad_token_id": tokenizer.pad_token_id,
-        "use_cache": True,
-    }
-    if stop:
-        settings["eos_token_id"] = sorted(stop)
-    warp = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
-    if top_p < 1:
-        warp.append(TopPLogitsWarper(top_p))
+    chosen = {"do_sample": True, "num_beams": 1, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    decoding = _Decoding.of(model, tokenizer, max_new_tokens, chosen, whole=False)
     device = _device(model)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     together, each = max(1, batch_size // count), min(count, batch_size)
@@ -183,31 +201,11 @@ def sample(
         for start in range(0, len(order), together)
         for done in range(0, count, each)
     ]
-    devices = [device] if device.type == "cuda" else []
 
     def run(number: int) -> list[list[str]]:
         batch, copies = batches[number]
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for k, i in enumerate(batch):
-            ids[k, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[k, width - len(prompts[i]) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        # read before the seed is set: whether caches are shared changes no draw
-        read = None if whole else _read(model, ids, mask, settings)
-        ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed * 1_000_003 + number)
-            begun = None
-            if read is not None:
-                cache, scores = read
-                cache.batch_repeat_interleave(copies)
-                scores = warp(ids, scores.repeat_interleave(copies, dim=0))
-                first = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
-                begun = torch.cat([ids, first], dim=1), cache
-            replies = _continue(model, ids, mask, stop, max_new_tokens, segment, settings, begun)
-        texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
+        ids, mask = _padded([prompts[i] for i in batch], tokenizer.pad_token_id, device)
+        texts = _decoded(tokenizer, _drawn(model, ids, mask, copies, decoding, seed * 1_000_003 + number))
         return [texts[k * copies : (k + 1) * copies] for k in range(len(batch))]
 
     found: list[list[str]] = [[] for _ in prompts]
@@ -217,6 +215,29 @@ def sample(
             for i, texts in zip(batch, replies, strict=True):
                 found[i] += texts
     return found
+
+
+def _drawn(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, copies: int, decoding: _Decoding, seed: int
+) -> list[list[int]]:
+    """Return `copies` sampled replies to each of the left-padded prompts [B, T], one prompt after the other."""
+    temperature, top_p = decoding.settings["temperature"], decoding.settings["top_p"]
+    warp = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
+    if top_p < 1:
+        warp.append(TopPLogitsWarper(top_p))
+    # read before the seed is set: whether caches are shared changes no draw
+    read = None if decoding.whole else _read(model, ids, mask, decoding.settings)
+    ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
+    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        begun = None
+        if read is not None:
+            cache, scores = read
+            cache.batch_repeat_interleave(copies)
+            scores = warp(ids, scores.repeat_interleave(copies, dim=0))
+            first = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+            begun = torch.cat([ids, first], dim=1), cache
+        return _continue(model, ids, mask, decoding, begun)
 
 
 def _read(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -240,16 +261,13 @@ def _continue(
     model: Any,
     ids: torch.Tensor,
     mask: torch.Tensor,
-    stop: set[int],
-    max_new_tokens: int,
-    segment: int,
-    settings: dict[str, Any],
+    decoding: _Decoding,
     begun: tuple[torch.Tensor, Any] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row of left-padded prompts [B, T], up to its first stop token.
 
     `begun` is the prompts with a first new token, [B, T + 1], and the cache of the prompts, where they are known already.
-    After every `segment` tokens, rows that have ended leave the batch, keys and values included, where the cache allows
+    After every `decoding.segment` tokens, rows that have ended leave the batch, keys and values included, where the cache allows
     it (see `can_drop_rows`); else they stay, and what follows their end is not looked at.
     """
     replies: list[list[int]] = [[] for _ in ids]
@@ -262,10 +280,10 @@ def _continue(
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=min(segment, max_new_tokens - done),
+                max_new_tokens=min(decoding.segment, decoding.new_tokens - done),
                 return_dict_in_generate=True,
                 **carried,
-                **settings,
+                **decoding.settings,
             )
             begun = out.sequences, out.get("past_key_values")
         (whole, cache), begun = begun, None
@@ -273,10 +291,10 @@ def _continue(
         done += new.shape[1]
         for row, tokens in zip(rows, new.tolist(), strict=True):
             if not ended[row]:
-                end = next((t for t, token in enumerate(tokens) if token in stop), None)
+                end = next((t for t, token in enumerate(tokens) if token in decoding.stop), None)
                 replies[row] += tokens[:end]
                 ended[row] = end is not None
-        if all(ended) or done >= max_new_tokens:
+        if all(ended) or done >= decoding.new_tokens:
             return replies
         ids, mask = whole, torch.cat([mask, torch.ones_like(new)], dim=1)
         carried = {} if cache is None else {"past_key_values": cache}

@@ -179,42 +179,14 @@ def load_model(
         choices = ["auto", "float32", "bfloat16", "float16"]
         raise UserError(f"No number format {dtype!r}: expected one of {', '.join(choices)}.{nearest(dtype, choices)}")
     place = _place(device)
-    model = shipped_model(model)
-    inside = memory.held(model)
-    if inside is not None and quantization is not None:
-        raise UserError("quantization is for models that are loaded by name: this one is in memory already.")
-    packed_file = None if inside is not None else gguf.place_of(model)
-    if packed_file is not None and quantization is not None:
-        raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
-    if inside is None and packed_file is None and _local(model):
-        model = _folder(model, "config.json", "model")
+    model, packed_file = _located(model, quantization)
     form = adapter is not None and is_form(adapter)
     if adapter is not None and _local(adapter) and not form:
         adapter = _folder(adapter, "adapter_config.json", "adapter")
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantization is not None:
         options = quantized.loading(quantization, dtype, place)
-    try:
-        if packed_file is not None:
-            network, tokenizer = gguf.load(packed_file, **options)
-        elif inside is None:
-            network, found = AutoModelForCausalLM.from_pretrained(
-                model, use_safetensors=True, output_loading_info=True, **options
-            )
-            _check_whole(network, model, found)
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        else:
-            network, tokenizer = _copied(inside, options["dtype"])
-    except UserError:
-        raise
-    except SafetensorError as error:
-        raise UserError(
-            f"The weights of the model {model!r} cannot be read ({error}): a file is cut off or broken. Copy it again."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
-        ) from error
+    network, tokenizer = _read(model, packed_file, options)
     packed = getattr(network, "hf_quantizer", None)
     if quantization is not None and packed is not None and packed.pre_quantized:
         raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
@@ -225,10 +197,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(adapter)
     ensure_pad_token(tokenizer)
     _pad_inside(network, tokenizer)
-    if adapter is not None and form:
-        network = load_form(network, adapter)
-    elif adapter is not None:
-        network = attach(network, adapter)
+    if adapter is not None:
+        network = load_form(network, adapter) if form else attach(network, adapter)
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(
@@ -236,6 +206,59 @@ def load_model(
                 "Take an earlier checkpoint, or train again with a lower learning rate."
             )
     return network.to(place).eval(), tokenizer
+
+
+def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.Place | None]:
+    """Return a model's name or folder, and where its GGUF file is, if that is what it is.
+
+    Raises:
+        UserError: there is no such folder, or it is in memory or quantised and `quantization` is asked for.
+    """
+    model = shipped_model(model)
+    if memory.held(model) is not None:
+        if quantization is not None:
+            raise UserError("quantization is for models that are loaded by name: this one is in memory already.")
+        return model, None
+    packed_file = gguf.place_of(model)
+    if packed_file is not None and quantization is not None:
+        raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
+    if packed_file is None and _local(model):
+        model = _folder(model, "config.json", "model")
+    return model, packed_file
+
+
+def _read(model: str, packed_file: gguf.Place | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return a model and its tokenizer from memory, a GGUF file, a folder or the hub.
+
+    Args:
+        model, packed_file: what `_located` gives.
+        options: number format and quantisation, as transformers takes them.
+
+    Raises:
+        UserError: there is none, or it is broken.
+    """
+    inside = memory.held(model)
+    if inside is not None:
+        return _copied(inside, options["dtype"])
+    try:
+        if packed_file is not None:
+            return gguf.load(packed_file, **options)
+        network, found = AutoModelForCausalLM.from_pretrained(
+            model, use_safetensors=True, output_loading_info=True, **options
+        )
+        _check_whole(network, model, found)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except UserError:
+        raise
+    except SafetensorError as error:
+        raise UserError(
+            f"The weights of the model {model!r} cannot be read ({error}): a file is cut off or broken. Copy it again."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
+        ) from error
+    return network, tokenizer
 
 
 def load_classifier(model: str, device: torch.device | str | None = None) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from alter.core import console, processes
 from alter.core.errors import UserError
+from alter.data.batching import Collator, batches_by_length
 from alter.data.encoding import Encoded
 
 MAX_LOGITS = 2**28
@@ -100,18 +101,6 @@ def _batch_tokens(chosen: int | None, device: torch.device) -> int:
     return chosen or (1024 if device.type == "cpu" else 16384)
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Split row numbers into batches of at most `batch_tokens` padded tokens (or one row), longest rows first."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 def check_rows(model: nn.Module, encoded: Sequence[Encoded], names: Sequence[str] | None = None) -> None:
     """Raise now what `score` would raise of these rows.
 
@@ -170,42 +159,17 @@ def score(
         UserError: a row has nothing to score, is longer than the model's context, or gets NaN logits.
     """
     check_rows(model, encoded)
-    device = _device(model)
-    slices_logits = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
-    lengths = [len(row.input_ids) for row in encoded]
-    tokens = max(1, min(_batch_tokens(batch_tokens, device), MAX_LOGITS // _text_config(model).vocab_size))
-    out: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(encoded) for _ in range(4)]
-    batches = _batches(lengths, tokens)
-    shift = virtual_tokens(model)
+    tokens = max(1, min(_batch_tokens(batch_tokens, _device(model)), MAX_LOGITS // _text_config(model).vocab_size))
+    batches = batches_by_length([len(row.input_ids) for row in encoded], tokens)
+    collate = Collator(pad_token_id)
 
     def run(batch: list[int]) -> list[npt.NDArray[Any]]:
-        width = lengths[batch[0]]
-        ids = torch.full((len(batch), width), pad_token_id)
-        labels = torch.full((len(batch), width), -100)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for k, i in enumerate(batch):
-            ids[k, : lengths[i]] = torch.tensor(encoded[i].input_ids)
-            labels[k, : lengths[i]] = torch.tensor(encoded[i].labels)
-            mask[k, : lengths[i]] = 1
+        inputs = collate([{"input_ids": encoded[i].input_ids, "labels": encoded[i].labels} for i in batch])
         if compat:
-            mask = (ids != pad_token_id).long()
-        predicts = labels[:, 1:] != -100
-        positions = predicts.any(dim=0).nonzero()[:, 0]
-        keep = {"logits_to_keep": positions.to(device) + shift} if slices_logits else {}
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep).logits
-        if not slices_logits:
-            logits = logits[:, positions.to(device) + shift]
-        rows, columns = predicts[:, positions].nonzero(as_tuple=True)
-        targets = labels[:, 1:][:, positions][rows, columns]
-        parts = _statistics(logits, rows.to(device), columns.to(device), targets.to(device), moments)
-        bad = rows.numpy()[np.isnan(parts[0])]
-        if len(bad):
-            raise UserError(
-                f"Row {batch[bad[0]]}: the model's logits are NaN; its weights or its number format ({logits.dtype}) are "
-                "broken. Try --dtype float32, or an earlier checkpoint."
-            )
-        return parts
+            inputs["attention_mask"] = (inputs["input_ids"] != pad_token_id).long()
+        return _scores_of(model, inputs, batch, moments)
 
+    out: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(encoded) for _ in range(4)]
     with evaluating(model):
         found = zip(batches, processes.spread(batches, run, model), strict=True)
         for batch, parts in _shown(found, len(batches), label, progress):
@@ -214,6 +178,40 @@ def score(
                 for i, piece in zip(batch, np.split(part, np.cumsum(counts)[:-1]), strict=True):
                     values[i] = piece
     return Scores(out[0], out[1], *(out[2:] if moments else (None, None)))
+
+
+def _logits_at(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, K, V] at K positions; the head runs on these alone, where the model supports it."""
+    places = positions.to(ids.device) + virtual_tokens(model)
+    sliced = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+    keep = {"logits_to_keep": places} if sliced else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
+    return logits if sliced else logits[:, places]
+
+
+def _scores_of(
+    model: Any, inputs: dict[str, torch.Tensor], numbers: Sequence[int], moments: bool
+) -> list[npt.NDArray[Any]]:
+    """Return what `_statistics` gives for the labelled tokens of a batch, one row after the other.
+
+    Raises:
+        UserError: a row, called by its number, gets NaN logits.
+    """
+    device = _device(model)
+    labels = inputs["labels"]
+    predicts = labels[:, 1:] != -100
+    positions = predicts.any(dim=0).nonzero()[:, 0]
+    logits = _logits_at(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), positions)
+    rows, columns = predicts[:, positions].nonzero(as_tuple=True)
+    targets = labels[:, 1:][:, positions][rows, columns]
+    parts = _statistics(logits, rows.to(device), columns.to(device), targets.to(device), moments)
+    bad = rows.numpy()[np.isnan(parts[0])]
+    if len(bad):
+        raise UserError(
+            f"Row {numbers[bad[0]]}: the model's logits are NaN; its weights or its number format ({logits.dtype}) are "
+            "broken. Try --dtype float32, or an earlier checkpoint."
+        )
+    return parts
 
 
 def _statistics(
@@ -270,31 +268,18 @@ def gradient_norms(
             not finite.
     """
     check_rows(model, encoded)
-    device = _device(model)
-    slices_logits = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    shift = virtual_tokens(model)
 
     def norms_of(i: int) -> npt.NDArray[np.float64]:
-        row = encoded[i]
-        places = [t - 1 for t in range(1, len(row.labels)) if row.labels[t] != -100][:-1]
-        if not places:
-            raise UserError(f"Row {i} has no labelled text, only an end: it has no gradient; remove the row.")
-        ids = torch.tensor([row.input_ids], device=device)
-        mask = (ids != pad_token_id).long() if compat else torch.ones_like(ids)
-        positions = torch.tensor(places, device=device)
-        keep = {"logits_to_keep": positions + shift} if slices_logits else {}
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits[0]
-        if not slices_logits:
-            logits = logits[positions + shift]
-        loss = nn.functional.cross_entropy(logits.float(), ids[0, positions + 1])
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        found = torch.autograd.grad(
+            _loss_but_the_last(model, encoded[i], i, pad_token_id if compat else None), weights, allow_unused=True
+        )
         sizes = torch.stack([torch.linalg.vector_norm(g.float()) for g in found if g is not None])
         if not sizes.isfinite().all():
             raise UserError(f"Row {i}: the gradient is not finite; try --dtype float32.")
         return sizes.double().cpu().numpy()
 
+    frozen = [weight for weight in weights if not weight.requires_grad]
     try:
         for weight in frozen:
             weight.requires_grad_(True)
@@ -304,6 +289,28 @@ def gradient_norms(
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
+
+
+def _loss_but_the_last(model: Any, row: Encoded, number: int, hidden: int | None) -> torch.Tensor:
+    """Return the mean negative log-probability of a row's labelled tokens but the last.
+
+    Args:
+        model: in eval mode.
+        row: of labelled tokens.
+        number: what an error calls it.
+        hidden: token that is kept from attention, if one is.
+
+    Raises:
+        UserError: no other token is labelled.
+    """
+    places = [t - 1 for t in range(1, len(row.labels)) if row.labels[t] != -100][:-1]
+    if not places:
+        raise UserError(f"Row {number} has no labelled text, only an end: it has no gradient; remove the row.")
+    ids = torch.tensor([row.input_ids], device=_device(model))
+    mask = torch.ones_like(ids) if hidden is None else (ids != hidden).long()
+    positions = torch.tensor(places, device=ids.device)
+    logits = _logits_at(model, ids, mask, positions)[0]
+    return nn.functional.cross_entropy(logits.float(), ids[0, positions + 1])
 
 
 def hidden_states(
@@ -329,18 +336,15 @@ def hidden_states(
     check_rows(model, encoded)
     device = _device(model)
     lengths = [len(row.input_ids) for row in encoded]
-    batches = _batches(lengths, batch_tokens or (4096 if device.type == "cpu" else 16384))
+    batches = batches_by_length(lengths, batch_tokens or (4096 if device.type == "cpu" else 16384))
+    collate = Collator(pad_token_id)
 
     def run(batch: list[int]) -> list[npt.NDArray[np.float32]]:
-        ids = torch.full((len(batch), lengths[batch[0]]), pad_token_id)
-        mask = torch.zeros_like(ids)
-        for k, i in enumerate(batch):
-            ids[k, : lengths[i]] = torch.tensor(encoded[i].input_ids)
-            mask[k, : lengths[i]] = 1
-        given = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "output_hidden_states": True}
+        inputs = collate([{"input_ids": encoded[i].input_ids} for i in batch])
+        given = {name: value.to(device) for name, value in inputs.items()}
         # opened for each batch: between two rows, the caller's own gradient mode holds
         with evaluating(model):
-            states = model(**given, use_cache=False).hidden_states
+            states = model(**given, output_hidden_states=True, use_cache=False).hidden_states
         rows = []
         for k, i in enumerate(batch):
             own = torch.stack([state[k, : lengths[i]].float() for state in states], dim=1)

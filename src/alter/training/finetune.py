@@ -7,7 +7,6 @@ texts, and it writes a model folder whole or not at all.
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import shutil
@@ -23,7 +22,7 @@ from alter.core.errors import UserError, nearest
 from alter.core.files import read_object, to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.core.running import check_free, claim
-from alter.data.batching import Collator
+from alter.data.batching import Collator, LengthBatches
 from alter.data.encoding import encode_all, ensure_pad_token
 from alter.data.examples import load_examples
 
@@ -207,39 +206,6 @@ def training_rows(settings: Finetune, tokenizer: PreTrainedTokenizerBase) -> lis
             weights = [settings.prompt_weight] * encoded.prompt_length + [1.0] * (len(ids) - encoded.prompt_length)
             rows.append({"input_ids": ids, "labels": ids, "weights": weights})
     return rows
-
-
-class LengthBatches:
-    """Batches of rows of similar length, in an order that depends on nothing but the seed and the epoch.
-
-    The rows are shuffled, stretches of 50 batches sorted by length, and the batches shuffled again: little padding, and
-    the same number of batches in every epoch. Given a Trainer, each pass is of the epoch that it has come to.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, trainer: Any = None) -> None:
-        self.lengths = list(lengths)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-        self.trainer = trainer
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        if self.trainer is not None:
-            # a whole number at the start of an epoch, and when resuming within one its number rounded down
-            self.epoch = int((self.trainer.state.epoch or 0) + 1e-9)
-        draw = random.Random(f"{self.seed}/{self.epoch}")
-        order = list(range(len(self.lengths)))
-        draw.shuffle(order)
-        stretch = 50 * self.batch_size
-        rows: list[int] = []
-        for start in range(0, len(order), stretch):
-            rows += sorted(order[start : start + stretch], key=lambda row: self.lengths[row])
-        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        draw.shuffle(batches)
-        yield from batches
 
 
 # ---------------------------------------------------------------------------------------------------------------------

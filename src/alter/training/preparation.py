@@ -30,7 +30,7 @@ from alter.training.data import Data, clusters
 from alter.training.folder import kept_tensors
 from alter.training.router import fit_router
 from alter.training.settings import BRANCHES, Unlearn, branch_needs, hidden_depth, steps_of
-from alter.training.watch import KEPT, Watcher
+from alter.training.watcher import KEPT, Watcher
 
 
 @dataclass(frozen=True)
