@@ -854,6 +854,17 @@ def test_fixed_number_and_its_limits():
         domains([])
 
 
+def test_sub_domains_are_named_after_what_sets_them_apart_as_it_is_written():
+    rows = [qa(f"Who is Ron Weasley of Potter, {i}?", "Ron is a friend of Potter.") for i in range(4)]
+    rows += [qa(f"What is Quidditch in Potter, {i}?", "Quidditch is a game of Potter.") for i in range(4)]
+    found, names = domains(rows, n=2)
+    assert found == [0] * 4 + [1] * 4
+    ours, theirs = (set(name.split(": ")[1].split(", ")) for name in names)
+    assert {"Ron", "Weasley"} <= ours
+    assert {"Quidditch", "game"} <= theirs
+    assert not {"Potter", "potter"} & (ours | theirs)
+
+
 def test_rows_that_cannot_be_divided():
     same = [qa("red blue", "green")] * 4
     assert domains(same) == ([0] * 4, ["all"])

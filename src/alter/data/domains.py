@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from alter.core import words
@@ -34,7 +35,8 @@ def domains(
 
     Returns:
         The sub-domain's index for each example, and a name for each sub-domain: its label, or its number and the three
-        terms of most weight.
+        terms whose mean weight, times how much more of its rows than of the others hold them, is largest, as they are mostly
+        written.
 
     Raises:
         UserError: `n` is below 1, above the number of rows, or differs from the number of labels.
@@ -97,9 +99,19 @@ def domains(
     order = list(dict.fromkeys(int(label) for label in best))
     indices = [order.index(int(label)) for label in best]
     terms = vectorizer.get_feature_names_out()
+    spelt: dict[str, Counter[str]] = {}
+    for text in texts:
+        for word in words.runs(text):
+            spelt.setdefault(word.casefold(), Counter())[word] += 1
     names = []
     for number in range(len(order)):
-        mean = np.asarray(weights[[row for row, index in enumerate(indices) if index == number]].mean(axis=0)).ravel()
-        heaviest = [str(terms[column]) for column in np.argsort(-mean, kind="stable")[:3]]
-        names.append(f"{number}: {', '.join(heaviest)}")
+        inside = np.array(indices) == number
+        own, others = (weights[np.flatnonzero(part)] for part in (inside, ~inside))
+        mean, share, elsewhere = (
+            np.asarray(part.mean(axis=0)).ravel() for part in (own, own.astype(bool), others.astype(bool))
+        )
+        # what all sub-domains speak of names none of them
+        heaviest = [str(terms[column]) for column in np.argsort(mean * (elsewhere - share), kind="stable")[:3]]
+        told = [spelt[term].most_common(1)[0][0] if term in spelt else term for term in heaviest]
+        names.append(f"{number}: {', '.join(told)}")
     return indices, names
