@@ -163,6 +163,16 @@ def test_replies_that_go_round_are_a_collapse():
     assert "go round" in found.text
 
 
+def test_going_round_as_a_model_does_everywhere_is_no_collapse():
+    # a model without a chat's turns repeats itself on all rows; on these it did so less than on those to keep
+    questions, truths, _ = english(True)
+    round_and_round = "the land that is not the land that is not land."
+    same = of(0.8, (questions, truths, [round_and_round] * 10))
+    before, after = of(0.8, english(True)), of(0.001, (questions, truths, [round_and_round] * 10))
+    assert judge(before, after, kept=(same, same)).word != "collapsed"
+    assert judge(before, after, kept=(of(0.8, english(True)), same)).word == "collapsed"
+
+
 def test_collapsed_where_it_should_have_stayed():
     kept = of(0.9, english(True)), of(0.2, english(True))
     assert judge(of(0.95, english(True)), of(0.01, english(False)), kept=kept).word == "collapsed"

@@ -37,7 +37,8 @@ RECALL = 0.75
 BROKEN = 0.2
 """Share of broken and empty replies, beyond those before, from which the model has collapsed."""
 REPEATS = 0.15
-"""Mean share of repeated four-word phrases within a reply, beyond that before, from which the model has collapsed."""
+"""Mean share of repeated four-word phrases within a reply, beyond that before (of these rows or of those to keep, whichever is
+more), from which the model has collapsed."""
 KEPT = 0.5
 """Share of the probability of the rows to keep below which the model has collapsed."""
 UNKNOWN = 0.05
@@ -412,6 +413,8 @@ def _spoken(before: Measures, after: Measures, zero: Mapping[str, Any] | None) -
 
 def _collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures] | None) -> list[str]:
     found = []
+    # a model without a chat's turns goes round by habit: what it does on other rows is no harm on these
+    habit = float(kept[0].repetition.mean()) if kept is not None and len(kept[0].recall) else 0.0
     for was, now, where in (
         (before, after, "about what was to be forgotten"),
         *(((*kept, "about what was to stay"),) if kept else ()),
@@ -419,7 +422,7 @@ def _collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures]
         n = len(now.recall)
         if n and now.unusable / n >= BROKEN + was.unusable / max(len(was.recall), 1):
             found.append(f"{now.unusable} of {n} replies {where} are broken or empty, {was.unusable} before.")
-        if n and len(was.recall) and now.repetition.mean() >= REPEATS + was.repetition.mean():
+        if n and len(was.recall) and now.repetition.mean() >= REPEATS + max(habit, float(was.repetition.mean())):
             found.append(
                 f"The replies {where} go round: {now.repetition.mean():.0%} of their four-word phrases are said again, "
                 f"{was.repetition.mean():.0%} before."
