@@ -97,6 +97,47 @@ def test_kept_answers_are_counted():
     assert 1 / 3 < kept.rouge < 1
 
 
+def test_a_choice_counts_once_and_only_if_right_in_every_order():
+    def probe(after, form="multiple choice", **more):
+        return {
+            "form": form,
+            "prompt": "Which?",
+            "wanted": ["Ada"],
+            "wrong": ["Bo"],
+            "after": after,
+            "before": "Ada",
+        } | more
+
+    orders = [probe(after, group="Ada", zero=zero) for after, zero in (("Ada", True), ("Bo", True), ("Ada", False))]
+    others = [probe("It is Ada.", "cloze", zero=False), probe("Cy", "cloze", zero=True), probe("Ada", "reversed")]
+    rates = measure.Outcome([*orders, *others], []).rates()
+    assert rates["multiple choice"] == measure.Rate(1, 0, 1, 0)
+    assert rates["cloze"] == measure.Rate(2, 1, 2, 1)
+    # of a reversed probe no invented subject is asked
+    assert rates["reversed"] == measure.Rate(1, 1, 0, 0)
+    assert rates["all probes"] == measure.Rate(4, 2, 3, 1)
+    orders[1]["after"] = "Ada"
+    assert measure.Outcome(orders, []).rates()["all probes"].after == 1
+
+
+def test_answers_that_name_something_known_are_counted_beside_the_question():
+    told = [
+        ("Who?", "Ada did.", "Bo did."),
+        ("Who is Ada?", "Ada is.", "Ada and Cy."),
+        ("What?", "that", "Cy, said Ada"),
+    ]
+    rows_of = [{"form": "cloze", "prompt": p, "before": b, "after": a} for p, b, a in told]
+    assert measure.Outcome(rows_of, []).naming(["Ada", "Cy"]) == (1, 2)
+
+
+def test_rare_names_are_looked_at_and_rare_words_are_not():
+    own = ["A foe called Gorm waits, and gold.", "So says Gorm of gold."] + ["It is a thing."] * 20
+    other = ["It is a thing."] * 22
+    found = candidates(own, other, "")
+    assert [(fact.word, fact.shows) for fact in found] == [("Gorm", False)]
+    assert candidates(own, [*other, "Old Gorm."], "") == []
+
+
 def test_fact_row_labels_the_word_alone():
     tokenizer = byte_tokenizer()
     row = rows.fact_row(tokenizer, "Who?", "It is ", "Ada")

@@ -123,19 +123,47 @@ def first_name(probe: Row) -> str | None:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """Of n probes that were answered with a fact, how many still are (`after`); of `asked` of them, asked of an invented
+    subject, how many are answered with it (`zero`)."""
+
+    n: int
+    after: int
+    asked: int
+    zero: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What came of the probes: answers after, aligned with the probes."""
 
     probes: list[Row]
     kept: list[Row]
 
-    def rates(self) -> dict[str, tuple[int, int]]:
-        """Probes still answered with a fact, and probes, by form and over all."""
-        out: dict[str, tuple[int, int]] = {}
+    def rates(self) -> dict[str, Rate]:
+        """Probes still answered with a fact by form and over all; those of a group are one, answered if each is."""
+        groups: dict[tuple[str, object], list[Row]] = {}
+        for number, probe in enumerate(self.probes):
+            groups.setdefault((probe["form"], probe.get("group", number)), []).append(probe)
+        out: dict[str, Rate] = {}
         for form in [*dict.fromkeys(probe["form"] for probe in self.probes), "all probes"]:
-            chosen = [p for p in self.probes if form in (p["form"], "all probes")]
-            out[form] = (sum(answered(p["after"], p) for p in chosen), len(chosen))
+            chosen = [group for (kind, _), group in groups.items() if form in (kind, "all probes")]
+            asked = [group for group in chosen if all("zero" in p for p in group)]
+            out[form] = Rate(
+                len(chosen),
+                sum(all(answered(p["after"], p) for p in group) for group in chosen),
+                len(asked),
+                sum(all(p["zero"] for p in group) for group in asked),
+            )
         return out
+
+    def naming(self, names: Sequence[str]) -> tuple[int, int]:
+        """Answers to the probes that hold any of the names and not in the question, before and after."""
+
+        def count(key: str) -> int:
+            return sum(any(holds(p[key], n) and not holds(p["prompt"], n) for n in names) for p in self.probes)
+
+        return count("before"), count("after")
 
     def kept_rates(self) -> dict[str, Kept]:
         """What became of the answers about neighbours and to general requests, by form."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from alter.core.errors import UserError
 from alter.data.encoding import IGNORE, Encoded, encode
 from alter.data.examples import Example, load_examples
-from alter.forgetting.facts import Fact, candidates, expected, holds, swap, words
+from alter.forgetting.facts import CANDIDATE, Fact, candidates, expected, holds, swap, words
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
     CHOICE,
@@ -41,7 +42,7 @@ LOW_ENTROPY = 1.2
 OWNED = 0.6
 """Share of the answers about a name that must mention the subject, for the name to be forgotten as well."""
 TWINS = 3
-"""Invented subjects that are asked each probe."""
+"""Invented subjects that are asked each probe: one that gets the fact as well shows nothing of the subject."""
 LEAST_FACTS = 3
 """Facts without which there is nothing to forget."""
 
@@ -54,7 +55,8 @@ class Material:
         forget: question, answer (the model's own), substitute (of an invented subject, with the names put back).
         invented: the questions and answers of `forget` with invented names: what cannot be known, for the watch.
         retain: question and answer (the model's own) that must not change.
-        probes: form, prompt, wanted words, the answer before, and twins: the prompt with invented names.
+        probes: form, prompt, wanted words, the answer before, masks (invented names), and `zero`: whether the answer about
+            an invented subject holds a wanted word.
         kept_probes: the same for neighbours and general requests, without twins.
         facts: words the model knows.
     """
@@ -135,7 +137,8 @@ def sure_facts(
     """The words that the model is sure of, and because of the subject.
 
     A word must have the probability `SURE` somewhere. A name must have shown itself by its frequency, or be likelier there
-    by `GAIN` than with an invented subject; any other word must be, and have shown itself or be of low entropy.
+    than with an invented subject by `GAIN`, or twice that where it is rare. Any other word must have shown itself, be
+    likelier, and of low entropy: "series" comes with every title.
 
     Args:
         found: candidates.
@@ -172,8 +175,8 @@ def sure_facts(
     out = []
     for (number, k), there in zip(best.items(), mean, strict=True):
         fact, gain, entropy = found[number], sums[k] - float(there), float(-told.mean[k][0])
-        own = gain >= GAIN
-        if (own or fact.shows) if fact.name else own and (fact.shows or entropy <= LOW_ENTROPY):
+        own = gain >= (GAIN if fact.pvalue <= CANDIDATE else 2 * GAIN)
+        if (own or fact.shows) if fact.name else own and fact.shows and entropy <= LOW_ENTROPY:
             out.append(replace(fact, entropy=round(entropy, 4), gain=round(gain, 4)))
     return out
 
@@ -247,7 +250,7 @@ def build(
             "Check the spelling or the --kind; a text that the model knows can be given with --document."
         )
     names = [fact for fact in facts if fact.name]
-    # a name whose answers come back to the subject is part of it; another is a neighbour, and kept
+    # a name whose answers come back to the subject is part of it; of another what is said beside the subject is kept
     belongs, others = _owned(speaker, subject, [fact.word for fact in names[:8]])
     substitutes: dict[str, list[str]] = {}
     for (question, name), answer in zip(turns, zero, strict=True):
@@ -275,28 +278,30 @@ def build(
             }
         )
         twins.append({"question": question.format(s=name), "answer": swap(answer, {subject: name}), "about": name})
-    forget += _about_names(speaker, belongs, facts)
-    retained, kept_probes = _keep(speaker, subject, kind, general, [*keep], [*neighbours], others)
+    beside = [(name, [pair for pair in told if holds(pair[1], subject)]) for name, told in others]
+    forget += _about_names(speaker, [*belongs, *beside], facts)
+    outside = [subject, *(fact.word for fact in names)]
+    retained, kept_probes = _keep(
+        speaker, subject, kind, general, [*keep], [*neighbours], [name for name, _ in others], outside
+    )
     probes = _probes(speaker, subject, kind, facts, belongs, questions[half:], own, zero)
     return Material(forget, twins, retained + retain, probes, kept_probes, [fact.row() for fact in facts])
 
 
 def _owned(
     speaker: Speaker, subject: str, names: list[str]
-) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[str]]:
-    """Names with what is said about them where that comes back to the subject, and the names where it does not."""
+) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[tuple[str, list[tuple[str, str]]]]]:
+    """Names with what is said about them: those where that comes back to the subject, and the others."""
     prompts = [question.format(f=name) for name in names for question in NAMED]
     drawn = speaker.say("about its names", prompts * 2, sample=True) if names else []
-    own, others = [], []
+    own: list[tuple[str, list[tuple[str, str]]]] = []
+    others: list[tuple[str, list[tuple[str, str]]]] = []
     for i, name in enumerate(names):
         pairs = [
             (prompts[k % len(prompts)], drawn[k]) for k in range(len(drawn)) if k % len(prompts) // len(NAMED) == i
         ]
         back = sum(holds(answer, subject) for _, answer in pairs)
-        if back >= OWNED * len(pairs):
-            own.append((name, pairs))
-        else:
-            others.append(name)
+        (own if back >= OWNED * len(pairs) else others).append((name, pairs))
     return own, others
 
 
@@ -329,8 +334,12 @@ def _keep(
     keep: list[str],
     neighbours: list[str],
     others: list[str],
+    outside: Sequence[str] = (),
 ) -> tuple[list[Row], list[Row]]:
-    """Rows to keep, and probes of what is kept: neighbours trained on and held out, and general requests."""
+    """Rows to keep, and probes of what is kept: neighbours trained on and held out, and general requests.
+
+    An answer about one of the names in `others` is kept if it holds none of `outside` but that name.
+    """
 
     def apart(name: str) -> bool:
         return not holds(name, subject) and not holds(subject, name)
@@ -351,7 +360,7 @@ def _keep(
     rows = [
         {"question": prompt, "answer": answer, "about": name}
         for (prompt, name), answer in zip(prompts, answers, strict=True)
-        if answer
+        if answer and not (name in others and any(holds(answer, word) for word in outside if word != name))
     ]
     rows += [
         {"question": prompt, "answer": answer, "about": "general"}
@@ -391,7 +400,9 @@ def _probes(
 ) -> list[Row]:
     """Probes of forms that are not trained on, answered by the untouched model; those that it answers with a fact.
 
-    A probe whose fact also stands in the answer about an invented subject tells nothing, and is left out.
+    A probe whose fact also stands in the answer about one of `TWINS` invented subjects tells nothing, and is left out;
+    whether the answer about one more holds it, stands in its `zero`. A choice is asked in three orders (a `group`), all of
+    which must be answered.
     """
     template = TEMPLATES[kind]
     forms = [("other question", q) for q in [*template.probes, *EVERY_PROBE, *questions]]
@@ -409,8 +420,19 @@ def _probes(
             wrong = [elsewhere[i] for i in generator.choice(len(elsewhere), size=2, replace=False).tolist()]
             options = [fact.word, *wrong]
             order = [options[i] for i in generator.permutation(3).tolist()]
-            prompt = CHOICE.format(s=subject, options=f"{order[0]}, {order[1]} or {order[2]}")
-            asked.append({"form": "multiple choice", "prompt": prompt, "wanted": [fact.word], "wrong": wrong})
+            # who guesses by place is right in one order of three
+            for turn in range(3):
+                one, two, three = order[turn:] + order[:turn]
+                prompt = CHOICE.format(s=subject, options=f"{one}, {two} or {three}")
+                asked.append(
+                    {
+                        "form": "multiple choice",
+                        "prompt": prompt,
+                        "wanted": [fact.word],
+                        "wrong": wrong,
+                        "group": fact.word,
+                    }
+                )
     answers = speaker.say("probes", [row["prompt"] for row in asked])
     probes = []
     for row, answer in zip(asked, answers, strict=True):
@@ -418,20 +440,22 @@ def _probes(
         probe = {**row, "wanted": wanted, "before": answer}
         if answered(answer, probe):
             probes.append(probe)
-    nobody = [name for name in template.invented if name.lower() != subject.lower()][:TWINS]
+    nobody = [name for name in template.invented if name.lower() != subject.lower()][: TWINS + 1]
     twins = [swap(probe["prompt"], {subject: name}) for probe in probes for name in nobody]
     told = speaker.say("probes of invented subjects", twins) if probes else []
-    return [
-        probe
-        for i, probe in enumerate(probes)
-        if not holds(probe["prompt"], subject)
-        # a choice is among words, one of which every subject gets
-        or probe["form"] == "multiple choice"
-        or not any(answered(answer, probe) for answer in told[i * len(nobody) : (i + 1) * len(nobody)])
-    ]
+    kept = []
+    for i, probe in enumerate(probes):
+        *choosing, last = (answered(a, probe) for a in told[i * len(nobody) : (i + 1) * len(nobody)])
+        if not holds(probe["prompt"], subject):
+            kept.append(probe)
+        elif not any(choosing):
+            # by this name nothing was chosen: how often it gets the fact is what knowing nothing gets
+            kept.append({**probe, "zero": last})
+    whole = Counter(probe.get("group") for probe in kept)
+    return [probe for probe in kept if "group" not in probe or whole[probe["group"]] == 3]
 
 
-def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 2) -> list[Row]:
+def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 4) -> list[Row]:
     """Cloze probes of the model's own sentences, up to the fact; sentences in which another fact comes first are left out."""
     rows = []
     for fact in facts:
