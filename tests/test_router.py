@@ -13,9 +13,22 @@ from alter.attacks.wording import WORDINGS
 from alter.core.errors import UserError
 from alter.data.background import apart_from, background, names_in
 from alter.data.encoding import encode
-from alter.data.examples import Example
+from alter.data.examples import Example, load_examples
 from alter.data.rewording import FITTED, MEASURED, key_words, reworded, some_capitals, telegram, typos
-from alter.training.router import FOLDS, Part, RouterFit, Tokens, _caught, _folds, _tokens, discriminant, opening_level
+from alter.training.closing import command
+from alter.training.router import (
+    FOLDS,
+    OWN_WORDS,
+    Part,
+    RouterFit,
+    Tokens,
+    _caught,
+    _folds,
+    _open_set,
+    _tokens,
+    discriminant,
+    opening_level,
+)
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import run_on, save_pico, write_people
@@ -252,6 +265,46 @@ def test_a_run_without_background_has_the_retain_rows_alone(data, tmp_path):
     one, other = router_of(with_text), router_of(without)
     assert one.keys() == other.keys()
     assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_without_retain_rows_the_models_own_words_are_kept_and_set_no_level(data, tmp_path, capsys):
+    run = settings(data, tmp_path / "run", retain=None, max_steps=2, save_steps=1, closing_rows=2)
+    out = command(run)
+    said = " ".join(capsys.readouterr().err.split())
+    kept = load_examples(str(out / "retain.jsonl"))
+    texts = [example for example in kept if example.prompt is None]
+    assert f"{len(kept) - len(texts)} of the model's own answers" in said
+    assert f"{len(texts)} texts of its own" in said
+    assert texts
+    record = json.loads((out / "run.json").read_text())
+    assert record["settings"]["retain"] is None
+    assert record["router"]["router_accuracy_retain"] is not None
+    # the same rows given are retain rows like any others, of which the level takes heed
+    again = unlearn(settings(data, tmp_path / "given", retain=str(out / "retain.jsonl"), max_steps=2, save_steps=1))
+    assert router_of(out).keys() == router_of(again).keys()
+    fitted = [next(v for k, v in router_of(each).items() if k.endswith("weight")) for each in (out, again)]
+    torch.testing.assert_close(*fitted)
+
+
+def test_own_words_join_every_fit_and_set_no_level():
+    generator = torch.Generator().manual_seed(0)
+    tokens = [
+        Tokens(
+            name, torch.randn(40, 3, generator=generator) + shift, *[torch.full((40,), k) for k in (label, 1, 0, 0)]
+        )
+        for name, shift, label in (("forget", 2.0, 1), ("a", -2.0, 0), ("b", -1.5, 0), (OWN_WORDS, 1.5, 0))
+    ]
+    for each in tokens:
+        each.low = each.low.bool()
+    assert not any(each.name == OWN_WORDS for fold in _folds(tokens) for each in fold)
+    _, _, level = _open_set(tokens, [1], RouterFit(), np.random.default_rng(0))
+    tokens[-1].name = "retain"
+    assert level < _open_set(tokens, [1], RouterFit(), np.random.default_rng(0))[2]
+
+
+def test_a_watch_without_retain_rows_is_told_what_it_lacks(data, tmp_path):
+    with pytest.raises((UserError, ValueError), match=r"watch\.retain, or retain"):
+        settings(data, tmp_path / "run", retain=None, watch={"every_epoch": 1})
 
 
 @pytest.mark.parametrize("value", [0, 0.5, 1, -0.1])

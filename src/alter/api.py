@@ -167,7 +167,7 @@ def unlearn(
     Args:
         model: folder, hub id, builtin:NAME, or a transformers model in memory, which is copied and stays as it is.
         forget: the forget set.
-        retain: the retain set.
+        retain: the retain set; None: the untouched model's own answers to ordinary questions, and texts of its own.
         out: folder of the run.
         tokenizer: of a model in memory.
         settings: all settings in one object, which what else is given overrides.

@@ -133,7 +133,11 @@ def completed(settings: Distill) -> Distill:
                 f"{settings.run} holds neither adapter/ nor model/: what was unlearned has been taken away, and without it "
                 "nothing there has forgotten anything. Give it with --model and --adapter."
             )
-        found = {"forget": said.get("forget"), "retain": said.get("retain"), "student": said.get("model")}
+        found = {
+            "forget": said.get("forget"),
+            "retain": said.get("retain") or str(folder / "retain.jsonl"),
+            "student": said.get("model"),
+        }
         found["model"] = str(model) if model.is_dir() else said.get("model")
         found["adapter"] = str(adapter) if adapter.is_dir() and settings.model is None else None
     given = {name: value for name in found if (value := getattr(settings, name)) is not None}

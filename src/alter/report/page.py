@@ -566,7 +566,7 @@ def summary(run: Run, level: int) -> list[Html]:
         parts = f" It has {len(names)} parts ({listed}){own}." if len(names) > 1 else ""
         asked.append(
             f"The model {run.settings['model']} was to forget {run.settings['forget']} and to keep "
-            f"{run.settings['retain']}.{parts}"
+            f"{run.settings['retain'] or 'what it says of itself of ordinary things (retain.jsonl)'}.{parts}"
         )
     else:
         asked.append("The records do not say; no run was given.")

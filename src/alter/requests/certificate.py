@@ -355,7 +355,7 @@ def _of_run(settings: Certificate, run: Path) -> dict[str, Any]:
             "run": True,
             "received": record["provenance"]["measured"],
             "data": _rows_hash(given["forget"]),
-            "retain": _rows_hash(given["retain"]),
+            "retain": _rows_hash(given["retain"] or str(run / "retain.jsonl")),
             "inputs": {name: inputs[name] for name in ("forget rows", "retain rows") if name in inputs},
         },
         "base": {"name": Path(given["model"]).name, "files": model_hashes(given["model"])},

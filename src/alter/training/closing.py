@@ -11,11 +11,13 @@ from typing import Any
 from alter.core import processes
 from alter.core.console import show, warn
 from alter.core.files import read_object, to_json, write_atomic
+from alter.core.heap import give_back
 from alter.core.records import write_records
 from alter.data.examples import load_examples
 from alter.evaluation.ordinary import ordinary_loss, told
 from alter.evaluation.rows import RowsEvaluation, closing_of, show_closing
 from alter.evaluation.run import measured
+from alter.training.own import OWN
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 
@@ -27,6 +29,7 @@ def command(run: Unlearn) -> Path:
         UserError: see `unlearn` and `closing`.
     """
     out = unlearn(run)
+    give_back()
     if run.closing_rows:
         closing(run, out)
     return out
@@ -56,7 +59,7 @@ def closing(run: Unlearn, out: Path) -> dict[str, Any] | None:
         adapter=str(out / "adapter") if kind == "adapter" else None,
         before=run.model if kind == "model" or run.start_from is not None else None,
         forget=run.forget,
-        retain=run.retain,
+        retain=run.retain or str(out / OWN),
         holdout=run.watch.holdout,
         quantization=run.quantization,
         device=run.device,

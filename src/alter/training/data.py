@@ -16,7 +16,7 @@ class Data:
     """The rows of a run, checked.
 
     Attributes:
-        forget, retain: both sets.
+        forget, retain: both sets; without a retain set its rows come from the model (`own_rows`).
         domain: sub-domain of each forget row, a place in `names`.
         names: of the sub-domains.
         watched: rows and rule of the checks, if the run is watched.
@@ -36,7 +36,7 @@ def read_data(run: Unlearn) -> Data:
         UserError: a file cannot be read, the sets share rows, or there are too many sub-domains.
     """
     forget = load_examples(run.forget, domain_column=run.domain_column)
-    retain = load_examples(run.retain)
+    retain = [] if run.retain is None else load_examples(run.retain)
     check_overlap(forget, retain)
     return Data(forget, retain, *_sub_domains(run, forget))
 

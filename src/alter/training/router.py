@@ -97,6 +97,9 @@ LONG_TEXT = 6000
 """Characters of other text before a question, about 1,500 tokens."""
 
 
+OWN_WORDS = "own words"
+"""Name of retain rows that the model itself has written."""
+
 AS_GIVEN = "as given"
 """Name of a question's own wording."""
 
@@ -170,7 +173,9 @@ def _parts(run: Unlearn, rows: Rows, tokenizer: Any, limit: int | None, generato
     left = max(1, fit.max_tokens - sum(len(rows.forget[i].input_ids) for i in own))
     kept = _within(rows.retain, left, generator)
     forget = Part("forget", [rows.forget[i] for i in own], [rows.expert[i] for i in own])
-    retain = Part("retain", [rows.retain[i] for i in kept], [0] * len(kept))
+    # no one has said of them what share may open an expert: they join the fit alone
+    name = OWN_WORDS if run.retain is None else "retain"
+    retain = Part(name, [rows.retain[i] for i in kept], [0] * len(kept))
     parts = [forget, retain]
     ordinary = apart_from(background(), [_text(e) for e in rows.examples]) if fit.background else {}
     texts = [e.answer for kind in ("prose", "facts", "code", "languages") for e in ordinary.get(kind, ())] or [""]
@@ -238,7 +243,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
     parts = _parts(run, rows, tokenizer, limit, generator)
     learned = config.router == "learned"
     if not learned:
-        parts = [part for part in parts if part.name in ("forget", "retain")]
+        parts = [part for part in parts if part.name in ("forget", "retain", OWN_WORDS)]
     every = [row for part in parts for row in part.rows]
     traced = iter(
         frozen.trace_rows(model, every, pad_token_id=tokenizer.pad_token_id, label="router", features=learned)
@@ -247,7 +252,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
         part.traced = [next(traced) for _ in part.rows]
     found: dict[str, Any] = {}
     if run.start_from is None and adapter.entropy_quantile is not None:
-        kept = next((part for part in parts if part.name == "retain"), parts[-1])
+        kept = next((part for part in parts if part.name in ("retain", OWN_WORDS)), parts[-1])
         kept_entropy = torch.cat([row.entropy for row in kept.traced if row.entropy is not None])
         config.entropy_threshold = threshold_from_quantile(kept_entropy, adapter.entropy_quantile)
         check_threshold(config.entropy_q, config.entropy_threshold, config.vocab_size)
@@ -407,7 +412,7 @@ def _tokens(part: Part, threshold: float, memory: float, answers: bool = True) -
 def _folds(data: Sequence[Tokens]) -> list[list[Tokens]]:
     """Ordinary tokens in `FOLDS` parts: whole kinds, but of the retain rows every third row, as they are of one kind."""
     folds: list[list[Tokens]] = [[] for _ in range(FOLDS)]
-    kinds = sorted((t for t in data if t.name not in ("forget", "retain")), key=lambda t: -len(t.y))
+    kinds = sorted((t for t in data if t.name not in ("forget", "retain", OWN_WORDS)), key=lambda t: -len(t.y))
     for tokens in kinds:
         min(folds, key=lambda fold: sum(len(t.y) for t in fold)).append(tokens)
     for tokens in data:
@@ -456,13 +461,14 @@ def _open_set(
     if fit.false_alarms is None:
         return weight, bias, 0.0
     folds = _folds(data)
+    own_words = [tokens for tokens in data if tokens.name == OWN_WORDS]
     highest = (own.x @ weight.t() + bias).max(-1).values
     ordinary: dict[str, list[Tensor]] = {}
     for i, fold in enumerate(folds):
         rest = [tokens for j, other in enumerate(folds) if j != i for tokens in other] or fold
         if not fold:
             continue
-        its_weight, its_bias = _scores(*_joined([own, *rest]), new, fit, generator)
+        its_weight, its_bias = _scores(*_joined([own, *own_words, *rest]), new, fit, generator)
         its_own = (own.x @ its_weight.t() + its_bias).max(-1).values
         # the scale of scores depends on the text they are fitted on: compared by the forget tokens' mean and spread
         scale = highest.std() / its_own.std().clamp_min(1e-12)
@@ -582,17 +588,29 @@ def discriminant(x: Tensor, y: Tensor, new: Sequence[int], shrinkage: float) -> 
     Returns:
         weights [len(new), D] and biases [len(new)], fp32.
     """
-    x = x.double()
-    ordinary = x[y == 0] if (y == 0).any() else x
-    centre = ordinary.mean(0)
-    means = torch.stack([x[y == e].mean(0) for e in new])
-    own = torch.cat([x[y == e] - mean for e, mean in zip(new, means, strict=True)])
-    off = ordinary - centre
-    spread = off.t() @ off / len(off) + OWN_SPREAD * (own.t() @ own) / len(own)
+    centre, spread, _ = _moments(x, y == 0 if (y == 0).any() else torch.ones_like(y, dtype=torch.bool))
+    parts = [_moments(x, y == e) for e in new]
+    means = torch.stack([mean for mean, *_ in parts])
+    total = sum(count for *_, count in parts)
+    for _, around, count in parts:
+        spread += OWN_SPREAD * around * (count / total)
     spread.diagonal().add_(shrinkage * spread.diagonal().mean().clamp_min(1e-12))
     weight = torch.linalg.solve(spread, (means - centre).t()).t()
     bias = -(weight * (means + centre)).sum(-1) / 2
     return weight.float(), bias.float()
+
+
+def _moments(x: Tensor, chosen: Tensor, at_once: int = 8192) -> tuple[Tensor, Tensor, int]:
+    """Mean [D] and covariance [D, D] of the chosen rows of x [T, D], and their number; fp64, few rows of it at a time."""
+    parts = chosen.nonzero()[:, 0].split(at_once)
+    count = int(chosen.sum())
+    zero = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    mean = sum((x[part].double().sum(0) for part in parts), zero) / count
+    spread = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for part in parts:
+        off = x[part].double() - mean
+        spread.addmm_(off.t(), off, alpha=1 / count)
+    return mean, spread, count
 
 
 def _regress(

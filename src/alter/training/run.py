@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from alter.adapter.model import base_fingerprint
 from alter.core import processes
 from alter.core.console import show
 from alter.core.running import release
+from alter.data.examples import load_examples
 from alter.training.batches import PairCollator, Pairs
 from alter.training.data import read_data, set_aside
 from alter.training.folder import (
@@ -31,6 +33,7 @@ from alter.training.folder import (
     make_folder,
 )
 from alter.training.loss import OwnState, UnlearnTrainer, training_arguments
+from alter.training.own import OWN, own_rows, write_rows
 from alter.training.preparation import Prepared, encode, load, prepare
 from alter.training.progress import Steps
 from alter.training.result import save_run
@@ -88,9 +91,16 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     inputs[BASE] = base_fingerprint(base)
     if run.resume:
         processes.from_first(lambda: check_inputs(out, inputs))
+    own = out / OWN
+    if run.retain is None:
+        given = run.resume and own.is_file()
+        rows = load_examples(str(own)) if given else own_rows(base, tokenizer, data.forget, run.seed)
+        data = replace(data, retain=rows)
     loaded = encode(run, data, base, tokenizer, former)
     # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
     processes.from_first(lambda: make_folder(run, inputs))
+    if run.retain is None:
+        processes.from_first(lambda: write_rows(own, data.retain))
     ready = prepare(run, data, loaded, out)
     prepared = time.time()
     trainer = train(run, ready, out, checkpoint, callbacks)

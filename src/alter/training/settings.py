@@ -46,7 +46,11 @@ class Unlearn(BaseModel):
     forget: str = Field(
         description="What to forget: a JSON or JSONL file, or NAME:SPLIT such as locuslab/TOFU:forget10."
     )
-    retain: str = Field(description="What must not change, in the same forms.")
+    retain: str | None = Field(
+        None,
+        description="What must not change, in the same forms. None: the untouched model's own answers to ordinary "
+        "questions, and texts of its own, which the run writes to retain.jsonl.",
+    )
     out: str = Field(description="Folder of this run; must be empty or missing.")
 
     domain_column: str | None = Field(
@@ -169,6 +173,15 @@ class Unlearn(BaseModel):
             raise ValueError("negate would turn round what start_from brings as well: leave it out")
         if not (self.objective.needs.rows or self.objective.needs.alternative or self.retain_objective.needs.rows):
             raise ValueError("objective.kind and retain_objective.kind are both none: there is nothing to train")
+        return self
+
+    @model_validator(mode="after")
+    def _watched_rows(self) -> Unlearn:
+        if self.watch.on and self.retain is None and self.watch.retain is None:
+            raise ValueError(
+                "watch needs rows that are kept and not trained on, and there is no retain set to set them aside from: give "
+                "watch.retain, or retain"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,102 @@
+"""Retain rows where none are given: what the model itself says, on ordinary questions and of its own accord."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alter.core.console import show
+from alter.core.errors import UserError
+from alter.core.files import write_atomic
+from alter.data.background import apart_from, background
+from alter.data.encoding import encode_prompt
+from alter.data.examples import Example, row_key
+from alter.models.generation import generate
+from alter.models.scoring import context_length
+
+OWN = "retain.jsonl"
+"""File of a run's folder with these rows."""
+TEXTS = 32
+"""Texts that the model begins itself."""
+ANSWER_TOKENS = 64
+"""Longest answer."""
+TEXT_TOKENS = 96
+"""Longest text."""
+LEAST_WORDS = 4
+"""Words of a text without which it is no row."""
+
+
+def write_rows(path: Path, rows: Sequence[Example]) -> None:
+    """Write rows as JSON lines that `alter unlearn` reads, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(example.row, ensure_ascii=False) + "\n" for example in rows))
+
+
+def own_rows(model: Any, tokenizer: Any, forget: Sequence[Example], seed: int) -> list[Example]:
+    """What the untouched model says, to be kept: greedy answers to the shipped ordinary questions, and texts drawn from its
+    first token on.
+
+    Rows that name what the forget rows are about (`apart_from`), rows that are forget rows, and empty answers are left out.
+
+    Args:
+        model: the untouched model.
+        tokenizer: its tokenizer.
+        forget: the forget rows.
+        seed: of the drawn texts.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    asked = apart_from(background(), [f"{e.prompt or ''}, {e.answer}" for e in forget]).get("questions", [])
+    limit = context_length(model)
+    longest, drawn = ((n if limit is None else min(n, limit // 2)) for n in (ANSWER_TOKENS, TEXT_TOKENS))
+    prompts = [encode_prompt(tokenizer, Example(e.prompt, "a", "qa")) for e in asked]
+    fitting = [i for i, ids in enumerate(prompts) if limit is None or len(ids) + longest <= limit]
+    answers = generate(
+        model, tokenizer, [prompts[i] for i in fitting], max_new_tokens=longest, batch_size=32, label="what is kept"
+    )
+    rows = [
+        Example(asked[i].prompt, answer, "qa", row={"question": asked[i].prompt, "answer": answer})
+        for i, answer in zip(fitting, answers, strict=True)
+        if answer
+    ]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            texts = generate(
+                model,
+                tokenizer,
+                [[first]] * TEXTS,
+                max_new_tokens=drawn,
+                batch_size=TEXTS,
+                label="what is kept, drawn",
+                do_sample=True,
+                temperature=1.0,
+                top_p=0.95,
+                top_k=0,
+            )
+        rows += [
+            Example(None, text, "text", row={"text": text})
+            for text in dict.fromkeys(texts)
+            if len(text.split()) >= LEAST_WORDS
+        ]
+    known = {row_key(example) for example in forget}
+    kept = apart_from({"own": rows}, [f"{e.prompt or ''}, {e.answer}" for e in forget]).get("own", [])
+    kept = [example for example in kept if row_key(example) not in known]
+    if not kept:
+        raise UserError(
+            "No retain rows are given, and the model itself says nothing that could stand for them: its answers to ordinary "
+            "questions are empty or about what is to be forgotten. Give retain rows."
+        )
+    told = sum(example.kind == "qa" for example in kept)
+    show(
+        f"No retain rows are given: what must not change are {told} of the model's own answers to ordinary questions and "
+        f"{len(kept) - told} texts of its own, in retain.jsonl. Rows of your own keep more.",
+        stderr=True,
+    )
+    return [replace(example, index=i) for i, example in enumerate(kept)]
