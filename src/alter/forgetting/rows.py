@@ -69,20 +69,31 @@ class Material:
     facts: list[Row]
 
 
-def check_subject(subject: str, tokenizer: Any, kind: Kind | None) -> None:
-    """Refuse what is no subject, before anything is generated.
+def check_name(subject: str) -> None:
+    """Refuse what is no name, before any model is loaded.
 
     Raises:
-        UserError: nothing but space or signs, a whole text, or a common word without a `kind`.
+        UserError: nothing but space or signs, or a whole text.
     """
+    if not subject.strip():
+        raise UserError('The subject is empty; expected the name of what to forget: alter forget "Harry Potter".')
     if not words(subject) and not re.search(r"[^\W_]", subject):
         raise UserError(
             f'The subject is {subject!r}, expected the name of what to forget: alter forget "Harry Potter".'
         )
-    if len(subject) > 100 or "\n" in subject:
+    if len(subject) > 100 or "\n" in subject.strip():
+        what = f"{len(subject)} characters" if len(subject) > 100 else "several lines"
         raise UserError(
-            f"The subject has {len(subject)} characters, expected a name of at most 100: give a text with --document FILE."
+            f"The subject has {what}, expected a name of one line and at most 100 characters: give a text with --document FILE."
         )
+
+
+def check_subject(subject: str, tokenizer: Any, kind: Kind | None) -> None:
+    """Refuse a common word without a `kind`, before anything is generated.
+
+    Raises:
+        UserError: it is one.
+    """
     single = len(tokenizer(f" {subject}", add_special_tokens=False)["input_ids"]) == 1
     if kind is None and (len(subject) < 3 or (subject == subject.lower() and single)):
         raise UserError(

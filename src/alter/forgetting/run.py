@@ -24,7 +24,7 @@ from alter.evaluation.ordinary import ordinary_loss
 from alter.evaluation.ordinary import told as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.measure import LEVEL, Outcome, Zero, against_zero
-from alter.forgetting.rows import Material, build, check_subject, guess_kind, kept_rows
+from alter.forgetting.rows import Material, build, check_name, check_subject, guess_kind, kept_rows
 from alter.forgetting.speaker import Speaker, Writer, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
@@ -114,8 +114,8 @@ def prepare(settings: Forget) -> Path:
             'Say what to forget: alter forget "Harry Potter" --model M --out R, or --document FILE; '
             + ("both were given." if settings.subject is not None else "neither was given.")
         )
-    if settings.subject is not None and not settings.subject.strip():
-        raise UserError('The subject is empty; expected the name of what to forget: alter forget "Harry Potter".')
+    if settings.subject is not None:
+        check_name(settings.subject)
     settings.writer.check()
     if settings.resume and settings.overwrite:
         raise UserError("resume and overwrite contradict each other: give one of them.")

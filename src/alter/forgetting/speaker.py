@@ -55,8 +55,8 @@ class Speaker:
 
     def say(self, label: str, prompts: Sequence[str], *, sample: bool = False) -> list[str]:
         """The answer to each prompt, greedy or drawn; `label` names the file and the progress bar."""
-        # in 16 bits an answer depends on the rows beside it: before and after must be of equal batches
-        key = digest(list(prompts), sample, self.tokens, self.seed, self.batch)
+        # in 16 bits an answer depends on the shape of its batch: before and after must be of equal ones
+        key = digest(list(prompts), sample, self.tokens, self.seed, self.batch, "whole")
         path = self.folder / f"{label.replace(' ', '-')}.jsonl"
         if path.exists():
             kept = read_jsonl(path)
@@ -70,7 +70,8 @@ class Speaker:
             max_new_tokens=self.tokens,
             batch_size=self.batch,
             label=label,
-            **(SAMPLING if sample else {}),
+            # with any of these settings no row leaves its batch when it has ended, which would change the others' shape
+            **(SAMPLING if sample else {"do_sample": False}),
         )
         pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
         write_jsonl(path, [{"key": key}, *pairs])
