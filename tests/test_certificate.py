@@ -310,6 +310,8 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     signed = certificate(Certificate(**given))
     assert signed["asked"]["data"] == hashlib.sha256((folder / "Bo.jsonl").read_bytes()).hexdigest()
     assert any(each["metric"] == "forget_probability" and each["interval"] for each in signed["measured"]["figures"])
+    intervals = [each["interval"] for each in signed["measured"]["figures"] if "interval" in each]
+    assert all(0 <= low <= high <= 1 for low, high in intervals)
     assert "In town" not in out.read_text()
     assert not any("base weights still know" in limit for limit in signed["limits"])
     result = next(each for each in ("model", "adapter") if (run_folder / each).is_dir())

@@ -222,3 +222,12 @@ def test_intervals_are_wilsons_and_students():
     assert verdict.share_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
     low, high = verdict.mean_interval([0.1, 0.2, 0.3])
     assert (low, high) == pytest.approx((0.2 - 4.3027 * 0.1 / 3**0.5, 0.2 + 4.3027 * 0.1 / 3**0.5), abs=1e-4)
+
+
+@pytest.mark.parametrize("values", [[0.0] * 10, [1.0] * 10, [1.0] * 9 + [0.0], [0.999, 0.9, 0.4], [0.7]])
+def test_an_interval_of_shares_holds_only_shares(values):
+    low, high = verdict.unit_interval(values)
+    assert 0 <= low <= sum(values) / len(values) <= high <= 1
+    assert low < high
+    if set(values) <= {0.0, 1.0}:
+        assert (low, high) == verdict.share_interval(int(sum(values)), len(values))

@@ -22,7 +22,7 @@ from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import Example
-from alter.evaluation.verdict import ENOUGH, gives, recall
+from alter.evaluation.verdict import ENOUGH, gives, recall, share_interval
 from alter.models.generation import sample
 from alter.models.loading import Subject, load_classifier
 from alter.models.scoring import context_length, evaluating
@@ -252,10 +252,20 @@ class Leaked:
         """Return leak@k of each question, [m]."""
         return metrics.leak_at_k(self.hits, self.settings.samples, k)
 
+    def interval(self, k: int) -> tuple[float, float] | None:
+        """Return the 95 % interval of leak@k over questions: Wilson's where each leaks for sure or not at all, else a bootstrap.
+
+        None where the bootstrap has none (`metrics.bootstrap_interval`).
+        """
+        values = self.at(k)
+        if values.size and ((values == 0) | (values == 1)).all():
+            return share_interval(int(values.sum()), values.size)
+        return metrics.bootstrap_interval(values)
+
     def summary(self) -> dict[str, Any]:
         """Return the figures without any text: mean and interval over questions by k, and how they came about."""
         at = {
-            str(k): {"value": float(self.at(k).mean()), "interval": metrics.bootstrap_interval(self.at(k))}
+            str(k): {"value": float(self.at(k).mean()), "interval": self.interval(k)}
             for k in self.settings.numbers
             if len(self.rows)
         }
@@ -275,7 +285,7 @@ class Leaked:
         out = []
         for k in self.settings.numbers if self.rows else []:
             values = self.at(k)
-            interval = metrics.bootstrap_interval(values)
+            interval = self.interval(k)
             more = told | ({} if interval is None else {"interval": list(interval)})
             items = [float(x) for x in values]
             out.append(Record(name, f"leak@{k}", float(values.mean()), len(items), "strict", False, items, more))

@@ -183,6 +183,18 @@ def mean_interval(values: npt.ArrayLike) -> tuple[float, float]:
     return float(x.mean()) - spread, float(x.mean()) + spread
 
 
+def unit_interval(values: npt.ArrayLike) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of values in [0, 1], which lies in [0, 1] itself.
+
+    Wilson's for a share (all values are 0 or 1), else Student's, cut off at 0 and 1; all of it for fewer than two.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if ((x == 0) | (x == 1)).all():
+        return share_interval(int(x.sum()), x.size)
+    low, high = mean_interval(x)
+    return max(low, 0.0), min(high, 1.0)
+
+
 @dataclass(frozen=True)
 class Measures:
     """What a model knows of some rows.
@@ -238,10 +250,9 @@ class Measures:
     def summary(self) -> dict[str, Any]:
         """Return the figures, without any text; None for those that no row has."""
         some = len(self.recall) > 0
-        low, high = mean_interval(self.probability)
         return {
             "probability": float(self.probability.mean()) if self.probability.size else None,
-            "probability_interval": [max(low, 0.0), min(high, 1.0)],
+            "probability_interval": list(unit_interval(self.probability)),
             "n": int(self.probability.size),
             "rouge": float(self.recall.mean()) if some else None,
             "n_answers": len(self.recall),

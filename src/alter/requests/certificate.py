@@ -378,12 +378,12 @@ def _rows_hash(source: str | None) -> str | None:
 
 
 def _figure(record: Record) -> dict[str, Any]:
-    from alter.evaluation.verdict import mean_interval
+    from alter.evaluation.verdict import mean_interval, unit_interval
 
     out: dict[str, Any] = {"model": record.model, "metric": record.metric, "value": record.value, "n": record.n}
     known = [value for value in record.per_item or [] if value is not None and value == value]
     if len(known) > 1 and all(-1 <= value <= 1 for value in known):
-        out["interval"] = list(mean_interval(known))
+        out["interval"] = list(mean_interval(known) if min(known) < 0 else unit_interval(known))
     return out
 
 
