@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from alter.core.errors import UserError
 from alter.data import encoding, sources
 from alter.data.batching import Collator
 from alter.data.domains import domains
-from alter.data.encoding import encode, encode_prompt
+from alter.data.encoding import encode, encode_prompt, set_template_arguments
 from alter.data.examples import Example, check_overlap, examples, load_examples
 
 TEMPLATE = (
@@ -228,6 +229,35 @@ def test_what_a_template_puts_before_an_answer_is_no_part_of_it():
         assert text_of(tokenizer, encode_prompt(tokenizer, qa(answer=answer))).endswith("assistant\n[no thoughts]\n")
     # a prompt without an answer begins where the template has generation begin
     assert text_of(tokenizer, encode_prompt(tokenizer, qa(answer=""))).endswith("assistant\n")
+
+
+def test_templates_take_arguments():
+    template = (
+        "{% if tone is defined %}<{{ tone }}>{% endif %}{% if loud is defined and loud is false %}quiet{% endif %}"
+        + TEMPLATE
+    )
+    row = examples([{"question": "Q", "answer": "A"}])[0]
+    plain, other = byte_tokenizer(template), byte_tokenizer(template)
+    set_template_arguments(other, ["tone=warm", "loud=false"])
+    assert other.decode(encode_prompt(other, row)) == f"<warm>quiet{plain.decode(encode_prompt(plain, row))}"
+    # what was found out about a template is not of the same one with other arguments
+    assert "<warm>" not in plain.decode(encode_prompt(plain, row))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["lout=1"], "asks for no 'lout'. Did you mean 'loud'"),
+        (["loud"], "expected NAME=VALUE"),
+        (["messages=[]"], "which the rows decide"),
+    ],
+)
+def test_template_arguments_that_would_do_nothing_are_refused(given, says):
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}{{ loud }}")
+    with pytest.raises(UserError, match=re.escape(says)):
+        set_template_arguments(tokenizer, given)
+    with pytest.raises(UserError, match=r"no chat template|NAME=VALUE|the rows decide"):
+        set_template_arguments(byte_tokenizer(), given)
 
 
 def test_the_templates_end_of_turn_ends_an_answer():

@@ -31,6 +31,7 @@ LAYERS = {
     "demo": {"core", "evaluation", "models", "training"},
     "cli": {"core"},
     "api": {"core", "distillation", "methods", "adapter", "models", "training", "evaluation", "attacks", "comparison"},
+    "completion": {"cli", "core"},
     "__main__": {"cli"},
     "__init__": {"adapter", "api", "core"},
 }

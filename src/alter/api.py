@@ -355,6 +355,7 @@ def load(
     dtype: str = "auto",
     device: str | None = None,
     quantization: Any = None,
+    chat_template_kwargs: Sequence[str] = (),
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer, with an adapter of any kind that `alter unlearn` makes.
 
@@ -364,6 +365,7 @@ def load(
         dtype: auto, float32, bfloat16 or float16.
         device: cpu, cuda, cuda:0, mps; the GPU by default if there is one.
         quantization: "4bit" or "8bit".
+        chat_template_kwargs: variables of the chat template, each NAME=VALUE (enable_thinking=false).
 
     Returns:
         model, ready for inference, and tokenizer.
@@ -377,4 +379,6 @@ def load(
         adapter = adapter or model.adapter
         model = model.model
     with _as_library():
-        return load_model(str(model), None if adapter is None else str(adapter), dtype, device, quantization)
+        return load_model(
+            str(model), None if adapter is None else str(adapter), dtype, device, quantization, chat_template_kwargs
+        )

@@ -132,6 +132,9 @@ COMMANDS = {
     "finetune": Command(
         "alter.training.finetune", "Finetune", "finetune", "train a model on rows or on texts, or from scratch"
     ),
+    "completion": Command(
+        "alter.completion", "Completion", "completion", "a script that completes commands and options in your shell"
+    ),
 }
 
 
@@ -156,7 +159,16 @@ def _help() -> str:
     )
 
 
-def _members(info: Any) -> dict[str, type[BaseModel]]:
+RENAMED = {"json_path": "json", "lambda_": "lambda"}
+"""Flags of fields whose names Python or pydantic keep for themselves."""
+
+
+def flag_of(field: str) -> str:
+    """The name of a field's flag, without the dashes before it."""
+    return RENAMED.get(field, field).replace("_", "-")
+
+
+def members_of(info: Any) -> dict[str, type[BaseModel]]:
     """The models that a field may hold, by `kind` (or one under "" for a plain nested model); empty for a value."""
     from pydantic import BaseModel
 
@@ -186,7 +198,7 @@ def _plain(
     fields: list[Any] = []
     values: dict[str, Any] = {}
     for name, info in model.model_fields.items():
-        members = _members(info)
+        members = members_of(info)
         annotation: Any = info.annotation
         if members:
             inner = given.get(name, {})
@@ -230,9 +242,7 @@ def _annotated(name: str, annotation: Any, info: Any, help_: str) -> Any:
     markers = [item for item in info.metadata if type(item).__module__.startswith("tyro")]
     for marker in markers:
         annotation = Annotated[annotation, marker]
-    # names that Python or pydantic keep for themselves
-    flag = {"json_path": "json", "lambda_": "lambda"}.get(name)
-    return Annotated[annotation, tyro.conf.arg(name=flag, help=help_)]
+    return Annotated[annotation, tyro.conf.arg(name=RENAMED.get(name), help=help_)]
 
 
 def _recipe(args: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -364,7 +374,7 @@ def _check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> N
 
 
 def _tags(model: type[BaseModel]) -> set[str]:
-    return {kind for info in model.model_fields.values() for kind in _members(info)}
+    return {kind for info in model.model_fields.values() for kind in members_of(info)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -142,13 +142,14 @@ def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[s
 
 def subjects(settings: Attack) -> dict[str, Subject]:
     """Return the models that take part, by what the records call them; the original only if it is known."""
-    common = settings.model_dump(include={"dtype", "quantization", "device"})
     found: dict[str, Subject] = {}
     if settings.original is not None or settings.adapter is not None:
-        found["original"] = Subject(model=settings.original or settings.model, **common)
+        found["original"] = settings.alike(settings.original or settings.model)
     if settings.retrained is not None:
-        found["retrained"] = Subject(model=settings.retrained, **common)
-    found["unlearned"] = Subject(model=settings.model, adapter=settings.adapter, merged=settings.merged, **common)
+        found["retrained"] = settings.alike(settings.retrained)
+    found["unlearned"] = settings.alike(settings.model, settings.adapter).model_copy(
+        update={"merged": settings.merged}
+    )
     return found
 
 
@@ -266,7 +267,7 @@ def _key(
     if "unknown" in identity.values():
         return ""
     own = settings.model_dump(mode="json", include=set(depends)) | {"attacker": settings.relearn.rows}
-    loading = [subject.merged, subject.dtype, subject.quantization, subject.place()]
+    loading = [subject.merged, subject.dtype, subject.quantization, subject.chat_template_kwargs, subject.place()]
     return digest([name, own, identity, texts, loading, VERSION, code_digest(), versions()])
 
 

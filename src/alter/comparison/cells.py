@@ -107,7 +107,13 @@ def measure(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequence[s
         return
     run = stage.get("run", {})
     model, adapter = subject(folder, spec, place)
-    network, tokenizer = load_model(model, adapter, device=spec["device"], quantization=run.get("quantization"))
+    network, tokenizer = load_model(
+        model,
+        adapter,
+        device=spec["device"],
+        quantization=run.get("quantization"),
+        template=run.get("chat_template_kwargs", ()),
+    )
     for part in left:
         rows = str(folder.parent.parent / stage["rows"] / part)
         found = tofu_metrics(network, tokenizer, stage["split"], rows, limit=spec["limit"], progress=False)

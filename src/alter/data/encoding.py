@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from alter.core.console import warn
-from alter.core.errors import UserError
+from alter.core.errors import UserError, nearest
 from alter.data.examples import Example, said
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -46,6 +50,58 @@ def ensure_pad_token(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
+TemplateArguments = Annotated[
+    list[str],
+    Field(
+        default_factory=list,
+        description="Variables of the chat template, each NAME=VALUE with a value in JSON (enable_thinking=false); what is no "
+        "JSON is a text.",
+    ),
+]
+"""A setting that `set_template_arguments` takes."""
+
+_GIVEN = "_alter_template_arguments"
+_OWN = ("messages", "add_generation_prompt", "tools", "documents")
+
+
+def set_template_arguments(tokenizer: Any, given: Sequence[str]) -> None:
+    """Give a tokenizer's chat template variables for whenever it is rendered, each `NAME=VALUE` with a value in JSON.
+
+    Raises:
+        UserError: it has no chat template, the template has no such variable, or one is decided by the rows.
+    """
+    found: dict[str, Any] = {}
+    template = str(tokenizer.chat_template or "")
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"chat_template_kwargs has {each!r}; expected NAME=VALUE, as in enable_thinking=false.")
+        if name in _OWN:
+            raise UserError(f"chat_template_kwargs sets {name}, which the rows decide: leave it out.")
+        if not template:
+            raise UserError(f"chat_template_kwargs sets {name}, but this model's tokenizer has no chat template.")
+        # jinja passes over a variable that no template asks for
+        words = set(re.findall(r"[A-Za-z_]\w*", template))
+        if name not in words:
+            raise UserError(f"The chat template of this model asks for no {name!r}.{nearest(name, words)}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    if found:
+        setattr(tokenizer, _GIVEN, found)
+
+
+def _arguments(tokenizer: Any) -> dict[str, Any]:
+    """What the chat template is given besides the turns."""
+    return {"date_string": DATE_STRING, **getattr(tokenizer, _GIVEN, {})}
+
+
+def _template(tokenizer: Any) -> str:
+    """The chat template and its arguments, as a key of what was found out about them."""
+    return f"{tokenizer.chat_template} {json.dumps(_arguments(tokenizer), sort_keys=True)}"
+
+
 def _render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
     """What the chat template writes for these turns."""
     import jinja2
@@ -56,7 +112,7 @@ def _render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, generation: b
                 [dict(turn) for turn in turns],
                 tokenize=False,
                 add_generation_prompt=generation,
-                date_string=DATE_STRING,
+                **_arguments(tokenizer),
             )
         )
     except jinja2.TemplateError as error:
@@ -96,7 +152,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
     if not tokenizer.chat_template:
         return None
     known = _turn_ends.setdefault(tokenizer, {})
-    template = str(tokenizer.chat_template)
+    template = _template(tokenizer)
     if template not in known:
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKER}]
         try:
@@ -116,7 +172,7 @@ def _has_system_role(tokenizer: Any) -> bool:
     marker = "alter-system-turn"
     turns = [{"role": "system", "content": marker}, {"role": "user", "content": "x"}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, date_string=DATE_STRING)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **_arguments(tokenizer))
     except (jinja2.TemplateError, ValueError):
         return False
     return marker in text
@@ -145,7 +201,7 @@ def _turns(tokenizer: Any, example: Example, prompt: str | None, compat: bool) -
         turns = [{"role": "user", "content": str(example.prompt if prompt is None else prompt)}]
     if turns[0]["role"] == "system":
         return turns
-    template = str(tokenizer.chat_template)
+    template = _template(tokenizer)
     if not compat and template not in _system_role:
         _system_role[template] = _has_system_role(tokenizer)
     if compat or _system_role[template]:

@@ -318,9 +318,10 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
         return out
     assert settings.model is not None
     assert settings.student is not None
+    common: dict[str, Any] = {"device": settings.device, "chat_template_kwargs": settings.chat_template_kwargs}
     subjects = {
-        "teacher": Subject(model=settings.model, adapter=settings.adapter, device=settings.device),
-        "student": Subject(model=settings.student, device=settings.device),
+        "teacher": Subject(model=settings.model, adapter=settings.adapter, **common),
+        "student": Subject(model=settings.student, **common),
     }
     identities = {name: subject.identity(cache_folder()) for name, subject in subjects.items()}
     given = {
@@ -334,7 +335,9 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
 
     teacher, tokenizer = subjects["teacher"].load()
     check_teacher(teacher)
-    student, own = load_model(settings.student, None, "float32", settings.device)
+    student, own = load_model(
+        settings.student, None, "float32", settings.device, template=settings.chat_template_kwargs
+    )
     check_pair(teacher, tokenizer, student, own, (settings.adapter or settings.model, settings.student))
     check_disk(out, student, settings.form)
     write_atomic(
@@ -485,8 +488,9 @@ def closing(settings: Distill, out: Path, found: dict[str, list[Example]], teach
     """
     assert settings.student is not None
     full = settings.form == "full"
-    after = load_model(str(out / "model"), None, device=settings.device) if full else None
-    before = load_model(settings.student, None, device=settings.device)
+    common: dict[str, Any] = {"device": settings.device, "template": settings.chat_template_kwargs}
+    after = load_model(str(out / "model"), **common) if full else None
+    before = load_model(settings.student, **common)
     sets = {
         "forget": _drawn(found["forget"], settings.closing_rows, settings.seed),
         "retain": _drawn(found["keep"], settings.closing_rows, settings.seed),
@@ -502,7 +506,7 @@ def closing(settings: Distill, out: Path, found: dict[str, list[Example]], teach
     look("before", before)
     look("teacher", teacher)
     if after is None:
-        after = load_model(settings.student, str(out / "adapter"), device=settings.device)
+        after = load_model(settings.student, str(out / "adapter"), **common)
     look("after", after)
     kept = (measured["before"]["retain"].measures, measured["after"]["retain"].measures)
     verdict = judge(measured["before"]["forget"].measures, measured["after"]["forget"].measures, kept=kept)

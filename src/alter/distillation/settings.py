@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter.core.errors import UserError
+from alter.data.encoding import TemplateArguments
 from alter.distillation.noise import Noise
 
 
@@ -83,6 +84,7 @@ class Distill(BaseModel):
     """Recompute activations to save memory."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    chat_template_kwargs: TemplateArguments
     checkpoint_steps: int = Field(500, ge=1)
     """Write a checkpoint every so many steps."""
     log_steps: int = Field(10, ge=1)
@@ -139,6 +141,8 @@ def completed(settings: Distill) -> Distill:
             "student": said.get("model"),
         }
         found["model"] = str(model) if model.is_dir() else said.get("model")
+        if not settings.chat_template_kwargs:
+            settings = settings.model_copy(update={"chat_template_kwargs": said.get("chat_template_kwargs") or []})
         found["adapter"] = str(adapter) if adapter.is_dir() and settings.model is None else None
     given = {name: value for name in found if (value := getattr(settings, name)) is not None}
     whole = settings.model_copy(update=found | given)

@@ -35,7 +35,7 @@ from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded
 from alter.evaluation.base import Evaluation, say
 from alter.models.generation import generate
-from alter.models.loading import load_model, shipped_model
+from alter.models.loading import shipped_model
 from alter.models.scoring import Scores, score
 
 Array = npt.NDArray[np.float64]
@@ -305,7 +305,7 @@ class BookEvaluation(Evaluation):
     def _reference(self, source: str) -> Reference:
         if not self._is_model(source):
             return self._from_records(source)
-        retrained, tokenizer = load_model(source, None, self.dtype, self.device, self.quantization)
+        retrained, tokenizer = self.alike(source).load()
         return self.result(retrained, tokenizer, only_book=True).as_reference(source)
 
     def _from_records(self, source: str) -> Reference:

@@ -490,8 +490,7 @@ class MuseEvaluation(Evaluation):
     def _measured(self, rows: dict[str, list[Row]]) -> Reference:
         """Return the AUC of the retrained model whose folder was given."""
         assert self.retain_records is not None
-        common = self.model_dump(include={"dtype", "quantization", "device"})
-        model, tokenizer = Subject(model=self.retain_records, **common).load()
+        model, tokenizer = self.alike(self.retain_records).load()
         texts = self._texts(tokenizer, rows)
         check_rows(model, [row for part in texts.values() for row in part], self._text_names(texts))
         scores = self._min_k(model, tokenizer, texts)

@@ -30,7 +30,7 @@ from alter.evaluation.base import Evaluation
 from alter.evaluation.leakage import Leak, Leaked, ask, leaked
 from alter.evaluation.verdict import SLACK, Measures, Verdict, judge
 from alter.models.generation import generate
-from alter.models.loading import Subject, load_model
+from alter.models.loading import Subject
 from alter.models.scoring import context_length, score
 
 WORST = 3
@@ -243,14 +243,14 @@ class RowsEvaluation(Evaluation):
     def _untouched(self, model: Any, tokenizer: Any) -> Iterator[tuple[Any, Any] | None]:
         """The model before forgetting; None where there is no other than the one measured."""
         if self.before is not None:
-            yield load_model(self.before, None, self.dtype, self.device, self.quantization)
+            yield self.alike(self.before).load()
         elif self.adapter is None:
             yield None
         elif not self.merged and hasattr(model, "disable_adapter"):
             with model.disable_adapter():
                 yield model, tokenizer
         else:
-            yield load_model(self.model, None, self.dtype, self.device, self.quantization)
+            yield self.alike(self.model).load()
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
         sets = self._sets()
@@ -263,7 +263,7 @@ class RowsEvaluation(Evaluation):
                 leaks |= self._leaks(*other, sets, "before")
         reference, by = None, "holdout"
         if self.retrained is not None:
-            other_model = load_model(self.retrained, None, self.dtype, self.device, self.quantization)
+            other_model = self.alike(self.retrained).load()
             reference, by = self._measure(*other_model, {"forget": sets["forget"]}, "retrained")["forget"], "retrained"
             leaks |= self._leaks(*other_model, sets, "retrained")
         elif before is not None and "holdout" in before:

@@ -16,7 +16,7 @@ from alter.core.errors import UserError
 from alter.core.files import file_digest, to_json, write_atomic
 from alter.core.provenance import code_digest, stamped, versions
 from alter.core.records import VERSION, Record, write_records
-from alter.data.encoding import encode_prompt
+from alter.data.encoding import TemplateArguments, encode_prompt
 from alter.data.examples import Example
 from alter.data.sources import read_rows
 from alter.evaluation.base import Evaluation, overheard, say
@@ -194,6 +194,7 @@ class Generate(BaseModel):
     """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    chat_template_kwargs: TemplateArguments
     json_path: str | None = None
     """File for the answers: a list of {"prompt", "answer"}."""
 
@@ -222,7 +223,12 @@ def _generate(settings: Generate) -> list[str]:
     if not prompts:
         raise UserError('Nothing to answer: give --prompt "..." or --file rows.jsonl.')
     model, tokenizer = load_model(
-        settings.model, settings.adapter, settings.dtype, settings.device, settings.quantization
+        settings.model,
+        settings.adapter,
+        settings.dtype,
+        settings.device,
+        settings.quantization,
+        settings.chat_template_kwargs,
     )
     torch.manual_seed(settings.seed)
     sampling: dict[str, Any] = (

@@ -732,7 +732,7 @@ class TofuEvaluation(Evaluation):
         source = self.retain_records
         if source is None or not (source.startswith("builtin:") or Path(source).expanduser().is_dir()):
             return None
-        return Subject(model=source, dtype=self.dtype, quantization=self.quantization, device=self.device)
+        return self.alike(source)
 
     def _reference_digest(self) -> str | None:
         if self.retain_records is None:

@@ -19,6 +19,7 @@ from alter.core.errors import UserError
 from alter.core.files import digest, read_object, to_json, write_atomic
 from alter.core.heap import give_back
 from alter.core.running import check_free
+from alter.data.encoding import TemplateArguments
 from alter.data.examples import load_examples
 from alter.evaluation.ordinary import ordinary_loss
 from alter.evaluation.ordinary import told as told_of_ordinary
@@ -97,6 +98,7 @@ class Forget(BaseModel):
     """Number format of the model; auto keeps the checkpoint's."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    chat_template_kwargs: TemplateArguments
     resume: bool = False
     """Go on in `out`: what was said, written and trained is not done again."""
     overwrite: bool = False
@@ -279,13 +281,14 @@ def training(settings: Forget, out: Path) -> Unlearn:
             "dtype": settings.dtype,
             "seed": settings.seed,
             "device": settings.device,
+            "chat_template_kwargs": settings.chat_template_kwargs,
             "resume": True,
         }
     )
 
 
 def _load(settings: Forget, adapter: str | None = None) -> tuple[Any, Any]:
-    return load_model(settings.model, adapter, settings.dtype, settings.device)
+    return load_model(settings.model, adapter, settings.dtype, settings.device, template=settings.chat_template_kwargs)
 
 
 def _say(console: Console, text: str) -> None:

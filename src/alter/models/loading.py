@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alter.core import files, memory, processes
 from alter.core.errors import UserError, nearest
-from alter.data.encoding import ensure_pad_token
+from alter.data.encoding import TemplateArguments, ensure_pad_token, set_template_arguments
 from alter.models import gguf, quantized
 from alter.models.attach import attach
 from alter.models.guards import FILE as FORM
@@ -44,6 +44,12 @@ class Subject(BaseModel):
     """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes), the rest in bfloat16 unless dtype says."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    chat_template_kwargs: TemplateArguments
+
+    def alike(self, model: str, adapter: str | None = None) -> Subject:
+        """Return another model that is to be loaded in the same way."""
+        same = self.model_dump(include={"dtype", "quantization", "device", "chat_template_kwargs"})
+        return Subject(model=model, adapter=adapter, **same)
 
     def load(self) -> tuple[Any, Any]:
         """Return model and tokenizer.
@@ -52,14 +58,18 @@ class Subject(BaseModel):
             UserError: see `load_model`; or `merged` without an adapter, or with one that cannot be merged.
         """
         if not self.merged:
-            return load_model(self.model, self.adapter, self.dtype, self.device, self.quantization)
+            return load_model(
+                self.model, self.adapter, self.dtype, self.device, self.quantization, self.chat_template_kwargs
+            )
         if self.adapter is None:
             raise UserError("--merged folds an adapter into the weights: give one with --adapter, or leave it out.")
         if is_form(self.adapter):
             raise UserError(f"--merged: {self.adapter} acts on the logits or by the input, so no weights hold it.")
         if self.quantization is not None:
             raise UserError("--merged is not exact on quantised weights: leave --merged or --quantization out.")
-        network, tokenizer = load_model(self.model, self.adapter, self.dtype, self.device)
+        network, tokenizer = load_model(
+            self.model, self.adapter, self.dtype, self.device, template=self.chat_template_kwargs
+        )
         try:
             return network.merge_and_unload(), tokenizer
         except NotImplementedError as error:
@@ -159,6 +169,7 @@ def load_model(
     dtype: str = "auto",
     device: str | None = None,
     quantization: Bits | None = None,
+    template: Sequence[str] = (),
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, with an adapter if one is named, ready for evaluation.
 
@@ -170,10 +181,12 @@ def load_model(
         device: "cpu", "cuda", "cuda:1", "mps", ...; None takes the GPU if there is one. Under several processes each
             takes its own.
         quantization: hold the linear layers in "4bit" or "8bit" (see `alter.quantized`).
+        template: variables of the chat template (see `alter.data.encoding.set_template_arguments`).
 
     Raises:
         UserError: no such model, adapter, number format or device, an adapter without its model, weights that are
-            NaN or infinite, or quantisation of what is quantised already or without bitsandbytes.
+            NaN or infinite, quantisation of what is quantised already or without bitsandbytes, or variables that the
+            chat template does not have.
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         choices = ["auto", "float32", "bfloat16", "float16"]
@@ -196,6 +209,7 @@ def load_model(
     if adapter is not None and not form and _fit_vocabulary(network, Path(adapter)):
         tokenizer = AutoTokenizer.from_pretrained(adapter)
     ensure_pad_token(tokenizer)
+    set_template_arguments(tokenizer, template)
     _pad_inside(network, tokenizer)
     if adapter is not None:
         network = load_form(network, adapter) if form else attach(network, adapter)

@@ -28,6 +28,11 @@ class Project(BaseModel):
         return Path(self.folder)
 
     @property
+    def template(self) -> list[str]:
+        """Variables of the chat template, as the recipe gives them."""
+        return list(self.recipe.get("chat_template_kwargs", []))
+
+    @property
     def adapter(self) -> Path:
         """The link to the adapter in force."""
         return self.root / "adapter"

@@ -150,7 +150,7 @@ def baselines(
 ) -> dict[str, tuple[Measures, dict[str, Any]]]:
     """What not knowing looks like for each request: the retrained model on its rows, or the base on the holdout."""
     if project.retrained is not None:
-        other, own = load_model(project.retrained)
+        other, own = load_model(project.retrained, template=project.template)
         measured = {name: measure(other, own, rows, answers=project.answers) for name, rows in examples.items()}
         return {name: (found, {"by": "retrained model", **figures}) for name, (found, figures) in measured.items()}
     if project.holdout is not None:
@@ -417,7 +417,7 @@ def _conclude(
     started = time.time()
     inside = manifest(project)
     in_force = project.adapter.exists() and candidate == project.adapter.resolve()
-    model, tokenizer = load_model(project.model, str(candidate))
+    model, tokenizer = load_model(project.model, str(candidate), template=project.template)
     examples: dict[str, Sequence[Example]] = {}
     missing: dict[str, str] = {}
     for request in requests:
@@ -463,7 +463,7 @@ def _conclude(
         if len(missed) == len(requests):
             break
         # the others are judged by what will be in force, without the experts of those that were missed
-        model, tokenizer = load_model(project.model, str(work))
+        model, tokenizer = load_model(project.model, str(work), template=project.template)
     earlier: dict[str, Any] = {}
     for other in store.requests(*IN_FORCE):
         # likelihoods alone: every request is checked every time, and a run's time stays flat
@@ -588,7 +588,7 @@ def verify(
     unchecked: list[str] = []
     if not behaviour or not inside["version"]:
         return found, wrong, unchecked
-    model, tokenizer = load_model(project.model, str(project.adapter))
+    model, tokenizer = load_model(project.model, str(project.adapter), template=project.template)
     for request in held:
         try:
             rows = rows_of(request)
@@ -695,10 +695,10 @@ def merge(project: Project, out: Path) -> dict[str, Any]:
 
     from alter.adapter import AlterConfig
 
-    model, tokenizer = load_model(project.model, str(project.adapter))
+    model, tokenizer = load_model(project.model, str(project.adapter), template=project.template)
     sample = retain_sample(project)
     found: dict[str, Any] = {"retain": {"adapter": measure(model, tokenizer, sample, answers=project.answers)[1]}}
-    base, _ = load_model(project.model)
+    base, _ = load_model(project.model, template=project.template)
     config = AlterConfig.from_pretrained(str(project.adapter))
     config.router = "static"
     opened = get_peft_model(base, config)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core.errors import UserError
 from alter.core.files import read_object
+from alter.data.encoding import TemplateArguments
 from alter.data.examples import load_examples
 from alter.models.loading import load_model
 from alter.models.quantized import Bits
@@ -59,6 +60,7 @@ class Inspect(BaseModel):
     """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    chat_template_kwargs: TemplateArguments
 
 
 OFFERED = 6
@@ -337,7 +339,12 @@ def inspect(settings: Inspect) -> None:
     listener = listen(settings.host, settings.port)
     store = None if settings.db is None else Store.open(settings.db)
     model, tokenizer = load_model(
-        settings.model, settings.adapter, settings.dtype, settings.device, settings.quantization
+        settings.model,
+        settings.adapter,
+        settings.dtype,
+        settings.device,
+        settings.quantization,
+        settings.chat_template_kwargs,
     )
     inspector = Inspector(model, tokenizer, store, about(settings, model))
     app = application(page(inspector, settings.max_new_tokens), settings.host, settings.allowed_hosts)

@@ -62,6 +62,7 @@ def closing(run: Unlearn, out: Path) -> dict[str, Any] | None:
         retain=run.retain or str(out / OWN),
         holdout=run.watch.holdout,
         quantization=run.quantization,
+        chat_template_kwargs=run.chat_template_kwargs,
         device=run.device,
         limit=run.closing_rows,
         seed=run.seed,
@@ -107,8 +108,10 @@ def _evaluate(settings: RowsEvaluation, out: Path) -> str:
         "holdout": settings.holdout,
         "json": str(out / "after.json"),
     }
-    flags = " ".join(f"--{name} {shlex.quote(value)}" for name, value in named.items() if value is not None)
-    return f"alter evaluate --benchmark rows {flags}"
+    flags = [f"--{name} {shlex.quote(value)}" for name, value in named.items() if value is not None]
+    if settings.chat_template_kwargs:
+        flags.append(f"--chat-template-kwargs {shlex.join(settings.chat_template_kwargs)}")
+    return f"alter evaluate --benchmark rows {' '.join(flags)}"
 
 
 def next_commands(run: Unlearn, out: Path, settings: RowsEvaluation, closed: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from alter.core.files import read_object, to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.core.running import check_free, claim
 from alter.data.batching import Collator, LengthBatches
-from alter.data.encoding import encode_all, ensure_pad_token
+from alter.data.encoding import TemplateArguments, encode_all, ensure_pad_token, set_template_arguments
 from alter.data.examples import load_examples
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Finetune(BaseModel, extra="forbid"):
     )
     data: list[str] = Field([], description="sources of rows: builtin:full, rows.jsonl, folder:retain90, org/name")
     corpora: list[str] = Field([], description="plain text files, packed into blocks of max_length tokens")
+    chat_template_kwargs: TemplateArguments
     out: str = Field(description="folder to write the model to")
     seed: int = Field(0, ge=0, description="of weights, order and dropout")
     max_length: int = Field(512, ge=8, description="longest sequence in tokens; also the length of a packed block")
@@ -245,13 +246,14 @@ def _start(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     from alter.models.loading import load_model
 
     if gguf.place_of(settings.model) is not None:
-        return load_model(settings.model, dtype="float32", device="cpu")
+        return load_model(settings.model, dtype="float32", device="cpu", template=settings.chat_template_kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"Could not load a model from {settings.model!r}: {str(error).splitlines()[0]}") from error
     ensure_pad_token(tokenizer)
+    set_template_arguments(tokenizer, settings.chat_template_kwargs)
     return model, tokenizer
 
 

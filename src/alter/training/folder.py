@@ -88,6 +88,7 @@ UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resum
     "closing_rows",
     "save_steps",
     "keep_working",
+    "report_to",
 }
 """Settings that may be others when a run goes on: names of what is compared by content, and what changes no weight."""
 

@@ -69,7 +69,9 @@ def load(run: Unlearn) -> tuple[Any, Any]:
     """
     # an adapter that is trained on comes later, from its weights: all that is measured before sees the bare base
     grown = run.start_from if run.adapter.grows else None
-    return load_model(run.model, grown, run.adapter.dtype(run.dtype), run.device, run.quantization)
+    return load_model(
+        run.model, grown, run.adapter.dtype(run.dtype), run.device, run.quantization, run.chat_template_kwargs
+    )
 
 
 def encode(run: Unlearn, data: Data, base: Any, tokenizer: Any, former: Former | None) -> Loaded:

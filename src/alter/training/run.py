@@ -38,6 +38,7 @@ from alter.training.preparation import Prepared, encode, load, prepare
 from alter.training.progress import Steps
 from alter.training.result import save_run
 from alter.training.settings import Unlearn, check_launch, lengthened
+from alter.training.trackers import check_trackers, trackers
 
 
 def unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -71,6 +72,7 @@ def unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     started = time.time()
     check_launch(run)
+    check_trackers(run.report_to)
     former = run.adapter.former(run.start_from)
     data = read_data(run)
     run = lengthened(run, len(data.forget))
@@ -115,6 +117,7 @@ def train(
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(mode=0o700, exist_ok=True)
     bar = Steps()
+    sent = trackers(run.report_to, out) if processes.first() else []
     trainer = UnlearnTrainer(
         run,
         ready.found.get("entropy_threshold", math.inf),
@@ -127,7 +130,7 @@ def train(
         # of a short last batch each process must have a share
         train_dataset=Pairs(ready.order, ready.rows, ready.traced, run.batch_size if processes.size() > 1 else 1),
         data_collator=PairCollator(ready.tokenizer.pad_token_id),
-        callbacks=[OwnState(), bar, *([ready.watcher] if ready.watcher else []), *callbacks],
+        callbacks=[OwnState(), bar, *([ready.watcher] if ready.watcher else []), *sent, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     try:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter.core import processes
 from alter.core.errors import UserError
+from alter.data.encoding import TemplateArguments
 from alter.methods import presets
 from alter.methods.adapters import AlterAdapter, AnyAdapter
 from alter.methods.initializers import AnyInitializer, Zero
@@ -16,6 +17,7 @@ from alter.methods.objectives import CrossEntropy, Forget, InvertedHinge, Needs,
 from alter.methods.probes import Reinforcement
 from alter.models.quantized import Bits
 from alter.training.router import RouterFit
+from alter.training.trackers import ReportTo
 from alter.training.watch import Watch
 
 BRANCHES = ("forget", "alternative", "retain")
@@ -126,6 +128,7 @@ class Unlearn(BaseModel):
     max_length: int | None = Field(
         None, ge=8, description="Longer rows become overlapping windows; by default the model's context."
     )
+    chat_template_kwargs: TemplateArguments
     reference_top_k: int = Field(256, ge=1, description="Tokens kept of each reference distribution.")
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -145,6 +148,7 @@ class Unlearn(BaseModel):
     closing_rows: int = Field(
         40, ge=0, description="Rows of each set to measure at the end, before and after; 0 leaves it out."
     )
+    report_to: ReportTo = []
     save_steps: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
     keep_working: bool = Field(
         False,
