@@ -190,6 +190,37 @@ def raw(store, statement):
         connection.commit()
 
 
+def test_each_command_says_what_is_next(data, tmp_path, capsys):
+    def told():
+        # a table wraps, the line of what is next does not
+        return capsys.readouterr().out.partition("Next: ")[2].splitlines()[0]
+
+    store = start(data, tmp_path)
+    here = f" --db {store.url}"
+    assert told() == f"alter request add --subject NAME --data ROWS.jsonl{here}"
+    list_requests(List(db=store.url))
+    assert told() == f"alter request add --subject NAME --data ROWS.jsonl{here}"
+    ask(store, data, "Ada")
+    assert told() == f"alter request run{here}"
+    show(Show(db=store.url, id="1"))
+    assert told() == f"alter request run{here}"
+    revoke(Revoke(db=store.url, id="1"))
+    assert told() == f"alter request purge R-0001{here} (if its data must go)"
+    list_requests(List(db=store.url))
+    assert told() == f"alter request purge R-0001{here} (if its data must go)"
+    purge(Purge(db=store.url, id="1"))
+    assert told().startswith(f"alter request list{here}")
+    put(store, "Bo", "2")
+    store.move([2], "running")
+    store.move([2], "failed")
+    list_requests(List(db=store.url))
+    assert told().startswith(f"alter request run --again{here}")
+    for state in ("running", "trained", "forgotten"):
+        store.move([2], state)
+    list_requests(List(db=store.url))
+    assert told().startswith(f"alter request verify{here}")
+
+
 def test_history_refuses_to_be_rewritten(store):
     put(store, "Ada", "1")
     for statement in ("DELETE FROM alter_history", "UPDATE alter_history SET who = 'x'"):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -143,12 +145,8 @@ def init(settings: Init) -> Store:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     root.chmod(0o700)
     store = Store.create(settings.db, project.model_dump(), settings.who, anchor)
-    Console().print(
-        f"Requests about {settings.model} are kept in {shown(settings.db)}, adapters in {root}.\n"
-        "Next: alter request add --subject NAME --data ROWS.jsonl",
-        highlight=False,
-        markup=False,
-    )
+    Console().print(cell(f"Requests about {settings.model} are kept in {shown(settings.db)}, adapters in {root}."))
+    _then(settings, "alter request add --subject NAME --data ROWS.jsonl")
     return store
 
 
@@ -199,16 +197,37 @@ def add(settings: Add) -> Request:
         else None,
         who=settings.who,
     )
-    _say(f"{request.name} received: {request.subject}, {request.rows} rows.", "alter request run", store)
+    _say(f"{request.name} received: {request.subject}, {request.rows} rows.", store)
+    _then(settings, "alter request run")
     return request
 
 
-def _say(sentence: str, then: str, store: Store) -> None:
-    """Print what was done, the head of the history, and what to type next."""
+def _say(sentence: str, store: Store) -> None:
+    """Print what was done, and the head of the history."""
     console = Console()
     console.print(cell(sentence))
     console.print(cell(f"Head of the history, to be written down elsewhere: {store.head()}"))
-    console.print(cell(f"Next: {then}"))
+
+
+def _then(settings: Database, command: str, why: str = "") -> None:
+    """Print what to type next, for the same database; its password has to be put in again."""
+    here = "" if settings.db == _default_db() else f" --db {shlex.quote(shown(settings.db))}"
+    Console(soft_wrap=True).print(cell(f"Next: {command}{here}{why and f' ({why})'}"))
+
+
+def _next(settings: Database, requests: Sequence[Request]) -> None:
+    """Print what to type next, as the requests stand: what waits comes before what is done."""
+    states = {request.state: request.name for request in requests}
+    if not requests:
+        _then(settings, "alter request add --subject NAME --data ROWS.jsonl")
+    elif states.keys() & {"received", "running", "trained"}:
+        _then(settings, "alter request run")
+    elif states.keys() & set(MISSED):
+        _then(settings, "alter request run --again", "nothing of what was missed is in force")
+    elif states.keys() & set(IN_FORCE):
+        _then(settings, "alter request verify", "now and later; alter certificate ID --key FILE signs the evidence")
+    else:
+        _then(settings, f"alter request purge {next(reversed(states.values()))}", "if its data must go")
 
 
 class List(Database):
@@ -237,8 +256,19 @@ def list_requests(settings: List) -> list[Request]:
     """Run `alter request list`."""
     store, _ = settings.open()
     found = store.requests(*([settings.state] if settings.state else []))
+    _print_list(settings.db, found)
+    if settings.json_path is not None:
+        hidden = ("text", "row_hashes", "salt")
+        rows = [{k: v for k, v in asdict(request).items() if k not in hidden} for request in found]
+        write_atomic(settings.json_path, to_json(rows))
+    if settings.state is None:
+        _next(settings, found)
+    return found
+
+
+def _print_list(db: str, found: Sequence[Request]) -> None:
     table = Table(
-        title=cell(f"Erasure requests in {shown(settings.db)}"),
+        title=cell(f"Erasure requests in {shown(db)}"),
         caption="said: replies that still give the answer; probability of the true answers before and after;\n"
         "broken: broken or empty replies; utility: share of the untouched model's",
     )
@@ -260,11 +290,6 @@ def list_requests(settings: List) -> list[Request]:
     Console().print(table)
     if any(request.after for request in found):
         Console().print(cell(BASE, "dim"))
-    if settings.json_path is not None:
-        hidden = ("text", "row_hashes", "salt")
-        rows = [{k: v for k, v in asdict(request).items() if k not in hidden} for request in found]
-        write_atomic(settings.json_path, to_json(rows))
-    return found
 
 
 class Show(Database):
@@ -316,6 +341,7 @@ def show(settings: Show) -> Request:
     if settings.json_path is not None:
         content = {**asdict(request), "salt": None, "history": [asdict(entry) for entry in history]}
         write_atomic(settings.json_path, to_json(content))
+    _next(settings, [request])
     return request
 
 
@@ -353,7 +379,7 @@ def run(settings: Run) -> list[Request]:
                     "tries them."
                 )
         found = work.run(store, project, chosen)
-    list_requests(List(db=settings.db))
+    _print_list(settings.db, store.requests())
     console = Console()
     for request in found:
         verdict = (request.after or {})["verdict"]
@@ -365,7 +391,8 @@ def run(settings: Run) -> list[Request]:
             "settings (more epochs or a higher rate for NOT FORGOTTEN, a lower rate for COLLAPSED) in a new project's "
             "--recipe, or try again: alter request run --again"
         )
-    _say("The requests are in force.", "alter request verify --head HEAD, now and later", store)
+    _say("The requests are in force.", store)
+    _then(settings, f"alter request verify --head {store.head()[:12]}", "now and later")
     return found
 
 
@@ -459,6 +486,7 @@ def verify(settings: Verify) -> dict[str, Any]:
             )
         )
     console.print(cell(f"Head of the history: {store.head()}"))
+    _then(settings, f"alter request verify --head {store.head()[:12]}", "later, with the head of today")
     return found
 
 
@@ -496,11 +524,9 @@ def revoke(settings: Revoke) -> Request:
                     Console().print(cell(f"Not checked: {sentence}"))
                 store.note(None, "verified", {"wrong": wrong, "unchecked": unchecked, "measured": found}, settings.who)
     others = " What was measured of the others has not come back." if request.state == "revoked" and not wrong else ""
-    _say(
-        f"{request.name} is {request.state}.{others}",
-        f"alter request purge {request.name}, if its data must go",
-        store,
-    )
+    _say(f"{request.name} is {request.state}.{others}", store)
+    if not wrong:
+        _then(settings, f"alter request purge {request.name}", "if its data must go")
     if wrong:
         raise UserError(
             f"{request.name} is revoked, but not all is as it should be: {' '.join(wrong)} A request that has come back "
@@ -536,6 +562,7 @@ def purge(settings: Purge) -> tuple[list[str], list[str]]:
         for line in lines or ["nothing"]:
             console.print(cell(f"  {line}"))
     console.print(cell(f"Head of the history: {store.head()}"))
+    _then(settings, "alter request list", "what is out of reach has to be removed by hand" if left else "")
     return removed, left
 
 
@@ -591,4 +618,6 @@ def export(settings: Export) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     Console().print(f"{settings.form}: {out}", highlight=False, markup=False)
+    loaded = f"--model {project.model} --adapter {out}" if settings.form == "adapter" else f"--model {out}"
+    Console(soft_wrap=True).print(cell(f"Next: alter serve {loaded}"))
     return out
