@@ -53,7 +53,6 @@ def ensure_pad_token(tokenizer: Any) -> None:
 TemplateArguments = Annotated[
     list[str],
     Field(
-        default_factory=list,
         description="Variables of the chat template, each NAME=VALUE with a value in JSON (enable_thinking=false); what is no "
         "JSON is a text.",
     ),

@@ -84,7 +84,7 @@ class Distill(BaseModel):
     """Recompute activations to save memory."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    chat_template_kwargs: TemplateArguments
+    chat_template_kwargs: TemplateArguments = []
     checkpoint_steps: int = Field(500, ge=1)
     """Write a checkpoint every so many steps."""
     log_steps: int = Field(10, ge=1)

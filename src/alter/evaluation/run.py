@@ -194,7 +194,7 @@ class Generate(BaseModel):
     """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    chat_template_kwargs: TemplateArguments
+    chat_template_kwargs: TemplateArguments = []
     json_path: str | None = None
     """File for the answers: a list of {"prompt", "answer"}."""
 

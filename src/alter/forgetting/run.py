@@ -98,7 +98,7 @@ class Forget(BaseModel):
     """Number format of the model; auto keeps the checkpoint's."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    chat_template_kwargs: TemplateArguments
+    chat_template_kwargs: TemplateArguments = []
     resume: bool = False
     """Go on in `out`: what was said, written and trained is not done again."""
     overwrite: bool = False

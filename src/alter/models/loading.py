@@ -44,7 +44,7 @@ class Subject(BaseModel):
     """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes), the rest in bfloat16 unless dtype says."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    chat_template_kwargs: TemplateArguments
+    chat_template_kwargs: TemplateArguments = []
 
     def alike(self, model: str, adapter: str | None = None) -> Subject:
         """Return another model that is to be loaded in the same way."""

@@ -60,7 +60,7 @@ class Inspect(BaseModel):
     """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    chat_template_kwargs: TemplateArguments
+    chat_template_kwargs: TemplateArguments = []
 
 
 OFFERED = 6

@@ -63,7 +63,7 @@ class Finetune(BaseModel, extra="forbid"):
     )
     data: list[str] = Field([], description="sources of rows: builtin:full, rows.jsonl, folder:retain90, org/name")
     corpora: list[str] = Field([], description="plain text files, packed into blocks of max_length tokens")
-    chat_template_kwargs: TemplateArguments
+    chat_template_kwargs: TemplateArguments = []
     out: str = Field(description="folder to write the model to")
     seed: int = Field(0, ge=0, description="of weights, order and dropout")
     max_length: int = Field(512, ge=8, description="longest sequence in tokens; also the length of a packed block")

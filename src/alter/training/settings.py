@@ -128,7 +128,7 @@ class Unlearn(BaseModel):
     max_length: int | None = Field(
         None, ge=8, description="Longer rows become overlapping windows; by default the model's context."
     )
-    chat_template_kwargs: TemplateArguments
+    chat_template_kwargs: TemplateArguments = []
     reference_top_k: int = Field(256, ge=1, description="Tokens kept of each reference distribution.")
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
