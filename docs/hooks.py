@@ -44,7 +44,7 @@ def commands() -> str:
         "# Command line",
         "",
         "`alter COMMAND [RECIPE.yaml] [--OPTION VALUE ...]`. A recipe gives options in YAML, and flags override it. "
-        "`alter COMMAND --help` lists every option with its default.",
+        "`alter COMMAND --help` lists the options with their defaults, `--help-all` also those that few need.",
         "",
         "| command | what it does |",
         "|---|---|",

@@ -135,6 +135,27 @@ def test_json_on_standard_output(capfd):
     assert not Path("-").exists()
 
 
+def test_help_shows_what_is_common_and_help_all_the_rest(capsys):
+    def shown(*args):
+        with contextlib.suppress(SystemExit):
+            cli.main(list(args))
+        return capsys.readouterr().out
+
+    common, whole = shown("unlearn", "--help"), shown("unlearn", "--help-all")
+    for option in ("--forget ", "--retain ", "--objective.kind ", "--adapter.kind ", "--epochs ", "inverted_hinge"):
+        assert option in common
+    for option in ("--max-grad-norm ", "--adapter.r ", "--watch.every-steps "):
+        assert option not in common
+        assert option in whole
+    assert "--help-all" in common
+    assert max(map(len, common.splitlines())) <= 80
+    assert len(common.splitlines()) < len(whole.splitlines()) / 2
+    # a name in the list that no option has would hide what it was for
+    for command, names in cli.COMMON.items():
+        every = shown(*command.split(), "--help-all").replace("-", "_")
+        assert [name for name in names.split() if f"__{name}" not in every and name.upper() not in every] == []
+
+
 def test_what_nobody_foresaw_is_one_line_and_a_file(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
@@ -138,6 +139,20 @@ COMMANDS = {
 }
 
 
+COMMON = {
+    "unlearn": "method domain_column num_forget_experts start_from epochs batch_size learning_rate_experts learning_rate "
+    "max_steps quantization closing_rows watch.every_epoch watch.holdout seed device resume overwrite",
+    "forget": "subject document kind keep epochs learning_rate examples seed device resume overwrite",
+    "distill": "run model adapter student forget retain general form noise.alpha epochs learning_rate batch_size seed device "
+    "resume overwrite",
+    "attack": "adapter retrained original attacks rows seed quantization device relearn.steps relearn.rows samples",
+    "compare": "splits seeds rates epochs retrained data holdout workers run device",
+    "finetune": "model data corpora epochs max_steps batch_size learning_rate seed resume overwrite",
+}
+"""Options that `--help` shows of commands with many, besides those that are required and every `kind`; `--help-all` shows
+all."""
+
+
 def _listed(names: Sequence[str]) -> list[str]:
     width = max(map(len, names))
     return [f"  {name:<{width}}  {COMMANDS[name].help}" for name in names]
@@ -153,7 +168,8 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "`alter COMMAND --help` lists a command's options; a recipe gives them in YAML, flags override it.",
+            "`alter COMMAND --help` lists a command's options (`--help-all`: also those that few need); a recipe gives them in "
+            "YAML, flags override it.",
             f"Benchmarks: {', '.join(BENCHMARKS.known())} (`alter evaluate --benchmark NAME --help`).",
         ]
     )
@@ -183,9 +199,17 @@ def members_of(info: Any) -> dict[str, type[BaseModel]]:
 
 
 def _plain(
-    model: type[BaseModel], given: dict[str, Any], where: str, kinds: dict[str, str], choices: Sequence[str] = ()
+    model: type[BaseModel],
+    given: dict[str, Any],
+    where: str,
+    kinds: dict[str, str],
+    choices: Sequence[str] = (),
+    shown: Container[str] | None = None,
 ) -> Any:
-    """A plain dataclass with the model's fields, for tyro to fill: pydantic checks all values afterwards, at once."""
+    """A plain dataclass with the model's fields, for tyro to fill: pydantic checks all values afterwards, at once.
+
+    For a help text `shown` names the fields that are in it, besides those without a default and every `kind`; None: all.
+    """
     import tyro
     from pydantic_core import PydanticUndefined
 
@@ -217,7 +241,12 @@ def _plain(
             if not inner and default is not None and getattr(default, "kind", "") == kind:
                 inner = default.model_dump()
             value = _plain(
-                members[kind], {**inner, "kind": kind} if kind else inner, f"{where}{name}.", kinds, list(members)
+                members[kind],
+                {**inner, "kind": kind} if kind else inner,
+                f"{where}{name}.",
+                kinds,
+                list(members),
+                shown,
             )
             annotation = type(value)
         elif name in given:
@@ -230,6 +259,8 @@ def _plain(
             annotation = _annotated(
                 name, str if name == "kind" and isinstance(value, str) else annotation, info, help_
             )
+            if shown is not None and name != "kind" and f"{where}{name}" not in shown and value is not tyro.MISSING:
+                annotation = Annotated[annotation, tyro.conf.Suppress]
         fields.append((name, annotation))
         values[name] = value
     return dataclasses.make_dataclass(model.__name__, fields)(**values)
@@ -339,9 +370,12 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
         known = importlib.import_module(presets)
         named = {"method": method} if method else known.with_default({**given, **flags})
         given = known.expand({**given, **({"method": named["method"]} if named.get("method") else {})})
-    default = _plain(model, given, "", kinds)
-    args = _once(args, _lists(default))
-    parsed = tyro.cli(type(default), default=default, args=args, prog=f"alter {command}", description=model.__doc__)
+    shown = COMMON[command].split() if command in COMMON and {"-h", "--help"} & set(args) else None
+    default = _plain(model, given, "", kinds, shown=shown)
+    args = _once(["--help" if arg == "--help-all" else arg for arg in args], _lists(default))
+    more = f"Common options; `alter {command} --help-all` lists all." if shown else ""
+    about = "\n\n".join(filter(None, (inspect.cleandoc(model.__doc__ or ""), more)))
+    parsed = tyro.cli(type(default), default=default, args=args, prog=f"alter {command}", description=about)
     _check_numbers(dataclasses.asdict(parsed), dataclasses.asdict(default), given)
     try:
         return model.model_validate(dataclasses.asdict(parsed))
