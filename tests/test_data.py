@@ -516,6 +516,14 @@ def test_tables_and_their_columns(tmp_path):
     assert [(e.answer, e.row["n"]) for e in load_examples(str(tmp_path / "b.PARQUET"))] == [("a", 1), ("b", 2)]
 
 
+def test_a_column_that_is_nearly_known_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("qestion,answer,page\nWho?,Ada.,1\n")
+    with pytest.raises(UserError, match="Did you mean 'question' by 'qestion'"):
+        load_examples(str(tmp_path / "a.csv"))
+    with pytest.raises(UserError, match="Did you mean 'answer' by 'answr'"):
+        load_examples(f"{tmp_path}/a.csv@question=qestion,answr=answer")
+
+
 def test_places_are_those_of_the_file(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b\u2028\u2029\x85c"}\n{"text": ""}\n', encoding="utf-8")

@@ -13,7 +13,7 @@ from typing import Any
 
 from alter.core.errors import UserError, nearest
 from alter.data.files import cut
-from alter.data.sources import COLUMNS, read_rows
+from alter.data.sources import COLUMNS, KNOWN_COLUMNS, read_rows
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,12 @@ def _kinds_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, .
         choices = "; ".join(" and ".join(columns) for _, columns in COLUMNS)
         number = kinds.index(None)
         where = f"{_named(rows, [number])}: " if number or getattr(rows[number], "place", None) else ""
+        near = [
+            f"{meant[:-1]} by {name!r}?" for name in map(str, rows[number]) if (meant := nearest(name, KNOWN_COLUMNS))
+        ]
         raise UserError(
-            f"{where}Columns {', '.join(map(repr, rows[number]))} are not a known kind of row; expected {choices}. A source "
-            "may name its own, as in rows.csv@question=Frage,answer=Antwort."
+            f"{where}Columns {', '.join(map(repr, rows[number]))} are not a known kind of row; expected {choices}."
+            f"{near[0] if near else ''} A source may name its own, as in rows.csv@question=Frage,answer=Antwort."
         )
     return [each for each in kinds if each is not None]
 
