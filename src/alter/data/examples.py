@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import difflib
 import itertools
 import json
 import re
@@ -217,7 +218,10 @@ def _kinds_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, .
         number = kinds.index(None)
         where = f"{_named(rows, [number])}: " if number or getattr(rows[number], "place", None) else ""
         near = [
-            f"{meant[:-1]} by {name!r}?" for name in map(str, rows[number]) if (meant := nearest(name, KNOWN_COLUMNS))
+            f" Did you mean {meant[0]!r} by {name!r}?"
+            for name in map(str, rows[number])
+            if name not in KNOWN_COLUMNS
+            and (meant := difflib.get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.75))
         ]
         raise UserError(
             f"{where}Columns {', '.join(map(repr, rows[number]))} are not a known kind of row; expected {choices}."
