@@ -20,7 +20,7 @@ from alter.core.errors import UserError
 from alter.data import encoding, sources
 from alter.data.batching import Collator
 from alter.data.domains import domains
-from alter.data.encoding import encode, encode_prompt, set_template_arguments
+from alter.data.encoding import encode, encode_prompt, set_template_arguments, share_template_arguments
 from alter.data.examples import Example, check_overlap, examples, load_examples
 
 TEMPLATE = (
@@ -240,6 +240,9 @@ def test_templates_take_arguments():
     plain, other = byte_tokenizer(template), byte_tokenizer(template)
     set_template_arguments(other, ["tone=warm", "loud=false"])
     assert other.decode(encode_prompt(other, row)) == f"<warm>quiet{plain.decode(encode_prompt(plain, row))}"
+    third = byte_tokenizer(template)
+    share_template_arguments(third, other)
+    assert third.decode(encode_prompt(third, row)) == other.decode(encode_prompt(other, row))
     # what was found out about a template is not of the same one with other arguments
     assert "<warm>" not in plain.decode(encode_prompt(plain, row))
 

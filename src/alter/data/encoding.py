@@ -91,6 +91,12 @@ def set_template_arguments(tokenizer: Any, given: Sequence[str]) -> None:
         setattr(tokenizer, _GIVEN, found)
 
 
+def share_template_arguments(tokenizer: Any, other: Any) -> None:
+    """Give a tokenizer's chat template the variables that another tokenizer was given."""
+    if hasattr(other, _GIVEN):
+        setattr(tokenizer, _GIVEN, getattr(other, _GIVEN))
+
+
 def _arguments(tokenizer: Any) -> dict[str, Any]:
     """What the chat template is given besides the turns."""
     return {"date_string": DATE_STRING, **getattr(tokenizer, _GIVEN, {})}

@@ -217,7 +217,7 @@ def _kinds_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, .
         choices = "; ".join(" and ".join(columns) for _, columns in COLUMNS)
         number = kinds.index(None)
         where = f"{_named(rows, [number])}: " if number or getattr(rows[number], "place", None) else ""
-        near = [
+        hints = [
             f" Did you mean {meant[0]!r} by {name!r}?"
             for name in map(str, rows[number])
             if name not in KNOWN_COLUMNS
@@ -225,7 +225,7 @@ def _kinds_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, .
         ]
         raise UserError(
             f"{where}Columns {', '.join(map(repr, rows[number]))} are not a known kind of row; expected {choices}."
-            f"{near[0] if near else ''} A source may name its own, as in rows.csv@question=Frage,answer=Antwort."
+            f"{hints[0] if hints else ''} A source may name its own, as in rows.csv@question=Frage,answer=Antwort."
         )
     return [each for each in kinds if each is not None]
 

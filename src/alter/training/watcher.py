@@ -26,7 +26,7 @@ from alter import metrics
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.core.files import digest
-from alter.data.encoding import Encoded, encode, encode_prompt
+from alter.data.encoding import Encoded, encode, encode_prompt, share_template_arguments
 from alter.evaluation.leakage import leaked
 from alter.models.generation import generate
 from alter.models.loading import load_model
@@ -118,6 +118,7 @@ class Watcher(TrainerCallback):
     def _calibration(self, max_length: int | None, device: Any) -> dict[str, dict[str, Array]]:
         assert self.watch.calibrate is not None
         model, tokenizer = load_model(self.watch.calibrate, device=str(device))
+        share_template_arguments(tokenizer, self.tokenizer)
         rows = {name: self.encoded[self.where[name]] for name in ("forget", "holdout")}
         for name, encoded in rows.items():
             if [encode(tokenizer, row, max_length=max_length) for row in self.sets[name]] != encoded:
