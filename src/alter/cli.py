@@ -140,7 +140,7 @@ COMMANDS = {
 
 
 COMMON = {
-    "unlearn": "method domain_column num_forget_experts start_from epochs batch_size learning_rate_experts learning_rate "
+    "unlearn": "method retain domain_column num_forget_experts start_from epochs batch_size learning_rate_experts learning_rate "
     "max_steps quantization closing_rows watch.every_epoch watch.holdout seed device resume overwrite",
     "forget": "subject document kind keep epochs learning_rate examples seed device resume overwrite",
     "distill": "run model adapter student forget retain general form noise.alpha epochs learning_rate batch_size seed device "

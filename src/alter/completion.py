@@ -58,7 +58,10 @@ def _fill(into: argparse.ArgumentParser, found: Command) -> None:
         if choices == SWITCH:
             into.add_argument(flag, flag.replace("--", "--no-", 1), action="store_true")
             continue
-        given = into.add_argument(flag, choices=choices, **({} if flag.startswith("-") else {"nargs": "*"}))
+        if flag.startswith("-"):
+            given = into.add_argument(flag, choices=choices)
+        else:
+            given = into.add_argument(flag, choices=choices, nargs="*")
         if choices is None:
             # what takes a text may take a file
             given.complete = shtab.FILE  # type: ignore[attr-defined]
