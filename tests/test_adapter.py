@@ -18,7 +18,7 @@ from alter.adapter import AlterLinear, Routing, base_fingerprint, expert_gates
 from alter.adapter.hooks import CapturingCheckpoint
 from alter.adapter.layer import MaskedLinear
 from alter.adapter.model import default_host, same_base
-from alter.adapter.plan import Pairs, Plan, plan
+from alter.adapter.plan import Plan, Products, plan
 from alter.adapter.state import ForwardState
 from alter.core.errors import UserError
 from reference import naive_gates, naive_masked_linear, naive_pool, naive_previous
@@ -854,7 +854,7 @@ def test_each_way_is_taken_where_it_is_the_cheapest():
     assert made("far apart", **long).experts.tolist() == [1, 20]
     assert made("own", **long).experts.shape == (4, 2)
     assert made("all").experts is None
-    assert isinstance(made("mixed", learning=False, pairs=True).experts, Pairs)
+    assert isinstance(made("mixed", learning=False, pairs=True).experts, Products)
     assert len(made("mixed", learning=False, pairs=True).experts.token) == 24 - 1 + 3
     assert made("none", learning=False).closed
     assert not made("none").closed, "weights without a gradient would stop distributed training"
@@ -933,7 +933,7 @@ def test_the_cost_of_a_pass_does_not_grow_with_the_number_of_experts():
             chosen = torch.stack([torch.randperm(count)[:3] for _ in range(8 * length)]).view(8, length, 3)
             gates.scatter_(-1, chosen, 0.5)
             made = plan(Routing(gates), learning=False, pairs=True)
-            if isinstance(made.experts, Pairs):
+            if isinstance(made.experts, Products):
                 seen.append(len(made.experts.token))
             else:
                 seen.append(8 * length * made.gates.shape[-1])

@@ -13,9 +13,9 @@ from alter.adapter.routing import (
     History,
     Routing,
     continue_routes,
+    entropy_sides,
     previous_real,
     route_tokens,
-    sides,
     take_previous,
 )
 from alter.core.errors import UserError
@@ -160,7 +160,7 @@ def test_routes_are_bit_equal_however_the_tokens_are_fed_in(memory, probed):
     previous = previous_real(mask, starts)
     read = take_previous(evidence, previous, 0.0)
     high = read[..., -1] if probed else torch.zeros(20, 30)
-    expected = route_tokens(read[..., :4], sides(high, previous >= 0), mask, config)[0]
+    expected = route_tokens(read[..., :4], entropy_sides(high, previous >= 0), mask, config)[0]
     for sizes in ([30], [1] * 30, [7, 1, 1, 16, 5]):
         history, gates = History("default"), []
         for part in zip(*(t.split(sizes, 1) for t in (evidence, mask, starts)), strict=True):

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from alter.models.loading import load_model
-from alter.training.card import card
+from alter.training.card import model_card
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import run_on, save_pico, write_people
@@ -38,7 +38,7 @@ def test_the_code_of_a_card_loads_the_adapter(tmp_path, monkeypatch, base):
 
 def test_a_gguf_base_is_loaded_by_alter(tmp_path):
     run = Unlearn(model="me/some:model-Q4_K_M.gguf", forget="f", retain="r", out=str(tmp_path))
-    text = code(card(run, ["all"]))
+    text = code(model_card(run, ["all"]))
     compile(text, "card", "exec")
     assert "alter.load('me/some:model-Q4_K_M.gguf'" in text
     assert "AutoModelForCausalLM" not in text

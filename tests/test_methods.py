@@ -115,7 +115,7 @@ def loaded(data, out):
     if (out / "model").exists():
         return AutoModelForCausalLM.from_pretrained(out / "model").eval(), before
     if inference.is_form(str(out / "adapter")):
-        return inference.load(base, str(out / "adapter")), before
+        return inference.load_form(base, str(out / "adapter")), before
     return PeftModel.from_pretrained(base, str(out / "adapter")).eval(), before
 
 

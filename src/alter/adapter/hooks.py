@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alter.adapter.frozen import base_modules
 from alter.adapter.generation import Session
 from alter.adapter.plan import plan
-from alter.adapter.routes import given_routes, remember, route_next, routes_of
+from alter.adapter.routes import given_routes, keep_evidence, route_next, routes_of
 from alter.adapter.state import ForwardState, Host, RoutingContext
 from alter.core.errors import UserError
 
@@ -52,7 +52,7 @@ CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Where transformers and torch's checkpoint wrapper keep the function that runs a block again in the backward pass."""
 
 
-def attach(model: nn.Module) -> RoutingContext:
+def connect(model: nn.Module) -> RoutingContext:
     """Return the context of a model; one that has none gets it, with the hooks."""
     context: RoutingContext | None = model.__dict__.get("_alter_context")
     if context is None:
@@ -66,7 +66,7 @@ def attach(model: nn.Module) -> RoutingContext:
     return context
 
 
-def detach(context: RoutingContext, model: nn.Module) -> None:
+def disconnect(context: RoutingContext, model: nn.Module) -> None:
     """Leave a model as it was before: no hooks, no wrapped functions, no attributes."""
     hooks: tuple[Any, ...] = (model._forward_pre_hooks, model._forward_hooks)
     for registered in hooks:
@@ -126,7 +126,7 @@ class Hooks:
             return
         self.context.state = state.previous
         if output is not None and state.trunk is not None:
-            remember(state, output)
+            keep_evidence(state, output)
         if output is not None and state.continuation is not None:
             route_next(self.context, state, output)
 

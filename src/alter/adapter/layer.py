@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from alter.adapter.plan import Pairs, Plan
+from alter.adapter.plan import Plan, Products
 from alter.adapter.state import ForwardState, RoutingContext
 from alter.core.errors import UserError
 
@@ -81,7 +81,7 @@ class MaskedLinear(nn.Linear):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        blocks: slice | Tensor | Pairs | None = None,
+        blocks: slice | Tensor | Products | None = None,
         width: int = 1,
         base: Tensor | None = None,
         scale: float = 1.0,
@@ -96,7 +96,7 @@ class MaskedLinear(nn.Linear):
                 of E equal groups of neighbouring inputs, or of those that `learns` names. The gradient of x is that of a
                 plain linear layer.
             blocks: of `width` neighbouring inputs each, the only ones that x holds; the others count as zero. A slice, [K]
-                indices, or [B, K] for the rows of x [B, T, K * width]. With `Pairs`, x [..., width] goes into the blocks
+                indices, or [B, K] for the rows of x [B, T, K * width]. With `Products`, x [..., width] goes into the blocks
                 of its pairs, and nothing is learned.
             width: inputs per block.
             base: added to the result.
@@ -114,7 +114,7 @@ class MaskedLinear(nn.Linear):
             flat = y.reshape(-1, y.shape[-1]).index_add_(0, plan.tokens.to(y.device), part.to(y.dtype))
             return flat.view(y.shape)
         weight = self.weight
-        if isinstance(blocks, Pairs):
+        if isinstance(blocks, Products):
             y = blocks.product(x, weight)
             return (
                 scale * y.view(*x.shape[:-1], -1) if base is None else torch.add(base, y.view(base.shape), alpha=scale)

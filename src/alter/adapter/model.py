@@ -25,11 +25,11 @@ from transformers.pytorch_utils import Conv1D
 
 from alter.adapter.config import AlterConfig
 from alter.adapter.frozen import frozen_base, run_frozen
-from alter.adapter.hooks import attach, detach
+from alter.adapter.hooks import connect, disconnect
 from alter.adapter.inputs import frozen_inputs, sequence_starts, token_mask
 from alter.adapter.layer import AlterLinear, NotMergeable
 from alter.adapter.routes import entropy_router
-from alter.adapter.routing import INFINITE, Trace, previous_real, route_tokens, sides, take_previous
+from alter.adapter.routing import INFINITE, Trace, entropy_sides, previous_real, route_tokens, take_previous
 from alter.adapter.state import ForwardState, RoutingContext
 from alter.core.errors import UserError, nearest
 from alter.logits.entropy import check_threshold, entropy_from_hidden
@@ -329,7 +329,7 @@ class AlterModel(BaseTuner):
         self._check_model(model, config, adapter_name)
         if config.from_layer is not None:
             config.__dict__["_first_block"] = first_block(model, config.from_layer)
-        self._context = attach(model)
+        self._context = connect(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._place_router(model, config, adapter_name)
@@ -474,11 +474,11 @@ class AlterModel(BaseTuner):
 
     def _detach_if_unused(self) -> None:
         if not self._context.anchors:
-            detach(self._context, self.model)
+            disconnect(self._context, self.model)
 
     @property
     def _context(self) -> RoutingContext:
-        return self.__dict__.get("_routing_context") or attach(self.model)
+        return self.__dict__.get("_routing_context") or connect(self.model)
 
     @_context.setter
     def _context(self, context: RoutingContext) -> None:
@@ -598,7 +598,7 @@ class AlterModel(BaseTuner):
             if config.probed:
                 probe = self._context.anchors[name].alter_probe[name]
                 side = probe(features.to(device=probe.weight.device, dtype=probe.weight.dtype))[..., 0]
-                entropy = sides(side.to(entropy.device), entropy != INFINITE)
+                entropy = entropy_sides(side.to(entropy.device), entropy != INFINITE)
         # a token with a predecessor has a finite entropy; see Trace
         raw = torch.where((entropy != INFINITE).unsqueeze(-1), raw, 0.0)
         return route_tokens(raw, entropy, real, config)[0]
@@ -654,7 +654,7 @@ class AlterModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         context = self._context
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        detach(context, model)
+        disconnect(context, model)
         return model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

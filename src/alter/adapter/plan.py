@@ -29,7 +29,7 @@ FEW = 64
 
 
 @dataclass(eq=False)
-class Pairs:
+class Products:
     """P products of a token with an expert, by tokens: nothing else is read or computed.
 
     Attributes:
@@ -46,7 +46,7 @@ class Pairs:
     _columns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, gates: Tensor) -> Pairs:
+    def of(cls, gates: Tensor) -> Products:
         """All pairs whose gate [..., N + 1] is open."""
         flat = gates.reshape(-1, gates.shape[-1])
         token, expert = flat.nonzero(as_tuple=True)
@@ -74,7 +74,7 @@ class Plan:
     Attributes:
         shape: [B, T], or whatever leading shape the gates have; of a `rest` [E, m].
         experts: blocks of B that take part: None for all, a slice of neighbours, which are read in place, [K] indices, or
-            [B, K] with every row's own; or `Pairs`, which hold the gates too.
+            [B, K] with every row's own; or `Products`, which hold the gates too.
         gates: [B, T, K], weights of those; None: there is one, and every token takes it with weight 1.
         expert_mask: [B, T, L] bool, which of those that learn do so from which token; None: all from all.
         shared_mask: [B, T, 1] bool, tokens that A learns from; None: all.
@@ -85,7 +85,7 @@ class Plan:
     """
 
     shape: torch.Size
-    experts: slice | Tensor | Pairs | None = None
+    experts: slice | Tensor | Products | None = None
     gates: Tensor | None = None
     expert_mask: Tensor | None = None
     shared_mask: Tensor | None = None
@@ -240,7 +240,7 @@ def plan(route: Routing, *, learning: bool, pairs: bool = False, silent: bool = 
     if pairs and (gates.device.type == "cpu" or tokens <= FEW):
         singly = PAIRS + PAIR * (sum(map(len, opened)) if length == 1 else int((rows != 0).sum()))
         if singly < min(near, several, each):
-            return Plan(shape, Pairs.of(gates))
+            return Plan(shape, Products.of(gates))
     shared = None if route.shared_mask is None else route.shared_mask.unsqueeze(-1)
     mask = route.expert_mask
     moves = [] if mask is None else mask.reshape(rows.shape).any(1).tolist()

@@ -25,11 +25,11 @@ from alter.adapter.routing import (
     UNKNOWN_ENTROPY,
     History,
     Routing,
+    entropy_sides,
     expert_gates,
     next_gates,
     previous_real,
     route_tokens,
-    sides,
     take_previous,
 )
 from alter.adapter.state import ForwardState, RoutingContext, Trunk
@@ -167,7 +167,7 @@ def _trunk(
     return ForwardState(trunk=trunk, names=(name,), silent={} if decoding is None else dict(decoding.silent))
 
 
-def remember(state: ForwardState, output: Any) -> None:
+def keep_evidence(state: ForwardState, output: Any) -> None:
     """Keep the evidence of a pass that routed its own tokens on the cache in its output."""
     cache, trunk = output_cache(output), state.trunk
     if cache is None or trunk is None or trunk.own is None:
@@ -254,7 +254,9 @@ def _prompt(
         if config.probed:
             # as a pass that routes its own tokens does
             own = previous.to(entropy.device)
-            entropy = sides(take_previous(frozen.probe_logits[name][..., 0].to(own.device), own, 0.0), own >= 0)
+            entropy = entropy_sides(
+                take_previous(frozen.probe_logits[name][..., 0].to(own.device), own, 0.0), own >= 0
+            )
         gates, last = route_tokens(raw, entropy, mask.to(entropy.device), config)
         routing[name], past[name] = Routing(gates), last.detach()
     observe = observe and logits is not None
@@ -336,7 +338,7 @@ def _route_each(
 
 @torch.no_grad()
 def route_next(context: RoutingContext, state: ForwardState, output: Any) -> None:
-    """Route the token that a forward pass generates, and remember it on the cache in `output` or on the session."""
+    """Route the token that a forward pass generates, and keep its evidence on the cache in `output` or on the session."""
     going = state.continuation
     assert going is not None
     cache = output_cache(output)

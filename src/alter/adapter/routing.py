@@ -202,7 +202,7 @@ def route_tokens(router_logits: Tensor, entropy: Tensor, mask: Tensor, config: A
     return gates, total[:, -1]
 
 
-def sides(probe: Tensor, known: Tensor) -> Tensor:
+def entropy_sides(probe: Tensor, known: Tensor) -> Tensor:
     """Stand-ins [B, T] for entropies, on the side of every threshold that a probe says.
 
     Args:

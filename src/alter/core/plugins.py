@@ -53,7 +53,7 @@ def _entries(path: tuple[str, ...]) -> list[importlib.metadata.EntryPoint]:
     return sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
 
 
-def load() -> None:
+def load_plugins() -> None:
     """Import the modules of all installed plugins; each once.
 
     Raises:
@@ -80,7 +80,7 @@ def plugins_digest() -> str | None:
 
     These are all files of each installed plugin's package, and the files that registered parts were defined in.
     """
-    load()
+    load_plugins()
     found = hashlib.sha256()
     files: set[Path] = set()
     for name in {entry.module.partition(".")[0] for entry in entries()}:
@@ -141,15 +141,15 @@ class Registry(Mapping[str, T], Generic[T]):
         return list(self._parts)
 
     def __getitem__(self, name: str) -> T:
-        load()
+        load_plugins()
         return self._parts[name]
 
     def __iter__(self) -> Iterator[str]:
-        load()
+        load_plugins()
         return iter(list(self._parts))
 
     def __len__(self) -> int:
-        load()
+        load_plugins()
         return len(self._parts)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alter.core.errors import UserError, nearest
-from alter.data.files import cut
+from alter.data.files import text_pieces
 from alter.data.sources import COLUMNS, KNOWN_COLUMNS, read_rows
 
 
@@ -245,7 +245,7 @@ def _fields(row: Mapping[str, Any], kind: str, columns: Sequence[str], where: st
     if kind == "messages":
         return _chat(row, columns[0], where)
     if kind == "text":
-        pieces = cut(row["text"], TEXT_CHARACTERS)
+        pieces = text_pieces(row["text"], TEXT_CHARACTERS)
         rest = [{**row, "text": piece} for piece in pieces] if len(pieces) > 1 else [dict(row)]
         return [
             {"prompt": None, "answer": piece, "row": own}

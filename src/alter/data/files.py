@@ -42,7 +42,7 @@ def with_columns(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Row:
 # Running text --------------------------------------------------------------------------------------------------------
 
 
-def cut(text: str, size: int) -> list[str]:
+def text_pieces(text: str, size: int) -> list[str]:
     """Cut a text into pieces of `size` characters or a little more, at the end of a line, else of a sentence, else of a word.
 
     No piece has over twice `size` characters; joined, the pieces are the text again.
@@ -83,7 +83,7 @@ def passages(text: str) -> list[tuple[str, int]]:
                 if current:
                     found.append((current, began))
                     current = ""
-                for piece in cut(words, PASSAGE_CHARACTERS):
+                for piece in text_pieces(words, PASSAGE_CHARACTERS):
                     if piece.strip():
                         found.append((piece.strip(), first))
                     first += piece.count("\n")

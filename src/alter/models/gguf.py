@@ -62,7 +62,7 @@ def smollm2() -> str:
     return str(found[0])
 
 
-def check(place: Place) -> None:
+def check_file(place: Place) -> None:
     """Refuse a GGUF file that cannot be read, before anything large is made of it.
 
     Raises:
@@ -99,16 +99,16 @@ def _say(file: str) -> None:
     warn(f"{file}: its quantised weights are dequantised to plain numbers, which takes the memory of the full model.")
 
 
-def load(place: Place, **options: Any) -> tuple[Any, Any]:
+def load_file(place: Place, **options: Any) -> tuple[Any, Any]:
     """Load model and tokenizer, with its chat template, from a GGUF file; the weights become plain numbers.
 
     Raises:
-        UserError: see `check`.
+        UserError: see `check_file`.
         OSError: the hub does not have the file.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    check(place)
+    check_file(place)
     _say(place.file)
     network = AutoModelForCausalLM.from_pretrained(place.home, gguf_file=place.file, **options)
     tokenizer = AutoTokenizer.from_pretrained(place.home, gguf_file=place.file)

@@ -7,7 +7,7 @@
   all requests, and each request adds a detector (`Former`).
 
 A folder holds `inference.json`, the LoRA in `lora`, and for O3 what the detectors need in `detector.safetensors` and the A
-of earlier requests in `earlier.safetensors`. `load`, which all commands call for such an `--adapter`, makes the model of a
+of earlier requests in `earlier.safetensors`. `load_form`, which all commands call for such an `--adapter`, makes the model of a
 base and a folder.
 """
 
@@ -46,7 +46,7 @@ EARLIER = "earlier.safetensors"
 """Beside it, from the second request on: every earlier request's A, named NUMBER.NAME."""
 
 Form = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
-"""What `load` needs besides the LoRA: settings, and tensors by file."""
+"""What `load_form` needs besides the LoRA: settings, and tensors by file."""
 
 
 # Logits of two networks ----------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def fit_detector(model: Any, rows: Sequence[Encoded], *, pad_token_id: int, seed
     needs no further network (a reading). The calibration is that of rows left out in `FOLDS` parts.
 
     Returns:
-        the form of a first request, as `load` reads it; `Former.then` puts it behind those of earlier ones.
+        the form of a first request, as `load_form` reads it; `Former.then` puts it behind those of earlier ones.
 
     Raises:
         UserError: there are fewer than two rows.
@@ -550,13 +550,13 @@ def _subtracted(base: Any, path: Path, settings: dict[str, Any]) -> Any:
 
 
 Guard = Callable[[Any, Path, dict[str, Any]], Any]
-"""Makes the unlearned model of a loaded base, the folder that `load` was given, and what its `inference.json` says."""
+"""Makes the unlearned model of a loaded base, the folder that `load_form` was given, and what its `inference.json` says."""
 
 GUARDS: Registry[Guard] = Registry("guard", {"detector": _detected, "assistant": _subtracted})
 """Inference forms by the `kind` in their `inference.json`; open to plugins."""
 
 
-def load(base: Any, folder: str) -> Any:
+def load_form(base: Any, folder: str) -> Any:
     """The unlearned model: a loaded base and the inference form in `folder`.
 
     Raises:

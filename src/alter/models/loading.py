@@ -20,8 +20,7 @@ from alter.data.encoding import TemplateArguments, ensure_pad_token, set_templat
 from alter.models import gguf, quantized
 from alter.models.attach import attach
 from alter.models.guards import FILE as FORM
-from alter.models.guards import is_form
-from alter.models.guards import load as load_form
+from alter.models.guards import is_form, load_form
 from alter.models.quantized import Bits
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -256,7 +255,7 @@ def _read(model: str, packed_file: gguf.Place | None, options: dict[str, Any]) -
         return _copied(inside, options["dtype"])
     try:
         if packed_file is not None:
-            return gguf.load(packed_file, **options)
+            return gguf.load_file(packed_file, **options)
         network, found = AutoModelForCausalLM.from_pretrained(
             model, use_safetensors=True, output_loading_info=True, **options
         )

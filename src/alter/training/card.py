@@ -10,7 +10,7 @@ from alter.methods import presets
 from alter.training.settings import Unlearn
 
 
-def card(run: Unlearn, names: Sequence[str]) -> str:
+def model_card(run: Unlearn, names: Sequence[str]) -> str:
     """The result's model card: what it is, how to load it, what it was trained with, and what it does not do."""
     settings = yaml.safe_dump(run.model_dump(mode="json", exclude={"resume", "overwrite"}), sort_keys=False)
     title = None if run.method is None else presets.METHODS[run.method].title

@@ -294,7 +294,7 @@ def save_adapter(
 ) -> Path:
     """Write an adapter or a model, with its card, to `out`/`name`, whole or not at all: a folder beside it, renamed.
 
-    With `form` (settings and tensors that `alter.models.guards.load` needs) the adapter itself goes into a folder `lora`
+    With `form` (settings and tensors that `alter.models.guards.load_form` needs) the adapter itself goes into a folder `lora`
     within.
     `weights` are those of a model that is sharded, gathered.
     """

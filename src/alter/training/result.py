@@ -14,7 +14,7 @@ from alter.core import processes
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.models.loading import load_model
-from alter.training.card import card
+from alter.training.card import model_card
 from alter.training.folder import check_finite, clean, save_adapter
 from alter.training.loss import UnlearnTrainer
 from alter.training.preparation import Prepared
@@ -49,7 +49,7 @@ def save_run(
         check_finite(trained if weights is None else weights, run.adapter.rate)
         kind = run.adapter.result
         tokenizer = ready.tokenizer if kind == "model" else None
-        save_adapter(model, out, card(run, ready.names), kind, tokenizer, ready.form, weights)
+        save_adapter(model, out, model_card(run, ready.names), kind, tokenizer, ready.form, weights)
         seconds = {"prepare": round(prepared - started, 2), "train": round(time.time() - prepared, 2)}
         write_atomic(out / "run.json", to_json(record(run, ready, trainer, seconds, seen)))
         if not run.keep_working:

@@ -20,7 +20,7 @@ from alter.models.guards import Form, Former, first_blocks
 class AssistantLora(Adapter):
     """An assistant: LoRA on the first blocks of the model (ULD) or on all (WHP), taken from its logits when it is used.
 
-    The result loads with `alter.models.guards.load`, not with `PeftModel.from_pretrained`.
+    The result loads with `alter.models.guards.load_form`, not with `PeftModel.from_pretrained`.
     """
 
     kind: Literal["assistant"] = "assistant"
