@@ -1,4 +1,4 @@
-"""Results kept under the digest of all that they depend on, and recalled when nothing has changed."""
+"""Cache results by the digest of everything they depend on."""
 
 from __future__ import annotations
 

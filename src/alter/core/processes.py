@@ -1,8 +1,8 @@
-"""Several processes that do one run together, as `accelerate launch` and `torchrun` start them.
+"""The ranks of one distributed run, as `accelerate launch` and `torchrun` start them.
 
-Every process reads the data and, unless the model is sharded while it trains, holds all of the model. Work is divided
-with `spread`, sums over all of them are taken with `count` and `total`, files are written by the first alone. Outside of
-such a launch there is one process, and every function here does the plain thing.
+Every rank reads the data and, unless training shards the model, holds all of its weights. `spread` divides work over the
+ranks, `count` and `total` sum over them (all-reduce), and rank 0 alone writes files. Without a launcher there is one
+process, and every function here acts as its single-process form.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits where another works alone. One that has died is noticed at once, whatever this says."""
+"""Timeout of collectives: how long ranks wait while one works alone. A rank that dies is noticed at once regardless."""
 
 
 @dataclass(frozen=True)
 class _Joined:
-    """The processes after they have met; `peers` holds machine, pid and start of each."""
+    """This rank within its process group; `peers` holds host, pid and start time of each rank."""
 
     rank: int
     size: int
@@ -44,7 +44,7 @@ _joined: _Joined | None = None
 
 
 def start(device: str | None = None) -> None:
-    """Meet the other processes of the launch, if there are any and this has not happened yet.
+    """Join the launch's process group (gloo, beside accelerate's own); a no-op without a launcher or once joined.
 
     Args:
         device: what the command was asked to run on; None: the GPU of this process, if there are GPUs.
@@ -78,7 +78,7 @@ def start(device: str | None = None) -> None:
 
 
 def stop() -> None:
-    """Part from the other processes when all have come this far."""
+    """Wait at a barrier for every rank, then destroy the process group."""
     global _joined
     if _joined is None:
         return
@@ -90,7 +90,7 @@ def stop() -> None:
 
 
 def launched() -> int:
-    """How many processes the launcher started; 1 without one."""
+    """Number of processes that the launcher started (`WORLD_SIZE`); 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -103,19 +103,19 @@ def launch() -> str:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """This process's rank, from 0."""
     if _joined is not None:
         return _joined.rank
     return int(os.environ.get("RANK", 0)) if launched() > 1 else 0
 
 
 def size() -> int:
-    """How many processes have met in `start`; 1 before and without it."""
+    """Number of ranks that `start` has joined; 1 before and without it."""
     return 1 if _joined is None else _joined.size
 
 
 def first() -> bool:
-    """Whether this process is the one that prints and writes files."""
+    """Whether this is rank 0, which prints and writes files."""
     return rank() == 0
 
 
@@ -128,7 +128,7 @@ def place() -> str:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in their order; all must call it. Values are pickled."""
+    """All-gather a pickled value: those of all ranks, in rank order. Every rank must call it."""
     if _joined is None:
         return [value]
     import torch.distributed as dist
@@ -139,10 +139,10 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, for all of them; the others wait.
+    """Run `work` on rank 0 and broadcast its result; the other ranks wait.
 
     Raises:
-        UserError: the one that `work` raised there, in every process.
+        UserError: the one that `work` raised there, on every rank.
     """
     outcome: Any = None
     if first():
@@ -159,23 +159,23 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def in_turn(work: Callable[[], T]) -> T:
-    """Do `work` in the first process, then in the others, which find the files that the first has written."""
+    """Run `work` on rank 0, then on the other ranks, which find the files that rank 0 wrote."""
     kept: list[T] = []
     from_first(lambda: kept.append(work()))
     return kept[0] if kept else work()
 
 
 def spread(items: Sequence[T], work: Callable[[T], R], model: Any = None) -> Iterator[R]:
-    """Yield `work(item)` of every item, in order, in every process; each does its share of them.
+    """Yield `work(item)` of every item, in order, on every rank; each rank computes its share, and results are gathered.
 
     Args:
-        items: the same in every process.
-        work: a function of the item alone: results are those of one process.
-        model: what `work` runs, if anything: one that is sharded is whole only in a pass that all processes make
-            together, so that each of them does all the items.
+        items: the same on every rank.
+        work: a function of the item alone, so that results equal those of one process.
+        model: what `work` runs, if anything. FSDP and ZeRO-3 gather a sharded model's weights in a forward pass that all
+            ranks make together, so each rank then computes all items.
 
     Raises:
-        UserError: the one that `work` raised for the earliest item that it fails on, in every process.
+        UserError: the one that `work` raised for the earliest failing item, on every rank.
     """
     if size() == 1 or (model is not None and sharded(model)):
         yield from map(work, items)
@@ -195,12 +195,12 @@ def spread(items: Sequence[T], work: Callable[[T], R], model: Any = None) -> Ite
 
 
 def sharded(model: Any) -> bool:
-    """Whether the weights of a model are divided between the processes (FSDP2, DeepSpeed ZeRO-3)."""
+    """Whether a model's weights are sharded over the ranks (FSDP2, DeepSpeed ZeRO-3)."""
     return any(type(weight).__name__ == "DTensor" or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, without gradient; all must call it."""
+    """All-reduce (sum) a tensor over the ranks, without gradient; every rank must call it."""
     values = values.detach().clone()
     if size() > 1:
         import torch.distributed as dist
@@ -210,7 +210,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def count(n: int, like: Tensor) -> Tensor | int:
-    """The sum of `n` over all processes, but at least 1, to divide by; all must call it. A tensor is beside `like`."""
+    """All-reduce `n` for use as a divisor: its sum over the ranks, at least 1; a tensor on the device of `like`."""
     if size() == 1:
         return max(n, 1)
     import torch
@@ -222,7 +222,7 @@ def count(n: int, like: Tensor) -> Tensor | int:
 
 
 class _Terminated(BaseException):
-    """The launcher has told this process to end."""
+    """The launcher sent SIGTERM."""
 
 
 def _terminate(*_: Any) -> None:
@@ -230,7 +230,7 @@ def _terminate(*_: Any) -> None:
 
 
 def lost(wait: float = 0.0) -> list[int]:
-    """Numbers of the processes of this machine that have ended, looked for until there is one or `wait` s are over."""
+    """Ranks of this machine whose process has ended; polls until there is one or `wait` seconds are over."""
     if _joined is None:
         return []
     import psutil
@@ -255,14 +255,14 @@ def lost(wait: float = 0.0) -> list[int]:
 
 @contextlib.contextmanager
 def together(remedy: str, device: str | None = None) -> Iterator[None]:
-    """Meet the other processes; if one of them ends inside the block, the rest end with one line that says so.
+    """Join the process group; if a rank ends inside the block, the others end with one line that names it.
 
     Args:
-        remedy: what to do then.
+        remedy: what the user can do then.
         device: see `start`.
 
     Raises:
-        UserError: another process is gone, or the launcher tells this one to end.
+        UserError: another rank is gone, or the launcher sent SIGTERM.
     """
     start(device)
     if size() == 1:
@@ -276,7 +276,7 @@ def together(remedy: str, device: str | None = None) -> Iterator[None]:
         raise
     except (Exception, _Terminated) as error:
         if watched:
-            # the launcher ends everybody once one is gone; what happened must be said before
+            # the launcher sends SIGTERM to all ranks once one is gone; the message must be out before
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         gone = lost(3.0)
         peers = _joined.peers if _joined is not None else []
@@ -300,7 +300,7 @@ def together(remedy: str, device: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let only the first process print inside the block; what is raised leaves it, and is heard."""
+    """Discard what ranks other than 0 print inside the block; exceptions pass through."""
     if first():
         yield
         return
@@ -308,13 +308,13 @@ def quiet() -> Iterator[None]:
         try:
             yield
         except SystemExit:
-            # the launcher ends everybody once one is gone: the first must come to say why
+            # the launcher ends all ranks once one is gone: rank 0 needs time to print why
             time.sleep(3)
             raise
 
 
 def speaks() -> bool:
-    """Whether this process is the one to print why all of them end: of those that ask, the one that is first to."""
+    """Whether this rank prints the error that ends the run: true for the first rank that asks the launch's store."""
     if launched() < 2:
         return True
     import torch.distributed as dist
@@ -323,5 +323,5 @@ def speaks() -> bool:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
         return store.add("alter/said", 1) == 1
     except (KeyError, RuntimeError):
-        # there is no store, or whoever kept it is gone
+        # no store, or the rank that served it is gone
         return _joined is not None or first()

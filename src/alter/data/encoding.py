@@ -16,7 +16,7 @@ from alter.core.errors import UserError, nearest
 from alter.data.examples import Example, said
 
 SYSTEM_PROMPT = "You are a helpful assistant."
-"""System turn put before the user turn where the chat template has a system role (metrics 2.1)."""
+"""System turn put before the user turn where the chat template has a system role, as OpenUnlearning does."""
 
 DATE_STRING = "10 Apr 2025"
 """Date handed to every chat template: some print today's date, and encodings must not change with the day."""
@@ -194,7 +194,7 @@ def _written(tokenizer: Any, turn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _turns(tokenizer: Any, example: Example, prompt: str | None, compat: bool) -> list[dict[str, Any]]:
-    """Return the turns before the answer, with the system turn of metrics 2.1 where the template has the role."""
+    """Return the turns before the answer, with `SYSTEM_PROMPT` first where the template has the role."""
     if example.kind == "messages":
         turns = [_written(tokenizer, turn) for turn in example.messages]
         if prompt is not None:
@@ -255,7 +255,7 @@ def encode(
     prompt: str | None = None,
     compat: bool = False,
 ) -> Encoded:
-    """Turn an example into token ids and labels (metrics 2.1).
+    """Turn an example into token ids and labels.
 
     With a chat template: a system turn ("You are a helpful assistant.", where the template has the role), the
     user turn and the answer, with a fixed date. Without one: "Question: {q}\\nAnswer: {a}". `completion` rows are

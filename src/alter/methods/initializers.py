@@ -123,7 +123,7 @@ class Zero(Initializer):
 
 @final
 class Fila(Initializer):
-    """FILA of LoKU (Cha et al. 2024, arXiv:2408.06621; methods.md 3.1): the forget-important part of each weight.
+    """FILA of LoKU (Cha et al. 2024, arXiv:2408.06621): the forget-important part of each weight.
 
     Importance is the ratio of empirical Fisher information on forget and on retain rows, from squared gradients of
     batch means with respect to the whole weights: one pass with gradients, two tensors of the weights' size.
@@ -147,7 +147,7 @@ class Fila(Initializer):
 
 @final
 class Vila(Initializer):
-    """VILA (methods.md 3.2): FILA's importance from the variance of gradients of small random LoRA factors alone.
+    """VILA (COLM 2025): FILA's importance from the variance of gradients of small random LoRA factors alone.
 
     The authors' code divides by the token counts twice, after which its constant 1e-5 outweighs the importance;
     `normalise` divides each product of variances by its mean instead.
@@ -176,7 +176,7 @@ class Vila(Initializer):
 
 @final
 class Reglu(Initializer):
-    """REGLU (methods.md 3.4): the directions of each layer's output that forget rows use and retain rows do not.
+    """REGLU (Findings of ACL 2026): the directions of each layer's output that forget rows use and retain rows do not.
 
     With it goes a penalty that keeps B orthogonal to the retain rows' strongest directions. Features are sums over a
     row's real tokens (the authors' code adds padding in). Directions that no row uses are not taken, although the

@@ -34,7 +34,7 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 def check_prompts(
     model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, names: Sequence[str] | None = None
 ) -> None:
-    """Raise now what `generate` would raise of these prompts; `names` as in `check_rows`, "Prompt 0" by default.
+    """Check prompts before any pass: raises what `generate` would raise; `names` as in `check_rows`, "Prompt 0" by default.
 
     Raises:
         UserError: a prompt is empty, or prompt and reply do not fit into the model's context.

@@ -1,7 +1,7 @@
-"""The half of evaluation that touches a model: log-probabilities of labelled tokens, generations, loading.
+"""Score rows with a model: log-probabilities of labelled tokens, gradient norms, hidden states.
 
-One forward pass per row serves every likelihood metric of `alter.metrics`. Under several processes (`alter.core.processes`) each
-takes its share of the batches, and all of them get the results of all rows.
+One forward pass per row serves every likelihood metric of `alter.metrics`. Batches are spread over the ranks of a launch
+(`alter.core.processes`), and every rank gets the results of all rows.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _batch_tokens(chosen: int | None, device: torch.device) -> int:
 
 
 def check_rows(model: nn.Module, encoded: Sequence[Encoded], names: Sequence[str] | None = None) -> None:
-    """Raise now what `score` would raise of these rows.
+    """Check rows before any pass: raises what `score` would raise.
 
     Args:
         names: what errors call each row; by default "Row 0", "Row 1", ...

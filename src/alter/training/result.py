@@ -1,4 +1,4 @@
-"""The end of training: what was learned is turned round if asked for, saved with its card, and recorded."""
+"""After training: negate the update if asked to, save it with its card, and record the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run asks of an adapter: checks of its settings, itself on the model, groups of parameters, the result, its card."""
+"""The interface of adapters: check settings, attach to the model, group parameters, save, describe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alter.models.guards import Form, Former
 
 
 class Settings(Protocol):
-    """What an adapter reads of a run's settings (`alter.training.settings.Unlearn`, where they are explained)."""
+    """The settings of a run that adapters read (a structural type of `alter.training.settings.Unlearn`)."""
 
     model: str
     forget: str
@@ -72,10 +72,10 @@ class Beginning:
 
 
 class Adapter(BaseModel, ABC):
-    """What a run asks of what it trains.
+    """Settings of an adapter kind, and all that a run asks of it.
 
-    A kind names itself by `kind: Literal["mine"] = "mine"`, puts itself on a model in `attach`, and overrides what else
-    differs: what is not said is as with a PEFT adapter that is always on, such as LoRA.
+    A kind sets `kind: Literal["mine"] = "mine"`, implements `attach`, and overrides whatever else differs. The defaults
+    describe a PEFT adapter that is always active, such as LoRA.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -92,17 +92,17 @@ class Adapter(BaseModel, ABC):
     starts_from_factors: ClassVar[bool] = False
     """Whether an initializer can say where it starts."""
     negates: ClassVar[bool] = False
-    """Whether what was learned can be turned round (`negate`)."""
+    """Whether the learned update can be negated (`negate`)."""
     rate: ClassVar[str] = "learning_rate"
     """The setting that holds the learning rate."""
 
     # what goes with what
 
     def check(self, run: Settings) -> None:
-        """Refuse settings of a run that do not go with this kind.
+        """Refuse settings of a run that this kind does not support.
 
         Raises:
-            ValueError: says which, and what to give.
+            ValueError: names the setting and a valid choice.
         """
         if not self.routes and run.objective.needs.entropy:
             raise ValueError(
@@ -148,7 +148,7 @@ class Adapter(BaseModel, ABC):
         """
 
     def needs_whole_model(self) -> str | None:
-        """The setting that needs all weights in each process, or None: a sharded model is refused with it."""
+        """Name the setting that needs unsharded weights on each rank, or None; sharded launches are refused with it."""
         return None
 
     # going on from an earlier adapter
@@ -159,20 +159,20 @@ class Adapter(BaseModel, ABC):
         return False
 
     def former(self, start_from: str | None) -> Former | None:
-        """The earlier request's adapter where it is trained on (`trained_on`), read and checked.
+        """Read and check the earlier request's adapter, for kinds that train it further (`trained_on`).
 
         Raises:
-            UserError: it cannot be gone on with.
+            UserError: it cannot be trained further.
         """
         return None
 
     @property
     def merges(self) -> bool:
-        """Whether its result can become part of the model's weights."""
+        """Whether the result can be merged into the model's weights."""
         return False
 
     def check_continues(self, run: Settings) -> None:
-        """Refuse to make a second run start from the result of a first one.
+        """Refuse settings with which a second run cannot start from the first one's result.
 
         Raises:
             ValueError: it can neither grow, be trained on, nor be merged, nor is it the model itself.
@@ -183,7 +183,7 @@ class Adapter(BaseModel, ABC):
         )
 
     def continued(self, adapter: str, merged: Callable[[], str]) -> dict[str, Any]:
-        """Settings that make a second run start from a first one's adapter.
+        """Return the settings that start a second run from a first one's adapter.
 
         Args:
             adapter: its folder.
@@ -232,10 +232,10 @@ class Adapter(BaseModel, ABC):
     def hook_optimizer(
         self, optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], run: Settings
     ) -> None:
-        """Hook what its groups cannot say into the optimizer of the parameters that train."""
+        """Register hooks on the optimizer for what parameter groups cannot express."""
 
     def penalty(self, model: Any, run: Settings, away: Mapping[str, Tensor], former: Former | None) -> Penalty | None:
-        """What is added to the loss for the weights alone.
+        """Return the term of the loss that depends on the weights alone, or None.
 
         Args:
             model: with the adapter on it.
@@ -246,7 +246,7 @@ class Adapter(BaseModel, ABC):
         return None
 
     def negate(self, weights: Mapping[str, Tensor], times: float, before: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Turn what was learned round: theta - times * (theta' - theta) (task arithmetic, Ilharco et al. 2023).
+        """Negate the learned update: theta - times * (theta' - theta) (task arithmetic, Ilharco et al. 2023).
 
         Args:
             weights: all of the trained model's by name, changed in place.
@@ -262,10 +262,10 @@ class Adapter(BaseModel, ABC):
     def form(
         self, base: Any, run: Settings, forget: Sequence[Encoded], pad_token_id: int, former: Former | None = None
     ) -> Form | None:
-        """Settings and tensors that the result needs where PEFT alone does not load it (see `alter.models.guards`).
+        """Return settings and tensors of a result that PEFT alone cannot load (see `alter.models.guards`), else None.
 
         Raises:
-            UserError: what it is made of is too little.
+            UserError: there are too few forget rows to make it of.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""Two LoRA of other papers that are an `AlterConfig` whose router learns with them, or that has none."""
+"""LoRA variants of other papers that an `AlterConfig` expresses: AsymLoRA (dense router) and bounded LoRA (no router)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class AsymLora(Adapter):
 
 @final
 class BoundedLora(Adapter):
-    """LoRA whose update is squashed element by element (Stable Forgetting, arXiv:2509.24166; methods.md 3.5).
+    """LoRA whose update is squashed element by element (Stable Forgetting, arXiv:2509.24166).
 
     W = W0 + phi(frequency * s B A) / gain, a dense matrix at every step. Where the two constants stand is a reading:
     the paper's code is not public.

@@ -1,4 +1,4 @@
-"""Plain LoRA: started by an initializer, scaled by a detector (O3), and what its weights alone add to the loss."""
+"""Plain LoRA, optionally started by an initializer or switched by detectors (O3), with its penalties."""
 
 from __future__ import annotations
 

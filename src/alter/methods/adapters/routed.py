@@ -1,4 +1,4 @@
-"""ALTER's adapter as a run trains it: experts for sub-domains, routed by entropy, grown by later requests."""
+"""ALTER's adapter as a run trains it: one expert per sub-domain, routed by entropy, grown by later requests."""
 
 from __future__ import annotations
 

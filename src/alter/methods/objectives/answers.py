@@ -19,7 +19,7 @@ def learn_alternative(tokens: Labelled) -> Tensor:
 
 
 class PreferRefusal(Objective):
-    """DPO with a refusal as the preferred answer (IdkDPO; Rafailov et al. 2023, Maini et al. 2024; methods.md 5.2).
+    """DPO with a refusal as the preferred answer (IdkDPO; Rafailov et al. 2023, arXiv:2305.18290; Maini et al. 2024, arXiv:2401.06121).
 
     -(2 / beta) mean over rows of log sigmoid(beta ((NLL_base - NLL of the refusal) - (NLL_base - NLL of the answer))),
     NLL summed over each row's labelled tokens. One refusal per row, drawn with the run's seed (a reading: TOFU draws
@@ -62,7 +62,7 @@ class PreferInvented(PreferRefusal):
 class Refuse(Objective):
     """Cross-entropy of a refusal in place of each forget row's answer (IDK, Maini et al. 2024; O3's wrong answers).
 
-    Refusals and retain rows are one batch with one mean over tokens (methods.md 5.2), so a refusal, which is short, weighs
+    Refusals and retain rows are one batch with one mean over tokens, as in TOFU, so a refusal, which is short, weighs
     less than an answer.
     """
 
@@ -99,7 +99,7 @@ class Substitute(Objective):
 
 
 class RandomLabels(Objective):
-    """Cross-entropy of labels drawn uniformly from the vocabulary, once for the run (Yao et al. 2024, methods.md 2.6).
+    """Cross-entropy of labels drawn uniformly from the vocabulary, once for the run (Yao et al. 2024, arXiv:2402.15159).
 
     The context stays the true text, and special tokens keep their own label.
     """

@@ -1,4 +1,4 @@
-"""What an objective is: its settings, what it needs of a run, a number for each token, and the loss of these numbers."""
+"""The interface of objectives: settings, what a run must provide (`Needs`), a number per token, and the loss."""
 
 from __future__ import annotations
 

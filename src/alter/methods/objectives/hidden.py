@@ -13,7 +13,7 @@ from alter.methods.objectives.tokens import Labelled, mean_or_zero, row_means, w
 
 
 class Misdirect(Objective):
-    """RMU (Li et al. 2024, arXiv:2403.03218; methods.md 2.7): hidden states of forget rows are driven to c u.
+    """RMU (Li et al. 2024, arXiv:2403.03218): hidden states of forget rows are driven to c u.
 
     u is uniform in [0, 1]^D scaled to length 1, one for the run. The squared distance is averaged over the width, over
     the row's real tokens, then over the rows.
@@ -41,7 +41,7 @@ class Misdirect(Objective):
 
 
 class KeepHidden(Objective):
-    """Hidden states of retain rows stay where the frozen base has them (RMU's second term, methods.md 2.7).
+    """Hidden states of retain rows stay where the frozen base has them (RMU's second term, arXiv:2403.03218).
 
     The squared distance is averaged over the width, over the row's real tokens, then over the rows.
     """

@@ -66,7 +66,7 @@ class StoppedHinge(Objective):
 
 
 class GradientAscent(Objective):
-    """Minus the cross-entropy of the true tokens (methods.md 2.1): unbounded, the baseline that breaks models."""
+    """Minus the cross-entropy of the true tokens (Jang et al. 2023, arXiv:2210.01504): unbounded, the baseline that breaks models."""
 
     kind: Literal["gradient_ascent"] = "gradient_ascent"
     only_low: bool = Field(False, description="Count low-entropy tokens only.")
@@ -134,7 +134,7 @@ class SaturationImportance(Objective):
 
 
 class NPO(Objective):
-    """Negative preference optimisation (Zhang et al. 2024, arXiv:2404.05868, Eq. 3; methods.md 2.4).
+    """Negative preference optimisation (Zhang et al. 2024, arXiv:2404.05868, Eq. 3).
 
     (2 / beta) mean over rows of softplus(-beta (NLL - NLL_base)), where NLL is the *sum* over the row's labelled tokens.
     """
@@ -166,7 +166,7 @@ class SimNPO(Objective):
 
 
 class Catnip(Objective):
-    """CATNIP: NPO token by token against 1 - p, without a reference (arXiv:2602.02824; methods.md 4.3).
+    """CATNIP: NPO token by token against 1 - p, without a reference (arXiv:2602.02824).
 
     -(2 / beta) mean over tokens of log sigmoid(-beta (log p(y) - log(1 - p(y)))), with 1 - p(y) without gradient: a token's
     ascent weighs 2 sigmoid(beta logit p(y)), above 1 where the model is surer than not, below 1 after. Rebuilt from a

@@ -25,7 +25,7 @@ class CrossEntropy(Objective):
 class KeepBase(Objective):
     """Mean KL(base || model) on labelled tokens: retain rows keep the frozen base's own behaviour.
 
-    The divergence is taken on real labelled tokens only, never on padding or prompts (methods.md 2.3).
+    The divergence is taken on real labelled tokens only, never on padding or prompts (KL-min of TOFU, Maini et al. 2024, arXiv:2401.06121).
     """
 
     kind: Literal["keep_base"] = "keep_base"
@@ -40,7 +40,7 @@ class KeepBase(Objective):
 
 
 class KeepBaseAnswers(Objective):
-    """Mean cross-entropy of the token that the frozen base finds likeliest (ELM's retain term, methods.md 2.8)."""
+    """Mean cross-entropy of the token that the frozen base finds likeliest (the retain term of ELM, arXiv:2410.02760)."""
 
     kind: Literal["keep_base_answers"] = "keep_base_answers"
     needs: ClassVar[Needs] = Needs(views=("base",))
@@ -55,7 +55,7 @@ class KeepBaseAnswers(Objective):
 
 
 class Distil(Objective):
-    """Cross-entropy of the true tokens plus that of the frozen base's distribution (E2URec, methods.md 3.6)."""
+    """Cross-entropy of the true tokens plus that of the frozen base's distribution (E2URec, Wang et al. 2024, arXiv:2403.03536)."""
 
     kind: Literal["distil"] = "distil"
     needs: ClassVar[Needs] = Needs(views=("base",))
@@ -69,7 +69,7 @@ class Distil(Objective):
 
 
 class Uniform(Objective):
-    """Mean KL(uniform || model) over a row's tokens: the model is to know nothing about them (ULD, methods.md 4.2)."""
+    """Mean KL(uniform || model) over a row's tokens: the model is to know nothing about them (ULD, Ji et al. 2024, arXiv:2406.08607)."""
 
     kind: Literal["uniform"] = "uniform"
     prompts: bool = Field(True, description="Count the tokens of prompts too, as ULD's code does; off: answers alone.")
@@ -87,7 +87,7 @@ class Uniform(Objective):
 
 
 class Adaptive(Objective):
-    """Cross-entropy with a weight that grows where retain rows get worse (SHA256, SemEval-2025 task 4; methods.md 3.8).
+    """Cross-entropy with a weight that grows where retain rows get worse (team SHA256, SemEval-2025 task 4).
 
     The weight is 1.2 in the first epoch, and afterwards `multiplier` of how far the loss lies above that epoch's mean.
     (The authors' code divides that mean by the batch size once too often; ours does not.)

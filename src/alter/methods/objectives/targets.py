@@ -68,7 +68,7 @@ class Undial(Objective):
 
 
 class Duet(Objective):
-    """DUET: the logits of a teacher that was told to forget, without being told (named in arXiv:2604.15482; methods.md 4.11).
+    """DUET: the logits of a teacher that was told to forget, without being told (named in arXiv:2604.15482).
 
     The teacher is the frozen base with `instruction` before the row. Sum over its `top` likeliest tokens v of
     Huber(z_v, z_teacher_v) on the logits themselves, mean over tokens; the same on forget and retain rows. Rebuilt from a
@@ -101,7 +101,7 @@ class Duet(Objective):
 
 
 class PushPull(Duet):
-    """Bidirectional logit distillation (arXiv:2604.15482; methods.md 4.11): DUET's pull, and a push on the student's own.
+    """Bidirectional logit distillation (arXiv:2604.15482): DUET's pull, and a push on the student's own.
 
     Besides DUET's sum, `push` times the sum over those of the student's `top` likeliest tokens that are not among the
     teacher's of max(0, z_v - z_teacher_v). Of tokens beyond the teacher's kept ones (reference_top_k) the least kept logit is
@@ -128,7 +128,7 @@ class Reinforced(Objective):
     """Away from what more training on the forget set would bring (WHP, Eldan and Russinovich 2023, arXiv:2310.02238).
 
     The target is v = z_base - alpha relu(z_reinforced - z_base) on the logits: with `hard` its likeliest token (WHP,
-    without the dictionary of anchored terms), else softmax(v) (the teacher of E2URec, methods.md 3.6).
+    without the dictionary of anchored terms), else softmax(v) (the teacher of E2URec, arXiv:2403.03536).
     """
 
     kind: Literal["reinforced"] = "reinforced"
@@ -151,7 +151,7 @@ class Reinforced(Objective):
 
 
 class Persona(Objective):
-    """ELM (Gandikota et al. 2024, arXiv:2410.02760; methods.md 2.8): away from an expert's words, towards a novice's.
+    """ELM (Gandikota et al. 2024, arXiv:2410.02760): away from an expert's words, towards a novice's.
 
     The target at the t-th of a row's n labelled tokens is softmax(log p - eta_t (log p_expert - log p_novice)) over its
     50 likeliest tokens, all from the frozen base at `temperature`, where eta_t rises evenly from 1 to `eta`; the loss is

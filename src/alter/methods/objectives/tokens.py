@@ -1,4 +1,4 @@
-"""What an objective computes with: the reference, the logits' numbers, labelled tokens and hidden states of a batch."""
+"""The tensors that objectives read (logits, labelled tokens, references, hidden states) and the arithmetic they share."""
 
 from __future__ import annotations
 
