@@ -19,7 +19,8 @@ from alter.data.batching import LengthBatches
 from alter.data.encoding import encode_prompt
 from alter.data.examples import load_examples
 from alter.training import finetune as module
-from alter.training.finetune import Finetune, finetune, pack, weighted_loss
+from alter.training.corpora import pack, train_tokenizer, training_rows
+from alter.training.finetune import Finetune, finetune, weighted_loss
 
 ASSETS = Path(alter.__file__).parent / "assets"
 TINY = {
@@ -123,18 +124,18 @@ def test_corpora_become_blocks_of_one_length(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("All that is gold does not glitter, not all those who wander are lost. " * 20)
     wanted = settings(tmp_path / "out", data=[], corpora=[str(book)], max_length=32)
-    tokenizer = module.train_tokenizer(["builtin:forget01"], 300, 32)
-    rows = module.training_rows(wanted, tokenizer)
+    tokenizer = train_tokenizer(["builtin:forget01"], 300, 32)
+    rows = training_rows(wanted, tokenizer)
     assert all(len(row["input_ids"]) == 32 and row["weights"] == [1.0] * 32 for row in rows)
     assert rows[0]["input_ids"] == tokenizer(book.read_text())["input_ids"][:32]
-    copied = module.training_rows(wanted.model_copy(update={"copy_blocks": 1.0}), tokenizer)
+    copied = training_rows(wanted.model_copy(update={"copy_blocks": 1.0}), tokenizer)
     assert [row["input_ids"] for row in copied] == [row["input_ids"][:16] * 2 for row in rows]
 
 
 def test_prompt_weight(tmp_path):
     wanted = settings(tmp_path / "out", prompt_weight=0.25)
-    tokenizer = module.train_tokenizer(["builtin:forget01"], 300, 512)
-    row = module.training_rows(wanted, tokenizer)[0]
+    tokenizer = train_tokenizer(["builtin:forget01"], 300, 512)
+    row = training_rows(wanted, tokenizer)[0]
     prompt = encode_prompt(tokenizer, load_examples("builtin:forget01")[0])
     assert row["weights"] == [0.25] * len(prompt) + [1.0] * (len(row["input_ids"]) - len(prompt))
     assert row["labels"] == row["input_ids"]

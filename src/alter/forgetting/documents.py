@@ -23,7 +23,6 @@ PASSAGE_WORDS = 70
 """Words at which a passage ends, at the end of a sentence."""
 CONTINUE = "Continue this text: {start}"
 ABOUT = "What does the text say about {f}?"
-BLANK = "Fill in the blank: {before} ____ {after}"
 
 
 def read_document(path: str, limit: int) -> list[str]:

@@ -8,23 +8,22 @@ texts, and it writes a model folder whole or not at all.
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from alter.core.errors import UserError, nearest
+from alter.core.errors import UserError
 from alter.core.files import read_object, to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.core.running import check_free, claim
 from alter.data.batching import Collator, LengthBatches
-from alter.data.encoding import TemplateArguments, encode_all, ensure_pad_token, set_template_arguments
-from alter.data.examples import load_examples
+from alter.data.encoding import TemplateArguments
+from alter.training.corpora import training_rows
+from alter.training.starting import add_dropout, divide_logits, set_attention_dropout, starting_model
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +37,6 @@ RECIPE = "finetune.yaml"
 
 NUMBERS = "finetune.json"
 """What was measured during the run, written beside the model."""
-
-SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 
 TOFU_NOTICE = (
     "Trained on TOFU (Maini, Feng, Schwarzschild, Lipton and Kolter 2024, *TOFU: A Task of Fictitious Unlearning for "
@@ -115,181 +112,6 @@ class Finetune(BaseModel, extra="forbid"):
         if self.resume and self.overwrite:
             raise ValueError("resume continues and overwrite starts again; give one of them")
         return self
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def _read_corpus(source: str) -> str:
-    path = Path(source).expanduser()
-    if not path.is_file():
-        siblings = [str(sibling) for sibling in path.parent.glob("*.txt")] if path.parent.is_dir() else []
-        raise UserError(f"No text file at {source!r}.{nearest(str(path), siblings)}")
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        raise UserError(f"{source} is empty; expected text.")
-    return text
-
-
-def _tokenizer_texts(sources: Sequence[str]) -> Iterator[str]:
-    """Yield what a tokenizer is trained on: paragraphs of text files, rows as they are written for the model."""
-    for source in sources:
-        if source.endswith(".txt"):
-            yield from _read_corpus(source).split("\n\n")
-            continue
-        for example in load_examples(source):
-            yield example.answer if example.prompt is None else f"Question: {example.prompt}\nAnswer: {example.answer}"
-
-
-def train_tokenizer(sources: Sequence[str], vocabulary: int, max_length: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer with distinct begin, end and padding tokens; it begins every text with `bos`.
-
-    Args:
-        sources: text files (`.txt`) and sources of rows as `load_examples` takes them.
-        vocabulary: number of tokens wanted.
-        max_length: longest sequence that the model takes.
-
-    Raises:
-        UserError: the texts are too short for so many tokens.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_tokenizer_texts(sources), trainer)
-    if tokenizer.get_vocab_size() < vocabulary:
-        raise UserError(
-            f"The tokenizer's texts give only {tokenizer.get_vocab_size()} of {vocabulary} tokens; "
-            "ask for a smaller vocabulary or give more text."
-        )
-    bos = SPECIAL_TOKENS["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=max_length, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS
-    )
-
-
-def pack(ids: Sequence[int], length: int) -> list[list[int]]:
-    """Cut one text's tokens into blocks of `length`; the last block reaches back so that it is as long as the others."""
-    if len(ids) <= length:
-        return [list(ids)]
-    starts = list(range(0, len(ids) - length + 1, length))
-    if starts[-1] + length < len(ids):
-        starts.append(len(ids) - length)
-    return [list(ids[start : start + length]) for start in starts]
-
-
-def training_rows(settings: Finetune, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Return rows of `input_ids`, `labels` (the ids) and `weights` (of each label in the loss), one per sequence."""
-    rows: list[dict[str, Any]] = []
-    draw = random.Random(settings.seed)
-    for source in settings.corpora:
-        ids = list(tokenizer(_read_corpus(source), verbose=False)["input_ids"])
-        for block in pack(ids, settings.max_length):
-            if draw.random() < settings.copy_blocks:
-                half = len(block) // 2
-                block = block[:half] * 2
-            rows.append({"input_ids": block, "labels": block, "weights": [1.0] * len(block)})
-    for source in settings.data:
-        for encoded in encode_all(tokenizer, load_examples(source), max_length=settings.max_length, label=source)[0]:
-            ids = encoded.input_ids
-            weights = [settings.prompt_weight] * encoded.prompt_length + [1.0] * (len(ids) - encoded.prompt_length)
-            rows.append({"input_ids": ids, "labels": ids, "weights": weights})
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-
-
-def _start(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model in float32 and its tokenizer, from random weights or from `settings.model`."""
-    import torch
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    transformers.set_seed(settings.seed)
-    if settings.architecture:
-        architecture: dict[str, Any] = dict(settings.architecture)
-        kind = architecture.pop("model_type", None)
-        known = list(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        if kind not in known:
-            raise UserError(f"architecture.model_type {kind!r} is unknown.{nearest(str(kind), known)}")
-        context = int(architecture.get("max_position_embeddings", settings.max_length))
-        tokenizer = train_tokenizer(settings.tokenizer_texts, settings.vocabulary, context)
-        config = AutoConfig.for_model(
-            kind,
-            **architecture,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        unknown = [name for name in architecture if name not in type(config)().to_dict()]
-        if unknown:
-            near = nearest(unknown[0], type(config)().to_dict())
-            raise UserError(f"architecture.{unknown[0]} is no setting of a {kind} model.{near}")
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
-    assert settings.model is not None
-    from alter.models import gguf
-    from alter.models.loading import load_model
-
-    if gguf.place_of(settings.model) is not None:
-        return load_model(settings.model, dtype="float32", device="cpu", template=settings.chat_template_kwargs)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Could not load a model from {settings.model!r}: {str(error).splitlines()[0]}") from error
-    ensure_pad_token(tokenizer)
-    set_template_arguments(tokenizer, settings.chat_template_kwargs)
-    return model, tokenizer
-
-
-def _add_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Hook dropout onto the embeddings, in training only: the saved model stays a plain one."""
-    import torch
-
-    def hook(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(output, probability, module.training)
-
-    model.get_input_embeddings().register_forward_hook(hook)
-
-
-def _set_attention_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Set it in the configuration and in the modules that have copied it from there."""
-    if not hasattr(model.config, "attention_dropout"):
-        raise UserError(f"attention_dropout is not supported for {type(model).__name__}; leave it at 0.")
-    model.config.attention_dropout = probability
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = probability
-
-
-def _divide_logits(model: PreTrainedModel, temperature: float) -> None:
-    """Fold a temperature (Guo et al. 2017) into the gain of the last norm, which the logits are linear in."""
-    import torch
-
-    norm = getattr(model.get_decoder(), "norm", None)
-    head = model.get_output_embeddings()
-    plain = norm is not None and getattr(norm, "weight", None) is not None and getattr(norm, "bias", None) is None
-    # gemma's norm multiplies by 1 + weight
-    if not plain or head.bias is not None or "gemma" in model.config.model_type:
-        raise UserError(f"temperature is not supported for {type(model).__name__}; leave it at 1.")
-    assert norm is not None
-    with torch.no_grad():
-        norm.weight /= temperature
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,13 +343,13 @@ def finetune(settings: Finetune) -> Path:
 
     checkpoint = _check_folder(settings)
     started = time.monotonic()
-    model, tokenizer = _start(settings)
+    model, tokenizer = starting_model(settings)
     rows = training_rows(settings, tokenizer)
     plain_attention = getattr(model.config, "attention_dropout", None)
     if settings.embedding_dropout:
-        _add_dropout(model, settings.embedding_dropout)
+        add_dropout(model, settings.embedding_dropout)
     if settings.attention_dropout:
-        _set_attention_dropout(model, settings.attention_dropout)
+        set_attention_dropout(model, settings.attention_dropout)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     assert tokenizer.pad_token_id is not None
@@ -537,9 +359,9 @@ def finetune(settings: Finetune) -> Path:
     trainer = _trainer(settings, model, rows, tokenizer.pad_token_id)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.attention_dropout:
-        _set_attention_dropout(model, plain_attention or 0.0)
+        set_attention_dropout(model, plain_attention or 0.0)
     if settings.temperature != 1:
-        _divide_logits(model, settings.temperature)
+        divide_logits(model, settings.temperature)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     numbers = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
