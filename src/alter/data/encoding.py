@@ -282,31 +282,7 @@ def encode(
     Raises:
         UserError: nothing is left to label, or the tokenizer has no end-of-sequence token.
     """
-    labelled = example.answer if answer is None else answer
-    if example.kind == "text":
-        if prompt is not None:
-            raise UserError("Raw text has no prompt that another could replace.")
-        ids = _ids(tokenizer, labelled)
-        length = 1
-    else:
-        eos = tokenizer.eos_token_id
-        if eos is None:
-            raise UserError("The tokenizer has no end-of-sequence token; set eos_token in it.")
-        chat = bool(tokenizer.chat_template) and example.kind != "completion"
-        head = ""
-        if chat:
-            start, ids, head = _as_chat(tokenizer, example, answer, prompt, compat)
-        else:
-            start, ids = _as_plain(tokenizer, example, labelled, prompt, compat)
-        ends = {eos} if compat or not chat else {eos, end_of_turn(tokenizer)} - {None}
-        length = len(start)
-        if not compat:
-            length = _answer_begins(tokenizer, example.name, start, ids, head)
-            closing = [place for place in range(length, len(ids)) if ids[place] in ends]
-            if closing and not tokenizer.decode(ids[closing[-1] + 1 :]).strip():
-                ids = ids[: closing[-1] + 1]
-        if ids[-1] not in ends:
-            ids.append(eos)
+    ids, length = _tokens(tokenizer, example, answer, prompt, compat)
     if max_length is not None:
         ids = ids[:max_length]
     if length >= len(ids):
@@ -315,6 +291,34 @@ def encode(
             f"max_length {max_length}); raise max_length or shorten the prompt."
         )
     return Encoded(ids, [IGNORE] * length + ids[length:], length)
+
+
+def _tokens(
+    tokenizer: Any, example: Example, answer: str | None, prompt: str | None, compat: bool
+) -> tuple[list[int], int]:
+    """All tokens of an example, and how many of them come before the answer; see `encode`."""
+    labelled = example.answer if answer is None else answer
+    if example.kind == "text":
+        if prompt is not None:
+            raise UserError("Raw text has no prompt that another could replace.")
+        return _ids(tokenizer, labelled), 1
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise UserError("The tokenizer has no end-of-sequence token; set eos_token in it.")
+    chat = bool(tokenizer.chat_template) and example.kind != "completion"
+    head = ""
+    if chat:
+        start, ids, head = _as_chat(tokenizer, example, answer, prompt, compat)
+    else:
+        start, ids = _as_plain(tokenizer, example, labelled, prompt, compat)
+    ends = {eos} if compat or not chat else {eos, end_of_turn(tokenizer)} - {None}
+    length = len(start)
+    if not compat:
+        length = _answer_begins(tokenizer, example.name, start, ids, head)
+        closing = [place for place in range(length, len(ids)) if ids[place] in ends]
+        if closing and not tokenizer.decode(ids[closing[-1] + 1 :]).strip():
+            ids = ids[: closing[-1] + 1]
+    return (ids if ids[-1] in ends else [*ids, eos]), length
 
 
 def _as_chat(
