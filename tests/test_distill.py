@@ -20,7 +20,7 @@ from alter.distillation.noise import Noise, add_noise
 from alter.distillation.rows import lesson
 from alter.distillation.run import distill
 from alter.distillation.settings import Distill, completed
-from alter.distillation.teacher import Teacher, divergence, part
+from alter.distillation.teacher import Teacher, kl_of_logits, part
 from alter.logits.head import measuring
 from alter.models.loading import load_model
 from pico import PAD, byte_tokenizer, pico, save_pico, write_jsonl, write_people
@@ -62,7 +62,7 @@ def settings(data, run, out, **changes):
 def test_divergence_is_its_naive_twin():
     torch.manual_seed(0)
     one, other = torch.randn(5, 7).double(), torch.randn(5, 7).double()
-    for p, q, found in zip(one.tolist(), other.tolist(), divergence(one, other).tolist(), strict=True):
+    for p, q, found in zip(one.tolist(), other.tolist(), kl_of_logits(one, other).tolist(), strict=True):
         sums = [math.fsum(math.exp(v) for v in row) for row in (p, q)]
         naive = math.fsum(
             math.exp(a) / sums[0] * (math.log(math.exp(a) / sums[0]) - math.log(math.exp(b) / sums[1]))
@@ -109,7 +109,7 @@ def test_what_is_kept_of_the_teacher_gives_its_logits_and_the_mean_divergence(da
             alone = teacher(input_ids=torch.tensor([row])).logits[0, len(row) - 1 - count : -1]
             own = student(input_ids=torch.tensor([row])).logits[0, len(row) - 1 - count : -1]
         torch.testing.assert_close(one.logits(one.kept[k]), alone, rtol=1e-4, atol=1e-4)
-        wanted += divergence(alone, own).tolist()
+        wanted += kl_of_logits(alone, own).tolist()
         ids[k, : len(row)], mask[k, : len(row)] = torch.tensor(row), 1
         positions[k, len(row) - 1 - count : len(row) - 1] = True
         parts.append(part(one, one.kept[k]))
@@ -128,7 +128,7 @@ def test_what_is_kept_of_the_teacher_gives_its_logits_and_the_mean_divergence(da
 def test_forget_rows_are_asked_in_other_words_and_answered_as_the_question_given(data, run):
     wanted = settings(data, run, "unused", rewordings=2)
     tokenizer = byte_tokenizer()
-    found = lessons.read_rows(completed(wanted))
+    found = lessons.read_sets(completed(wanted))
     taught = lesson(tokenizer, found, wanted, 1000)
     forget = [row for row in taught.rows if row.kind == 0]
     assert len(forget) == 6 * 3
@@ -156,7 +156,7 @@ def test_sampled_text_names_nothing_of_the_forgotten(data, monkeypatch):
     texts = ["The sea was calm that day, said Ada to me.", "The sea was calm and wide that day.", "short"]
     monkeypatch.setattr(lessons, "generate", lambda *args, **given: texts)
     rows = load_examples(str(write_jsonl(data / "named.jsonl", [{"text": "It was in May that Ada sang."}])))
-    found = lessons.sample(None, byte_tokenizer(), Distill(run="r", out="o", sampled=3), rows)
+    found = lessons.sample_text(None, byte_tokenizer(), Distill(run="r", out="o", sampled=3), rows)
     assert [row.answer for row in found] in ([texts[1]], texts[:2])
 
 

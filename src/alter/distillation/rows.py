@@ -51,7 +51,7 @@ class Lesson:
     counted: list[int]
 
 
-def read_rows(settings: Distill) -> dict[str, list[Example]]:
+def read_sets(settings: Distill) -> dict[str, list[Example]]:
     """Read all rows before any model is loaded: `forget`, `keep` (retain and neighbours) and `general`.
 
     Raises:
@@ -66,7 +66,7 @@ def read_rows(settings: Distill) -> dict[str, list[Example]]:
     return {"forget": forget, "keep": kept, "general": general}
 
 
-def sample(teacher: Any, tokenizer: Any, settings: Distill, forget: Sequence[Example]) -> list[Example]:
+def sample_text(teacher: Any, tokenizer: Any, settings: Distill, forget: Sequence[Example]) -> list[Example]:
     """Text that the teacher says of itself, drawn at temperature 1 from the begin token; none names what is forgotten.
 
     Raises:
@@ -117,7 +117,7 @@ def lesson(tokenizer: Any, found: dict[str, list[Example]], settings: Distill, l
 
     Args:
         tokenizer: of the teacher and the student.
-        found: see `read_rows`.
+        found: see `read_sets`.
         settings: `rewordings`, `forget_repeats`, `seed`.
         limit: longest row; longer ones are cut into windows.
 

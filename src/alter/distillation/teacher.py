@@ -17,7 +17,7 @@ BATCH_TOKENS = 4096
 """Padded tokens in one of the teacher's passes."""
 
 
-def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+def kl_of_logits(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher || student) = sum_v p_v (log p_v - log q_v) in nats, in float32, from logits [n, V] of both: [n]."""
     log_p, log_q = torch.log_softmax(teacher.float(), -1), torch.log_softmax(student.float(), -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -88,4 +88,4 @@ class Teacher:
 
 def part(teacher: Teacher, states: Tensor) -> Part:
     """What `alter.logits.head.measuring` makes of the student's logits: the divergence at each of n tokens, [n, 1]."""
-    return Part(len(states), lambda logits, at: divergence(teacher.logits(states[at]), logits)[:, None])
+    return Part(len(states), lambda logits, at: kl_of_logits(teacher.logits(states[at]), logits)[:, None])

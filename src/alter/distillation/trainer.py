@@ -1,0 +1,192 @@
+"""The student's training: batches of similar length, and the divergence from the teacher as loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from alter.core.errors import UserError
+from alter.data.batching import Collator, LengthBatches
+from alter.distillation.rows import KINDS, Lesson
+from alter.distillation.settings import Distill
+from alter.distillation.teacher import Teacher, part
+from alter.logits.head import measuring
+from alter.training.folder import (
+    seal_checkpoint,
+)
+from alter.training.progress import Steps
+
+
+class DistillTrainer(Trainer):
+    """transformers' Trainer with our batches, and as loss the mean divergence at the tokens that count.
+
+    Args:
+        lesson: the rows.
+        teachers: of forget rows, and of all others.
+        settings: batch size, seed.
+        pad_token_id: fills rows up.
+        given: of the Trainer.
+    """
+
+    def __init__(
+        self, lesson: Lesson, teachers: tuple[Teacher, Teacher], settings: Distill, pad_token_id: int, **given: Any
+    ) -> None:
+        super().__init__(train_dataset=lesson.rows, **given)
+        # the loss is a mean of its batch, which the Trainer has to average over accumulated batches
+        self.model_accepts_loss_kwargs = False
+        self.lesson = lesson
+        self.teachers = teachers
+        self.settings = settings
+        self.collate = Collator(pad_token_id, multiple_of=8)
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of rows of similar length, within each the forget rows first."""
+        rows = self.lesson.rows
+        batches = LengthBatches([len(row.ids) for row in rows], self.settings.batch_size, self.settings.seed, self)
+        return torch.utils.data.DataLoader(
+            range(len(rows)),  # type: ignore[arg-type]  # a range is a map-style dataset
+            batch_sampler=batches,
+            collate_fn=self._batch,
+            generator=torch.Generator(),
+        )
+
+    def _batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        rows = [self.lesson.rows[i] for i in sorted(numbers, key=lambda i: self.lesson.rows[i].kind)]
+        batch = self.collate(
+            [
+                {
+                    "input_ids": row.ids,
+                    "labels": row.ids,
+                    "counted": row.counted,
+                    "kind": row.kind,
+                    "source": row.source,
+                }
+                for row in rows
+            ]
+        )
+        width = batch["input_ids"].shape[1]
+        ends = torch.tensor([len(row.ids) - 1 for row in rows])[:, None]
+        place = torch.arange(width)[None]
+        batch["positions"] = (place < ends) & (place >= ends - batch["counted"][:, None])
+        return batch
+
+    def _taught(self, teacher: Teacher, sources: Sequence[int], counted: Sequence[int], device: Any) -> Tensor:
+        """The teacher's states for some rows, one after the other."""
+        if teacher.kept is not None:
+            return torch.cat([teacher.kept[i] for i in sources]).to(device)
+        return torch.cat(teacher.states([self.lesson.teacher[i] for i in sources], counted))
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        """The mean of KL(teacher || student) over the tokens that count.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        counted, kinds, sources = (inputs[name].tolist() for name in ("counted", "kind", "source"))
+        device = inputs["input_ids"].device
+        parts = []
+        with torch.autocast(device.type, enabled=False):
+            for teacher, wanted in zip(self.teachers, (lambda kind: kind == 0, lambda kind: kind != 0), strict=True):
+                chosen = [k for k, kind in enumerate(kinds) if wanted(kind)]
+                if chosen:
+                    states = self._taught(teacher, [sources[k] for k in chosen], [counted[k] for k in chosen], device)
+                    parts.append(part(teacher, states))
+        with measuring(model, inputs["positions"], parts):
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        apart = outputs.logits[:, 0]
+        loss = apart.mean()
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"The divergence is {loss.item()} at step {self.state.global_step + 1}: training diverged. Lower "
+                f"learning_rate ({self.settings.rate:g}), or use precision fp32."
+            )
+        self.seen.append((apart.detach().cpu(), torch.tensor(kinds).repeat_interleave(torch.tensor(counted))))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean divergence of each kind of row since the last report."""
+        if "loss" in logs and self.seen:
+            apart, kinds = (torch.cat(values) for values in zip(*self.seen, strict=True))
+            found = {name: apart[kinds == k] for k, name in enumerate(KINDS)}
+            logs = {**logs, **{name: float(values.mean()) for name, values in found.items() if len(values)}}
+            self.seen = []
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        seal_checkpoint(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+
+
+def _arguments(settings: Distill, out: Path, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        bf16=settings.precision == "bf16",
+        use_cpu=device.type == "cpu",
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=1,
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=settings.seed,
+    )
+
+
+def train(
+    settings: Distill,
+    out: Path,
+    model: Any,
+    taught: Lesson,
+    teachers: tuple[Teacher, Teacher],
+    pad_token_id: int,
+    callbacks: Sequence[TrainerCallback],
+    checkpoint: Path | None,
+) -> DistillTrainer:
+    """Train the student.
+
+    Args:
+        settings: the completed settings.
+        out: the run's folder.
+        model: what trains.
+        taught: the rows.
+        teachers: of forget rows, and of all others.
+        pad_token_id: fills rows up.
+        callbacks: transformers' callbacks.
+        checkpoint: where to go on from, if anywhere.
+
+    Raises:
+        UserError: the divergence is not finite.
+    """
+    bar = Steps()
+    trainer = DistillTrainer(
+        taught,
+        teachers,
+        settings,
+        pad_token_id,
+        model=model,
+        args=_arguments(settings, out, next(model.parameters()).device),
+        callbacks=[bar, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        bar.close()
+    return trainer
