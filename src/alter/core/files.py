@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON that every reader accepts, and digests of content."""
+"""Write files atomically, write JSON that every reader accepts, and hash content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Things in memory that go by a name, so that settings, which hold names, can speak of them: rows, and models."""
+"""Name objects in memory (rows, models), so that settings, which hold names, can refer to them."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def holding(name: str, thing: Any) -> Iterator[str]:
 
 
 def held(name: str) -> Any | None:
-    """What goes by the name now; None if nothing does."""
+    """Return the object that the name refers to now, or None."""
     return _held.get(name)

@@ -1,4 +1,4 @@
-"""Parts by name, open to others: registries that installed packages and scripts add to.
+"""Registries of parts by name, which installed packages and scripts can add to.
 
 An installed package joins through an entry point of the group `alter.plugins`, which names a module to import; a script
 registers its parts itself before it calls alter. Either way the part is then usable by name in recipes, flags, help and
@@ -43,7 +43,7 @@ _foreign: set[str] = set()
 
 
 def entries() -> list[importlib.metadata.EntryPoint]:
-    """The entry points of the installed plugins, by name."""
+    """Return the entry points of the installed plugins, sorted by name."""
     return list(_entries(tuple(sys.path)))
 
 
@@ -76,7 +76,7 @@ def load_plugins() -> None:
 
 
 def plugins_digest() -> str | None:
-    """Hash of the source files that parts of others come from; None where there are only alter's own.
+    """Return a hash of the source files of all plugin parts, or None if every part is alter's own.
 
     These are all files of each installed plugin's package, and the files that registered parts were defined in.
     """
@@ -137,7 +137,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return cls
 
     def known(self) -> list[str]:
-        """Names of the parts so far, without loading plugins for it."""
+        """Return the names registered so far, without loading plugins."""
         return list(self._parts)
 
     def __getitem__(self, name: str) -> T:

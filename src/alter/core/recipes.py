@@ -1,4 +1,4 @@
-"""Recipes: settings in a YAML file, read so that nothing in it is lost or taken for something else."""
+"""Read recipes (settings in a YAML file) strictly: no key is dropped or taken for another type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ALTER's way into PEFT, which has no door for methods of others: a member of an enum, and a hook on an import.
+"""Register ALTER with PEFT, which has no API for outside methods: an enum member made by hand, and an import hook.
 
 PEFT registers only methods whose names are members of `PeftType`, so the member is made by hand (`add_member`). And an adapter
 of ALTER loads through PEFT alone, by `PeftModel.from_pretrained`, only once the method is registered: `import alter` is to be
@@ -60,7 +60,7 @@ def register(name: str, config: type, model: type, prefix: str) -> None:
 
 
 class _After(Loader, MetaPathFinder):
-    """Imports one module right after another one has been imported by anybody."""
+    """Import hook: imports one module right after another is first imported."""
 
     loader: Loader
 

@@ -1,4 +1,4 @@
-"""Who writes to a folder: a file in it names the process, so that another one does not delete what that is working on."""
+"""Claim a folder: a file in it names the process that works there, so that no other deletes its work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def claim(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Take this process's own claim back, if it has one: what ended in an error can go on from another process."""
+    """Give up this process's claim, if it has one: after an error another process can continue."""
     try:
         holder = json.loads((folder / FILE).read_text())
     except (OSError, ValueError):

@@ -156,7 +156,7 @@ def signed_text(content: Mapping[str, Any]) -> str:
 
 
 def read_exact(path: str | os.PathLike[str]) -> str:
-    """The text of a signed file, byte by byte: no mark at its beginning and no line end is passed over.
+    """Read a signed file exactly: neither a byte-order mark nor line ends are translated.
 
     Raises:
         UserError: it cannot be opened.

@@ -1,4 +1,4 @@
-"""Tensors that are kept in a file under a key, for their owner alone, and read only if they are what was written."""
+"""Keep tensors in a file under a key, readable by its owner alone, and read them back only if intact."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def keep(path: Path, tensors: Mapping[str, Tensor], key: str, **metadata: str) -
 
 
 def kept(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """What `keep` wrote under the same key, and its metadata.
+    """Read what `keep` wrote under the same key, with its metadata.
 
     Returns:
         None where there is no such file, it was made from anything else, or it is not what was written: a byte of it was

@@ -1,4 +1,4 @@
-"""What a word is, in any script: the one place that says so.
+"""Split text into words, in any script.
 
 In English and other Latin scripts each function gives what the tools that everyone compares with give (`rouge_score`,
 sacrebleu, scikit-learn, white space); they differ there, so these do. What those tools cannot read they drop, or take a

@@ -1,4 +1,4 @@
-"""Ordinary text that nobody wants forgotten, shipped with the package: what a router must leave alone."""
+"""Ordinary text, shipped with the package, on which a router must open no forget expert."""
 
 from __future__ import annotations
 

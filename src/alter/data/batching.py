@@ -1,4 +1,4 @@
-"""Token sequences laid side by side: padding, and batches of similar length."""
+"""Pad token sequences to batches, and group rows of similar length."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 class LengthBatches:
-    """Batches of rows of similar length, in an order that depends on nothing but the seed and the epoch.
+    """Batches of rows of similar length; their order is a function of seed and epoch.
 
     The rows are shuffled, stretches of 50 batches sorted by length, and the batches shuffled again: little padding, and
     the same number of batches in every epoch. Given a Trainer, each pass is of the epoch that it has come to.

@@ -39,7 +39,7 @@ class Encoded:
 
 
 def ensure_pad_token(tokenizer: Any) -> None:
-    """Give the tokenizer a padding token if it has none: its end-of-sequence token, as everybody does.
+    """Give the tokenizer a padding token if it has none: its end-of-sequence token, as is usual.
 
     Raises:
         UserError: there is no end-of-sequence token either.
@@ -126,7 +126,7 @@ def _render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, generation: b
 
 
 def _rendered_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of what a template wrote: the marks of beginning and end are in it already."""
+    """Tokenize a rendered template, which holds its own begin and end tokens."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

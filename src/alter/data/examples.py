@@ -1,4 +1,4 @@
-"""Rows brought to one form, and the check that nothing is in both the forget set and the retain set."""
+"""Bring rows to one form, and check that no row is in both the forget set and the retain set."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _kind(row: Mapping[str, Any], first: tuple[str, tuple[str, ...]] | None) -> 
 
 
 def examples(rows: Sequence[Mapping[str, Any]], *, domain_column: str | None = None) -> list[Example]:
-    """Bring rows to `Example`s; row numbers in messages count from 0 where no file and line are known.
+    """Turn rows into `Example`s; row numbers in messages count from 0 where no file and line are known.
 
     A row's own columns decide its kind: `question` and `answer` (or `instruction` and `output`, `query` and `response`),
     `prompt` and `completion`, `messages` or `conversations` (a list of role and content), or `text`; rows of several kinds
@@ -275,7 +275,7 @@ def _check(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int], column: st
 
 
 def load_examples(source: str, *, split: str | None = None, domain_column: str | None = None) -> list[Example]:
-    """Read `source` and bring its rows to examples.
+    """Read `source` and turn its rows into examples.
 
     `source` is what `read_rows` takes: "builtin:forget10", "locuslab/TOFU:forget10", "rows.jsonl", "folder:forget10".
     """
@@ -318,7 +318,7 @@ def _held(rows: Sequence[tuple[Example, str]], texts: Sequence[tuple[Example, st
 
 
 def check_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> None:
-    """Refuse data in which a row is to be forgotten and kept: the two losses would fight over it.
+    """Refuse data in which a row is to be both forgotten and kept: the two losses would contradict each other.
 
     Rows are equal if all that they say is (`row_key`), whether as question and answer, as a chat or as a text; a row of
     `CONTAINED` characters or more that stands inside a text of the other set is in both as well. Two chats may begin alike

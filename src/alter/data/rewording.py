@@ -1,4 +1,4 @@
-"""Questions asked in other words and at other places, by rule: what a router must not be confused by."""
+"""Reword and relocate questions by rule: variation that must not confuse a router."""
 
 from __future__ import annotations
 

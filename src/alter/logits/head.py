@@ -1,4 +1,4 @@
-"""The language-model head on the rows that count, chunk by chunk: logits of all tokens at once never exist.
+"""Apply the language-model head to selected rows in chunks, so that the logits of all tokens never exist at once.
 
 A model's logits are not always what its head gives: some are scaled, capped or cut off afterwards. So a chunk goes through
 the model's own `forward`, with the body left out and the chunk put in the place of what the head reads.
@@ -22,7 +22,7 @@ from alter.logits.entropy import chunk_rows
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that follow one another, and what is made of their logits.
+    """Consecutive rows, and the function that is applied to their logits.
 
     Attributes:
         count: number of rows.
@@ -35,7 +35,7 @@ class Part:
 
 @contextmanager
 def standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the block `forward` runs in the place of the modules' own; hooks around them stay."""
+    """Replace the modules' `forward` inside the block; hooks around them stay."""
     # another library may have put its own into a module already
     own = [module.__dict__.get("forward") for module in modules]
     for module in modules:
@@ -69,7 +69,7 @@ class Head:
 
     @contextmanager
     def reading(self, positions: Tensor | None = None) -> Iterator[list[Tensor]]:
-        """Within the block a forward pass takes one row only through the head, whatever its logits then are.
+        """Inside the block a forward pass takes one row only through the head; its logits are meaningless.
 
         What the head would have read is appended to the list: the rows at `positions` [B, T] as [n, D], or [B, T, D].
         """
@@ -95,7 +95,7 @@ class Head:
 
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:
-        """Within the block all goes through the head as ever, and the list holds what it read last, [B, T, D].
+        """Record the input of the head inside the block: the list holds what it read last, [B, T, D].
 
         For a model that makes passes of its own before it answers, as a router's frozen one, whose logits it needs.
         """
@@ -192,7 +192,7 @@ def measuring(model: Any, positions: Tensor, parts: Sequence[Part]) -> Iterator[
 
 @contextmanager
 def head_on(model: Any, positions: Tensor) -> Iterator[None]:
-    """Within the block the language-model head sees only the hidden states at `positions` [B, T]: logits are [n, V]."""
+    """Restrict the head to the hidden states at `positions` [B, T] inside the block: logits are [n, V]."""
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions], *inputs[1:]))
     try:

@@ -1,4 +1,4 @@
-"""PEFT adapters put on a loaded model, whole or not at all."""
+"""Put PEFT adapters on a loaded model, completely or not at all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def attach(model: Any, adapter: str) -> Any:
-    """Put an adapter on a loaded model, of which every tensor is used and none is left at its random start.
+    """Put an adapter on a loaded model; every saved tensor must be used, and none may keep its random start.
 
     Args:
         model: a loaded causal language model.

@@ -1,4 +1,4 @@
-"""Answers of a model to many prompts: batched decoding with a cache."""
+"""Answer many prompts: batched decoding with a cache."""
 
 from __future__ import annotations
 
@@ -306,6 +306,6 @@ def _continue(
 
 
 def can_drop_rows(cache: Any) -> bool:
-    """Whether a cache keeps nothing but keys and values, one row of them for each row of the batch, growing."""
+    """Whether a cache holds only growing keys and values, one row for each row of the batch."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)

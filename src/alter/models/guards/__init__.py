@@ -1,4 +1,4 @@
-"""Inference forms: unlearned models that no adapter inside one network can be, each a causal language model of its own.
+"""Inference forms: unlearned models that an adapter inside one network cannot express, each a causal LM of its own.
 
 * An assistant beside the model, whose logits are taken from the model's: ULD (Ji et al. 2024, arXiv:2406.08607; a small
   one, which knows only what is to be forgotten) and WHP as MUSE evaluates it (Eldan and Russinovich 2023,

@@ -1,4 +1,4 @@
-"""Two networks whose logits make one model: a base and an assistant that is taken from it (ULD, WHP)."""
+"""Combine the logits of two networks: a base, and an assistant that is subtracted from it (ULD, WHP)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all inference forms are: a folder with `inference.json`, and a causal language model around a base."""
+"""What inference forms share: a folder with `inference.json`, and a causal language model around a base."""
 
 from __future__ import annotations
 
