@@ -1,4 +1,4 @@
-"""What a generation remembers: the routes of the tokens that come next, on its key-value cache or on its session."""
+"""Routing state of a generation: the routes of the next tokens, kept on its key-value cache or on its session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hooks on an adapted model: before a forward pass starts its tokens are routed, and its end routes the next token."""
+"""Hooks on an adapted model: route its tokens before a forward pass, and the next token after it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def connect(model: nn.Module) -> RoutingContext:
 
 
 def disconnect(context: RoutingContext, model: nn.Module) -> None:
-    """Leave a model as it was before: no hooks, no wrapped functions, no attributes."""
+    """Undo `connect`: remove hooks, wrapped functions and attributes."""
     hooks: tuple[Any, ...] = (model._forward_pre_hooks, model._forward_hooks)
     for registered in hooks:
         for key, hook in list(registered.items()):

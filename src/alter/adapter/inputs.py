@@ -1,4 +1,4 @@
-"""Reading the inputs and outputs of a model: tokens, masks, caches, logits, in whatever form they come."""
+"""Read the inputs and outputs of a model (tokens, masks, caches, logits) in any form that transformers uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What distilling came to: the result beside the student before and the teacher, in a table and in records."""
+"""Measure the distilled model beside the student before and the teacher: a table and records."""
 
 from __future__ import annotations
 

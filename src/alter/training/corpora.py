@@ -1,4 +1,4 @@
-"""What `alter finetune` trains on: rows and packed text as sequences, and a tokenizer trained on texts."""
+"""Make the sequences that `alter finetune` trains on (rows and packed text), and train a tokenizer."""
 
 from __future__ import annotations
 

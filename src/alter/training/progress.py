@@ -12,7 +12,7 @@ from alter.core.console import LOG, is_silent
 
 
 class Steps(TrainerCallback):
-    """Shows the steps of a run on stderr in the first process; as a library, logs each as info (see `console.progress`)."""
+    """Shows the steps of a run on stderr, on rank 0; as a library, logs each as info (see `console.progress`)."""
 
     def __init__(self, label: str = "training") -> None:
         self.label = label
@@ -46,7 +46,7 @@ class Steps(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; may be called twice."""
+        """Close the bar; may be called twice."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

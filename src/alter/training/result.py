@@ -29,7 +29,7 @@ def save_run(
     started: float,
     prepared: float,
 ) -> None:
-    """Write the result and `run.json`; of several processes the first one does.
+    """Write the result and `run.json`, on rank 0 alone.
 
     Args:
         run: the settings.
@@ -44,7 +44,7 @@ def save_run(
     def finish() -> None:
         model = ready.model
         if run.negate is not None:
-            turn_round(run, dict(model.named_parameters()) if weights is None else weights, run.negate)
+            negate_update(run, dict(model.named_parameters()) if weights is None else weights, run.negate)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         check_finite(trained if weights is None else weights, run.adapter.rate)
         kind = run.adapter.result
@@ -78,8 +78,8 @@ def record(
     }
 
 
-def turn_round(run: Unlearn, weights: Mapping[str, Tensor], times: float) -> None:
-    """Turn what was learned round, in place (see `Adapter.negate`)."""
+def negate_update(run: Unlearn, weights: Mapping[str, Tensor], times: float) -> None:
+    """Negate the learned update in place (see `Adapter.negate`)."""
 
     def before() -> Mapping[str, Tensor]:
         model, _ = load_model(run.model, dtype="float32", device="cpu")

@@ -1,4 +1,4 @@
-"""Which step of a watched run to keep, and when to stop: rules over the checks made so far, and the test behind one of them."""
+"""Rules for which step of a watched run to keep and when to stop, and the statistical test behind one of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class KeepLast(_Rule):
 
 
 class Guarded(_Rule, ABC):
-    """What the rules share that must not be satisfied by a broken model.
+    """Base of the rules that a broken model must not satisfy.
 
     A check is allowed if U >= (1 - utility_loss) U_0, with U the mean probability of the answers of retain rows that
     were not trained on, and U_0 that of the untouched model. If no check is allowed, the one of largest U is kept.
@@ -192,7 +192,7 @@ Rule = Annotated[KeepLast | LikeRetrained | LikeUnseen, Field(discriminator="kin
 
 
 def rows_needed(forget: int, margin: float, level: float) -> int | None:
-    """Return how many holdout rows it takes beside `forget` rows to resolve the margin, or None if none are enough.
+    """Return how many holdout rows resolve the margin beside `forget` rows, or None if no number does.
 
     With AUC 1/2 + 2 margin, the measured AUC must exceed 1/2 + margin with probability 1 - level: the standard error
     sqrt((n + m + 1) / (12 n m)) of the AUC must be at most margin / z, z the normal quantile of 1 - level.

@@ -1,4 +1,4 @@
-"""The model that `alter finetune` starts from, and what is changed in it for training or afterwards."""
+"""Load or make the model that `alter finetune` starts from; set its dropout and temperature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watching a run: what is measured while it trains and how often, and the rows that the checks look at."""
+"""Settings of watching a run, and the rows that its checks measure."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _apart(name: str, rows: Sequence[Example], other: str, others: Sequence[Exam
 
 
 def rated(example: Example) -> bool:
-    """Whether a row has what its truth ratio needs."""
+    """Whether a row has the paraphrased and perturbed answers that its truth ratio needs."""
     return bool(example.row.get("paraphrased_answer")) and bool(example.row.get("perturbed_answer"))
 
 

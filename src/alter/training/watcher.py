@@ -1,4 +1,4 @@
-"""The callback that watches a model while it forgets: a check at chosen steps, the best adapter kept, early stopping.
+"""The callback that watches a model while it forgets: checks at chosen steps, keeping the best adapter, early stopping.
 
 One scoring pass over small seeded subsets makes a check. Everything a rule decides follows from the checks made so
 far, which the trainer's state keeps with every checkpoint: so a run that was killed goes on with the same decisions.
@@ -53,7 +53,7 @@ COLUMNS = {
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Give every random number generator its state back after the block."""
+    """Restore the state of every random number generator after the block."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=list(devices)):
@@ -65,7 +65,7 @@ def undisturbed() -> Iterator[None]:
 
 
 class Watcher(TrainerCallback):
-    """Makes the checks of a run, keeps the adapter of the best step in `folder`, and stops the training.
+    """Check a run, keep the adapter of the best step in `folder`, and stop the training.
 
     The checks are entries of the trainer's log history under the key "watch"; nothing else is remembered.
     """
@@ -192,7 +192,7 @@ class Watcher(TrainerCallback):
     # The trainer's events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take up the checks that the checkpoint remembers, or make the first one, of the untouched model."""
+        """Restore the checks from the checkpoint, or make the first one, of the untouched model."""
         found = [entry["watch"] for entry in state.log_history if "watch" in entry]
         if any(check["key"] != self.key for check in found) or (state.global_step and not found):
             raise UserError(
@@ -218,7 +218,7 @@ class Watcher(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Once a checkpoint knows of the best step, the adapters of others are of no use."""
+        """Delete the adapters of other steps once a checkpoint records the best one."""
         if len(self.checks) > 1 and processes.first():
             for path in self.folder.glob("step-*"):
                 if path.name != f"step-{self.choice.step}":
