@@ -20,7 +20,7 @@ from alter.adapter.routing import (
 )
 from alter.core.errors import UserError
 from alter.methods.frozen import Row
-from alter.training.router import fit_probe
+from alter.training.probe import fit_entropy_probe
 from test_adapter import ARCHITECTURES, adapted, counted, rows, tiny
 from test_adapter_generation import WAYS, generated, left_padded
 
@@ -292,14 +292,14 @@ def test_the_probe_is_fitted_and_measured_on_rows_left_out():
     for _ in range(40):
         features = torch.randn(12, 8, generator=random) * 3 + 1
         made.append(Row(entropy=features[:, 2] + 1.2, features=features.half()))
-    weight, bias, found = fit_probe(made, 1.7)
+    weight, bias, found = fit_entropy_probe(made, 1.7)
     high = torch.cat([row.entropy[1:] > 1.7 for row in made])
     said = (torch.cat([row.features[1:].float() for row in made]) @ weight.t() + bias)[:, 0] > 0
     assert (said == high).float().mean() > 0.95
     assert found["agreement"] > 0.95
     assert found["tokens"] == 8 * 11
     # where all tokens are on one side there is nothing to fit
-    weight, bias, found = fit_probe(made, 1e6)
+    weight, bias, found = fit_entropy_probe(made, 1e6)
     assert not weight.any()
     assert float(bias) < 0
     assert found["agreement"] == 1.0

@@ -12,7 +12,7 @@ from alter import AlterConfig
 from alter.adapter import base_fingerprint
 from alter.data.background import background
 from alter.models.loading import Subject, load_model
-from alter.training import router
+from alter.training import evidence, rates
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 
@@ -97,8 +97,9 @@ def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(
         return {kind: examples[:6] for kind, examples in background(**given).items()}
 
     wordings = ("as given", "capitals", "six turns of chat", "two subjects")
-    monkeypatch.setattr(router, "background", few)
-    monkeypatch.setattr(router, "MEASURED", {name: router.MEASURED[name] for name in wordings})
+    for module in (evidence, rates):
+        monkeypatch.setattr(module, "background", few)
+    monkeypatch.setattr(rates, "MEASURED", {name: rates.MEASURED[name] for name in wordings})
     rows = [{"question": q, "answer": a} for q, a in POTTER.items()]
     (tmp_path / "forget.json").write_text(json.dumps(rows))
     kept = [{"question": "What is the capital of France?", "answer": "The capital of France is Paris."}]

@@ -16,19 +16,9 @@ from alter.data.encoding import encode
 from alter.data.examples import Example, load_examples
 from alter.data.rewording import FITTED, MEASURED, key_words, reworded, some_capitals, telegram, typos
 from alter.training.closing import command
-from alter.training.router import (
-    FOLDS,
-    OWN_WORDS,
-    Part,
-    RouterFit,
-    Tokens,
-    _caught,
-    _folds,
-    _open_set,
-    _tokens,
-    discriminant,
-    opening_level,
-)
+from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of
+from alter.training.openset import FOLDS, _folds, caught, discriminant, open_set, opening_level
+from alter.training.router import RouterFit
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import run_on, save_pico, write_people
@@ -143,7 +133,7 @@ def test_ordinary_text_far_below_does_not_open_the_experts_for_everything():
 def test_every_ordinary_token_is_scored_once_and_kinds_stay_whole():
     def tokens(name, n):
         rows = torch.arange(n)
-        return Tokens(name, rows.float()[:, None], torch.zeros(n), torch.ones(n).bool(), rows, torch.zeros(n))
+        return Evidence(name, rows.float()[:, None], torch.zeros(n), torch.ones(n).bool(), rows, torch.zeros(n))
 
     data = [tokens("forget", 5), tokens("retain", 10), *(tokens(k, 4 + i) for i, k in enumerate("abcd"))]
     folds = _folds(data)
@@ -161,8 +151,8 @@ def test_forget_rows_teach_by_their_answers_and_ordinary_rows_by_all_they_have(d
     features = torch.arange(12.0).view(6, 2)
     entropy = torch.tensor([math.inf, 0.5, 2.0, 0.1, 0.2, 3.0])
     rows = [Encoded(list(range(6)), [-100] * 4 + [4, 5], 4)] * 2
-    part = Part("any", rows, [3, 0], [Row(entropy=entropy, features=features)] * 2)
-    found = _tokens(part, 1.2, 0.9)
+    part = FitRows("any", rows, [3, 0], [Row(entropy=entropy, features=features)] * 2)
+    found = evidence_of(part, 1.2, 0.9)
     assert found.y.tolist() == [3, 3, 0, 0, 0, 0, 0]
     assert found.low.tolist() == [True, False, True, False, True, True, False]
     # the answer's evidence still holds the question
@@ -221,10 +211,10 @@ def test_a_memory_is_judged_by_the_wording_it_catches_worst():
     x = torch.tensor([[3.0], [3.0], [3.0], [1.0], [3.0], [9.0]])
     low = torch.tensor([True, True, True, True, True, False])
     wording = torch.tensor([0, 0, 0, 1, 1, 1])
-    own = Tokens("forget", x, torch.ones(6), low, torch.arange(6), wording)
-    assert _caught([own], (torch.ones(1, 1), torch.zeros(1), 2.0)) == 0.5
-    none_low = Tokens("forget", x, torch.ones(6), ~low & False, torch.arange(6), wording)
-    assert _caught([none_low], (torch.ones(1, 1), torch.zeros(1), 2.0)) == pytest.approx(2 / 3)
+    own = Evidence("forget", x, torch.ones(6), low, torch.arange(6), wording)
+    assert caught([own], (torch.ones(1, 1), torch.zeros(1), 2.0)) == 0.5
+    none_low = Evidence("forget", x, torch.ones(6), ~low & False, torch.arange(6), wording)
+    assert caught([none_low], (torch.ones(1, 1), torch.zeros(1), 2.0)) == pytest.approx(2 / 3)
 
 
 def test_raw_text_and_completions_have_no_question_to_word_otherwise():
@@ -289,7 +279,7 @@ def test_without_retain_rows_the_models_own_words_are_kept_and_set_no_level(data
 def test_own_words_join_every_fit_and_set_no_level():
     generator = torch.Generator().manual_seed(0)
     tokens = [
-        Tokens(
+        Evidence(
             name, torch.randn(40, 3, generator=generator) + shift, *[torch.full((40,), k) for k in (label, 1, 0, 0)]
         )
         for name, shift, label in (("forget", 2.0, 1), ("a", -2.0, 0), ("b", -1.5, 0), (OWN_WORDS, 1.5, 0))
@@ -297,9 +287,9 @@ def test_own_words_join_every_fit_and_set_no_level():
     for each in tokens:
         each.low = each.low.bool()
     assert not any(each.name == OWN_WORDS for fold in _folds(tokens) for each in fold)
-    _, _, level = _open_set(tokens, [1], RouterFit(), np.random.default_rng(0))
+    _, _, level = open_set(tokens, [1], RouterFit(), np.random.default_rng(0))
     tokens[-1].name = "retain"
-    assert level < _open_set(tokens, [1], RouterFit(), np.random.default_rng(0))[2]
+    assert level < open_set(tokens, [1], RouterFit(), np.random.default_rng(0))[2]
 
 
 def test_a_watch_without_retain_rows_is_told_what_it_lacks(data, tmp_path):
