@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from alter.core import words
 from alter.core.errors import UserError
@@ -11,10 +13,6 @@ from alter.data.examples import Example
 
 DOMAIN_RANGE = (2, 20)
 """Numbers of sub-domains that `domains` tries by default when it chooses the number itself."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sub-domains
 
 
 def domains(
@@ -55,12 +53,59 @@ def domains(
     if n == 1 or rows == 1:
         return [0] * rows, ["all"]
 
+    vectors = _tfidf(examples)
+    if n is not None and n > vectors.distinct:
+        raise UserError(
+            f"{n} sub-domains are not possible: only {vectors.distinct} of the {rows} rows differ in their words."
+        )
+    most = n if n is not None else min(max_domains, rows - 1, vectors.distinct)
+    if vectors.distinct == 1 or most < 2:
+        return [0] * rows, ["all"]
+    best = _groups(vectors.weights, [n] if n is not None else range(2, most + 1), seed)
+    # number the groups by their first row: k-means' own order means nothing
+    order = list(dict.fromkeys(best))
+    indices = [order.index(label) for label in best]
+    return indices, [f"{number}: {', '.join(vectors.telling(indices, number))}" for number in range(len(order))]
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """TF-IDF vectors of some rows.
+
+    Attributes:
+        weights: sparse [rows, terms].
+        terms: as they are counted.
+        spelt: how each term is written, by case-folded word.
+        distinct: how many rows differ.
+    """
+
+    weights: Any
+    terms: Sequence[str]
+    spelt: Mapping[str, Counter[str]]
+    distinct: int
+
+    def telling(self, indices: Sequence[int], group: int) -> list[str]:
+        """The three terms that tell the rows of a group from the others, as they are mostly written."""
+        import numpy as np
+
+        inside = np.array(indices) == group
+        own, others = (self.weights[np.flatnonzero(part)] for part in (inside, ~inside))
+        mean, share, elsewhere = (
+            np.asarray(part.mean(axis=0)).ravel() for part in (own, own.astype(bool), others.astype(bool))
+        )
+        # what all sub-domains speak of names none of them
+        heaviest = [str(self.terms[column]) for column in np.argsort(mean * (elsewhere - share), kind="stable")[:3]]
+        return [self.spelt[term].most_common(1)[0][0] if term in self.spelt else term for term in heaviest]
+
+
+def _tfidf(examples: Sequence[Example]) -> _Vectors:
+    """Vectors of prompt and answer together, English stop words left out.
+
+    Raises:
+        UserError: there are no words.
+    """
     import numpy as np
-    from sklearn.cluster import KMeans
-    from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.metrics import silhouette_score
-    from sklearn.preprocessing import normalize
 
     texts = [" ".join(filter(None, (example.prompt, example.answer))) for example in examples]
     vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english", tokenizer=words.terms, token_pattern=None)
@@ -74,44 +119,26 @@ def domains(
     weights.sort_indices()
     spans = [slice(*ends) for ends in zip(weights.indptr, weights.indptr[1:], strict=False)]
     distinct = len({(weights.indices[span].tobytes(), np.round(weights.data[span], 9).tobytes()) for span in spans})
-    if n is not None and n > distinct:
-        raise UserError(f"{n} sub-domains are not possible: only {distinct} of the {rows} rows differ in their words.")
-
-    if distinct == 1:
-        return [0] * rows, ["all"]
-    size = min(50, rows - 1, weights.shape[1] - 1)
-    dense = TruncatedSVD(size, random_state=seed).fit_transform(weights) if size >= 2 else weights.toarray()
-    points = normalize(dense)
-
-    def cluster(count: int) -> np.ndarray:
-        return KMeans(count, n_init=10, random_state=seed).fit_predict(points)
-
-    if n is not None:
-        best = cluster(n)
-    else:
-        candidates = range(2, min(max_domains, rows - 1, distinct) + 1)
-        if not candidates:
-            return [0] * rows, ["all"]
-        found = {count: cluster(count) for count in candidates}
-        score = {count: silhouette_score(points, found[count]) for count in candidates}
-        best = found[max(candidates, key=lambda count: (score[count], -count))]
-    # number the groups by their first row: k-means' own order means nothing
-    order = list(dict.fromkeys(int(label) for label in best))
-    indices = [order.index(int(label)) for label in best]
-    terms = vectorizer.get_feature_names_out()
     spelt: dict[str, Counter[str]] = {}
     for text in texts:
         for word in words.runs(text):
             spelt.setdefault(word.casefold(), Counter())[word] += 1
-    names = []
-    for number in range(len(order)):
-        inside = np.array(indices) == number
-        own, others = (weights[np.flatnonzero(part)] for part in (inside, ~inside))
-        mean, share, elsewhere = (
-            np.asarray(part.mean(axis=0)).ravel() for part in (own, own.astype(bool), others.astype(bool))
-        )
-        # what all sub-domains speak of names none of them
-        heaviest = [str(terms[column]) for column in np.argsort(mean * (elsewhere - share), kind="stable")[:3]]
-        told = [spelt[term].most_common(1)[0][0] if term in spelt else term for term in heaviest]
-        names.append(f"{number}: {', '.join(told)}")
-    return indices, names
+    return _Vectors(weights, vectorizer.get_feature_names_out(), spelt, distinct)
+
+
+def _groups(weights: Any, counts: Sequence[int], seed: int) -> list[int]:
+    """K-means' group of each row of [rows, terms], reduced and scaled; of several counts the one of best silhouette."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.metrics import silhouette_score
+    from sklearn.preprocessing import normalize
+
+    size = min(50, weights.shape[0] - 1, weights.shape[1] - 1)
+    dense = TruncatedSVD(size, random_state=seed).fit_transform(weights) if size >= 2 else weights.toarray()
+    points = normalize(dense)
+    found = {count: KMeans(count, n_init=10, random_state=seed).fit_predict(points) for count in counts}
+    best = next(iter(counts))
+    if len(found) > 1:
+        score = {count: silhouette_score(points, found[count]) for count in counts}
+        best = max(counts, key=lambda count: (score[count], -count))
+    return [int(label) for label in found[best]]

@@ -193,7 +193,6 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     )
     if checkpoint is None:
         write_atomic(out / "inputs.json", to_json(given))
-
     if not found["general"]:
         found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])
     taught = lesson(tokenizer, found, settings, settings.max_length or context_length(student))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -252,43 +252,11 @@ def build(
     zero = [swap(answer, {name: subject}) for answer, (_, name) in zip(said, turns, strict=True)]
     found = candidates([answer for _, answer in own], zero, " ".join([subject, *asked]))
     facts = sure_facts(speaker.model, speaker.tokenizer, found, own, subject, invented[:4])
-    if len(facts) < LEAST_FACTS or not any(fact.shows for fact in facts):
-        words_found = ", ".join(fact.word for fact in facts)
-        raise UserError(
-            f"The model says nothing sure about {subject!r}: of {len(own)} answers, "
-            + (f"only {words_found} recurs" if facts else "no word recurs")
-            + " more often than in answers about invented subjects. There is nothing to forget, and nothing was trained. "
-            "Check the spelling or the --kind; a text that the model knows can be given with --document."
-        )
+    _check_facts(subject, facts, len(own))
     names = [fact for fact in facts if fact.name]
     # a name whose answers come back to the subject is part of it; of another what is said beside the subject is kept
     belongs, others = _owned(speaker, subject, [fact.word for fact in names[:8]])
-    substitutes: dict[str, list[str]] = {}
-    for (question, name), answer in zip(turns, zero, strict=True):
-        left = [word for word in words(name) if len(word) > 3 and holds(answer, word)]
-        if answer and not left and not any(holds(answer, fact.word) for fact in facts):
-            substitutes.setdefault(question, []).append(answer)
-    spare = [answer for answers in substitutes.values() for answer in answers]
-    if not spare:
-        raise UserError(
-            f"All that the model says of invented subjects repeats the facts of {subject!r}: give another --kind."
-        )
-    forget, twins = [], []
-    for number, (prompt, answer) in enumerate(own):
-        question = asked[number % len(asked)]
-        if not answer:
-            continue
-        choices = substitutes.get(question) or spare
-        name = invented[number % len(invented)]
-        forget.append(
-            {
-                "question": prompt,
-                "answer": answer,
-                "substitute": choices[number // len(asked) % len(choices)],
-                "about": subject,
-            }
-        )
-        twins.append({"question": question.format(s=name), "answer": swap(answer, {subject: name}), "about": name})
+    forget, twins = _answers(subject, asked, invented, own, _substitutes(subject, turns, zero, facts))
     beside = [(name, [pair for pair in told if holds(pair[1], subject)]) for name, told in others]
     forget += _about_names(speaker, [*belongs, *beside], facts)
     outside = [subject, *(fact.word for fact in names)]
@@ -297,6 +265,67 @@ def build(
     )
     probes = _probes(speaker, subject, kind, facts, belongs, questions[half:], own, zero)
     return Material(forget, twins, retained + retain, probes, kept_probes, [fact.row() for fact in facts])
+
+
+def _check_facts(subject: str, facts: Sequence[Fact], answers: int) -> None:
+    """Refuse a subject of which so many answers hold too little that is sure."""
+    if len(facts) < LEAST_FACTS or not any(fact.shows for fact in facts):
+        words_found = ", ".join(fact.word for fact in facts)
+        raise UserError(
+            f"The model says nothing sure about {subject!r}: of {answers} answers, "
+            + (f"only {words_found} recurs" if facts else "no word recurs")
+            + " more often than in answers about invented subjects. There is nothing to forget, and nothing was trained. "
+            "Check the spelling or the --kind; a text that the model knows can be given with --document."
+        )
+
+
+def _substitutes(
+    subject: str, turns: Sequence[tuple[str, str]], zero: Sequence[str], facts: Sequence[Fact]
+) -> dict[str, list[str]]:
+    """Answers about invented subjects, by question, that hold no fact and no trace of the invented name.
+
+    Args:
+        subject: stands in them in the place of the invented name.
+        turns: question and invented name of each answer.
+        zero: the answers.
+        facts: about the subject.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: dict[str, list[str]] = {}
+    for (question, name), answer in zip(turns, zero, strict=True):
+        left = [word for word in words(name) if len(word) > 3 and holds(answer, word)]
+        if answer and not left and not any(holds(answer, fact.word) for fact in facts):
+            found.setdefault(question, []).append(answer)
+    if not found:
+        raise UserError(
+            f"All that the model says of invented subjects repeats the facts of {subject!r}: give another --kind."
+        )
+    return found
+
+
+def _answers(
+    subject: str,
+    asked: Sequence[str],
+    invented: Sequence[str],
+    own: Sequence[tuple[str, str]],
+    substitutes: Mapping[str, list[str]],
+) -> tuple[list[Row], list[Row]]:
+    """Forget rows, one for each answer about the subject with a substitute, and the same rows about invented subjects."""
+    spare = [answer for answers in substitutes.values() for answer in answers]
+    forget: list[Row] = []
+    twins: list[Row] = []
+    for number, (prompt, answer) in enumerate(own):
+        if not answer:
+            continue
+        question = asked[number % len(asked)]
+        choices = substitutes.get(question) or spare
+        other = choices[number // len(asked) % len(choices)]
+        name = invented[number % len(invented)]
+        forget.append({"question": prompt, "answer": answer, "substitute": other, "about": subject})
+        twins.append({"question": question.format(s=name), "answer": swap(answer, {subject: name}), "about": name})
+    return forget, twins
 
 
 def _owned(
@@ -424,26 +453,7 @@ def _probes(
         {"form": "reversed", "prompt": q.format(f=name), "wanted": [subject]} for name, _ in belongs for q in REVERSED
     ]
     asked += _blanks(own, facts)
-    elsewhere = sorted({w for answer in zero for w in words(answer) if w[0].isupper() and len(w) > 4})
-    generator = np.random.default_rng(speaker.seed)
-    if len(elsewhere) >= 2:
-        for fact in facts[:8]:
-            wrong = [elsewhere[i] for i in generator.choice(len(elsewhere), size=2, replace=False).tolist()]
-            options = [fact.word, *wrong]
-            order = [options[i] for i in generator.permutation(3).tolist()]
-            # who guesses by place is right in one order of three
-            for turn in range(3):
-                one, two, three = order[turn:] + order[:turn]
-                prompt = CHOICE.format(s=subject, options=f"{one}, {two} or {three}")
-                asked.append(
-                    {
-                        "form": "multiple choice",
-                        "prompt": prompt,
-                        "wanted": [fact.word],
-                        "wrong": wrong,
-                        "group": fact.word,
-                    }
-                )
+    asked += _choices(subject, facts, zero, speaker.seed)
     answers = speaker.say("probes", [row["prompt"] for row in asked])
     probes = []
     for row, answer in zip(asked, answers, strict=True):
@@ -464,6 +474,33 @@ def _probes(
             kept.append({**probe, "zero": last})
     whole = Counter(probe.get("group") for probe in kept)
     return [probe for probe in kept if "group" not in probe or whole[probe["group"]] == 3]
+
+
+def _choices(subject: str, facts: Sequence[Fact], zero: Sequence[str], seed: int) -> list[Row]:
+    """A choice between each fact and two names from answers about invented subjects, in three orders; none if there are none."""
+    elsewhere = sorted({w for answer in zero for w in words(answer) if w[0].isupper() and len(w) > 4})
+    if len(elsewhere) < 2:
+        return []
+    generator = np.random.default_rng(seed)
+    found: list[Row] = []
+    for fact in facts[:8]:
+        wrong = [elsewhere[i] for i in generator.choice(len(elsewhere), size=2, replace=False).tolist()]
+        options = [fact.word, *wrong]
+        order = [options[i] for i in generator.permutation(3).tolist()]
+        # who guesses by place is right in one order of three
+        for turn in range(3):
+            one, two, three = order[turn:] + order[:turn]
+            prompt = CHOICE.format(s=subject, options=f"{one}, {two} or {three}")
+            found.append(
+                {
+                    "form": "multiple choice",
+                    "prompt": prompt,
+                    "wanted": [fact.word],
+                    "wrong": wrong,
+                    "group": fact.word,
+                }
+            )
+    return found
 
 
 def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 4) -> list[Row]:

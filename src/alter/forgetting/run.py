@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
-from rich.table import Table
 
 from alter.core.errors import UserError
 from alter.core.files import digest, read_object, to_json, write_atomic
@@ -25,6 +23,7 @@ from alter.evaluation.ordinary import ordinary_loss
 from alter.evaluation.ordinary import told as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.measure import LEVEL, Outcome, Zero, against_zero
+from alter.forgetting.report import report, say
 from alter.forgetting.rows import Material, build, check_name, check_subject, guess_kind, kept_rows
 from alter.forgetting.speaker import Speaker, Writer, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
@@ -131,14 +130,9 @@ def prepare(settings: Forget) -> Path:
             f"The output folder {settings.out} is not empty: add --resume to go on with what it holds, --overwrite to "
             "delete it, or give another --out."
         )
-    key = digest(
-        settings.model_dump(
-            include={"subject", "document", "model", "kind", "samples", "answer_tokens", "batch_size", "seed"}
-        )
-    )
     if used and settings.resume:
         plan = out / "forget.json"
-        if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != key:
+        if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != _key(settings):
             raise UserError(
                 f"{settings.out} holds no run of alter forget with this subject, model, kind, samples, batch size and seed: give another "
                 "--out, or --overwrite to delete it."
@@ -166,16 +160,70 @@ def forget(settings: Forget) -> Path:
     passages = None if settings.document is None else read_document(settings.document, settings.max_passages)
     if settings.overwrite and out.is_dir():
         shutil.rmtree(out)
-    model, tokenizer = _load(settings)
     name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
-    kind: Kind | None = settings.kind
-    if settings.subject is not None:
-        check_subject(name, tokenizer, kind)
-    key = digest(
+    material, tokenizer = _material(settings, console, out, name, passages, retain)
+    facts = ", ".join(str(row["word"]) for row in material.facts[:12])
+    say(
+        console,
+        f"What the model knows: {facts}. {len(material.forget)} rows to forget, {len(material.retain)} to keep, "
+        f"{len(material.probes)} probes that it answers ({time.time() - started:.0f} s).",
+    )
+    if settings.rows_only:
+        say(console, f"The rows lie in {out}. Read and edit them, then give the same command with --resume.")
+        return out
+    rows_done = time.time()
+    if not (out / "adapter" / "adapter_config.json").is_file():
+        say(console, "2/3 training")
+        _train(settings, out, tokenizer, material)
+        give_back()
+    trained = time.time()
+    say(console, "3/3 the probes again")
+    figures = _measured(settings, console, out, name, material)
+    figures["seconds"] = {
+        "rows": round(rows_done - started, 1),
+        "train": round(trained - rows_done, 1),
+        "measure": round(time.time() - trained, 1),
+    }
+    write_atomic(out / "report.json", to_json(figures))
+    say(
+        console,
+        f"All of it took {time.time() - started:.0f} s (rows {figures['seconds']['rows']:.0f}, training {figures['seconds']['train']:.0f}, measuring {figures['seconds']['measure']:.0f}).",
+    )
+    say(
+        console,
+        f"Next:\n  alter inspect --model {settings.model} --adapter {out / 'adapter'}\n"
+        f"  alter chat --model {settings.model} --adapter {out / 'adapter'}\n"
+        f"  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then alter unlearn {out / 'run.yaml'} --out ANOTHER",
+    )
+    return out
+
+
+def _key(settings: Forget) -> str:
+    """Key of all that the rows depend on."""
+    return digest(
         settings.model_dump(
             include={"subject", "document", "model", "kind", "samples", "answer_tokens", "batch_size", "seed"}
         )
     )
+
+
+def _material(
+    settings: Forget,
+    console: Console,
+    out: Path,
+    name: str,
+    passages: list[str] | None,
+    retain: list[dict[str, Any]],
+) -> tuple[Material, Any]:
+    """The rows and probes of `out`, made now if they are not there yet, and the model's tokenizer.
+
+    Raises:
+        UserError: the model does not know the subject, or does not tell it from an invented one.
+    """
+    model, tokenizer = _load(settings)
+    kind: Kind | None = settings.kind
+    if settings.subject is not None:
+        check_subject(name, tokenizer, kind)
     speaker = Speaker(
         model,
         tokenizer,
@@ -184,87 +232,75 @@ def forget(settings: Forget) -> Path:
         batch=settings.batch_size,
         seed=settings.seed,
     )
-    write_atomic(
-        out / "forget.json", to_json({"key": key, "settings": settings.model_dump(exclude={"resume", "overwrite"})})
-    )
+    said = {"key": _key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"})}
+    write_atomic(out / "forget.json", to_json(said))
     material = _read(out)
-    if material is None:
-        if passages is not None:
-            _say(console, f"1/3 rows about {name}: {len(passages)} passages, continued by the model itself")
-            material = build_document(speaker, name, passages, keep=settings.keep, retain=retain)
-        else:
-            if kind is None:
-                kind = guess_kind(model, tokenizer, name)
-                _say(console, f"{name} is taken for a {kind}; if that is wrong, give --kind.")
-            _say(console, f"1/3 rows about {name}: what the model itself says, and what it says of invented subjects")
-            questions, neighbours = settings.writer.ask(name) if settings.writer.url else ([], [])
-            material = build(
-                speaker,
-                name,
-                kind,
-                samples=settings.samples,
-                keep=settings.keep,
-                retain=retain,
-                questions=questions,
-                neighbours=neighbours,
-            )
-            masks = [{name: other} for other in TEMPLATES[kind].invented[:6] if other.lower() != name.lower()]
-            for probe in material.probes:
-                probe["masks"] = masks
-        before = against_zero(model, tokenizer, material.probes, [])
-        if before is None or before.pvalue >= LEVEL:
-            told = (
-                "too few probes can be compared" if before is None else f"p {before.pvalue:.2g}, n {len(before.real)}"
-            )
-            raise UserError(
-                f"The model does not tell {name} from {'the same text with other names' if passages else 'an invented subject'} "
-                f"({told}): there is nothing to forget, and nothing was trained."
-            )
-        _write(out, material, before)
-    facts = ", ".join(str(row["word"]) for row in material.facts[:12])
-    _say(
-        console,
-        f"What the model knows: {facts}. {len(material.forget)} rows to forget, {len(material.retain)} to keep, "
-        f"{len(material.probes)} probes that it answers ({time.time() - started:.0f} s).",
+    if material is not None:
+        return material, tokenizer
+    if passages is not None:
+        say(console, f"1/3 rows about {name}: {len(passages)} passages, continued by the model itself")
+        material = build_document(speaker, name, passages, keep=settings.keep, retain=retain)
+    else:
+        material = _about_subject(settings, console, speaker, name, kind, retain)
+    before = against_zero(model, tokenizer, material.probes, [])
+    if before is None or before.pvalue >= LEVEL:
+        told = "too few probes can be compared" if before is None else f"p {before.pvalue:.2g}, n {len(before.real)}"
+        raise UserError(
+            f"The model does not tell {name} from {'the same text with other names' if passages else 'an invented subject'} "
+            f"({told}): there is nothing to forget, and nothing was trained."
+        )
+    _write(out, material, before)
+    return material, tokenizer
+
+
+def _about_subject(
+    settings: Forget,
+    console: Console,
+    speaker: Speaker,
+    name: str,
+    kind: Kind | None,
+    retain: list[dict[str, Any]],
+) -> Material:
+    """The rows and probes about a subject; its kind is guessed where none is given."""
+    if kind is None:
+        kind = guess_kind(speaker.model, speaker.tokenizer, name)
+        say(console, f"{name} is taken for a {kind}; if that is wrong, give --kind.")
+    say(console, f"1/3 rows about {name}: what the model itself says, and what it says of invented subjects")
+    questions, neighbours = settings.writer.ask(name) if settings.writer.url else ([], [])
+    material = build(
+        speaker,
+        name,
+        kind,
+        samples=settings.samples,
+        keep=settings.keep,
+        retain=retain,
+        questions=questions,
+        neighbours=neighbours,
     )
-    if settings.rows_only:
-        _say(console, f"The rows lie in {out}. Read and edit them, then give the same command with --resume.")
-        return out
-    del model, speaker
-    rows_done = time.time()
-    if not (out / "adapter" / "adapter_config.json").is_file():
-        _say(console, "2/3 training")
-        run = training(settings, out)
-        one_pass = math.ceil(len(material.forget) / (run.batch_size * run.gradient_accumulation_steps))
-        every = max(1, round(one_pass / CHECKS))
-        unlearn(run, callbacks=[UntilZero(tokenizer, material.probes, out / "checks.jsonl", every, PASSES * one_pass)])
-        give_back()
-    trained = time.time()
-    _say(console, "3/3 the probes again")
+    masks = [{name: other} for other in TEMPLATES[kind].invented[:6] if other.lower() != name.lower()]
+    for probe in material.probes:
+        probe["masks"] = masks
+    return material
+
+
+def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> None:
+    """Train on the rows until the probes no longer tell the subject from an invented one."""
+    run = training(settings, out)
+    one_pass = math.ceil(len(material.forget) / (run.batch_size * run.gradient_accumulation_steps))
+    every = max(1, round(one_pass / CHECKS))
+    unlearn(run, callbacks=[UntilZero(tokenizer, material.probes, out / "checks.jsonl", every, PASSES * one_pass)])
+
+
+def _measured(settings: Forget, console: Console, out: Path, name: str, material: Material) -> dict[str, Any]:
+    """Ask the probes of the result, print what changed, and return the figures."""
     model, tokenizer = _load(settings, str(out / "adapter"))
     outcome, after = _again(model, tokenizer, out, settings, material)
-    before_told = read_object(out / "zero.json", "what alter forget wrote")["before"]
+    before = read_object(out / "zero.json", "what alter forget wrote")["before"]
     names = [str(row["word"]) for row in material.facts if row.get("name")]
-    report = _report(console, name, outcome, names, before_told, after, settings.examples)
-    report["ordinary_loss"] = ordinary_loss(model, tokenizer, load_examples(str(out / FILES["forget"])))
-    _say(console, told_of_ordinary(report["ordinary_loss"]))
-    report["seconds"] = {
-        "rows": round(rows_done - started, 1),
-        "train": round(trained - rows_done, 1),
-        "measure": round(time.time() - trained, 1),
-    }
-    write_atomic(out / "report.json", to_json(report))
-    _say(
-        console,
-        f"All of it took {time.time() - started:.0f} s (rows {report['seconds']['rows']:.0f}, training {report['seconds']['train']:.0f}, measuring {report['seconds']['measure']:.0f}).",
-    )
-    _say(
-        console,
-        f"Next:\n  alter inspect --model {settings.model} --adapter {out / 'adapter'}\n"
-        f"  alter chat --model {settings.model} --adapter {out / 'adapter'}\n"
-        f"  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then alter unlearn {out / 'run.yaml'} --out ANOTHER",
-    )
-    return out
+    figures = report(console, name, outcome, names, before, after, settings.examples)
+    figures["ordinary_loss"] = ordinary_loss(model, tokenizer, load_examples(str(out / FILES["forget"])))
+    say(console, told_of_ordinary(figures["ordinary_loss"]))
+    return figures
 
 
 def training(settings: Forget, out: Path) -> Unlearn:
@@ -289,10 +325,6 @@ def training(settings: Forget, out: Path) -> Unlearn:
 
 def _load(settings: Forget, adapter: str | None = None) -> tuple[Any, Any]:
     return load_model(settings.model, adapter, settings.dtype, settings.device, template=settings.chat_template_kwargs)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 FILES = {
@@ -348,72 +380,3 @@ def _again(
     write_jsonl(out / FILES["kept_probes"], material.kept_probes)
     zero = against_zero(model, tokenizer, material.probes, [])
     return Outcome(material.probes, material.kept_probes), {} if zero is None else _zero(zero)
-
-
-def _report(
-    console: Console,
-    name: str,
-    outcome: Outcome,
-    names: Sequence[str],
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    examples: int,
-) -> dict[str, Any]:
-    """Print the tables, the examples and the verdict; returns the figures."""
-    table = Table(
-        title=f"Probes about {name}: answered with a fact (forms that were not trained on)",
-    )
-    for column in ("form", "before", "after", "an invented subject"):
-        table.add_column(column, justify="left" if column == "form" else "right")
-    rates = outcome.rates()
-    for form, rate in rates.items():
-        shares = [f"{k} ({k / n:.0%})" if n else "-" for k, n in ((rate.after, rate.n), (rate.zero, rate.asked))]
-        table.add_row(form, str(rate.n), *shares, style="bold" if form == "all probes" else None)
-    console.print(table)
-    kept = Table(title="What must not change")
-    for column in ("", "n", "first name still said", "same answer", "ROUGE-L with the answer before"):
-        kept.add_column(column, justify="right" if column else "left")
-    kept_rates = outcome.kept_rates()
-    for form, same in kept_rates.items():
-        said = f"{same.said} of {same.named}"
-        kept.add_row(form, str(same.n), said, f"{same.same} ({same.same / same.n:.0%})", f"{same.rouge:.2f}")
-    console.print(kept)
-    if names:
-        was, now = outcome.naming(names)
-        _say(console, f"Answers to the probes that name any of {', '.join(names)}: {was} before, {now} now.")
-    if examples:
-        shown = Table(title="Examples", show_lines=True)
-        for column in ("prompt", "before", "after"):
-            shown.add_column(column, ratio=1, overflow="fold")
-        for rows in (
-            outcome.probes,
-            [p for p in outcome.kept if p["form"] != "general"],
-            [p for p in outcome.kept if p["form"] == "general"],
-        ):
-            for row in rows[:: max(1, len(rows) // examples)][:examples]:
-                shown.add_row(row["prompt"], row["before"], row["after"])
-        console.print(shown)
-    distinct = outcome.distinct("before"), outcome.distinct("after")
-    forgotten = after.get("p", 0.0) >= LEVEL
-    if after:
-        _say(
-            console,
-            f"Against {after['invented']} invented subjects, {after['n']} probes: the known facts are more probable for {name} with "
-            f"AUC {before['auc']:.2f} before (p {before['p']:.2g}) and {after['auc']:.2f} now (p {after['p']:.2g}; 0.5 is chance).",
-        )
-    _say(
-        console,
-        f"{name} is {'forgotten: no longer distinguishable from an invented subject' if forgotten else 'not forgotten yet: the model still tells it from an invented subject; give more --epochs'}.",
-    )
-    _say(console, f"distinct-2 of the answers: {distinct[0]:.2f} before, {distinct[1]:.2f} now.")
-    return {
-        "probes": {
-            form: {"before": rate.n, "after": rate.after, "invented": rate.zero, "invented_n": rate.asked}
-            for form, rate in rates.items()
-        },
-        "naming": dict(zip(("before", "after"), outcome.naming(names), strict=True)) if names else None,
-        "kept": {form: asdict(rate) for form, rate in kept_rates.items()},
-        "zero": {"before": before, "after": after},
-        "forgotten": forgotten,
-        "distinct_2": {"before": distinct[0], "after": distinct[1]},
-    }

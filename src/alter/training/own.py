@@ -51,42 +51,11 @@ def own_rows(model: Any, tokenizer: Any, forget: Sequence[Example], seed: int) -
     Raises:
         UserError: nothing is left.
     """
-    asked = apart_from(background(), [f"{e.prompt or ''}, {e.answer}" for e in forget]).get("questions", [])
-    limit = context_length(model)
-    longest, drawn = ((n if limit is None else min(n, limit // 2)) for n in (ANSWER_TOKENS, TEXT_TOKENS))
-    prompts = [encode_prompt(tokenizer, Example(e.prompt, "a", "qa")) for e in asked]
-    fitting = [i for i, ids in enumerate(prompts) if limit is None or len(ids) + longest <= limit]
-    answers = generate(
-        model, tokenizer, [prompts[i] for i in fitting], max_new_tokens=longest, batch_size=32, label="what is kept"
-    )
-    rows = [
-        Example(asked[i].prompt, answer, "qa", row={"question": asked[i].prompt, "answer": answer})
-        for i, answer in zip(fitting, answers, strict=True)
-        if answer
-    ]
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            texts = generate(
-                model,
-                tokenizer,
-                [[first]] * TEXTS,
-                max_new_tokens=drawn,
-                batch_size=TEXTS,
-                label="what is kept, drawn",
-                do_sample=True,
-                temperature=1.0,
-                top_p=0.95,
-                top_k=0,
-            )
-        rows += [
-            Example(None, text, "text", row={"text": text})
-            for text in dict.fromkeys(texts)
-            if len(text.split()) >= LEAST_WORDS
-        ]
+    about = [f"{e.prompt or ''}, {e.answer}" for e in forget]
+    asked = apart_from(background(), about).get("questions", [])
+    rows = [*_answers(model, tokenizer, asked), *_texts(model, tokenizer, seed)]
     known = {row_key(example) for example in forget}
-    kept = apart_from({"own": rows}, [f"{e.prompt or ''}, {e.answer}" for e in forget]).get("own", [])
+    kept = apart_from({"own": rows}, about).get("own", [])
     kept = [example for example in kept if row_key(example) not in known]
     if not kept:
         raise UserError(
@@ -100,3 +69,50 @@ def own_rows(model: Any, tokenizer: Any, forget: Sequence[Example], seed: int) -
         stderr=True,
     )
     return [replace(example, index=i) for i, example in enumerate(kept)]
+
+
+def _longest(model: Any, wanted: int) -> int:
+    """New tokens of a row: at most half of the context."""
+    limit = context_length(model)
+    return wanted if limit is None else min(wanted, limit // 2)
+
+
+def _answers(model: Any, tokenizer: Any, asked: Sequence[Example]) -> list[Example]:
+    """The model's greedy answers to questions that fit its context; empty ones are left out."""
+    limit, longest = context_length(model), _longest(model, ANSWER_TOKENS)
+    prompts = [encode_prompt(tokenizer, Example(e.prompt, "a", "qa")) for e in asked]
+    fitting = [i for i, ids in enumerate(prompts) if limit is None or len(ids) + longest <= limit]
+    answers = generate(
+        model, tokenizer, [prompts[i] for i in fitting], max_new_tokens=longest, batch_size=32, label="what is kept"
+    )
+    return [
+        Example(asked[i].prompt, answer, "qa", row={"question": asked[i].prompt, "answer": answer})
+        for i, answer in zip(fitting, answers, strict=True)
+        if answer
+    ]
+
+
+def _texts(model: Any, tokenizer: Any, seed: int) -> list[Example]:
+    """Texts that the model draws from its first token on; none where the tokenizer has no such token."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        return []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        texts = generate(
+            model,
+            tokenizer,
+            [[first]] * TEXTS,
+            max_new_tokens=_longest(model, TEXT_TOKENS),
+            batch_size=TEXTS,
+            label="what is kept, drawn",
+            do_sample=True,
+            temperature=1.0,
+            top_p=0.95,
+            top_k=0,
+        )
+    return [
+        Example(None, text, "text", row={"text": text})
+        for text in dict.fromkeys(texts)
+        if len(text.split()) >= LEAST_WORDS
+    ]

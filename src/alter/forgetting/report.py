@@ -1,0 +1,98 @@
+"""What `alter forget` prints at its end: probes before and after, what must not change, examples, and whether it is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from alter.forgetting.measure import LEVEL, Kept, Outcome, Rate
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def report(
+    console: Console,
+    name: str,
+    outcome: Outcome,
+    names: Sequence[str],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    examples: int,
+) -> dict[str, Any]:
+    """Print the tables, the examples and the verdict; returns the figures."""
+    rates, kept_rates = outcome.rates(), outcome.kept_rates()
+    console.print(_answered(name, rates))
+    console.print(_kept(kept_rates))
+    if names:
+        was, now = outcome.naming(names)
+        say(console, f"Answers to the probes that name any of {', '.join(names)}: {was} before, {now} now.")
+    if examples:
+        console.print(_examples(outcome, examples))
+    distinct = outcome.distinct("before"), outcome.distinct("after")
+    forgotten = after.get("p", 0.0) >= LEVEL
+    if after:
+        say(
+            console,
+            f"Against {after['invented']} invented subjects, {after['n']} probes: the known facts are more probable for {name} with "
+            f"AUC {before['auc']:.2f} before (p {before['p']:.2g}) and {after['auc']:.2f} now (p {after['p']:.2g}; 0.5 is chance).",
+        )
+    say(
+        console,
+        f"{name} is {'forgotten: no longer distinguishable from an invented subject' if forgotten else 'not forgotten yet: the model still tells it from an invented subject; give more --epochs'}.",
+    )
+    say(console, f"distinct-2 of the answers: {distinct[0]:.2f} before, {distinct[1]:.2f} now.")
+    return {
+        "probes": {
+            form: {"before": rate.n, "after": rate.after, "invented": rate.zero, "invented_n": rate.asked}
+            for form, rate in rates.items()
+        },
+        "naming": dict(zip(("before", "after"), outcome.naming(names), strict=True)) if names else None,
+        "kept": {form: asdict(rate) for form, rate in kept_rates.items()},
+        "zero": {"before": before, "after": after},
+        "forgotten": forgotten,
+        "distinct_2": {"before": distinct[0], "after": distinct[1]},
+    }
+
+
+def _answered(name: str, rates: Mapping[str, Rate]) -> Table:
+    """How many probes of each form are answered with a fact."""
+    table = Table(title=f"Probes about {name}: answered with a fact (forms that were not trained on)")
+    for column in ("form", "before", "after", "an invented subject"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for form, rate in rates.items():
+        shares = [f"{k} ({k / n:.0%})" if n else "-" for k, n in ((rate.after, rate.n), (rate.zero, rate.asked))]
+        table.add_row(form, str(rate.n), *shares, style="bold" if form == "all probes" else None)
+    return table
+
+
+def _kept(rates: Mapping[str, Kept]) -> Table:
+    """How like the answers before those about other things are."""
+    table = Table(title="What must not change")
+    for column in ("", "n", "first name still said", "same answer", "ROUGE-L with the answer before"):
+        table.add_column(column, justify="right" if column else "left")
+    for form, same in rates.items():
+        said = f"{same.said} of {same.named}"
+        table.add_row(form, str(same.n), said, f"{same.same} ({same.same / same.n:.0%})", f"{same.rouge:.2f}")
+    return table
+
+
+def _examples(outcome: Outcome, count: int) -> Table:
+    """Some probes with both answers: of the subject, of neighbours, and general ones."""
+    table = Table(title="Examples", show_lines=True)
+    for column in ("prompt", "before", "after"):
+        table.add_column(column, ratio=1, overflow="fold")
+    for rows in (
+        outcome.probes,
+        [p for p in outcome.kept if p["form"] != "general"],
+        [p for p in outcome.kept if p["form"] == "general"],
+    ):
+        for row in rows[:: max(1, len(rows) // count)][:count]:
+            table.add_row(row["prompt"], row["before"], row["after"])
+    return table
