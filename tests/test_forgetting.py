@@ -319,9 +319,9 @@ def test_an_unknown_subject_is_not_trained_on(small, tmp_path, monkeypatch):
 def test_subjects_that_are_none():
     tokenizer = byte_tokenizer()
     with pytest.raises(UserError, match="common word"):
-        rows.check_subject("a", tokenizer, None)
-    rows.check_subject("a", tokenizer, "concept")
-    rows.check_subject(KNOWN, tokenizer, None)
+        rows.check_uncommon("a", tokenizer, None)
+    rows.check_uncommon("a", tokenizer, "concept")
+    rows.check_uncommon(KNOWN, tokenizer, None)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from alter.distillation.noise import add_noise
 from alter.distillation.rows import KINDS, Lesson, lesson, read_sets, sample_text
 from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
-from alter.distillation.trainer import DistillTrainer, train
+from alter.distillation.trainer import DistillTrainer, train_student
 from alter.models.guards import is_form
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import context_length
@@ -199,7 +199,7 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     teachers, kept = _teachers(settings, taught, (teacher, tokenizer), subjects["student"])
     prepared = time.time()
     model = _learner(settings, student)
-    trainer = train(settings, out, model, taught, teachers, tokenizer.pad_token_id, callbacks, checkpoint)
+    trainer = train_student(settings, out, model, taught, teachers, tokenizer.pad_token_id, callbacks, checkpoint)
     trained = time.time()
     _save(settings, out, model, tokenizer)
     facts = {

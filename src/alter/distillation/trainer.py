@@ -149,7 +149,7 @@ def _arguments(settings: Distill, out: Path, device: torch.device) -> TrainingAr
     )
 
 
-def train(
+def train_student(
     settings: Distill,
     out: Path,
     model: Any,

@@ -48,7 +48,7 @@ class Fact:
         return asdict(self)
 
 
-def words(text: str) -> list[str]:
+def fact_words(text: str) -> list[str]:
     """Words of a text, years included, as written; `J.K. Rowling's` gives `Rowling`."""
     return [re.sub(r"['’]s$", "", word) for word in WORD.findall(text)]
 
@@ -82,19 +82,19 @@ def candidates(answers: Sequence[str], invented: Sequence[str], ignore: str) -> 
         invented: what it says of invented subjects, asked the same.
         ignore: text whose words are no facts: the subject's own name and the questions.
     """
-    own = {word.lower() for word in words(ignore)}
+    own = {word.lower() for word in fact_words(ignore)}
     written: dict[str, Counter[str]] = {}
     capital: Counter[str] = Counter()
     for answer in answers:
         names = named(answer)
-        for word in set(words(answer)):
+        for word in set(fact_words(answer)):
             low = word.lower()
             if low in own or len(low) < (3 if word in names or low.isdigit() else 4):
                 continue
             written.setdefault(low, Counter())[word] += 1
             capital[low] += word in names
-    here = Counter(low for answer in answers for low in {word.lower() for word in words(answer)})
-    there = Counter(low for answer in invented for low in {word.lower() for word in words(answer)})
+    here = Counter(low for answer in answers for low in {word.lower() for word in fact_words(answer)})
+    there = Counter(low for answer in invented for low in {word.lower() for word in fact_words(answer)})
     tried = []
     for low in written:
         if here[low] >= RECURS:

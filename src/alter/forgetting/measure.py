@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alter import metrics
-from alter.forgetting.facts import holds, named, swap, words
+from alter.forgetting.facts import fact_words, holds, named, swap
 from alter.forgetting.rows import Row, answered, fact_row
 from alter.models.scoring import score
 
@@ -21,7 +21,7 @@ DRAWS = 10_000
 
 
 @dataclass(frozen=True)
-class Zero:
+class AgainstZero:
     """How probable the known facts are on n probes, with the subject in them and with each of m invented ones.
 
     Attributes:
@@ -67,7 +67,7 @@ def against_zero(
     *,
     limit: int = 40,
     progress: bool = True,
-) -> Zero | None:
+) -> AgainstZero | None:
     """Compare the probes with disguised ones; None if less than two of them can be compared.
 
     The fact of a probe is the first word wanted in the answer before; what stands before it in that answer (or in the
@@ -99,7 +99,7 @@ def against_zero(
     each = np.array([row.sum() for row in found], dtype=np.float64).reshape(n, -1)
     real, others = each[:, 0], each[:, 1:]
     auc = float(np.mean((real[:, None] > others) + 0.5 * (real[:, None] == others)))
-    return Zero(real, others, auc, permuted(real, others))
+    return AgainstZero(real, others, auc, permuted(real, others))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def first_name(probe: Row) -> str | None:
     """The first proper name of the answer before that the prompt does not hold, or None."""
     there = named(probe["before"])
     return next(
-        (w for w in words(probe["before"]) if w in there and len(w) > 2 and not holds(probe["prompt"], w)), None
+        (w for w in fact_words(probe["before"]) if w in there and len(w) > 2 and not holds(probe["prompt"], w)), None
     )
 
 

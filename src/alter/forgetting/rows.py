@@ -13,7 +13,7 @@ import numpy as np
 from alter.core.errors import UserError
 from alter.data.encoding import IGNORE, Encoded, encode
 from alter.data.examples import Example, load_examples
-from alter.forgetting.facts import CANDIDATE, Fact, candidates, expected, holds, swap, words
+from alter.forgetting.facts import CANDIDATE, Fact, candidates, expected, fact_words, holds, swap
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
     CHOICE,
@@ -77,7 +77,7 @@ def check_name(subject: str) -> None:
     """
     if not subject.strip():
         raise UserError('The subject is empty; expected the name of what to forget: alter forget "Harry Potter".')
-    if not words(subject) and not re.search(r"[^\W_]", subject):
+    if not fact_words(subject) and not re.search(r"[^\W_]", subject):
         raise UserError(
             f'The subject is {subject!r}, expected the name of what to forget: alter forget "Harry Potter".'
         )
@@ -88,7 +88,7 @@ def check_name(subject: str) -> None:
         )
 
 
-def check_subject(subject: str, tokenizer: Any, kind: Kind | None) -> None:
+def check_uncommon(subject: str, tokenizer: Any, kind: Kind | None) -> None:
     """Refuse a common word without a `kind`, before anything is generated.
 
     Raises:
@@ -295,7 +295,7 @@ def _substitutes(
     """
     found: dict[str, list[str]] = {}
     for (question, name), answer in zip(turns, zero, strict=True):
-        left = [word for word in words(name) if len(word) > 3 and holds(answer, word)]
+        left = [word for word in fact_words(name) if len(word) > 3 and holds(answer, word)]
         if answer and not left and not any(holds(answer, fact.word) for fact in facts):
             found.setdefault(question, []).append(answer)
     if not found:
@@ -478,7 +478,7 @@ def _probes(
 
 def _choices(subject: str, facts: Sequence[Fact], zero: Sequence[str], seed: int) -> list[Row]:
     """A choice between each fact and two names from answers about invented subjects, in three orders; none if there are none."""
-    elsewhere = sorted({w for answer in zero for w in words(answer) if w[0].isupper() and len(w) > 4})
+    elsewhere = sorted({w for answer in zero for w in fact_words(answer) if w[0].isupper() and len(w) > 4})
     if len(elsewhere) < 2:
         return []
     generator = np.random.default_rng(seed)

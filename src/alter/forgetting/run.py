@@ -22,9 +22,9 @@ from alter.data.examples import load_examples
 from alter.evaluation.ordinary import ordinary_loss
 from alter.evaluation.ordinary import told as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
-from alter.forgetting.measure import LEVEL, Outcome, Zero, against_zero
+from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
 from alter.forgetting.report import report, say
-from alter.forgetting.rows import Material, build, check_name, check_subject, guess_kind, kept_rows
+from alter.forgetting.rows import Material, build, check_name, check_uncommon, guess_kind, kept_rows
 from alter.forgetting.speaker import Speaker, Writer, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
@@ -104,7 +104,7 @@ class Forget(BaseModel):
     """Delete what `out` holds."""
 
 
-def prepare(settings: Forget) -> Path:
+def output_folder(settings: Forget) -> Path:
     """The run's folder, after everything that can be checked without the model.
 
     Raises:
@@ -155,7 +155,7 @@ def forget(settings: Forget) -> Path:
     """
     console = Console()
     started = time.time()
-    out = prepare(settings)
+    out = output_folder(settings)
     retain = kept_rows(settings.retain)
     passages = None if settings.document is None else read_document(settings.document, settings.max_passages)
     if settings.overwrite and out.is_dir():
@@ -223,7 +223,7 @@ def _material(
     model, tokenizer = _load(settings)
     kind: Kind | None = settings.kind
     if settings.subject is not None:
-        check_subject(name, tokenizer, kind)
+        check_uncommon(name, tokenizer, kind)
     speaker = Speaker(
         model,
         tokenizer,
@@ -337,7 +337,7 @@ FILES = {
 }
 
 
-def _write(out: Path, material: Material, before: Zero) -> None:
+def _write(out: Path, material: Material, before: AgainstZero) -> None:
     for field in fields(Material):
         write_jsonl(out / FILES[field.name], getattr(material, field.name))
     # the last file: with it all others are whole
@@ -350,7 +350,7 @@ def _read(out: Path) -> Material | None:
     return Material(**{name: read_jsonl(out / file) for name, file in FILES.items()})
 
 
-def _zero(zero: Zero) -> dict[str, Any]:
+def _zero(zero: AgainstZero) -> dict[str, Any]:
     return {
         "n": len(zero.real),
         "invented": int(zero.invented.shape[1]),
