@@ -12,12 +12,12 @@ from rich.table import Table
 from alter.forgetting.measure import LEVEL, Kept, Outcome, Rate
 
 
-def say(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
     """Print a line as it is."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def report(
+def print_outcome(
     console: Console,
     name: str,
     outcome: Outcome,
@@ -32,22 +32,22 @@ def report(
     console.print(_kept(kept_rates))
     if names:
         was, now = outcome.naming(names)
-        say(console, f"Answers to the probes that name any of {', '.join(names)}: {was} before, {now} now.")
+        print_line(console, f"Answers to the probes that name any of {', '.join(names)}: {was} before, {now} now.")
     if examples:
         console.print(_examples(outcome, examples))
     distinct = outcome.distinct("before"), outcome.distinct("after")
     forgotten = after.get("p", 0.0) >= LEVEL
     if after:
-        say(
+        print_line(
             console,
             f"Against {after['invented']} invented subjects, {after['n']} probes: the known facts are more probable for {name} with "
             f"AUC {before['auc']:.2f} before (p {before['p']:.2g}) and {after['auc']:.2f} now (p {after['p']:.2g}; 0.5 is chance).",
         )
-    say(
+    print_line(
         console,
         f"{name} is {'forgotten: no longer distinguishable from an invented subject' if forgotten else 'not forgotten yet: the model still tells it from an invented subject; give more --epochs'}.",
     )
-    say(console, f"distinct-2 of the answers: {distinct[0]:.2f} before, {distinct[1]:.2f} now.")
+    print_line(console, f"distinct-2 of the answers: {distinct[0]:.2f} before, {distinct[1]:.2f} now.")
     return {
         "probes": {
             form: {"before": rate.n, "after": rate.after, "invented": rate.zero, "invented_n": rate.asked}

@@ -23,7 +23,7 @@ from alter.evaluation.ordinary import ordinary_loss
 from alter.evaluation.ordinary import told as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
-from alter.forgetting.report import report, say
+from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.rows import Material, build, check_name, check_uncommon, guess_kind, kept_rows
 from alter.forgetting.speaker import Speaker, Writer, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
@@ -163,21 +163,21 @@ def forget(settings: Forget) -> Path:
     name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
     material, tokenizer = _material(settings, console, out, name, passages, retain)
     facts = ", ".join(str(row["word"]) for row in material.facts[:12])
-    say(
+    print_line(
         console,
         f"What the model knows: {facts}. {len(material.forget)} rows to forget, {len(material.retain)} to keep, "
         f"{len(material.probes)} probes that it answers ({time.time() - started:.0f} s).",
     )
     if settings.rows_only:
-        say(console, f"The rows lie in {out}. Read and edit them, then give the same command with --resume.")
+        print_line(console, f"The rows lie in {out}. Read and edit them, then give the same command with --resume.")
         return out
     rows_done = time.time()
     if not (out / "adapter" / "adapter_config.json").is_file():
-        say(console, "2/3 training")
+        print_line(console, "2/3 training")
         _train(settings, out, tokenizer, material)
         give_back()
     trained = time.time()
-    say(console, "3/3 the probes again")
+    print_line(console, "3/3 the probes again")
     figures = _measured(settings, console, out, name, material)
     figures["seconds"] = {
         "rows": round(rows_done - started, 1),
@@ -185,11 +185,11 @@ def forget(settings: Forget) -> Path:
         "measure": round(time.time() - trained, 1),
     }
     write_atomic(out / "report.json", to_json(figures))
-    say(
+    print_line(
         console,
         f"All of it took {time.time() - started:.0f} s (rows {figures['seconds']['rows']:.0f}, training {figures['seconds']['train']:.0f}, measuring {figures['seconds']['measure']:.0f}).",
     )
-    say(
+    print_line(
         console,
         f"Next:\n  alter inspect --model {settings.model} --adapter {out / 'adapter'}\n"
         f"  alter chat --model {settings.model} --adapter {out / 'adapter'}\n"
@@ -238,7 +238,7 @@ def _material(
     if material is not None:
         return material, tokenizer
     if passages is not None:
-        say(console, f"1/3 rows about {name}: {len(passages)} passages, continued by the model itself")
+        print_line(console, f"1/3 rows about {name}: {len(passages)} passages, continued by the model itself")
         material = build_document(speaker, name, passages, keep=settings.keep, retain=retain)
     else:
         material = _about_subject(settings, console, speaker, name, kind, retain)
@@ -264,8 +264,8 @@ def _about_subject(
     """The rows and probes about a subject; its kind is guessed where none is given."""
     if kind is None:
         kind = guess_kind(speaker.model, speaker.tokenizer, name)
-        say(console, f"{name} is taken for a {kind}; if that is wrong, give --kind.")
-    say(console, f"1/3 rows about {name}: what the model itself says, and what it says of invented subjects")
+        print_line(console, f"{name} is taken for a {kind}; if that is wrong, give --kind.")
+    print_line(console, f"1/3 rows about {name}: what the model itself says, and what it says of invented subjects")
     questions, neighbours = settings.writer.ask(name) if settings.writer.url else ([], [])
     material = build(
         speaker,
@@ -297,9 +297,9 @@ def _measured(settings: Forget, console: Console, out: Path, name: str, material
     outcome, after = _again(model, tokenizer, out, settings, material)
     before = read_object(out / "zero.json", "what alter forget wrote")["before"]
     names = [str(row["word"]) for row in material.facts if row.get("name")]
-    figures = report(console, name, outcome, names, before, after, settings.examples)
+    figures = print_outcome(console, name, outcome, names, before, after, settings.examples)
     figures["ordinary_loss"] = ordinary_loss(model, tokenizer, load_examples(str(out / FILES["forget"])))
-    say(console, told_of_ordinary(figures["ordinary_loss"]))
+    print_line(console, told_of_ordinary(figures["ordinary_loss"]))
     return figures
 
 
