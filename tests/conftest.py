@@ -1,12 +1,47 @@
-"""One thread per test process: models here are tiny, and threads that wait for each other cost more than they give."""
+"""One thread per test process: models here are tiny, and threads that wait for each other cost more than they give.
+
+No test asks the hub: without a network each question would wait for half a minute before it fails.
+"""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported, which reads it once
 
 import pytest
 import torch
 
+from alter.data import background
+
 torch.set_num_threads(1)
+
+WHOLE_BACKGROUND = {"test_distributed", "test_ordinary", "test_real", "test_router"}
+"""Test files that look at the shipped sample of ordinary text, or whose other processes do; it costs every fit seconds."""
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache, nor that of another test."""
     monkeypatch.setenv("ALTER_CACHE", str(tmp_path_factory.mktemp("cache", numbered=True)))
+
+
+@pytest.fixture(scope="session")
+def small_background(tmp_path_factory):
+    """Two short passages of every kind."""
+    folder = tmp_path_factory.mktemp("background")
+    for path in background.FOLDER.rglob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()[:2]]
+        rows = [row | {"text": row["text"][:200]} if "text" in row else row for row in rows]
+        to = folder / path.relative_to(background.FOLDER)
+        to.parent.mkdir(exist_ok=True)
+        to.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _background(request, small_background):
+    """Fits of the router and the last table of a run see the small sample where it is not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in WHOLE_BACKGROUND:
+            patch.setattr(background, "FOLDER", small_background)
+        yield

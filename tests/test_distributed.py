@@ -50,7 +50,11 @@ SMALL = {
 """What is too large for models of 32 wide."""
 
 RUNS = {
-    "alter": {"learning_rate_shared": 1e-3, "gradient_accumulation_steps": 2},
+    "alter": {
+        "learning_rate_shared": 1e-3,
+        "gradient_accumulation_steps": 2,
+        "router_fit": {"background": True},
+    },
     "phase one": {"phase_one": 0.5, "adapter": {"router": "entropy"}, "lambda_": 1.0},
     "without truth": {
         "objective": {"kind": "without_truth", "hinge": 1.0},
@@ -97,7 +101,7 @@ def settings(data, out, **changes):
         "save_steps": 2,
         "gradient_accumulation_steps": 1,
         "adapter": {"r": 4} if not changes.get("method") else {},
-        "router_fit": {"steps": 20},
+        "router_fit": {"steps": 20, "background": False},
         "reinforcement": {"epochs": 2, "learning_rate": 1e-2},
     }
     small = SMALL.get(changes.get("method"), {})
@@ -308,7 +312,7 @@ def test_a_run_goes_on_with_another_number_of_processes(together, data, tmp_path
 
 def flags(data, out):
     given = {"model": data / "model", "forget": data / "forget.jsonl", "retain": data / "retain.jsonl", "out": out}
-    given |= {"adapter.r": 4, "router-fit.steps": 20, "domain-column": "who", "save-steps": 4}
+    given |= {"adapter.r": 4, "router-fit.steps": 20, "router-fit.background": "false", "domain-column": "who", "save-steps": 4}
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
 
 

@@ -241,8 +241,7 @@ def test_nothing_to_resume(data, tmp_path):
     [{"model": "no/such-model"}, {"adapter": {"r": 4, "target_modules": ["nowhere"]}}, {"max_length": 8}],
     ids=str,
 )
-def test_a_mistake_leaves_no_folder_and_deletes_none(data, straight, tmp_path, changes, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_mistake_leaves_no_folder_and_deletes_none(data, straight, tmp_path, changes):
     with pytest.raises(UserError):
         unlearn(settings(data, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
