@@ -45,7 +45,9 @@ def shard(model, leaves):
     fully_shard(model)
 
 
-CASES = [(wrapping, checkpointing) for wrapping in ("ddp", "blocks", "router", "all") for checkpointing in (False, True)]
+CASES = [
+    (wrapping, checkpointing) for wrapping in ("ddp", "blocks", "router", "all") for checkpointing in (False, True)
+]
 
 
 def work(rank, meeting):

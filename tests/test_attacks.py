@@ -444,9 +444,9 @@ def test_every_attack_leaves_records_of_both_models(finished):
     assert (out / "relearning.png").read_bytes().startswith(b"\x89PNG")
     for name in attacks.ATTACKS:
         # these rows are not TOFU's
-        if name in ("paraphrase", "cka"):
+        if name in ("paraphrase", *attacks.COMPARING):
             continue
-        rouge = "attack_probe" if name == "probe" else "attack_rouge"
+        rouge = {"probe": "attack_probe", "lens": "attack_lens"}.get(name, "attack_rouge")
         for model in ("unlearned", "retrained"):
             records = pick(found, model, rouge, attack=name)
             assert bool(records) == (name != "strip" or model == "unlearned"), name
@@ -463,6 +463,10 @@ def test_every_attack_leaves_records_of_both_models(finished):
     }
     assert steps == {1, 3}
     assert not pick(found, "unlearned", "attack_rouge", attack="benign", part="relearned")
+    (uds,) = pick(found, "unlearned", "attack_uds")
+    assert 0 <= uds.value <= 1
+    assert uds.value == pytest.approx(np.mean(uds.per_item))
+    assert uds.n == 6 - uds.extra["left_out"]
     assert {r.extra["pair"] for r in found if r.metric == "attack_cka"} == {
         "unlearned ~ original",
         "unlearned ~ retrained",
@@ -562,7 +566,7 @@ def test_everything_repeats_by_the_seed(models, finished, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name not in ("cka", "paraphrase")])
+@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name not in (*attacks.COMPARING, "paraphrase")])
 def test_no_attack_leaves_the_shared_model_changed(models, tmp_path, name):
     chosen = settings(models, tmp_path, rows=2, max_new_tokens=3, samples=2)
     subject = attacks.subjects(chosen)["unlearned"]

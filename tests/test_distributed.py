@@ -312,7 +312,13 @@ def test_a_run_goes_on_with_another_number_of_processes(together, data, tmp_path
 
 def flags(data, out):
     given = {"model": data / "model", "forget": data / "forget.jsonl", "retain": data / "retain.jsonl", "out": out}
-    given |= {"adapter.r": 4, "router-fit.steps": 20, "router-fit.background": "false", "domain-column": "who", "save-steps": 4}
+    given |= {
+        "adapter.r": 4,
+        "router-fit.steps": 20,
+        "router-fit.background": "false",
+        "domain-column": "who",
+        "save-steps": 4,
+    }
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
 
 

@@ -315,7 +315,18 @@ def test_memory_at_a_vocabulary_of_128k(tmp_path):
     Cross-entropy, because there the straightforward way takes least.
     """
     script = Path(__file__).parent.parent / "benchmarks" / "loss.py"
-    command = [sys.executable, str(script), "--objective", "cross_entropy", "--hidden", "64", "--tokens", "512", "--steps", "0"]
+    command = [
+        sys.executable,
+        str(script),
+        "--objective",
+        "cross_entropy",
+        "--hidden",
+        "64",
+        "--tokens",
+        "512",
+        "--steps",
+        "0",
+    ]
     subprocess.run([*command, "--csv", str(tmp_path / "loss.csv")], check=True, capture_output=True)
     with (tmp_path / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))

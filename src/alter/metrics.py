@@ -142,6 +142,11 @@ CATALOGUE = {
     "attack_recovered_probability": Metric(False, "share of the lost probability that an attack brings back"),
     "attack_probe": Metric(False, "next tokens of the answers to forget that a linear probe reads in hidden states"),
     "attack_recovered_probe": Metric(False, "share of the probe's accuracy above the retrained model's that is left"),
+    "attack_lens": Metric(False, "probability of the answers to forget that the model's own head reads at a block"),
+    "attack_recovered_lens": Metric(False, "share of that probability above the retrained model's that is left"),
+    "attack_uds": Metric(
+        True, "unlearning depth score: how much less blocks know of the answers, 1: as the retrained"
+    ),
     "attack_cka": Metric(None, "how alike two models' hidden states are, 1: equal up to rotation"),
     **{
         f"{task}_{name}": metric

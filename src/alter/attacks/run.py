@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from alter import metrics
-from alter.attacks import pruning, states, weights, wording
+from alter.attacks import depth, pruning, states, weights, wording
 from alter.attacks.base import PLAIN, Array, Attack, Bench, paraphrases, split_rows
 from alter.core import console
 from alter.core.cache import cache_folder
@@ -40,7 +40,9 @@ from alter.data.examples import Example, load_examples
 from alter.models.loading import Subject
 from alter.reporting.figures import AFTER, BEFORE, LINE, figure
 
-MEASURES = {"attack_rouge": "ROUGE", "attack_probability": "prob.", "attack_probe": "read"}
+MEASURES = {"attack_rouge": "ROUGE", "attack_probability": "prob.", "attack_probe": "read", "attack_lens": "lens"}
+BY_DEPTH = ("attack_probe", "attack_lens")
+"""Measures of which there is one per depth, and whose plain figure is that of the same reading of the other model."""
 COMMON = ("forget", "rows", "seed", "max_new_tokens")
 """Settings that every measurement depends on, and so it does on `relearn.rows`: the attacker's rows are not measured."""
 
@@ -63,6 +65,12 @@ def _no_adapter(settings: Attack, rows: Sequence[Example]) -> str | None:
     if settings.adapter is None:
         return "there is no adapter to take off"
     return "the adapter is merged into the weights" if settings.merged else None
+
+
+def _not_all_three(settings: Attack, rows: Sequence[Example]) -> str | None:
+    if settings.retrained is None or (settings.original is None and settings.adapter is None):
+        return "it needs --retrained, and --original where there is no adapter"
+    return None
 
 
 @dataclass(frozen=True)
@@ -113,10 +121,13 @@ ATTACKS: Registry[Method] = Registry(
         "sample": Method("many replies; to know the best", wording.sample, ("samples", "temperature")),
         "strip": Method("the base weights", weights.strip, missing=_no_adapter),
         "probe": Method("hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens")),
-        "cka": Method("hidden states (a diagnosis)", lambda bench: [], ("probe_rows",)),
+        "lens": Method("hidden states", depth.lens),
+        "uds": Method("hidden states; the original (a diagnosis)", lambda bench: [], missing=_not_all_three),
+        "cka": Method("hidden states (no evidence)", lambda bench: [], ("probe_rows",)),
     },
 )
-"""Every attack by name, in the order of the table. `cka` compares the models' hidden states once all are there."""
+"""Every attack by name, in the order of the table. `uds` and `cka` compare the models once all are there."""
+COMPARING = ("uds", "cka")
 UNRELATED = {"benign", "benign_lora", "wanda_20", "wanda_50"}
 """Attacks that need rows of something else."""
 TRAINING = ("relearn", "relearn_lora", "benign", "benign_lora")
@@ -213,9 +224,9 @@ def attack(settings: Attack) -> list[Record]:
         # in the original there is nothing to relearn: it tells how much an attack lets any model say; and from a retrained
         # model nothing can be taken off
         here = {
-            "original": [name for name in names if name not in (*TRAINING, "strip", "cka")],
-            "retrained": [name for name in names if name not in ("strip", "cka")],
-            "unlearned": [name for name in names if name != "cka"],
+            "original": [name for name in names if name not in (*TRAINING, "strip", *COMPARING)],
+            "retrained": [name for name in names if name not in ("strip", *COMPARING)],
+            "unlearned": [name for name in names if name not in COMPARING],
         }[model]
         for name in [PLAIN, *here]:
             method = ATTACKS.get(name)
@@ -244,7 +255,19 @@ def attack(settings: Attack) -> list[Record]:
                 kept = states.pooled(bench)
                 write_atomic(path, save({"states": kept}, metadata={"key": key}))
             pooled[model] = kept
-    made = [*states.cka(pooled), *(record for name in names for record in compare(found, name))]
+    deep = []
+    if "uds" in names:
+        path = out / "uds.json"
+        key = digest([_key(settings, COMMON, own, [data], models[name], "uds") for name, own in identities.items()])
+        known = not any("unknown" in own.values() for own in identities.values())
+        deep = (_stored(path, key) if known else None) or []
+        if not deep:
+            benches = {
+                name: Bench(settings, name, models[name], rows, measured, attacker, unrelated) for name in models
+            }
+            deep = stamped([depth.unlearning_depth(benches)], key=key, **identities["unlearned"], data=data)
+            write_records(path, deep)
+    made = [*deep, *states.cka(pooled), *(record for name in names for record in compare(found, name))]
     made = stamped(made, settings=settings.model_dump(mode="json"), seed=settings.seed, data=data)
     everything = [*found, *made]
     write_records(out / "records.json", everything)
@@ -309,7 +332,7 @@ def compare(records: Sequence[Record], name: str) -> list[Record]:
     for metric in MEASURES:
         # under stripping a retrained model, which has no adapter, is what it is; a probe has no before but the others' own
         zero_name = PLAIN if name == "strip" else name
-        plain_name = name if metric == "attack_probe" else PLAIN
+        plain_name = name if metric in BY_DEPTH else PLAIN
         candidates = []
         for after in _select(records, "unlearned", name, metric):
             same: dict[str, int] = {key: after.extra[key] for key in ("step", "depth") if key in after.extra}
@@ -320,7 +343,7 @@ def compare(records: Sequence[Record], name: str) -> list[Record]:
                 model: r
                 for model in ("original", "retrained", "unlearned")
                 for r in _select(records, model, plain_name, metric)
-                if metric != "attack_probe" or same.items() <= r.extra.items()
+                if metric not in BY_DEPTH or same.items() <= r.extra.items()
             }
             one = _fraction(after, zero, plains, same)
             reach = next(
@@ -351,7 +374,7 @@ def _fraction(after: Record, zero: Record | None, plains: dict[str, Record], sam
     extra: dict[str, Any] = {
         **same,
         "rows": rows,
-        "before": None if after.metric == "attack_probe" else mean["unlearned"],
+        "before": None if after.metric in BY_DEPTH else mean["unlearned"],
         "after": float(attacked.mean()),
         "retrained": None if attacked_retrained is None else float(attacked_retrained.mean()),
         "original": mean.get("original"),
@@ -418,6 +441,12 @@ def show(records: Sequence[Record], names: Sequence[str]) -> None:
     depths = _depths(records)
     if depths is not None:
         console.show(depths)
+    for record in records:
+        if record.metric == "attack_uds":
+            console.show(
+                f"UDS {_figure(record.value)} on {record.n} rows ({record.extra['left_out']} left out): 1, at every block as "
+                "little is left as in the retrained model; 0, all of it."
+            )
     for why, where in refusals.items():
         if why != NO_RETRAINED:
             warn(f"No recovered fraction for {', '.join(where)}: {why}")
@@ -454,34 +483,38 @@ KNOWN = 0.1
 
 
 def _depths(records: Sequence[Record]) -> Table | None:
-    """Return the table of hidden states: a row for each depth."""
-    probes: dict[str, list[float | None]] = {}
+    """Return the table of hidden states: a row for each depth, 0 the embeddings, d what the d-th block gives."""
+    columns: dict[str, dict[int, float | None]] = {}
     for record in records:
-        if record.metric == "attack_probe":
-            probes.setdefault(record.model, []).append(record.value)
-    alike = {r.extra["pair"]: r.extra["depths"] for r in records if r.metric == "attack_cka"}
-    if not probes and not alike:
+        if record.metric in BY_DEPTH:
+            columns.setdefault(f"{MEASURES[record.metric]}\n{record.model}", {})[record.extra["depth"]] = record.value
+    for record in records:
+        if record.metric == "attack_uds":
+            for name, values in record.extra["falls"].items():
+                columns[f"fall\n{name}"] = dict(enumerate(values, 1))
+        if record.metric == "attack_cka":
+            columns["CKA\n" + record.extra["pair"].replace(" ", "\n")] = dict(enumerate(record.extra["depths"]))
+    if not columns:
         return None
     table = Table(
         title="Hidden states by depth",
-        caption="probe: next tokens of answers that it reads right; CKA: debiased, 1 is alike",
+        caption="read: next tokens of answers that a probe reads right; lens: probability of the answer that the model's own "
+        "head reads; fall: of the original's log-probability with these states in it (UDS); CKA: alike (1) or not, no "
+        "evidence of forgetting",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("depth", justify="right")
-    for name in probes:
-        table.add_column(f"probe\n{name}", justify="right")
-    for pair in alike:
-        table.add_column("CKA\n" + pair.replace(" ", "\n"), justify="right")
-    columns = [*probes.values(), *alike.values()]
-    for depth in range(len(columns[0])):
-        table.add_row(str(depth), *(_figure(column[depth]) for column in columns))
+    for name in columns:
+        table.add_column(name, justify="right")
+    for at in sorted({at for column in columns.values() for at in column}):
+        table.add_row(str(at), *(_figure(column.get(at)) for column in columns.values()))
     return table
 
 
 def draw_curves(records: Sequence[Record], path: Path) -> None:
     """Write the relearning curves: a column for each attack, ROUGE-L recall above and probability below."""
     names = list(dict.fromkeys(r.extra["attack"] for r in records if "step" in r.extra and "part" in r.extra))
-    shown = [metric for metric in MEASURES if metric != "attack_probe"]
+    shown = [metric for metric in MEASURES if metric not in BY_DEPTH]
     with figure(path, rows=len(shown), columns=len(names), width=3.4, height=2.6) as axes:
         for row, metric in enumerate(shown):
             for column, name in enumerate(names):
