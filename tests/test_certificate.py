@@ -12,6 +12,7 @@ from alter.core import signing
 from alter.core.errors import UserError
 from alter.core.records import Record, write_records
 from alter.core.signing import Forged, canonical, new_key, read_key, read_public, signed_text
+from alter.data.examples import data_hash, load_examples, row_hash
 from alter.models.loading import Subject
 from alter.requests.anchor import Anchor, read_heads
 from alter.requests.certificate import VERSION, Certificate, _limits, certificate, check_certificate
@@ -211,6 +212,7 @@ def test_what_is_not_in_force_gets_none(made, tmp_path):
 def test_attacks_must_be_on_what_is_certified(made, tmp_path):
     folder, store, _ = made
     identity = Subject(model=str(folder / "model"), adapter=str(folder / "work" / "adapter")).identity()
+    identity["rows"] = store.get(1).data_hash
     found = Record("unlearned", "attack_rouge", 0.2, 6, extra={"attack": "prefix", "rows": [0]}, provenance=identity)
     made_of = Record(
         "unlearned",
@@ -231,6 +233,11 @@ def test_attacks_must_be_on_what_is_certified(made, tmp_path):
     )
     with pytest.raises(UserError, match="another model or adapter"):
         certificate(Certificate(**given, out=str(tmp_path / "d.json")))
+    # the same adapter, attacked after another request's rows or by records that do not say
+    for provenance in ({**identity, "rows": "f" * 64}, {k: v for k, v in identity.items() if k != "rows"}):
+        write_records(tmp_path / "attacks.json", [Record(**{**vars(found), "provenance": provenance}), made_of])
+        with pytest.raises(UserError, match="other rows than those that were asked for"):
+            certificate(Certificate(**given, out=str(tmp_path / "d.json")))
 
 
 # The anchor
@@ -307,8 +314,12 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     assert cli.main(["unlearn", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]) == 0
     out = tmp_path / "c.json"
     given = dict(what=str(run_folder), key=str(folder / "key"), out=str(out))
+    # the rows as they were when it ran
+    moved = (folder / "Bo.jsonl").read_bytes()
+    (folder / "Bo.jsonl").write_text('{"question": "Other?", "answer": "Other."}\n')
     signed = certificate(Certificate(**given))
-    assert signed["asked"]["data"] == hashlib.sha256((folder / "Bo.jsonl").read_bytes()).hexdigest()
+    (folder / "Bo.jsonl").write_bytes(moved)
+    assert signed["asked"]["data"] == data_hash([row_hash(row) for row in load_examples(str(folder / "Bo.jsonl"))])
     assert any(each["metric"] == "forget_probability" and each["interval"] for each in signed["measured"]["figures"])
     intervals = [each["interval"] for each in signed["measured"]["figures"] if "interval" in each]
     assert all(0 <= low <= high <= 1 for low, high in intervals)

@@ -549,6 +549,53 @@ def test_export(three, data, tmp_path):
     assert "approximation" in (merged / "README.md").read_text()
 
 
+def test_weights_are_final_measured_and_in_the_history(three, data, tmp_path, capsys):
+    store, copy = copied(three, tmp_path)
+    moved(store, copy)
+    given = dict(db=store.url, out=str(tmp_path / "weights"), form="weights")
+    with pytest.raises(UserError, match=r"R-0001, R-0002, R-0003 cannot be given it back.*--final"):
+        export(Export(**given))
+    recipe = tmp_path / "recipe.yaml"
+    common = {
+        "general": [str(data / "retain.jsonl")], "rewordings": 0, "precision": "fp32", "device": "cpu", "batch_size": 6,
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump({**common, "learning_rate": 1e-9, "max_steps": 1}))
+    with pytest.raises(UserError, match=r"did not learn it: R-0001 NOT FORGOTTEN"):
+        export(Export(**given, final=True, recipe=str(recipe)))
+    assert not (tmp_path / "weights").exists()
+    assert not list((copy / "work" / "runs").glob("*"))
+    recipe.write_text(yaml.safe_dump({**common, "learning_rate": 5e-3, "max_steps": 60}))
+    out = export(Export(**given, final=True, recipe=str(recipe)))
+    card = (out / "README.md").read_text()
+    assert "| R-0002 | weights |" in card
+    assert "Ada" not in card
+    model = AutoModelForCausalLM.from_pretrained(out)
+    base = AutoModelForCausalLM.from_pretrained(data / "model")
+    assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
+    noted = store.history()[-1].details
+    assert noted["holds"] == ["R-0001", "R-0002", "R-0003"]
+    assert noted["weights"] == work.folder_digest(out)
+    capsys.readouterr()
+    revoke(Revoke(db=store.url, id="2"))
+    assert "have forgotten it for good" in capsys.readouterr().out
+    recipe.write_text("forget: other.jsonl")
+    with pytest.raises(UserError, match="which the requests decide"):
+        export(Export(**{**given, "out": str(tmp_path / "more")}, final=True, recipe=str(recipe)))
+
+
+def test_each_request_is_a_lora_by_its_name(three, data, tmp_path):
+    store, _, _ = three
+    out = export(Export(db=store.url, out=str(tmp_path / "loras"), form="loras"))
+    assert sorted(path.name for path in out.iterdir()) == ["R-0001", "R-0002", "R-0003", "README.md"]
+    config = json.loads((out / "R-0002" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("LORA", 4)
+    tensors = load_file(str(out / "R-0002" / "adapter_model.safetensors"))
+    whole = weights(Path(three[0].project()["folder"]).parent)
+    name = next(name for name in tensors if ".lora_B." in name)
+    # experts alone: the retention expert is zero
+    assert torch.equal(tensors[name], whole[name.replace(".lora_B.", ".alter_B.")][:, 8:12])
+
+
 def test_several_requests_are_one_run_and_text_may_be_kept(data, tmp_path, capsys):
     store = start(data, tmp_path)
     moved = tmp_path / "Ada.jsonl"

@@ -64,6 +64,9 @@ COMMANDS = {
     "distill": Command(
         "alter.distillation.run", "Distill", "distill", "plain weights that no longer know, from an unlearned model"
     ),
+    "export": Command(
+        "alter.exporting.run", "Export", "export", "a GGUF file for llama.cpp and Ollama, or plain LoRAs of an adapter"
+    ),
     "evaluate": Command(
         "alter.evaluation.run",
         "Evaluation",

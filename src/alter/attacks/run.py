@@ -36,7 +36,7 @@ from alter.core.files import digest, write_atomic
 from alter.core.plugins import Registry
 from alter.core.provenance import code_digest, stamped, versions
 from alter.core.records import VERSION, Record, read_records, write_records
-from alter.data.examples import Example, load_examples
+from alter.data.examples import Example, data_hash, load_examples, row_hash
 from alter.models.loading import Subject
 from alter.reporting.figures import AFTER, BEFORE, LINE, figure
 
@@ -211,6 +211,7 @@ def attack(settings: Attack) -> list[Record]:
     models = subjects(settings)
     identities = {name: subject.identity(cache_folder()) for name, subject in models.items()}
     data = digest([row.row for row in rows])
+    asked = data_hash([row_hash(row) for row in rows])
     unrelated_data = digest([row.row for row in unrelated])
     if settings.retrained is None:
         warn(f"No recovered fractions: {NO_RETRAINED}")
@@ -242,7 +243,7 @@ def attack(settings: Attack) -> list[Record]:
                 seconds = round(time.monotonic() - started, 1)
                 records = stamped(
                     records, key=key, settings=settings.model_dump(mode="json"), seed=settings.seed, seconds=seconds,
-                    **identities[model], data=data, device=subject.place(),
+                    **identities[model], data=data, rows=asked, device=subject.place(),
                 )  # fmt: skip
                 write_records(path, records)
                 warn(f"{model}: {name}, {seconds:.0f} s")

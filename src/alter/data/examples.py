@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import hashlib
 import itertools
 import json
 import re
@@ -44,6 +45,17 @@ class Example:
     def name(self) -> str:
         """What messages call it."""
         return self.place or f"Row {self.index}"
+
+
+def row_hash(example: Example) -> str:
+    """SHA-256 of what one row says: its turns, prompt and answer."""
+    content = [example.prompt, example.answer, [dict(turn) for turn in example.messages]]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def data_hash(hashes: Sequence[str]) -> str:
+    """SHA-256 of some rows, from theirs in order."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

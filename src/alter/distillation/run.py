@@ -26,7 +26,7 @@ from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.core.files import digest, to_json, write_atomic
 from alter.core.provenance import provenance
-from alter.data.examples import Example
+from alter.data.examples import Example, data_hash, row_hash
 from alter.distillation.closing import closing
 from alter.distillation.noise import add_noise
 from alter.distillation.rows import KINDS, Lesson, lesson, read_sets, sample_text
@@ -204,6 +204,10 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     _save(settings, out, model, tokenizer)
     facts = {
         **_facts(settings, taught, trainer),
+        "data": {
+            name: data_hash(list(map(row_hash, found[part])))
+            for name, part in (("forget", "forget"), ("retain", "keep"))
+        },
         "teacher_passes": "once" if kept else "at every step",
         "seconds": {"prepare": round(prepared - started, 2), "train": round(trained - prepared, 2)},
         "models": identities,

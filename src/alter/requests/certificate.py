@@ -208,15 +208,18 @@ def _measured(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return out
 
 
-def _attacks(paths: Sequence[str], targets: Sequence[Mapping[str, str | None]]) -> list[dict[str, Any]]:
+def _attacks(
+    paths: Sequence[str], targets: Sequence[Mapping[str, str | None]], data: str | None
+) -> list[dict[str, Any]]:
     """What attacks recovered, from their records.
 
     Args:
         paths: files of records.
         targets: identities (see `Subject.identity`) of what may have been attacked.
+        data: hash of the rows that the attacks must have been after (`alter.data.examples.data_hash`).
 
     Raises:
-        UserError: a file has no attacks, or they were made on something else.
+        UserError: a file has no attacks, or they were made on something else or after other rows.
     """
     found = []
     for path in paths:
@@ -233,18 +236,33 @@ def _attacks(paths: Sequence[str], targets: Sequence[Mapping[str, str | None]]) 
             raise UserError(
                 f"{path} holds attacks on another model or adapter than this certificate is about: attack what is certified."
             )
-        found += [_attack(record) for record in rows]
+        after = {
+            record.provenance.get("rows")
+            for record in records
+            if record.model == "unlearned" and "weights" in record.provenance
+        }
+        if after != {data}:
+            raise UserError(
+                f"{path} holds attacks after other rows than those that were asked for ({_short(after)}, asked {_short({data})}): "
+                "run `alter attack --forget` on the same rows, in the same order."
+            )
+        found += [_attack(record, data) for record in rows]
     return found
 
 
-def _attack(record: Record) -> dict[str, Any]:
+def _short(hashes: set[Any]) -> str:
+    """Hashes as messages show them."""
+    return ", ".join(sorted("not recorded" if each is None else str(each)[:12] for each in hashes))
+
+
+def _attack(record: Record, data: str | None) -> dict[str, Any]:
     extra = record.extra
     named = ("attack", "needs", "step", "depth", "before", "after", "original", "retrained", "interval", "refused")
     return {
         "metric": record.metric.removeprefix("attack_recovered_"),
         "recovered": record.value,
         "n": record.n,
-        "data": record.provenance.get("data"),
+        "data": data,
         **{name: extra[name] for name in named if name in extra},
     }
 
@@ -313,7 +331,7 @@ def _request_content(
             "reference_by": (after.get("reference") or {}).get("by"),
             "utility_share": after.get("utility_share"),
         },
-        "attacks": _attacks(settings.attacks, _identities(settings, model, str(adapter))),
+        "attacks": _attacks(settings.attacks, _identities(settings, model, str(adapter)), request.data_hash),
         "limits": _limits(settings, adapter=True),
     }
 
@@ -345,7 +363,8 @@ def _of_run(settings: Certificate, run: Path) -> dict[str, Any]:
     figures = []
     if (run / "records.json").is_file():
         figures = [_figure(each) for each in read_records(run / "records.json")]
-    inputs = json.loads(read_text(run / "inputs.json")) if (run / "inputs.json").is_file() else {}
+    # as the rows were when it ran, whatever the files hold now
+    asked = record.get("data") or {}
     left_out = {"model", "forget", "retain", "out", "start_from", "resume", "overwrite"}
     return {
         "form": FORM,
@@ -354,9 +373,8 @@ def _of_run(settings: Certificate, run: Path) -> dict[str, Any]:
         "asked": {
             "run": True,
             "received": record["provenance"]["measured"],
-            "data": _rows_hash(given["forget"]),
-            "retain": _rows_hash(given["retain"] or str(run / "retain.jsonl")),
-            "inputs": {name: inputs[name] for name in ("forget rows", "retain rows") if name in inputs},
+            "data": asked.get("forget"),
+            "retain": asked.get("retain"),
         },
         "base": {"name": Path(given["model"]).name, "files": model_hashes(given["model"])},
         "result": {"files": hashes(result)},
@@ -367,14 +385,10 @@ def _of_run(settings: Certificate, run: Path) -> dict[str, Any]:
         "attacks": _attacks(
             settings.attacks,
             _identities(settings, str(result) if whole else given["model"], None if whole else str(result)),
+            asked.get("forget"),
         ),
         "limits": _limits(settings, adapter=not whole),
     }
-
-
-def _rows_hash(source: str | None) -> str | None:
-    """SHA-256 of the file of rows as it is now; None for what is no local file, or is gone."""
-    return None if source is None or not Path(source).is_file() else file_digest(source)
 
 
 def _figure(record: Record) -> dict[str, Any]:

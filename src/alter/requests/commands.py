@@ -22,10 +22,10 @@ from rich.table import Table
 
 from alter.core.console import cell
 from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
+from alter.core.files import folder_digest, to_json, write_atomic
 from alter.core.recipes import read_recipe
 from alter.core.signing import fingerprint, read_key, read_public
-from alter.data.examples import load_examples
+from alter.data.examples import data_hash, load_examples, row_hash
 from alter.requests.anchor import Anchor, compare, read_heads
 from alter.requests.project import Project
 from alter.requests.store import IN_FORCE, MISSED, Request, Store, check_due, parse_id, shown
@@ -184,12 +184,12 @@ def add(settings: Add) -> Request:
     work.check_overlap(examples, retain)
     if not settings.allow_in_retain:
         work.check_subject(settings.subject, retain)
-    hashes = [work.row_hash(example) for example in examples]
+    hashes = [row_hash(example) for example in examples]
     local = Path(settings.data).expanduser()
     request = store.add(
         subject=settings.subject.strip(),
         data=str(local.resolve()) if local.exists() else settings.data,
-        data_hash=work.data_hash(hashes),
+        data_hash=data_hash(hashes),
         row_hashes=hashes,
         due=due,
         text="\n".join(json.dumps(example.row, ensure_ascii=False) for example in examples)
@@ -524,6 +524,13 @@ def revoke(settings: Revoke) -> Request:
                     Console().print(cell(f"Not checked: {sentence}"))
                 store.note(None, "verified", {"wrong": wrong, "unchecked": unchecked, "measured": found}, settings.who)
     others = " What was measured of the others has not come back." if request.state == "revoked" and not wrong else ""
+    others += "".join(
+        f" The weights at {entry.details['out']} ({entry.at[:10]}) have forgotten it for good."
+        for entry in store.history()
+        if entry.what == "exported"
+        and entry.details.get("form") == "weights"
+        and request.name in entry.details.get("holds", [])
+    )
     _say(f"{request.name} is {request.state}.{others}", store)
     if not wrong:
         _then(settings, f"alter request purge {request.name}", "if its data must go")
@@ -567,15 +574,20 @@ def purge(settings: Purge) -> tuple[list[str], list[str]]:
 
 
 class Export(Database):
-    """Write out what the requests amount to: an adapter, or a merged model."""
+    """Write out what the requests amount to: an adapter, plain weights that learned from it, LoRAs, or a merged model."""
 
     out: str
     """Folder for it; must not exist."""
-    form: Literal["adapter", "merged"] = "adapter"
-    """adapter: small and exact, but whoever has the base has the knowledge. merged: a model without its base, which for
-    routed experts is an approximation; the difference is measured and written down."""
+    form: Literal["adapter", "weights", "loras", "merged"] = "adapter"
+    """adapter: small and exact, but whoever has the base has the knowledge. weights: a plain model, distilled from base and
+    adapter (`alter distill`) and measured on every request. loras: one plain LoRA for each request. merged: a model with all
+    experts open for every token, which is an approximation; the difference is measured and written down."""
     approximate: bool = False
     """Accept that approximation."""
+    final: bool = False
+    """Accept that what weights have forgotten cannot be revoked in them."""
+    recipe: str | None = None
+    """YAML with settings of `alter distill` for the form weights."""
 
 
 def export(settings: Export) -> Path:
@@ -590,6 +602,16 @@ def export(settings: Export) -> Path:
     out = Path(settings.out)
     if out.exists():
         raise UserError(f"{out} exists; give another --out.")
+    recipe: dict[str, Any] = {}
+    if settings.recipe is not None:
+        if settings.form != "weights":
+            raise UserError(
+                "--recipe holds settings of `alter distill`, which only --form weights uses: leave it out."
+            )
+        recipe = read_recipe(settings.recipe)
+        decided = sorted(set(recipe) & work.DECIDED)
+        if decided:
+            raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
     with store.lease(settings.who):
         work.recover(store, project)
         inside = work.manifest(project)
@@ -600,6 +622,12 @@ def export(settings: Export) -> Path:
                 "A routed adapter is no fixed change of the weights, so merging it is not exact: --approximate opens "
                 "all experts for every token and measures what that costs. --form adapter is exact."
             )
+        held = [request.name for request in store.requests(*IN_FORCE)]
+        if settings.form == "weights" and not settings.final:
+            raise UserError(
+                f"Weights that have forgotten {', '.join(held)} cannot be given it back: revoking takes it back in the adapter "
+                "alone. Add --final if that is meant."
+            )
         measured = None
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
@@ -607,10 +635,16 @@ def export(settings: Export) -> Path:
         try:
             if settings.form == "merged":
                 measured = work.merge(project, partial)
+            elif settings.form == "weights":
+                measured = work.erase(store, project, partial, recipe)
+            elif settings.form == "loras":
+                work.write_loras(store, project, partial)
             else:
                 shutil.copytree(project.adapter.resolve(), partial)
             write_atomic(partial / "README.md", work.card(store, project, settings.form, measured))
-            details = {"form": settings.form, "version": inside["version"], "out": str(out)}
+            details = {"form": settings.form, "version": inside["version"], "out": str(out), "holds": held}
+            if settings.form == "weights":
+                details["weights"] = folder_digest(partial)
             # before the folder is there: no export is missing from the history
             store.note(None, "exported", details, settings.who)
             partial.replace(out)

@@ -10,7 +10,6 @@ command. Folders and files are for their owner alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -28,11 +27,13 @@ from safetensors.torch import load_file, save
 from alter.core.errors import UserError
 from alter.core.files import digest, folder_digest, read_object, to_json, write_atomic
 from alter.core.provenance import provenance
-from alter.data.examples import Example, check_overlap, load_examples
+from alter.data.examples import Example, check_overlap, data_hash, load_examples, row_hash
 from alter.data.subjects import rows_about
+from alter.distillation.run import Distill, distill
 from alter.evaluation import rows as own_rows
 from alter.evaluation.leakage import Leak, leaked
 from alter.evaluation.verdict import SLACK, Measures, Verdict, judge
+from alter.exporting import loras
 from alter.methods.presets import with_default
 from alter.models.loading import load_model
 from alter.requests.project import Project
@@ -51,19 +52,11 @@ CUT = {"model", "forget", "retain", "out", "start_from", "experts_only", "domain
 }
 """Settings of a run that the request decides, not the recipe."""
 
+DECIDED = {"run", "model", "adapter", "student", "forget", "retain", "out", "form", "resume", "overwrite"}
+"""Settings of `alter distill` that the requests decide."""
+
 
 # Data -----------------------------------------------------------------------------------------------------------------
-
-
-def row_hash(example: Example) -> str:
-    """SHA-256 of what one row says: its turns, prompt and answer."""
-    content = [example.prompt, example.answer, [dict(turn) for turn in example.messages]]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-
-
-def data_hash(hashes: Sequence[str]) -> str:
-    """SHA-256 of a request's rows, from theirs in order."""
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def rows_of(request: Request) -> list[Example]:
@@ -716,12 +709,110 @@ def merge(project: Project, out: Path) -> dict[str, Any]:
     return found
 
 
+def erase(store: Store, project: Project, out: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a plain model that learned to say what base and adapter say, and measure it on every request in force.
+
+    Args:
+        out: folder for the model.
+        recipe: settings of `alter distill`, but for `DECIDED`.
+
+    Returns:
+        on the retain sample and, by request, on the rows to forget: what the adapter measures and what the weights do.
+
+    Raises:
+        UserError: the rows of a request are gone or changed, what `alter distill` raises, or a request that the weights have
+            not forgotten or at which they collapsed.
+    """
+    examples = {request.name: rows_of(request) for request in store.requests(*IN_FORCE)}
+    if not examples:
+        raise UserError("No request is in force: there is nothing that weights could forget.")
+    folder = project.root / "runs" / "weights"
+    forget = project.root / "runs" / "weights.jsonl"
+    sweep(project)
+    try:
+        with private():
+            write_atomic(forget, "".join(to_line(row) for rows in examples.values() for row in rows))
+            made = distill(
+                Distill.model_validate(
+                    {
+                        "closing_rows": 0,
+                        **recipe,
+                        "model": project.model,
+                        "adapter": str(project.adapter.resolve()),
+                        "forget": str(forget),
+                        "retain": project.retain,
+                        "out": str(folder),
+                    }
+                )
+            )
+        found = _beside(project, examples, made / "model")
+        shutil.copytree(made / "model", out)
+    finally:
+        sweep(project)
+    return found
+
+
+def to_line(example: Example) -> str:
+    """A row as a line of JSONL."""
+    return json.dumps(example.row, ensure_ascii=False) + "\n"
+
+
+def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights: Path) -> dict[str, Any]:
+    """What the adapter and the weights say, by request and on the retain sample; refuses weights that did not learn it."""
+    measured: dict[str, dict[str, tuple[Measures, dict[str, Any]]]] = {}
+    for form, names in (
+        ("base", (project.model, None)),
+        ("adapter", (project.model, str(project.adapter))),
+        ("weights", (str(weights), None)),
+    ):
+        model, tokenizer = load_model(*names)
+        measured[form] = {"retain": measure(model, tokenizer, retain_sample(project), answers=project.answers)}
+        measured[form] |= {
+            name: measure(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()
+        }
+    kept = (measured["base"]["retain"][0], measured["weights"]["retain"][0])
+    verdicts = {
+        name: judge(
+            measured["base"][name][0],
+            measured["weights"][name][0],
+            reference=measured["adapter"][name][0],
+            by="adapter",
+            kept=kept,
+        )
+        for name in examples
+    }
+    missed = [
+        f"{name} {found.word.upper()}: {' '.join(found.why)}"
+        for name, found in verdicts.items()
+        if found.word not in IN_FORCE
+    ]
+    if missed:
+        raise UserError(
+            f"Nothing was exported, since the weights did not learn it: {' '.join(missed)} Give more steps or a higher "
+            "learning_rate in --recipe."
+        )
+    return {name: {form: measured[form][name][1] for form in ("adapter", "weights")} for name in ("retain", *examples)}
+
+
+def write_loras(store: Store, project: Project, out: Path) -> None:
+    """Write one plain LoRA for each request in force, in a folder of its name.
+
+    Raises:
+        UserError: no request is in force, or see `alter.exporting.loras.check_plain`.
+    """
+    found = store.requests(*IN_FORCE)
+    if not found:
+        raise UserError("No request is in force: there is no expert to write.")
+    experts = [request.expert for request in found if request.expert is not None]
+    loras.write(project.adapter.resolve(), out, project.model, [request.name for request in found], experts)
+
+
 def card(store: Store, project: Project, form: str, measured: Mapping[str, Any] | None) -> str:
     """The model card of an export: what was forgotten by hash, the evidence, the settings and the limits."""
     inside = manifest(project)
     lines = [
         "---",
-        f"library_name: {'peft' if form == 'adapter' else 'transformers'}",
+        f"library_name: {'peft' if form in ('adapter', 'loras') else 'transformers'}",
         f"base_model: {project.model}",
         "tags: [alter, unlearning]",
         "---",
@@ -741,23 +832,29 @@ def card(store: Store, project: Project, form: str, measured: Mapping[str, Any] 
             f"| {request.name} | {request.rows} | `{request.data_hash[:16]}` | {request.state} | {said} | {shown} |"
         )
     lines += ["", f"Head of the history: `{store.head()}`.", "", "## Limits", ""]
-    if form == "adapter":
+    if form == "loras":
+        lines.append(
+            "One plain LoRA for each request, which acts on every token: whoever has the base weights can leave it off, and no "
+            "router chooses between them."
+        )
+    elif form == "adapter":
         lines.append(
             "This is an adapter: whoever has the base weights has the knowledge, and `disable_adapter()` brings it back. "
-            "Only a merged model is handed out without its base; `alter request export --form merged` makes one."
+            "`alter request export --form weights` makes a plain model, which is handed out without its base."
         )
     else:
         assert measured is not None
-        lines += [
-            "All experts are open for every token here: an approximation of the routed adapter. On the retain sample:",
-            "",
-            "| | probability | exact memorisation | ROUGE-L |",
-            "|---|---|---|---|",
-        ]
-        for name in ("adapter", "merged"):
-            row = measured["retain"][name]
-            cells = [row["probability"], row["exact_memorization"], row["rouge"]]
-            lines.append(f"| {name} | " + " | ".join("-" if c is None else f"{c:.3f}" for c in cells) + " |")
+        what = {
+            "merged": "All experts are open for every token here: an approximation of the routed adapter.",
+            "weights": "Plain weights that learned to say what base and adapter say: nothing can be taken off or revoked.",
+        }[form]
+        lines += [what, "", "| rows | | probability | exact memorisation | ROUGE-L |", "|---|---|---|---|---|"]
+        for part, by_form in measured.items():
+            for name in ("adapter", form) if isinstance(by_form, dict) else ():
+                cells = [by_form[name][each] for each in ("probability", "exact_memorization", "rouge")]
+                lines.append(
+                    f"| {part} | {name} | " + " | ".join("-" if c is None else f"{c:.3f}" for c in cells) + " |"
+                )
     settings = inside.get("run", {}).get("settings", {})
     lines += ["", "## Settings of the last run", "", "```json", to_json(settings).rstrip(), "```", ""]
     return "\n".join(lines)

@@ -28,6 +28,7 @@ def save_run(
     out: Path,
     started: float,
     prepared: float,
+    asked: Mapping[str, str],
 ) -> None:
     """Write the result and `run.json`, on rank 0 alone.
 
@@ -37,6 +38,7 @@ def save_run(
         trainer: has trained it.
         out: the run's folder.
         started, prepared: when the run began and when its preparation ended, in seconds.
+        asked: hashes of the rows as they were given (`alter.data.examples.data_hash`).
     """
     seen = ready.watcher and ready.watcher.restore_best(ready.model)
     weights = trainer.whole_weights()
@@ -51,7 +53,7 @@ def save_run(
         tokenizer = ready.tokenizer if kind == "model" else None
         save_adapter(model, out, model_card(run, ready.names), kind, tokenizer, ready.form, weights)
         seconds = {"prepare": round(prepared - started, 2), "train": round(time.time() - prepared, 2)}
-        write_atomic(out / "run.json", to_json(record(run, ready, trainer, seconds, seen)))
+        write_atomic(out / "run.json", to_json({**record(run, ready, trainer, seconds, seen), "data": dict(asked)}))
         if not run.keep_working:
             forgetting = [name for name in ("forget", "alternative") if name in ready.traced]
             clean(out, sum(len(ready.traced[name]) for name in forgetting))

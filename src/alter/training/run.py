@@ -19,7 +19,7 @@ from alter.adapter.model import base_fingerprint
 from alter.core import processes
 from alter.core.console import show
 from alter.core.running import release
-from alter.data.examples import load_examples
+from alter.data.examples import data_hash, load_examples, row_hash
 from alter.training.batches import PairCollator, Pairs
 from alter.training.data import read_data, set_aside
 from alter.training.folder import (
@@ -75,6 +75,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     check_trackers(run.report_to)
     former = run.adapter.former(run.start_from)
     data = read_data(run)
+    asked = {name: data_hash(list(map(row_hash, getattr(data, name)))) for name in ("forget", "retain")}
     run = lengthened(run, len(data.forget))
     data = set_aside(run, data)
     out = processes.from_first(lambda: check_folder(run))
@@ -98,6 +99,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         given = run.resume and own.is_file()
         rows = load_examples(str(own)) if given else own_rows(base, tokenizer, data.forget, run.seed)
         data = replace(data, retain=rows)
+        asked["retain"] = data_hash(list(map(row_hash, rows)))
     loaded = encode(run, data, base, tokenizer, former)
     # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
     processes.from_first(lambda: make_folder(run, inputs))
@@ -106,7 +108,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     ready = prepare(run, data, loaded, out)
     prepared = time.time()
     trainer = train(run, ready, out, checkpoint, callbacks)
-    save_run(run, ready, trainer, out, started, prepared)
+    save_run(run, ready, trainer, out, started, prepared, asked)
     return out
 
 

@@ -1,0 +1,309 @@
+"""A model as one GGUF file, as llama.cpp and Ollama read it: weights, settings, vocabulary and chat template.
+
+The file's names and quantisers are those of the package `gguf`. It quantises to 8 bits (Q8_0) and to 4 or 5 (Q4_0, Q4_1,
+Q5_0, Q5_1); the K-quants (Q4_K_M) are made of the F16 file by llama.cpp's own `llama-quantize`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alter.core.console import progress
+from alter.core.errors import UserError
+from alter.exporting.vocabulary import Vocabulary, vocabulary
+
+TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""Number formats that can be written."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp takes a model of one `model_type`.
+
+    Attributes:
+        name: its own name of the architecture.
+        turned: rows of the query and key projections are interleaved, as its rotary embedding wants them.
+        one_more: norms are written with 1 added, which this model adds when it runs.
+    """
+
+    name: str
+    turned: bool = False
+    one_more: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", turned=True),
+    "mistral": Architecture("llama", turned=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma2": Architecture("gemma2", one_more=True),
+    "gemma3_text": Architecture("gemma3", one_more=True),
+}
+"""By transformers' `model_type`: what was tried in a llama.cpp."""
+
+
+def architecture(config: Any) -> Architecture:
+    """How llama.cpp takes a model, from its configuration.
+
+    Raises:
+        UserError: the package gguf is missing, it is an architecture that no GGUF is written of, or a setting of it has no
+            place in the file.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("Writing GGUF files needs the package gguf: pip install 'alter-unlearning[gguf]'")
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"No GGUF is written of a model of architecture {kind!r}; of these it is: {', '.join(ARCHITECTURES)}. Serve the "
+            "folder of safetensors with vLLM or transformers, or convert it with llama.cpp's convert_hf_to_gguf.py."
+        )
+    found = ARCHITECTURES[kind]
+    ropes = _ropes(config)
+    known = ("default", "llama3") if found.name == "llama" else ("default",)
+    for layer, rope in ropes.items():
+        if rope.get("rope_type", "default") not in known:
+            raise UserError(
+                f"The model's rotary embedding is of kind {rope['rope_type']!r}, which is not written as GGUF (known: "
+                f"{', '.join(known)}): convert it with llama.cpp's convert_hf_to_gguf.py."
+            )
+        if layer == "sliding_attention" and rope["rope_theta"] != 10000:
+            raise UserError(f"llama.cpp takes a local rotary base of 10000, this model has {rope['rope_theta']}.")
+    window = getattr(config, "sliding_window", None)
+    if found.name in ("llama", "qwen2", "qwen3") and window and getattr(config, "use_sliding_window", True):
+        raise UserError(f"llama.cpp knows no sliding window ({window}) for {found.name}: set sliding_window to null.")
+    if found.one_more:
+        every = 6 if found.name == "gemma3" else 2
+        wanted = [
+            "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(config.num_hidden_layers)
+        ]
+        if list(config.layer_types) != wanted:
+            raise UserError(
+                f"llama.cpp takes every {every}th layer of {found.name} for a full one; this model's are others."
+            )
+    return found
+
+
+def _ropes(config: Any) -> dict[str, dict[str, Any]]:
+    """Settings of the rotary embedding by the kind of layer; `full_attention` alone where all are alike."""
+    found = dict(config.rope_parameters)
+    return found if "full_attention" in found else {"full_attention": found}
+
+
+def turned(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key projection [heads * d, ...] as llama.cpp's rotary embedding takes them.
+
+    transformers rotates the halves of a head, i with i + d / 2; llama.cpp neighbours, 2 i with 2 i + 1.
+    """
+    split = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return split.transpose(1, 2).reshape(weight.shape)
+
+
+def rope_factors(config: Any) -> Tensor:
+    """By how much Llama 3's stretched context slows each of the d / 2 frequencies, [d / 2] (Llama 3.1's `rope_type` llama3).
+
+    Wavelengths up to context / high_freq_factor stay, those from context / low_freq_factor on are `factor` times as long,
+    and between them 1 / f goes from one to the other in a line.
+    """
+    rope = _ropes(config)["full_attention"]
+    size = config.head_dim
+    base, factor = rope["rope_theta"], rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    context = rope["original_max_position_embeddings"]
+    found = []
+    for i in range(size // 2):
+        wave = 2 * math.pi * base ** (2 * i / size)
+        smooth = min(max((context / wave - low) / (high - low), 0.0), 1.0)
+        found.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def tensors(model: Any, kind: Architecture) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Name in the file and value (made when called) of every tensor of a model.
+
+    Raises:
+        UserError: a tensor has no name there.
+    """
+    import gguf
+
+    config = model.config.get_text_config()
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == kind.name)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if kind.name == "llama" and _ropes(config)["full_attention"].get("rope_type") == "llama3":
+        yield "rope_freqs.weight", lambda: rope_factors(config)
+    for own, value in model.state_dict().items():
+        if tied and own.startswith("lm_head."):
+            continue
+        name = names.get_name(own, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise UserError(f"The model's tensor {own} has no place in a GGUF file of architecture {kind.name}.")
+        heads = 0
+        if kind.turned and (".q_proj." in own or ".k_proj." in own):
+            heads = config.num_attention_heads if ".q_proj." in own else config.num_key_value_heads
+
+        def made(value: Tensor = value, heads: int = heads, norm: bool = own.endswith("norm.weight")) -> Tensor:
+            value = value.detach().float().cpu()
+            if heads:
+                return turned(value, heads)
+            return value + 1 if norm and kind.one_more else value
+
+        yield name, made
+
+
+def number_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
+    """In which format one tensor is written: vectors in f32, what does not divide into blocks in f16.
+
+    Embeddings and head, of which small models consist to a good part, keep 8 bits where the rest has 4 or 5.
+    """
+    if len(shape) < 2:
+        return "f32"
+    if wanted[0] != "q":
+        return wanted
+    if shape[-1] % 32:
+        return "f16"
+    return "q8_0" if name in ("token_embd.weight", "output.weight") else wanted
+
+
+def size_of(shape: tuple[int, ...], kind: str) -> int:
+    """Bytes of a tensor in a format."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+    return math.prod(shape) // block * size
+
+
+def _describe(writer: Any, model: Any, kind: Architecture, words: Vocabulary, wanted: str, title: str) -> None:
+    """Write down the settings and the vocabulary."""
+    import gguf
+
+    config = model.config.get_text_config()
+    ropes = _ropes(config)
+    writer.add_type("model")
+    writer.add_name(title)
+    writer.add_file_type(gguf.LlamaFileType[("ALL_F32" if wanted == "f32" else f"MOSTLY_{wanted.upper()}")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
+    if kind.one_more:
+        writer.add_sliding_window(config.sliding_window)
+    if kind.name == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_tokenizer_model(words.model)
+    writer.add_tokenizer_pre(words.split)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.kinds)
+    if words.merges is not None:
+        writer.add_token_merges(words.merges)
+    if words.scores is not None:
+        writer.add_token_scores(words.scores)
+    for name, number in words.special.items():
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(words.begins)
+    writer.add_add_space_prefix(False)
+    if words.template is not None:
+        writer.add_chat_template(words.template)
+
+
+def check_free(folder: Path, needed: int) -> None:
+    """Refuse to begin a file that the disk has no room for.
+
+    Raises:
+        UserError: says how much is needed and how much is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder} is on a disk with {free / 1e9:.1f} GB free, and the file takes {needed / 1e9:.1f} GB: make room, choose "
+            "a smaller --type, or give an --out on another disk."
+        )
+
+
+def write(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -> dict[str, Any]:
+    """Write a model as a GGUF file, whole or not at all, one tensor after the other.
+
+    Args:
+        model, tokenizer: plain, no adapter on it.
+        out: the file.
+        wanted: one of `TYPES`; see `number_type` for what is kept in another.
+        title: what the file calls the model.
+
+    Returns:
+        `bytes`, and `tensors`, how many were written in each format.
+
+    Raises:
+        UserError: architecture, tokenizer or a tensor that llama.cpp has no name for, too little disk, or a weight too
+            large for 16-bit floats. Nothing is written then.
+    """
+    import gguf
+
+    kind = architecture(model.config.get_text_config())
+    words = vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+    found = []
+    for name, make in tensors(model, kind):
+        value = make()
+        form = number_type(name, tuple(value.shape), wanted)
+        largest = float(value.abs().max())
+        if form == "f16" and largest > 65504:
+            raise UserError(f"{name} holds {largest:g}, more than 16-bit floats can: choose --type bf16 or f32.")
+        found.append((name, make, tuple(value.shape), form))
+    total = sum(size_of(shape, form) for _, _, shape, form in found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_free(out.parent, total + (1 << 24))
+    handle, partial = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    os.close(handle)
+    try:
+        writer = gguf.GGUFWriter(partial, kind.name)
+        _describe(writer, model, kind, words, wanted, title)
+        for name, _, shape, form in found:
+            writer.add_tensor_info(
+                name, shape, np.dtype(np.float32), size_of(shape, form), gguf.GGMLQuantizationType[form.upper()]
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, make, _, form in progress(found, total=len(found), label="writing"):
+            writer.write_tensor_data(gguf.quantize(make().numpy(), gguf.GGMLQuantizationType[form.upper()]))
+        writer.close()
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)
+        os.replace(partial, out)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    counts: dict[str, int] = {}
+    for _, _, _, form in found:
+        counts[form] = counts.get(form, 0) + 1
+    return {
+        "bytes": out.stat().st_size,
+        "tensors": counts,
+        "split": words.split,
+        "template": words.template is not None,
+    }

@@ -1,0 +1,128 @@
+"""The experts of a routed adapter as plain LoRAs, which PEFT and vLLM load without alter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from alter.core.errors import UserError
+from alter.core.files import read_object, to_json, write_atomic
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def expert_weights(tensors: dict[str, Tensor], experts: int, expert: int) -> dict[str, Tensor]:
+    """One forget expert with the retention expert as the weights of a LoRA: A as it is, and B_r + B_f,d.
+
+    Args:
+        tensors: an ALTER adapter's; `alter_A` [r, in], and `alter_B` [out, (N + 1) r], the retention expert's columns first.
+        experts: N.
+        expert: d, from 1 on.
+    """
+    found = {}
+    for name, value in tensors.items():
+        if ".alter_A." in name:
+            found[name.replace(".alter_A.", ".lora_A.")] = value.contiguous()
+        elif ".alter_B." in name:
+            r = value.shape[1] // (experts + 1)
+            own = value[:, :r].float() + value[:, expert * r : (expert + 1) * r].float()
+            found[name.replace(".alter_B.", ".lora_B.")] = own.to(value.dtype).contiguous()
+    return found
+
+
+def check_plain(adapter: Path) -> dict[str, Any]:
+    """The settings of an ALTER adapter whose experts are LoRAs.
+
+    Raises:
+        UserError: it is no ALTER adapter, or its update is no product of two matrices.
+    """
+    config = read_object(adapter / CONFIG, "the settings of an adapter")
+    if config.get("peft_type") != "ALTER":
+        raise UserError(
+            f"{adapter} is an adapter of kind {config.get('peft_type')}, which has no experts; --form loras is for ALTER's. "
+            "A LoRA loads as it is."
+        )
+    if config.get("bound"):
+        raise UserError(f"{adapter} squashes its update (bound {config['bound']}), so its experts are no LoRAs.")
+    if config.get("modules_to_save") or config.get("bias", "none") != "none":
+        raise UserError(f"{adapter} also trained modules_to_save or biases, which no LoRA of one expert holds.")
+    return config
+
+
+def write(
+    adapter: Path, out: Path, base: str, names: Sequence[str] | None = None, only: Sequence[int] = ()
+) -> list[Path]:
+    """Write a folder for each forget expert, whole or not at all: `out/NAME/adapter_model.safetensors` and its settings.
+
+    Args:
+        adapter: folder of an ALTER adapter.
+        out: must not exist.
+        base: the model that it was made for, as PEFT is to find it.
+        names: what the experts' folders are called; by default expert-1 and so on.
+        only: numbers of the experts to write; by default all.
+
+    Returns:
+        the folders.
+
+    Raises:
+        UserError: see `check_plain`; or `out` exists.
+    """
+    config = check_plain(adapter)
+    if out.exists():
+        raise UserError(f"{out} exists; give another --out.")
+    experts = config["num_forget_experts"]
+    tensors = load_file(str(adapter / WEIGHTS))
+    plain = {
+        "peft_type": "LORA",
+        "task_type": config["task_type"],
+        "base_model_name_or_path": base,
+        "r": config["r"],
+        "lora_alpha": config["alter_alpha"],
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "target_modules": config["target_modules"],
+        "exclude_modules": config.get("exclude_modules"),
+        "layers_to_transform": config.get("layers_to_transform"),
+        "layers_pattern": config.get("layers_pattern"),
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    chosen = list(only) or list(range(1, experts + 1))
+    titles = list(names) if names is not None else [f"expert-{number}" for number in chosen]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for title, number in zip(titles, chosen, strict=True):
+            weights = save(expert_weights(tensors, experts, number), metadata={"format": "pt"})
+            write_atomic(partial / title / WEIGHTS, weights)
+            write_atomic(partial / title / CONFIG, to_json(plain))
+        write_atomic(partial / "README.md", _card(base, titles))
+        partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return [out / title for title in titles]
+
+
+def _card(base: str, titles: Sequence[str]) -> str:
+    return f"""---
+library_name: peft
+base_model: {json.dumps(base)}
+tags: [alter, unlearning]
+---
+
+# Plain LoRAs of the experts of an ALTER adapter
+
+One folder for each forget expert: {", ".join(titles)}. PEFT and vLLM load each; alter is not needed. A LoRA acts on every token of
+a text, where the router of the whole adapter would choose the expert token by token: use one for texts about its request alone.
+Whoever has the base weights can leave it off.
+"""

@@ -1,0 +1,63 @@
+"""`alter export`: the form in which a model or an adapter is handed out, for programs that know nothing of alter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoConfig
+
+from alter.core import memory
+from alter.core.console import show
+from alter.core.errors import UserError
+from alter.exporting import gguf, loras
+from alter.models.gguf import ENDING, place_of
+from alter.models.loading import Subject, shipped_model
+
+
+class Export(Subject):
+    """Write a model as a GGUF file for llama.cpp and Ollama, or the experts of an adapter as plain LoRAs."""
+
+    out: str
+    """File that ends in .gguf, or a folder for the LoRAs; must not exist."""
+    form: Literal["gguf", "loras"] = "gguf"
+    """gguf: the whole model as one file. loras: one plain PEFT LoRA for each forget expert of --adapter."""
+    type: Literal["f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "q8_0"
+    """Number format of a GGUF file. For K-quants write f16 and run llama.cpp's `llama-quantize FILE OUT Q4_K_M`."""
+
+
+def export(settings: Export) -> Path:
+    """Run `alter export`; return what was written.
+
+    Raises:
+        UserError: something is there already, an adapter that stays on the model, or what `gguf.write` and `loras.write` raise.
+    """
+    out = Path(settings.out)
+    if out.exists():
+        raise UserError(f"{out} exists; give another --out.")
+    if settings.form == "loras":
+        if settings.adapter is None:
+            raise UserError("--form loras writes the experts of an adapter: give it with --adapter.")
+        made = loras.write(Path(settings.adapter), out, shipped_model(settings.model))
+        show(f"{len(made)} LoRAs: {out}", highlight=False, markup=False)
+        return out
+    if out.suffix != ENDING:
+        raise UserError(f"--out is {settings.out!r}: a GGUF file ends in {ENDING}.")
+    if settings.adapter is not None and not settings.merged:
+        raise UserError(
+            "A GGUF file holds plain weights: fold an adapter that can be merged into them with --merged, or make weights of "
+            "a routed one with `alter distill`."
+        )
+    name = shipped_model(settings.model)
+    if memory.held(name) is None and place_of(name) is None and (Path(name).expanduser() / "config.json").is_file():
+        # said before the weights are read
+        gguf.architecture(AutoConfig.from_pretrained(name).get_text_config())
+    model, tokenizer = settings.load()
+    found = gguf.write(model, tokenizer, out, settings.type, Path(settings.model).name)
+    kinds = ", ".join(f"{count} tensors in {kind}" for kind, count in found["tensors"].items())
+    said = "with its chat template" if found["template"] else "without a chat template: the tokenizer has none"
+    show(f"{out}: {found['bytes'] / 1e6:.1f} MB, {kinds}, {said}.", highlight=False, markup=False)
+    return out
+
+
+__all__ = ["Export", "export"]

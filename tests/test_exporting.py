@@ -1,0 +1,279 @@
+"""`alter export`: GGUF files against the checkpoint, by transformers' reader and a real llama.cpp; LoRAs without alter."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from tokenizers import pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from alter import AlterConfig
+from alter.core.errors import UserError
+from alter.data.encoding import encode
+from alter.data.examples import load_examples
+from alter.exporting import gguf as writing
+from alter.exporting.loras import expert_weights
+from alter.exporting.run import Export, export
+from alter.exporting.vocabulary import vocabulary
+from alter.models.loading import load_model
+from pico import EOS, VOCAB, byte_tokenizer, pico, save_pico
+
+gguf = pytest.importorskip("gguf", reason="gguf (extra gguf) is not installed")
+TOFU = "builtin:tofu-mini/original"
+MODULES = os.environ.get("ALTER_NODE_MODULES")
+
+
+def write(tmp_path, out="model.gguf", **changes):
+    if "model" not in changes:
+        changes["model"] = str(save_pico(tmp_path / "model"))
+    return export(Export(**{"out": str(tmp_path / out), "device": "cpu", **changes}))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(40)[None]).logits
+
+
+def mergeable(**settings):
+    """A tokenizer with merges, as GGUF's readers want them."""
+    tokenizer = byte_tokenizer(**settings)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["merges"] = [["t", "h"], ["th", "e"]]
+    content["model"]["vocab"] |= {"th": 258, "the": 259}
+    for name in ("<unused258>", "<unused259>"):
+        del content["model"]["vocab"][name]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
+    return tokenizer
+
+
+# ---- GGUF
+
+
+@pytest.mark.parametrize("form", ["f32", "q8_0"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_reads_back_what_was_written(tmp_path, form, tied):
+    model, tokenizer = pico(tie_word_embeddings=tied, initializer_range=0.1), mergeable(bos_token="<unused260>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = write(tmp_path, model=str(tmp_path / "model"), type=form)
+    again, words = load_model(str(made), device="cpu")
+    torch.testing.assert_close(logits(again), logits(model), **({"rtol": 0, "atol": 0.05} if form == "q8_0" else {}))
+    assert form == "f32" or not torch.equal(logits(again), logits(model))
+    text = "Where is the weather? Über 12."
+    assert words(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert words.chat_template == tokenizer.chat_template
+    assert words.eos_token_id == EOS
+
+
+def test_tensors_are_in_the_format_that_was_asked_for(tmp_path):
+    made = write(tmp_path, type="q4_0", model=str(save_pico(tmp_path / "wide", hidden_size=64, intermediate_size=80)))
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(made).tensors}
+    assert kinds["blk.0.attn_q.weight"] == "Q4_0"
+    # embeddings and head keep 8 bits; rows of 80 do not divide into blocks of 32
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_down.weight"] == "F16"
+    assert kinds["output_norm.weight"] == "F32"
+
+
+def test_rows_are_turned_as_their_naive_twin():
+    weight = torch.arange(2 * 6 * 3).view(12, 3).float()
+    found = writing.turned(weight, 2)
+    for head in range(2):
+        for i in range(3):
+            for half in range(2):
+                assert torch.equal(found[head * 6 + 2 * i + half], weight[head * 6 + half * 3 + i])
+
+
+def test_rope_factors_are_transformers_own():
+    rope = {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=512, rope_parameters=rope)
+    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1e4 ** (-torch.arange(0, 32, 2) / 32)
+    torch.testing.assert_close(writing.rope_factors(config), plain / slowed)
+    assert set(writing.rope_factors(config).tolist()) >= {1.0, 8.0}
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
+        (
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            ),
+            "smollm",
+        ),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+        (pre_tokenizers.Whitespace(), None),
+    ],
+)
+def test_how_text_is_split_has_llama_cpps_name_or_is_refused(steps, name):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = steps
+    if name is None:
+        with pytest.raises(UserError, match="has no name for"):
+            vocabulary(tokenizer, VOCAB)
+    else:
+        assert vocabulary(tokenizer, VOCAB).split == name
+
+
+def test_pieces_get_scores_in_the_order_of_their_merges(tmp_path):
+    tokenizer = mergeable()
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"] |= {"byte_fallback": True}
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
+    found = vocabulary(tokenizer, VOCAB + 3)
+    assert (found.model, found.merges) == ("llama", None)
+    assert [found.scores[found.tokens.index(each)] for each in ("the", "th", "t")] == [-2.0, -1.0, 0.0]
+    assert found.kinds[-3:] == [5, 5, 5]
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    model = str(save_pico(tmp_path / "model"))
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=8, n_layer=1, n_head=1))
+    other.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "there.gguf").touch()
+    large = pico()
+    large.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
+    large.save_pretrained(tmp_path / "large")
+    byte_tokenizer().save_pretrained(tmp_path / "large")
+    for changes, said in (
+        ({"model": str(tmp_path / "gpt2")}, "architecture 'gpt2'"),
+        ({"out": str(tmp_path / "there.gguf")}, "exists"),
+        ({"out": str(tmp_path / "model.bin")}, "ends in .gguf"),
+        ({"adapter": "x"}, "alter distill"),
+        ({"form": "loras"}, "--adapter"),
+        ({"model": str(tmp_path / "large"), "type": "f16"}, "bf16 or f32"),
+    ):
+        with pytest.raises(UserError, match=said):
+            write(tmp_path, **{"model": model} | changes)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: Usage(9, 9, 1000))
+    with pytest.raises(UserError, match="GB free"):
+        write(tmp_path, model=model)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "gpt2", "large", "there.gguf"}
+
+
+def test_an_unknown_rotary_embedding_and_a_window_are_refused():
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UserError, match="'yarn'"):
+        writing.architecture(LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=rope))
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2)
+    config.sliding_window = 16
+    with pytest.raises(UserError, match="no sliding window"):
+        writing.architecture(config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    MODULES is None or shutil.which("node") is None, reason="ALTER_NODE_MODULES names no node-llama-cpp"
+)
+@pytest.mark.parametrize(("form", "apart"), [("f16", 0.001), ("q8_0", 0.02)])
+def test_a_real_llama_cpp_says_what_the_checkpoint_says(tmp_path, form, apart):
+    model, tokenizer = load_model(TOFU, device="cpu")
+    made = write(tmp_path, model=TOFU, type=form)
+    rows = [encode(tokenizer, row) for row in load_examples("builtin:retain90[:4]")]
+    texts = ["Hello, it's 1984 and 12345 don't.\n\n  Why?", "Über naïve façade 東京 🙂 x=y**2;\t\tend"]
+    asked = [{"ids": row.input_ids, "prompt": row.input_ids[: row.prompt_length], "tokens": 12} for row in rows] + [
+        {"text": text} for text in texts
+    ]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    script = Path(__file__).with_name("llama_cpp.mjs")
+    command = ["node", str(script), str(MODULES), str(made), str(tmp_path / "asked.json")]
+    said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for row, answer in zip(rows, said, strict=False):
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            own = torch.log_softmax(model(ids).logits[0, :-1].float(), -1).gather(1, ids[0, 1:, None])[:, 0]
+        assert float((own - torch.tensor(answer["logprobs"])).abs().mean()) < apart
+        prompt = torch.tensor([row.input_ids[: row.prompt_length]])
+        reply = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+        assert answer["said"] == reply[0, prompt.shape[1] :].tolist()
+    for text, found in zip(texts, said[len(rows) :], strict=True):
+        assert found["ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# ---- LoRAs
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An ALTER adapter of random weights on a pico model, and the model with it."""
+    save_pico(tmp_path / "model")
+    base = pico()
+    base.name_or_path = str(tmp_path / "model")
+    config = AlterConfig(
+        r=4, alter_alpha=8, num_forget_experts=2, router="static", task_type="CAUSAL_LM",
+        target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2},
+    )  # fmt: skip
+    model = get_peft_model(base, config)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "alter_B" in name:
+            weight.data.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
+BLOCKED = """
+import sys, torch
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "alter":
+            raise ImportError("alter is not installed")
+sys.meta_path.insert(0, Blocked())
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = PeftModel.from_pretrained(base, sys.argv[2])
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(40)[None]).logits, sys.argv[3])
+"""
+
+
+def test_an_expert_loads_as_a_lora_without_alter(tmp_path, adapter):
+    out = write(tmp_path, "loras", model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), form="loras")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "expert-1", "expert-2"]
+    command = [sys.executable, "-c", BLOCKED, str(tmp_path / "model"), str(out / "expert-2"), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, capture_output=True)
+    # open are the retention expert and the second: the first is emptied
+    with torch.no_grad():
+        for name, weight in adapter.named_parameters():
+            if "alter_B" in name:
+                r = weight.shape[1] // 3
+                weight[:, r : 2 * r] = 0
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), logits(adapter), rtol=1e-4, atol=1e-4)
+
+
+def test_an_experts_weights_are_their_naive_twin():
+    B = torch.randn(3, 6)
+    found = expert_weights(
+        {"x.alter_A.weight": torch.ones(2, 3), "x.alter_B.weight": B, "x.alter_router.weight": B}, 2, 2
+    )
+    assert set(found) == {"x.lora_A.weight", "x.lora_B.weight"}
+    for i in range(3):
+        for j in range(2):
+            assert found["x.lora_B.weight"][i, j] == B[i, j] + B[i, 4 + j]
+
+
+def test_an_adapter_without_experts_is_refused(tmp_path, adapter):
+    path = tmp_path / "adapter" / "adapter_config.json"
+    for changes, said in (({"peft_type": "LORA"}, "LORA"), ({"bound": "tanh"}, "tanh")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "ALTER"} | changes))
+        with pytest.raises(UserError, match=said):
+            write(tmp_path, "loras", model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), form="loras")
+    assert not (tmp_path / "loras").exists()
