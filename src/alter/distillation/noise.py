@@ -16,6 +16,8 @@ class Noise(BaseModel):
     """Share of the weights that is taken away; 0: none. The authors try 0.1 to 0.7."""
     beta: float = Field(0.05, ge=0)
     """Size of the noise put in its place, in units of a Xavier start; the authors try 0.01 to 0.1."""
+    vectors: bool = True
+    """Also scale vectors (norms, biases), as published. In small models that is nearly all of the damage."""
 
 
 def xavier(shape: torch.Size, draw: torch.Generator) -> Tensor:
@@ -31,7 +33,7 @@ def xavier(shape: torch.Size, draw: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def add_noise(model: nn.Module, noise: Noise, seed: int) -> None:
-    """Damage all weights in place: (1 - a) W + a b X of matrices, with X as `xavier`; (1 - a) v of vectors.
+    """Damage all weights in place: (1 - a) W + a b X of matrices, with X as `xavier`; (1 - a) v of vectors, or v as it is.
 
     A weight that stands in two places (tied embeddings) is damaged once. With `alpha` 0 nothing changes.
     """
@@ -39,6 +41,8 @@ def add_noise(model: nn.Module, noise: Noise, seed: int) -> None:
         return
     draw = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
+        if weight.dim() < 2 and not noise.vectors:
+            continue
         weight.mul_(1 - noise.alpha)
         if weight.dim() >= 2:
             weight.add_(noise.alpha * noise.beta * xavier(weight.shape, draw).to(weight))
