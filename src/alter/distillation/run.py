@@ -217,6 +217,13 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if settings.closing_rows:
         closing(settings, out, found, (teacher, tokenizer))
+    if settings.form == "full":
+        show(
+            f"\nNext:\n  alter attack --model {out}/model --original {settings.student} --forget {settings.forget} "
+            f"--out {out}/attacks\n  alter export --model {out}/model --out {out.name}-q8_0.gguf",
+            highlight=False,
+            markup=False,
+        )
     return out
 
 
