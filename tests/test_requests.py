@@ -576,7 +576,9 @@ def test_weights_are_final_measured_and_in_the_history(three, data, tmp_path, ca
     assert noted["holds"] == ["R-0001", "R-0002", "R-0003"]
     assert noted["weights"] == work.folder_digest(out)
     capsys.readouterr()
-    revoke(Revoke(db=store.url, id="2"))
+    # in so small a model others may come back with it, which is said then
+    with contextlib.suppress(UserError):
+        revoke(Revoke(db=store.url, id="2"))
     assert "have forgotten it for good" in capsys.readouterr().out
     recipe.write_text("forget: other.jsonl")
     with pytest.raises(UserError, match="which the requests decide"):
