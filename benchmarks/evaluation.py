@@ -32,7 +32,8 @@ import results
 from alter.data.encoding import Encoded, encode, encode_prompt
 from alter.data.examples import Example, examples
 from alter.data.sources import tofu_rows
-from alter.evaluation.tofu import Reference, tofu_metrics
+from alter.evaluation.tofu.measuring import tofu_metrics
+from alter.evaluation.tofu.results import TofuReference
 from alter.models.loading import load_model
 
 BATCH = 32
@@ -167,7 +168,7 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[list[int]], compat: bo
 
 
 def straightforward(
-    model: Any, retrained: Any, tokenizer: Any, reference: Reference, folder: str, args: argparse.Namespace
+    model: Any, retrained: Any, tokenizer: Any, reference: TofuReference, folder: str, args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return TOFU's figures by name, and the seconds of the likelihoods and of the replies."""
     compat = args.mode == "compat"
@@ -241,7 +242,7 @@ def straightforward(
 
 
 def ours(
-    model: Any, tokenizer: Any, reference: Reference, folder: str, args: argparse.Namespace
+    model: Any, tokenizer: Any, reference: TofuReference, folder: str, args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, float]]:
     started = time.perf_counter()
     given = {"split": "forget10", "data": folder, "mode": args.mode, "reference": reference, "progress": False}

@@ -28,9 +28,11 @@ from alter.data.encoding import encode_prompt
 from alter.data.examples import load_examples
 from alter.models.generation import generate
 from alter.models.loading import load_model
-from alter.requests import work
-from alter.requests.commands import Add, Init, Revoke, Run, Verify, add, init, revoke, run, verify
-from alter.requests.store import IN_FORCE, Store
+from alter.requests.commands import Add, Init, Revoke, RunRequests, Verify, add, init, revoke, run, verify
+from alter.requests.project import Project
+from alter.requests.records import IN_FORCE
+from alter.requests.store import Store
+from alter.requests.versions import manifest
 
 HERE = Path(__file__).parent
 ORIGINAL, RETRAINED = "builtin:tofu-mini/original", "builtin:tofu-mini/retrained"
@@ -76,10 +78,10 @@ def ten(folder: Path, csv: Path) -> None:
             model, tokenizer = load_model(ORIGINAL, str(folder / "work" / "adapter"))
             before_fourth = answers(model, tokenizer, file)
         started = time.perf_counter()
-        run(Run(db=url))
+        run(RunRequests(db=url))
         seconds.append(time.perf_counter() - started)
     store = Store.open(url)
-    project = work.Project.model_validate(store.project())
+    project = Project.model_validate(store.project())
     found = verify(Verify(db=url))
     common = {
         # `run` takes the GPU if there is one
@@ -135,7 +137,7 @@ def kills(folder: Path, count: int, seed: int) -> None:
             db=url, model=ORIGINAL, retain=str(retain), folder=str(folder / "work"), recipe=str(folder / "recipe.yaml")
         )
     )
-    project = work.Project.model_validate(store.project())
+    project = Project.model_validate(store.project())
     base, _ = load_model(ORIGINAL)
     command = [sys.executable, "-m", "alter", "request", "run", "--db", url]
     waiting = list(enumerate(files))
@@ -162,7 +164,7 @@ def kills(folder: Path, count: int, seed: int) -> None:
             killed += 1
         wrong = store.check_chain()
         assert not wrong, wrong
-        inside = work.manifest(project)
+        inside = manifest(project)
         model = PeftModel.from_pretrained(base, str(project.adapter))
         assert model.peft_config["default"].num_forget_experts == len(inside["experts"])
         base = model.unload()
@@ -171,7 +173,7 @@ def kills(folder: Path, count: int, seed: int) -> None:
             states[request.state] = states.get(request.state, 0) + 1
     subprocess.run(command, capture_output=True)
     final = store.requests()
-    experts = work.manifest(project)["experts"]
+    experts = manifest(project)["experts"]
     assert all(request.state in IN_FORCE for request in final), [request.state for request in final]
     assert sorted(experts.values()) == [request.name for request in final]
     assert not store.check_chain()

@@ -16,7 +16,7 @@ from alter.data.examples import data_hash, load_examples, row_hash
 from alter.models.loading import Subject
 from alter.requests.anchor import Anchor, read_heads
 from alter.requests.certificate import VERSION, Certificate, _limits, certificate, check_certificate
-from alter.requests.commands import List, Run, Verify, list_requests, run, verify
+from alter.requests.commands import List, RunRequests, Verify, list_requests, run, verify
 from alter.requests.store import Store
 from test_requests import ask, memorise, rows, start, write_jsonl
 
@@ -53,7 +53,7 @@ def made(tmp_path_factory):
     ask(store, folder, "Ada", anchor=str(folder / "heads"), key=str(folder / "key"))
     with store.engine.connect() as connection:
         connection.exec_driver_sql(f"VACUUM INTO '{folder}/old.db'")
-    run(Run(db=store.url, anchor=str(folder / "heads"), key=str(folder / "key")))
+    run(RunRequests(db=store.url, anchor=str(folder / "heads"), key=str(folder / "key")))
     out = folder / "ada.json"
     certificate(
         Certificate(what="R-1", db=store.url, key=str(folder / "key"), anchor=str(folder / "heads"), out=str(out))

@@ -26,15 +26,16 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from alter import cli, metrics
-from alter.comparison import cells, plan, table
+from alter.comparison import cells, choice, plan, table, words
 from alter.comparison import run as compare
 from alter.comparison.cells import Job, finished, hold, run_cells
+from alter.comparison.choice import best_setting, cell_figures, choices
 from alter.comparison.plan import PARTS, Compare, Retrained, divide, run_of
-from alter.comparison.table import choices, choose, dominated, figures, rows_of
+from alter.comparison.table import dominated, table_rows
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records, write_records
 from alter.data.sources import read_rows, tofu_rows
-from alter.evaluation import tofu
+from alter.evaluation.tofu import measuring, sets
 from alter.models.loading import load_model
 from alter.reporting import figures as plots
 from alter.training.batches import schedule
@@ -108,7 +109,7 @@ def cells_of(made):
 def figures_of(generator, n=20):
     """Made-up records of one part: what a cell's process writes, as far as the choice and the table read it."""
     ratios = generator.gamma(2.0, size=n).tolist()
-    values = {name: float(generator.random()) for name in table.FIGURES if name != "forget_quality"}
+    values = {name: float(generator.random()) for name in choice.FIGURES if name != "forget_quality"}
     rows = [Record("x", name, value, n) for name, value in values.items()]
     rows.append(Record("x", "mia_min_k", float(generator.random()), n))
     return [*rows, Record("x", "forget_truth_ratio", 0.5, n, per_item=ratios, extra={"fingerprint": "same"})]
@@ -169,7 +170,7 @@ def test_the_choice_is_that_of_a_plain_loop():
             value = -math.inf if math.isnan(value) else value
             if best is None or value > best[0]:
                 best = (value, setting)
-        assert choose(candidates, 0.55, 0.95) == (best[1], keeps)
+        assert best_setting(candidates, 0.55, 0.95) == (best[1], keeps)
         seen.add(keeps)
     assert seen == {True, False}
 
@@ -194,28 +195,28 @@ def test_no_author_has_evaluation_rows_on_both_sides(data, tmp_path):
         sides = [{question.split(",")[0] for question in number[part][name]} for part in PARTS]
         assert all(sides)
         assert not sides[0] & sides[1]
-        assert sum(len(rows[part][name]) for part in rows) == len(tofu.tofu_rows(name, str(data)))
+        assert sum(len(rows[part][name]) for part in rows) == len(sets.tofu_rows(name, str(data)))
 
 
 def test_figures_against_scipy(tmp_path):
     generator = np.random.default_rng(3)
     own, other = figures_of(generator), figures_of(generator)
-    found = figures(own, other)
+    found = cell_figures(own, other)
     test = stats.ks_2samp(own[-1].per_item, other[-1].per_item)
     assert found["distance"] == pytest.approx(test.statistic)
     assert found["forget_quality"] == pytest.approx(math.log10(test.pvalue))
-    assert table.forgetting(found, "retrained") == pytest.approx(1 - test.statistic)
-    assert table.forgetting({"mia_min_k": 0.2}, "holdout") == pytest.approx(0.4)
-    assert table.forgetting({"forget_rouge": 0.2}, "rouge") == pytest.approx(0.8)
+    assert choice.forgetting(found, "retrained") == pytest.approx(1 - test.statistic)
+    assert choice.forgetting({"mia_min_k": 0.2}, "holdout") == pytest.approx(0.4)
+    assert choice.forgetting({"forget_rouge": 0.2}, "rouge") == pytest.approx(0.8)
     # a ratio that overflows is null in the file, and still the largest of all
     for name, rows in (("own", own), ("other", other)):
         rows[-1].per_item[3] = math.inf
         write_records(tmp_path / name, rows)
-    kept = figures(read_records(tmp_path / "own"), read_records(tmp_path / "other"))
+    kept = cell_figures(read_records(tmp_path / "own"), read_records(tmp_path / "other"))
     assert kept["distance"] == pytest.approx(stats.ks_2samp(own[-1].per_item, other[-1].per_item).statistic)
     strange = [Record("x", "forget_truth_ratio", 0.5, 2, per_item=[1.0], extra={"fingerprint": "other"})]
     with pytest.raises(UserError, match="other rows"):
-        figures(own, strange)
+        cell_figures(own, strange)
 
 
 # ---- what is run
@@ -231,7 +232,7 @@ def test_every_method_has_the_same_budget_and_the_grid_scales_its_own_rates(data
         epochs=[1, 2],
         settings={"mine": {"method": "lora_gd", "adapter": {"r": 2}}, "other": {"method": "npo"}, "ga": {"beta": 2}},
     )
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     assert {len([c for seeds in by.values() for c in seeds.values()]) for by in made.grid.values()} == {8}
     assert len(made.searched(wanted)) == 3 * 2 * 8
     once = wanted.model_copy(update={"search_seeds": 1})
@@ -250,7 +251,7 @@ def test_every_method_has_the_same_budget_and_the_grid_scales_its_own_rates(data
 
 def test_a_cell_is_known_by_what_decides_it(data, tmp_path, monkeypatch):
     def keys(**changes):
-        return {c.key for c in cells_of(plan.plan(settings(data, tmp_path / "o", **changes), tmp_path / "o"))}
+        return {c.key for c in cells_of(plan.lay_out(settings(data, tmp_path / "o", **changes), tmp_path / "o"))}
 
     first = keys()
     assert keys() == first == keys(keep=True, workers=3)
@@ -283,11 +284,18 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
         "training/run.py",
         "methods/objectives/likelihood.py",
         "models/scoring.py",
-        "metrics.py",
-        "evaluation/tofu.py",
+        "metrics/likelihood.py",
+        "evaluation/tofu/measuring.py",
         "adapter/layer.py",
     } <= set(read)
-    assert not {"cli.py", "comparison/plan.py", "comparison/table.py", "demo.py", "report/page.py"} & set(read)
+    assert not {
+        "cli.py",
+        "comparison/plan.py",
+        "comparison/choice.py",
+        "comparison/table.py",
+        "demo.py",
+        "report/page.py",
+    } & set(read)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +340,7 @@ def test_a_retrained_model_that_is_the_original_is_refused(data, tmp_path, monke
 def test_a_hub_that_does_not_answer_is_said_at_once(data, tmp_path, monkeypatch):
     monkeypatch.setattr(plan.Subject, "identity", lambda self: {"weights": "unknown"})
     with pytest.raises(UserError, match=r"No model at owner/name: .*does not answer"):
-        plan.plan(settings(data, tmp_path, model="owner/name"), tmp_path)
+        plan.lay_out(settings(data, tmp_path, model="owner/name"), tmp_path)
 
 
 def test_from_the_command_line(data, tmp_path, capsys):
@@ -351,16 +359,16 @@ def test_from_the_command_line(data, tmp_path, capsys):
 
 def test_the_choice_reads_validation_rows_and_the_table_test_rows(data, tmp_path):
     wanted = settings(data, tmp_path, rates=[0.3, 1.0, 3.0], utility_floor=0.3)
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     write_all(tmp_path, made)
     chosen = choices(wanted, made, tmp_path)
-    rows = rows_of(wanted, made, chosen, tmp_path)
+    rows = table_rows(wanted, made, chosen, tmp_path)
     poison = np.random.default_rng(99)
     for cell in cells_of(made):
         write_cell(tmp_path, cell, poison, parts=["test"])
     assert choices(wanted, made, tmp_path) == chosen
-    assert rows_of(wanted, made, chosen, tmp_path) != rows
-    rows = rows_of(wanted, made, chosen, tmp_path)
+    assert table_rows(wanted, made, chosen, tmp_path) != rows
+    rows = table_rows(wanted, made, chosen, tmp_path)
     changed = False
     for seed in range(5):
         poison = np.random.default_rng(100 + seed)
@@ -368,17 +376,17 @@ def test_the_choice_reads_validation_rows_and_the_table_test_rows(data, tmp_path
             write_cell(tmp_path, cell, poison, parts=["validation"])
         other = choices(wanted, made, tmp_path)
         changed = changed or {k: c.setting for k, c in other.items()} != {k: c.setting for k, c in chosen.items()}
-        assert rows_of(wanted, made, chosen, tmp_path) == rows
+        assert table_rows(wanted, made, chosen, tmp_path) == rows
     assert changed
 
 
 def test_a_choice_at_the_end_of_the_grid_is_marked(data, tmp_path):
     wanted = settings(data, tmp_path, rates=[1.0, 0.3, 3.0], epochs=[2.0], methods=["npo"], splits=["forget10"])
     for rate, shown in ((0.3, "0.3 (lowest)"), (1.0, "1"), (3.0, "3 (highest)")):
-        searched = [table.Searched(r, 2.0, 0.5, 0.5) for r in wanted.rates]
-        choice = table.Choice((rate, 2.0), True, 0.5, 0.5, 3, 3, searched)
-        rows = [table.Row("npo", "forget10", 1, {}, {}, choice)]
-        costs = table.described(wanted, rows, {"forget10": dict.fromkeys(PARTS, 1)}).costs
+        searched = [choice.Searched(r, 2.0, 0.5, 0.5) for r in wanted.rates]
+        made = choice.Choice((rate, 2.0), True, 0.5, 0.5, 3, 3, searched)
+        rows = [table.TableRow("npo", "forget10", 1, {}, {}, made)]
+        costs = words.described(wanted, rows, {"forget10": dict.fromkeys(PARTS, 1)}).costs
         assert costs[1][costs[0].index("chosen: rate ×")] == shown
         assert costs[1][costs[0].index("epochs")] == "2"
 
@@ -412,12 +420,12 @@ def test_a_choice_at_the_end_of_the_grid_is_marked(data, tmp_path):
 def test_the_search_goes_on_where_it_points(scores, expected):
     candidates = {(rate, 2.0): score for rate, score in scores.items() if score is not None}
     for order in itertools.permutations(scores):
-        assert table.next_rate(candidates, [(rate, 2.0) for rate in order], 1.0, 0.95) == (expected, 2.0)
+        assert choice.next_rate(candidates, [(rate, 2.0) for rate in order], 1.0, 0.95) == (expected, 2.0)
 
 
 def test_all_that_a_search_found_can_be_looked_at(data, tmp_path, monkeypatch):
     wanted = settings(data, tmp_path, seeds=[0, 1], rates=[3.0, 0.3], epochs=[1, 2])
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     write_all(tmp_path, made)
     write_cell(tmp_path, made.grid["npo", ("forget10",)][0.3, 2.0][1], None, status="failed")
     monkeypatch.setattr(cells, "run_cells", lambda *_: iter(()))
@@ -440,7 +448,7 @@ def test_all_that_a_search_found_can_be_looked_at(data, tmp_path, monkeypatch):
             continue
         scores = []
         for cell in made.grid[line["method"], ("forget10",)][setting].values():
-            own = figures(read_records(tmp_path / "cells" / cell.key / "validation-forget10.json"), twin)
+            own = cell_figures(read_records(tmp_path / "cells" / cell.key / "validation-forget10.json"), twin)
             scores.append((1 - own["distance"], own["model_utility"]))
         means = [sum(each) / 2 for each in zip(*scores, strict=True)]
         assert [float(line["forgetting"]), float(line["utility"])] == pytest.approx(means)
@@ -449,13 +457,13 @@ def test_all_that_a_search_found_can_be_looked_at(data, tmp_path, monkeypatch):
 
 def test_the_search_goes_on_with_the_best_length():
     candidates = {(0.1, 2.0): (0.2, 1.0), (0.2, 2.0): (0.3, 1.0), (0.1, 5.0): (0.4, 1.0), (0.3, 5.0): (0.5, 1.0)}
-    assert table.next_rate(candidates, list(candidates), 1.0, 0.95) == (0.9, 5.0)
+    assert choice.next_rate(candidates, list(candidates), 1.0, 0.95) == (0.9, 5.0)
     # three digits tell no more rates apart
-    assert table.next_rate({(1.0, 1.0): (0.5, 1.0), (1.01, 1.0): (0.4, 1.0)}, [(1.0, 1.0), (1.01, 1.0)], 1, 0.9) == (
+    assert choice.next_rate({(1.0, 1.0): (0.5, 1.0), (1.01, 1.0): (0.4, 1.0)}, [(1.0, 1.0), (1.01, 1.0)], 1, 0.9) == (
         *(0.99, 1.0),
     )
     narrow = {(1.0, 1.0): (0.4, 1.0), (1.01, 1.0): (0.5, 1.0), (1.02, 1.0): (0.3, 1.0)}
-    assert table.next_rate(narrow, list(narrow), 1.0, 0.9) is None
+    assert choice.next_rate(narrow, list(narrow), 1.0, 0.9) is None
 
 
 def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(data, tmp_path, monkeypatch, capsys):
@@ -502,7 +510,7 @@ def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(
 
 def test_the_table_is_that_of_a_loop_over_the_records(data, tmp_path, monkeypatch, capsys):
     wanted = settings(data, tmp_path, seeds=[0, 1, 2], search_seeds=2, splits=["forget10", "forget05"])
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     write_all(tmp_path, made)
     monkeypatch.setattr(cells, "run_cells", lambda *_: iter(()))
     rows = {(row.name, row.split): row for row in compare.compare(wanted)}
@@ -546,7 +554,7 @@ def test_the_table_is_that_of_a_loop_over_the_records(data, tmp_path, monkeypatc
     assert shown in text
     assert "2 settings" in text
     assert "seeds searched: 0, 1." in text
-    assert table.CRITERIA["rouge"] in text
+    assert choice.CRITERIA["rouge"] in text
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "compare.json").read_text())["settings"]["seeds"] == [0, 1, 2]
     assert "table.md" in capsys.readouterr().out
@@ -586,25 +594,25 @@ def test_a_name_without_room_is_left_out(tmp_path):
 
 def test_dominated_rows_are_marked_among_the_methods_of_a_split_only(data, tmp_path):
     wanted = settings(data, tmp_path, rates=[1.0])
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     for seed in range(30):
         write_all(tmp_path, made, seed)
         chosen = choices(wanted, made, tmp_path)
-        rows = {row.name: row for row in rows_of(wanted, made, chosen, tmp_path)}
+        rows = {row.name: row for row in table_rows(wanted, made, chosen, tmp_path)}
         a, b = ((rows[n].mean["forget_quality"], rows[n].mean["model_utility"]) for n in ("graddiff", "npo"))
         assert rows["graddiff"].dominated == (b[0] >= a[0] and b[1] >= a[1] and a != b)
         assert not rows["original"].dominated
-        said = table.described(wanted, list(rows.values()), {"forget10": {"validation": 1, "test": 2}})
+        said = words.described(wanted, list(rows.values()), {"forget10": {"validation": 1, "test": 2}})
         marked = {said.results[i][0] for i, _ in said.best}
         assert marked == {name for name in ("graddiff", "npo") if not rows[name].dominated}
-        line = next(line for line in table.markdown(said).splitlines() if line.startswith("| npo | "))
+        line = next(line for line in words.markdown(said).splitlines() if line.startswith("| npo | "))
         assert ("**" in line) == (not rows["npo"].dominated)
         assert line.split("|")[3].strip().strip("*") == f"{b[1]:.3f}"
 
 
 def test_a_failed_cell_is_named_and_does_not_stop_the_rest(data, tmp_path, monkeypatch):
     wanted = settings(data, tmp_path, seeds=[0, 1])
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     write_all(tmp_path, made)
     monkeypatch.setattr(cells, "run_cells", lambda *_: iter(()))
     best = {row.name: row.choice.setting for row in compare.compare(wanted) if row.choice}
@@ -629,9 +637,9 @@ def test_a_failed_cell_is_named_and_does_not_stop_the_rest(data, tmp_path, monke
 
 def test_what_a_split_is_judged_by(data, tmp_path):
     wanted = settings(data, tmp_path, retrained={"forget10": "r"})
-    assert [table.criterion(wanted, s) for s in ("forget10", "forget05")] == ["retrained", "rouge"]
-    assert table.criterion(wanted.model_copy(update={"holdout": "h"}), "forget05") == "holdout"
-    assert table.criterion(wanted.model_copy(update={"retrained": Retrained()}), "forget10") == "rouge"
+    assert [choice.criterion(wanted, s) for s in ("forget10", "forget05")] == ["retrained", "rouge"]
+    assert choice.criterion(wanted.model_copy(update={"holdout": "h"}), "forget05") == "holdout"
+    assert choice.criterion(wanted.model_copy(update={"retrained": Retrained()}), "forget10") == "rouge"
 
 
 class Page(HTMLParser):
@@ -678,12 +686,12 @@ def test_the_page_shows_what_the_table_shows(data, tmp_path, monkeypatch):
         settings={name: {"method": "simnpo"}},
         splits=["forget05", "forget10"],
     )
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     for seed in range(3):
         write_all(tmp_path, made, seed)
         write_cell(tmp_path, made.grid["npo", ("forget05",)][1.0, 1.0][0], None, status="failed")
         rows = compare.compare(wanted)
-        said = table.described(wanted, rows, {split: {"validation": 1, "test": 2} for split in wanted.splits})
+        said = words.described(wanted, rows, {split: {"validation": 1, "test": 2} for split in wanted.splits})
         text = (tmp_path / "report.html").read_text()
         page = Page(text)
         assert not page.open
@@ -692,7 +700,7 @@ def test_the_page_shows_what_the_table_shows(data, tmp_path, monkeypatch):
         assert page.tables[0][3][0] == name
         assert page.strong == {(0, *place) for place in said.best}
         by = {(row.name, row.split): row for row in rows}
-        better = {(said.results[i][0], wanted.splits[(j - 1) // len(table.FIGURES)]) for i, j in said.best}
+        better = {(said.results[i][0], wanted.splits[(j - 1) // len(choice.FIGURES)]) for i, j in said.best}
         assert all(said.results[0][j].endswith(": utility") for _, j in said.best)
         assert better == {key for key, row in by.items() if row.choice and not row.dominated}
         [image] = page.images
@@ -710,7 +718,7 @@ def test_the_page_shows_what_the_table_shows(data, tmp_path, monkeypatch):
 
 def test_notes_name_what_is_missing_and_nothing_else(data, tmp_path):
     wanted = settings(data, tmp_path, methods=["npo"], seeds=[0, 1], search_seeds=1)
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     write_all(tmp_path, made)
     chosen = choices(wanted, made, tmp_path)
     [choice] = chosen.values()
@@ -718,7 +726,7 @@ def test_notes_name_what_is_missing_and_nothing_else(data, tmp_path):
     other = next(setting for setting in by if setting != choice.setting)
 
     def notes():
-        return next(row.notes for row in rows_of(wanted, made, chosen, tmp_path) if row.name == "npo")
+        return next(row.notes for row in table_rows(wanted, made, chosen, tmp_path) if row.name == "npo")
 
     # what nobody asks for may be missing: test rows of the other setting, validation rows of a seed beside the search
     (tmp_path / "cells" / by[other][0].key / "test-forget10.json").unlink()
@@ -735,13 +743,13 @@ def test_notes_name_what_is_missing_and_nothing_else(data, tmp_path):
 
 def test_a_failure_on_test_rows_does_not_change_the_choice(data, tmp_path):
     wanted = settings(data, tmp_path)
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     write_all(tmp_path, made)
     chosen = choices(wanted, made, tmp_path)
     cell = made.grid["npo", ("forget10",)][chosen["npo", ("forget10",)].setting][0]
     write_cell(tmp_path, cell, None, status="failed", parts=["test"])
     assert choices(wanted, made, tmp_path) == chosen
-    row = next(row for row in rows_of(wanted, made, chosen, tmp_path) if row.name == "npo")
+    row = next(row for row in table_rows(wanted, made, chosen, tmp_path) if row.name == "npo")
     assert row.seeds == 0
     assert len(row.notes) == 1
 
@@ -773,7 +781,7 @@ def test_only_the_chosen_cells_meet_test_rows_and_no_weights_are_left(data, tmp_
     log = []
     monkeypatch.setattr(cells, "run_cells", played(log))
     wanted = settings(data, tmp_path, rates=[0.3, 1.0, 3.0], seeds=[0, 1], search_seeds=1, utility_floor=0.0)
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
 
     def check(rows):
         best = {row.name: row.choice.setting for row in rows if row.choice}
@@ -796,7 +804,9 @@ def test_only_the_chosen_cells_meet_test_rows_and_no_weights_are_left(data, tmp_
     assert check(compare.compare(wanted)) == best
     assert log == []
     # another rule chooses other cells, whose weights are gone: they are trained once more, and nothing else is
-    monkeypatch.setattr(table, "choose", lambda candidates, *_: (min(set(candidates) - set(best.values())), True))
+    monkeypatch.setattr(
+        choice, "best_setting", lambda candidates, *_: (min(set(candidates) - set(best.values())), True)
+    )
     rows = compare.compare(wanted)
     assert all((parts, there) == (("test",), False) for _, parts, there in log)
     assert {(cell.name, cell.setting) for cell, *_ in log} == {(r.name, r.choice.setting) for r in rows if r.choice}
@@ -809,7 +819,7 @@ def test_weights_stay_where_they_are_asked_for_or_needed(data, tmp_path, monkeyp
     monkeypatch.setattr(cells, "run_cells", played(log))
     wanted = settings(data, tmp_path / "kept", keep=True)
     compare.compare(wanted)
-    made = plan.plan(wanted, tmp_path / "kept")
+    made = plan.lay_out(wanted, tmp_path / "kept")
     assert all((tmp_path / "kept" / "cells" / cell.key / "stage0").is_dir() for cell in runs_of(made))
 
     def killed(out, jobs, *rest):
@@ -823,7 +833,7 @@ def test_weights_stay_where_they_are_asked_for_or_needed(data, tmp_path, monkeyp
     monkeypatch.setattr(cells, "run_cells", killed)
     wanted = settings(data, tmp_path / "cut", methods=["npo"])
     rows = {row.name: row for row in compare.compare(wanted)}
-    by = plan.plan(wanted, tmp_path / "cut").grid["npo", ("forget10",)]
+    by = plan.lay_out(wanted, tmp_path / "cut").grid["npo", ("forget10",)]
     left = {s: (tmp_path / "cut" / "cells" / cells_[0].key / "stage0").is_dir() for s, cells_ in by.items()}
     assert left == {setting: setting == rows["npo"].choice.setting for setting in by}
     assert "not finished" in (tmp_path / "cut" / "table.md").read_text()
@@ -834,7 +844,7 @@ def test_without_running_the_tables_are_those_of_what_has_finished(data, tmp_pat
     wanted = settings(data, tmp_path, run=False)
     with pytest.raises(UserError, match=r"The table needs original forget10, .* without --no-run"):
         compare.compare(wanted)
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     generator = np.random.default_rng(0)
     for cell in [*made.models.values(), *made.grid["npo", ("forget10",)][1.0, 1.0].values()]:
         write_cell(tmp_path, cell, generator)
@@ -875,10 +885,10 @@ def test_without_running_the_tables_are_those_of_what_has_finished(data, tmp_pat
 )
 def test_a_chain_takes_what_can_go_on_from_its_own_result(data, tmp_path, own, says):
     wanted = settings(data, tmp_path, methods=["m"], settings={"m": {"method": "alter"} | own}, retrained={})
-    plan.plan(wanted, tmp_path)
+    plan.lay_out(wanted, tmp_path)
     wanted = wanted.model_copy(update={"splits": ["forget05", "forget10"], "continual": True})
     with pytest.raises(UserError, match=f"Method m.*{says}"):
-        plan.plan(wanted, tmp_path)
+        plan.lay_out(wanted, tmp_path)
 
 
 def test_a_chain_goes_from_small_to_large_on_the_rows_that_are_new(data, tmp_path):
@@ -896,7 +906,7 @@ def test_a_chain_goes_from_small_to_large_on_the_rows_that_are_new(data, tmp_pat
         epochs=[0.1],
         retrained={},
     )
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     assert {key[1] for key in made.grid} == {tuple(chain)}
     stages = runs_of(made)[0].spec["stages"]
     assert [stage["split"] for stage in stages] == chain
@@ -911,7 +921,7 @@ def test_a_chain_goes_from_small_to_large_on_the_rows_that_are_new(data, tmp_pat
         assert stage["run"]["epochs"] == pytest.approx(50 * stage["run"]["batch_size"] / len(rows))
         before += rows
     # each split alone is another run
-    alone = plan.plan(wanted.model_copy(update={"continual": False}), tmp_path)
+    alone = plan.lay_out(wanted.model_copy(update={"continual": False}), tmp_path)
     assert not {c.key for c in runs_of(alone)} & {c.key for c in runs_of(made)}
     assert {c.key for c in alone.models.values()} == {c.key for c in made.models.values()}
 
@@ -926,7 +936,7 @@ def test_a_split_without_new_rows_is_no_stage(data, tmp_path):
         *(data, tmp_path / "o"), data=str(tmp_path), splits=["forget05", "forget10"], continual=True, retrained={}
     )
     with pytest.raises(UserError, match="forget10 has no row that the splits before it have not"):
-        plan.plan(wanted, tmp_path / "o")
+        plan.lay_out(wanted, tmp_path / "o")
 
 
 def test_least_steps_pass_over_small_forget_sets_more_often(data, tmp_path):
@@ -966,7 +976,7 @@ for part in sys.argv[2:]:
 
 def small(monkeypatch):
     monkeypatch.setattr(
-        cells, "command", lambda folder, parts: [sys.executable, "-S", "-c", SCRIPT, str(folder), *parts]
+        cells, "command_line", lambda folder, parts: [sys.executable, "-S", "-c", SCRIPT, str(folder), *parts]
     )
 
 
@@ -1054,7 +1064,7 @@ def test_each_worker_has_its_share_of_the_threads_and_a_gpu(tmp_path, monkeypatc
         patch.setattr(torch.cuda, "device_count", lambda: 0)
         assert cells.gpus(None) == []
     see = "import os,sys;open(sys.argv[1]+'/cell.json','w').write('{\"status\":\"done\",\"gpu\":\"'+os.environ['CUDA_VISIBLE_DEVICES']+'\"}')"
-    monkeypatch.setattr(cells, "command", lambda folder, _: [sys.executable, "-S", "-c", see, str(folder)])
+    monkeypatch.setattr(cells, "command_line", lambda folder, _: [sys.executable, "-S", "-c", see, str(folder)])
     lock = hold(tmp_path)
     jobs = plain_jobs(4, parts=())
     assert [why for _, why in run_cells(tmp_path, jobs, 2, ["2", "GPU-5"], lock)] == [""] * 4
@@ -1068,7 +1078,7 @@ def test_each_worker_has_its_share_of_the_threads_and_a_gpu(tmp_path, monkeypatc
 @pytest.fixture
 def short(monkeypatch):
     """Replies of a few tokens: what they say does not matter here."""
-    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 4)
 
 
 def run_work(out, cell, parts=PARTS):
@@ -1080,7 +1090,7 @@ def run_work(out, cell, parts=PARTS):
 
 
 def only_cell(wanted, out):
-    [cell] = runs_of(plan.plan(wanted, out))
+    [cell] = runs_of(plan.lay_out(wanted, out))
     return cell
 
 
@@ -1092,7 +1102,7 @@ def test_a_cell_unlearns_evaluates_both_parts_and_leaves_no_weights(data, tmp_pa
     wanted = settings(
         data, tmp_path, methods=["graddiff", "lora_gd"], rates=[1.0], epochs=[0.01], least_steps=3, common={}, limit=4
     )
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     for cell in runs_of(made):
         folder, found = run_work(tmp_path, cell)
         assert found["status"] == "done"
@@ -1104,7 +1114,7 @@ def test_a_cell_unlearns_evaluates_both_parts_and_leaves_no_weights(data, tmp_pa
         [record] = [r for r in read_records(folder / "test-forget10.json") if r.metric == "model_utility"]
         assert (record.provenance["seed"], "torch" in record.provenance["versions"]) == (0, True)
     wanted = wanted.model_copy(update={"limit": None})
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     folder, found = run_work(tmp_path, made.models["original", "forget10"])
     assert (found["status"], found["stages"]) == ("done", [])
     parts = {part: {r.metric: r for r in read_records(folder / f"{part}-forget10.json")} for part in PARTS}
@@ -1113,14 +1123,14 @@ def test_a_cell_unlearns_evaluates_both_parts_and_leaves_no_weights(data, tmp_pa
     assert parts["test"]["forget_rouge"].extra["data"] == "test"
     unseen = [{"question": f"New {i}?", "answer": f"N{i}."} for i in range(6)]
     wanted = settings(data, tmp_path, holdout=str(write_jsonl(tmp_path / "unseen.jsonl", unseen)), retrained={})
-    made = plan.plan(wanted, tmp_path)
+    made = plan.lay_out(wanted, tmp_path)
     folder, found = run_work(tmp_path, made.models["original", "forget10"])
     attack = {
         part: {r.metric: r for r in read_records(folder / f"{part}-forget10.json")}["mia_min_k"] for part in parts
     }
     assert sum(len(record.extra["scores"]["holdout"]) for record in attack.values()) == 6
-    own = figures(read_records(folder / "test-forget10.json"), None)
-    assert table.forgetting(own, "holdout") == pytest.approx(1 - abs(2 * attack["test"].value - 1))
+    own = cell_figures(read_records(folder / "test-forget10.json"), None)
+    assert choice.forgetting(own, "holdout") == pytest.approx(1 - abs(2 * attack["test"].value - 1))
 
 
 def test_a_run_that_diverges_is_a_failed_cell(data, tmp_path):
@@ -1135,10 +1145,10 @@ def test_a_run_that_diverges_is_a_failed_cell(data, tmp_path):
 
 def test_figures_that_are_no_numbers_are_a_failed_cell(data, tmp_path, monkeypatch):
     wanted = settings(data, tmp_path)
-    cell = plan.plan(wanted, tmp_path).models["original", "forget10"]
+    cell = plan.lay_out(wanted, tmp_path).models["original", "forget10"]
 
     def broken(*arguments, **named):
-        result = tofu.tofu_metrics(*arguments, **named, which=["likelihood"])
+        result = measuring.tofu_metrics(*arguments, **named, which=["likelihood"])
         result.sets["forget"].truth_ratio[0] = math.nan
         return result
 
@@ -1196,7 +1206,7 @@ def test_a_cell_killed_anywhere_ends_with_the_same_numbers(data, tmp_path, monke
 
     def quick(network, tokenizer, split, *rest, **named):
         splits.append(split)
-        return tofu.tofu_metrics(network, tokenizer, split, *rest, **named, which=["likelihood"])
+        return measuring.tofu_metrics(network, tokenizer, split, *rest, **named, which=["likelihood"])
 
     monkeypatch.setattr(cells, "tofu_metrics", quick)
     wanted = chain_of(data, tmp_path / "whole", "lora_gd")
@@ -1223,7 +1233,7 @@ def test_a_cell_killed_anywhere_ends_with_the_same_numbers(data, tmp_path, monke
     both = ["stage0", "stage1"]
     again("evaluation", [], cells, "tofu_metrics")
     again("costs", both, cells, "write_atomic", when=lambda path, _: path.name == "run0.json")
-    again("chain", ["stage1"], cells, "start", when=lambda folder, spec, place: place == 1)
+    again("chain", ["stage1"], cells, "start_from", when=lambda folder, spec, place: place == 1)
 
     def half(model, folder, name, tokenizer):
         (folder / f".{name}.partial").mkdir()
@@ -1281,7 +1291,7 @@ def test_measuring_test_rows_later_is_measuring_them_at_once(data, tmp_path, mon
 
 def chain(data, out, method, monkeypatch, steps=2, **own):
     """Train a chain and measure validation rows; its folder, with the weights, and the settings of both runs."""
-    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 1)
+    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 1)
     cell = only_cell(chain_of(data, out, method, steps, own=own), out)
     folder, found = run_work(out, cell, ["validation"])
     assert found["status"] == "done", found["reason"]
@@ -1401,7 +1411,7 @@ def test_a_chain_of_full_weights_goes_on_with_them(data, tmp_path, monkeypatch):
 def test_killed_with_its_parent_and_resumed_to_the_end(data, tmp_path):
     out = tmp_path / "out"
     wanted = settings(data, out, methods=["lora_gd"], workers=2, limit=2, retrained={})
-    made = plan.plan(wanted, out)
+    made = plan.lay_out(wanted, out)
     text = wanted.model_dump_json(exclude={"settings"})
     code = f"import json; from alter.comparison.run import *; compare(Compare.model_validate(json.loads({text!r})))"
     line = [sys.executable, "-c", code]

@@ -13,9 +13,22 @@ from safetensors.torch import load_file
 
 from alter.core.errors import UserError
 from alter.evaluation.verdict import Measures, Verdict
-from alter.requests import commands, work
+from alter.requests import commands, concluding, connection, versions, work
 from alter.requests import store as store_module
-from alter.requests.commands import Add, Export, Init, Revoke, Run, Verify, add, export, init, revoke, run, verify
+from alter.requests.commands import (
+    Add,
+    Export,
+    Init,
+    Revoke,
+    RunRequests,
+    Verify,
+    add,
+    export,
+    init,
+    revoke,
+    run,
+    verify,
+)
 from alter.requests.project import Project
 from alter.requests.store import Store
 from alter.training.run import unlearn
@@ -76,10 +89,10 @@ def quick(made, monkeypatch):
         monkeypatch.setattr(commands, name, lambda *args: None)
     monkeypatch.setattr(commands, "Console", lambda: Mock())
     monkeypatch.setattr(work, "provenance", dict)
-    monkeypatch.setattr(work, "judge", lambda *args, **kwargs: Verdict("forgotten", ("As said.",)))
+    monkeypatch.setattr(concluding, "judge", lambda *args, **kwargs: Verdict("forgotten", ("As said.",)))
     # nothing is cut off from power here
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr(store_module, "_durable", lambda c, _: c.execute("PRAGMA synchronous=OFF"))
+    monkeypatch.setattr(connection, "_durable", lambda c, _: c.execute("PRAGMA synchronous=OFF"))
     # a killed process is this one here, and lives
     monkeypatch.setattr(store_module, "_alive", lambda row: False)
 
@@ -130,7 +143,7 @@ def check(url, place, states, fault):
     assert left_behind(place) == [], fault
     assert tuple(request.state for request in store.requests()) in states, fault
     project = project_of(url)
-    inside = work.manifest(project)
+    inside = versions.manifest(project)
     held = {request.name for request in store.requests("forgotten")}
     alive = {name for expert, name in inside["experts"].items() if int(expert) not in inside["cleared"]}
     assert held == alive, fault
@@ -161,7 +174,7 @@ def place(data, tmp_path, quick):
     folder.mkdir()
     url = begin(data, folder)
     shutil.copytree(folder, tmp_path / "before", symlinks=True)
-    run(Run(db=url, id=["1"]))
+    run(RunRequests(db=url, id=["1"]))
     shutil.copytree(folder, tmp_path / "after", symlinks=True)
     return folder, url, tmp_path
 
@@ -180,10 +193,10 @@ def test_every_write_of_a_request_run(place, every, number):
     }[number]
     failed = ("failed", "received") if number == "1" else ("forgotten", "failed")
     template = tmp_path / ("before" if number == "1" else "after")
-    for fault in each(template, folder, lambda: run(Run(db=url, id=[number])), every):
+    for fault in each(template, folder, lambda: run(RunRequests(db=url, id=[number])), every):
         check(url, folder, [held, failed, done], fault)
         if Store.open(url).get(int(number)).state != "forgotten":
-            run(Run(db=url, id=[number]))
+            run(RunRequests(db=url, id=[number]))
             check(url, folder, [done], fault)
 
 

@@ -20,7 +20,8 @@ from alter.data.examples import check_overlap, load_examples
 from alter.data.subjects import rows_about
 from alter.evaluation.others import people
 from alter.evaluation.verdict import Measures, judge
-from alter.requests.store import Store, check_due, parse_id
+from alter.requests.records import check_due, parse_id
+from alter.requests.store import Store
 from alter.training.settings import Unlearn
 from pico import byte_tokenizer
 

@@ -15,8 +15,10 @@ from alter import AlterConfig, metrics
 from alter.cli import main
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.evaluation import harness
-from alter.evaluation.harness import LmEvalEvaluation, MmluEvaluation, WmdpEvaluation, harness_model, local_task
+from alter.evaluation.harness import files as local
+from alter.evaluation.harness.benchmarks import HAZARDS, LmEvalEvaluation, MmluEvaluation, WmdpEvaluation
+from alter.evaluation.harness.files import local_task
+from alter.evaluation.harness.model import harness_model
 from alter.models.scoring import score
 from pico import byte_tokenizer, pico, save_pico
 
@@ -141,10 +143,10 @@ def test_prompts_and_tasks_are_those_that_the_harness_ships():
     shipped = Path(lm_eval.tasks.__file__).parent
     for name in ("wmdp/_default_template_yaml", "mmlu/default/_default_template_yaml"):
         template = yaml.safe_load((shipped / name).read_text())
-        assert {key: template[key] for key in harness.PROMPT} == harness.PROMPT
-    for subject, about in harness.HAZARDS.items():
+        assert {key: template[key] for key in local.PROMPT} == local.PROMPT
+    for subject, about in HAZARDS.items():
         own = yaml.safe_load((shipped / f"wmdp/wmdp_{subject}.yaml").read_text())
-        assert own["description"] == harness.DESCRIPTION.format(about)
+        assert own["description"] == local.DESCRIPTION.format(about)
     subjects = sorted((shipped / "mmlu/default").glob("mmlu_*.yaml"))
     assert len(subjects) == 57
     for path in subjects:
@@ -170,7 +172,7 @@ def test_numbers_are_those_of_the_harness_itself(monkeypatch, plain, tokenizer, 
     np.testing.assert_allclose(records["mmlu_choice_mass"].per_item, np.exp(theirs).sum(1), rtol=1e-5)
     assert records["mmlu_answer_entropy"].per_item == theirs.argmax(1).tolist()
     if not shots:
-        texts = prompts(harness.questions(files["test"]), "high school stones")
+        texts = prompts(local.questions(files["test"]), "high school stones")
         assert [sample["arguments"][0][0] for sample in samples] == texts
         np.testing.assert_allclose(theirs, naive_letters(plain, tokenizer, texts), atol=1e-4)
 
@@ -364,9 +366,9 @@ def test_every_file_form_gives_the_same_questions(tmp_path):
     content = rows(3, 9)
     expected = [{**row} for row in content]
     names = ("a.csv", "b.json", "c.jsonl", "d.parquet")
-    assert all(harness.questions(write(tmp_path / name, content)) == expected for name in names)
+    assert all(local.questions(write(tmp_path / name, content)) == expected for name in names)
     (tmp_path / "e.csv").write_text('question,choices,answer\nq,"[""1"", ""2"", ""3"", ""4""]",3\n')
-    assert harness.questions(tmp_path / "e.csv") == [{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 3}]
+    assert local.questions(tmp_path / "e.csv") == [{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 3}]
 
 
 def test_names_of_files_give_subjects(tmp_path):
@@ -377,17 +379,17 @@ def test_names_of_files_give_subjects(tmp_path):
     )  # fmt: skip
     for name in names:
         (tmp_path / name).write_text("")
-    found = harness.local_files(str(tmp_path))
+    found = local.local_files(str(tmp_path))
     assert {subject: sorted(files) for subject, files in found.items()} == {
         "bio": ["test"],
         "us_law": ["dev", "test", "val"],
         "cyber": ["test"],
     }
-    one = harness.local_files(str(tmp_path / "us_law_test.csv"))
+    one = local.local_files(str(tmp_path / "us_law_test.csv"))
     assert {subject: sorted(files) for subject, files in one.items()} == {"us_law": ["dev", "test"]}
     (tmp_path / "bio.csv").write_text("")
     with pytest.raises(UserError, match="Two files hold the test questions of 'bio'"):
-        harness.local_files(str(tmp_path))
+        local.local_files(str(tmp_path))
 
 
 # ---- bad input
@@ -411,7 +413,7 @@ def test_names_of_files_give_subjects(tmp_path):
 def test_a_bad_row_is_named(tmp_path, row, says):
     path = write(tmp_path / "q.jsonl", [*rows(1), row])
     with pytest.raises(UserError, match=says):
-        harness.questions(path)
+        local.questions(path)
 
 
 def test_bad_files_and_names(tmp_path, folder):
@@ -425,7 +427,7 @@ def test_bad_files_and_names(tmp_path, folder):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError, match=says):
-            harness.questions(path)
+            local.questions(path)
     with pytest.raises(UserError, match=r"No file or folder at hup.* Did you mean 'hub'"):
         evaluation(data="hup").data_digest()
     (tmp_path / "empty").mkdir()

@@ -38,7 +38,7 @@ LAYERS = {
         "exporting",
     },
     "report": {"core", "metrics", "data", "reporting", "evaluation", "attacks", "requests", "training"},
-    "serving": {"core", "logits", "data", "adapter", "models", "requests"},
+    "serving": {"core", "logits", "data", "adapter", "models", "evaluation", "requests"},
     "demo": {"core", "evaluation", "models", "training"},
     "cli": {"core"},
     "api": {"core", "distillation", "methods", "adapter", "models", "training", "evaluation", "attacks", "comparison"},

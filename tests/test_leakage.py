@@ -221,7 +221,7 @@ def test_settings_say_what_cannot_be_estimated():
 
 
 def test_the_command_line_takes_the_group(capsys):
-    from alter.evaluation.tofu import TofuEvaluation
+    from alter.evaluation.tofu.benchmark import TofuEvaluation
 
     given = [
         "--model",

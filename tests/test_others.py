@@ -2,8 +2,8 @@
 
 import pytest
 
+from alter.evaluation.closing import others_named
 from alter.evaluation.others import count, names_other, people
-from alter.evaluation.rows import others_named
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,12 @@ from alter.core.provenance import provenance
 from alter.core.records import Record, write_records
 from alter.methods import frozen
 from alter.methods.frozen import Frozen, Row
-from alter.report import page
-from alter.report.page import Report, Run, routed, shares, spread, verdict, worst
+from alter.report import page, samples, summary
+from alter.report.runs import Reported, read, read_run
+from alter.report.samples import evenly, worst
+from alter.report.settings import Report
+from alter.report.tokens import routed, shares
+from alter.report.verdict import verdict
 from alter.reporting import markup
 from alter.reporting.markup import Html, common, marked, tag, text, ticks
 from alter.requests.store import Store
@@ -244,10 +248,10 @@ def test_ticks_are_round_and_cover_the_range(low, high):
 
 
 def test_samples_are_spread_and_the_worst_are_shown_too():
-    assert spread(400, 4) == [0, 100, 200, 300]
-    assert spread(3, 8) == [0, 1, 2]
-    assert spread(5, 0) == spread(0, 5) == []
-    found = [page.Sample("q", "t", {"unlearned": ("a", value)}) for value in (0.1, 0.9, math.nan, 0.9, 0.5, 0.0)]
+    assert evenly(400, 4) == [0, 100, 200, 300]
+    assert evenly(3, 8) == [0, 1, 2]
+    assert evenly(5, 0) == evenly(0, 5) == []
+    found = [samples.Sample("q", "t", {"unlearned": ("a", value)}) for value in (0.1, 0.9, math.nan, 0.9, 0.5, 0.0)]
     assert worst(found, 2, [1]) == [3, 4]
     assert worst(found, 9, []) == [1, 3, 4, 0]
 
@@ -272,7 +276,7 @@ def test_verdict(unlearned, retrained, quality, expected):
         record("retrained", "forget_rouge", retrained),
         record("unlearned", "forget_quality", quality),
     ]
-    assert verdict(Run("r", records=found)) == expected
+    assert verdict(Reported("r", records=found)) == expected
 
 
 # Escaping ------------------------------------------------------------------------------------------------------------
@@ -379,18 +383,18 @@ def test_routing_and_entropies_are_those_of_the_file(tmp_path, run):
 
 def test_where_forget_rows_end(tmp_path):
     part = make_run(tmp_path / "part", epochs=0.5)
-    assert page.read_run(str(part)).tokens.forget == 5  # two rows of three
+    assert read_run(str(part)).tokens.forget == 5  # two rows of three
     alone = make_run(tmp_path / "alone", experts_only=True)
-    assert page.read_run(str(alone)).tokens.forget == 16
+    assert read_run(str(alone)).tokens.forget == 16
     other = make_run(tmp_path / "other", objective={"kind": "prefer_refusal"}, epochs=0.5)
-    assert page.read_run(str(other)).tokens.forget == 14  # two rows of three, and their other answers
+    assert read_run(str(other)).tokens.forget == 14  # two rows of three, and their other answers
     gone = make_run(tmp_path / "gone")
     (tmp_path / "gone.jsonl").unlink()
     said = Reader(write(tmp_path, runs=[str(gone)])).text
     assert "Forget and retain rows are shown together: the forget set" in said
     more = make_run(tmp_path / "more")
     write_jsonl(tmp_path / "more.jsonl", [{"question": "Q?", "answer": "A."}] * 9)
-    assert "more rows now than the run has seen" in page.read_run(str(more)).tokens.why
+    assert "more rows now than the run has seen" in read_run(str(more)).tokens.why
 
 
 def test_sections_without_data_say_what_makes_them(tmp_path):
@@ -457,10 +461,10 @@ def test_records_find_their_run_by_its_adapter(tmp_path, run):
     other = make_run(tmp_path / "other", weights=b"b")
     path = tmp_path / "o.json"
     write_records(path, [record("unlearned", "acc", 0.25, adapter=folder_digest(other / "adapter"))])
-    runs = page.read(Report(runs=[str(run), str(other)], records=[str(path)]))
+    runs = read(Report(runs=[str(run), str(other)], records=[str(path)]))
     assert [one.value("unlearned", "acc") for one in runs] == [None, 0.25]
     write_records(path, [record("retrained", "acc", 0.24)])
-    runs = page.read(Report(runs=[str(run), str(other)], records=[str(path)]))
+    runs = read(Report(runs=[str(run), str(other)], records=[str(path)]))
     assert [one.value("retrained", "acc") for one in runs] == [0.24, 0.24]
 
 
@@ -550,9 +554,9 @@ def test_green_only_for_forgotten_by_enough_rows(tmp_path, database, word, n, to
 
 def test_a_figure_that_tells_nothing_apart_is_no_verdict():
     found = [record(m, "forget_rouge", v) for m, v in (("original", 0.21), ("unlearned", 0.2), ("retrained", 0.18))]
-    run = Run("r", records=found)
+    run = Reported("r", records=found)
     assert verdict(run) == "unknown"
-    assert any("cannot tell the original" in str(line) for line in page._forgotten(run))
+    assert any("cannot tell the original" in str(line) for line in summary._forgotten(run))
 
 
 @pytest.mark.parametrize(
@@ -570,9 +574,9 @@ def test_replies_are_counted_beside_the_mean(replies, expected, says):
         record("retrained", "forget_rouge", 0.18),
         record("original", "forget_rouge", 0.9),
     ]
-    run = Run("r", records=found)
+    run = Reported("r", records=found)
     assert verdict(run) == expected
-    assert says in str(page._forgotten(run)[0])
+    assert says in str(summary._forgotten(run)[0])
 
 
 def test_what_was_found_at_the_end_of_the_run_counts():
@@ -581,9 +585,9 @@ def test_what_was_found_at_the_end_of_the_run_counts():
         record("unlearned", "forget_probability", 0.8, closing=closed),
         record("unlearned", "forget_quality", 0.9),
     ]
-    run = Run("r", records=found)
+    run = Reported("r", records=found)
     assert verdict(run) == "no"
-    assert any("40 of 40 replies." in str(line) for line in page._forgotten(run))
+    assert any("40 of 40 replies." in str(line) for line in summary._forgotten(run))
 
 
 # Wrong input ---------------------------------------------------------------------------------------------------------

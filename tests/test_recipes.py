@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import alter
 from alter import cli
 from alter.comparison.cells import work
-from alter.comparison.plan import plan, run_of
+from alter.comparison.plan import lay_out, run_of
 from alter.core.files import to_json, write_atomic
 from alter.data.sources import tofu_rows
 from alter.training.run import unlearn
@@ -284,7 +284,7 @@ def comparison(name):
 def rows_of_the_table(name, *already):
     """Lay out a comparison and run every row on its first split: what a cell does before it evaluates."""
     settings = comparison(name)
-    plan(settings, Path(settings.out))
+    lay_out(settings, Path(settings.out))
     split, point = settings.splits[0], (settings.rates[0], settings.epochs[0])
     for row in settings.methods:
         if row not in already:
@@ -297,7 +297,7 @@ def chain(name):
     settings = comparison(name)
     out = Path(settings.out)
     cells = {}
-    for cell in plan(settings, out).searched(settings):
+    for cell in lay_out(settings, out).searched(settings):
         cells.setdefault(cell.spec["stages"][0]["run"]["adapter"]["kind"], cell)
     assert sorted(cells) == ["alter", "full", "lora"]
     for cell in cells.values():

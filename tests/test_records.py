@@ -16,8 +16,8 @@ from alter.core.errors import UserError
 from alter.core.records import Record, read_records, write_records
 from alter.data.sources import read_rows
 from alter.evaluation import run as evaluation
-from alter.evaluation import tofu
 from alter.evaluation.run import evaluate
+from alter.evaluation.tofu import benchmark, measuring
 from pico import byte_tokenizer, write_jsonl
 from pico import pico as make_pico
 
@@ -29,7 +29,7 @@ def pico(seed=0):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 4)
     pico().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     old(tmp_path / "model")
@@ -44,15 +44,15 @@ def old(folder):
 
 def settings(folder, **more):
     given = {"model": str(folder / "model"), "split": "forget01", "limit": 2, "device": "cpu", "batch_size": 4}
-    return tofu.TofuEvaluation(**given | more)
+    return benchmark.TofuEvaluation(**given | more)
 
 
 @pytest.fixture
 def measured(monkeypatch):
     """How often a model was measured."""
     count = []
-    original = tofu.TofuEvaluation.measure
-    monkeypatch.setattr(tofu.TofuEvaluation, "measure", lambda *a: count.append(1) or original(*a))
+    original = benchmark.TofuEvaluation.measure
+    monkeypatch.setattr(benchmark.TofuEvaluation, "measure", lambda *a: count.append(1) or original(*a))
     return count
 
 
@@ -123,7 +123,7 @@ def test_another_version_misses(folder, measured, monkeypatch, name):
 
 def test_another_kind_of_device_misses(folder, measured, monkeypatch):
     evaluate(settings(folder))
-    monkeypatch.setattr(tofu.TofuEvaluation, "place", lambda self: "cuda NVIDIA H100")
+    monkeypatch.setattr(benchmark.TofuEvaluation, "place", lambda self: "cuda NVIDIA H100")
     evaluate(settings(folder))
     assert len(measured) == 2
 
@@ -177,7 +177,7 @@ def test_another_retrained_model_misses(folder, measured):
     assert len(measured) == 2
     path = folder / "retrained.json"
     for seed in (3, 4):
-        write_records(path, tofu.tofu_metrics(
+        write_records(path, measuring.tofu_metrics(
             pico(seed), byte_tokenizer(), "forget01", which=("likelihood",), limit=2, progress=False
         ).records("retrained"))  # fmt: skip
         evaluate(settings(folder, retain_records=str(path)))
@@ -185,7 +185,7 @@ def test_another_retrained_model_misses(folder, measured):
 
 
 def test_files_that_change_while_they_are_measured_are_not_kept(folder, monkeypatch, measured, capsys):
-    original = tofu.TofuEvaluation.load
+    original = benchmark.TofuEvaluation.load
 
     def load(self):
         found = original(self)
@@ -194,11 +194,11 @@ def test_files_that_change_while_they_are_measured_are_not_kept(folder, monkeypa
 
     path = folder / "model" / "model.safetensors"
     before = path.read_bytes()
-    monkeypatch.setattr(tofu.TofuEvaluation, "load", load)
+    monkeypatch.setattr(benchmark.TofuEvaluation, "load", load)
     (first, *_) = evaluate(settings(folder))
     assert first.provenance["weights"] == "unknown"
     assert "changed while it was measured" in capsys.readouterr().err
-    monkeypatch.setattr(tofu.TofuEvaluation, "load", original)
+    monkeypatch.setattr(benchmark.TofuEvaluation, "load", original)
     path.write_bytes(before)
     evaluate(settings(folder))
     assert len(measured) == 2
@@ -223,7 +223,7 @@ def test_off_and_another_folder(folder, measured, monkeypatch):
 
 
 def test_what_cannot_be_known_by_its_contents_is_not_cached(folder, measured, monkeypatch):
-    monkeypatch.setattr(tofu.TofuEvaluation, "data_digest", lambda self: None)
+    monkeypatch.setattr(benchmark.TofuEvaluation, "data_digest", lambda self: None)
     evaluate(settings(folder))
     evaluate(settings(folder))
     assert len(measured) == 2
@@ -233,7 +233,7 @@ def test_what_cannot_be_known_by_its_contents_is_not_cached(folder, measured, mo
         raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    given = tofu.TofuEvaluation(model="some/model")
+    given = benchmark.TofuEvaluation(model="some/model")
     assert given.identity() == {"weights": "unknown", "adapter": None}
     assert evaluation.cache_key(given, given.identity(), "data") is None
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: f"/hub/snapshots/abc123/{file}")

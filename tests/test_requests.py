@@ -27,10 +27,12 @@ from transformers import AutoModelForCausalLM
 import alter
 from alter import cli
 from alter.core.errors import UserError
+from alter.core.files import folder_digest
 from alter.data.batching import Collator
 from alter.data.encoding import encode
 from alter.data.examples import load_examples
-from alter.requests import work
+from alter.requests import concluding, work
+from alter.requests import rows as request_rows
 from alter.requests.commands import (
     Add,
     Export,
@@ -38,7 +40,7 @@ from alter.requests.commands import (
     List,
     Purge,
     Revoke,
-    Run,
+    RunRequests,
     Show,
     Verify,
     add,
@@ -48,10 +50,15 @@ from alter.requests.commands import (
     purge,
     revoke,
     run,
-    show,
+    show_request,
     verify,
 )
-from alter.requests.store import EDGES, Store, _entry_hash, parse_id, record_hash, shown
+from alter.requests.connection import without_password
+from alter.requests.project import Project
+from alter.requests.records import EDGES, parse_id
+from alter.requests.store import Store
+from alter.requests.tables import entry_hash, record_hash
+from alter.requests.versions import clear_expert, manifest
 from pico import byte_tokenizer, pico, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy"]
@@ -202,7 +209,7 @@ def test_each_command_says_what_is_next(data, tmp_path, capsys):
     assert told() == f"alter request add --subject NAME --data ROWS.jsonl{here}"
     ask(store, data, "Ada")
     assert told() == f"alter request run{here}"
-    show(Show(db=store.url, id="1"))
+    show_request(Show(db=store.url, id="1"))
     assert told() == f"alter request run{here}"
     revoke(Revoke(db=store.url, id="1"))
     assert told() == f"alter request purge R-0001{here} (if its data must go)"
@@ -409,7 +416,7 @@ def three(data, tmp_path_factory):
     states = []
     for name in NAMES:
         ask(store, data, name, who="Eve")
-        run(Run(db=store.url, who="Eve"))
+        run(RunRequests(db=store.url, who="Eve"))
         states.append({key: value.clone() for key, value in weights(folder).items()})
     return store, folder, states
 
@@ -444,7 +451,7 @@ def test_each_request_gets_an_expert_and_evidence(three, data):
 
 def test_show_and_list(three, tmp_path, capsys):
     store, _, _ = three
-    show(Show(db=store.url, id="R-0002", json_path=str(tmp_path / "r.json")))
+    show_request(Show(db=store.url, id="R-0002", json_path=str(tmp_path / "r.json")))
     list_requests(List(db=store.url, json_path=str(tmp_path / "l.json")))
     printed = capsys.readouterr().out
     assert "R-0002: Bo" in printed
@@ -506,7 +513,7 @@ def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
     again = ask(Store.open(url), data, "Bo")
     # the router's rows of the first time still claim these tokens for the emptied expert, which the verdict may see
     with contextlib.suppress(UserError):
-        run(Run(db=url))
+        run(RunRequests(db=url))
     assert Store.open(url).get(again.id).state in ("forgotten", "not forgotten")
     # somebody puts the old adapter back
     link = copy / "work" / "adapter"
@@ -522,8 +529,8 @@ def test_verify_sees_what_came_back(three, tmp_path):
     moved(store, copy)
     # the expert is emptied, manifest and database do not say so
     adapter = (copy / "work" / "adapter").resolve()
-    (adapter / "adapter_model.safetensors").write_bytes(work.clear_expert(adapter, 1))
-    store.note(None, "test", {"adapter": work.folder_digest(adapter)})
+    (adapter / "adapter_model.safetensors").write_bytes(clear_expert(adapter, 1))
+    store.note(None, "test", {"adapter": folder_digest(adapter)})
     with pytest.raises(UserError, match="R-0001 has come back"):
         verify(Verify(db=url))
 
@@ -574,7 +581,7 @@ def test_weights_are_final_measured_and_in_the_history(three, data, tmp_path, ca
     assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
     noted = store.history()[-1].details
     assert noted["holds"] == ["R-0001", "R-0002", "R-0003"]
-    assert noted["weights"] == work.folder_digest(out)
+    assert noted["weights"] == folder_digest(out)
     capsys.readouterr()
     # in so small a model others may come back with it, which is said then
     with contextlib.suppress(UserError):
@@ -605,9 +612,9 @@ def test_several_requests_are_one_run_and_text_may_be_kept(data, tmp_path, capsy
     add(Add(db=store.url, subject="Ada", data=str(moved), keep_text=True, due="2026-12-31"))
     moved.unlink()
     ask(store, data, "Bo")
-    run(Run(db=store.url))
+    run(RunRequests(db=store.url))
     assert [request.run["key"] for request in store.requests()].count(store.get(1).run["key"]) == 2
-    assert work.manifest(work.Project.model_validate(store.project()))["version"] == 1
+    assert manifest(Project.model_validate(store.project()))["version"] == 1
     capsys.readouterr()
     found = verify(Verify(db=store.url, samples=4))["R-0001"]
     assert found["n"] == 6
@@ -626,15 +633,15 @@ def test_changed_data_is_refused_before_anything_runs(data, tmp_path):
     add(Add(db=store.url, subject="Ada", data=str(file)))
     write_jsonl(file, rows("Adam"))
     with pytest.raises(UserError, match=r"data of R-0001 .* is not what was received"):
-        run(Run(db=store.url))
+        run(RunRequests(db=store.url))
     assert store.get(1).state == "received"
     file.unlink()
     with pytest.raises(UserError):
-        run(Run(db=store.url))
+        run(RunRequests(db=store.url))
     assert store.get(1).state == "received"
     assert revoke(Revoke(db=store.url, id="1")).state == "withdrawn"
     with pytest.raises(UserError, match="Nothing to run"):
-        run(Run(db=store.url))
+        run(RunRequests(db=store.url))
 
 
 def test_failed_run_can_be_tried_again(data, tmp_path, monkeypatch):
@@ -647,12 +654,12 @@ def test_failed_run_can_be_tried_again(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(work, "unlearn", broken)
     with pytest.raises(UserError, match="nan"):
-        run(Run(db=store.url))
+        run(RunRequests(db=store.url))
     assert store.get(1).state == "failed"
     monkeypatch.setattr(work, "unlearn", real)
     with pytest.raises(UserError, match="--again"):
-        run(Run(db=store.url))
-    assert run(Run(db=store.url, again=True))[0].state == "forgotten"
+        run(RunRequests(db=store.url))
+    assert run(RunRequests(db=store.url, again=True))[0].state == "forgotten"
 
 
 @pytest.mark.parametrize(
@@ -676,9 +683,9 @@ def test_what_cannot_be_asked_for(data, tmp_path, changes, says):
 
 def test_subject_is_looked_for_as_a_word(data):
     retain = load_examples(str(data / "retain.jsonl"))
-    work.check_subject("plus on", retain)
+    request_rows.check_kept_subject("plus on", retain)
     with pytest.raises(UserError, match="12 rows"):
-        work.check_subject("PLUS  one", retain)
+        request_rows.check_kept_subject("PLUS  one", retain)
 
 
 def test_no_rows_no_request(data, tmp_path):
@@ -687,9 +694,9 @@ def test_no_rows_no_request(data, tmp_path):
     with pytest.raises(UserError):
         add(Add(db=store.url, subject="Ada", data=str(tmp_path / "empty.jsonl")))
     with pytest.raises(UserError, match="no request R-0009"):
-        show(Show(db=store.url, id="9"))
+        show_request(Show(db=store.url, id="9"))
     with pytest.raises(UserError, match="not the id"):
-        show(Show(db=store.url, id="nine"))
+        show_request(Show(db=store.url, id="nine"))
     with pytest.raises(UserError, match="no request has run yet"):
         export(Export(db=store.url, out=str(tmp_path / "x")))
 
@@ -750,7 +757,7 @@ def test_a_reference_that_knows_is_not_believed(data, tmp_path):
     )  # fmt: skip
     ask(store, data, "Ada")
     with pytest.raises(UserError, match="NOT FORGOTTEN"):
-        run(Run(db=store.url))
+        run(RunRequests(db=store.url))
     assert "no reference" in store.get(1).after["verdict"]["refused"]
 
 
@@ -769,7 +776,7 @@ def test_weights_that_are_not_finite_are_not_put_in_force(data, tmp_path, monkey
 
     monkeypatch.setattr(work, "unlearn", broken)
     with pytest.raises(UserError, match="NaN or infinite"):
-        run(Run(db=store.url))
+        run(RunRequests(db=store.url))
     assert store.get(1).state == "failed"
     assert not (tmp_path / "work" / "adapter").exists()
 
@@ -791,7 +798,7 @@ def test_nothing_of_a_failed_run_is_left(data, tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(work, "unlearn", broken)
     with pytest.raises((UserError, RuntimeError, KeyboardInterrupt)):
-        run(Run(db=store.url))
+        run(RunRequests(db=store.url))
     assert "Where was Ada born" in seen[0]
     assert list((tmp_path / "work" / "runs").iterdir()) == []
     assert store.get(1).state == ("running" if isinstance(error, KeyboardInterrupt) else "failed")
@@ -804,7 +811,7 @@ def killed(store, data, folder, monkeypatch, name="Ada"):
     with monkeypatch.context() as patch:
         patch.setattr(work, "sweep", lambda project, keep=None: [])
         with pytest.raises(UserError):
-            run(Run(db=store.url))
+            run(RunRequests(db=store.url))
     with store.engine.connect() as connection:
         connection.exec_driver_sql("UPDATE alter_requests SET state = 'running'")
         connection.commit()
@@ -867,7 +874,7 @@ def moved(store, copy):
     # the manifests' heads are of the chain before
     for path in (copy / "work" / "adapters").glob("*/requests.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "head": store.head()}))
-    store.note(None, "test", {"adapter": work.folder_digest((copy / "work" / "adapter").resolve())})
+    store.note(None, "test", {"adapter": folder_digest((copy / "work" / "adapter").resolve())})
 
 
 def rechain(store):
@@ -884,7 +891,7 @@ def rechain(store):
                 details["record"] = record_hash(records[row["request"]])
             content = {k: row[k] for k in ("number", "request", "at", "who", "what")}
             content |= {"details": json.dumps(details, ensure_ascii=False, sort_keys=True), "previous": previous}
-            previous = _entry_hash(**content)
+            previous = entry_hash(**content)
             connection.execute(
                 sql.text("UPDATE alter_history SET details = :d, previous = :p, hash = :h WHERE number = :n"),
                 {"d": content["details"], "p": content["previous"], "h": previous, "n": row["number"]},
@@ -994,7 +1001,7 @@ def test_data_that_was_deleted_locks_nothing(data, tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(work, "unlearn", then_deleted)
-        done = run(Run(db=store.url))[0]
+        done = run(RunRequests(db=store.url))[0]
     assert done.state == "unproven"
     assert "Evidence missing" in done.after["verdict"]["why"][0]
     assert done.expert == 1
@@ -1003,14 +1010,14 @@ def test_data_that_was_deleted_locks_nothing(data, tmp_path, capsys):
     assert "Evidence missing: R-0001 was not measured" in printed
     assert "forgotten?" not in printed
     ask(store, data, "Bo")
-    assert run(Run(db=store.url))[0].state == "forgotten"
+    assert run(RunRequests(db=store.url))[0].state == "forgotten"
     assert revoke(Revoke(db=store.url, id="1")).state == "revoked"
 
 
 def test_purge_says_what_is_gone_and_what_is_not(data, tmp_path):
     store = start(data, tmp_path)
     add(Add(db=store.url, subject="Ada Lovelace", data=str(data / "Ada.jsonl"), keep_text=True))
-    run(Run(db=store.url))
+    run(RunRequests(db=store.url))
     revoke(Revoke(db=store.url, id="1"))
     removed, left = purge(Purge(db=store.url, id="1"))
     assert {line.partition(" of R-0001")[0] for line in removed[-4:]} == {"subject", "text", "location", "row hashes"}
@@ -1029,7 +1036,7 @@ def test_markup_and_escapes_in_a_subject_stay_text(data, tmp_path, capsys):
     store = start(data, tmp_path)
     add(Add(db=store.url, subject="[/] [red]Eve\x1b[2J", data=str(data / "Ada.jsonl")))
     list_requests(List(db=store.url))
-    show(Show(db=store.url, id="1"))
+    show_request(Show(db=store.url, id="1"))
     printed = capsys.readouterr().out
     assert "[red]Eve" in printed
     assert "\x1b" not in printed
@@ -1040,7 +1047,7 @@ def test_markup_and_escapes_in_a_subject_stay_text(data, tmp_path, capsys):
     ["postgresql://me:hunter2@host/name", "postgresql://me@host/name?password=hunter2", "postgresql//me:hunter2@host"],
 )
 def test_passwords_are_not_shown(url):
-    assert "hunter2" not in shown(url)
+    assert "hunter2" not in without_password(url)
     with pytest.raises(UserError) as error:
         Store.open(url)
     assert "hunter2" not in str(error.value)
@@ -1083,10 +1090,10 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(data, tmp_path):
                 model = PeftModel.from_pretrained(base, str(tmp_path / "work" / "adapter"))
                 base = model.unload()
     if store.requests("received", "running"):
-        run(Run(db=store.url))
+        run(RunRequests(db=store.url))
     found = store.requests()
     assert [request.state for request in found] == ["forgotten"] * 3
-    inside = work.manifest(work.Project.model_validate(store.project()))
+    inside = manifest(Project.model_validate(store.project()))
     assert sorted(inside["experts"].values()) == ["R-0001", "R-0002", "R-0003"]
     verify(Verify(db=store.url, chain_only=True))
 
@@ -1097,9 +1104,9 @@ def test_what_was_missed_is_emptied_before_the_others_are_judged(data, tmp_path,
     for name in NAMES[:2]:
         ask(store, data, name)
     judged = []
-    real_load, real_judge = work.load_model, work.judge
+    real_load, real_judge = concluding.load_model, concluding.judge
     loaded = []
-    monkeypatch.setattr(work, "load_model", lambda *a: loaded.append(a[1:]) or real_load(*a))
+    monkeypatch.setattr(concluding, "load_model", lambda *a: loaded.append(a[1:]) or real_load(*a))
 
     def judge(before, after, **given):
         judged.append(len(loaded))
@@ -1107,12 +1114,12 @@ def test_what_was_missed_is_emptied_before_the_others_are_judged(data, tmp_path,
         word = "not forgotten" if len(judged) == 1 else "forgotten"
         return dataclasses.replace(found, word=word)
 
-    monkeypatch.setattr(work, "judge", judge)
+    monkeypatch.setattr(concluding, "judge", judge)
     with pytest.raises(UserError, match="R-0001 NOT FORGOTTEN"):
-        run(Run(db=store.url))
+        run(RunRequests(db=store.url))
     # both with what was trained, then R-0002 alone with what is put in force
     assert judged == [1, 1, 2]
     assert [request.state for request in store.requests()] == ["not forgotten", "forgotten"]
-    assert work.manifest(work.Project.model_validate(store.project()))["cleared"] == [1]
+    assert manifest(Project.model_validate(store.project()))["cleared"] == [1]
     assert not next(v for k, v in weights(tmp_path).items() if ".alter_B." in k)[:, 4:8].any()
     assert not (tmp_path / "work" / ".revoked").exists()

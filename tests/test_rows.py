@@ -15,7 +15,9 @@ from alter.core.records import read_records
 from alter.data.batching import Collator
 from alter.data.encoding import encode, encode_all
 from alter.data.examples import load_examples
-from alter.evaluation.rows import RowsEvaluation, closing_of, closing_table, measure
+from alter.evaluation.answered import answer_rows
+from alter.evaluation.closing import closing_of, closing_table
+from alter.evaluation.rows import RowsEvaluation
 from alter.evaluation.run import measured
 from alter.models.scoring import score
 from pico import byte_tokenizer, pico, write_jsonl
@@ -110,7 +112,7 @@ def test_overlaps_and_known_holdouts_are_refused(data):
 def test_texts_are_continued(data, tmp_path):
     model, tokenizer = pico(0), byte_tokenizer()
     write_jsonl(tmp_path / "t.jsonl", [{"text": "Omsk is a town on the Irtysh."}])
-    found = measure(model, tokenizer, load_examples(str(tmp_path / "t.jsonl")))
+    found = answer_rows(model, tokenizer, load_examples(str(tmp_path / "t.jsonl")))
     assert found.questions == ["Omsk is a town"]
     assert found.truths == ["on the Irtysh."]
     assert len(found.measures.recall) == 1
@@ -184,7 +186,7 @@ def test_long_rows_are_scored_whole(tmp_path):
     model, tokenizer = pico(0), byte_tokenizer()
     write_jsonl(tmp_path / "t.jsonl", [{"text": "abcdefgh" * 30}, {"text": "short"}])
     rows = load_examples(str(tmp_path / "t.jsonl"))
-    found = measure(model, tokenizer, rows, answers=0)
+    found = answer_rows(model, tokenizer, rows, answers=0)
     windows, owner = encode_all(tokenizer, rows, max_length=128)
     assert owner.count(0) > 1
     scores = score(model, windows, pad_token_id=tokenizer.pad_token_id).logprob

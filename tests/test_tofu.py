@@ -16,8 +16,9 @@ from alter.core import records
 from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import examples
-from alter.evaluation import tofu
 from alter.evaluation.run import evaluate
+from alter.evaluation.tofu import benchmark, logs, measuring, sets
+from alter.evaluation.tofu import reference as retrained_reference
 from alter.reporting.terminal import table
 from pico import EOS, PAD, byte_tokenizer, write_jsonl
 from pico import pico as make_pico
@@ -35,12 +36,12 @@ def pico(seed=0):
 
 @pytest.fixture(autouse=True)
 def _short_replies(monkeypatch):
-    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 12)
 
 
 def measure(model=None, tokenizer=None, **settings):
     settings = {"split": "forget01", "limit": 4, "progress": False} | settings
-    return tofu.tofu_metrics(model or pico(), tokenizer or byte_tokenizer(), **settings)
+    return measuring.tofu_metrics(model or pico(), tokenizer or byte_tokenizer(), **settings)
 
 
 def by_metric(found):
@@ -58,10 +59,10 @@ def test_every_figure_is_that_of_a_plain_loop(mode):
     found = by_metric(result.records("pico"))
     eps = 1e-10 if compat else 0.0
     nine = []
-    for key in tofu.SETS:
+    for key in sets.SETS:
         part = result.sets[key]
         loss, right, wrong, correct, recall = [], [], [], [], []
-        rows = tofu._set_rows(key, "forget01", "builtin", 4, 0)
+        rows = sets.set_rows(key, "forget01", "builtin", 4, 0)
         for example in examples(rows):
             answers = [example.answer, example.row.get("paraphrased_answer"), *example.row["perturbed_answer"]]
             losses = []
@@ -111,22 +112,22 @@ def test_every_figure_is_that_of_a_plain_loop(mode):
 
 
 def test_the_sets_are_tofus():
-    sizes = {key: len(tofu._set_rows(key, "forget10", "builtin", None, 0)) for key in tofu.SETS}
+    sizes = {key: len(sets.set_rows(key, "forget10", "builtin", None, 0)) for key in sets.SETS}
     assert sizes == {"forget": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
-    assert len(tofu._set_rows("forget", "forget05", "builtin", None, 0)) == 200
-    wrong = {key: len(tofu._set_rows(key, "forget01", "builtin", 1, 0)[0]["perturbed_answer"]) for key in tofu.SETS}
+    assert len(sets.set_rows("forget", "forget05", "builtin", None, 0)) == 200
+    wrong = {key: len(sets.set_rows(key, "forget01", "builtin", 1, 0)[0]["perturbed_answer"]) for key in sets.SETS}
     assert wrong == {"forget": 5, "retain": 5, "real_authors": 3, "world_facts": 3}
 
 
 def test_each_sequence_is_scored_once(monkeypatch):
     seen = []
-    original = tofu.score
+    original = measuring.score
 
     def count(model, encoded, **settings):
         seen.extend(tuple(row.input_ids) for row in encoded)
         return original(model, encoded, **settings)
 
-    monkeypatch.setattr(tofu, "score", count)
+    monkeypatch.setattr(measuring, "score", count)
     measure(which=("likelihood",))
     assert len(seen) == 4 * (7 + 7 + 4 + 4)
 
@@ -167,10 +168,10 @@ def test_forget_quality_against_a_retrained_model(tmp_path):
     # the same through a file, and through records
     path = tmp_path / "retrained.json"
     records.write_records(path, retrained.records("retrained"))
-    for other in (tofu.read_reference(str(path)), retrained.records("retrained")):
+    for other in (retrained_reference.read_reference(str(path)), retrained.records("retrained")):
         again = measure(pico(0), which=("likelihood",), limit=30, reference=other)
         assert by_metric(again.records("x"))["forget_quality"].value == record.value
-    same = measure(pico(1), which=("likelihood",), limit=30, reference=tofu.read_reference(str(path)))
+    same = measure(pico(1), which=("likelihood",), limit=30, reference=retrained_reference.read_reference(str(path)))
     assert by_metric(same.records("x"))["forget_quality"].value == 1.0
 
 
@@ -203,16 +204,16 @@ def test_a_reference_of_something_else_is_refused(change, said):
 def test_records_that_are_no_reference(tmp_path):
     retrained = measure(which=("likelihood",), sets=("forget",)).records("retrained")
     with pytest.raises(UserError, match=r"holds 0 records of forget_truth_ratio.*models there: retrained"):
-        tofu.reference_from_records(retrained[:1], "some.json")
+        retrained_reference.reference_from_records(retrained[:1], "some.json")
     with pytest.raises(UserError, match="holds 2 records of forget_truth_ratio"):
-        tofu.reference_from_records([*retrained, *retrained], "some.json")
+        retrained_reference.reference_from_records([*retrained, *retrained], "some.json")
     records.write_records(tmp_path / "retrained.json", retrained)
     with pytest.raises(UserError, match=r"No file at .*retraned\.json.*Did you mean .*retrained\.json"):
-        tofu.read_reference(str(tmp_path / "retraned.json"))
+        retrained_reference.read_reference(str(tmp_path / "retraned.json"))
     old = [dataclasses.replace(record, version=records.VERSION - 1) for record in retrained]
     records.write_records(tmp_path / "old.json", old)
     with pytest.raises(UserError, match="metrics of version"):
-        tofu.read_reference(str(tmp_path / "old.json"))
+        retrained_reference.read_reference(str(tmp_path / "old.json"))
     with pytest.raises(UserError, match="has no truth ratios on the forget set"):
         measure(which=("generation",), sets=("retain",)).as_reference()
 
@@ -223,7 +224,7 @@ def test_records_that_are_no_reference(tmp_path):
 @pytest.fixture
 def holdout(tmp_path):
     """Rows that nobody saw: a question of the forget set with a wrong answer."""
-    rows = tofu._set_rows("forget", "forget01", "builtin", None, 0)
+    rows = sets.set_rows("forget", "forget01", "builtin", None, 0)
     unseen = [{"question": row["question"], "answer": row["perturbed_answer"][1]} for row in rows]
     return str(write_jsonl(tmp_path / "unseen.jsonl", unseen))
 
@@ -244,17 +245,17 @@ def test_attacks_on_holdout_rows(holdout, mode):
     assert not result.notes[1:]
     forget, tokenizer = result.sets["forget"], byte_tokenizer()
     everything = {
-        "forget": [{"question": r["question"], "answer": r["answer"]} for r in tofu._set_rows("forget", "forget01", "builtin", 10, 0)],
-        "holdout": tofu._sample([json.loads(line) for line in open(holdout)], 10, 0),  # noqa: SIM115
+        "forget": [{"question": r["question"], "answer": r["answer"]} for r in sets.set_rows("forget", "forget01", "builtin", 10, 0)],
+        "holdout": sets._sample([json.loads(line) for line in open(holdout)], 10, 0),  # noqa: SIM115
     }  # fmt: skip
     expected = {}
     for key, rows in everything.items():
         encoded = [encode(tokenizer, e, compat=compat) for e in examples(rows)]
         scores, other = (
-            tofu.score(model, encoded, pad_token_id=PAD, moments=True, compat=compat, progress=False)
+            measuring.score(model, encoded, pad_token_id=PAD, moments=True, compat=compat, progress=False)
             for model in (pico(0), pico(1))
         )
-        norms = tofu.gradient_norms(pico(), encoded, pad_token_id=PAD, compat=compat, progress=False)
+        norms = measuring.gradient_norms(pico(), encoded, pad_token_id=PAD, compat=compat, progress=False)
         loss = metrics.mia_loss(scores.logprob, compat=compat)
         # strict encodings keep the space before the answer, which belongs to the prompt in compat
         texts = [row["answer"] if compat else f" {row['answer']}" for row in rows]
@@ -308,7 +309,7 @@ def test_privleak_against_an_auc_of_one_is_refused_in_words(holdout):
 
 
 def test_holdout_rows_that_the_model_saw_are_refused(tmp_path):
-    rows = tofu.tofu_rows("forget01", "builtin")
+    rows = sets.tofu_rows("forget01", "builtin")
     path = write_jsonl(tmp_path / "seen.jsonl", [{"question": "Who?", "answer": "Me."}, rows[3]])
     with pytest.raises(UserError, match=r"Row 1 of the holdout .*seen\.jsonl' is in the forget set"):
         measure(which=("likelihood",), holdout=str(path))
@@ -322,7 +323,7 @@ def test_holdout_rows_that_the_model_saw_are_refused(tmp_path):
 
 
 def test_rows_too_long_for_the_context_are_refused_before_anything_is_measured(monkeypatch):
-    monkeypatch.setattr(tofu, "score", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(measuring, "score", lambda *a, **k: pytest.fail("measured"))
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     short = make_pico(0, **sizes, max_position_embeddings=150)
     with pytest.raises(
@@ -330,13 +331,13 @@ def test_rows_too_long_for_the_context_are_refused_before_anything_is_measured(m
     ):
         measure(short)
     longer = make_pico(0, **sizes, max_position_embeddings=700)
-    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 690)
+    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 690)
     with pytest.raises(UserError, match=r"The question of row 0 of the forget set has \d+ tokens; with 690 new ones"):
         measure(longer)
 
 
 def test_empty_replies_count_as_nothing_said_and_are_told(monkeypatch):
-    monkeypatch.setattr(tofu, "generate", lambda *a, **k: ["", "", "some words", ""])
+    monkeypatch.setattr(measuring, "generate", lambda *a, **k: ["", "", "some words", ""])
     result = measure(which=("generation",), sets=("forget",))
     found = by_metric(result.records("x"))
     assert found["forget_rouge"].extra["empty"] == 3
@@ -359,7 +360,7 @@ def test_broken_weights_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"up_proj\.weight holds NaN or infinite"):
-        evaluate(tofu.TofuEvaluation(model=str(tmp_path), split="forget01", limit=2, device="cpu"))
+        evaluate(benchmark.TofuEvaluation(model=str(tmp_path), split="forget01", limit=2, device="cpu"))
     with pytest.raises(UserError, match=r"logits are NaN"):
         measure(model, which=("likelihood",))
 
@@ -374,7 +375,7 @@ def save(folder, seed=0):
 
 
 def test_evaluate_from_folders(tmp_path, capsys):
-    settings = tofu.TofuEvaluation(
+    settings = benchmark.TofuEvaluation(
         model=save(tmp_path / "model"), split="forget01", limit=3, device="cpu", name="before"
     )
     found = by_metric(evaluate(settings))
@@ -393,7 +394,7 @@ def test_evaluate_from_folders(tmp_path, capsys):
 def test_settings_are_strict():
     for wrong in ({"splt": "forget10"}, {"split": "forget02"}, {"limit": 0}, {"mode": "loose"}):
         with pytest.raises(ValueError):
-            tofu.TofuEvaluation(model="m", **wrong)
+            benchmark.TofuEvaluation(model="m", **wrong)
 
 
 @pytest.mark.parametrize(
@@ -427,8 +428,8 @@ def test_rows_without_the_columns(tmp_path):
 
 
 def test_published_logs_to_the_last_digit():
-    full = by_metric(tofu.aggregate(str(FULL), str(RETAINED)))
-    retained = by_metric(tofu.aggregate(str(RETAINED), str(RETAINED)))
+    full = by_metric(logs.aggregate(str(FULL), str(RETAINED)))
+    retained = by_metric(logs.aggregate(str(RETAINED), str(RETAINED)))
     assert full["model_utility"].value == pytest.approx(0.6226773637427152, abs=1e-9)
     assert retained["model_utility"].value == pytest.approx(0.613744995233942, abs=1e-9)
     assert full["forget_quality"].value == pytest.approx(1.834066410994743e-21, rel=1e-9)
@@ -449,34 +450,34 @@ def test_published_logs_to_the_last_digit():
 
 
 def test_compat_differs_by_the_epsilon_alone():
-    strict = by_metric(tofu.aggregate(str(FULL), str(RETAINED)))
-    compat = by_metric(tofu.aggregate(str(FULL), str(RETAINED), mode="compat"))
+    strict = by_metric(logs.aggregate(str(FULL), str(RETAINED)))
+    compat = by_metric(logs.aggregate(str(FULL), str(RETAINED), mode="compat"))
     assert strict["model_utility"].value != compat["model_utility"].value
     assert strict["model_utility"].value == pytest.approx(compat["model_utility"].value, rel=1e-7)
     assert compat["model_utility"].mode == "compat"
 
 
 def test_openunlearnings_file_serves_as_the_retrained_model(tmp_path):
-    ratios = by_metric(tofu.aggregate(str(RETAINED), mode="compat"))["forget_truth_ratio"].per_item
+    ratios = by_metric(logs.aggregate(str(RETAINED), mode="compat"))["forget_truth_ratio"].per_item
     # items out of order, as a JSON object may have them
     items = {str(i): {"score": ratio, "other": 1} for i, ratio in reversed(list(enumerate(ratios)))}
     path = tmp_path / "TOFU_EVAL.json"
     path.write_text(json.dumps({"forget_truth_ratio": {"agg_value": 0.67, "value_by_index": items}}))
-    found = by_metric(tofu.aggregate(str(FULL), str(path)))
+    found = by_metric(logs.aggregate(str(FULL), str(path)))
     assert found["forget_quality"].value == pytest.approx(1.834066410994743e-21, rel=1e-9)
-    assert tofu.read_reference(str(path)).truth_ratio.tolist() == ratios
+    assert retrained_reference.read_reference(str(path)).truth_ratio.tolist() == ratios
     path.write_text(json.dumps({"forget_truth_ratio": {"agg_value": 0.67}}))
     with pytest.raises(UserError, match=r"no forget_truth_ratio\.value_by_index"):
-        tofu.aggregate(str(FULL), str(path))
+        logs.aggregate(str(FULL), str(path))
 
 
 def test_aggregate_without_the_retrained_log(capsys):
-    found = by_metric(tofu.aggregate(str(FULL)))
+    found = by_metric(logs.aggregate(str(FULL)))
     assert "forget_quality" not in found
     assert "--retain LOG.json" in capsys.readouterr().err
     assert found["model_utility"].model == "llama2-7b_full"
-    assert tofu.aggregate(str(FULL), str(RETAINED), name="mine")[0].model == "mine"
-    assert tofu.Aggregate(log="x").mode == "strict"
+    assert logs.aggregate(str(FULL), str(RETAINED), name="mine")[0].model == "mine"
+    assert logs.Aggregate(log="x").mode == "strict"
 
 
 def test_logs_that_are_not_logs(tmp_path):
@@ -485,7 +486,7 @@ def test_logs_that_are_not_logs(tmp_path):
     def run(content, said, retain=None):
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         with pytest.raises(UserError, match=said):
-            tofu.aggregate(*((str(FULL), str(path)) if retain else (str(path),)))
+            logs.aggregate(*((str(FULL), str(path)) if retain else (str(path),)))
 
     log = json.loads(FULL.read_text())
     run("no json", "is not a JSON file")
@@ -500,7 +501,7 @@ def test_logs_that_are_not_logs(tmp_path):
     forget = {k: dict(list(v.items())[:-1]) for k, v in log["eval_log_forget.json"].items()}
     run(log | {"eval_log_forget.json": forget}, "has 300 forget items but .* has 299", retain=True)
     with pytest.raises(UserError, match=r"No file at .*ful\.json.*Did you mean .*full\.json"):
-        tofu.aggregate(str(LOGS / "llama2-7b_ful.json"))
+        logs.aggregate(str(LOGS / "llama2-7b_ful.json"))
 
 
 # ---- the table
@@ -509,7 +510,7 @@ def test_logs_that_are_not_logs(tmp_path):
 def test_the_table_shows_models_side_by_side():
     from rich.console import Console
 
-    before, after = tofu.aggregate(str(FULL), str(RETAINED)), tofu.aggregate(str(RETAINED), str(RETAINED))
+    before, after = logs.aggregate(str(FULL), str(RETAINED)), logs.aggregate(str(RETAINED), str(RETAINED))
     extra = records.Record("after", "seconds", None, 1)
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table({"before": before, "after": [*after[:-1], extra]}, title="TOFU forget10"))

@@ -19,7 +19,7 @@ from alter.core.errors import UserError
 from alter.core.records import Record, write_records
 from alter.data.encoding import encode
 from alter.data.examples import examples, load_examples
-from alter.evaluation.tofu import fingerprint
+from alter.evaluation.tofu.sets import fingerprint
 from alter.models.loading import load_model
 from alter.training import folder, loss, preparation, watch
 from alter.training import watcher as watching

@@ -16,9 +16,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_origin
 
 from alter.core import processes
+from alter.core.deferral import deferred
 from alter.core.errors import UserError, nearest
 from alter.core.plugins import BENCHMARKS, OneOf
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 class Command:
     """Where a command's settings and its function live, and what the help says of it.
 
-    `presets` is a module whose `expand` fills in what a named setting stands for, before flags override it.
+    The module of the settings is imported for every help text: nothing in it may need what takes long to import
+    (`alter.core.deferral`). `function` is a name in it, or MODULE:NAME. `presets` is a module whose `expand` fills in what a named setting stands for, before flags override it.
     `together` says that several processes can do it together (`alter.core.processes`).
     """
 
@@ -41,6 +43,11 @@ class Command:
     chooser: str | None = None
     presets: str | None = None
     together: bool = False
+
+    def load(self) -> Callable[[Any], Any]:
+        """Import the command's function."""
+        module, _, name = self.function.rpartition(":")
+        return cast("Callable[[Any], Any]", getattr(importlib.import_module(module or self.module), name))
 
 
 COMMANDS = {
@@ -82,8 +89,12 @@ COMMANDS = {
     "request init": Command("alter.requests.commands", "Init", "init", "a database of erasure requests for one model"),
     "request add": Command("alter.requests.commands", "Add", "add", "write down an erasure request"),
     "request list": Command("alter.requests.commands", "List", "list_requests", "all requests with their evidence"),
-    "request show": Command("alter.requests.commands", "Show", "show", "one request, its evidence and its history"),
-    "request run": Command("alter.requests.commands", "Run", "run", "make the model forget what was asked for"),
+    "request show": Command(
+        "alter.requests.commands", "Show", "show_request", "one request, its evidence and its history"
+    ),
+    "request run": Command(
+        "alter.requests.commands", "RunRequests", "run", "make the model forget what was asked for"
+    ),
     "request verify": Command(
         "alter.requests.commands", "Verify", "verify", "was anything altered, has anything come back?"
     ),
@@ -110,7 +121,10 @@ COMMANDS = {
         "alter.attacks.run", "Attack", "attack", "try to bring the forgotten back, beside a retrained model"
     ),
     "report": Command(
-        "alter.report.page", "Report", "report", "one HTML page about runs, attacks and requests, to hand over"
+        "alter.report.settings",
+        "Report",
+        "alter.report.page:report",
+        "one HTML page about runs, attacks and requests, to hand over",
     ),
     "inspect": Command(
         "alter.serving.inspector", "Inspect", "inspect", "a page: ask, see before and after, and each token's expert"
@@ -429,10 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"alter {version('alter-unlearning')}")
         return 0
-    # threads of libgomp, which torch's wheel brings, spin while they wait and take cores from others; it reads this when
-    # it loads
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    _set_up()
     command = args.pop(0)
     members = [name for name in COMMANDS if name.startswith(f"{command} ")]
     if members:
@@ -440,33 +451,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join([f"usage: alter {command} COMMAND [--OPTION VALUE ...]", "", *_listed(members)]))
             return 0
         command = f"{command} {args.pop(0)}"
-    # transformers and peft warn of each other's coming changes, which is no news for a user
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    if processes.launched() > 1:
-        # torch would say on every process that DDP looks for weights without a gradient
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # where bitsandbytes is installed it speaks of a faster kernel on every start, asked for or not
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        broken = next((arg for arg in [command, *args] if not _is_text(arg)), None)
-        if broken is not None:
-            raise UserError(f"The argument {broken!r} holds bytes that are no text: write it in UTF-8.")
-        if command not in COMMANDS:
-            raise UserError(
-                f"Unknown command {command!r}; expected one of {', '.join(COMMANDS)}.{nearest(command, COMMANDS)}"
-            )
-        found = COMMANDS[command]
-        if processes.launched() > 1 and not found.together:
-            able = [name for name, each in COMMANDS.items() if each.together]
-            raise UserError(
-                f"`alter {command}` is for one process, the launcher started {processes.launched()}: run it without one. "
-                f"Several processes together do {', '.join(able)}."
-            )
-        owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
-        with processes.quiet():
-            parsed = parse(command, getattr(importlib.import_module(owner), settings), args)
-            _call(getattr(importlib.import_module(found.module), found.function), parsed)
-        processes.stop()
+        _run(command, args)
     except UserError as error:
         if processes.speaks():
             # a progress bar may be left on the line
@@ -484,6 +470,48 @@ def main(argv: Sequence[str] | None = None) -> int:
             _report(error)
         return 70
     return 0
+
+
+def _set_up() -> None:
+    """Settle what libraries read from the environment when they load, and silence what is no news for a user."""
+    # threads of libgomp, which torch's wheel brings, spin while they wait and take cores from others
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # transformers and peft warn of each other's coming changes
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    if processes.launched() > 1:
+        # torch would say on every process that DDP looks for weights without a gradient
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # where bitsandbytes is installed it speaks of a faster kernel on every start, asked for or not
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _run(command: str, args: Sequence[str]) -> None:
+    """Parse the flags and run the command.
+
+    Raises:
+        UserError: no such command, settings that it refuses, or what it raises.
+    """
+    broken = next((arg for arg in [command, *args] if not _is_text(arg)), None)
+    if broken is not None:
+        raise UserError(f"The argument {broken!r} holds bytes that are no text: write it in UTF-8.")
+    if command not in COMMANDS:
+        raise UserError(
+            f"Unknown command {command!r}; expected one of {', '.join(COMMANDS)}.{nearest(command, COMMANDS)}"
+        )
+    found = COMMANDS[command]
+    if processes.launched() > 1 and not found.together:
+        able = [name for name, each in COMMANDS.items() if each.together]
+        raise UserError(
+            f"`alter {command}` is for one process, the launcher started {processes.launched()}: run it without one. "
+            f"Several processes together do {', '.join(able)}."
+        )
+    with processes.quiet():
+        with deferred():
+            owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
+            parsed = parse(command, getattr(importlib.import_module(owner), settings), args)
+        _call(found.load(), parsed)
+    processes.stop()
 
 
 def _is_text(arg: str) -> bool:

@@ -17,7 +17,8 @@ from alter.core.files import digest
 from alter.core.provenance import stamped
 from alter.core.records import write_records
 from alter.evaluation.run import check_writable, show
-from alter.evaluation.tofu import TofuResult, tofu_metrics
+from alter.evaluation.tofu.measuring import tofu_metrics
+from alter.evaluation.tofu.results import TofuResult
 from alter.models.loading import Subject
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn

@@ -32,7 +32,7 @@ from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import stamped
 from alter.core.records import write_records
-from alter.evaluation.tofu import tofu_metrics
+from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.methods.adapters import adapter_of
 from alter.models.loading import load_model
 from alter.training.folder import save_adapter
@@ -76,7 +76,7 @@ def subject(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str
     return base, str(made / "adapter")
 
 
-def start(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
+def start_from(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
     """Settings that make a stage start from the result of the one before.
 
     ALTER's adapter grows, a LoRA with a detector (O3) is trained on, any other LoRA is merged.
@@ -94,7 +94,7 @@ def start(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
     return adapter_of(spec["stages"][place]["run"]["adapter"]).continued(adapter, merged)
 
 
-def measure(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequence[str]) -> None:
+def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequence[str]) -> None:
     """Measure the model that a cell's stage has made on those parts of its split's rows that are not measured yet.
 
     Raises:
@@ -143,7 +143,7 @@ def work(folder: Path, parts: Sequence[str]) -> None:
             # a stage is over when both it and its costs are written
             if "run" not in stage or ((run / "run.json").is_file() and place < len(result["stages"])):
                 continue
-            given = stage["run"] | start(folder, spec, place) | {"out": str(run), "overwrite": True}
+            given = stage["run"] | start_from(folder, spec, place) | {"out": str(run), "overwrite": True}
             if (root / given["forget"]).is_file():
                 given["forget"] = str(root / given["forget"])
             if on_gpu:
@@ -157,7 +157,7 @@ def work(folder: Path, parts: Sequence[str]) -> None:
             write_atomic(folder / f"run{place}.json", (run / "run.json").read_bytes())
             write_atomic(folder / "cell.json", to_json(result))
         for place in range(len(spec["stages"])):
-            measure(folder, spec, place, parts)
+            measure_stage(folder, spec, place, parts)
     except ValueError as error:  # a UserError, or figures that the metrics refuse
         # tables go elsewhere, and the folders of this machine mean nothing there
         reason = str(error).replace(str(folder), folder.name).replace(f"{root}{os.sep}", "")
@@ -178,7 +178,7 @@ def forget_weights(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def main(folder: str, parts: str) -> int:
+def cell_process(folder: str, parts: str) -> int:
     """What a cell's process does; its output goes to `log.txt`. Returns 0, or 1 after an error that may not come again."""
     die_with_parent()
     try:
@@ -199,7 +199,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def measured(out: Path, cell: Cell, parts: Sequence[str]) -> bool:
+def is_measured(out: Path, cell: Cell, parts: Sequence[str]) -> bool:
     """Whether the records of these parts are there, for every split of the cell."""
     folder = out / "cells" / cell.key
     return all((folder / f"{part}-{split}.json").is_file() for part in parts for split in cell.chain)
@@ -208,7 +208,7 @@ def measured(out: Path, cell: Cell, parts: Sequence[str]) -> bool:
 def finished(out: Path, cell: Cell, parts: Sequence[str]) -> dict[str, Any] | None:
     """What a cell's process wrote last if these parts are measured or it has failed, else None."""
     found = _read(out / "cells" / cell.key / "cell.json")
-    return found if found is None or found["status"] == "failed" or measured(out, cell, parts) else None
+    return found if found is None or found["status"] == "failed" or is_measured(out, cell, parts) else None
 
 
 def gpus(device: str | None) -> list[str]:
@@ -243,10 +243,14 @@ class _Running:
     slot: int
 
 
-def command(folder: Path, parts: Sequence[str]) -> list[str]:
+def command_line(folder: Path, parts: Sequence[str]) -> list[str]:
     """The command line of the process that works on the cell in `folder`."""
     arguments = f"{str(folder)!r}, {' '.join(parts)!r}"
-    return [sys.executable, "-c", f"import sys; from alter.comparison.cells import main; sys.exit(main({arguments}))"]
+    return [
+        sys.executable,
+        "-c",
+        f"import sys; from alter.comparison.cells import cell_process; sys.exit(cell_process({arguments}))",
+    ]
 
 
 def _start(out: Path, job: Job, slot: int, workers: int, cards: Sequence[str], lock: int) -> _Running:
@@ -260,7 +264,7 @@ def _start(out: Path, job: Job, slot: int, workers: int, cards: Sequence[str], l
         environment["CUDA_VISIBLE_DEVICES"] = cards[slot % len(cards)]
     with open(folder / "log.txt", "wb") as log:
         process = subprocess.Popen(
-            command(folder, job.parts),
+            command_line(folder, job.parts),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -304,7 +308,9 @@ def run_cells(
             each.process.wait()
 
 
-def shown(out: Path, jobs: Sequence[Job], workers: int, cards: Sequence[str], lock: int, label: str) -> dict[str, str]:
+def run_shown(
+    out: Path, jobs: Sequence[Job], workers: int, cards: Sequence[str], lock: int, label: str
+) -> dict[str, str]:
     """Run the jobs with a progress bar and a line for each; return why those that did not finish did not, by key."""
     todo = [job for job in jobs if finished(out, job.cell, job.parts) is None]
     parts = {job.cell.key: job.parts for job in jobs}

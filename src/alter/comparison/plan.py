@@ -26,7 +26,7 @@ from alter.core.files import digest, write_atomic
 from alter.core.plugins import plugins_digest
 from alter.core.provenance import provenance
 from alter.data.sources import read_rows, tofu_rows
-from alter.evaluation.tofu import SETS
+from alter.evaluation.tofu.sets import SETS
 from alter.methods.presets import METHODS, merged
 from alter.models.loading import Subject
 from alter.training.settings import Unlearn
@@ -147,7 +147,7 @@ def chains(settings: Compare) -> list[Chain]:
 def source_digest() -> str:
     """Hash of the code that decides a cell's numbers: training, evaluation and all modules of this package they import."""
     package = Path(__file__).parent.parent
-    waiting, seen = ["alter.training.run", "alter.evaluation.tofu"], set()
+    waiting, seen = ["alter.training.run", "alter.evaluation.tofu.measuring"], set()
     files: list[Path] = []
     while waiting:
         name = waiting.pop()
@@ -293,7 +293,7 @@ def check_continual(name: str, run: Unlearn) -> None:
         raise UserError(f"Method {name} cannot go on from its own result: {error.errors()[0]['msg']}.") from None
 
 
-def check(settings: Compare) -> None:
+def check_settings(settings: Compare) -> None:
     """Refuse what cannot be compared, before anything is made.
 
     Raises:
@@ -334,7 +334,7 @@ def check(settings: Compare) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Layout:
     """All cells: those of the models as they are by name and split, and the grid's by name and chain, setting, seed.
 
     `lay` gives the cells of one more setting by seed, which belong into `grid`.
@@ -351,93 +351,148 @@ class Plan:
         return [by[point][seed] for point, seed in points for by in self.grid.values()]
 
 
-def plan(settings: Compare, out: Path) -> Plan:
+@dataclass(frozen=True)
+class _Laid:
+    """What the cells of one chain share.
+
+    Attributes:
+        facts: what decides their numbers besides model and settings.
+        stages: what each stage's specification says of split and rows.
+        sources: where each stage's forget rows are, and how many.
+    """
+
+    facts: dict[str, Any]
+    stages: list[dict[str, Any]]
+    sources: list[tuple[str, int]]
+
+
+def lay_out(settings: Compare, out: Path) -> Layout:
     """Lay out every cell, and write the evaluation rows, and the new rows of each split, into `out`/rows.
 
     Raises:
-        UserError: see `check`, `run_of`, `check_continual` and `scoring.Subject.identity`; a hub that does not answer;
+        UserError: see `check_settings`, `run_of`, `check_continual` and `Subject.identity`; a hub that does not answer;
             data that is missing; or two cells that are the same run.
     """
-    check(settings)
+    check_settings(settings)
+    facts = _facts(settings)
+    weights = _weights(settings)
+    models: dict[tuple[str, str], Cell] = {}
+    laid = {chain: _lay_chain(settings, chain, out, facts, weights, models) for chain in chains(settings)}
+    seen: dict[str, Cell] = {}
+
+    def lay(name: str, chain: Chain, setting: Setting) -> dict[int, Cell]:
+        by: dict[int, Cell] = {}
+        for seed in settings.seeds:
+            cell = _cell(settings, name, chain, setting, seed, laid[chain], weights)
+            if cell.key in seen:
+                raise UserError(f"Two cells are the same run: {seen[cell.key]}, and {cell}. Leave one of them out.")
+            seen[cell.key] = by[seed] = cell
+        return by
+
+    grid: dict[tuple[str, Chain], dict[Setting, dict[int, Cell]]] = {}
+    for chain in laid:
+        for name in settings.methods:
+            points = itertools.product(settings.rates, settings.epochs)
+            grid[name, chain] = {setting: lay(name, chain, setting) for setting in points}
+    return Layout(models, grid, lay)
+
+
+def _facts(settings: Compare) -> dict[str, Any]:
+    """What decides the numbers of every cell: code, versions, device.
+
+    Raises:
+        UserError: a device that is not there.
+    """
     place = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place == "cuda" and not torch.cuda.is_available():
         raise UserError("Device 'cuda' was asked for, but there is no CUDA here: use --device cpu.")
-    facts = {
+    return {
         "cell": CELL,
         "code": source_digest(),
         "versions": provenance()["versions"],
         "device": torch.cuda.get_device_name() if place == "cuda" else place,
         "limit": settings.limit,
     }
-    weights = {
-        name: Subject(model=name).identity()["weights"]
-        for name in (settings.model, *settings.retrained.model_dump().values())
-        if name
-    }
+
+
+def _weights(settings: Compare) -> dict[str, str | None]:
+    """Digests of the models' weights, by name.
+
+    Raises:
+        UserError: no model of a name.
+    """
+    names = (settings.model, *settings.retrained.model_dump().values())
+    weights = {name: Subject(model=name).identity()["weights"] for name in names if name}
     for name, content in weights.items():
         if content == "unknown":
             raise UserError(f"No model at {name}: no folder has this name, and the hub does not answer for it.")
-    grid: dict[tuple[str, Chain], dict[Setting, dict[int, Cell]]] = {}
-    models: dict[tuple[str, str], Cell] = {}
-    seen: dict[str, Cell] = {}
-    told = {"limit": settings.limit, "device": settings.device}
-    parts: dict[Chain, tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, int]]]] = {}
-    for chain in chains(settings):
-        stages, common, sources = [], dict(facts), []
-        known: list[Any] = []
-        for split in chain:
-            rows = evaluation_rows(settings, split)
-            trained = {name: read_rows(f"{settings.data}:{name}") for name in (split, RETAIN[split])}
-            new = [row for row in tofu_rows(split, settings.data) if row not in known]
-            if not new:
-                raise UserError(f"{split} has no row that the splits before it have not: leave it out of splits.")
-            known += new
-            content = digest(rows, new)
-            folder = out / "rows" / content
-            for part, sets in rows.items():
-                for name, own in sets.items():
-                    write_atomic(folder / part / f"{name}.json", _lines(own))
-            write_atomic(folder / "new.jsonl", _lines(new))
-            stages.append({"split": split, "rows": f"rows/{content}"})
-            about = {"split": split, "rows": digest(rows)}
-            for name, model in ((ORIGINAL, settings.model), (RETRAINED, getattr(settings.retrained, split))):
-                if model is not None:
-                    key = digest(facts, about, {"model": weights[model]})
-                    spec = {**told, "name": name, "model": model, "stages": [stages[-1]]}
-                    models[name, split] = Cell(name, (split,), None, None, spec, key)
-            common |= {split: [about, digest(trained, new)]}
-            # a first run takes TOFU's own split, a later one what it has more than the one before
-            sources.append(
-                (f"{settings.data}:{split}" if len(known) == len(new) else f"rows/{content}/new.jsonl", len(new))
-            )
-        parts[chain] = common, stages, sources
+    return weights
 
-    def lay(name: str, chain: Chain, setting: Setting) -> dict[int, Cell]:
-        common, stages, sources = parts[chain]
-        by: dict[int, Cell] = {}
-        for seed in settings.seeds:
-            runs = [
-                run_of(settings, name, split, seed, setting, source)
-                for split, source in zip(chain, sources, strict=True)
-            ]
-            if len(chain) > 1:
-                check_continual(name, runs[0])
-            # a preset that the settings contain already must not name the cell
-            decides = [run.model_dump(mode="json", exclude=UNKEYED | {"model", "device"}) for run in runs]
-            key = digest(common, {"model": weights[settings.model], "runs": decides})
-            ran = [{**stage, "run": run.model_dump(mode="json")} for stage, run in zip(stages, runs, strict=True)]
-            spec = {**told, "name": name, "model": settings.model, "stages": ran, "keep": settings.keep}
-            cell = Cell(name, chain, seed, setting, spec, key)
-            if key in seen:
-                raise UserError(f"Two cells are the same run: {seen[key]}, and {cell}. Leave one of them out.")
-            seen[key] = by[seed] = cell
-        return by
 
-    for chain in parts:
-        for name in settings.methods:
-            points = itertools.product(settings.rates, settings.epochs)
-            grid[name, chain] = {setting: lay(name, chain, setting) for setting in points}
-    return Plan(models, grid, lay)
+def _lay_chain(
+    settings: Compare,
+    chain: Chain,
+    out: Path,
+    facts: Mapping[str, Any],
+    weights: Mapping[str, str | None],
+    models: dict[tuple[str, str], Cell],
+) -> _Laid:
+    """Write the rows of a chain's splits into `out`/rows, and put the cells of the models as they are into `models`."""
+    laid = _Laid(dict(facts), [], [])
+    known: list[Any] = []
+    for split in chain:
+        rows = evaluation_rows(settings, split)
+        trained = {name: read_rows(f"{settings.data}:{name}") for name in (split, RETAIN[split])}
+        new = [row for row in tofu_rows(split, settings.data) if row not in known]
+        if not new:
+            raise UserError(f"{split} has no row that the splits before it have not: leave it out of splits.")
+        known += new
+        content = digest(rows, new)
+        folder = out / "rows" / content
+        for part, sets in rows.items():
+            for name, own in sets.items():
+                write_atomic(folder / part / f"{name}.json", _lines(own))
+        write_atomic(folder / "new.jsonl", _lines(new))
+        laid.stages.append({"split": split, "rows": f"rows/{content}"})
+        about = {"split": split, "rows": digest(rows)}
+        for name, model in ((ORIGINAL, settings.model), (RETRAINED, getattr(settings.retrained, split))):
+            if model is not None:
+                key = digest(facts, about, {"model": weights[model]})
+                spec = {**_told(settings), "name": name, "model": model, "stages": [laid.stages[-1]]}
+                models[name, split] = Cell(name, (split,), None, None, spec, key)
+        laid.facts[split] = [about, digest(trained, new)]
+        # a first run takes TOFU's own split, a later one what it has more than the one before
+        whole = len(known) == len(new)
+        laid.sources.append((f"{settings.data}:{split}" if whole else f"rows/{content}/new.jsonl", len(new)))
+    return laid
+
+
+def _told(settings: Compare) -> dict[str, Any]:
+    """What every cell's specification says besides its own."""
+    return {"limit": settings.limit, "device": settings.device}
+
+
+def _cell(
+    settings: Compare,
+    name: str,
+    chain: Chain,
+    setting: Setting,
+    seed: int,
+    laid: _Laid,
+    weights: Mapping[str, str | None],
+) -> Cell:
+    """The cell of one method, chain, setting and seed."""
+    runs = [
+        run_of(settings, name, split, seed, setting, source) for split, source in zip(chain, laid.sources, strict=True)
+    ]
+    if len(chain) > 1:
+        check_continual(name, runs[0])
+    # a preset that the settings contain already must not name the cell
+    decides = [run.model_dump(mode="json", exclude=UNKEYED | {"model", "device"}) for run in runs]
+    key = digest(laid.facts, {"model": weights[settings.model], "runs": decides})
+    ran = [{**stage, "run": run.model_dump(mode="json")} for stage, run in zip(laid.stages, runs, strict=True)]
+    spec = {**_told(settings), "name": name, "model": settings.model, "stages": ran, "keep": settings.keep}
+    return Cell(name, chain, seed, setting, spec, key)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

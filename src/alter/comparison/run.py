@@ -1,109 +1,63 @@
 """`alter compare`: methods x seeds x forget splits x a grid of learning rates and lengths, with equal budget for each.
 
-`plan` lays out the cells, `cells` runs them, `table` chooses each method's setting on validation rows and makes the table
-from test rows.
+`plan` lays out the cells, `cells` runs them, `choice` chooses each method's setting on validation rows, and `table` is
+made from test rows: `words`, `plot` and `export` show it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from alter.comparison.cells import Job, finished, forget_weights, gpus, hold, shown
-from alter.comparison.plan import ORIGINAL, PARTS, RETRAINED, Compare, check, evaluation_rows
-from alter.comparison.plan import plan as lay_out
-from alter.comparison.table import (
-    Row,
-    all_records,
-    choices,
-    chosen_cells,
-    described,
-    markdown,
-    page,
-    pareto,
-    refined,
-    rows_of,
-    search_csv,
-    table_csv,
+from alter.comparison.cells import Job, finished, forget_weights, gpus, hold, run_shown
+from alter.comparison.choice import Choice, choices, chosen_cells, refined
+from alter.comparison.export import all_records, search_csv, table_csv
+from alter.comparison.plan import (
+    ORIGINAL,
+    PARTS,
+    RETRAINED,
+    Chain,
+    Compare,
+    Layout,
+    check_settings,
+    evaluation_rows,
+    lay_out,
 )
+from alter.comparison.plot import pareto
+from alter.comparison.table import TableRow, table_rows
+from alter.comparison.words import described, html_page, markdown
 from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.core.records import write_records
 
+Chosen = Mapping[tuple[str, Chain], Choice]
 
-def compare(settings: Compare) -> list[Row]:
+
+def compare(settings: Compare) -> list[TableRow]:
     """Run `alter compare`: all cells, the choice, the table; and write them to `settings.out`.
 
     Files: `table.md`, `table.csv`, `search.csv`, `report.html`, `pareto.png`, `records.json`, `compare.json` (settings, choices,
     provenance); `cells/KEY` and `rows/` hold what they are made of.
 
     Raises:
-        UserError: see `plan` and `hold`; a retrained model that is the original; or one of them cannot be evaluated, or
+        UserError: see `lay_out` and `hold`; a retrained model that is the original; or one of them cannot be evaluated, or
             with `run` off has not been. A cell that fails or is killed does not stop the others: it is named under the
             table.
     """
     out = Path(settings.out).expanduser()
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
-    check(settings)
+    check_settings(settings)
     # what only writes tables disturbs nobody, and may look at a comparison that is at work
     lock = hold(out) if settings.run else None
     try:
         made = lay_out(settings, out)
-        for (name, split), cell in made.models.items():
-            if name == RETRAINED and cell.key == made.models[ORIGINAL, split].key:
-                raise UserError(f"retrained.{split} is the original model itself: give one that never saw {split}.")
-        cards = gpus(settings.device)
-        workers = settings.workers or len(cards) or max(1, len(os.sched_getaffinity(0)) // 2)
-
-        def run(jobs: Sequence[Job], label: str) -> dict[str, str]:
-            return {} if lock is None else shown(out, jobs, workers, cards, lock, label)
-
-        models = list(made.models.values())
-        lost = run([Job(cell, PARTS) for cell in models], "models as they are")
-        for cell in models:
-            found = finished(out, cell, PARTS)
-            if found is None and lock is None:
-                raise UserError(
-                    f"The table needs {cell}, which is not measured yet: run the command without --no-run."
-                )
-            if found is None or found["status"] != "done":
-                reason = lost.get(cell.key) or (found or {}).get("reason")
-                raise UserError(f"Cannot evaluate the model {cell.spec['model']} on {cell.chain[0]}: {reason}")
-        lost |= run([Job(cell, ("validation",)) for cell in made.searched(settings)], "search")
-        for i in range(settings.refine):
-            jobs = [Job(cell, ("validation",)) for cell in refined(settings, made, out)]
-            lost |= run(jobs, f"search, refined {i + 1} of {settings.refine}")
-        chosen = choices(settings, made, out)
-        lost |= run([Job(cell, ("test",)) for cell in chosen_cells(made, chosen)], "test rows")
-        if settings.run and not settings.keep:
-            for cell in (c for by in made.grid.values() for seeds in by.values() for c in seeds.values()):
-                # one that was killed goes on from what it has trained
-                if cell.key not in lost:
-                    forget_weights(out / "cells" / cell.key)
-        rows = rows_of(settings, made, chosen, out)
-        divided: dict[str, dict[str, int]] = {
-            split: {part: len(own[f"{split}_perturbed"]) for part, own in evaluation_rows(settings, split).items()}
-            for split in settings.splits
-        }
-        said = described(settings, rows, divided)
-        text = markdown(said)
-        write_atomic(out / "table.md", text)
-        write_atomic(out / "table.csv", table_csv(rows))
-        write_atomic(out / "search.csv", search_csv(chosen))
-        pareto(out / "pareto.png", settings, rows)
-        write_atomic(out / "report.html", page(said, settings, out / "pareto.png"))
-        write_records(out / "records.json", all_records(settings, made, chosen, out))
-        summary = {
-            "settings": settings.model_dump(mode="json"),
-            "choices": [{"method": name, "splits": chain, **asdict(c)} for (name, chain), c in chosen.items()],
-            "provenance": provenance(),
-        }
-        write_atomic(out / "compare.json", to_json(summary))
+        chosen, lost = _run_all(settings, made, out, lock)
+        rows, text = _write(settings, made, chosen, out)
     finally:
         if lock is not None:
             os.close(lock)
@@ -115,3 +69,72 @@ def compare(settings: Compare) -> list[Row]:
     if lost:
         warn(f"alter: {len(lost)} cells did not finish; the same command runs them again.")
     return rows
+
+
+def _run_all(settings: Compare, made: Layout, out: Path, lock: int | None) -> tuple[Chosen, dict[str, str]]:
+    """Run the cells (none without a lock): models as they are, the search, then the chosen settings on test rows.
+
+    Returns:
+        the choices, and why cells did not finish, by key.
+
+    Raises:
+        UserError: a retrained model that is the original, or a model as it is that has no figures.
+    """
+    for (name, split), cell in made.models.items():
+        if name == RETRAINED and cell.key == made.models[ORIGINAL, split].key:
+            raise UserError(f"retrained.{split} is the original model itself: give one that never saw {split}.")
+    cards = gpus(settings.device)
+    workers = settings.workers or len(cards) or max(1, len(os.sched_getaffinity(0)) // 2)
+
+    def run(jobs: Sequence[Job], label: str) -> dict[str, str]:
+        return {} if lock is None else run_shown(out, jobs, workers, cards, lock, label)
+
+    lost = run([Job(cell, PARTS) for cell in made.models.values()], "models as they are")
+    _check_models(made, out, lost, ran=lock is not None)
+    lost |= run([Job(cell, ("validation",)) for cell in made.searched(settings)], "search")
+    for i in range(settings.refine):
+        jobs = [Job(cell, ("validation",)) for cell in refined(settings, made, out)]
+        lost |= run(jobs, f"search, refined {i + 1} of {settings.refine}")
+    chosen = choices(settings, made, out)
+    lost |= run([Job(cell, ("test",)) for cell in chosen_cells(made, chosen)], "test rows")
+    if settings.run and not settings.keep:
+        for cell in (c for by in made.grid.values() for seeds in by.values() for c in seeds.values()):
+            # one that was killed goes on from what it has trained
+            if cell.key not in lost:
+                forget_weights(out / "cells" / cell.key)
+    return chosen, lost
+
+
+def _check_models(made: Layout, out: Path, lost: Mapping[str, str], *, ran: bool) -> None:
+    """Refuse to go on without the figures of the original and the retrained models, which every choice needs."""
+    for cell in made.models.values():
+        found = finished(out, cell, PARTS)
+        if found is None and not ran:
+            raise UserError(f"The table needs {cell}, which is not measured yet: run the command without --no-run.")
+        if found is None or found["status"] != "done":
+            reason = lost.get(cell.key) or (found or {}).get("reason")
+            raise UserError(f"Cannot evaluate the model {cell.spec['model']} on {cell.chain[0]}: {reason}")
+
+
+def _write(settings: Compare, made: Layout, chosen: Chosen, out: Path) -> tuple[list[TableRow], str]:
+    """Write all files of the comparison; return the rows of the table, and the table as Markdown."""
+    rows = table_rows(settings, made, chosen, out)
+    divided: dict[str, dict[str, int]] = {
+        split: {part: len(own[f"{split}_perturbed"]) for part, own in evaluation_rows(settings, split).items()}
+        for split in settings.splits
+    }
+    said = described(settings, rows, divided)
+    text = markdown(said)
+    write_atomic(out / "table.md", text)
+    write_atomic(out / "table.csv", table_csv(rows))
+    write_atomic(out / "search.csv", search_csv(chosen))
+    pareto(out / "pareto.png", settings, rows)
+    write_atomic(out / "report.html", html_page(said, settings, out / "pareto.png"))
+    write_records(out / "records.json", all_records(settings, made, chosen, out))
+    summary = {
+        "settings": settings.model_dump(mode="json"),
+        "choices": [{"method": name, "splits": chain, **asdict(c)} for (name, chain), c in chosen.items()],
+        "provenance": provenance(),
+    }
+    write_atomic(out / "compare.json", to_json(summary))
+    return rows, text

@@ -190,12 +190,12 @@ class OneOf:
 BENCHMARKS: Registry[tuple[str, str]] = Registry(
     "benchmark",
     {
-        "tofu": ("alter.evaluation.tofu", "TofuEvaluation"),
+        "tofu": ("alter.evaluation.tofu.benchmark", "TofuEvaluation"),
         "muse": ("alter.evaluation.muse", "MuseEvaluation"),
         "book": ("alter.evaluation.book", "BookEvaluation"),
-        "wmdp": ("alter.evaluation.harness", "WmdpEvaluation"),
-        "mmlu": ("alter.evaluation.harness", "MmluEvaluation"),
-        "lm-eval": ("alter.evaluation.harness", "LmEvalEvaluation"),
+        "wmdp": ("alter.evaluation.harness.benchmarks", "WmdpEvaluation"),
+        "mmlu": ("alter.evaluation.harness.benchmarks", "MmluEvaluation"),
+        "lm-eval": ("alter.evaluation.harness.benchmarks", "LmEvalEvaluation"),
         "fluency": ("alter.evaluation.fluency", "FluencyEvaluation"),
         "rows": ("alter.evaluation.rows", "RowsEvaluation"),
     },

@@ -13,7 +13,8 @@ from alter.core.console import cell, show
 from alter.core.records import Record, write_records
 from alter.data.examples import Example
 from alter.distillation.settings import Distill
-from alter.evaluation.rows import FIGURES, Answered, closing_facts, measure
+from alter.evaluation.answered import Answered, answer_rows
+from alter.evaluation.closing import FIGURES, closing_facts
 from alter.evaluation.verdict import judge
 from alter.models.loading import load_model
 
@@ -30,7 +31,7 @@ def closing(settings: Distill, out: Path, found: dict[str, list[Example]], teach
         teacher: model and tokenizer.
 
     Returns:
-        what `alter.evaluation.rows.closing_facts` gives, with the teacher's figures under `teacher`.
+        what `alter.evaluation.closing.closing_facts` gives, with the teacher's figures under `teacher`.
 
     Raises:
         UserError: the result does not load or its weights are not finite.
@@ -48,7 +49,7 @@ def closing(settings: Distill, out: Path, found: dict[str, list[Example]], teach
 
     def look(name: str, pair: tuple[Any, Any]) -> None:
         measured[name] = {
-            part: measure(*pair, rows, seed=settings.seed, max_new_tokens=100, label=f"{name}, {part}")
+            part: answer_rows(*pair, rows, seed=settings.seed, max_new_tokens=100, label=f"{name}, {part}")
             for part, rows in sets.items()
         }
 

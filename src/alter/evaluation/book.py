@@ -34,6 +34,7 @@ from alter.core.files import digest, file_digest, folder_digest
 from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded
 from alter.evaluation.base import Evaluation, say
+from alter.evaluation.figures import Figures
 from alter.models.generation import generate
 from alter.models.loading import shipped_model
 from alter.models.scoring import Scores, score
@@ -55,7 +56,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Reference:
+class BookReference:
     """What the retrained model contributes: its BLEU and ROUGE-L in points, and its min-k AUC where there is a holdout."""
 
     source: str
@@ -101,9 +102,9 @@ class BookResult:
             return None
         return metrics.auc(metrics.min_k(self.scores.logprob), metrics.min_k(self.holdout_scores.logprob))
 
-    def as_reference(self, source: str) -> Reference:
+    def as_reference(self, source: str) -> BookReference:
         """Return what other models are compared with, if this is the result of the retrained model."""
-        return Reference(source, self.fingerprint, self.bleu.mean(), 100 * self.rouge.mean(), self.min_k_auc)
+        return BookReference(source, self.fingerprint, self.bleu.mean(), 100 * self.rouge.mean(), self.min_k_auc)
 
 
 # Passages ------------------------------------------------------------------------------------------------------------
@@ -302,13 +303,13 @@ class BookEvaluation(Evaluation):
         chosen = np.random.default_rng(self.seed).choice(len(found), size=self.limit, replace=False)
         return [found[i] for i in sorted(chosen)]
 
-    def _reference(self, source: str) -> Reference:
+    def _reference(self, source: str) -> BookReference:
         if not self._is_model(source):
             return self._from_records(source)
         retrained, tokenizer = self.alike(source).load()
         return self.result(retrained, tokenizer, only_book=True).as_reference(source)
 
-    def _from_records(self, source: str) -> Reference:
+    def _from_records(self, source: str) -> BookReference:
         """Return the reference in a retrained model's result file.
 
         Raises:
@@ -332,16 +333,15 @@ class BookEvaluation(Evaluation):
                 f"the retrained model's results with {self._command()}."
             )
         aucs = [r.value for r in found["mia_min_k"] if r.extra.get("holdout_text") == self._holdout_digest()]
-        return Reference(
+        return BookReference(
             source, bleu[0].extra["fingerprint"], bleu[0].value, 100 * rouge[0].value, aucs[0] if aucs else None
         )
 
     def _holdout_digest(self) -> str | None:
         return None if self.holdout is None else _text_digest(self.holdout)
 
-    def _records(self, result: BookResult, reference: Reference | None) -> list[Record]:
-        out: list[Record] = []
-        base: dict[str, Any] = {
+    def _records(self, result: BookResult, reference: BookReference | None) -> list[Record]:
+        base = {
             "benchmark": "book",
             "book": self.book,
             "text": _text_digest(self.book),
@@ -349,68 +349,85 @@ class BookEvaluation(Evaluation):
             "prefix_tokens": self.prefix_tokens,
             "continuation_tokens": self.continuation_tokens,
         }
-
-        def add(metric: str, value: float, items: Sequence[float] | Array | None = None, **extra: Any) -> None:
-            direction = metrics.CATALOGUE[metric].higher_is_better
-            n = extra.pop("n", len(result.passages))
-            per_item = None if items is None else [float(x) for x in items]
-            out.append(Record(self.subject, metric, float(value), n, "strict", direction, per_item, base | extra))
-
-        bleu, rouge = result.bleu, result.rouge
-        prefixes = [passage.prefix for passage in result.passages]
-        references = [passage.reference for passage in result.passages]
-        add("book_bleu", bleu.mean(), bleu, prefixes=prefixes, references=references, generations=result.generations)
-        add("book_corpus_bleu", metrics.corpus_bleu(references, result.generations))
-        add("book_rouge", rouge.mean(), rouge)
-        notes = []
-        if reference is None:
-            notes.append(
-                "No book_asg: it compares with a model that never read the book. Make its results once with "
-                f"{self._command()}, then add `--retain-records retrained.json`."
-            )
-        else:
-            mine, other = (bleu.mean(), 100 * rouge.mean()), (reference.bleu, reference.rouge)
-            add(
-                "book_asg_signed" if self.signed else "book_asg",
-                metrics.asg(mine, other, signed=self.signed),
-                gaps={"bleu": mine[0] - other[0], "rouge": mine[1] - other[1]},
-                reference={"source": reference.source, "bleu": other[0], "rouge": other[1]},
-            )
-        loss = metrics.average_loss(result.scores.logprob)
-        correct = _open(result.scores.correct)
-        memorized, strength = metrics.exact_memorization(correct), metrics.extraction_strength(correct)
-        add("book_perplexity", metrics.perplexity(result.scores.logprob), np.exp(loss))
-        add("book_exact_memorization", memorized.mean(), memorized)
-        add("book_extraction_strength", strength.mean(), strength)
-        add("book_distinct_2", metrics.distinct_n(result.generations, 2))
-        repeats = metrics.repetition(result.generations)
-        add("book_repetition", repeats.mean(), repeats)
+        figures = Figures(self.subject, base)
+        notes = self._add_said(figures, result, reference)
+        _add_scored(figures, result)
         empty = sum(not text for text in result.generations)
         if empty:
             notes.append(f"{empty} of {len(result.passages)} completions are empty; they count 0 in BLEU and ROUGE-L.")
         if result.holdout_scores is not None:
-            held = [passage.reference for passage in result.holdout]
-            extra: dict[str, Any] = {"n": len(held), "holdout": self.holdout, "holdout_text": self._holdout_digest()}
-            own_bleu = metrics.bleu(held, result.holdout_generations)
-            own_rouge = metrics.rouge_l(held, result.holdout_generations).recall
-            add("holdout_bleu", own_bleu.mean(), own_bleu, **extra, generations=result.holdout_generations)
-            add("holdout_rouge", own_rouge.mean(), own_rouge, **extra)
-            lost = metrics.average_loss(result.holdout_scores.logprob)
-            add("holdout_perplexity", metrics.perplexity(result.holdout_scores.logprob), np.exp(lost), **extra)
-            auc = result.min_k_auc
-            assert auc is not None
-            add("mia_min_k", auc, **extra | {"n": len(held) + len(result.passages)})
-            if reference is not None and reference.min_k_auc is None:
-                notes.append(f"No privleak: {reference.source} has no mia_min_k with this holdout; make it again.")
-            elif reference is not None and reference.min_k_auc == 1:
-                notes.append("No privleak: the retrained model tells book and holdout apart as well (mia_min_k 1).")
-            elif reference is not None:
-                value = metrics.privleak(auc, reference.min_k_auc)
-                add("privleak", value, **extra | {"reference_auc": reference.min_k_auc})
+            notes += self._add_holdout(figures, result, reference)
         if result.retain_scores is not None:
             kept = metrics.exact_memorization(_open(result.retain_scores.correct))
-            own: dict[str, Any] = {"n": len(kept), "retain": self.retain}
-            add("retain_perplexity", metrics.perplexity(result.retain_scores.logprob), **own)
-            add("retain_accuracy", kept.mean(), kept, **own)
+            perplexity = metrics.perplexity(result.retain_scores.logprob)
+            figures.add("retain_perplexity", perplexity, len(kept), retain=self.retain)
+            figures.add("retain_accuracy", kept.mean(), len(kept), kept, retain=self.retain)
         say(notes)
-        return out
+        return figures.records
+
+    def _add_said(self, figures: Figures, result: BookResult, reference: BookReference | None) -> list[str]:
+        """Add how near the completions are to the book, and to the retrained model's; return notes."""
+        bleu, rouge, n = result.bleu, result.rouge, len(result.passages)
+        references = [passage.reference for passage in result.passages]
+        texts = {
+            "prefixes": [passage.prefix for passage in result.passages],
+            "references": references,
+            "generations": result.generations,
+        }
+        figures.add("book_bleu", bleu.mean(), n, bleu, **texts)
+        figures.add("book_corpus_bleu", metrics.corpus_bleu(references, result.generations), n)
+        figures.add("book_rouge", rouge.mean(), n, rouge)
+        if reference is None:
+            return [
+                "No book_asg: it compares with a model that never read the book. Make its results once with "
+                f"{self._command()}, then add `--retain-records retrained.json`."
+            ]
+        mine, other = (bleu.mean(), 100 * rouge.mean()), (reference.bleu, reference.rouge)
+        figures.add(
+            "book_asg_signed" if self.signed else "book_asg",
+            metrics.asg(mine, other, signed=self.signed),
+            n,
+            gaps={"bleu": mine[0] - other[0], "rouge": mine[1] - other[1]},
+            reference={"source": reference.source, "bleu": other[0], "rouge": other[1]},
+        )
+        return []
+
+    def _add_holdout(self, figures: Figures, result: BookResult, reference: BookReference | None) -> list[str]:
+        """Add the holdout's figures, and how well it is told apart from the book; return notes."""
+        assert result.holdout_scores is not None
+        held = [passage.reference for passage in result.holdout]
+        n, both = len(held), len(held) + len(result.passages)
+        extra = {"holdout": self.holdout, "holdout_text": self._holdout_digest()}
+        bleu = metrics.bleu(held, result.holdout_generations)
+        rouge = metrics.rouge_l(held, result.holdout_generations).recall
+        figures.add("holdout_bleu", bleu.mean(), n, bleu, **extra, generations=result.holdout_generations)
+        figures.add("holdout_rouge", rouge.mean(), n, rouge, **extra)
+        loss = metrics.average_loss(result.holdout_scores.logprob)
+        perplexity = metrics.perplexity(result.holdout_scores.logprob)
+        figures.add("holdout_perplexity", perplexity, n, np.exp(loss), **extra)
+        auc = result.min_k_auc
+        assert auc is not None
+        figures.add("mia_min_k", auc, both, **extra)
+        if reference is None:
+            return []
+        if reference.min_k_auc is None:
+            return [f"No privleak: {reference.source} has no mia_min_k with this holdout; make it again."]
+        if reference.min_k_auc == 1:
+            return ["No privleak: the retrained model tells book and holdout apart as well (mia_min_k 1)."]
+        value = metrics.privleak(auc, reference.min_k_auc)
+        figures.add("privleak", value, n, **extra, reference_auc=reference.min_k_auc)
+        return []
+
+
+def _add_scored(figures: Figures, result: BookResult) -> None:
+    """Add what the scores of the book's own text say: perplexity and memorisation, and how varied the completions are."""
+    n = len(result.passages)
+    correct = _open(result.scores.correct)
+    memorized, strength = metrics.exact_memorization(correct), metrics.extraction_strength(correct)
+    perplexity, loss = metrics.perplexity(result.scores.logprob), metrics.average_loss(result.scores.logprob)
+    figures.add("book_perplexity", perplexity, n, np.exp(loss))
+    figures.add("book_exact_memorization", memorized.mean(), n, memorized)
+    figures.add("book_extraction_strength", strength.mean(), n, strength)
+    figures.add("book_distinct_2", metrics.distinct_n(result.generations, 2), n)
+    repeats = metrics.repetition(result.generations)
+    figures.add("book_repetition", repeats.mean(), n, repeats)

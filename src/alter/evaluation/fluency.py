@@ -39,6 +39,7 @@ from alter.data.encoding import IGNORE, Encoded, encode, encode_prompt
 from alter.data.examples import Example, turns_of
 from alter.data.sources import read_rows
 from alter.evaluation.base import Evaluation, say
+from alter.evaluation.figures import Figures
 from alter.evaluation.judge import Grades, Judge, judge_records, judge_replies
 from alter.models.generation import check_prompts, generate
 from alter.models.loading import Subject, load_model
@@ -213,13 +214,8 @@ class FluencyResult:
 
     def records(self, name: str, extra: dict[str, Any]) -> list[Record]:
         """Return the figures; see the module for what counts where. The texts are with `fluency_distinct_1`."""
-        out: list[Record] = []
-
-        def add(metric: str, value: float | None, n: int, items: npt.ArrayLike | None = None, **more: Any) -> None:
-            per_item = None if items is None else [float(x) for x in np.asarray(items)]
-            direction = metrics.CATALOGUE[metric].higher_is_better
-            out.append(Record(name, metric, value, n, "strict", direction, per_item, extra | more))
-
+        figures = Figures(name, extra)
+        add = figures.add
         read = {"reference": self.reference, "too_long": self.too_long}
         for metric, rows in (("fluency_perplexity", self.given), ("fluency_perplexity_alone", self.by_itself)):
             each = np.array([metrics.perplexity([row]) if row.size else np.nan for row in rows])
@@ -241,7 +237,7 @@ class FluencyResult:
         add("fluency_repetition", float(repeats[long].mean()) if long.any() else None, int(long.sum()), repeats)
         add("fluency_length", float(words.mean()), len(words), words)
         add("fluency_empty", float((words == 0).mean()), len(words), words == 0)
-        return out
+        return figures.records
 
 
 def fluency(settings: FluencyEvaluation, model: Any, tokenizer: Any) -> FluencyResult:

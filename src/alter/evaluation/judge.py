@@ -15,7 +15,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ from alter.core.console import progress, warn
 from alter.core.errors import UserError
 from alter.core.provenance import stamped
 from alter.core.records import Record, read_records, write_records
-from alter.metrics import CATALOGUE
+from alter.evaluation.figures import Figures
 from alter.reporting.terminal import table
 
 PROMPT_VERSION = 1
@@ -184,7 +184,7 @@ def bound(prompt: str, reply: str) -> int:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Graded:
     """What came back for one reply: the judge's words and their grade (None: unparsed), or why there is nothing.
 
     `tokens_in` and `tokens_out` are what the endpoint reported, or estimates if it reported nothing (`counted`).
@@ -222,7 +222,7 @@ def _said(error: Any) -> str:
     return " ".join(str(getattr(error, "message", error)).split())[:300]
 
 
-def _ask(client: Any, judge: Judge, prompt: str, reply: str, stop: threading.Event) -> Verdict:
+def _ask(client: Any, judge: Judge, prompt: str, reply: str, stop: threading.Event) -> Graded:
     """One verdict, with new attempts where they can help.
 
     Raises:
@@ -242,15 +242,15 @@ def _ask(client: Any, judge: Judge, prompt: str, reply: str, stop: threading.Eve
             text = answer.choices[0].message.content if answer.choices else None
             used = answer.usage
             if used is None:
-                return Verdict(text, grade(text), estimate(prompt, reply) + lost, judge.reply_tokens, counted=False)
-            return Verdict(text, grade(text), used.prompt_tokens + lost, used.completion_tokens, counted=not lost)
+                return Graded(text, grade(text), estimate(prompt, reply) + lost, judge.reply_tokens, counted=False)
+            return Graded(text, grade(text), used.prompt_tokens + lost, used.completion_tokens, counted=not lost)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             where = f"in {judge.key_variable}" if judge.key_variable else "(none was sent)"
             raise _Down(f"it refuses the API key {where}: {_said(error)}") from None
         except openai.NotFoundError as error:
             raise _Down(f"it knows no model {judge.model!r}, or the address is wrong: {_said(error)}") from None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return Verdict(None, None, lost, 0, refused=_said(error))
+            return Graded(None, None, lost, 0, refused=_said(error))
         except (
             openai.RateLimitError,
             openai.APITimeoutError,
@@ -405,7 +405,7 @@ def judge_replies(judge: Judge, pairs: Sequence[Pair]) -> Grades:
         asked = [(key, *pairs[places[0][0]]) for key, places in waiting.items() if key not in known]
         if asked:
             _check_estimate(judge, asked)
-            _ask_all(judge, asked, cache, settle, waiting, result)
+            _Round(judge, cache, settle, waiting, result).ask(asked)
     result.cost = judge.cost(result.tokens_in, result.tokens_out)
     return result
 
@@ -424,91 +424,115 @@ def _check_estimate(judge: Judge, asked: Sequence[tuple[str, str, str]]) -> None
     )
 
 
-def _ask_all(
-    judge: Judge,
-    asked: Sequence[tuple[str, str, str]],
-    cache: sqlite3.Connection,
-    settle: Any,
-    waiting: dict[str, list[tuple[int, int]]],
-    result: Grades,
-) -> None:
-    """Send the requests, `judge.concurrency` at a time, and keep each verdict as it comes in."""
-    import openai
+class _Round:
+    """The requests of one run: sent `judge.concurrency` at a time, each verdict kept as it comes in.
 
-    stop = threading.Event()
-    under_way: dict[Future[Verdict], tuple[str, int]] = {}
-    queue = list(reversed(asked))
-    failed: str | None = None
-    client = openai.OpenAI(
-        base_url=judge.base_url,
-        api_key=os.environ[judge.key_variable] if judge.key_variable else "none",
-        timeout=judge.timeout,
-        max_retries=0,
-    )
+    Args:
+        judge: who is asked.
+        cache: where verdicts are kept.
+        settle: told each verdict's key and text.
+        waiting: places in `result.grades` by key.
+        result: filled in.
+    """
 
-    def fits(prompt: str, reply: str) -> bool:
-        reserved = sum(tokens for _, tokens in under_way.values())
-        requests = len(under_way) + 1
-        return judge.within(
-            result.tokens_in + reserved + bound(prompt, reply), result.tokens_out + requests * judge.reply_tokens
+    def __init__(
+        self,
+        judge: Judge,
+        cache: sqlite3.Connection,
+        settle: Callable[[str, str | None], None],
+        waiting: Mapping[str, Sequence[tuple[int, int]]],
+        result: Grades,
+    ) -> None:
+        self.judge, self.cache, self.settle, self.waiting, self.result = judge, cache, settle, waiting, result
+        self.stop = threading.Event()
+        self.under_way: dict[Future[Graded], tuple[str, int]] = {}
+        self.failed: str | None = None
+
+    def ask(self, asked: Sequence[tuple[str, str, str]]) -> None:
+        """Send all requests, (key, prompt, reply) each, as far as limits and endpoint allow.
+
+        Raises:
+            UserError: there is not a single verdict because of the endpoint.
+        """
+        import openai
+
+        judge, result = self.judge, self.result
+        client = openai.OpenAI(
+            base_url=judge.base_url,
+            api_key=os.environ[judge.key_variable] if judge.key_variable else "none",
+            timeout=judge.timeout,
+            max_retries=0,
+        )
+        with client, ThreadPoolExecutor(judge.concurrency) as pool:
+            try:
+                for _ in progress(self._run(client, pool, asked), total=len(asked), label="judging"):
+                    pass
+            finally:
+                # however it ends, what is under way is paid for: keep it; but nobody waits for new attempts
+                self.stop.set()
+                while self.under_way:
+                    list(self._take())
+        if self.failed is not None:
+            result.stopped = f"{judge.base_url}: {self.failed}"
+            if result.calls == 0 and result.cached == 0:
+                raise UserError(f"The judge at {judge.base_url} cannot be used: {self.failed}.")
+        result.missing = sum(map(len, self.waiting.values())) - result.unparsed - result.refused
+        result.missing -= int(np.isfinite(result.grades).sum()) - result.empty * judge.repeats
+
+    def _run(self, client: Any, pool: ThreadPoolExecutor, asked: Sequence[tuple[str, str, str]]) -> Iterator[str]:
+        """Keep the pool busy until all is asked, a limit is reached or the endpoint fails; yield each key that is done."""
+        queue = list(reversed(asked))
+        while (queue or self.under_way) and self.failed is None:
+            while queue and len(self.under_way) < self.judge.concurrency and self._fits(*queue[-1][1:]):
+                key, prompt, reply = queue.pop()
+                future = pool.submit(_ask, client, self.judge, prompt, reply, self.stop)
+                self.under_way[future] = (key, bound(prompt, reply))
+            if not self.under_way:
+                self.result.stopped = "the limit on tokens or cost is reached (--judge.max-tokens, --judge.max-cost)"
+                return
+            yield from self._take()
+
+    def _fits(self, prompt: str, reply: str) -> bool:
+        """Whether one more request is within the limits at its largest size, beside those under way."""
+        reserved = sum(tokens for _, tokens in self.under_way.values())
+        requests = len(self.under_way) + 1
+        return self.judge.within(
+            self.result.tokens_in + reserved + bound(prompt, reply),
+            self.result.tokens_out + requests * self.judge.reply_tokens,
         )
 
-    def take() -> Iterator[str]:
-        """Wait for a verdict, or several, and keep them; yields each key that is done."""
-        nonlocal failed
-        done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+    def _take(self) -> Iterator[str]:
+        """Wait for a verdict, or several, and keep them; yield each key that is done."""
+        done, _ = wait(self.under_way, return_when=FIRST_COMPLETED)
         for future in done:
-            key, _ = under_way.pop(future)
+            key, _ = self.under_way.pop(future)
             try:
                 verdict = future.result()
             except _Down as error:
-                failed = failed or str(error)
-                stop.set()
+                self.failed = self.failed or str(error)
+                self.stop.set()
                 continue
-            result.tokens_in += verdict.tokens_in
-            result.tokens_out += verdict.tokens_out
-            result.counted &= verdict.counted
-            if verdict.refused is not None:
-                result.refused += len(waiting[key])
-                if len(result.reasons) < 3:
-                    result.reasons.append(verdict.refused)
-                if result.calls == 0 and result.refused >= REFUSED_AT_ONCE:
-                    failed = failed or f"it refuses every request: {verdict.refused}"
-                    stop.set()
-            else:
-                result.calls += 1
-                row = (key, verdict.text, verdict.tokens_in, verdict.tokens_out)
-                with cache:
-                    cache.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
-                settle(key, verdict.text)
+            self._keep(key, verdict)
             yield key
 
-    def run(pool: ThreadPoolExecutor) -> Iterator[str]:
-        while (queue or under_way) and failed is None:
-            while queue and len(under_way) < judge.concurrency and fits(*queue[-1][1:]):
-                key, prompt, reply = queue.pop()
-                future = pool.submit(_ask, client, judge, prompt, reply, stop)
-                under_way[future] = (key, bound(prompt, reply))
-            if not under_way:
-                result.stopped = "the limit on tokens or cost is reached (--judge.max-tokens, --judge.max-cost)"
-                return
-            yield from take()
-
-    with client, ThreadPoolExecutor(judge.concurrency) as pool:
-        try:
-            for _ in progress(run(pool), total=len(asked), label="judging"):
-                pass
-        finally:
-            # however it ends, what is under way is paid for: keep it; but nobody waits for new attempts
-            stop.set()
-            while under_way:
-                list(take())
-    if failed is not None:
-        result.stopped = f"{judge.base_url}: {failed}"
-        if result.calls == 0 and result.cached == 0:
-            raise UserError(f"The judge at {judge.base_url} cannot be used: {failed}.")
-    result.missing = sum(map(len, waiting.values())) - result.unparsed - result.refused
-    result.missing -= int(np.isfinite(result.grades).sum()) - result.empty * judge.repeats
+    def _keep(self, key: str, verdict: Graded) -> None:
+        result = self.result
+        result.tokens_in += verdict.tokens_in
+        result.tokens_out += verdict.tokens_out
+        result.counted &= verdict.counted
+        if verdict.refused is not None:
+            result.refused += len(self.waiting[key])
+            if len(result.reasons) < 3:
+                result.reasons.append(verdict.refused)
+            if result.calls == 0 and result.refused >= REFUSED_AT_ONCE:
+                self.failed = self.failed or f"it refuses every request: {verdict.refused}"
+                self.stop.set()
+            return
+        result.calls += 1
+        row = (key, verdict.text, verdict.tokens_in, verdict.tokens_out)
+        with self.cache:
+            self.cache.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
+        self.settle(key, verdict.text)
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
@@ -541,15 +565,12 @@ def judge_records(name: str, judge: Judge, result: Grades, extra: dict[str, Any]
         "cost": result.cost,
     }
 
-    def figure(metric: str, value: float | None, n: int, per_item: list[float] | None = None) -> Record:
-        return Record(name, metric, value, n, "strict", CATALOGUE[metric].higher_is_better, per_item, told)
-
     n = len(found)
-    return [
-        figure("fluency_judge_mean", float(found.mean()) if n else None, n, rows),
-        figure("fluency_judge_variance", float(found.var()) if n else None, n),
-        figure("fluency_judge_unparsed", result.unparsed / verdicts if verdicts else None, verdicts),
-    ]
+    figures = Figures(name, told)
+    figures.add("fluency_judge_mean", found.mean() if n else None, n, rows)
+    figures.add("fluency_judge_variance", found.var() if n else None, n)
+    figures.add("fluency_judge_unparsed", result.unparsed / verdicts if verdicts else None, verdicts)
+    return figures.records
 
 
 class JudgeFile(BaseModel):

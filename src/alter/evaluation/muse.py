@@ -62,6 +62,7 @@ from alter.core.records import Record, read_records, write_records
 from alter.data.encoding import Encoded, ensure_pad_token
 from alter.data.sources import MUSE_HUB, muse_rows
 from alter.evaluation.base import Evaluation, say
+from alter.evaluation.figures import figure
 from alter.models.generation import check_prompts, generate
 from alter.models.loading import Subject
 from alter.models.scoring import check_rows, score
@@ -183,7 +184,7 @@ def _fingerprint(*sets: Sequence[Row]) -> str:
 
 
 @dataclass(frozen=True)
-class Reference:
+class MuseReference:
     """What the retrained model contributes: its Min-40 % AUC (ours: 1 if forgotten rows are known), and from where."""
 
     source: str
@@ -285,10 +286,8 @@ class MuseEvaluation(Evaluation):
         return records
 
     def _record(self, metric: str, value: float, n: int, items: Any = None, **extra: Any) -> Record:
-        per_item = None if items is None else [float(x) for x in items]
         base = {"benchmark": "muse", "corpus": self.corpus, "data": self.source}
-        direction = metrics.CATALOGUE[metric].higher_is_better
-        return Record(self.subject, metric, float(value), n, self.mode, direction, per_item, base | extra)
+        return figure(self.subject, metric, value, n, items, mode=self.mode, extra=base | extra)
 
     # C1, C2, C4
 
@@ -378,7 +377,7 @@ class MuseEvaluation(Evaluation):
         tokenizer: Any,
         texts: dict[str, list[Encoded]],
         rows: dict[str, list[Row]],
-        reference: Reference | None,
+        reference: MuseReference | None,
     ) -> list[Record]:
         """Return the AUC of Min-40 % and, with the retrained model's, PrivLeak."""
         scores = self._min_k(model, tokenizer, texts)
@@ -434,7 +433,7 @@ class MuseEvaluation(Evaluation):
     def _how_to_make_a_reference(self) -> str:
         return f"No privleak: it compares with a model that never saw the forgotten texts. {self._remedy()}"
 
-    def _usable(self, reference: Reference) -> Reference:
+    def _usable(self, reference: MuseReference) -> MuseReference:
         if reference.auc == 1 and not self.compat:
             raise UserError(
                 f"{reference.source} tells every forgotten text from unseen ones (AUC 1), so PrivLeak, which divides by "
@@ -442,7 +441,7 @@ class MuseEvaluation(Evaluation):
             )
         return reference
 
-    def _reference(self, rows: dict[str, list[Row]]) -> Reference | None:
+    def _reference(self, rows: dict[str, list[Row]]) -> MuseReference | None:
         """Return the retrained model's AUC from a file or as published; None without one or for a model's folder.
 
         Raises:
@@ -457,7 +456,7 @@ class MuseEvaluation(Evaluation):
                     '--retain-records "published" is for the whole texts of '
                     f"{MUSE_HUB[self.corpus]} in strict mode (and for Llama-2-7b). {self._remedy()}"
                 )
-            return Reference("MUSE's code", PUBLISHED_AUC[self.corpus])
+            return MuseReference("MUSE's code", PUBLISHED_AUC[self.corpus])
         if not Path(source).expanduser().is_file():
             folder = Path(source).expanduser().parent
             near = nearest(source, [str(path) for path in folder.iterdir()] if folder.is_dir() else [])
@@ -485,16 +484,16 @@ class MuseEvaluation(Evaluation):
                 f"{self.source}). {self._remedy()}"
             )
         assert record.value is not None
-        return self._usable(Reference(source, record.value))
+        return self._usable(MuseReference(source, record.value))
 
-    def _measured(self, rows: dict[str, list[Row]]) -> Reference:
+    def _measured(self, rows: dict[str, list[Row]]) -> MuseReference:
         """Return the AUC of the retrained model whose folder was given."""
         assert self.retain_records is not None
         model, tokenizer = self.alike(self.retain_records).load()
         texts = self._texts(tokenizer, rows)
         check_rows(model, [row for part in texts.values() for row in part], self._text_names(texts))
         scores = self._min_k(model, tokenizer, texts)
-        return self._usable(Reference(self.retain_records, metrics.auc(scores["forget"], scores["holdout"])))
+        return self._usable(MuseReference(self.retain_records, metrics.auc(scores["forget"], scores["holdout"])))
 
 
 # Scalability and sustainability --------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from alter.data.encoding import TemplateArguments, encode_prompt
 from alter.data.examples import Example
 from alter.data.sources import read_rows
 from alter.evaluation.base import Evaluation, overheard, say
-from alter.evaluation.rows import closing_of, show_closing
-from alter.evaluation.tofu import Aggregate, aggregate
+from alter.evaluation.closing import closing_of, show_closing
+from alter.evaluation.tofu.logs import Aggregate, aggregate
 from alter.models.generation import generate as generate_texts
 from alter.models.loading import load_model
 from alter.models.quantized import Bits

@@ -22,6 +22,21 @@ from alter.core.words import bare, spans
 Array = npt.NDArray[np.float64]
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report" / "page.html"
 
+# Values --------------------------------------------------------------------------------------------------------------
+
+
+def decimal(value: float | None) -> str:
+    """Return a number with three decimals, a dash for none."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a span of time in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 # Elements ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from alter.core.console import cell
 from alter.core.records import Record
-from alter.metrics import CATALOGUE
+from alter.metrics.catalogue import CATALOGUE
 
 ARROWS = {True: "↑", False: "↓", None: ""}
 

@@ -25,7 +25,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Head:
+class NotedHead:
     """A head of the history as it was kept elsewhere: its number of entries, hash and time, where it was read, who signed."""
 
     entries: int
@@ -51,7 +51,7 @@ class Anchor:
             UserError: says how the two differ, or what is wrong with the file.
         """
         if self.path.exists() and self.path.stat().st_size:
-            wrong = compare(read_heads(str(self.path), [self.key.public]), history)
+            wrong = missing_heads(read_heads(str(self.path), [self.key.public]), history)
             if wrong:
                 raise UserError(f"{wrong[0]} Nothing was done: `alter request verify --anchor {self.path}` says more.")
 
@@ -93,8 +93,8 @@ def _hash(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()
 
 
-def _read_lines(text: str, where: str, trusted: Sequence[str]) -> list[Head]:
-    found: list[Head] = []
+def _read_lines(text: str, where: str, trusted: Sequence[str]) -> list[NotedHead]:
+    found: list[NotedHead] = []
     previous = ""
     for number, line in enumerate(text.splitlines(), start=1):
         what = f"Line {number} of {where}"
@@ -111,7 +111,7 @@ def _read_lines(text: str, where: str, trusted: Sequence[str]) -> list[Head]:
         _trust(public, trusted, what)
         if found and content["entries"] <= found[-1].entries:
             raise Forged(f"{what} goes back in the history.")
-        found.append(Head(int(content["entries"]), str(content["head"]), str(content["at"]), what, public))
+        found.append(NotedHead(int(content["entries"]), str(content["head"]), str(content["at"]), what, public))
         previous = _hash(line)
         # without a key that is known, all lines must at least be of one
         trusted = trusted or [public]
@@ -134,7 +134,7 @@ def _trust(public: str, trusted: Sequence[str], what: str) -> None:
         )
 
 
-def read_heads(path: str, trusted: Sequence[str] = ()) -> list[Head]:
+def read_heads(path: str, trusted: Sequence[str] = ()) -> list[NotedHead]:
     """The heads in an anchor file, or the one that a certificate names.
 
     Args:
@@ -154,10 +154,10 @@ def read_heads(path: str, trusted: Sequence[str] = ()) -> list[Head]:
     history = content.get("history")
     if not isinstance(history, dict):
         raise UserError(f"{path} is a certificate of a run without requests: it names no head of a history.")
-    return [Head(int(history["entries"]), str(history["head"]), str(content["issued"]), path, content["key"])]
+    return [NotedHead(int(history["entries"]), str(history["head"]), str(content["issued"]), path, content["key"])]
 
 
-def compare(heads: Sequence[Head], history: Sequence[tuple[int, str]]) -> list[str]:
+def missing_heads(heads: Sequence[NotedHead], history: Sequence[tuple[int, str]]) -> list[str]:
     """What is wrong with a history beside heads that were kept elsewhere, in sentences; nothing if it holds them all.
 
     Args:

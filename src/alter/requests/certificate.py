@@ -36,7 +36,7 @@ from alter.core.signing import (
     signed_text,
 )
 from alter.requests.commands import Database
-from alter.requests.store import IN_FORCE, Request, now, parse_id
+from alter.requests.records import IN_FORCE, Request, now, parse_id
 
 FORM = "alter certificate"
 VERSION = 1
@@ -279,7 +279,8 @@ def _identities(settings: Certificate, model: str, adapter: str | None) -> list[
 
 
 def _of_request(settings: Certificate, number: int, key: Key, out: Path) -> dict[str, Any]:
-    from alter.requests import work
+    from alter.requests.checking import check_requests
+    from alter.requests.versions import manifest
 
     store, project = settings.open()
     with store.lease(settings.who):
@@ -289,11 +290,11 @@ def _of_request(settings: Certificate, number: int, key: Key, out: Path) -> dict
                 f"{request.name} is {request.state}: there is nothing to certify. Only a request that is in force "
                 f"({' or '.join(IN_FORCE)}) gets a certificate."
             )
-        wrong = work.verify(store, project, behaviour=False)[1]
+        wrong = check_requests(store, project, behaviour=False).wrong
         if wrong:
             raise UserError("Nothing is certified, since not all is as it should be: " + " ".join(wrong))
         history = store.history()
-        content = _request_content(settings, request, work.manifest(project), project.model, project.adapter.resolve())
+        content = _request_content(settings, request, manifest(project), project.model, project.adapter.resolve())
         content["history"] = {"head": history[-1].hash, "entries": len(history)}
         signed = _write(content, key, out)
         noted = {"certificate": hashlib.sha256(canonical(signed)).hexdigest(), "key": key.public}

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,10 +25,16 @@ from alter.core.errors import UserError
 from alter.core.files import folder_digest, to_json, write_atomic
 from alter.core.recipes import read_recipe
 from alter.core.signing import fingerprint, read_key, read_public
-from alter.data.examples import data_hash, load_examples, row_hash
-from alter.requests.anchor import Anchor, compare, read_heads
+from alter.data.examples import check_overlap, data_hash, load_examples, row_hash
+from alter.evaluation.told import told
+from alter.requests.anchor import Anchor, missing_heads, read_heads
+from alter.requests.connection import without_password
 from alter.requests.project import Project
-from alter.requests.store import IN_FORCE, MISSED, Request, Store, check_due, parse_id, shown
+from alter.requests.records import IN_FORCE, MISSED, Request, check_due, parse_id
+from alter.requests.store import Store
+
+if TYPE_CHECKING:
+    from alter.requests.checking import Findings
 
 STATES = Literal[
     "received",
@@ -115,7 +121,7 @@ def init(settings: Init) -> Store:
     Raises:
         UserError: the data cannot be read, the recipe has a setting that the requests decide, or the database is in use.
     """
-    from alter.requests import work
+    from alter.requests import rows, work
     from alter.training.settings import Unlearn
 
     recipe: dict[str, Any] = {}
@@ -127,7 +133,7 @@ def init(settings: Init) -> Store:
     Unlearn.model_validate({**recipe, "model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True})
     retain = load_examples(settings.retain)
     if settings.holdout is not None:
-        work.check_unseen(load_examples(settings.holdout), retain)
+        rows.check_unseen(load_examples(settings.holdout), retain)
     anchor = settings._anchor()
     if anchor is not None and anchor.path.exists():
         raise UserError(f"{anchor.path} holds the heads of another database; give another --anchor.")
@@ -145,7 +151,9 @@ def init(settings: Init) -> Store:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     root.chmod(0o700)
     store = Store.create(settings.db, project.model_dump(), settings.who, anchor)
-    Console().print(cell(f"Requests about {settings.model} are kept in {shown(settings.db)}, adapters in {root}."))
+    Console().print(
+        cell(f"Requests about {settings.model} are kept in {without_password(settings.db)}, adapters in {root}.")
+    )
     _then(settings, "alter request add --subject NAME --data ROWS.jsonl")
     return store
 
@@ -171,7 +179,7 @@ def add(settings: Add) -> Request:
     Raises:
         UserError: no rows, rows or subject in the retain set, rows that another request has, a due date that is none.
     """
-    from alter.requests import work
+    from alter.requests import rows
 
     store, project = settings.open()
     due = check_due(settings.due)
@@ -181,9 +189,9 @@ def add(settings: Add) -> Request:
     if not examples:
         raise UserError(f"{settings.data} has no rows: a request needs the data that is to be forgotten.")
     retain = load_examples(project.retain)
-    work.check_overlap(examples, retain)
+    check_overlap(examples, retain)
     if not settings.allow_in_retain:
-        work.check_subject(settings.subject, retain)
+        rows.check_kept_subject(settings.subject, retain)
     hashes = [row_hash(example) for example in examples]
     local = Path(settings.data).expanduser()
     request = store.add(
@@ -211,7 +219,7 @@ def _say(sentence: str, store: Store) -> None:
 
 def _then(settings: Database, command: str, why: str = "") -> None:
     """Print what to type next, for the same database; its password has to be put in again."""
-    here = "" if settings.db == _default_db() else f" --db {shlex.quote(shown(settings.db))}"
+    here = "" if settings.db == _default_db() else f" --db {shlex.quote(without_password(settings.db))}"
     Console(soft_wrap=True).print(cell(f"Next: {command}{here}{why and f' ({why})'}"))
 
 
@@ -239,19 +247,6 @@ class List(Database):
     """File for the list, without texts."""
 
 
-def _figure(values: dict[str, Any] | None, name: str) -> str:
-    value = (values or {}).get(name)
-    return "" if value is None else f"{value:.3f}"
-
-
-def _counted(values: dict[str, Any] | None, name: str) -> str:
-    """A figure, or a count and of how many."""
-    if name not in ("said", "broken", "empty"):
-        return _figure(values, name)
-    total = (values or {}).get("n_said" if name == "said" else "n_answers")
-    return f"{(values or {})[name]} of {total}" if total else ""
-
-
 def list_requests(settings: List) -> list[Request]:
     """Run `alter request list`."""
     store, _ = settings.open()
@@ -268,7 +263,7 @@ def list_requests(settings: List) -> list[Request]:
 
 def _print_list(db: str, found: Sequence[Request]) -> None:
     table = Table(
-        title=cell(f"Erasure requests in {shown(db)}"),
+        title=cell(f"Erasure requests in {without_password(db)}"),
         caption="said: replies that still give the answer; probability of the true answers before and after;\n"
         "broken: broken or empty replies; utility: share of the untouched model's",
     )
@@ -281,10 +276,10 @@ def _print_list(db: str, found: Sequence[Request]) -> None:
             request.subject or "(purged)",
             request.state,
             request.due or "",
-            f"{after['said']} of {after['n_said']}" if after.get("n_said") else "",
-            f"{_figure(before, 'probability')} → {_figure(after, 'probability')}" if "probability" in after else "",
-            f"{after['broken'] + after['empty']} of {after['n_answers']}" if after.get("n_answers") else "",
-            _figure(after, "utility_share"),
+            told(after, "said"),
+            f"{told(before, 'probability')} → {told(after, 'probability')}" if "probability" in after else "",
+            told(after, "unusable"),
+            told(after, "utility_share"),
         )
         table.add_row(*map(cell, row))
     Console().print(table)
@@ -301,7 +296,7 @@ class Show(Database):
     """File for all of it."""
 
 
-def show(settings: Show) -> Request:
+def show_request(settings: Show) -> Request:
     """Run `alter request show`.
 
     Raises:
@@ -323,7 +318,7 @@ def show(settings: Show) -> Request:
             evidence.add_column(column)
         for name in ("probability", "exact_memorization", "rouge", "said", "broken", "empty", "repetition"):
             parts = (request.before, request.after, request.after.get("reference"))
-            evidence.add_row(name, *(cell(_counted(part, name)) for part in parts))
+            evidence.add_row(name, *(cell(told(part, name)) for part in parts))
         console.print(evidence)
         found = request.after["verdict"]
         console.print(cell(f"{found['word'].upper()}. {' '.join(found['why'])}"))
@@ -333,8 +328,8 @@ def show(settings: Show) -> Request:
     for column in ("at", "who", "what", "details", "hash"):
         log.add_column(column, overflow="fold")
     for entry in history:
-        told = {key: value for key, value in entry.details.items() if value is not None and key != "record"}
-        details = ", ".join(f"{key}: {value}" for key, value in told.items())
+        kept = {key: value for key, value in entry.details.items() if value is not None and key != "record"}
+        details = ", ".join(f"{key}: {value}" for key, value in kept.items())
         log.add_row(*map(cell, (entry.at, entry.who, entry.what, details, entry.hash[:12])))
     console.print(log)
     console.print(cell(f"Head of the history: {store.head()}"))
@@ -345,7 +340,7 @@ def show(settings: Show) -> Request:
     return request
 
 
-class Run(Database):
+class RunRequests(Database):
     """Make the model forget: all requests received so far as one run, or those named."""
 
     id: tyro.conf.Positional[list[str]] = Field(default_factory=list)
@@ -354,11 +349,11 @@ class Run(Database):
     """Also those that failed, were not forgotten, or collapsed."""
 
 
-def run(settings: Run) -> list[Request]:
+def run(settings: RunRequests) -> list[Request]:
     """Run `alter request run`.
 
     Raises:
-        UserError: nothing to do, another process at work, what `work.run` raises, or a request that was not forgotten or
+        UserError: nothing to do, another process at work, what `work.run_requests` raises, or a request that was not forgotten or
             at which the model collapsed: said after everything is written down.
     """
     from alter.requests import work
@@ -378,7 +373,7 @@ def run(settings: Run) -> list[Request]:
                     f"Nothing to run but {', '.join(f'{r.name} ({r.state})' for r in missed)}: `alter request run --again` "
                     "tries them."
                 )
-        found = work.run(store, project, chosen)
+        found = work.run_requests(store, project, chosen)
     _print_list(settings.db, store.requests())
     console = Console()
     for request in found:
@@ -419,7 +414,7 @@ def verify(settings: Verify) -> dict[str, Any]:
         UserError: something is wrong; all of it is said.
     """
     from alter.evaluation.leakage import Leak
-    from alter.requests import work
+    from alter.requests import checking, work
 
     if settings.samples and settings.chain_only:
         raise UserError("--chain-only loads no model, so nothing can be sampled: leave --samples out.")
@@ -433,46 +428,21 @@ def verify(settings: Verify) -> dict[str, Any]:
         raise UserError(f"--head is {settings.head!r}; expected 12 to 64 digits 0-9, a-f, as the commands print it.")
     heads = [] if settings.head is None else [settings.head]
     with store.lease(settings.who):
+        entries = [(entry.number, entry.hash) for entry in store.history()]
         # what was altered must not be taken for what a kill left
-        wrong = compare(kept, [(entry.number, entry.hash) for entry in store.history()]) or store.check_chain(heads)
-        if wrong:
-            raise UserError("Not as it should be: " + " ".join(wrong))
+        _refuse_wrong(missing_heads(kept, entries) or store.check_chain(heads))
         work.recover(store, project)
-        found, wrong, unchecked = work.verify(
+        found = checking.check_requests(
             store, project, behaviour=not settings.chain_only, heads=heads, leak=Leak(samples=settings.samples)
         )
     console = Console()
-    table = Table(title="Unchanged since it was measured?")
-    for column in ("request", "measured", "said", "now", "probability", "now"):
-        table.add_column(column, justify="left" if column in ("request", "measured") else "right", overflow="fold")
-    for request in store.requests(*IN_FORCE):
-        if request.name in found:
-            now, then = found[request.name], request.after or {}
-            row = (
-                f"{request.name} {request.subject}",
-                str(then.get("measured", ""))[:10],
-                _counted(then, "said"),
-                _counted(now, "said"),
-                _figure(then, "probability"),
-                _figure(now, "probability"),
-            )
-            table.add_row(*map(cell, row))
-    if table.rows:
-        console.print(table)
-        console.print(f"Utility kept: {found['utility']['share']:.4f} of the untouched model.", highlight=False)
-    for name, measured in found.items():
-        for k, at in measured.get("leak", {}).get("at", {}).items():
-            other = measured["leak_untouched"]["at"][k]["value"]
-            console.print(f"{name} leak@{k}: {at['value']:.3f}, {other:.3f} by the untouched model", highlight=False)
-    for sentence in unchecked:
-        console.print(cell(f"Not checked: {sentence}"))
-    store.note(None, "verified", {"wrong": wrong, "unchecked": unchecked, "measured": found}, settings.who)
-    if wrong:
-        raise UserError("Not as it should be: " + " ".join(wrong))
+    _print_findings(console, store.requests(*IN_FORCE), found)
+    store.note(None, "verified", found.as_noted(), settings.who)
+    _refuse_wrong(found.wrong)
     console.print(
         cell(
             "Unchanged: history and adapter are as they were recorded"
-            + (", and nothing measured has come back since." if found else ".")
+            + (", and nothing measured has come back since." if found.measured else ".")
             + " Whether a request was forgotten then is in its evidence (alter request show ID). "
             + BASE
         )
@@ -487,7 +457,42 @@ def verify(settings: Verify) -> dict[str, Any]:
         )
     console.print(cell(f"Head of the history: {store.head()}"))
     _then(settings, f"alter request verify --head {store.head()[:12]}", "later, with the head of today")
-    return found
+    return found.measured
+
+
+def _refuse_wrong(wrong: Sequence[str]) -> None:
+    """Raise UserError if anything is wrong."""
+    if wrong:
+        raise UserError("Not as it should be: " + " ".join(wrong))
+
+
+def _print_findings(console: Console, held: Sequence[Request], found: Findings) -> None:
+    """Print what was measured of the requests in force, beside what it was when they took effect."""
+    table = Table(title="Unchanged since it was measured?")
+    for column in ("request", "measured", "said", "now", "probability", "now"):
+        table.add_column(column, justify="left" if column in ("request", "measured") else "right", overflow="fold")
+    for request in held:
+        if request.name in found.measured:
+            now, then = found.measured[request.name], request.after or {}
+            row = (
+                f"{request.name} {request.subject}",
+                str(then.get("measured", ""))[:10],
+                told(then, "said"),
+                told(now, "said"),
+                told(then, "probability"),
+                told(now, "probability"),
+            )
+            table.add_row(*map(cell, row))
+    if table.rows:
+        console.print(table)
+        share = found.measured["utility"]["share"]
+        console.print(f"Utility kept: {share:.4f} of the untouched model.", highlight=False)
+    for name, measured in found.measured.items():
+        for k, at in measured.get("leak", {}).get("at", {}).items():
+            other = measured["leak_untouched"]["at"][k]["value"]
+            console.print(f"{name} leak@{k}: {at['value']:.3f}, {other:.3f} by the untouched model", highlight=False)
+    for sentence in found.unchecked:
+        console.print(cell(f"Not checked: {sentence}"))
 
 
 class Revoke(Database):
@@ -506,7 +511,7 @@ def revoke(settings: Revoke) -> Request:
     Raises:
         UserError: there is no such request, it is revoked already, or another request has come back with it.
     """
-    from alter.requests import work
+    from alter.requests import checking, work
 
     store, project = settings.open()
     number = parse_id(settings.id)
@@ -517,12 +522,13 @@ def revoke(settings: Revoke) -> Request:
         if request.state in ("received", *MISSED):
             request = store.move([number], "withdrawn", who=settings.who)[0]
         else:
-            request = work.revoke(store, project, request, settings.who)
+            request = work.revoke_request(store, project, request, settings.who)
             if store.requests(*IN_FORCE):
-                found, wrong, unchecked = work.verify(store, project)
-                for sentence in unchecked:
+                found = checking.check_requests(store, project)
+                wrong = found.wrong
+                for sentence in found.unchecked:
                     Console().print(cell(f"Not checked: {sentence}"))
-                store.note(None, "verified", {"wrong": wrong, "unchecked": unchecked, "measured": found}, settings.who)
+                store.note(None, "verified", found.as_noted(), settings.who)
     others = " What was measured of the others has not come back." if request.state == "revoked" and not wrong else ""
     others += "".join(
         f" The weights at {entry.details['out']} ({entry.at[:10]}) have forgotten it for good."
@@ -555,14 +561,14 @@ def purge(settings: Purge) -> tuple[list[str], list[str]]:
     Raises:
         UserError: there is no such request, or it has yet to be run.
     """
-    from alter.requests import work
+    from alter.requests import removal, work
 
     store, project = settings.open()
     number = parse_id(settings.id)
     with store.lease(settings.who):
         work.recover(store, project)
         request = store.get(number)
-        removed, left = work.purge(store, project, request, settings.who)
+        removed, left = removal.remove_kept(store, project, request, settings.who)
     console = Console()
     for title, lines in (("Removed:", removed), ("Out of reach, or kept as evidence:", left)):
         console.print(cell(title, "bold"))
@@ -596,7 +602,7 @@ def export(settings: Export) -> Path:
     Raises:
         UserError: nothing is done yet, the folder exists, or merging would be inexact and that was not accepted.
     """
-    from alter.requests import work
+    from alter.requests import handout, versions, work
 
     store, project = settings.open()
     out = Path(settings.out)
@@ -609,12 +615,12 @@ def export(settings: Export) -> Path:
                 "--recipe holds settings of `alter distill`, which only --form weights uses: leave it out."
             )
         recipe = read_recipe(settings.recipe)
-        decided = sorted(set(recipe) & work.DECIDED)
+        decided = sorted(set(recipe) & handout.DECIDED)
         if decided:
             raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
     with store.lease(settings.who):
         work.recover(store, project)
-        inside = work.manifest(project)
+        inside = versions.manifest(project)
         if not inside["version"]:
             raise UserError("Nothing to export: no request has run yet. `alter request run` does it.")
         if settings.form == "merged" and not settings.approximate:
@@ -634,14 +640,14 @@ def export(settings: Export) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             if settings.form == "merged":
-                measured = work.merge(project, partial)
+                measured = handout.merge(project, partial)
             elif settings.form == "weights":
-                measured = work.erase(store, project, partial, recipe)
+                measured = handout.erase(store, project, partial, recipe)
             elif settings.form == "loras":
-                work.write_loras(store, project, partial)
+                handout.write_loras(store, project, partial)
             else:
                 shutil.copytree(project.adapter.resolve(), partial)
-            write_atomic(partial / "README.md", work.card(store, project, settings.form, measured))
+            write_atomic(partial / "README.md", handout.export_card(store, project, settings.form, measured))
             details = {"form": settings.form, "version": inside["version"], "out": str(out), "holds": held}
             if settings.form == "weights":
                 details["weights"] = folder_digest(partial)

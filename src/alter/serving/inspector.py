@@ -23,7 +23,7 @@ from alter.data.examples import load_examples
 from alter.models.loading import load_model
 from alter.models.quantized import Bits
 from alter.models.scoring import context_length
-from alter.requests.store import Request, Store
+from alter.requests.store import Store
 from alter.serving.analysis import Analysis, Stopped, analyse, check_adapted, expert_names
 from alter.serving.markup import COLORS, STYLE, About, message, render, render_about, render_begun, render_request
 from alter.serving.web import HostGuard, address, listen
@@ -296,7 +296,7 @@ def application(blocks: Any, host: str = "127.0.0.1", allowed: Sequence[str] = (
 
     app = FastAPI(title="alter", docs_url=None, redoc_url=None, openapi_url=None)
 
-    async def guard(request: Any, forward: Callable[[Request], Any]) -> Any:
+    async def guard(request: Any, forward: Callable[[Any], Any]) -> Any:
         response = await forward(request)
         response.headers["Content-Security-Policy"] = POLICY
         response.headers["Referrer-Policy"] = "no-referrer"

@@ -8,7 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alter.requests.store import Request, Store
+from alter.evaluation.told import told
+from alter.requests.records import Request
+from alter.requests.store import Store
 from alter.serving.analysis import Analysis, Token
 from alter.serving.text import visible
 
@@ -314,9 +316,7 @@ def _evidence(request: Request) -> str:
     columns = (before, after, reference)
     names = {"probability": "probability", "exact_memorization": "memorized exactly", "rouge": "ROUGE-L"}
     body = "".join(
-        f"<tr><td>{shown}</td>"
-        + "".join(f'<td class="n">{"–" if c.get(name) is None else f"{c[name]:.3f}"}</td>' for c in columns)
-        + "</tr>"
+        f"<tr><td>{shown}</td>" + "".join(f'<td class="n">{told(c, name, "–")}</td>' for c in columns) + "</tr>"
         for name, shown in names.items()
     )
     by = f'<p class="soft">Reference: {escape(str(reference["by"]))}.</p>' if reference.get("by") else ""

@@ -14,8 +14,9 @@ from alter.core.files import read_object, to_json, write_atomic
 from alter.core.heap import give_back
 from alter.core.records import write_records
 from alter.data.examples import load_examples
+from alter.evaluation.closing import closing_of, show_closing
 from alter.evaluation.ordinary import ordinary_loss, told
-from alter.evaluation.rows import RowsEvaluation, closing_of, show_closing
+from alter.evaluation.rows import RowsEvaluation
 from alter.evaluation.run import measured
 from alter.training.own import OWN
 from alter.training.run import unlearn
@@ -48,7 +49,7 @@ def closing(run: Unlearn, out: Path) -> dict[str, Any] | None:
         out: the run's folder.
 
     Returns:
-        what `alter.evaluation.rows.closing_facts` gives, or None where nothing was measured.
+        what `alter.evaluation.closing.closing_facts` gives, or None where nothing was measured.
 
     Raises:
         UserError: the result does not load, its weights are not finite, or rows cannot be scored.

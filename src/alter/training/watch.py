@@ -11,8 +11,10 @@ from scipy import stats
 
 from alter.core.errors import UserError
 from alter.data.examples import Example, load_examples, row_key
-from alter.evaluation import tofu
 from alter.evaluation.leakage import Leak
+from alter.evaluation.tofu.reference import read_reference
+from alter.evaluation.tofu.results import TofuReference
+from alter.evaluation.tofu.sets import fingerprint
 from alter.training.rules import KeepLast, LikeUnseen, Rule, rows_needed
 
 VALIDATION_SHARE = 5
@@ -89,7 +91,7 @@ class Watched:
     forget: list[Example]
     retain: list[Example]
     holdout: list[Example]
-    reference: tofu.Reference | None
+    reference: TofuReference | None
     every: int
 
 
@@ -211,13 +213,13 @@ def _validation(
     return validation, [example for i, example in enumerate(retain) if i not in aside]
 
 
-def _reference(path: str, rows: Sequence[Example]) -> tofu.Reference:
+def _reference(path: str, rows: Sequence[Example]) -> TofuReference:
     """The retrained model's truth ratios, refused unless they are of the very rows that are watched."""
-    reference = tofu.read_reference(path)
+    reference = read_reference(path)
     again = "evaluate the retrained model on the rows of watch.forget with `alter evaluate --json`, in strict mode"
     if reference.mode not in (None, "strict"):
         raise UserError(f"watch.retain_records: {path} was measured in {reference.mode} mode: {again}.")
-    own = tofu.fingerprint([example.row for example in rows])
+    own = fingerprint([example.row for example in rows])
     if len(reference.truth_ratio) != len(rows) or reference.fingerprint not in (None, own):
         what = f" ({reference.split})" if reference.split else ""
         raise UserError(

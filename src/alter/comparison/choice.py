@@ -1,0 +1,235 @@
+"""Which setting each method goes with: how far its models forgot and what they kept on validation rows, and no others."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from alter import metrics
+from alter.comparison.cells import is_measured
+from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Compare, Layout, Setting
+from alter.core.errors import UserError
+from alter.core.records import Record, read_records
+
+Array = npt.NDArray[np.float64]
+
+FIGURES = {
+    "forget_quality": "forget quality, log10 p",
+    "model_utility": "utility",
+    "forget_rouge": "forget ROUGE-L",
+    "forget_distinct_2": "distinct-2",
+    "forget_repetition": "repetition",
+}
+"""Columns of the table for each split, by metric."""
+CRITERIA = {
+    "retrained": "1 - D, D the Kolmogorov-Smirnov distance of its truth ratios on forget rows to the retrained model's",
+    "holdout": "1 - |2 AUC - 1| of min-k against rows that no model saw",
+    "rouge": "1 - ROUGE-L recall on forget rows (no retrained model and no holdout: does not see too much forgetting)",
+}
+"""How far a setting has forgotten, in [0, 1], higher is better, by what a split has to compare with."""
+
+
+def criterion(settings: Compare, split: str) -> str:
+    """Which of `CRITERIA` a split is judged by: the retrained model if there is one, else the holdout, else ROUGE."""
+    if getattr(settings.retrained, split) is not None:
+        return "retrained"
+    return "holdout" if settings.holdout is not None else "rouge"
+
+
+def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) -> dict[str, float]:
+    """The figures of the table and of the choice from the records of one cell and part.
+
+    Args:
+        records: of the cell.
+        reference: of the retrained model on the same rows, if there is one; gives `forget_quality` (log10 of the p-value)
+            and `distance` (its statistic).
+
+    Raises:
+        UserError: the reference was measured on other rows.
+    """
+    by = {record.metric: record for record in records}
+    found = {
+        name: math.nan if record.value is None else record.value
+        for name, record in by.items()
+        if name in FIGURES or name in ("mia_min_k", "forget_probability")
+    }
+    if reference is not None:
+        own, other = (
+            next(record for record in rows if record.metric == "forget_truth_ratio") for rows in (records, reference)
+        )
+        if own.extra["fingerprint"] != other.extra["fingerprint"]:
+            raise UserError("The retrained model was evaluated on other rows than a cell: delete its folder in cells.")
+        quality = metrics.forget_quality(_floats(own.per_item), _floats(other.per_item))
+        found |= {"forget_quality": quality.log10, "distance": quality.statistic}
+    return found
+
+
+def _floats(values: Sequence[float | None] | None) -> Array:
+    # JSON writes infinity as null and NaN too, but a cell with NaN has failed
+    return np.array([math.inf if value is None or math.isnan(value) else value for value in values or []])
+
+
+def forgetting(found: Mapping[str, float], kind: str) -> float:
+    """How far the model of these figures has forgotten, by one of `CRITERIA`."""
+    if kind == "retrained":
+        return 1 - found["distance"]
+    if kind == "holdout":
+        return 1 - abs(2 * found["mia_min_k"] - 1)
+    return 1 - found["forget_rouge"]
+
+
+def best_setting(
+    candidates: Mapping[Setting, tuple[float, float]], original: float, floor: float
+) -> tuple[Setting, bool]:
+    """The setting that forgets best among those that keep the utility; see `CRITERIA` for what forgetting is.
+
+    Where no setting keeps it, the one with the largest product of forgetting and utility. The first of equals.
+
+    Args:
+        candidates: by setting, forgetting and utility on validation rows, means over the search seeds; at least one.
+        original: utility of the original model on the same rows.
+        floor: share of it that must be kept.
+
+    Returns:
+        the setting, and whether it keeps the utility.
+    """
+
+    def best(values: Mapping[Setting, float]) -> Setting:
+        # a figure that is not a number must lose against any that is
+        return max(values, key=lambda s: values[s] if math.isfinite(values[s]) else -math.inf)
+
+    keeping = {s: score for s, (score, utility) in candidates.items() if utility >= floor * original}
+    if keeping:
+        return best(keeping), True
+    return best({s: score * utility for s, (score, utility) in candidates.items()}), False
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A setting that was searched, with its figures on validation rows; NaN if a seed of it did not finish."""
+
+    rate: float
+    epochs: float
+    forgetting: float
+    utility: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The setting chosen for one row and split on validation rows, and why; None if no setting has finished."""
+
+    setting: Setting | None
+    keeps: bool
+    forgetting: float
+    utility: float
+    finished: int
+    budget: int
+    searched: list[Searched]
+
+
+def choices(settings: Compare, made: Layout, out: Path) -> dict[tuple[str, Chain], Choice]:
+    """Choose a setting for every row and split; reads the validation records of the cells and nothing else of them.
+
+    A setting counts if all its search seeds are done: one that diverged with a seed is not chosen. A chain of splits is
+    judged by where it ends.
+    """
+    found: dict[tuple[str, Chain], Choice] = {}
+    for (name, chain), by in made.grid.items():
+        candidates, whole, count = _candidates(settings, made, out, name, chain)
+        budget = len(by) * len(settings.seeds[: settings.search_seeds])
+        setting, keeps = best_setting(candidates, whole, settings.utility_floor) if candidates else (None, False)
+        scores = (math.nan, math.nan) if setting is None else candidates[setting]
+        searched = [Searched(*each, *candidates.get(each, (math.nan, math.nan))) for each in sorted(by)]
+        found[name, chain] = Choice(setting, keeps, *scores, count, budget, searched)
+    return found
+
+
+def _candidates(
+    settings: Compare, made: Layout, out: Path, name: str, chain: Chain
+) -> tuple[dict[Setting, tuple[float, float]], float, int]:
+    """Forgetting and utility of the settings that count, the original's utility, and the number of cells that are done."""
+    last = chain[-1]
+    kind = criterion(settings, last)
+    reference = records_of(out, made.models.get((RETRAINED, last)), "validation", last)
+    original = records_of(out, made.models[ORIGINAL, last], "validation", last)
+    assert original is not None
+    candidates: dict[Setting, tuple[float, float]] = {}
+    count = 0
+    for setting, cells in made.grid[name, chain].items():
+        rows = [records_of(out, cells[seed], "validation", last) for seed in settings.seeds[: settings.search_seeds]]
+        count += sum(each is not None for each in rows)
+        if all(each is not None for each in rows):
+            each = [cell_figures(own, reference) for own in rows if own is not None]
+            candidates[setting] = (
+                statistics.fmean(forgetting(f, kind) for f in each),
+                statistics.fmean(f["model_utility"] for f in each),
+            )
+    return candidates, cell_figures(original, None)["model_utility"], count
+
+
+def next_rate(
+    candidates: Mapping[Setting, tuple[float, float]], tried: Sequence[Setting], original: float, floor: float
+) -> Setting | None:
+    """The setting to search next: its rate, to three digits, lies towards what the best one (see `best_setting`) lacks.
+
+    A best one that keeps the utility lacks forgetting, any other utility. Where the neighbour with most of it has more of
+    it, or there are two, the next rate is the geometric mean; else it lies beyond the best, which is at the end of the
+    rates, by the step before. A neighbour that did not finish was too fast: it counts as forgetting all and keeping
+    nothing. If no setting has finished, the next lies below all.
+
+    Args:
+        candidates: of `best_setting`.
+        tried: all settings searched so far, with at least two rates for each length.
+
+    Returns:
+        None if the rate has been tried: three digits tell no more rates apart.
+    """
+    (best, epochs), keeps = best_setting(candidates, original, floor) if candidates else (min(tried), False)
+    rates = sorted(rate for rate, length in tried if length == epochs)
+    lacks = 0 if keeps else 1
+
+    def amount(rate: float) -> float:
+        found = candidates.get((rate, epochs))
+        return (math.inf if keeps else -math.inf) if found is None else found[lacks]
+
+    at = rates.index(best)
+    beside = [rates[i] for i in (at - 1, at + 1) if 0 <= i < len(rates)]
+    # of equals the faster one, which is the one to forget more
+    other = max(beside, key=lambda rate: (amount(rate), rate))
+    within = len(beside) == 2 or amount(other) > amount(best)
+    rate = float(f"{math.sqrt(best * other) if within else best * best / other:.3g}")
+    return None if rate in rates else (rate, epochs)
+
+
+def refined(settings: Compare, made: Layout, out: Path) -> list[Cell]:
+    """Lay out one more setting for every row and chain, into `made`; return its cells of the search seeds."""
+    cells: list[Cell] = []
+    for (name, chain), by in made.grid.items():
+        candidates, whole, _ = _candidates(settings, made, out, name, chain)
+        setting = next_rate(candidates, list(by), whole, settings.utility_floor)
+        if setting is not None:
+            by[setting] = made.lay(name, chain, setting)
+            cells += [by[setting][seed] for seed in settings.seeds[: settings.search_seeds]]
+    return cells
+
+
+def chosen_cells(made: Layout, chosen: Mapping[tuple[str, Chain], Choice]) -> list[Cell]:
+    """The cells of the chosen settings, with all seeds: those that the table is made of."""
+    settings = {place: choice.setting for place, choice in chosen.items() if choice.setting is not None}
+    return [cell for place, setting in settings.items() for cell in made.grid[place][setting].values()]
+
+
+def records_of(out: Path, cell: Cell | None, part: str, split: str) -> list[Record] | None:
+    """Records of a cell on one part and split; None if there is no cell, or it has not got to the end of that part.
+
+    A cell that failed later keeps what it had: the choice must not change with what happens on test rows.
+    """
+    if cell is None or not is_measured(out, cell, [part]):
+        return None
+    return read_records(out / "cells" / cell.key / f"{part}-{split}.json")

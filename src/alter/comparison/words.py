@@ -1,0 +1,210 @@
+"""A comparison as people read it: its tables and rules in words, as Markdown and as a page."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from alter.comparison.choice import CRITERIA, FIGURES, criterion
+from alter.comparison.plan import Compare
+from alter.comparison.table import COSTS, TableRow
+from alter.reporting.markup import document, grid, join, tag
+
+
+def _shown(row: TableRow, key: str, form: str, scale: float = 1.0) -> str:
+    if not math.isfinite(row.mean.get(key, math.nan)):
+        return "-"
+    text = format(row.mean[key] * scale, form)
+    return f"{text} ± {format(row.spread[key] * scale, form)}" if key in row.spread else text
+
+
+def _on_edge(value: float, grid: Sequence[float]) -> str:
+    """A chosen value, and whether it is the first or last of its grid: a better one may lie beyond."""
+    end = "" if len(set(grid)) < 2 else {min(grid): " (lowest)", max(grid): " (highest)"}.get(value, "")
+    return f"{value:g}{end}"
+
+
+@dataclass(frozen=True)
+class Text:
+    """The comparison in words and tables, which Markdown and the page show alike.
+
+    `results`, `costs` and `searched` are tables: a head and rows of cells. Of the results, `best` (row, column) are not
+    dominated.
+    """
+
+    results: list[list[str]]
+    costs: list[list[str]]
+    searched: list[list[str]]
+    best: set[tuple[int, int]]
+    rules: list[str]
+    notes: list[str]
+
+
+def described(settings: Compare, rows: Sequence[TableRow], divided: Mapping[str, Mapping[str, int]]) -> Text:
+    """The tables, how they were made, and what went wrong.
+
+    Args:
+        divided: by split, the number of forget rows of each part.
+    """
+    results, best = _results(settings, rows)
+    notes = [note for row in rows for note in row.notes]
+    return Text(results, _costs(settings, rows), _searched(rows), best, _rules(settings, divided), notes)
+
+
+def _in_order(rows: Sequence[TableRow]) -> list[str]:
+    """Names of the rows: the models as they are come first, also one that only a later split has."""
+    return list(dict.fromkeys(row.name for row in sorted(rows, key=lambda row: row.choice is not None)))
+
+
+def _results(settings: Compare, rows: Sequence[TableRow]) -> tuple[list[list[str]], set[tuple[int, int]]]:
+    """The table of figures, a line for each name and some columns for each split; and which cells are not dominated."""
+    by = {(row.name, row.split): row for row in rows}
+    results = [["method", *(f"{split}: {title}" for split in settings.splits for title in FIGURES.values())]]
+    best: set[tuple[int, int]] = set()
+    for name in _in_order(rows):
+        line = [name]
+        for split in settings.splits:
+            row = by.get((name, split), TableRow(name, split, 0, {}, {}))
+            line += [_shown(row, "forget_quality", ".1f"), *(_shown(row, key, ".3f") for key in list(FIGURES)[1:])]
+            if row.choice is not None and row.seeds and not row.dominated:
+                best.add((len(results), len(line) - len(FIGURES) + 1))
+        results.append(line)
+    return results, best
+
+
+def _costs(settings: Compare, rows: Sequence[TableRow]) -> list[list[str]]:
+    """What each method cost on each split, the setting chosen for it, and whether another is better in everything."""
+    by = {(row.name, row.split): row for row in rows}
+    head = ["method", "split", *COSTS.values(), "chosen: rate ×", "epochs", "keeps utility", "searched cells done"]
+    costs = [[*head, "seeds", "dominated", "with fluency"]]
+    places = [(name, split) for name in _in_order(rows) for split in settings.splits]
+    for row in (by[place] for place in places if place in by):
+        if row.choice is None:
+            continue
+        setting, dominance = row.choice.setting, (row.dominated, row.dominated_with_fluency)
+        rates, lengths = ([getattr(each, of) for each in row.choice.searched] for of in ("rate", "epochs"))
+        costs.append(
+            [
+                *(row.name, row.split, _shown(row, "seconds", ".0f")),
+                _shown(replace(row, spread={}), "trained_parameters", ",.0f"),
+                _shown(row, "peak_memory", ".2f", 1e-9),
+                *(("-", "-") if setting is None else map(_on_edge, setting, (rates, lengths))),
+                "yes" if row.choice.keeps else "no",
+                *(f"{row.choice.finished}/{row.choice.budget}", str(row.seeds)),
+                *(("-", "-") if not row.seeds else ("yes" if d else "no" for d in dominance)),
+            ]
+        )
+    return costs
+
+
+def _rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """How the numbers were made, a sentence or two a line."""
+    least = f", at least {settings.least_steps} steps" if settings.least_steps else ""
+    more = (
+        f" and {settings.refine} more, one after the other: between the best rate and the neighbour that forgets more, or "
+        "beyond the best where it is the last and forgets most"
+        if settings.refine
+        else ""
+    )
+    return [
+        f"Model {settings.model}, seeds {', '.join(map(str, settings.seeds))}; mean ± standard deviation over seeds. "
+        "Numbers are of test rows. Bold utility: no other method of this split is at least as good in forgetting and "
+        "utility, and better in one of them. Fluency: distinct-2 and repetition besides.",
+        f"Search budget, the same for every method and split: {len(settings.rates) * len(settings.epochs)} settings "
+        f"(learning rates × {', '.join(f'{r:g}' for r in settings.rates)}; epochs "
+        f"{', '.join(f'{e:g}' for e in settings.epochs)}{least}){more}, seeds searched: "
+        f"{', '.join(map(str, settings.seeds[: settings.search_seeds]))}.",
+        "Chosen on validation rows, by method and split: the setting that forgets best among those that keep "
+        f"{settings.utility_floor:.0%} of the original's utility; where none does, the largest forgetting × utility; of equals the first searched.",
+        *(
+            [
+                f"Continual: {', then '.join(settings.splits)}; each run forgets the rows that are new and starts from the "
+                "last one's result. The setting is the same for all and chosen by where the chain ends."
+            ]
+            if settings.continual
+            else []
+        ),
+        *(
+            f"{split}: forgetting is {CRITERIA[criterion(settings, split)]}. "
+            f"{divided[split]['validation']} forget rows for validation, {divided[split]['test']} for test."
+            for split in settings.splits
+        ),
+        f"Division: authors shuffled by seed {settings.division_seed}, {settings.validation:.0%} of them for validation "
+        "(rows of no TOFU author: each answer is its own author).",
+        *([f"Only {settings.limit} rows of each set and part were evaluated."] if settings.limit else []),
+        "Wall time: the run without loading Python and without evaluation, beside the other workers' cells. Peak memory: "
+        "of the run's process (of the GPU, where there is one).",
+    ]
+
+
+def _searched(rows: Sequence[TableRow]) -> list[list[str]]:
+    """A line for each method and place where its chain ends: every setting, its forgetting and utility, ★ the chosen one."""
+    choices = {id(row.choice): row for row in rows if row.choice is not None}  # a chain's splits share theirs
+    lines = []
+    for row in choices.values():
+        assert row.choice is not None
+        several = len({each.epochs for each in row.choice.searched}) > 1
+        cells = []
+        for each in row.choice.searched:
+            length = f", {each.epochs:g} epochs" if several else ""
+            star = "★ " if (each.rate, each.epochs) == row.choice.setting else ""
+            found = "not finished" if math.isnan(each.forgetting) else f"{each.forgetting:.2f} / {each.utility:.3f}"
+            cells.append(f"{star}× {each.rate:g}{length}: {found}")
+        lines.append([row.name, row.split, *cells])
+    width = max((len(line) for line in lines), default=2)
+    return [
+        ["method", "split", *(f"setting {i}" for i in range(1, width - 1))],
+        *(line + [""] * (width - len(line)) for line in lines),
+    ]
+
+
+def markdown(said: Text) -> str:
+    """The comparison as Markdown."""
+
+    def table(rows: Sequence[Sequence[str]]) -> list[str]:
+        lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        head = ["| " + " | ".join(lines[0]) + " |", "|---" + "|---:" * (len(lines[0]) - 1) + "|"]
+        return head + ["| " + " | ".join(line) + " |" for line in lines[1:]]
+
+    results = [
+        [f"**{cell}**" if (i, j) in said.best else cell for j, cell in enumerate(line)]
+        for i, line in enumerate(said.results)
+    ]
+    lines = [*table(results), "", *table(said.costs), "", *(f"* {rule}" for rule in said.rules)]
+    notes = ["", "Cells without a result:", "", *(f"* {note}" for note in said.notes)] if said.notes else []
+    return "\n".join(lines + notes) + "\n"
+
+
+def html_page(said: Text, settings: Compare, picture: Path) -> str:
+    """The comparison as one HTML page that fetches nothing; the plot is inside it."""
+    results = [
+        [tag("strong", cell) if (i, j) in said.best else cell for j, cell in enumerate(line)]
+        for i, line in enumerate(said.results)
+    ]
+    plot = base64.b64encode(picture.read_bytes()).decode()
+    title = f"Comparison on {settings.model}"
+    body = [
+        tag("h1", title),
+        tag("p", f"{len(settings.methods)} methods, {len(settings.seeds)} seeds, {', '.join(settings.splits)}."),
+        tag(
+            "img", src=f"data:image/png;base64,{plot}", alt="Forgetting against model utility, a plot for each split."
+        ),
+        grid(results[0], results[1:], label="Results", numbers=range(1, len(results[0]))),
+        tag("h2", "What it cost"),
+        grid(said.costs[0], said.costs[1:], label="Costs", numbers=range(2, len(said.costs[0]))),
+        tag("h2", "What the search found"),
+        grid(
+            said.searched[0],
+            said.searched[1:],
+            label="Search",
+            caption="Learning rate × …: forgetting / utility on validation rows, means over the search seeds; ★ the choice.",
+        ),
+        tag("h2", "How it was made"),
+        tag("ul", *(tag("li", rule) for rule in said.rules)),
+    ]
+    if said.notes:
+        body += [tag("h2", "Cells without a result"), tag("ul", *(tag("li", note) for note in said.notes))]
+    return document(title, join(body))

@@ -1,0 +1,115 @@
+"""What a model knows of rows: how likely their answers are to it, and what it says when it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alter import metrics
+from alter.data.encoding import encode_all
+from alter.data.examples import Example
+from alter.evaluation.leakage import ask
+from alter.evaluation.verdict import Measures
+from alter.models.generation import generate
+from alter.models.scoring import context_length, score
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What was measured of some rows: the figures, and the rows that were answered with what was said.
+
+    Attributes:
+        measures: the figures.
+        exact: share of the answer's tokens that are the likeliest, of each scored row, [n].
+        examples: the answered rows, [m]; `probability` is theirs.
+        questions, truths, replies: their texts, [m].
+    """
+
+    measures: Measures
+    exact: npt.NDArray[np.float64]
+    examples: list[Example]
+    probability: npt.NDArray[np.float64]
+    questions: list[str]
+    truths: list[str]
+    replies: list[str]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures without any text: those of the measures, and the exact memorisation."""
+        known = self.exact[~np.isnan(self.exact)]
+        return {**self.measures.summary(), "exact_memorization": float(known.mean()) if known.size else None}
+
+
+def answer_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    *,
+    answers: int | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 200,
+    batch_tokens: int | None = None,
+    batch_size: int = 64,
+    label: str = "rows",
+) -> Answered:
+    """Return what a model knows of rows: one forward for each, and greedy replies to some of them.
+
+    Args:
+        model, tokenizer: as in `alter.models.scoring.score`.
+        rows: one or more; those longer than the model's context are scored in overlapping windows, and answered or
+            continued where prompt and reply fit into it.
+        answers: number of rows that are answered, drawn by `seed`; None: all, 0: none.
+        max_new_tokens: longest reply; no reply is longer than twice the longest answer, which is said.
+        batch_tokens, batch_size: of scoring and of generation.
+        label: of the progress bar.
+
+    Raises:
+        UserError: a row without anything to score, or what scoring and generating raise.
+    """
+    limit = context_length(model)
+    windows, owner = encode_all(tokenizer, rows, max_length=limit)
+    scores = score(
+        model, windows, pad_token_id=tokenizer.pad_token_id, batch_tokens=batch_tokens, label=f"{label}: scoring"
+    )
+    # each labelled token is labelled in one window
+    parts: list[list[int]] = [[] for _ in rows]
+    for k, number in enumerate(owner):
+        parts[number].append(k)
+    logprob = [np.concatenate([scores.logprob[k] for k in own]) for own in parts]
+    correct = [np.concatenate([scores.correct[k] for k in own]) for own in parts]
+    probability = metrics.probability(metrics.average_loss(logprob))
+    chosen = np.random.default_rng(seed).permutation(len(rows))[: len(rows) if answers is None else answers]
+    asked = {
+        i: found
+        for i in sorted(chosen.tolist())
+        if (found := ask(tokenizer, rows[i], windows[parts[i][0]].input_ids, max_new_tokens)) is not None
+    }
+    tokens = min(max_new_tokens, 2 * max((each.length for each in asked.values()), default=1))
+    if limit is not None:
+        asked = {i: each for i, each in asked.items() if len(each.prompt) + tokens <= limit}
+    questions, truths = [each.question for each in asked.values()], [each.truth for each in asked.values()]
+    replies = (
+        generate(
+            model,
+            tokenizer,
+            [each.prompt for each in asked.values()],
+            max_new_tokens=tokens,
+            batch_size=batch_size,
+            expected_lengths=[len(truth) for truth in truths],
+            label=f"{label}: answering",
+        )
+        if asked
+        else []
+    )
+    return Answered(
+        Measures.of(probability, questions, truths, replies),
+        metrics.exact_memorization(correct),
+        [rows[i] for i in asked],
+        probability[list(asked)],
+        questions,
+        truths,
+        replies,
+    )

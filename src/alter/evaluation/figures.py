@@ -1,0 +1,52 @@
+"""Records as benchmarks make them: a metric's good direction is that of the catalogue, rows become plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, SupportsFloat
+
+from alter.core.records import Record
+from alter.metrics.catalogue import CATALOGUE
+
+
+def figure(
+    model: str,
+    metric: str,
+    value: SupportsFloat | None,
+    n: int,
+    items: Iterable[Any] | None = None,
+    *,
+    mode: str = "strict",
+    extra: Mapping[str, Any] | None = None,
+) -> Record:
+    """Return the record of a metric that the catalogue has.
+
+    Args:
+        model: what the records call the model.
+        metric: name in `alter.metrics.CATALOGUE`.
+        value: None where there is none.
+        n: items that it is of.
+        items: the value of each of them.
+        mode: "strict" or "compat".
+        extra: what belongs to this number alone.
+    """
+    number = None if value is None else float(value)
+    per_item = None if items is None else [float(x) for x in items]
+    return Record(model, metric, number, n, mode, CATALOGUE[metric].higher_is_better, per_item, dict(extra or {}))
+
+
+@dataclass
+class Figures:
+    """Records of one model while they are made; `base` is in the `extra` of each."""
+
+    model: str
+    base: Mapping[str, Any]
+    mode: str = "strict"
+    records: list[Record] = field(default_factory=list)
+
+    def add(
+        self, metric: str, value: SupportsFloat | None, n: int, items: Iterable[Any] | None = None, **extra: Any
+    ) -> None:
+        """Add the record of a metric; see `figure`."""
+        self.records.append(figure(self.model, metric, value, n, items, mode=self.mode, extra={**self.base, **extra}))

@@ -1,0 +1,262 @@
+"""Measuring a model on TOFU: every sequence is scored once, every question is answered once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alter import metrics
+from alter.core.errors import UserError, nearest
+from alter.core.records import Record
+from alter.data.encoding import Encoded, encode, encode_prompt, ensure_pad_token
+from alter.data.examples import Example, examples
+from alter.evaluation.tofu.reference import as_reference, lacking
+from alter.evaluation.tofu.results import Array, Mode, TofuReference, TofuResult, TofuSet, check_reference
+from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, fingerprint, holdout_rows, set_rows
+from alter.models.generation import check_prompts, generate
+from alter.models.scoring import Scores, check_rows, gradient_norms, score
+
+WHICH = ("likelihood", "generation")
+MAX_NEW_TOKENS = 200
+
+
+def tofu_metrics(
+    model: Any,
+    tokenizer: Any,
+    split: str = "forget10",
+    data: str = "builtin",
+    mode: Mode = "strict",
+    which: Iterable[str] = WHICH,
+    *,
+    sets: Iterable[str] = SETS,
+    holdout: str | None = None,
+    gradnorm: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    reference: TofuResult | TofuReference | Sequence[Record] | None = None,
+    batch_tokens: int | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> TofuResult:
+    """Measure a model in memory on TOFU, each sequence with one forward pass.
+
+    Args:
+        model, tokenizer: as in `alter.models.scoring.score`. A tokenizer without a pad token pads with its end-of-sequence
+            token: in strict mode padding is hidden by length, so the choice changes no number.
+        split: forget01, forget05 or forget10.
+        data: "builtin", a folder with TOFU's files, or a hub id.
+        mode: "strict" or "compat" (see `alter.metrics`).
+        which: "likelihood" (probabilities, truth ratios, memorisation, attacks), "generation" (ROUGE, diversity).
+        sets: of forget, retain, real_authors, world_facts.
+        holdout: rows never trained on, for the membership attacks: what `alter.data.sources.read_rows` reads. None: the split
+            holdoutNN of `data`; where there is none, a note says so and the attacks are left out.
+        gradnorm: also attack by the gradient's norm, which costs a backward per forget and holdout row.
+        limit: only this many rows of each set, drawn by `seed`; None: all, as TOFU is reported.
+        reference: the retrained model's result or records, of the same split, mode and rows; gives forget quality.
+        batch_tokens, batch_size: padded tokens in a scoring batch (None: see `score`), prompts in a generation batch.
+
+    Raises:
+        UserError: no such split, set or kind of metric, rows without the columns that are needed or too long for the
+            model's context, a reference of something else; all of it before the first forward. Or what `score` raises.
+    """
+    which, sets = tuple(which), tuple(sets)
+    _check_choices(split, mode, which, sets, limit)
+    result = TofuResult(split, data, mode, {}, reference=as_reference(reference))
+    if limit is not None:
+        result.notes.append(f"A quick look at {limit} rows of each set: not comparable with published figures.")
+    rows = {key: set_rows(key, split, data, limit, seed) for key in sets}
+    for key in sets:
+        result.sets[key] = TofuSet(key, len(rows[key]), fingerprint(rows[key]))
+    forget = result.sets.get("forget")
+    if forget is not None and result.reference is not None:
+        check_reference(result.reference, split, mode, forget)
+    ensure_pad_token(tokenizer)
+    compat = mode == "compat"
+    answers = prompts = unseen = None
+    if "likelihood" in which:
+        if forget is not None:
+            unseen, notes = holdout_rows(split, data, holdout, limit, seed)
+            result.notes += notes
+            if unseen is not None:
+                forget.holdout = fingerprint(unseen)
+                if result.reference is not None:
+                    check_reference(result.reference, split, mode, forget)
+        answers = _answers(tokenizer, rows, unseen, compat)
+        check_rows(model, answers.encoded, answers.names)
+    if "generation" in which:
+        prompts = _prompts(tokenizer, rows, compat)
+        names = [f"The question of row {i} of the {key} set" for key, own in rows.items() for i in range(len(own))]
+        check_prompts(model, prompts, MAX_NEW_TOKENS, names)
+    if answers is not None:
+        _likelihood(result, model, tokenizer, answers, gradnorm, batch_tokens, progress)
+        if forget is not None:
+            result.notes += lacking(result, forget, data, limit, seed, holdout)
+    if prompts is not None:
+        _generation(result, model, tokenizer, rows, prompts, batch_size, progress)
+        for key, part in result.sets.items():
+            empty = sum(not text for text in part.generations or [])
+            if empty:
+                result.notes.append(
+                    f"{empty} of {part.n} replies on the {key} set are empty: they count as ROUGE 0 and repetition 0."
+                )
+    return result
+
+
+def _check_choices(split: str, mode: str, which: Sequence[str], sets: Sequence[str], limit: int | None) -> None:
+    """Refuse what is not among TOFU's splits, modes, kinds of metrics and sets."""
+    for value, choices in [(split, SPLITS), (mode, ("strict", "compat")), *((w, WHICH) for w in which)]:
+        _choice(value, choices)
+    for key in sets:
+        _choice(key, SETS)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; expected at least 1 row, or none for all rows.")
+
+
+def _choice(value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{value!r} is not one of {', '.join(choices)}.{nearest(value, choices)}")
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Every (question, answer) pair to score, what errors call each, and which stretch of them belongs to which set.
+
+    In a set's stretch each row has its answer, its paraphrased answer (forget and retain), and its wrong answers.
+    """
+
+    encoded: list[Encoded]
+    names: list[str]
+    where: dict[str, slice]
+
+
+def _answers(
+    tokenizer: Any, rows: dict[str, list[dict[str, Any]]], holdout: list[dict[str, Any]] | None, compat: bool
+) -> _Answers:
+    found = _Answers([], [], {})
+    for key, own_rows in (rows | ({"holdout": holdout} if holdout is not None else {})).items():
+        start = len(found.encoded)
+        for example in examples(own_rows):
+            texts = [example.answer]
+            if key in PARAPHRASED:
+                texts.append(example.row["paraphrased_answer"])
+            if key != "holdout":
+                texts += example.row["perturbed_answer"]
+            found.encoded.extend(encode(tokenizer, example, answer=text, compat=compat) for text in texts)
+            found.names.extend([f"Row {example.index} of the {key} set"] * len(texts))
+        found.where[key] = slice(start, len(found.encoded))
+    return found
+
+
+def _likelihood(
+    result: TofuResult,
+    model: Any,
+    tokenizer: Any,
+    answers: _Answers,
+    gradnorm: bool,
+    batch_tokens: int | None,
+    progress: bool,
+) -> None:
+    """Score every (question, answer) pair once and fill in what follows from the token log-probabilities."""
+    compat = result.mode == "compat"
+    unseen = answers.where.get("holdout")
+    scores = score(
+        model,
+        answers.encoded,
+        pad_token_id=tokenizer.pad_token_id,
+        batch_tokens=batch_tokens,
+        moments=unseen is not None,
+        compat=compat,
+        progress=progress,
+        label="TOFU: scoring answers",
+    )
+    for key, part in result.sets.items():
+        where = answers.where[key]
+        own = scores[where]
+        width = len(own.logprob) // part.n
+        loss = metrics.average_loss(own.logprob).reshape(part.n, width)
+        first_wrong = 2 if key in PARAPHRASED else 1
+        part.set_likelihood(loss[:, 0], loss[:, first_wrong - 1], loss[:, first_wrong:], compat=compat)
+        if key == "forget":
+            part.exact_memorization = metrics.exact_memorization(own.correct[::width])
+            part.extraction_strength = metrics.extraction_strength(own.correct[::width], compat=compat)
+            if unseen is not None:
+                true = slice(where.start, where.stop, width)
+                part.attacks, part.holdout_attacks = (
+                    _attacks(scores[rows], answers.encoded[rows], tokenizer, compat) for rows in (true, unseen)
+                )
+                if gradnorm:
+                    part.attacks["mia_gradnorm"], part.holdout_attacks["mia_gradnorm"] = (
+                        metrics.mia_gradnorm(
+                            gradient_norms(
+                                model,
+                                answers.encoded[rows],
+                                pad_token_id=tokenizer.pad_token_id,
+                                compat=compat,
+                                progress=progress,
+                                label=f"TOFU: gradients of the {name} set",
+                            )
+                        )
+                        for name, rows in (("forget", true), ("holdout", unseen))
+                    )
+
+
+def _attacks(scores: Scores, encoded: Sequence[Encoded], tokenizer: Any, compat: bool) -> dict[str, Array]:
+    assert scores.mean is not None
+    assert scores.var is not None
+    labels = [[token for token in row.labels if token != -100] for row in encoded]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in labels]
+    return {
+        "mia_loss": metrics.mia_loss(scores.logprob, compat=compat),
+        "mia_zlib": metrics.mia_zlib(scores.logprob, texts, compat=compat),
+        "mia_min_k": metrics.mia_min_k(scores.logprob, compat=compat),
+        "mia_min_k_plus_plus": metrics.mia_min_k_plus_plus(scores.logprob, scores.mean, scores.var, compat=compat),
+    }
+
+
+def _prompts(tokenizer: Any, rows: dict[str, list[dict[str, Any]]], compat: bool) -> list[list[int]]:
+    return [encode_prompt(tokenizer, example, compat=compat) for own in rows.values() for example in examples(own)]
+
+
+def _generation(
+    result: TofuResult,
+    model: Any,
+    tokenizer: Any,
+    rows: dict[str, list[dict[str, Any]]],
+    prompts: list[list[int]],
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Let the model answer every question once and fill in replies and ROUGE."""
+    compat = result.mode == "compat"
+    found = {key: examples(own_rows) for key, own_rows in rows.items()}
+    replies = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=batch_size,
+        expected_lengths=[len(example.answer) for part in found.values() for example in part],
+        compat=compat,
+        progress=progress,
+        label="TOFU: answering questions",
+    )
+    start = 0
+    for key, part in result.sets.items():
+        part.generations = replies[start : start + part.n]
+        start += part.n
+        part.questions = [example.prompt or "" for example in found[key]]
+        part.references = [
+            _expected(tokenizer, example) if compat else example.answer.strip() for example in found[key]
+        ]
+        part.rouge = metrics.rouge_l(part.references, part.generations).recall
+
+
+def _expected(tokenizer: Any, example: Example) -> str:
+    """Return OpenUnlearning's reference text: the decoded conversation with every occurrence of the prompt removed."""
+    ids = encode(tokenizer, example, compat=True).input_ids
+    whole, prompt = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        for part in (ids, encode_prompt(tokenizer, example, compat=True))
+    )
+    return whole.replace(prompt, "").strip()

@@ -1,0 +1,32 @@
+"""What the metrics take and give: arrays of float64, and ragged lists of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Rows = Sequence[npt.ArrayLike]
+"""A ragged list: one 1-D array per row."""
+
+EPSILON = 1e-10
+"""What OpenUnlearning adds to denominators."""
+
+
+def floats(values: npt.ArrayLike) -> Array:
+    """Return values as float64."""
+    return np.asarray(values, dtype=np.float64)
+
+
+def labelled_row(values: npt.ArrayLike, index: int, *, of: str) -> Array:
+    """Return a row as float64.
+
+    Raises:
+        ValueError: it has no labelled token.
+    """
+    row = floats(values)
+    if row.size == 0:
+        raise ValueError(f"{of}: row {index} has no labelled token; leave it out or give it an answer")
+    return row

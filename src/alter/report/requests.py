@@ -1,0 +1,152 @@
+"""The section about erasure requests: each one's state and evidence, and whether their history is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from alter.evaluation.told import told
+from alter.evaluation.verdict import FIRM
+from alter.report.summary import ADAPTER
+from alter.reporting.markup import Html, grid, percent, tag
+
+if TYPE_CHECKING:
+    from alter.requests.records import Entry, Request
+
+HEAD = (
+    "request",
+    "state",
+    "received",
+    "due",
+    "rows",
+    "still said before",
+    "after",
+    "broken or empty",
+    "probability before",
+    "after",
+    "reference",
+    "utility",
+    "data",
+)
+
+
+def requests(url: str, names: Sequence[str]) -> list[Html]:
+    """Show what a database of erasure requests holds: each one's state and evidence, and whether its history is whole.
+
+    Args:
+        url: of the database.
+        names: the requests to show, each with its history; all if there are none.
+
+    Raises:
+        UserError: no such database or request.
+    """
+    from alter.requests.checking import check_requests
+    from alter.requests.project import Project
+    from alter.requests.records import parse_id
+    from alter.requests.store import Store
+
+    store = Store.open(url)
+    project = Project.model_validate(store.project())
+    chosen = [store.get(number) for number in dict.fromkeys(map(parse_id, names))] if names else store.requests()
+    if project.root.is_dir():
+        wrong = check_requests(store, project, behaviour=False).wrong
+        checked = "History and adapter were checked when this page was made"
+    else:
+        wrong = store.check_chain()
+        checked = f"The adapter's folder {project.root} is not here, so only the history itself was checked"
+    history = store.history()
+    shown = [*_whole(wrong, checked, store.head()), _measured_again(history)]
+    if not chosen:
+        return [
+            *shown,
+            tag("p", "The database holds no request yet: ", tag("code", "alter request add"), " adds one."),
+        ]
+    shown += [_evidence(chosen), _limits(chosen)]
+    left = len(store.requests()) - len(chosen)
+    if left:
+        shown.append(tag("p", f"{left} other requests are left out.", class_="small soft"))
+    for request in chosen if names else ():
+        shown += _history_of(request, history)
+    return shown
+
+
+def _whole(wrong: Sequence[str], checked: str, head: str) -> list[Html]:
+    # that nothing was altered does not say that anything was forgotten: no colour for it
+    good = tag("span", "Unchanged since it was recorded.", class_="verdict")
+    bad = tag("span", "Not as it should be.", class_="verdict bad")
+    found = " ".join(wrong) or "nothing was altered. Whether a request was forgotten is in its own line."
+    return [
+        tag("p", bad if wrong else good, f" {checked}: ", found, " "),
+        tag("p", "Head of the hash chain: ", tag("code", head), ". Written down elsewhere, it fixes all before it."),
+    ]
+
+
+def _measured_again(history: Sequence[Entry]) -> Html:
+    checks = [entry for entry in history if entry.what == "verified"]
+    if not checks:
+        command = tag("code", "alter request verify")
+        return tag("p", "The model was not measured again since; ", command, " does it.")
+    last = checks[-1]
+    result = " ".join(last.details.get("wrong", [])) or "nothing had come back since it was recorded."
+    return tag("p", f"The model was last measured again on {last.at} by {last.who}: {result}")
+
+
+def _evidence(chosen: Sequence[Request]) -> Html:
+    caption = (
+        "still said: replies that give the answer. probability: of the true answers, per token; the reference never saw "
+        "the data. utility: share of the untouched model's. data: beginning of the SHA-256 of the rows."
+    )
+    rows = [_line(request) for request in chosen]
+    return grid(HEAD, rows, label="Erasure requests", numbers=range(4, 12), caption=caption, reference=10)
+
+
+def _line(request: Request) -> list[object]:
+    before, after = request.before or {}, request.after or {}
+    share = after.get("utility_share")
+    return [
+        f"{request.name}: {request.subject or '(purged)'}",
+        tag("span", request.state.upper() if after else request.state, class_=_tone(request)),
+        request.received[:10],
+        request.due or "-",
+        request.rows,
+        told(before, "said", "-"),
+        told(after, "said", "-"),
+        told(after, "unusable", "-"),
+        *(told(part, "probability", "-") for part in (before, after, after.get("reference"))),
+        "-" if share is None else percent(share),
+        tag("code", request.data_hash[:16]),
+    ]
+
+
+def _tone(request: Request) -> str:
+    """The colour of a state: green only for what was found forgotten by enough answers, and trusts no old figure."""
+    if request.state in ("not forgotten", "collapsed", "failed"):
+        return "verdict bad"
+    firm = (request.after or {}).get("n_answers", 0) >= FIRM
+    return "verdict good" if request.state == "forgotten" and firm else "verdict"
+
+
+def _limits(chosen: Sequence[Request]) -> Html:
+    """What the evidence does not say, and the reasons of each verdict."""
+    limits = (
+        ADAPTER,
+        "Asked were the questions of the data, in their own words. Other wordings, other languages, longer talks and "
+        "attacks were not tested here: `alter attack` tries some.",
+        f"Of fewer than {FIRM} answers nothing is coloured: the intervals in the reasons say how little they prove.",
+    )
+    reasons = [_reason(request) for request in chosen if (request.after or {}).get("verdict")]
+    return tag("div", tag("ul", *(tag("li", limit) for limit in limits), *reasons), class_="answers")
+
+
+def _reason(request: Request) -> Html:
+    after = request.after or {}
+    few = after.get("n_answers") is not None and after["n_answers"] < FIRM
+    small = f" Only {after['n_answers']} answers stand behind this: a first look, no proof." if few else ""
+    return tag("li", f"{request.name}: {' '.join(after['verdict']['why'])}{small}")
+
+
+def _history_of(request: Request, history: Sequence[Entry]) -> list[Html]:
+    entries = [entry for entry in history if entry.request == request.id]
+    lines = [[entry.at, entry.what, entry.who, tag("code", entry.hash[:16])] for entry in entries]
+    title = f"History of {request.name}"
+    return [tag("h3", title), grid(["when", "what", "who", "hash"], lines, label=title)]

@@ -1,0 +1,257 @@
+"""What a report is about: runs, with the records and attacks that belong to them, read from their folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from alter.core.errors import UserError, nearest
+from alter.core.files import folder_digest, from_json
+from alter.core.records import Record, read_records
+from alter.report.settings import Report
+from alter.reporting.terminal import number
+
+Array = npt.NDArray[np.float64]
+ROLES = ("original", "unlearned", "retrained")
+"""What records call the three models; a name given with --name gets a column, and no part in the summary."""
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """What a run's frozen.safetensors says of the tokens that it trained on, forget rows before retain rows.
+
+    `entropy` [T], infinite at each row's first token; `gates` [T, N + 1]; `forget` of the T tokens belong to forget
+    rows, or None where that is not known, and then `why` says so.
+    """
+
+    entropy: Array
+    gates: Array
+    forget: int | None
+    why: str = ""
+
+    def parts(self) -> dict[str, slice]:
+        """Which tokens belong to which set."""
+        if self.forget is None:
+            return {"all rows": slice(None)}
+        found = {"forget rows": slice(None, self.forget), "retain rows": slice(self.forget, None)}
+        return {name: part for name, part in found.items() if len(self.entropy[part])}
+
+
+@dataclass
+class Reported:
+    """One run with all that was measured of it; `folder` is None if there are records alone.
+
+    `kind` is what it wrote, an adapter or, where all weights were trained, a model; `digest` that folder's.
+    """
+
+    name: str
+    folder: Path | None = None
+    written: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    kind: Literal["adapter", "model"] = "adapter"
+    digest: str | None = None
+    tokens: TokenFigures | None = None
+    records: list[Record] = field(default_factory=list)
+    attacks: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def get(self, model: str, metric: str) -> Record | None:
+        """The record of one model and metric that has a value, the strict one if there are several."""
+        found = [r for r in self.records if (r.model, r.metric) == (model, metric) and r.value is not None]
+        return min(found, key=lambda r: r.mode != "strict", default=None)
+
+    def value(self, model: str, metric: str) -> float | None:
+        """Its value, or None."""
+        record = self.get(model, metric)
+        return None if record is None else record.value
+
+
+def _siblings(path: Path) -> list[str]:
+    return [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def read_run(given: str) -> Reported:
+    """Read the folder of a run.
+
+    Raises:
+        UserError: it is none, the run did not end, or its files are broken or of another version.
+    """
+    folder = Path(given)
+    if folder.is_file():
+        raise UserError(f"{given} is a file, not the folder of a run; result files are given with --records.")
+    if not folder.is_dir():
+        raise UserError(f"No run at {given}.{nearest(given, _siblings(folder))}")
+    if not (folder / "run.yaml").is_file():
+        what = " It holds records of attacks: give it with --attacks." if any(folder.glob("none.*.json")) else ""
+        raise UserError(f"{given} is no run: it has no run.yaml, which `alter unlearn` and `alter demo` write.{what}")
+    try:
+        written = (folder / "run.yaml").read_text()
+        facts = from_json((folder / "run.json").read_text())
+        settings, log = facts["settings"], facts["log"]
+        needed = {name: facts[name] for name in ("domains", "experts", "router", "steps", "seconds", "provenance")}
+        needed |= {name: facts["provenance"][name] for name in ("measured", "versions", "python", "machine")}
+        wrong = not isinstance(settings, dict) or not isinstance(log, list) or not isinstance(needed["seconds"], dict)
+    except FileNotFoundError:
+        raise UserError(
+            f"The run in {given} has not ended: it has no run.json. `alter unlearn {given}/run.yaml --resume` goes on."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{given}/run.json is broken or of another version ({what}): run it again.") from None
+    if wrong:
+        raise UserError(f"{given}/run.json is not what `alter unlearn` writes: run it again.")
+    kind: Literal["adapter", "model"] = "adapter" if (folder / "adapter").is_dir() else "model"
+    if not (folder / kind).is_dir():
+        raise UserError(f"{given} has no adapter any more, so there is nothing to report about: run it again.")
+    run = Reported(folder.resolve().name, folder, written, settings, facts, kind, folder_digest(folder / kind))
+    if facts["router"] and (folder / "frozen.safetensors").is_file():
+        run.tokens = read_tokens(folder / "frozen.safetensors", settings)
+    return run
+
+
+def read_tokens(path: Path, settings: Mapping[str, Any]) -> TokenFigures:
+    """Read entropies and gates from what `frozen.store` wrote.
+
+    A run that has ended says there how many of the rows are forget rows. In what others left they are as many as the run used of its forget set (twice as many if
+    its objective also trains on other answers), so that set is counted, if it is on this machine; a run that used no
+    retain rows has no others.
+
+    Raises:
+        UserError: the file is broken, or the settings are of another version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from alter.training.settings import Unlearn, branch_needs
+
+    try:
+        with safe_open(str(path), "np") as file:
+            entropy, gates, lengths = (file.get_tensor(name) for name in ("entropy", "gates", "entropy.count"))
+            noted = int(file.get_tensor("forget_rows")) if "forget_rows" in file.keys() else None  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is broken ({error}): delete it, and the report goes without entropies.") from None
+    try:
+        run = Unlearn.model_validate(settings)
+    except ValueError as error:
+        raise UserError(f"{path.parent}/run.json: {' '.join(str(error).split())}") from None
+    if noted is not None:
+        return TokenFigures(entropy.astype(np.float64), gates.astype(np.float32), int(lengths[:noted].sum()))
+    forget, alternative, retain = (needs.rows for needs in branch_needs(run))
+    rows, why = (len(lengths), "") if not retain else _count(run.forget, run.epochs)
+    if rows is not None and retain:
+        rows *= forget + alternative
+        if rows > len(lengths):
+            rows, why = None, f"{run.forget} has more rows now than the run has seen"
+    tokens = None if rows is None else int(lengths[:rows].sum())
+    return TokenFigures(entropy.astype(np.float64), gates.astype(np.float32), tokens, why)
+
+
+def _count(source: str, epochs: float) -> tuple[int | None, str]:
+    """How many forget rows a run used, or why that is not known; nothing is fetched for it."""
+    base = source.rpartition(":")[0]
+    if not source.startswith("builtin:") and not Path(source).exists() and not (base and Path(base).exists()):
+        return None, f"the forget set {source} is not on this machine"
+    from alter.data.examples import load_examples
+
+    try:
+        total = len(load_examples(source))
+    except UserError as error:
+        return None, str(error).rstrip(".")
+    # a run of less than one pass sees a part of the set
+    return min(total, math.ceil(epochs * total)), ""
+
+
+def owners(path: str, records: Sequence[Record], runs: Sequence[Reported]) -> list[Reported]:
+    """Return the runs that records belong to: those whose adapter or model they measured; all if they measured none.
+
+    Raises:
+        UserError: they measured another adapter, or it cannot be told which of several.
+    """
+    if all(run.folder is None for run in runs):
+        return list(runs)
+    loaded = {str(r.provenance.get(kind)) for r in records for kind in ("adapter", "weights")}
+    found = [run for run in runs if run.digest in loaded]
+    adapters = sorted({str(r.provenance["adapter"]) for r in records if r.provenance.get("adapter")})
+    if len(adapters) > 1:
+        raise UserError(f"{path} holds figures of {len(adapters)} adapters: give a file for each.")
+    if adapters and not found:
+        known = ", ".join(f"{run.folder}: {run.digest}" for run in runs)
+        raise UserError(
+            f"{path} measured another adapter ({adapters[0]}) than that of the report ({known}): evaluate again, or "
+            "leave it out."
+        )
+    if not found and len(runs) > 1 and any(r.model == "unlearned" for r in records):
+        raise UserError(f"{path} does not say which adapter it measured: report on its run alone.")
+    return found or list(runs)
+
+
+def add_records(run: Reported, path: str, records: Sequence[Record], *, replace: bool) -> None:
+    """Give records to a run; a figure that it has already must be equal, unless it may be replaced.
+
+    Raises:
+        UserError: two files hold different figures of the same thing, or records that are no figures of an evaluation.
+    """
+    known = {(r.model, r.metric, r.mode): r for r in run.records}
+    for record in records:
+        if record.metric.startswith("attack_"):
+            raise UserError(f"{path} holds records of attacks: give its folder with --attacks.")
+        old = known.get((record.model, record.metric, record.mode))
+        if old is not None and not replace and (old.value, old.n) != (record.value, record.n):
+            raise UserError(
+                f"{path} and a file before it hold different figures of {record.metric} of the model "
+                f"{record.model!r} ({number(record)} and {number(old)}): give one of them, or name the models apart "
+                "with `alter evaluate --name retrained`."
+            )
+        known[record.model, record.metric, record.mode] = record
+    run.records = list(known.values())
+
+
+def read(settings: Report) -> list[Reported]:
+    """Read runs, records and attacks, and bring them together.
+
+    Raises:
+        UserError: see `read_run`, `owners`, `add_records`, and `records.read_records`.
+    """
+    folders = {Path(given).resolve(): given for given in settings.runs}
+    runs = [read_run(given) for given in folders.values()]
+    for i, run in enumerate(runs):
+        if sum(other.name == run.name for other in runs) > 1:
+            runs[i].name = str(run.folder)
+    if not runs and (settings.records or settings.attacks):
+        runs = [Reported(settings.title or "Results")]
+    inside: dict[tuple[int, str, str], str] = {}
+    for run in runs:
+        own = run.folder / "records.json" if run.folder else None
+        if own is not None and own.is_file():
+            found = read_records(own)
+            owners(str(own), found, [run])
+            add_records(run, str(own), found, replace=False)
+            inside |= {(id(run), r.model, r.metric): str(own) for r in found}
+    given: dict[int, list[Record]] = {}
+    for path in settings.records:
+        found = read_records(path)
+        for run in owners(path, found, runs):
+            # among the files given, none replaces another
+            check = Reported(run.name, records=given.get(id(run), []))
+            add_records(check, path, found, replace=False)
+            given[id(run)] = check.records
+            replaced = [r for r in found if (id(run), r.model, r.metric) in inside]
+            if replaced:
+                run.notes.append(f"{path} replaces {len(replaced)} figures of the run's own records.json.")
+            add_records(run, path, found, replace=True)
+    for folder in settings.attacks:
+        path = str(Path(folder) / "records.json")
+        if not Path(path).is_file():
+            raise UserError(f"{folder} has no records.json; expected the --out folder of `alter attack`.")
+        found = read_records(path)
+        if not any(r.metric.startswith("attack_") for r in found):
+            raise UserError(f"{path} holds no attacks; expected the --out folder of `alter attack`.")
+        for run in owners(path, found, runs):
+            run.attacks += found
+    return runs

@@ -1,0 +1,29 @@
+"""Settings of `alter report`."""
+
+from __future__ import annotations
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Report(BaseModel):
+    """Write one HTML page about one or several runs: figures, samples, curves, attacks, requests, provenance."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    runs: tyro.conf.Positional[list[str]] = Field(default_factory=list)
+    """Folders of runs, as `alter unlearn` or `alter demo` wrote them."""
+    out: str = "report.html"
+    """The page."""
+    records: list[str] = Field(default_factory=list)
+    """Result files (--json). They go to the run whose adapter they measured and replace its records.json's figures."""
+    attacks: list[str] = Field(default_factory=list)
+    """Folders of attacks (`alter attack --out`)."""
+    db: str | None = None
+    """Database of erasure requests, as an SQLAlchemy URL."""
+    request: list[str] = Field(default_factory=list)
+    """Only these of its requests, each with its history; by default all. Whoever asked need not read of the others."""
+    samples: int = Field(6, ge=0)
+    """Questions to show with all answers. They quote what was to be forgotten; 0 leaves them out."""
+    title: str | None = None
+    """Heading of the page."""

@@ -1,0 +1,146 @@
+"""The summary of a run in words: what was to be forgotten, whether it was, what it cost, what brings it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alter.evaluation.closing import closing_of, others_named
+from alter.evaluation.verdict import FIRM
+from alter.report.attacks import brought_back
+from alter.report.runs import Reported
+from alter.report.verdict import QUALITY, SAID, VERDICTS, blind, reply_counts, rows_behind, verdict
+from alter.reporting.markup import Html, duration, join, percent, tag
+from alter.reporting.terminal import number
+
+UTILITY = 0.97
+"""Share of the original's utility below which the page calls the cost noticeable."""
+KEPT = {
+    "model_utility": "the utility of the original model on everything else (nine figures in one)",
+    "knowmem_retain": "the original model's agreement with the true answers about what was to be kept",
+    "retain_rouge": "the original model's agreement with the true answers about what was to be kept",
+    "retain_accuracy": "the original model's accuracy on the texts to keep",
+}
+"""Metrics that say what is left of the rest, best first, in words."""
+ADAPTER = (
+    "The forgetting is done by an adapter, a part added to the model. It does not remove knowledge from the base "
+    "model: whoever holds the base weights holds the knowledge, and switching the adapter off brings back every answer."
+)
+
+WEIGHTS = (
+    "All weights of the model were changed. Nothing keeps the forgotten apart from the rest, so it cannot be switched "
+    "back on, nor taken back for one request alone. The base model, wherever it still lies, holds the knowledge."
+)
+
+
+def _forgotten(run: Reported) -> list[object]:
+    found: list[object] = []
+    counts, other = reply_counts(run, "unlearned"), reply_counts(run, "original")
+    if counts is not None:
+        was = (
+            ""
+            if other is None
+            else f" (the original model: {other.said} of {other.asked}, {other.broken} of {other.n})"
+        )
+        found.append(
+            f"{counts.said} of {counts.asked} answers still give the name or fact that was asked for; {counts.broken} of "
+            f"{counts.n} are broken or empty{was}."
+        )
+    closed = closing_of(run.records)
+    if closed is not None:
+        found.append(f"Measured at the end: {closed['verdict']['word'].upper()}. {' '.join(closed['verdict']['why'])}")
+        named = others_named(closed)
+        if named is not None:
+            found.append(named)
+    for metric in blind(run):
+        found.append(
+            f"{metric} cannot tell the original model from the retrained one, with so few rows or such rows: it says "
+            "nothing about forgetting."
+        )
+    for metric, (situation, truth, counted) in SAID.items():
+        after = run.get("unlearned", metric)
+        if after is None or after.value is None:
+            continue
+        before, honest = run.value("original", metric), run.value("retrained", metric)
+        says = [f"the original model agreed with the {truth} by {percent(before)}"] if before is not None else []
+        says.append(f"the unlearned model agrees with the {truth} by {percent(after.value)}")
+        says += [f"a model that never saw them by {percent(honest)}"] if honest is not None else []
+        listed = ", ".join(says[:-1]) + (" and " if len(says) > 1 else "") + says[-1]
+        found.append(f"{situation}, {listed} (ROUGE-L over {after.n} {counted}).")
+    quality = run.get("unlearned", "forget_quality")
+    if quality is not None and quality.value is not None:
+        told = "not told apart" if quality.value >= QUALITY else "told apart"
+        found.append(
+            f"By a statistical test on {quality.n} questions it is {told} from a model that was trained without the "
+            f"data (forget quality: p = {number(quality)}; from {QUALITY} on it counts as not told apart)."
+        )
+    if not found:
+        found.append("No figure says so.")
+    return found
+
+
+def _cost(run: Reported) -> list[object]:
+    found: list[object] = []
+    for metric, words in KEPT.items():
+        before, after = run.value("original", metric), run.value("unlearned", metric)
+        if before and after is not None:
+            share = after / before
+            noticed = "nothing that is noticeable" if share >= UTILITY else "a noticeable loss"
+            found.append(f"{percent(share)} of {words} is left: {noticed}.")
+            break
+    if not found:
+        found.append("What is left of the model's other abilities was not measured against the original.")
+    if run.facts:
+        seconds = sum(float(value) for value in run.facts["seconds"].values())
+        trained = run.facts.get("trained_parameters")
+        weights = "" if trained is None else f", {trained:,} trained weights"
+        found.append(f"The run took {duration(seconds)}: {run.facts['steps']} steps{weights}.")
+    return found
+
+
+def summary(run: Reported, level: int) -> list[Html]:
+    """What was to be forgotten, whether it was, what it cost, whether it can be brought back, and the limits."""
+    asked: list[object] = []
+    if run.settings:
+        names = [str(name) for name in run.facts["domains"]]
+        listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        own = ", each with an expert of its own" if run.facts["router"] else ""
+        parts = f" It has {len(names)} parts ({listed}){own}." if len(names) > 1 else ""
+        asked.append(
+            f"The model {run.settings['model']} was to forget {run.settings['forget']} and to keep "
+            f"{run.settings['retain'] or 'what it says of itself of ordinary things (retain.jsonl)'}.{parts}"
+        )
+    else:
+        asked.append("The records do not say; no run was given.")
+    found = verdict(run)
+    tone = {"yes": "good", "no": "bad", "partly": "bad", "collapsed": "bad"}.get(found)
+    n = rows_behind(run)
+    few = found == "yes" and n < FIRM
+    did: list[object] = [tag("span", VERDICTS[found], class_=f"verdict {tone if tone and not few else ''}".strip())]
+    if few:
+        did.append(f"Only {n} rows stand behind this, fewer than {FIRM}: it is a first look, no proof.")
+    did += _forgotten(run)
+    limits: list[object] = [ADAPTER if run.kind == "adapter" else WEIGHTS]
+    cut = sorted({r.provenance.get("settings", {}).get("limit") for r in run.records} - {None})
+    if cut:
+        limits.append(f"A quick look: only up to {max(cut)} rows of each set were measured, so the figures are rough.")
+    if not any(r.model == "retrained" for r in run.records):
+        limits.append("Without a retrained model there is no honest reference for how little a model can know.")
+    seeds = sorted({r.provenance["seed"] for r in run.records if r.provenance.get("seed") is not None})
+    if run.records:
+        limits.append(
+            f"One run{f' (seed {seeds[0]})' if len(seeds) == 1 else ''}: another seed gives somewhat other figures."
+        )
+    limits.append("Measures find what they look for. That nothing was found is evidence, not proof.")
+    pairs: list[tuple[str, list[Any]]] = [
+        ("What was to be forgotten?", asked),
+        ("Did it forget?", did),
+        ("What did it cost?", _cost(run)),
+        ("Can it be brought back?", [brought_back(run)]),
+        ("What can it not do?", [limits.pop(0)]),
+    ]
+    answers = tag("dl", *(join([tag("dt", q), tag("dd", join(a, " "))]) for q, a in pairs))
+    return [
+        tag("div", answers, class_="answers"),
+        tag(f"h{level}", "What this does not say"),
+        tag("ul", *(tag("li", limit) for limit in limits)),
+    ]

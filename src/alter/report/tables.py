@@ -1,0 +1,95 @@
+"""Tables of records: one run's figures by model, and several runs side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+from alter.core.records import Record
+from alter.metrics.catalogue import CATALOGUE
+from alter.report.runs import ROLES, Reported
+from alter.report.verdict import VERDICTS, verdict
+from alter.reporting.markup import Html, duration, grid, tag
+from alter.reporting.terminal import ARROWS, in_order, number
+
+
+def _counts(rows: Iterable[Record | None]) -> str:
+    return " / ".join(dict.fromkeys(str(r.n) for r in rows if r is not None))
+
+
+def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, reference: str | None = None) -> list[Html]:
+    """A table of records for each mode: a row for each metric, a column for each model, the reference set off."""
+    found = []
+    modes = sorted({r.mode for rows in columns.values() for r in rows}, reverse=True)
+    for mode in modes:
+        own = {name: {r.metric: r for r in rows if r.mode == mode} for name, rows in columns.items()}
+        own = {name: rows for name, rows in own.items() if rows}
+        order = in_order(r for rows in own.values() for r in rows.values())
+        names = [f"{name} (reference)" if name == reference else name for name in own]
+        rows = []
+        for metric, record in order.items():
+            cells = [rows.get(metric) for rows in own.values()]
+            meaning = CATALOGUE[metric].meaning if metric in CATALOGUE else ""
+            shown = ["-" if cell is None else number(cell) for cell in cells]
+            rows.append([f"{metric}\u00a0{ARROWS[record.higher_is_better]}".strip(), *shown, _counts(cells), meaning])
+        place = list(own).index(reference) + 1 if reference in own else None
+        caption = f"{mode} mode. ↑ ↓ point in the better direction; n: items that a figure is of; -: not measured."
+        found.append(
+            grid(
+                ["metric", *names, "n", "what it says"], rows, label=f"{label}, {mode} mode", caption=caption,
+                numbers=range(1, len(own) + 2), reference=place, wide=[len(own) + 2],
+            )
+        )  # fmt: skip
+    return found
+
+
+def by_model(run: Reported) -> dict[str, list[Record]]:
+    """Records by model: unlearned, which a narrow screen shows first, original, retrained, then those of other names."""
+    names = list(dict.fromkeys(r.model for r in run.records))
+    order = [role for role in ("unlearned", "original", "retrained") if role in names] + [
+        name for name in names if name not in ROLES
+    ]
+    return {name: [r for r in run.records if r.model == name] for name in order}
+
+
+def figures(run: Reported) -> list[Html]:
+    """Return the section with all figures of a run, a table for each mode."""
+    notes = [tag("p", note, class_="small soft") for note in run.notes]
+    said = "The retrained model never saw the data: it is what perfect forgetting would look like." * bool(
+        any(r.model == "retrained" for r in run.records)
+    )
+    intro = [tag("p", said)] if said else []
+    return [*intro, *record_tables(by_model(run), label="Figures", reference="retrained"), *notes]
+
+
+def side_by_side(runs: Sequence[Reported]) -> list[Html]:
+    """Several runs side by side: the unlearned models, beside the original and the retrained ones."""
+    columns: dict[str, list[Record]] = {}
+
+    def shared(role: str) -> None:
+        own = {run.name: [r for r in run.records if r.model == role] for run in runs}
+        own = {name: rows for name, rows in own.items() if rows}
+        values = {json.dumps(sorted([r.metric, r.mode, str(r.value), r.n] for r in rows)) for rows in own.values()}
+        if len(values) == 1:
+            columns[role] = next(iter(own.values()))
+        else:
+            columns.update({f"{role} of {name}": rows for name, rows in own.items()})
+
+    shared("original")
+    for run in runs:
+        columns[run.name] = [r for r in run.records if r.model == "unlearned"]
+    shared("retrained")
+    facts = [
+        [
+            run.name,
+            run.settings["model"],
+            run.settings["forget"],
+            VERDICTS[verdict(run)],
+            run.facts["steps"],
+            duration(sum(float(value) for value in run.facts["seconds"].values())),
+        ]
+        for run in runs
+    ]
+    head = ["run", "model", "to forget", "did it forget?", "steps", "took"]
+    shown = [grid(head, facts, label="The runs", numbers=[4], wide=[3])]
+    return shown + record_tables(columns, label="Figures of all runs", reference="retrained")

@@ -1,0 +1,105 @@
+"""Whether a reported run made its model forget: the answer, and the counts of replies that it stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from alter.evaluation.closing import closing_of
+from alter.evaluation.verdict import BROKEN, SLACK, broken, gives
+from alter.report.runs import Reported
+
+QUALITY = 0.05
+"""Forget quality (a p-value) from which the model counts as not told apart from the retrained one."""
+SAID = {
+    "forget_rouge": ("Asked about what was to be forgotten", "true answers", "questions"),
+    "knowmem_forget": ("Asked about what was to be forgotten", "true answers", "questions"),
+    "verbmem": ("Given the beginning of a passage that was to be forgotten", "true continuations", "passages"),
+    "book_rouge": ("Given the beginning of a passage that was to be forgotten", "true continuations", "passages"),
+}
+"""Metrics that say how much of the truth a model still says: the situation, what it is compared with, what is
+counted."""
+Answer = Literal["yes", "partly", "no", "collapsed", "unknown"]
+VERDICTS: dict[Answer, str] = {
+    "yes": "Yes, by these measures.",
+    "partly": "It no longer says it, but it can be told apart from a model that never saw it.",
+    "no": "No, not as a model that never saw it would have.",
+    "collapsed": "No: it no longer says it, because it no longer answers in sentences.",
+    "unknown": "That was not measured against a model that never saw it.",
+}
+
+
+def verdict(run: Reported) -> Answer:
+    """Return whether a run made its model forget.
+
+    "yes": in every figure of `SAID` that was measured, at most `SLACK` above the retrained model, and a forget quality
+    of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "unknown" without either, and
+    where the original model is as near to the retrained one (`blind`). What `alter.evaluation.verdict` found of the same
+    adapter, or counts of the replies themselves, can make it worse, never better: "no" if it found NOT FORGOTTEN,
+    "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
+    """
+    closed = closing_of(run.records)
+    word = None if closed is None else closed["verdict"]["word"]
+    if word == "not forgotten":
+        return "no"
+    counts, other = reply_counts(run, "unlearned"), reply_counts(run, "original")
+    if word == "collapsed" or (
+        counts is not None and counts.broken / counts.n >= BROKEN + (0.0 if other is None else other.broken / other.n)
+    ):
+        return "collapsed"
+    if blind(run):
+        return "unknown"
+    pairs = [(run.value("unlearned", metric), run.value("retrained", metric)) for metric in SAID]
+    silent = [mine <= other + SLACK for mine, other in pairs if mine is not None and other is not None]
+    quality = run.value("unlearned", "forget_quality")
+    if not silent and quality is None:
+        return "unknown"
+    if not all(silent):
+        return "no"
+    if quality is not None and quality < QUALITY:
+        return "partly" if silent else "no"
+    return "yes"
+
+
+def blind(run: Reported) -> list[str]:
+    """The figures of `SAID` that cannot tell the original model from the retrained one: the two differ by `SLACK` or less."""
+    found = []
+    for metric in SAID:
+        before, honest = run.value("original", metric), run.value("retrained", metric)
+        if before is not None and honest is not None and before <= honest + SLACK:
+            found.append(metric)
+    return found
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of `n` replies of a model `broken` are broken or empty; of the `asked` that can be judged `said` give the answer."""
+
+    said: int
+    asked: int
+    broken: int
+    n: int
+
+
+def reply_counts(run: Reported, model: str) -> Counts | None:
+    """Count a model's replies about what was to be forgotten, where the records hold them or their counts."""
+    said, unusable = run.get(model, "forget_said"), run.get(model, "forget_unusable")
+    if said is not None and unusable is not None:
+        given, bad = round((said.value or 0.0) * said.n), round((unusable.value or 0.0) * unusable.n)
+        return Counts(given, said.n, bad, unusable.n)
+    for metric in ("forget_rouge", "knowmem_forget"):
+        record = run.get(model, metric)
+        if record is not None and record.extra.get("generations"):
+            replies = [str(reply) for reply in record.extra["generations"]]
+            asked = [str(text) for text in record.extra.get("questions") or [""] * len(replies)]
+            truths = [str(text) for text in record.extra["references"]]
+            told = [gives(*row) for row in zip(asked, truths, replies, strict=True)]
+            bad = sum(broken(reply) or not reply.strip() for reply in replies)
+            return Counts(told.count(True), len(told) - told.count(None), bad, len(replies))
+    return None
+
+
+def rows_behind(run: Reported) -> int:
+    """The most rows that any figure of the verdict is of."""
+    found = [run.get("unlearned", metric) for metric in (*SAID, "forget_quality", "forget_said")]
+    return max((record.n for record in found if record is not None), default=0)

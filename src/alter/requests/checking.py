@@ -1,0 +1,146 @@
+"""Checking that erasure requests hold: the history, the adapter in force, and that nothing has come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from alter.core.errors import UserError
+from alter.core.files import read_object
+from alter.data.examples import Example
+from alter.evaluation.leakage import Leak, leaked
+from alter.evaluation.verdict import SLACK, Measures
+from alter.models.loading import load_model
+from alter.requests.evidence import UTILITY_SHARE, known_of, untouched, utility
+from alter.requests.project import Project
+from alter.requests.records import IN_FORCE, Request
+from alter.requests.rows import received_rows
+from alter.requests.store import Store
+from alter.requests.versions import adapter_digest, manifest
+
+
+@dataclass
+class Findings:
+    """What a check found.
+
+    Attributes:
+        measured: figures by request and for `utility`.
+        wrong: what is wrong, in sentences; nothing if all is well.
+        unchecked: what could not be checked, such as requests whose data have been deleted since.
+    """
+
+    measured: dict[str, Any] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def as_noted(self) -> dict[str, Any]:
+        """Return the details of the entry `verified` of the history."""
+        return {"wrong": self.wrong, "unchecked": self.unchecked, "measured": self.measured}
+
+
+def check_requests(
+    store: Store, project: Project, *, behaviour: bool = True, heads: Sequence[str] = (), leak: Leak | None = None
+) -> Findings:
+    """Check the history, the adapter in force and, with `behaviour`, that nothing of its requests has come back.
+
+    It compares with what was measured when a request took effect, and says no more than that: whether it was forgotten
+    then is in the request's own evidence.
+
+    Args:
+        heads: heads of the history that were written down elsewhere.
+        leak: with a number of samples, also ask each request's questions so many times, of the adapter and of the
+            untouched model: a request of which the adapter's samples hold the answer as often has come back.
+    """
+    found = Findings(wrong=_check_records(store, project, heads))
+    if behaviour and manifest(project)["version"]:
+        _check_behaviour(store, project, leak, found)
+    return found
+
+
+def _check_records(store: Store, project: Project, heads: Sequence[str]) -> list[str]:
+    """Say what is wrong with the history, and where the adapter in force is not what it says."""
+    versions = sorted((project.root / "adapters").glob("[0-9]*/requests.json"))
+    wrong = store.check_chain([*heads, *(str(read_object(path, "a manifest").get("head")) for path in versions)])
+    inside = manifest(project)
+    noted = [
+        entry.details["adapter"]
+        for entry in store.history()
+        # an adapter that was trained is not in force yet
+        if entry.details.get("adapter") is not None and entry.details.get("to") != "trained"
+    ]
+    if adapter_digest(project) != (noted[-1] if noted else None):
+        wrong.append("The adapter in force is not the one that the history names: its weights or files were changed.")
+    for request in store.requests(*IN_FORCE):
+        if inside["experts"].get(str(request.expert)) != request.name or request.expert in inside["cleared"]:
+            wrong.append(
+                f"{request.name} is {request.state}, but the adapter in force does not hold it (expert {request.expert})."
+            )
+    for request in store.requests("revoked"):
+        if request.expert is not None and request.expert not in inside["cleared"]:
+            wrong.append(f"{request.name} is revoked, but the adapter in force still holds it.")
+    return wrong
+
+
+def _check_behaviour(store: Store, project: Project, leak: Leak | None, found: Findings) -> None:
+    """Measure the requests in force and the utility again, into `found`."""
+    model, tokenizer = load_model(project.model, str(project.adapter), template=project.template)
+    for request in store.requests(*IN_FORCE):
+        try:
+            rows = received_rows(request)
+        except UserError as error:
+            found.unchecked.append(f"Evidence missing: {request.name} was not measured. {error}")
+            continue
+        then = request.after or {}
+        if then.get("probability") is None:
+            found.unchecked.append(f"{request.name} has no earlier figures to compare with: evidence missing.")
+            continue
+        measures, now = known_of(model, tokenizer, rows, answers=project.answers)
+        found.measured[request.name] = now
+        found.wrong += _come_back(request, measures, now)
+        if leak is not None and leak.samples:
+            _check_leak(request, model, tokenizer, rows, leak, found)
+    _, kept = utility(model, tokenizer, project)
+    with untouched(model):
+        _, base = utility(model, tokenizer, project)
+    share = kept["utility"] / base["utility"] if base["utility"] else 0.0
+    found.measured["utility"] = {**kept, "share": share}
+    if not share >= UTILITY_SHARE:
+        found.wrong.append(f"Utility is {share:.3f} of the untouched model's, below {UTILITY_SHARE}.")
+
+
+def _come_back(request: Request, measures: Measures, now: dict[str, Any]) -> list[str]:
+    """Say in which figures a request lies above what was measured when it took effect, by more than `SLACK`."""
+    then = request.after or {}
+    since = str(then.get("measured", ""))[:10]
+    wrong = []
+    # never against a reference, which may know the rows: only against what was measured then
+    for name, what in (("rouge", "ROUGE-L"), ("probability", "probability")):
+        if now[name] is not None and then[name] is not None and not now[name] <= then[name] + SLACK:
+            wrong.append(f"{request.name} has come back: {what} {now[name]:.3f}, it was {then[name]:.3f} on {since}.")
+    if measures.given > then["said"] + SLACK * max(measures.asked, 1):
+        wrong.append(
+            f"{request.name} has come back: {measures.given} of {measures.asked} replies give the answer, "
+            f"{then['said']} did on {since}."
+        )
+    return wrong
+
+
+def _check_leak(
+    request: Request, model: Any, tokenizer: Any, rows: Sequence[Example], leak: Leak, found: Findings
+) -> None:
+    """Sample replies with and without the adapter, into the request's figures in `found`."""
+    now = found.measured[request.name]
+    now["leak"] = leaked(model, tokenizer, rows, leak, label=request.name).summary()
+    with untouched(model):
+        now["leak_untouched"] = leaked(model, tokenizer, rows, leak, label=f"{request.name}, untouched").summary()
+    if not now["leak"]["at"]:
+        found.unchecked.append(f"{request.name}: no answer has facts to look for in samples.")
+        return
+    k = str(leak.numbers[-1])
+    share, other = (now[name]["at"][k]["value"] for name in ("leak", "leak_untouched"))
+    if other > SLACK and share > other - SLACK:
+        found.wrong.append(
+            f"{request.name} leaks: one of {k} samples gives the answer with chance {share:.3f}, "
+            f"{other:.3f} by the untouched model."
+        )

@@ -1,0 +1,77 @@
+"""Reaching a database: its engine, its URL as it may be shown, and its errors in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy import event
+
+from alter.core.errors import UserError
+
+
+def without_password(url: str) -> str:
+    """The URL without passwords, neither in its place nor among the options."""
+    try:
+        parsed = sql.make_url(url)
+    except sql.exc.ArgumentError:
+        return re.sub(r"//.*@", "//***@", url)
+    secret = [name for name in parsed.query if re.search(r"pass|secret|token|key", name, re.IGNORECASE)]
+    return parsed.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
+
+
+@contextmanager
+def database_errors(url: str) -> Iterator[None]:
+    """Turn what a database driver raises into one line for the user."""
+    try:
+        yield
+    except sql.exc.DatabaseError as error:
+        reason = " ".join(str(error.orig).split())
+        if "append-only" in reason:
+            raise
+        raise UserError(f"{without_password(url)} cannot be used as a database of requests: {reason}.") from None
+
+
+def engine_for(url: str, *, create: bool) -> sql.Engine:
+    """An engine with the settings that keep the file whole: for SQLite a write-ahead log that is flushed to disk.
+
+    Raises:
+        UserError: the URL is none, its driver is missing, or the SQLite file is not there.
+    """
+    try:
+        parsed = sql.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            file = parsed.database
+            if not file or file == ":memory:":
+                raise UserError(f"--db is {url!r}: a database in memory is gone when the command ends; name a file.")
+            if create:
+                Path(file).expanduser().resolve().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                # whom it is about is nobody else's business; SQLite gives its log the mode of the file
+                Path(file).touch(mode=0o600)
+            elif not Path(file).is_file():
+                raise UserError(f"No database at {file}: make it with `alter request init`, or give its --db.")
+            engine = sql.create_engine(parsed, connect_args={"timeout": 60}, isolation_level="AUTOCOMMIT")
+            event.listen(engine, "connect", _durable)
+            return engine
+        if parsed.drivername == "postgresql":
+            # the driver that is installed with the extra, and the one that is still developed
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        return sql.create_engine(parsed, pool_pre_ping=True)
+    except (sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
+        raise UserError(f"--db is {without_password(url)!r}: {error}. Install the driver of this database.") from None
+    except sql.exc.ArgumentError:
+        raise UserError(
+            f"--db is {without_password(url)!r}, which is no database URL; expected for example sqlite:///requests.db or "
+            "postgresql://user@host/name."
+        ) from None
+
+
+def _durable(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

@@ -1,0 +1,61 @@
+"""What models know of a request's rows and of the rows to keep: the evidence for and against forgetting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from alter.data.examples import Example, load_examples
+from alter.evaluation.answered import answer_rows
+from alter.evaluation.verdict import Measures
+from alter.models.loading import load_model
+from alter.requests.project import Project
+
+UTILITY_SHARE = 0.97
+"""Share of the untouched model's utility that must be left."""
+
+Known = tuple[Measures, dict[str, Any]]
+"""What a model knows of some rows, and the same as figures."""
+
+
+def known_of(model: Any, tokenizer: Any, examples: Sequence[Example], *, answers: int, seed: int = 0) -> Known:
+    """Measure what a model knows of some rows; see `alter.evaluation.answered.answer_rows`."""
+    found = answer_rows(model, tokenizer, examples, answers=answers, seed=seed, label="requests")
+    return found.measures, found.summary()
+
+
+def retain_sample(project: Project) -> list[Example]:
+    """The rows of the retain set that utility is measured on: always the same ones."""
+    rows = load_examples(project.retain)
+    chosen = np.random.default_rng(0).permutation(len(rows))[: project.retain_rows]
+    return [rows[i] for i in sorted(chosen.tolist())]
+
+
+def utility(model: Any, tokenizer: Any, project: Project) -> Known:
+    """Behaviour on the retain sample, with the mean of probability and ROUGE-L as `utility`."""
+    measures, found = known_of(model, tokenizer, retain_sample(project), answers=project.answers)
+    parts = [float(value) for value in (found["probability"], found["rouge"]) if value is not None]
+    return measures, {**found, "utility": float(np.mean(parts))}
+
+
+def untouched(model: Any) -> Any:
+    """The untouched base inside the block, whatever adapter is on it."""
+    return model.disable_adapter() if model.__class__.__name__.startswith("Peft") else nullcontext()
+
+
+def baselines(
+    project: Project, model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]]
+) -> dict[str, Known]:
+    """What not knowing looks like for each request: the retrained model on its rows, or the base on the holdout."""
+    if project.retrained is not None:
+        other, own = load_model(project.retrained, template=project.template)
+        measured = {name: known_of(other, own, rows, answers=project.answers) for name, rows in examples.items()}
+        return {name: (found, {"by": "retrained model", **figures}) for name, (found, figures) in measured.items()}
+    if project.holdout is not None:
+        with untouched(model):
+            found, figures = known_of(model, tokenizer, load_examples(project.holdout), answers=project.answers)
+        return dict.fromkeys(examples, (found, {"by": "holdout", **figures}))
+    return {}

@@ -1,0 +1,213 @@
+"""Handing out what the requests amount to: a merged model, distilled weights, plain LoRAs, and the card of an export."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alter.core.errors import UserError
+from alter.core.files import to_json, write_atomic
+from alter.data.examples import Example
+from alter.distillation.run import Distill, distill
+from alter.evaluation.told import told
+from alter.evaluation.verdict import judge
+from alter.exporting import loras
+from alter.models.loading import load_model
+from alter.requests.evidence import Known, known_of, retain_sample
+from alter.requests.project import Project
+from alter.requests.records import IN_FORCE
+from alter.requests.removal import sweep
+from alter.requests.rows import received_rows
+from alter.requests.store import Store
+from alter.requests.versions import manifest, private
+
+DECIDED = {"run", "model", "adapter", "student", "forget", "retain", "out", "form", "resume", "overwrite"}
+"""Settings of `alter distill` that the requests decide."""
+
+
+def merge(project: Project, out: Path) -> dict[str, Any]:
+    """Write a plain model in which all experts are open for every token, and measure how far it is from the adapter.
+
+    A routed adapter is no fixed change of the weights, so this is an approximation: the caller shows the difference.
+
+    Returns:
+        on the retain sample and, by request, on the rows to forget: what the adapter measures and what the merged does.
+    """
+    from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    from alter.adapter import AlterConfig
+
+    model, tokenizer = load_model(project.model, str(project.adapter), template=project.template)
+    sample = retain_sample(project)
+    found: dict[str, Any] = {"retain": {"adapter": known_of(model, tokenizer, sample, answers=project.answers)[1]}}
+    base, _ = load_model(project.model, template=project.template)
+    config = AlterConfig.from_pretrained(str(project.adapter))
+    config.router = "static"
+    opened = get_peft_model(base, config)
+    # a static gate has no router: its tensors are left out on purpose
+    weights = load_peft_weights(str(project.adapter), device="cpu")
+    set_peft_model_state_dict(
+        opened, {n: w for n, w in weights.items() if not re.search(r"\.alter_(router|probe)\.", n)}
+    )
+    merged = opened.merge_and_unload()
+    found["retain"]["merged"] = known_of(merged, tokenizer, sample, answers=project.answers)[1]
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    with torch.no_grad():
+        found["parameters"] = sum(p.numel() for p in merged.parameters())
+    return found
+
+
+def erase(store: Store, project: Project, out: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a plain model that learned to say what base and adapter say, and measure it on every request in force.
+
+    Args:
+        out: folder for the model.
+        recipe: settings of `alter distill`, but for `DECIDED`.
+
+    Returns:
+        on the retain sample and, by request, on the rows to forget: what the adapter measures and what the weights do.
+
+    Raises:
+        UserError: the rows of a request are gone or changed, what `alter distill` raises, or a request that the weights have
+            not forgotten or at which they collapsed.
+    """
+    examples = {request.name: received_rows(request) for request in store.requests(*IN_FORCE)}
+    if not examples:
+        raise UserError("No request is in force: there is nothing that weights could forget.")
+    folder = project.root / "runs" / "weights"
+    forget = project.root / "runs" / "weights.jsonl"
+    sweep(project)
+    try:
+        with private():
+            write_atomic(forget, "".join(to_line(row) for rows in examples.values() for row in rows))
+            made = distill(
+                Distill.model_validate(
+                    {
+                        "closing_rows": 0,
+                        **recipe,
+                        "model": project.model,
+                        "adapter": str(project.adapter.resolve()),
+                        "forget": str(forget),
+                        "retain": project.retain,
+                        "out": str(folder),
+                    }
+                )
+            )
+        found = _beside(project, examples, made / "model")
+        shutil.copytree(made / "model", out)
+    finally:
+        sweep(project)
+    return found
+
+
+def to_line(example: Example) -> str:
+    """A row as a line of JSONL."""
+    return json.dumps(example.row, ensure_ascii=False) + "\n"
+
+
+def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights: Path) -> dict[str, Any]:
+    """What the adapter and the weights say, by request and on the retain sample; refuses weights that did not learn it."""
+    measured: dict[str, dict[str, Known]] = {}
+    for form, names in (
+        ("base", (project.model, None)),
+        ("adapter", (project.model, str(project.adapter))),
+        ("weights", (str(weights), None)),
+    ):
+        model, tokenizer = load_model(*names)
+        measured[form] = {"retain": known_of(model, tokenizer, retain_sample(project), answers=project.answers)}
+        measured[form] |= {
+            name: known_of(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()
+        }
+    kept = (measured["base"]["retain"][0], measured["weights"]["retain"][0])
+    verdicts = {
+        name: judge(
+            measured["base"][name][0],
+            measured["weights"][name][0],
+            reference=measured["adapter"][name][0],
+            by="adapter",
+            kept=kept,
+        )
+        for name in examples
+    }
+    missed = [
+        f"{name} {found.word.upper()}: {' '.join(found.why)}"
+        for name, found in verdicts.items()
+        if found.word not in IN_FORCE
+    ]
+    if missed:
+        raise UserError(
+            f"Nothing was exported, since the weights did not learn it: {' '.join(missed)} Give more steps or a higher "
+            "learning_rate in --recipe."
+        )
+    return {name: {form: measured[form][name][1] for form in ("adapter", "weights")} for name in ("retain", *examples)}
+
+
+def write_loras(store: Store, project: Project, out: Path) -> None:
+    """Write one plain LoRA for each request in force, in a folder of its name.
+
+    Raises:
+        UserError: no request is in force, or see `alter.exporting.loras.check_plain`.
+    """
+    found = store.requests(*IN_FORCE)
+    if not found:
+        raise UserError("No request is in force: there is no expert to write.")
+    experts = [request.expert for request in found if request.expert is not None]
+    loras.write(project.adapter.resolve(), out, project.model, [request.name for request in found], experts)
+
+
+def export_card(store: Store, project: Project, form: str, measured: Mapping[str, Any] | None) -> str:
+    """The model card of an export: what was forgotten by hash, the evidence, the settings and the limits."""
+    inside = manifest(project)
+    lines = [
+        "---",
+        f"library_name: {'peft' if form in ('adapter', 'loras') else 'transformers'}",
+        f"base_model: {project.model}",
+        "tags: [alter, unlearning]",
+        "---",
+        "",
+        f"# Erasure requests about {project.model}, version {inside['version']}",
+        "",
+        "| request | rows | data (SHA-256) | verdict | still said | probability before | after | reference | utility kept |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for request in store.requests(*IN_FORCE):
+        before, after = request.before, request.after or {}
+        shown = [
+            told(after, "said", "-"),
+            *(told(part, "probability", "-") for part in (before, after, after.get("reference"))),
+            told(after, "utility_share", "-"),
+        ]
+        facts = [request.name, str(request.rows), f"`{request.data_hash[:16]}`", request.state, *shown]
+        lines.append(f"| {' | '.join(facts)} |")
+    lines += ["", f"Head of the history: `{store.head()}`.", "", "## Limits", ""]
+    if form == "loras":
+        lines.append(
+            "One plain LoRA for each request, which acts on every token: whoever has the base weights can leave it off, and no "
+            "router chooses between them."
+        )
+    elif form == "adapter":
+        lines.append(
+            "This is an adapter: whoever has the base weights has the knowledge, and `disable_adapter()` brings it back. "
+            "`alter request export --form weights` makes a plain model, which is handed out without its base."
+        )
+    else:
+        assert measured is not None
+        what = {
+            "merged": "All experts are open for every token here: an approximation of the routed adapter.",
+            "weights": "Plain weights that learned to say what base and adapter say: nothing can be taken off or revoked.",
+        }[form]
+        lines += [what, "", "| rows | | probability | exact memorisation | ROUGE-L |", "|---|---|---|---|---|"]
+        for part, by_form in measured.items():
+            for name in ("adapter", form) if isinstance(by_form, dict) else ():
+                cells = [told(by_form[name], each, "-") for each in ("probability", "exact_memorization", "rouge")]
+                lines.append(f"| {part} | {name} | {' | '.join(cells)} |")
+    settings = inside.get("run", {}).get("settings", {})
+    lines += ["", "## Settings of the last run", "", "```json", to_json(settings).rstrip(), "```", ""]
+    return "\n".join(lines)

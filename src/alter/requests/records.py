@@ -1,0 +1,125 @@
+"""An erasure request and a line of its history, as the database holds them, and the states that a request goes through."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from datetime import date, datetime, timezone
+from typing import Any
+
+import psutil
+
+from alter.core.errors import UserError
+
+EDGES: dict[str, tuple[str, ...]] = {
+    "received": ("running", "withdrawn"),
+    "running": ("trained", "failed", "received"),
+    "trained": ("forgotten", "unproven", "not forgotten", "collapsed", "failed", "received"),
+    "failed": ("running", "withdrawn"),
+    "not forgotten": ("running", "withdrawn"),
+    "collapsed": ("running", "withdrawn"),
+    "forgotten": ("revoked",),
+    "unproven": ("revoked",),
+    "revoked": (),
+    "withdrawn": (),
+}
+"""Where a request may go from each state. `trained` has an adapter that was not measured yet; from there it goes to what
+`alter.evaluation.verdict` says. Back to `received`: a run that was cut off before it took effect."""
+
+
+IN_FORCE = ("forgotten", "unproven")
+"""States in which the adapter in force holds a request."""
+
+
+MISSED = ("failed", "not forgotten", "collapsed")
+"""States from which a request may be tried again."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One erasure request as the database holds it.
+
+    Attributes:
+        id: number that the database gave it; `name` is how people write it, R-0007.
+        subject: whom or what it is about, in the words of who received it.
+        state: one of `EDGES`.
+        received, due: ISO 8601; `received` with the time, in UTC, `due` a date or None.
+        data: location of the rows to forget.
+        data_hash: SHA-256 of their content; `row_hashes` of each row's, `rows` their number.
+        text: the rows themselves, only if that was asked for.
+        expert: the forget expert that holds the erasure, in the states of `IN_FORCE` and once revoked.
+        run: record of the run (settings, versions, times, adapter version), from `trained` on.
+        before, after: evidence; see `alter.requests.work`.
+        salt: random; without it the hash of the columns, which stays in the history, says nothing of the subject.
+    """
+
+    id: int
+    subject: str
+    state: str
+    received: str
+    due: str | None
+    data: str
+    data_hash: str
+    row_hashes: list[str]
+    rows: int
+    text: str | None
+    expert: int | None
+    run: dict[str, Any] | None
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    salt: str
+
+    @property
+    def name(self) -> str:
+        """How people write the request's id: R-0007."""
+        return f"R-{self.id:04d}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the history; `details` holds what changed, `request` is None where it is about the database."""
+
+    number: int
+    request: int | None
+    at: str
+    who: str
+    what: str
+    details: dict[str, Any]
+    previous: str
+    hash: str
+
+
+def now() -> str:
+    """The present in UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def default_who() -> str:
+    """Who is at work, for the history: user and machine."""
+    return f"{psutil.Process().username()}@{socket.gethostname()}"
+
+
+def parse_id(text: str) -> int:
+    """The number in `7`, `R-7` or `R-0007`.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    digits = text.upper().removeprefix("R-").lstrip("0") or "0"
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 19):
+        raise UserError(f"{text!r} is not the id of a request; expected a form like R-0007 or 7.")
+    return int(digits)
+
+
+def check_due(text: str | None) -> str | None:
+    """The due date as given, checked.
+
+    Raises:
+        UserError: it is not a date of the form 2026-12-31.
+    """
+    if text is not None:
+        try:
+            date.fromisoformat(text)
+        except ValueError:
+            raise UserError(f"--due is {text!r}; expected a date of the form 2026-12-31.") from None
+    return text

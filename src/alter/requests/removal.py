@@ -1,0 +1,82 @@
+"""Removing what is kept: what runs leave behind, and at the end a request's subject and rows."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from alter.core.errors import UserError
+from alter.requests.project import Project
+from alter.requests.records import IN_FORCE, Request
+from alter.requests.store import Store
+from alter.requests.versions import manifest
+
+
+def sweep(project: Project, keep: str | None = None) -> list[str]:
+    """Remove rows, checkpoints and untaken adapters that runs left behind; returns what was removed.
+
+    Args:
+        keep: key of a run whose folder is to stay.
+    """
+    removed = []
+    left = [*(project.root / "runs").glob("*"), *project.root.glob(".*")]
+    left += (project.root / "adapters").glob(".*")
+    # a version that the link never reached was not in force
+    version = manifest(project)["version"]
+    left += [p for p in (project.root / "adapters").glob("[0-9]*") if int(p.name) > version]
+    for path in dict.fromkeys(left):
+        if path.name == keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        removed.append(str(path))
+    return removed
+
+
+def remove_kept(
+    store: Store, project: Project, request: Request, who: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Remove what is kept of a request's subject and rows: from the database, and from the project's folder.
+
+    Returns:
+        what was removed, and what cannot be reached from here, in sentences.
+
+    Raises:
+        UserError: the request has yet to be run, and needs its rows.
+    """
+    if request.state not in (*IN_FORCE, "revoked", "withdrawn"):
+        raise UserError(
+            f"{request.name} is {request.state}: its rows are needed to run it. Withdraw it first (`alter request revoke "
+            f"{request.name}`), or run it."
+        )
+    removed = [f"{path} (left by a run)" for path in sweep(project)]
+    current = f"{manifest(project)['version']:04d}"
+    for folder in sorted((project.root / "adapters").glob("[0-9]*")):
+        if folder.name != current:
+            shutil.rmtree(folder)
+            removed.append(f"{folder} (an adapter that is in force no more)")
+    location = request.data
+    removed += [f"{name} of {request.name} in the database" for name in store.forget(request.id, who)]
+    left = [f"The base model {project.model} still knows what it knew: the adapter only keeps it from saying so."]
+    if location and Path(location).exists():
+        left.append(f"The rows themselves at {location}: delete them if they must go.")
+    elif location:
+        left.append(f"Wherever {location} is kept or copied.")
+    if request.expert is not None and request.state in IN_FORCE:
+        left.append(
+            f"The adapter's router still knows which texts are the request's (expert {request.expert}), also in exports."
+        )
+    left += [
+        f"The export at {entry.details['out']} ({entry.at[:10]})."
+        for entry in store.history()
+        if entry.what == "exported"
+    ]
+    left.append("The history, which cannot be rewritten: dates, who did what, a salted hash, the hash of the data.")
+    left.append(
+        "Results in alter's cache (ALTER_CACHE, ~/.cache/alter), reports, backups, and copies of the database."
+    )
+    if not store.url.startswith("sqlite"):
+        left.append("Old row versions in the database server, until it is vacuumed, and its log.")
+    return removed, left

@@ -1,0 +1,58 @@
+"""The rows of erasure requests: what was received read back, and the rows that no request may have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from alter.core.errors import UserError
+from alter.data.examples import Example, data_hash, examples, load_examples, row_hash
+from alter.data.subjects import rows_about
+from alter.requests.records import Request
+
+
+def received_rows(request: Request) -> list[Example]:
+    """The rows of a request, from where they lie or from the database.
+
+    Raises:
+        UserError: they cannot be read, or are not those that were received.
+    """
+    if request.text is not None:
+        found = examples([json.loads(line) for line in request.text.split("\n")])
+    else:
+        found = load_examples(request.data)
+    hashes = [row_hash(example) for example in found]
+    if data_hash(hashes) != request.data_hash:
+        changed = len(set(hashes) ^ set(request.row_hashes))
+        raise UserError(
+            f"The data of {request.name} at {request.data} is not what was received on {request.received[:10]}: "
+            f"{len(found)} rows now, {request.rows} then, {changed} of them different. Restore the file, or withdraw "
+            "the request and add it again."
+        )
+    return found
+
+
+def check_kept_subject(subject: str, retain: Sequence[Example]) -> None:
+    """Refuse a subject of whom the retain set speaks: what is kept there could not be forgotten.
+
+    Raises:
+        UserError: names the rows.
+    """
+    named = [example.index for example in rows_about(subject, retain)]
+    if named:
+        raise UserError(
+            f"{subject!r} is in the retain set ({len(named)} rows, first {', '.join(map(str, named[:5]))}), which would "
+            "keep what is to be forgotten. Take these rows out of it and make a new project, or add the request with "
+            "--allow-in-retain if they are about another one of that name."
+        )
+
+
+def check_unseen(holdout: Sequence[Example], retain: Sequence[Example]) -> None:
+    """Refuse a holdout that shares rows with the retain set.
+
+    Raises:
+        UserError: says how many.
+    """
+    shared = {row_hash(example) for example in holdout} & {row_hash(example) for example in retain}
+    if shared:
+        raise UserError(f"{len(shared)} rows of the holdout are in the retain set: it must be unseen.")
