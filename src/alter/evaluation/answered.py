@@ -12,7 +12,7 @@ import numpy.typing as npt
 from alter import metrics
 from alter.data.encoding import encode_all
 from alter.data.examples import Example
-from alter.evaluation.leakage import ask
+from alter.evaluation.leakage import Asked, ask
 from alter.evaluation.verdict import Measures
 from alter.models.generation import generate
 from alter.models.scoring import context_length, score
@@ -91,19 +91,7 @@ def answer_rows(
     if limit is not None:
         asked = {i: each for i, each in asked.items() if len(each.prompt) + tokens <= limit}
     questions, truths = [each.question for each in asked.values()], [each.truth for each in asked.values()]
-    replies = (
-        generate(
-            model,
-            tokenizer,
-            [each.prompt for each in asked.values()],
-            max_new_tokens=tokens,
-            batch_size=batch_size,
-            expected_lengths=[len(truth) for truth in truths],
-            label=f"{label}: answering",
-        )
-        if asked
-        else []
-    )
+    replies = _replies(model, tokenizer, list(asked.values()), tokens, batch_size, label) if asked else []
     return Answered(
         Measures.of(probability, questions, truths, replies),
         metrics.exact_memorization(correct),
@@ -112,4 +100,19 @@ def answer_rows(
         questions,
         truths,
         replies,
+    )
+
+
+def _replies(
+    model: Any, tokenizer: Any, asked: Sequence[Asked], tokens: int, batch_size: int, label: str
+) -> list[str]:
+    """Have questions answered greedily, in at most so many tokens each."""
+    return generate(
+        model,
+        tokenizer,
+        [each.prompt for each in asked],
+        max_new_tokens=tokens,
+        batch_size=batch_size,
+        expected_lengths=[len(each.truth) for each in asked],
+        label=f"{label}: answering",
     )

@@ -81,7 +81,7 @@ def conclude(
     judged = _judge(project, requests, candidate, served, work)
     earlier = _earlier(store, judged)
     version = inside["version"]
-    if len(judged.missed) < len(requests) or in_force:
+    if judged.missed if in_force else len(judged.missed) < len(requests):
         entry = {
             "version": version + 1,
             "experts": {**inside["experts"], **trained["served"]},
@@ -89,10 +89,9 @@ def conclude(
             "head": store.head(),
             "run": dict(trained),
         }
-        if judged.missed or not in_force:
-            with private():
-                put_in_force(project, work if judged.missed else candidate, entry)
-            version = entry["version"]
+        with private():
+            put_in_force(project, work if judged.missed else candidate, entry)
+        version = entry["version"]
     shutil.rmtree(work, ignore_errors=True)
     seconds = round(time.time() - started, 2)
     values = {
@@ -103,16 +102,11 @@ def conclude(
         }
         for request in requests
     }
+    told = {"version": version, "utility_share": judged.utility_share, "adapter": adapter_digest(project)}
     done = []
     for request in requests:
         verdict = judged.verdicts[request.name]
-        details = {
-            "version": version,
-            "verdict": verdict.word,
-            "why": " ".join(verdict.why),
-            "utility_share": judged.utility_share,
-            "adapter": adapter_digest(project),
-        }
+        details = {**told, "verdict": verdict.word, "why": " ".join(verdict.why)}
         done += store.move([request.id], verdict.word, what=what, details=details, values=values)
     return done
 

@@ -19,6 +19,31 @@ def rows_of_requests(requests: Sequence[Any]) -> dict[tuple[int, ...], list[int]
     return rows
 
 
+def check_room(prompt: str, length: int, new: int, context: int) -> None:
+    """Refuse a prompt that does not fit into the model's context.
+
+    Args:
+        prompt: its text.
+        length: its tokens.
+        new: tokens that are to follow it.
+        context: tokens that the model can take.
+
+    Raises:
+        UserError: says by how much.
+    """
+    if length + new <= context:
+        return
+    which = (
+        f"with {new} new ones it exceeds the model's context of {context}"
+        if new
+        else f"the model's context is {context}"
+    )
+    raise UserError(
+        f"A prompt has {length} tokens, {which}: it ends with {prompt[-80:]!r}. Leave it out, ask with fewer examples "
+        "(--num-fewshot), or evaluate a model with a longer context."
+    )
+
+
 def token_batches(order: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, ...]]]:
     """Return rows, longest first, in batches of at most `tokens` padded tokens, at least one row each."""
     batches: list[list[tuple[int, ...]]] = []
@@ -58,13 +83,8 @@ def harness_model(
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             rows = rows_of_requests(requests)
             order = sorted(rows, key=len, reverse=True)
-            if order and len(order[0]) > self.max_length:
-                text = self.tokenizer.decode(order[0])
-                raise UserError(
-                    f"A prompt has {len(order[0])} tokens, the model's context is {self.max_length}: it ends with "
-                    f"{text[-80:]!r}. Leave it out, ask with fewer examples (--num-fewshot), or evaluate a model with a "
-                    "longer context."
-                )
+            if order:
+                check_room(self.tokenizer.decode(order[0]), len(order[0]), 0, self.max_length)
             batches = token_batches(order, tokens)
             answers: list[Any] = [None] * len(requests)
             for batch in progress(batches, total=len(batches), label=label):
@@ -87,12 +107,7 @@ def harness_model(
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             for prompt, settings in (request.args for request in requests):
                 length, new = len(self.tok_encode(prompt)), int(settings.get("max_gen_toks", self.max_gen_toks))
-                if length + new > self.max_length:
-                    raise UserError(
-                        f"A prompt has {length} tokens; with {new} new ones it exceeds the model's context of "
-                        f"{self.max_length}: it ends with {prompt[-80:]!r}. Ask with fewer examples (--num-fewshot), or "
-                        "evaluate a model with a longer context."
-                    )
+                check_room(prompt, length, new, self.max_length)
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     wrapped = HarnessModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")

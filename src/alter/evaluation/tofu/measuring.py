@@ -76,12 +76,7 @@ def tofu_metrics(
     answers = prompts = unseen = None
     if "likelihood" in which:
         if forget is not None:
-            unseen, notes = holdout_rows(split, data, holdout, limit, seed)
-            result.notes += notes
-            if unseen is not None:
-                forget.holdout = fingerprint(unseen)
-                if result.reference is not None:
-                    check_reference(result.reference, split, mode, forget)
+            unseen = _unseen(result, forget, holdout, limit, seed)
         answers = _answers(tokenizer, rows, unseen, compat)
         check_rows(model, answers.encoded, answers.names)
     if "generation" in which:
@@ -94,13 +89,20 @@ def tofu_metrics(
             result.notes += lacking(result, forget, data, limit, seed, holdout)
     if prompts is not None:
         _generation(result, model, tokenizer, rows, prompts, batch_size, progress)
-        for key, part in result.sets.items():
-            empty = sum(not text for text in part.generations or [])
-            if empty:
-                result.notes.append(
-                    f"{empty} of {part.n} replies on the {key} set are empty: they count as ROUGE 0 and repetition 0."
-                )
     return result
+
+
+def _unseen(
+    result: TofuResult, forget: TofuSet, holdout: str | None, limit: int | None, seed: int
+) -> list[dict[str, Any]] | None:
+    """Return the holdout rows, noted in the result, or None where there are none."""
+    unseen, notes = holdout_rows(result.split, result.data, holdout, limit, seed)
+    result.notes += notes
+    if unseen is not None:
+        forget.holdout = fingerprint(unseen)
+        if result.reference is not None:
+            check_reference(result.reference, result.split, result.mode, forget)
+    return unseen
 
 
 def _check_choices(split: str, mode: str, which: Sequence[str], sets: Sequence[str], limit: int | None) -> None:
@@ -250,6 +252,11 @@ def _generation(
             _expected(tokenizer, example) if compat else example.answer.strip() for example in found[key]
         ]
         part.rouge = metrics.rouge_l(part.references, part.generations).recall
+        empty = sum(not text for text in part.generations)
+        if empty:
+            result.notes.append(
+                f"{empty} of {part.n} replies on the {key} set are empty: they count as ROUGE 0 and repetition 0."
+            )
 
 
 def _expected(tokenizer: Any, example: Example) -> str:
