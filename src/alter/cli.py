@@ -82,9 +82,14 @@ COMMANDS = {
         chooser="benchmark",
         together=True,
     ),
-    "chat": Command("alter.serving.chat", "Chat", "chat", "talk to a model and its adapter in the terminal"),
+    "chat": Command(
+        "alter.serving.settings", "Chat", "alter.serving.chat:chat", "talk to a model and its adapter in the terminal"
+    ),
     "serve": Command(
-        "alter.serving.openai", "Serve", "serve", "answer over HTTP as OpenAI's API does, routing active"
+        "alter.serving.settings",
+        "Serve",
+        "alter.serving.openai:serve",
+        "answer over HTTP as OpenAI's API does, routing active",
     ),
     "request init": Command("alter.requests.commands", "Init", "init", "a database of erasure requests for one model"),
     "request add": Command("alter.requests.commands", "Add", "add", "write down an erasure request"),
@@ -118,7 +123,10 @@ COMMANDS = {
         "alter.evaluation.run", "AggregateLogs", "aggregate_logs", "TOFU's numbers from published logs"
     ),
     "attack": Command(
-        "alter.attacks.run", "Attack", "attack", "try to bring the forgotten back, beside a retrained model"
+        "alter.attacks.settings",
+        "Attack",
+        "alter.attacks.run:attack",
+        "try to bring the forgotten back, beside a retrained model",
     ),
     "report": Command(
         "alter.report.settings",
@@ -127,7 +135,10 @@ COMMANDS = {
         "one HTML page about runs, attacks and requests, to hand over",
     ),
     "inspect": Command(
-        "alter.serving.inspector", "Inspect", "inspect", "a page: ask, see before and after, and each token's expert"
+        "alter.serving.settings",
+        "Inspect",
+        "alter.serving.inspector:inspect",
+        "a page: ask, see before and after, and each token's expert",
     ),
     "generate": Command(
         "alter.evaluation.run", "Generate", "generate", "answer prompts with a model and an adapter", together=True
@@ -142,9 +153,9 @@ COMMANDS = {
         "token entropies of a model on a text, and what adapting changes",
     ),
     "compare": Command(
-        "alter.comparison.run",
+        "alter.comparison.settings",
         "Compare",
-        "compare",
+        "alter.comparison.run:compare",
         "methods x seeds x forget splits x a small grid, with equal budget",
     ),
     "finetune": Command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,12 +16,9 @@ from alter.core.console import cell
 from alter.core.files import digest
 from alter.core.provenance import stamped
 from alter.core.records import write_records
-from alter.evaluation.run import check_writable, show
-from alter.evaluation.tofu.measuring import tofu_metrics
-from alter.evaluation.tofu.results import TofuResult
-from alter.models.loading import Subject
-from alter.training.run import unlearn
-from alter.training.settings import Unlearn
+
+if TYPE_CHECKING:
+    from alter.evaluation.tofu.results import TofuResult
 
 RECIPE = Path(__file__).parent / "recipes" / "tofu-mini.yaml"
 
@@ -73,6 +70,12 @@ def demo(settings: Demo) -> Path:
     Raises:
         UserError: the records could not be written.
     """
+    from alter.evaluation.run import check_writable, show
+    from alter.evaluation.tofu.measuring import tofu_metrics
+    from alter.models.loading import Subject
+    from alter.training.run import unlearn
+    from alter.training.settings import Unlearn
+
     check_writable(settings.json_path)
     console = Console()
     out = free_folder(settings.out)

@@ -15,12 +15,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from alter.comparison.settings import Compare
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest, write_atomic
 from alter.core.plugins import plugins_digest
@@ -39,74 +39,6 @@ RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"
 RATES = ("learning_rate", "learning_rate_experts", "learning_rate_shared")
 UNKEYED = {"out", "resume", "overwrite", "save_steps", "method"}
 """Settings of a run that change no number, or stand in it by what they stand for."""
-
-
-class Retrained(BaseModel):
-    """Models retrained without the forget set, one for each split; without one a split has no forget quality."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    forget01: str | None = None
-    """Model trained on retain99."""
-    forget05: str | None = None
-    """Model trained on retain95."""
-    forget10: str | None = None
-    """Model trained on retain90."""
-
-
-class Compare(BaseModel):
-    """Run methods on TOFU with equal search budget, choose each one's setting on validation rows, report on others."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    model: str
-    """Model that must forget: local folder, hub id, or builtin:NAME."""
-    methods: list[str]
-    """Rows of the table: methods of `alter unlearn --method`, or names that `settings` explains."""
-    out: str
-    """Folder of the comparison; the same command goes on where it stopped."""
-    splits: list[Literal["forget01", "forget05", "forget10"]] = ["forget10"]
-    """What to forget."""
-    seeds: list[int] = [0, 1, 2]
-    """Of the runs."""
-    search_seeds: int | None = Field(None, ge=1)
-    """Search the grid with so many of the seeds, and run the others with the chosen setting only; all by default."""
-    rates: list[float] = [0.3, 1.0, 3.0]
-    """Grid: multiples of each method's own learning rates."""
-    refine: int = Field(0, ge=0)
-    """Search so many rates more, one after the other, where each method's search points: between its best rate and the
-    neighbour that forgets more, or beyond the best where that is the last of its rates and forgets most."""
-    epochs: list[float] = [5.0]
-    """Grid: passes over the forget set, the same for every method."""
-    least_steps: int = Field(0, ge=0)
-    """A run that would be shorter than so many steps passes over its forget set more often, whatever `epochs` says."""
-    continual: bool = False
-    """Forget the splits one after the other, each run starting from the last one's result, on the rows that are new."""
-    common: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
-    """Settings of `alter unlearn` for every run, above those of its method. In a recipe only."""
-    settings: Annotated[dict[str, dict[str, Any]], tyro.conf.Fixed] = Field(default_factory=dict)
-    """Settings of `alter unlearn` by row of the table, above all others; `method` says what is built on. Recipe only."""
-    retrained: Retrained = Field(default_factory=Retrained)
-    data: str = "builtin"
-    """TOFU's rows: the copy that comes with this package, a folder with its files, or a hub id."""
-    holdout: str | None = None
-    """Questions and answers that no model saw, for the choice where a split has no retrained model."""
-    validation: float = Field(0.3, gt=0, lt=1)
-    """Share of the authors whose rows serve for the choice; all others' rows serve for the table."""
-    division_seed: int = 0
-    """Draws those authors."""
-    utility_floor: float = Field(0.95, ge=0)
-    """The choice is among settings that keep this share of the original model's utility."""
-    limit: int | None = Field(None, ge=1)
-    """Evaluate only so many rows of each set and part, to save time."""
-    workers: int | None = Field(None, ge=1)
-    """Cells at a time; by default one a GPU, else one for two cores."""
-    keep: bool = False
-    """Keep each cell's weights to the end."""
-    run: bool = True
-    """Run the cells; --no-run only writes the tables of those that have finished."""
-    device: Literal["cpu", "cuda", "mps"] | None = None
-    """Where the cells run; on all visible GPUs by default if there are any, else on the CPU."""
 
 
 Setting = tuple[float, float]

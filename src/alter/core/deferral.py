@@ -1,9 +1,10 @@
 """Modules that take seconds to import, put off until something of them is used.
 
 `import torch` takes longer than all else that a command does before it has read its flags. Inside `deferred`, such an
-import gives a module that loads itself when an attribute of it is read first (`importlib.util.LazyLoader`): the settings
-of a command, which hold methods that compute, come without what they compute with. Only `import NAME` is put off:
-`from NAME import ...` and the import of a submodule load it at once.
+import gives a module that loads itself when an attribute of it is read first: the settings of a command, which hold
+methods that compute, come without what they compute with. Only `import NAME` is put off: `from NAME import ...` and the
+import of a submodule load it at once. (`importlib.util.LazyLoader` would load at the second `import NAME`, as Python
+looks at the module's spec then.)
 """
 
 from __future__ import annotations
@@ -12,12 +13,50 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 HEAVY = ("torch", "numpy")
 """What commands' settings import and do not need."""
+
+
+KNOWN = ("__spec__", "__class__", "__name__", "__file__")
+"""What `import` and `inspect` ask of every module, and is known of one that has not run."""
+
+
+class _Unloaded(ModuleType):
+    """A module that is run when anything but `KNOWN` is asked for; from then on it is as any other."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in KNOWN:
+            return super().__getattribute__(name)
+        _run(self)
+        return getattr(self, name)
+
+
+def _run(module: ModuleType) -> None:
+    if module.__class__ is _Unloaded:
+        module.__class__ = ModuleType
+        assert module.__spec__ is not None
+        assert module.__spec__.loader is not None
+        module.__spec__.loader.exec_module(module)
+
+
+class _LaterLoader(Loader):
+    """Makes a module at once, and runs it when it is used."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        module.__class__ = _Unloaded
 
 
 class _Deferring(MetaPathFinder):
@@ -36,7 +75,7 @@ class _Deferring(MetaPathFinder):
         self.names.discard(fullname)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
+            spec.loader = _LaterLoader(spec.loader)
             self.modules.append(fullname)
         return spec
 
@@ -54,5 +93,4 @@ def deferred(names: Sequence[str] = HEAVY) -> Iterator[None]:
     finally:
         sys.meta_path.remove(finder)
     for name in finder.modules:
-        # any attribute loads the module
-        _ = sys.modules[name].__name__
+        _run(sys.modules[name])

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from alter import metrics
-from alter.adapter.config import PAPER_THRESHOLD
 from alter.core import console, files, records
 from alter.core.errors import UserError
 from alter.core.provenance import stamped
@@ -108,7 +107,6 @@ class Frequent:
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def token_entropies(
     model: Any,
     encoded: Sequence[Encoded],
@@ -213,6 +211,8 @@ def histogram(values: npt.ArrayLike, edges: npt.ArrayLike) -> Array:
 
 def _check(settings: Study) -> None:
     """Refuse, before anything is loaded, settings that can never work."""
+    from alter.adapter.config import PAPER_THRESHOLD
+
     if settings.threshold is not None and settings.quantile is not None:
         raise UserError("--threshold and --quantile both say where high begins: give one of them.")
     if settings.quantile is not None and not 0 < settings.quantile < 1:
@@ -297,6 +297,8 @@ def measure(settings: Study) -> tuple[Tokens, Any]:
     Raises:
         UserError: settings, text, model or adapter that cannot be used; another tokenizer; fewer than four tokens.
     """
+    from alter.adapter.config import PAPER_THRESHOLD
+
     _check(settings)
     examples = _sample(load_examples(settings.text), settings.limit, settings.seed)
     adapter = settings.after if settings.after is not None and _is_adapter(settings.after) else None
@@ -342,6 +344,8 @@ def measure(settings: Study) -> tuple[Tokens, Any]:
 
 def thresholds(settings: Study, tokens: Tokens) -> dict[float, float]:
     """Return the threshold of each order: the one given, the quantile of the entropies before, or the paper's 1.2."""
+    from alter.adapter.config import PAPER_THRESHOLD
+
     if settings.quantile is None:
         return dict.fromkeys(settings.q, PAPER_THRESHOLD if settings.threshold is None else settings.threshold)
     return {q: threshold_from_quantile(torch.from_numpy(tokens.before[q]), settings.quantile) for q in settings.q}

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from alter import metrics
 from alter.core.words import UNSPACED, runs, words
@@ -176,6 +175,8 @@ def share_interval(count: int, n: int) -> tuple[float, float]:
 
 def mean_interval(values: npt.ArrayLike) -> tuple[float, float]:
     """Return Student's 95 % interval of the mean of values in [-1, 1]; all of it for fewer than two."""
+    from scipy import stats
+
     x = np.asarray(values, dtype=np.float64)
     if x.size < 2:
         return -1.0, 1.0

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from alter.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK_BYTES = 96 * 2**20
 """Size of the fp32 logits that exist at a time: at a vocabulary of 128k, those of 196 tokens."""

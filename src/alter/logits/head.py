@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import ModelOutput
 
 from alter.logits.entropy import chunk_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Head:
         self.head = self.model.get_output_embeddings()
         self.body = self.model.get_decoder()
         self.rows = chunk_rows(self.model.config.get_text_config().vocab_size)
-        self._blank: ModelOutput | None = None
+        self._blank: Any = None
 
     @contextmanager
     def reading(self, positions: Tensor | None = None) -> Iterator[list[Tensor]]:
@@ -116,6 +116,8 @@ class Head:
 
     def _leave_out(self, output: Any) -> None:
         """Keep the form of what the body gives, with which `logits` puts it out of the way."""
+        from transformers.modeling_outputs import ModelOutput
+
         if isinstance(output, ModelOutput):
             last = output["last_hidden_state"]
             self._blank = type(output)(last_hidden_state=last.new_zeros(1, 1, last.shape[-1]))
@@ -139,6 +141,8 @@ class Head:
 
         The backward makes the logits again, all but the last chunk's, with which it begins.
         """
+        from torch.utils.checkpoint import checkpoint
+
         pieces = []
         first = 0
         for part in parts:

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from alter.adapter.model import check_keys
 from alter.core import files
 from alter.core.errors import UserError, nearest
 
@@ -52,6 +51,7 @@ def attach(model: Any, adapter: str) -> Any:
     from safetensors import SafetensorError
 
     import alter.adapter  # noqa: F401  registers the method with PEFT
+    from alter.adapter.model import check_keys
 
     folder = Path(adapter).expanduser()
     if folder.is_dir():

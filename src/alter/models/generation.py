@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.data.batching import Collator
 from alter.data.encoding import end_of_turn, ensure_pad_token
 from alter.models.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SEGMENT = 16
 """Greedy decoding drops the rows that have ended after every so many tokens."""
@@ -221,6 +221,8 @@ def _drawn(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, copies: int, decoding: _Decoding, seed: int
 ) -> list[list[int]]:
     """Return `copies` sampled replies to each of the left-padded prompts [B, T], one prompt after the other."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
     temperature, top_p = decoding.settings["temperature"], decoding.settings["top_p"]
     warp = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
     if top_p < 1:
@@ -307,5 +309,7 @@ def _continue(
 
 def can_drop_rows(cache: Any) -> bool:
     """Whether a cache holds only growing keys and values, one row for each row of the batch."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)

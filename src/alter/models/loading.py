@@ -10,17 +10,11 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from alter.core import files, memory, processes
 from alter.core.errors import UserError, nearest
 from alter.data.encoding import TemplateArguments, ensure_pad_token, set_template_arguments
 from alter.models import gguf, quantized
-from alter.models.attach import attach
-from alter.models.guards import FILE as FORM
-from alter.models.guards import is_form, load_form
 from alter.models.quantized import Bits
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -56,6 +50,8 @@ class Subject(BaseModel):
         Raises:
             UserError: see `load_model`; or `merged` without an adapter, or with one that cannot be merged.
         """
+        from alter.models.guards import is_form
+
         if not self.merged:
             return load_model(
                 self.model, self.adapter, self.dtype, self.device, self.quantization, self.chat_template_kwargs
@@ -85,7 +81,9 @@ class Subject(BaseModel):
         Raises:
             UserError: no such folder, or not one of a model or an adapter.
         """
-        needs = "adapter_config.json" if self.adapter is None or not is_form(self.adapter) else FORM
+        from alter.models.guards import FILE, is_form
+
+        needs = "adapter_config.json" if self.adapter is None or not is_form(self.adapter) else FILE
         adapter = None if self.adapter is None else _content(self.adapter, needs, "adapter", memo)
         return {"weights": _content(shipped_model(self.model), "config.json", "model", memo), "adapter": adapter}
 
@@ -187,6 +185,11 @@ def load_model(
             NaN or infinite, quantisation of what is quantised already or without bitsandbytes, or variables that the
             chat template does not have.
     """
+    from transformers import AutoTokenizer
+
+    from alter.models.attach import attach
+    from alter.models.guards import is_form, load_form
+
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         choices = ["auto", "float32", "bfloat16", "float16"]
         raise UserError(f"No number format {dtype!r}: expected one of {', '.join(choices)}.{nearest(dtype, choices)}")
@@ -250,6 +253,9 @@ def _read(model: str, packed_file: gguf.Place | None, options: dict[str, Any]) -
     Raises:
         UserError: there is none, or it is broken.
     """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     inside = memory.held(model)
     if inside is not None:
         return _copied(inside, options["dtype"])
@@ -280,6 +286,9 @@ def load_classifier(model: str, device: torch.device | str | None = None) -> tup
     Raises:
         UserError: no such model, one that is no classifier, or a tokenizer that needs the extra `nli`.
     """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     try:
         if _local(model):
             model = _folder(model, "config.json", "model")
@@ -309,7 +318,7 @@ def _check_whole(network: Any, name: str, found: Mapping[str, Any]) -> None:
     Other tensors without a place are common: text models are read out of ones that also see.
     """
     missing = sorted(found["missing_keys"])
-    lists = tuple(f"{path}." for path, part in network.named_modules() if isinstance(part, nn.ModuleList))
+    lists = tuple(f"{path}." for path, part in network.named_modules() if isinstance(part, torch.nn.ModuleList))
     left = sorted(key for key in found["unexpected_keys"] if key.startswith(lists))
     if missing or left:
         what, which = ("lack", missing) if missing else ("also hold", left)
@@ -321,6 +330,8 @@ def _check_whole(network: Any, name: str, found: Mapping[str, Any]) -> None:
 
 def _fit_vocabulary(network: Any, adapter: Path) -> bool:
     """Give a model as many embeddings as a local adapter brings; whether it brings a tokenizer for them, too."""
+    from safetensors import SafetensorError, safe_open
+
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
         return False

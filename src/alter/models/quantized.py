@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from alter.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Bits = Literal["4bit", "8bit"]
 """4bit: NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314). 8bit: LLM.int8 (arXiv:2208.07339)."""

@@ -10,17 +10,19 @@ import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
 
 from alter.core import console, processes
 from alter.core.errors import UserError
 from alter.data.batching import Collator, batches_by_length
 from alter.data.encoding import Encoded
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import nn
 
 MAX_LOGITS = 2**28
 """Largest number of logits in one batch (1 GiB in fp32): with a large vocabulary it shrinks the batch."""
@@ -310,7 +312,7 @@ def _loss_but_the_last(model: Any, row: Encoded, number: int, hidden: int | None
     mask = torch.ones_like(ids) if hidden is None else (ids != hidden).long()
     positions = torch.tensor(places, device=ids.device)
     logits = _logits_at(model, ids, mask, positions)[0]
-    return nn.functional.cross_entropy(logits.float(), ids[0, positions + 1])
+    return torch.nn.functional.cross_entropy(logits.float(), ids[0, positions + 1])
 
 
 def hidden_states(

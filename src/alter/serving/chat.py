@@ -7,13 +7,11 @@ import threading
 from contextlib import nullcontext
 from typing import Any
 
-from pydantic import Field
-
 from alter.core.errors import UserError, nearest
 from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
-from alter.models.loading import Subject
 from alter.serving.engine import Engine, Job
+from alter.serving.settings import Chat
 from alter.serving.text import visible
 
 COMMANDS = {
@@ -22,21 +20,6 @@ COMMANDS = {
     "/help": "this list",
     "/quit": "end (so does the end of the input; Ctrl-C stops an answer)",
 }
-
-
-class Chat(Subject):
-    """Talk to a model and its adapter in the terminal; /help lists what can be typed besides questions."""
-
-    max_tokens: int = Field(200, ge=1)
-    """Longest answer, in tokens."""
-    temperature: float = Field(0.0, ge=0)
-    """0 takes the likeliest tokens."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Share of the probability that sampling keeps."""
-    seed: int = Field(0, ge=-(2**63), lt=2**63)
-    """Of the sampling."""
-    system: str | None = None
-    """System turn before the first question."""
 
 
 class Conversation:

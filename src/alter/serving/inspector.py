@@ -14,54 +14,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from alter.core.errors import UserError
 from alter.core.files import read_object
-from alter.data.encoding import TemplateArguments
 from alter.data.examples import load_examples
 from alter.models.loading import load_model
-from alter.models.quantized import Bits
 from alter.models.scoring import context_length
 from alter.requests.store import Store
 from alter.serving.analysis import Analysis, Stopped, analyse, check_adapted, expert_names
 from alter.serving.markup import COLORS, STYLE, About, message, render, render_about, render_begun, render_request
+from alter.serving.settings import LONGEST, Inspect
 from alter.serving.web import HostGuard, address, listen
-
-LONGEST = 512
-"""Most new tokens that the page offers."""
-
-
-class Inspect(BaseModel):
-    """Ask a model on a page: before and after, token entropies and experts; browse erasure requests."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    model: str
-    """Model: local folder, hub id, or builtin:NAME."""
-    adapter: str
-    """Adapter on top of it: local folder or hub id. Any adapter can be compared, only ALTER's has experts."""
-    db: str | None = None
-    """Database of erasure requests to browse, as an SQLAlchemy URL. Whoever reaches the page can read it."""
-    forget: str | None = None
-    """Rows that were to be forgotten, to offer as questions; by default those that the adapter's run names, if they are
-    still there. Whoever reaches the page can read them."""
-    host: str = "127.0.0.1"
-    """Address to listen on; the default is reachable from this machine alone."""
-    port: int = Field(7860, ge=0, le=65535)
-    """Port; 0 takes a free one and says which."""
-    allowed_hosts: list[str] = Field(default_factory=list)
-    """Names under which the page is reached, besides this machine's own, its address and any IP address; * for all."""
-    max_new_tokens: int = Field(100, ge=1, le=LONGEST)
-    """Longest answer that the page starts with, in tokens."""
-    dtype: str = "auto"
-    """Number format: auto, float32, bfloat16, float16."""
-    quantization: Bits | None = None
-    """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
-    device: str | None = None
-    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    chat_template_kwargs: TemplateArguments = []
-
 
 OFFERED = 6
 """Questions that the page offers."""

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import os
 import queue
 import secrets
 import sys
@@ -18,77 +17,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pydantic
-from pydantic import Field
 
 from alter.core.errors import UserError
-from alter.models.loading import Subject
 from alter.serving.engine import Engine, Job, Scored
 from alter.serving.protocol import Asked, ChatAsked, Prompt, TextAsked, explain, refusal
+from alter.serving.settings import Serve
 from alter.serving.text import BROKEN, added, pieces
 from alter.serving.web import HostGuard, address, listen, patient_for
-
-
-class Serve(Subject):
-    """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /health."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on; the default is reachable from this machine alone."""
-    port: int = Field(8000, ge=0, le=65535)
-    """Port; 0 takes a free one and says which."""
-    name: str | None = None
-    """What the model is called in answers; by default the names of the model's and of the adapter's folder."""
-    api_key_env: str | None = None
-    """Environment variable that holds the key which clients must send; without it anyone who reaches the port may ask."""
-    allowed_hosts: list[str] = Field(default_factory=list)
-    """Names under which the server is reached, besides this machine's own, its address and any IP address; * for all."""
-    allowed_origins: list[str] = Field(default_factory=list)
-    """Web sites whose pages may ask from a browser (CORS), as https://example.org; * for all."""
-    max_batch: int = Field(16, ge=1)
-    """Answers that are made together."""
-    max_waiting: int = Field(256, ge=1)
-    """Answers that may wait; more are turned away with 429."""
-    max_body_bytes: int = Field(1_000_000, ge=1)
-    """Largest request; a larger one is turned away with 413."""
-    max_tokens: int = Field(1024, ge=1)
-    """Most new tokens of an answer, whatever a client asks for."""
-    timeout: float = Field(120.0, gt=0)
-    """Seconds after which an answer is cut off, waiting included."""
-    read_timeout: float = Field(30.0, gt=0)
-    """Seconds in which a request must have arrived; a slower one is turned away with 408."""
-
-    def served_name(self) -> str:
-        """What the model is called in answers."""
-        if self.name is not None:
-            return self.name
-        return "+".join(_short(given) for given in (self.model, self.adapter) if given is not None)
-
-    def key(self) -> str | None:
-        """The key that clients must send, or None.
-
-        Raises:
-            UserError: the variable that should hold it is not set.
-        """
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise UserError(f"--api-key-env names {self.api_key_env}, which is not set: export it first.")
-        return key
-
-
-def _short(name: str) -> str:
-    """A model's or an adapter's name without the way to it: hub ids and shipped models keep theirs."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        return name
-    path = path.resolve()
-    # a run's adapter is in a folder of that name
-    return path.parent.name if path.name == "adapter" else path.name
-
 
 # An answer ------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,69 @@
+"""Settings of `alter attack`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from alter.models.loading import Subject
+
+
+class Relearning(BaseModel):
+    """How the attacker trains: AdamW, constant rate, loss on answers, no dropout, float32."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    rows: int = Field(20, ge=1)
+    """Forget rows (or, benign, unrelated rows) that the attacker has; never among the rows measured."""
+    steps: list[int] = Field(default_factory=lambda: [2, 5, 10, 20])
+    """Optimizer steps after which the model is measured."""
+    batch_size: int = Field(10, ge=1)
+    """Rows a step."""
+    learning_rate: float = Field(2e-5, gt=0)
+    """Of all weights; 2e-5 suits models of billions of weights, a small one needs more."""
+    lora_learning_rate: float = Field(2e-4, gt=0)
+    """Of the LoRA matrices."""
+    lora_rank: int = Field(8, ge=1)
+    """Of the attacker's LoRA, on every linear layer; its scale is 2."""
+    benign: str = "builtin:world_facts"
+    """Unrelated rows or text for the benign attacks."""
+
+    @field_validator("steps")
+    @classmethod
+    def _rising(cls, steps: list[int]) -> list[int]:
+        if not steps or min(steps) < 1:
+            raise ValueError("give one or more numbers of steps, each at least 1")
+        return sorted(set(steps))
+
+
+class Attack(Subject):
+    """Try to bring the forgotten back: by training, quantising, other wordings, prefilling, sampling, stripping."""
+
+    forget: str
+    """Rows that were forgotten: a file of rows or text, or NAME:SPLIT such as builtin:forget10."""
+    retrained: str | None = None
+    """The model that never saw them, the honest zero: folder, hub id or builtin:NAME. Without it no fraction."""
+    original: str | None = None
+    """The model before unlearning; by default --model without its adapter."""
+    attacks: list[str] = Field(default_factory=list)
+    """Which attacks, by name or comma-separated; by default all that the data and the adapter allow."""
+    out: str = "runs/attack"
+    """Folder for results; what it already holds of the same models, data, settings and code is not run again."""
+    rows: int = Field(64, ge=1)
+    """Forget rows that are measured, chosen by the seed."""
+    probe_rows: int = Field(400, ge=8)
+    """Forget rows whose hidden states are compared and probed, at most."""
+    probe_tokens: int = Field(16, ge=1)
+    """Tokens of each answer that the probe learns from or is tested on, at most."""
+    seed: int = 0
+    """Of the choice of rows, training, sampling and the probe's halves."""
+    max_new_tokens: int = Field(200, ge=1)
+    """Longest reply, in tokens."""
+    relearn: Relearning = Field(default_factory=Relearning)
+    prefill_tokens: int = Field(5, ge=1)
+    """How many tokens of the true answer prefilling gives."""
+    samples: int = Field(8, ge=2)
+    """Replies that sampling draws for each question."""
+    temperature: float = Field(0.8, gt=0)
+    """Of the sampling."""
+    batch_size: int = Field(64, ge=1)
+    """Prompts in one generation batch."""

@@ -1,0 +1,58 @@
+"""`--help` comes at once: reading a command's flags imports nothing that computes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from alter.cli import COMMANDS
+from alter.core.plugins import BENCHMARKS
+
+TRAINING = {"unlearn", "forget", "distill", "finetune", "completion"}
+"""Commands whose settings are those of adapters and objectives, which PEFT defines."""
+COMPUTES = ("torch._C", "transformers.utils", "peft.utils", "pandas", "scipy.stats", "nltk", "sklearn")
+READ = [
+    *([*name.split(), "--help"] for name in COMMANDS if name not in TRAINING),
+    *(["evaluate", "--benchmark", name, "--help"] for name in BENCHMARKS.known()),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """What each command's help has imported of what computes, by its words."""
+    code = (
+        "import contextlib, io, sys\nfrom alter.cli import main\n"
+        f"for words in {READ!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit): main(words)\n"
+        "    assert 'usage: alter' in said.getvalue(), words\n"
+        f"    print(' '.join(words), *(name for name in {COMPUTES!r} if name in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(READ)
+    return {" ".join(words): line.removeprefix(" ".join(words)) for words, line in zip(READ, lines, strict=True)}
+
+
+@pytest.mark.parametrize("words", [" ".join(words) for words in READ])
+def test_help_imports_nothing_that_computes(loaded, words):
+    assert not loaded[words].strip()
+
+
+def test_flags_that_are_refused_cost_no_import(tmp_path):
+    code = (
+        "import sys; from alter.cli import main; status = main(['compare', '--model', 'm', '--methods', 'npo', '--out', 'o',"
+        " '--refine', '-1']); print(status, 'torch._C' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+
+
+def test_what_was_put_off_is_loaded_when_the_command_goes_on():
+    code = (
+        "import sys; from alter.core.deferral import deferred\n"
+        "with deferred():\n    import numpy\n    early = 'numpy._core' in sys.modules\n"
+        "print(early, 'numpy._core' in sys.modules, type(numpy).__name__)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["False", "True", "module"]
