@@ -38,7 +38,7 @@ class _Unloaded(ModuleType):
 
 def _run(module: ModuleType) -> None:
     if module.__class__ is _Unloaded:
-        module.__class__ = ModuleType
+        module.__class__ = ModuleType  # type: ignore[assignment]
         assert module.__spec__ is not None
         assert module.__spec__.loader is not None
         module.__spec__.loader.exec_module(module)
