@@ -517,8 +517,11 @@ def _run(command: str, args: Sequence[str]) -> None:
             f"`alter {command}` is for one process, the launcher started {processes.launched()}: run it without one. "
             f"Several processes together do {', '.join(able)}."
         )
+    from tyro.constructors import ConstructorRegistry
+
     with processes.quiet():
-        with deferred():
+        # tyro makes its rules once, with one that looks into torch where torch is imported: so they are made before
+        with ConstructorRegistry(), deferred():
             owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
             parsed = parse(command, getattr(importlib.import_module(owner), settings), args)
         _call(found.load(), parsed)

@@ -28,13 +28,12 @@ from alter.core.signing import fingerprint, read_key, read_public
 from alter.data.examples import check_overlap, data_hash, load_examples, row_hash
 from alter.evaluation.told import told
 from alter.requests.anchor import Anchor, missing_heads, read_heads
-from alter.requests.connection import without_password
 from alter.requests.project import Project
 from alter.requests.records import IN_FORCE, MISSED, Request, check_due, parse_id
-from alter.requests.store import Store
 
 if TYPE_CHECKING:
     from alter.requests.checking import Findings
+    from alter.requests.store import Store
 
 STATES = Literal[
     "received",
@@ -86,6 +85,8 @@ class Database(BaseModel):
         Raises:
             UserError: there is no database, or the anchor has no key.
         """
+        from alter.requests.store import Store
+
         store = Store.open(self.db)
         store.anchor = self._anchor()
         return store, Project.model_validate(store.project())
@@ -122,6 +123,8 @@ def init(settings: Init) -> Store:
         UserError: the data cannot be read, the recipe has a setting that the requests decide, or the database is in use.
     """
     from alter.requests import rows, work
+    from alter.requests.connection import without_password
+    from alter.requests.store import Store
     from alter.training.settings import Unlearn
 
     recipe: dict[str, Any] = {}
@@ -219,6 +222,8 @@ def _say(sentence: str, store: Store) -> None:
 
 def _then(settings: Database, command: str, why: str = "") -> None:
     """Print what to type next, for the same database; its password has to be put in again."""
+    from alter.requests.connection import without_password
+
     here = "" if settings.db == _default_db() else f" --db {shlex.quote(without_password(settings.db))}"
     Console(soft_wrap=True).print(cell(f"Next: {command}{here}{why and f' ({why})'}"))
 
@@ -262,6 +267,8 @@ def list_requests(settings: List) -> list[Request]:
 
 
 def _print_list(db: str, found: Sequence[Request]) -> None:
+    from alter.requests.connection import without_password
+
     table = Table(
         title=cell(f"Erasure requests in {without_password(db)}"),
         caption="said: replies that still give the answer; probability of the true answers before and after;\n"
