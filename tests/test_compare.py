@@ -30,7 +30,8 @@ from alter.comparison import cells, choice, plan, table, words
 from alter.comparison import run as compare
 from alter.comparison.cells import Job, finished, hold, run_cells
 from alter.comparison.choice import best_setting, cell_figures, choices
-from alter.comparison.plan import PARTS, Compare, Retrained, divide, run_of
+from alter.comparison.plan import PARTS, Compare, divide, run_of
+from alter.comparison.settings import Retrained
 from alter.comparison.table import dominated, table_rows
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records, write_records
