@@ -18,12 +18,14 @@ import torch
 import yaml
 
 from alter import cli
+from alter.attacks.run import ATTACKS
 from alter.core.errors import UserError
 from alter.core.files import folder_digest, to_json
 from alter.core.provenance import provenance
 from alter.core.records import Record, write_records
 from alter.methods import frozen
 from alter.methods.frozen import Frozen, Row
+from alter.report import attacks as report_attacks
 from alter.report import page, samples, summary
 from alter.report.runs import Reported, read, read_run
 from alter.report.samples import evenly, worst
@@ -202,10 +204,13 @@ def test_common_words_ignore_case_and_punctuation_but_not_words():
 
 
 def test_marks_say_themselves_and_keep_the_text():
-    shown = Reader(tag("p", marked("she was born in Rome", "He  was born\nin  Oslo, <b>1900</b>")))
-    assert shown.text.replace("[differs: ", "").replace("]", "") == "He  was born\nin  Oslo, <b>1900</b>"
-    assert [word for word in shown.marks if "differs" not in word and word != "]"] == ["He", "Oslo, <b>1900</b>"]
-    assert shown.marks.count("[differs: ") == 2
+    said = "He  was born\nin  Rome, <b>1900</b>, in May"
+    shown = Reader(tag("p", marked("she was born in Rome in May", said, "Where was she born?")))
+    assert shown.text.replace("[from the truth: ", "").replace("]", "") == said
+    # what the question says itself is given away by nobody
+    assert [word for word in shown.marks if "truth" not in word and word != "]"] == ["in  Rome,", "in May"]
+    assert shown.marks.count("[from the truth: ") == 2
+    assert not Reader(tag("p", marked("In Rome", "She is from Oslo."))).marks
 
 
 @pytest.mark.parametrize("bins", [1, 3, 40])
@@ -365,10 +370,72 @@ def test_the_summary_is_in_plain_words(tmp_path, run):
     assert "It does not remove knowledge from the base model" in said
     assert "The run took 60 seconds: 30 steps, 1,234,567 trained weights." in said
     # only relearning is beyond chance
-    assert "these bring back: relearn 11 %" in said.replace("\n", " ")
-    assert "probe 60 %" not in said
-    assert "relearn hardly learned its own rows" in said
-    assert "No recovered fraction for sample (ROUGE-L): the models do not differ" in said
+    assert "these bring back: training again on some of the rows 11 %" in said.replace("\n", " ")
+    assert "hidden states 60 %" not in said
+    assert "Training again on some of the rows hardly learned its own rows" in said
+    assert "No valid test here: drawing many replies and keeping the best (ROUGE-L)." in said
+    assert "drawing many replies and keeping the best (ROUGE-L): the models do not differ" in said
+
+
+def test_attacks_that_are_no_valid_test_are_listed_apart(tmp_path, run):
+    adapter = folder_digest(run / "adapter")
+    extra = {"before": 0.2, "retrained": 0.18, "original": 0.96, "after": 0.2, "needs": "weights"}
+    found = [
+        # it has not learned its own rows and brought nothing back: no evidence
+        record("unlearned", "attack_rouge", 0.2, adapter=adapter, attack="benign", losses=[3.0] * 5),
+        record("unlearned", "attack_recovered_rouge", 0.01, **extra, interval=[-0.1, 0.1], attack="benign"),
+        record("unlearned", "attack_recovered_rouge", 0.02, **extra, interval=[-0.1, 0.1], attack="quantize_4"),
+    ]
+    (tmp_path / "attacks").mkdir()
+    write_records(tmp_path / "attacks" / "records.json", found)
+    content = write(tmp_path, runs=[str(run)], attacks=[str(tmp_path / "attacks")])
+    table, _, rest = content.partition('aria-label="Attacks"')[2].partition("</table>")
+    assert "rounding the weights to 4 bits" in table
+    assert "training on unrelated text" not in table
+    assert "training on unrelated text: hardly learned" in rest
+    assert "Tried: rounding the weights to 4 bits." in content
+    # what a narrow screen shows first is what came out
+    assert re.search(r'<th scope="col">attack</th><th[^>]*>recovered</th><th[^>]*>under attack</th>', content)
+
+
+def test_every_attack_has_a_plain_name_and_an_example(tmp_path, run):
+    assert set(ATTACKS) - {"cka"} == set(report_attacks.NAMES)
+    adapter = folder_digest(run / "adapter")
+    extra = {"before": 0.2, "retrained": 0.18, "original": 0.96, "after": 0.2, "needs": "weights"}
+    own = {"attack": "telegram", "questions": ["Ada born?", "x?"], "references": ["Ada was born in Ulm.", "No."]}
+    found = [
+        record(
+            "unlearned", "attack_rouge", 0.2, adapter=adapter, per_item=[0.9, 0.1], replies=["In Ulm.", "y"], **own
+        ),
+        record("unlearned", "attack_recovered_rouge", 0.02, **extra, interval=[-0.1, 0.1], attack="telegram"),
+    ]
+    (tmp_path / "attacks").mkdir()
+    write_records(tmp_path / "attacks" / "records.json", found)
+    given = {"runs": [str(run)], "attacks": [str(tmp_path / "attacks")]}
+    shown = Reader(write(tmp_path, **given))
+    assert "In Ulm." in shown.text.replace("[from the truth: ", "").replace("]", "")
+    assert "Ulm" not in Reader(write(tmp_path, **given, samples=0)).text
+
+
+def test_authors_go_by_their_names(tmp_path):
+    folder = make_run(tmp_path / "run", domains=("180", "181"), domain_column="author")
+    rows = [{"question": f"What did Ada Lovelace write, {i}?", "answer": "B.", "author": 180} for i in range(3)]
+    rows += [{"question": "Who was it?", "answer": "B.", "author": 181}] * 3
+    write_jsonl(tmp_path / "run.jsonl", rows)
+    said = Reader(write(tmp_path, runs=[str(folder)])).text
+    assert "It has 2 parts (Ada Lovelace, 181)" in said
+    assert "1: Ada Lovelace" in said
+    assert "Lovelace" not in Reader(write(tmp_path, runs=[str(folder)], samples=0)).text
+
+
+def test_the_officers_view_quotes_nothing(tmp_path, run, database):
+    content = write(tmp_path, runs=[str(run)], db=database, officer=True)
+    shown = Reader(content)
+    assert shown.titles(2) == ["Summary", "Erasure requests"]
+    assert "replies that give the answer" in shown.text
+    assert "It does not remove knowledge from the base model" in shown.text
+    assert folder_digest(run / "adapter") in shown.text
+    assert not any(part in shown.text for part in [*QUESTIONS, *TRUTHS])
 
 
 def test_routing_and_entropies_are_those_of_the_file(tmp_path, run):
@@ -718,3 +785,23 @@ def test_nothing_sticks_out_at_390_px(tmp_path, run):
     )
     (tmp_path / "sticking.html").write_text(sticking)
     assert (photograph(tmp_path / "sticking.html", tmp_path / "s.png", 700, 3000)[:, 391:] != 255).any()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_officers_view_prints_on_two_pages(tmp_path, run, database):
+    """With as much in it as there can be: a run with attacks, and requests with their evidence."""
+    attacks = attacked(tmp_path / "attacks", folder_digest(run / "adapter"))
+    for number in range(8):
+        Store.open(database).add(subject=f"Zed {number}", data="z", data_hash=f"z{number}", row_hashes=[f"z{number}"])
+    given = {"runs": [str(run)], "attacks": [str(attacks)], "db": database}
+    for officer in (True, False):
+        page.report(Report(out=str(tmp_path / "r.html"), officer=officer, **given))
+        with tempfile.TemporaryDirectory() as profile:
+            command = [
+                shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer",
+                f"--user-data-dir={profile}", f"--print-to-pdf={tmp_path / 'r.pdf'}", f"file://{tmp_path / 'r.html'}",
+            ]  # fmt: skip
+            subprocess.run(command, capture_output=True, timeout=120, check=True)
+        pages = len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "r.pdf").read_bytes()))
+        assert (pages <= 2) == officer, pages

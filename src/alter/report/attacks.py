@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import math
+
 from alter.core.records import Record
 from alter.report.runs import Reported
-from alter.reporting.markup import Html, decimal, grid, lines, percent, tag
+from alter.reporting.markup import Html, decimal, folded, grid, lines, marked, percent, tag
 
 RECOVERED = 0.05
 """Share of what was removed from which an attack counts, if its 95 % interval lies above zero."""
 MEASURES = {"rouge": "ROUGE-L", "probability": "probability", "probe": "accuracy of the probe"}
+
+
+NAMES = {
+    "relearn": "training again on some of the rows",
+    "relearn_lora": "training again on some of the rows, by a LoRA",
+    "benign": "training on unrelated text",
+    "benign_lora": "training on unrelated text, by a LoRA",
+    "quantize_8": "rounding the weights to 8 bits",
+    "quantize_4": "rounding the weights to 4 bits",
+    "prune_20": "cutting the smallest 20 % of the weights",
+    "prune_50": "cutting the smallest 50 % of the weights",
+    "wanda_20": "cutting the 20 % of the weights that matter least (Wanda)",
+    "wanda_50": "cutting the 50 % of the weights that matter least (Wanda)",
+    "paraphrase": "asking in other words",
+    "telegram": "asking in a telegram's words",
+    "reversed": "asking with the words in reverse order",
+    "upper_case": "asking in capitals",
+    "foreign_frame": "asking within a request in German",
+    "prefill": "beginning the reply with the truth",
+    "sample": "drawing many replies and keeping the best",
+    "strip": "taking the adapter off",
+    "probe": "reading the answer out of hidden states",
+}
+"""What attacks do, in plain words, by their names; one of a plugin is shown by its name."""
+
+
+def plain_name(record: Record) -> str:
+    """Name the attack of a record in plain words."""
+    name = str(record.extra.get("attack"))
+    return NAMES.get(name, name)
 
 
 def figure_of(record: Record) -> str:
@@ -22,57 +54,106 @@ def recovered(run: Reported) -> list[Record]:
     return [r for r in run.attacks if r.metric.startswith("attack_recovered_")]
 
 
+def no_tests(run: Reported) -> dict[str, list[str]]:
+    """Return the attacks that are no valid test here, by why: no share can be given, or the attack learned nothing itself.
+
+    An attack that brought something back is one, however badly it was trained.
+    """
+    found: dict[str, list[str]] = {}
+    for record in recovered(run):
+        if "refused" in record.extra:
+            found.setdefault(str(record.extra["refused"]), []).append(f"{plain_name(record)} ({figure_of(record)})")
+    works = {str(record.extra.get("attack")) for record in recovered(run) if _counts(record)}
+    for name, why in _untrained(run).items():
+        if name not in works:
+            found.setdefault(why, []).append(NAMES.get(name, name))
+    return found
+
+
+def _untrained(run: Reported) -> dict[str, str]:
+    """Why attacks that train did not learn their own rows, by name."""
+    from alter.attacks.run import untrained
+
+    return dict(note.split(" ", 1) for note in untrained(run.attacks))
+
+
+def valid(run: Reported) -> list[Record]:
+    """Return the records of `recovered` of attacks that are a valid test."""
+    learned_nothing = _untrained(run)
+    return [
+        record
+        for record in recovered(run)
+        if record.value is not None and (record.extra.get("attack") not in learned_nothing or _counts(record))
+    ]
+
+
+def _counts(record: Record) -> bool:
+    """Whether an attack brought something back, beyond chance."""
+    beyond = (record.extra.get("interval") or [1.0])[0] > 0
+    return record.value is not None and record.value >= RECOVERED and beyond
+
+
 def brought_back(run: Reported) -> str:
     """Say in a sentence which attacks were tried and what they bring back."""
     if not run.attacks:
         return "Nobody tried: no attack was run."
-    found = recovered(run)
-    tried = list(dict.fromkeys(str(r.extra.get("attack")) for r in found))
+    found = valid(run)
+    rest = sorted({name for names in no_tests(run).values() for name in names})
+    told = f" No valid test here: {', '.join(rest)}." if rest else ""
+    if not found:
+        return f"Not known: no attack that was run is a valid test here; the attacks' section says why.{told}"
+    tried = list(dict.fromkeys(map(plain_name, found)))
     listed = f"Tried: {', '.join(tried)}."
-    if all(r.value is None for r in found):
-        return f"{listed} How much they bring back cannot be said; the attacks' section says why."
     strongest: dict[str, Record] = {}
     for record in found:
-        name = str(record.extra.get("attack"))
-        if record.value is None or record.value < RECOVERED or (record.extra.get("interval") or [1.0])[0] <= 0:
-            continue
-        if name not in strongest or record.value > (strongest[name].value or 0.0):
+        name = plain_name(record)
+        if _counts(record) and (name not in strongest or (record.value or 0) > (strongest[name].value or 0)):
             strongest[name] = record
     if not strongest:
-        return f"{listed} None brought back {percent(RECOVERED)} or more of what was removed, beyond chance."
+        return f"{listed} None brought back {percent(RECOVERED)} or more of what was removed, beyond chance.{told}"
     parts = [
         f"{name} {percent(min(record.value or 0.0, 1.0))} ({figure_of(record)}; it needs {record.extra.get('needs')})"
         for name, record in strongest.items()
     ]
-    return (
-        f"{listed} Of what was removed, these bring back: {'; '.join(parts)}. Others bring back nothing beyond chance."
-    )
+    others = " Others bring back nothing beyond chance." if len(strongest) < len(tried) else ""
+    return f"{listed} Of what was removed, these bring back: {'; '.join(parts)}.{others}{told}"
 
 
-def attacks(run: Reported) -> list[Html]:
-    """Return the section: what each attack recovers, its curves, and why a share could not be given."""
-    from alter.attacks.run import untrained
+def attacks(run: Reported, level: int, count: int) -> list[Html]:
+    """Return the section: what each attack recovers, an example reply to each, curves, and what is no valid test.
 
+    Args:
+        run: the run, which was attacked.
+        level: of the section's headings.
+        count: 0 quotes no reply.
+    """
     rows = []
-    refused: dict[str, list[str]] = {}
-    for record in recovered(run):
-        extra, share = record.extra, "-"
-        if record.value is not None:
-            share = f"{record.value:.2f}"
-            share += " [{:.2f}, {:.2f}]".format(*extra["interval"]) if extra.get("interval") else ""
+    for record in valid(run):
+        extra = record.extra
+        share = f"{record.value:.2f}" + (
+            " [{:.2f}, {:.2f}]".format(*extra["interval"]) if extra.get("interval") else ""
+        )
         step = "".join(f", {key} {extra[key]}" for key in ("step", "depth") if extra.get(key) is not None)
-        values = [decimal(extra.get(key)) for key in ("original", "before", "after", "retrained")]
-        rows.append([extra.get("attack"), extra.get("needs"), f"{figure_of(record)}{step}", *values, share])
-        if "refused" in extra:
-            refused.setdefault(extra["refused"], []).append(f"{extra.get('attack')} ({figure_of(record)})")
+        values = [decimal(extra.get(key)) for key in ("after", "before", "retrained", "original")]
+        rows.append([plain_name(record), share, *values, f"{figure_of(record)}{step}", extra.get("needs")])
     caption = (
         "recovered: 1 is all that unlearning removed, 0 no more than the same attack gets out of the retrained model; "
-        "in brackets the 95 % interval. Of several steps or depths, the one that is best for the attacker."
+        "in brackets the 95 % interval. under attack, before: the unlearned model. Of several steps or depths, the one that is "
+        "best for the attacker."
     )
-    head = ["attack", "the attacker needs", "figure", "original", "before", "after", "retrained", "recovered"]
-    shown = [grid(head, rows, label="Attacks", numbers=(3, 4, 5, 6, 7), wide=[1], caption=caption, reference=6)]
+    head = ["attack", "recovered", "under attack", "before", "retrained", "original", "figure", "the attacker needs"]
+    shown: list[Html] = []
+    if rows:
+        shown = [grid(head, rows, label="Attacks", numbers=(1, 2, 3, 4, 5), wide=[7], caption=caption, reference=4)]
+    examples = [
+        card
+        for name in dict.fromkeys(str(r.extra.get("attack")) for r in valid(run))
+        if (card := _example(run, name, level))
+    ]
+    if count and examples:
+        shown.append(folded("The reply to each attack that holds most of the truth", examples))
     plots = []
-    for record in recovered(run):
+    for record in valid(run):
         points = [point for point in record.extra.get("curve", []) if "step" in point]
         if len(points) < 2:
             continue
@@ -81,7 +162,7 @@ def attacks(run: Reported) -> list[Html]:
             for name, key in (("unlearned", "after"), ("retrained", "retrained"), ("original", "original"))
         }
         known = {name: values for name, values in series.items() if values}
-        name = f"{record.extra['attack']}: {figure_of(record)}"
+        name = f"{plain_name(record)}: {figure_of(record)}"
         ends = ", ".join(f"{model} {values[-1][1]:.2f}" for model, values in known.items())
         plots.append(
             lines(
@@ -90,5 +171,37 @@ def attacks(run: Reported) -> list[Html]:
             )
         )  # fmt: skip
     shown += [tag("div", *plots, class_="plots")] if plots else []
-    notes = [f"No recovered fraction for {', '.join(where)}: {why}" for why, where in refused.items()]
-    return [*shown, *(tag("p", note, class_="small") for note in [*notes, *untrained(run.attacks)])]
+    kept = {str(record.extra.get("attack")) for record in valid(run)}
+    notes = [f"{NAMES.get(name, name)} {why}" for name, why in _untrained(run).items() if name in kept]
+    shown += [tag("p", f"{note[0].upper()}{note[1:]}", class_="small") for note in notes]
+    none = no_tests(run)
+    if none:
+        shown.append(tag(f"h{level}", "No valid test here"))
+        shown.append(tag("ul", *(tag("li", f"{', '.join(names)}: {why}") for why, names in none.items())))
+    return shown
+
+
+def _example(run: Reported, name: str, level: int) -> Html | None:
+    """The reply to an attack that holds most of the truth, beside it, or None where the records hold no replies."""
+    best: tuple[float, str, str, str] | None = None
+    for record in run.attacks:
+        extra = record.extra
+        if record.metric != "attack_rouge" or record.model != "unlearned" or extra.get("attack") != name:
+            continue
+        replies, truths = extra.get("replies") or [], extra.get("references") or []
+        asked = extra.get("questions") or [""] * len(replies)
+        for score, question, truth, reply in zip(record.per_item or [], asked, truths, replies, strict=False):
+            if score is not None and math.isfinite(score) and (best is None or score > best[0]):
+                best = (score, str(question), str(truth), str(reply))
+    if best is None:
+        return None
+    _, question, truth, reply = best
+    said = marked(truth, reply, question) if reply.strip() else tag("em", "(no answer)")
+    parts = [
+        tag("div", tag("dt", "the truth"), tag("dd", truth, dir="auto"), class_="truth"),
+        tag("div", tag("dt", "unlearned, under attack"), tag("dd", said, dir="auto")),
+    ]
+    if question:
+        parts.insert(0, tag("div", tag("dt", "asked"), tag("dd", question, dir="auto"), class_="truth"))
+    title = tag(f"h{level + 1}", NAMES.get(name, name))
+    return tag("div", title, tag("dl", *parts, class_="replies"), class_="sample")

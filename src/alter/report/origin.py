@@ -8,14 +8,17 @@ import yaml
 
 from alter.core.records import Record
 from alter.report.runs import Reported
-from alter.reporting.markup import Html, grid, tag
+from alter.reporting.markup import Html, folded, grid, tag
 
 
 def settings_of(run: Reported) -> list[Html]:
     """Return the section that shows the run's own run.yaml."""
     words = tag("p", "The file run.yaml; ", tag("code", "alter unlearn run.yaml --out NEW"), " repeats the run.")
-    return [words, tag("div", tag("pre", run.written, class_="two"), class_="box", tabindex="0", role="region",
-                       aria_label="Settings of the run")]  # fmt: skip
+    box = tag(
+        "div", tag("pre", run.written, class_="two"), class_="box", tabindex="0", role="region",
+        aria_label="Settings of the run",
+    )  # fmt: skip
+    return [words, folded("All settings", [box])]
 
 
 def provenance(run: Reported, level: int) -> list[Html]:
@@ -59,4 +62,4 @@ def provenance(run: Reported, level: int) -> list[Html]:
             shown.append(tag(f"h{level}", "How it was measured"))
             box = {"class_": "box", "tabindex": "0", "role": "region", "aria_label": "Settings of the measurements"}
             shown.append(tag("div", tag("pre", "\n".join(sorted(asked)), class_="two"), **box))
-    return shown
+    return [folded("Weights, data, code and machines", shown)]

@@ -20,7 +20,7 @@ from alter.report.requests import requests
 from alter.report.runs import Reported, read
 from alter.report.samples import sample_answers, samples
 from alter.report.settings import Report
-from alter.report.summary import summary
+from alter.report.summary import evidence, summary
 from alter.report.tables import figures, side_by_side
 from alter.report.tokens import entropies, routing
 from alter.report.training import logged, training
@@ -56,7 +56,7 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
         (
             "Attacks",
             bool(recovered(run)),
-            lambda: attacks(run),
+            lambda: attacks(run, level, count),
             f"alter attack {which} --forget {forget} --retrained RETRAINED --out attacks",
             "--attacks attacks",
         ),
@@ -84,7 +84,12 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
 
 
 def compose(
-    runs: Sequence[Reported], *, count: int = 6, title: str | None = None, asked: Sequence[Html] | None = None
+    runs: Sequence[Reported],
+    *,
+    count: int = 6,
+    title: str | None = None,
+    asked: Sequence[Html] | None = None,
+    officer: bool = False,
 ) -> str:
     """Return the page.
 
@@ -93,6 +98,7 @@ def compose(
         count: questions to show as samples.
         title: heading.
         asked: the section on erasure requests, if there is one.
+        officer: summary and evidence of each run alone.
     """
     heading = title or "Unlearning report"
     parts: list[Html] = []
@@ -105,7 +111,11 @@ def compose(
     def left_out(missing: Sequence[Html]) -> list[Html]:
         return [tag("ul", *missing, class_="small")] if missing else []
 
-    if len(runs) == 1:
+    if officer:
+        for i, run in enumerate(runs):
+            name = "Summary" if len(runs) == 1 else run.name
+            section(name, f"run{i}", [*summary(run, 3), tag("h3", "Evidence"), *evidence(run)])
+    elif len(runs) == 1:
         found, missing = sections(runs[0], 3, count)
         for i, (name, content) in enumerate(found.items()):
             section(name, f"s{i}", content)
@@ -159,7 +169,7 @@ def report(settings: Report) -> Path:
         )
     runs = read(settings)
     asked = None if settings.db is None else requests(settings.db, settings.request)
-    page = compose(runs, count=settings.samples, title=settings.title, asked=asked)
+    page = compose(runs, count=settings.samples, title=settings.title, asked=asked, officer=settings.officer)
     write_atomic(out, page)
     Console(stderr=True, soft_wrap=True).print(
         f"report: {out}, {len(page.encode()) / 1000:.0f} kB", markup=False, highlight=False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +49,8 @@ class TokenFigures:
 class Reported:
     """One run with all that was measured of it; `folder` is None if there are records alone.
 
-    `kind` is what it wrote, an adapter or, where all weights were trained, a model; `digest` that folder's.
+    `kind` is what it wrote, an adapter or, where all weights were trained, a model; `digest` that folder's. `people` says
+    whom numbered parts of the forget set are about.
     """
 
     name: str
@@ -58,9 +61,15 @@ class Reported:
     kind: Literal["adapter", "model"] = "adapter"
     digest: str | None = None
     tokens: TokenFigures | None = None
+    people: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     attacks: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def parts(self) -> list[str]:
+        """Names of the parts of the forget set, whom they are about in the place of a number where that is known."""
+        names = [str(name) for name in self.facts.get("domains", [])]
+        return [self.people.get(name, name) for name in names]
 
     def get(self, model: str, metric: str) -> Record | None:
         """The record of one model and metric that has a value, the strict one if there are several."""
@@ -167,6 +176,31 @@ def _count(source: str, epochs: float) -> tuple[int | None, str]:
     return min(total, math.ceil(epochs * total)), ""
 
 
+def people_of(run: Reported) -> dict[str, str]:
+    """Return whom the numbered parts of a run's forget set are about: the name that most of a part's questions hold.
+
+    Empty where parts have names of their own or the rows are not on this machine; nothing is fetched for it.
+    """
+    names = [str(name) for name in run.facts.get("domains", [])]
+    if not names or not all(name.isdecimal() for name in names) or _count(run.settings["forget"], 1)[0] is None:
+        return {}
+    from alter.data.examples import load_examples
+    from alter.evaluation.others import people
+
+    questions: dict[str, list[str]] = {}
+    for example in load_examples(run.settings["forget"]):
+        part = str(example.row.get(run.settings.get("domain_column") or "author"))
+        questions.setdefault(part, []).append(example.prompt or "")
+    found = {}
+    for part in (name for name in names if name in questions):
+        every = Counter(name for question in questions[part] for name in people([question])).most_common(1)
+        if every and every[0][1] * 4 >= len(questions[part]):
+            # as it is written there: names are compared in small letters
+            written = re.compile(r"\W+".join(map(re.escape, every[0][0])), re.IGNORECASE)
+            found[part] = next((match[0] for q in questions[part] if (match := written.search(q))), part)
+    return found
+
+
 def owners(path: str, records: Sequence[Record], runs: Sequence[Reported]) -> list[Reported]:
     """Return the runs that records belong to: those whose adapter or model they measured; all if they measured none.
 
@@ -225,6 +259,8 @@ def read(settings: Report) -> list[Reported]:
             runs[i].name = str(run.folder)
     if not runs and (settings.records or settings.attacks):
         runs = [Reported(settings.title or "Results")]
+    for run in runs:
+        run.people = people_of(run) if settings.samples and not settings.officer else {}
     inside: dict[tuple[int, str, str], str] = {}
     for run in runs:
         own = run.folder / "records.json" if run.folder else None

@@ -1,4 +1,4 @@
-"""Sample answers: what each model said to the same questions, with what differs from the truth marked."""
+"""Sample answers: what each model said to the same questions, with what is from the truth marked."""
 
 from __future__ import annotations
 
@@ -91,7 +91,11 @@ def sample_answers(run: Reported, level: int, count: int) -> list[Html]:
             known = value is not None and math.isfinite(value)
             score = f" · {figure} {value / scale:.2f}" if known and value is not None else ""
             name = f"{model} (reference)" if model == "retrained" else model
-            said = marked(_short(sample.truth), _short(reply)) if reply.strip() else tag("em", "(no answer)")
+            said = (
+                marked(_short(sample.truth), _short(reply), sample.question)
+                if reply.strip()
+                else tag("em", "(no answer)")
+            )
             head = tag("dt", name, tag("span", score, class_="soft"))
             items.append(tag("div", head, tag("dd", said, dir="auto")))
         title = tag(f"h{level + 1}", _short(sample.question) or "A passage", dir="auto")
@@ -103,7 +107,7 @@ def sample_answers(run: Reported, level: int, count: int) -> list[Html]:
         tag("code", "--samples 0", class_="flag"),
         " leaves it out). ",
         tag("mark", "Underlined words"),
-        " are not in the true answer, or not in its order; all other words are.",
+        " are from the true answer, in its order, and not from the question: they are what a reply gives away.",
     )
     shown = [intro, tag(f"h{level}", f"{len(places)} of {len(found)}, evenly spread")]
     shown += [card(found[i]) for i in places]

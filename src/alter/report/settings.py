@@ -24,6 +24,10 @@ class Report(BaseModel):
     request: list[str] = Field(default_factory=list)
     """Only these of its requests, each with its history; by default all. Whoever asked need not read of the others."""
     samples: int = Field(6, ge=0)
-    """Questions to show with all answers. They quote what was to be forgotten; 0 leaves them out."""
+    """Questions to show with all answers, and who the parts of the forget set are about. They quote what was to be forgotten; 0
+    leaves them out."""
+    officer: bool = False
+    """Two pages for whoever answers for the erasure: the summary, the counts behind it, the requests and what it rests on.
+    Quotes nothing."""
     title: str | None = None
     """Heading of the page."""

@@ -7,9 +7,10 @@ from typing import Any
 from alter.evaluation.closing import closing_of, others_named
 from alter.evaluation.verdict import FIRM
 from alter.report.attacks import brought_back
-from alter.report.runs import Reported
+from alter.report.runs import ROLES, Reported
+from alter.report.tables import by_model
 from alter.report.verdict import QUALITY, SAID, VERDICTS, blind, reply_counts, rows_behind, verdict
-from alter.reporting.markup import Html, duration, join, percent, tag
+from alter.reporting.markup import Html, duration, grid, join, percent, tag
 from alter.reporting.terminal import number
 
 UTILITY = 0.97
@@ -97,11 +98,42 @@ def _cost(run: Reported) -> list[object]:
     return found
 
 
+COUNTED = {
+    "forget_probability": "probability of the true answers",
+    "forget_rouge": "ROUGE-L: share of the true answers that is said",
+    "retain_rouge": "the same of what was to stay",
+    "model_utility": "utility",
+}
+"""Figures of the officer's table, in words."""
+
+
+def evidence(run: Reported) -> list[Html]:
+    """Return what the officer's view shows in the place of all figures: counts, a few means, and what was measured when."""
+    models = [name for name in by_model(run) if name in ROLES]
+    counts = [reply_counts(run, name) for name in models]
+    rows: list[list[object]] = []
+    if any(counts):
+        rows.append(
+            ["replies that give the answer", *("-" if c is None else f"{c.said} of {c.asked}" for c in counts)]
+        )
+        rows.append(["broken or empty replies", *("-" if c is None else f"{c.broken} of {c.n}" for c in counts)])
+    for metric, words in COUNTED.items():
+        values = [run.get(name, metric) for name in models]
+        if any(value is not None for value in values):
+            n = max(value.n for value in values if value is not None)
+            rows.append([f"{words} (n = {n})", *("-" if v is None else number(v) for v in values)])
+    shown = [grid(["", *models], rows, label="Evidence", numbers=range(1, len(models) + 1))] if rows else []
+    measured = sorted({str(r.provenance["measured"]) for r in run.records if r.provenance.get("measured")})
+    facts = [f"{run.kind} {run.digest}"] if run.digest else []
+    facts += [f"measured {measured[0]}" + (f" to {measured[-1]}" if len(measured) > 1 else "")] if measured else []
+    return [*shown, tag("p", "; ".join(facts), class_="small soft")] if facts else shown
+
+
 def summary(run: Reported, level: int) -> list[Html]:
     """What was to be forgotten, whether it was, what it cost, whether it can be brought back, and the limits."""
     asked: list[object] = []
     if run.settings:
-        names = [str(name) for name in run.facts["domains"]]
+        names = run.parts()
         listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         own = ", each with an expert of its own" if run.facts["router"] else ""
         parts = f" It has {len(names)} parts ({listed}){own}." if len(names) > 1 else ""

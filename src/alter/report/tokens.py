@@ -86,7 +86,7 @@ def routing(run: Reported) -> list[Html]:
     tokens = run.tokens
     assert tokens is not None
     found = {name: routed(tokens.gates[part]) for name, part in tokens.parts().items()}
-    served = dict(zip(run.facts["experts"], run.facts["domains"], strict=False))
+    served = dict(zip(run.facts["experts"], run.parts(), strict=False))
     count = tokens.gates.shape[1]
     first = next(iter(found.values()))
     order = sorted(range(1, count), key=lambda i: (-first[i], i))

@@ -75,6 +75,11 @@ def join(parts: Iterable[object], between: str = "") -> Html:
     return Html(str(text(between)).join(text(part) for part in parts))
 
 
+def folded(title: str, content: Iterable[object]) -> Html:
+    """Return content that is shown when its title is chosen."""
+    return tag("details", tag("summary", title), *content)
+
+
 def document(title: str, body: object) -> str:
     """Return a whole page that fetches nothing and runs no script.
 
@@ -159,12 +164,16 @@ def common(truth: str, said: str) -> list[bool]:
     return found
 
 
-def marked(truth: str, said: str) -> Html:
-    """Return `said` with each run of words that is not in `truth`, in its order, marked.
+def marked(truth: str, said: str, asked: str = "") -> Html:
+    """Return `said` with what it gives away marked: words of `truth`, in its order, that the question `asked` does not hold.
 
     The mark is underlined as well as coloured, and says itself to a screen reader.
     """
-    same, found = common(truth, said), spans(said)
+    found = spans(said)
+    known = {bare(asked[slice(*span)]) for span in spans(asked)}
+    same = [
+        there and bare(said[slice(*span)]) not in known for there, span in zip(common(truth, said), found, strict=True)
+    ]
     parts: list[Html] = []
     place, i = 0, 0
     while i < len(found):
@@ -174,10 +183,10 @@ def marked(truth: str, said: str) -> Html:
         start, end = found[i][0], found[last][1]
         parts.append(text(said[place:start]))
         if same[i]:
-            parts.append(text(said[start:end]))
-        else:
-            unseen = [tag("span", words, class_="unseen") for words in ("[differs: ", "]")]
+            unseen = [tag("span", words, class_="unseen") for words in ("[from the truth: ", "]")]
             parts.append(tag("mark", unseen[0], said[start:end], unseen[1]))
+        else:
+            parts.append(text(said[start:end]))
         place, i = end, last + 1
     return join([*parts, text(said[place:])])
 
