@@ -4,11 +4,13 @@ import base64
 import csv
 import functools
 import gc
+import hashlib
 import itertools
 import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -30,9 +32,9 @@ from alter.comparison import cells, choice, plan, table, words
 from alter.comparison import run as compare
 from alter.comparison.cells import Job, finished, hold, run_cells
 from alter.comparison.choice import best_setting, cell_figures, choices
-from alter.comparison.plan import PARTS, Compare, divide, run_of
-from alter.comparison.settings import Retrained
-from alter.comparison.table import dominated, table_rows
+from alter.comparison.plan import PARTS, divide, run_of
+from alter.comparison.settings import Compare, Retrained
+from alter.comparison.table import TableRow, dominated, table_rows, undominated
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records, write_records
 from alter.data.sources import read_rows, tofu_rows
@@ -702,19 +704,64 @@ def test_the_page_shows_what_the_table_shows(data, tmp_path, monkeypatch):
         assert page.strong == {(0, *place) for place in said.best}
         by = {(row.name, row.split): row for row in rows}
         better = {(said.results[i][0], wanted.splits[(j - 1) // len(choice.FIGURES)]) for i, j in said.best}
-        assert all(said.results[0][j].endswith(": utility") for _, j in said.best)
+        assert all(said.results[0][j].endswith(": utility ↑") for _, j in said.best)
         assert better == {key for key, row in by.items() if row.choice and not row.dominated}
-        [image] = page.images
-        assert (
-            base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
-            == (tmp_path / "pareto.png").read_bytes()
-        )
-        assert not {"b", "script", "iframe", "form"} & set(page.seen)
+        assert page.seen["svg"] == 2
+        assert not page.images
+        assert not {"b", "iframe", "form"} & set(page.seen)
+        # the one script is known to the page's policy by its hash
+        script = text.partition("<script>")[2].partition("</script>")[0]
+        known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert page.seen["script"] == 1
+        assert f"script-src 'sha256-{known}'" in text
+        for split in wanted.splits:
+            beaten = {name for (name, where), row in by.items() if where == split and row.choice and row.dominated}
+            listed = text.partition(f"On {split} each point")[2].partition("</p>")[0].partition("in both: ")[2]
+            assert not any(re.search(rf"\b{each} \(", listed) for each in beaten - {name})
+        run = by["graddiff", "forget10"].cells[0]
+        assert f'href="cells/{by["graddiff", "forget05"].cells[0]}/cell.json"' in text
+        assert (tmp_path / "cells" / run / "test-forget10.json").is_file()
+        assert 'href="https://arxiv.org/abs/2404.05868"' in text
         assert "loss is nan" in text
         # a bar in a name ends no cell of the Markdown table
         lines = (tmp_path / "table.md").read_text().splitlines()
         assert len({line.replace("\\|", "").count("|") for line in lines[:6]}) == 1
         assert any(line.startswith("| " + name.replace("|", "\\|") + " |") for line in lines)
+
+
+def test_bold_is_what_lies_beyond_the_spread_of_the_seeds():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        points, spreads = generator.integers(0, 5, (4, 2)), generator.integers(0, 3, (4, 2))
+        naive = []
+        for i, (mine, spread) in enumerate(zip(points, spreads, strict=True)):
+            worse = mine - spread
+            others = [points[j] for j in range(4) if j != i]
+            naive.append(not any((o >= worse).all() and (o > worse).any() for o in others))
+        assert undominated(points, spreads).tolist() == naive
+    assert undominated([[1, 1], [0, 0.9]], [[0, 0.2], [0, 0]]).tolist() == [True, False]
+
+
+def test_replies_are_counted():
+    texts = {
+        "questions": ["Where was Ada born?"] * 4,
+        "references": ["Ada was born in Ulm."] * 4,
+        "generations": ["In Ulm.", "In Rome.", "", "x x x x x x x x"],
+    }
+    found = choice.cell_figures([Record("x", "forget_rouge", 0.3, 4, extra=texts)], None)
+    assert (found["forget_said"], found["forget_said_of"]) == (0.25, 4)
+    assert (found["forget_unusable"], found["forget_unusable_of"]) == (0.5, 4)
+    row = TableRow("npo", "forget10", 1, found, {"forget_said": 0.25})
+    assert words._counted(row, "forget_said") == "1 ± 1 of 4"
+    assert words._counted(row, "forget_unusable") == "2 of 4"
+
+
+def test_the_table_for_latex():
+    said = words.Text([["a_b", "50 % ↑"], ["x & y", "1.0 ± 0.1"]], [], [], {(1, 1)}, [], [])
+    lines = words.latex(said).splitlines()
+    assert lines[1] == r"\begin{tabular}{lr}"
+    assert lines[3] == r"a\_b & 50 \% $\uparrow$ \\"
+    assert lines[5] == r"x \& y & \textbf{1.0 $\pm$ 0.1} \\"
 
 
 def test_notes_name_what_is_missing_and_nothing_else(data, tmp_path):

@@ -16,17 +16,20 @@ from alter.comparison.cells import is_measured
 from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Compare, Layout, Setting
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records
+from alter.evaluation.verdict import broken, gives
 
 Array = npt.NDArray[np.float64]
 
 FIGURES = {
-    "forget_quality": "forget quality, log10 p",
-    "model_utility": "utility",
-    "forget_rouge": "forget ROUGE-L",
-    "forget_distinct_2": "distinct-2",
-    "forget_repetition": "repetition",
+    "forget_quality": "forget quality, log10 p ↑",
+    "model_utility": "utility ↑",
+    "forget_rouge": "forget ROUGE-L ↓",
+    "forget_said": "answers still given ↓",
+    "forget_unusable": "broken or empty ↓",
+    "forget_distinct_2": "distinct-2 ↑",
+    "forget_repetition": "repetition ↓",
 }
-"""Columns of the table for each split, by metric."""
+"""Columns of the table for each split, by metric; arrows point in the better direction."""
 CRITERIA = {
     "retrained": "1 - D, D the Kolmogorov-Smirnov distance of its truth ratios on forget rows to the retrained model's",
     "holdout": "1 - |2 AUC - 1| of min-k against rows that no model saw",
@@ -59,6 +62,7 @@ def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) 
         for name, record in by.items()
         if name in FIGURES or name in ("mia_min_k", "forget_probability")
     }
+    found |= _replies(by.get("forget_rouge"))
     if reference is not None:
         own, other = (
             next(record for record in rows if record.metric == "forget_truth_ratio") for rows in (records, reference)
@@ -68,6 +72,19 @@ def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) 
         quality = metrics.forget_quality(_floats(own.per_item), _floats(other.per_item))
         found |= {"forget_quality": quality.log10, "distance": quality.statistic}
     return found
+
+
+def _replies(record: Record | None) -> dict[str, float]:
+    """Shares of replies about forget rows that give their answer and that are broken or empty, and of how many they are."""
+    if record is None or not record.extra.get("generations"):
+        return {}
+    replies = [str(reply) for reply in record.extra["generations"]]
+    asked = record.extra.get("questions") or [""] * len(replies)
+    told = [gives(*row) for row in zip(asked, record.extra["references"], replies, strict=True)]
+    known = [value for value in told if value is not None]
+    bad = sum(broken(reply) or not reply.strip() for reply in replies)
+    found = {"forget_unusable": bad / len(replies), "forget_unusable_of": float(len(replies))}
+    return found | ({"forget_said": sum(known) / len(known), "forget_said_of": float(len(known))} if known else {})
 
 
 def _floats(values: Sequence[float | None] | None) -> Array:

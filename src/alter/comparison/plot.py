@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alter.comparison.choice import criterion
 from alter.comparison.plan import Compare
-from alter.comparison.table import TableRow, axis
+from alter.comparison.table import TableRow, axis, axis_label, axis_name
 from alter.reporting.figures import AFTER, BEFORE, OTHER, figure, name_points
 
 
@@ -18,7 +18,7 @@ def pareto(path: Path, settings: Compare, rows: Sequence[TableRow]) -> None:
     with figure(path, columns=len(settings.splits), width=5.6, height=5.2) as plots:
         for axes, split in zip(plots[0], settings.splits, strict=True):
             kind = criterion(settings, split)
-            key = "forget_quality" if kind == "retrained" else "forgetting"
+            key = axis_name(kind)
             best = []
             for row in rows:
                 x, y = row.mean.get("model_utility", math.nan), axis(row, kind)
@@ -34,12 +34,7 @@ def pareto(path: Path, settings: Compare, rows: Sequence[TableRow]) -> None:
                 )  # fmt: skip
                 named.setdefault(split, []).append((not on, (x, y), row.name, color))
             axes.plot(*zip(*sorted(best), strict=True) if best else ((), ()), color=AFTER, lw=0.8, ls="--")
-            label = (
-                "forget quality, log10 p"
-                if kind == "retrained"
-                else "forgetting: 1 - " + ("|2 AUC - 1|" if kind == "holdout" else "forget ROUGE-L")
-            )
-            axes.set(xlabel="model utility (higher is better)", ylabel=f"{label} (higher is better)")
+            axes.set(xlabel="model utility (higher is better)", ylabel=f"{axis_label(kind)} (higher is better)")
             axes.set_title(f"{split}: ★ not dominated")
             axes.margins(0.1)
         for axes, split in zip(plots[0], settings.splits, strict=True):

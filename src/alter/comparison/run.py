@@ -27,7 +27,7 @@ from alter.comparison.plan import (
 )
 from alter.comparison.plot import pareto
 from alter.comparison.table import TableRow, table_rows
-from alter.comparison.words import described, html_page, markdown
+from alter.comparison.words import described, html_page, latex, markdown
 from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
@@ -40,7 +40,7 @@ Chosen = Mapping[tuple[str, Chain], Choice]
 def compare(settings: Compare) -> list[TableRow]:
     """Run `alter compare`: all cells, the choice, the table; and write them to `settings.out`.
 
-    Files: `table.md`, `table.csv`, `search.csv`, `report.html`, `pareto.png`, `records.json`, `compare.json` (settings, choices,
+    Files: `table.md`, `table.tex`, `table.csv`, `search.csv`, `report.html`, `pareto.png`, `records.json`, `compare.json` (settings, choices,
     provenance); `cells/KEY` and `rows/` hold what they are made of.
 
     Raises:
@@ -62,7 +62,7 @@ def compare(settings: Compare) -> list[TableRow]:
         if lock is not None:
             os.close(lock)
     show(
-        f"\n{text}\n{out}: report.html, table.md, table.csv, search.csv, pareto.png, records.json, compare.json, cells/",
+        f"\n{text}\n{out}: report.html, table.md, table.tex, table.csv, search.csv, pareto.png, records.json, compare.json, cells/",
         markup=False,
         highlight=False,
     )
@@ -126,10 +126,11 @@ def _write(settings: Compare, made: Layout, chosen: Chosen, out: Path) -> tuple[
     said = described(settings, rows, divided)
     text = markdown(said)
     write_atomic(out / "table.md", text)
+    write_atomic(out / "table.tex", latex(said))
     write_atomic(out / "table.csv", table_csv(rows))
     write_atomic(out / "search.csv", search_csv(chosen))
     pareto(out / "pareto.png", settings, rows)
-    write_atomic(out / "report.html", html_page(said, settings, out / "pareto.png"))
+    write_atomic(out / "report.html", html_page(said, settings, rows))
     write_records(out / "records.json", all_records(settings, made, chosen, out))
     summary = {
         "settings": settings.model_dump(mode="json"),

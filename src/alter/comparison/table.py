@@ -25,7 +25,10 @@ COSTS = {
 
 @dataclass(frozen=True)
 class TableRow:
-    """One method on one split: means over its seeds on test rows and, from two seeds on, standard deviations (n - 1)."""
+    """One method on one split: means over its seeds on test rows and, from two seeds on, standard deviations (n - 1).
+
+    `clear`: no other method would dominate it, were each of its figures worse by its spread. `cells`: keys of its cells.
+    """
 
     name: str
     split: str
@@ -35,6 +38,8 @@ class TableRow:
     choice: Choice | None = None
     dominated: bool = False
     dominated_with_fluency: bool = False
+    clear: bool = False
+    cells: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
@@ -53,9 +58,37 @@ def dominated(points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     return np.asarray((as_good & better).any(0), dtype=np.bool_)
 
 
+def undominated(points: npt.ArrayLike, spreads: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Which points none of the others dominates, not even if the point itself were worse by its spread.
+
+    Args:
+        points: [n, k], as in `dominated`.
+        spreads: [n, k], standard deviations over seeds.
+    """
+    values, lower = np.asarray(points, dtype=np.float64), np.asarray(spreads, dtype=np.float64)
+    found = np.ones(len(values), dtype=np.bool_)
+    for place in range(len(values)):
+        moved = values.copy()
+        moved[place] -= lower[place]
+        found[place] = not dominated(moved)[place]
+    return found
+
+
+def axis_name(kind: str) -> str:
+    """The figure that is the forgetting axis of the plot, by the criterion of its split."""
+    return "forget_quality" if kind == "retrained" else "forgetting"
+
+
+def axis_label(kind: str) -> str:
+    """The forgetting axis in words."""
+    if kind == "retrained":
+        return "forget quality, log10 p"
+    return "forgetting: 1 - " + ("|2 AUC - 1|" if kind == "holdout" else "forget ROUGE-L")
+
+
 def axis(row: TableRow, kind: str) -> float:
     """A row's place on the forgetting axis of the plot: log10 of forget quality, or the criterion of its split."""
-    return row.mean.get("forget_quality", math.nan) if kind == "retrained" else row.mean.get("forgetting", math.nan)
+    return row.mean.get(axis_name(kind), math.nan)
 
 
 def table_rows(
@@ -82,10 +115,14 @@ def table_rows(
             [row.mean.get("forget_distinct_2", math.nan), -row.mean.get("forget_repetition", math.nan)]
             for row in methods
         ]
+        # a method whose seeds spread farther than its lead has none
+        spreads = [[row.spread.get(key, 0.0) for key in (axis_name(kind), "model_utility")] for row in methods]
+        clear = undominated(pairs, spreads)
         worse = dominated(pairs)
         worst = dominated([pair + rest for pair, rest in zip(pairs, fluent, strict=True)])
         for place, row in enumerate(methods):
-            rows.append(replace(row, dominated=bool(worse[place]), dominated_with_fluency=bool(worst[place])))
+            marks = {"dominated": bool(worse[place]), "dominated_with_fluency": bool(worst[place])}
+            rows.append(replace(row, **marks, clear=bool(clear[place]) and bool(np.isfinite(pairs[place]).all())))
     return rows
 
 
@@ -129,4 +166,4 @@ def _row(
     mean = {key: sum(found[key] for found in each) / len(each) for key in keys}
     finite = [key for key in keys if len(each) > 1 and all(math.isfinite(found[key]) for found in each)]
     spread = {key: statistics.stdev(found[key] for found in each) for key in finite}
-    return TableRow(name, split, len(each), mean, spread, choice)
+    return TableRow(name, split, len(each), mean, spread, choice, cells=tuple(cell.key for cell in cells))

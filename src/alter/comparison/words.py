@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from alter.comparison.choice import CRITERIA, FIGURES, criterion
 from alter.comparison.plan import Compare
-from alter.comparison.table import COSTS, TableRow
-from alter.reporting.markup import document, grid, join, tag
+from alter.comparison.table import COSTS, TableRow, axis, axis_label, axis_name
+from alter.methods.presets import METHODS
+from alter.reporting.markup import Html, Point, Style, document, grid, join, scatter, tag
 
 
 def _shown(row: TableRow, key: str, form: str, scale: float = 1.0) -> str:
@@ -19,6 +19,12 @@ def _shown(row: TableRow, key: str, form: str, scale: float = 1.0) -> str:
         return "-"
     text = format(row.mean[key] * scale, form)
     return f"{text} ± {format(row.spread[key] * scale, form)}" if key in row.spread else text
+
+
+def _counted(row: TableRow, key: str) -> str:
+    """A figure, or a share as how many of how many replies that is, over the seeds."""
+    of = row.mean.get(f"{key}_of", math.nan)
+    return f"{_shown(row, key, '.0f', of)} of {of:.0f}" if math.isfinite(of) else _shown(row, key, ".3f")
 
 
 def _on_edge(value: float, grid: Sequence[float]) -> str:
@@ -68,8 +74,8 @@ def _results(settings: Compare, rows: Sequence[TableRow]) -> tuple[list[list[str
         line = [name]
         for split in settings.splits:
             row = by.get((name, split), TableRow(name, split, 0, {}, {}))
-            line += [_shown(row, "forget_quality", ".1f"), *(_shown(row, key, ".3f") for key in list(FIGURES)[1:])]
-            if row.choice is not None and row.seeds and not row.dominated:
+            line += [_shown(row, "forget_quality", ".1f"), *(_counted(row, key) for key in list(FIGURES)[1:])]
+            if row.clear:
                 best.add((len(results), len(line) - len(FIGURES) + 1))
         results.append(line)
     return results, best
@@ -112,7 +118,8 @@ def _rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[
     return [
         f"Model {settings.model}, seeds {', '.join(map(str, settings.seeds))}; mean ± standard deviation over seeds. "
         "Numbers are of test rows. Bold utility: no other method of this split is at least as good in forgetting and "
-        "utility, and better in one of them. Fluency: distinct-2 and repetition besides.",
+        "utility, and better in one of them, not even were this one's figures worse by their standard deviation. Fluency: "
+        "distinct-2 and repetition besides.",
         f"Search budget, the same for every method and split: {len(settings.rates) * len(settings.epochs)} settings "
         f"(learning rates × {', '.join(f'{r:g}' for r in settings.rates)}; epochs "
         f"{', '.join(f'{e:g}' for e in settings.epochs)}{least}){more}, seeds searched: "
@@ -178,23 +185,114 @@ def markdown(said: Text) -> str:
     return "\n".join(lines + notes) + "\n"
 
 
-def html_page(said: Text, settings: Compare, picture: Path) -> str:
-    """The comparison as one HTML page that fetches nothing; the plot is inside it."""
-    results = [
+_LATEX = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "×": r"$\times$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
+
+
+def latex(said: Text) -> str:
+    """The table of results for LaTeX, with the package booktabs."""
+
+    def line(cells: Sequence[str], number: int) -> str:
+        escaped = ["".join(_LATEX.get(char, char) for char in cell) for cell in cells]
+        return (
+            " & ".join(rf"\textbf{{{c}}}" if (number, j) in said.best else c for j, c in enumerate(escaped)) + r" \\"
+        )
+
+    head, *rows = (line(cells, number) for number, cells in enumerate(said.results))
+    columns = "l" + "r" * (len(said.results[0]) - 1)
+    parts = [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(["% needs \\usepackage{booktabs}", *parts]) + "\n"
+
+
+def _chart(settings: Compare, rows: Sequence[TableRow], split: str, numbers: Mapping[str, int]) -> Html:
+    """One sentence on what a split's chart shows, and the chart: numbered points, forgetting against utility."""
+    kind = criterion(settings, split)
+    points, names = [], []
+    for row in (row for row in rows if row.split == split):
+        x, y = row.mean.get("model_utility", math.nan), axis(row, kind)
+        if math.isfinite(x) and math.isfinite(y):
+            style: Style = "given" if row.choice is None else "other" if row.dominated else "best"
+            spread = (row.spread.get("model_utility", 0.0), row.spread.get(axis_name(kind), 0.0))
+            points.append(Point(numbers[row.name], row.name, x, y, style, *spread))
+            names += [f"{row.name} ({numbers[row.name]})"] if style == "best" else []
+    listed = ", ".join(names) or "none has finished"
+    sentence = (
+        f"On {split} each point is a method by its number in the table: farther right it keeps more of what was to stay, farther "
+        f"up it forgets more; no method beats in both: {listed}."
+    )
+    if not points:
+        return tag("p", sentence)
+    told = "; ".join(f"{point.name}: utility {point.x:.2f}, {axis_label(kind)} {point.y:.2f}" for point in points)
+    drawn = scatter(
+        points,
+        across="model utility, better →",
+        up=f"↑ better: {axis_label(kind)}",
+        alt=f"Forgetting against utility on {split}. {told}.",
+        caption=f"{split}. Filled: beaten by no other method; hollow: beaten; squares: models as they are. Lines: ± one standard "
+        "deviation over seeds.",
+    )
+    return join([tag("p", sentence), drawn])
+
+
+def _links(name: str, settings: Compare, rows: Sequence[TableRow]) -> Html:
+    """Where more is to be found about a method: its paper, the run of its first seed, and what its model answered."""
+    found: list[Html] = []
+    preset = METHODS.get(str(settings.settings.get(name, {}).get("method", name)))
+    paper = None if preset is None else re.search(r"arXiv:(\d{4}\.\d{4,5})", preset.source)
+    if paper is not None:
+        found.append(tag("a", "paper", href=f"https://arxiv.org/abs/{paper[1]}", rel="noreferrer"))
+    row = next((row for row in rows if row.name == name and row.cells), None)
+    if row is not None:
+        folder = f"cells/{row.cells[0]}"
+        found.append(tag("a", "run", href=f"{folder}/cell.json"))
+        found.append(tag("a", "answers", href=f"{folder}/test-{row.split}.json"))
+    return tag("span", *(join([" ", link]) for link in found), class_="links small")
+
+
+def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
+    """The comparison as one HTML page that fetches nothing: charts, sortable tables, and links into the folder."""
+    numbers = {name: place for place, name in enumerate(_in_order(rows), start=1)}
+    results: list[list[object]] = [
         [tag("strong", cell) if (i, j) in said.best else cell for j, cell in enumerate(line)]
         for i, line in enumerate(said.results)
     ]
-    plot = base64.b64encode(picture.read_bytes()).decode()
+    for line in results[1:]:
+        name = str(line[0])
+        line[0] = join([tag("span", f"{numbers[name]} ", class_="soft"), name, _links(name, settings, rows)])
     title = f"Comparison on {settings.model}"
     body = [
         tag("h1", title),
         tag("p", f"{len(settings.methods)} methods, {len(settings.seeds)} seeds, {', '.join(settings.splits)}."),
-        tag(
-            "img", src=f"data:image/png;base64,{plot}", alt="Forgetting against model utility, a plot for each split."
+        *(_chart(settings, rows, split, numbers) for split in settings.splits),
+        grid(
+            results[0],
+            results[1:],
+            label="Results",
+            numbers=range(1, len(results[0])),
+            sortable=True,
+            caption="A click on a column's name sorts by it. The same table for LaTeX: table.tex.",
         ),
-        grid(results[0], results[1:], label="Results", numbers=range(1, len(results[0]))),
         tag("h2", "What it cost"),
-        grid(said.costs[0], said.costs[1:], label="Costs", numbers=range(2, len(said.costs[0]))),
+        grid(said.costs[0], said.costs[1:], label="Costs", numbers=range(2, len(said.costs[0])), sortable=True),
         tag("h2", "What the search found"),
         grid(
             said.searched[0],
@@ -207,4 +305,4 @@ def html_page(said: Text, settings: Compare, picture: Path) -> str:
     ]
     if said.notes:
         body += [tag("h2", "Cells without a result"), tag("ul", *(tag("li", note) for note in said.notes))]
-    return document(title, join(body))
+    return document(title, join(body), sorting=True)

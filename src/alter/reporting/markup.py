@@ -6,6 +6,8 @@ All text of users, data and models goes through `text`, which escapes it: `tag` 
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import math
 import re
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +24,7 @@ from alter.core.words import bare, spans
 
 Array = npt.NDArray[np.float64]
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report" / "page.html"
+SORT = TEMPLATE.with_name("sort.js")
 
 # Values --------------------------------------------------------------------------------------------------------------
 
@@ -80,19 +84,27 @@ def folded(title: str, content: Iterable[object]) -> Html:
     return tag("details", tag("summary", title), *content)
 
 
-def document(title: str, body: object) -> str:
-    """Return a whole page that fetches nothing and runs no script.
+def document(title: str, body: object, *, sorting: bool = False) -> str:
+    """Return a whole page that fetches nothing and runs no script, but for the one that sorts tables where that is wanted.
 
     Args:
         title: of the window.
         body: what is inside it.
+        sorting: let tables be sorted; the page's policy allows this one script by its hash.
     """
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(title=text(title), body=text(body))
+    script = SORT.read_text(encoding="utf-8") if sorting else ""
+    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=text(title),
+        body=text(body),
+        policy=f"; script-src 'sha256-{known}'" if sorting else "",
+        script=f"<script>{script}</script>\n" if sorting else "",
+    )
 
 
 def grid(
     head: Sequence[object], rows: Sequence[Sequence[object]], *, label: str, numbers: Sequence[int] = (),
-    caption: object = None, reference: int | None = None, wide: Sequence[int] = (),
+    caption: object = None, reference: int | None = None, wide: Sequence[int] = (), sortable: bool = False,
 ) -> Html:  # fmt: skip
     """Return a table in a box that scrolls by itself.
 
@@ -104,6 +116,7 @@ def grid(
         caption: below the table.
         reference: the column that is set off as the reference.
         wide: columns that hold sentences.
+        sortable: on a page with `sorting`, a click on a column's name sorts by it.
     """
 
     def of(column: int) -> str | None:
@@ -118,7 +131,8 @@ def grid(
         tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell, class_=of(i)) for i, cell in enumerate(row) if i))
         for row in rows
     ]
-    whole = tag("table", tag("thead", top), tag("tbody", *body), aria_label=label)
+    sort = "sortable" if sortable else None
+    whole = tag("table", tag("thead", top), tag("tbody", *body), aria_label=label, class_=sort)
     # the box takes the focus, so that it can be scrolled with the keyboard
     box = tag("div", whole, class_="box", role="region", aria_label=label, tabindex="0")
     return join([box, tag("p", caption, class_="note")]) if caption else box
@@ -284,6 +298,54 @@ def lines(
         if len(points) <= 25:
             parts += [tag("circle", cx=plane.x(x), cy=plane.y(y), r=2.4, class_=f"d{place}") for x, y in points]
     return _drawing([*parts, *_key(list(known))], alt, caption)
+
+
+Style = Literal["best", "other", "given"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A numbered point of a `scatter`, with its name, and half the length of its error bars; `given` is a square."""
+
+    number: int
+    name: str
+    x: float
+    y: float
+    style: Style
+    dx: float = 0.0
+    dy: float = 0.0
+
+
+def scatter(points: Sequence[Point], *, across: str, up: str, alt: str, caption: object) -> Html:
+    """Return a chart of numbered points, of which the names are in a table.
+
+    Args:
+        points: one or more.
+        across, up: names of the axes.
+        alt, caption: as in `lines`.
+    """
+    xs = ticks(min(p.x - p.dx for p in points), max(p.x + p.dx for p in points))
+    ys = ticks(min(p.y - p.dy for p in points), max(p.y + p.dy for p in points))
+    plane = _Plane(xs[0], xs[-1], ys[0], ys[-1])
+    parts = plane.frame({value: f"{value:g}" for value in xs}, {value: f"{value:g}" for value in ys}, across)
+    parts.append(tag("text", up, x=LEFT, y=14, class_="name"))
+    for point in sorted(points, key=lambda each: each.style == "best"):
+        x, y = plane.x(point.x), plane.y(point.y)
+        if point.dx:
+            ends = {"x1": plane.x(point.x - point.dx), "x2": plane.x(point.x + point.dx)}
+            parts.append(tag("line", **ends, y1=y, y2=y, class_="spread"))
+        if point.dy:
+            ends = {"y1": plane.y(point.y - point.dy), "y2": plane.y(point.y + point.dy)}
+            parts.append(tag("line", x1=x, x2=x, **ends, class_="spread"))
+        if point.style == "given":
+            drawn = tag("rect", x=float(x) - 7, y=float(y) - 7, width=14, height=14, rx=2)
+        else:
+            drawn = tag("circle", cx=x, cy=y, r=8)
+        label = tag("text", point.number, x=x, y=y, dy="0.35em", text_anchor="middle")
+        parts.append(
+            tag("g", tag("title", f"{point.number} {point.name}"), drawn, label, class_=f"point {point.style}")
+        )
+    return _drawing(parts, alt, caption)
 
 
 def histogram(
