@@ -203,5 +203,5 @@ def _example(run: Reported, name: str, level: int) -> Html | None:
     ]
     if question:
         parts.insert(0, tag("div", tag("dt", "asked"), tag("dd", question, dir="auto"), class_="truth"))
-    title = tag(f"h{level + 1}", NAMES.get(name, name))
+    title = tag(f"h{level}", NAMES.get(name, name))
     return tag("div", title, tag("dl", *parts, class_="replies"), class_="sample")
