@@ -669,6 +669,8 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
+        if self.open[-1:] == [tag]:
+            self.open.pop()
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
