@@ -305,4 +305,4 @@ def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
     ]
     if said.notes:
         body += [tag("h2", "Cells without a result"), tag("ul", *(tag("li", note) for note in said.notes))]
-    return document(title, join(body), sorting=True)
+    return document(title, tag("main", *body), sorting=True)

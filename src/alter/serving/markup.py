@@ -92,6 +92,8 @@ body:has(#color-change:checked) .alter .by.change, body:not(:has(.colors)) .alte
   .alter table.history td { border: 0; padding: .1rem 0; }
   .alter table.history tr { border-bottom: 1px solid var(--line); padding: .4rem 0; }
 }
+.gradio-container button[role="tab"][aria-selected="true"] { color: #1d4ed8; }
+.dark .gradio-container button[role="tab"][aria-selected="true"], .gradio-container.dark button[role="tab"][aria-selected="true"] { color: #60a5fa; }
 .gradio-container .switches .wrap { max-height: 11rem; overflow-y: auto; }
 """
 """CSS of what `render` and `render_request` write, in both of Gradio's color schemes (`.dark` on the body)."""
