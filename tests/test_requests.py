@@ -709,6 +709,13 @@ def test_what_no_project_can_have(data, tmp_path):
         start(data, tmp_path, holdout=str(data / "retain.jsonl"))
     with pytest.raises(UserError, match="No recipe"):
         start(data, tmp_path, recipe=str(data / "recip.yaml"))
+    for name, says in ((str(data / "modl"), "Did you mean '.*model'"), (str(tmp_path), "has no config.json")):
+        with pytest.raises(UserError, match=says):
+            start(data, tmp_path, model=name)
+        with pytest.raises(UserError, match=says):
+            start(data, tmp_path, retrained=name)
+    with pytest.raises(UserError, match="No model 'builtin:nope' is shipped"):
+        start(data, tmp_path, model="builtin:nope")
     assert not (tmp_path / "requests.db").exists()
 
 

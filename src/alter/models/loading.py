@@ -160,6 +160,17 @@ def _folder(name: str, needs: str, what: str) -> str:
     raise UserError(f"{name} has no {needs}{hint}")
 
 
+def check_model_name(name: str) -> None:
+    """Refuse a name that can be seen to be no model's without loading one; nothing is fetched.
+
+    Raises:
+        UserError: no such shipped model, folder or file, or a folder without a model.
+    """
+    name = shipped_model(name)
+    if memory.held(name) is None and gguf.place_of(name) is None and _local(name):
+        _folder(name, "config.json", "model")
+
+
 def load_model(
     model: str,
     adapter: str | None = None,

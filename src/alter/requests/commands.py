@@ -120,13 +120,17 @@ def init(settings: Init) -> Store:
     """Run `alter request init`.
 
     Raises:
-        UserError: the data cannot be read, the recipe has a setting that the requests decide, or the database is in use.
+        UserError: there is no such model, the data cannot be read, the recipe has a setting that the requests decide, or the
+            database is in use.
     """
+    from alter.models.loading import check_model_name
     from alter.requests import rows, work
     from alter.requests.connection import without_password
     from alter.requests.store import Store
     from alter.training.settings import Unlearn
 
+    for name in filter(None, (settings.model, settings.retrained)):
+        check_model_name(name)
     recipe: dict[str, Any] = {}
     if settings.recipe is not None:
         recipe = read_recipe(settings.recipe)
