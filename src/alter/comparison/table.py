@@ -121,8 +121,14 @@ def table_rows(
         worse = dominated(pairs)
         worst = dominated([pair + rest for pair, rest in zip(pairs, fluent, strict=True)])
         for place, row in enumerate(methods):
-            marks = {"dominated": bool(worse[place]), "dominated_with_fluency": bool(worst[place])}
-            rows.append(replace(row, **marks, clear=bool(clear[place]) and bool(np.isfinite(pairs[place]).all())))
+            rows.append(
+                replace(
+                    row,
+                    dominated=bool(worse[place]),
+                    dominated_with_fluency=bool(worst[place]),
+                    clear=bool(clear[place]) and bool(np.isfinite(pairs[place]).all()),
+                )
+            )
     return rows
 
 
