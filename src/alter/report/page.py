@@ -146,7 +146,7 @@ def compose(
     foot = tag(
         "footer", f"Written by alter {version}, commit {commit() or 'unknown'}. Method: ALTER, arXiv:2603.01792."
     )
-    body = join([top, tag("main", *parts), foot], "\n")
+    body = join([top, tag("main", *parts, class_="officer" if officer else None), foot], "\n")
     return document(heading, body)
 
 
