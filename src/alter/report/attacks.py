@@ -33,6 +33,7 @@ NAMES = {
     "sample": "drawing many replies and keeping the best",
     "strip": "taking the adapter off",
     "probe": "reading the answer out of hidden states",
+    "lens": "reading the answer out of inner blocks, by the model's own head",
 }
 """What attacks do, in plain words, by their names; one of a plugin is shown by its name."""
 
