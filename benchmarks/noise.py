@@ -16,7 +16,7 @@ from torch import Tensor
 from alter.data.encoding import encode
 from alter.data.examples import load_examples
 from alter.distillation.noise import Noise, add_noise
-from alter.distillation.teacher import divergence
+from alter.distillation.teacher import kl_of_logits
 from alter.models.loading import load_model
 
 
@@ -44,7 +44,7 @@ def main() -> None:
                 with torch.no_grad():
                     for weight, before in zip(damaged.parameters(), model.parameters(), strict=True):
                         weight.add_(alpha * before if weight.dim() >= 2 else 0.0)
-            figures.append(float(divergence(whole, logits(damaged)).mean()))
+            figures.append(float(kl_of_logits(whole, logits(damaged)).mean()))
         print(f"{alpha:>6} {beta:>6} {figures[0]:>8.3f} {figures[1]:>20.3f} {figures[2]:>12.3f}")
 
 
