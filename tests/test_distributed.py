@@ -315,11 +315,10 @@ def flags(data, out):
     given |= {
         "adapter.r": 4,
         "router-fit.steps": 20,
-        "router-fit.background": "false",
         "domain-column": "who",
         "save-steps": 4,
     }
-    return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+    return [*(str(part) for key, value in given.items() for part in (f"--{key}", value)), "--router-fit.no-background"]
 
 
 @pytest.mark.slow

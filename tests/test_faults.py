@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from alter.core.errors import UserError
 from alter.evaluation.verdict import Measures, Verdict
-from alter.requests import commands, concluding, connection, versions, work
+from alter.requests import checking, commands, concluding, connection, evidence, handout, removal, versions, work
 from alter.requests import store as store_module
 from alter.requests.commands import (
     Add,
@@ -83,10 +83,13 @@ def quick(made, monkeypatch):
     measures = Measures(np.full(2, 0.5))
     told = {**measures.summary(), "exact_memorization": 0.5, "rouge": 0.5}
     monkeypatch.setattr(work, "unlearn", copy)
-    monkeypatch.setattr(work, "load_model", lambda *args: (object(), None))
-    monkeypatch.setattr(work, "measure", lambda *args, **kwargs: (measures, told))
+    for module in (concluding, checking, evidence, handout, removal):
+        if hasattr(module, "load_model"):
+            monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: (object(), None))
+        if hasattr(module, "known_of"):
+            monkeypatch.setattr(module, "known_of", lambda *args, **kwargs: (measures, told))
     for name in ("list_requests", "_say"):
-        monkeypatch.setattr(commands, name, lambda *args: None)
+        monkeypatch.setattr(commands, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(commands, "Console", lambda: Mock())
     monkeypatch.setattr(work, "provenance", dict)
     monkeypatch.setattr(concluding, "judge", lambda *args, **kwargs: Verdict("forgotten", ("As said.",)))

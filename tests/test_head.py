@@ -322,15 +322,13 @@ def test_memory_at_a_vocabulary_of_128k(tmp_path):
         "cross_entropy",
         "--hidden",
         "64",
-        "--tokens",
-        "512",
         "--steps",
         "0",
     ]
     subprocess.run([*command, "--csv", str(tmp_path / "loss.csv")], check=True, capture_output=True)
     with (tmp_path / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["shape"] for row in rows} == {"vocab 128256, 512 tokens"}
+    assert {row["shape"] for row in rows} == {"vocab 128256, 1024 tokens"}
     found = {row["metric"]: float(row["value"]) for row in rows}
     assert found["memory_over_whole"] <= 0.2
     assert found["gradient_difference"] <= 1e-5

@@ -1113,7 +1113,7 @@ def test_what_was_missed_is_emptied_before_the_others_are_judged(data, tmp_path,
     judged = []
     real_load, real_judge = concluding.load_model, concluding.judge
     loaded = []
-    monkeypatch.setattr(concluding, "load_model", lambda *a: loaded.append(a[1:]) or real_load(*a))
+    monkeypatch.setattr(concluding, "load_model", lambda *a, **k: loaded.append(a[1:]) or real_load(*a, **k))
 
     def judge(before, after, **given):
         judged.append(len(loaded))

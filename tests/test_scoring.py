@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
@@ -553,7 +554,7 @@ def test_models_that_come_with_the_package(saved, monkeypatch):
 
 def test_a_hub_name_that_does_not_load(monkeypatch):
     monkeypatch.setattr(
-        loading.AutoModelForCausalLM,
+        transformers.AutoModelForCausalLM,
         "from_pretrained",
         lambda *a, **k: (_ for _ in ()).throw(OSError("no such repo\nmore")),
     )

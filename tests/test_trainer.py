@@ -42,7 +42,7 @@ def settings(data, out, **changes):
         epochs=2,
         save_steps=2,
         adapter={"r": 4, "entropy_quantile": 0.5},
-        router_fit={"steps": 20},
+        router_fit={"steps": 20, "background": False},
         learning_rate_shared=1e-3,
     )
     return Unlearn.model_validate({**given, **changes})

@@ -14,15 +14,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from alter.core.console import progress
 from alter.core.errors import UserError
 from alter.exporting.vocabulary import Vocabulary, vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """Number formats that can be written."""

@@ -6,13 +6,13 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import load_file, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from alter.core.errors import UserError
 from alter.core.files import read_object, to_json, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -78,6 +78,8 @@ def write(
     if out.exists():
         raise UserError(f"{out} exists; give another --out.")
     experts = config["num_forget_experts"]
+    from safetensors.torch import load_file, save
+
     tensors = load_file(str(adapter / WEIGHTS))
     plain = {
         "peft_type": "LORA",

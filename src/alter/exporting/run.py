@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig
-
 from alter.core import memory
 from alter.core.console import show
 from alter.core.errors import UserError
@@ -51,6 +49,8 @@ def export(settings: Export) -> Path:
     name = shipped_model(settings.model)
     if memory.held(name) is None and place_of(name) is None and (Path(name).expanduser() / "config.json").is_file():
         # said before the weights are read
+        from transformers import AutoConfig
+
         gguf.architecture(AutoConfig.from_pretrained(name).get_text_config())
     model, tokenizer = settings.load()
     found = gguf.write(model, tokenizer, out, settings.type, Path(settings.model).name)
