@@ -90,7 +90,7 @@ def quick(made, monkeypatch):
             monkeypatch.setattr(module, "known_of", lambda *args, **kwargs: (measures, told))
     for name in ("list_requests", "_say"):
         monkeypatch.setattr(commands, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(commands, "Console", lambda: Mock())
+    monkeypatch.setattr(commands, "Console", lambda **_: Mock())
     monkeypatch.setattr(work, "provenance", dict)
     monkeypatch.setattr(concluding, "judge", lambda *args, **kwargs: Verdict("forgotten", ("As said.",)))
     # nothing is cut off from power here
