@@ -58,21 +58,40 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def variants(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The models by name: base, lora, and alter-N with N forget experts."""
+    """The models by name: base, lora, and alter-N with N forget experts; lora on the same blocks as those."""
     bare = base(args).requires_grad_(False).eval()
     models: dict[str, nn.Module] = {"base": bare}
-    lora = LoraConfig(r=args.rank, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
+    first = 0 if args.from_layer is None else int(args.from_layer * args.layers)
+    lora = LoraConfig(
+        r=args.rank,
+        lora_alpha=16,
+        target_modules=TARGETS,
+        init_lora_weights=False,
+        layers_to_transform=list(range(first, args.layers)),
+    )
     models["lora"] = get_peft_model(twin(bare), lora).eval()
     ids = torch.randint(3, args.vocab, (4, 64), device=args.device)
     for experts in args.experts:
         config = AlterConfig(
-            r=args.rank, alter_alpha=16, target_modules=TARGETS, num_forget_experts=experts, init_weights=False
+            r=args.rank,
+            alter_alpha=16,
+            target_modules=TARGETS,
+            num_forget_experts=experts,
+            init_weights=False,
+            from_layer=args.from_layer,
         )
         model = get_peft_model(twin(bare), config).eval()
         entropy = model.base_model.trace(ids).entropy
         model.peft_config["default"].entropy_threshold = float(
             entropy[entropy.isfinite()].float().quantile(1 - args.high)
         )
+        if model.peft_config["default"].probed:
+            # of random weights, but as often above the threshold as the entropy
+            layer = model.base_model.router_host[1]
+            probe = layer.alter_probe["default"]
+            probe.weight.data.normal_()
+            said = probe(model.base_model.trace(ids).features)[:, 1:]
+            probe.bias.data -= said.quantile(1 - args.high)
         models[f"alter-{experts}"] = model
     return models
 
@@ -120,7 +139,8 @@ def measure(models: dict[str, nn.Module], batch: int, args: argparse.Namespace) 
         for _ in range(args.new):
             for name, model in models.items():
                 state = DecodeState.of(caches[name])
-                if state is not None:
+                # a pass that routes its own tokens knows no gates before
+                if state is not None and "default" in state.gates:
                     gates = state.gates["default"] != 0
                     touched.setdefault(name, []).append(float(gates.sum(-1).float().mean()))
                     opened.setdefault(name, []).append(float(gates.any(0).sum()))
@@ -165,6 +185,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prompts", type=int, default=5, help="prompts of each batch size, each followed by --new tokens"
     )
     parser.add_argument("--high", type=float, default=0.3, help="share of tokens of high entropy")
+    parser.add_argument(
+        "--from-layer", type=float, help="share of the depth from which on blocks have experts, and the LoRA"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -178,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = (
         f"layers {args.layers}, vocab {args.vocab}, prompt {args.length}, rank {args.rank}, "
         f"high-entropy share {args.high}"
+        + ("" if args.from_layer is None else f", experts from {args.from_layer:g} of the depth")
     )
     for batch in args.batches:
         common = {

@@ -22,6 +22,12 @@ fresh process for each variant, weights included. The variants:
   its own for the forget and for the retain rows. With --dtype bfloat16 there is also npo_full_mixed, the same under
   autocast; npo_full then stays in float32.
 
+With --from-layer ALTER's experts are in the blocks from that one on, and steps begin with the states that the frozen pass has
+kept of the blocks below; two variants more:
+
+* alter_plain: the same, but every step runs all blocks (trunk_gib 0).
+* lora_upper: lora on ALTER's blocks alone.
+
 With --dtype bfloat16 the LoRA variants have a bfloat16 base and float32 adapters, under autocast.
 
 `useful` is the share of the machine's matmul rate (float operations a second of a large matmul in the same dtype, taken
@@ -175,7 +181,9 @@ def settings_of(args: argparse.Namespace, kind: str, **options: Any) -> Unlearn:
     objective = {"kind": "inverted_hinge", "only_low": kind == "alter"}
     if kind == "alter":
         # random models are unsure of everything: the threshold is set so that both kinds of token occur
-        adapter["entropy_quantile"] = 0.6
+        adapter["entropy_quantile"] = args.low
+        if args.from_layer is not None:
+            adapter["from_layer"] = first_of(args)
     if kind == "asym_lora":
         adapter["experts"] = args.experts + 1
     return Unlearn(model="", forget="", retain="", out="", adapter=adapter, objective=objective, **options)
@@ -189,8 +197,18 @@ def plain_batch(rows: Sequence[Encoded], device: str) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def plain_lora(args: argparse.Namespace, base: Any, rows: Rows, autocast: torch.dtype | None) -> Variant:
-    model = get_peft_model(base, LoraConfig(r=args.rank, lora_alpha=16, target_modules=TARGETS))
+def first_of(args: argparse.Namespace) -> int:
+    """The first block with experts."""
+    given = args.from_layer or 0
+    return int(given) if given >= 1 else int(given * args.layers)
+
+
+def plain_lora(
+    args: argparse.Namespace, base: Any, rows: Rows, autocast: torch.dtype | None, upper: bool = False
+) -> Variant:
+    blocks = list(range(first_of(args) if upper else 0, args.layers))
+    lora = LoraConfig(r=args.rank, lora_alpha=16, target_modules=TARGETS, layers_to_transform=blocks)
+    model = get_peft_model(base, lora)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     chosen = rows.forget[: args.rows // 2] + rows.retain[: args.rows // 2]
     return Variant(lambda: model(**plain_batch(chosen, args.device)).loss, model, optimizer, autocast, args.device)
@@ -213,11 +231,18 @@ def through_trainer(
     order = [(i, i) for i in range(len(rows.forget))]
     cache = Path(tempfile.mkdtemp(dir=folder)) / "frozen.safetensors"
     started = now(args)
-    traced, found = trace_run(model, SimpleNamespace(pad_token_id=0), run, rows, order, cache)
+    traced, found, below = trace_run(model, SimpleNamespace(pad_token_id=0), run, rows, order, cache)
     one_off = now(args) - started
-    data = Pairs(order, rows, traced)
+    data = Pairs(order, rows, traced, trunk=None if below is None else below.of)
     arguments = TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=args.device == "cpu", max_steps=1)
-    trainer = UnlearnTrainer(run, found.get("entropy_threshold", math.inf), experts, model=model, args=arguments)
+    trainer = UnlearnTrainer(
+        run,
+        found.get("entropy_threshold", math.inf),
+        experts,
+        trunk=None if below is None else below.trunk,
+        model=model,
+        args=arguments,
+    )
     trainer.state.max_steps = 1
     pairs = [data[i] for i in range(len(data))[steps_on or slice(args.rows // 2)]]
     collate = PairCollator(0)
@@ -260,21 +285,24 @@ def npo_full(args: argparse.Namespace, rows: Rows, autocast: torch.dtype | None)
 def make(name: str, args: argparse.Namespace, base: Callable[[], Any], rows: Rows, folder: Path) -> Variant:
     """A variant by name; `base` gives the frozen base for one more adapter."""
     autocast = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    if name == "lora":
-        return plain_lora(args, base(), rows, autocast)
+    if name in ("lora", "lora_upper"):
+        return plain_lora(args, base(), rows, autocast, upper=name == "lora_upper")
     if name.startswith("npo_full"):
         return npo_full(args, rows, autocast if name == "npo_full_mixed" else None)
     if name in ("lora_same_loss", "asym_lora"):
         run = settings_of(args, "lora" if name == "lora_same_loss" else "asym_lora")
         return through_trainer(args, run.adapter.attach(base(), run, Beginning()), run, rows, autocast, folder)
-    run = settings_of(args, "alter", experts_only=name == "alter_experts")
+    run = settings_of(
+        args, "alter", experts_only=name == "alter_experts", trunk_gib=0 if name == "alter_plain" else 64
+    )
     model = run.adapter.attach(base(), run, Beginning([str(d) for d in range(args.experts)]))
     return through_trainer(args, model, run, rows, autocast, folder, args.experts + 1)
 
 
 def variants_of(args: argparse.Namespace) -> list[str]:
     mixed = [] if args.dtype == "float32" else ["npo_full_mixed"]
-    return ["lora", "lora_same_loss", "asym_lora", "alter", "alter_experts", "npo_full", *mixed]
+    upper = [] if args.from_layer is None else ["lora_upper", "alter_plain"]
+    return ["lora", *upper, "lora_same_loss", "asym_lora", "alter", "alter_experts", "npo_full", *mixed]
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -396,10 +424,10 @@ def steps(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]
             tokens = count * args.length
             add(name, "step_ms", results.spread([1e3 * t for t in taken]))
             add(name, "tokens_per_s", results.spread([tokens / t for t in taken]))
-            for other in ("lora", "asym_lora", "npo_full", "npo_full_mixed"):
+            for other in ("lora", "lora_upper", "asym_lora", "npo_full", "npo_full_mixed"):
                 if other in made and other != name:
                     add(name, f"time_over_{other}", results.ratios(taken, times[other]))
-            if not name.startswith("npo_full"):
+            if not name.startswith("npo_full") and args.from_layer is None:
                 # a label's distribution is one position before it
                 useful = 4 * (blocks * tokens + head * count * (args.length - args.length // 2))
                 add(name, "useful", results.spread([useful / t / rate for t, rate in zip(taken, peak, strict=True)]))
@@ -504,8 +532,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, in every variant")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--experts", type=int, default=4, help="N, the forget experts")
-    for name in ("layers", "rows", "length", "vocab"):
+    for name in ("hidden", "intermediate", "heads", "kv-heads", "layers", "rows", "length", "vocab"):
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
+    parser.add_argument("--from-layer", type=float, help="first block with experts, or a share of the depth below 1")
+    parser.add_argument("--low", type=float, default=0.6, help="share of the retain rows' tokens of low entropy")
     parser.add_argument("--steps", type=int, default=24, help="rounds that are measured")
     parser.add_argument("--dataset", type=int, default=400, help="forget rows of a whole run, and as many retain rows")
     parser.add_argument("--epochs", type=int, default=3)
@@ -526,6 +556,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("layers", "rows", "length", "vocab", "rank", "experts", "steps", "dataset", "epochs", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.from_layer is not None and not 0 < first_of(args) < args.layers:
+        parser.error(
+            f"--from-layer {args.from_layer:g}: expected a block from 1 to {args.layers - 1}, or a share below 1"
+        )
+    if not 0 < args.low < 1:
+        parser.error(f"--low {args.low:g}: expected a share between 0 and 1")
     if args.rows % 2:
         parser.error(f"--rows {args.rows}: expected an even number, half of them forget rows")
     if args.length < 4:
@@ -563,6 +599,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.what == "step":
         settings += f", experts {args.experts}, {args.epochs} epochs of {args.dataset} rows"
+    if args.from_layer is not None:
+        settings += f", experts from block {first_of(args)}"
+    if args.low != 0.6:
+        settings += f", low {args.low:g}"
     if args.checkpointing:
         settings += ", checkpointing"
     common = {

@@ -203,7 +203,7 @@ def test_duets_teacher_is_the_base_after_the_instruction(data, tmp_path, monkeyp
     kept = {}
 
     def stop(*args, **given):
-        kept["traced"], _ = real(*args, **given)
+        kept["traced"], *_ = real(*args, **given)
         kept["rows"], kept["model"] = args[3], args[0]
         raise KeyboardInterrupt
 

@@ -139,12 +139,10 @@ PREPARED = {
     "reglu": 4 + 4,
     # the detector reads each row with and without its answer
     "o3": 2 * 6,
-    # all rows for the router, and those that are trained on
+    # all rows once, for the router's fit and for the entropies and references of those that are trained on
     # the 67 measure the router on other wordings and ordinary text
-    **{name: 6 + 9 + 67 + 6 + 6 for name in METHODS if name.startswith("alter")},
-    "alter_scalar_gate": 6 + 9 + 6 + 6,
-    # experts alone: retain rows only fit the router
-    "alter_bounded": 6 + 9 + 67 + 6,
+    **{name: 6 + 9 + 67 for name in METHODS if name.startswith("alter")},
+    "alter_scalar_gate": 6 + 9,
 }
 
 

@@ -193,6 +193,8 @@ def trace_rows(
     target: Callable[[Mapping[str, Tensor], Tensor], Tensor] = _log_softmax_of_base,
     views: Mapping[str, View] | None = None,
     depth: Depth | None = None,
+    each: Callable[[], AbstractContextManager[list[Tensor]]] | None = None,
+    take: Callable[[int, Tensor], None] | None = None,
     label: str = "frozen base",
 ) -> list[Row]:
     """Run the frozen base once over `rows`, and once more for each further view that the reference needs.
@@ -203,7 +205,7 @@ def trace_rows(
         model: the base, or a `PeftModel` around it, whose base is what runs.
         rows: encoded rows, any lengths.
         pad_token_id: fills up shorter rows of a batch.
-        features: keep the router's features, fp16.
+        features: keep the router's features, in the model's own numbers: routes follow from them.
         gates: keep the gates that the adapter's router gives now.
         reference_k: keep this many most likely tokens per labelled position; 0 keeps no reference.
         needs: what an objective needs; `base_logp` and `base_hidden` are kept where it says so.
@@ -211,6 +213,8 @@ def trace_rows(
             is along its row's (see `objectives`).
         views: further passes by name, besides "base".
         depth: where hidden states are kept from with `needs.base_hidden`.
+        each: a block that goes around every pass of the base, whose list then holds states [B, T, H].
+        take: is given the number of each row and its states [T, H] in that list.
 
     Returns:
         one `Row` per input row, in order, on the CPU.
@@ -227,7 +231,7 @@ def trace_rows(
     def run(group: list[int]) -> list[Row]:
         batch = collate([{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in group])
         batch = {name: value.to(device) for name, value in batch.items()}
-        with states_of(depth if needs.base_hidden else None, alone) as hidden:
+        with states_of(depth if needs.base_hidden else None, alone) as hidden, (each or nullcontext)() as below:
             traced = _frozen_pass(model, batch["input_ids"], batch["attention_mask"])
         positions = labelled(batch["labels"])
         seen = {"base": (traced.states[positions], traced.logits)}
@@ -251,7 +255,7 @@ def trace_rows(
             if routed:
                 row.entropy = traced.entropy[place, :length].float().cpu()
             if features and traced.features is not None:
-                row.features = traced.features[place, :length].half().cpu()
+                row.features = traced.features[place, :length].cpu()
             if opened is not None:
                 row.gates = opened[place, :length]
             if needs.base_hidden:
@@ -261,6 +265,8 @@ def trace_rows(
             if needs.base_logp:
                 row.base_logp = base_logp[place]
             made.append(row.apart())
+            if take is not None and below:
+                take(i, below[0][place, :length])
         return made
 
     result: dict[int, Row] = {}

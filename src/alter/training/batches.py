@@ -89,13 +89,15 @@ def schedule(
 class Item:
     """One row as it goes into a step: its tokens, what the frozen base knows of them, and its expert (0: retention).
 
-    `fills` marks a row that only fills up a batch: it goes through the model, and nothing is learned from it.
+    `fills` marks a row that only fills up a batch: it goes through the model, and nothing is learned from it. `trunk` [T, D]
+    holds what the blocks below the experts put out for it, if that is kept.
     """
 
     encoded: Encoded
     known: frozen.Row
     expert: int
     fills: bool = False
+    trunk: Tensor | None = None
 
     def filling(self) -> Item:
         """The same row without anything that is learned from."""
@@ -104,7 +106,11 @@ class Item:
         cut = {name: getattr(known, name)[:0] for name in ("base_logp", "hidden") if getattr(known, name) is not None}
         labels = [-100] * len(self.encoded.labels)
         return Item(
-            replace(self.encoded, labels=labels), replace(known, reference=reference, **cut), self.expert, fills=True
+            replace(self.encoded, labels=labels),
+            replace(known, reference=reference, **cut),
+            self.expert,
+            True,
+            self.trunk,
         )
 
 
@@ -159,6 +165,7 @@ class Batch:
         forget, alternative, retain: what the base knows of the rows of each branch; None where the branch has none.
         gates: [B, T, experts], or None unless the adapter routes.
         entropy: [B, T] of the step that generated each token, likewise; +inf for padding.
+        trunk: [B, T, D] that the blocks below the experts put out, zeros for padding; None where they are to run.
     """
 
     input_ids: Tensor
@@ -171,6 +178,7 @@ class Batch:
     retain: Known | None = None
     gates: Tensor | None = None
     entropy: Tensor | None = None
+    trunk: Tensor | None = None
 
     def known(self, branch: str) -> Known:
         """What the base knows of the rows of one of `BRANCHES`."""
@@ -212,9 +220,21 @@ class PairCollator:
             torch.tensor([-1 if pair[name].fills else BRANCHES.index(name) for name in present for pair in pairs]),
             gates=gates,
             entropy=entropy,
+            trunk=self._trunk(items, tokens["input_ids"].shape[1]),
             **{name: Known.of([pair[name].known for pair in pairs]) for name in present},
         )
         return {"input_ids": batch.input_ids, "labels": batch.labels, "batch": batch}
+
+    @staticmethod
+    def _trunk(items: Sequence[Item], width: int) -> Tensor | None:
+        """States [rows, width, D] below the experts, where they are kept."""
+        if items[0].trunk is None:
+            return None
+        states = items[0].trunk.new_zeros(len(items), width, items[0].trunk.shape[-1])
+        for place, item in enumerate(items):
+            assert item.trunk is not None
+            states[place, : len(item.trunk)] = item.trunk
+        return states
 
     @staticmethod
     def _routes(items: Sequence[Item], rows: int, width: int) -> tuple[Tensor | None, Tensor | None]:
@@ -237,10 +257,18 @@ class Pairs(torch.utils.data.Dataset):
     """The schedule as a dataset: item i is the i-th pair of a forget and a retain row, in the branches that are traced.
 
     A pair without a retain row has no such branch. The last pairs fill up a multiple of `whole` and count for nothing.
+    `trunk` gives the states of a row of a branch below the experts, where they are kept.
     """
 
-    def __init__(self, order: Order, rows: Rows, traced: Traced, whole: int = 1) -> None:
-        self.order, self.rows, self.traced, self.whole = order, rows, traced, whole
+    def __init__(
+        self,
+        order: Order,
+        rows: Rows,
+        traced: Traced,
+        whole: int = 1,
+        trunk: Callable[[str, int], Tensor] | None = None,
+    ) -> None:
+        self.order, self.rows, self.traced, self.whole, self.trunk = order, rows, traced, whole, trunk
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.whole) * self.whole
@@ -251,7 +279,12 @@ class Pairs(torch.utils.data.Dataset):
         f, r = self.order[i]
         chosen = {"forget": (f, self.rows.expert[f]), "alternative": (f, self.rows.expert[f]), "retain": (r, 0)}
         return {
-            name: Item(self.rows.of(name)[row], self.traced[name][row], expert)
+            name: Item(
+                self.rows.of(name)[row],
+                self.traced[name][row],
+                expert,
+                trunk=None if self.trunk is None else self.trunk(name, row),
+            )
             for name, (row, expert) in chosen.items()
             if name in self.traced and row is not None
         }

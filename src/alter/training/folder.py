@@ -25,6 +25,7 @@ from alter.methods import frozen
 from alter.models.guards import FILE as FORM
 from alter.models.guards import Form
 from alter.training.settings import Unlearn
+from alter.training.trunk import FILE as TRUNK
 
 
 def check_folder(run: Unlearn) -> Path:
@@ -89,6 +90,7 @@ UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resum
     "save_steps",
     "keep_working",
     "report_to",
+    "trunk_gib",
 }
 """Settings that may be others when a run goes on: names of what is compared by content, and what changes no weight."""
 
@@ -219,7 +221,7 @@ def clean(out: Path, forget_rows: int) -> None:
         forget_rows: see `frozen.strip`.
     """
     # what a kill cut off while it was written has a hidden name
-    for path in [out / "start.safetensors", out / "reinforced.safetensors", *out.glob(".*")]:
+    for path in [*(out / name for name in (TRUNK, "start.safetensors", "reinforced.safetensors")), *out.glob(".*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     frozen.strip(out / "frozen.safetensors", forget_rows)
     # last: without them a run counts as ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from alter.methods.objectives import Emitted, Hidden, Labelled, Objective, mean_
 from alter.training.batches import Batch
 from alter.training.folder import seal_checkpoint
 from alter.training.settings import BRANCHES, OPTIMIZERS, Unlearn, branch_needs, steps_of, warmup_of
+from alter.training.trunk import Trunk
 
 ALTERNATIVE, RETAIN = BRANCHES.index("alternative"), BRANCHES.index("retain")
 
@@ -90,6 +92,7 @@ class UnlearnTrainer(Trainer):
         depth: where the objectives read hidden states, if they do.
         penalty: of the parameters, added to the loss.
         alone: steps before retain rows join.
+        trunk: the blocks below the experts, where batches bring what these put out.
     """
 
     def __init__(
@@ -100,11 +103,12 @@ class UnlearnTrainer(Trainer):
         depth: Depth | None = None,
         penalty: Penalty | None = None,
         alone: int = 0,
+        trunk: Trunk | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.run, self.threshold, self.num_experts = run, threshold, num_experts
-        self.depth, self.penalty, self.alone = depth, penalty, alone
+        self.depth, self.penalty, self.alone, self.trunk = depth, penalty, alone, trunk
         self.needs = branch_needs(run)
         # RMU reads nothing behind its block; trained weights there must still take part, for DDP waits for them
         labels = any(needs.rows and needs.labels for needs in self.needs)
@@ -152,7 +156,8 @@ class UnlearnTrainer(Trainer):
             for count, name in zip(places.counts, BRANCHES, strict=True)
         ]
         reading = states_of(self.depth, self.only_states)
-        with measuring(self.accelerator.unwrap_model(model), places.positions, made), reading as hidden:
+        below = nullcontext() if self.trunk is None or batch.trunk is None else self.trunk.done(batch.trunk)
+        with measuring(self.accelerator.unwrap_model(model), places.positions, made), reading as hidden, below:
             values = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).logits
         return values, hidden[0] if hidden else None
 

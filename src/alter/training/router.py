@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from alter.core.console import show
+from alter.data.encoding import Encoded
 from alter.logits.entropy import check_threshold, threshold_from_quantile
 from alter.methods import frozen
 from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of, fit_rows
@@ -76,7 +77,14 @@ NEARLY = 0.05
 """How much less a memory may catch than the best one, to be taken for its shortness."""
 
 
-def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int | None = None) -> dict[str, Any]:
+def fit_router(
+    model: Any,
+    run: Unlearn,
+    rows: Rows,
+    tokenizer: Any,
+    trace: Callable[[list[Encoded], bool], list[frozen.Row]],
+    limit: int | None = None,
+) -> dict[str, Any]:
     """Set the entropy threshold and fit probe and router, all on the frozen base, before the adapter trains.
 
     The router reads hidden states of the frozen base, which no training step changes, so it is fitted once instead of
@@ -90,6 +98,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
         run: the settings.
         rows: the data; `rows.examples` are its forget rows before they were encoded.
         tokenizer: encodes the shipped sample and other wordings.
+        trace: gives entropies of rows under the frozen base, with what the router reads if so asked.
         limit: the model's context.
 
     Returns:
@@ -102,15 +111,7 @@ def fit_router(model: Any, run: Unlearn, rows: Rows, tokenizer: Any, limit: int 
     parts = fit_rows(run, rows, tokenizer, limit, generator)
     if not learned:
         parts = [part for part in parts if part.name in ("forget", "retain", OWN_WORDS)]
-    traced = iter(
-        frozen.trace_rows(
-            model,
-            [row for part in parts for row in part.rows],
-            pad_token_id=tokenizer.pad_token_id,
-            label="router",
-            features=learned,
-        )
-    )
+    traced = iter(trace([row for part in parts for row in part.rows], learned))
     for part in parts:
         part.traced = [next(traced) for _ in part.rows]
     found: dict[str, Any] = {"entropy_threshold": _set_threshold(config, run, parts)}

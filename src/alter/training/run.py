@@ -54,7 +54,7 @@ def unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     Returns:
         the run's folder: `adapter/` loads with `PeftModel.from_pretrained`, or `model/` (adapter.kind full) with
         `AutoModelForCausalLM.from_pretrained`; `run.yaml` repeats the run, `run.json` records what happened. While it
-        trains, `inputs.json`, `frozen.safetensors`, `start.safetensors` (initializers), `reinforced.safetensors` and
+        trains, `inputs.json`, `frozen.safetensors`, `trunk.safetensors`, `start.safetensors` (initializers), `reinforced.safetensors` and
         `checkpoints/` let an interrupted run resume; they are for their owner alone, and rows can be read from them. At the
         end they are removed, but for each token's entropy and gates, unless `keep_working` is set.
 
@@ -127,10 +127,17 @@ def train(
         ready.depth,
         ready.penalty,
         alone=ready.alone,
+        trunk=None if ready.kept is None else ready.kept.trunk,
         model=ready.model,
         args=training_arguments(run, ready.model, len(ready.rows.forget), checkpoints),
         # of a short last batch each process must have a share
-        train_dataset=Pairs(ready.order, ready.rows, ready.traced, run.batch_size if processes.size() > 1 else 1),
+        train_dataset=Pairs(
+            ready.order,
+            ready.rows,
+            ready.traced,
+            run.batch_size if processes.size() > 1 else 1,
+            None if ready.kept is None else ready.kept.of,
+        ),
         data_collator=PairCollator(ready.tokenizer.pad_token_id),
         callbacks=[OwnState(), bar, *([ready.watcher] if ready.watcher else []), *sent, *callbacks],
     )

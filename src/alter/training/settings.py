@@ -150,6 +150,12 @@ class Unlearn(BaseModel):
     )
     report_to: ReportTo = []
     save_steps: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
+    trunk_gib: float = Field(
+        8.0,
+        ge=0,
+        description="With adapter.from_layer: disk space, in `out`, for what the blocks below the experts put out for the rows, "
+        "which every step then reads instead of running these blocks. Where it is not enough, or 0, steps run all blocks.",
+    )
     keep_working: bool = Field(
         False,
         description="Keep checkpoints and the frozen pass when the run has ended; rows that were forgotten can be read from "

@@ -1,0 +1,320 @@
+"""The trunk: blocks below the first expert, which no step changes. What it puts out for the rows is written once.
+
+A step then begins at the first block that has experts, with the states that the frozen pass over the rows has left in a
+file; every epoch reads them again. They are of the model's own number format, so that a step is the plain one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from alter.adapter.model import first_block
+from alter.core import processes
+from alter.core.console import show
+from alter.logits.head import standing_in
+from alter.methods.frozen import Depth, states_of
+
+if TYPE_CHECKING:
+    from alter.training.settings import Unlearn
+
+FILE = "trunk.safetensors"
+"""What the states are kept in, in the run's folder."""
+
+ALIGNED = 64
+"""The numbers of the file begin at a multiple of so many bytes."""
+
+
+class States:
+    """Hidden states [T_i, D] of rows in one safetensors file, one row after the other; only what is read is in memory.
+
+    The file is made at its whole length, so that a disk that cannot hold it says so at once, and gets its name when all rows
+    are in it.
+
+    Args:
+        path: the file, for its owner alone.
+        key: of what the states were made from.
+        lengths: T_i of each row.
+    """
+
+    def __init__(self, path: Path, key: str, lengths: Sequence[int]) -> None:
+        self.path, self.key = path, key
+        ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        self._places = [slice(a, b) for a, b in pairwise(ends)]
+        self.tokens: int = ends[-1]
+        self.tuple_length = 0
+        self._all: Tensor | None = None
+        self._file: int | None = None
+        self._start = 0
+
+    def __getitem__(self, row: int) -> Tensor:
+        """[T, D] states of a row, read from the file when they are used."""
+        assert self._all is not None
+        return self._all[self._places[row]]
+
+    @property
+    def partial(self) -> Path:
+        """What the file is called while it is written."""
+        return self.path.with_name(f".{self.path.name}.partial")
+
+    def _header(self, states: Tensor) -> bytes:
+        size = self.tokens * states.shape[-1] * states.element_size()
+        kinds = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+        told = {
+            "__metadata__": {"key": self.key, "tuple": str(self.tuple_length)},
+            "states": {
+                "dtype": kinds[states.dtype],
+                "shape": [self.tokens, states.shape[-1]],
+                "data_offsets": [0, size],
+            },
+        }
+        text = json.dumps(told).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNED)
+        return len(text).to_bytes(8, "little") + text
+
+    def write(self, row: int, states: Tensor) -> None:
+        """Keep the states [T, D] of one row; rows may come in any order.
+
+        Raises:
+            OSError: the disk cannot hold them.
+        """
+        if self._file is None:
+            header = self._header(states)
+            self._start = len(header)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.posix_fallocate(self._file, 0, self._start + self.tokens * states.shape[-1] * states.element_size())
+            os.pwrite(self._file, header, 0)
+        # memory-mapped tensors share the width of a token
+        width = states.shape[-1] * states.element_size()
+        data = states.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data
+        place = self._start + self._places[row].start * width
+        while len(data):
+            done = os.pwrite(self._file, data, place)
+            data, place = data[done:], place + done
+
+    def close(self) -> None:
+        """End the writing: the file gets its name, and rows can be read.
+
+        Raises:
+            OSError: the disk did not take all of it.
+        """
+        if self._file is not None:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = None
+            os.replace(self.partial, self.path)
+            self._map()
+
+    def give_up(self) -> None:
+        """End the writing and delete what there is of the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        self.partial.unlink(missing_ok=True)
+
+    def read(self) -> bool:
+        """Whether the file is there, whole and of the same rows and key; they can then be read."""
+        try:
+            return self._map()
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _map(self) -> bool:
+        with open(self.path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            told = json.loads(file.read(size))
+        if told["__metadata__"]["key"] != self.key or told["states"]["shape"][0] != self.tokens:
+            return False
+        kinds = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        kind, shape, end = kinds[told["states"]["dtype"]], told["states"]["shape"], told["states"]["data_offsets"][1]
+        whole = 8 + size + end
+        if os.path.getsize(self.path) != whole:
+            return False
+        data = torch.from_file(str(self.path), shared=False, size=whole, dtype=torch.uint8)
+        self._all = data[8 + size :].view(kind).view(*shape)
+        self.tuple_length = int(told["__metadata__"]["tuple"])
+        return True
+
+
+@dataclass
+class Trunk:
+    """The blocks of a model below the first one with experts.
+
+    Attributes:
+        blocks: at least one.
+        tuple_length: 0 where a block puts out its hidden states alone, else the length of the tuple that begins with them.
+    """
+
+    blocks: Sequence[nn.Module]
+    tuple_length: int = 0
+    _depth: Depth = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._depth = Depth(self.blocks[-1])
+
+    @contextmanager
+    def reading(self) -> Iterator[list[Tensor]]:
+        """Within the block each pass appends the states [B, T, D] that the trunk puts out to the list."""
+
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            self.tuple_length = len(output) if isinstance(output, tuple) else 0
+
+        handle = self.blocks[-1].register_forward_hook(note)
+        try:
+            with states_of(self._depth) as seen:
+                yield seen
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def done(self, states: Tensor) -> Iterator[None]:
+        """Within the block a pass of the model takes these states [B, T, D] for what its trunk puts out."""
+
+        def given(*_: Any, **__: Any) -> Any:
+            return (states, *[None] * (self.tuple_length - 1)) if self.tuple_length else states
+
+        with standing_in(self.blocks, given):
+            yield
+
+
+def trunk_of(model: Any) -> Trunk | None:
+    """The trunk of a model with an ALTER adapter; None where there is no block below its experts."""
+    config = model.peft_config["default"]
+    if config.from_layer is None:
+        return None
+    inner = model.get_base_model()
+    prefix, first = first_block(inner, config.from_layer)
+    blocks = [inner.get_submodule(f"{prefix}{number}") for number in range(first)]
+    return Trunk(blocks) if blocks else None
+
+
+def _dropout(model: Any, trunk: Trunk) -> bool:
+    """Whether what the trunk puts out while training differs from pass to pass."""
+    config = model.config.get_text_config()
+    names = (
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "hidden_dropout",
+        "dropout",
+        "embed_dropout",
+    )
+    return any(getattr(config, name, 0.0) for name in names) or any(
+        isinstance(part, nn.Dropout) and part.p > 0 for block in trunk.blocks for part in block.modules()
+    )
+
+
+GIB = 2**30
+
+SAME = 0.02
+"""Relative difference of what the base says with and without its trunk that rounding to 16 bits may make."""
+
+
+def plain_because(
+    run: Unlearn, model: Any, trunk: Trunk, depth: Depth | None, tokens: int, folder: Path
+) -> str | None:
+    """Why every step is to run the trunk itself; None where its states can be kept."""
+    size = model.config.get_text_config().hidden_size * model.dtype.itemsize * tokens
+    if not run.trunk_gib:
+        return "trunk_gib is 0"
+    if processes.size() > 1:
+        return "several processes train together"
+    if processes.launch() != "ddp":
+        return "the model is sharded"
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        return "upper blocks read keys and values of lower ones"
+    if run.gradient_checkpointing:
+        return "gradient_checkpointing is on"
+    if run.quantization is not None:
+        return "the base is quantised"
+    if depth is not None and any(depth.block is block for block in trunk.blocks):
+        return "the objective reads hidden states below the experts"
+    if _dropout(model, trunk):
+        return "the model has dropout"
+    if size > run.trunk_gib * GIB:
+        return f"they take {size / GIB:.1f} GiB and trunk_gib is {run.trunk_gib:g}"
+    free = shutil.disk_usage(folder).free
+    if size > 0.9 * free:
+        return f"they take {size / GIB:.1f} GiB, and {free / GIB:.1f} GiB of the disk are free"
+    return None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A trunk with what it puts out for the rows of each branch, by row number."""
+
+    trunk: Trunk
+    states: States
+    place: dict[tuple[str, int], int]
+
+    def of(self, branch: str, row: int) -> Tensor:
+        """[T, D] states of a row."""
+        return self.states[self.place[branch, row]]
+
+    def read(self) -> bool:
+        """Whether the file is there and whole."""
+        found = self.states.read()
+        if found:
+            self.trunk.tuple_length = self.states.tuple_length
+        return found
+
+    def agrees(self, model: Any, branch: str, row: int, ids: Sequence[int]) -> bool:
+        """Whether the frozen base gives for a row what it gives with the trunk left out; not so where later blocks see more."""
+        tokens = torch.tensor([ids], device=model.device)
+        whole = model.base_model.trace(tokens).states
+        with self.trunk.done(self.of(branch, row)[None].to(model.device)):
+            upper = model.base_model.trace(tokens).states
+        return float((upper - whole).float().norm()) <= SAME * float(whole.float().norm())
+
+
+def say_plain(why: str) -> None:
+    """Say that steps run all blocks, and why."""
+    show(f"Every step runs the blocks below the experts, whose states are not kept: {why}.", stderr=True)
+
+
+class Sink:
+    """Writes what a trunk puts out while the frozen base runs; a disk that does not take it ends the writing, not the run."""
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+        self.wrong: str | None = None
+
+    def of(self, branch: str, rows: Sequence[int]) -> Callable[[int, Tensor], None]:
+        """Takes the place of a row within these rows of a branch, and its states [T, D]."""
+
+        def take(i: int, states: Tensor) -> None:
+            if self.wrong is not None:
+                return
+            self.kept.states.tuple_length = self.kept.trunk.tuple_length
+            try:
+                self.kept.states.write(self.kept.place[branch, rows[i]], states)
+            except OSError as error:
+                self._stop(error)
+
+        return take
+
+    def end(self) -> bool:
+        """Whether all of it was written, and can be read."""
+        try:
+            if self.wrong is None:
+                self.kept.states.close()
+        except OSError as error:
+            self._stop(error)
+        return self.wrong is None and self.kept.read()
+
+    def _stop(self, error: OSError) -> None:
+        self.wrong = f"{self.kept.states.path} cannot be written ({error.strerror})"
+        self.kept.states.give_up()
+        say_plain(self.wrong)
