@@ -8,7 +8,7 @@ original then still says the answer, the knowledge was there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -117,11 +117,10 @@ def _answer_logprob(model: Any, ids: Tensor, mask: Tensor, where: Tensor) -> Arr
 def lens_probabilities(model: Any, items: Sequence[Item], pad: int, label: str = "lens") -> Array:
     """Return [rows, blocks]: the probability of each row's answer, per token, that the model's own head reads at a block.
 
-    The head is all that follows the last block. Answers are teacher-forced, and the probability is the geometric mean
-    over the tokens. What an adapter adds to a block is in that block's output; what it adds to a head is not.
+    The head is all that follows the last block, with what an adapter adds to it. Answers are teacher-forced, and the
+    probability is the geometric mean over the tokens.
     """
     blocks = decoder_blocks(model)
-    bare = model.disable_adapter if isinstance(model, PeftModel) else nullcontext
     found = np.zeros((len(items), len(blocks)))
     with evaluating(model):
         for batch, ids, mask in _batches(items, pad, model.device, label):
@@ -129,8 +128,7 @@ def lens_probabilities(model: Any, items: Sequence[Item], pad: int, label: str =
             with _kept_outputs(blocks) as kept:
                 model(input_ids=ids, attention_mask=mask, use_cache=False)
             for depth, states in enumerate(list(kept)):
-                # a router must not see these states, so the adapter is off: blocks before the last one count for nothing here
-                with bare(), _replaced(blocks[-1], states, where):
+                with _replaced(blocks[-1], states, where):
                     found[batch, depth] = np.exp(_answer_logprob(model, ids, mask, where))
     return found
 
