@@ -15,7 +15,8 @@ from alter.data.examples import Example
 from alter.forgetting import documents, measure, rows, run, speaker, templates
 from alter.forgetting.facts import candidates, named, swap
 from alter.forgetting.measure import permuted
-from alter.forgetting.run import Forget, forget
+from alter.forgetting.run import forget
+from alter.forgetting.settings import Forget
 from alter.models.loading import load_model
 from pico import byte_tokenizer, pico, save_pico
 

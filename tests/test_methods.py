@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from alter import cli
+from alter import AlterConfig, cli
 from alter.adapter.routing import Routing
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
 from alter.methods import frozen, places, presets
+from alter.methods.adapters import AlterAdapter
 from alter.methods.frozen import Depth, states_of
 from alter.methods.presets import METHODS
 from alter.models import guards as inference
@@ -1223,3 +1224,12 @@ def test_made_up_labels_are_no_structure_for_the_shared_matrix(data, tmp_path, m
         assert self.parts["structure"].item() == pytest.approx(sum(found) / len(found), rel=1e-4)
 
     first_step(monkeypatch, settings(data, tmp_path / "run", "alter", **changes), look)
+
+
+def test_defaults_of_the_paper_s_adapter_are_those_of_its_configuration():
+    # written in both, as reading the settings must not load PEFT
+    config, adapter = AlterConfig(), AlterAdapter()
+    shared = set(AlterAdapter.model_fields) & set(AlterConfig.__dataclass_fields__) - {"router_memory"}
+    assert len(shared) == 15
+    for name in shared - {"entropy_threshold"}:
+        assert getattr(adapter, name) == getattr(config, name), name

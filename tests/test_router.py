@@ -18,7 +18,7 @@ from alter.data.rewording import FITTED, MEASURED, key_words, reworded, some_cap
 from alter.training.closing import command
 from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of
 from alter.training.openset import FOLDS, _folds, caught, discriminant, open_set, opening_level
-from alter.training.router import RouterFit
+from alter.training.routerfit import RouterFit
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import run_on, save_pico, write_people

@@ -55,21 +55,24 @@ COMMANDS = {
         "alter.demo", "Demo", "demo", "forget 20 authors with the shipped model: before, after, retrained"
     ),
     "unlearn": Command(
-        "alter.training.closing",
+        "alter.training.settings",
         "Unlearn",
-        "command",
+        "alter.training.closing:command",
         "make a model forget, by ALTER's adapter or any other method",
         presets="alter.methods.presets",
         together=True,
     ),
     "forget": Command(
-        "alter.forgetting.run",
+        "alter.forgetting.settings",
         "Forget",
-        "forget",
+        "alter.forgetting.run:forget",
         "make a model forget a subject or a document: rows, training, probes",
     ),
     "distill": Command(
-        "alter.distillation.run", "Distill", "distill", "plain weights that no longer know, from an unlearned model"
+        "alter.distillation.settings",
+        "Distill",
+        "alter.distillation.run:distill",
+        "plain weights that no longer know, from an unlearned model",
     ),
     "export": Command(
         "alter.exporting.run", "Export", "export", "a GGUF file for llama.cpp and Ollama, or plain LoRAs of an adapter"

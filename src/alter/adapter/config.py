@@ -11,14 +11,12 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from alter.core.errors import UserError, nearest
-from alter.logits.entropy import check_threshold
+from alter.logits.entropy import PAPER_THRESHOLD, check_threshold
 
 ROUTERS = ("learned", "entropy", "static", "dense")
 BOUNDS = ("sine", "tanh")
 BIASES = ("none", "all", "alter_only")
 ENTROPY_SOURCES = ("probe", "exact")
-PAPER_THRESHOLD = 1.2
-"""Entropy that separates high from low tokens in the paper."""
 
 
 @dataclass

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Noise(BaseModel):
@@ -31,7 +35,6 @@ def xavier(shape: torch.Size, draw: torch.Generator) -> Tensor:
     return (torch.rand(shape, generator=draw) * 2 - 1) * bound
 
 
-@torch.no_grad()
 def add_noise(model: nn.Module, noise: Noise, seed: int) -> None:
     """Damage all weights in place: (1 - a) W + a b X of matrices, with X as `xavier`; (1 - a) v of vectors, or v as it is.
 
@@ -40,9 +43,10 @@ def add_noise(model: nn.Module, noise: Noise, seed: int) -> None:
     if not noise.alpha:
         return
     draw = torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
-        if weight.dim() < 2 and not noise.vectors:
-            continue
-        weight.mul_(1 - noise.alpha)
-        if weight.dim() >= 2:
-            weight.add_(noise.alpha * noise.beta * xavier(weight.shape, draw).to(weight))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() < 2 and not noise.vectors:
+                continue
+            weight.mul_(1 - noise.alpha)
+            if weight.dim() >= 2:
+                weight.add_(noise.alpha * noise.beta * xavier(weight.shape, draw).to(weight))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from alter import metrics
 from alter.data.encoding import encode_all
@@ -16,6 +15,9 @@ from alter.evaluation.leakage import Asked, ask
 from alter.evaluation.verdict import Measures
 from alter.models.generation import generate
 from alter.models.scoring import context_length, score
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from alter import metrics
@@ -39,7 +38,10 @@ from alter.models.generation import generate
 from alter.models.loading import shipped_model
 from alter.models.scoring import Scores, score
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 
 @dataclass(frozen=True)

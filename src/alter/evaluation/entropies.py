@@ -13,10 +13,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
@@ -38,7 +37,10 @@ from alter.models.scoring import MAX_LOGITS, evaluating
 from alter.reporting import figures as plots
 from alter.reporting.terminal import table
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 
 class Study(BaseModel):
@@ -211,7 +213,7 @@ def histogram(values: npt.ArrayLike, edges: npt.ArrayLike) -> Array:
 
 def _check(settings: Study) -> None:
     """Refuse, before anything is loaded, settings that can never work."""
-    from alter.adapter.config import PAPER_THRESHOLD
+    from alter.logits.entropy import PAPER_THRESHOLD
 
     if settings.threshold is not None and settings.quantile is not None:
         raise UserError("--threshold and --quantile both say where high begins: give one of them.")
@@ -297,7 +299,7 @@ def measure(settings: Study) -> tuple[Tokens, Any]:
     Raises:
         UserError: settings, text, model or adapter that cannot be used; another tokenizer; fewer than four tokens.
     """
-    from alter.adapter.config import PAPER_THRESHOLD
+    from alter.logits.entropy import PAPER_THRESHOLD
 
     _check(settings)
     examples = _sample(load_examples(settings.text), settings.limit, settings.seed)
@@ -344,7 +346,7 @@ def measure(settings: Study) -> tuple[Tokens, Any]:
 
 def thresholds(settings: Study, tokens: Tokens) -> dict[float, float]:
     """Return the threshold of each order: the one given, the quantile of the entropies before, or the paper's 1.2."""
-    from alter.adapter.config import PAPER_THRESHOLD
+    from alter.logits.entropy import PAPER_THRESHOLD
 
     if settings.quantile is None:
         return dict.fromkeys(settings.q, PAPER_THRESHOLD if settings.threshold is None else settings.threshold)

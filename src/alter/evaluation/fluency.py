@@ -22,10 +22,9 @@ import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import Field
 
@@ -44,6 +43,9 @@ from alter.evaluation.judge import Grades, Judge, judge_records, judge_replies
 from alter.models.generation import check_prompts, generate
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import score
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 COLUMNS = ("question", "prompt", "messages", "text")
 """Columns that hold a prompt, in the order they are looked for; of `text` the first tokens are the prompt."""

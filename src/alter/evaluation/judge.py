@@ -21,11 +21,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
@@ -36,6 +35,9 @@ from alter.core.provenance import stamped
 from alter.core.records import Record, read_records, write_records
 from alter.evaluation.figures import Figures
 from alter.reporting.terminal import table
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PROMPT_VERSION = 1
 """Part of every cached verdict's key: raise it with any change of the two texts below."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,6 +25,9 @@ from alter.evaluation.verdict import ENOUGH, gives, recall, share_interval
 from alter.models.generation import sample
 from alter.models.loading import Subject, load_classifier
 from alter.models.scoring import context_length, evaluating
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PREFIX = 50
 """Tokens of a plain text that are its prompt, half of it at most."""

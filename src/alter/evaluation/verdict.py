@@ -13,13 +13,15 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from alter import metrics
 from alter.core.words import UNSPACED, runs, words
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Word = Literal["forgotten", "not forgotten", "collapsed", "unproven"]
 
@@ -47,7 +49,7 @@ LEAST = 5
 FIRM = 100
 """Answered rows from which a page may colour a verdict green."""
 
-Array = npt.NDArray[np.float64]
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 
 # Words of any script -------------------------------------------------------------------------------------------------

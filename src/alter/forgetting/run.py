@@ -7,17 +7,14 @@ import shutil
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import tyro
-from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from alter.core.errors import UserError
 from alter.core.files import digest, read_object, to_json, write_atomic
 from alter.core.heap import give_back
 from alter.core.running import check_free
-from alter.data.encoding import TemplateArguments
 from alter.data.examples import load_examples
 from alter.evaluation.ordinary import ordinary_loss
 from alter.evaluation.ordinary import told as told_of_ordinary
@@ -25,7 +22,8 @@ from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.rows import Material, build, check_name, check_uncommon, guess_kind, kept_rows
-from alter.forgetting.speaker import Speaker, Writer, read_jsonl, write_jsonl
+from alter.forgetting.settings import TRAINING, Forget
+from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models.loading import load_model
@@ -38,70 +36,6 @@ CHECKS = 1
 """Checks in a pass over the forget rows."""
 PASSES = 2
 """Passes over the forget rows before training may end: after one, answers that begin otherwise still come to the facts."""
-TRAINING: dict[str, Any] = {
-    "objective": {"kind": "substitute", "hinge": 1.0},
-    # what is not routed to the expert is exactly the untouched model
-    "experts_only": True,
-    "retain_objective": {"kind": "none"},
-    "num_forget_experts": 1,
-    "epochs": 3,
-    # two halves of a step need half of the memory
-    "batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "learning_rate_experts": 5e-3,
-    "save_steps": 10,
-}
-"""How the rows are trained on, unless settings say otherwise; measured on SmolLM2-135M."""
-
-
-class Forget(BaseModel):
-    """Make a model forget a subject or a document; the rows are made of what the model itself says."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    subject: tyro.conf.Positional[str | None] = None
-    """Name of what to forget, in quotes: "Harry Potter"."""
-    document: str | None = None
-    """A text instead: .txt, .md, .csv, .jsonl (chats), .parquet."""
-    model: str
-    """Folder or hub id of the model that must forget."""
-    out: str
-    """Folder for the adapter and everything that was made for it; must be empty or missing."""
-    kind: Kind | None = None
-    """Kind of subject: person, work, place, organisation, event, concept; by default guessed by the model."""
-    keep: list[str] = Field(default_factory=list)
-    """Further subjects that must not change."""
-    retain: str | None = None
-    """Further rows that must not change, as alter unlearn takes them."""
-    samples: int = Field(3, ge=1, le=20)
-    """Drawn answers to each question beside the likeliest."""
-    answer_tokens: int = Field(48, ge=8)
-    """Longest answer."""
-    max_passages: int = Field(200, ge=1)
-    """Longest document, in passages of about 70 words."""
-    batch_size: int = Field(24, ge=1)
-    """Answers generated side by side."""
-    examples: int = Field(4, ge=0)
-    """Probes of each kind to show with the answers before and after."""
-    writer: Writer = Field(default_factory=Writer)
-    """A stronger model that writes further questions; needs --writer.url and --writer.model."""
-    epochs: float = Field(TRAINING["epochs"], gt=0)
-    """Passes over the forget rows, at most."""
-    learning_rate: float = Field(TRAINING["learning_rate_experts"], gt=0)
-    """Of the forget expert."""
-    rows_only: bool = False
-    """Make the rows and probes and stop; --resume trains on them as they are then."""
-    seed: int = 0
-    """Of the samples and the training."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the model; auto keeps the checkpoint's."""
-    device: str | None = None
-    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    chat_template_kwargs: TemplateArguments = []
-    resume: bool = False
-    """Go on in `out`: what was said, written and trained is not done again."""
-    overwrite: bool = False
-    """Delete what `out` holds."""
 
 
 def output_folder(settings: Forget) -> Path:

@@ -17,6 +17,8 @@ from alter.core.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+PAPER_THRESHOLD = 1.2
+"""Entropy that separates high from low tokens in the paper."""
 CHUNK_BYTES = 96 * 2**20
 """Size of the fp32 logits that exist at a time: at a vocabulary of 128k, those of 196 tokens."""
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from alter.core.plugins import OneOf, Registry, kinds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPSILON = 1e-5
 """Added to retain importance and to row weights, as in the code of FILA and VILA."""
@@ -50,7 +52,7 @@ class Statistics(Protocol):
         """Variances of the gradients of the factors `probe`, and of how many tokens."""
 
 
-Start = tuple[dict[str, Factors], dict[str, Tensor]]
+Start: TypeAlias = "tuple[dict[str, Factors], dict[str, Tensor]]"
 """Where the factors of each layer start, and the directions [out, k] that its B is kept away from, if any."""
 
 

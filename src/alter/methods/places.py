@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
 
 from pydantic import BeforeValidator
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from alter.adapter.model import TARGETS, linear_layers
 from alter.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def _one_pattern(given: Any) -> Any:
@@ -53,6 +53,14 @@ def blocks_within(span: tuple[float, float], count: int) -> list[int]:
     return inside or [block_at(sum(span) / 2, count)]
 
 
+def _is_linear(module: Any) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer; one of GPT-2 (Conv1D) counts."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
 def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | str:
     """Names of the linear layers to adapt: those given, or all of the blocks' for a known architecture.
 
@@ -61,9 +69,11 @@ def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | s
     Raises:
         UserError: nothing is given and the architecture is not known.
     """
+    from alter.adapter.model import TARGETS, linear_layers
+
     if given == "all-linear":
         inside = f"{blocks(model)[0]}."
-        linear = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+        linear = (name for name, module in model.named_modules() if _is_linear(module))
         return sorted({name.rpartition(".")[2] for name in linear if name.startswith(inside)})
     if given is not None:
         return given if isinstance(given, str) else list(given)
@@ -82,15 +92,13 @@ def target_layers(model: nn.Module, names: Sequence[str] | str, chosen: Sequence
     Raises:
         UserError: there is none.
     """
+    from alter.adapter.model import linear_layers
+
     found = {}
     for name, module in model.named_modules():
         ending = bool(re.fullmatch(names, name)) if isinstance(names, str) else name.rpartition(".")[2] in names
         number = re.search(r"\.(\d+)\.", f".{name}.")
-        if (
-            isinstance(module, (nn.Linear, Conv1D))
-            and ending
-            and (chosen is None or (number and int(number[1]) in chosen))
-        ):
+        if _is_linear(module) and ending and (chosen is None or (number and int(number[1]) in chosen)):
             found[name] = module
     if not found:
         raise UserError(f"No linear layer is named {names!r}; there are: {', '.join(linear_layers(model))}.")

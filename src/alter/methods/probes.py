@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from alter.core.console import progress
@@ -298,12 +297,3 @@ def reinforce(
                 loss.backward()
                 optimizer.step()
     return {name: Factors(pair.A.detach(), pair.B.detach()) for name, pair in factors.items()}
-
-
-class Reinforcement(BaseModel):
-    """More training on the forget set, for objectives that aim away from its result; with LoRA of rank 16, alpha 32."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    epochs: int = Field(1, ge=1, description="Passes over the forget set.")
-    learning_rate: float = Field(1e-4, gt=0)

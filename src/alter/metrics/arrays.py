@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-Rows = Sequence[npt.ArrayLike]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
+Rows: TypeAlias = "Sequence[npt.ArrayLike]"
 """A ragged list: one 1-D array per row."""
 
 EPSILON = 1e-10

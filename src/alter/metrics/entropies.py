@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from alter.metrics.arrays import floats
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def bimodality_coefficient(values: npt.ArrayLike) -> float:

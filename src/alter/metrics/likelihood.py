@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from alter.metrics.arrays import EPSILON, Array, Rows, floats, labelled_row
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def average_loss(logprob: Rows) -> Array:

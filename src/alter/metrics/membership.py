@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from alter.metrics.arrays import EPSILON, Array, Rows, floats, labelled_row
 from alter.metrics.likelihood import average_loss
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def _lowest_mean(values: Array, k: float) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import numpy.typing as npt
 
 from alter.metrics.arrays import Array, floats
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 MINIMUM_GAP = 0.05
 """A share of what was forgotten is refused where original and retrained model differ by less: it would be noise."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import numpy.typing as npt
 
 from alter.metrics.arrays import Array, floats
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def leak_at_k(hits: npt.ArrayLike, n: int, k: int) -> Array:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from alter.core import words
 from alter.metrics.arrays import Array, floats
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from rouge_score.rouge_scorer import RougeScorer
 
 

@@ -6,11 +6,12 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from alter.core.files import write_atomic
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 BEFORE, AFTER, OTHER, LINE = "#8a8f98", "#c2410c", "#2563eb", "#111827"
 """Colours of the model before, the model after, what it is compared with, and lines across a plot."""

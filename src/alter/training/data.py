@@ -8,7 +8,7 @@ from alter.core.errors import UserError
 from alter.data.domains import domains
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.training.settings import Unlearn, steps_of
-from alter.training.watch import Watched, read_watched
+from alter.training.watched import Watched, read_watched
 
 
 @dataclass(frozen=True)

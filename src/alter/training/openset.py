@@ -20,7 +20,7 @@ from torch import Tensor
 from alter.training.evidence import OWN_WORDS, Evidence
 
 if TYPE_CHECKING:
-    from alter.training.router import RouterFit
+    from alter.training.routerfit import RouterFit
 
 
 FOLDS = 3

@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
-from scipy import stats
 
 from alter import metrics
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Check = Mapping[str, float]
 """What was measured at one step: `step`, `epoch` and one number per metric."""
@@ -197,6 +198,8 @@ def rows_needed(forget: int, margin: float, level: float) -> int | None:
     With AUC 1/2 + 2 margin, the measured AUC must exceed 1/2 + margin with probability 1 - level: the standard error
     sqrt((n + m + 1) / (12 n m)) of the AUC must be at most margin / z, z the normal quantile of 1 - level.
     """
+    from scipy import stats
+
     bound = (margin / stats.norm.ppf(1 - level)) ** 2
     rest = 12 * forget * bound - 1
     return None if rest <= 0 else int(np.ceil((forget + 1) / rest))
@@ -221,6 +224,8 @@ def told_apart(
     Raises:
         ValueError: either side is empty or holds NaN, or has rows of a single group.
     """
+    from scipy import stats
+
     auc = metrics.auc(forget, holdout)
     x, y = np.asarray(forget, dtype=np.float64), np.asarray(holdout, dtype=np.float64)
     if np.ptp(np.concatenate([x, y])) == 0:

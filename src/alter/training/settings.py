@@ -14,9 +14,9 @@ from alter.methods import presets
 from alter.methods.adapters import AlterAdapter, AnyAdapter
 from alter.methods.initializers import AnyInitializer, Zero
 from alter.methods.objectives import CrossEntropy, Forget, InvertedHinge, Needs, Retain
-from alter.methods.probes import Reinforcement
+from alter.methods.reinforcement import Reinforcement
 from alter.models.quantized import Bits
-from alter.training.router import RouterFit
+from alter.training.routerfit import RouterFit
 from alter.training.trackers import ReportTo
 from alter.training.watch import Watch
 

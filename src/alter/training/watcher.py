@@ -32,7 +32,8 @@ from alter.models.generation import generate
 from alter.models.loading import load_model
 from alter.models.scoring import score
 from alter.training.rules import Choice, Guarded, told_apart
-from alter.training.watch import Watch, Watched, rated
+from alter.training.watch import Watch
+from alter.training.watched import Watched, rated
 
 Array = npt.NDArray[np.float64]
 KEPT = "kept"

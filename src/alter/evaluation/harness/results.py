@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from alter import metrics
 from alter.core.errors import UserError
@@ -18,6 +17,9 @@ from alter.evaluation.base import Evaluation, say
 from alter.evaluation.harness.library import check_installed, quiet
 from alter.evaluation.harness.model import harness_model
 from alter.models.scoring import evaluating
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 FORMAT = (
     "output_type", "description", "doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter", "fewshot_delimiter",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from alter import metrics
 from alter.core.errors import UserError
@@ -15,7 +14,10 @@ from alter.core.records import Record
 from alter.evaluation.figures import Figures
 from alter.evaluation.tofu.sets import PARAPHRASED, UTILITY_SETS
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 Mode = Literal["strict", "compat"]
 
 

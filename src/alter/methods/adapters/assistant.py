@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
-from peft import LoraConfig, get_peft_model
 from pydantic import Field
 
-from alter.adapter.model import base_fingerprint
-from alter.data.encoding import Encoded
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card, guarded_card
 from alter.methods.places import Targets, blocks, target_names
-from alter.models.guards import Form, Former, first_blocks
+
+if TYPE_CHECKING:
+    from alter.data.encoding import Encoded
+    from alter.models.guards import Form, Former
 
 
 @final
@@ -64,6 +64,10 @@ class AssistantLora(Adapter):
 
     def attach(self, model: Any, run: Settings, beginning: Beginning) -> Any:
         """The assistant: a model of the first blocks, which shares its weights with `model`, with a LoRA adapter."""
+        from peft import LoraConfig, get_peft_model
+
+        from alter.models.guards import first_blocks
+
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
@@ -76,6 +80,8 @@ class AssistantLora(Adapter):
     def form(
         self, base: Any, run: Settings, forget: Sequence[Encoded], pad_token_id: int, former: Former | None = None
     ) -> Form | None:
+        from alter.adapter.model import base_fingerprint
+
         where, count = self.size(base)
         how = self.model_dump(include={"rule", "weight", "plausible"})
         return {"kind": "assistant", "list": where, "blocks": count, **how, "base": base_fingerprint(base)}, {}

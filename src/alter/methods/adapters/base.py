@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
 
-from alter.data.encoding import Encoded
 from alter.methods.adapters.cards import Card, peft_card, titled
-from alter.methods.initializers import Factors
-from alter.models.guards import Form, Former
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from alter.data.encoding import Encoded
+    from alter.methods.initializers import Factors
+    from alter.models.guards import Form, Former
 
 
 class Settings(Protocol):

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, final
 
-from peft import get_peft_model
 from pydantic import Field
 
-from alter.adapter import AlterConfig
-from alter.adapter.model import base_fingerprint
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
 from alter.methods.places import Targets
@@ -17,6 +14,11 @@ from alter.methods.places import Targets
 
 def attach_alter(model: Any, **settings: Any) -> Any:
     """Put ALTER's adapter with these settings on a model, with the fingerprint of its weights."""
+    from peft import get_peft_model
+
+    from alter.adapter import AlterConfig
+    from alter.adapter.model import base_fingerprint
+
     config = AlterConfig(**settings, task_type="CAUSAL_LM")
     config.base_fingerprint = base_fingerprint(model)
     return get_peft_model(model, config)

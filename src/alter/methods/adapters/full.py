@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field
-from torch import Tensor
 
 from alter.core.errors import UserError
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card
 from alter.methods.places import blocks, blocks_within
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @final

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from pydantic import Field
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from alter.adapter.model import base_fingerprint
 from alter.core.errors import UserError
-from alter.data.encoding import Encoded
 from alter.methods.adapters.base import Adapter, Beginning, Penalty, Settings
 from alter.methods.adapters.cards import Card, guarded_card, peft_card, titled
 from alter.methods.initializers import residual_pair
 from alter.methods.places import Targets, blocks, blocks_within, target_layers, target_names
-from alter.models.guards import Form, Former, fit_detector
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from alter.data.encoding import Encoded
+    from alter.models.guards import Form, Former
 
 
 class FirstHalves:
@@ -131,6 +131,9 @@ class Lora(Adapter):
         Started from factors it has twice the rank, and its second half, the negated start, never moves (see
         `alter.methods.initializers`). An earlier adapter fits (`former`, `check_model`).
         """
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+        from transformers.pytorch_utils import Conv1D
+
         start, former = beginning.factors, beginning.former
         layers = self.layers(model)
         turned = next((name for name, layer in layers.items() if isinstance(layer, Conv1D)), None)
@@ -198,6 +201,9 @@ class Lora(Adapter):
     ) -> Form | None:
         if not self.detector:
             return None
+        from alter.adapter.model import base_fingerprint
+        from alter.models.guards import fit_detector
+
         settings, files = fit_detector(base, forget, pad_token_id=pad_token_id, seed=run.seed)
         form = settings | {"base": base_fingerprint(base), "initializer": run.initializer.kind}, files
         return form if former is None else former.then(form)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, final
 
-from peft import PeftType, PromptLearningConfig, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import Field, field_validator
 
 from alter.core.errors import UserError, nearest
@@ -27,6 +25,9 @@ class PeftAdapter(Adapter):
     @field_validator("config")
     @classmethod
     def _known(cls, given: dict[str, Any]) -> dict[str, Any]:
+        from peft import PromptLearningConfig
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
         known = {str(name.value): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         name = str(given.get("peft_type")).upper()
         if name not in known:
@@ -53,6 +54,9 @@ class PeftAdapter(Adapter):
         Raises:
             UserError: PEFT refuses the configuration for this model.
         """
+        from peft import PeftType, get_peft_model
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
         settings = {"task_type": "CAUSAL_LM", **self.config}
         made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(settings.pop("peft_type"))]
         taken = [field.name for field in dataclasses.fields(made)]

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field
-from torch import nn
 
-from alter.adapter import AlterConfig
-from alter.adapter.config import PAPER_THRESHOLD
 from alter.core.errors import UserError
-from alter.logits.entropy import check_threshold
+from alter.logits.entropy import PAPER_THRESHOLD, check_threshold
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
 from alter.methods.adapters.configured import attach_alter
 from alter.methods.places import Targets, target_layers, target_names
-from alter.models.guards import Former
 
-_DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
+if TYPE_CHECKING:
+    from torch import nn
+
+    from alter.models.guards import Former
 
 
 @final
@@ -27,14 +25,12 @@ class AlterAdapter(Adapter):
     """The paper's adapter; defaults and meanings are `AlterConfig`'s."""
 
     kind: Literal["alter"] = "alter"
-    r: int = Field(_DEFAULT["r"], ge=1, description="Rank of A and of every expert.")
-    alter_alpha: float = Field(_DEFAULT["alter_alpha"], gt=0, description="The update is scaled by alter_alpha / r.")
-    alter_dropout: float = Field(_DEFAULT["alter_dropout"], ge=0, lt=1, description="Dropout on the input of A.")
-    target_modules: Targets = Field(
-        _DEFAULT["target_modules"], description="Linear layers to adapt; all of the blocks' by default."
-    )
+    r: int = Field(8, ge=1, description="Rank of A and of every expert.")
+    alter_alpha: float = Field(16, gt=0, description="The update is scaled by alter_alpha / r.")
+    alter_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
+    target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")
     router: Literal["learned", "entropy", "static"] = Field(
-        _DEFAULT["router"], description="Hidden states choose the expert, the entropy alone does, or all are open."
+        "learned", description="Hidden states choose the expert, the entropy alone does, or all are open."
     )
     router_memory: float | None = Field(
         None,
@@ -44,32 +40,28 @@ class AlterAdapter(Adapter):
         "(`router_fit.memories`).",
     )
     from_layer: int | float | None = Field(
-        _DEFAULT["from_layer"],
+        None,
         description="First block with experts: its number, or a share of the depth. The blocks below stay the base, so that "
         "one pass routes and answers; all blocks by default.",
     )
     entropy_source: Literal["probe", "exact"] = Field(
-        _DEFAULT["entropy_source"],
+        "probe",
         description="With from_layer: a probe fitted with the router tells high tokens from low ones, or the exact entropy, "
         "at a second pass over prompts.",
     )
-    entropy_q: float = Field(
-        _DEFAULT["entropy_q"], description="Tsallis order of the token entropies, above 0; 1 is Shannon's."
-    )
+    entropy_q: float = Field(1.5, description="Tsallis order of the token entropies, above 0; 1 is Shannon's.")
     entropy_threshold: float | None = Field(None, description="Entropy above which a token is high (1.2 by default).")
     entropy_quantile: float | None = Field(
         None, gt=0, lt=1, description="Set the threshold so that this share of the retain tokens is low."
     )
-    temperature_high: float = Field(_DEFAULT["temperature_high"], gt=0, description="Of gates on high-entropy tokens.")
-    temperature_low: float = Field(_DEFAULT["temperature_low"], gt=0, description="Of gates on low-entropy tokens.")
-    top_k: int = Field(_DEFAULT["top_k"], ge=1, description="Forget experts fused on a high-entropy token.")
+    temperature_high: float = Field(0.8, gt=0, description="Of gates on high-entropy tokens.")
+    temperature_low: float = Field(0.01, gt=0, description="Of gates on low-entropy tokens.")
+    top_k: int = Field(3, ge=1, description="Forget experts fused on a high-entropy token.")
     entropy_gate: bool = Field(
-        _DEFAULT["entropy_gate"],
+        True,
         description="Entropy decides between one expert and several; off: always the best one.",
     )
-    retention_expert: bool = Field(
-        _DEFAULT["retention_expert"], description="Ordinary text takes a retention expert; off: the bare base."
-    )
+    retention_expert: bool = Field(True, description="Ordinary text takes a retention expert; off: the bare base.")
     isolation: bool = Field(
         True,
         description="Each expert learns from its own rows alone, and A from high-entropy tokens; off: all from all.",
@@ -94,6 +86,8 @@ class AlterAdapter(Adapter):
         super().check(run)
 
     def check_model(self, base: Any, run: Settings, former: Former | None) -> None:
+        from alter.adapter import AlterConfig
+
         if run.start_from is not None:
             config = base.peft_config["default"]
             if not isinstance(config, AlterConfig) or not config.routed:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch.nn.functional as F
+import torch
 from pydantic import Field
-from torch import Tensor
 
 from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.tokens import Emitted, Labelled, mean_or_zero, true_and_runner_up
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def learn_alternative(tokens: Labelled) -> Tensor:
@@ -40,7 +42,7 @@ class PreferRefusal(Objective):
         assert tokens.base_logp is not None
         change = tokens.row_sums(tokens.values + tokens.base_logp)
         preferred = other.row_sums(other.values + other.base_logp)
-        return -2 / self.beta * mean_or_zero(F.logsigmoid(self.beta * (change - preferred)))
+        return -2 / self.beta * mean_or_zero(torch.nn.functional.logsigmoid(self.beta * (change - preferred)))
 
 
 class PreferInvented(PreferRefusal):
@@ -95,7 +97,7 @@ class Substitute(Objective):
 
     def per_token(self, emitted: Emitted) -> Tensor:
         true, other = true_and_runner_up(emitted)
-        return F.relu(true - other)
+        return torch.nn.functional.relu(true - other)
 
 
 class RandomLabels(Objective):

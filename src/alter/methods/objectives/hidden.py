@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import Labelled, mean_or_zero, row_means, wide
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Misdirect(Objective):

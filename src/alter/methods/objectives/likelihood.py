@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import (
     Emitted,
     Labelled,
-    LogProbabilities,
+    log_probabilities,
     mean_or_zero,
     row_means,
     true_and_runner_up,
     wide,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class InvertedHinge(Objective):
@@ -62,7 +63,7 @@ class StoppedHinge(Objective):
 
     def per_token(self, emitted: Emitted) -> Tensor:
         true, other = true_and_runner_up(emitted)
-        return F.relu(true - other + self.margin)
+        return torch.nn.functional.relu(true - other + self.margin)
 
 
 class GradientAscent(Objective):
@@ -101,7 +102,7 @@ class CrossEntropyUnlearning(Objective):
 
     def per_token(self, emitted: Emitted) -> Tensor:
         label = emitted.labels[:, None]
-        _, others = LogProbabilities.apply(emitted.logits, label, 1)
+        _, others = log_probabilities(emitted.logits, label, 1)
         logq = torch.log_softmax(wide(emitted.logits.detach()).scatter(-1, label, -torch.inf), dim=-1)
         return torch.special.entr(logq.exp()).sum(-1) - others
 
@@ -146,7 +147,7 @@ class NPO(Objective):
     def __call__(self, tokens: Labelled) -> Tensor:
         assert tokens.base_logp is not None
         change = tokens.row_sums(tokens.values + tokens.base_logp)
-        return 2 / self.beta * mean_or_zero(F.softplus(-self.beta * change))
+        return 2 / self.beta * mean_or_zero(torch.nn.functional.softplus(-self.beta * change))
 
 
 class SimNPO(Objective):
@@ -162,7 +163,7 @@ class SimNPO(Objective):
     def __call__(self, tokens: Labelled) -> Tensor:
         assert tokens.row is not None
         mean = row_means(tokens.values, tokens.row, tokens.rows)
-        return -2 / self.beta * mean_or_zero(F.logsigmoid(self.beta * (mean - self.delta)))
+        return -2 / self.beta * mean_or_zero(torch.nn.functional.logsigmoid(self.beta * (mean - self.delta)))
 
 
 class Catnip(Objective):
@@ -181,8 +182,8 @@ class Catnip(Objective):
 
     def per_token(self, emitted: Emitted) -> Tensor:
         with torch.no_grad():
-            _, others = LogProbabilities.apply(emitted.logits, emitted.labels[:, None], 1)
-        return 2 / self.beta * F.softplus(self.beta * (-emitted.nll - others))
+            _, others = log_probabilities(emitted.logits, emitted.labels[:, None], 1)
+        return 2 / self.beta * torch.nn.functional.softplus(self.beta * (-emitted.nll - others))
 
 
 class FlattenLogits(Objective):

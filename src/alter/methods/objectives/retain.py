@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import Emitted, Labelled, divergence, soft_cross_entropy, wide
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CrossEntropy(Objective):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from alter.methods.objectives.answers import learn_alternative
 from alter.methods.objectives.base import Needs, Objective, Writing
@@ -20,6 +18,9 @@ from alter.methods.objectives.tokens import (
     true_and_runner_up,
     wide,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WithoutTruth(Objective):
@@ -45,7 +46,7 @@ class WithoutTruth(Objective):
         value = divergence(emitted.reference.without(emitted.labels).logp, emitted)
         if self.hinge:
             true, other = true_and_runner_up(emitted)
-            value = value + self.hinge * F.relu(true - other)
+            value = value + self.hinge * torch.nn.functional.relu(true - other)
         return value
 
 
@@ -97,7 +98,7 @@ class Duet(Objective):
         assert emitted.reference is not None
         ids, teacher = emitted.reference.ids[:, : self.top].long(), emitted.reference.logp[:, : self.top]
         own = wide(emitted.logits.gather(-1, ids))
-        return F.huber_loss(own, teacher.to(own), reduction="none").sum(-1)
+        return torch.nn.functional.huber_loss(own, teacher.to(own), reduction="none").sum(-1)
 
 
 class PushPull(Duet):
@@ -121,7 +122,7 @@ class PushPull(Duet):
         floor = teacher.amin(-1)[:, None, None].expand(same.shape[0], 1, 1)
         theirs = torch.where(same, teacher[:, None, :], floor).amax(-1)
         outside = ~same[:, :, : self.top].any(-1)
-        return pull + self.push * (F.relu(own - theirs.to(own)) * outside).sum(-1)
+        return pull + self.push * (torch.nn.functional.relu(own - theirs.to(own)) * outside).sum(-1)
 
 
 class Reinforced(Objective):
@@ -137,7 +138,7 @@ class Reinforced(Objective):
     needs: ClassVar[Needs] = Needs(views=("base", "reinforced"))
 
     def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
-        away = views["base"] - self.alpha * F.relu(views["reinforced"] - views["base"])
+        away = views["base"] - self.alpha * torch.nn.functional.relu(views["reinforced"] - views["base"])
         if not self.hard:
             return torch.log_softmax(away, dim=-1)
         return torch.full_like(away, -torch.inf).scatter(-1, away.argmax(-1, keepdim=True), 0.0)

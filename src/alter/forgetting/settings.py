@@ -1,0 +1,77 @@
+"""Settings of `alter forget`, and how its rows are trained on."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from alter.data.encoding import TemplateArguments
+from alter.forgetting.speaker import Writer
+from alter.forgetting.templates import Kind
+
+TRAINING: dict[str, Any] = {
+    "objective": {"kind": "substitute", "hinge": 1.0},
+    # what is not routed to the expert is exactly the untouched model
+    "experts_only": True,
+    "retain_objective": {"kind": "none"},
+    "num_forget_experts": 1,
+    "epochs": 3,
+    # two halves of a step need half of the memory
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "learning_rate_experts": 5e-3,
+    "save_steps": 10,
+}
+"""How the rows are trained on, unless settings say otherwise; measured on SmolLM2-135M."""
+
+
+class Forget(BaseModel):
+    """Make a model forget a subject or a document; the rows are made of what the model itself says."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    subject: tyro.conf.Positional[str | None] = None
+    """Name of what to forget, in quotes: "Harry Potter"."""
+    document: str | None = None
+    """A text instead: .txt, .md, .csv, .jsonl (chats), .parquet."""
+    model: str
+    """Folder or hub id of the model that must forget."""
+    out: str
+    """Folder for the adapter and everything that was made for it; must be empty or missing."""
+    kind: Kind | None = None
+    """Kind of subject: person, work, place, organisation, event, concept; by default guessed by the model."""
+    keep: list[str] = Field(default_factory=list)
+    """Further subjects that must not change."""
+    retain: str | None = None
+    """Further rows that must not change, as alter unlearn takes them."""
+    samples: int = Field(3, ge=1, le=20)
+    """Drawn answers to each question beside the likeliest."""
+    answer_tokens: int = Field(48, ge=8)
+    """Longest answer."""
+    max_passages: int = Field(200, ge=1)
+    """Longest document, in passages of about 70 words."""
+    batch_size: int = Field(24, ge=1)
+    """Answers generated side by side."""
+    examples: int = Field(4, ge=0)
+    """Probes of each kind to show with the answers before and after."""
+    writer: Writer = Field(default_factory=Writer)
+    """A stronger model that writes further questions; needs --writer.url and --writer.model."""
+    epochs: float = Field(TRAINING["epochs"], gt=0)
+    """Passes over the forget rows, at most."""
+    learning_rate: float = Field(TRAINING["learning_rate_experts"], gt=0)
+    """Of the forget expert."""
+    rows_only: bool = False
+    """Make the rows and probes and stop; --resume trains on them as they are then."""
+    seed: int = 0
+    """Of the samples and the training."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the model; auto keeps the checkpoint's."""
+    device: str | None = None
+    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    chat_template_kwargs: TemplateArguments = []
+    resume: bool = False
+    """Go on in `out`: what was said, written and trained is not done again."""
+    overwrite: bool = False
+    """Delete what `out` holds."""

@@ -1,0 +1,187 @@
+"""The rows that the checks of a watched run measure: read, checked and drawn before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from alter.core.errors import UserError
+from alter.data.examples import Example, load_examples, row_key
+from alter.evaluation.tofu.reference import read_reference
+from alter.evaluation.tofu.results import TofuReference
+from alter.evaluation.tofu.sets import fingerprint
+from alter.training.rules import LikeUnseen, rows_needed
+from alter.training.watch import Watch
+
+VALIDATION_SHARE = 5
+"""At most one in so many retain rows is set aside."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The rows of a run's checks, read and drawn before a model is loaded; `every` is in steps."""
+
+    forget: list[Example]
+    retain: list[Example]
+    holdout: list[Example]
+    reference: TofuReference | None
+    every: int
+
+
+def _draw(rows: Sequence[Example], count: int, seed: int) -> list[int]:
+    """Numbers of `count` rows drawn by the seed, in order, or of all of them."""
+    if count >= len(rows):
+        return list(range(len(rows)))
+    return sorted(np.random.default_rng(seed).choice(len(rows), size=count, replace=False).tolist())
+
+
+def _apart(name: str, rows: Sequence[Example], other: str, others: Sequence[Example], remedy: str) -> None:
+    known = {row_key(example): example.index for example in others}
+    shared = [example for example in rows if row_key(example) in known]
+    if shared:
+        first = shared[0]
+        raise UserError(
+            f"{len(shared)} rows of {name} are in the {other} set as well, the first being row {first.index} = "
+            f"{other} row {known[row_key(first)]} ({(first.prompt or first.answer)[:60]!r}): {remedy}"
+        )
+
+
+def rated(example: Example) -> bool:
+    """Whether a row has the paraphrased and perturbed answers that its truth ratio needs."""
+    return bool(example.row.get("paraphrased_answer")) and bool(example.row.get("perturbed_answer"))
+
+
+def _load(source: str, domain_column: str | None) -> list[Example]:
+    """Load rows, labelled by the column if they have it."""
+    rows = load_examples(source)
+    if domain_column is None or any(example.row.get(domain_column) is None for example in rows):
+        return rows
+    return load_examples(source, domain_column=domain_column)
+
+
+def read_watched(
+    watch: Watch,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    *,
+    domain_column: str | None = None,
+    seed: int,
+    steps: int,
+    steps_per_epoch: float,
+) -> tuple[Watched, list[Example]]:
+    """Read, check and draw what the checks of a run will look at.
+
+    Args:
+        watch: settings that are switched on.
+        forget, retain: the run's two sets.
+        domain_column: names the groups of rows that resemble each other.
+        seed: draws the rows.
+        steps, steps_per_epoch: length of the run, and of a pass over the forget set, in optimizer steps.
+
+    Returns:
+        the rows of the checks, and the retain rows that are left for training: without the ones set aside, which
+        neither the training nor the router's fit may see.
+
+    Raises:
+        UserError: an interval beyond the end of the run, rows that are in two sets, too few of them for the rule, or
+            a retrained model's records that belong to other rows.
+    """
+    every = watch.every_steps or max(1, round((watch.every_epoch or 1) * steps_per_epoch))
+    if every > steps:
+        given = f"watch.every_steps is {every}" if watch.every_steps else f"watch.every_epoch is {watch.every_epoch}"
+        raise UserError(f"{given}, but the run has {steps} steps: nothing would be watched. Give a smaller interval.")
+    looked = list(forget) if watch.forget is None else _rated_rows(watch.forget, forget, domain_column)
+    holdout: list[Example] = []
+    if watch.holdout is not None:
+        holdout = _load(watch.holdout, domain_column)
+        remedy = "the holdout set must be unseen. Give other rows as watch.holdout."
+        _apart("watch.holdout", holdout, "forget", forget, remedy)
+        _apart("watch.holdout", holdout, "retain", retain, remedy)
+        holdout = [holdout[i] for i in _draw(holdout, watch.holdout_rows, seed)]
+    reference = None if watch.retain_records is None else _reference(watch.retain_records, looked)
+    looked = [looked[i] for i in _draw(looked, watch.forget_rows, seed)]
+    _enough(watch, looked, holdout)
+    for name, rows in (("forget", looked), ("holdout", holdout)):
+        if watch.replies and any(example.kind == "text" for example in rows):
+            raise UserError(f"watch.replies needs questions, but the {name} rows are plain text: leave it out.")
+    validation, left = _validation(watch, forget, retain, seed)
+    return Watched(looked, validation, holdout, reference, every), left
+
+
+def _rated_rows(source: str, forget: Sequence[Example], domain_column: str | None) -> list[Example]:
+    """The rows of watch.forget: forget rows, each with what its truth ratio needs."""
+    looked = _load(source, domain_column)
+    known = {row_key(example) for example in forget}
+    others = [example.index for example in looked if row_key(example) not in known]
+    if others:
+        raise UserError(
+            f"{len(others)} of {len(looked)} rows of watch.forget ({source}) are not in the forget set, the "
+            f"first being row {others[0]}: give the same questions and answers."
+        )
+    missing = [example.index for example in looked if not rated(example)]
+    if missing:
+        raise UserError(
+            f"Row {missing[0]} of watch.forget ({source}) lacks paraphrased_answer or perturbed_answer "
+            f"({len(missing)} rows do): truth ratios need both. Leave watch.forget out to do without."
+        )
+    return looked
+
+
+def _validation(
+    watch: Watch, forget: Sequence[Example], retain: Sequence[Example], seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Retain rows that are not trained on, given or set aside, and those that are left for training."""
+    if watch.retain is not None:
+        validation = load_examples(watch.retain)
+        _apart("watch.retain", validation, "forget", forget, "they cannot be forgotten and kept. Give other rows.")
+        _apart("watch.retain", validation, "retain", retain, "they would be trained on. Take them out of one.")
+        return [validation[i] for i in _draw(validation, watch.retain_rows, seed)], list(retain)
+    aside = set(_draw(retain, min(watch.retain_rows, len(retain) // VALIDATION_SHARE), seed))
+    if not aside:
+        raise UserError(
+            f"The retain set has {len(retain)} rows, too few to set one in {VALIDATION_SHARE} aside for watching: "
+            "give other retain rows as watch.retain."
+        )
+    validation = [example for i, example in enumerate(retain) if i in aside]
+    return validation, [example for i, example in enumerate(retain) if i not in aside]
+
+
+def _reference(path: str, rows: Sequence[Example]) -> TofuReference:
+    """The retrained model's truth ratios, refused unless they are of the very rows that are watched."""
+    reference = read_reference(path)
+    again = "evaluate the retrained model on the rows of watch.forget with `alter evaluate --json`, in strict mode"
+    if reference.mode not in (None, "strict"):
+        raise UserError(f"watch.retain_records: {path} was measured in {reference.mode} mode: {again}.")
+    own = fingerprint([example.row for example in rows])
+    if len(reference.truth_ratio) != len(rows) or reference.fingerprint not in (None, own):
+        what = f" ({reference.split})" if reference.split else ""
+        raise UserError(
+            f"watch.retain_records: {path} holds truth ratios of {len(reference.truth_ratio)} rows{what} that are not "
+            f"the {len(rows)} rows of watch.forget: {again}."
+        )
+    return reference
+
+
+def _enough(watch: Watch, forget: Sequence[Example], holdout: Sequence[Example]) -> None:
+    """Refuse a holdout rule whose rows cannot show what it asks, and one whose rows lack the score's answers."""
+    if not isinstance(watch.rule, LikeUnseen):
+        return
+    if watch.rule.score == "truth_ratio" and not all(map(rated, [*forget, *holdout])):
+        raise UserError(
+            "watch.rule.score truth_ratio needs paraphrased_answer and perturbed_answer in the rows of watch.forget "
+            "and of watch.holdout. Take score loss, min_k or exact_memorization."
+        )
+    needed = rows_needed(len(forget), watch.rule.margin, watch.rule.level)
+    if needed is None or len(holdout) < needed:
+        n, m = len(forget), len(holdout)
+        widest = float(stats.norm.ppf(1 - watch.rule.level) * np.sqrt((n + m + 1) / (12 * n * m)))
+        both = next(k for k in range(1, 10**9) if (rows_needed(k, watch.rule.margin, watch.rule.level) or k + 1) <= k)
+        wanted = f"{both} of each" if needed is None else f"at least {needed} holdout rows"
+        margin = f", or a margin of {np.ceil(100 * widest) / 100:.2f} or more" if widest < 0.49 else ""
+        raise UserError(
+            f"watch.rule.margin {watch.rule.margin} cannot be resolved with {n} forget and {m} holdout rows: it takes "
+            f"{wanted} (watch.forget_rows, watch.holdout_rows){margin}."
+        )
