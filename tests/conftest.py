@@ -15,8 +15,8 @@ from alter.data import background
 
 torch.set_num_threads(1)
 
-WHOLE_BACKGROUND = {"test_distributed", "test_ordinary", "test_real", "test_router"}
-"""Test files that look at the shipped sample of ordinary text, or whose other processes do; it costs every fit seconds."""
+WHOLE_BACKGROUND = {"test_ordinary", "test_real", "test_router"}
+"""Test files that look at the shipped sample of ordinary text; it costs every fit seconds."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +35,18 @@ def small_background(tmp_path_factory):
         to = folder / path.relative_to(background.FOLDER)
         to.parent.mkdir(exist_ok=True)
         to.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # what Python runs first in the processes that a test starts
+    (folder / "sitecustomize.py").write_text(
+        f"import pathlib\nfrom alter.data import background\nbackground.FOLDER = pathlib.Path({str(folder)!r})\n"
+    )
     return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _background(request, small_background):
-    """Fits of the router and the last table of a run see the small sample where it is not what is tested."""
+    """Fits of the router and the last table of a run see the small sample where it is not what is tested, in all processes."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in WHOLE_BACKGROUND:
             patch.setattr(background, "FOLDER", small_background)
+            patch.setenv("PYTHONPATH", str(small_background), prepend=os.pathsep)
         yield

@@ -28,10 +28,12 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from alter import cli, metrics
-from alter.comparison import cells, choice, plan, table, words
+from alter.comparison import cell as cell_work
+from alter.comparison import cells, choice, executors, plan, table, words
 from alter.comparison import run as compare
 from alter.comparison.cells import Job, finished, hold, run_cells
 from alter.comparison.choice import best_setting, cell_figures, choices
+from alter.comparison.executors import Local
 from alter.comparison.plan import PARTS, divide, run_of
 from alter.comparison.settings import Compare, Retrained
 from alter.comparison.table import TableRow, dominated, table_rows, undominated
@@ -1025,9 +1027,7 @@ for part in sys.argv[2:]:
 
 
 def small(monkeypatch):
-    monkeypatch.setattr(
-        cells, "command_line", lambda folder, parts: [sys.executable, "-S", "-c", SCRIPT, str(folder), *parts]
-    )
+    monkeypatch.setattr(executors, "command_line", lambda folder, parts: ["-S", "-c", SCRIPT, str(folder), *parts])
 
 
 def plain_jobs(count, parts=("validation",)):
@@ -1053,15 +1053,15 @@ def test_finished_cells_never_run_again_and_killed_ones_do(tmp_path, monkeypatch
     (tmp_path / "cells" / "key2").mkdir()
     (tmp_path / "cells" / "key2" / "fail").touch()
     found = {}
-    loop = run_cells(tmp_path, jobs, 2, [], lock)
-    start = cells._start
+    loop = run_cells(tmp_path, jobs, Local(2, []), lock)
+    start = Local.start
     processes = {}
 
-    def noted(out, job, *rest):
-        processes[job.cell.key] = start(out, job, *rest)
-        return processes[job.cell.key]
+    def noted(self, folder, *rest):
+        processes[folder.name] = start(self, folder, *rest)
+        return processes[folder.name]
 
-    monkeypatch.setattr(cells, "_start", noted)
+    monkeypatch.setattr(Local, "start", noted)
     for cell, reason in loop:
         found[cell.key] = reason
         if len(found) == 3:
@@ -1071,12 +1071,12 @@ def test_finished_cells_never_run_again_and_killed_ones_do(tmp_path, monkeypatch
     assert sorted(ran(tmp_path)) == ["key0", "key1", "key2", "key3"]
     for name in ("key1/wait", "key2/fail"):
         (tmp_path / "cells" / name).unlink()
-    assert {c.key: why for c, why in run_cells(tmp_path, jobs, 2, [], lock)} == {"key1": "", "key2": ""}
+    assert {c.key: why for c, why in run_cells(tmp_path, jobs, Local(2, []), lock)} == {"key1": "", "key2": ""}
     assert sorted(ran(tmp_path)[4:]) == ["key1", "key2"]
-    assert list(run_cells(tmp_path, jobs, 2, [], lock)) == []
+    assert list(run_cells(tmp_path, jobs, Local(2, []), lock)) == []
     # another part of a cell is another job
-    assert [c.key for c, _ in run_cells(tmp_path, plain_jobs(1, ("test",)), 2, [], lock)] == ["key0"]
-    assert list(run_cells(tmp_path, plain_jobs(1, PARTS), 2, [], lock)) == []
+    assert [c.key for c, _ in run_cells(tmp_path, plain_jobs(1, ("test",)), Local(2, []), lock)] == ["key0"]
+    assert list(run_cells(tmp_path, plain_jobs(1, PARTS), Local(2, []), lock)) == []
     os.close(lock)
 
 
@@ -1085,7 +1085,7 @@ def test_an_interrupt_ends_the_cells_that_run(tmp_path, monkeypatch):
     jobs, lock = plain_jobs(2), hold(tmp_path)
     (tmp_path / "cells" / "key1").mkdir(parents=True)
     (tmp_path / "cells" / "key1" / "wait").touch()
-    loop = run_cells(tmp_path, jobs, 2, [], lock)
+    loop = run_cells(tmp_path, jobs, Local(2, []), lock)
     assert next(loop)[0].key == "key0"
     loop.close()
     os.close(lock)
@@ -1103,21 +1103,21 @@ def test_one_comparison_at_a_time_in_a_folder(tmp_path):
 
 def test_each_worker_has_its_share_of_the_threads_and_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    assert [cells.share_of_threads(n) for n in (1, 2, 4, 9)] == [6, 3, 1, 1]
+    assert [executors.share_of_threads(n) for n in (1, 2, 4, 9)] == [6, 3, 1, 1]
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert cells.share_of_threads(1) == len(os.sched_getaffinity(0))
-    assert cells.gpus("cpu") == []
+    assert executors.share_of_threads(1) == len(os.sched_getaffinity(0))
+    assert executors.gpus("cpu") == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
-    assert cells.gpus(None) == ["2", "GPU-5"]
+    assert executors.gpus(None) == ["2", "GPU-5"]
     with monkeypatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "-1")
         patch.setattr(torch.cuda, "device_count", lambda: 0)
-        assert cells.gpus(None) == []
+        assert executors.gpus(None) == []
     see = "import os,sys;open(sys.argv[1]+'/cell.json','w').write('{\"status\":\"done\",\"gpu\":\"'+os.environ['CUDA_VISIBLE_DEVICES']+'\"}')"
-    monkeypatch.setattr(cells, "command_line", lambda folder, _: [sys.executable, "-S", "-c", see, str(folder)])
+    monkeypatch.setattr(executors, "command_line", lambda folder, _: ["-S", "-c", see, str(folder)])
     lock = hold(tmp_path)
     jobs = plain_jobs(4, parts=())
-    assert [why for _, why in run_cells(tmp_path, jobs, 2, ["2", "GPU-5"], lock)] == [""] * 4
+    assert [why for _, why in run_cells(tmp_path, jobs, Local(2, ["2", "GPU-5"]), lock)] == [""] * 4
     assert {finished(tmp_path, job.cell, ())["gpu"] for job in jobs} == {"2", "GPU-5"}
     os.close(lock)
 
@@ -1135,7 +1135,7 @@ def run_work(out, cell, parts=PARTS):
     folder = out / "cells" / cell.key
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(cell.spec))
-    cells.work(folder, parts)
+    cell_work.work(folder, parts)
     return folder, json.loads((folder / "cell.json").read_text())
 
 
@@ -1202,7 +1202,7 @@ def test_figures_that_are_no_numbers_are_a_failed_cell(data, tmp_path, monkeypat
         result.sets["forget"].truth_ratio[0] = math.nan
         return result
 
-    monkeypatch.setattr(cells, "tofu_metrics", broken)
+    monkeypatch.setattr(cell_work, "tofu_metrics", broken)
     _, found = run_work(tmp_path, cell)
     assert (found["status"], found["reason"][:12]) == ("failed", "Truth ratios")
 
@@ -1232,8 +1232,8 @@ def chain_of(data, out, method, steps=2, **changes):
 
 def trained(monkeypatch):
     """Counts the runs that are trained."""
-    folders, real = [], cells.unlearn
-    monkeypatch.setattr(cells, "unlearn", lambda run: folders.append(run.out.rpartition(os.sep)[2]) or real(run))
+    folders, real = [], cell_work.unlearn
+    monkeypatch.setattr(cell_work, "unlearn", lambda run: folders.append(run.out.rpartition(os.sep)[2]) or real(run))
     return folders
 
 
@@ -1258,7 +1258,7 @@ def test_a_cell_killed_anywhere_ends_with_the_same_numbers(data, tmp_path, monke
         splits.append(split)
         return measuring.tofu_metrics(network, tokenizer, split, *rest, **named, which=["likelihood"])
 
-    monkeypatch.setattr(cells, "tofu_metrics", quick)
+    monkeypatch.setattr(cell_work, "tofu_metrics", quick)
     wanted = chain_of(data, tmp_path / "whole", "lora_gd")
     whole, found = run_work(tmp_path / "whole", only_cell(wanted, tmp_path / "whole"))
     assert (found["status"], [costs["steps"] for costs in found["stages"]]) == ("done", [2, 2])
@@ -1281,16 +1281,16 @@ def test_a_cell_killed_anywhere_ends_with_the_same_numbers(data, tmp_path, monke
         assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
 
     both = ["stage0", "stage1"]
-    again("evaluation", [], cells, "tofu_metrics")
-    again("costs", both, cells, "write_atomic", when=lambda path, _: path.name == "run0.json")
-    again("chain", ["stage1"], cells, "start_from", when=lambda folder, spec, place: place == 1)
+    again("evaluation", [], cell_work, "tofu_metrics")
+    again("costs", both, cell_work, "write_atomic", when=lambda path, _: path.name == "run0.json")
+    again("chain", ["stage1"], cell_work, "start_from", when=lambda folder, spec, place: place == 1)
 
     def half(model, folder, name, tokenizer):
         (folder / f".{name}.partial").mkdir()
         (folder / f".{name}.partial" / "config.json").touch()
 
-    again("base", ["stage1"], cells, "save_adapter", before=half)
-    again("second part", [], cells, "write_records", when=lambda path, _: path.name == "validation-forget10.json")
+    again("base", ["stage1"], cell_work, "save_adapter", before=half)
+    again("second part", [], cell_work, "write_records", when=lambda path, _: path.name == "validation-forget10.json")
     # what was measured before is not measured again
     assert splits == ["forget10", "forget10"]
 
@@ -1303,9 +1303,9 @@ def test_a_cell_killed_anywhere_ends_with_the_same_numbers(data, tmp_path, monke
     cell = only_cell(wanted, out)
     folder, _ = run_work(out, cell, ["validation"])
     with monkeypatch.context() as patch:
-        killed_once(patch, cells.shutil, "rmtree", before=torn)
+        killed_once(patch, cell_work.shutil, "rmtree", before=torn)
         with pytest.raises(Killed):
-            cells.forget_weights(folder)
+            cell_work.forget_weights(folder)
     runs.clear()
     run_work(out, cell, ["test"])
     assert runs == both
@@ -1318,7 +1318,7 @@ def test_forgetting_leaves_nothing_that_was_trained(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     for name in ("cell.json", "run0.json", "validation-forget10.json"):
         (tmp_path / name).touch()
-    cells.forget_weights(tmp_path)
+    cell_work.forget_weights(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cell.json", "run0.json", "validation-forget10.json"]
 
 
@@ -1413,7 +1413,7 @@ def test_a_chain_of_lora_merges(data, tmp_path, monkeypatch):
         assert torch.allclose(first[name], wanted, atol=1e-6)
         changed += not torch.equal(first[name], weight)
     assert changed == sum(".lora_A." in name for name in adapter)
-    assert cells.subject(folder, json.loads((folder / "spec.json").read_text()), 1) == (
+    assert cell_work.subject(folder, json.loads((folder / "spec.json").read_text()), 1) == (
         *(str(folder / "base1"), str(folder / "stage1" / "adapter")),
     )
 
@@ -1423,7 +1423,7 @@ def test_a_chain_of_o3_trains_one_lora_on_and_adds_a_detector(data, tmp_path, mo
     first, second = (folder / f"stage{place}" / "adapter" for place in (0, 1))
     assert [run["start_from"] for run in started] == [None, str(first)]
     assert [run["model"] for run in started] == [str(data / "model")] * 2
-    assert cells.subject(folder, json.loads((folder / "spec.json").read_text()), 1) == (
+    assert cell_work.subject(folder, json.loads((folder / "spec.json").read_text()), 1) == (
         *(str(data / "model"), str(second)),
     )
     assert not (folder / "base1").exists()

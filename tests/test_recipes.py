@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import alter
 from alter import cli
-from alter.comparison.cells import work
+from alter.comparison.cell import work
 from alter.comparison.plan import lay_out, run_of
 from alter.core.files import to_json, write_atomic
 from alter.data.sources import tofu_rows

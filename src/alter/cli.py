@@ -177,7 +177,7 @@ COMMON = {
     "distill": "run model adapter student forget retain general form noise.alpha epochs learning_rate batch_size seed device "
     "resume overwrite",
     "attack": "adapter retrained original attacks rows seed quantization device relearn.steps relearn.rows samples",
-    "compare": "splits seeds rates epochs retrained.forget01 retrained.forget05 retrained.forget10 data holdout workers run device",
+    "compare": "splits seeds rates epochs retrained.forget01 retrained.forget05 retrained.forget10 data holdout executor workers run device",
     "finetune": "model data corpora epochs max_steps batch_size learning_rate seed resume overwrite",
 }
 """Options that `--help` shows of commands with many, besides those that are required and every `kind`; `--help-all` shows

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from alter.comparison.cells import Job, finished, forget_weights, gpus, hold, run_shown
+from alter.comparison.cell import forget_weights
+from alter.comparison.cells import Job, finished, hold, run_shown
 from alter.comparison.choice import Choice, choices, chosen_cells, refined
+from alter.comparison.executors import Executor, executor_of
 from alter.comparison.export import all_records, search_csv, table_csv
 from alter.comparison.plan import (
     ORIGINAL,
@@ -44,7 +46,7 @@ def compare(settings: Compare) -> list[TableRow]:
     provenance); `cells/KEY` and `rows/` hold what they are made of.
 
     Raises:
-        UserError: see `lay_out` and `hold`; a retrained model that is the original; or one of them cannot be evaluated, or
+        UserError: see `lay_out`, `hold` and `executor_of`; a retrained model that is the original; or one of them cannot be evaluated, or
             with `run` off has not been. A cell that fails or is killed does not stop the others: it is named under the
             table.
     """
@@ -52,13 +54,16 @@ def compare(settings: Compare) -> list[TableRow]:
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
     check_settings(settings)
+    executor = executor_of(settings) if settings.run else None
     # what only writes tables disturbs nobody, and may look at a comparison that is at work
-    lock = hold(out) if settings.run else None
+    lock = None if executor is None else hold(out)
     try:
         made = lay_out(settings, out)
-        chosen, lost = _run_all(settings, made, out, lock)
+        chosen, lost = _run_all(settings, made, out, executor, lock)
         rows, text = _write(settings, made, chosen, out)
     finally:
+        if executor is not None:
+            executor.close()
         if lock is not None:
             os.close(lock)
     show(
@@ -71,8 +76,10 @@ def compare(settings: Compare) -> list[TableRow]:
     return rows
 
 
-def _run_all(settings: Compare, made: Layout, out: Path, lock: int | None) -> tuple[Chosen, dict[str, str]]:
-    """Run the cells (none without a lock): models as they are, the search, then the chosen settings on test rows.
+def _run_all(
+    settings: Compare, made: Layout, out: Path, executor: Executor | None, lock: int | None
+) -> tuple[Chosen, dict[str, str]]:
+    """Run the cells (none without an executor): models as they are, the search, then the chosen settings on test rows.
 
     Returns:
         the choices, and why cells did not finish, by key.
@@ -83,14 +90,12 @@ def _run_all(settings: Compare, made: Layout, out: Path, lock: int | None) -> tu
     for (name, split), cell in made.models.items():
         if name == RETRAINED and cell.key == made.models[ORIGINAL, split].key:
             raise UserError(f"retrained.{split} is the original model itself: give one that never saw {split}.")
-    cards = gpus(settings.device)
-    workers = settings.workers or len(cards) or max(1, len(os.sched_getaffinity(0)) // 2)
 
     def run(jobs: Sequence[Job], label: str) -> dict[str, str]:
-        return {} if lock is None else run_shown(out, jobs, workers, cards, lock, label)
+        return {} if executor is None or lock is None else run_shown(out, jobs, executor, lock, label)
 
     lost = run([Job(cell, PARTS) for cell in made.models.values()], "models as they are")
-    _check_models(made, out, lost, ran=lock is not None)
+    _check_models(made, out, lost, ran=executor is not None)
     lost |= run([Job(cell, ("validation",)) for cell in made.searched(settings)], "search")
     for i in range(settings.refine):
         jobs = [Job(cell, ("validation",)) for cell in refined(settings, made, out)]

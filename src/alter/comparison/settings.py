@@ -21,6 +21,40 @@ class Retrained(BaseModel):
     """Model trained on retain90."""
 
 
+class Ray(BaseModel):
+    """Cells as tasks of a Ray cluster, whose machines share the comparison's folder."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    address: str = "auto"
+    """Of the cluster: host:port, ray://host:port, or auto for the one that this machine belongs to."""
+    cpus: int = Field(2, ge=1)
+    """Cores that a cell takes."""
+    gpus: float = Field(0, ge=0)
+    """GPUs that a cell takes; below one, cells share a GPU."""
+    retries: int = Field(3, ge=0)
+    """How often a cell is started again when its machine is lost."""
+
+
+class Slurm(BaseModel):
+    """Cells as jobs of Slurm, whose machines share the comparison's folder."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    partition: str | None = None
+    """Where jobs are queued; the cluster's default if not given."""
+    minutes: int = Field(240, ge=1)
+    """Time limit of a cell."""
+    cpus: int = Field(2, ge=1)
+    """Cores that a cell takes."""
+    gpus: int = Field(0, ge=0)
+    """GPUs that a cell takes."""
+    memory_gb: int | None = Field(None, ge=1)
+    """Memory that a cell takes, in GB; the cluster's default if not given."""
+    options: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
+    """Further options of `sbatch`, by their long names: account, qos, constraint, ... In a recipe only."""
+
+
 class Compare(BaseModel):
     """Run methods on TOFU with equal search budget, choose each one's setting on validation rows, report on others."""
 
@@ -66,11 +100,15 @@ class Compare(BaseModel):
     """The choice is among settings that keep this share of the original model's utility."""
     limit: int | None = Field(None, ge=1)
     """Evaluate only so many rows of each set and part, to save time."""
+    executor: Literal["local", "ray", "slurm"] = "local"
+    """Where the cells run: on this machine, on a Ray cluster, or as jobs of Slurm."""
+    ray: Ray = Field(default_factory=Ray)
+    slurm: Slurm = Field(default_factory=Slurm)
     workers: int | None = Field(None, ge=1)
-    """Cells at a time; by default one a GPU, else one for two cores."""
+    """Cells at a time; on this machine by default one a GPU, else one for two cores; on a cluster all that it takes."""
     keep: bool = False
     """Keep each cell's weights to the end."""
     run: bool = True
     """Run the cells; --no-run only writes the tables of those that have finished."""
     device: Literal["cpu", "cuda", "mps"] | None = None
-    """Where the cells run; on all visible GPUs by default if there are any, else on the CPU."""
+    """What the cells run on; on all visible GPUs by default if there are any, else on the CPU."""

@@ -1,0 +1,182 @@
+"""One cell of `alter compare`, in a process and a folder (`cells/KEY`) of its own.
+
+It is first trained and measured on validation rows; only the chosen ones are measured on test rows too. A process that
+was killed is started again, here or on another machine, and goes on from what its folder holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alter.core.errors import UserError
+from alter.core.files import to_json, write_atomic
+from alter.core.provenance import stamped
+from alter.core.records import write_records
+from alter.evaluation.tofu.measuring import tofu_metrics
+from alter.methods.adapters import adapter_of
+from alter.models.loading import load_model
+from alter.training.folder import save_adapter
+from alter.training.run import unlearn
+from alter.training.settings import Unlearn
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # unlike ru_maxrss, this does not begin with the size of the process that started this one
+        found = [line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        if found:
+            return int(found[0][1]) * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def die_with_parent() -> None:
+    """End this process when the one that holds the other end of its standard input is gone, however it went."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def subject(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str | None]:
+    """Model and adapter that a cell's stage has made; the model as it is if the cell runs nothing."""
+    run = spec["stages"][place].get("run")
+    if run is None:
+        return spec["model"], None
+    made, kind = folder / f"stage{place}", adapter_of(run["adapter"])
+    if kind.result == "model":
+        return str(made / "model"), None
+    base = str(folder / f"base{place}") if place and kind.merges else spec["model"]
+    return base, str(made / "adapter")
+
+
+def start_from(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """Settings that make a stage start from the result of the one before.
+
+    ALTER's adapter grows, a LoRA with a detector (O3) is trained on, any other LoRA is merged.
+    """
+    if place == 0:
+        return {}
+    model, adapter = subject(folder, spec, place - 1)
+    if adapter is None:
+        return {"model": model}
+
+    def merged() -> str:
+        network, tokenizer = load_model(model, adapter, device=spec["device"])
+        return str(save_adapter(network.merge_and_unload(), folder, name=f"base{place}", tokenizer=tokenizer))
+
+    return adapter_of(spec["stages"][place]["run"]["adapter"]).continued(adapter, merged)
+
+
+def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequence[str]) -> None:
+    """Measure the model that a cell's stage has made on those parts of its split's rows that are not measured yet.
+
+    Raises:
+        UserError: the model gives no probabilities.
+    """
+    stage = spec["stages"][place]
+    files = {part: folder / f"{part}-{stage['split']}.json" for part in parts}
+    left = [part for part in parts if not files[part].is_file()]
+    if not left:
+        return
+    run = stage.get("run", {})
+    model, adapter = subject(folder, spec, place)
+    network, tokenizer = load_model(
+        model,
+        adapter,
+        device=spec["device"],
+        quantization=run.get("quantization"),
+        template=run.get("chat_template_kwargs", ()),
+    )
+    for part in left:
+        rows = str(folder.parent.parent / stage["rows"] / part)
+        found = tofu_metrics(network, tokenizer, stage["split"], rows, limit=spec["limit"], progress=False)
+        ratios = found.sets["forget"].truth_ratio
+        if ratios is None or np.isnan(ratios).any():
+            raise UserError("Truth ratios on forget rows are not numbers: the model gives no probabilities.")
+        records = [replace(r, extra=r.extra | {"data": part}) for r in found.records(spec["name"])]
+        write_records(files[part], stamped(records, seed=run.get("seed")))
+
+
+def work(folder: Path, parts: Sequence[str]) -> None:
+    """Do a cell's job, the `spec.json` of which lies in `folder`: unlearn unless that is done, evaluate, and write.
+
+    `cell.json` says what the runs cost and, with `status` "failed", why a run or a metric refused its values (as it would
+    again: a loss that is not finite, say); `PART-SPLIT.json` holds the records of one part. The weights stay until the
+    test rows are measured, since only the chosen cells come to that.
+    """
+    spec = json.loads((folder / "spec.json").read_text())
+    on_gpu = spec["device"] in (None, "cuda") and torch.cuda.is_available()
+    before = folder / "cell.json"
+    kept = json.loads(before.read_text()) if before.is_file() else {"stages": [], "all_seconds": 0.0}
+    result: dict[str, Any] = {**kept, "status": "done", "threads": torch.get_num_threads()}
+    started = time.time()
+    root = folder.parent.parent
+    try:
+        for place, stage in enumerate(spec["stages"]):
+            run = folder / f"stage{place}"
+            # a stage is over when both it and its costs are written
+            if "run" not in stage or ((run / "run.json").is_file() and place < len(result["stages"])):
+                continue
+            given = stage["run"] | start_from(folder, spec, place) | {"out": str(run), "overwrite": True}
+            if (root / given["forget"]).is_file():
+                given["forget"] = str(root / given["forget"])
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            unlearn(Unlearn.model_validate(given))
+            done = json.loads((run / "run.json").read_text())
+            costs = {key: done[key] for key in ("steps", "trained_parameters", "router")}
+            costs["seconds"] = sum(done["seconds"].values())
+            costs["peak_memory"] = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+            result["stages"] = [*result["stages"][:place], costs]
+            write_atomic(folder / f"run{place}.json", (run / "run.json").read_bytes())
+            write_atomic(folder / "cell.json", to_json(result))
+        for place in range(len(spec["stages"])):
+            measure_stage(folder, spec, place, parts)
+    except ValueError as error:  # a UserError, or figures that the metrics refuse
+        # tables go elsewhere, and the folders of this machine mean nothing there
+        reason = str(error).replace(str(folder), folder.name).replace(f"{root}{os.sep}", "")
+        result |= {"status": "failed", "reason": " ".join(reason.split())}
+    result["all_seconds"] += time.time() - started
+    write_atomic(folder / "cell.json", to_json(result))
+    if not spec.get("keep") and ("test" in parts or result["status"] == "failed"):
+        forget_weights(folder)
+
+
+def forget_weights(folder: Path) -> None:
+    """Delete what a cell's runs have trained; a process killed in between leaves nothing that looks like a result."""
+    stages = sorted(folder.glob("stage*"), reverse=True)
+    # the last stage first, so that none is over whose predecessor is not
+    for path in stages:
+        (path / "run.json").unlink(missing_ok=True)
+    for path in (*stages, *folder.glob("base*"), *folder.glob(".base*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def cell_process(folder: str, parts: str) -> int:
+    """What a cell's process does; its output goes to `log.txt`. Returns 0, or 1 after an error that may not come again."""
+    die_with_parent()
+    try:
+        work(Path(folder), parts.split())
+    except Exception:  # any error must reach the log, and the comparison goes on without this cell
+        traceback.print_exc()
+        return 1
+    return 0
