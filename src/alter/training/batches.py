@@ -24,7 +24,7 @@ class Rows:
     """The data of a run, encoded: forget rows with the expert of each (1 is the first), and retain rows.
 
     `alternative` holds the forget rows once more in the form that the objective asks for, if it does, `examples` the forget
-    rows before they were encoded.
+    rows before they were encoded; `paired` is how many pairs an epoch has, where that is not one for each forget row.
     """
 
     forget: list[Encoded]
@@ -32,6 +32,12 @@ class Rows:
     expert: list[int]
     alternative: list[Encoded] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    paired: int | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Pairs of an epoch."""
+        return len(self.forget) if self.paired is None else self.paired
 
     def of(self, branch: str) -> list[Encoded]:
         """The rows of one of `BRANCHES`."""

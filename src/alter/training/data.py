@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from alter.core.errors import UserError
 from alter.data.domains import domains
 from alter.data.examples import Example, check_overlap, load_examples
+from alter.training.sampler import pass_length
 from alter.training.settings import Unlearn, steps_of
 from alter.training.watched import Watched, read_watched
 
@@ -45,9 +46,11 @@ def set_aside(run: Unlearn, data: Data) -> Data:
     """The data without the retain rows that are watched, if the run is watched.
 
     Raises:
-        UserError: there are too few rows, or retain rows would join after the last step.
+        UserError: there are too few rows, retain rows would join after the last step, or rows do not say what the sampler
+            goes by.
     """
-    steps, _ = steps_of(run, len(data.forget))
+    length = pass_length(run.sampler, data.forget, data.retain)
+    steps, _ = steps_of(run, length)
     if not run.watch.on:
         return data
     watched, retain = read_watched(
@@ -57,7 +60,7 @@ def set_aside(run: Unlearn, data: Data) -> Data:
         domain_column=run.domain_column,
         seed=run.seed,
         steps=steps,
-        steps_per_epoch=len(data.forget) / (run.batch_size * run.gradient_accumulation_steps),
+        steps_per_epoch=length / (run.batch_size * run.gradient_accumulation_steps),
     )
     return replace(data, retain=retain, watched=watched)
 

@@ -249,7 +249,7 @@ class UnlearnTrainer(Trainer):
             "structure": structure,
         }
         if run.retain_objective.needs.state:
-            epochs = step * run.batch_size * run.gradient_accumulation_steps / len(self.train_dataset.rows.forget)
+            epochs = step * run.batch_size * run.gradient_accumulation_steps / self.train_dataset.rows.epoch
             lost = float(processes.total(parts["retain"]))
             parts["retain"] = parts["retain"] * self.own_state.weigh(run.retain_objective, lost, epochs)
         return parts
@@ -294,7 +294,7 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
     Args:
         run: the settings.
         model: what is trained.
-        rows: how many forget rows there are.
+        rows: pairs of an epoch.
         checkpoints: folder that checkpoints go to.
     """
     return TrainingArguments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from alter.training.batches import Order, Rows, Traced, schedule
 from alter.training.data import Data, clusters
 from alter.training.folder import kept_tensors
 from alter.training.router import fit_router
+from alter.training.sampler import Kin
 from alter.training.settings import BRANCHES, Unlearn, branch_needs, hidden_depth, steps_of
 from alter.training.trunk import FILE as TRUNK
 from alter.training.trunk import Kept, Sink, States, plain_because, say_plain, trunk_of
@@ -53,6 +55,7 @@ class Loaded:
         domain: of each forget row its sub-domain.
         former: the earlier adapter that is trained on.
         alone: steps before retain rows join.
+        kin: what rows are to each other, where the sampler asks for it.
     """
 
     base: Any
@@ -65,6 +68,7 @@ class Loaded:
     domain: list[int]
     former: Former | None
     alone: int
+    kin: Kin | None = None
 
 
 def load(run: Unlearn) -> tuple[Any, Any]:
@@ -89,14 +93,16 @@ def encode(run: Unlearn, data: Data, base: Any, tokenizer: Any, former: Former |
     run.adapter.check_model(base, run, former)
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
     forget, owner = encode_all(tokenizer, data.forget, max_length=limit, label="forget")
-    retain, _ = encode_all(tokenizer, data.retain, max_length=limit, label="retain")
+    retain, of_retain = encode_all(tokenizer, data.retain, max_length=limit, label="retain")
     if run.retain_objective.needs.prompts:
         retain = [replace(row, labels=list(row.input_ids)) for row in retain]
     examples = [data.forget[i] for i in owner]
-    _, alone = steps_of(run, len(forget))
+    kin = run.sampler.kin(data.forget, data.retain)
+    kin = None if kin is None else kin.at(owner, of_retain)
+    _, alone = steps_of(run, run.sampler.epoch_length(kin, len(forget), len(retain)))
     other = alternatives(run.objective, tokenizer, base, examples, forget, seed=run.seed, max_length=limit)
     domain = [data.domain[i] for i in owner]
-    return Loaded(base, tokenizer, limit, forget, retain, other, examples, domain, former, alone)
+    return Loaded(base, tokenizer, limit, forget, retain, other, examples, domain, former, alone, kin)
 
 
 @dataclass(frozen=True)
@@ -152,14 +158,15 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     names = clusters(first, len(data.names)) if numbered else data.names
     model = run.adapter.attach(base, run, Beginning(names, start, former))
     experts = [first + d for d in loaded.domain]
-    rows = Rows(loaded.forget, loaded.retain, experts, loaded.alternative, loaded.examples)
+    paired = run.sampler.epoch_length(loaded.kin, len(loaded.forget), len(loaded.retain))
+    rows = Rows(loaded.forget, loaded.retain, experts, loaded.alternative, loaded.examples, paired)
     watcher = None
     if data.watched is not None:
         device = next(base.parameters()).device
         watcher = Watcher(
             run.watch, data.watched, tokenizer, max_length=loaded.limit, folder=out / KEPT, device=device
         )
-    order = order_of(run, rows, loaded.alone)
+    order = order_of(run, rows, loaded.alone, loaded.kin)
     cache = out / "frozen.safetensors"
     traced, found, below = trace_run(model, tokenizer, run, rows, order, cache, views, depth, loaded.limit)
     penalty = run.adapter.penalty(model, run, away, former)
@@ -197,16 +204,22 @@ def depth_of(base: Any, run: Unlearn) -> Depth | None:
     return Depth(block, tuple(behind))
 
 
-def order_of(run: Unlearn, rows: Rows, alone: int) -> Order:
+def order_of(run: Unlearn, rows: Rows, alone: int, kin: Kin | None = None) -> Order:
     """The order of training; with `max_steps` no more of it than is used.
 
     Args:
         run: the settings.
         rows: the rows.
         alone: steps before retain rows join.
+        kin: what rows are to each other, where the sampler asks for it.
     """
     of_step = run.batch_size * run.gradient_accumulation_steps
-    steps, _ = steps_of(run, len(rows.forget))
+    steps, _ = steps_of(run, rows.epoch)
+    if run.sampler.order != "mixed":
+        pairs = steps * of_step if run.max_steps else math.ceil(run.epochs * rows.epoch)
+        return run.sampler.take(
+            kin, len(rows.forget), len(rows.retain), pairs=pairs, seed=run.seed, alone=alone * of_step
+        )
     return schedule(
         [len(row.input_ids) for row in rows.forget],
         [len(row.input_ids) for row in rows.retain],

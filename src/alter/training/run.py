@@ -37,6 +37,7 @@ from alter.training.own import OWN, own_rows, write_rows
 from alter.training.preparation import Prepared, encode, load, prepare
 from alter.training.progress import Steps
 from alter.training.result import save_run
+from alter.training.sampler import pass_length
 from alter.training.settings import Unlearn, check_launch, lengthened
 from alter.training.trackers import check_trackers, trackers
 
@@ -76,7 +77,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     former = run.adapter.former(run.start_from)
     data = read_data(run)
     asked = {name: data_hash(list(map(row_hash, getattr(data, name)))) for name in ("forget", "retain")}
-    run = lengthened(run, len(data.forget))
+    run = lengthened(run, pass_length(run.sampler, data.forget, data.retain))
     data = set_aside(run, data)
     out = processes.from_first(lambda: check_folder(run))
     inputs = inputs_of(run, data.forget, data.retain)
@@ -129,7 +130,7 @@ def train(
         alone=ready.alone,
         trunk=None if ready.kept is None else ready.kept.trunk,
         model=ready.model,
-        args=training_arguments(run, ready.model, len(ready.rows.forget), checkpoints),
+        args=training_arguments(run, ready.model, ready.rows.epoch, checkpoints),
         # of a short last batch each process must have a share
         train_dataset=Pairs(
             ready.order,

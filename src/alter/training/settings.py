@@ -17,6 +17,7 @@ from alter.methods.objectives import CrossEntropy, Forget, InvertedHinge, Needs,
 from alter.methods.reinforcement import Reinforcement
 from alter.models.quantized import Bits
 from alter.training.routerfit import RouterFit
+from alter.training.sampler import Sampler
 from alter.training.trackers import ReportTo
 from alter.training.watch import Watch
 
@@ -101,7 +102,10 @@ class Unlearn(BaseModel):
         None, gt=0, description="After training, apply minus so many times what was learned (task arithmetic)."
     )
 
-    epochs: float = Field(3, gt=0, le=10_000, description="Passes over the forget set.")
+    sampler: Sampler = Field(default_factory=Sampler)
+    epochs: float = Field(
+        3, gt=0, le=10_000, description="Passes over the forget set; with a sampler that cycles, over the longer set."
+    )
     least_steps: int = Field(
         0,
         ge=0,
@@ -195,6 +199,15 @@ class Unlearn(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _related_rows(self) -> Unlearn:
+        if self.sampler.related and self.retain is None:
+            raise ValueError(
+                f"sampler.order {self.sampler.order} goes by what retain rows are to forget rows: give retain, or sampler.order "
+                "mixed, sequential, random or cyclic"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_warm_up(self) -> Unlearn:
         given = [name for name in presets.WARM_UPS if getattr(self, name)]
         if len(given) > 1:
@@ -271,13 +284,13 @@ def check_launch(run: Unlearn) -> None:
 
 
 def lengthened(run: Unlearn, count: int) -> Unlearn:
-    """The settings with as many epochs over so many forget rows as `least_steps` asks for."""
+    """The settings with as many epochs of so many pairs as `least_steps` asks for."""
     rows = run.batch_size * run.gradient_accumulation_steps
     return run.model_copy(update={"epochs": max(run.epochs, run.least_steps * rows / count)})
 
 
 def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
-    """Optimiser steps of a run with so many forget rows, and how many of them come before retain rows join.
+    """Optimiser steps of a run with so many pairs an epoch, and how many of them come before retain rows join.
 
     Raises:
         UserError: retain rows would join after the last step.
@@ -297,7 +310,7 @@ def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
 
 
 def warmup_of(run: Unlearn, count: int, steps: int) -> int:
-    """Optimiser steps of the warm-up in a run of so many steps over so many forget rows; one is left for the full rate.
+    """Optimiser steps of the warm-up in a run of so many steps with so many pairs an epoch; one is left for the full rate.
 
     An epoch is counted in whole steps, at least one, as the authors' `max(1, steps_per_epoch)` does.
     """
