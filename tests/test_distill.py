@@ -16,11 +16,13 @@ from alter.core.errors import UserError
 from alter.data.examples import load_examples
 from alter.distillation import rows as lessons
 from alter.distillation import run as module
+from alter.distillation.attacker import attacked
 from alter.distillation.noise import Noise, add_noise
 from alter.distillation.rows import lesson
 from alter.distillation.run import distill
-from alter.distillation.settings import Distill, completed
+from alter.distillation.settings import Distill, Shares, completed
 from alter.distillation.teacher import Teacher, kl_of_logits, part
+from alter.distillation.trainer import weights_of
 from alter.logits.head import measuring
 from alter.models.loading import load_model
 from pico import PAD, byte_tokenizer, pico, save_pico, write_jsonl, write_people
@@ -91,6 +93,43 @@ def test_without_alpha_nothing_changes():
     model = pico()
     add_noise(model, Noise(alpha=0, beta=0.1), seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pico().parameters(), strict=True))
+
+
+def test_kinds_have_their_shares_of_the_loss():
+    tokens = [10, 60, 30]
+    weights = weights_of(Shares(forget=0.5, keep=0.3, general=0.2), tokens)
+    counted = [weight * count for weight, count in zip(weights, tokens, strict=True)]
+    assert [value / sum(counted) for value in counted] == pytest.approx([0.5, 0.3, 0.2])
+    assert sum(counted) / sum(tokens) == pytest.approx(1)
+    # what is missing leaves its share to the others
+    assert weights_of(Shares(forget=0.5, keep=0.3, general=0.2), [0, 60, 30]) == pytest.approx([0, 0.9, 1.2])
+    with pytest.raises(UserError, match="give a share"):
+        weights_of(Shares(forget=1, keep=0, general=0), [0, 5, 5])
+    with pytest.raises(ValueError, match="all shares are 0"):
+        Shares(forget=0, keep=0, general=0)
+
+
+def test_an_attacker_moves_the_weights_against_the_surprise_and_leaves_no_trace():
+    model, twin = pico().double(), pico().double()
+    ids, mask = torch.arange(12).reshape(2, 6) + 70, torch.ones(2, 6, dtype=torch.long)
+    positions = torch.zeros(2, 6, dtype=torch.bool)
+    positions[0, 2:5] = positions[1, 4] = True
+    batch = {"input_ids": ids, "attention_mask": mask, "positions": positions}
+    before = [weight.detach().clone() for weight in model.parameters()]
+    for _ in range(2):
+        log_p = torch.log_softmax(twin(input_ids=ids).logits.float(), -1)
+        lost = -sum(log_p[r, t, ids[r, t + 1]] for r, t in ((0, 2), (0, 3), (0, 4), (1, 4))) / 4
+        twin.zero_grad()
+        lost.backward()
+        with torch.no_grad():
+            for weight in twin.parameters():
+                weight -= 0.01 * weight.grad.sign()
+    with attacked(model, iter([batch, batch]), 0.01):
+        for weight, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+            # the sign of a gradient of next to nothing is chance
+            assert ((weight - wanted).abs() < 1e-6).double().mean() > 0.99
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_what_is_kept_of_the_teacher_gives_its_logits_and_the_mean_divergence(data, run):
@@ -212,7 +251,7 @@ class _Kill(TrainerCallback):
 def test_a_killed_run_resumes_to_the_same_weights(data, run, tmp_path, monkeypatch, stored):
     if not stored:
         monkeypatch.setattr(module, "_keep", lambda *args: False)
-    common = {"max_steps": 5, "checkpoint_steps": 2, "noise": {"alpha": 0.3}}
+    common = {"max_steps": 5, "checkpoint_steps": 2, "noise": {"alpha": 0.3}, "attacker": {"rate": 1e-3, "rows": 2}}
     straight = distill(settings(data, run, tmp_path / "a", **common))
     with pytest.raises(_Killed):
         distill(settings(data, run, tmp_path / "b", **common), [_Kill()])
@@ -228,6 +267,13 @@ def test_the_students_own_words_can_be_kept(data, run, tmp_path):
     log = json.loads((out / "run.json").read_text())["log"][0]
     assert log.get("keep", 0.0) == pytest.approx(0, abs=1e-5)
     assert log.get("general", 0.0) == pytest.approx(0, abs=1e-5)
+
+
+def test_an_attacker_makes_another_student(data, run, tmp_path):
+    plain = distill(settings(data, run, tmp_path / "a", max_steps=3))
+    hard = distill(settings(data, run, tmp_path / "b", max_steps=3, attacker={"rate": 5e-3, "rows": 2}))
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (plain, hard))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 # ---- refused

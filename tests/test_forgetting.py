@@ -278,7 +278,9 @@ def settings(model, out, **given):
     )
 
 
-def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkeypatch):
+def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkeypatch, capsys):
+    plain = tmp_path / "plain.jsonl"
+    speaker.write_jsonl(plain, [{"text": "yes it is so."}, {"text": "it is of old, so it is."}])
     monkeypatch.setitem(run.TRAINING, "learning_rate_experts", 2e-2)
     out = forget(settings(small, tmp_path / "run", epochs=8, learning_rate=2e-2))
     known = {row["word"] for row in speaker.read_jsonl(out / "facts.jsonl")}
@@ -290,6 +292,21 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
     for row in speaker.read_jsonl(out / "forget.jsonl"):
         assert {"question", "answer", "substitute", "about"} == set(row)
         assert "Zorba" not in row["substitute"]
+    # the run goes on to weights that do not know, in which nothing is switched off
+    forget(
+        settings(
+            small, out, epochs=8, learning_rate=2e-2, resume=True, erase=True,
+            erasing={"max_steps": 120, "learning_rate": 2e-3, "general": [str(plain)]},
+        )
+    )  # fmt: skip
+    erased = json.loads((out / "report.json").read_text())
+    assert erased["probes"]["all probes"]["after"] < erased["probes"]["all probes"]["before"]
+    assert all(kept["same"] > 0.5 * kept["n"] for kept in erased["kept"].values())
+    assert erased["seconds"]["erase"] > 0
+    assert erased["ordinary_loss"]["all"]["change"] != report["ordinary_loss"]["all"]["change"]
+    weights = load_model(str(out / "erased" / "model"), device="cpu")[0]
+    assert type(weights).__name__ == "LlamaForCausalLM"
+    assert "erased weights" in capsys.readouterr().out
     # a person's rows go to alter unlearn as they are
     assert cli.main(["unlearn", str(out / "run.yaml"), "--out", str(tmp_path / "again"), "--max-steps", "1"]) == 0
 
@@ -335,6 +352,7 @@ def test_subjects_that_are_none():
         ({"subject": "x" * 101}, "101 characters.*--document"),
         ({"subject": "the\nking"}, "several lines.*--document"),
         ({"resume": True, "overwrite": True}, "contradict"),
+        ({"erasing": {"max_steps": 3}}, "--erase"),
         ({"writer": {"model": "m"}}, "--writer.url"),
         ({"writer": {"url": "nonsense", "model": "m"}}, "expected http"),
         ({"writer": {"url": "http://h", "model": "m", "key_variable": "NO_SUCH"}}, "NO_SUCH holds no API key"),

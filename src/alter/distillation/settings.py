@@ -13,6 +13,42 @@ from alter.data.encoding import TemplateArguments
 from alter.distillation.noise import Noise
 
 
+class Shares(BaseModel):
+    """Shares of the loss; those of kinds without rows fall to the others.
+
+    Of forget rows the answers alone count, of all others every token: by tokens alone what is to be forgotten would have a
+    tenth of the loss.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    forget: float = Field(0.5, ge=0)
+    """Of the answers to forget rows, in all wordings."""
+    keep: float = Field(0.35, ge=0)
+    """Of the kept rows."""
+    general: float = Field(0.15, ge=0)
+    """Of the general text."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Shares:
+        if not self.forget + self.keep + self.general:
+            raise ValueError("all shares are 0: give at least one that is larger")
+        return self
+
+
+class Attacker(BaseModel):
+    """Whom the forgotten has to withstand while the student learns."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    rate: float = Field(0.0, ge=0)
+    """Largest step of each weight; what a step takes is drawn between 0 and that. 0: no attacker."""
+    steps: int = Field(2, ge=1)
+    """Steps that the attacker takes, each towards the true answers of rows of its own."""
+    rows: int = Field(8, ge=1)
+    """Forget rows of each of its steps, drawn anew."""
+
+
 class Distill(BaseModel):
     """Erase, not hide: plain weights learn to say what the unlearned model says."""
 
@@ -43,8 +79,13 @@ class Distill(BaseModel):
     """Rank of the LoRA, on every linear layer; its scale is 2."""
     noise: Noise = Field(default_factory=Noise)
     """Damage before learning, so that what is hidden is gone; for form full."""
-    keep: Literal["teacher", "student"] = "teacher"
-    """Whose words the kept rows and the general text are: the teacher's, or those of the student before any change."""
+    shares: Shares = Field(default_factory=Shares)
+    """What part of the loss is of which rows."""
+    attacker: Attacker = Field(default_factory=Attacker)
+    """Whom the forgotten has to withstand while the student learns."""
+    keep: Literal["teacher", "student"] = "student"
+    """Whose words the kept rows and the general text are: those of the student before any change, or the teacher's, which cost
+    a router's two passes over every row and hold its mistakes."""
     forget_repeats: int = Field(1, ge=0)
     """How often the forget rows, in each of their wordings, come in an epoch; 0 leaves them out."""
     rewordings: int = Field(2, ge=0)

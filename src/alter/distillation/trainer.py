@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from alter.core.errors import UserError
 from alter.data.batching import Collator, LengthBatches
-from alter.distillation.rows import KINDS, Lesson
-from alter.distillation.settings import Distill
+from alter.distillation.attacker import attacked
+from alter.distillation.rows import KINDS, Lesson, Row
+from alter.distillation.settings import Distill, Shares
 from alter.distillation.teacher import Teacher, part
 from alter.logits.head import measuring
 from alter.training.folder import (
@@ -22,8 +24,31 @@ from alter.training.folder import (
 from alter.training.progress import Steps
 
 
+def weights_of(shares: Shares, tokens: Sequence[int]) -> list[float]:
+    """What a token of each kind counts, so that the kinds have their shares of the loss and a token counts 1 on average.
+
+    With N_k tokens of kind k, N in all, and shares s_k of the kinds that there are: (s_k / sum of s) (N / N_k); 0 where
+    there are none.
+
+    Args:
+        shares: of the loss.
+        tokens: how many tokens of each of `KINDS` count in an epoch.
+
+    Raises:
+        UserError: the kinds that there are have no share.
+    """
+    given = [getattr(shares, name) if count else 0.0 for name, count in zip(KINDS, tokens, strict=True)]
+    whole = sum(given)
+    if not whole:
+        raise UserError(
+            f"shares is {shares.model_dump()}, and there are tokens of {dict(zip(KINDS, tokens, strict=True))} alone: give a "
+            "share to rows that there are."
+        )
+    return [share / whole * sum(tokens) / count if count else 0.0 for share, count in zip(given, tokens, strict=True)]
+
+
 class DistillTrainer(Trainer):
-    """transformers' Trainer with our batches, and as loss the mean divergence at the tokens that count.
+    """transformers' Trainer with our batches, and as loss the weighted mean divergence at the tokens that count.
 
     Args:
         lesson: the rows.
@@ -44,6 +69,9 @@ class DistillTrainer(Trainer):
         self.settings = settings
         self.collate = Collator(pad_token_id, multiple_of=8)
         self.seen: list[tuple[Tensor, Tensor]] = []
+        tokens = [sum(row.counted for row in lesson.rows if row.kind == k) for k in range(len(KINDS))]
+        self.weights = torch.tensor(weights_of(settings.shares, tokens))
+        self.forgotten = [row for row in lesson.rows if row.kind == 0]
 
     def get_train_dataloader(self) -> Any:
         """Batches of rows of similar length, within each the forget rows first."""
@@ -57,7 +85,11 @@ class DistillTrainer(Trainer):
         )
 
     def _batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        rows = [self.lesson.rows[i] for i in sorted(numbers, key=lambda i: self.lesson.rows[i].kind)]
+        return self._collated([self.lesson.rows[i] for i in sorted(numbers, key=lambda i: self.lesson.rows[i].kind)])
+
+    def _collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The rows padded, `positions` [B, T] of the tokens before those that count, and each row's part `of` all of those."""
+        whole = sum(row.counted for row in rows)
         batch = self.collate(
             [
                 {
@@ -66,6 +98,7 @@ class DistillTrainer(Trainer):
                     "counted": row.counted,
                     "kind": row.kind,
                     "source": row.source,
+                    "of": whole,
                 }
                 for row in rows
             ]
@@ -76,6 +109,27 @@ class DistillTrainer(Trainer):
         batch["positions"] = (place < ends) & (place >= ends - batch["counted"][:, None])
         return batch
 
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """A step's gradient; with an attacker that of the forget rows is taken where it leads the weights."""
+        count = int((inputs["kind"] == 0).sum())
+        attacker = self.settings.attacker
+        if not attacker.rate or not count:
+            return super().training_step(model, inputs, *args, **kwargs)
+        draw = random.Random(f"{self.settings.seed}/{self.state.global_step}")
+        forget, rest = (
+            {name: value[part] for name, value in inputs.items()} for part in (slice(count), slice(count, None))
+        )
+        with attacked(model, self._attacks(draw), attacker.rate * draw.random(), self.compute_loss_context_manager):
+            loss = super().training_step(model, forget, *args, **kwargs)
+        return loss + super().training_step(model, rest, *args, **kwargs) if len(rest["kind"]) else loss
+
+    def _attacks(self, draw: random.Random) -> Iterator[dict[str, Tensor]]:
+        """The rows of each of the attacker's steps."""
+        attacker = self.settings.attacker
+        for _ in range(attacker.steps):
+            rows = draw.sample(self.forgotten, min(attacker.rows, len(self.forgotten)))
+            yield self._prepare_inputs(self._collated(rows))
+
     def _taught(self, teacher: Teacher, sources: Sequence[int], counted: Sequence[int], device: Any) -> Tensor:
         """The teacher's states for some rows, one after the other."""
         if teacher.kept is not None:
@@ -83,7 +137,9 @@ class DistillTrainer(Trainer):
         return torch.cat(teacher.states([self.lesson.teacher[i] for i in sources], counted))
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        """The mean of KL(teacher || student) over the tokens that count.
+        """The mean over the batch's tokens that count of KL(teacher || student), each times its kind's weight.
+
+        Of a part of a batch: what it adds to that mean.
 
         Raises:
             UserError: it is not finite.
@@ -100,13 +156,14 @@ class DistillTrainer(Trainer):
         with measuring(model, inputs["positions"], parts):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         apart = outputs.logits[:, 0]
-        loss = apart.mean()
+        kind = torch.tensor(kinds).repeat_interleave(torch.tensor(counted))
+        loss = (apart * self.weights[kind].to(apart)).sum() / inputs["of"][0]
         if not torch.isfinite(loss):
             raise UserError(
                 f"The divergence is {loss.item()} at step {self.state.global_step + 1}: training diverged. Lower "
                 f"learning_rate ({self.settings.rate:g}), or use precision fp32."
             )
-        self.seen.append((apart.detach().cpu(), torch.tensor(kinds).repeat_interleave(torch.tensor(counted))))
+        self.seen.append((apart.detach().cpu(), kind))
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

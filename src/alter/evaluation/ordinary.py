@@ -1,8 +1,9 @@
-"""What an adapter costs on ordinary text that nobody has shown: the loss of each token with it and without."""
+"""What forgetting costs on ordinary text that nobody has shown: the loss of each token before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,18 @@ ALL = "all"
 """Name of the figures of all kinds together."""
 
 
-def ordinary_loss(model: Any, tokenizer: Any, forget: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """Mean negative log-likelihood of ordinary text with the adapter and with it switched off.
+def ordinary_loss(
+    model: Any, tokenizer: Any, forget: Sequence[Example], base: Any = None
+) -> dict[str, dict[str, float]]:
+    """Mean negative log-likelihood of ordinary text with the adapter and with it switched off, or of two models.
 
     The text is the shipped sample of kinds that no router is fitted on, without passages that name what `forget` is about.
 
     Args:
-        model: a `PeftModel`.
+        model: a `PeftModel`, or any model if its `base` is given.
         tokenizer: its tokenizer.
         forget: rows that were to be forgotten.
+        base: the model before; by default `model` with its adapter switched off.
 
     Returns:
         by kind, and for `ALL`: `tokens`, the mean loss `before` and `after` in nats, and `change`, after / before - 1.
@@ -41,8 +45,10 @@ def ordinary_loss(model: Any, tokenizer: Any, forget: Sequence[Example]) -> dict
                 rows.append(row)
                 kinds.append(kind)
     after = score(model, rows, pad_token_id=tokenizer.pad_token_id, label="ordinary text").logprob
-    with model.disable_adapter():
-        before = score(model, rows, pad_token_id=tokenizer.pad_token_id, label="ordinary text, before").logprob
+    with nullcontext() if base is not None else model.disable_adapter():
+        before = score(
+            model if base is None else base, rows, pad_token_id=tokenizer.pad_token_id, label="ordinary text, before"
+        ).logprob
     found = {}
     for name in [*dict.fromkeys(kinds), ALL]:
         chosen = [i for i, kind in enumerate(kinds) if name in (kind, ALL)]
@@ -61,6 +67,6 @@ def told(found: dict[str, dict[str, float]]) -> str:
     every = found[ALL]
     kinds = ", ".join(f"{name} {figures['change']:+.2%}" for name, figures in found.items() if name != ALL)
     return (
-        f"Ordinary text never shown: the loss of {every['tokens']} tokens is {every['change']:+.2%} of the base's with the "
-        f"adapter ({every['before']:.4f} before, {every['after']:.4f} after; {kinds})."
+        f"Ordinary text never shown: the loss of {every['tokens']} tokens differs by {every['change']:+.2%} from the base's "
+        f"({every['before']:.4f} before, {every['after']:.4f} after; {kinds})."
     )

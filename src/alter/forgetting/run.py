@@ -1,4 +1,4 @@
-"""`alter forget`: from a subject or a document to an adapter, and what changed."""
+"""`alter forget`: from a subject or a document to an adapter, or to weights that no longer know, and what changed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from alter.core.files import digest, read_object, to_json, write_atomic
 from alter.core.heap import give_back
 from alter.core.running import check_free
 from alter.data.examples import load_examples
+from alter.distillation.run import distill
+from alter.distillation.settings import Distill
 from alter.evaluation.ordinary import ordinary_loss
 from alter.evaluation.ordinary import told as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.rows import Material, build, check_name, check_uncommon, guess_kind, kept_rows
-from alter.forgetting.settings import TRAINING, Forget
+from alter.forgetting.settings import TRAINING, Erasing, Forget
 from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
@@ -32,6 +34,8 @@ from alter.training.settings import Unlearn
 
 SAID = "said"
 """Folder of a run that keeps what the model said."""
+ERASED = "erased"
+"""Folder of a run that holds the distillation."""
 CHECKS = 1
 """Checks in a pass over the forget rows."""
 PASSES = 2
@@ -54,6 +58,10 @@ def output_folder(settings: Forget) -> Path:
     settings.writer.check()
     if settings.resume and settings.overwrite:
         raise UserError("resume and overwrite contradict each other: give one of them.")
+    if settings.erasing != Erasing() and not settings.erase:
+        raise UserError(
+            "erasing says how the knowledge is erased, which --erase asks for: add it, or leave erasing out."
+        )
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
@@ -79,7 +87,8 @@ def forget(settings: Forget) -> Path:
 
     The folder holds, as JSON lines that `alter unlearn` reads, `forget.jsonl`, `retain.jsonl` and `invented.jsonl`; the
     probes with the answers before and after in `probes.jsonl` and `kept.jsonl`; `facts.jsonl`; and what `alter unlearn`
-    writes (`adapter/`, run.yaml, run.json).
+    writes (`adapter/`, run.yaml, run.json). With `erase` also what `alter distill` writes, in `erased/`, and the answers after
+    are those of the weights there.
 
     Returns:
         the run's folder.
@@ -111,25 +120,40 @@ def forget(settings: Forget) -> Path:
         _train(settings, out, tokenizer, material)
         give_back()
     trained = time.time()
-    print_line(console, "3/3 the probes again")
+    if settings.erase:
+        print_line(console, "2/3 plain weights learn to say what the model with the adapter says")
+        distill(erasing(settings, out))
+        give_back()
+    erased = time.time()
+    print_line(console, "3/3 the probes again" + (", asked of the erased weights" if settings.erase else ""))
     figures = _measured(settings, console, out, name, material)
     figures["seconds"] = {
         "rows": round(rows_done - started, 1),
         "train": round(trained - rows_done, 1),
-        "measure": round(time.time() - trained, 1),
+        **({"erase": round(erased - trained, 1)} if settings.erase else {}),
+        "measure": round(time.time() - erased, 1),
     }
     write_atomic(out / "report.json", to_json(figures))
-    print_line(
-        console,
-        f"All of it took {time.time() - started:.0f} s (rows {figures['seconds']['rows']:.0f}, training {figures['seconds']['train']:.0f}, measuring {figures['seconds']['measure']:.0f}).",
-    )
-    print_line(
-        console,
+    took = {"rows": "rows", "train": "training", "erase": "erasing", "measure": "measuring"}
+    parts = ", ".join(f"{took[part]} {seconds:.0f}" for part, seconds in figures["seconds"].items())
+    print_line(console, f"All of it took {time.time() - started:.0f} s ({parts}).")
+    print_line(console, _next(settings, out))
+    return out
+
+
+def _next(settings: Forget, out: Path) -> str:
+    """What may be typed next."""
+    if settings.erase:
+        plain = f"{out / ERASED / 'model'}"
+        return (
+            f"Next:\n  alter chat --model {plain}\n  alter attack --model {plain} --original {settings.model} --forget "
+            f"{out / 'forget.jsonl'} --out {out / 'attacks'}\n  alter export --model {plain} --out {out.name}-q8_0.gguf"
+        )
+    return (
         f"Next:\n  alter inspect --model {settings.model} --adapter {out / 'adapter'}\n"
         f"  alter chat --model {settings.model} --adapter {out / 'adapter'}\n"
-        f"  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then alter unlearn {out / 'run.yaml'} --out ANOTHER",
+        f"  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then alter unlearn {out / 'run.yaml'} --out ANOTHER"
     )
-    return out
 
 
 def _key(settings: Forget) -> str:
@@ -227,12 +251,13 @@ def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
 
 def _measured(settings: Forget, console: Console, out: Path, name: str, material: Material) -> dict[str, Any]:
     """Ask the probes of the result, print what changed, and return the figures."""
-    model, tokenizer = _load(settings, str(out / "adapter"))
+    model, tokenizer = _result(settings, out)
     outcome, after = _again(model, tokenizer, out, settings, material)
     before = read_object(out / "zero.json", "what alter forget wrote")["before"]
     names = [str(row["word"]) for row in material.facts if row.get("name")]
     figures = print_outcome(console, name, outcome, names, before, after, settings.examples)
-    figures["ordinary_loss"] = ordinary_loss(model, tokenizer, load_examples(str(out / FILES["forget"])))
+    base = _load(settings)[0] if settings.erase else None
+    figures["ordinary_loss"] = ordinary_loss(model, tokenizer, load_examples(str(out / FILES["forget"])), base)
     print_line(console, told_of_ordinary(figures["ordinary_loss"]))
     return figures
 
@@ -255,6 +280,33 @@ def training(settings: Forget, out: Path) -> Unlearn:
             "resume": True,
         }
     )
+
+
+def erasing(settings: Forget, out: Path) -> Distill:
+    """The settings of the distillation of `out`'s adapter, which goes on where it was interrupted."""
+    begun = (out / ERASED / "inputs.json").is_file()
+    return Distill(
+        model=settings.model,
+        adapter=str(out / "adapter"),
+        forget=str(out / FILES["forget"]),
+        retain=str(out / FILES["retain"]),
+        out=str(out / ERASED),
+        closing_rows=0,
+        seed=settings.seed,
+        device=settings.device,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        resume=begun,
+        overwrite=not begun,
+        **settings.erasing.model_dump(),
+    )
+
+
+def _result(settings: Forget, out: Path) -> tuple[Any, Any]:
+    """The model that has forgotten: with the adapter, or the erased weights."""
+    if not settings.erase:
+        return _load(settings, str(out / "adapter"))
+    plain = str(out / ERASED / "model")
+    return load_model(plain, None, settings.dtype, settings.device, template=settings.chat_template_kwargs)
 
 
 def _load(settings: Forget, adapter: str | None = None) -> tuple[Any, Any]:
@@ -301,7 +353,7 @@ def _again(
     speaker = Speaker(
         model,
         tokenizer,
-        out / SAID / "after",
+        out / SAID / (ERASED if settings.erase else "after"),
         tokens=settings.answer_tokens,
         batch=settings.batch_size,
         seed=settings.seed,

@@ -27,6 +27,23 @@ TRAINING: dict[str, Any] = {
 """How the rows are trained on, unless settings say otherwise; measured on SmolLM2-135M."""
 
 
+class Erasing(BaseModel):
+    """How plain weights learn to say what the model with the adapter says."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    epochs: float = Field(3.0, gt=0)
+    """Passes over the rows and the general text."""
+    max_steps: int | None = Field(None, gt=0)
+    """Stop after this many steps (overrides epochs)."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak rate; by default that of alter distill."""
+    batch_size: int = Field(16, ge=1)
+    """Rows a step."""
+    general: list[str] = Field(default_factory=list)
+    """Ordinary text or rows. Without any, text is sampled from the model."""
+
+
 class Forget(BaseModel):
     """Make a model forget a subject or a document; the rows are made of what the model itself says."""
 
@@ -62,6 +79,10 @@ class Forget(BaseModel):
     """Passes over the forget rows, at most."""
     learning_rate: float = Field(TRAINING["learning_rate_experts"], gt=0)
     """Of the forget expert."""
+    erase: bool = False
+    """Then distil: plain weights in out/erased/model, from which no adapter can be taken off. The closing table is of them."""
+    erasing: Erasing = Field(default_factory=Erasing)
+    """How, for --erase."""
     rows_only: bool = False
     """Make the rows and probes and stop; --resume trains on them as they are then."""
     seed: int = 0
