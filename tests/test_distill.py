@@ -186,6 +186,10 @@ def test_forget_rows_are_asked_in_other_words_and_answered_as_the_question_given
     assert 0 < sum(row.kind == 0 for row in lesson(tokenizer, found, wanted, 100).rows) < 6 * 3
     twice = lesson(tokenizer, found, wanted.model_copy(update={"forget_repeats": 2}), 1000)
     assert sum(row.kind == 0 for row in twice.rows) == 2 * 6 * 3
+    assert sum(row.kind == 1 for row in twice.rows) == 6 + 6
+    # by default so often that they are about half of all: 12 kept and 80 of general text
+    half = lesson(tokenizer, found | {"general": found["general"] * 20}, wanted, 1000)
+    assert sum(row.kind == 0 for row in half.rows) == 5 * 6 * 3
     assert not any(
         r.kind == 0 for r in lesson(tokenizer, found, wanted.model_copy(update={"forget_repeats": 0}), 1000).rows
     )

@@ -136,7 +136,7 @@ def lesson(tokenizer: Any, found: dict[str, list[Example]], settings: Distill, l
         counted.append(count)
 
     others = [row.answer for row in found["keep"]] or [""]
-    if settings.forget_repeats:
+    if settings.forget_repeats != 0:
         encoded, owner = encode_all(tokenizer, found["forget"], max_length=limit, label="forget")
         first: dict[int, int] = {}
         for one, number in zip(encoded, owner, strict=True):
@@ -150,7 +150,6 @@ def lesson(tokenizer: Any, found: dict[str, list[Example]], settings: Distill, l
                 # the answer must be the same tokens, and fit
                 if ids[len(ids) - given.counted :] == tail and (limit is None or len(ids) <= limit):
                     rows.append(Row(ids, given.counted, 0, given.source))
-        rows *= settings.forget_repeats
     learned = len(rows)
     for one in encode_all(tokenizer, found["keep"], max_length=limit, label="keep")[0]:
         add(one, 1, True)
@@ -164,4 +163,8 @@ def lesson(tokenizer: Any, found: dict[str, list[Example]], settings: Distill, l
                 add(one, 1, True)
     for one in encode_all(tokenizer, found["general"], max_length=limit, label="general")[0]:
         add(one, 2, True)
-    return Lesson(rows, teacher, counted)
+    forgotten, rest = rows[:learned], rows[learned:]
+    repeats = settings.forget_repeats
+    if repeats is None:
+        repeats = max(1, round(len(rest) / learned))
+    return Lesson(forgotten * repeats + rest, teacher, counted)

@@ -86,8 +86,9 @@ class Distill(BaseModel):
     keep: Literal["teacher", "student"] = "student"
     """Whose words the kept rows and the general text are: those of the student before any change, or the teacher's, which cost
     a router's two passes over every row and hold its mistakes."""
-    forget_repeats: int = Field(1, ge=0)
-    """How often the forget rows, in each of their wordings, come in an epoch; 0 leaves them out."""
+    forget_repeats: int | None = Field(None, ge=0)
+    """How often the forget rows, in each of their wordings, come in an epoch; by default so often that they are about half of
+    all rows. 0 leaves them out."""
     rewordings: int = Field(2, ge=0)
     """Other wordings of each forget question, for which the teacher's words on the question as given count."""
     sampled: int = Field(256, ge=1)
