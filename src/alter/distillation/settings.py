@@ -17,7 +17,7 @@ class Shares(BaseModel):
     """Shares of the loss; those of kinds without rows fall to the others.
 
     Of forget rows the answers alone count, of all others every token: by tokens alone what is to be forgotten would have a
-    tenth of the loss.
+    small part of the loss.
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
