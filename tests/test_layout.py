@@ -26,6 +26,18 @@ LAYERS = {
     "exporting": {"core", "data", "models"},
     "attacks": {"core", "metrics", "data", "reporting", "models"},
     "comparison": {"core", "metrics", "data", "reporting", "models", "methods", "evaluation", "training"},
+    "metaevaluation": {
+        "core",
+        "metrics",
+        "data",
+        "reporting",
+        "models",
+        "methods",
+        "evaluation",
+        "training",
+        "attacks",
+        "comparison",
+    },
     "requests": {
         "methods",
         "core",

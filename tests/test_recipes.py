@@ -24,7 +24,9 @@ from alter.comparison.cell import work
 from alter.comparison.plan import lay_out, run_of
 from alter.core.files import to_json, write_atomic
 from alter.data.sources import tofu_rows
+from alter.metaevaluation import members
 from alter.training.run import unlearn
+from alter.training.settings import Unlearn
 from pico import byte_tokenizer, write_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -311,6 +313,17 @@ def chain(name):
     rows_of_the_table(name, *(cell.name for cell in cells.values()))
 
 
+def meta_evaluation():
+    """Lay out every model of the meta-evaluation: pools and unlearning runs, none of them made."""
+    [arguments] = header_commands("meta-evaluate-tofu-mini")
+    settings = settings_of(arguments)
+    rows = members.chosen_rows(settings, Path(settings.out))
+    laid = members.members(settings, rows)
+    runs = [each for each in laid if each.pool == "unlearned"]
+    assert len(runs) == len(settings.methods) * len(settings.seeds) * len(settings.rates) * len(settings.epochs)
+    assert all(Unlearn.model_validate(each.how["run"] | {"model": "m", "out": "o"}) for each in runs)
+
+
 EXPERIMENTS = {
     "books-mini": (
         books_mini,
@@ -319,6 +332,7 @@ EXPERIMENTS = {
     "tofu-mini": (tofu_mini, ["tofu-mini-books", "tofu-mini-original", "tofu-mini-retrained", "tofu-mini"]),
     "requests-mini": (requests_mini, ["requests-mini"]),
     "tofu-llama": (tofu_llama, ["tofu-llama3.1-8b"]),
+    "meta-evaluate": (meta_evaluation, ["meta-evaluate-tofu-mini"]),
     "table1-llama": (table1, ["table1-llama3-8b", "table1-evaluate", "table1-fluency"]),
     "table1-zephyr": (table1_zephyr, ["table1-zephyr-7b"]),
     "table2": (table2, ["table2-original", "table2", "table2-evaluate"]),
@@ -327,6 +341,7 @@ EXPERIMENTS = {
         name: (partial(rows_of_the_table, name), [name])
         for name in (
             "compare-tofu-mini",
+            "compare-survival-tofu-mini",
             "figure4-llama3.1-8b",
             "figure4-llama2-7b",
             "figure6",
@@ -337,6 +352,7 @@ EXPERIMENTS = {
 }
 """What runs which recipes: a recipe that nothing runs is a failure."""
 SLOW = {
+    "compare-survival-tofu-mini",
     "compare-tofu-mini",
     "continual-tofu-mini",
     "figure5",

@@ -161,6 +161,12 @@ COMMANDS = {
         "alter.comparison.run:compare",
         "methods x seeds x forget splits x a small grid, with equal budget",
     ),
+    "meta-evaluate": Command(
+        "alter.metaevaluation.settings",
+        "MetaEvaluate",
+        "alter.metaevaluation.run:meta_evaluate",
+        "which metrics can be trusted: tried on models that know and that do not",
+    ),
     "finetune": Command(
         "alter.training.finetune", "Finetune", "finetune", "train a model on rows or on texts, or from scratch"
     ),
@@ -178,6 +184,7 @@ COMMON = {
     "device resume overwrite",
     "attack": "adapter retrained original attacks rows seed quantization device relearn.steps relearn.rows samples",
     "compare": "splits seeds rates epochs retrained.forget01 retrained.forget05 retrained.forget10 data holdout executor workers run device",
+    "meta-evaluate": "split rows rates seeds readings run device",
     "finetune": "model data corpora epochs max_steps batch_size learning_rate seed resume overwrite",
 }
 """Options that `--help` shows of commands with many, besides those that are required and every `kind`; `--help-all` shows

@@ -22,10 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from alter.comparison.settings import Survival
+from alter.comparison.survival import survival
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import stamped
-from alter.core.records import write_records
+from alter.core.records import Record, write_records
+from alter.data.examples import load_examples
 from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.methods.adapters import adapter_of
 from alter.models.loading import load_model
@@ -112,8 +115,32 @@ def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequ
         ratios = found.sets["forget"].truth_ratio
         if ratios is None or np.isnan(ratios).any():
             raise UserError("Truth ratios on forget rows are not numbers: the model gives no probabilities.")
-        records = [replace(r, extra=r.extra | {"data": part}) for r in found.records(spec["name"])]
+        records = found.records(spec["name"])
+        if "survival" in spec:
+            records += _survival(spec, part, stage, (model, adapter, run), Path(rows))
+        records = [replace(r, extra=r.extra | {"data": part}) for r in records]
         write_records(files[part], stamped(records, seed=run.get("seed")))
+
+
+def _survival(
+    spec: Mapping[str, Any],
+    part: str,
+    stage: Mapping[str, Any],
+    made: tuple[str, str | None, Mapping[str, Any]],
+    rows: Path,
+) -> list[Record]:
+    """Disturbance and leak of a cell's model on one part's forget rows."""
+    model, adapter, run = made
+
+    def load(name: str, on: str | None) -> Any:
+        template = run.get("chat_template_kwargs", ())
+        return load_model(name, on, "float32", device=spec["device"], template=template)
+
+    forget = load_examples(str(rows / f"{stage['split']}_perturbed.json"))
+    return survival(
+        spec["name"], lambda: load(model, adapter), lambda: load(spec["original"], None), forget,
+        Survival.model_validate(spec["survival"]), run.get("seed", 0),
+    )  # fmt: skip
 
 
 def work(folder: Path, parts: Sequence[str]) -> None:

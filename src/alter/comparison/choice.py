@@ -30,16 +30,31 @@ FIGURES = {
     "forget_repetition": "repetition ↓",
 }
 """Columns of the table for each split, by metric; arrows point in the better direction."""
+SURVIVAL = {
+    "disturbance": "disturbance, nats ↓",
+    "leak": "leak before the attack ↓",
+    "attacked_leak": "leak after it ↓",
+}
+"""Columns besides, where an attacker is given rows."""
 CRITERIA = {
     "retrained": "1 - D, D the Kolmogorov-Smirnov distance of its truth ratios on forget rows to the retrained model's",
     "holdout": "1 - |2 AUC - 1| of min-k against rows that no model saw",
+    "survival": "1 - leak@k after an attacker has relearned other rows",
     "rouge": "1 - ROUGE-L recall on forget rows (no retrained model and no holdout: does not see too much forgetting)",
 }
 """How far a setting has forgotten, in [0, 1], higher is better, by what a split has to compare with."""
 
 
+def columns(settings: Compare) -> dict[str, str]:
+    """Columns of the table for each split, by metric."""
+    return FIGURES | (SURVIVAL if settings.survival.rows else {})
+
+
 def criterion(settings: Compare, split: str) -> str:
-    """Which of `CRITERIA` a split is judged by: the retrained model if there is one, else the holdout, else ROUGE."""
+    """Which of `CRITERIA` a split is judged by: what survives if there is a bound of disturbance; else the retrained model
+    if there is one, else the holdout, else ROUGE."""
+    if settings.survival.bound is not None:
+        return "survival"
     if getattr(settings.retrained, split) is not None:
         return "retrained"
     return "holdout" if settings.holdout is not None else "rouge"
@@ -60,7 +75,7 @@ def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) 
     found = {
         name: math.nan if record.value is None else record.value
         for name, record in by.items()
-        if name in FIGURES or name in ("mia_min_k", "forget_probability")
+        if name in FIGURES or name in SURVIVAL or name in ("mia_min_k", "forget_probability")
     }
     found |= _replies(by.get("forget_rouge"))
     if reference is not None:
@@ -96,9 +111,21 @@ def forgetting(found: Mapping[str, float], kind: str) -> float:
     """How far the model of these figures has forgotten, by one of `CRITERIA`."""
     if kind == "retrained":
         return 1 - found["distance"]
+    if kind == "survival":
+        return 1 - found["attacked_leak"]
     if kind == "holdout":
         return 1 - abs(2 * found["mia_min_k"] - 1)
     return 1 - found["forget_rouge"]
+
+
+def kept(found: Mapping[str, float], kind: str) -> float:
+    """What the model of these figures has kept: its utility, or exp(-disturbance) where what survives is the criterion."""
+    return math.exp(-found["disturbance"]) if kind == "survival" else found["model_utility"]
+
+
+def floor(settings: Compare) -> float:
+    """The share of what the original keeps that a setting must keep: the utility's, or that of the bound of disturbance."""
+    return settings.utility_floor if settings.survival.bound is None else math.exp(-settings.survival.bound)
 
 
 def best_setting(
@@ -109,7 +136,7 @@ def best_setting(
     Where no setting keeps it, the one with the largest product of forgetting and utility. The first of equals.
 
     Args:
-        candidates: by setting, forgetting and utility on validation rows, means over the search seeds; at least one.
+        candidates: by setting, forgetting and utility (see `kept`) on validation rows, means over the search seeds; at least one.
         original: utility of the original model on the same rows.
         floor: share of it that must be kept.
 
@@ -160,7 +187,7 @@ def choices(settings: Compare, made: Layout, out: Path) -> dict[tuple[str, Chain
     for (name, chain), by in made.grid.items():
         candidates, whole, count = _candidates(settings, made, out, name, chain)
         budget = len(by) * len(settings.seeds[: settings.search_seeds])
-        setting, keeps = best_setting(candidates, whole, settings.utility_floor) if candidates else (None, False)
+        setting, keeps = best_setting(candidates, whole, floor(settings)) if candidates else (None, False)
         scores = (math.nan, math.nan) if setting is None else candidates[setting]
         searched = [Searched(*each, *candidates.get(each, (math.nan, math.nan))) for each in sorted(by)]
         found[name, chain] = Choice(setting, keeps, *scores, count, budget, searched)
@@ -170,7 +197,7 @@ def choices(settings: Compare, made: Layout, out: Path) -> dict[tuple[str, Chain
 def _candidates(
     settings: Compare, made: Layout, out: Path, name: str, chain: Chain
 ) -> tuple[dict[Setting, tuple[float, float]], float, int]:
-    """Forgetting and utility of the settings that count, the original's utility, and the number of cells that are done."""
+    """Forgetting of the settings that count and what they keep, what the original keeps, and the number of cells that are done."""
     last = chain[-1]
     kind = criterion(settings, last)
     reference = records_of(out, made.models.get((RETRAINED, last)), "validation", last)
@@ -185,9 +212,9 @@ def _candidates(
             each = [cell_figures(own, reference) for own in rows if own is not None]
             candidates[setting] = (
                 statistics.fmean(forgetting(f, kind) for f in each),
-                statistics.fmean(f["model_utility"] for f in each),
+                statistics.fmean(kept(f, kind) for f in each),
             )
-    return candidates, cell_figures(original, None)["model_utility"], count
+    return candidates, kept(cell_figures(original, None), kind), count
 
 
 def next_rate(
@@ -229,7 +256,7 @@ def refined(settings: Compare, made: Layout, out: Path) -> list[Cell]:
     cells: list[Cell] = []
     for (name, chain), by in made.grid.items():
         candidates, whole, _ = _candidates(settings, made, out, name, chain)
-        setting = next_rate(candidates, list(by), whole, settings.utility_floor)
+        setting = next_rate(candidates, list(by), whole, floor(settings))
         if setting is not None:
             by[setting] = made.lay(name, chain, setting)
             cells += [by[setting][seed] for seed in settings.seeds[: settings.search_seeds]]

@@ -79,7 +79,7 @@ def chains(settings: Compare) -> list[Chain]:
 def source_digest() -> str:
     """Hash of the code that decides a cell's numbers: training, evaluation and all modules of this package they import."""
     package = Path(__file__).parent.parent
-    waiting, seen = ["alter.training.run", "alter.evaluation.tofu.measuring"], set()
+    waiting, seen = ["alter.training.run", "alter.evaluation.tofu.measuring", "alter.comparison.survival"], set()
     files: list[Path] = []
     while waiting:
         name = waiting.pop()
@@ -344,6 +344,7 @@ def _facts(settings: Compare) -> dict[str, Any]:
         "versions": provenance()["versions"],
         "device": torch.cuda.get_device_name() if place == "cuda" else place,
         "limit": settings.limit,
+        **({"survival": settings.survival.model_dump(exclude={"bound"})} if settings.survival.rows else {}),
     }
 
 
@@ -401,7 +402,8 @@ def _lay_chain(
 
 def _told(settings: Compare) -> dict[str, Any]:
     """What every cell's specification says besides its own."""
-    return {"limit": settings.limit, "device": settings.device}
+    told = {"limit": settings.limit, "device": settings.device, "original": settings.model}
+    return told | ({"survival": settings.survival.model_dump()} if settings.survival.rows else {})
 
 
 def _cell(

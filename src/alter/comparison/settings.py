@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Retrained(BaseModel):
@@ -55,6 +55,42 @@ class Slurm(BaseModel):
     """Further options of `sbatch`, by their long names: account, qos, constraint, ... In a recipe only."""
 
 
+class Survival(BaseModel):
+    """What survives: how far a method disturbs the model, and what an attacker who relearns some rows gets of the others."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    rows: int = Field(0, ge=0)
+    """Forget rows of each part that the attacker trains on; the others are asked. 0: no attack and no disturbance."""
+    bound: float | None = Field(None, gt=0)
+    """Choose the setting with the least leak after the attack among those with at most this disturbance, in nats a token;
+    none: by forgetting and utility before any attack."""
+    passes: int = Field(2, ge=1)
+    """Passes over the attacker's rows."""
+    learning_rate: float = Field(2e-5, gt=0)
+    """Of all weights, AdamW; 2e-5 suits models of billions of weights, a small one needs more."""
+    batch_size: int = Field(10, ge=1)
+    """Rows a step."""
+    samples: int = Field(16, ge=1)
+    """Replies sampled to each question."""
+    k: int = Field(16, ge=1)
+    """Replies of which one is enough for a leak: leak@k."""
+    questions: int = Field(40, ge=1)
+    """Rows that are asked, at most."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Survival:
+        if self.bound is not None and not self.rows:
+            raise ValueError(
+                "survival.bound chooses by the leak after an attack, but the attacker has no rows: give survival.rows"
+            )
+        if self.k > self.samples:
+            raise ValueError(
+                f"survival.k is {self.k}, more than the {self.samples} samples: take fewer, or sample more"
+            )
+        return self
+
+
 class Compare(BaseModel):
     """Run methods on TOFU with equal search budget, choose each one's setting on validation rows, report on others."""
 
@@ -98,6 +134,7 @@ class Compare(BaseModel):
     """Draws those authors."""
     utility_floor: float = Field(0.95, ge=0)
     """The choice is among settings that keep this share of the original model's utility."""
+    survival: Survival = Field(default_factory=Survival)
     limit: int | None = Field(None, ge=1)
     """Evaluate only so many rows of each set and part, to save time."""
     executor: Literal["local", "ray", "slurm"] = "local"

@@ -83,6 +83,8 @@ def axis_label(kind: str) -> str:
     """The forgetting axis in words."""
     if kind == "retrained":
         return "forget quality, log10 p"
+    if kind == "survival":
+        return "forgetting that survives: 1 - leak after the attack"
     return "forgetting: 1 - " + ("|2 AUC - 1|" if kind == "holdout" else "forget ROUGE-L")
 
 

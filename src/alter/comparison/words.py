@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from alter.comparison.choice import CRITERIA, FIGURES, criterion
+from alter.comparison.choice import CRITERIA, columns, criterion
 from alter.comparison.plan import Compare
 from alter.comparison.table import COSTS, TableRow, axis, axis_label, axis_name
 from alter.methods.presets import METHODS
@@ -68,15 +68,16 @@ def _in_order(rows: Sequence[TableRow]) -> list[str]:
 def _results(settings: Compare, rows: Sequence[TableRow]) -> tuple[list[list[str]], set[tuple[int, int]]]:
     """The table of figures, a line for each name and some columns for each split; and which cells are not dominated."""
     by = {(row.name, row.split): row for row in rows}
-    results = [["method", *(f"{split}: {title}" for split in settings.splits for title in FIGURES.values())]]
+    shown = columns(settings)
+    results = [["method", *(f"{split}: {title}" for split in settings.splits for title in shown.values())]]
     best: set[tuple[int, int]] = set()
     for name in _in_order(rows):
         line = [name]
         for split in settings.splits:
             row = by.get((name, split), TableRow(name, split, 0, {}, {}))
-            line += [_shown(row, "forget_quality", ".1f"), *(_counted(row, key) for key in list(FIGURES)[1:])]
+            line += [_shown(row, "forget_quality", ".1f"), *(_counted(row, key) for key in list(shown)[1:])]
             if row.clear:
-                best.add((len(results), len(line) - len(FIGURES) + 1))
+                best.add((len(results), len(line) - len(shown) + 1))
         results.append(line)
     return results, best
 
@@ -84,7 +85,8 @@ def _results(settings: Compare, rows: Sequence[TableRow]) -> tuple[list[list[str
 def _costs(settings: Compare, rows: Sequence[TableRow]) -> list[list[str]]:
     """What each method cost on each split, the setting chosen for it, and whether another is better in everything."""
     by = {(row.name, row.split): row for row in rows}
-    head = ["method", "split", *COSTS.values(), "chosen: rate ×", "epochs", "keeps utility", "searched cells done"]
+    kept = "keeps utility" if settings.survival.bound is None else "within the bound"
+    head = ["method", "split", *COSTS.values(), "chosen: rate ×", "epochs", kept, "searched cells done"]
     costs = [[*head, "seeds", "dominated", "with fluency"]]
     places = [(name, split) for name in _in_order(rows) for split in settings.splits]
     for row in (by[place] for place in places if place in by):
@@ -124,8 +126,7 @@ def _rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[
         f"(learning rates × {', '.join(f'{r:g}' for r in settings.rates)}; epochs "
         f"{', '.join(f'{e:g}' for e in settings.epochs)}{least}){more}, seeds searched: "
         f"{', '.join(map(str, settings.seeds[: settings.search_seeds]))}.",
-        "Chosen on validation rows, by method and split: the setting that forgets best among those that keep "
-        f"{settings.utility_floor:.0%} of the original's utility; where none does, the largest forgetting × utility; of equals the first searched.",
+        _choice_rule(settings),
         *(
             [
                 f"Continual: {', then '.join(settings.splits)}; each run forgets the rows that are new and starts from the "
@@ -141,10 +142,41 @@ def _rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[
         ),
         f"Division: authors shuffled by seed {settings.division_seed}, {settings.validation:.0%} of them for validation "
         "(rows of no TOFU author: each answer is its own author).",
+        *([_survival_rule(settings)] if settings.survival.rows else []),
         *([f"Only {settings.limit} rows of each set and part were evaluated."] if settings.limit else []),
         "Wall time: the run without loading Python and without evaluation, beside the other workers' cells. Peak memory: "
         "of the run's process (of the GPU, where there is one).",
     ]
+
+
+def _choice_rule(settings: Compare) -> str:
+    """How a setting is chosen."""
+    before = "Chosen on validation rows, by method and split: the setting that"
+    if settings.survival.bound is not None:
+        return (
+            f"{before} leaks least after the attack among those that disturb the model by at most "
+            f"{settings.survival.bound:g} nats a token; where none does, the largest (1 - leak) × exp(-disturbance); of "
+            "equals the first searched."
+        )
+    return (
+        f"{before} forgets best among those that keep {settings.utility_floor:.0%} of the original's utility; where none "
+        "does, the largest forgetting × utility; of equals the first searched."
+    )
+
+
+def _survival_rule(settings: Compare) -> str:
+    """What the columns of the attack are."""
+    how = settings.survival
+    return (
+        "Disturbance: mean KL divergence from the original's next-token distributions on ordinary text. Leak: chance that one "
+        f"of {how.k} sampled replies gives the answer, before and after all weights were trained on {how.rows} forget rows of "
+        f"the part ({how.passes} passes at {how.learning_rate:g}); asked are up to {how.questions} of the others. The attacker "
+        "keeps an adapter in place: what the base still knows is not in it."
+    )
+
+
+def _kept_name(settings: Compare) -> str:
+    return "utility" if settings.survival.bound is None else "exp(-disturbance)"
 
 
 def _searched(rows: Sequence[TableRow]) -> list[list[str]]:
@@ -298,7 +330,7 @@ def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
             said.searched[0],
             said.searched[1:],
             label="Search",
-            caption="Learning rate × …: forgetting / utility on validation rows, means over the search seeds; ★ the choice.",
+            caption=f"Learning rate × …: forgetting / {_kept_name(settings)} on validation rows, means over the search seeds; ★ the choice.",
         ),
         tag("h2", "How it was made"),
         tag("ul", *(tag("li", rule) for rule in said.rules)),

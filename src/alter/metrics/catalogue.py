@@ -95,6 +95,9 @@ CATALOGUE = {
     **{
         f"leak@{2**i}": Metric(False, f"chance that one of {2**i} sampled replies gives the answer") for i in range(11)
     },
+    "disturbance": Metric(False, "nats a token by which it predicts ordinary text other than the original"),
+    "leak": Metric(False, "chance that one of k sampled replies gives the answer"),
+    "attacked_leak": Metric(False, "the same after an attacker has relearned other rows"),
     "attack_rouge": Metric(False, "words of the answers to forget that it says under an attack"),
     "attack_probability": Metric(False, "likelihood per token of the answers to forget, under an attack"),
     "attack_recovered_rouge": Metric(False, "share of the lost ROUGE-L recall that an attack brings back"),

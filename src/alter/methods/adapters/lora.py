@@ -94,6 +94,8 @@ class Lora(Adapter):
     def former(self, start_from: str | None) -> Former | None:
         if start_from is None:
             return None
+        from alter.models.guards import Former
+
         former = Former.read(start_from)
         if former.settings["initializer"] != "zero":
             raise UserError(
