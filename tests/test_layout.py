@@ -25,7 +25,7 @@ LAYERS = {
     "distillation": {"core", "logits", "data", "models", "evaluation", "training"},
     "exporting": {"core", "data", "models"},
     "attacks": {"core", "metrics", "data", "reporting", "models"},
-    "comparison": {"core", "metrics", "data", "reporting", "models", "methods", "evaluation", "training"},
+    "comparison": {"core", "metrics", "data", "reporting", "models", "methods", "evaluation", "training", "attacks"},
     "metaevaluation": {
         "core",
         "metrics",
