@@ -414,7 +414,7 @@ def settings(models, out, **given):
     values = {
         "model": str(models / "original"), "adapter": str(models / "adapter"),
         "retrained": str(models / "retrained"), "forget": str(models / "forget.jsonl"), "out": str(out),
-        "rows": 6, "max_new_tokens": 24, "samples": 3, "prefill_tokens": 4, "probe_rows": 14,
+        "rows": 6, "max_new_tokens": 24, "samples": 3, "prefill_tokens": 4, "probe_rows": 14, "budget": "8",
         "relearn": {"rows": 4, "steps": [1, 3], "learning_rate": 1e-3, "lora_learning_rate": 1e-2,
                     "benign": str(models / "benign.jsonl")},
     }  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from alter.data.examples import Example
 from alter.data.sources import TOFU_SPLITS, tofu_rows
 from alter.models.generation import generate
 from alter.models.loading import Subject
-from alter.models.scoring import score
+from alter.models.scoring import context_length, score
 
 Array = npt.NDArray[np.float64]
 PLAIN = "none"
@@ -106,6 +107,41 @@ def paraphrases(forget: str, rows: Sequence[Example]) -> list[str] | None:
     return [str(question) for question in questions] if all(questions) else None
 
 
+# What a search may cost ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Budget:
+    """What an attacker may still spend on one model: questions, or seconds."""
+
+    questions: int | None
+    seconds: float | None
+    used: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, given: str | None, questions: int) -> Budget:
+        """Return the budget of a setting ("400" questions, "30s" seconds), else so many questions."""
+        if given is None:
+            return cls(questions, None)
+        return cls(None, float(given[:-1])) if given.endswith("s") else cls(int(given), None)
+
+    def spend(self, questions: int) -> None:
+        """Note questions that were asked."""
+        self.used += questions
+
+    @property
+    def left(self) -> bool:
+        """Whether there is something left."""
+        if self.seconds is not None:
+            return time.monotonic() - self.started < self.seconds
+        return self.questions is None or self.used < self.questions
+
+    def told(self) -> dict[str, Any]:
+        """What was spent, for a record."""
+        return {"questions_asked": self.used, "budget": {"questions": self.questions, "seconds": self.seconds}}
+
+
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +179,11 @@ class Bench:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self.vocabulary or self.shared()[1]
+
+    def fitting(self, model: Any, items: Sequence[Item]) -> list[Item]:
+        """The items that fit into the model's context together with a reply of full length."""
+        limit, new = context_length(model), self.settings.max_new_tokens
+        return [item for item in items if limit is None or (len(item.ids) <= limit and item.start + new <= limit)]
 
     def items(self, numbers: Sequence[int]) -> list[Item]:
         """Rows by number, as items."""

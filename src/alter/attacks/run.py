@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from alter import metrics
-from alter.attacks import depth, pruning, states, weights, wording
+from alter.attacks import depth, pruning, searching, states, talking, weights, wording
 from alter.attacks.base import PLAIN, Array, Attack, Bench, paraphrases, split_rows
 from alter.core import console
 from alter.core.cache import cache_folder
@@ -53,6 +53,18 @@ def _always(settings: Attack, rows: Sequence[Example]) -> str | None:
 
 def _no_question(settings: Attack, rows: Sequence[Example]) -> str | None:
     return "the rows are text without questions" if any(row.prompt is None for row in rows) else None
+
+
+def _no_talk(settings: Attack, rows: Sequence[Example]) -> str | None:
+    if any(row.kind == "completion" for row in rows):
+        return "the rows are completions, not questions"
+    return _no_question(settings, rows)
+
+
+def _few_rows(settings: Attack, rows: Sequence[Example]) -> str | None:
+    if settings.relearn.rows < weights.SEARCHED:
+        return f"it needs --relearn.rows {weights.SEARCHED} or more: a part of them tells which rate is best"
+    return None
 
 
 def _no_paraphrase(settings: Attack, rows: Sequence[Example]) -> str | None:
@@ -106,6 +118,9 @@ ATTACKS: Registry[Method] = Registry(
         "benign_lora": Method(
             "weights, gradients", lambda b: weights.relearn(b, lora=True, benign=True), ("relearn",)
         ),
+        "relearn_searched": Method(
+            "weights, gradients, forget rows", weights.relearn_searched, ("relearn", "budget"), _few_rows
+        ),
         "quantize_8": Method("weights", lambda b: weights.quantized(b, bits=8)),
         "quantize_4": Method("weights", lambda b: weights.quantized(b, bits=4)),
         "prune_20": Method("weights", lambda b: pruning.pruned(b, percent=20, wanda=False)),
@@ -117,8 +132,23 @@ ATTACKS: Registry[Method] = Registry(
         "reversed": Method(CHAT, lambda b: wording.ask(b, name="reversed"), missing=_no_question),
         "upper_case": Method(CHAT, lambda b: wording.ask(b, name="upper_case"), missing=_no_question),
         "foreign_frame": Method(CHAT, lambda b: wording.ask(b, name="foreign_frame"), missing=_no_question),
+        "languages": Method(CHAT, talking.languages, missing=_no_question),
+        "jailbreak": Method(CHAT, talking.jailbreak, missing=_no_question),
+        "dialogue": Method(CHAT, talking.dialogue, missing=_no_talk),
+        "hint": Method("a chat with the model; the answer's initials", talking.hint, missing=_no_question),
+        "few_shot": Method("a chat with the model; forget rows", talking.few_shot, missing=_no_talk),
+        "evolve": Method(
+            "a chat with the model; likelihoods of forget rows", searching.evolve, ("budget",), _no_question
+        ),
+        "beginning": Method("to begin the reply", talking.beginning, missing=_no_question),
         "prefill": Method("to begin the reply; the answer's first tokens", wording.prefill, ("prefill_tokens",)),
         "sample": Method("many replies; to know the best", wording.sample, ("samples", "temperature")),
+        "soft_prompt": Method(
+            "weights, gradients, forget rows; no weight is changed",
+            searching.soft_prompt,
+            ("budget", "soft_tokens", "relearn"),
+            _no_question,
+        ),
         "strip": Method("the base weights", weights.strip, missing=_no_adapter),
         "probe": Method("hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens")),
         "lens": Method("hidden states", depth.lens),
@@ -130,7 +160,9 @@ ATTACKS: Registry[Method] = Registry(
 COMPARING = ("uds", "cka")
 UNRELATED = {"benign", "benign_lora", "wanda_20", "wanda_50"}
 """Attacks that need rows of something else."""
-TRAINING = ("relearn", "relearn_lora", "benign", "benign_lora")
+TRAINING = ("relearn", "relearn_lora", "relearn_searched", "benign", "benign_lora")
+PLACES = ("step", "depth", "variant")
+"""What tells several measurements of one attack apart; of them the attacker takes the best."""
 
 
 def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[str, str]]:
@@ -325,7 +357,7 @@ def _select(records: Sequence[Record], model: str, attack_name: str, metric: str
 def compare(records: Sequence[Record], name: str) -> list[Record]:
     """Return the recovered fractions of an attack: one record per figure, whose value is None where it is refused.
 
-    Of several numbers of steps, or of several depths, the attacker takes the one at which the fraction is largest;
+    Of several numbers of steps, depths or variants the attacker takes the one at which the fraction is largest;
     `extra` says which, and `curve` holds all. Everything is on the rows that all models were measured on, but
     `original_attacked`, the original's own figure under the attack: what the attack can bring out of a model that knows.
     """
@@ -336,7 +368,7 @@ def compare(records: Sequence[Record], name: str) -> list[Record]:
         plain_name = name if metric in BY_DEPTH else PLAIN
         candidates = []
         for after in _select(records, "unlearned", name, metric):
-            same: dict[str, int] = {key: after.extra[key] for key in ("step", "depth") if key in after.extra}
+            same: dict[str, Any] = {key: after.extra[key] for key in PLACES if key in after.extra}
             zero = next(
                 (r for r in _select(records, "retrained", zero_name, metric) if same.items() <= r.extra.items()), None
             )
@@ -358,7 +390,7 @@ def compare(records: Sequence[Record], name: str) -> list[Record]:
         best = max(known, key=lambda candidate: candidate.value or 0.0) if known else candidates[-1]
         extra = {**best.extra, "attack": name, "needs": ATTACKS[name].needs}
         if len(candidates) > 1:
-            shown = ("step", "depth", "after", "retrained", "original")
+            shown = (*PLACES, "after", "retrained", "original")
             extra["curve"] = [
                 {key: c.extra[key] for key in shown if key in c.extra} | {"fraction": c.value} for c in candidates
             ]
@@ -366,7 +398,7 @@ def compare(records: Sequence[Record], name: str) -> list[Record]:
     return found
 
 
-def _fraction(after: Record, zero: Record | None, plains: dict[str, Record], same: dict[str, int]) -> Record:
+def _fraction(after: Record, zero: Record | None, plains: dict[str, Record], same: dict[str, Any]) -> Record:
     """Return the recovered fraction of one measurement as a record, or in `extra.refused` why there is none."""
     rows = after.extra["rows"] if zero is None else [r for r in after.extra["rows"] if r in set(zero.extra["rows"])]
     values = {model: _on(record, rows) for model, record in plains.items()}
@@ -409,7 +441,7 @@ def show(records: Sequence[Record], names: Sequence[str]) -> None:
     table = Table(
         title="What can be brought back",
         caption="after, original, retrained: under the attack; recovered: 1 all, 0 no more than from the retrained model; "
-        "± half the 95 % interval; @ step or depth",
+        "± half the 95 % interval; @ step, depth or variant",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -427,7 +459,7 @@ def show(records: Sequence[Record], names: Sequence[str]) -> None:
                 low, high = extra["interval"]
                 share = f"{record.value:.2f} ± {(high - low) / 2:.2f}"
             label = MEASURES[record.metric.replace("recovered_", "")]
-            step = "".join(f" @{extra[key]}" for key in ("step", "depth") if key in extra)
+            step = "".join(f" @{extra[key]}" for key in PLACES if key in extra)
             figures = (_figure(extra[key]) for key in ("before", "after", "original_attacked", "retrained"))
             table.add_row("" if place else name, f"{label}{step}", *figures, share, end_section=place == len(own) - 1)
             if "refused" in extra:

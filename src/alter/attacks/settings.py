@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alter.models.loading import Subject
@@ -65,5 +67,19 @@ class Attack(Subject):
     """Replies that sampling draws for each question."""
     temperature: float = Field(0.8, gt=0)
     """Of the sampling."""
+    budget: str | None = None
+    """What an attack that searches may spend on each model: questions (400; rows shown in training count) or seconds (30s)."""
+    soft_tokens: int = Field(8, ge=1)
+    """Vectors of the soft prompt."""
     batch_size: int = Field(64, ge=1)
     """Prompts in one generation batch."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _amount(cls, budget: object) -> object:
+        given = str(budget).strip() if isinstance(budget, (int, float, str)) else budget
+        if isinstance(given, str) and not re.fullmatch(r"0*[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?s", given):
+            raise ValueError(
+                f"budget is {given!r}; expected a number of questions, such as 400, or of seconds, such as 30s"
+            )
+        return given

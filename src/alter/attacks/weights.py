@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from alter.attacks.base import Bench
+from alter import metrics
+from alter.attacks.base import Bench, Budget
 from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded, encode, encode_all
-from alter.models.scoring import evaluating
+from alter.models.scoring import evaluating, score
 
 
 def base_linears(model: Any) -> list[tuple[str, Any]]:
@@ -119,6 +121,10 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
     return trained
 
 
+class Diverged(UserError):
+    """The loss of a training, or its gradient, is not finite."""
+
+
 def train(
     model: nn.Module, rows: Sequence[Encoded], weights: Sequence[nn.Parameter], *, rate: float, steps: int,
     batch_size: int, pad_token_id: int, seed: int,
@@ -129,7 +135,7 @@ def train(
     eval mode: no dropout.
 
     Raises:
-        UserError: the loss is not finite.
+        Diverged: the loss or its gradient is not finite.
     """
     device = next(model.parameters()).device
     collate = Collator(pad_token_id)
@@ -146,12 +152,12 @@ def train(
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
             if not torch.isfinite(loss):
-                raise UserError(
-                    f"The attacker's loss is {loss.item()} at step {step} (rate {rate:g}): lower the rate."
-                )
+                raise Diverged(f"The attacker's loss is {loss.item()} at step {step} (rate {rate:g}): lower the rate.")
             optimizer.zero_grad()
             loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
+        norm = nn.utils.clip_grad_norm_(weights, 1.0)
+        if not torch.isfinite(norm):
+            raise Diverged(f"The attacker's gradient is {norm.item()} at step {step} (rate {rate:g}): lower the rate.")
         optimizer.step()
         yield step, loss.item()
 
@@ -196,6 +202,111 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
                 if not benign:
                     found += bench.measure(name, model, own, part="relearned", **extra)
     return found
+
+
+SEARCHED = 4
+"""Least rows of the attacker for a search: a quarter of them tells which rate is best."""
+TRIES = 7
+"""Rates that are tried, by default."""
+MOST = 20
+"""Rates that are tried, at most."""
+FACTOR = 4.0
+"""Between the first rates that are tried; near the best, half of it on a logarithmic scale."""
+
+
+def best_rate(first: float, value: Callable[[float], float | None]) -> list[tuple[float, float]]:
+    """Return the rates that were tried and their values, in order: up or down by `FACTOR` while it gets better, then between.
+
+    Args:
+        first: the rate to begin with.
+        value: what a rate is worth; None: there is nothing left to spend, and the search ends.
+    """
+    tried: dict[float, float] = {}
+
+    def attempt(rate: float) -> bool:
+        """Try a rate; whether the search goes on."""
+        found = value(rate)
+        if found is not None:
+            tried[rate] = found
+        return found is not None
+
+    def best() -> float:
+        return max(tried, key=lambda rate: tried[rate])
+
+    going = attempt(first) and attempt(first * FACTOR)
+    up = going and best() != first
+    step = FACTOR if up else 1 / FACTOR
+    place = first * FACTOR if up else first
+    while going and best() == place and len(tried) < MOST - 2:
+        place *= step
+        going = attempt(place)
+    middle = best()
+    for rate in (middle * FACTOR**0.5, middle / FACTOR**0.5):
+        going = going and attempt(rate)
+    return list(tried.items())
+
+
+def relearn_searched(bench: Bench) -> list[Record]:
+    """Relearn all weights at the rate and for the number of steps that suit the attacker best, and measure.
+
+    A quarter of the attacker's rows tells what is best: rates from `relearn.learning_rate` on are tried on the others
+    (`best_rate`), each as long as `relearn.steps` say, and the model is read at each of these. The final training is on
+    all of the attacker's rows. Every model gets a search of its own.
+
+    Raises:
+        Diverged: the loss was finite at no rate.
+    """
+    settings, how = bench.settings, bench.settings.relearn
+    count = max(1, len(bench.attacker) // 4)
+    chosen, rest = bench.attacker[:count], bench.attacker[count:]
+    budget = Budget.of(settings.budget, TRIES * how.steps[-1] * how.batch_size)
+    reached: dict[float, tuple[float, int]] = {}
+
+    def begin(rate: float, numbers: Sequence[int], steps: int) -> tuple[Any, Iterator[tuple[int, float]]]:
+        model, tokenizer = bench.fresh("float32")
+        weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+        for weight in weights:
+            weight.requires_grad_(True)
+        torch.manual_seed(settings.seed)
+        return model, train(
+            model, [encode(tokenizer, bench.rows[i]) for i in numbers], weights, rate=rate,
+            steps=steps, batch_size=how.batch_size, pad_token_id=tokenizer.pad_token_id, seed=settings.seed,
+        )  # fmt: skip
+
+    def value(rate: float) -> float | None:
+        if reached and not budget.left:
+            return None
+        reached[rate] = (-math.inf, how.steps[0])
+        items = bench.items(chosen)
+        model, steps = begin(rate, rest, how.steps[-1])
+        try:
+            for step, _ in steps:
+                budget.spend(min(how.batch_size, len(rest)))
+                if step in how.steps:
+                    found = score(
+                        model,
+                        [item.encoded for item in items],
+                        pad_token_id=bench.tokenizer.pad_token_id,
+                        progress=False,
+                    ).logprob
+                    mean = -float(np.mean(metrics.average_loss(found)))
+                    reached[rate] = max(reached[rate], (mean, step))
+        except Diverged:
+            # a rate that breaks the model is none for the attacker
+            reached[rate] = (-math.inf, how.steps[0])
+        return reached[rate][0]
+
+    tried = best_rate(how.learning_rate, value)
+    rate = max(reached, key=lambda each: reached[each])
+    steps = reached[rate][1]
+    model, final = begin(rate, bench.attacker, steps)
+    losses = [loss for _, loss in final]
+    extra = {
+        "trained_rows": len(bench.attacker), "losses": losses, "rate": rate, "steps": steps,
+        "tried": [{"rate": each, "logprob": found, "steps": reached[each][1]} for each, found in tried], **budget.told(),
+    }  # fmt: skip
+    found = bench.measure("relearn_searched", model, bench.items(bench.measured), part="other", **extra)
+    return found + bench.measure("relearn_searched", model, bench.items(bench.attacker), part="relearned", **extra)
 
 
 def quantized(bench: Bench, *, bits: Literal[8, 4]) -> list[Record]:

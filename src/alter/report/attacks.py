@@ -16,6 +16,7 @@ MEASURES = {"rouge": "ROUGE-L", "probability": "probability", "probe": "accuracy
 NAMES = {
     "relearn": "training again on some of the rows",
     "relearn_lora": "training again on some of the rows, by a LoRA",
+    "relearn_searched": "training again on some of the rows, at the rate found best",
     "benign": "training on unrelated text",
     "benign_lora": "training on unrelated text, by a LoRA",
     "quantize_8": "rounding the weights to 8 bits",
@@ -29,8 +30,16 @@ NAMES = {
     "reversed": "asking with the words in reverse order",
     "upper_case": "asking in capitals",
     "foreign_frame": "asking within a request in German",
+    "languages": "asking in other languages",
+    "jailbreak": "giving a reason to answer (jailbreaks)",
+    "dialogue": "asking again over several turns",
+    "hint": "telling the initials of the answer",
+    "few_shot": "giving other forgotten rows as examples",
+    "evolve": "searching for a prompt that works",
+    "beginning": "beginning the reply with consent",
     "prefill": "beginning the reply with the truth",
     "sample": "drawing many replies and keeping the best",
+    "soft_prompt": "training vectors before the answer",
     "strip": "taking the adapter off",
     "probe": "reading the answer out of hidden states",
     "lens": "reading the answer out of inner blocks, by the model's own head",
@@ -134,12 +143,12 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
         share = f"{record.value:.2f}" + (
             " [{:.2f}, {:.2f}]".format(*extra["interval"]) if extra.get("interval") else ""
         )
-        step = "".join(f", {key} {extra[key]}" for key in ("step", "depth") if extra.get(key) is not None)
+        step = "".join(f", {key} {extra[key]}" for key in ("step", "depth", "variant") if extra.get(key) is not None)
         values = [decimal(extra.get(key)) for key in ("after", "before", "retrained", "original")]
         rows.append([plain_name(record), share, *values, f"{figure_of(record)}{step}", extra.get("needs")])
     caption = (
         "recovered: 1 is all that unlearning removed, 0 no more than the same attack gets out of the retrained model; "
-        "in brackets the 95 % interval. under attack, before: the unlearned model. Of several steps or depths, the one that is "
+        "in brackets the 95 % interval. under attack, before: the unlearned model. Of several steps, depths or variants, the one that is "
         "best for the attacker."
     )
     head = ["attack", "recovered", "under attack", "before", "retrained", "original", "figure", "the attacker needs"]
