@@ -552,6 +552,16 @@ def test_a_model_unlearned_in_its_weights_is_compared_with_its_original(models, 
     assert recovered.extra["original"] > 0.5
 
 
+def test_a_retrained_model_of_another_tokenizer_is_refused(models, tmp_path):
+    other = tmp_path / "other"
+    pico(1, max_position_embeddings=256).save_pretrained(other)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["paints"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(UserError, match="original and the retrained model have different tokenizers"):
+        attacks.attack(settings(models, tmp_path / "out", attacks=["upper_case"], retrained=str(other)))
+
+
 def test_everything_repeats_by_the_seed(models, finished, tmp_path):
     _, found = finished
     chosen = ["sample", "probe", "benign_lora"]

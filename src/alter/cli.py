@@ -182,7 +182,7 @@ COMMON = {
     "forget": "subject document kind keep epochs learning_rate erase erasing.max_steps examples seed device resume overwrite",
     "distill": "run model adapter student forget retain general form noise.alpha attacker.rate epochs learning_rate batch_size seed "
     "device resume overwrite",
-    "attack": "adapter retrained original attacks rows seed quantization device relearn.steps relearn.rows samples",
+    "attack": "adapter retrained original attacks rows seed quantization device budget relearn.steps relearn.rows samples",
     "compare": "splits seeds rates epochs retrained.forget01 retrained.forget05 retrained.forget10 data holdout executor workers run device",
     "meta-evaluate": "split rows rates seeds readings run device",
     "finetune": "model data corpora epochs max_steps batch_size learning_rate seed resume overwrite",

@@ -98,10 +98,27 @@ class Method:
 def plain(bench: Bench) -> list[Record]:
     """Measure without any attack, on the measured rows and on the attacker's."""
     model, _ = bench.shared()
+    measured = bench.items(bench.measured)
+    encoded = digest([item.ids for item in measured])
     return [
-        *bench.measure(PLAIN, model, bench.items(bench.measured), part="other"),
+        *bench.measure(PLAIN, model, measured, part="other", encoded=encoded),
         *bench.measure(PLAIN, model, bench.items(bench.attacker), part="relearned"),
     ]
+
+
+def same_tokens(records: Sequence[Record]) -> None:
+    """Refuse models that cut the same rows into other tokens: probabilities per token are then not of the same things.
+
+    Raises:
+        UserError: names the two models.
+    """
+    found = {record.extra["encoded"]: record.model for record in records if "encoded" in record.extra}
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise UserError(
+            f"The {one} and the {other} model have different tokenizers or chat templates: their probabilities per token cannot "
+            "be compared. Give models of one tokenizer."
+        )
 
 
 CHAT = "a chat with the model"
@@ -280,6 +297,8 @@ def attack(settings: Attack) -> list[Record]:
                 write_records(path, records)
                 warn(f"{model}: {name}, {seconds:.0f} s")
             found += records
+            if name == PLAIN:
+                same_tokens(found)
         if "cka" in names:
             key = _key(settings, (*COMMON, "probe_rows"), identities[model], [data], subject, "states")
             path = out / f"states.{model}.safetensors"

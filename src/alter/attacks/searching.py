@@ -94,11 +94,8 @@ def mutated(prompt: Prompt, other: Prompt, draw: random.Random, tokens: Sequence
 
 def _words(tokenizer: Any) -> list[str]:
     """Words that the tokenizer has as one token."""
-    found = {
-        tokenizer.decode([i]).strip()
-        for i in range(min(len(tokenizer), 20_000))
-        if i not in set(tokenizer.all_special_ids)
-    }
+    special = set(tokenizer.all_special_ids)
+    found = {tokenizer.decode([i]).strip() for i in range(min(len(tokenizer), 20_000)) if i not in special}
     return sorted(word for word in found if word.isalpha() and len(word) > 2)
 
 
@@ -159,7 +156,7 @@ def evolve(bench: Bench) -> list[Record]:
 
 # Soft prompts --------------------------------------------------------------------------------------------------------
 
-ROWS_SHOWN = 600
+ROWS_SHOWN = 300
 """Rows that a soft prompt is trained on, each time that one is shown, by default."""
 RATE = 0.3
 """Rate of the soft prompt, in units of the embeddings' root mean square."""

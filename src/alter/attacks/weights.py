@@ -206,7 +206,7 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
 
 SEARCHED = 4
 """Least rows of the attacker for a search: a quarter of them tells which rate is best."""
-TRIES = 7
+TRIES = 5
 """Rates that are tried, by default."""
 MOST = 20
 """Rates that are tried, at most."""
