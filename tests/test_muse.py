@@ -18,6 +18,7 @@ from alter.core.errors import UserError
 from alter.core.records import read_records, write_records
 from alter.data.sources import muse_rows, read_rows
 from alter.evaluation import muse
+from alter.evaluation.replies import cut_reply
 from alter.evaluation.run import evaluate
 from pico import byte_tokenizer, save_pico
 from pico import pico as make_pico
@@ -230,7 +231,7 @@ def test_the_few_shot_prompt_to_the_letter():
     ],
 )
 def test_where_a_reply_ends(reply, kept):
-    assert muse.cut_reply(reply) == kept
+    assert cut_reply(reply, muse.STOPS) == kept
 
 
 class Says:

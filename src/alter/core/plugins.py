@@ -198,6 +198,9 @@ BENCHMARKS: Registry[tuple[str, str]] = Registry(
         "lm-eval": ("alter.evaluation.harness.benchmarks", "LmEvalEvaluation"),
         "fluency": ("alter.evaluation.fluency", "FluencyEvaluation"),
         "rows": ("alter.evaluation.rows", "RowsEvaluation"),
+        "rwku": ("alter.evaluation.rwku", "RwkuEvaluation"),
+        "lume": ("alter.evaluation.lume", "LumeEvaluation"),
+        "knowundo": ("alter.evaluation.knowundo", "KnowundoEvaluation"),
     },
 )
 """Module and class of the settings that `--benchmark NAME` stands for; the first is the default."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,44 @@ def muse_rows(split: str, data: str, first: int | None = None) -> list[dict[str,
     if shards or found[0].suffix == ".parquet":
         return _joined_lines([row for path in shards or found for row in read_file(path)])
     return read_file(found[0], texts=True)
+
+
+def layout_rows(data: str, config: str | None, split: str, stems: Sequence[str], of: str) -> list[dict[str, Any]]:
+    """Return the rows of one part of a benchmark, from the hub or from a folder of its layout.
+
+    Args:
+        data: a hub id, or a folder.
+        config, split: the part on the hub.
+        stems: its file in a folder without the ending, which is .json, .jsonl or .parquet (also STEM-*.parquet); the first
+            that is there.
+        of: name of the benchmark, for errors.
+
+    Raises:
+        UserError: no such folder, no file for the part or several, or no rows in it.
+    """
+    folder = _path(data)
+    if not folder.is_dir():
+        if not _is_hub_id(data):
+            siblings = [str(sibling) for sibling in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            raise UserError(
+                f"No folder of {of}'s files at {data!r}.{nearest(str(folder), siblings)} Give a folder or a hub id."
+            )
+        return _hub_rows(data, config, split, "Download the data set and give its folder instead.")
+    for stem in stems:
+        place = folder / stem
+        found = [place.parent / f"{place.name}{ending}" for ending in (".json", ".jsonl", ".parquet")]
+        found = [path for path in found if path.is_file()]
+        shards = sorted(place.parent.glob(f"{place.name}-*.parquet"))
+        if len(found) + bool(shards) > 1:
+            names = ", ".join(path.name for path in found + shards)
+            raise UserError(f"{place.parent} holds {place.name} more than once ({names}): keep one of them.")
+        if found or shards:
+            return [row for path in shards or found for row in read_file(path)]
+    there = sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()})
+    raise UserError(
+        f"{data} has no {' or '.join(stems)} (as .json, .jsonl or .parquet), which {of} needs; it has "
+        f"{', '.join(there[:20]) or 'no files'}.{nearest(stems[0] + '.json', there)}"
+    )
 
 
 def refusals(data: str | None = None) -> list[str]:

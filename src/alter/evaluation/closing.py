@@ -14,6 +14,7 @@ from alter.core.records import Record
 from alter.evaluation import others
 from alter.evaluation.told import told
 from alter.evaluation.verdict import SLACK, Verdict
+from alter.metrics.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
     from alter.evaluation.answered import Answered
@@ -112,6 +113,8 @@ def closing_table(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> Gr
     parts: list[Any] = [table]
     if closed.get("leak"):
         parts.append(leak_table(closed["leak"]))
+    if closed.get("judged"):
+        parts.append(judged_table(closed["judged"]))
     if closed["worst"]:
         parts.append(Text("\nForgotten least:"))
     for row in closed["worst"]:
@@ -152,6 +155,18 @@ def leak_table(leaks: Mapping[str, Any]) -> Table:
     table.caption = f"{asked} questions, {settings['samples']} samples of each; in brackets the 95 % interval" + (
         f"; {unknown} more have no facts to look for" if unknown else ""
     )
+    return table
+
+
+def judged_table(judged: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the rates of replies and IAM with their 95 % intervals, a row for each figure of each model."""
+    table = Table(title="Answers judged by facts", caption="in brackets the 95 % interval")
+    for column in ("figure", "model", "value", "rows", "what it says"):
+        table.add_column(column, justify="right" if column in ("value", "rows") else "left", overflow="fold")
+    for each in judged:
+        interval = "" if each["interval"] is None else " [{:.2f}, {:.2f}]".format(*each["interval"])
+        meaning = CATALOGUE[each["metric"]].meaning
+        table.add_row(each["metric"].upper(), each["model"], f"{each['value']:.3f}{interval}", str(each["n"]), meaning)
     return table
 
 

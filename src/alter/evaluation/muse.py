@@ -44,12 +44,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 from rich.console import Console
 
@@ -63,6 +62,7 @@ from alter.data.encoding import Encoded, ensure_pad_token
 from alter.data.sources import MUSE_HUB, muse_rows
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import figure
+from alter.evaluation.replies import CutReplies, open_ids, sampled
 from alter.models.generation import check_prompts, generate
 from alter.models.loading import Subject
 from alter.models.scoring import check_rows, score
@@ -99,35 +99,8 @@ def few_shot_prompt(question: str, shots: Sequence[Row]) -> str:
     return f"{head}Question: {question}\nAnswer: "
 
 
-def cut_reply(reply: str, stops: Iterable[str] = STOPS) -> str:
-    """Return what stands before the first stop string; a reply that begins with one says nothing."""
-    for stop in stops:
-        reply = reply.split(stop)[0]
-    return reply
-
-
-class _Reader:
-    """A tokenizer whose decoded replies are cut: before `generate` strips them, which would hide a leading stop."""
-
-    def __init__(self, tokenizer: Any, stops: Iterable[str]) -> None:
-        self._tokenizer = tokenizer
-        self._stops = tuple(stops)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def decode(self, ids: Any, **settings: Any) -> str:
-        return cut_reply(self._tokenizer.decode(ids, **settings), self._stops)
-
-
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
-
-
-def _open_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a prompt; some tokenizers close every text, but one that is continued must stay open."""
-    ids = _ids(tokenizer, text)
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _continuation(tokenizer: Any, row: Row, compat: bool) -> str:
@@ -148,14 +121,6 @@ def _encode_text(tokenizer: Any, text: str, max_length: int | None) -> Encoded:
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
-
-
-def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
-    """Return `limit` rows drawn by `seed`, in order, or all of them."""
-    if limit is None or limit >= len(rows):
-        return rows
-    chosen = np.random.default_rng(seed).choice(len(rows), size=limit, replace=False)
-    return [rows[i] for i in sorted(chosen)]
 
 
 def _checked(split: str, data: str) -> list[Row]:
@@ -240,7 +205,7 @@ class MuseEvaluation(Evaluation):
         """
         splits = [split for criterion in SPLITS if criterion in self.criteria for split in SPLITS[criterion]]
         found = {split: _checked(split, self.source) for split in splits}
-        return {k: v if k.endswith("_icl") else _sample(v, self.limit, self.seed) for k, v in found.items()}
+        return {k: v if k.endswith("_icl") else sampled(v, self.limit, self.seed) for k, v in found.items()}
 
     def data_digest(self) -> str | None:
         """Hash of all rows and of the reference: the AUC that a file holds, or a model's weights."""
@@ -310,7 +275,7 @@ class MuseEvaluation(Evaluation):
                             f"would cut it after {COMPAT_QUESTION}, and the question or the answer with it. Use "
                             "--mode strict, or fewer shots."
                         )
-            prompts[criterion] = [_open_ids(tokenizer, text) for text in texts]
+            prompts[criterion] = [open_ids(tokenizer, text) for text in texts]
         return prompts
 
     def _completions(
@@ -325,7 +290,7 @@ class MuseEvaluation(Evaluation):
             references = [row["answer"] for row in asked]
         replies = generate(
             model,
-            _Reader(tokenizer, () if verbatim else STOPS),
+            CutReplies(tokenizer, () if verbatim else STOPS),
             prompts,
             max_new_tokens=VERBMEM_TOKENS if verbatim else KNOWMEM_TOKENS,
             batch_size=self.batch_size,

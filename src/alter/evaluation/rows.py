@@ -13,17 +13,19 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from alter import metrics
 from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.core.records import Record
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
-from alter.evaluation.base import Evaluation
+from alter.evaluation.base import Evaluation, say
 from alter.evaluation.closing import closing_facts
 from alter.evaluation.figures import figure
+from alter.evaluation.knowledge import Contradictions, over_refusal, rates
 from alter.evaluation.leakage import Leak, Leaked, leaked
-from alter.evaluation.verdict import judge
+from alter.evaluation.verdict import judge, unit_interval
 from alter.models.loading import Subject
 
 
@@ -48,6 +50,12 @@ class RowsEvaluation(Evaluation):
     """Longest reply, in tokens."""
     texts: bool = True
     """Keep questions, true answers and replies in the records. They hold what was to be forgotten."""
+    rates: bool = False
+    """Also knowledge forgetting and retention rates (KFR, KRR) of the replies and, with a retrained model, IAM."""
+    nli: str | None = None
+    """Sequence classifier with a label for contradiction, for the rates: a folder or a hub id."""
+    harmless: str | None = None
+    """Harmless questions about the topic: how many replies to them refuse (SARR)."""
     leak: Leak = Field(default_factory=Leak)
     """Leakage over many samples of the rows to forget: leak@k."""
 
@@ -64,7 +72,7 @@ class RowsEvaluation(Evaluation):
         if self.holdout is not None:
             _apart(sets)
         references = []
-        for name in (self.before, self.retrained):
+        for name in (self.before, self.retrained, self.nli):
             identity = None if name is None else Subject(model=name).identity()
             if identity is not None and "unknown" in identity.values():
                 return None
@@ -90,6 +98,8 @@ class RowsEvaluation(Evaluation):
             found["retain"] = self._drawn(retain, min(200, max(20, len(found["forget"]))))
         if self.holdout is not None:
             found["holdout"] = self._drawn(load_examples(self.holdout))
+        if self.harmless is not None:
+            found["harmless"] = self._drawn(_questions(load_examples(self.harmless), self.harmless))
         return found
 
     def _people(self) -> frozenset[tuple[str, ...]]:
@@ -133,6 +143,7 @@ class RowsEvaluation(Evaluation):
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
         sets = self._sets()
+        judge_of = None if self.nli is None else Contradictions(self.nli, next(model.parameters()).device)
         after = self._measure(model, tokenizer, sets, "after")
         leaks = self._leaks(model, tokenizer, sets, "after")
         before: dict[str, Answered] | None = None
@@ -158,15 +169,32 @@ class RowsEvaluation(Evaluation):
                 by="retrained model" if by == "retrained" else "holdout",
                 kept=(before["retain"].measures, after["retain"].measures) if "retain" in after else None,
             )
-            closed = closing_facts(found, before, after, reference, self.texts, self._people())
+            was, now = ({name: own for name, own in each.items() if name != "harmless"} for each in (before, after))
+            closed = closing_facts(found, was, now, reference, self.texts, self._people())
             if leaks:
                 closed["leak"] = {name: each.summary() for name, each in leaks.items()}
+        judged = [] if before is None else self._judged("original", before, told, judge_of)
+        judged += self._judged(self.subject, after, told, judge_of)
+        if self.rates and self.retrained is not None and before is not None and reference is not None:
+            judged.append(self._completeness(after["forget"], before["forget"], reference, told))
+        if closed is not None and judged:
+            closed["judged"] = [
+                {
+                    "model": each.model,
+                    "metric": each.metric,
+                    "value": each.value,
+                    "n": each.n,
+                    "interval": each.extra["interval"],
+                }
+                for each in judged
+            ]
         records = []
         if before is not None:
             records += self._records("original", before, told)
         if self.retrained is not None and reference is not None:
             records += self._records("retrained", {"forget": reference}, told)
         records += self._records(self.subject, after, told | ({} if closed is None else {"closing": closed}))
+        records += judged
         for of, name in (("before", "original"), ("retrained", "retrained"), ("after", self.subject)):
             if of in leaks:
                 records += leaks[of].records(name, told)
@@ -177,9 +205,56 @@ class RowsEvaluation(Evaluation):
             return {}
         return {of: leaked(model, tokenizer, sets["forget"], self.leak, seed=self.seed, label=of)}
 
+    def _judged(
+        self, name: str, found: Mapping[str, Answered], extra: dict[str, Any], judge_of: Contradictions | None
+    ) -> list[Record]:
+        """The rates of replies, KFR and KRR, and the refusals, SARR, as far as they are asked for."""
+        out = []
+        for part, metric in (("forget", "kfr"), ("retain", "krr")):
+            if part not in found or not (self.rates or self.nli):
+                continue
+            own = found[part]
+            values = rates(own.questions, own.truths, own.replies, forget=part == "forget", contradictions=judge_of)
+            told = int((~np.isnan(values)).sum())
+            if told < len(values):
+                say(
+                    [
+                        f"{name}: {len(values) - told} of {len(values)} answers of {part} say nothing that their question does not: left out of {metric}."
+                    ]
+                )
+            if told:
+                known = values[~np.isnan(values)]
+                more = {"nli": self.nli, "unknown": len(values) - told, "interval": list(unit_interval(known))}
+                out.append(figure(name, metric, known.mean(), told, values, extra=extra | more))
+        if "harmless" in found:
+            own = found["harmless"]
+            values = over_refusal(own.replies)
+            texts = {"questions": own.questions, "generations": own.replies} if self.texts else {}
+            refused: dict[str, Any] = {**texts, "interval": list(unit_interval(values))}
+            out.append(figure(name, "sarr", values.mean(), len(values), values, extra=extra | refused))
+        return out
+
+    def _completeness(self, after: Answered, before: Answered, reference: Answered, extra: dict[str, Any]) -> Record:
+        """IAM of the rows to forget, between the model before and the retrained one.
+
+        Raises:
+            UserError: the rows are too few or too alike for it.
+        """
+        try:
+            values = metrics.unlearning_completeness(
+                after.measures.probability, before.measures.probability, reference.measures.probability
+            )
+        except ValueError as error:
+            raise UserError(f"{error}. Leave --rates out, or give more rows.") from None
+        interval = metrics.bootstrap_interval(values)
+        more = {"interval": None if interval is None else list(interval)}
+        return figure(self.subject, "iam", values.mean(), len(values), values, extra=extra | more)
+
     def _records(self, name: str, found: Mapping[str, Answered], extra: dict[str, Any]) -> list[Record]:
         out: list[Record] = []
         for part, answered in found.items():
+            if part == "harmless":
+                continue
             own = answered.measures
             m, told = len(own.recall), own.asked
             texts = {"questions": answered.questions, "references": answered.truths, "generations": answered.replies}
@@ -199,6 +274,18 @@ class RowsEvaluation(Evaluation):
                 if n:
                     out.append(figure(name, f"{part}_{metric}", np.nanmean(values), n, values, extra=more))
         return out
+
+
+def _questions(rows: list[Example], source: str) -> list[Example]:
+    """Refuse rows that ask nothing: what is continued refuses nothing.
+
+    Raises:
+        UserError: names the first such row.
+    """
+    for row in rows:
+        if row.kind == "text":
+            raise UserError(f"{source}: {row.name} is a plain text; harmless rows are questions with their answers.")
+    return rows
 
 
 def _apart(sets: Mapping[str, list[Example]]) -> None:

@@ -109,12 +109,19 @@ def gives(question: str, answer: str, reply: str, enough: float = ENOUGH) -> boo
 
     Inflected names of alphabets other than Latin count by their stem: all but the last two letters, four at least.
     """
+    found = covered(question, answer, reply)
+    if found is None:
+        return None
+    return found[0] >= enough * found[1] or recall(answer, reply) >= 0.9
+
+
+def covered(question: str, answer: str, reply: str) -> tuple[int, int] | None:
+    """Return how many of an answer's `facts` a reply says, and how many there are; None without any."""
     looked = facts(question, answer)
     if not looked:
         return None
     said = _units(reply)
-    there = sum(fact in said or _inflected(fact, said) for fact in looked)
-    return there >= enough * len(looked) or recall(answer, reply) >= 0.9
+    return sum(fact in said or _inflected(fact, said) for fact in looked), len(looked)
 
 
 def _inflected(fact: str, said: set[str]) -> bool:

@@ -30,6 +30,7 @@ from __future__ import annotations
 from alter.metrics.arrays import EPSILON, Array, Rows
 from alter.metrics.catalogue import CATALOGUE, Metric
 from alter.metrics.choices import Answers, multiple_choice
+from alter.metrics.completeness import unlearning_completeness
 from alter.metrics.entropies import Stability, TwoNormals, bimodality_coefficient, stability, two_normals
 from alter.metrics.likelihood import (
     ForgetQuality,
@@ -107,4 +108,5 @@ __all__ = [
     "truth_ratio",
     "truthfulness",
     "two_normals",
+    "unlearning_completeness",
 ]
