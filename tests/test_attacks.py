@@ -425,11 +425,15 @@ def digests(folder):
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+SKIPPED = ("paraphrase", "languages", "dialogue", "beginning", "hint", "few_shot")
+"""These rows are not TOFU's; and what several variants of talking do is in test_adaptive."""
+
+
 @pytest.fixture(scope="module")
 def finished(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     before = digests(models)
-    found = attacks.attack(settings(models, out))
+    found = attacks.attack(settings(models, out, attacks=[name for name in attacks.ATTACKS if name not in SKIPPED]))
     assert digests(models) == before
     return out, found
 
@@ -443,8 +447,7 @@ def test_every_attack_leaves_records_of_both_models(finished):
     assert [r.metric for r in read_records(out / "records.json")] == [r.metric for r in found]
     assert (out / "relearning.png").read_bytes().startswith(b"\x89PNG")
     for name in attacks.ATTACKS:
-        # these rows are not TOFU's
-        if name in ("paraphrase", *attacks.COMPARING):
+        if name in (*SKIPPED, *attacks.COMPARING):
             continue
         rouge = {"probe": "attack_probe", "lens": "attack_lens"}.get(name, "attack_rouge")
         for model in ("unlearned", "retrained"):
@@ -510,7 +513,7 @@ def test_the_same_again_is_read_and_not_run(models, finished, monkeypatch, capsy
     assert len(stamps) > 20
     monkeypatch.setattr(base.Bench, "shared", None)
     monkeypatch.setattr(base.Bench, "fresh", None)
-    again = attacks.attack(settings(models, out))
+    again = attacks.attack(settings(models, out, attacks=[name for name in attacks.ATTACKS if name not in SKIPPED]))
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.*.json")} == stamps
     assert [(r.metric, r.value, r.per_item) for r in again] == [(r.metric, r.value, r.per_item) for r in found]
     assert "What can be brought back" in capsys.readouterr().out
@@ -555,9 +558,8 @@ def test_a_model_unlearned_in_its_weights_is_compared_with_its_original(models, 
 def test_a_retrained_model_of_another_tokenizer_is_refused(models, tmp_path):
     other = tmp_path / "other"
     pico(1, max_position_embeddings=256).save_pretrained(other)
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["paints"])
-    tokenizer.save_pretrained(other)
+    template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    byte_tokenizer(chat_template=template).save_pretrained(other)
     with pytest.raises(UserError, match="original and the retrained model have different tokenizers"):
         attacks.attack(settings(models, tmp_path / "out", attacks=["upper_case"], retrained=str(other)))
 

@@ -13,7 +13,7 @@ from alter.evaluation import knowledge
 from alter.evaluation.knowledge import Contradictions, rates
 from alter.evaluation.rows import RowsEvaluation
 from alter.evaluation.run import evaluate
-from pico import save_pico, write_jsonl
+from pico import byte_tokenizer, save_pico, write_jsonl
 from test_leakage import classifier
 
 ASKED = "Where does Ada live?"
@@ -179,6 +179,11 @@ def test_rows_gives_rates_refusals_and_iam(tmp_path, capsys, monkeypatch):
     assert "Answers judged by facts" in shown
     assert "IAM" in shown
     assert not any(r.metric.startswith("harmless") for r in found)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["Perm"])
+    tokenizer.save_pretrained(tmp_path / "retrained")
+    with pytest.raises(UserError, match=r"another tokenizer or chat template .*f.jsonl line 1"):
+        evaluate(RowsEvaluation(**given))
     write_jsonl(tmp_path / "t.jsonl", [{"text": "It is warm."}])
     with pytest.raises(UserError, match="plain text"):
         evaluate(RowsEvaluation(**given | {"harmless": str(tmp_path / "t.jsonl")}))

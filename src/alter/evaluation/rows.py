@@ -17,6 +17,7 @@ from alter import metrics
 from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.core.records import Record
+from alter.data.encoding import encode
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
@@ -154,6 +155,7 @@ class RowsEvaluation(Evaluation):
         reference, by = None, "holdout"
         if self.retrained is not None:
             other_model = self.alike(self.retrained).load()
+            _same_tokens(tokenizer, other_model[1], sets["forget"], self.retrained)
             reference, by = self._measure(*other_model, {"forget": sets["forget"]}, "retrained")["forget"], "retrained"
             leaks |= self._leaks(*other_model, sets, "retrained")
         elif before is not None and "holdout" in before:
@@ -274,6 +276,20 @@ class RowsEvaluation(Evaluation):
                 if n:
                     out.append(figure(name, f"{part}_{metric}", np.nanmean(values), n, values, extra=more))
         return out
+
+
+def _same_tokens(tokenizer: Any, other: Any, rows: list[Example], name: str) -> None:
+    """Refuse a retrained model that cuts the rows into other tokens: probabilities per token are then not of the same things.
+
+    Raises:
+        UserError: names the model and a row.
+    """
+    for row in rows:
+        if encode(tokenizer, row).input_ids != encode(other, row).input_ids:
+            raise UserError(
+                f"The retrained model {name} has another tokenizer or chat template ({row.name} becomes other tokens): its "
+                "probabilities per token cannot be compared. Retrain the model that was unlearned."
+            )
 
 
 def _questions(rows: list[Example], source: str) -> list[Example]:
