@@ -58,6 +58,7 @@ BRANCHES = {
     "altpo": 3,
     "task_arithmetic": 1,
     "o3": 1,
+    "repselect": 1,
     "dpo": 2,
     "idk_dpo": 3,
     "elm": 3,
@@ -138,6 +139,10 @@ PREPARED = {
     "loku": 6 + 6,
     "vila": 2 * (6 + 6),
     "reglu": 4 + 4,
+    # RepSelect's LoRA learns the forget rows, then the gradient under it
+    "repselect": 6 + 6,
+    # tracing without noise, with it, and with the one window of both blocks put back; states of both sets; inputs of retain rows
+    "kuda": 3 * 6 + 12 + 9,
     # the detector reads each row with and without its answer
     "o3": 2 * 6,
     # all rows once, for the router's fit and for the entropies and references of those that are trained on

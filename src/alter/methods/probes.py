@@ -161,6 +161,138 @@ def output_covariances(
     return {name: covariance(torch.cat(parts)) for name, parts in features.items()}
 
 
+@torch.no_grad()
+def input_covariances(
+    model: Any, layers: Mapping[str, nn.Linear], rows: Sequence[Encoded], *, batch: int, pad_token_id: int, label: str
+) -> dict[str, Tensor]:
+    """Mean outer product [in, in] of each layer's inputs over the rows' real tokens; float64."""
+    device = next(model.parameters()).device
+    total = {
+        name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=device)
+        for name, layer in layers.items()
+    }
+    real: list[Tensor] = []
+
+    def hook(name: str) -> Any:
+        def add(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            states = inputs[0][real[-1]].double()
+            total[name] += states.t() @ states
+
+        return add
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    tokens = 0
+    try:
+        source = _batches(rows, batch, pad_token_id, device, range(len(rows)))
+        for inputs in progress(source, total=-(-len(rows) // batch), label=label):
+            real.append(inputs["attention_mask"].bool())
+            tokens += int(real[-1].sum())
+            with head_on(model, torch.zeros_like(inputs["labels"], dtype=torch.bool)):
+                model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: value / tokens for name, value in total.items()}
+
+
+def elicited_gradients(
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    rows: Sequence[Encoded],
+    *,
+    r: int,
+    scaling: float,
+    learning_rate: float,
+    batch: int,
+    seed: int,
+    pad_token_id: int,
+) -> dict[str, Tensor]:
+    """RepSelect's gradient [out, in] of each layer's weight: of minus the mean cross-entropy, summed over batches.
+
+    It is taken under LoRA factors that have learned the rows for one epoch, by plain gradient descent; fp32. The model
+    itself does not change.
+    """
+    device = next(model.parameters()).device
+    factors = fresh_factors(layers, r, seed, device)
+    leaves = [factor for pair in factors.values() for factor in pair]
+    weights = [layer.weight for layer in layers.values()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    total = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
+    with low_rank(layers, factors, scaling):
+        with _only(model, []):
+            source = _batches(rows, batch, pad_token_id, device, order)
+            for inputs in progress(source, total=-(-len(rows) // batch), label="eliciting"):
+                loss, _ = _mean_loss(model, inputs)
+                with torch.no_grad():
+                    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+                        leaf -= learning_rate * grad
+        with _only(model, weights):
+            source = _batches(rows, batch, pad_token_id, device, order)
+            for inputs in progress(source, total=-(-len(rows) // batch), label="gradients"):
+                loss, _ = _mean_loss(model, inputs)
+                for name, grad in zip(layers, torch.autograd.grad(loss, weights), strict=True):
+                    total[name] -= grad.float()
+    return total
+
+
+def fresh_factors(layers: Mapping[str, nn.Linear], r: int, seed: int, device: Any) -> dict[str, Factors]:
+    """LoRA's own start, which changes nothing: A Kaiming-uniform, B zero; both take gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, layer in layers.items():
+        # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(in)
+        A = (torch.rand(r, layer.in_features, generator=generator) * 2 - 1) / layer.in_features**0.5
+        B = torch.zeros(layer.out_features, r)
+        factors[name] = Factors(A.to(device).requires_grad_(), B.to(device).requires_grad_())
+    return factors
+
+
+@dataclass(frozen=True)
+class GradientPasses:
+    """The passes that rules for gradients ask for (`alter.methods.gradients.Passes`), by the names of weights."""
+
+    model: Any
+    forget: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    batch: int
+    seed: int
+    pad_token_id: int
+
+    @cached_property
+    def layers(self) -> dict[str, nn.Linear]:
+        """The linear layers whose weights train."""
+        return {
+            f"{name}.weight": module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and module.weight.requires_grad
+        }
+
+    def input_covariances(self) -> dict[str, Tensor]:
+        """`input_covariances` of the retain rows."""
+        return input_covariances(
+            self.model,
+            self.layers,
+            self.retain,
+            batch=self.batch,
+            pad_token_id=self.pad_token_id,
+            label="retain inputs",
+        )
+
+    def elicited(self, r: int, scaling: float, learning_rate: float) -> dict[str, Tensor]:
+        """`elicited_gradients` of the forget rows."""
+        return elicited_gradients(
+            self.model,
+            self.layers,
+            self.forget,
+            r=r,
+            scaling=scaling,
+            learning_rate=learning_rate,
+            batch=self.batch,
+            seed=self.seed,
+            pad_token_id=self.pad_token_id,
+        )
+
+
 @dataclass(frozen=True)
 class Passes:
     """The passes that initializers ask for (`alter.methods.initializers.Statistics`), on loaded rows."""

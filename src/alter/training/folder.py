@@ -27,6 +27,13 @@ from alter.models.guards import Form
 from alter.training.settings import Unlearn
 from alter.training.trunk import FILE as TRUNK
 
+GRADIENT = "gradient.safetensors"
+"""What a rule for gradients has measured, in a run's folder; what it keeps from step to step, in a checkpoint."""
+
+
+TRACED = "traced.safetensors"
+"""What causal tracing has found, or how much each expert gets, in a run's folder."""
+
 
 def check_folder(run: Unlearn) -> Path:
     """Return the run's folder, as it is: nothing is made or deleted before the model is loaded.
@@ -221,7 +228,10 @@ def clean(out: Path, forget_rows: int) -> None:
         forget_rows: see `frozen.strip`.
     """
     # what a kill cut off while it was written has a hidden name
-    for path in [*(out / name for name in (TRUNK, "start.safetensors", "reinforced.safetensors")), *out.glob(".*")]:
+    for path in [
+        *(out / name for name in (TRUNK, GRADIENT, TRACED, "start.safetensors", "reinforced.safetensors")),
+        *out.glob(".*"),
+    ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     frozen.strip(out / "frozen.safetensors", forget_rows)
     # last: without them a run counts as ended

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -16,13 +17,15 @@ from transformers.trainer_callback import ExportableState
 from alter.adapter.routing import Routing
 from alter.core import processes
 from alter.core.errors import UserError
+from alter.core.files import write_atomic
 from alter.logits.head import Part, measuring
 from alter.methods import frozen
 from alter.methods.adapters import Penalty
 from alter.methods.frozen import Depth, states_of
+from alter.methods.gradients import GradientRule
 from alter.methods.objectives import Emitted, Hidden, Labelled, Objective, mean_or_zero
 from alter.training.batches import Batch
-from alter.training.folder import seal_checkpoint
+from alter.training.folder import GRADIENT, seal_checkpoint
 from alter.training.settings import BRANCHES, OPTIMIZERS, Unlearn, branch_needs, steps_of, warmup_of
 from alter.training.trunk import Trunk
 
@@ -82,6 +85,46 @@ class Places:
         return self.truth[sum(self.counts[: BRANCHES.index(branch)]) :]
 
 
+class Split:
+    """The gradients of the forget term and of all others, summed over the batches of a step, and the rule for both.
+
+    Args:
+        rule: what becomes of them.
+        known: what it has measured.
+    """
+
+    def __init__(self, rule: GradientRule, known: Mapping[str, Tensor]) -> None:
+        self.rule, self.known = rule, known
+        self.terms: tuple[Tensor, Tensor] | None = None
+        self.state: dict[str, Tensor] = {}
+        self._sums: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+
+    def add(self, named: Sequence[tuple[str, torch.nn.Parameter]], batches: int) -> None:
+        """Take both gradients of the last batch, one of so many in the step."""
+        assert self.terms is not None
+        weights = [weight for _, weight in named]
+        for sums, term, keep in zip(self._sums, self.terms, (True, False), strict=True):
+            taken: Sequence[Tensor | None] = [None] * len(weights)
+            if term.requires_grad:
+                taken = torch.autograd.grad(term / batches, weights, retain_graph=keep, allow_unused=True)
+            for (name, weight), grad in zip(named, taken, strict=True):
+                here = torch.zeros_like(weight) if grad is None else grad
+                sums[name] = sums[name] + here if name in sums else here
+        self.terms = None
+
+    def apply(self, named: Sequence[tuple[str, torch.nn.Parameter]], before: Path) -> None:
+        """Give each parameter its gradient; what the rule kept is read from the file `before` if the run goes on there."""
+        if not self.state and before.is_file():
+            device = named[0][1].device
+            self.state = {name: value.to(device) for name, value in load_file(str(before)).items()}
+        forget, rest = ({name: processes.total(value) for name, value in sums.items()} for sums in self._sums)
+        for sums in self._sums:
+            sums.clear()
+        edited = self.rule.edit(forget, rest, self.known, self.state)
+        for name, weight in named:
+            weight.grad = edited[name].to(weight.dtype)
+
+
 class UnlearnTrainer(Trainer):
     """transformers' Trainer with the run's loss (ALTER Eq. 8), gradient isolation and learning rates.
 
@@ -93,6 +136,7 @@ class UnlearnTrainer(Trainer):
         penalty: of the parameters, added to the loss.
         alone: steps before retain rows join.
         trunk: the blocks below the experts, where batches bring what these put out.
+        measured: what the rule for gradients knows of each weight.
     """
 
     def __init__(
@@ -104,11 +148,13 @@ class UnlearnTrainer(Trainer):
         penalty: Penalty | None = None,
         alone: int = 0,
         trunk: Trunk | None = None,
+        measured: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.run, self.threshold, self.num_experts = run, threshold, num_experts
         self.depth, self.penalty, self.alone, self.trunk = depth, penalty, alone, trunk
+        self.split = Split(run.gradient, measured or {})
         self.needs = branch_needs(run)
         # RMU reads nothing behind its block; trained weights there must still take part, for DDP waits for them
         labels = any(needs.rows and needs.labels for needs in self.needs)
@@ -122,6 +168,21 @@ class UnlearnTrainer(Trainer):
     def in_phase_one(self) -> bool:
         """Whether this step learns high-entropy retain tokens alone."""
         return self.state.global_step < self.run.phase_one * self.state.max_steps
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Gradients as ever, or with a rule for gradients those of the forget term and of the others apart."""
+        if not self.run.gradient.splits:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        # each process sums its own: DDP would wait for the one backward pass that does not come
+        with self.accelerator.no_sync(model), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        named = [(name, p) for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
+        self.split.add(named, self.current_gradient_accumulation_steps)
+        if self.accelerator.sync_gradients:
+            before = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / GRADIENT
+            self.split.apply(named, before)
+        return loss.detach() / self.current_gradient_accumulation_steps
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """One forward for all rows of the step together; see `Unlearn` for the weights of the terms."""
@@ -225,6 +286,12 @@ class UnlearnTrainer(Trainer):
         loss = forgetting + keeping
         if run.lambda_:
             loss = loss + run.lambda_ * parts["structure"]
+        term = run.adapter.term(batch.attention_mask.bool() & (batch.branch == 0)[:, None])
+        if term is not None:
+            parts["adapter"] = term
+            keeping, loss = keeping + term, loss + term
+        apart = run.gradient.splits
+        self.split.terms = (forgetting, keeping + run.lambda_ * parts["structure"]) if apart else None
         # every process has its share of the means: their sum is the loss, and its gradient the average of what follows
         *terms, whole = processes.total(torch.stack([*parts.values(), loss])).unbind()
         self.parts = dict(zip(parts, terms, strict=True))
@@ -234,6 +301,8 @@ class UnlearnTrainer(Trainer):
             penalty = self.penalty()
             self.parts["penalty"] = penalty.detach()
             loss, whole = loss + penalty, whole + penalty.detach()
+            if self.split.terms is not None:
+                self.split.terms = (forgetting, self.split.terms[1] + penalty / processes.size())
         return loss, whole
 
     def _terms(self, batch: Batch, places: Places, values: Tensor, states: Tensor | None) -> dict[str, Tensor]:
@@ -267,6 +336,9 @@ class UnlearnTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
+        if self.split.state and processes.first():
+            path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / GRADIENT
+            write_atomic(path, save({name: value.cpu().contiguous() for name, value in self.split.state.items()}))
         # of several processes each writes a part
         processes.gather(None)
         if processes.first():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,26 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alter.adapter.model import base_fingerprint
 from alter.core import processes
+from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.data.batching import batches_by_length
 from alter.data.encoding import Encoded, encode_all
 from alter.data.examples import Example
 from alter.methods import frozen
-from alter.methods.adapters import Beginning, Penalty
+from alter.methods.adapters import Beginning, OneExpert, Penalty
+from alter.methods.adapters.expert import attributed
 from alter.methods.alternatives import alternatives, persona_views
 from alter.methods.frozen import Depth
 from alter.methods.initializers import Factors
 from alter.methods.places import block_at, blocks, target_layers, target_names
-from alter.methods.probes import low_rank, reinforce, starting_factors
+from alter.methods.probes import GradientPasses, low_rank, reinforce, starting_factors
+from alter.methods.tracing import recovered
 from alter.models.guards import Form, Former
 from alter.models.loading import load_model
 from alter.training.batches import Order, Rows, Traced, schedule
 from alter.training.data import Data, clusters
-from alter.training.folder import kept_tensors
+from alter.training.folder import GRADIENT, TRACED, kept_tensors
 from alter.training.router import fit_router
 from alter.training.sampler import Kin
 from alter.training.settings import BRANCHES, Unlearn, branch_needs, hidden_depth, steps_of
@@ -122,6 +125,7 @@ class Prepared:
         alone: steps before retain rows join.
         trained: how many numbers train.
         kept: what the blocks below the experts put out for the rows, if that is kept.
+        measured: what the rule for gradients knows of each weight.
     """
 
     model: Any
@@ -138,6 +142,62 @@ class Prepared:
     alone: int
     trained: int
     kept: Kept | None = None
+    measured: dict[str, Tensor] = field(default_factory=dict)
+
+
+TRACED_ROWS = 16
+"""Forget rows that causal tracing looks at."""
+
+
+def placed(run: Unlearn, loaded: Loaded, out: Path) -> Unlearn:
+    """The settings with the blocks that causal tracing finds (`adapter.traced`), or the expert that forget rows go to most.
+
+    Raises:
+        UserError: nothing can be traced.
+    """
+    if isinstance(run.adapter, OneExpert) and run.adapter.target is None:
+        return _on_expert(run, loaded, out)
+    window = getattr(run.adapter, "traced", None)
+    if window is None:
+        return run
+    rows = loaded.forget[:TRACED_ROWS]
+    key = digest(base_fingerprint(loaded.base), window, run.seed, [[row.input_ids, row.labels] for row in rows])
+
+    def trace() -> dict[str, Tensor]:
+        found = recovered(loaded.base, rows, window, seed=run.seed, pad_token_id=loaded.tokenizer.pad_token_id)
+        return {"recovered": torch.tensor(found, dtype=torch.float64)}
+
+    found = kept_tensors(out / TRACED, key, trace)["recovered"]
+    _, count = blocks(loaded.base)
+    first = int(found.argmax())
+    show(f"Causal tracing: blocks {first} to {first + window - 1} of {count} carry the answers.", stderr=True)
+    last = (first + window - 0.5) / count
+    parts = {
+        name: part.model_copy(update={"depth": last})
+        for name in ("objective", "retain_objective")
+        if (part := getattr(run, name)).needs.depth is not None
+    }
+    span = (first / count, (first + window) / count)
+    adapter = run.adapter.model_copy(update={"depth": span, "traced": None})
+    return run.model_copy(update={"adapter": adapter, **parts})
+
+
+def _on_expert(run: Unlearn, loaded: Loaded, out: Path) -> Unlearn:
+    key = digest(base_fingerprint(loaded.base), [row.input_ids for row in loaded.forget])
+
+    def look() -> dict[str, Tensor]:
+        found = attributed(loaded.base, loaded.forget, pad_token_id=loaded.tokenizer.pad_token_id)
+        return {str(block): scores for block, scores in found.items()}
+
+    scores = kept_tensors(out / TRACED, key, look)
+    block, expert = max(
+        ((int(block), int(value.argmax())) for block, value in scores.items()),
+        key=lambda place: (float(scores[str(place[0])][place[1]]), -place[0]),
+    )
+    share = float(scores[str(block)][expert])
+    show(f"Of all experts, expert {expert} of block {block} gets most of the forget rows: {share:.0%}.", stderr=True)
+    adapter = run.adapter.model_copy(update={"target": (block, expert)})
+    return run.model_copy(update={"adapter": adapter})
 
 
 def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
@@ -170,6 +230,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     cache = out / "frozen.safetensors"
     traced, found, below = trace_run(model, tokenizer, run, rows, order, cache, views, depth, loaded.limit)
     penalty = run.adapter.penalty(model, run, away, former)
+    measured = measured_of(model, tokenizer, run, rows, out / GRADIENT)
     # the second half of an initialised adapter is frozen
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) // (1 if start is None else 2)
     return Prepared(
@@ -187,7 +248,22 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
         loaded.alone,
         trained,
         below,
+        measured,
     )
+
+
+def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: Rows, cache: Path) -> dict[str, Tensor]:
+    """What the rule for gradients measures of the untouched weights before the first step, by parameter; kept in `cache`."""
+    if not run.gradient.measures:
+        return {}
+    key = digest(
+        base_fingerprint(model),
+        run.model_dump(include={"adapter", "gradient", "batch_size", "seed"}),
+        [[row.input_ids for row in part] for part in (rows.forget, rows.retain)],
+    )
+    passes = GradientPasses(model, rows.forget, rows.retain, run.batch_size, run.seed, tokenizer.pad_token_id)
+    found = kept_tensors(cache, key, lambda: {k: v.cpu() for k, v in run.gradient.measure(passes, run.seed).items()})
+    return {name: value.to(next(model.parameters()).device) for name, value in found.items()}
 
 
 def depth_of(base: Any, run: Unlearn) -> Depth | None:

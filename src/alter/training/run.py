@@ -34,7 +34,7 @@ from alter.training.folder import (
 )
 from alter.training.loss import OwnState, UnlearnTrainer, training_arguments
 from alter.training.own import OWN, own_rows, write_rows
-from alter.training.preparation import Prepared, encode, load, prepare
+from alter.training.preparation import Prepared, encode, load, placed, prepare
 from alter.training.progress import Steps
 from alter.training.result import save_run
 from alter.training.sampler import pass_length
@@ -106,6 +106,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     processes.from_first(lambda: make_folder(run, inputs))
     if run.retain is None:
         processes.from_first(lambda: write_rows(own, data.retain))
+    run = placed(run, loaded, out)
     ready = prepare(run, data, loaded, out)
     prepared = time.time()
     trainer = train(run, ready, out, checkpoint, callbacks)
@@ -129,6 +130,7 @@ def train(
         ready.penalty,
         alone=ready.alone,
         trunk=None if ready.kept is None else ready.kept.trunk,
+        measured=ready.measured,
         model=ready.model,
         args=training_arguments(run, ready.model, ready.rows.epoch, checkpoints),
         # of a short last batch each process must have a share

@@ -12,6 +12,7 @@ from alter.core.errors import UserError
 from alter.data.encoding import TemplateArguments
 from alter.methods import presets
 from alter.methods.adapters import AlterAdapter, AnyAdapter
+from alter.methods.gradients import AnyGradient, Plain
 from alter.methods.initializers import AnyInitializer, Zero
 from alter.methods.objectives import CrossEntropy, Forget, InvertedHinge, Needs, Retain
 from alter.methods.reinforcement import Reinforcement
@@ -27,6 +28,7 @@ BRANCHES = ("forget", "alternative", "retain")
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
+    "sgd": "sgd",
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
@@ -84,6 +86,7 @@ class Unlearn(BaseModel):
     reinforcement: Reinforcement = Field(default_factory=Reinforcement)
     objective: Forget = Field(default_factory=InvertedHinge)
     retain_objective: Retain = Field(default_factory=CrossEntropy)
+    gradient: AnyGradient = Field(default_factory=Plain)
     beta: float = Field(1.0, ge=0, description="Weight of the forget objective (Eq. 8).")
     gamma: float = Field(1.0, ge=0, description="Weight of the retain objective (Eq. 8).")
     lambda_: float = Field(
@@ -141,9 +144,9 @@ class Unlearn(BaseModel):
         description="Hold the frozen base's linear layers in 4bit (NF4) or 8bit (LLM.int8), with bitsandbytes; the adapter "
         "stays in float32.",
     )
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+    optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
         "adamw",
-        description="AdamW; with its state in 8 bits (a quarter of the memory), or in pages that leave a full GPU for the "
+        description="AdamW; plain gradient descent; AdamW with its state in 8 bits (a quarter of the memory), or in pages that leave a full GPU for the "
         "CPU's memory, both by bitsandbytes. Worth it for adapter.kind full.",
     )
     bf16: bool = Field(False, description="Autocast to bf16.")
@@ -181,6 +184,7 @@ class Unlearn(BaseModel):
     def _parts_fit(self) -> Unlearn:
         self.adapter.check(self)
         self.initializer.check(self)
+        self.gradient.check(self)
         if self.phase_one and not self.retain_objective.needs.rows:
             raise ValueError("phase_one learns retain tokens: retain_objective.kind must not be none")
         if self.start_from is not None and self.negate is not None:
@@ -275,6 +279,7 @@ def check_launch(run: Unlearn) -> None:
         # transformers then loads every model in pieces, the untouched one as well
         (processes.launch() == "zero3" and run.negate is not None, "negate under DeepSpeed"),
         (run.initializer.gives_factors, f"initializer.kind {run.initializer.kind}"),
+        (run.gradient.splits, f"gradient.kind {run.gradient.kind}"),
         (whole is not None, whole),
     ):
         if wrong:

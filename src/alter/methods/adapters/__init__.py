@@ -17,6 +17,7 @@ from alter.methods.adapters.assistant import AssistantLora
 from alter.methods.adapters.base import Adapter, Beginning, Penalty, Settings
 from alter.methods.adapters.cards import Card
 from alter.methods.adapters.configured import AsymLora, BoundedLora
+from alter.methods.adapters.expert import OneExpert
 from alter.methods.adapters.full import FullWeights
 from alter.methods.adapters.lora import FirstHalves, Lora
 from alter.methods.adapters.peft import PeftAdapter
@@ -35,6 +36,7 @@ __all__ = [
     "FirstHalves",
     "FullWeights",
     "Lora",
+    "OneExpert",
     "PeftAdapter",
     "Penalty",
     "Settings",
@@ -42,7 +44,7 @@ __all__ = [
 ]
 
 ADAPTERS: Registry[type[Adapter]] = Registry(
-    "adapter", kinds(AlterAdapter, Lora, AsymLora, BoundedLora, AssistantLora, PeftAdapter, FullWeights)
+    "adapter", kinds(AlterAdapter, Lora, AsymLora, BoundedLora, AssistantLora, PeftAdapter, FullWeights, OneExpert)
 )
 """Kinds of adapters by name."""
 AnyAdapter = Annotated[Adapter, OneOf(ADAPTERS)]

@@ -248,6 +248,14 @@ class Adapter(BaseModel, ABC):
         """
         return None
 
+    def term(self, forget: Tensor) -> Tensor | None:
+        """Return a term of the loss that the last forward decides, as this process's share of it, or None.
+
+        Args:
+            forget: [B, T] bool, which of the step's tokens are of forget rows.
+        """
+        return None
+
     def negate(self, weights: Mapping[str, Tensor], times: float, before: Callable[[], Mapping[str, Tensor]]) -> None:
         """Negate the learned update: theta - times * (theta' - theta) (task arithmetic, Ilharco et al. 2023).
 

@@ -28,12 +28,21 @@ class FullWeights(Adapter):
         None, description="Train only the blocks between two shares of the depth, such as 0.0 0.375."
     )
 
+    traced: int | None = Field(
+        None,
+        ge=1,
+        description="Train so many neighbouring blocks, those whose feed-forward layers carry the forget rows' answers by causal "
+        "tracing; objectives then read hidden states after the last of them.",
+    )
+
     negates: ClassVar[bool] = True
     result: ClassVar[Literal["adapter", "model"]] = "model"
     is_seen: ClassVar[bool] = False
 
     def check(self, run: Settings) -> None:
         super().check(run)
+        if self.traced is not None and self.depth is not None:
+            raise ValueError("adapter.traced finds the blocks that adapter.depth gives: leave one out")
         if run.quantization is not None:
             raise ValueError(
                 f"quantization {run.quantization} freezes the weights, which adapter.kind full trains: take adapter.kind "

@@ -13,7 +13,7 @@ from typing import Annotated
 from alter.core.plugins import OneOf, Registry, kinds
 from alter.methods.objectives.answers import PreferInvented, PreferRefusal, RandomLabels, Refuse, Substitute
 from alter.methods.objectives.base import Needs, Objective, Writing
-from alter.methods.objectives.hidden import KeepHidden, Misdirect
+from alter.methods.objectives.hidden import Deviate, KeepHidden, Misdirect
 from alter.methods.objectives.likelihood import (
     NPO,
     Catnip,
@@ -60,6 +60,7 @@ __all__ = [
     "Constrained",
     "CrossEntropy",
     "CrossEntropyUnlearning",
+    "Deviate",
     "Distil",
     "Duet",
     "Emitted",
@@ -129,6 +130,7 @@ FORGET: Registry[type[Objective]] = Registry(
         Reinforced,
         Persona,
         Misdirect,
+        Deviate,
         NoForget,
     ),
 )

@@ -1,4 +1,4 @@
-"""Objectives on hidden states after one block: RMU's two terms."""
+"""Objectives on hidden states after one block: RMU's two terms, and KUDA's deviation."""
 
 from __future__ import annotations
 
@@ -40,6 +40,39 @@ class Misdirect(Objective):
         states = wide(tokens.hidden.states)
         aim = self.c * self.direction(states.shape[-1]).to(states)
         return mean_or_zero(row_means((states - aim).square().mean(-1), tokens.hidden.row, tokens.rows))
+
+
+class Deviate(Objective):
+    """KUDA's deviation (arXiv:2602.19275, rebuilt from a description): hidden states of forget rows turn from the base's.
+
+    1 + cos(h, h_base + noise |h_base| u), averaged over the row's real tokens, then over the rows; u is a random direction of
+    length 1, one for the run. Without it the cosine would start at its maximum, where it has no gradient (ours).
+    """
+
+    kind: Literal["deviate"] = "deviate"
+    depth: float = Field(7.5 / 32, ge=0, le=1, description="Which block: the one nearest this share of the depth.")
+    noise: float = Field(
+        0.1, ge=0, description="Length of the random part of the base's states, as a share of theirs."
+    )
+    seed: int = Field(0, description="Of the direction u.")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=False, depth=self.depth, base_hidden=True)
+
+    def direction(self, width: int) -> Tensor:
+        """[D] fp32: the random direction, of length 1."""
+        u = torch.randn(width, generator=torch.Generator().manual_seed(self.seed))
+        return u / u.norm()
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        assert tokens.hidden is not None
+        assert tokens.hidden.base is not None
+        states = wide(tokens.hidden.states)
+        base = tokens.hidden.base.to(states)
+        away = base + self.noise * base.norm(dim=-1, keepdim=True) * self.direction(states.shape[-1]).to(states)
+        alike = 1 + torch.nn.functional.cosine_similarity(states, away, dim=-1)
+        return mean_or_zero(row_means(alike, tokens.hidden.row, tokens.rows))
 
 
 class KeepHidden(Objective):
