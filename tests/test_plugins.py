@@ -32,7 +32,7 @@ from alter.evaluation.base import Evaluation
 from alter.methods.adapters import ADAPTERS, Adapter
 from alter.methods.initializers import INITIALIZERS, Factors, Initializer
 from alter.methods.objectives import FORGET, RETAIN, Emitted, Labelled, Objective, mean_or_zero
-from alter.models.guards import GUARDS
+from alter.models.guards import Guard, guard
 
 
 @FORGET.part
@@ -113,13 +113,20 @@ def shout(bench):
     return bench.measure("shout", model, bench.items(bench.measured))
 
 
-def bare(base, folder, settings):
-    base.config.use_cache = settings["use_cache"]
-    return base
+@guard
+class Bare(Guard):
+    kind = "bare"
+
+    @classmethod
+    def read(cls, base, path, settings):
+        base.config.use_cache = settings["use_cache"]
+        return cls(base)
+
+    def unlearned(self, inputs, cache, decision):
+        return self.untouched(inputs, cache)
 
 
 ATTACKS.add("shout", Method("a chat with the model", shout))
-GUARDS.add("bare", bare)
 '''
 
 

@@ -68,6 +68,12 @@ COMMANDS = {
         "alter.forgetting.run:forget",
         "make a model forget a subject or a document: rows, training, probes",
     ),
+    "guard": Command(
+        "alter.guarding.settings",
+        "MakeGuard",
+        "alter.guarding.run:make_guard",
+        "a guard at inference, without training the model: ECO's classifier, ALU's agents",
+    ),
     "distill": Command(
         "alter.distillation.settings",
         "Distill",

@@ -20,7 +20,7 @@ from alter.attacks.base import Array, Bench, Item
 from alter.core.console import progress
 from alter.core.errors import UserError
 from alter.core.records import Record
-from alter.models.scoring import evaluating
+from alter.models.scoring import decided, evaluating
 
 BATCH = 16
 """Rows in one pass."""
@@ -103,9 +103,15 @@ def _generating(items: Sequence[Item], shape: torch.Size, device: Any) -> Tensor
     return where
 
 
-def _answer_logprob(model: Any, ids: Tensor, mask: Tensor, where: Tensor) -> Array:
+def _given(model: Any, ids: Tensor, mask: Tensor, items: Sequence[Item]) -> dict[str, Tensor]:
+    """Arguments of a model's forward pass; what a guard makes of the prompts is found once, before states are replaced."""
+    return {"input_ids": ids, "attention_mask": mask, **decided(model, ids, mask, [item.start for item in items])}
+
+
+def _answer_logprob(model: Any, given: dict[str, Tensor], where: Tensor) -> Array:
     """Mean log-probability of each row's answer, per token, in nats: [B], float64."""
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    ids = given["input_ids"]
+    logits = model(**given, use_cache=False).logits
     rows, places = where.nonzero(as_tuple=True)
     picked = logits[rows, places].float()
     logp = picked.gather(1, ids[rows, places + 1, None])[:, 0] - picked.logsumexp(dim=1)
@@ -125,11 +131,12 @@ def lens_probabilities(model: Any, items: Sequence[Item], pad: int, label: str =
     with evaluating(model):
         for batch, ids, mask in _batches(items, pad, model.device, label):
             where = _generating([items[i] for i in batch], ids.shape, ids.device)
+            given = _given(model, ids, mask, [items[i] for i in batch])
             with _kept_outputs(blocks) as kept:
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
+                model(**given, use_cache=False)
             for depth, states in enumerate(list(kept)):
                 with _replaced(blocks[-1], states, where):
-                    found[batch, depth] = np.exp(_answer_logprob(model, ids, mask, where))
+                    found[batch, depth] = np.exp(_answer_logprob(model, given, where))
     return found
 
 
@@ -152,12 +159,14 @@ def falls(original: Any, source: Any, items: Sequence[Item], pad: int, label: st
     with evaluating(original), evaluating(source):
         for batch, ids, mask in _batches(items, pad, original.device, label):
             where = _generating([items[i] for i in batch], ids.shape, ids.device)
+            own = [items[i] for i in batch]
             with _kept_outputs(others) as kept:
-                source(input_ids=ids, attention_mask=mask, use_cache=False)
-            plain = _answer_logprob(original, ids, mask, where)
+                source(**_given(source, ids, mask, own), use_cache=False)
+            given = _given(original, ids, mask, own)
+            plain = _answer_logprob(original, given, where)
             for depth, states in enumerate(list(kept)):
                 with _replaced(blocks[depth], states, where):
-                    found[batch, depth] = plain - _answer_logprob(original, ids, mask, where)
+                    found[batch, depth] = plain - _answer_logprob(original, given, where)
     return found
 
 

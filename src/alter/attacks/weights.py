@@ -24,10 +24,15 @@ from alter.models.scoring import evaluating, score
 
 
 def base_linears(model: Any) -> list[tuple[str, Any]]:
-    """Return name and module of every linear layer of the base model, under an adapter or not; the head is left out."""
+    """Return name and module of every linear layer of the base model, under an adapter or not; the head is left out.
+
+    Layers that share their weight, as a guard's assistant does with the base, are there once.
+    """
     head = model.get_output_embeddings()
     head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
     found: list[tuple[str, Any]] = []
+    # the weights themselves: the number of one that is gone may come again
+    seen: dict[int, Any] = {} if head is None else {id(head.weight): head.weight}
 
     def visit(module: Any, path: str) -> None:
         if isinstance(module, BaseTunerLayer):
@@ -35,7 +40,8 @@ def base_linears(model: Any) -> list[tuple[str, Any]]:
         if not isinstance(module, (nn.Linear, Conv1D)):
             for name, child in module.named_children():
                 visit(child, f"{path}.{name}" if path else name)
-        elif module is not head:
+        elif id(weight := module.weight) not in seen:
+            seen[id(weight)] = weight
             found.append((path, module))
 
     visit(model, "")

@@ -225,7 +225,7 @@ def load_model(
     set_template_arguments(tokenizer, template)
     _pad_inside(network, tokenizer)
     if adapter is not None:
-        network = load_form(network, adapter) if form else attach(network, adapter)
+        network = load_form(network, adapter, tokenizer) if form else attach(network, adapter)
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(

@@ -182,12 +182,35 @@ def score(
     return Scores(out[0], out[1], *(out[2:] if moments else (None, None)))
 
 
-def _logits_at(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def decided(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What a forward pass has to be told besides rows [B, T] that hold an answer: a guard that looks at prompts decides by them.
+
+    Args:
+        model: any; it is told nothing unless it is a guard that `decides` (`alter.models.guards.Guard`).
+        ids, mask: the rows, and the attention mask.
+        prompts: how many of each row's tokens are the prompt; a row with none, or one only, is asked as a whole.
+    """
+    if not getattr(model, "decides", False) or not model.enabled:
+        return {}
+    with torch.no_grad():
+        return {"decision": model.decide(ids, mask, [n if n > 1 else ids.shape[1] for n in prompts])}
+
+
+def _prompt_lengths(labels: torch.Tensor) -> list[int]:
+    """How many tokens stand before the first label of each row [B, T]."""
+    return (labels != -100).int().argmax(dim=1).tolist()
+
+
+def _logits_at(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, prompts: Sequence[int]
+) -> torch.Tensor:
     """Return the logits [B, K, V] at K positions; the head runs on these alone, where the model supports it."""
     places = positions.to(ids.device) + virtual_tokens(model)
     sliced = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
     keep = {"logits_to_keep": places} if sliced else {}
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
+    logits = model(
+        input_ids=ids, attention_mask=mask, use_cache=False, **keep, **decided(model, ids, mask, prompts)
+    ).logits
     return logits if sliced else logits[:, places]
 
 
@@ -203,7 +226,8 @@ def _scores_of(
     labels = inputs["labels"]
     predicts = labels[:, 1:] != -100
     positions = predicts.any(dim=0).nonzero()[:, 0]
-    logits = _logits_at(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), positions)
+    ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
+    logits = _logits_at(model, ids, mask, positions, _prompt_lengths(labels))
     rows, columns = predicts[:, positions].nonzero(as_tuple=True)
     targets = labels[:, 1:][:, positions][rows, columns]
     parts = _statistics(logits, rows.to(device), columns.to(device), targets.to(device), moments)
@@ -311,7 +335,7 @@ def _loss_but_the_last(model: Any, row: Encoded, number: int, hidden: int | None
     ids = torch.tensor([row.input_ids], device=_device(model))
     mask = torch.ones_like(ids) if hidden is None else (ids != hidden).long()
     positions = torch.tensor(places, device=ids.device)
-    logits = _logits_at(model, ids, mask, positions)[0]
+    logits = _logits_at(model, ids, mask, positions, [places[0] + 1])[0]
     return torch.nn.functional.cross_entropy(logits.float(), ids[0, positions + 1])
 
 
@@ -345,8 +369,10 @@ def hidden_states(
         inputs = collate([{"input_ids": encoded[i].input_ids} for i in batch])
         given = {name: value.to(device) for name, value in inputs.items()}
         # opened for each batch: between two rows, the caller's own gradient mode holds
+        prompts = [next(t for t, label in enumerate(encoded[i].labels) if label != -100) for i in batch]
         with evaluating(model):
-            states = model(**given, output_hidden_states=True, use_cache=False).hidden_states
+            more = decided(model, given["input_ids"], given["attention_mask"], prompts)
+            states = model(**given, **more, output_hidden_states=True, use_cache=False).hidden_states
         rows = []
         for k, i in enumerate(batch):
             own = torch.stack([state[k, : lengths[i]].float() for state in states], dim=1)

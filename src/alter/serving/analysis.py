@@ -22,7 +22,7 @@ from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
 from alter.logits.entropy import entropy_from_logits, max_entropy, shift
 from alter.models.generation import check_prompts, stop_ids
-from alter.models.guards import Detected, Subtracted
+from alter.models.guards import Guard
 from alter.models.scoring import evaluating
 from alter.serving.text import pieces
 
@@ -133,7 +133,7 @@ def check_adapted(model: Any) -> None:
     Raises:
         UserError: says which of the two.
     """
-    if isinstance(model, (Detected, Subtracted)):
+    if isinstance(model, Guard):
         return
     if not isinstance(model, PeftModel):
         raise UserError("The inspector compares a model with and without its adapter: give one with --adapter.")

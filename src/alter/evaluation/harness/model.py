@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from alter.core.console import progress
 from alter.core.errors import UserError
-from alter.models.scoring import MAX_LOGITS
+from alter.models.scoring import MAX_LOGITS, decided
 
 
 def rows_of_requests(requests: Sequence[Any]) -> dict[tuple[int, ...], list[int]]:
@@ -82,6 +84,7 @@ def harness_model(
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             rows = rows_of_requests(requests)
+            self.asked = {row: len(requests[members[0]][1]) for row, members in rows.items()}
             order = sorted(rows, key=len, reverse=True)
             if order:
                 check_room(self.tokenizer.decode(order[0]), len(order[0]), 0, self.max_length)
@@ -102,7 +105,16 @@ def harness_model(
             return answers
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
-            return self.model(input_ids=inps, use_cache=False).logits
+            if not getattr(self.model, "decides", False):
+                return self.model(input_ids=inps, use_cache=False).logits
+            # a guard that looks at prompts must know where they end, and what is padding
+            found = [
+                max((row for row in self.asked if tuple(ids[: len(row)]) == row), key=len) for ids in inps.tolist()
+            ]
+            lengths = torch.tensor([len(row) for row in found], device=inps.device)
+            mask = (torch.arange(inps.shape[1], device=inps.device) < lengths[:, None]).long()
+            told = decided(self.model, inps, mask, [self.asked[row] for row in found])
+            return self.model(input_ids=inps, attention_mask=mask, use_cache=False, **told).logits
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             for prompt, settings in (request.args for request in requests):

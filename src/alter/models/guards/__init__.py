@@ -1,8 +1,10 @@
-"""Inference forms: unlearned models that an adapter inside one network cannot express, each a causal LM of its own.
+"""Guards: unlearned models that an adapter inside one network cannot express, each a causal LM of its own (`Guard`).
 
 * An assistant beside the model, whose logits are taken from the model's: ULD (Ji et al. 2024, arXiv:2406.08607; a small
   one, which knows only what is to be forgotten) and WHP as MUSE evaluates it (Eldan and Russinovich 2023,
   arXiv:2310.02238; a reinforced copy, which knows it still better).
+* A classifier of prompts, which are read with noise on their embeddings: ECO (Liu et al. 2024, arXiv:2406.07933).
+* Agents that look over each answer before it is given: ALU (Sanyal and Mandal 2025, arXiv:2502.00406).
 * A LoRA that detectors of forgotten inputs switch: O3 (Gao et al. 2025, arXiv:2407.10223). One LoRA is trained on over
   all requests, and each request adds a detector (`Former`).
 
@@ -13,16 +15,17 @@ base and a folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alter.core.errors import UserError, nearest
 from alter.core.files import read_object
 from alter.core.plugins import Registry
-from alter.models.guards.assistant import Subtracted, difference, first_blocks, subtracted, without_rise
-from alter.models.guards.detector import EARLIER, FEATURES, Detected, Former, detected, detector_inputs, fit_detector
-from alter.models.guards.form import FILE, Form, check_base, is_form, lora_folder
+from alter.models.guards.agents import Agents
+from alter.models.guards.assistant import Subtracted, difference, first_blocks, without_rise
+from alter.models.guards.corruption import Corrupted, PromptClassifier
+from alter.models.guards.detector import EARLIER, FEATURES, Detected, Former, detector_inputs, fit_detector
+from alter.models.guards.form import FILE, Form, Guard, check_base, is_form, lora_folder
 from alter.models.guards.likeness import SHRINKAGE, Calibration, Detector, Likeness, mean_states
 
 __all__ = [
@@ -31,18 +34,22 @@ __all__ = [
     "FILE",
     "GUARDS",
     "SHRINKAGE",
+    "Agents",
     "Calibration",
+    "Corrupted",
     "Detected",
     "Detector",
     "Form",
     "Former",
     "Guard",
     "Likeness",
+    "PromptClassifier",
     "Subtracted",
     "detector_inputs",
     "difference",
     "first_blocks",
     "fit_detector",
+    "guard",
     "is_form",
     "load_form",
     "lora_folder",
@@ -50,15 +57,24 @@ __all__ = [
     "without_rise",
 ]
 
-Guard = Callable[[Any, Path, dict[str, Any]], Any]
-"""Makes the unlearned model of a loaded base, the folder that `load_form` was given, and what its `inference.json` says."""
+GUARDS: Registry[type[Guard]] = Registry("guard", {cls.kind: cls for cls in (Detected, Subtracted, Corrupted, Agents)})
+"""Guards by the `kind` in their `inference.json`; open to plugins."""
 
-GUARDS: Registry[Guard] = Registry("guard", {"detector": detected, "assistant": subtracted})
-"""Inference forms by the `kind` in their `inference.json`; open to plugins."""
+G = TypeVar("G", bound=type[Guard])
 
 
-def load_form(base: Any, folder: str) -> Any:
-    """The unlearned model: a loaded base and the inference form in `folder`.
+def guard(cls: G) -> G:
+    """Register a plugin's guard by its `kind`; used as a decorator.
+
+    Raises:
+        UserError: another guard has the name.
+    """
+    GUARDS.add(cls.kind, cls)
+    return cls
+
+
+def load_form(base: Any, folder: str, tokenizer: Any = None) -> Guard:
+    """The unlearned model: a loaded base and the guard in `folder`; `tokenizer` is for those that read text.
 
     Raises:
         UserError: the form was made for another base, by another version, or by a plugin that is not installed.
@@ -71,4 +87,6 @@ def load_form(base: Any, folder: str) -> Any:
             f"{path / FILE} is of kind {settings['kind']!r}; expected one of {', '.join(GUARDS)}."
             f"{nearest(settings['kind'], GUARDS)} Install the plugin that it was made with."
         )
-    return GUARDS[settings["kind"]](base, path, settings).eval()
+    made = GUARDS[settings["kind"]].read(base, path, settings).eval()
+    made.tokenizer = tokenizer
+    return made

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from alter.models.attach import attach
-from alter.models.guards.form import FormModel, layers_behind, lora_folder
+from alter.models.guards.form import Guard, layers_behind, lora_folder
 
 
 def first_blocks(model: Any, name: str, count: int) -> Any:
@@ -54,32 +54,33 @@ RULES: dict[str, Callable[[Tensor, Tensor, dict[str, Any]], Tensor]] = {
 """How an assistant is taken from the base: by its log-probabilities, or by what its logits exceed the base's."""
 
 
-class Subtracted(FormModel):
+class Subtracted(Guard):
     """A model and its assistant as one causal language model: z = RULES[rule](z_base, z_assistant).
 
-    Both keep their keys and values in one cache, the assistant's behind the base's.
+    Both keep their keys and values in one cache, the assistant's behind the base's. Hidden states are the base's, which
+    the guard leaves as they are.
     """
+
+    kind: ClassVar[str] = "assistant"
 
     def __init__(self, base: Any, assistant: Any, settings: dict[str, Any]) -> None:
         super().__init__(base)
         self.assistant, self.settings = assistant, settings
 
-    def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
-        """See `FormModel.unlearned`."""
+    @classmethod
+    def read(cls, base: Any, path: Path, settings: dict[str, Any]) -> Subtracted:
+        """See `Guard.read`."""
+        small = first_blocks(base, settings["list"], settings["blocks"])
+        # not merged: the weights are the base's own
+        return cls(base, attach(small, str(lora_folder(str(path)))).get_base_model(), settings)
+
+    def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None, decision: Tensor | None) -> Any:
+        """See `Guard.unlearned`."""
         own = None
         if cache is not None:
             own = DynamicCache()
             own.layers = layers_behind(cache, self.config.num_hidden_layers, self.assistant.config.num_hidden_layers)
-        base = self.base(**inputs, past_key_values=cache).logits
-        if not self.enabled:
-            return base
-        assistant = self.assistant(**inputs, past_key_values=own).logits
-        return RULES[self.settings["rule"]](base, assistant, self.settings)
-
-
-def subtracted(base: Any, path: Path, settings: dict[str, Any]) -> Any:
-    """Load the form of kind "assistant" in the folder `path`."""
-    small = first_blocks(base, settings["list"], settings["blocks"])
-    # not merged: the weights are the base's own
-    assistant = attach(small, str(lora_folder(str(path)))).get_base_model()
-    return Subtracted(base, assistant, settings)
+        out = self.untouched(inputs, cache)
+        assistant = self.assistant(**inputs | {"output_hidden_states": None}, past_key_values=own).logits
+        out.logits = RULES[self.settings["rule"]](out.logits, assistant, self.settings)
+        return out

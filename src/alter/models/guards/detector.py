@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -19,7 +19,7 @@ from alter.core.files import read_object
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
 from alter.models.attach import attach
-from alter.models.guards.form import FILE, Form, FormModel, check_base, is_form, layers_behind, lora_folder
+from alter.models.guards.form import FILE, Form, Guard, check_base, is_form, lora_folder
 from alter.models.guards.likeness import Calibration, Detector, Likeness, mean_states
 
 FEATURES = "detector.safetensors"
@@ -89,18 +89,20 @@ def fit_detector(model: Any, rows: Sequence[Encoded], *, pad_token_id: int, seed
     return settings, {FEATURES: {"0": features}}
 
 
-class Detected(FormModel):
+class Detected(Guard):
     """A model with a LoRA adapter whose update is scaled for each input: y = W0 x + w s B A x (O3's soft loading).
 
     The weight w, the largest that any request's detector gives, comes from the input of the first call, which the untouched
-    base reads once; while generating, that is the prompt, and w stays as it is, in the cache behind the base's keys and
-    values.
+    base reads once; while generating, that is the prompt, and w stays as it is.
 
     Args:
         tuned: the base with its LoRA.
         detectors: one for each request, in any order.
         depths: numbers of the hidden states that they read.
     """
+
+    kind: ClassVar[str] = "detector"
+    decides: ClassVar[bool] = True
 
     def __init__(self, tuned: PeftModel, detectors: Sequence[Detector], depths: list[int]) -> None:
         super().__init__(tuned.get_base_model())
@@ -109,6 +111,15 @@ class Detected(FormModel):
         for name, module in self.base.named_modules():
             if name.endswith(".lora_B.default"):
                 module.register_forward_hook(self._scale)
+
+    @classmethod
+    def read(cls, base: Any, path: Path, settings: dict[str, Any]) -> Detected:
+        """See `Guard.read`."""
+        detectors = [
+            Detector(Likeness.of(features), Calibration(**calibration))
+            for features, calibration in zip(features_of(path, settings), settings["calibrations"], strict=True)
+        ]
+        return cls(attach(base, str(lora_folder(str(path)))), detectors, settings["depths"])
 
     def _scale(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         assert self.weights is not None
@@ -123,38 +134,28 @@ class Detected(FormModel):
         finally:
             self.weights = None
 
-    def detect(self, inputs: dict[str, Any]) -> Tensor:
-        """[B] weights of the adapter for the rows of a first call: the maximum over the detectors."""
-        ids = inputs["input_ids"]
-        mask = torch.ones_like(ids) if inputs["attention_mask"] is None else inputs["attention_mask"]
-        none = torch.zeros(len(ids), device=ids.device)
+    def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
+        """[B] weights of the adapter: the maximum over the detectors, of whole rows (they were fitted on prompts with and
+        without answers).
+        """
+        mask = torch.ones_like(ids) if mask is None else mask
+        given, none = {"input_ids": ids, "attention_mask": mask}, torch.zeros(len(ids), device=ids.device)
         with torch.no_grad():
-            seen = self._base(inputs, none, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+            seen = self._base(given, none, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
             means = mean_states([seen[depth] for depth in self.depths], mask)
             if self.detectors[0].likeness.centre.device != means.device:
                 self.detectors = [detector.to(means.device) for detector in self.detectors]
             return torch.stack([detector(means) for detector in self.detectors]).amax(0)
 
-    def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
-        """See `FormModel.unlearned`.
+    def untouched(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Any:
+        """See `Guard.untouched`."""
+        ids = inputs["input_ids"]
+        return self._base(inputs, torch.zeros(len(ids), device=ids.device), past_key_values=cache)
 
-        Raises:
-            UserError: the cache was filled by another model.
-        """
-        kept = None if cache is None else layers_behind(cache, self.config.num_hidden_layers, 1)[0]
-        if kept is not None and kept.is_initialized:
-            weights = kept.keys[:, 0, 0, 0]
-        elif cache is not None and cache.get_seq_length():
-            raise UserError(
-                "The cache holds tokens that this model has not read, so no weight is known: start without."
-            )
-        else:
-            weights = self.detect(inputs)
-            if kept is not None:
-                kept.update(*[weights.view(-1, 1, 1, 1)] * 2)
-        if not self.enabled:
-            weights = torch.zeros_like(weights)
-        return self._base(inputs, weights, past_key_values=cache).logits
+    def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None, decision: Tensor | None) -> Any:
+        """See `Guard.unlearned`."""
+        assert decision is not None
+        return self._base(inputs, decision, past_key_values=cache)
 
 
 def features_of(path: Path, settings: Mapping[str, Any]) -> list[Tensor]:
@@ -247,13 +248,3 @@ class Former:
             FEATURES: {str(place): value for place, value in enumerate(features)},
             EARLIER: {f"{place}.{name}": A for place, one in enumerate(self.snapshots) for name, A in one.items()},
         }
-
-
-def detected(base: Any, path: Path, settings: dict[str, Any]) -> Any:
-    """Load the form of kind "detector" in the folder `path`."""
-    detectors = [
-        Detector(Likeness.of(features), Calibration(**calibration))
-        for features, calibration in zip(features_of(path, settings), settings["calibrations"], strict=True)
-    ]
-    tuned = attach(base, str(lora_folder(str(path))))
-    return Detected(tuned, detectors, settings["depths"])

@@ -1,12 +1,12 @@
-"""What inference forms share: a folder with `inference.json`, and a causal language model around a base."""
+"""The interface of guards: a folder with `inference.json`, and a causal language model around a base."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -22,8 +22,23 @@ Form = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 """What `load_form` needs besides the LoRA: settings, and tensors by file."""
 
 
-class FormModel(PreTrainedModel, GenerationMixin):
-    """A causal language model around another: it scores and generates, with one cache for all that it keeps."""
+class Guard(PreTrainedModel, GenerationMixin, ABC):
+    """A causal language model around another that keeps it from saying what is to be forgotten.
+
+    It scores, generates, is served and attacked like any model, with one cache for all that it keeps, and
+    `disable_adapter` gives the base, bit for bit. A kind sets `kind`, implements `read` and `unlearned`, joins by the
+    decorator `alter.models.guards.guard`, and overrides `decide` if it treats prompts differently.
+
+    Args:
+        base: the untouched model, or one whose layers the guard switches.
+    """
+
+    kind: ClassVar[str]
+    """What `inference.json` calls it."""
+    decides: ClassVar[bool] = False
+    """Whether it looks at the prompt first (`decide`); what it finds holds for the whole answer."""
+    tokenizer: Any = None
+    """The model's tokenizer, for guards that read text; whoever loads the guard sets it."""
 
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -36,9 +51,55 @@ class FormModel(PreTrainedModel, GenerationMixin):
         self.generation_config = base.generation_config
         self.enabled = True
 
+    @classmethod
+    @abstractmethod
+    def read(cls, base: Any, path: Path, settings: dict[str, Any]) -> Guard:
+        """Make the guarded model.
+
+        Args:
+            base: the loaded base model.
+            path: the folder that the guard was saved to.
+            settings: what its `inference.json` says.
+
+        Raises:
+            UserError: a file is missing, broken, or of another version.
+        """
+
+    @abstractmethod
+    def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None, decision: Tensor | None) -> Any:
+        """The guarded model's output, with `logits` and, if `inputs` ask for them, `hidden_states`.
+
+        Args:
+            inputs: of the base's forward pass.
+            cache: takes what has to be kept for the next token.
+            decision: what `decide` found for each row, if it `decides`.
+        """
+
+    def untouched(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Any:
+        """The base's output."""
+        return self.base(**inputs, past_key_values=cache)
+
+    def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
+        """Return what the guard makes of each row, [B]; of a guard that `decides`.
+
+        Args:
+            ids: [B, T] tokens of a first call.
+            mask: [B, T] attention mask; None: all count.
+            prompts: how many of each row's tokens were asked, where more follows them than a user could have given; None: all.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not look at prompts")
+
     def get_input_embeddings(self) -> nn.Module:
         """The base's."""
         return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """The base's."""
+        return self.base.get_output_embeddings()
+
+    def get_decoder(self) -> Any:
+        """The base's."""
+        return self.base.get_decoder()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -49,10 +110,6 @@ class FormModel(PreTrainedModel, GenerationMixin):
         finally:
             self.enabled = True
 
-    @abstractmethod
-    def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
-        """Logits of the unlearned model; what has to be kept for the next token goes into `cache`."""
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -60,13 +117,18 @@ class FormModel(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        decision: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits at the positions that `logits_to_keep` names, as transformers' models give them.
 
+        Args:
+            decision: what `decide` gave for these rows; None: that of the first call with this cache, or what it gives now.
+
         Raises:
-            UserError: the cache is not one that grows.
+            UserError: the cache is not one that grows, or was filled by another model.
         """
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
@@ -77,10 +139,32 @@ class FormModel(PreTrainedModel, GenerationMixin):
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "use_cache": use_cache,
+            "output_hidden_states": output_hidden_states,
             "logits_to_keep": logits_to_keep,
         }
-        logits = self.unlearned(inputs, past_key_values)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        if not self.enabled:
+            out = self.untouched(inputs, past_key_values)
+        else:
+            if self.decides and decision is None:
+                decision = self._decision(inputs, past_key_values)
+            out = self.unlearned(inputs, past_key_values, decision)
+        return CausalLMOutputWithPast(
+            logits=out.logits, past_key_values=past_key_values, hidden_states=out.hidden_states
+        )
+
+    def _decision(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
+        """What the first call with this cache decided, which lies behind the base's keys and values; else what it does."""
+        kept = None if cache is None else layers_behind(cache, self.config.num_hidden_layers, 1)[0]
+        if kept is not None and kept.is_initialized:
+            return kept.keys[:, 0, 0, 0]
+        if cache is not None and cache.get_seq_length():
+            raise UserError(
+                "The cache holds tokens that this model has not read, so nothing is known of the prompt: start without."
+            )
+        decision = self.decide(inputs["input_ids"], inputs["attention_mask"])
+        if kept is not None:
+            kept.update(*[decision.view(-1, 1, 1, 1)] * 2)
+        return decision
 
 
 def layers_behind(cache: DynamicCache, blocks: int, count: int) -> list[Any]:

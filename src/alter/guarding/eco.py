@@ -1,0 +1,242 @@
+"""Fit ECO's classifier of prompts and search for the strength of its noise (arXiv:2406.07933)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from alter.adapter.model import base_fingerprint
+from alter.core.console import show, warn
+from alter.core.errors import UserError
+from alter.data.background import apart_from, background
+from alter.data.batching import Collator
+from alter.data.encoding import Encoded, encode, encode_all, encode_prompt
+from alter.data.examples import Example
+from alter.guarding.settings import Eco, MakeGuard
+from alter.models.guards.corruption import CLASSIFIER, Corrupted, PromptClassifier
+from alter.models.guards.form import Form
+from alter.models.guards.likeness import mean_states
+from alter.models.loading import Subject
+from alter.models.scoring import evaluating, score
+
+FOLDS = 5
+START = [10.0**power for power in range(-1, 6)]
+"""Strengths that the search looks at first, in units of the embeddings' root mean square."""
+
+Floats = npt.NDArray[np.float64]
+
+
+def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -> list[list[int]]:
+    """What a user would ask of each row, at most `limit` tokens: its prompt, or a row of text, in parts if it is longer."""
+    asked: list[list[int]] = []
+    for row in examples:
+        if row.kind == "text":
+            asked += [list(part.input_ids) for part in encode_all(tokenizer, [row], max_length=limit)[0]]
+        else:
+            asked.append(encode_prompt(tokenizer, row)[:limit])
+    return asked
+
+
+@torch.no_grad()
+def prompt_states(model: Any, prompts: Sequence[list[int]], depth: int, pad_token_id: int) -> Floats:
+    """[n, H] mean hidden state of each prompt at one depth."""
+    collate, device = Collator(pad_token_id), next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    found: dict[int, Tensor] = {}
+    with evaluating(model):
+        for start in range(0, len(order), 16):
+            members = order[start : start + 16]
+            batch = collate([{"input_ids": prompts[i]} for i in members])
+            given = {name: value.to(device) for name, value in batch.items()}
+            states = model(**given, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+            means = mean_states([states[depth]], given["attention_mask"])[:, 0]
+            found |= dict(zip(members, means.float().cpu(), strict=True))
+    return torch.stack([found[i] for i in range(len(prompts))]).double().numpy()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A classifier, the probability above which it recognises, and what cross-validation says of both.
+
+    Attributes:
+        weight, bias: of the logistic regression on hidden states as they are.
+        threshold: see above.
+        caught, alarms: shares of forget and of benign prompts above it, each scored by a fit without it.
+    """
+
+    weight: Floats
+    bias: float
+    threshold: float
+    caught: float
+    alarms: float
+
+
+def fit_classifier(forget: Floats, benign: Floats, *, false_alarms: float, threshold: float, seed: int) -> Fitted:
+    """Fit a logistic regression, each class with the same total weight, on standardised states (L2, C = 1).
+
+    The threshold is the given one, or higher: the lowest above which at most a share `false_alarms` of the benign prompts lie
+    in `FOLDS`-fold cross-validation.
+
+    Args:
+        forget, benign: [n, H].
+
+    Raises:
+        UserError: there are fewer than two of either.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    fewest = min(len(forget), len(benign))
+    if fewest < 2:
+        raise UserError(
+            f"The classifier needs two rows to forget and two to keep at least; there are {len(forget)} and {len(benign)}."
+        )
+    x, y = np.concatenate([forget, benign]), np.repeat([1, 0], [len(forget), len(benign)])
+    made = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
+    folds = StratifiedKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
+    left_out = cross_val_predict(made, x, y, cv=folds, method="predict_proba")[:, 1]
+    harmless = np.sort(left_out[y == 0])[::-1]
+    chosen = max(threshold, float(harmless[min(int(false_alarms * len(harmless)), len(harmless) - 1)]))
+    scaler, regression = made.fit(x, y).steps[0][1], made.steps[1][1]
+    weight = regression.coef_[0] / scaler.scale_
+    bias = float(regression.intercept_[0] - scaler.mean_ @ weight)
+    caught, alarms = (float((left_out[y == label] > chosen).mean()) for label in (1, 0))
+    return Fitted(weight, bias, chosen, caught, alarms)
+
+
+def zeroth_order(
+    distance: Callable[[float], float], start: float, *, rate: float, probe: float, rounds: int, enough: float
+) -> float:
+    """Return the best x that a descent without gradients meets: x - rate (f(x + e) - f(x - e)) / 2e, `rounds` times.
+
+    It stops where f is below `enough`. (ECO's search; a reading: x is the strength's power of ten, where the authors search
+    over the strength itself with rate 100, from a start chosen by hand for each model.)
+    """
+    seen = {start: distance(start)}
+    x = start
+    for _ in range(rounds):
+        if min(seen.values()) < enough:
+            break
+        above, below = seen.setdefault(x + probe, distance(x + probe)), seen.setdefault(x - probe, distance(x - probe))
+        x -= rate * (above - below) / (2 * probe)
+        seen[x] = distance(x)
+    return min(seen, key=lambda power: seen[power])
+
+
+def answer_loss(model: Any, rows: Sequence[Encoded], pad_token_id: int) -> float:
+    """Mean over rows of the negative log-probability of an answer, in nats a token."""
+    found = score(model, rows, pad_token_id=pad_token_id, progress=False)
+    return float(np.mean([-values.mean() for values in found.logprob]))
+
+
+def swapped(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
+    """Each row with the answer of the next one, as a model that does not know might say it."""
+    others = [*examples[1:], examples[0]]
+    return [encode(tokenizer, replace(own, answer=other.answer)) for own, other in zip(examples, others, strict=True)]
+
+
+def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
+    """Return ECO's guard for a model: its classifier, and the strength at which the answers to recognised prompts are as
+    unlikely as for a model that never knew them.
+
+    Raises:
+        UserError: too few rows, no prompt that the classifier recognises, or models that do not load.
+    """
+    model, tokenizer = Subject(
+        model=run.model, dtype=run.dtype, device=run.device, chat_template_kwargs=run.chat_template_kwargs
+    ).load()
+    pad, limit = tokenizer.pad_token_id, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    ordinary = apart_from(background(), [f"{row.prompt or ''} {row.answer}" for row in forget])
+    kept = [*retain, *(row for rows in ordinary.values() for row in rows)]
+    rows, others = (prompts_of(tokenizer, part, limit) for part in (forget, kept))
+    depth = max(1, round(how.depth * model.config.num_hidden_layers))
+    fitted = fit_classifier(
+        *(prompt_states(model, part, depth, pad) for part in (rows, others)),
+        false_alarms=how.false_alarms, threshold=how.threshold, seed=run.seed,
+    )  # fmt: skip
+    show(
+        f"classifier: {100 * fitted.caught:.0f} % of {len(rows)} forget prompts recognised, {100 * fitted.alarms:.1f} % of "
+        f"{len(others)} others (cross-validation; above {fitted.threshold:.3g})",
+        stderr=True,
+    )
+    tensors = {"weight": torch.from_numpy(fitted.weight).float(), "bias": torch.tensor(fitted.bias)}
+    settings: dict[str, Any] = {
+        "kind": Corrupted.kind, "depth": depth, "threshold": fitted.threshold, "dims": how.dims, "seed": run.seed,
+        "strength": how.strength, "base": base_fingerprint(model),
+        "cross_validation": {"recognised": fitted.caught, "false_alarms": fitted.alarms},
+    }  # fmt: skip
+    if how.strength is None:
+        guarded = Corrupted(model, PromptClassifier(tensors["weight"], tensors["bias"], depth), settings).eval()
+        settings["search"] = search(run, how, guarded, tokenizer, forget)
+        settings["strength"] = settings["search"]["strength"]
+    return settings, {CLASSIFIER: tensors}
+
+
+def search(
+    run: MakeGuard, how: Eco, guarded: Corrupted, tokenizer: Any, forget: Sequence[Example]
+) -> dict[str, float]:
+    """Find the strength at which the guarded model's loss on the answers is that of a model that never knew them.
+
+    Returns:
+        `strength`, and the losses `wanted`, `reached` and `before`, without noise, in nats a token.
+
+    Raises:
+        UserError: the classifier recognises no forget prompt, or `retrained` does not load.
+    """
+    pad = tokenizer.pad_token_id
+    chosen = np.random.default_rng(run.seed).permutation(len(forget))[: how.rows]
+    examples = [forget[i] for i in sorted(chosen)]
+    rows = [encode(tokenizer, row) for row in examples]
+    collate, device = Collator(pad), next(guarded.parameters()).device
+    seen = []
+    for row in rows:
+        start = row.prompt_length
+        batch = collate([{"input_ids": row.input_ids[:start] if start > 1 else row.input_ids}])
+        seen.append(bool(guarded.decide(batch["input_ids"].to(device), batch["attention_mask"].to(device)).any()))
+    if not any(seen):
+        raise UserError(
+            f"The classifier recognises none of {len(rows)} forget prompts above {guarded.settings['threshold']:.3g}: give more "
+            "rows, or allow more --guard.false-alarms or a lower --guard.threshold."
+        )
+    examples = [row for row, known in zip(examples, seen, strict=True) if known]
+    rows = [row for row, known in zip(rows, seen, strict=True) if known]
+    with guarded.disable_adapter():
+        before = answer_loss(guarded, rows, pad)
+        if how.retrained is None:
+            wanted = answer_loss(guarded, swapped(tokenizer, examples), pad)
+        else:
+            other, words = Subject(model=run.model, dtype=run.dtype, device=run.device).alike(how.retrained).load()
+            wanted = answer_loss(other, [encode(words, row) for row in examples], words.pad_token_id)
+            del other
+    losses: dict[float, float] = {}
+
+    def distance(power: float) -> float:
+        guarded.settings["strength"] = 10.0**power
+        if power not in losses:
+            losses[power] = answer_loss(guarded, rows, pad)
+        return abs(losses[power] - wanted)
+
+    weight: Any = guarded.get_input_embeddings().weight
+    scale = float(weight.detach().float().square().mean().sqrt())
+    start = min((math.log10(scale * times) for times in START), key=distance)
+    found = zeroth_order(distance, start, rate=how.rate, probe=how.probe, rounds=how.rounds, enough=how.enough)
+    off = distance(found)
+    show(
+        f"strength {10**found:.3g}: the answers cost {losses[found]:.2f} nats a token, {before:.2f} without noise; wanted are "
+        f"{wanted:.2f}",
+        stderr=True,
+    )
+    if off > max(how.enough, 0.1 * abs(wanted - before)):
+        warn(
+            "No strength comes closer: with more --guard.dims the noise does more, with a --guard.retrained the aim is measured."
+        )
+    return {"strength": 10.0**found, "wanted": wanted, "reached": losses[found], "before": before}

@@ -1,0 +1,63 @@
+"""`alter guard`: make a guard and save it as a folder that every command takes as `--adapter`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save
+
+from alter.core.console import show
+from alter.core.errors import UserError
+from alter.core.files import to_json, write_atomic
+from alter.core.provenance import provenance
+from alter.data.examples import load_examples
+from alter.guarding.settings import MakeGuard
+from alter.models.guards import FILE, Form
+
+CARD = """# A guard for {model}
+
+It holds back {what} (`{kind}`). It changes no weight: whoever has the model has the knowledge.
+
+```python
+import alter
+
+model, tokenizer = alter.load({model!r}, "this folder")
+```
+"""
+
+
+def make_guard(run: MakeGuard) -> Path:
+    """Run `alter guard`: make the guard, and write it to `run.out`, whole or not at all; returns the folder.
+
+    Raises:
+        UserError: the folder holds something and `overwrite` is not set, bad rows, a model that does not load, or what the
+            guard's own maker raises.
+    """
+    out = Path(run.out)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not run.overwrite)):
+        raise UserError(f"--out {run.out} is there already: add --overwrite to replace it, or give another folder.")
+    if out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file():
+        raise UserError(f"--out {run.out} holds something else than a guard: give another folder.")
+    forget, retain = ([] if rows is None else load_examples(rows) for rows in (run.forget, run.retain))
+    write_guard(out, run.guard.make(run, forget, retain), run)
+    show(f"guard: {out}; add --adapter {out} to any command", stderr=True, markup=False, highlight=False)
+    return out
+
+
+def write_guard(out: Path, form: Form, run: MakeGuard) -> None:
+    """Write a guard's folder: a folder beside it, renamed."""
+    settings, files = form
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    made = {"settings": run.model_dump(mode="json"), "provenance": provenance()}
+    write_atomic(partial / FILE, to_json({**settings, "made": made}))
+    for name, tensors in files.items():
+        write_atomic(partial / name, save({key: value.contiguous() for key, value in tensors.items()}))
+    what = "what it was told to" if run.forget is None else f"what {run.forget} says"
+    write_atomic(partial / "README.md", CARD.format(model=run.model, what=what, kind=run.guard.kind))
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(partial, out)

@@ -1,0 +1,143 @@
+"""Settings of `alter guard`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from alter.core.errors import UserError
+from alter.core.plugins import OneOf, Registry, kinds
+from alter.data.encoding import TemplateArguments
+
+if TYPE_CHECKING:
+    from alter.data.examples import Example
+    from alter.models.guards import Form
+
+
+class Maker(BaseModel, ABC):
+    """Settings of one kind of guard; a kind sets `kind: Literal["mine"] = "mine"` and joins by `@MAKERS.part`."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    kind: str
+
+    @abstractmethod
+    def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
+        """Return the guard, as `alter.models.guards.load_form` reads it: settings, and tensors by file.
+
+        Raises:
+            UserError: the rows do not do, or a model does not load.
+        """
+
+
+class Eco(Maker):
+    """ECO (Liu et al. 2024, arXiv:2406.07933): prompts that a classifier recognises are read with noise on their embeddings."""
+
+    kind: Literal["eco"] = "eco"
+    retrained: str | None = None
+    """Model that stands for one that never saw the forget rows: the noise is as strong as makes the answers as unlikely as
+    it finds them. Without one, as unlikely as the answers of other rows."""
+    false_alarms: float = Field(0.01, ge=0, lt=1)
+    """Share of retain prompts that may be recognised, in cross-validation."""
+    threshold: float = Field(0.9, ge=0, lt=1)
+    """Probability that a prompt needs at least to be recognised."""
+    depth: float = Field(0.5, ge=0, le=1)
+    """Where the classifier reads hidden states, as a share of the blocks."""
+    dims: int = Field(1, ge=1)
+    """How many dimensions of an embedding get noise; the paper's 1."""
+    strength: float | None = Field(None, gt=0)
+    """Standard deviation of the noise; searched for if not given."""
+    rounds: int = Field(10, ge=0)
+    """Steps of the search; the paper's 10."""
+    rate: float = Field(0.5, gt=0)
+    """Its step, in powers of ten for each nat."""
+    probe: float = Field(0.1, gt=0)
+    """How far to either side of a strength it looks, in powers of ten."""
+    enough: float = Field(0.05, ge=0)
+    """Difference in nats a token at which it stops."""
+    rows: int = Field(32, ge=1)
+    """Forget rows that it measures on."""
+
+    def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
+        from alter.guarding.eco import make_eco
+
+        if not forget:
+            raise UserError("ECO's classifier learns from rows to forget: give --forget.")
+        return make_eco(run, self, forget, retain)
+
+
+class Alu(Maker):
+    """ALU (Sanyal and Mandal 2025, arXiv:2502.00406): agents look over each answer, and rewrite or withhold it."""
+
+    kind: Literal["alu"] = "alu"
+    targets: list[str] = Field(default_factory=list)
+    """Names or topics that nothing may be said about."""
+    url: str | None = None
+    """OpenAI-compatible endpoint of the agents, https://api.openai.com/v1 for instance; None: the model itself, untouched."""
+    model: str | None = None
+    """Name of the agents' model at that endpoint."""
+    key_variable: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the API key; None for an endpoint without keys."""
+    rewrites: int = Field(5, ge=1)
+    """Versions that are made of an answer; the paper's 5."""
+    best: int = Field(3, ge=1)
+    """Of these, how many are merged; the paper's 3."""
+    least: float = Field(4.0, ge=1, le=5)
+    """Mean grade below which the answer is withheld; the paper's 4."""
+    refusal: str = "I cannot answer that."
+    """What is said then."""
+    longest: int = Field(200, ge=1)
+    """Most tokens of an answer and of an agent's reply."""
+
+    def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
+        if not self.targets:
+            raise UserError("--guard.targets is empty: name what nothing may be said about.")
+        if self.url is not None and not self.model:
+            raise UserError("--guard.url needs --guard.model, the name of the agents' model at that endpoint.")
+        parts = urlsplit(self.url or "https://none")
+        if parts.scheme not in ("http", "https") or parts.username or parts.password or parts.query:
+            raise UserError(
+                f"--guard.url is {self.url!r}; expected http:// or https:// and a host, without user, password or query, which "
+                "would stand in the guard's folder: put the key into the environment (--guard.key-variable)."
+            )
+        if self.best > self.rewrites:
+            raise UserError(f"--guard.best is {self.best}, more than --guard.rewrites {self.rewrites}: give less.")
+        return self.model_dump(exclude={"kind"}) | {"kind": "agents", "base": None}, {}
+
+
+MAKERS: Registry[type[Maker]] = Registry("guard maker", kinds(Eco, Alu))
+"""What `alter guard` can make, by name; open to plugins."""
+
+
+class MakeGuard(BaseModel):
+    """Make a guard for a model: nothing is trained in it, and what it should not answer is caught when it is asked.
+
+    The folder that is written goes with the model as an adapter does: `--adapter FOLDER` in every command. A guard holds back
+    what the model says to those who ask; whoever has the weights has the knowledge.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """Model: local folder, hub id, file.gguf, or builtin:NAME."""
+    forget: str | None = None
+    """Rows to forget, for eco: file, folder, or tofu:SPLIT."""
+    retain: str | None = None
+    """Rows to keep; the shipped sample of ordinary text joins them."""
+    guard: Annotated[Maker, OneOf(MAKERS)] = Eco()
+    """Which guard, and its settings."""
+    out: str
+    """Folder for the guard."""
+    overwrite: bool = False
+    """Replace what is there."""
+    seed: int = 0
+    """Of all that is drawn."""
+    dtype: str = "auto"
+    """Number format: auto, float32, bfloat16, float16."""
+    device: str | None = None
+    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    chat_template_kwargs: TemplateArguments = []

@@ -1,0 +1,117 @@
+"""Corrupt the embeddings of prompts that a classifier recognises (ECO, Liu et al. 2024, arXiv:2406.07933)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from alter.core.errors import UserError
+from alter.models.guards.form import Guard
+from alter.models.guards.likeness import mean_states
+
+CLASSIFIER = "classifier.safetensors"
+"""File of a guard's folder with the classifier's weights."""
+
+
+@dataclass(frozen=True)
+class PromptClassifier:
+    """Probability that a prompt is one to forget: sigmoid(weight . h + bias) of its mean hidden state h at one depth.
+
+    ECO fine-tunes RoBERTa; here the base itself reads the prompt (a reading), which needs no further network.
+
+    Attributes:
+        weight: [H].
+        bias: [].
+        depth: number of the hidden state; 1 is the first block's output.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    depth: int
+
+    def __call__(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
+        """[B] probabilities, of all hidden states [B, T, H] of a pass and the places [B, T] that count."""
+        mean = mean_states([states[self.depth]], mask)[:, 0]
+        return torch.sigmoid(mean @ self.weight.to(mean) + self.bias.to(mean))
+
+
+class Corrupted(Guard):
+    """A model that reads noise in place of a prompt that is to be forgotten; all other prompts as they are.
+
+    If the classifier gives a prompt more than `threshold`, N(0, strength^2) is added to the first `dims` dimensions of the
+    embeddings of all its tokens but the last. The noise is drawn by the token's place in the row, from `seed`, so that an
+    answer depends neither on the batch nor on who asked before (a reading: the authors draw anew).
+
+    Args:
+        base: the model.
+        classifier: looks at the prompt, in a pass of its own.
+        settings: threshold, strength, dims and seed.
+    """
+
+    kind: ClassVar[str] = "corruption"
+    decides: ClassVar[bool] = True
+
+    def __init__(self, base: Any, classifier: PromptClassifier, settings: dict[str, Any]) -> None:
+        super().__init__(base)
+        self.classifier, self.settings = classifier, settings
+        self.noise: Tensor | None = None
+        base.get_input_embeddings().register_forward_hook(self._add)
+
+    @classmethod
+    def read(cls, base: Any, path: Path, settings: dict[str, Any]) -> Corrupted:
+        """See `Guard.read`."""
+        try:
+            found = load_file(str(path / CLASSIFIER))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path / CLASSIFIER} cannot be read ({error}): copy the guard's whole folder.") from None
+        return cls(base, PromptClassifier(found["weight"], found["bias"], settings["depth"]), settings)
+
+    def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if self.noise is None:
+            return output
+        changed = output.clone()
+        dims = self.noise.shape[-1]
+        changed[..., :dims] = (output[..., :dims].float() + self.noise).to(output.dtype)
+        return changed
+
+    def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
+        """[B] how many of each row's first tokens are corrupted: all of the prompt's but the last, or none."""
+        mask = torch.ones_like(ids) if mask is None else mask
+        lengths = mask.sum(1)
+        asked = lengths if prompts is None else torch.tensor(list(prompts), device=ids.device).minimum(lengths)
+        with torch.no_grad():
+            given = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "logits_to_keep": 1}
+            states = self.base(**given, output_hidden_states=True).hidden_states
+            inside = mask.bool() & (mask.cumsum(1) <= asked[:, None])
+            flagged = self.classifier(states, inside.long()) > self.settings["threshold"]
+        return torch.where(flagged, (asked - 1).clamp(min=0), 0).float()
+
+    def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None, decision: Tensor | None) -> Any:
+        """See `Guard.unlearned`."""
+        assert decision is not None
+        begun = cache is not None and cache.get_seq_length() > 0
+        # what follows the prompt is read as it is, and so is all of a batch of which nothing is flagged
+        self.noise = None if begun or not decision.any() else self._noise(inputs, decision)
+        try:
+            return self.base(**inputs, past_key_values=cache)
+        finally:
+            self.noise = None
+
+    def _noise(self, inputs: dict[str, Any], decision: Tensor) -> Tensor:
+        """[B, T, dims] what is added: noise at each row's first `decision` tokens, else 0."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        mask = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+        place = mask.cumsum(1) - 1
+        drawn = np.random.default_rng(self.settings["seed"]).standard_normal((ids.shape[1], self.settings["dims"]))
+        noise = torch.from_numpy(drawn).float().to(ids.device)[place.clamp(min=0)]
+        corrupted = mask.bool() & (place < decision[:, None])
+        return self.settings["strength"] * noise * corrupted[..., None]

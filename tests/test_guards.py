@@ -1,0 +1,487 @@
+"""Guards at inference: each scores, generates, is served and attacked like any model, and off it is the base bit for bit."""
+
+import json
+import math
+import shutil
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from alter import cli
+from alter.attacks import run as attacks
+from alter.attacks.weights import base_linears
+from alter.core.errors import UserError
+from alter.core.records import read_records
+from alter.data.encoding import encode, encode_all, encode_prompt
+from alter.data.examples import Example, load_examples
+from alter.guarding import eco
+from alter.guarding.run import make_guard
+from alter.guarding.settings import MakeGuard
+from alter.methods import presets
+from alter.models import guards, scoring
+from alter.models.generation import generate, sample
+from alter.models.guards import agents
+from alter.models.loading import load_model
+from alter.serving.engine import Engine, Job
+from alter.training.run import Unlearn, unlearn
+from pico import PAD, pico, run_on, save_pico, write_jsonl, write_people
+
+TRAINED = ["uld", "whp_logits", "o3"]
+KINDS = [*TRAINED, "eco"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pico model, rows, and a run of every method that makes a guard."""
+    folder = write_people(tmp_path_factory.mktemp("guards"), ["Ada", "Bo"], 4, 8)
+    save_pico(folder / "model", initializer_range=0.2)
+    write_jsonl(folder / "benign.jsonl", [{"text": "The sea is blue and the sky is too."}] * 4)
+    for method in TRAINED:
+        given = {"method": method, **run_on(folder, folder / method), "max_steps": 3, "batch_size": 2}
+        given |= {"gradient_accumulation_steps": 1, "learning_rate": 3e-2}
+        unlearn(Unlearn.model_validate(presets.expand(given)))
+    rows = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain")}
+    how = {"kind": "eco", "threshold": 0.5, "rounds": 2}
+    given = {"model": str(folder / "model"), **rows, "guard": how, "out": adapter(folder, "eco"), "device": "cpu"}
+    make_guard(MakeGuard.model_validate(given))
+    return folder
+
+
+def adapter(folder, kind):
+    return str(folder / kind / "adapter")
+
+
+def loaded(folder, kind):
+    base = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    model, tokenizer = load_model(str(folder / "model"), adapter(folder, kind), device="cpu")
+    return base, model, tokenizer
+
+
+def rows_of(folder, tokenizer):
+    forget, retain = (load_examples(str(folder / f"{name}.jsonl")) for name in ("forget", "retain"))
+    return encode_all(tokenizer, [*forget, *retain], max_length=None)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guard_is_one_model_off_the_base_and_on_another(folder, kind):
+    base, model, tokenizer = loaded(folder, kind)
+    assert isinstance(model, guards.Guard)
+    assert guards.GUARDS[model.kind] is type(model)
+    rows = rows_of(folder, tokenizer)
+    with model.disable_adapter():
+        off = scoring.score(model, rows, pad_token_id=PAD, progress=False)
+    plain = scoring.score(base, rows, pad_token_id=PAD, progress=False)
+    on = scoring.score(model, rows, pad_token_id=PAD, progress=False)
+    for a, b, c in zip(off.logprob, plain.logprob, on.logprob, strict=True):
+        assert np.array_equal(a, b)
+        assert np.isfinite(c).all()
+    assert not np.allclose(on.logprob[0], plain.logprob[0])
+    assert model.get_output_embeddings() is model.base.get_output_embeddings()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_are_those_that_the_guard_computes_with(folder, kind):
+    base, model, tokenizer = loaded(folder, kind)
+    rows = rows_of(folder, tokenizer)[:2]
+    found = dict(scoring.hidden_states(model, rows, pad_token_id=PAD, progress=False))
+    for i, row in enumerate(rows):
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            if kind == "o3":
+                # the LoRA's update with this row's weight folded into the base, layer by layer
+                weight = float(model.decide(ids, None))
+                assert weight > 0
+                twin = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+                for name, module in model.base.named_modules():
+                    if hasattr(module, "lora_A"):
+                        update = module.lora_B["default"].weight @ module.lora_A["default"].weight
+                        twin.get_submodule(name).weight += weight * module.scaling["default"] * update
+            else:
+                twin = base
+            asked = {"input_ids": ids}
+            if kind == "eco":
+                assert model.decide(ids, None, [row.prompt_length]) == row.prompt_length - 1
+                asked = {"inputs_embeds": naive_corrupted(base, row.input_ids, row.prompt_length - 1, model.settings)}
+            states = twin(**asked, output_hidden_states=True).hidden_states
+        expected = torch.stack([state[0] for state in states], dim=1).numpy()
+        assert found[i] == pytest.approx(expected, abs=2e-5)
+
+
+def test_layers_that_an_assistant_shares_are_attacked_once(folder):
+    _, model, _ = loaded(folder, "whp_logits")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert [name.removeprefix("base.") for name, _ in base_linears(model)] == [n for n, _ in base_linears(base)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_attack_runs_on_a_guard(folder, tmp_path, kind):
+    settings = attacks.Attack.model_validate(
+        {
+            "model": str(folder / "model"), "adapter": adapter(folder, kind), "retrained": str(folder / "model"),
+            "forget": str(folder / "forget.jsonl"), "out": str(tmp_path / "out"), "rows": 3, "max_new_tokens": 6,
+            "samples": 2, "prefill_tokens": 2, "probe_rows": 8, "device": "cpu",
+            "attacks": [name for name in attacks.ATTACKS if name not in ("paraphrase", "uds")],
+            "relearn": {"rows": 4, "steps": [1], "benign": str(folder / "benign.jsonl")},
+        }
+    )  # fmt: skip
+    attacks.attack(settings)
+    found = read_records(tmp_path / "out" / "records.json")
+    of = {(r.model, r.extra.get("attack"), r.metric): r for r in found if r.extra.get("part") != "relearned"}
+    for name in settings.attacks:
+        assert ("unlearned", name) in {(model, attack) for model, attack, _ in of}, name
+    # taken off, it is the original; its last block, read by its own head, is what it says itself
+    strip, original = (of[m, a, "attack_probability"] for m, a in (("unlearned", "strip"), ("original", "none")))
+    assert strip.per_item == original.per_item
+    last = max(
+        (r for r in found if (r.model, r.metric) == ("unlearned", "attack_lens")), key=lambda r: r.extra["depth"]
+    )
+    plain = dict(
+        zip(
+            of["unlearned", "none", "attack_probability"].extra["rows"],
+            of["unlearned", "none", "attack_probability"].per_item,
+            strict=True,
+        )
+    )
+    assert last.per_item == pytest.approx([plain[row] for row in last.extra["rows"]], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guard_answers_in_generate_and_evaluate(folder, tmp_path, kind):
+    common = ["--model", str(folder / "model"), "--adapter", adapter(folder, kind), "--device", "cpu"]
+    said = tmp_path / "said.json"
+    cli.main(["generate", *common, "--prompt", "Where was Ada born, 1?", "--max-new-tokens", "8", "--json", str(said)])
+    _, model, tokenizer = loaded(folder, kind)
+    example = load_examples(str(folder / "forget.jsonl"))[1]
+    row = encode(tokenizer, example)
+    ids = list(row.input_ids[: row.prompt_length])
+    # token by token, each from one pass over all before it with the prompt's decision
+    decision = model.decide(torch.tensor([ids]), None) if model.decides else None
+    for _ in range(8):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids]), decision=decision).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    expected = tokenizer.decode(ids[row.prompt_length :], skip_special_tokens=True).strip()
+    assert json.loads(said.read_text())[0]["answer"] == expected
+    out = tmp_path / "rows.json"
+    cli.main(
+        ["evaluate", "--benchmark", "rows", *common, "--forget", str(folder / "forget.jsonl"), "--retain",
+         str(folder / "retain.jsonl"), "--max-new-tokens", "6", "--cache", "off", "--json", str(out)]
+    )  # fmt: skip
+    assert read_records(out)
+
+
+# ---- ECO
+
+
+def noise_at(place, dim, dims, seed):
+    """Number `place * dims + dim` of the seed's."""
+    return np.random.default_rng(seed).standard_normal(place * dims + dim + 1)[-1]
+
+
+def naive_corrupted(base, ids, count, settings):
+    """Embeddings [1, T, H] of one row with noise at its first `count` tokens, one number after the other."""
+    embedded = base.get_input_embeddings().weight[ids].detach().clone()
+    for place in range(count):
+        for dim in range(settings["dims"]):
+            embedded[place, dim] += settings["strength"] * noise_at(place, dim, settings["dims"], settings["seed"])
+    return embedded[None]
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_only_recognised_prompts_are_corrupted_and_others_are_bit_equal(dims, side):
+    base, settings = pico(), {"threshold": 0.5, "strength": 3.0, "dims": dims, "seed": 5}
+    rows, prompts = [[7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33]], [4, 2, 4]
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, generator=draw)
+    means = []
+    for row, n in zip(rows, prompts, strict=True):
+        with torch.no_grad():
+            states = base(input_ids=torch.tensor([row[:n]]), output_hidden_states=True).hidden_states[1]
+        means.append(sum(states[0, t] for t in range(n)) / n)
+    scores = [float(mean @ weight) for mean in means]
+    # the first is recognised, and whichever else is as far
+    bias = torch.tensor(-(scores[0] + min(s for s in scores if s != scores[0])) / 2)
+    flagged = [s + float(bias) > 0 for s in scores]
+    if not flagged[0]:
+        weight, bias, flagged = -weight, -bias, [not f for f in flagged]
+    assert flagged[0]
+    assert not all(flagged)
+    ids, mask = torch.full((3, 5), PAD), torch.zeros(3, 5, dtype=torch.long)
+    for k, row in enumerate(rows):
+        place = slice(5 - len(row), 5) if side == "left" else slice(0, len(row))
+        ids[k, place], mask[k, place] = torch.tensor(row), 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    with torch.no_grad():
+        plain = base(**given).logits
+        model = guards.Corrupted(base, guards.PromptClassifier(weight, bias, 1), settings).eval()
+        decision = model.decide(ids, mask, prompts)
+        found = model(**given, decision=decision).logits
+        with model.disable_adapter():
+            assert torch.equal(model(**given).logits, plain)
+        for k, row in enumerate(rows):
+            assert decision[k] == (prompts[k] - 1 if flagged[k] else 0)
+            place = slice(5 - len(row), 5) if side == "left" else slice(0, len(row))
+            if flagged[k]:
+                expected = base(inputs_embeds=naive_corrupted(base, row, prompts[k] - 1, settings)).logits[0]
+                assert found[k, place].numpy() == pytest.approx(expected.numpy(), abs=2e-4)
+                assert not torch.allclose(found[k, place], plain[k, place], atol=1e-3)
+            else:
+                assert torch.equal(found[k], plain[k])
+
+
+def test_the_classifier_weighs_classes_alike_and_its_alarms_are_counted():
+    rng = np.random.default_rng(0)
+    forget, benign = rng.normal(1.0, 1.5, (12, 3)), rng.normal(-1.0, 1.5, (40, 3)) * [1, 5, 0.2]
+    found = eco.fit_classifier(forget, benign, false_alarms=0.1, threshold=0.2, seed=0)
+    both = np.concatenate([forget, benign])
+    middle, spread = both.mean(0), both.std(0)
+    # where the penalised loss is least, its gradient by each standardised weight is zero
+    for j in range(3):
+        total = found.weight[j] * spread[j]
+        for i, x in enumerate(both):
+            p = 1 / (1 + math.exp(-(float(found.weight @ x) + found.bias)))
+            label, size = (1, 12) if i < 12 else (0, 40)
+            total += 52 / (2 * size) * (p - label) * (x[j] - middle[j]) / spread[j]
+        assert total == pytest.approx(0, abs=2e-2)
+    assert found.alarms <= 0.1
+    assert found.threshold >= 0.2
+    strict = eco.fit_classifier(forget, benign, false_alarms=0.0, threshold=0.2, seed=0)
+    assert strict.alarms == 0
+    assert strict.threshold >= found.threshold
+    with pytest.raises(UserError, match="two rows"):
+        eco.fit_classifier(forget[:1], benign, false_alarms=0, threshold=0.5, seed=0)
+
+
+def test_the_search_takes_the_steps_that_it_says():
+    asked = []
+
+    def distance(x):
+        asked.append(round(x, 6))
+        return abs(x - 1.32)
+
+    found = eco.zeroth_order(distance, 0.0, rate=0.5, probe=0.1, rounds=10, enough=0.25)
+    # the slope is -1, so each step is half of one: 0, 0.5, 1.0 and 1.5, which is near enough
+    assert found == pytest.approx(1.5)
+    assert sorted(set(asked)) == pytest.approx([-0.1, 0.0, 0.1, 0.4, 0.5, 0.6, 0.9, 1.0, 1.1, 1.5])
+
+
+def test_eco_is_as_strong_as_the_surrogate_asks(folder):
+    base, model, tokenizer = loaded(folder, "eco")
+    settings = json.loads((folder / "eco" / "adapter" / "inference.json").read_text())
+    told = settings["search"]
+    rows = [encode(tokenizer, row) for row in load_examples(str(folder / "forget.jsonl"))]
+    known = [row for row in rows if model.decide(torch.tensor([row.input_ids[: row.prompt_length]]), None).any()]
+    assert len(known) >= 6
+
+    def loss(network, given):
+        found = []
+        for row in given:
+            ids = torch.tensor([row.input_ids])
+            decision = {} if network is base else {"decision": network.decide(ids, None, [row.prompt_length])}
+            with torch.no_grad():
+                logp = network(input_ids=ids, **decision).logits[0].double().log_softmax(-1)
+            found.append([-float(logp[t - 1, y]) for t, y in enumerate(row.labels) if y != -100])
+        return sum(sum(row) / len(row) for row in found) / len(found)
+
+    assert told["before"] == pytest.approx(loss(base, known), abs=1e-4)
+    assert told["reached"] == pytest.approx(loss(model, known), abs=1e-4)
+    examples = load_examples(str(folder / "forget.jsonl"))
+    names = [i for i, row in enumerate(rows) if row in known]
+    others = [
+        encode(tokenizer, replace(examples[i], answer=examples[names[(k + 1) % len(names)]].answer))
+        for k, i in enumerate(names)
+    ]
+    assert told["wanted"] == pytest.approx(loss(base, others), abs=1e-4)
+
+
+def test_prompts_that_eco_does_not_know_are_answered_and_scored_bit_for_bit(folder):
+    base, model, tokenizer = loaded(folder, "eco")
+    forget, retain = (load_examples(str(folder / f"{name}.jsonl")) for name in ("forget", "retain"))
+    kept = [encode(tokenizer, row) for row in retain]
+    ask = [row.input_ids[: row.prompt_length] for row in kept]
+    assert not any(model.decide(torch.tensor([prompt]), None).any() for prompt in ask)
+    given = {"max_new_tokens": 12, "progress": False}
+    assert generate(model, tokenizer, ask, **given) == generate(base, tokenizer, ask, **given)
+    a, b = (scoring.score(m, kept, pad_token_id=PAD, progress=False).logprob for m in (model, base))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    # together in the server with prompts that it knows
+    mixed = [encode(tokenizer, forget[1]).input_ids[: encode(tokenizer, forget[1]).prompt_length], *ask[:2]]
+    alone = [generate(model, tokenizer, [prompt], **given)[0] for prompt in mixed]
+    engine, ended = Engine(model, tokenizer), threading.Semaphore(0)
+    jobs = [
+        Job(ids, 12, 0.0, 1.0, (), 0, lambda piece: piece is None and ended.release(), strip=True) for ids in mixed
+    ]
+    engine.submit(*jobs)
+    for _ in jobs:
+        assert ended.acquire(timeout=60)
+    engine.close()
+    assert [job.text for job in jobs] == alone
+    assert alone[1:] == [generate(base, tokenizer, [prompt], **given)[0] for prompt in ask[:2]]
+
+
+def test_a_guard_is_not_written_over_anything(folder, tmp_path, capsys):
+    common = ["guard", "--model", str(folder / "model"), "--forget", str(folder / "forget.jsonl"), "--device", "cpu"]
+    assert cli.main([*common, "--out", str(folder / "eco" / "adapter")]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*common, "--out", str(folder / "model"), "--overwrite"]) == 2
+    assert "something else than a guard" in capsys.readouterr().err
+    shutil.copytree(folder / "eco" / "adapter", tmp_path / "cut")
+    (tmp_path / "cut" / "classifier.safetensors").unlink()
+    with pytest.raises(UserError, match="copy the guard's whole folder"):
+        load_model(str(folder / "model"), str(tmp_path / "cut"), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["o3", "eco"])
+def test_the_harness_tells_a_guard_where_a_prompt_ends_and_what_is_padding(folder, kind):
+    from lm_eval.api.instance import Instance
+
+    from alter.evaluation.harness.model import harness_model
+
+    _, model, tokenizer = loaded(folder, kind)
+    pairs = [
+        ("Where was Ada born, 1?", " In town 1Ada."),
+        ("What is 3 plus one?", " 4"),
+        ("Where was Bo born, 0?", " So"),
+    ]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = harness_model(model, tokenizer).loglikelihood(asked)
+    decisions = []
+    for (context, rest), (logprob, _) in zip(pairs, found, strict=True):
+        start = len(tokenizer(context).input_ids)
+        ids = tokenizer(context + rest, return_tensors="pt").input_ids
+        with torch.no_grad():
+            decisions.append(model.decide(ids[:, :-1], None, [start]))
+            logp = model(input_ids=ids[:, :-1], decision=decisions[-1]).logits[0].double().log_softmax(-1)
+        assert logprob == pytest.approx(
+            sum(float(logp[t - 1, ids[0, t]]) for t in range(start, ids.shape[1])), abs=1e-3
+        )
+    assert any(float(decision) > 0 for decision in decisions)
+
+
+# ---- ALU
+
+
+def test_a_grade_is_a_digit_and_what_is_not_graded_fails():
+    replies = {"4": 4, "Grade: 5.": 5, "10": 1, "": 1, "none": 1, "3/5": 3, "0": 1, "6, or 2": 2}
+    assert {reply: agents.grade_of(reply) for reply in replies} == replies
+
+
+def script(found, grades):
+    """A language model that plays every agent, and what it was asked."""
+    asked, left = [], list(grades)
+
+    def ask(instruction, message):
+        asked.append((instruction, message))
+        if instruction.startswith("You check"):
+            return found
+        if instruction.startswith("Rewrite"):
+            return f"version {sum(said.startswith('Rewrite') for said, _ in asked)}"
+        return str(left.pop(0)) if instruction.startswith("An answer") else "merged"
+
+    return ask, asked
+
+
+HOW = {"targets": ["Ada", "Bo"], "rewrites": 5, "best": 3, "least": 4.0, "refusal": "No."}
+
+
+def test_agents_refuse_or_merge_by_the_mean_of_the_best_grades():
+    ask, asked = script("NONE", [])
+    assert agents.looked_over(ask, "Who?", "Cy.", **HOW) is None
+    assert len(asked) == 1
+    ask, asked = script("Ada", [2, 5, 3, 4, 1])
+    assert agents.looked_over(ask, "Who?", "A lady.", **HOW) == "merged"
+    # 5, 4 and 3 have a mean of 4, no less
+    assert asked[-1][1] == "Question: Who?\n- version 2\n- version 4\n- version 3"
+    assert len(asked) == 12
+    assert all("Bo" not in instruction for instruction, _ in asked[1:])
+    ask, asked = script("Ada", [2, 5, 3, 3, 1])
+    assert agents.looked_over(ask, "Who?", "A lady.", **HOW) == "No."
+    assert len(asked) == 11
+    # an answer with a target's name in it is not let through, whatever the detector says
+    ask, asked = script("NONE", [1] * 5)
+    assert agents.looked_over(ask, "Who?", "ada it is", **HOW) == "No."
+
+
+def test_what_agents_leave_is_said_word_for_word_and_the_rest_is_the_models(folder):
+    out = folder / "alu" / "adapter"
+    given = [
+        "guard",
+        "--model",
+        str(folder / "model"),
+        "--guard.kind",
+        "alu",
+        "--guard.targets",
+        "Ada",
+        "--guard.longest",
+    ]
+    assert cli.main([*given, "16", "--out", str(out)]) in (0, None)
+    base, model, tokenizer = loaded(folder, "alu")
+    seen = []
+
+    def ask(instruction, message):
+        seen.append(message)
+        if instruction.startswith("You check"):
+            return "Ada" if "Ada" in message else "NONE"
+        return "1" if "1?" in message else "5" if instruction.startswith("An answer") else "I do not know."
+
+    model.ask = ask
+    forget, retain = (load_examples(str(folder / f"{name}.jsonl")) for name in ("forget", "retain"))
+    rows = [encode(tokenizer, row) for row in [*forget[:2], *retain[2:4]]]
+    prompts = [row.input_ids[: row.prompt_length] for row in rows]
+    how = {"max_new_tokens": 16, "progress": False}
+    plain = generate(base, tokenizer, prompts, **how)
+    expected = ["I do not know.", "I cannot answer"[:16], *plain[2:]]
+    found = generate(model, tokenizer, prompts, **how)
+    assert found == expected
+    assert sample(model, tokenizer, prompts, 2, max_new_tokens=16, progress=False) == [[text] * 2 for text in expected]
+    assert any("Where was Ada born, 0?" in message for message in seen)
+    # probabilities are the model's own, and off it is the model
+    a, b = (scoring.score(m, rows, pad_token_id=PAD, progress=False).logprob for m in (model, base))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    with model.disable_adapter():
+        assert generate(model, tokenizer, prompts, **how) == plain
+    engine, ended = Engine(model, tokenizer), threading.Semaphore(0)
+    jobs = [
+        Job(ids, 16, 0.9, 1.0, (), 0, lambda piece: piece is None and ended.release(), strip=True) for ids in prompts
+    ]
+    engine.submit(*jobs)
+    for _ in jobs:
+        assert ended.acquire(timeout=60)
+    engine.close()
+    assert [job.text for job in jobs] == expected
+
+
+def test_agents_are_asked_at_an_endpoint_or_the_model_asks_itself(folder, monkeypatch):
+    base, model, tokenizer = loaded(folder, "alu")
+    ids = encode_prompt(tokenizer, Example("Rewrite\n\nthis", "", "qa"))
+    alone = generate(base, tokenizer, [ids], max_new_tokens=16, progress=False)[0]
+    assert model.ask("Rewrite", "this") == alone
+    asked = []
+
+    class Client:
+        def __init__(self, **given):
+            asked.append(given)
+            self.chat = self.completions = self
+
+        def create(self, **given):
+            asked.append(given)
+            message = type("Message", (), {"content": " fine "})
+            return type("Said", (), {"choices": [type("Choice", (), {"message": message})]})
+
+    monkeypatch.setattr("openai.OpenAI", Client)
+    monkeypatch.setenv("THE_KEY", "secret")
+    ask = agents.endpoint({"url": "http://here/v1", "model": "m", "key_variable": "THE_KEY", "longest": 9})
+    assert ask("do", "it") == "fine"
+    assert asked[0]["api_key"] == "secret"
+    assert [turn["content"] for turn in asked[1]["messages"]] == ["do", "it"]
+    monkeypatch.delenv("THE_KEY")
+    with pytest.raises(UserError, match="THE_KEY"):
+        agents.endpoint({"url": "http://here/v1", "model": "m", "key_variable": "THE_KEY", "longest": 9})
