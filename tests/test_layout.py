@@ -21,12 +21,8 @@ LAYERS = {
     "methods": {"core", "logits", "data", "adapter", "models"},
     "evaluation": {"core", "logits", "metrics", "data", "reporting", "adapter", "models", "methods"},
     "training": {"core", "logits", "metrics", "data", "adapter", "models", "methods", "evaluation"},
-<<<<<<< HEAD
-    "forgetting": {"core", "metrics", "data", "models", "evaluation", "training", "distillation"},
-=======
     "guarding": {"core", "data", "adapter", "models"},
-    "forgetting": {"core", "metrics", "data", "models", "evaluation", "training"},
->>>>>>> 280efcb (Guards behind one class, and two new ones: ECO's classifier with corrupted embeddings, ALU's agents)
+    "forgetting": {"core", "metrics", "data", "models", "evaluation", "training", "distillation"},
     "distillation": {"core", "logits", "data", "models", "evaluation", "training"},
     "exporting": {"core", "data", "models"},
     "attacks": {"core", "metrics", "data", "reporting", "models"},

@@ -20,7 +20,7 @@ from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded, encode, encode_all
-from alter.models.scoring import evaluating, score
+from alter.models.scoring import decided, evaluating, score
 
 
 def base_linears(model: Any) -> list[tuple[str, Any]]:
@@ -154,8 +154,12 @@ def train(
         chosen, queue = queue[:batch_size], queue[batch_size:]
         batch = collate([{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in chosen])
         labels = batch.pop("labels")[:, 1:].to(device)
+        given = {name: tensor.to(device) for name, tensor in batch.items()}
         with evaluating(model, gradients=True):
-            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
+            given |= decided(
+                model, given["input_ids"], given["attention_mask"], [rows[i].prompt_length for i in chosen]
+            )
+            logits = model(**given, use_cache=False).logits
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
             if not torch.isfinite(loss):
                 raise Diverged(f"The attacker's loss is {loss.item()} at step {step} (rate {rate:g}): lower the rate.")

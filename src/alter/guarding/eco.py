@@ -199,8 +199,8 @@ def search(
     collate, device = Collator(pad), next(guarded.parameters()).device
     seen = []
     for row in rows:
-        start = row.prompt_length
-        batch = collate([{"input_ids": row.input_ids[:start] if start > 1 else row.input_ids}])
+        asked = row.prompt_length
+        batch = collate([{"input_ids": row.input_ids[:asked] if asked > 1 else row.input_ids}])
         seen.append(bool(guarded.decide(batch["input_ids"].to(device), batch["attention_mask"].to(device)).any()))
     if not any(seen):
         raise UserError(
