@@ -21,7 +21,8 @@ def methods() -> str:
         "",
         f"`alter unlearn --method NAME` takes any of these {len(METHODS)}; what else you give overrides its settings. "
         "The page is made from `alter.methods.presets` and from `published.yaml` beside it, which names the file and commit, "
-        "or the paper, that each value is from.",
+        "or the paper, that each value is from. ECO and ALU train nothing in the model: "
+        "[`alter guard`](../how-to/guard.md) makes them.",
         "",
     ]
     told = published()
