@@ -30,8 +30,9 @@ from alter.serving.engine import Engine, Job
 from alter.training.run import Unlearn, unlearn
 from pico import PAD, pico, run_on, save_pico, write_jsonl, write_people
 
-# these rows have no paraphrases, translations or second turns; UDS needs another retrained model
+# these rows have no paraphrases, translations or second turns; UDS needs another retrained model; searches repeat the rest
 SKIPPED = ("paraphrase", "languages", "dialogue", "beginning", "hint", "few_shot", "uds")
+SKIPPED += ("jailbreak", "evolve", "soft_prompt", "relearn_searched")
 TRAINED = ["uld", "whp_logits", "o3"]
 KINDS = [*TRAINED, "eco"]
 
