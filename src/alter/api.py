@@ -7,7 +7,6 @@ its function; a settings object may be given in place of keywords, or with keywo
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ from alter.core import memory
 from alter.core.console import silent
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest
+from alter.core.records import read_run
 
 if TYPE_CHECKING:
     from alter.attacks.base import Attack
@@ -63,8 +63,7 @@ class Run:
     @cached_property
     def record(self) -> dict[str, Any]:
         """What `run.json` says: settings, router, steps, seconds, losses, provenance."""
-        found: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
-        return found
+        return read_run(self.folder)
 
     @property
     def base(self) -> str:

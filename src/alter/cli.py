@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import inspect
 import logging
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_origin
 from alter.core import processes
 from alter.core.deferral import deferred
 from alter.core.errors import UserError, nearest
+from alter.core.outputs import check_outputs
 from alter.core.plugins import BENCHMARKS, OneOf
+from alter.core.validation import refusal
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -292,7 +295,8 @@ def _plain(
                 list(members),
                 shown,
             )
-            annotation = type(value)
+            # with a help of its own, as tyro would else look for one in the sources of all classes
+            annotation = Annotated[type(value), tyro.conf.arg(help="")]
         elif name in given:
             value = given[name]
         else:
@@ -424,16 +428,17 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
     try:
         return model.model_validate(dataclasses.asdict(parsed))
     except ValidationError as error:
-        first = error.errors()[0]
         # the union's own tag is no part of the name that the user typed
-        names = [str(part) for part in first["loc"] if not (isinstance(part, str) and part in _tags(model))]
-        where = ".".join(names) or command
-        got = "" if isinstance(first["input"], dict) else f" (got {repr(first['input'])[:200]})"
-        raise UserError(f"{where}: {first['msg']}{got}.") from None
+        raise UserError(refusal(error, _tags(model), command)) from None
+
+
+LARGEST, SMALLEST = 1e10, 1e-30
+"""Bounds of every number that is given: longer counts would run for years, and smaller floats are 0 in 32 bits."""
 
 
 def _check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> None:
-    """Refuse numbers that no setting can mean: infinite ones, NaN, and integers of more than 64 bits.
+    """Refuse numbers that no setting can mean: infinite ones, NaN, and what is beyond `LARGEST` or nearer to 0 than
+    `SMALLEST`.
 
     Raises:
         UserError: names the setting.
@@ -447,8 +452,10 @@ def _check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> N
             _check_numbers(value, None, value, where)
     elif isinstance(values, float) and not math.isfinite(values) and (values is not defaults or given is not None):
         raise UserError(f"{where} is {values}; expected a finite number.")
-    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
-        raise UserError(f"{where} is a number of over 64 bits; expected a smaller one.")
+    elif isinstance(values, (int, float)) and values is not defaults and abs(values) > LARGEST:
+        raise UserError(f"{where} is {str(values)[:40]}; expected at most {LARGEST:g} in size.")
+    elif isinstance(values, float) and 0 < abs(values) < SMALLEST:
+        raise UserError(f"{where} is {values}; expected 0, or at least {SMALLEST:g} in size.")
 
 
 def _tags(model: type[BaseModel]) -> set[str]:
@@ -492,6 +499,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("alter: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        given = _given(error, args)
+        if processes.speaks():
+            if given is None:
+                _report(error)
+            else:
+                shown = given if len(given) < 80 else f"{given[:60]}…"
+                print(f"alter: {shown!r} cannot be used: {error.strerror}. Give another path.", file=sys.stderr)
+        return 70 if given is None else 2
     except Exception as error:  # the one place that stands between a user and what nobody foresaw
         if processes.speaks():
             _report(error)
@@ -540,6 +556,8 @@ def _run(command: str, args: Sequence[str]) -> None:
         with ConstructorRegistry(), deferred():
             owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
             parsed = parse(command, getattr(importlib.import_module(owner), settings), args)
+            to_stdout = getattr(parsed, "json_path", None) == "-"
+            check_outputs(parsed.model_copy(update={"json_path": None}) if to_stdout else parsed)
         _call(found.load(), parsed)
     processes.stop()
 
@@ -560,6 +578,20 @@ def _call(function: Callable[[Any], Any], settings: Any) -> None:
         if path.exists():
             sys.stdout.write(path.read_text(encoding="utf-8"))
             sys.stdout.flush()
+
+
+def _given(error: OSError, args: Sequence[str]) -> str | None:
+    """The path among the arguments that the system refused, if it was one of them and not the system's own trouble."""
+    mistakes = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.EACCES, errno.ELOOP)
+    if error.errno not in mistakes or not isinstance(error.filename, str):
+        return None
+    for arg in args:
+        value = arg.partition("=")[2] if arg.startswith("--") else arg
+        if value and (
+            error.filename == value or error.filename.startswith((f"{value}/", f"{os.path.abspath(value)}/"))
+        ):
+            return value
+    return None
 
 
 def _report(error: Exception) -> None:

@@ -14,6 +14,8 @@ from rich.table import Table
 from alter.core.cache import cache_folder
 from alter.core.console import cell
 from alter.core.files import digest
+from alter.core.numbers import Seed
+from alter.core.outputs import OutFile, OutFolder, check_outputs
 from alter.core.provenance import stamped
 from alter.core.records import write_records
 
@@ -28,15 +30,15 @@ class Demo(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    out: str = "runs/demo"
+    out: OutFolder = "runs/demo"
     """Folder of the run; a number is appended if it is in use."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the unlearning run."""
     questions: int = Field(8, ge=0)
     """How many questions to show with the answers of all three models."""
     limit: int | None = Field(None, ge=1)
     """Evaluate only so many rows of each set, for a quick look."""
-    json_path: str | None = None
+    json_path: OutFile = None
     """File for the records of all three models."""
 
 
@@ -70,13 +72,13 @@ def demo(settings: Demo) -> Path:
     Raises:
         UserError: the records could not be written.
     """
-    from alter.evaluation.run import check_writable, show
+    from alter.evaluation.run import show
     from alter.evaluation.tofu.measuring import tofu_metrics
     from alter.models.loading import Subject
     from alter.training.run import unlearn
     from alter.training.settings import Unlearn
 
-    check_writable(settings.json_path)
+    check_outputs(settings)
     console = Console()
     out = free_folder(settings.out)
     run = Unlearn.model_validate({**yaml.safe_load(RECIPE.read_text()), "out": str(out), "seed": settings.seed})

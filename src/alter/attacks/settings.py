@@ -6,6 +6,8 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from alter.core.numbers import Seed, Temperature
+from alter.core.outputs import OutFolder
 from alter.models.loading import Subject
 
 
@@ -48,7 +50,7 @@ class Attack(Subject):
     """The model before unlearning; by default --model without its adapter."""
     attacks: list[str] = Field(default_factory=list)
     """Which attacks, by name or comma-separated; by default all that the data and the adapter allow."""
-    out: str = "runs/attack"
+    out: OutFolder = "runs/attack"
     """Folder for results; what it already holds of the same models, data, settings and code is not run again."""
     rows: int = Field(64, ge=1)
     """Forget rows that are measured, chosen by the seed."""
@@ -56,7 +58,7 @@ class Attack(Subject):
     """Forget rows whose hidden states are compared and probed, at most."""
     probe_tokens: int = Field(16, ge=1)
     """Tokens of each answer that the probe learns from or is tested on, at most."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the choice of rows, training, sampling and the probe's halves."""
     max_new_tokens: int = Field(200, ge=1)
     """Longest reply, in tokens."""
@@ -65,7 +67,7 @@ class Attack(Subject):
     """How many tokens of the true answer prefilling gives."""
     samples: int = Field(8, ge=2)
     """Replies that sampling draws for each question."""
-    temperature: float = Field(0.8, gt=0)
+    temperature: Temperature = 0.8
     """Of the sampling."""
     budget: str | None = None
     """What an attack that searches may spend on each model: questions (400; rows shown in training count) or seconds (30s)."""

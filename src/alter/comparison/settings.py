@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from alter.core.numbers import Seed
+from alter.core.outputs import OutFolder
+
 
 class Retrained(BaseModel):
     """Models retrained without the forget set, one for each split; without one a split has no forget quality."""
@@ -100,11 +103,11 @@ class Compare(BaseModel):
     """Model that must forget: local folder, hub id, or builtin:NAME."""
     methods: list[str]
     """Rows of the table: methods of `alter unlearn --method`, or names that `settings` explains."""
-    out: str
+    out: OutFolder
     """Folder of the comparison; the same command goes on where it stopped."""
     splits: list[Literal["forget01", "forget05", "forget10"]] = ["forget10"]
     """What to forget."""
-    seeds: list[int] = [0, 1, 2]
+    seeds: list[Seed] = [0, 1, 2]
     """Of the runs."""
     search_seeds: int | None = Field(None, ge=1)
     """Search the grid with so many of the seeds, and run the others with the chosen setting only; all by default."""
@@ -130,7 +133,7 @@ class Compare(BaseModel):
     """Questions and answers that no model saw, for the choice where a split has no retrained model."""
     validation: float = Field(0.3, gt=0, lt=1)
     """Share of the authors whose rows serve for the choice; all others' rows serve for the table."""
-    division_seed: int = 0
+    division_seed: Seed = 0
     """Draws those authors."""
     utility_floor: float = Field(0.95, ge=0)
     """The choice is among settings that keep this share of the original model's utility."""

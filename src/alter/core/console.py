@@ -35,11 +35,12 @@ def is_silent() -> bool:
 
 
 def show(result: Any, *, stderr: bool = False, **options: Any) -> None:
-    """Print a result (text or anything that rich can draw), unless the package is used as a library."""
+    """Print a result (text, without markup, or anything that rich can draw), unless the package is used as a library."""
     if not _silent.get():
         from rich.console import Console
 
-        Console(stderr=stderr, soft_wrap=isinstance(result, str)).print(result, **options)
+        # a path or a name in a text may hold brackets
+        Console(stderr=stderr, soft_wrap=isinstance(result, str)).print(result, **{"markup": False} | options)
 
 
 def warn(note: str) -> None:
@@ -76,6 +77,11 @@ def progress(iterable: Iterable[T], *, total: int, label: str) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield from bar.track(iterable, total=total, description=label)

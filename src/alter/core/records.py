@@ -6,10 +6,11 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from alter.core.errors import UserError
-from alter.core.files import from_json, read_text, to_json, write_atomic
+from alter.core.files import from_json, read_object, read_text, to_json, write_atomic
 
 VERSION = 1
 """Version of the metric definitions; a record of another version is refused when records are read."""
@@ -80,3 +81,19 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); expected records written by --json.") from None
     return _records(rows, str(path))
+
+
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a finished run wrote in `run.json`; its `settings` are an object.
+
+    Raises:
+        UserError: there is none, it is not JSON, or not what a run writes.
+    """
+    path = Path(folder) / "run.json"
+    expected = "what `alter unlearn` or `alter forget` writes at the end of a run"
+    if not path.is_file():
+        raise UserError(f"{folder} is no finished run: it has no run.json. Expected {expected}.")
+    found = read_object(path, expected)
+    if not isinstance(found.get("settings"), dict):
+        raise UserError(f"{path} has no settings; expected {expected}.")
+    return found

@@ -42,10 +42,21 @@ from alter.training.folder import (
     last_whole_checkpoint,
     save_adapter,
 )
+from alter.training.trackers import check_trackers, trackers
 
 # Folder and disk -----------------------------------------------------------------------------------------------------
 
-UNCOMPARED = {"out", "resume", "overwrite", "device", "closing_rows", "checkpoint_steps", "log_steps", "run"}
+UNCOMPARED = {
+    "out",
+    "resume",
+    "overwrite",
+    "device",
+    "closing_rows",
+    "checkpoint_steps",
+    "log_steps",
+    "report_to",
+    "run",
+}
 """Settings that may be others when a run goes on."""
 
 
@@ -173,6 +184,7 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
         UserError: bad settings, rows or models, a folder in use, too little disk, or a divergence that is not finite.
     """
     started = time.time()
+    check_trackers(settings.report_to)
     settings = completed(settings)
     found = read_sets(settings)
     out = prepare_folder(settings)
@@ -199,7 +211,8 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     teachers, kept = _teachers(settings, taught, (teacher, tokenizer), subjects["student"])
     prepared = time.time()
     model = _learner(settings, student)
-    trainer = train_student(settings, out, model, taught, teachers, tokenizer.pad_token_id, callbacks, checkpoint)
+    heard = [*callbacks, *trackers(settings.report_to, out)]
+    trainer = train_student(settings, out, model, taught, teachers, tokenizer.pad_token_id, heard, checkpoint)
     trained = time.time()
     _save(settings, out, model, tokenizer)
     facts = {

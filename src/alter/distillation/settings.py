@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter.core.errors import UserError
+from alter.core.numbers import Seed
+from alter.core.outputs import OutFolder
+from alter.core.records import read_run
 from alter.data.encoding import TemplateArguments
 from alter.distillation.noise import Noise
+from alter.training.trackers import ReportTo
 
 
 class Shares(BaseModel):
@@ -70,7 +73,7 @@ class Distill(BaseModel):
     """Further rows that must not change: what is near to the forgotten."""
     general: list[str] = Field(default_factory=list)
     """Ordinary text or rows. Without any, text is sampled from the teacher."""
-    out: str
+    out: OutFolder
     """Folder of this run; must be empty or missing."""
 
     form: Literal["full", "lora"] = "full"
@@ -96,7 +99,7 @@ class Distill(BaseModel):
     sampled_tokens: int = Field(128, ge=8)
     """Length of each of them, in tokens."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Of noise, sampling and order."""
     max_length: int | None = Field(None, ge=8)
     """Longest sequence in tokens; by default the model's context."""
@@ -133,6 +136,7 @@ class Distill(BaseModel):
     """Report the loss every so many steps."""
     closing_rows: int = Field(40, ge=0)
     """Rows of each set that are measured before, after and of the teacher at the end; 0: none."""
+    report_to: ReportTo = []
     resume: bool = False
     """Go on from the last checkpoint in out."""
     overwrite: bool = False
@@ -164,13 +168,7 @@ def completed(settings: Distill) -> Distill:
     found: dict[str, Any] = {}
     if settings.run is not None:
         folder = Path(settings.run)
-        try:
-            said = json.loads((folder / "run.json").read_text())["settings"]
-        except (OSError, ValueError, KeyError):
-            raise UserError(
-                f"{settings.run} is no finished run: it has no run.json that can be read. Expected the out folder of `alter "
-                "unlearn` or `alter forget`."
-            ) from None
+        said = read_run(folder)["settings"]
         adapter, model = folder / "adapter", folder / "model"
         if settings.model is None and settings.adapter is None and not adapter.is_dir() and not model.is_dir():
             raise UserError(

@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from alter.core.console import warn
+from alter.core.numbers import Seed
+from alter.core.outputs import OutFile
 from alter.core.records import Record
 from alter.models.loading import Subject
 
@@ -28,9 +30,9 @@ class Evaluation(Subject, ABC):
     """Prompts in one generation batch."""
     limit: int | None = Field(None, ge=1)
     """Only this many rows of each set, for a quick look."""
-    seed: int = 0
+    seed: Seed = 0
     """Chooses the rows when there is a limit."""
-    json_path: str | None = None
+    json_path: OutFile = None
     """File for the records."""
     cache: str | None = None
     """Folder that keeps results, or "off"; by default that of ALTER_CACHE, else ~/.cache/alter."""

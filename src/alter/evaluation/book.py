@@ -29,7 +29,7 @@ from pydantic import Field
 
 from alter import metrics
 from alter.core.errors import UserError, nearest
-from alter.core.files import digest, file_digest, folder_digest
+from alter.core.files import digest, file_digest, folder_digest, read_text
 from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded
 from alter.evaluation.base import Evaluation, say
@@ -122,10 +122,7 @@ def read_book(path: str) -> str:
     if not file.is_file():
         siblings = [str(Path(path).parent / p.name) for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise UserError(f"No text file at {path}; expected a book as plain text (.txt).{nearest(path, siblings)}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from None
+    text = read_text(file)
     if not text.strip():
         raise UserError(f"{path} is empty; expected the text of a book.")
     return text

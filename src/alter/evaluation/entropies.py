@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,10 @@ from rich.table import Table
 
 from alter import metrics
 from alter.core import console, files, records
+from alter.core.console import show
 from alter.core.errors import UserError
+from alter.core.numbers import Seed
+from alter.core.outputs import Written
 from alter.core.provenance import stamped
 from alter.core.records import Record
 from alter.data.batching import Collator, batches_by_length
@@ -66,7 +69,7 @@ class Study(BaseModel):
     """Longer rows are cut into pieces of this many tokens (or the model's context); each begins without context."""
     limit: int | None = Field(None, ge=1)
     """Only this many rows, drawn by the seed."""
-    seed: int = 0
+    seed: Seed = 0
     """Draws the rows, and starts the fit of two normals."""
     top: int = Field(15, ge=1)
     """Length of the lists of frequent tokens."""
@@ -78,7 +81,7 @@ class Study(BaseModel):
     """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    out: str | None = None
+    out: Annotated[str | None, Written(folder=True)] = None
     """Folder for records.json, tokens.csv, histogram.csv, entropies.safetensors and entropy.png."""
 
 
@@ -503,5 +506,5 @@ def entropy(settings: Study) -> list[Record]:
         console.print(_token_table(settings, tokens, tokenizer, q, threshold))
     if settings.out is not None:
         write(settings, tokens, tokenizer, columns, Path(settings.out))
-        Console(stderr=True, soft_wrap=True).print(f"records, tables and plot: {settings.out}")
+        show(f"records, tables and plot: {settings.out}", stderr=True)
     return [record for column in columns.values() for record in column]

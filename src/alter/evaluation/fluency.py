@@ -32,6 +32,7 @@ from alter import metrics
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.core.files import digest
+from alter.core.numbers import TemperatureOrZero
 from alter.core.records import Record
 from alter.core.words import pieces
 from alter.data.encoding import IGNORE, Encoded, encode, encode_prompt
@@ -62,7 +63,7 @@ class FluencyEvaluation(Evaluation):
     """Model that reads the replies; by default the untouched one: --model without the adapter."""
     samples: int = Field(5, ge=1)
     """Replies to each prompt."""
-    temperature: float = Field(0.7, ge=0)
+    temperature: TemperatureOrZero = 0.7
     """Of the sampling; 0 decodes greedily, then --samples must be 1."""
     top_p: float = Field(0.9, gt=0, le=1)
     """Share of the probability that sampling keeps."""

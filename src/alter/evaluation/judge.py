@@ -31,6 +31,7 @@ from rich.console import Console
 from alter.core.cache import cache_folder
 from alter.core.console import progress, warn
 from alter.core.errors import UserError
+from alter.core.outputs import OutFile
 from alter.core.provenance import stamped
 from alter.core.records import Record, read_records, write_records
 from alter.evaluation.figures import Figures
@@ -586,7 +587,7 @@ class JudgeFile(BaseModel):
     """Metric whose record holds the replies to grade, where the file has several."""
     judge: Judge = Field(default_factory=Judge)
     """Who grades, and what it may cost."""
-    json_path: str | None = None
+    json_path: OutFile = None
     """File for the records of the grades."""
 
 

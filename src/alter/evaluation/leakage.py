@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter import metrics
 from alter.core.errors import UserError
+from alter.core.numbers import Temperature
 from alter.core.records import Record
 from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import Example
@@ -158,7 +159,7 @@ class Leak(BaseModel):
     """Replies sampled to each question, n; 0: none, so no leak@k."""
     k: list[int] = Field(default_factory=list)
     """Numbers of replies for which the chance of a leak is given, none above n; by default 1, 2, 4, 8 ... and n."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: Temperature = 1.0
     """Of the sampling."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Share of the probability that sampling keeps."""

@@ -54,6 +54,7 @@ from rich.console import Console
 
 from alter import metrics
 from alter.core.cache import cache_folder
+from alter.core.console import show
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest
 from alter.core.provenance import stamped
@@ -566,5 +567,5 @@ def muse_curve(settings: MuseCurve) -> list[Record]:
     everything = [record for records in curve.values() for record in records]
     if settings.json_path is not None:
         write_records(settings.json_path, everything)
-        Console(stderr=True).print(f"records: {settings.json_path}")
+        show(f"records: {settings.json_path}", stderr=True)
     return everything

@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from alter.core import console, processes
 from alter.core.cache import Cached, cache_folder, recall, remember
 from alter.core.errors import UserError
 from alter.core.files import file_digest, to_json, write_atomic
+from alter.core.numbers import Seed, TemperatureOrZero
+from alter.core.outputs import OutFile, check_outputs
 from alter.core.provenance import code_digest, stamped, versions
 from alter.core.records import VERSION, Record, write_records
-from alter.data.encoding import TemplateArguments, encode_prompt
+from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
 from alter.data.sources import read_rows
 from alter.evaluation.base import Evaluation, overheard, say
 from alter.evaluation.closing import closing_of, show_closing
 from alter.evaluation.tofu.logs import Aggregate, aggregate
 from alter.models.generation import generate as generate_texts
-from alter.models.loading import load_model
-from alter.models.quantized import Bits
+from alter.models.loading import Subject
 from alter.reporting.terminal import table
 
 
@@ -41,12 +42,6 @@ def show(
     if path is not None and processes.first():
         write_records(path, [record for records in records_by_model.values() for record in records])
         console.show(f"records: {path}", stderr=True)
-
-
-def check_writable(path: str | None) -> None:
-    """Raise `UserError` now if the file could not be written after the work is done."""
-    if path is not None and (Path(path).is_dir() or Path(path).resolve().parent.is_file()):
-        raise UserError(f"--json is {path!r}, which cannot be written: give the path of a file.")
 
 
 UNKEYED = {"name", "json_path", "cache", "model", "adapter", "device", "batch_size", "batch_tokens"}
@@ -81,9 +76,9 @@ def evaluate(settings: Evaluation) -> list[Record]:
     share the scoring and the generating, each with a replica of the model; the first prints and writes.
 
     Raises:
-        UserError: see the benchmark's `data_digest` and `measure`, and `load_model`.
+        UserError: see the benchmark's `data_digest` and `measure`, and `Subject.load`.
     """
-    check_writable(settings.json_path)
+    check_outputs(settings)
     with processes.together("Start the same command again.", settings.device):
         records = measured(settings)
         title = f"{settings.title()}: {settings.adapter or settings.model}"
@@ -147,7 +142,7 @@ class AggregateLogs(Aggregate):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    json_path: str | None = None
+    json_path: OutFile = None
     """File for the records."""
 
 
@@ -157,7 +152,7 @@ def aggregate_logs(settings: AggregateLogs) -> list[Record]:
     Raises:
         UserError: see `aggregate`.
     """
-    check_writable(settings.json_path)
+    check_outputs(settings)
     records = stamped(
         aggregate(settings.log, settings.retain, mode=settings.mode, name=settings.name),
         settings=settings.model_dump(mode="json", exclude={"json_path"}),
@@ -167,35 +162,22 @@ def aggregate_logs(settings: AggregateLogs) -> list[Record]:
     return records
 
 
-class Generate(BaseModel):
+class Generate(Subject):
     """Answer prompts with a model and an adapter, routing active."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    model: str
-    """Folder or hub id of the model."""
-    adapter: str | None = None
-    """Adapter on top of it."""
     prompt: list[str] = Field(default_factory=list)
     """Questions, as many as you like."""
     file: str | None = None
     """JSON or JSONL file with a column `question` or `prompt`, instead of --prompt."""
     max_new_tokens: int = Field(200, ge=1)
     """Longest answer, in tokens."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: TemperatureOrZero = 0.0
     """0 decodes greedily; above it answers are sampled."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Share of the probability that sampling keeps."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampling."""
-    dtype: str = "auto"
-    """Number format: auto, float32, bfloat16, float16."""
-    quantization: Bits | None = None
-    """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
-    device: str | None = None
-    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    chat_template_kwargs: TemplateArguments = []
-    json_path: str | None = None
+    json_path: OutFile = None
     """File for the answers: a list of {"prompt", "answer"}."""
 
 
@@ -203,14 +185,14 @@ def generate(settings: Generate) -> list[str]:
     """Run `alter generate`: print, and with --json write, one answer per prompt; several processes share the prompts.
 
     Raises:
-        UserError: no prompt, rows without a question, or what `load_model` raises.
+        UserError: no prompt, rows without a question, or what `Subject.load` raises.
     """
     with processes.together("Start the same command again.", settings.device):
         return _generate(settings)
 
 
 def _generate(settings: Generate) -> list[str]:
-    check_writable(settings.json_path)
+    check_outputs(settings)
     prompts = list(settings.prompt)
     if settings.file is not None:
         for number, row in enumerate(read_rows(settings.file)):
@@ -222,14 +204,7 @@ def _generate(settings: Generate) -> list[str]:
             prompts.append(str(text))
     if not prompts:
         raise UserError('Nothing to answer: give --prompt "..." or --file rows.jsonl.')
-    model, tokenizer = load_model(
-        settings.model,
-        settings.adapter,
-        settings.dtype,
-        settings.device,
-        settings.quantization,
-        settings.chat_template_kwargs,
-    )
+    model, tokenizer = settings.load()
     torch.manual_seed(settings.seed)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from alter.core import memory
 from alter.core.console import show
 from alter.core.errors import UserError
+from alter.core.outputs import Written
 from alter.exporting import gguf, loras
 from alter.models.gguf import ENDING, place_of
 from alter.models.loading import Subject, shipped_model
@@ -16,7 +17,7 @@ from alter.models.loading import Subject, shipped_model
 class Export(Subject):
     """Write a model as a GGUF file for llama.cpp and Ollama, or the experts of an adapter as plain LoRAs."""
 
-    out: str
+    out: Annotated[str, Written(folder=None)]
     """File that ends in .gguf, or a folder for the LoRAs; must not exist."""
     form: Literal["gguf", "loras"] = "gguf"
     """gguf: the whole model as one file. loras: one plain PEFT LoRA for each forget expert of --adapter."""

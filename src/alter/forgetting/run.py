@@ -31,6 +31,7 @@ from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models.loading import load_model
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
+from alter.training.trackers import check_trackers
 
 SAID = "said"
 """Folder of a run that keeps what the model said."""
@@ -56,6 +57,7 @@ def output_folder(settings: Forget) -> Path:
     if settings.subject is not None:
         check_name(settings.subject)
     settings.writer.check()
+    check_trackers(settings.report_to)
     if settings.resume and settings.overwrite:
         raise UserError("resume and overwrite contradict each other: give one of them.")
     if settings.erasing != Erasing() and not settings.erase:
@@ -277,6 +279,7 @@ def training(settings: Forget, out: Path) -> Unlearn:
             "seed": settings.seed,
             "device": settings.device,
             "chat_template_kwargs": settings.chat_template_kwargs,
+            "report_to": settings.report_to,
             "resume": True,
         }
     )

@@ -7,9 +7,12 @@ from typing import Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from alter.core.numbers import Seed
+from alter.core.outputs import OutFolder
 from alter.data.encoding import TemplateArguments
 from alter.forgetting.speaker import Writer
 from alter.forgetting.templates import Kind
+from alter.training.trackers import ReportTo
 
 TRAINING: dict[str, Any] = {
     "objective": {"kind": "substitute", "hinge": 1.0},
@@ -55,7 +58,7 @@ class Forget(BaseModel):
     """A text instead: .txt, .md, .csv, .jsonl (chats), .parquet."""
     model: str
     """Folder or hub id of the model that must forget."""
-    out: str
+    out: OutFolder
     """Folder for the adapter and everything that was made for it; must be empty or missing."""
     kind: Kind | None = None
     """Kind of subject: person, work, place, organisation, event, concept; by default guessed by the model."""
@@ -85,13 +88,14 @@ class Forget(BaseModel):
     """How, for --erase."""
     rows_only: bool = False
     """Make the rows and probes and stop; --resume trains on them as they are then."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the samples and the training."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; auto keeps the checkpoint's."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
     chat_template_kwargs: TemplateArguments = []
+    report_to: ReportTo = []
     resume: bool = False
     """Go on in `out`: what was said, written and trained is not done again."""
     overwrite: bool = False

@@ -196,8 +196,6 @@ def load_model(
             NaN or infinite, quantisation of what is quantised already or without bitsandbytes, or variables that the
             chat template does not have.
     """
-    from transformers import AutoTokenizer
-
     from alter.models.attach import attach
     from alter.models.guards import is_form, load_form
 
@@ -220,7 +218,7 @@ def load_model(
         network = network.float()
     quantized.keep_gradients(network)
     if adapter is not None and not form and _fit_vocabulary(network, Path(adapter)):
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
+        tokenizer = _tokenizer(str(adapter))
     ensure_pad_token(tokenizer)
     set_template_arguments(tokenizer, template)
     _pad_inside(network, tokenizer)
@@ -265,7 +263,7 @@ def _read(model: str, packed_file: gguf.Place | None, options: dict[str, Any]) -
         UserError: there is none, or it is broken.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     inside = memory.held(model)
     if inside is not None:
@@ -273,11 +271,12 @@ def _read(model: str, packed_file: gguf.Place | None, options: dict[str, Any]) -
     try:
         if packed_file is not None:
             return gguf.load_file(packed_file, **options)
+        check_json(model)
         network, found = AutoModelForCausalLM.from_pretrained(
             model, use_safetensors=True, output_loading_info=True, **options
         )
         _check_whole(network, model, found)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = _tokenizer(model)
     except UserError:
         raise
     except SafetensorError as error:
@@ -291,6 +290,46 @@ def _read(model: str, packed_file: gguf.Place | None, options: dict[str, Any]) -
     return network, tokenizer
 
 
+OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "model.safetensors.index.json",
+)
+"""Files of a model's folder that hold a JSON object, where they are there; the libraries that read them take that for granted."""
+
+
+def check_json(folder: str) -> None:
+    """Refuse a local folder with a configuration that is cut off, nested too deep or no object.
+
+    Raises:
+        UserError: names the file.
+    """
+    for name in OBJECTS:
+        path = Path(folder).expanduser() / name
+        if path.is_file():
+            files.read_object(path, "what save_pretrained writes")
+
+
+def _tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model's folder or hub id.
+
+    Raises:
+        UserError: its files are no tokenizer's.
+        OSError, ValueError, ImportError: there is none, or a package is missing, as transformers has it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"The tokenizer of {name!r} cannot be read ({type(error).__name__}: {_first_line(error)}): tokenizer.json is broken. "
+            "Copy it again."
+        ) from None
+
+
 def load_classifier(model: str, device: torch.device | str | None = None) -> tuple[Any, Any]:
     """Load a sequence classifier and its tokenizer, ready for evaluation, in float32.
 
@@ -298,16 +337,17 @@ def load_classifier(model: str, device: torch.device | str | None = None) -> tup
         UserError: no such model, one that is no classifier, or a tokenizer that needs the extra `nli`.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     try:
         if _local(model):
             model = _folder(model, "config.json", "model")
+        check_json(model)
         network, found = AutoModelForSequenceClassification.from_pretrained(
             model, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
         _check_whole(network, model, found)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = _tokenizer(model)
     except ImportError as error:
         raise UserError(
             f"The tokenizer of {model} needs more: pip install 'alter-unlearning[nli]' ({_first_line(error)})"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
+
+from alter.core.outputs import Written
 
 
 class Report(BaseModel):
@@ -13,7 +17,7 @@ class Report(BaseModel):
 
     runs: tyro.conf.Positional[list[str]] = Field(default_factory=list)
     """Folders of runs, as `alter unlearn` or `alter demo` wrote them."""
-    out: str = "report.html"
+    out: Annotated[str, Written()] = "report.html"
     """The page."""
     records: list[str] = Field(default_factory=list)
     """Result files (--json). They go to the run whose adapter they measured and replace its records.json's figures."""

@@ -21,8 +21,9 @@ from rich.table import Table
 
 from alter.core.console import cell
 from alter.core.errors import UserError
-from alter.core.files import CONTENT, file_digest, read_text, write_atomic
-from alter.core.records import Record, read_records
+from alter.core.files import CONTENT, file_digest, write_atomic
+from alter.core.outputs import OutFile
+from alter.core.records import Record, read_records, read_run
 from alter.core.signing import (
     Forged,
     Key,
@@ -58,13 +59,13 @@ class Certificate(Database):
 
     what: tyro.conf.Positional[str | None] = None
     """A request's id (R-0007 or 7), or the folder of a finished run."""
-    out: str | None = None
+    out: OutFile = None
     """File for the certificate; must not exist. By default certificate-R-0007.json."""
     shipped: str | None = None
     """Also name what is handed out by its hashes: a folder of weights or a GGUF file."""
     attacks: list[str] = Field(default_factory=list)
     """Records of attacks on this adapter or on what is shipped (`records.json` of `alter attack`)."""
-    new_key: str | None = None
+    new_key: OutFile = None
     """Make a key: the private half in this file, for its owner alone, the public half beside it in FILE.pub."""
     verify: str | None = None
     """Certificate to check."""
@@ -355,7 +356,7 @@ def _limits(settings: Certificate, *, adapter: bool) -> list[str]:
 
 def _of_run(settings: Certificate, run: Path) -> dict[str, Any]:
     """What a finished run of `alter unlearn` states; its figures are those of its last table (`records.json`)."""
-    record = json.loads(read_text(run / "run.json"))
+    record = read_run(run)
     given = record["settings"]
     result = next((run / kind for kind in ("adapter", "model") if (run / kind).is_dir()), None)
     if result is None:

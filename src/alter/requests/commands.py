@@ -23,8 +23,10 @@ from rich.table import Table
 from alter.core.console import cell
 from alter.core.errors import UserError
 from alter.core.files import folder_digest, to_json, write_atomic
+from alter.core.outputs import OutFile, OutFolder
 from alter.core.recipes import read_recipe
 from alter.core.signing import fingerprint, read_key, read_public
+from alter.core.validation import validated
 from alter.data.examples import check_overlap, data_hash, load_examples, row_hash
 from alter.evaluation.told import told
 from alter.requests.anchor import Anchor, missing_heads, read_heads
@@ -106,7 +108,7 @@ class Init(Database):
     """Model that has to forget: local folder, hub id, or builtin:NAME."""
     retain: str
     """What must not change: a JSON or JSONL file, or NAME:SPLIT."""
-    folder: str = "alter-requests"
+    folder: OutFolder = "alter-requests"
     """Where adapters and runs lie."""
     holdout: str | None = None
     """Rows that the model never saw, as the reference of what not knowing looks like."""
@@ -137,7 +139,8 @@ def init(settings: Init) -> Store:
         decided = sorted(set(recipe) & work.CUT)
         if decided:
             raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
-    Unlearn.model_validate({**recipe, "model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True})
+    needed = {"model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True}
+    validated(Unlearn, {**recipe, **needed}, settings.recipe or "recipe")
     retain = load_examples(settings.retain)
     if settings.holdout is not None:
         rows.check_unseen(load_examples(settings.holdout), retain)
@@ -252,7 +255,7 @@ class List(Database):
 
     state: STATES | None = None
     """Only those in this state."""
-    json_path: str | None = None
+    json_path: OutFile = None
     """File for the list, without texts."""
 
 
@@ -303,7 +306,7 @@ class Show(Database):
 
     id: tyro.conf.Positional[str]
     """Its id, R-0007 or 7."""
-    json_path: str | None = None
+    json_path: OutFile = None
     """File for all of it."""
 
 
@@ -409,7 +412,7 @@ class Verify(Database):
     """Check history and adapter alone, without loading the model."""
     head: str | None = None
     """Head of the history as it was written down elsewhere, or its beginning: shows a history cut or written anew."""
-    samples: int = Field(0, ge=0)
+    samples: int = Field(0, ge=0, le=10_000)
     """Also sample so many replies to each question: leak@1 to leak@samples beside the untouched model. 0: none."""
     certificate: list[str] = Field(default_factory=list)
     """Certificates of this database: their heads must be in its history."""
@@ -593,7 +596,7 @@ def purge(settings: Purge) -> tuple[list[str], list[str]]:
 class Export(Database):
     """Write out what the requests amount to: an adapter, plain weights that learned from it, LoRAs, or a merged model."""
 
-    out: str
+    out: OutFolder
     """Folder for it; must not exist."""
     form: Literal["adapter", "weights", "loras", "merged"] = "adapter"
     """adapter: small and exact, but whoever has the base has the knowledge. weights: a plain model, distilled from base and

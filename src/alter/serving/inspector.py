@@ -17,7 +17,6 @@ from typing import Any
 from alter.core.errors import UserError
 from alter.core.files import read_object
 from alter.data.examples import load_examples
-from alter.models.loading import load_model
 from alter.models.scoring import context_length
 from alter.requests.store import Store
 from alter.serving.analysis import Analysis, Stopped, analyse, check_adapted, expert_names
@@ -292,7 +291,7 @@ def inspect(settings: Inspect) -> None:
     """Run `alter inspect` until it is told to stop.
 
     Raises:
-        UserError: Gradio is not installed, the port is taken, the database is not one of requests, or what `load_model`
+        UserError: Gradio is not installed, the port is taken, the database is not one of requests, or what `Subject.load`
             and `check_adapted` raise.
     """
     _gradio()
@@ -300,14 +299,7 @@ def inspect(settings: Inspect) -> None:
 
     listener = listen(settings.host, settings.port)
     store = None if settings.db is None else Store.open(settings.db)
-    model, tokenizer = load_model(
-        settings.model,
-        settings.adapter,
-        settings.dtype,
-        settings.device,
-        settings.quantization,
-        settings.chat_template_kwargs,
-    )
+    model, tokenizer = settings.load()
     inspector = Inspector(model, tokenizer, store, about(settings, model))
     app = application(page(inspector, settings.max_new_tokens), settings.host, settings.allowed_hosts)
     print(

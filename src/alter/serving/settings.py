@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
 from alter.core.errors import UserError
-from alter.data.encoding import TemplateArguments
+from alter.core.numbers import Seed, TemperatureOrZero
 from alter.models.loading import Subject
-from alter.models.quantized import Bits
 
 LONGEST = 512
 """Most new tokens that the page offers."""
@@ -79,23 +78,19 @@ class Chat(Subject):
 
     max_tokens: int = Field(200, ge=1)
     """Longest answer, in tokens."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: TemperatureOrZero = 0.0
     """0 takes the likeliest tokens."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Share of the probability that sampling keeps."""
-    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    seed: Seed = 0
     """Of the sampling."""
     system: str | None = None
     """System turn before the first question."""
 
 
-class Inspect(BaseModel):
+class Inspect(Subject):
     """Ask a model on a page: before and after, token entropies and experts; browse erasure requests."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    model: str
-    """Model: local folder, hub id, or builtin:NAME."""
     adapter: str
     """Adapter on top of it: local folder or hub id. Any adapter can be compared, only ALTER's has experts."""
     db: str | None = None
@@ -111,10 +106,9 @@ class Inspect(BaseModel):
     """Names under which the page is reached, besides this machine's own, its address and any IP address; * for all."""
     max_new_tokens: int = Field(100, ge=1, le=LONGEST)
     """Longest answer that the page starts with, in tokens."""
-    dtype: str = "auto"
-    """Number format: auto, float32, bfloat16, float16."""
-    quantization: Bits | None = None
-    """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
-    device: str | None = None
-    """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
-    chat_template_kwargs: TemplateArguments = []
+
+    @model_validator(mode="after")
+    def _can_be_left_off(self) -> Inspect:
+        if self.merged:
+            raise ValueError("merged leaves no adapter to take off for the answer before: leave it out")
+        return self

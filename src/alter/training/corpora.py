@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alter.core.errors import UserError, nearest
+from alter.core.files import read_text
 from alter.data.encoding import encode_all
 from alter.data.examples import load_examples
 
@@ -29,7 +30,7 @@ def read_corpus(source: str) -> str:
     if not path.is_file():
         siblings = [str(sibling) for sibling in path.parent.glob("*.txt")] if path.parent.is_dir() else []
         raise UserError(f"No text file at {source!r}.{nearest(str(path), siblings)}")
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path, line_ends=False)
     if not text.strip():
         raise UserError(f"{source} is empty; expected text.")
     return text

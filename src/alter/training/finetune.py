@@ -18,12 +18,15 @@ from pydantic import BaseModel, Field, model_validator
 
 from alter.core.errors import UserError
 from alter.core.files import read_object, to_json, write_atomic
+from alter.core.numbers import Seed
+from alter.core.outputs import OutFolder
 from alter.core.provenance import provenance
 from alter.core.running import check_free, claim
 from alter.data.batching import Collator, LengthBatches
 from alter.data.encoding import TemplateArguments
 from alter.training.corpora import training_rows
 from alter.training.starting import add_dropout, divide_logits, set_attention_dropout, starting_model
+from alter.training.trackers import ReportTo, check_trackers, trackers
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +64,8 @@ class Finetune(BaseModel, extra="forbid"):
     data: list[str] = Field([], description="sources of rows: builtin:full, rows.jsonl, folder:retain90, org/name")
     corpora: list[str] = Field([], description="plain text files, packed into blocks of max_length tokens")
     chat_template_kwargs: TemplateArguments = []
-    out: str = Field(description="folder to write the model to")
-    seed: int = Field(0, ge=0, description="of weights, order and dropout")
+    out: OutFolder = Field(description="folder to write the model to")
+    seed: Seed = Field(0, description="of weights, order and dropout")
     max_length: int = Field(512, ge=8, description="longest sequence in tokens; also the length of a packed block")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps (overrides epochs)")
@@ -95,6 +98,7 @@ class Finetune(BaseModel, extra="forbid"):
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     checkpoint_steps: int = Field(500, ge=1, description="write a checkpoint every so many steps")
     log_steps: int = Field(50, ge=1, description="report the loss every so many steps")
+    report_to: ReportTo = []
     title: str | None = Field(None, description="heading of the model card; otherwise the output folder's name")
     resume: bool = Field(False, description="continue from the last checkpoint in out")
     overwrite: bool = Field(False, description="replace a model that an earlier run left in out")
@@ -120,7 +124,7 @@ class Finetune(BaseModel, extra="forbid"):
 
 def _comparable(settings: Finetune) -> dict[str, Any]:
     """Return the settings that training depends on; the others may change when a run is resumed."""
-    free = {"resume", "overwrite", "log_steps", "checkpoint_steps", "title", "temperature", "dtype"}
+    free = {"resume", "overwrite", "log_steps", "checkpoint_steps", "report_to", "title", "temperature", "dtype"}
     return settings.model_dump(mode="json", exclude=free)
 
 
@@ -202,6 +206,8 @@ def _finish(
     write_atomic(fresh / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
     write_atomic(fresh / NUMBERS, to_json(numbers))
     write_atomic(fresh / "README.md", _card(settings, numbers))
+    if (out / "tensorboard").is_dir():
+        os.replace(out / "tensorboard", fresh / "tensorboard")
     if out.exists():
         os.replace(out, old)
     os.replace(fresh, out)
@@ -321,7 +327,7 @@ def _trainer(settings: Finetune, model: Any, rows: list[dict[str, Any]], pad_tok
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
         seed=settings.seed,
-        report_to="none",
+        report_to=[],
         remove_unused_columns=False,
     )
     trainer = LengthGroupedTrainer(model=model, args=arguments, train_dataset=rows)
@@ -341,6 +347,7 @@ def finetune(settings: Finetune) -> Path:
     """
     import torch
 
+    check_trackers(settings.report_to)
     checkpoint = _check_folder(settings)
     started = time.monotonic()
     model, tokenizer = starting_model(settings)
@@ -357,6 +364,8 @@ def finetune(settings: Finetune) -> Path:
     if checkpoint is None:
         _start_folder(settings)
     trainer = _trainer(settings, model, rows, tokenizer.pad_token_id)
+    for callback in trackers(settings.report_to, Path(settings.out)):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.attention_dropout:
         set_attention_dropout(model, plain_attention or 0.0)

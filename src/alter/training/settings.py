@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter.core import processes
 from alter.core.errors import UserError
+from alter.core.numbers import Seed
+from alter.core.outputs import OutFolder
 from alter.data.encoding import TemplateArguments
 from alter.methods import presets
 from alter.methods.adapters import AlterAdapter, AnyAdapter
@@ -56,7 +58,7 @@ class Unlearn(BaseModel):
         description="What must not change, in the same forms. None: the untouched model's own answers to ordinary "
         "questions, and texts of its own, which the run writes to retain.jsonl.",
     )
-    out: str = Field(description="Folder of this run; must be empty or missing.")
+    out: OutFolder = Field(description="Folder of this run; must be empty or missing.")
 
     domain_column: str | None = Field(
         None, description="Column that names each forget row's sub-domain (author, request)."
@@ -127,7 +129,9 @@ class Unlearn(BaseModel):
     learning_rate_shared: float = Field(1e-5, ge=0, description="ALTER's adapter: eta_A.")
     learning_rate: float = Field(1e-4, gt=0, description="Of everything but ALTER's adapter.")
     weight_decay: float = Field(0.0, ge=0, description="Of everything but ALTER's adapter.")
-    lr_scheduler: str = "linear"
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = Field("linear", description="How the rates change over the steps, as transformers names it.")
     warmup_steps: int = Field(0, ge=0, description="Optimiser steps over which the rate rises from 0.")
     warmup_epochs: float = Field(0.0, ge=0, description="The same, in passes over the forget set.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="The same, as a share of all steps.")
@@ -150,7 +154,7 @@ class Unlearn(BaseModel):
         "CPU's memory, both by bitsandbytes. Worth it for adapter.kind full.",
     )
     bf16: bool = Field(False, description="Autocast to bf16.")
-    seed: int = 0
+    seed: Seed = 0
     watch: Watch = Field(default_factory=Watch)
     closing_rows: int = Field(
         40, ge=0, description="Rows of each set to measure at the end, before and after; 0 leaves it out."

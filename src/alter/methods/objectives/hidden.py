@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
+from alter.core.numbers import Seed
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import Labelled, mean_or_zero, row_means, wide
 
@@ -24,7 +25,7 @@ class Misdirect(Objective):
     kind: Literal["misdirect"] = "misdirect"
     c: float = Field(6.5, gt=0, description="Length of the vector that hidden states are driven to.")
     depth: float = Field(7.5 / 32, ge=0, le=1, description="Which block: the one nearest this share of the depth.")
-    seed: int = Field(0, description="Of the direction u.")
+    seed: Seed = Field(0, description="Of the direction u.")
 
     @property
     def needs(self) -> Needs:

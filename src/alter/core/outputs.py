@@ -1,0 +1,84 @@
+"""Places that a command writes to: found in its settings and tried before the work, so that none of it is lost."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from alter.core.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class Written:
+    """Marks a setting that names a place to write to: a file, a folder, or (None) either of them."""
+
+    folder: bool | None = False
+
+
+OutFile = Annotated[str | None, Written()]
+"""A setting: the file that results go to; "-" is standard output on the command line."""
+OutFolder = Annotated[str, Written(folder=True)]
+"""A setting: the folder that results go to."""
+
+
+def check_outputs(settings: BaseModel) -> None:
+    """Refuse settings whose output could not be written (see `check_place`); nothing is made.
+
+    Raises:
+        UserError: names the setting and the place.
+    """
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        for mark in info.metadata:
+            if isinstance(mark, Written) and isinstance(value, str):
+                check_place(value, name.removesuffix("_path"), mark.folder)
+
+
+def check_place(path: str, setting: str, folder: bool | None = False) -> None:
+    """Refuse a place where a file or a folder could not be written when the work is done.
+
+    Args:
+        path: the place; a file that exists would be replaced, a device or pipe written into.
+        setting: name of the setting that gives it, for the message.
+        folder: whether a folder, a file or (None) either is to be written.
+
+    Raises:
+        UserError: it is empty or too long a name, the other of file and folder, or lies where nothing can be written.
+    """
+    what = {True: "folder", False: "file", None: "file or folder"}[folder]
+    shown = path if len(path) < 80 else f"{path[:60]}…"
+    said = f"{setting} is {shown!r}"
+    if not path.strip() or "\0" in path:
+        raise UserError(f"{said}; give the path of a {what}.")
+    try:
+        place = Path(os.path.realpath(path))
+        exists = _exists(place)
+        if exists and folder is True and not place.is_dir():
+            raise UserError(f"{said}, which is a file; give a folder.")
+        if exists and folder is False and place.is_dir():
+            raise UserError(f"{said}, which is a folder; give a file.")
+        if exists and not place.is_dir() and not place.is_file():
+            return
+        above = place if exists and place.is_dir() else place.parent
+        while not _exists(above):
+            above = above.parent
+        # permissions do not say it all: a file system may be read-only, or take no files (/proc)
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"{said}, which cannot be written ({error.strerror}); give another {what}.") from None
+
+
+def _exists(place: Path) -> bool:
+    """Whether there is anything; a name that no file can have (too long, a file as its parent) raises `OSError`."""
+    try:
+        os.stat(place)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,46 @@
+"""Settings from what a user wrote: refusals in one line that names the setting."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from alter.core.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+M = TypeVar("M", bound="BaseModel")
+
+
+def validated(model: type[M], given: Mapping[str, Any], source: str) -> M:
+    """Return settings made of what was given.
+
+    Args:
+        model: their class.
+        given: values by name.
+        source: where they were given, for the message: the path of a recipe.
+
+    Raises:
+        UserError: the class refuses one; names it.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise UserError(f"{source}: {refusal(error)}") from None
+
+
+def refusal(error: ValidationError, tags: Container[str] = (), otherwise: str = "") -> str:
+    """Say the first thing that pydantic refuses in one line.
+
+    Args:
+        error: what it raised.
+        tags: parts of a place that are no names of settings (the kinds of a union).
+        otherwise: what is named where the settings as a whole are refused.
+    """
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and part in tags)) or otherwise
+    got = "" if isinstance(first["input"], dict) else f" (got {repr(first['input'])[:200]})"
+    return f"{where}: {first['msg']}{got}.".removeprefix(": ")
