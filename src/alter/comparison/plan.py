@@ -355,7 +355,7 @@ def _weights(settings: Compare) -> dict[str, str | None]:
         UserError: no model of a name.
     """
     names = (settings.model, *settings.retrained.model_dump().values())
-    weights = {name: Subject(model=name).identity()["weights"] for name in names if name}
+    weights = {name: Subject(model=name).identity()["weights"] for name in names if name is not None}
     for name, content in weights.items():
         if content == "unknown":
             raise UserError(f"No model at {name}: no folder has this name, and the hub does not answer for it.")

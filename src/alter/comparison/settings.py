@@ -111,12 +111,12 @@ class Compare(BaseModel):
     """Of the runs."""
     search_seeds: int | None = Field(None, ge=1)
     """Search the grid with so many of the seeds, and run the others with the chosen setting only; all by default."""
-    rates: list[float] = [0.3, 1.0, 3.0]
+    rates: list[Annotated[float, Field(gt=0)]] = [0.3, 1.0, 3.0]
     """Grid: multiples of each method's own learning rates."""
     refine: int = Field(0, ge=0)
     """Search so many rates more, one after the other, where each method's search points: between its best rate and the
     neighbour that forgets more, or beyond the best where that is the last of its rates and forgets most."""
-    epochs: list[float] = [5.0]
+    epochs: list[Annotated[float, Field(gt=0, le=10_000)]] = [5.0]
     """Grid: passes over the forget set, the same for every method."""
     least_steps: int = Field(0, ge=0)
     """A run that would be shorter than so many steps passes over its forget set more often, whatever `epochs` says."""

@@ -57,11 +57,11 @@ class Study(BaseModel):
     """What it reads: a .txt, .json or .jsonl file, builtin:SPLIT, or a hub id with :SPLIT."""
     after: str | None = None
     """The model after adaptation: an adapter for --model, or another checkpoint with the same tokenizer."""
-    q: list[float] = Field(default_factory=lambda: [1.0, 1.5], min_length=1)
+    q: list[Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: [1.0, 1.5], min_length=1)
     """Orders of the entropy, each above 0: 1 is Shannon's in nats, others are Tsallis'."""
     threshold: float | None = None
     """Entropy above which a token is a high one; 1.2 as in the paper unless there is a quantile."""
-    quantile: float | None = None
+    quantile: float | None = Field(None, gt=0, lt=1)
     """Share of tokens below the threshold, measured on the model before, instead of a threshold."""
     tokens: Literal["labelled", "all"] = "labelled"
     """labelled: answers, or the whole of a plain text; all: questions and chat template as well."""

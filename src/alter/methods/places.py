@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from alter.core.errors import UserError, nearest
 
@@ -23,6 +23,10 @@ def _one_pattern(given: Any) -> Any:
 
 Targets = Annotated[list[str] | str | None, BeforeValidator(_one_pattern)]
 """Which linear layers: endings of their names, one regular expression for whole names, or "all-linear"."""
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A share of a model's depth."""
 
 
 def blocks(model: nn.Module) -> tuple[str, int]:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -48,6 +48,9 @@ TOFU_NOTICE = (
 )
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Finetune(BaseModel, extra="forbid"):
     """Settings of one fine-tuning run."""
 
@@ -75,7 +78,7 @@ class Finetune(BaseModel, extra="forbid"):
     schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="of the rate after the warm-up")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
     weight_decay: float = Field(0.01, ge=0, description="decoupled, on matrices only")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
     prompt_weight: float = Field(

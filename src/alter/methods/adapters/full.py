@@ -10,7 +10,7 @@ from pydantic import Field
 from alter.core.errors import UserError
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card
-from alter.methods.places import blocks, blocks_within
+from alter.methods.places import Share, blocks, blocks_within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class FullWeights(Adapter):
     modules: list[str] | None = Field(
         None, description="Train only parameters whose name holds one of these, such as mlp.down_proj."
     )
-    depth: tuple[float, float] | None = Field(
+    depth: tuple[Share, Share] | None = Field(
         None, description="Train only the blocks between two shares of the depth, such as 0.0 0.375."
     )
 

@@ -12,7 +12,7 @@ from alter.core.errors import UserError
 from alter.methods.adapters.base import Adapter, Beginning, Penalty, Settings
 from alter.methods.adapters.cards import Card, guarded_card, peft_card, titled
 from alter.methods.initializers import residual_pair
-from alter.methods.places import Targets, blocks, blocks_within, target_layers, target_names
+from alter.methods.places import Share, Targets, blocks, blocks_within, target_layers, target_names
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Lora(Adapter):
     alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
     target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")
-    depth: tuple[float, float] | None = Field(
+    depth: tuple[Share, Share] | None = Field(
         None, description="Adapt the blocks between two shares of the depth only, such as 0.125 0.25."
     )
     orthogonality: float = Field(

@@ -41,6 +41,7 @@ class AlterAdapter(Adapter):
     )
     from_layer: int | float | None = Field(
         None,
+        ge=0,
         description="First block with experts: its number, or a share of the depth. The blocks below stay the base, so that "
         "one pass routes and answers; all blocks by default.",
     )
@@ -49,7 +50,7 @@ class AlterAdapter(Adapter):
         description="With from_layer: a probe fitted with the router tells high tokens from low ones, or the exact entropy, "
         "at a second pass over prompts.",
     )
-    entropy_q: float = Field(1.5, description="Tsallis order of the token entropies, above 0; 1 is Shannon's.")
+    entropy_q: float = Field(1.5, gt=0, description="Tsallis order of the token entropies, above 0; 1 is Shannon's.")
     entropy_threshold: float | None = Field(None, description="Entropy above which a token is high (1.2 by default).")
     entropy_quantile: float | None = Field(
         None, gt=0, lt=1, description="Set the threshold so that this share of the retain tokens is low."
