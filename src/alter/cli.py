@@ -452,7 +452,7 @@ def _check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> N
             _check_numbers(value, None, value, where)
     elif isinstance(values, float) and not math.isfinite(values) and (values is not defaults or given is not None):
         raise UserError(f"{where} is {values}; expected a finite number.")
-    elif isinstance(values, (int, float)) and values is not defaults and abs(values) > LARGEST:
+    elif isinstance(values, (int, float)) and abs(values) > LARGEST and (values is not defaults or given is not None):
         raise UserError(f"{where} is {str(values)[:40]}; expected at most {LARGEST:g} in size.")
     elif isinstance(values, float) and 0 < abs(values) < SMALLEST:
         raise UserError(f"{where} is {values}; expected 0, or at least {SMALLEST:g} in size.")

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from alter.core.numbers import Seed
+from alter.core.outputs import OutFolder
+
 READINGS = ("paraphrase", "telegram", "reversed", "upper_case", "foreign_frame", "prefill", "probe", "lens")
 """Attacks that read a model without changing it, and so can be tried as metrics."""
 
@@ -17,9 +20,9 @@ class Pools(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    seeds: list[int] = [0, 1, 2]
+    seeds: list[Seed] = [0, 1, 2]
     """Of the training; each makes one model of every kind and length."""
-    passes: list[int] = [2, 4, 8]
+    passes: list[Annotated[int, Field(ge=1)]] = [2, 4, 8]
     """Passes over the rows: from half learned to known by heart."""
     learning_rate: float = Field(1e-3, gt=0)
     """Of all weights, AdamW."""
@@ -51,7 +54,7 @@ class MetaEvaluate(BaseModel):
     """The original, which knows the rows: folder, hub id, or builtin:NAME."""
     retrained: str
     """Its twin that never saw them."""
-    out: str
+    out: OutFolder
     """Folder for results; the same command goes on where it stopped."""
     split: Literal["forget01", "forget05", "forget10"] = "forget10"
     """What is forgotten."""
@@ -67,11 +70,11 @@ class MetaEvaluate(BaseModel):
     pools: Pools = Field(default_factory=Pools)
     methods: list[str]
     """Methods of `alter unlearn --method` that make the unlearned models, or names that `settings` explains."""
-    seeds: list[int] = [0]
+    seeds: list[Seed] = [0]
     """Of the unlearning runs."""
-    rates: list[float] = [1.0, 0.3]
+    rates: list[Annotated[float, Field(gt=0)]] = [1.0, 0.3]
     """Multiples of each method's learning rates; each makes one model."""
-    epochs: list[float] = [2.0]
+    epochs: list[Annotated[float, Field(gt=0)]] = [2.0]
     """Passes over the forget set; each makes one model."""
     common: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
     """Settings of `alter unlearn` for every run, above those of its method. In a recipe only."""
@@ -90,7 +93,7 @@ class MetaEvaluate(BaseModel):
     """Longest sampled reply, in tokens."""
     utility_floor: float = Field(0.8, ge=0)
     """An unlearned model counts if its answers to keep have this share of the original's probability."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the choice of rows and of the sampling."""
     keep: bool = False
     """Keep the unlearned models' weights in `out`/models."""
