@@ -317,6 +317,8 @@ LONG = {
     "forget key_variable",
 }
 """Options that take any text, so that a whole run comes of it, or whose libraries take seconds to import."""
+LATER = {"evaluate rwku", "evaluate lume", "evaluate knowundo", "meta-evaluate"}
+"""Commands of which what is read is swept with ALTER_BAD_INPUT=all only."""
 BAD = [
     "missing.jsonl",
     "book.txt/x",
@@ -340,7 +342,8 @@ TEXTS = [
     (name, option, info, kinds)
     for name, option, info, kinds in OPTIONS
     if has(info.annotation, str) and not is_choice(info.annotation) and not marks(info) and "Fixed" not in str(info)
-    if not option.endswith("kind") and (ALL or f"{name} {option.rpartition('.')[2]}" not in LONG)
+    if not option.endswith("kind")
+    and (ALL or (f"{name} {option.rpartition('.')[2]}" not in LONG and name not in LATER))
 ]
 CASES = [
     (*text, value)
