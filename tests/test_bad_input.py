@@ -317,7 +317,7 @@ LONG = {
     "forget key_variable",
 }
 """Options that take any text, so that a whole run comes of it, or whose libraries take seconds to import."""
-LATER = {"evaluate rwku", "evaluate lume", "evaluate knowundo", "meta-evaluate"}
+LATER = {"evaluate rwku", "evaluate lume", "evaluate knowundo", "meta-evaluate", "guard"}
 """Commands of which what is read is swept with ALTER_BAD_INPUT=all only."""
 BAD = [
     "missing.jsonl",

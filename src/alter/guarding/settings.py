@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core.errors import UserError
+from alter.core.numbers import Seed
+from alter.core.outputs import OutFolder
 from alter.core.plugins import OneOf, Registry, kinds
 from alter.data.encoding import TemplateArguments
 
@@ -130,11 +132,11 @@ class MakeGuard(BaseModel):
     """Rows to keep; the shipped sample of ordinary text joins them."""
     guard: Annotated[Maker, OneOf(MAKERS)] = Eco()
     """Which guard, and its settings."""
-    out: str
+    out: OutFolder
     """Folder for the guard."""
     overwrite: bool = False
     """Replace what is there."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all that is drawn."""
     dtype: str = "auto"
     """Number format: auto, float32, bfloat16, float16."""
