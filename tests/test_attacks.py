@@ -686,6 +686,8 @@ def test_an_attack_that_learned_nothing_is_no_evidence():
         return attacks.untrained([record])
 
     assert "--relearn.lora-learning-rate" in notes([3.0, 2.9, 2.9, 2.8])[0]
+    searched = fake("unlearned", "soft_prompt", 0.2, losses=[3.0, 2.9, 2.9, 2.8])
+    assert attacks.untrained([searched])[0].endswith("raise --budget.")
     assert notes([3.0, 2.0, 1.0, 0.5]) == []
     assert "nothing to learn" in notes([0.05, 0.01, 0.0, 0.0])[0]
 

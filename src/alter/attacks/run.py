@@ -178,6 +178,8 @@ COMPARING = ("uds", "cka")
 UNRELATED = {"benign", "benign_lora", "wanda_20", "wanda_50"}
 """Attacks that need rows of something else."""
 TRAINING = ("relearn", "relearn_lora", "relearn_searched", "benign", "benign_lora")
+SEARCHING = ("soft_prompt", "relearn_searched")
+"""Attacks that train within a budget."""
 PLACES = ("step", "depth", "variant")
 """What tells several measurements of one attack apart; of them the attacker takes the best."""
 
@@ -523,9 +525,10 @@ def untrained(records: Sequence[Record]) -> list[str]:
             )
         elif last > 0.7 * first:
             rate = "--relearn.lora-learning-rate" if name.endswith("lora") else "--relearn.learning-rate"
+            remedy = "--budget" if name in SEARCHING else f"{rate} or --relearn.steps"
             notes.append(
                 f"{name} hardly learned its own rows ({model}: loss {first:.2f} to {last:.2f}), so what it did not recover "
-                f"is no evidence: raise {rate} or --relearn.steps."
+                f"is no evidence: raise {remedy}."
             )
     return notes
 

@@ -35,7 +35,8 @@ OF_REPLIES = ("forget_distinct_2", "forget_repetition", "forget_unusable")
 """Figures of the forget set that speak of how the replies read, not of what they give away."""
 OF_OTHER_KINDS = (
     "retain_", "real_authors_", "world_facts_", "holdout_", "fluency_", "entropy_", "model_utility", "mmlu_", "wmdp_",
-    "book_", "verbmem", "knowmem_", "attack_recovered_", "disturbance", "leak", "attacked_leak",
+    "book_", "verbmem", "knowmem_", "attack_recovered_", "disturbance", "leak", "attacked_leak", "krr", "sarr", "rwku_", "lume_",
+    "knowundo_",
 )  # fmt: skip
 """What the names of metrics begin with that are not tried: of what is kept, of fluency, of another benchmark, fractions of
 figures that are tried themselves, and what only `alter compare` calls so."""
