@@ -216,8 +216,8 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
 
 SEARCHED = 4
 """Least rows of the attacker for a search: a quarter of them tells which rate is best."""
-TRIES = 5
-"""Rates that are tried, by default."""
+TRIES = 3
+"""Rates whose training the budget pays for, by default."""
 MOST = 20
 """Rates that are tried, at most."""
 FACTOR = 4.0
