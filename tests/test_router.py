@@ -16,7 +16,7 @@ from alter.data.encoding import encode
 from alter.data.examples import Example, load_examples
 from alter.data.rewording import FITTED, MEASURED, key_words, reworded, some_capitals, telegram, typos
 from alter.training.closing import command
-from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of
+from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of, standard
 from alter.training.openset import FOLDS, _folds, caught, discriminant, open_set, opening_level
 from alter.training.routerfit import RouterFit
 from alter.training.run import unlearn
@@ -310,3 +310,16 @@ def test_every_expert_is_fitted_however_few_tokens_are_drawn(data, tmp_path, met
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(record["experts"]) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 255, 256, 700])
+def test_columns_are_standardised_as_by_a_loop(rows):
+    x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(rows)) * torch.tensor([1.0, 1e-3, 50.0, 1.0, 0.0])
+    x += torch.tensor([0.0, 3.0, -200.0, 1e3, 4.0])
+    mean, std = standard(x)
+    for column in range(5):
+        values = [float(v) for v in x[:, column].double()]
+        middle = sum(values) / rows
+        spread = (sum((v - middle) ** 2 for v in values) / max(rows - 1, 1)) ** 0.5
+        assert mean[column].item() == pytest.approx(middle, rel=1e-5, abs=1e-6)
+        assert std[column].item() == pytest.approx(max(spread, 1e-6), rel=1e-3, abs=1e-4)

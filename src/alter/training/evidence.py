@@ -171,3 +171,15 @@ def evidence_of(part: FitRows, threshold: float, memory: float, answers: bool = 
         of.append(torch.full((len(x[-1]),), part.of[place]))
         wording.append(torch.full((len(x[-1]),), names.index(part.wordings[place])))
     return Evidence(part.name, *map(torch.cat, (x, y, low, of, wording)))
+
+
+def standard(x: Tensor, at_once: int = 256) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (n - 1) of each column of x [T, D], the latter at least 1e-6.
+
+    `Tensor.std` over rows takes fifteen times as long on a CPU: as long as a sixth of all that is done before the first step.
+    """
+    mean = x.mean(0)
+    squares = torch.zeros_like(mean)
+    for part in x.split(at_once):
+        squares += (part - mean).square().sum(0)
+    return mean, (squares / max(len(x) - 1, 1)).sqrt().clamp_min(1e-6)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alter.training.evidence import OWN_WORDS, Evidence
+from alter.training.evidence import OWN_WORDS, Evidence, standard
 
 if TYPE_CHECKING:
     from alter.training.routerfit import RouterFit
@@ -186,7 +186,7 @@ def _regress(
     Returns:
         weights [len(new), D] and biases [len(new)].
     """
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    mean, std = standard(x)
     x = (x - mean) / std
     is_own = y[:, None] == torch.tensor(new)
     head = torch.nn.Linear(x.shape[1], len(new))

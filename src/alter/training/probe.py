@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alter.methods import frozen
+from alter.training.evidence import standard
 
 PROBE_TOKENS = 50_000
 """Evidence that the probe is fitted on, at most."""
@@ -37,7 +38,7 @@ def fit_entropy_probe(traced: Sequence[frozen.Row], threshold: float) -> tuple[T
         high.append(row.entropy[1:] > threshold)
         held.append(torch.full((len(x[-1]),), i % 5 == 4))
     xs, ys, out = torch.cat(x), torch.cat(high), torch.cat(held)
-    mean, std = xs.mean(0), xs.std(0).clamp_min(1e-6)
+    mean, std = standard(xs)
 
     def fitted(chosen: Tensor) -> tuple[Tensor, Tensor]:
         places = chosen.nonzero()[:, 0]
