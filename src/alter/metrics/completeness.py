@@ -30,7 +30,9 @@ def unlearning_completeness(
     the row's signal under the model, and F_a the Gumbel distribution of the signals of a model between: (1 - a) times
     those of models that never saw the row plus a times that of the original. Its place and width are by moments:
     width = sqrt(6) sd / pi, place = mean - 0.5772 width. With one such model, the standard deviation is that over all rows, and
-    the mean the row's own; with several, both are over the models, row by row.
+    the mean the row's own; with several, both are over the models, row by row. Two readings: `probability` is exp(-nll), as
+    the 1 - exp(-nll) of the authors' code for language models turns the order round; and the spread over rows, as a moment
+    over a single model does not exist.
 
     Args:
         probability: of the true answers, per token, under the model, [n].
