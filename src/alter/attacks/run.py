@@ -261,9 +261,7 @@ def attack(settings: Attack) -> list[Record]:
     unrelated = load_examples(settings.relearn.benign) if UNRELATED & set(names) else []
     models = subjects(settings)
     identities = {name: subject.identity(cache_folder()) for name, subject in models.items()}
-    data = digest([row.row for row in rows])
-    asked = data_hash([row_hash(row) for row in rows])
-    unrelated_data = digest([row.row for row in unrelated])
+    texts = Texts.of(rows, unrelated)
     if settings.retrained is None:
         warn(f"No recovered fractions: {NO_RETRAINED}")
     for name, why in reasons.items():
@@ -281,48 +279,20 @@ def attack(settings: Attack) -> list[Record]:
             "unlearned": [name for name in names if name not in COMPARING],
         }[model]
         for name in [PLAIN, *here]:
-            method = ATTACKS.get(name)
-            run = plain if method is None else method.run
-            depends = (*COMMON, *(method.settings if method else ()))
-            texts = [data, unrelated_data] if name in UNRELATED else [data]
-            key = _key(settings, depends, identities[model], texts, subject, name)
-            path = out / f"{name}.{model}.json"
-            records = _stored(path, key)
-            if records is None:
-                started = time.monotonic()
-                records = run(bench)
-                seconds = round(time.monotonic() - started, 1)
-                records = stamped(
-                    records, key=key, settings=settings.model_dump(mode="json"), seed=settings.seed, seconds=seconds,
-                    **identities[model], data=data, rows=asked, device=subject.place(),
-                )  # fmt: skip
-                write_records(path, records)
-                warn(f"{model}: {name}, {seconds:.0f} s")
-            found += records
+            found += _measured(bench, name, identities[model], texts)
             if name == PLAIN:
                 same_tokens(found)
         if "cka" in names:
-            key = _key(settings, (*COMMON, "probe_rows"), identities[model], [data], subject, "states")
-            path = out / f"states.{model}.safetensors"
-            kept = _stored_states(path, key)
-            if kept is None:
-                kept = states.pooled(bench)
-                write_atomic(path, save({"states": kept}, metadata={"key": key}))
-            pooled[model] = kept
+            pooled[model] = _pooled_states(bench, identities[model], texts)
     deep = []
     if "uds" in names:
-        path = out / "uds.json"
-        key = digest([_key(settings, COMMON, own, [data], models[name], "uds") for name, own in identities.items()])
-        known = not any("unknown" in own.values() for own in identities.values())
-        deep = (_stored(path, key) if known else None) or []
-        if not deep:
-            benches = {
-                name: Bench(settings, name, models[name], rows, measured, attacker, unrelated) for name in models
-            }
-            deep = stamped([depth.unlearning_depth(benches)], key=key, **identities["unlearned"], data=data)
-            write_records(path, deep)
+        benches = {
+            name: Bench(settings, name, subject, rows, measured, attacker, unrelated)
+            for name, subject in models.items()
+        }
+        deep = _by_depth(settings, benches, identities, texts)
     made = [*deep, *states.cka(pooled), *(record for name in names for record in compare(found, name))]
-    made = stamped(made, settings=settings.model_dump(mode="json"), seed=settings.seed, data=data)
+    made = stamped(made, settings=settings.model_dump(mode="json"), seed=settings.seed, data=texts.forget)
     everything = [*found, *made]
     write_records(out / "records.json", everything)
     show(everything, names)
@@ -330,6 +300,71 @@ def attack(settings: Attack) -> list[Record]:
         draw_curves(everything, out / "relearning.png")
     console.show(f"records: {out}", stderr=True, markup=False, highlight=False)
     return everything
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Digests of what attacks read: the forget rows, unrelated rows, and (`asked`) the hash that certificates state."""
+
+    forget: str
+    unrelated: str
+    asked: str
+
+    @classmethod
+    def of(cls, rows: Sequence[Example], unrelated: Sequence[Example]) -> Texts:
+        """Those of these rows."""
+        return cls(
+            digest([row.row for row in rows]),
+            digest([row.row for row in unrelated]),
+            data_hash([row_hash(row) for row in rows]),
+        )
+
+
+def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: Texts) -> list[Record]:
+    """Records of an attack (PLAIN: of none) on one model: kept ones if nothing has changed, else made and kept."""
+    settings, method = bench.settings, ATTACKS.get(name)
+    depends = (*COMMON, *(method.settings if method else ()))
+    read = [texts.forget, texts.unrelated] if name in UNRELATED else [texts.forget]
+    key = _key(settings, depends, identity, read, bench.subject, name)
+    path = Path(settings.out) / f"{name}.{bench.name}.json"
+    records = _stored(path, key)
+    if records is None:
+        started = time.monotonic()
+        records = plain(bench) if method is None else method.run(bench)
+        seconds = round(time.monotonic() - started, 1)
+        records = stamped(
+            records, key=key, settings=settings.model_dump(mode="json"), seed=settings.seed, seconds=seconds,
+            **identity, data=texts.forget, rows=texts.asked, device=bench.subject.place(),
+        )  # fmt: skip
+        write_records(path, records)
+        warn(f"{bench.name}: {name}, {seconds:.0f} s")
+    return records
+
+
+def _pooled_states(bench: Bench, identity: dict[str, str | None], texts: Texts) -> np.ndarray:
+    """Hidden states for CKA of one model: kept ones if nothing has changed, else made and kept."""
+    key = _key(bench.settings, (*COMMON, "probe_rows"), identity, [texts.forget], bench.subject, "states")
+    path = Path(bench.settings.out) / f"states.{bench.name}.safetensors"
+    kept = _stored_states(path, key)
+    if kept is None:
+        kept = states.pooled(bench)
+        write_atomic(path, save({"states": kept}, metadata={"key": key}))
+    return kept
+
+
+def _by_depth(
+    settings: Attack, benches: dict[str, Bench], identities: dict[str, dict[str, str | None]], texts: Texts
+) -> list[Record]:
+    """The unlearning depth score, which takes all models at once: kept if nothing has changed, else made and kept."""
+    path = Path(settings.out) / "uds.json"
+    keys = [_key(settings, COMMON, identities[name], [texts.forget], b.subject, "uds") for name, b in benches.items()]
+    # a model that cannot be identified is measured again
+    records = _stored(path, digest(keys)) if all(keys) else None
+    if not records:
+        found = [depth.unlearning_depth(benches)]
+        records = stamped(found, key=digest(keys), **identities["unlearned"], data=texts.forget)
+        write_records(path, records)
+    return records
 
 
 def _key(

@@ -256,6 +256,19 @@ def best_rate(first: float, value: Callable[[float], float | None]) -> list[tupl
     return list(tried.items())
 
 
+def _begin(bench: Bench, rate: float, numbers: Sequence[int], steps: int) -> tuple[Any, Iterator[tuple[int, float]]]:
+    """A fresh model, and the training of all its weights on rows with these numbers; see `train`."""
+    model, tokenizer = bench.fresh("float32")
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    for weight in weights:
+        weight.requires_grad_(True)
+    torch.manual_seed(bench.settings.seed)
+    return model, train(
+        model, [encode(tokenizer, bench.rows[i]) for i in numbers], weights, rate=rate, steps=steps,
+        batch_size=bench.settings.relearn.batch_size, pad_token_id=tokenizer.pad_token_id, seed=bench.settings.seed,
+    )  # fmt: skip
+
+
 def relearn_searched(bench: Bench) -> list[Record]:
     """Relearn all weights at the rate and for the number of steps that suit the attacker best, and measure.
 
@@ -272,23 +285,12 @@ def relearn_searched(bench: Bench) -> list[Record]:
     budget = Budget.of(settings.budget, TRIES * how.steps[-1] * how.batch_size)
     reached: dict[float, tuple[float, int]] = {}
 
-    def begin(rate: float, numbers: Sequence[int], steps: int) -> tuple[Any, Iterator[tuple[int, float]]]:
-        model, tokenizer = bench.fresh("float32")
-        weights = [weight for weight in model.parameters() if weight.is_floating_point()]
-        for weight in weights:
-            weight.requires_grad_(True)
-        torch.manual_seed(settings.seed)
-        return model, train(
-            model, [encode(tokenizer, bench.rows[i]) for i in numbers], weights, rate=rate,
-            steps=steps, batch_size=how.batch_size, pad_token_id=tokenizer.pad_token_id, seed=settings.seed,
-        )  # fmt: skip
-
     def value(rate: float) -> float | None:
         if reached and not budget.left:
             return None
         reached[rate] = (-math.inf, how.steps[0])
         items = bench.items(chosen)
-        model, steps = begin(rate, rest, how.steps[-1])
+        model, steps = _begin(bench, rate, rest, how.steps[-1])
         try:
             for step, _ in steps:
                 budget.spend(min(how.batch_size, len(rest)))
@@ -309,7 +311,7 @@ def relearn_searched(bench: Bench) -> list[Record]:
     tried = best_rate(how.learning_rate, value)
     rate = max(reached, key=lambda each: reached[each])
     steps = reached[rate][1]
-    model, final = begin(rate, bench.attacker, steps)
+    model, final = _begin(bench, rate, bench.attacker, steps)
     losses = [loss for _, loss in final]
     extra = {
         "trained_rows": len(bench.attacker), "losses": losses, "rate": rate, "steps": steps,

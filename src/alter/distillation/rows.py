@@ -50,6 +50,14 @@ class Lesson:
     teacher: list[list[int]]
     counted: list[int]
 
+    def add(self, encoded: Encoded, kind: int, whole: bool) -> None:
+        """Append a row in the teacher's own words: all its tokens count, or those of its answer."""
+        # of a row whose tokens all count the first is predicted from nothing
+        count = len(encoded.input_ids) - 1 if whole else sum(label != -100 for label in encoded.labels[1:])
+        self.rows.append(Row(encoded.input_ids, count, kind, len(self.teacher)))
+        self.teacher.append(encoded.input_ids)
+        self.counted.append(count)
+
 
 def read_sets(settings: Distill) -> dict[str, list[Example]]:
     """Read all rows before any model is loaded: `forget`, `keep` (retain and neighbours) and `general`.
@@ -124,17 +132,8 @@ def lesson(tokenizer: Any, found: dict[str, list[Example]], settings: Distill, l
     Raises:
         UserError: see `alter.data.encoding.encode_all`.
     """
-    rows: list[Row] = []
-    teacher: list[list[int]] = []
-    counted: list[int] = []
-
-    def add(encoded: Encoded, kind: int, whole: bool) -> None:
-        # of a row whose tokens all count the first is predicted from nothing
-        count = len(encoded.input_ids) - 1 if whole else sum(label != -100 for label in encoded.labels[1:])
-        rows.append(Row(encoded.input_ids, count, kind, len(teacher)))
-        teacher.append(encoded.input_ids)
-        counted.append(count)
-
+    made = Lesson([], [], [])
+    rows, add = made.rows, made.add
     others = [row.answer for row in found["keep"]] or [""]
     if settings.forget_repeats != 0:
         encoded, owner = encode_all(tokenizer, found["forget"], max_length=limit, label="forget")
@@ -167,4 +166,4 @@ def lesson(tokenizer: Any, found: dict[str, list[Example]], settings: Distill, l
     repeats = settings.forget_repeats
     if repeats is None:
         repeats = max(1, round(len(rest) / learned))
-    return Lesson(forgotten * repeats + rest, teacher, counted)
+    return Lesson(forgotten * repeats + rest, made.teacher, made.counted)

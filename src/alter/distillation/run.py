@@ -215,12 +215,7 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     trainer = train_student(settings, out, model, taught, teachers, tokenizer.pad_token_id, heard, checkpoint)
     trained = time.time()
     _save(settings, out, model, tokenizer)
-    facts = {
-        **_facts(settings, taught, trainer),
-        "data": {
-            name: data_hash(list(map(row_hash, found[part])))
-            for name, part in (("forget", "forget"), ("retain", "keep"))
-        },
+    facts = _facts(settings, found, taught, trainer) | {
         "teacher_passes": "once" if kept else "at every step",
         "seconds": {"prepare": round(prepared - started, 2), "train": round(trained - prepared, 2)},
         "models": identities,
@@ -231,13 +226,17 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     if settings.closing_rows:
         closing(settings, out, found, (teacher, tokenizer))
     if settings.form == "full":
-        show(
-            f"\nNext:\n  alter attack --model {out}/model --original {settings.student} --forget {settings.forget} "
-            f"--out {out}/attacks\n  alter export --model {out}/model --out {out.name}-q8_0.gguf",
-            highlight=False,
-            markup=False,
-        )
+        _show_next(settings, out)
     return out
+
+
+def _show_next(settings: Distill, out: Path) -> None:
+    show(
+        f"\nNext:\n  alter attack --model {out}/model --original {settings.student} --forget {settings.forget} "
+        f"--out {out}/attacks\n  alter export --model {out}/model --out {out.name}-q8_0.gguf",
+        highlight=False,
+        markup=False,
+    )
 
 
 def _subjects(settings: Distill) -> dict[str, Subject]:
@@ -267,8 +266,10 @@ def _load(settings: Distill, subject: Subject) -> tuple[Any, Any, Any]:
     return teacher, tokenizer, student
 
 
-def _facts(settings: Distill, taught: Lesson, trainer: DistillTrainer) -> dict[str, Any]:
-    """What `run.json` says of the training."""
+def _facts(
+    settings: Distill, found: dict[str, list[Example]], taught: Lesson, trainer: DistillTrainer
+) -> dict[str, Any]:
+    """What `run.json` says of rows and training."""
     return {
         "settings": settings.model_dump(mode="json"),
         "kind": "distilled",
@@ -276,6 +277,10 @@ def _facts(settings: Distill, taught: Lesson, trainer: DistillTrainer) -> dict[s
         "steps": trainer.state.global_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "log": trainer.state.log_history,
+        "data": {
+            name: data_hash(list(map(row_hash, found[part])))
+            for name, part in (("forget", "forget"), ("retain", "keep"))
+        },
     }
 
 

@@ -19,6 +19,7 @@ mia_data). Columns: `id`, `input`, `output`, `task`; `document` of the others.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from statistics import harmonic_mean
 from typing import Any, Literal
 
@@ -140,8 +141,20 @@ class LumeEvaluation(Evaluation):
                 )  # fmt: skip
         aggregate = harmonic_mean(terms)
         figures.add("lume_task_aggregate", aggregate, len(rows["forget"]) + len(rows["retain"]), terms=terms)
-        if "member" not in rows:
-            return figures.records
+        if "member" in rows:
+            self._membership(model, tokenizer, rows, figures, aggregate, len(terms))
+        return figures.records
+
+    def _membership(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Mapping[str, Sequence[Mapping[str, Any]]],
+        figures: Figures,
+        aggregate: float,
+        count: int,
+    ) -> None:
+        """Add what the losses of members and others tell, and LUME's score if MMLU's accuracy is given."""
         losses = {}
         for name in ("member", "nonmember"):
             losses[name], cut = text_losses(
@@ -160,8 +173,7 @@ class LumeEvaluation(Evaluation):
             )
         else:
             parts = [aggregate, 1 - 2 * abs(auc - 0.5), self.mmlu]
-            figures.add("lume_score", np.mean(parts), len(terms), parts=parts)
-        return figures.records
+            figures.add("lume_score", np.mean(parts), count, parts=parts)
 
 
 def same(truth: str, reply: str) -> bool:

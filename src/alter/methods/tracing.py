@@ -96,32 +96,41 @@ def recovered(
         for place, row in enumerate(group):
             drawn = torch.randn(row.prompt_length, noise.shape[-1], generator=generator)
             noise[place, : row.prompt_length] = scale * drawn.to(noise)
-        kept: dict[int, Tensor] = {}
-
-        def keep(number: int, kept: dict[int, Tensor] = kept) -> Any:
-            def hook(_: Any, __: Any, output: Any) -> None:
-                kept[number] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        def restore(number: int, kept: dict[int, Tensor] = kept) -> Any:
-            def hook(_: Any, __: Any, output: Any) -> Any:
-                return (kept[number], *output[1:]) if isinstance(output, tuple) else kept[number]
-
-            return hook
-
-        def blur(_: int, noise: Tensor = noise) -> Any:
-            return lambda _, __, output: output + noise.to(output)
-
-        with _hooked(dict(enumerate(layers)), keep):
-            _likelihoods(model, inputs)
-        with _hooked({0: embedding}, blur):
-            without = _likelihoods(model, inputs)
-            for first in range(len(total)):
-                chosen = {number: layers[number] for number in range(first, first + window)}
-                with _hooked(chosen, restore):
-                    total[first] += float((_likelihoods(model, inputs) - without).sum())
+        total += _brought_back(model, inputs, noise, layers, window)
     return (total / len(asked)).tolist()
+
+
+def _brought_back(
+    model: Any, inputs: Mapping[str, Tensor], noise: Tensor, layers: Sequence[Any], window: int
+) -> Tensor:
+    """What each window of blocks adds to the rows' log-likelihoods under noise [B, T, D] on the embeddings, summed over rows."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            kept[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def restore(number: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            return (kept[number], *output[1:]) if isinstance(output, tuple) else kept[number]
+
+        return hook
+
+    def blur(_: int) -> Any:
+        return lambda _, __, output: output + noise.to(output)
+
+    with _hooked(dict(enumerate(layers)), keep):
+        _likelihoods(model, inputs)
+    found = []
+    with _hooked({0: model.get_input_embeddings()}, blur):
+        without = _likelihoods(model, inputs)
+        for first in range(len(layers) - window + 1):
+            chosen = {number: layers[number] for number in range(first, first + window)}
+            with _hooked(chosen, restore):
+                found.append(float((_likelihoods(model, inputs) - without).sum()))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _likelihoods(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
