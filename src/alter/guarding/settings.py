@@ -111,7 +111,38 @@ class Alu(Maker):
         return self.model_dump(exclude={"kind"}) | {"kind": "agents", "base": None}, {}
 
 
-MAKERS: Registry[type[Maker]] = Registry("guard maker", kinds(Eco, Alu))
+class NeuronAdjust(Maker):
+    """Neuron Adjust (arXiv:2503.21730): feed-forward neurons that look as on forget rows are moved away from them."""
+
+    kind: Literal["neurons"] = "neurons"
+    share: float = Field(0.005, gt=0, le=1)
+    """Share of all feed-forward neurons that are adjusted; the paper's 0.005 for a language, 0.03 for mathematics and code."""
+
+    def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
+        from alter.guarding.neurons import make_neurons
+
+        return make_neurons(run, self, forget, retain)
+
+
+class KeySpace(Maker):
+    """Key Space Detection (arXiv:2503.21730): prompts whose key lies among those of the forget rows get no answer."""
+
+    kind: Literal["key_space"] = "key_space"
+    depth: float = Field(0.5, ge=0, le=1)
+    """Whose block's keys are looked at, as a share of the blocks."""
+    share: float | None = Field(None, gt=0)
+    """Size of the cube, as a share of what covers all forget prompts (0.08 in the authors' code); by default as large as
+    false_alarms allows."""
+    false_alarms: float = Field(0.01, ge=0, lt=1)
+    """Share of retain prompts that may lie in the cube, where share is not given."""
+
+    def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
+        from alter.guarding.neurons import make_key_space
+
+        return make_key_space(run, self, forget, retain)
+
+
+MAKERS: Registry[type[Maker]] = Registry("guard maker", kinds(Eco, Alu, NeuronAdjust, KeySpace))
 """What `alter guard` can make, by name; open to plugins."""
 
 

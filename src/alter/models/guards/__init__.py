@@ -27,6 +27,7 @@ from alter.models.guards.corruption import Corrupted, PromptClassifier
 from alter.models.guards.detector import EARLIER, FEATURES, Detected, Former, detector_inputs, fit_detector
 from alter.models.guards.form import FILE, Form, Guard, check_base, is_form, lora_folder
 from alter.models.guards.likeness import SHRINKAGE, Calibration, Detector, Likeness, mean_states
+from alter.models.guards.neurons import Abstaining, Adjusted
 
 __all__ = [
     "EARLIER",
@@ -34,6 +35,8 @@ __all__ = [
     "FILE",
     "GUARDS",
     "SHRINKAGE",
+    "Abstaining",
+    "Adjusted",
     "Agents",
     "Calibration",
     "Corrupted",
@@ -57,7 +60,9 @@ __all__ = [
     "without_rise",
 ]
 
-GUARDS: Registry[type[Guard]] = Registry("guard", {cls.kind: cls for cls in (Detected, Subtracted, Corrupted, Agents)})
+GUARDS: Registry[type[Guard]] = Registry(
+    "guard", {cls.kind: cls for cls in (Detected, Subtracted, Corrupted, Agents, Adjusted, Abstaining)}
+)
 """Guards by the `kind` in their `inference.json`; open to plugins."""
 
 G = TypeVar("G", bound=type[Guard])
