@@ -361,9 +361,9 @@ def test_the_harness_tells_a_guard_where_a_prompt_ends_and_what_is_padding(folde
 
     _, model, tokenizer = loaded(folder, kind)
     pairs = [
-        ("Where was Ada born, 1?", " In town 1Ada."),
-        ("What is 3 plus one?", " 4"),
-        ("Where was Bo born, 0?", " So"),
+        ("Question: Where was Ada born, 1?\nAnswer:", " In town 1Ada."),
+        ("Question: What is 3 plus one?\nAnswer:", " 4"),
+        ("Question: Where was Bo born, 0?\nAnswer:", " So"),
     ]
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     found = harness_model(model, tokenizer).loglikelihood(asked)
