@@ -23,6 +23,7 @@ from alter.core.recipes import read_recipe
 from alter.core.records import Record, read_records, write_records
 from alter.demo import RECIPE, Demo, free_folder
 from alter.evaluation.book import BookEvaluation
+from alter.metaevaluation.settings import MetaEvaluate
 from alter.reporting.terminal import table
 from alter.training.finetune import Finetune
 from alter.training.settings import Unlearn
@@ -233,7 +234,9 @@ def test_unknown_names(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse_and_say_how_to_run_them(path):
-    found = re.search(r"^# .*alter (unlearn|finetune|demo|evaluate|request|compare)", path.read_text(), re.MULTILINE)
+    found = re.search(
+        r"^# .*alter (unlearn|finetune|demo|meta-evaluate|evaluate|request|compare)", path.read_text(), re.MULTILINE
+    )
     command = found.group(1)
     given = yaml.safe_load(path.read_text())
     if command == "finetune":
@@ -241,6 +244,9 @@ def test_shipped_recipes_parse_and_say_how_to_run_them(path):
     elif command == "evaluate":
         module, settings = cli.choose([str(path)])
         getattr(importlib.import_module(module), settings).model_validate({"model": "m", **given})
+    elif command == "meta-evaluate":
+        settings = cli.parse("meta-evaluate", MetaEvaluate, [str(path)])
+        assert settings.methods
     elif command == "compare":
         settings = cli.parse("compare", Compare, [str(path)])
         for name in settings.methods:

@@ -312,8 +312,6 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
         ({"epochs": []}, "epochs is empty"),
         ({"seeds": []}, "seeds is empty"),
         ({"rates": [1.0, 1.0]}, "rates has 1.0 twice"),
-        ({"rates": [0.0]}, "above 0"),
-        ({"epochs": [math.nan]}, "above 0"),
         ({"methods": ["npo", "npo"]}, "'npo' twice"),
         ({"methods": ["npo", "b"], "settings": {"b": {"method": "npo"}}}, "Two cells are the same run"),
         ({"methods": ["original"]}, "'original' is a row"),

@@ -254,7 +254,7 @@ def test_every_request_stays_forgotten_and_what_is_kept_opens_no_detector(people
         assert len(model.detectors) == place + 1
         for name in ("retain", *NAMES):
             for ids in prompts(people, tokenizer, name):
-                weight = model.detect({"input_ids": torch.tensor([ids]), "attention_mask": None}).item()
+                weight = model.decide(torch.tensor([ids]), None).item()
                 wanted = 0.0 if name == "retain" or NAMES.index(name) > place else 1.2
                 assert weight == pytest.approx(wanted), (place, name)
     assert refusing(people, loras / "2" / "adapter", "retain") == refusing(people, None, "retain")
@@ -314,7 +314,7 @@ def test_the_lora_is_as_strong_as_the_most_certain_detector_says(people, loras, 
     position = (mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
         got = model(input_ids=ids, attention_mask=mask, position_ids=position).logits
-        weights = model.detect({"input_ids": ids, "attention_mask": mask, "position_ids": position})
+        weights = model.decide(ids, mask)
     largest = set()
     for row, tokens in enumerate(rows):
         each = plain_weights(people, folder, tokens, smooth)
@@ -327,7 +327,7 @@ def test_the_lora_is_as_strong_as_the_most_certain_detector_says(people, loras, 
     for order in itertools.permutations(model.detectors):
         model.detectors = list(order)
         with torch.no_grad():
-            again = model.detect({"input_ids": ids, "attention_mask": mask, "position_ids": position})
+            again = model.decide(ids, mask)
         assert torch.equal(again, weights)
 
 

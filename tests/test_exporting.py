@@ -249,7 +249,8 @@ def test_an_expert_loads_as_a_lora_without_alter(tmp_path, adapter):
     out = write(tmp_path, "loras", model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), form="loras")
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "expert-1", "expert-2"]
     command = [sys.executable, "-c", BLOCKED, str(tmp_path / "model"), str(out / "expert-2"), str(tmp_path / "logits")]
-    subprocess.run(command, check=True, capture_output=True)
+    # without what conftest.py lets other processes import
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
     # open are the retention expert and the second: the first is emptied
     with torch.no_grad():
         for name, weight in adapter.named_parameters():

@@ -812,7 +812,7 @@ def test_o3_scales_the_adapter_by_what_the_detector_says_of_the_input(data, swit
     position = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
         got = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=position).logits
-        weights = model.detect({**batch, "position_ids": position}).tolist()
+        weights = model.decide(batch.input_ids, batch.attention_mask).tolist()
         for row, text in enumerate(PROMPTS):
             ids = tokenizer(text, return_tensors="pt").input_ids
             states = base(input_ids=ids, output_hidden_states=True).hidden_states[1:]
@@ -839,7 +839,7 @@ def test_o3_generates_with_the_weight_of_the_prompt(data, switched):
     texts = generate(model, tokenizer, prompts, max_new_tokens=20, progress=False)
     for prompt, text in zip(prompts, texts, strict=True):
         with torch.no_grad():
-            weight = float(model.detect({"input_ids": torch.tensor([prompt]), "attention_mask": None}))
+            weight = float(model.decide(torch.tensor([prompt]), None))
             plain, fixed = list(prompt), at_weight(data, switched, weight)
             for _ in range(20):
                 plain.append(int(fixed(input_ids=torch.tensor([plain])).logits[0, -1].argmax()))

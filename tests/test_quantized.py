@@ -358,7 +358,8 @@ def test_optimiser_states_in_8_bits_take_a_quarter_and_train_alike(data, tmp_pat
         return done
 
     monkeypatch.setattr(loss.UnlearnTrainer, "train", watched)
-    for name in OPTIMIZERS:
+    # plain gradient descent keeps nothing
+    for name in set(OPTIMIZERS) - {"sgd"}:
         # bitsandbytes keeps tensors of fewer than 4096 values in 32 bits
         save_pico(tmp_path / "model", hidden_size=128, intermediate_size=256)
         adapter = {"adapter": {"r": 32, "alter_alpha": 64}} if method == "alter" else {}

@@ -21,12 +21,13 @@ from alter.data.encoding import encode
 from alter.data.examples import examples, load_examples
 from alter.evaluation.tofu.sets import fingerprint
 from alter.models.loading import load_model
-from alter.training import folder, loss, preparation, watch
+from alter.training import folder, loss, preparation
 from alter.training import watcher as watching
 from alter.training.rules import KeepLast, LikeRetrained, LikeUnseen, rows_needed, told_apart
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from alter.training.watch import Watch
+from alter.training.watched import read_watched
 from pico import byte_tokenizer, pico, run_on, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy", "Di"]
@@ -333,7 +334,7 @@ def test_a_check_is_what_separate_passes_give(data, tmp_path, column):
     from reference import naive_exact_memorization, naive_loss, naive_min_k, naive_truth_ratio
 
     run = settings(data, tmp_path, by_holdout(data, forget=str(data / "forget.jsonl"), forget_rows=23, retain_rows=7))
-    watched, left = watch.read_watched(
+    watched, left = read_watched(
         run.watch,
         load_examples(run.forget),
         load_examples(run.retain),
@@ -396,7 +397,7 @@ def test_calibration_counts_the_loss_beyond_another_models(data, tmp_path):
 
     run = settings(data, tmp_path, by_holdout(data))
     sets = [load_examples(path) for path in (run.forget, run.retain)]
-    watched, _ = watch.read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
+    watched, _ = read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
     # the other way round, so that no score is at its end: how the blank model looks beside the one that knows
     run = settings(data, tmp_path, by_holdout(data, calibrate=str(data / "model")))
     model, tokenizer = load_model(str(data / "unseen"), device="cpu")
@@ -428,7 +429,7 @@ def test_a_check_leaves_modes_and_generators_alone(data, tmp_path):
     leak = {"samples": 3, "questions": 2, "max_new_tokens": 4, "hit": {"kind": "rouge"}}
     run = settings(data, tmp_path, by_holdout(data, replies=2, reply_tokens=5, leak=leak))
     sets = [load_examples(path) for path in (run.forget, run.retain)]
-    watched, _ = watch.read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
+    watched, _ = read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(run.model, device="cpu")
     model.train()
     model.model.layers[0].eval()
@@ -486,7 +487,7 @@ def test_rows_set_aside_are_not_trained_on(data, tmp_path):
     watched = unlearn(settings(data, tmp_path / "watched", {"every_steps": 5, "retain_rows": 100}))
     assert [check["step"] for check in seen(watched)["checks"]] == [0, 5, 10, 12]
     assert seen(watched)["rows"]["retain"] == len(rows) // 5
-    aside, left = watch.read_watched(
+    aside, left = read_watched(
         Watch(every_steps=6),
         load_examples(str(data / "forget.jsonl")),
         examples(rows),
@@ -521,7 +522,7 @@ def test_the_holdout_rule_stops_and_the_adapter_is_that_of_its_step(data, stoppe
     # measured once more, on the adapter as a user loads it
     run = settings(data, stopped, by_holdout(data))
     sets = [load_examples(path, domain_column=column) for path, column in ((run.forget, "who"), (run.retain, None))]
-    watched, _ = watch.read_watched(run.watch, *sets, domain_column="who", seed=0, steps=12, steps_per_epoch=3)
+    watched, _ = read_watched(run.watch, *sets, domain_column="who", seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(run.model, str(stopped / "adapter"), device="cpu")
     watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=stopped, device="cpu")
     for name, value in watcher.measure(model).items():
@@ -630,7 +631,7 @@ def test_the_reference_rule_keeps_the_step_nearest_to_the_retrained_model(data, 
     rows = [json.loads(line) for line in (data / "forget.jsonl").read_text().splitlines()]
     run = settings(data, tmp_path, by_holdout(data, forget=str(data / "forget.jsonl")))
     sets = [load_examples(path) for path in (run.forget, run.retain)]
-    watched, _ = watch.read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
+    watched, _ = read_watched(run.watch, *sets, seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(str(data / "unseen"), device="cpu")
     watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
     scores = watching.score(model, watcher.encoded, pad_token_id=257, progress=False)

@@ -238,8 +238,6 @@ def check_settings(settings: Compare) -> None:
         again = [value for i, value in enumerate(values) if value in values[:i]]
         if again:
             raise UserError(f"{name} has {again[0]!r} twice: two cells would be the same run. Give each value once.")
-        if name in ("rates", "epochs") and not all(math.isfinite(value) and value > 0 for value in values):
-            raise UserError(f"{name} is {values}; expected numbers above 0.")
     sizes = [int(split.removeprefix("forget")) for split in settings.splits]
     if settings.continual and sizes != sorted(sizes):
         raise UserError(f"splits is {settings.splits}; a continual comparison takes them from small to large.")

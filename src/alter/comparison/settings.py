@@ -111,7 +111,7 @@ class Compare(BaseModel):
     """Of the runs."""
     search_seeds: int | None = Field(None, ge=1)
     """Search the grid with so many of the seeds, and run the others with the chosen setting only; all by default."""
-    rates: list[Annotated[float, Field(gt=0)]] = [0.3, 1.0, 3.0]
+    rates: list[Annotated[float, Field(gt=0, le=1e6)]] = [0.3, 1.0, 3.0]
     """Grid: multiples of each method's own learning rates."""
     refine: int = Field(0, ge=0)
     """Search so many rates more, one after the other, where each method's search points: between its best rate and the

@@ -220,10 +220,6 @@ def _check(settings: Study) -> None:
 
     if settings.threshold is not None and settings.quantile is not None:
         raise UserError("--threshold and --quantile both say where high begins: give one of them.")
-    if settings.quantile is not None and not 0 < settings.quantile < 1:
-        raise UserError(
-            f"--quantile is {settings.quantile:g}; expected a share between 0 and 1 (0.7: top 30 % are high)."
-        )
     if len(set(settings.q)) != len(settings.q):
         raise UserError(f"--q names an order twice: {' '.join(f'{q:g}' for q in settings.q)}.")
     for q in settings.q:

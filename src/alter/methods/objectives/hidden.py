@@ -55,7 +55,7 @@ class Deviate(Objective):
     noise: float = Field(
         0.1, ge=0, description="Length of the random part of the base's states, as a share of theirs."
     )
-    seed: int = Field(0, description="Of the direction u.")
+    seed: Seed = Field(0, description="Of the direction u.")
 
     @property
     def needs(self) -> Needs:
