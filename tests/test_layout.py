@@ -21,7 +21,7 @@ LAYERS = {
     "methods": {"core", "logits", "data", "adapter", "models"},
     "evaluation": {"core", "logits", "metrics", "data", "reporting", "adapter", "models", "methods"},
     "training": {"core", "logits", "metrics", "data", "adapter", "models", "methods", "evaluation"},
-    "guarding": {"core", "data", "adapter", "models"},
+    "guarding": {"core", "data", "adapter", "models", "methods"},
     "forgetting": {"core", "metrics", "data", "models", "evaluation", "training", "distillation"},
     "distillation": {"core", "logits", "data", "models", "evaluation", "training"},
     "exporting": {"core", "data", "models"},
