@@ -213,7 +213,7 @@ def elicited_gradients(
     itself does not change.
     """
     device = next(model.parameters()).device
-    factors = fresh_factors(layers, r, seed, device)
+    factors = fresh_factors(layers, r, torch.Generator().manual_seed(seed), device)
     leaves = [factor for pair in factors.values() for factor in pair]
     weights = [layer.weight for layer in layers.values()]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -235,9 +235,10 @@ def elicited_gradients(
     return total
 
 
-def fresh_factors(layers: Mapping[str, nn.Linear], r: int, seed: int, device: Any) -> dict[str, Factors]:
+def fresh_factors(
+    layers: Mapping[str, nn.Linear], r: int, generator: torch.Generator, device: Any
+) -> dict[str, Factors]:
     """LoRA's own start, which changes nothing: A Kaiming-uniform, B zero; both take gradients."""
-    generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, layer in layers.items():
         # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(in)
@@ -411,12 +412,7 @@ def reinforce(
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    factors = {}
-    for name, layer in layers.items():
-        # LoRA's own start: Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(in)
-        A = (torch.rand(r, layer.in_features, generator=generator) * 2 - 1) / layer.in_features**0.5
-        B = torch.zeros(layer.out_features, r)
-        factors[name] = Factors(A.to(device).requires_grad_(), B.to(device).requires_grad_())
+    factors = fresh_factors(layers, r, generator, device)
     leaves = [factor for pair in factors.values() for factor in pair]
     optimizer = torch.optim.AdamW(leaves, lr=learning_rate, weight_decay=0.0)
     with _only(model, []), low_rank(layers, factors, scaling):
