@@ -6,11 +6,12 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import get_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import ProcessExitedException
 
+import children
 from alter.adapter import AlterLinear
 from alter.core.errors import UserError
 from test_adapter import adapted, middle_threshold, rows, tiny
@@ -108,13 +109,13 @@ def refuse(rank, meeting):
 def together(function, folder, processes):
     """Run the processes; once more if they lost each other (a crash or a wait), never if one of them raised."""
     for attempt in range(3):
-        context = mp.spawn(function, (str(folder / f"meeting{attempt}"),), nprocs=processes, join=False)
+        context = children.ranks(function, str(folder / f"meeting{attempt}"), processes=processes)
         until = time.monotonic() + 90
         try:
             while time.monotonic() < until:
                 if context.join(timeout=1):
                     return
-        except mp.ProcessExitedException:
+        except ProcessExitedException:
             continue
         for process in context.processes:
             process.kill()

@@ -3,7 +3,6 @@
 import csv
 import importlib
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -110,11 +109,17 @@ def test_decoding_speed_is_the_inverse_of_time(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_loss_in_chunks_beside_all_at_once(tmp_path):
+    """At a vocabulary of 128,256, peak memory of head and loss, forward and backward, is at most 0.2 of the other's.
+
+    Cross-entropy, because there the straightforward way takes least.
+    """
     file = tmp_path / "r.csv"
-    loss.main(["--hidden", "64", "--vocab", "300", "--tokens", "20", "--steps", "2", "--csv", str(file)])
+    loss.main(["--objective", "cross_entropy", "--hidden", "64", "--steps", "1", "--csv", str(file)])
+    assert {row["shape"] for row in results.read(file)} == {"vocab 128256, 1024 tokens"}
     found = {metric: value for (_, metric), value in figures(file).items()}
+    assert found["memory_over_whole"] <= 0.2
     assert found["memory_over_whole"] == pytest.approx(found["chunked_mib"] / found["whole_mib"], rel=1e-3)
-    assert found["gradient_difference"] < 1e-5
+    assert found["gradient_difference"] <= 1e-5
     assert found["time_over_whole"] > 0
 
 
@@ -291,8 +296,7 @@ def test_mistakes(given, message, capsys):
 
 @pytest.mark.slow
 def test_peak_memory_is_of_a_process_of_its_own(tmp_path):
-    command = [sys.executable, str(FOLDER / "step.py"), *PICO, "--variants", "alter", "npo_full"]
-    subprocess.run([*command, "--csv", str(tmp_path / "r.csv")], check=True, capture_output=True)
+    step.main([*PICO, "--variants", "alter", "npo_full", "--csv", str(tmp_path / "r.csv")])
     found = figures(tmp_path / "r.csv")
     assert found["alter", "peak_mib"] > 1
     ratio = found["alter", "peak_mib"] / found["npo_full", "peak_mib"]

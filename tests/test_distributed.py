@@ -15,13 +15,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
 import alter
+import children
 from alter import cli
 from alter.core import processes
 from alter.core.errors import UserError
@@ -175,14 +176,14 @@ def _enter(rank, port, function, folder, arguments):
 def pair(function, folder, *arguments):
     """Run `function(rank, folder, ...)` in two processes that have met."""
     folder.mkdir(exist_ok=True)
-    context = mp.spawn(_enter, (free_port(), function, folder, arguments), nprocs=2, join=False)
+    context = children.ranks(_enter, free_port(), function, folder, arguments, processes=2)
     until = time.monotonic() + 500
     try:
         while time.monotonic() < until:
             if context.join(timeout=1):
                 return
         raise AssertionError("the processes never came to an end")
-    except mp.ProcessExitedException:
+    except ProcessExitedException:
         raise AssertionError("\n".join(path.read_text() for path in sorted(folder.glob("failed*")))) from None
     finally:
         for process in context.processes:
@@ -489,6 +490,10 @@ def _three():
     return _fails_from_three(3)
 
 
+def _command(rank, folder, arguments, status=0):
+    assert cli.main(arguments) == status
+
+
 @pytest.mark.slow
 def test_a_command_of_two_processes_writes_and_prints_once(data, tmp_path):
     questions = write_jsonl(tmp_path / "q.jsonl", [{"question": f"What is {i}?"} for i in range(5)])
@@ -503,11 +508,10 @@ def test_a_command_of_two_processes_writes_and_prints_once(data, tmp_path):
 
 @pytest.mark.slow
 def test_an_evaluation_by_two_processes_gives_the_records_of_one(data, tmp_path):
-    command = ["evaluate", "--model", "builtin:tofu-mini/original", "--limit", "6", "--cache", "off"]
-    with launched(*command, "--json", tmp_path / "two.json") as process:
-        shown, told = process.communicate(timeout=280)
-    assert process.returncode == 0, told
-    assert cli.main([*command, "--json", str(tmp_path / "one.json")]) == 0
+    command = ["evaluate", "--model", "builtin:tofu-mini/original", "--limit", "6", "--cache", "off", "--json"]
+    pair(_command, tmp_path / "two", [*command, str(tmp_path / "two.json")])
+    shown = "".join((tmp_path / "two" / f"said{rank}").read_text() for rank in range(2))
+    assert cli.main([*command, str(tmp_path / "one.json")]) == 0
     two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
     assert [(r["metric"], r["value"], r["per_item"]) for r in two] == [
         (r["metric"], r["value"], r["per_item"]) for r in one
@@ -517,9 +521,8 @@ def test_an_evaluation_by_two_processes_gives_the_records_of_one(data, tmp_path)
 
 @pytest.mark.slow
 def test_a_mistake_that_both_find_is_said_once(tmp_path):
-    with launched("generate", "--model", tmp_path / "none", "--prompt", "x") as process:
-        _, told = process.communicate(timeout=120)
-    assert process.returncode == 1
+    pair(_command, tmp_path / "two", ["generate", "--model", str(tmp_path / "none"), "--prompt", "x"], 1)
+    told = "".join((tmp_path / "two" / f"said{rank}").read_text() for rank in range(2))
     (line,) = alter_lines(told)
     assert "does not exist" in line
 

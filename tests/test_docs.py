@@ -3,13 +3,13 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import children
 from alter.cli import COMMANDS
 
 if sys.version_info >= (3, 11):
@@ -34,12 +34,10 @@ def install(folder):
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
-def run(command, folder):
+def run(code, folder):
     paths = [str(folder), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ALTER_CACHE": "off"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+    env = {"PYTHONPATH": os.pathsep.join(paths), "ALTER_CACHE": "off"}
+    return children.run(code=code, cwd=folder, paths=paths[:1], env=env)
 
 
 @pytest.mark.slow
@@ -57,13 +55,13 @@ def test_a_tutorial_runs_as_it_is_printed(page, tmp_path):
         elif language == "python":
             steps.append(f"exec({content!r}, {{}})")
     # one process for the page: what is imported for the first command is there for the next
-    assert len(run([sys.executable, "-c", "\n".join(["from alter.cli import main", *steps])], tmp_path)) > 100
+    assert len(run("\n".join(["from alter.cli import main", *steps]), tmp_path)) > 100
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_runs(script, tmp_path):
-    assert run([sys.executable, str(script)], tmp_path)
+    assert run(script.read_text(), tmp_path)
 
 
 def test_every_page_names_commands_and_recipes_that_exist():

@@ -1,20 +1,16 @@
 """The head on labelled rows, chunk by chunk: the model's own logits, and the losses and gradients of all logits at once."""
 
-import csv
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import children
 from alter.logits import entropy
 from alter.logits.head import Head, Part, head_on, measuring
 from alter.methods.frozen import labelled, top_k
@@ -305,30 +301,4 @@ def sharded_work(rank, meeting):
 
 @pytest.mark.slow
 def test_two_processes_and_sharded_weights_have_the_same_gradients(tmp_path):
-    mp.spawn(sharded_work, (str(tmp_path / "meeting"),), nprocs=2)
-
-
-@pytest.mark.slow
-def test_memory_at_a_vocabulary_of_128k(tmp_path):
-    """Measured: peak memory of head and loss, forward and backward, is at most 0.2 of the straightforward one's.
-
-    Cross-entropy, because there the straightforward way takes least.
-    """
-    script = Path(__file__).parent.parent / "benchmarks" / "loss.py"
-    command = [
-        sys.executable,
-        str(script),
-        "--objective",
-        "cross_entropy",
-        "--hidden",
-        "64",
-        "--steps",
-        "0",
-    ]
-    subprocess.run([*command, "--csv", str(tmp_path / "loss.csv")], check=True, capture_output=True)
-    with (tmp_path / "loss.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {row["shape"] for row in rows} == {"vocab 128256, 1024 tokens"}
-    found = {row["metric"]: float(row["value"]) for row in rows}
-    assert found["memory_over_whole"] <= 0.2
-    assert found["gradient_difference"] <= 1e-5
+    children.ranks(sharded_work, str(tmp_path / "meeting"), processes=2).join()

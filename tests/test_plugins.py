@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 from torch import Tensor
 
+import children
 from alter.core import plugins
 from alter.core.errors import UserError
 from alter.methods.objectives import FORGET, NPO, Labelled, Objective
@@ -144,15 +145,7 @@ def installed(tmp_path_factory):
 
 def python(folder, code, **given):
     path = os.pathsep.join([str(folder), str(SOURCE)])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, "ALTER_CACHE": "off"},
-        capture_output=True,
-        text=True,
-        **given,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return children.run(code=code, paths=[folder], env={"PYTHONPATH": path, "ALTER_CACHE": "off"}, **given)
 
 
 def test_a_package_brings_parts_that_are_used_by_name(installed, tmp_path):

@@ -24,7 +24,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import alter
+import children
 from alter import cli
 from alter.core.errors import UserError
 from alter.core.files import folder_digest
@@ -1064,13 +1064,7 @@ def test_passwords_are_not_shown(url):
 
 
 def command(*args):
-    # the folder that this alter comes from, in the process as well
-    return subprocess.Popen(
-        [sys.executable, "-m", "alter", "request", *args],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(os.path.dirname(alter.__file__))},
-    )
+    return children.Child("request", *args)
 
 
 @pytest.mark.slow

@@ -3,10 +3,7 @@
 import json
 import os
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+import children
 from alter import cli
 from alter.core.errors import UserError
 from alter.logits import entropy
@@ -289,19 +287,13 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(data, tmp_path
     broken = settings(data, tmp_path / "broken", **changes)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(broken.model_dump()))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "alter", "unlearn", str(recipe)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
+    process = children.Child("unlearn", recipe)
     until = time.time() + 120
     while folder.last_whole_checkpoint(tmp_path / "broken" / "checkpoints") is None:
         assert time.time() < until, "no checkpoint appeared"
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (tmp_path / "broken" / "adapter").exists()
     # what a kill while saving leaves behind: a newer folder without its last file

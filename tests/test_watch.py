@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import children
 from alter import cli
 from alter.core.errors import UserError
 from alter.core.records import Record, write_records
@@ -600,18 +597,13 @@ def test_a_killed_run_keeps_its_best_adapter_and_resumes(data, tmp_path):
     out = tmp_path / "broken"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(settings(data, out, given, **changes).model_dump()))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "alter", "unlearn", str(recipe)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    process = children.Child("unlearn", recipe)
     until = time.time() + 120
     while len(list((out / "checkpoints").glob("checkpoint-*"))) < 2:
         assert time.time() < until, "no checkpoint appeared"
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert any(weights(path) for path in (out / "kept").glob("step-*"))
     assert cli.main(["unlearn", str(recipe), "--resume"]) == 0
