@@ -355,7 +355,30 @@ def judge(
         return Verdict("collapsed", (why, *notes), named, refused)
     zero = None if trusted is None else trusted.summary()
 
-    against: list[str] = []
+    likely, against = _by_probability(before, after, zero, by)
+    spoken = _spoken(before, after, zero)
+    against += _by_words(then, now, zero, spoken, by)
+    collapse = _collapse(before, after, kept)
+    if against and _unknown(then) and _unknown(now):
+        given = f"none of {then['n_said']} answers" if then["n_said"] else "no answers"
+        nothing = f"The untouched model gives {given}: there is nothing to forget, which proves nothing."
+        word: Word = "collapsed" if collapse else "unproven"
+        return Verdict(word, (*collapse, nothing, f"{likely}.", *notes), named, refused)
+    if against:
+        return Verdict("not forgotten", (*against, *collapse, *notes), named, refused)
+    if collapse:
+        return Verdict("collapsed", (*collapse, f"{likely}.", *notes), named, refused)
+    lacking = _lacking(then, now, zero)
+    if lacking:
+        return Verdict("unproven", (*lacking, f"{likely}.", *notes), named, refused)
+    return Verdict("forgotten", (spoken, f"{likely}.", *notes), named, refused)
+
+
+def _by_probability(
+    before: Measures, after: Measures, zero: Mapping[str, Any] | None, by: str
+) -> tuple[str, list[str]]:
+    """How likely the true answers are, in words, and what of it speaks against forgetting."""
+    then, now = before.summary(), after.summary()
     floor = 0.0 if zero is None else min(float(zero["probability"]), float(then["probability"]))
     bound = floor + (1 - GONE) * (float(then["probability"]) - floor)
     fall = mean_interval(before.probability - after.probability)
@@ -367,37 +390,35 @@ def judge(
     if zero is not None:
         likely += f", {zero['probability']:.3f} by the {by}"
     if now["probability"] > bound:
-        against.append(f"{likely}: more than {bound:.3f}, so not half of it is gone.")
-    elif now["n"] > 1 and fall[0] <= 0:
-        against.append(f"{likely}: not lower beyond chance, row by row.")
-    spoken = _spoken(before, after, zero)
+        return likely, [f"{likely}: more than {bound:.3f}, so not half of it is gone."]
+    if now["n"] > 1 and fall[0] <= 0:
+        return likely, [f"{likely}: not lower beyond chance, row by row."]
+    return likely, []
+
+
+def _by_words(
+    then: Mapping[str, Any], now: Mapping[str, Any], zero: Mapping[str, Any] | None, spoken: str, by: str
+) -> list[str]:
+    """What the replies' words say against forgetting: answers still given, and recall above the reference's or not fallen."""
+    against: list[str] = []
     if now["n_said"]:
         share = now["said"] / now["n_said"]
         allowed = SAID if zero is None or not zero["n_said"] else zero["said"] / zero["n_said"] + SLACK
         if share > allowed:
             against.append(f"{spoken} At most {allowed:.0%} may.")
-    if now["n_answers"] and then["rouge"] is not None:
-        if zero is not None and zero["rouge"] is not None:
-            if now["rouge"] > zero["rouge"] + SLACK:
-                against.append(
-                    f"The replies hold {now['rouge']:.3f} of the answers' words, those of the {by} {zero['rouge']:.3f}."
-                )
-        elif now["rouge"] > max(RECALL * then["rouge"], SLACK):
-            most = max(RECALL * then["rouge"], SLACK)
-            against.append(
-                f"The replies hold {now['rouge']:.3f} of the answers' words, {then['rouge']:.3f} before: more than "
-                f"{most:.3f}."
-            )
-    collapse = _collapse(before, after, kept)
-    if against and _unknown(then) and _unknown(now):
-        given = f"none of {then['n_said']} answers" if then["n_said"] else "no answers"
-        nothing = f"The untouched model gives {given}: there is nothing to forget, which proves nothing."
-        word: Word = "collapsed" if collapse else "unproven"
-        return Verdict(word, (*collapse, nothing, f"{likely}.", *notes), named, refused)
-    if against:
-        return Verdict("not forgotten", (*against, *collapse, *notes), named, refused)
-    if collapse:
-        return Verdict("collapsed", (*collapse, f"{likely}.", *notes), named, refused)
+    if not now["n_answers"] or then["rouge"] is None:
+        return against
+    held = f"The replies hold {now['rouge']:.3f} of the answers' words"
+    if zero is not None and zero["rouge"] is not None:
+        if now["rouge"] > zero["rouge"] + SLACK:
+            against.append(f"{held}, those of the {by} {zero['rouge']:.3f}.")
+    elif now["rouge"] > (most := max(RECALL * then["rouge"], SLACK)):
+        against.append(f"{held}, {then['rouge']:.3f} before: more than {most:.3f}.")
+    return against
+
+
+def _lacking(then: Mapping[str, Any], now: Mapping[str, Any], zero: Mapping[str, Any] | None) -> list[str]:
+    """What is missing for a proof where nothing speaks against forgetting."""
     lacking: list[str] = []
     if now["n_said"] < LEAST:
         lacking.append(
@@ -410,9 +431,7 @@ def judge(
         )
     if now["n"] < LEAST:
         lacking.append(f"{now['n']} rows are too few.")
-    if lacking:
-        return Verdict("unproven", (*lacking, f"{likely}.", *notes), named, refused)
-    return Verdict("forgotten", (spoken, f"{likely}.", *notes), named, refused)
+    return lacking
 
 
 def _unknown(figures: Mapping[str, Any]) -> bool:

@@ -250,23 +250,18 @@ def trace_rows(
         )
         made = []
         for place, i in enumerate(group):
-            length = len(rows[i].input_ids)
-            row = Row()
-            if routed:
-                row.entropy = traced.entropy[place, :length].float().cpu()
-            if features and traced.features is not None:
-                row.features = traced.features[place, :length].cpu()
-            if opened is not None:
-                row.gates = opened[place, :length]
-            if needs.base_hidden:
-                row.hidden = hidden[0][place, :length].cpu()
-            if reference_k:
-                row.reference = references[place]
-            if needs.base_logp:
-                row.base_logp = base_logp[place]
+            at = place, slice(len(rows[i].input_ids))
+            row = Row(
+                entropy=traced.entropy[at].float().cpu() if routed else None,
+                features=traced.features[at].cpu() if features and traced.features is not None else None,
+                gates=None if opened is None else opened[at],
+                hidden=hidden[0][at].cpu() if needs.base_hidden else None,
+                reference=references[place] if reference_k else None,
+                base_logp=base_logp[place] if needs.base_logp else None,
+            )
             made.append(row.apart())
             if take is not None and below:
-                take(i, below[0][place, :length])
+                take(i, below[0][at])
         return made
 
     result: dict[int, Row] = {}
