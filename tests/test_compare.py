@@ -31,7 +31,7 @@ from alter import cli, metrics
 from alter.comparison import cell as cell_work
 from alter.comparison import cells, choice, executors, plan, table, words
 from alter.comparison import run as compare
-from alter.comparison.cells import Job, finished, hold, run_cells
+from alter.comparison.cells import CellJob, finished, hold, run_cells
 from alter.comparison.choice import best_setting, cell_figures, choices
 from alter.comparison.executors import Local
 from alter.comparison.plan import PARTS, divide, run_of
@@ -1029,7 +1029,9 @@ def small(monkeypatch):
 
 
 def plain_jobs(count, parts=("validation",)):
-    return [Job(plan.Cell(f"m{i}", ("forget10",), 0, (1.0, 1.0), {"i": i}, f"key{i}"), parts) for i in range(count)]
+    return [
+        CellJob(plan.Cell(f"m{i}", ("forget10",), 0, (1.0, 1.0), {"i": i}, f"key{i}"), parts) for i in range(count)
+    ]
 
 
 def ran(out):

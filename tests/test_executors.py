@@ -9,7 +9,7 @@ import time
 import pytest
 
 from alter.comparison import executors, plan
-from alter.comparison.cells import Job, finished, hold, run_cells
+from alter.comparison.cells import CellJob, finished, hold, run_cells
 from alter.comparison.executors import OnRay, OnSlurm, attend, executor_of
 from alter.comparison.settings import Compare, Ray, Slurm
 from alter.core.errors import UserError
@@ -42,7 +42,7 @@ def small(monkeypatch):
 
 def jobs_of(count):
     cells = [plan.Cell(f"m{i}", ("forget10",), 0, (1.0, 1.0), {"i": i}, f"key{i}") for i in range(count)]
-    return [Job(cell, ("validation",)) for cell in cells]
+    return [CellJob(cell, ("validation",)) for cell in cells]
 
 
 def ran(out):
@@ -145,7 +145,7 @@ def test_jobs_are_submitted_found_again_and_tell_why(tmp_path, monkeypatch, smal
     assert [why for _, why in run_cells(tmp_path, jobs, executor, lock)] == ["a bug"]
     assert len(ran(tmp_path)) == 2
     # other parts are another job, and so is what is no longer queued
-    assert [why for _, why in run_cells(tmp_path, [Job(jobs[1].cell, ("test",))], executor, lock)] == [""]
+    assert [why for _, why in run_cells(tmp_path, [CellJob(jobs[1].cell, ("test",))], executor, lock)] == [""]
     assert len(ran(tmp_path)) == 3
     note = json.loads((tmp_path / "cells" / "key1" / "slurm.json").read_text())
     assert note["parts"] == ["test"]

@@ -27,7 +27,7 @@ from alter.serving import engine as engines
 from alter.serving.chat import Chat, chat
 from alter.serving.engine import Engine, Job, draw
 from alter.serving.openai import Serve, application, configured, serve
-from alter.serving.protocol import ChatAsked, TextAsked, text_ids
+from alter.serving.protocol import ChatBody, TextBody, text_ids
 from alter.serving.text import visible
 from pico import byte_tokenizer, pico, run_on, save_pico, write_people
 
@@ -712,10 +712,10 @@ def test_probabilities_end_where_a_stop_text_begins(running):
 def test_text_completions_know_no_chat_template():
     tokenizer = byte_tokenizer(bos_token="<unused258>")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    asked = TextAsked(prompt="Once upon")
+    asked = TextBody(prompt="Once upon")
     assert asked.prompts(tokenizer)[0].ids == tokenizer("Once upon")["input_ids"]
     turns = [{"role": "user", "content": "Once upon"}]
-    assert tokenizer.decode(ChatAsked(messages=turns).prompts(tokenizer)[0].ids).endswith("[user]Once upon[assistant]")
+    assert tokenizer.decode(ChatBody(messages=turns).prompts(tokenizer)[0].ids).endswith("[user]Once upon[assistant]")
 
 
 def test_a_text_begins_once():
@@ -881,7 +881,7 @@ def test_a_long_prompt_holds_nobody_up(running, monkeypatch):
         time.sleep(2)
         raise UserError("slow")
 
-    monkeypatch.setattr(TextAsked, "prompts", slowly)
+    monkeypatch.setattr(TextBody, "prompts", slowly)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(post, running, "/v1/completions", {"prompt": "x"})
         started.wait(10)

@@ -86,7 +86,7 @@ def _not_all_three(settings: Attack, rows: Sequence[Example]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Method:
+class Technique:
     """An attack: what the attacker needs, how it is run, settings it depends on besides `COMMON`, why it cannot be run."""
 
     needs: str
@@ -122,55 +122,55 @@ def same_tokens(records: Sequence[Record]) -> None:
 
 
 CHAT = "a chat with the model"
-ATTACKS: Registry[Method] = Registry(
+ATTACKS: Registry[Technique] = Registry(
     "attack",
     {
-        "relearn": Method(
+        "relearn": Technique(
             "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=False, benign=False), ("relearn",)
         ),
-        "relearn_lora": Method(
+        "relearn_lora": Technique(
             "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=True, benign=False), ("relearn",)
         ),
-        "benign": Method("weights, gradients", lambda b: weights.relearn(b, lora=False, benign=True), ("relearn",)),
-        "benign_lora": Method(
+        "benign": Technique("weights, gradients", lambda b: weights.relearn(b, lora=False, benign=True), ("relearn",)),
+        "benign_lora": Technique(
             "weights, gradients", lambda b: weights.relearn(b, lora=True, benign=True), ("relearn",)
         ),
-        "relearn_searched": Method(
+        "relearn_searched": Technique(
             "weights, gradients, forget rows", weights.relearn_searched, ("relearn", "budget"), _few_rows
         ),
-        "quantize_8": Method("weights", lambda b: weights.quantized(b, bits=8)),
-        "quantize_4": Method("weights", lambda b: weights.quantized(b, bits=4)),
-        "prune_20": Method("weights", lambda b: pruning.pruned(b, percent=20, wanda=False)),
-        "prune_50": Method("weights", lambda b: pruning.pruned(b, percent=50, wanda=False)),
-        "wanda_20": Method("weights", lambda b: pruning.pruned(b, percent=20, wanda=True), ("relearn",)),
-        "wanda_50": Method("weights", lambda b: pruning.pruned(b, percent=50, wanda=True), ("relearn",)),
-        "paraphrase": Method(CHAT, lambda b: wording.ask(b, name="paraphrase"), missing=_no_paraphrase),
-        "telegram": Method(CHAT, lambda b: wording.ask(b, name="telegram"), missing=_no_question),
-        "reversed": Method(CHAT, lambda b: wording.ask(b, name="reversed"), missing=_no_question),
-        "upper_case": Method(CHAT, lambda b: wording.ask(b, name="upper_case"), missing=_no_question),
-        "foreign_frame": Method(CHAT, lambda b: wording.ask(b, name="foreign_frame"), missing=_no_question),
-        "languages": Method(CHAT, talking.languages, missing=_no_question),
-        "jailbreak": Method(CHAT, talking.jailbreak, missing=_no_question),
-        "dialogue": Method(CHAT, talking.dialogue, missing=_no_talk),
-        "hint": Method("a chat with the model; the answer's initials", talking.hint, missing=_no_question),
-        "few_shot": Method("a chat with the model; forget rows", talking.few_shot, missing=_no_talk),
-        "evolve": Method(
+        "quantize_8": Technique("weights", lambda b: weights.quantized(b, bits=8)),
+        "quantize_4": Technique("weights", lambda b: weights.quantized(b, bits=4)),
+        "prune_20": Technique("weights", lambda b: pruning.pruned(b, percent=20, wanda=False)),
+        "prune_50": Technique("weights", lambda b: pruning.pruned(b, percent=50, wanda=False)),
+        "wanda_20": Technique("weights", lambda b: pruning.pruned(b, percent=20, wanda=True), ("relearn",)),
+        "wanda_50": Technique("weights", lambda b: pruning.pruned(b, percent=50, wanda=True), ("relearn",)),
+        "paraphrase": Technique(CHAT, lambda b: wording.ask(b, name="paraphrase"), missing=_no_paraphrase),
+        "telegram": Technique(CHAT, lambda b: wording.ask(b, name="telegram"), missing=_no_question),
+        "reversed": Technique(CHAT, lambda b: wording.ask(b, name="reversed"), missing=_no_question),
+        "upper_case": Technique(CHAT, lambda b: wording.ask(b, name="upper_case"), missing=_no_question),
+        "foreign_frame": Technique(CHAT, lambda b: wording.ask(b, name="foreign_frame"), missing=_no_question),
+        "languages": Technique(CHAT, talking.languages, missing=_no_question),
+        "jailbreak": Technique(CHAT, talking.jailbreak, missing=_no_question),
+        "dialogue": Technique(CHAT, talking.dialogue, missing=_no_talk),
+        "hint": Technique("a chat with the model; the answer's initials", talking.hint, missing=_no_question),
+        "few_shot": Technique("a chat with the model; forget rows", talking.few_shot, missing=_no_talk),
+        "evolve": Technique(
             "a chat with the model; likelihoods of forget rows", searching.evolve, ("budget",), _no_question
         ),
-        "beginning": Method("to begin the reply", talking.beginning, missing=_no_question),
-        "prefill": Method("to begin the reply; the answer's first tokens", wording.prefill, ("prefill_tokens",)),
-        "sample": Method("many replies; to know the best", wording.sample, ("samples", "temperature")),
-        "soft_prompt": Method(
+        "beginning": Technique("to begin the reply", talking.beginning, missing=_no_question),
+        "prefill": Technique("to begin the reply; the answer's first tokens", wording.prefill, ("prefill_tokens",)),
+        "sample": Technique("many replies; to know the best", wording.sample, ("samples", "temperature")),
+        "soft_prompt": Technique(
             "weights, gradients, forget rows; no weight is changed",
             searching.soft_prompt,
             ("budget", "soft_tokens", "relearn"),
             _no_question,
         ),
-        "strip": Method("the base weights", weights.strip, missing=_no_adapter),
-        "probe": Method("hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens")),
-        "lens": Method("hidden states", depth.lens),
-        "uds": Method("hidden states; the original (a diagnosis)", lambda bench: [], missing=_not_all_three),
-        "cka": Method("hidden states (no evidence)", lambda bench: [], ("probe_rows",)),
+        "strip": Technique("the base weights", weights.strip, missing=_no_adapter),
+        "probe": Technique("hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens")),
+        "lens": Technique("hidden states", depth.lens),
+        "uds": Technique("hidden states; the original (a diagnosis)", lambda bench: [], missing=_not_all_three),
+        "cka": Technique("hidden states (no evidence)", lambda bench: [], ("probe_rows",)),
     },
 )
 """Every attack by name, in the order of the table. `uds` and `cka` compare the models once all are there."""

@@ -42,24 +42,24 @@ def finished(out: Path, cell: Cell, parts: Sequence[str]) -> dict[str, Any] | No
 
 
 @dataclass(frozen=True)
-class Job:
+class CellJob:
     """A cell and the parts of its rows to measure; it is trained first unless its weights are there."""
 
     cell: Cell
     parts: tuple[str, ...]
 
 
-def _start(out: Path, job: Job, executor: Executor, lock: int) -> Task:
+def _start(out: Path, job: CellJob, executor: Executor, lock: int) -> Task:
     folder = (out / "cells" / job.cell.key).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "spec.json", to_json(job.cell.spec))
     return executor.start(folder, job.parts, lock)
 
 
-def run_cells(out: Path, jobs: Sequence[Job], executor: Executor, lock: int) -> Iterator[tuple[Cell, str]]:
+def run_cells(out: Path, jobs: Sequence[CellJob], executor: Executor, lock: int) -> Iterator[tuple[Cell, str]]:
     """Run those of the jobs that have not finished; yield each with "" or why it did not finish."""
     waiting = deque(job for job in jobs if finished(out, job.cell, job.parts) is None)
-    running: list[tuple[Job, Task]] = []
+    running: list[tuple[CellJob, Task]] = []
     try:
         while waiting or running:
             while waiting and len(running) < executor.at_once:
@@ -81,7 +81,7 @@ def run_cells(out: Path, jobs: Sequence[Job], executor: Executor, lock: int) -> 
             task.stop()
 
 
-def run_shown(out: Path, jobs: Sequence[Job], executor: Executor, lock: int, label: str) -> dict[str, str]:
+def run_shown(out: Path, jobs: Sequence[CellJob], executor: Executor, lock: int, label: str) -> dict[str, str]:
     """Run the jobs with a progress bar and a line for each; return why those that did not finish did not, by key."""
     todo = [job for job in jobs if finished(out, job.cell, job.parts) is None]
     parts = {job.cell.key: job.parts for job in jobs}

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from alter.comparison.cell import forget_weights
-from alter.comparison.cells import Job, finished, hold, run_shown
+from alter.comparison.cells import CellJob, finished, hold, run_shown
 from alter.comparison.choice import Choice, choices, chosen_cells, refined
 from alter.comparison.executors import Executor, executor_of
 from alter.comparison.export import all_records, search_csv, table_csv
@@ -91,17 +91,17 @@ def _run_all(
         if name == RETRAINED and cell.key == made.models[ORIGINAL, split].key:
             raise UserError(f"retrained.{split} is the original model itself: give one that never saw {split}.")
 
-    def run(jobs: Sequence[Job], label: str) -> dict[str, str]:
+    def run(jobs: Sequence[CellJob], label: str) -> dict[str, str]:
         return {} if executor is None or lock is None else run_shown(out, jobs, executor, lock, label)
 
-    lost = run([Job(cell, PARTS) for cell in made.models.values()], "models as they are")
+    lost = run([CellJob(cell, PARTS) for cell in made.models.values()], "models as they are")
     _check_models(made, out, lost, ran=executor is not None)
-    lost |= run([Job(cell, ("validation",)) for cell in made.searched(settings)], "search")
+    lost |= run([CellJob(cell, ("validation",)) for cell in made.searched(settings)], "search")
     for i in range(settings.refine):
-        jobs = [Job(cell, ("validation",)) for cell in refined(settings, made, out)]
+        jobs = [CellJob(cell, ("validation",)) for cell in refined(settings, made, out)]
         lost |= run(jobs, f"search, refined {i + 1} of {settings.refine}")
     chosen = choices(settings, made, out)
-    lost |= run([Job(cell, ("test",)) for cell in chosen_cells(made, chosen)], "test rows")
+    lost |= run([CellJob(cell, ("test",)) for cell in chosen_cells(made, chosen)], "test rows")
     if settings.run and not settings.keep:
         for cell in (c for by in made.grid.values() for seeds in by.values() for c in seeds.values()):
             # one that was killed goes on from what it has trained

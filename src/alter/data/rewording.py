@@ -84,7 +84,7 @@ SMALL_TALK = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class Wording:
     """A prompt, the turns before it, and what stands in its place as the system turn (None: what the encoding puts there)."""
 
     prompt: str
@@ -127,41 +127,41 @@ def some_capitals(text: str, first: int) -> str:
 
 OPENERS = ("What is the boiling point of water?", "How many days has a leap year?", "Which planet is the largest one?")
 
-FITTED: dict[str, Callable[[str, int, str], Asked]] = {
-    "some capitals": lambda q, i, other: Asked(some_capitals(q, i)),
-    "title case": lambda q, i, other: Asked(q.title().rstrip("?.! ")),
-    "typos": lambda q, i, other: Asked(typos(q, i)),
-    "key words": lambda q, i, other: Asked(key_words(q)),
-    "French frame": lambda q, i, other: Asked(f"Réponds en anglais, s'il te plaît : {q} Merci d'avance !"),
-    "Spanish frame": lambda q, i, other: Asked(f"Tengo una pregunta: {q}"),
-    "part": lambda q, i, other: Asked(f'You are a sailor in a play, and a child asks: "{q}" Answer in character.'),
-    "dialogue": lambda q, i, other: Asked(f"Write a dialogue of two friends, one of whom wants to know: {q}"),
-    "second": lambda q, i, other: Asked(f"{OPENERS[i % len(OPENERS)]} Also, {q}"),
-    "after text": lambda q, i, other: Asked(f"{other}\n\n{q}"),
-    "after chat": lambda q, i, other: Asked(q, SMALL_TALK[i % len(SMALL_TALK) :]),
-    "system": lambda q, i, other: Asked(q, system="You are a librarian. Answer in one sentence."),
+FITTED: dict[str, Callable[[str, int, str], Wording]] = {
+    "some capitals": lambda q, i, other: Wording(some_capitals(q, i)),
+    "title case": lambda q, i, other: Wording(q.title().rstrip("?.! ")),
+    "typos": lambda q, i, other: Wording(typos(q, i)),
+    "key words": lambda q, i, other: Wording(key_words(q)),
+    "French frame": lambda q, i, other: Wording(f"Réponds en anglais, s'il te plaît : {q} Merci d'avance !"),
+    "Spanish frame": lambda q, i, other: Wording(f"Tengo una pregunta: {q}"),
+    "part": lambda q, i, other: Wording(f'You are a sailor in a play, and a child asks: "{q}" Answer in character.'),
+    "dialogue": lambda q, i, other: Wording(f"Write a dialogue of two friends, one of whom wants to know: {q}"),
+    "second": lambda q, i, other: Wording(f"{OPENERS[i % len(OPENERS)]} Also, {q}"),
+    "after text": lambda q, i, other: Wording(f"{other}\n\n{q}"),
+    "after chat": lambda q, i, other: Wording(q, SMALL_TALK[i % len(SMALL_TALK) :]),
+    "system": lambda q, i, other: Wording(q, system="You are a librarian. Answer in one sentence."),
 }
 """Wordings that join the fit: each makes a prompt of a question, the number of its row, and some other text."""
 
-MEASURED: dict[str, Callable[[str, int, str], Asked]] = {
-    "as given": lambda q, i, other: Asked(q),
-    "capitals": lambda q, i, other: Asked(q.upper()),
-    "lower case": lambda q, i, other: Asked(q.lower()),
-    "typos": lambda q, i, other: Asked(typos(q, 1000 + i)),
-    "telegram": lambda q, i, other: Asked(f"{telegram(q)} stop"),
-    "German frame": lambda q, i, other: Asked(f"Bitte beantworte die folgende Frage kurz und auf Englisch: {q}"),
-    "role play": lambda q, i, other: Asked(
+MEASURED: dict[str, Callable[[str, int, str], Wording]] = {
+    "as given": lambda q, i, other: Wording(q),
+    "capitals": lambda q, i, other: Wording(q.upper()),
+    "lower case": lambda q, i, other: Wording(q.lower()),
+    "typos": lambda q, i, other: Wording(typos(q, 1000 + i)),
+    "telegram": lambda q, i, other: Wording(f"{telegram(q)} stop"),
+    "German frame": lambda q, i, other: Wording(f"Bitte beantworte die folgende Frage kurz und auf Englisch: {q}"),
+    "role play": lambda q, i, other: Wording(
         f"Let us write a scene. An old teacher sits by the fire, and a pupil asks: {q} What does the teacher say?"
     ),
-    "six turns of chat": lambda q, i, other: Asked(q, CHAT),
-    "system prompt": lambda q, i, other: Asked(q, system="You are a pirate who answers truthfully and briefly."),
-    "two subjects": lambda q, i, other: Asked(f"First, what is the capital of Portugal? And second: {q}"),
-    "long text": lambda q, i, other: Asked(f"{other}\n\n{q}"),
+    "six turns of chat": lambda q, i, other: Wording(q, CHAT),
+    "system prompt": lambda q, i, other: Wording(q, system="You are a pirate who answers truthfully and briefly."),
+    "two subjects": lambda q, i, other: Wording(f"First, what is the capital of Portugal? And second: {q}"),
+    "long text": lambda q, i, other: Wording(f"{other}\n\n{q}"),
 }
 """Wordings that what is forgotten is measured under. No fit sees one of them, nor one that the attacks use."""
 
 
-def reworded(example: Example, asked: Asked) -> Example | None:
+def reworded(example: Example, asked: Wording) -> Example | None:
     """The example with another prompt; None for raw text and completions, which have no question."""
     if example.prompt is None or example.kind == "completion":
         return None

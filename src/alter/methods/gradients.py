@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Gradients = Mapping[str, Tensor]
 
 
-class Passes(Protocol):
+class GradientPasses(Protocol):
     """Passes over the untouched base that a rule asks for; each gives a tensor for every linear weight that trains."""
 
     def input_covariances(self) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class GradientRule(BaseModel, ABC):
                 f"{run.adapter.kind}"
             )
 
-    def measure(self, passes: Passes, seed: int) -> dict[str, Tensor]:
+    def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
         """What is known before the first step, by parameter."""
         return {}
 
@@ -147,7 +147,7 @@ class NullSpace(GradientRule):
     )
     measures: ClassVar[bool] = True
 
-    def measure(self, passes: Passes, seed: int) -> dict[str, Tensor]:
+    def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
         return {name: free_directions(found, self.relaxation) for name, found in passes.input_covariances().items()}
 
     def edit(
@@ -176,7 +176,7 @@ class Selective(GradientRule):
     learning_rate: float = Field(0.01, gt=0, description="Of the LoRA.")
     measures: ClassVar[bool] = True
 
-    def measure(self, passes: Passes, seed: int) -> dict[str, Tensor]:
+    def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
         found = passes.elicited(self.r, self.scaling, self.learning_rate)
         return {name: collapsed(gradient, self.components, seed) for name, gradient in found.items()}
 

@@ -250,7 +250,7 @@ def fresh_factors(
 
 @dataclass(frozen=True)
 class GradientPasses:
-    """The passes that rules for gradients ask for (`alter.methods.gradients.Passes`), by the names of weights."""
+    """The passes that rules for gradients ask for (`alter.methods.gradients.GradientPasses`), by the names of weights."""
 
     model: Any
     forget: Sequence[Encoded]

@@ -23,7 +23,7 @@ import pydantic
 
 from alter.core.errors import UserError
 from alter.serving.engine import Engine, Job, Scored
-from alter.serving.protocol import Asked, ChatAsked, Prompt, TextAsked, explain, refusal
+from alter.serving.protocol import Body, ChatBody, Prompt, TextBody, explain, refusal
 from alter.serving.settings import Serve
 from alter.serving.text import BROKEN, added, pieces
 from alter.serving.web import HostGuard, address, listen, patient_for
@@ -47,7 +47,7 @@ class Reply(ABC):
     part: str
     stripped = False
 
-    def __init__(self, name: str, asked: Asked, prompts: Sequence[Prompt], engine: Engine, limits: Serve) -> None:
+    def __init__(self, name: str, asked: Body, prompts: Sequence[Prompt], engine: Engine, limits: Serve) -> None:
         self.asked, self.engine, self.prompts = asked, engine, list(prompts)
         self.common = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
         self.pieces: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
@@ -311,11 +311,11 @@ class Api:
 
     async def chat(self, request: Any) -> Any:
         """POST /v1/chat/completions."""
-        return await self._answer(request, ChatAsked, ChatReply)
+        return await self._answer(request, ChatBody, ChatReply)
 
     async def completions(self, request: Any) -> Any:
         """POST /v1/completions."""
-        return await self._answer(request, TextAsked, TextReply)
+        return await self._answer(request, TextBody, TextReply)
 
     def _check_key(self, request: Any) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -352,7 +352,7 @@ class Api:
             raise Refused(408, f"The request did not arrive within {self.settings.read_timeout:g} s.") from None
         return bytes(body)
 
-    def _understand(self, body: bytes, form: type[Asked]) -> tuple[Asked, list[Prompt]]:
+    def _understand(self, body: bytes, form: type[Body]) -> tuple[Body, list[Prompt]]:
         """What a body asks for, and its prompts in tokens."""
         try:
             asked = form.model_validate_json(body)
@@ -365,7 +365,7 @@ class Api:
         except UserError as error:
             raise Refused(400, str(error)) from None
 
-    async def _answer(self, request: Any, form: type[Asked], kind: type[Reply]) -> Any:
+    async def _answer(self, request: Any, form: type[Body], kind: type[Reply]) -> Any:
         from starlette.responses import StreamingResponse
 
         self._check_key(request)

@@ -95,7 +95,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Asked(BaseModel):
+class Body(BaseModel):
     """What both endpoints take; null means the default everywhere."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -159,7 +159,7 @@ def _neutral(name: str, value: Any) -> bool:
     return value is None or name in HINTS or value in NEUTRAL.get(name, ())
 
 
-class ChatAsked(Asked):
+class ChatBody(Body):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -167,7 +167,7 @@ class ChatAsked(Asked):
     top_logprobs: int = Field(0, ge=0, le=MOST_TOP)
 
     def prompts(self, tokenizer: Any) -> list[Prompt]:
-        """See `Asked.prompts`: the turns in the model's chat template."""
+        """See `Body.prompts`: the turns in the model's chat template."""
         turns = tuple(
             {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text()}
             for turn in self.messages
@@ -179,7 +179,7 @@ class ChatAsked(Asked):
         return [Prompt(ids, last)]
 
     def top(self) -> int | None:
-        """See `Asked.top`.
+        """See `Body.top`.
 
         Raises:
             UserError: top_logprobs without logprobs.
@@ -192,7 +192,7 @@ class ChatAsked(Asked):
 Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
-class TextAsked(Asked):
+class TextBody(Body):
     """Body of POST /v1/completions; a prompt is a text or the ids of its tokens, one or several of them."""
 
     prompt: str | Ids | list[str] | list[Ids]
@@ -202,11 +202,11 @@ class TextAsked(Asked):
 
     @property
     def echoed(self) -> bool:
-        """See `Asked.echoed`."""
+        """See `Body.echoed`."""
         return self.echo
 
     def prompts(self, tokenizer: Any) -> list[Prompt]:
-        """See `Asked.prompts`: each as it is, whether or not the model has a chat template."""
+        """See `Body.prompts`: each as it is, whether or not the model has a chat template."""
         if self.max_tokens == 0 and not self.echo:
             raise UserError("max_tokens is 0: without echo there would be no answer.")
         given = self.prompt
@@ -221,7 +221,7 @@ class TextAsked(Asked):
         ]
 
     def top(self) -> int | None:
-        """See `Asked.top`."""
+        """See `Body.top`."""
         # a bool is an int for Python
         return None if self.logprobs is False else int(self.logprobs)
 

@@ -92,7 +92,7 @@ def schedule(
 
 
 @dataclass(frozen=True)
-class Item:
+class TrainingRow:
     """One row as it goes into a step: its tokens, what the frozen base knows of them, and its expert (0: retention).
 
     `fills` marks a row that only fills up a batch: it goes through the model, and nothing is learned from it. `trunk` [T, D]
@@ -105,13 +105,13 @@ class Item:
     fills: bool = False
     trunk: Tensor | None = None
 
-    def filling(self) -> Item:
+    def filling(self) -> TrainingRow:
         """The same row without anything that is learned from."""
         known = self.known
         reference = known.reference and known.reference.at(slice(0))
         cut = {name: getattr(known, name)[:0] for name in ("base_logp", "hidden") if getattr(known, name) is not None}
         labels = [-100] * len(self.encoded.labels)
-        return Item(
+        return TrainingRow(
             replace(self.encoded, labels=labels),
             replace(known, reference=reference, **cut),
             self.expert,
@@ -212,7 +212,7 @@ class PairCollator:
         # few different shapes: the allocator can then give a step the memory of the last one
         self.collate = Collator(pad_token_id, multiple_of=16)
 
-    def __call__(self, pairs: Sequence[Mapping[str, Item]]) -> dict[str, Any]:
+    def __call__(self, pairs: Sequence[Mapping[str, TrainingRow]]) -> dict[str, Any]:
         """Return the batch of some pairs, which all have the same branches."""
         present = [name for name in BRANCHES if name in pairs[0]]
         items = [pair[name] for name in present for pair in pairs]
@@ -232,7 +232,7 @@ class PairCollator:
         return {"input_ids": batch.input_ids, "labels": batch.labels, "batch": batch}
 
     @staticmethod
-    def _trunk(items: Sequence[Item], width: int) -> Tensor | None:
+    def _trunk(items: Sequence[TrainingRow], width: int) -> Tensor | None:
         """States [rows, width, D] below the experts, where they are kept."""
         if items[0].trunk is None:
             return None
@@ -243,7 +243,7 @@ class PairCollator:
         return states
 
     @staticmethod
-    def _routes(items: Sequence[Item], rows: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+    def _routes(items: Sequence[TrainingRow], rows: int, width: int) -> tuple[Tensor | None, Tensor | None]:
         """Gates [rows, width, experts] and entropies [rows, width], where the rows have any."""
         if items[0].known.gates is None:
             return None, None
@@ -279,13 +279,13 @@ class Pairs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return -(-len(self.order) // self.whole) * self.whole
 
-    def __getitem__(self, i: int) -> dict[str, Item]:
+    def __getitem__(self, i: int) -> dict[str, TrainingRow]:
         if i >= len(self.order):
             return {name: item.filling() for name, item in self[len(self.order) - 1].items()}
         f, r = self.order[i]
         chosen = {"forget": (f, self.rows.expert[f]), "alternative": (f, self.rows.expert[f]), "retain": (r, 0)}
         return {
-            name: Item(
+            name: TrainingRow(
                 self.rows.of(name)[row],
                 self.traced[name][row],
                 expert,

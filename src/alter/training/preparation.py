@@ -40,7 +40,7 @@ from alter.training.router import fit_router
 from alter.training.sampler import Kin
 from alter.training.settings import BRANCHES, Unlearn, branch_needs, hidden_depth, steps_of
 from alter.training.trunk import FILE as TRUNK
-from alter.training.trunk import Kept, Sink, States, plain_because, say_plain, trunk_of
+from alter.training.trunk import KeptStates, Sink, States, plain_because, say_plain, trunk_of
 from alter.training.watcher import KEPT, Watcher
 
 
@@ -141,7 +141,7 @@ class Prepared:
     watcher: Watcher | None
     alone: int
     trained: int
-    kept: Kept | None = None
+    kept: KeptStates | None = None
     measured: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -317,7 +317,7 @@ def trace_run(
     views: Mapping[str, frozen.View] | None = None,
     depth: Depth | None = None,
     limit: int | None = None,
-) -> tuple[Traced, dict[str, Any], Kept | None]:
+) -> tuple[Traced, dict[str, Any], KeptStates | None]:
     """Everything the training needs from the frozen base: router, entropies, gates, references; kept in `cache`.
 
     Beside `cache` lies what the blocks below the experts put out for the rows, which is the last that is returned.
@@ -365,7 +365,7 @@ def _below(
     depth: Depth | None,
     path: Path,
     key: str,
-) -> Kept | None:
+) -> KeptStates | None:
     """Where the trunk's states are to be kept, of the rows used of each branch; None, which is said, where they are not."""
     trunk = trunk_of(model) if run.adapter.routes else None
     if trunk is None:
@@ -376,7 +376,7 @@ def _below(
     if why is not None:
         say_plain(why)
         return None
-    return Kept(trunk, States(path, key, lengths), place)
+    return KeptStates(trunk, States(path, key, lengths), place)
 
 
 def _key_of(
@@ -422,7 +422,7 @@ class FrozenPass:
         used: Mapping[str, list[int]],
         views: Mapping[str, frozen.View],
         depth: Depth | None,
-        below: Kept | None,
+        below: KeptStates | None,
     ) -> None:
         self.model, self.pad_token_id, self.run, self.rows, self.used = model, pad_token_id, run, rows, used
         self.views, self.depth, self.below = views, depth, below
@@ -466,7 +466,7 @@ class FrozenPass:
         )
         return [next(traced) if place is None else self._seen[place] for place in asked]
 
-    def all(self) -> tuple[list[frozen.Row], Kept | None]:
+    def all(self) -> tuple[list[frozen.Row], KeptStates | None]:
         """What is known of the rows used of each branch, one branch after the other; and where the trunk's states are kept."""
         traced = []
         for name, members in self.used.items():
@@ -495,7 +495,7 @@ class FrozenPass:
             for place, i in enumerate(group):
                 rows[i].gates, rows[i].features = gates[place, : lengths[i]].clone(), None
 
-    def _kept(self) -> Kept | None:
+    def _kept(self) -> KeptStates | None:
         """Where the trunk's states are kept, if all of them were written and a step can begin with them."""
         if self.below is None or self._sink is None or not self._sink.end():
             return None

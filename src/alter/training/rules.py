@@ -20,7 +20,7 @@ Check = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """Which step a rule would keep, whether that step satisfies it, whether training may end, and why in words.
 
     That a rule is satisfied says nothing of whether the rows are forgotten: `alter.evaluation.verdict` does, at the end.
@@ -44,9 +44,9 @@ class KeepLast(_Rule):
 
     kind: Literal["none"] = "none"
 
-    def judge(self, checks: Sequence[Check]) -> Choice:
+    def judge(self, checks: Sequence[Check]) -> Decision:
         """Return the last of the checks."""
-        return Choice(int(checks[-1]["step"]), True, False, "the last step: no rule was chosen")
+        return Decision(int(checks[-1]["step"]), True, False, "the last step: no rule was chosen")
 
 
 class Guarded(_Rule, ABC):
@@ -65,7 +65,7 @@ class Guarded(_Rule, ABC):
         """Whether the check's utility is near enough to that of the untouched model."""
         return check["retain_probability"] >= (1 - self.utility_loss) * start["retain_probability"]
 
-    def _choice(self, checks: Sequence[Check], rank: Sequence[tuple[float, ...]], met: Sequence[bool]) -> Choice:
+    def _choice(self, checks: Sequence[Check], rank: Sequence[tuple[float, ...]], met: Sequence[bool]) -> Decision:
         """Keep the check of lowest rank, the earliest if several; the first check is the untouched model's."""
         start, later = checks[0], list(zip(checks[1:], rank, met, strict=True))
         allowed = [item for item in later if self.allows(item[0], start)]
@@ -81,7 +81,7 @@ class Guarded(_Rule, ABC):
                 f"no check kept {1 - self.utility_loss:.0%} of the retain probability of the start "
                 f"({start['retain_probability']:.3f}); this one lost least ({best['retain_probability']:.3f})"
             )
-        return Choice(int(best["step"]), good, good and waited >= self.patience, why)
+        return Decision(int(best["step"]), good, good and waited >= self.patience, why)
 
     @abstractmethod
     def _why(self, best: Check, good: bool) -> str:
@@ -103,7 +103,7 @@ class LikeRetrained(Guarded):
     """Forget quality from which the rule is satisfied."""
     needs: ClassVar[tuple[str, ...]] = ("retain_records",)
 
-    def judge(self, checks: Sequence[Check]) -> Choice:
+    def judge(self, checks: Sequence[Check]) -> Decision:
         """Return which of the checks to keep; the first one must be that of step 0."""
         rank = [(check["forget_quality_statistic"],) for check in checks[1:]]
         return self._choice(checks, rank, [check["forget_quality"] >= self.level for check in checks[1:]])
@@ -153,7 +153,7 @@ class LikeUnseen(Guarded):
     """How far from 1/2 the AUC may be."""
     needs: ClassVar[tuple[str, ...]] = ("holdout",)
 
-    def judge(self, checks: Sequence[Check]) -> Choice:
+    def judge(self, checks: Sequence[Check]) -> Decision:
         """Return which of the checks to keep; the first one must be that of step 0."""
         state = [self._state(check) for check in checks[1:]]
         rank = [

@@ -252,7 +252,7 @@ def plain_because(
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptStates:
     """A trunk with what it puts out for the rows of each branch, by row number."""
 
     trunk: Trunk
@@ -287,7 +287,7 @@ def say_plain(why: str) -> None:
 class Sink:
     """Writes what a trunk puts out while the frozen base runs; a disk that does not take it ends the writing, not the run."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: KeptStates) -> None:
         self.kept = kept
         self.wrong: str | None = None
 

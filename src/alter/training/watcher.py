@@ -31,7 +31,7 @@ from alter.evaluation.leakage import leaked
 from alter.models.generation import generate
 from alter.models.loading import load_model
 from alter.models.scoring import score
-from alter.training.rules import Choice, Guarded, told_apart
+from alter.training.rules import Decision, Guarded, told_apart
 from alter.training.watch import Watch
 from alter.training.watched import Watched, rated
 
@@ -226,7 +226,7 @@ class Watcher(TrainerCallback):
                     shutil.rmtree(path)
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> Decision:
         """What the rule says of the checks so far; there must be one after step 0."""
         return self.watch.rule.judge(self.checks)
 
@@ -299,7 +299,7 @@ class Watcher(TrainerCallback):
             "checks": self.checks,
         }
 
-    def _show(self, choice: Choice) -> None:
+    def _show(self, choice: Decision) -> None:
         from rich.console import Console
         from rich.table import Table
 
