@@ -1184,7 +1184,13 @@ def test_a_cell_unlearns_evaluates_both_parts_and_leaves_no_weights(data, tmp_pa
 
 
 def test_a_run_that_diverges_is_a_failed_cell(data, tmp_path):
-    wanted = settings(data, tmp_path, methods=["graddiff"], rates=[1e30], common={"batch_size": 4, "warmup_steps": 0})
+    wanted = settings(
+        data,
+        tmp_path,
+        methods=["graddiff"],
+        rates=[1e6],
+        common={"batch_size": 4, "warmup_steps": 0, "learning_rate": 1e24},
+    )
     folder, found = run_work(tmp_path, only_cell(wanted, tmp_path))
     assert found["status"] == "failed"
     assert "loss is nan" in found["reason"]
