@@ -11,8 +11,8 @@ import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-decode, evaluation, loss, plot, results, step = map(
-    importlib.import_module, ("decode", "evaluation", "loss", "plot", "results", "step")
+attention, decode, evaluation, loss, plot, results, step = map(
+    importlib.import_module, ("attention", "decode", "evaluation", "loss", "plot", "results", "step")
 )
 # the folder's requests.py must not stand in for the library of that name
 sys.path.remove(str(FOLDER))
@@ -121,6 +121,13 @@ def test_loss_in_chunks_beside_all_at_once(tmp_path):
     assert found["memory_over_whole"] == pytest.approx(found["chunked_mib"] / found["whole_mib"], rel=1e-3)
     assert found["gradient_difference"] <= 1e-5
     assert found["time_over_whole"] > 0
+
+
+def test_attention_in_float32_beside_transformers_own(tmp_path):
+    file = tmp_path / "r.csv"
+    attention.main(["--rows", "2", "--tokens", "12", "--steps", "2", "--csv", str(file)])
+    found = {metric for (_, metric) in figures(file)}
+    assert found == {"own_ms", "float32_ms", "time_over_own"}
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from alter.distillation.rows import KINDS, Lesson, Row
 from alter.distillation.settings import Distill, Shares
 from alter.distillation.teacher import Teacher, part
 from alter.logits.head import measuring
+from alter.training.attention import attention_for_training
 from alter.training.folder import (
     seal_checkpoint,
 )
@@ -243,7 +244,8 @@ def train_student(
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with attention_for_training():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
     return trainer

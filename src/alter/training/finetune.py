@@ -350,6 +350,8 @@ def finetune(settings: Finetune) -> Path:
     """
     import torch
 
+    from alter.training.attention import attention_for_training
+
     check_trackers(settings.report_to)
     checkpoint = _check_folder(settings)
     started = time.monotonic()
@@ -369,7 +371,8 @@ def finetune(settings: Finetune) -> Path:
     trainer = _trainer(settings, model, rows, tokenizer.pad_token_id)
     for callback in trackers(settings.report_to, Path(settings.out)):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with attention_for_training():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.attention_dropout:
         set_attention_dropout(model, plain_attention or 0.0)
     if settings.temperature != 1:

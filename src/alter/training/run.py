@@ -20,6 +20,7 @@ from alter.core import processes
 from alter.core.console import show
 from alter.core.running import release
 from alter.data.examples import data_hash, load_examples, row_hash
+from alter.training.attention import attention_for_training
 from alter.training.batches import PairCollator, Pairs
 from alter.training.data import read_data, set_aside
 from alter.training.folder import (
@@ -146,7 +147,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with attention_for_training():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         bar.close()
     return trainer
