@@ -167,7 +167,7 @@ def test_plot(measured, tmp_path):
 
 def test_figures_in_the_repository_are_whole():
     rows = results.read()
-    known = {"step", "growth", "decode", "loss", "evaluation", "serve", "requests", "forget"}
+    known = {"attention", "step", "growth", "decode", "loss", "evaluation", "serve", "requests", "forget"}
     assert {row["benchmark"] for row in rows} == known
     assert all(row["hardware"] for row in rows)
     assert not [file.name for file in FOLDER.glob("*.csv") if file != results.FILE]
