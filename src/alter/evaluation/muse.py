@@ -63,7 +63,7 @@ from alter.data.encoding import Encoded, ensure_pad_token
 from alter.data.sources import MUSE_HUB, muse_rows
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import figure
-from alter.evaluation.replies import CutReplies, open_ids, sampled
+from alter.evaluation.replies import CutReplies, open_ids, required, sampled
 from alter.models.generation import check_prompts, generate
 from alter.models.loading import Subject
 from alter.models.scoring import check_rows, score
@@ -126,20 +126,7 @@ def _encode_text(tokenizer: Any, text: str, max_length: int | None) -> Encoded:
 
 def _checked(split: str, data: str) -> list[Row]:
     """Return the rows of a split, with the columns that are needed and only those."""
-    columns = COLUMNS[split.partition("/")[0]]
-    rows = muse_rows(split, data)
-    for i, row in enumerate(rows):
-        for column in columns:
-            value = row.get(column)
-            if not isinstance(value, str) or not value.strip():
-                got = (
-                    "no" if value is None else "an empty" if isinstance(value, str) else f"a {type(value).__name__} as"
-                )
-                raise UserError(
-                    f"Row {i} of {split} in {data} has {got} {column!r}; it has {', '.join(map(str, row))}. "
-                    f"MUSE's {split.partition('/')[0]} rows have {' and '.join(columns)}, each a text."
-                )
-    return [{column: row[column] for column in columns} for row in rows]
+    return required(muse_rows(split, data), COLUMNS[split.partition("/")[0]], split, data)
 
 
 def _fingerprint(*sets: Sequence[Row]) -> str:
