@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from alter.core.errors import UserError
 from alter.data.batching import LengthBatches
 from alter.data.encoding import encode_prompt
 from alter.data.examples import load_examples
+from alter.models.loading import load_model
 from alter.training import finetune as module
 from alter.training.corpora import pack, train_tokenizer, training_rows
 from alter.training.finetune import Finetune, finetune, weighted_loss
@@ -364,6 +366,65 @@ def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         finetune(settings(tmp_path / "a", **changes))
     assert not (tmp_path / "a").exists()
+
+
+# --- a LoRA alone
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    return finetune(settings(tmp_path_factory.mktemp("start") / "model", max_steps=1))
+
+
+def lora(out: Path, start: Path, **changes) -> Path:
+    own = {"architecture": {}, "tokenizer_texts": [], "model": str(start), "lora_rank": 2, "lora_alpha": 4.0}
+    return finetune(settings(out, **{**own, **changes}))
+
+
+def test_a_lora_is_written_alone_and_loads_on_its_model(tmp_path, start):
+    out = lora(tmp_path / "a", start, learning_rate=1e-2)
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "finetune.yaml",
+        "finetune.json",
+        "README.md",
+    }
+    weights = load_file(out / "adapter_model.safetensors")
+    # two blocks of seven linear layers, each with A and B
+    assert len(weights) == 28
+    assert json.loads((out / "finetune.json").read_text())["trained"] == sum(each.numel() for each in weights.values())
+    plain, tokenizer = load_model(str(start), device="cpu")
+    tuned, _ = load_model(str(start), str(out), device="cpu")
+    ids = torch.tensor([encode_prompt(tokenizer, load_examples("builtin:forget01")[0])])
+    with torch.no_grad():
+        assert not torch.allclose(plain(ids).logits, tuned(ids).logits)
+
+
+def test_lower_blocks_that_run_once_train_the_same_lora(tmp_path, start, monkeypatch):
+    common = {"lora_from": 1, "precision": "fp32", "learning_rate": 1e-2}
+    kept = load_file(lora(tmp_path / "kept", start, **common) / "adapter_model.safetensors")
+    assert len(kept) == 14
+    assert all(".layers.1." in name for name in kept)
+    monkeypatch.setattr("alter.training.lora.LowerBlocks.done", lambda *_: nullcontext())
+    plain = load_file(lora(tmp_path / "plain", start, **common) / "adapter_model.safetensors")
+    assert any(each.abs().max() > 1e-3 for name, each in plain.items() if "lora_B" in name)
+    for name, weight in plain.items():
+        assert torch.allclose(kept[name], weight, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 2}, "it needs model"),
+        ({"lora_from": 1}, "lora_from goes with lora_rank"),
+        ({"lora_rank": 2, "lora_from": 1, "neftune": 1.0}, "without dropout or noise"),
+    ],
+)
+def test_settings_of_a_lora_that_do_not_go_together(tmp_path, changes, message):
+    own = {} if message == "it needs model" else {"architecture": {}, "tokenizer_texts": [], "model": "m"}
+    with pytest.raises(ValidationError, match=message):
+        settings(tmp_path / "a", **{**own, **changes})
 
 
 # --- what is shipped

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from alter import AlterConfig
 from alter.core.errors import UserError
+from alter.models.gguf import one_name_map
 from alter.models.loading import Subject, load_model
 from pico import save_pico
 
@@ -200,6 +201,17 @@ def test_a_gguf_of_an_unknown_architecture_is_said(tmp_path):
     writer.close()
     with pytest.raises(UserError, match="'unheard', which transformers cannot read"):
         load_model(str(tmp_path / "model.gguf"), device="cpu")
+
+
+def test_a_table_of_tensor_names_is_made_once_a_load():
+    gguf = pytest.importorskip("gguf")
+    made = gguf.get_tensor_name_map
+    with one_name_map():
+        first, second = (gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) for _ in range(2))
+        other = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    assert first is second
+    assert other is not first
+    assert gguf.get_tensor_name_map is made
 
 
 def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +101,19 @@ def _say(file: str) -> None:
     warn(f"{file}: its quantised weights are dequantised to plain numbers, which takes the memory of the full model.")
 
 
+@contextmanager
+def one_name_map() -> Iterator[None]:
+    """Within the block gguf's table of tensor names is made once, which transformers asks for anew for every module."""
+    import gguf
+
+    made = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(made)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = made
+
+
 def load_file(place: Place, **options: Any) -> tuple[Any, Any]:
     """Load model and tokenizer, with its chat template, from a GGUF file; the weights become plain numbers.
 
@@ -110,7 +125,8 @@ def load_file(place: Place, **options: Any) -> tuple[Any, Any]:
 
     check_file(place)
     _say(place.file)
-    network = AutoModelForCausalLM.from_pretrained(place.home, gguf_file=place.file, **options)
+    with one_name_map():
+        network = AutoModelForCausalLM.from_pretrained(place.home, gguf_file=place.file, **options)
     tokenizer = AutoTokenizer.from_pretrained(place.home, gguf_file=place.file)
     # nothing of it is quantised any more, but transformers would refuse to save it
     network.is_quantized, network.hf_quantizer = False, None

@@ -96,7 +96,20 @@ class Finetune(BaseModel, extra="forbid"):
     temperature: float = Field(
         1.0, gt=0, description="divides the logits of the saved model (folded into its last norm); greedy output stays"
     )
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: autocast over float32 weights")
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="freeze the weights and train a LoRA of this rank on every linear layer; out holds it alone",
+    )
+    lora_from: int | None = Field(
+        None, ge=1, description="with lora_rank: only from this block on; those below run once for each row"
+    )
+    lora_alpha: float = Field(
+        32.0, gt=0, description="with lora_rank: its products are multiplied by this over the rank"
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16: autocast over float32 weights; with lora_rank the frozen weights are bfloat16"
+    )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="of the saved weights")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     checkpoint_steps: int = Field(500, ge=1, description="write a checkpoint every so many steps")
@@ -114,6 +127,12 @@ class Finetune(BaseModel, extra="forbid"):
             )
         if bool(self.architecture) != bool(self.tokenizer_texts):
             raise ValueError("architecture and tokenizer_texts go together: a new model needs a tokenizer of its own")
+        if self.lora_rank is not None and (self.architecture or self.temperature != 1):
+            raise ValueError("lora_rank leaves the weights as they are: it needs model, and temperature at 1")
+        if self.lora_from is not None and (
+            self.lora_rank is None or self.embedding_dropout or self.attention_dropout or self.neftune
+        ):
+            raise ValueError("lora_from goes with lora_rank, and without dropout or noise in the blocks below it")
         if not self.data and not self.corpora:
             raise ValueError("give data (rows) or corpora (text files) to train on")
         if self.resume and self.overwrite:
@@ -200,11 +219,16 @@ def _finish(
         if path.exists():
             shutil.rmtree(path)
     model.config.use_cache = True
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(getattr(torch, settings.dtype)).save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
+    if settings.lora_rank is not None:
+        from alter.training.lora import save_delta
+
+        save_delta(model, fresh, str(settings.model), getattr(torch, settings.dtype))
+    else:
+        model.generation_config.bos_token_id = tokenizer.bos_token_id
+        model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.to(getattr(torch, settings.dtype)).save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
     recipe = settings.model_dump(mode="json", exclude_defaults=True, exclude={"resume", "overwrite"})
     write_atomic(fresh / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
     write_atomic(fresh / NUMBERS, to_json(numbers))
@@ -227,15 +251,16 @@ def _card(settings: Finetune, numbers: dict[str, Any]) -> str:
         f"from `{settings.model}`" if settings.model else f"from random weights ({numbers['parameters']:,} parameters)"
     )
     sources = [f"`{source}`" for source in [*settings.data, *settings.corpora]]
+    delta = settings.lora_rank is not None
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'peft' if delta else 'transformers'}",
         "pipeline_tag: text-generation",
         "---",
         "",
         f"# {title}",
         "",
-        f"Fitted {origin} by `alter finetune {RECIPE}`, the recipe in this folder.",
+        f"{'A LoRA, f' if delta else 'F'}itted {origin} by `alter finetune {RECIPE}`, the recipe in this folder.",
         "",
         "| | |",
         "|---|---|",
@@ -257,6 +282,16 @@ def _card(settings: Finetune, numbers: dict[str, Any]) -> str:
 # Run
 
 
+def weighted_mean(
+    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Return sum_t w_t l_t / sum_t w_t of `weighted_loss` for logits [n, V] of the tokens that have the targets [n]."""
+    import torch
+
+    loss = torch.nn.functional.cross_entropy(logits.float(), target, reduction="none", label_smoothing=label_smoothing)
+    return (loss * weights).sum() / weights.sum()
+
+
 def weighted_loss(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
@@ -271,19 +306,22 @@ def weighted_loss(
         weights: shape (rows, tokens), 0 or more.
         label_smoothing: s.
     """
-    import torch
-
     target, weight = labels[:, 1:], weights[:, 1:]
     labelled = (target != -100) & (weight > 0)
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1][labelled].float(), target[labelled], reduction="none", label_smoothing=label_smoothing
-    )
-    return (loss * weight[labelled]).sum() / weight[labelled].sum()
+    return weighted_mean(logits[:, :-1][labelled], target[labelled], weight[labelled], label_smoothing)
 
 
 def _trainer(settings: Finetune, model: Any, rows: list[dict[str, Any]], pad_token_id: int) -> Any:
     import torch
     from transformers import Trainer, TrainingArguments
+
+    step: Any = None
+    if settings.lora_rank is not None:
+        from alter.training.lora import Step
+
+        if torch.cuda.is_available():
+            model = model.to("cuda")
+        step = Step(model, settings.lora_from, rows, settings.precision == "bf16")
 
     class LengthGroupedTrainer(Trainer):
         """The Trainer with our batches and our loss."""
@@ -299,9 +337,12 @@ def _trainer(settings: Finetune, model: Any, rows: list[dict[str, Any]], pad_tok
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             inputs = dict(inputs)
-            labels, weights = inputs.pop("labels"), inputs.pop("weights")
-            outputs = model(**inputs, use_cache=False)
-            loss = weighted_loss(outputs.logits, labels, weights, settings.label_smoothing)
+            labels, weights, numbers = inputs.pop("labels"), inputs.pop("weights"), inputs.pop("number")
+            if step is not None and not return_outputs:
+                outputs, loss = None, step.loss(model, inputs, labels, weights, numbers, settings.label_smoothing)
+            else:
+                outputs = model(**inputs, use_cache=False)
+                loss = weighted_loss(outputs.logits, labels, weights, settings.label_smoothing)
             if not torch.isfinite(loss):
                 raise UserError(
                     f"The loss is {loss.item()} at step {self.state.global_step + 1}: training diverged. Lower "
@@ -356,7 +397,11 @@ def finetune(settings: Finetune) -> Path:
     checkpoint = _check_folder(settings)
     started = time.monotonic()
     model, tokenizer = starting_model(settings)
-    rows = training_rows(settings, tokenizer)
+    if settings.lora_rank is not None:
+        from alter.training.lora import add_lora
+
+        model = add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_from, settings.precision)
+    rows = [{**row, "number": number} for number, row in enumerate(training_rows(settings, tokenizer))]
     plain_attention = getattr(model.config, "attention_dropout", None)
     if settings.embedding_dropout:
         add_dropout(model, settings.embedding_dropout)
@@ -380,6 +425,7 @@ def finetune(settings: Finetune) -> Path:
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     numbers = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "sequences": len(rows),
         "tokens": sum(len(row["input_ids"]) for row in rows),
         "steps": trainer.state.global_step,
