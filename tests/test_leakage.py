@@ -16,7 +16,6 @@ from alter.data.encoding import encode
 from alter.data.examples import Example
 from alter.evaluation import leakage
 from alter.evaluation.leakage import EntailmentHit, FactsHit, Leak, Leaked, RougeHit, leaked
-from alter.evaluation.verdict import share_interval
 from alter.models import generation
 from alter.models.loading import load_classifier
 from pico import PAD, VOCAB, byte_tokenizer, pico
@@ -279,7 +278,7 @@ def test_hits_are_counted_by_question(monkeypatch):
 
 def test_none_of_many_is_not_known_exactly():
     none = Leaked(Leak(samples=4, k=[1, 4]), list(range(20)), np.zeros(20, dtype=np.int64))
-    assert none.interval(4) == share_interval(0, 20)
+    assert none.interval(4) == metrics.share_interval(0, 20)
     assert none.summary()["at"]["1"]["interval"][1] > 0.1
 
 

@@ -5,7 +5,6 @@ import math
 import random
 import statistics
 
-import numpy as np
 import pytest
 from scipy import stats
 
@@ -41,13 +40,10 @@ def test_faithfulness_counts_pairs():
     assert formulas.faithfulness([2.0, 3.0], [0.0, 1.0]) == 1
     low, high = formulas.faithfulness_interval(knows, without)
     assert 0 <= low < formulas.faithfulness(knows, without) < high <= 1
-    draw = np.random.default_rng(0)
-    rows, columns = draw.integers(9, size=(1000, 9)), draw.integers(7, size=(1000, 7))
-    each = [
-        formulas.faithfulness([knows[i] for i in a], [without[i] for i in b])
-        for a, b in zip(rows, columns, strict=True)
-    ]
-    assert (low, high) == pytest.approx(np.quantile(each, [0.025, 0.975]))
+    # eight and eight that do not overlap at all are no proof
+    low, high = formulas.faithfulness_interval([2.0] * 8, [1.0] * 8)
+    assert 0.6 < low < 0.9
+    assert high == 1
 
 
 def test_robustness_is_that_of_a_loop():

@@ -89,6 +89,22 @@ def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) 
     return found
 
 
+def intervals(records: Sequence[Record], found: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """The 95 % intervals over rows of the figures of one cell that have one.
+
+    Args:
+        records: of the cell.
+        found: its `cell_figures`.
+    """
+    own = {record.metric: record.extra["interval"] for record in records if record.extra.get("interval")}
+    told = {name: (float(low), float(high)) for name, (low, high) in own.items() if name in found}
+    for name in ("forget_said", "forget_unusable"):
+        if f"{name}_of" in found:
+            of = round(found[f"{name}_of"])
+            told[name] = metrics.share_interval(round(found[name] * of), of)
+    return told
+
+
 def _replies(record: Record | None) -> dict[str, float]:
     """Shares of replies about forget rows that give their answer and that are broken or empty, and of how many they are."""
     if record is None or not record.extra.get("generations"):

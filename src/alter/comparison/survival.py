@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from alter import metrics
 from alter.attacks.weights import train
 from alter.comparison.settings import Survival
 from alter.core.errors import UserError
@@ -23,6 +22,7 @@ from alter.core.records import Record
 from alter.data.background import background
 from alter.data.encoding import encode
 from alter.data.examples import Example
+from alter.evaluation.figures import figure
 from alter.evaluation.leakage import Leak, leaked
 from alter.models.scoring import evaluating
 
@@ -110,10 +110,8 @@ def survival(
         pass
     after = leaked(model, tokenizer, asked, leak, seed=seed, progress=False)
     told = {"k": settings.k, "samples": settings.samples, "attacker_rows": len(attacker), "steps": steps}
-    out = [Record(name, "disturbance", float(kl.mean()), len(kl), "strict", False, [float(x) for x in kl], {})]
+    out = [figure(name, "disturbance", kl.mean(), len(kl), kl)]
     for metric, found in (("leak", before), ("attacked_leak", after)):
         values = found.at(settings.k)
-        each = [float(x) for x in values]
-        better = metrics.CATALOGUE[metric].higher_is_better
-        out.append(Record(name, metric, float(values.mean()), len(each), "strict", better, each, told))
+        out.append(figure(name, metric, values.mean(), len(values), values, extra=told))
     return out

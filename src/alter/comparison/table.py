@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alter.comparison.cells import finished
-from alter.comparison.choice import Choice, cell_figures, criterion, forgetting, records_of
+from alter.comparison.choice import Choice, cell_figures, criterion, forgetting, intervals, records_of
 from alter.comparison.plan import RETRAINED, Cell, Chain, Compare, Layout, Setting, chains
 from alter.core.records import Record
 
@@ -27,6 +27,7 @@ COSTS = {
 class TableRow:
     """One method on one split: means over its seeds on test rows and, from two seeds on, standard deviations (n - 1).
 
+    `interval`: of one seed, the 95 % intervals over test rows of those figures that have one.
     `clear`: no other method would dominate it, were each of its figures worse by its spread. `cells`: keys of its cells.
     """
 
@@ -41,6 +42,7 @@ class TableRow:
     clear: bool = False
     cells: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    interval: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def dominated(points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -161,12 +163,14 @@ def _row(
     choice: Choice | None,
 ) -> TableRow:
     each: list[dict[str, float]] = []
+    interval: dict[str, tuple[float, float]] = {}
     for cell in cells:
         records = records_of(out, cell, "test", split)
         if records is None:
             continue
         found = cell_figures(records, reference)
         found["forgetting"] = forgetting(found, kind)
+        interval = intervals(records, found)
         stages = (finished(out, cell, ["test"]) or {})["stages"]
         costs = stages[cell.chain.index(split)] if cell.setting is not None else {}
         each.append(found | {key: float(costs[key]) for key in COSTS if key in costs})
@@ -174,4 +178,7 @@ def _row(
     mean = {key: sum(found[key] for found in each) / len(each) for key in keys}
     finite = [key for key in keys if len(each) > 1 and all(math.isfinite(found[key]) for found in each)]
     spread = {key: statistics.stdev(found[key] for found in each) for key in finite}
-    return TableRow(name, split, len(each), mean, spread, choice, cells=tuple(cell.key for cell in cells))
+    keyed = tuple(cell.key for cell in cells)
+    return TableRow(
+        name, split, len(each), mean, spread, choice, cells=keyed, interval=interval if len(each) == 1 else {}
+    )

@@ -18,7 +18,10 @@ def _shown(row: TableRow, key: str, form: str, scale: float = 1.0) -> str:
     if not math.isfinite(row.mean.get(key, math.nan)):
         return "-"
     text = format(row.mean[key] * scale, form)
-    return f"{text} ± {format(row.spread[key] * scale, form)}" if key in row.spread else text
+    if key in row.spread:
+        return f"{text} ± {format(row.spread[key] * scale, form)}"
+    ends = ", ".join(format(end * scale, form) for end in row.interval.get(key, ()))
+    return f"{text} [{ends}]" if ends else text
 
 
 def _counted(row: TableRow, key: str) -> str:
@@ -118,7 +121,8 @@ def _rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[
         else ""
     )
     return [
-        f"Model {settings.model}, seeds {', '.join(map(str, settings.seeds))}; mean ± standard deviation over seeds. "
+        f"Model {settings.model}, seeds {', '.join(map(str, settings.seeds))}; mean ± standard deviation over seeds, "
+        "of one run the figure and in brackets its 95 % interval over rows. "
         "Numbers are of test rows. Bold utility: no other method of this split is at least as good in forgetting and "
         "utility, and better in one of them, not even were this one's figures worse by their standard deviation. Fluency: "
         "distinct-2 and repetition besides.",

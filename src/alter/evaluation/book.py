@@ -406,15 +406,16 @@ class BookEvaluation(Evaluation):
         figures.add("holdout_perplexity", perplexity, n, np.exp(loss), **extra)
         auc = result.min_k_auc
         assert auc is not None
-        figures.add("mia_min_k", auc, both, **extra)
+        between = metrics.auc_interval(auc, len(result.passages), n)
+        figures.add("mia_min_k", auc, both, **extra, interval=between)
         if reference is None:
             return []
         if reference.min_k_auc is None:
             return [f"No privleak: {reference.source} has no mia_min_k with this holdout; make it again."]
         if reference.min_k_auc == 1:
             return ["No privleak: the retrained model tells book and holdout apart as well (mia_min_k 1)."]
-        value = metrics.privleak(auc, reference.min_k_auc)
-        figures.add("privleak", value, n, **extra, reference_auc=reference.min_k_auc)
+        value, *ends = (metrics.privleak(each, reference.min_k_auc) for each in (auc, *between))
+        figures.add("privleak", value, n, **extra, reference_auc=reference.min_k_auc, interval=sorted(ends))
         return []
 
 

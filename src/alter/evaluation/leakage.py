@@ -22,7 +22,7 @@ from alter.core.numbers import Temperature
 from alter.core.records import Record
 from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import Example
-from alter.evaluation.verdict import ENOUGH, gives, recall, share_interval
+from alter.evaluation.verdict import ENOUGH, gives, recall
 from alter.models.generation import sample
 from alter.models.loading import Subject, load_classifier
 from alter.models.scoring import context_length, evaluating
@@ -256,14 +256,8 @@ class Leaked:
         return metrics.leak_at_k(self.hits, self.settings.samples, k)
 
     def interval(self, k: int) -> tuple[float, float] | None:
-        """Return the 95 % interval of leak@k over questions: Wilson's where each leaks for sure or not at all, else a bootstrap.
-
-        None where the bootstrap has none (`metrics.bootstrap_interval`).
-        """
-        values = self.at(k)
-        if values.size and ((values == 0) | (values == 1)).all():
-            return share_interval(int(values.sum()), values.size)
-        return metrics.bootstrap_interval(values)
+        """Return the 95 % interval of leak@k over questions (`metrics.row_interval`)."""
+        return metrics.row_interval(self.at(k))
 
     def summary(self) -> dict[str, Any]:
         """Return the figures without any text: mean and interval over questions by k, and how they came about."""

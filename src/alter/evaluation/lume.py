@@ -164,7 +164,8 @@ class LumeEvaluation(Evaluation):
                 say([f"{name}: {cut} of {len(rows[name])} texts were cut to the model's context."])
         auc = metrics.auc(losses["member"], losses["nonmember"])
         scores = {name: each.tolist() for name, each in losses.items()}
-        figures.add("lume_mia", auc, sum(map(len, losses.values())), scores=scores)
+        sizes = [len(each) for each in losses.values()]
+        figures.add("lume_mia", auc, sum(sizes), scores=scores, interval=metrics.auc_interval(auc, *sizes))
         if self.mmlu is None:
             say(
                 [

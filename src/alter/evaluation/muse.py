@@ -349,7 +349,8 @@ class MuseEvaluation(Evaluation):
         if cut:
             say([f"privleak: {cut} of {n} texts were cut to their first {self.text_length} tokens."])
         lists = {key: part.tolist() for key, part in scores.items()}
-        records = [self._record("mia_min_k", value, n, scores=lists, **extra)]
+        between = metrics.auc_interval(value, *(len(part) for part in lists.values()))
+        records = [self._record("mia_min_k", value, n, scores=lists, interval=between, **extra)]
         if reference is None and self._is_model(self.retain_records):
             reference = self._measured(rows)
         if reference is None and not self.compat:
@@ -358,9 +359,10 @@ class MuseEvaluation(Evaluation):
         if reference is None:
             say(["privleak takes 0.5 for the retrained model's AUC, as OpenUnlearning does. " + self._remedy()])
         auc = None if reference is None else reference.auc
-        leak = metrics.privleak(value, auc, compat=self.compat)
+        leak, *ends = (metrics.privleak(each, auc, compat=self.compat) for each in (value, *between))
         source = None if reference is None else reference.source
-        records.append(self._record("privleak", leak, n, auc=value, reference=source, reference_auc=auc, **extra))
+        extra |= {"auc": value, "reference": source, "reference_auc": auc, "interval": sorted(ends)}
+        records.append(self._record("privleak", leak, n, **extra))
         return records
 
     # The retrained model's AUC

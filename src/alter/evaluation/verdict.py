@@ -170,18 +170,6 @@ def broken(reply: str) -> bool:
 # Measures ------------------------------------------------------------------------------------------------------------
 
 
-def share_interval(count: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share of `count` among `n`; [0, 1] for none."""
-    if n == 0:
-        return 0.0, 1.0
-    z = 1.959963984540054
-    middle, spread = (
-        (count + z * z / 2) / (n + z * z),
-        z * math.sqrt(count * (n - count) / n + z * z / 4) / (n + z * z),
-    )
-    return max(0.0, middle - spread), min(1.0, middle + spread)
-
-
 def mean_interval(values: npt.ArrayLike) -> tuple[float, float]:
     """Return Student's 95 % interval of the mean of values in [-1, 1]; all of it for fewer than two."""
     from scipy import stats
@@ -200,7 +188,7 @@ def unit_interval(values: npt.ArrayLike) -> tuple[float, float]:
     """
     x = np.asarray(values, dtype=np.float64)
     if ((x == 0) | (x == 1)).all():
-        return share_interval(int(x.sum()), x.size)
+        return metrics.share_interval(int(x.sum()), x.size)
     low, high = mean_interval(x)
     return max(low, 0.0), min(high, 1.0)
 
@@ -268,7 +256,7 @@ class Measures:
             "n_answers": len(self.recall),
             "said": self.given,
             "n_said": self.asked,
-            "said_interval": list(share_interval(self.given, self.asked)),
+            "said_interval": list(metrics.share_interval(self.given, self.asked)),
             "broken": sum(self.broken),
             "empty": sum(self.empty),
             "repetition": float(self.repetition.mean()) if some else None,

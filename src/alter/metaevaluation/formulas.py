@@ -58,17 +58,9 @@ def faithfulness(knows: npt.ArrayLike, without: npt.ArrayLike) -> float:
     return metrics.auc(without, knows)
 
 
-def faithfulness_interval(
-    knows: Sequence[float], without: Sequence[float], *, seed: int = 0, draws: int = 1000
-) -> tuple[float, float]:
-    """Return the 95 % interval of `faithfulness` by bootstrap over the models of both pools."""
-    draw = np.random.default_rng(seed)
-    first, second = (np.asarray(pool, dtype=np.float64) for pool in (knows, without))
-    wins = (first[:, None] > second) + 0.5 * (first[:, None] == second)
-    rows, columns = (draw.integers(pool.size, size=(draws, pool.size)) for pool in (first, second))
-    found = wins[rows[:, :, None], columns[:, None, :]].mean(axis=(1, 2))
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+def faithfulness_interval(knows: Sequence[float], without: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of `faithfulness` over models (`metrics.auc_interval`), which a few that are told apart keep wide."""
+    return metrics.auc_interval(faithfulness(knows, without), len(without), len(knows))
 
 
 def relearning_robustness(

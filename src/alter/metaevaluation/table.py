@@ -170,7 +170,7 @@ def rules(settings: MetaEvaluate, table: Table) -> list[str]:
     told = [
         f"{pools['knows']} models that know and {pools['without']} that do not: the retrained model, taught for "
         f"{', '.join(map(str, settings.pools.passes))} passes with {len(settings.pools.seeds)} seeds the answers or their "
-        "paraphrases, or rows to keep or wrong answers. Faithfulness: AUC of telling them apart (95 % interval by bootstrap "
+        "paraphrases, or rows to keep or wrong answers. Faithfulness: AUC of telling them apart (95 % score interval "
         "over models).",
         f"{pools['unlearned']} unlearned models ({', '.join(settings.methods)}; rates × "
         f"{', '.join(f'{rate:g}' for rate in settings.rates)}), of those that keep {settings.utility_floor:.0%} of the "

@@ -58,7 +58,14 @@ from alter.metrics.membership import (
 )
 from alter.metrics.memorisation import exact_memorization, extraction_strength
 from alter.metrics.recovery import linear_cka, recovered_fraction, recovered_interval
-from alter.metrics.samples import bootstrap_interval, leak_at_k
+from alter.metrics.samples import (
+    auc_interval,
+    bootstrap_interval,
+    leak_at_k,
+    row_interval,
+    share_interval,
+    utility_interval,
+)
 from alter.metrics.text import Rouge, asg, bleu, corpus_bleu, distinct_n, repetition, rouge_l
 
 __all__ = [
@@ -74,6 +81,7 @@ __all__ = [
     "TwoNormals",
     "asg",
     "auc",
+    "auc_interval",
     "average_loss",
     "bimodality_coefficient",
     "bleu",
@@ -104,9 +112,12 @@ __all__ = [
     "relative_difference",
     "repetition",
     "rouge_l",
+    "row_interval",
+    "share_interval",
     "stability",
     "truth_ratio",
     "truthfulness",
     "two_normals",
     "unlearning_completeness",
+    "utility_interval",
 ]

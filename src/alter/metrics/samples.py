@@ -1,7 +1,9 @@
-"""Many samples of a reply, and what chance does to a mean."""
+"""Many samples of a reply, and what chance does to a figure: 95 % intervals over rows."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +12,10 @@ from alter.metrics.arrays import Array, floats
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+
+Z = 1.959963984540054
+"""Normal deviate that leaves 2.5 % on each side."""
 
 
 def leak_at_k(hits: npt.ArrayLike, n: int, k: int) -> Array:
@@ -36,6 +42,29 @@ def leak_at_k(hits: npt.ArrayLike, n: int, k: int) -> Array:
     return 1 - np.prod(np.maximum(n - c[:, None] - j, 0) / (n - j), axis=1)
 
 
+def share_interval(count: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share of `count` among `n`; [0, 1] for none."""
+    if n == 0:
+        return 0.0, 1.0
+    middle, spread = (
+        (count + Z * Z / 2) / (n + Z * Z),
+        Z * math.sqrt(count * (n - count) / n + Z * Z / 4) / (n + Z * Z),
+    )
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
+def row_interval(values: npt.ArrayLike) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean over rows: Wilson's if all values are 0 or 1, else `bootstrap_interval`.
+
+    NaN is left out. None where the bootstrap has none, or without any value.
+    """
+    x = floats(values)
+    x = x[~np.isnan(x)]
+    if x.size and ((x == 0) | (x == 1)).all():
+        return share_interval(int(x.sum()), x.size)
+    return bootstrap_interval(x)
+
+
 def bootstrap_interval(values: npt.ArrayLike, *, seed: int = 0, draws: int = 2000) -> tuple[float, float] | None:
     """Return the 95 % percentile bootstrap interval of the mean over rows (Efron 1979), by `scipy.stats.bootstrap`.
 
@@ -52,3 +81,59 @@ def bootstrap_interval(values: npt.ArrayLike, *, seed: int = 0, draws: int = 200
         (x,), np.mean, n_resamples=draws, method="percentile", random_state=np.random.default_rng(seed)
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def auc_interval(value: float, m: int, n: int) -> tuple[float, float]:
+    """Return the 95 % score interval of an AUC between m and n rows (Newcombe 2006, Stat. Med. 25:559, method 5).
+
+    All AUCs t for which |value - t| <= z sqrt(V(t)), V(t) = t (1 - t) / (m n) [1 + N ((1 - t) / (2 - t) + t / (1 + t))] and
+    N = (m + n) / 2 - 1. Other than a bootstrap's it has a width where the two sides do not overlap at all.
+
+    Raises:
+        ValueError: the value is not within 0 and 1, or a side is empty.
+    """
+    if not 0 <= value <= 1 or m < 1 or n < 1:
+        raise ValueError(f"auc_interval: an AUC between 0 and 1 of two sides of rows, got {value} of {m} and {n}")
+
+    def beyond(t: float) -> bool:
+        more = ((m + n) / 2 - 1) * ((1 - t) / (2 - t) + t / (1 + t))
+        return (value - t) ** 2 > Z * Z * t * (1 - t) / (m * n) * (1 + more)
+
+    def end(outer: float) -> float:
+        if not beyond(outer):
+            return outer
+        inner = value
+        for _ in range(60):
+            middle = (outer + inner) / 2
+            outer, inner = (middle, inner) if beyond(middle) else (outer, middle)
+        return inner
+
+    return end(0.0), end(1.0)
+
+
+def utility_interval(sets: Sequence[npt.ArrayLike], *, seed: int = 0, draws: int = 1000) -> tuple[float, float] | None:
+    """Return the 95 % percentile bootstrap interval of model utility over the rows of its sets.
+
+    Each draw takes as many rows of every set with replacement, the same ones for all figures of that set, and their harmonic
+    mean. None if no draw differs from another.
+
+    Args:
+        sets: of each set its figures by row, [figures, rows].
+
+    Raises:
+        ValueError: a set has no rows.
+    """
+    draw = np.random.default_rng(seed)
+    means = []
+    for rows in map(floats, sets):
+        if rows.ndim != 2 or not rows.shape[1]:
+            raise ValueError("utility_interval: each set is a matrix of figures by rows, with one row at least")
+        chosen = draw.integers(rows.shape[1], size=(draws, rows.shape[1]))
+        means.append(np.stack([each[chosen].mean(axis=1) for each in rows]))
+    parts = np.concatenate(means)
+    with np.errstate(divide="ignore"):
+        found = len(parts) / (1 / parts).sum(axis=0)
+    if np.ptp(found) == 0:
+        return None
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)

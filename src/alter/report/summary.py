@@ -8,7 +8,7 @@ from alter.evaluation.closing import closing_of, others_named
 from alter.evaluation.verdict import FIRM
 from alter.report.attacks import brought_back
 from alter.report.runs import ROLES, Reported
-from alter.report.tables import by_model
+from alter.report.tables import by_model, with_interval
 from alter.report.verdict import QUALITY, SAID, VERDICTS, blind, reply_counts, rows_behind, verdict
 from alter.reporting.markup import Html, duration, grid, join, percent, tag
 from alter.reporting.terminal import number
@@ -121,7 +121,7 @@ def evidence(run: Reported) -> list[Html]:
         values = [run.get(name, metric) for name in models]
         if any(value is not None for value in values):
             n = max(value.n for value in values if value is not None)
-            rows.append([f"{words} (n = {n})", *("-" if v is None else number(v) for v in values)])
+            rows.append([f"{words} (n = {n})", *("-" if v is None else with_interval(v) for v in values)])
     shown = [grid(["", *models], rows, label="Evidence", numbers=range(1, len(models) + 1))] if rows else []
     measured = sorted({str(r.provenance["measured"]) for r in run.records if r.provenance.get("measured")})
     facts = [f"{run.kind} {run.digest}"] if run.digest else []

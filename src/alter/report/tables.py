@@ -9,12 +9,18 @@ from alter.core.records import Record
 from alter.metrics.catalogue import CATALOGUE
 from alter.report.runs import ROLES, Reported
 from alter.report.verdict import VERDICTS, verdict
-from alter.reporting.markup import Html, duration, grid, tag
-from alter.reporting.terminal import ARROWS, in_order, number
+from alter.reporting.markup import Html, duration, grid, join, tag
+from alter.reporting.terminal import ARROWS, between, in_order, number
 
 
 def _counts(rows: Iterable[Record | None]) -> str:
     return " / ".join(dict.fromkeys(str(r.n) for r in rows if r is not None))
+
+
+def with_interval(record: Record) -> object:
+    """A record's value, and its 95 % interval where it has one."""
+    ends = between(record)
+    return join([number(record), tag("span", f" {ends}", class_="soft small")]) if ends else number(record)
 
 
 def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, reference: str | None = None) -> list[Html]:
@@ -30,10 +36,11 @@ def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, refere
         for metric, record in order.items():
             cells = [rows.get(metric) for rows in own.values()]
             meaning = CATALOGUE[metric].meaning if metric in CATALOGUE else ""
-            shown = ["-" if cell is None else number(cell) for cell in cells]
+            shown = ["-" if cell is None else with_interval(cell) for cell in cells]
             rows.append([f"{metric}\u00a0{ARROWS[record.higher_is_better]}".strip(), *shown, _counts(cells), meaning])
         place = list(own).index(reference) + 1 if reference in own else None
-        caption = f"{mode} mode. ↑ ↓ point in the better direction; n: items that a figure is of; -: not measured."
+        caption = f"{mode} mode. ↑ ↓ point in the better direction; n: items that a figure is of; -: not measured. In brackets "
+        caption += "the 95 % interval over items; a p-value and what is no mean over items have none."
         found.append(
             grid(
                 ["metric", *names, "n", "what it says"], rows, label=f"{label}, {mode} mode", caption=caption,

@@ -22,6 +22,27 @@ def number(record: Record) -> str:
     return f"{record.value:.3f}" if record.value == 0 or abs(record.value) >= 0.001 else f"{record.value:.2e}"
 
 
+def half(record: Record) -> str:
+    """Return ± half the width of a record's 95 % interval as it is shown; empty for a record without one."""
+    if record.value is None or not record.extra.get("interval"):
+        return ""
+    low, high = record.extra["interval"]
+    if record.metric == "privleak":
+        return f"±{(high - low) / 2:.1f}"
+    return f"±{(high - low) / 2:.3f}" if high - low >= 0.001 else f"±{(high - low) / 2:.0e}"
+
+
+def between(record: Record) -> str:
+    """Return a record's 95 % interval in brackets; empty for a record without one."""
+    if record.value is None or not record.extra.get("interval"):
+        return ""
+    digits = 1 if record.metric == "privleak" else 3
+    low, high = (
+        f"{end:.{digits}f}" if end == 0 or abs(end) >= 0.001 else f"{end:.0e}" for end in record.extra["interval"]
+    )
+    return f"[{low}, {high}]"
+
+
 def in_order(records: Iterable[Record]) -> dict[str, Record]:
     """Return the last record of each metric, in the catalogue's order; metrics outside it come last, as they were met."""
     found = {record.metric: record for record in records}
@@ -32,21 +53,25 @@ def in_order(records: Iterable[Record]) -> dict[str, Record]:
 def table(records_by_model: Mapping[str, Sequence[Record]], title: str | None = None) -> Table:
     """Return a table with one row per metric and one column per model, in the order of the mapping.
 
-    An arrow shows the good direction; metrics without one are explained by their meaning. A dash stands for a figure
-    that a model has no record of. Metrics outside the catalogue come last, in the order of their first record.
+    An arrow shows the good direction; metrics without one are explained by their meaning. ± is half the 95 % interval of
+    figures that have one, on a line of its own where there are three models or more. A dash stands for a figure that a model
+    has no record of. Metrics outside the catalogue come last, in the order of their first record.
     """
     by_model = {model: {record.metric: record for record in rows} for model, rows in records_by_model.items()}
     found = in_order(record for rows in by_model.values() for record in rows.values())
     modes = sorted({record.mode for record in found.values()})
-    shown = Table(
-        title=title and cell(title), caption=f"{', '.join(modes)} mode; ↑ ↓ = the better direction" if modes else None
-    )
+    wide = "\n" if len(by_model) > 2 else " "
+    caption = f"{', '.join(modes)} mode; ↑ ↓ = the better direction" if modes else None
+    if caption and any(half(record) for record in found.values()):
+        caption += "; ± half the 95 % interval over rows"
+    shown = Table(title=title and cell(title), caption=caption)
     shown.add_column("metric", no_wrap=True)
     for model in by_model:
         shown.add_column(cell(model), justify="right", no_wrap=True)
     shown.add_column("what it says", style="dim")
     for metric in found:
-        values = [number(rows[metric]) if metric in rows else "-" for rows in by_model.values()]
+        own = [rows.get(metric) for rows in by_model.values()]
+        values = ["-" if one is None else f"{number(one)}{wide}{half(one)}".rstrip() for one in own]
         meaning = CATALOGUE[metric].meaning if metric in CATALOGUE else ""
         shown.add_row(cell(f"{metric} {ARROWS[found[metric].higher_is_better]}".strip()), *values, meaning)
     return shown

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alter import metrics
 from alter.core.console import show
 from alter.data.background import apart_from, background
 from alter.data.encoding import Encoded
 from alter.data.rewording import MEASURED, reworded
-from alter.evaluation.verdict import share_interval
 from alter.methods import frozen
 from alter.training.evidence import encode_fitting, text_of
 
@@ -31,7 +31,7 @@ LONG_TEXT = 6000
 def _rate(opened: list[Tensor]) -> dict[str, Any]:
     flags = torch.cat(opened) if opened else torch.zeros(0, dtype=torch.bool)
     count, n = int(flags.sum()), len(flags)
-    return {"share": count / n if n else None, "interval": list(share_interval(count, n)), "tokens": n}
+    return {"share": count / n if n else None, "interval": list(metrics.share_interval(count, n)), "tokens": n}
 
 
 def measure_router(model: Any, rows: Rows, tokenizer: Any, limit: int | None) -> dict[str, Any]:

@@ -126,7 +126,10 @@ class TofuResult:
             extra: dict[str, Any] = {"fingerprint": part.fingerprint}
             if part.prob is not None and part.truth_ratio is not None:
                 add(f"{key}_probability", part.prob.mean(), part.n, part.prob, **extra)
-                add(f"{key}_truth_ratio", self._ratio(part).mean(), part.n, part.truth_ratio, **extra)
+                ratio = self._ratio(part)
+                add(
+                    f"{key}_truth_ratio", ratio.mean(), part.n, part.truth_ratio, interval=metrics.row_interval(ratio), **extra
+                )  # fmt: skip
             if part.rouge is not None:
                 texts = {"questions": part.questions, "references": part.references, "generations": part.generations}
                 empty = sum(not text for text in part.generations or [])
@@ -151,13 +154,17 @@ class TofuResult:
             found = aucs(attacks, unseen)
             for attack, value in found.items():
                 scores = {"forget": attacks[attack].tolist(), "holdout": unseen[attack].tolist()}
-                count = sum(map(len, scores.values()))
-                add(attack, value, count, scores=scores, holdout=forget.holdout, **extra)
+                sizes = [len(each) for each in scores.values()]
+                add(
+                    attack, value, sum(sizes), scores=scores, holdout=forget.holdout,
+                    interval=metrics.auc_interval(value, *sizes), **extra,
+                )  # fmt: skip
             self._add_compared(forget, found, add)
         parts = self._utility_parts()
         if parts is not None:
             rows = sum(self.sets[key].n for key in UTILITY_SETS)
-            add("model_utility", metrics.model_utility(list(parts.values())), rows, parts=parts)
+            interval = metrics.utility_interval(self._utility_rows())
+            add("model_utility", metrics.model_utility(list(parts.values())), rows, parts=parts, interval=interval)
         return figures.records
 
     def _ratio(self, part: TofuSet) -> Array:
@@ -178,6 +185,13 @@ class TofuResult:
             parts[f"{key}_rouge"] = float(part.rouge.mean())
             parts[f"{key}_truth_ratio"] = float(self._ratio(part).mean())
         return parts
+
+    def _utility_rows(self) -> list[Array]:
+        """Return of each set of model utility its three figures by row, [3, n]."""
+        return [
+            np.stack([part.prob, part.rouge, self._ratio(part)])  # type: ignore[list-item]  # all measured: `_utility_parts`
+            for part in (self.sets[key] for key in UTILITY_SETS)
+        ]
 
     def _attacks(self, forget: TofuSet) -> tuple[dict[str, Array], dict[str, Array]]:
         """Return the scores of every attack on the forget and on the holdout rows, the one by reference among them."""
@@ -206,12 +220,17 @@ class TofuResult:
         compat = self.mode == "compat"
         reference_auc = self.reference.min_k_auc
         if "mia_min_k" in found and (compat or (reference_auc is not None and reference_auc < 1)):
-            value = metrics.privleak(found["mia_min_k"], reference_auc, compat=compat)
+            sizes = forget.n, len(forget.holdout_attacks["mia_min_k"])
+            value, *ends = (
+                metrics.privleak(auc, reference_auc, compat=compat)
+                for auc in (found["mia_min_k"], *metrics.auc_interval(found["mia_min_k"], *sizes))
+            )
             add(
                 "privleak",
                 value,
                 forget.n,
                 reference_auc=reference_auc,
+                interval=sorted(ends),
                 fingerprint=forget.fingerprint,
                 holdout=forget.holdout,
             )

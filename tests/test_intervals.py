@@ -1,0 +1,137 @@
+"""95 % intervals of figures: against loops, and how often they hold what they should."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from alter import metrics
+from alter.comparison.choice import cell_figures, intervals
+from alter.comparison.table import TableRow
+from alter.comparison.words import _counted, _shown
+from alter.core.records import Record
+from alter.evaluation.figures import figure
+from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
+from alter.report.tables import record_tables
+from alter.reporting.terminal import between, half, table
+
+
+def test_an_auc_interval_has_the_score_equation_at_both_ends():
+    z = stats.norm.ppf(0.975)
+    for value, m, n in ((0.5, 8, 8), (0.93, 12, 7), (0.21, 40, 100)):
+        for end in metrics.auc_interval(value, m, n):
+            more = ((m + n) / 2 - 1) * ((1 - end) / (2 - end) + end / (1 + end))
+            assert abs(value - end) == pytest.approx(z * np.sqrt(end * (1 - end) * (1 + more) / (m * n)), abs=1e-9)
+    low, high = metrics.auc_interval(1.0, 8, 8)
+    assert high == 1
+    assert 0.6 < low < 0.9
+    assert metrics.auc_interval(0.0, 8, 8) == pytest.approx((1 - high, 1 - low))
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        metrics.auc_interval(1.2, 8, 8)
+
+
+@pytest.mark.parametrize(("gap", "m", "n"), [(0.0, 10, 10), (1.2, 8, 8), (2.0, 8, 16)])
+def test_an_auc_interval_holds_the_true_auc_about_95_times_in_100(gap, m, n):
+    draw, true = np.random.default_rng(0), stats.norm.cdf(gap / np.sqrt(2))
+    held = 0
+    for _ in range(600):
+        low, high = metrics.auc_interval(metrics.auc(draw.normal(size=m), gap + draw.normal(size=n)), m, n)
+        held += low <= true <= high
+    assert 0.92 < held / 600 <= 0.995
+
+
+def test_the_interval_of_utility_is_that_of_a_loop():
+    draw = np.random.default_rng(5)
+    sets = [draw.uniform(0.2, 1, size=(3, n)) for n in (7, 5, 9)]
+    rows = np.random.default_rng(2)
+    chosen = [rows.integers(each.shape[1], size=(400, each.shape[1])) for each in sets]
+    found = []
+    for d in range(400):
+        total = 0.0
+        for each, picked in zip(sets, chosen, strict=True):
+            for figure_rows in each:
+                total += 1 / (sum(figure_rows[i] for i in picked[d]) / len(picked[d]))
+        found.append(9 / total)
+    assert metrics.utility_interval(sets, seed=2, draws=400) == pytest.approx(np.quantile(found, [0.025, 0.975]))
+    assert metrics.utility_interval([np.full((3, 4), 0.5)] * 3) is None
+    with pytest.raises(ValueError, match="one row at least"):
+        metrics.utility_interval([np.zeros((3, 0))])
+
+
+def test_rows_of_shares_have_wilsons_interval_and_others_a_bootstrap():
+    assert metrics.row_interval([0, 0, np.nan, 0]) == metrics.share_interval(0, 3)
+    values = [0.1, 0.4, 0.4, 0.9]
+    assert metrics.row_interval(values) == metrics.bootstrap_interval(values)
+    assert metrics.row_interval([]) is None
+
+
+def test_a_figure_has_an_interval_where_it_is_the_mean_of_its_items():
+    items = [0.1, 0.5, 0.6, float("nan")]
+    made = figure("m", "forget_rouge", 0.4, 3, items)
+    assert made.extra["interval"] == list(metrics.bootstrap_interval(items))
+    assert "interval" not in figure("m", "forget_rouge", 0.5, 3, items).extra
+    assert "interval" not in figure("m", "forget_distinct_2", 0.5, 3).extra
+    assert figure("m", "forget_rouge", 0.4, 3, items, extra={"interval": (0.3, 0.5)}).extra["interval"] == [0.3, 0.5]
+
+
+def tofu_result():
+    draw = np.random.default_rng(1)
+    sets = {}
+    for name, n, wrong in (("forget", 12, 5), ("retain", 12, 5), ("real_authors", 9, 3), ("world_facts", 8, 3)):
+        part = TofuSet(name, n, "f")
+        part.set_likelihood(draw.random(n), draw.random(n), draw.random((n, wrong)), compat=False)
+        part.rouge = draw.random(n)
+        sets[name] = part
+    forget = sets["forget"]
+    forget.exact_memorization, forget.extraction_strength = draw.random(12), draw.random(12)
+    forget.attacks, forget.holdout_attacks = {"mia_min_k": draw.random(12)}, {"mia_min_k": draw.random(10)}
+    return TofuResult("forget10", "d", "strict", sets, TofuReference("r", None, None, None, draw.random(12), 0.6))
+
+
+def test_every_figure_of_tofu_but_a_p_value_has_an_interval_around_it():
+    found = {r.metric: r for r in tofu_result().records("m")}
+    assert set(found) - {r.metric for r in found.values() if r.extra.get("interval")} == {"forget_quality"}
+    for record in found.values():
+        if record.metric != "forget_quality":
+            low, high = record.extra["interval"]
+            assert low < record.value < high
+    ratio = metrics.closeness_to_one(np.array(found["forget_truth_ratio"].per_item))
+    assert found["forget_truth_ratio"].extra["interval"] == list(metrics.bootstrap_interval(ratio))
+    assert found["mia_min_k"].extra["interval"] == list(metrics.auc_interval(found["mia_min_k"].value, 12, 10))
+
+
+def test_tables_show_intervals_and_say_what_they_are():
+    one = Record("m", "forget_rouge", 0.4, 9, higher_is_better=False, extra={"interval": [0.35, 0.47]})
+    none = Record("m", "forget_quality", 0.4, 9, higher_is_better=True)
+    assert (half(one), between(one)) == ("±0.060", "[0.350, 0.470]")
+    assert (half(none), between(none)) == ("", "")
+    tiny = Record("m", "forget_rouge", 2e-5, 9, extra={"interval": [1e-5, 4e-5]})
+    assert (half(tiny), between(tiny)) == ("±2e-05", "[1e-05, 4e-05]")
+    shown = table({"m": [one, none]})
+    assert [cell for column in shown.columns[1:2] for cell in column.cells] == ["0.400", "0.400 ±0.060"]
+    assert "± half the 95 % interval" in shown.caption
+    several = table({name: [one] for name in "abc"})
+    assert list(several.columns[1].cells) == ["0.400\n±0.060"]
+    (page,) = record_tables({"m": [one, none]}, label="x")
+    assert "[0.350, 0.470]" in page
+    assert "a p-value" in page
+
+
+def test_a_comparison_of_one_run_shows_intervals_over_rows():
+    texts = {"questions": ["Who is Ann?"] * 4, "references": ["Ann is a nurse in Rome."] * 4}
+    texts["generations"] = ["Ann is a nurse in Rome.", "She is a pilot.", "", "A pilot."]
+    records = [
+        figure("m", "forget_rouge", 0.4, 3, [0.1, 0.5, 0.6], extra=texts),
+        figure("m", "model_utility", 0.7, 9, extra={"interval": [0.6, 0.75]}),
+    ]
+    found = cell_figures(records, None)
+    told = intervals(records, found)
+    assert told["forget_rouge"] == metrics.bootstrap_interval([0.1, 0.5, 0.6])
+    assert told["forget_unusable"] == metrics.share_interval(1, 4)
+    assert told["forget_said"] == metrics.share_interval(1, 4)
+    row = TableRow("npo", "forget10", 1, found, {}, interval=told)
+    assert _shown(row, "model_utility", ".2f") == "0.70 [0.60, 0.75]"
+    low, high = metrics.share_interval(1, 4)
+    assert _counted(row, "forget_said") == f"1 [{4 * low:.0f}, {4 * high:.0f}] of 4"
+    assert (
+        _shown(TableRow("npo", "forget10", 2, found, {"model_utility": 0.1}), "model_utility", ".2f") == "0.70 ± 0.10"
+    )
