@@ -109,7 +109,7 @@ def member(pool, name, before, **more):
 
 def a_pool(settings):
     found = [
-        member("given", "retrained", {"forget_probability": 0.1}, keeps=1.0, leaked={"leak@2": 0.0},
+        member("given", "retrained", {"forget_probability": 0.1}, keeps=1.0, leaked={"leak@2": 0.0, "probability": 0.1},
                states={"relearned": {"forget_probability": 0.3}, "quantised": {"forget_probability": 0.1}})
     ]  # fmt: skip
     for i in range(4):
@@ -119,7 +119,7 @@ def a_pool(settings):
         )
         relearned = {"relearned": {"forget_probability": 0.5 + i / 10}, "quantised": {"forget_probability": 0.2}}
         found.append(
-            member("unlearned", f"u{i}", {"forget_probability": i / 10}, keeps=0.5 + i / 5, leaked={"leak@2": i / 4},
+            member("unlearned", f"u{i}", {"forget_probability": i / 10}, keeps=0.5 + i / 5, leaked={"leak@2": 0.0, "probability": i / 4},
                    states=relearned)
         )  # fmt: skip
     return [*found, Found("unlearned", "bad", 1.0, {}, {}, None, "the loss is not finite")]
@@ -142,6 +142,7 @@ def test_the_table_is_that_of_a_loop(tmp_path):
     assert line.quantisation == pytest.approx(q, abs=1e-5)
     assert line.overall == pytest.approx(2 / (1 / robust + 1 / line.faithfulness), abs=1e-5)
     assert line.correlation == pytest.approx(stats.spearmanr(before, [0.25, 0.5, 0.75]).statistic)
+    assert table.leak == {"probability": (0.1, 0.25, 0.75), "leak@2": (0.0, 0.0, 0.0)}
     assert table.pools == {"knows": 4, "without": 4, "unlearned": 3}
     assert [reason.split(":")[0] for reason in table.lost] == ["bad", "u0"]
     # what has no value under attack is faithful or not, and no more
@@ -234,6 +235,7 @@ def test_a_whole_one_that_is_killed_goes_on(data, tmp_path, monkeypatch, capsys)
     assert "7 models, 3 of them measured before" in said.err
     told = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert told["pools"] == {"knows": 2, "without": 2, "unlearned": 1}, told["lost"]
+    assert set(told["leak"]) == {"probability", "leak@2"}
     names = {line["metric"] for line in told["metrics"]}
     assert {
         "forget_quality",

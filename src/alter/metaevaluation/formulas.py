@@ -94,7 +94,7 @@ def harmonic(first: float, second: float) -> float:
 
 
 def rank_correlation(values: Sequence[float], leaks: Sequence[float]) -> float:
-    """Return Spearman's correlation of a metric before an attack with the leak after it, over models; NaN for a constant.
+    """Return Spearman's correlation of a metric before an attack with what leaks after it, over models; NaN for a constant.
 
     Raises:
         ValueError: lists of different lengths.

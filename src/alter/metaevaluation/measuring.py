@@ -115,7 +115,7 @@ class Measuring:
 
     @cached_property
     def _kept_by_original(self) -> float:
-        return self._retain_probability(*self._original)
+        return self._probability(*self._original, self.rows.retain)
 
     def _tofu(self, model: Any, tokenizer: Any, reference: TofuResult | None, which: Sequence[str]) -> TofuResult:
         return tofu_metrics(
@@ -139,19 +139,23 @@ class Measuring:
         original, tokenizer = self._original
         return depth.falls(original, model, items, tokenizer.pad_token_id)
 
-    def _retain_probability(self, model: Any, tokenizer: Any) -> float:
-        rows = [encode(tokenizer, row) for row in self.rows.retain]
-        found = score(model, rows, pad_token_id=tokenizer.pad_token_id, progress=False)
+    def _probability(self, model: Any, tokenizer: Any, rows: Sequence[Example]) -> float:
+        encoded = [encode(tokenizer, row) for row in rows]
+        found = score(model, encoded, pad_token_id=tokenizer.pad_token_id, progress=False)
         return float(metrics.probability(metrics.average_loss(found.logprob)).mean())
 
     def keeps(self, model: Any, tokenizer: Any) -> float:
         """Return the probability of the answers to keep over the original's."""
-        return self._retain_probability(model, tokenizer) / self._kept_by_original
+        return self._probability(model, tokenizer, self.rows.retain) / self._kept_by_original
 
     def leaks(self, model: Any, tokenizer: Any) -> dict[str, float]:
         """Return leak@k on the measured rows, by name."""
         found = leaked(model, tokenizer, self.rows.measured, self.leak, seed=self.settings.seed, progress=False)
         return {f"leak@{k}": float(found.at(k).mean()) for k in self.leak.numbers}
+
+    def given_away(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        """Return leak@k on the measured rows, by name, and the mean `probability` of their true answers."""
+        return self.leaks(model, tokenizer) | {"probability": self._probability(model, tokenizer, self.rows.measured)}
 
     def figures(self, model: Any, tokenizer: Any) -> dict[str, float]:
         """Return every metric of forgetting, by NAME or NAME, DETAIL; what has no value for this model is left out.

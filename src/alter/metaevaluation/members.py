@@ -36,7 +36,7 @@ from alter.models.loading import Subject
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 
-MEMBER = 1
+MEMBER = 2
 """Version of what is done with a member: raise it when that changes, so that no older result stands for a new one."""
 POOLS = {"knows": ("answers", "paraphrased"), "without": ("retain", "wrong")}
 """Pools that are taught, and in which ways."""
@@ -59,7 +59,7 @@ class Found:
 
     Attributes:
         figures: every metric, by state: `before`, and of unlearned models and the retrained one `relearned` and `quantised`.
-        leaked: leak@k after the attacker has trained on other rows, by name.
+        leaked: after the attacker has trained on other rows, leak@k by name and the mean `probability` of the true answers.
         keeps: probability of the answers to keep, over the original's.
         failed: why there is none of it.
     """
@@ -251,7 +251,7 @@ def _measured(
     model, tokenizer = _relearned(settings, tools, source, rows.measured, how.passes)
     figures["relearned"] = tools.figures(model, tokenizer)
     model, tokenizer = _relearned(settings, tools, source, rows.attacker, how.attack_passes)
-    return figures, tools.leaks(model, tokenizer), keeps
+    return figures, tools.given_away(model, tokenizer), keeps
 
 
 def _relearned(

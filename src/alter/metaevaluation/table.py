@@ -33,7 +33,7 @@ class Line:
         faithfulness, interval: AUC of telling the pools apart, and its 95 % interval over models.
         relearning, quantisation, robustness: R, Q and their harmonic mean.
         overall: harmonic mean of faithfulness and robustness.
-        correlation: Spearman's, with the leak after the attack.
+        correlation: Spearman's, with the probability of the true answers after the attack.
     """
 
     metric: str
@@ -56,14 +56,15 @@ class Table:
         lines: the best overall first.
         pools: how many models of each pool count.
         lost: unlearned models that keep too little to count, and models that could not be made, with the reason.
-        leak: which leak@k the correlation is with, the retrained model's, and the least and the largest of the unlearned.
+        leak: what the attack gives, by name (`probability`, leak@k): the retrained model's, and the least and the largest of the
+            unlearned.
         untried: metrics that speak of forgetting and were left out.
     """
 
     lines: list[Line]
     pools: dict[str, int]
     lost: list[str]
-    leak: tuple[str, float, float, float] | None
+    leak: dict[str, tuple[float, float, float]]
     untried: list[str]
 
 
@@ -81,28 +82,30 @@ def make_table(settings: MetaEvaluate, found: Sequence[Found]) -> Table | None:
         else:
             lost.append(f"{each.name}: keeps {each.keeps:.2f} of the answers' probability")
     retrained = next((each for each in done if each.pool == "given" and each.name == "retrained"), None)
-    key = f"leak@{settings.samples}"
     names = dict.fromkeys(name for each in [*pools["knows"], *pools["without"]] for name in each.figures["before"])
     lines = [
         line
         for name in names
-        if (line := _line(name, pools["knows"], pools["without"], counted, retrained, key)) is not None
+        if (line := _line(name, pools["knows"], pools["without"], counted, retrained)) is not None
     ]
     lines.sort(key=lambda line: (-(line.overall if line.overall is not None else -1), -line.faithfulness))
-    leaks = [each.leaked[key] for each in counted]
-    zero = None if retrained is None else retrained.leaked.get(key)
+    zero = {} if retrained is None or not counted else retrained.leaked
+    attacked = {
+        key: [each.leaked[key] for each in counted]
+        for key in ("probability", f"leak@{settings.samples}")
+        if key in zero
+    }
     return Table(
         lines,
         {"knows": len(pools["knows"]), "without": len(pools["without"]), "unlearned": len(counted)},
         lost,
-        None if zero is None or not leaks else (key, zero, min(leaks), max(leaks)),
+        {key: (zero[key], min(values), max(values)) for key, values in attacked.items()},
         untried(names),
     )
 
 
 def _line(
     name: str, knows: Sequence[Found], without: Sequence[Found], unlearned: Sequence[Found], retrained: Found | None,
-    key: str,
 ) -> Line | None:  # fmt: skip
     """A metric's line; None if a model of a pool has no value of it."""
 
@@ -125,7 +128,7 @@ def _line(
             robust = harmonic(r, q)
             overall = harmonic(auc, robust)
         if len(whole) > 2:
-            correlation = rank_correlation(before, [each.leaked[key] for each in whole])
+            correlation = rank_correlation(before, [each.leaked["probability"] for each in whole])
     return Line(name, knowing, ignorant, auc, faithfulness_interval(*pools), r, q, robust, overall, correlation)
 
 
@@ -180,12 +183,14 @@ def rules(settings: MetaEvaluate, table: Table) -> list[str]:
         "retrained model. Q: mean of 1 - |b - a| / (|a| + |b|), a before and b after rounding to 4 bits. Robustness: "
         "harmonic mean of R and Q; overall: of faithfulness and robustness.",
     ]
-    if table.leak is not None:
-        key, zero, low, high = table.leak
+    if table.leak:
+        got = "; ".join(
+            f"{key} {low:.3f} to {high:.3f} among the unlearned models, {zero:.3f} for the retrained one"
+            for key, (zero, low, high) in table.leak.items()
+        )
         told.append(
-            f"Rank correlation (Spearman) with {key} after the attacker has trained on {settings.attacker_rows} other forget "
-            f"rows ({how.attack_passes} passes): {low:.3f} to {high:.3f} among the unlearned models, {zero:.3f} for the "
-            "retrained one."
+            "Rank correlation (Spearman) with the mean probability of the true answers after the attacker has trained on "
+            f"{settings.attacker_rows} other forget rows ({how.attack_passes} passes). After that: {got}."
         )
     told.append(
         "Not tried: figures of what is kept, of fluency and of other benchmarks, which claim nothing about forgetting"
