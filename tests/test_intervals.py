@@ -128,6 +128,8 @@ def test_a_comparison_of_one_run_shows_intervals_over_rows():
     assert told["forget_rouge"] == metrics.bootstrap_interval([0.1, 0.5, 0.6])
     assert told["forget_unusable"] == metrics.share_interval(1, 4)
     assert told["forget_said"] == metrics.share_interval(1, 4)
+    # a model that gives no replies has no shares of them
+    assert intervals(records[1:], cell_figures(records[1:], None)) == {"model_utility": (0.6, 0.75)}
     row = TableRow("npo", "forget10", 1, found, {}, interval=told)
     assert _shown(row, "model_utility", ".2f") == "0.70 [0.60, 0.75]"
     low, high = metrics.share_interval(1, 4)
