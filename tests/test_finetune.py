@@ -413,6 +413,26 @@ def test_lower_blocks_that_run_once_train_the_same_lora(tmp_path, start, monkeyp
         assert torch.allclose(kept[name], weight, atol=1e-5), name
 
 
+def test_a_lora_that_was_cut_off_resumes_to_the_same(tmp_path, start, monkeypatch):
+    common = {"lora_from": 1, "max_steps": 5, "checkpoint_steps": 2, "learning_rate": 1e-2}
+    straight = load_file(lora(tmp_path / "straight", start, **common) / "adapter_model.safetensors")
+    real, calls = module.weighted_mean, []
+
+    def killing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr("alter.training.lora.weighted_mean", killing)
+    with pytest.raises(Killed):
+        lora(tmp_path / "cut", start, **common)
+    monkeypatch.setattr("alter.training.lora.weighted_mean", real)
+    resumed = load_file(lora(tmp_path / "cut", start, **common, resume=True) / "adapter_model.safetensors")
+    for name, weight in straight.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
