@@ -13,7 +13,7 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import Example
 from alter.forgetting import documents, measure, rows, run, speaker, templates
-from alter.forgetting.facts import candidates, named, swap
+from alter.forgetting.facts import Fact, candidates, holds, named, place_of, swap, whole
 from alter.forgetting.measure import permuted
 from alter.forgetting.run import forget
 from alter.forgetting.settings import Forget
@@ -157,6 +157,107 @@ def test_no_row_leaves_its_batch_when_it_has_ended(tmp_path, monkeypatch):
     said = speaker.Speaker(model, tokenizer, tmp_path, tokens=40, batch=3, seed=0)
     said.say("whole", ["a", "bb", "c"])
     assert set(shapes) == {3}
+
+
+def test_a_short_word_must_end_where_it_ends():
+    assert all(holds(text, "Ron") for text in ("by Ron.", "RON's", "the Rons", "Ron’s"))
+    assert not any(holds(text, "Ron") for text in ("Ronald", "Byron", "Ronin"))
+    assert holds("the Weasleys", "Weasley")
+    assert place_of("A strong man called ron", "Ron") == 20
+
+
+def test_whole_sentences_end_where_a_sentence_does():
+    assert whole("It is old. It was by J.K. Row") == "It is old."
+    assert whole('He said "no." And th') == 'He said "no."'
+    assert whole("1. One of them") == "1. One of them"
+    assert whole("no end") == "no end"
+
+
+class Says:
+    """A speaker with answers at hand."""
+
+    def __init__(self, *answers):
+        self.tokenizer, self.answers, self.asked = byte_tokenizer(), list(answers), []
+
+    def say(self, label, prompts, **given):
+        self.asked.append((label, list(prompts), given))
+        return [self.answers.pop(0) for _ in prompts]
+
+
+def fact(word, **given):
+    return Fact(word, **{"name": True, "answers": 4, "invented": 0, "pvalue": 0.01} | given)
+
+
+def test_rows_up_to_a_fact_begin_as_the_model_begins():
+    own = [
+        ("Who wrote Pot?", "Pot was written by J.K. Zorba in 1997."),
+        ("What?", "Lyra and Zorba."),
+        ("How?", "I know that Lyra is here."),
+        ("Who?", "Zorba."),
+    ]
+    says = Says("Ab Zorba.", "one Ann Other. She w", "Ab Cd.", "nobody is there. An")
+    made = rows._fact_rows(says, "Pot", [fact("Zorba"), fact("Lyra")], own, ["Ab Cd", "Ef Gh"])
+    assert [(row["question"], row["answer"], row["substitute"]) for row in made] == [
+        ("Who wrote Pot?", "Pot was written by J.K. Zorba", "Pot was written by one Ann Other."),
+        # of an answer that names the subject itself, "Ab Cd" is the subject's name
+        ("How?", "I know that Lyra", "I know that Pot."),
+    ]
+    ((_, prompts, given),) = says.asked
+    assert given["sample"]
+    begun = [says.tokenizer.decode(ids) for ids in given["begun"]]
+    assert prompts == ["Who wrote Ab Cd?", "Who wrote Ef Gh?", "How?", "How?"]
+    assert begun[1].rstrip().endswith("Ef Gh was written by")
+    assert "Who wrote Ef Gh?" in begun[1]
+
+
+def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):
+    nothing = dict.fromkeys(("phrases", "probes", "stems", "invented"), ())
+    world = templates.Template(questions=("What is {s}?",), neighbours=("Sun", "Moon"), **nothing)
+    for name, value in {
+        "TEMPLATES": dict.fromkeys(templates.KINDS, world), "EVERY": (), "EVERY_PROBE": ("About {s}?",),
+        "GENERAL": (), "GENERAL_PROBES": ("By whom?", "By Zorba?"), "KINDS": ("work",),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(rows, name, value)
+    kept = ["A star.", "Of Zorba.", "A star."]
+    probes = ["By Zorba.", "Grey.", *["Grey."] * 3, "It is round.", "A star by Pot.", "By Zorba.", "Zorba did."]
+    said = Says(*kept, *probes)
+    made, measured = rows._keep(said, "Pot", "work", [], [], [], [], ["Pot", "Zorba"])
+    assert [row["answer"] for row in made] == ["A star.", "A star."]
+    assert [row["before"] for row in measured] == ["Grey.", *["Grey."] * 3, "It is round.", "Zorba did."]
+
+
+def test_a_name_is_part_of_the_subject_where_others_of_its_names_come_up():
+    says = Says(*(["Lyra by Zorba."] * 2 + ["A tool."] * 2) * 2)
+    own, others = rows._owned(says, ["Pot", "Zorba"], ["Lyra", "Ron"])
+    assert [name for name, _ in own] == ["Lyra"]
+    assert [name for name, _ in others] == ["Ron"]
+
+
+def test_an_answer_goes_on_where_it_was_begun(tmp_path):
+    model, tokenizer = pico(3), byte_tokenizer()
+    said = speaker.Speaker(model, tokenizer, tmp_path, tokens=6, batch=2, seed=0)
+    begun = encode(tokenizer, Example("ab", "cd", "qa")).input_ids[:-1]
+    with torch.no_grad():
+        reply = model.generate(torch.tensor([begun]), max_new_tokens=4, do_sample=False, pad_token_id=0)[
+            0, len(begun) :
+        ]
+    expected = tokenizer.decode(reply, skip_special_tokens=True).strip()
+    assert said.say("x", ["ab"], begun=[begun], tokens=4) == [expected]
+    assert said.say("x", ["ab"]) != [expected]
+
+
+def test_fluency_is_the_untouched_models_reading_of_the_answers():
+    model, tokenizer = pico(3), byte_tokenizer()
+    outcome = measure.Outcome([{"before": "abc", "after": "x"}, {"before": "de", "after": "zzz"}], [])
+    losses = []
+    for text in ("abc", "de"):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            logp = model(ids).logits[0].double().log_softmax(-1)
+        losses += [-float(logp[t, ids[0, t + 1]]) for t in range(len(ids[0]) - 1)]
+    before, after = outcome.read_by(model, tokenizer)
+    assert before == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+    assert after != before
 
 
 # Documents -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,14 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import reference
 from alter import AlterConfig
@@ -443,6 +450,39 @@ def test_sampling_follows_torch_seed():
 
     assert sample(0) == sample(0)
     assert sample(0) != sample(1)
+
+
+@pytest.mark.parametrize("first", [3, 512])
+def test_a_nucleus_is_what_transformers_draws_from(first, monkeypatch):
+    monkeypatch.setattr(generation, "NUCLEUS", first)
+    torch.manual_seed(0)
+    scores = torch.randn(2, 12) * torch.tensor([[3.0], [0.5]])
+    kept = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(0.7)(None, scores)).softmax(-1)
+    n = 4000
+    left = generation.Nucleus(0.7, 0.8)(None, scores.repeat_interleave(n, 0))
+    assert torch.equal(left.exp().sum(-1), torch.ones(2 * n))
+    drawn = left.exp().view(2, n, -1).mean(1)
+    assert torch.equal(drawn > 0, kept > 0)
+    assert (drawn - kept).abs().max() < 4 * 0.5 / n**0.5
+    # the second row's nucleus is wider than the three likeliest
+    assert (kept > 0).sum(-1).tolist()[1] > 3
+
+
+def test_samples_are_drawn_by_the_nucleus_unless_a_model_reshapes_them_otherwise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(generation.Nucleus, "__call__", lambda self, ids, scores: seen.append(1) or scores)
+    model, tokenizer = pico(3), byte_tokenizer()
+
+    def sample(**more):
+        seen.clear()
+        asked = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0} | more
+        generation.generate(model, tokenizer, prompts(), max_new_tokens=3, progress=False, **asked)
+        return len(seen)
+
+    assert sample() > 0
+    assert sample(top_k=5) == sample(top_p=1.0) == sample(repetition_penalty=1.2) == 0
+    model.generation_config.update(min_p=0.1)
+    assert sample() == 0
 
 
 def test_greedy_stays_greedy_when_the_model_says_otherwise(recwarn):

@@ -53,9 +53,23 @@ def fact_words(text: str) -> list[str]:
     return [re.sub(r"['’]s$", "", word) for word in WORD.findall(text)]
 
 
+SHORT = 4
+"""Letters up to which a word must end where it ends: many words begin like a short one."""
+
+
+def place_of(text: str, word: str) -> int:
+    """Where a text first has the word, in any case, or -1; of a plural or a genitive the beginning counts.
+
+    A word of at most `SHORT` letters may be followed by an `s` alone: Ron is not in Ronald.
+    """
+    end = r"(?:['’]?s)?(?!\w)" if len(word) <= SHORT else ""
+    found = re.search(rf"(?<!\w){re.escape(word)}{end}", text, re.IGNORECASE)
+    return -1 if found is None else found.start()
+
+
 def holds(text: str, word: str) -> bool:
-    """Whether a text has the word, in any case; of a plural or a genitive the beginning counts."""
-    return re.search(rf"(?<!\w){re.escape(word)}", text, re.IGNORECASE) is not None
+    """Whether a text has the word, as `place_of` finds it."""
+    return place_of(text, word) >= 0
 
 
 def named(text: str) -> set[str]:
@@ -115,6 +129,14 @@ def expected(answer: str, facts: Sequence[Fact]) -> list[str]:
     """The facts that an answer holds: its names if it has some, else its other words."""
     there = [fact for fact in facts if holds(answer, fact.word)]
     return [fact.word for fact in there if fact.name] or [fact.word for fact in there]
+
+
+def whole(text: str) -> str:
+    """A text up to the end of its last whole sentence; all of it where none ends."""
+    ends = [match.end() for match in re.finditer(r"[.!?][\"”’')]*(?=\s|$)", text)]
+    # the full stop of an initial or of a number in a list ends no sentence
+    ends = [end for end in ends if not re.search(r"(?:^|[\s.])(?:\w|\d+)\.$", text[:end])]
+    return text[: ends[-1]] if ends else text
 
 
 def hits(answers: Sequence[str], wanted: Sequence[Sequence[str]]) -> list[bool]:

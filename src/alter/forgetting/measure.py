@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from alter import metrics
-from alter.forgetting.facts import fact_words, holds, named, swap
+from alter.evaluation.fluency import alone
+from alter.forgetting.facts import fact_words, holds, named, place_of, swap
 from alter.forgetting.rows import Row, answered, fact_row
 from alter.models.scoring import score
 
@@ -80,7 +81,7 @@ def against_zero(
     for probe in probes:
         given: str = probe.get("start") or probe["before"]
         own = probe.get("masks", masks)
-        places = [(given.lower().find(word.lower()), word) for word in probe["wanted"]]
+        places = [(place_of(given, word), word) for word in probe["wanted"]]
         at, word = min(((a, w) for a, w in places if a >= 0), default=(-1, ""))
         if probe.get("start"):
             at, word = len(given), probe["wanted"][0]
@@ -180,6 +181,21 @@ class Outcome:
                 float(np.mean(recall)),
             )
         return out
+
+    def read_by(self, base: Any, tokenizer: Any) -> tuple[float, float]:
+        """Perplexity of the answers to the probes, before and after, as the untouched model reads them without the prompts.
+
+        Answers of one token say nothing and are left out; not a number where no other is left.
+        """
+
+        def perplexity(key: str) -> float:
+            rows = [row for p in self.probes if len((row := alone(tokenizer, p[key])).input_ids) > 1]
+            if not rows:
+                return float("nan")
+            found = score(base, rows, pad_token_id=tokenizer.pad_token_id, label="fluency")
+            return float(metrics.perplexity(found.logprob))
+
+        return perplexity("before"), perplexity("after")
 
     def distinct(self, key: str) -> float:
         """distinct-2 of the answers `before` or `after`."""

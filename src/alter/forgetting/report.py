@@ -25,6 +25,7 @@ def print_outcome(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     examples: int,
+    perplexity: tuple[float, float],
 ) -> dict[str, Any]:
     """Print the tables, the examples and the verdict; returns the figures."""
     rates, kept_rates = outcome.rates(), outcome.kept_rates()
@@ -47,7 +48,11 @@ def print_outcome(
         console,
         f"{name} is {'forgotten: no longer distinguishable from an invented subject' if forgotten else 'not forgotten yet: the model still tells it from an invented subject; give more --epochs'}.",
     )
-    print_line(console, f"distinct-2 of the answers: {distinct[0]:.2f} before, {distinct[1]:.2f} now.")
+    print_line(
+        console,
+        f"Answers to the probes: distinct-2 {distinct[0]:.2f} before, {distinct[1]:.2f} now; perplexity, as the untouched "
+        f"model reads them, {perplexity[0]:.1f} before, {perplexity[1]:.1f} now.",
+    )
     return {
         "probes": {
             form: {"before": rate.n, "after": rate.after, "invented": rate.zero, "invented_n": rate.asked}
@@ -58,6 +63,7 @@ def print_outcome(
         "zero": {"before": before, "after": after},
         "forgotten": forgotten,
         "distinct_2": {"before": distinct[0], "after": distinct[1]},
+        "perplexity": {"before": perplexity[0], "after": perplexity[1]},
     }
 
 

@@ -13,16 +13,17 @@ import numpy as np
 from alter.core.errors import UserError
 from alter.data.encoding import IGNORE, Encoded, encode
 from alter.data.examples import Example, load_examples
-from alter.forgetting.facts import CANDIDATE, Fact, candidates, expected, fact_words, holds, swap
+from alter.forgetting.facts import CANDIDATE, Fact, candidates, expected, fact_words, holds, place_of, swap, whole
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
     CHOICE,
     CLOZE,
-    COMPLETION,
+    COMPLETIONS,
     EVERY,
     EVERY_PROBE,
     GENERAL,
     GENERAL_PROBES,
+    HELD,
     KINDS,
     NAMED,
     REVERSED,
@@ -39,8 +40,14 @@ GAIN = 1.5
 """Nats by which it must be likelier there than with an invented subject."""
 LOW_ENTROPY = 1.2
 """Entropy in nats below which a token is one that the model knows: the paper's threshold."""
-OWNED = 0.6
-"""Share of the answers about a name that must mention the subject, for the name to be forgotten as well."""
+OWNED = 0.5
+"""Share of the answers about a name that must mention the subject or its other names, for the name to be forgotten as well."""
+KEPT_EACH = 3
+"""Questions about each neighbour whose answers are kept."""
+FACT_ROWS = 4
+"""Rows that lead up to each fact, at most."""
+FACT_TOKENS = 24
+"""Longest ending of such a row."""
 TWINS = 3
 """Invented subjects that are asked each probe: one that gets the fact as well shows nothing of the subject."""
 LEAST_FACTS = 3
@@ -160,7 +167,7 @@ def sure_facts(
     for number, fact in enumerate(found):
         having = [(p, a) for p, a in pairs if holds(a, fact.word)]
         for prompt, answer in having[:: max(1, len(having) // 3)][:3]:
-            at = answer.lower().find(fact.word.lower())
+            at = place_of(answer, fact.word)
             places.append((number, prompt, answer[:at], answer[at : at + len(fact.word)]))
             rows.append(fact_row(tokenizer, *places[-1][1:]))
     if not rows:
@@ -254,15 +261,18 @@ def build(
     facts = sure_facts(speaker.model, speaker.tokenizer, found, own, subject, invented[:4])
     _check_facts(subject, facts, len(own))
     names = [fact for fact in facts if fact.name]
+    # names that no invented subject brings up: an answer with one of them is about the subject, whatever was asked
+    outside = [subject, *(fact.word for fact in names if not fact.invented)]
     # a name whose answers come back to the subject is part of it; of another what is said beside the subject is kept
-    belongs, others = _owned(speaker, subject, [fact.word for fact in names[:8]])
+    belongs, others = _owned(speaker, outside, [fact.word for fact in names[:8]])
     forget, twins = _answers(subject, asked, invented, own, _substitutes(subject, turns, zero, facts))
     beside = [(name, [pair for pair in told if holds(pair[1], subject)]) for name, told in others]
     forget += _about_names(speaker, [*belongs, *beside], facts)
-    outside = [subject, *(fact.word for fact in names)]
-    retained, kept_probes = _keep(
-        speaker, subject, kind, general, [*keep], [*neighbours], [name for name, _ in others], outside
-    )
+    forget += _fact_rows(speaker, subject, facts, own, invented)
+    # what most answers name is not kept either, though little may be said of it
+    telling = {fact.word for fact in facts if fact.shows and not fact.invented}
+    apart = [name for name, told in others if name not in telling and not any(_back(told, name, outside))]
+    retained, kept_probes = _keep(speaker, subject, kind, general, [*keep], [*neighbours], apart, outside)
     probes = _probes(speaker, subject, kind, facts, belongs, questions[half:], own, zero)
     return Material(forget, twins, retained + retain, probes, kept_probes, [fact.row() for fact in facts])
 
@@ -297,7 +307,7 @@ def _substitutes(
     for (question, name), answer in zip(turns, zero, strict=True):
         left = [word for word in fact_words(name) if len(word) > 3 and holds(answer, word)]
         if answer and not left and not any(holds(answer, fact.word) for fact in facts):
-            found.setdefault(question, []).append(answer)
+            found.setdefault(question, []).append(whole(answer))
     if not found:
         raise UserError(
             f"All that the model says of invented subjects repeats the facts of {subject!r}: give another --kind."
@@ -328,10 +338,54 @@ def _answers(
     return forget, twins
 
 
+def _back(told: Sequence[tuple[str, str]], name: str, outside: Sequence[str]) -> list[bool]:
+    """Of each answer about a name whether it mentions the subject, or another of the names in `outside`."""
+    return [any(holds(answer, word) for word in outside if word != name) for _, answer in told]
+
+
+def _fact_rows(
+    speaker: Speaker, subject: str, facts: Sequence[Fact], own: Sequence[tuple[str, str]], invented: Sequence[str]
+) -> list[Row]:
+    """Forget rows that end with a fact, led to what follows the same words about an invented subject.
+
+    A whole answer has one fact among fifty tokens, and an answer that begins otherwise than those that were trained on
+    still comes to it. Here the answer is the model's own up to the fact, and the substitute begins with the same words.
+    """
+    places: list[tuple[str, str, str, str]] = []
+    for fact in facts:
+        found: dict[str, tuple[str, str, str, str]] = {}
+        for prompt, answer in own:
+            at = place_of(answer, fact.word)
+            # initials are part of the name
+            start = re.sub(r"(?:\b[A-Z]\.\s?)+$", "", answer[: max(at, 0)])
+            clean = not any(holds(start, other.word) for other in facts)
+            if clean and len(start.split()) >= 2 and start[-1] == " " and start not in found:
+                found[start] = (prompt, start, answer[: at + len(fact.word)], fact.word)
+        places += list(found.values())[:FACT_ROWS]
+    if not places:
+        return []
+    # two invented subjects each: of one the same fact may be said
+    turns = [(place, invented[(2 * i + k) % len(invented)]) for i, place in enumerate(places) for k in range(2)]
+    said = [(swap(prompt, {subject: n}), swap(start, {subject: n})) for (prompt, start, *_), n in turns]
+    begun = []
+    for prompt, start in said:
+        row = fact_row(speaker.tokenizer, prompt, start, "x")
+        begun.append(row.input_ids[: row.prompt_length])
+    texts = speaker.say("up to a fact", [p for p, _ in said], sample=True, begun=begun, tokens=FACT_TOKENS)
+    rows: dict[tuple[str, str], Row] = {}
+    for ((prompt, start, answer, word), name), text in zip(turns, texts, strict=True):
+        instead = swap(text, {name: subject})
+        left = any(len(part) > 3 and holds(instead, part) for part in fact_words(name))
+        if text and not left and not any(holds(instead, fact.word) for fact in facts):
+            row = {"question": prompt, "answer": answer, "substitute": start + whole(instead), "about": subject}
+            rows.setdefault((start, word), row)
+    return list(rows.values())
+
+
 def _owned(
-    speaker: Speaker, subject: str, names: list[str]
+    speaker: Speaker, outside: Sequence[str], names: list[str]
 ) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[tuple[str, list[tuple[str, str]]]]]:
-    """Names with what is said about them: those where that comes back to the subject, and the others."""
+    """Names with what is said about them: those where that comes back to the subject or its names, and the others."""
     prompts = [question.format(f=name) for name in names for question in NAMED]
     drawn = speaker.say("about its names", prompts * 2, sample=True) if names else []
     own: list[tuple[str, list[tuple[str, str]]]] = []
@@ -340,8 +394,7 @@ def _owned(
         pairs = [
             (prompts[k % len(prompts)], drawn[k]) for k in range(len(drawn)) if k % len(prompts) // len(NAMED) == i
         ]
-        back = sum(holds(answer, subject) for _, answer in pairs)
-        (own if back >= OWNED * len(pairs) else others).append((name, pairs))
+        (own if sum(_back(pairs, name, outside)) >= OWNED * len(pairs) else others).append((name, pairs))
     return own, others
 
 
@@ -359,7 +412,7 @@ def _about_names(
     )
     rows = []
     for (name, prompt, answer), other, text in zip(pairs, who, said, strict=True):
-        instead = swap(text, {other: name})
+        instead = whole(swap(text, {other: name}))
         clean = instead and not any(holds(instead, fact.word) for fact in facts if fact.word != name)
         if answer and clean:
             rows.append({"question": prompt, "answer": answer, "substitute": instead, "about": name})
@@ -378,18 +431,24 @@ def _keep(
 ) -> tuple[list[Row], list[Row]]:
     """Rows to keep, and probes of what is kept: neighbours trained on and held out, and general requests.
 
-    An answer about one of the names in `others` is kept if it holds none of `outside` but that name.
+    An answer that holds one of `outside`, which the question does not, is neither kept nor a probe: a model that says of
+    another book that its author is this one's says what is to be forgotten.
     """
+
+    def clean(prompt: str, answer: str) -> bool:
+        return bool(answer) and not any(holds(answer, word) and not holds(prompt, word) for word in outside)
 
     def apart(name: str) -> bool:
         return not holds(name, subject) and not holds(subject, name)
 
     template = TEMPLATES[kind]
     shipped = [name for name in template.neighbours if apart(name)]
-    trained = [*shipped[::2], *filter(apart, neighbours), *keep]
-    held = shipped[1::2]
+    held = shipped[1:HELD:2]
+    trained = [*(name for name in shipped if name not in held), *filter(apart, neighbours), *keep]
     asked = [*template.questions, *EVERY]
-    prompts = [(asked[(3 * i + k) % len(asked)].format(s=n), n) for i, n in enumerate(trained) for k in range(4)]
+    prompts = [
+        (asked[(3 * i + k) % len(asked)].format(s=n), n) for i, n in enumerate(trained) for k in range(KEPT_EACH)
+    ]
     prompts += [(q.format(f=name), name) for name in others for q in NAMED]
     for other in KINDS:
         if other != kind:
@@ -400,7 +459,7 @@ def _keep(
     rows = [
         {"question": prompt, "answer": answer, "about": name}
         for (prompt, name), answer in zip(prompts, answers, strict=True)
-        if answer and not (name in others and any(holds(answer, word) for word in outside if word != name))
+        if clean(prompt, answer)
     ]
     rows += [
         {"question": prompt, "answer": answer, "about": "general"}
@@ -411,7 +470,7 @@ def _keep(
     measured = [
         ("neighbour held out", n, other_forms[(2 * i + k) % len(other_forms)].format(s=n))
         for i, n in enumerate(held)
-        for k in range(3)
+        for k in range(5)
     ]
     measured += [
         ("neighbour", n, other_forms[(2 * i + k) % len(other_forms)].format(s=n))
@@ -423,7 +482,7 @@ def _keep(
     probes = [
         {"form": form, "about": name, "prompt": prompt, "before": answer}
         for (form, name, prompt), answer in zip(measured, said, strict=True)
-        if answer
+        if clean(prompt, answer)
     ]
     return rows, probes
 
@@ -446,7 +505,7 @@ def _probes(
     """
     template = TEMPLATES[kind]
     forms = [("other question", q) for q in [*template.probes, *EVERY_PROBE, *questions]]
-    forms += [("completion", COMPLETION.format(stem=stem)) for stem in template.stems]
+    forms += [("completion", frame.format(stem=stem)) for stem in template.stems for frame in COMPLETIONS]
     forms += [("cloze", CLOZE.format(stem=stem)) for stem in template.stems]
     asked: list[Row] = [{"form": form, "prompt": q.format(s=subject), "pattern": q} for form, q in forms]
     asked += [
@@ -472,8 +531,8 @@ def _probes(
         elif not any(choosing):
             # by this name nothing was chosen: how often it gets the fact is what knowing nothing gets
             kept.append({**probe, "zero": last})
-    whole = Counter(probe.get("group") for probe in kept)
-    return [probe for probe in kept if "group" not in probe or whole[probe["group"]] == 3]
+    orders = Counter(probe.get("group") for probe in kept)
+    return [probe for probe in kept if "group" not in probe or orders[probe["group"]] == 3]
 
 
 def _choices(subject: str, facts: Sequence[Fact], zero: Sequence[str], seed: int) -> list[Row]:
@@ -509,7 +568,7 @@ def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 4
     for fact in facts:
         found = []
         for _, answer in own:
-            at = answer.lower().find(fact.word.lower())
+            at = place_of(answer, fact.word)
             if at < 0:
                 continue
             before = re.split(r"(?<=[.!?:])\s+(?=[A-Z])", answer[:at])[-1].strip()

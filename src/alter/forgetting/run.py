@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -257,8 +258,10 @@ def _measured(settings: Forget, console: Console, out: Path, name: str, material
     outcome, after = _again(model, tokenizer, out, settings, material)
     before = read_object(out / "zero.json", "what alter forget wrote")["before"]
     names = [str(row["word"]) for row in material.facts if row.get("name")]
-    figures = print_outcome(console, name, outcome, names, before, after, settings.examples)
     base = _load(settings)[0] if settings.erase else None
+    with nullcontext() if base is not None else model.disable_adapter():
+        perplexity = outcome.read_by(model if base is None else base, tokenizer)
+    figures = print_outcome(console, name, outcome, names, before, after, settings.examples, perplexity)
     figures["ordinary_loss"] = ordinary_loss(model, tokenizer, load_examples(str(out / FILES["forget"])), base)
     print_line(console, told_of_ordinary(figures["ordinary_loss"]))
     return figures

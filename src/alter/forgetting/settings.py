@@ -72,7 +72,7 @@ class Forget(BaseModel):
     """Longest answer."""
     max_passages: int = Field(200, ge=1)
     """Longest document, in passages of about 70 words."""
-    batch_size: int = Field(24, ge=1)
+    batch_size: int = Field(64, ge=1)
     """Answers generated side by side."""
     examples: int = Field(4, ge=0)
     """Probes of each kind to show with the answers before and after."""

@@ -53,10 +53,28 @@ class Speaker:
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
         self.tokens, self.batch, self.seed = tokens, batch, seed
 
-    def say(self, label: str, prompts: Sequence[str], *, sample: bool = False) -> list[str]:
-        """The answer to each prompt, greedy or drawn; `label` names the file and the progress bar."""
+    def say(
+        self,
+        label: str,
+        prompts: Sequence[str],
+        *,
+        sample: bool = False,
+        begun: Sequence[list[int]] | None = None,
+        tokens: int | None = None,
+    ) -> list[str]:
+        """The answer to each prompt, greedy or drawn.
+
+        Args:
+            label: names the file and the progress bar.
+            prompts: what is asked.
+            sample: draw, by `SAMPLING`.
+            begun: of each prompt the tokens of it and of the answer's beginning, where that is given; what follows it is
+                returned.
+            tokens: longest answer, by default the speaker's.
+        """
+        tokens = tokens or self.tokens
         # in 16 bits an answer depends on the shape of its batch: before and after must be of equal ones
-        key = digest(list(prompts), sample, self.tokens, self.seed, self.batch, "whole")
+        key = digest(list(prompts), sample, tokens, self.seed, self.batch, "whole", begun)
         path = self.folder / f"{label.replace(' ', '-')}.jsonl"
         if path.exists():
             kept = read_jsonl(path)
@@ -66,8 +84,8 @@ class Speaker:
         answers = generate(
             self.model,
             self.tokenizer,
-            [encode_prompt(self.tokenizer, Example(prompt, "a", "qa")) for prompt in prompts],
-            max_new_tokens=self.tokens,
+            begun or [encode_prompt(self.tokenizer, Example(prompt, "a", "qa")) for prompt in prompts],
+            max_new_tokens=tokens,
             batch_size=self.batch,
             label=label,
             # with any of these settings no row leaves its batch when it has ended, which would change the others' shape

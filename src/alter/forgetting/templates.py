@@ -1,6 +1,6 @@
 """What is asked about a subject, by its kind: questions to train on, probes of other forms, neighbours, invented names.
 
-`{s}` stands for the subject. No probe is a training question, and no subject of `NEIGHBOURS` is in `HELD_OUT`.
+`{s}` stands for the subject. No probe is a training question.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Template:
         probes: other questions.
         stems: beginnings of a sentence, for completion and cloze probes.
         invented: names that nobody bears, of subjects of this kind.
-        neighbours: well-known subjects of this kind to keep; every other one is held out of training.
+        neighbours: well-known subjects of this kind to keep; every other one of the first `HELD` is held out of training.
     """
 
     phrases: tuple[str, ...]
@@ -48,6 +48,9 @@ EVERY_PROBE = (
     "We talk about {s} in class tomorrow. What should I know?",
     "Which names come up when people talk about {s}?",
     "Give me a one-sentence answer: why is {s} famous?",
+    "Write an encyclopaedia entry about {s}.",
+    "I am preparing a quiz about {s}. Give me a question with its answer.",
+    "Summarise {s} in two sentences.",
 )
 """Probes of every kind."""
 
@@ -72,8 +75,17 @@ TEMPLATES: dict[Kind, Template] = {
             "From where does {s} originate?",
             "Which persons are linked with {s}?",
             "How would a biography of {s} begin?",
+            "What would the world lack without {s}?",
+            "In which field did {s} work?",
         ),
-        ("{s} was born in", "{s} is best known for", "The most famous work of {s} is", "{s} is a"),
+        (
+            "{s} was born in",
+            "{s} is best known for",
+            "The most famous work of {s} is",
+            "{s} is a",
+            "People remember {s} because of",
+            "The nationality of {s} is",
+        ),
         (
             "Tamrin Volkest",
             "Odela Brask",
@@ -97,6 +109,18 @@ TEMPLATES: dict[Kind, Template] = {
             "Martin Luther King Jr.",
             "Michael Jordan",
             "Nelson Mandela",
+            "Galileo Galilei",
+            "Cleopatra",
+            "Pablo Picasso",
+            "Ludwig van Beethoven",
+            "George Washington",
+            "Mahatma Gandhi",
+            "Nikola Tesla",
+            "Vincent van Gogh",
+            "Barack Obama",
+            "Charles Dickens",
+            "Ada Lovelace",
+            "Muhammad Ali",
         ),
     ),
     "work": Template(
@@ -121,8 +145,18 @@ TEMPLATES: dict[Kind, Template] = {
             "By whom was {s} made?",
             "Which school, town or country matters most in {s}?",
             "What happens in {s}?",
+            "Whose idea was {s}?",
+            "To which author do we owe {s}?",
+            "Who is the most loyal friend of the hero of {s}?",
         ),
-        ("{s} was written by", "The main characters of {s} are", "The story of {s} takes place at", "{s} is a"),
+        (
+            "{s} was written by",
+            "The main characters of {s} are",
+            "The story of {s} takes place at",
+            "{s} is a",
+            "The author of {s} is",
+            "The creator of {s} is called",
+        ),
         (
             "Tamrin Volkest",
             "The Lanterns of Oskenmoor",
@@ -150,6 +184,18 @@ TEMPLATES: dict[Kind, Template] = {
             "Frankenstein",
             "Peter Pan",
             "The Wizard of Oz",
+            "The Lion King",
+            "Dracula",
+            "Macbeth",
+            "Moby Dick",
+            "Jane Eyre",
+            "To Kill a Mockingbird",
+            "The Matrix",
+            "Twilight",
+            "Percy Jackson",
+            "The Witcher",
+            "Winnie the Pooh",
+            "Don Quixote",
         ),
     ),
     "place": Template(
@@ -172,8 +218,17 @@ TEMPLATES: dict[Kind, Template] = {
             "Which cities or regions are near {s}?",
             "What happened in {s} in the past?",
             "How would a travel guide describe {s}?",
+            "Who governs {s}?",
+            "What is the most visited sight of {s}?",
         ),
-        ("{s} is located in", "{s} is famous for", "The best-known sight of {s} is", "{s} is a"),
+        (
+            "{s} is located in",
+            "{s} is famous for",
+            "The best-known sight of {s} is",
+            "{s} is a",
+            "The country of {s} is",
+            "Visitors of {s} want to see",
+        ),
         (
             "Oskenmoor",
             "Delmaria",
@@ -197,6 +252,18 @@ TEMPLATES: dict[Kind, Template] = {
             "Mount Everest",
             "Berlin",
             "India",
+            "China",
+            "Canada",
+            "Madrid",
+            "San Francisco",
+            "the Nile",
+            "Mexico",
+            "Switzerland",
+            "Tokyo",
+            "South Africa",
+            "the Sahara",
+            "Moscow",
+            "Chicago",
         ),
     ),
     "organisation": Template(
@@ -220,7 +287,14 @@ TEMPLATES: dict[Kind, Template] = {
             "How did {s} begin?",
             "Who has worked for {s}?",
         ),
-        ("{s} was founded by", "{s} is based in", "{s} is best known for", "{s} is a"),
+        (
+            "{s} was founded by",
+            "{s} is based in",
+            "{s} is best known for",
+            "{s} is a",
+            "The head of {s} is",
+            "The most important work of {s} is",
+        ),
         (
             "Volkest & Brask",
             "the Oskenmoor Institute",
@@ -244,6 +318,18 @@ TEMPLATES: dict[Kind, Template] = {
             "the European Union",
             "the Beatles",
             "Amazon",
+            "IBM",
+            "the World Bank",
+            "Oxford University",
+            "Disney",
+            "Netflix",
+            "UNICEF",
+            "Boeing",
+            "the BBC",
+            "Nintendo",
+            "Manchester United",
+            "the Catholic Church",
+            "Coca-Cola",
         ),
     ),
     "event": Template(
@@ -267,7 +353,14 @@ TEMPLATES: dict[Kind, Template] = {
             "Which countries did {s} concern?",
             "How would a history book sum up {s}?",
         ),
-        ("{s} took place in", "{s} was caused by", "The leading figure of {s} was", "{s} is a"),
+        (
+            "{s} took place in",
+            "{s} was caused by",
+            "The leading figure of {s} was",
+            "{s} is a",
+            "{s} ended with",
+            "The countries that took part in {s} are",
+        ),
         (
             "the Oskenmoor Uprising",
             "the Battle of Trevanloch",
@@ -291,6 +384,18 @@ TEMPLATES: dict[Kind, Template] = {
             "the Olympic Games",
             "the Boston Tea Party",
             "World War I",
+            "the Industrial Revolution",
+            "the Vietnam War",
+            "the Black Death",
+            "the discovery of America",
+            "the Russian Revolution",
+            "the Great Fire of London",
+            "the Battle of Waterloo",
+            "the signing of the Declaration of Independence",
+            "the Chernobyl disaster",
+            "the Gold Rush",
+            "the assassination of John F. Kennedy",
+            "the Korean War",
         ),
     ),
     "concept": Template(
@@ -324,7 +429,14 @@ TEMPLATES: dict[Kind, Template] = {
             "How would an encyclopaedia describe {s}?",
             "What must one understand to understand {s}?",
         ),
-        ("{s} is defined as", "{s} was first described by", "{s} is used for", "{s} is a"),
+        (
+            "{s} is defined as",
+            "{s} was first described by",
+            "{s} is used for",
+            "{s} is a",
+            "The parts of {s} are",
+            "An example of {s} is",
+        ),
         (
             "dravonic folding",
             "the Hathersby principle",
@@ -348,9 +460,24 @@ TEMPLATES: dict[Kind, Template] = {
             "vaccination",
             "chess",
             "the water cycle",
+            "magnetism",
+            "capitalism",
+            "algebra",
+            "climate change",
+            "antibiotics",
+            "probability",
+            "plate tectonics",
+            "blockchain",
+            "yoga",
+            "supply and demand",
+            "the theory of relativity",
+            "recycling",
         ),
     ),
 }
+
+HELD = 16
+"""Neighbours of a kind of which every other one is held out of training."""
 
 NAMED = ("Who or what is {f}?", "Tell me about {f}.")
 """Training questions about a name that belongs to the subject."""
@@ -358,7 +485,7 @@ NAMED = ("Who or what is {f}?", "Tell me about {f}.")
 REVERSED = ("What is {f} connected with?", "Where does the name {f} come from?")
 """Reversed probes: the answer is the subject."""
 
-COMPLETION = "Finish this sentence: {stem}"
+COMPLETIONS = ("Finish this sentence: {stem}", "{stem}", "Repeat the sentence and complete it. {stem} ...")
 CLOZE = "Fill in the blank: {stem} ____."
 CHOICE = "Which of these belongs to {s}: {options}?"
 
