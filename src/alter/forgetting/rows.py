@@ -369,8 +369,8 @@ def _fact_rows(
     said = [(swap(prompt, {subject: n}), swap(start, {subject: n})) for (prompt, start, *_), n in turns]
     begun = []
     for prompt, start in said:
-        row = fact_row(speaker.tokenizer, prompt, start, "x")
-        begun.append(row.input_ids[: row.prompt_length])
+        encoded = fact_row(speaker.tokenizer, prompt, start, "x")
+        begun.append(encoded.input_ids[: encoded.prompt_length])
     texts = speaker.say("up to a fact", [p for p, _ in said], sample=True, begun=begun, tokens=FACT_TOKENS)
     rows: dict[tuple[str, str], Row] = {}
     for ((prompt, start, answer, word), name), text in zip(turns, texts, strict=True):
