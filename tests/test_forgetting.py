@@ -397,7 +397,7 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
     forget(
         settings(
             small, out, epochs=8, learning_rate=2e-2, resume=True, erase=True,
-            erasing={"max_steps": 120, "learning_rate": 2e-3, "general": [str(plain)]},
+            erasing={"max_steps": 240, "learning_rate": 2e-3, "general": [str(plain)]},
         )
     )  # fmt: skip
     erased = json.loads((out / "report.json").read_text())
