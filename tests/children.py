@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import torch
 import torch.multiprocessing as mp
 
 PRELOADED = [
@@ -28,6 +29,7 @@ def _ready(environment):
     """What a new interpreter would have of its own."""
     os.environ.clear()
     os.environ |= environment
+    torch.set_num_threads(1)
     gc.freeze()
 
 

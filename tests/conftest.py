@@ -8,6 +8,7 @@ import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported, which reads it once
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 
 import pytest
 import torch
