@@ -1,5 +1,6 @@
 """Two real processes on the CPU (gloo): the losses of one process, results written once, resuming, and a killed process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -491,7 +492,9 @@ def _three():
 
 
 def _command(rank, folder, arguments, status=0):
-    assert cli.main(arguments) == status
+    with open(folder / f"shown{rank}", "w") as file, contextlib.redirect_stdout(file):
+        found = cli.main(arguments)
+    assert found == status
 
 
 @pytest.mark.slow
@@ -510,7 +513,7 @@ def test_a_command_of_two_processes_writes_and_prints_once(data, tmp_path):
 def test_an_evaluation_by_two_processes_gives_the_records_of_one(data, tmp_path):
     command = ["evaluate", "--model", "builtin:tofu-mini/original", "--limit", "6", "--cache", "off", "--json"]
     pair(_command, tmp_path / "two", [*command, str(tmp_path / "two.json")])
-    shown = "".join((tmp_path / "two" / f"said{rank}").read_text() for rank in range(2))
+    shown = "".join((tmp_path / "two" / f"shown{rank}").read_text() for rank in range(2))
     assert cli.main([*command, str(tmp_path / "one.json")]) == 0
     two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
     assert [(r["metric"], r["value"], r["per_item"]) for r in two] == [
@@ -521,7 +524,7 @@ def test_an_evaluation_by_two_processes_gives_the_records_of_one(data, tmp_path)
 
 @pytest.mark.slow
 def test_a_mistake_that_both_find_is_said_once(tmp_path):
-    pair(_command, tmp_path / "two", ["generate", "--model", str(tmp_path / "none"), "--prompt", "x"], 1)
+    pair(_command, tmp_path / "two", ["generate", "--model", str(tmp_path / "none"), "--prompt", "x"], 2)
     told = "".join((tmp_path / "two" / f"said{rank}").read_text() for rank in range(2))
     (line,) = alter_lines(told)
     assert "does not exist" in line
