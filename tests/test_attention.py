@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from alter.training import attention
 from alter.training.attention import attend, attention_for_training
 from pico import pico
 
@@ -46,14 +47,24 @@ class Layer(torch.nn.Module):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("boolean", [False, True])
-def test_forward_and_backward_are_those_of_loops(boolean, autocast):
+def test_forward_and_backward_are_those_of_loops(boolean, autocast, monkeypatch):
     query, key, value, mask = given(torch.bfloat16)
+    numbers = []
+    real = attention.sdpa_attention_forward
+
+    def spied(*args, **kwargs):
+        out, weights = real(*args, **kwargs)
+        numbers.append(out.dtype)
+        return out, weights
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", spied)
     weights = torch.randn(len(LENGTHS), max(LENGTHS), 4, 8, generator=torch.Generator().manual_seed(1)).double()
     for b, length in enumerate(LENGTHS):
         weights[b, length:] = 0
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out, _ = attend(Layer(), query, key, value, mask == 0 if boolean else mask)
     assert out.dtype == torch.bfloat16
+    assert numbers == [torch.float32]
     (out.double() * weights).sum().backward()
     expected, leaves = naive(query, key, value, LENGTHS, 2)
     (expected * weights).sum().backward()

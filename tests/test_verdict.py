@@ -179,6 +179,16 @@ def test_collapsed_where_it_should_have_stayed():
     assert judge(of(0.95, english(True)), of(0.01, english(False)), kept=kept).word == "collapsed"
 
 
+@pytest.mark.parametrize(("still", "word"), [(1, "forgotten"), (2, "not forgotten")])
+def test_one_reply_in_ten_may_still_give_its_answer(still, word):
+    questions, truths, replies = english(True)
+    after = of(0.02, (questions, truths, [*replies[:still], *english(False)[2][still:]]))
+    found = judge(of(0.9, (questions, truths, replies)), after)
+    assert found.word == word
+    assert any(f"{still} of 10 replies still give the answer" in why for why in found.why)
+    assert any("At most 10% may" in why for why in found.why) == (still == 2)
+
+
 def test_what_is_said_outweighs_the_collapse():
     questions, truths, _ = english(True)
     after = of(0.001, (questions, truths, [*truths[:5], *["K K K K"] * 5]))
