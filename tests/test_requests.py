@@ -1090,7 +1090,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(data, tmp_path):
             if (tmp_path / "work" / "adapter").exists():
                 model = PeftModel.from_pretrained(base, str(tmp_path / "work" / "adapter"))
                 base = model.unload()
-    if store.requests("received", "running"):
+    if store.requests("received", "running", "trained"):
         run(RunRequests(db=store.url))
     found = store.requests()
     assert [request.state for request in found] == ["forgotten"] * 3
