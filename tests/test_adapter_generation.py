@@ -7,9 +7,11 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, StaticCache
 
+from alter import AlterConfig
 from alter.adapter.generation import DecodeState
 from alter.adapter.inputs import token_mask
 from alter.core.errors import UserError
+from alter.logits import entropy
 from test_adapter import ARCHITECTURES, adapted, counted, middle_threshold, rows, tiny
 
 WAYS = {
@@ -178,6 +180,40 @@ def test_routes_follow_the_definition():
         assert torch.equal(generated(model, ids, cache=cache), expected)
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_prompt_logits_exist_in_chunks_only(kind, monkeypatch):
+    model = routed(kind)
+    ids, mask = left_padded()
+    whole = {way: generated(model, ids, cache=True, mask=mask, **WAYS[way]) for way in ("greedy", "beams")}
+    head = model.get_base_model().get_output_embeddings()
+    sizes = []
+    handle = head.register_forward_hook(lambda _, __, out: sizes.append(out.shape[:-1].numel()))
+    monkeypatch.setattr(entropy, "CHUNK_BYTES", 5 * 4 * model.config.get_text_config().vocab_size)
+    for way, expected in whole.items():
+        assert torch.equal(generated(model, ids, cache=True, mask=mask, **WAYS[way]), expected)
+    handle.remove()
+    # one row in the pass itself, then the 22 real positions; decoding and the adapted pass read one a row
+    assert sizes[:6] == [1, 5, 5, 5, 5, 2]
+
+
+def test_prompt_logits_in_chunks_for_adapters_of_several_orders(monkeypatch):
+    model = adapted(tiny(), name="one", entropy_q=1.0).eval()
+    model.add_adapter(
+        "two", AlterConfig(num_forget_experts=1, r=1, init_weights=False, entropy_q=2.0, entropy_threshold=0.9)
+    )
+    model.base_model.set_adapter(["one", "two"])
+    inner = model.base_model.model
+    ids, mask = left_padded()
+    with torch.no_grad():
+        whole = inner(input_ids=ids, attention_mask=mask).logits
+        monkeypatch.setattr(entropy, "CHUNK_BYTES", 5 * 4 * inner.config.vocab_size)
+        chunked = inner(input_ids=ids, attention_mask=mask).logits
+        model.base_model.set_adapter(["one"])
+        alone = inner(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-6)
+    assert not torch.allclose(alone, whole)
+
+
 def test_transformers_own_loading_generates_the_same(tmp_path):
     base = tiny()
     model = adapted(copy.deepcopy(base), router_memory=0.3).eval()
@@ -207,8 +243,6 @@ def test_by_hand_with_a_cache():
 
 def test_several_adapters_generate_together():
     model = adapted(tiny(), name="one").eval()
-    from alter import AlterConfig
-
     model.add_adapter("two", AlterConfig(num_forget_experts=1, r=1, init_weights=False, router="entropy"))
     model.base_model.set_adapter(["one", "two"])
     ids = rows()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alter.adapter.frozen import run_frozen
+from alter.adapter.frozen import frozen_base, run_frozen
 from alter.adapter.generation import Continuation, DecodeState
 from alter.adapter.inputs import (
     frozen_inputs,
@@ -35,10 +35,7 @@ from alter.adapter.routing import (
 from alter.adapter.state import ForwardState, RoutingContext, Trunk
 from alter.core.errors import UserError
 from alter.logits.entropy import entropy_from_logits
-
-if TYPE_CHECKING:
-    from alter.adapter.config import AlterConfig
-
+from alter.logits.head import Head
 
 UNKNOWN_CACHE = (
     "These past_key_values come from a forward pass without the active ALTER adapter, so the routes of their tokens are "
@@ -232,7 +229,7 @@ def _extend(
 
 def _prompt(
     context: RoutingContext,
-    module: nn.Module,
+    module: PreTrainedModel,
     inputs: dict[str, Any],
     names: list[str],
     ids: Tensor | None,
@@ -241,15 +238,15 @@ def _prompt(
 ) -> ForwardState:
     """Route whole rows by what the frozen base says about them, in one pass without gradients."""
     frozen = ForwardState(frozen=True, grad=torch.is_grad_enabled(), names=tuple(names))
-    output = run_frozen(context, module, (), frozen_inputs(module, inputs), frozen)
+    orders = {context.configs[name].entropy_q for name in names}
+    emitted = _emitted_entropies(context, module, inputs, frozen, mask, orders)
     if frozen.grad:
         _check_sharding(context, names)
-    logits = model_logits(module, output)
     previous = previous_real(mask, sequence_starts(inputs, mask))
     routing, past = {}, {}
     for name in names:
         config = context.configs[name]
-        entropy = _token_entropy(logits, previous, config)
+        entropy = _token_entropy(emitted.get(config.entropy_q), previous)
         raw = _router_logits(context, name, frozen, entropy, previous)
         if config.probed:
             # as a pass that routes its own tokens does
@@ -259,7 +256,7 @@ def _prompt(
             )
         gates, last = route_tokens(raw, entropy, mask.to(entropy.device), config)
         routing[name], past[name] = Routing(gates), last.detach()
-    observe = observe and logits is not None
+    observe = observe and bool(emitted)
     continuation = Continuation(mask, past, ids) if observe else None
     return ForwardState(routing=routing, observe=observe, names=tuple(names), continuation=continuation)
 
@@ -277,13 +274,46 @@ def _check_sharding(context: RoutingContext, names: list[str]) -> None:
             )
 
 
-def _token_entropy(logits: Tensor | None, previous: Tensor, config: AlterConfig) -> Tensor:
-    """[B, T] entropy of each token from the logits [B, T, V] at every position; +inf where nothing generated it."""
-    if logits is None:
+def _emitted_entropies(
+    context: RoutingContext,
+    module: PreTrainedModel,
+    inputs: dict[str, Any],
+    frozen: ForwardState,
+    mask: Tensor,
+    orders: set[float],
+) -> dict[float, Tensor]:
+    """Run the frozen base; [B, T] entropies of the distributions that it emits, by order; empty if it emits none.
+
+    The logits of more positions than go through the head at a time never exist at once: those of 64 prompts are gigabytes.
+    """
+    head = Head(module) if module.get_output_embeddings() is not None and module.get_decoder() is not module else None
+    if head is None or mask.numel() <= head.rows:
+        logits = model_logits(module, run_frozen(context, module, (), frozen_inputs(module, inputs), frozen))
+        return {} if logits is None else {q: entropy_from_logits(logits, q) for q in orders}
+    with head.reading() as read:
+        run_frozen(context, module, (), frozen_inputs(module, inputs), frozen)
+    states = read[0]
+
+    def logits_of(rows: Tensor) -> Tensor:
+        with frozen_base(context, module, ForwardState(frozen=True)):
+            return head.logits(rows)
+
+    real = mask.to(states.device)
+    emitted = {q: torch.zeros(mask.shape, device=states.device) for q in orders}
+    for chunk in real.nonzero().split(head.rows):
+        row, column = chunk.unbind(1)
+        logits = logits_of(states[row, column])
+        for q in orders:
+            emitted[q][row, column] = entropy_from_logits(logits, q).to(emitted[q])
+    return emitted
+
+
+def _token_entropy(emitted: Tensor | None, previous: Tensor) -> Tensor:
+    """[B, T] entropy of each token from those of the distributions [B, T] that are emitted; +inf where nothing did."""
+    if emitted is None:
         unknown = torch.full(previous.shape, UNKNOWN_ENTROPY, device=previous.device)
         return torch.where(previous >= 0, unknown, INFINITE)
-    entropy = entropy_from_logits(logits, config.entropy_q)
-    return take_previous(entropy, previous.to(entropy.device), INFINITE)
+    return take_previous(emitted, previous.to(emitted.device), INFINITE)
 
 
 def _router_logits(
