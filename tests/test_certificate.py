@@ -1,5 +1,6 @@
 """Certificates and the anchor of the history: what is stated, and that no byte, model, key or database can be another."""
 
+import errno
 import hashlib
 import json
 import os
@@ -284,6 +285,31 @@ def test_anchor_lines_cannot_be_changed_or_taken_out(made, tmp_path):
     copy.write_text("".join(f"{line}\n" for line in lines))
     with pytest.raises(Forged, match="another key"):
         Anchor(copy, key).append(1000, "a" * 64, "now")
+
+
+def test_a_line_of_the_anchor_that_was_broken_off_locks_nothing(made, tmp_path, monkeypatch):
+    folder, _, _ = made
+    key = read_key(str(folder / "key"))
+    text = (folder / "heads").read_text()
+    copy = tmp_path / "heads"
+    copy.write_text(text + text[:40])
+    entries = [head.entries for head in read_heads(str(copy), [key.public])]
+    assert len(entries) == text.count("\n")
+    anchor = Anchor(copy, key)
+    # a disk that is full leaves the lines that were there
+    real = os.fsync
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written: No space left.*the next command notes its head"):
+        anchor.append(1000, "a" * 64, "now")
+    assert copy.read_text() == text
+    monkeypatch.setattr(os, "fsync", real)
+    anchor.append(1000, "a" * 64, "now")
+    assert copy.read_text().startswith(text)
+    assert [head.entries for head in read_heads(str(copy), [key.public])] == [*entries, 1000]
 
 
 def test_anchor_of_another_database_is_refused(made, tmp_path):

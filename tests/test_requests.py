@@ -31,6 +31,7 @@ from alter.core.files import folder_digest
 from alter.data.batching import Collator
 from alter.data.encoding import encode
 from alter.data.examples import load_examples
+from alter.models.loading import load_model
 from alter.requests import concluding, work
 from alter.requests import rows as request_rows
 from alter.requests.commands import (
@@ -54,8 +55,9 @@ from alter.requests.commands import (
     verify,
 )
 from alter.requests.connection import without_password
+from alter.requests.evidence import known_of
 from alter.requests.project import Project
-from alter.requests.records import EDGES, parse_id
+from alter.requests.records import EDGES, IN_FORCE, parse_id
 from alter.requests.store import Store
 from alter.requests.tables import entry_hash, record_hash
 from alter.requests.versions import clear_expert, manifest
@@ -592,6 +594,45 @@ def test_weights_are_final_measured_and_in_the_history(three, data, tmp_path, ca
         export(Export(**{**given, "out": str(tmp_path / "more")}, final=True, recipe=str(recipe)))
 
 
+@pytest.mark.slow
+def test_requests_go_on_on_a_distilled_base(data, tmp_path):
+    """Weights that forgot two requests become the base of a new project, whose adapter begins anew."""
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+    store = start(data, tmp_path / "old")
+    for name in ("Ada", "Bo"):
+        ask(store, data, name)
+    run(RunRequests(db=store.url))
+    recipe = tmp_path / "recipe.yaml"
+    settings = {"general": [str(data / "retain.jsonl"), str(data / "Cy.jsonl")], "rewordings": 0, "precision": "fp32"}
+    settings |= {"device": "cpu", "batch_size": 6, "learning_rate": 5e-3, "max_steps": 60}
+    recipe.write_text(yaml.safe_dump(settings))
+    out = export(Export(db=store.url, out=str(tmp_path / "weights"), form="weights", final=True, recipe=str(recipe)))
+
+    later = start(data, tmp_path / "new", model=str(out))
+    ask(later, data, "Cy")
+    [done] = run(RunRequests(db=later.url))
+    assert done.state in IN_FORCE
+    assert done.expert == 1
+    assert done.after["probability"] < 0.5 * done.before["probability"]
+    verify(Verify(db=later.url))
+    # each database says which weights hold what
+    assert [e.details["holds"] for e in store.history() if e.what == "exported"] == [["R-0001", "R-0002"]]
+    assert later.project()["model"] == str(out)
+
+    def known(model, adapter, name):
+        loaded = load_model(str(model), adapter and str(adapter))
+        return known_of(*loaded, load_examples(str(data / f"{name}.jsonl")), answers=0)[1]["probability"]
+
+    revoke(Revoke(db=later.url, id="1"))
+    for name in ("Ada", "Bo"):
+        before = known(data / "model", None, name)
+        for adapter in (None, tmp_path / "new" / "work" / "adapter"):
+            assert known(out, adapter, name) < 0.5 * before
+    # what the new adapter held is back, what the weights forgot is not
+    assert known(out, tmp_path / "new" / "work" / "adapter", "Cy") == pytest.approx(known(out, None, "Cy"), rel=1e-4)
+
+
 def test_each_request_is_a_lora_by_its_name(three, data, tmp_path):
     store, _, _ = three
     out = export(Export(db=store.url, out=str(tmp_path / "loras"), form="loras"))
@@ -642,6 +683,21 @@ def test_changed_data_is_refused_before_anything_runs(data, tmp_path):
     assert revoke(Revoke(db=store.url, id="1")).state == "withdrawn"
     with pytest.raises(UserError, match="Nothing to run"):
         run(RunRequests(db=store.url))
+
+
+def test_a_reference_that_is_gone_costs_no_training(data, tmp_path, monkeypatch):
+    holdout = tmp_path / "unseen.jsonl"
+    shutil.copy(data / "holdout.jsonl", holdout)
+    shutil.copytree(data / "model", tmp_path / "retrained")
+    monkeypatch.setattr(work, "unlearn", lambda settings: pytest.fail("it trains"))
+    for name, changes in (("a", {"holdout": str(holdout)}), ("b", {"retrained": str(tmp_path / "retrained")})):
+        (tmp_path / name).mkdir()
+        store = start(data, tmp_path / name, **changes)
+        ask(store, data, "Ada")
+        shutil.rmtree(tmp_path / "retrained") if "retrained" in changes else holdout.unlink()
+        with pytest.raises(UserError, match=r"unseen\.jsonl|retrained"):
+            run(RunRequests(db=store.url))
+        assert store.get(1).state == "received"
 
 
 def test_failed_run_can_be_tried_again(data, tmp_path, monkeypatch):
@@ -981,6 +1037,45 @@ def test_changed_weights_and_configuration_are_noticed(three, tmp_path):
         (adapter / file).write_bytes(bytes(content))
         with pytest.raises(UserError, match="weights or files were changed"):
             verify(Verify(db=store.url, chain_only=True))
+
+
+@pytest.mark.parametrize("change", ["weights", "folder", "link"])
+def test_nothing_is_built_on_an_adapter_that_was_changed_or_lost(three, tmp_path, change):
+    """The next version's digest is noted in the history, and would make what was changed look sound."""
+    store, copy = copied(three, tmp_path)
+    moved(store, copy)
+    link = copy / "work" / "adapter"
+    if change == "weights":
+        content = bytearray((link / "adapter_model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (link / "adapter_model.safetensors").write_bytes(bytes(content))
+    elif change == "folder":
+        link.resolve().rename(copy / "elsewhere")
+    else:
+        link.unlink()
+    left = sorted((copy / "work" / "adapters").iterdir())
+    assert left
+    states = [request.state for request in store.requests()]
+    for command in (
+        lambda: run(RunRequests(db=store.url)),
+        lambda: revoke(Revoke(db=store.url, id="2")),
+        lambda: export(Export(db=store.url, out=str(tmp_path / "out"))),
+        lambda: verify(Verify(db=store.url, chain_only=True)),
+    ):
+        with pytest.raises(UserError, match="not the one that the history names"):
+            command()
+        # nothing of it is swept away as never reached
+        assert sorted((copy / "work" / "adapters").iterdir()) == left
+    assert [request.state for request in store.requests()] == states
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_beside_the_versions_is_no_version(three, tmp_path):
+    store, copy = copied(three, tmp_path)
+    moved(store, copy)
+    (copy / "work" / "adapters" / "0009 copy").mkdir()
+    verify(Verify(db=store.url, chain_only=True))
+    assert (copy / "work" / "adapters" / "0009 copy").is_dir()
 
 
 def test_verify_takes_a_head_that_was_written_down(three, tmp_path):

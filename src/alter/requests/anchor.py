@@ -8,10 +8,13 @@ cut at its end show beside a copy of the file or a certificate; keep it where th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +70,11 @@ class Anchor:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:
             raise UserError(f"The anchor {self.path} cannot be written: {error.strerror}.") from None
-        with os.fdopen(handle, "r+", encoding="utf-8") as file:
+        # unbuffered: what cannot be written must not be tried again on closing
+        with os.fdopen(handle, "r+b", buffering=0) as file:
             # two commands that end at once write one after the other
             fcntl.flock(file, fcntl.LOCK_EX)
-            text = file.read()
+            text = _whole_lines(file.read().decode(errors="replace"))
             known = _read_lines(text, str(self.path), [self.key.public])
             if known and known[-1].entries >= entries:
                 return  # another command was quicker
@@ -84,9 +88,27 @@ class Anchor:
                     "previous": _hash(text.splitlines()[-1]) if known else "",
                 }
             )
-            file.write(canonical(line).decode() + "\n")
-            file.flush()
+            self._write(file, len(text.encode()), canonical(line) + b"\n")
+
+    def _write(self, file: FileIO, length: int, line: bytes) -> None:
+        """Write a line behind the first `length` bytes, in the place of what a process that was killed left of its own."""
+        try:
+            file.truncate(length)
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                file.truncate(length)
+            raise UserError(
+                f"The anchor {self.path} cannot be written: {error.strerror}. The database holds what was done; the next "
+                "command notes its head."
+            ) from None
+
+
+def _whole_lines(text: str) -> str:
+    """The text without a last line that has no end: its writing was broken off, and it never stood for anything."""
+    return text[: text.rfind("\n") + 1]
 
 
 def _hash(line: str) -> str:
@@ -148,7 +170,7 @@ def read_heads(path: str, trusted: Sequence[str] = ()) -> list[NotedHead]:
     if not text.strip():
         raise UserError(f"{path} is empty: an anchor has at least one line. Was it cut?")
     if not text.startswith("{\n"):
-        return _read_lines(text, path, trusted)
+        return _read_lines(_whole_lines(text) or text, path, trusted)
     content = read_signed(text, path)
     _trust(content["key"], trusted, path)
     history = content.get("history")

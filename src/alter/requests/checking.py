@@ -39,6 +39,31 @@ class Findings:
         return {"wrong": self.wrong, "unchecked": self.unchecked, "measured": self.measured}
 
 
+def noted_adapter(store: Store) -> str | None:
+    """Digest of the adapter in force as the history names it; None while nothing was put in force."""
+    noted = [
+        entry.details["adapter"]
+        for entry in store.history()
+        # an adapter that was trained is not in force yet
+        if entry.details.get("adapter") is not None and entry.details.get("to") != "trained"
+    ]
+    return noted[-1] if noted else None
+
+
+def refuse_changed(store: Store, project: Project) -> None:
+    """Refuse to build on an adapter that is not the one in the history: the next version would make it look sound.
+
+    Raises:
+        UserError: weights or files of the adapter in force were changed, or are gone.
+    """
+    if adapter_digest(project) != noted_adapter(store):
+        raise UserError(
+            f"The adapter in force, {project.adapter}, is not the one that the history names: its weights or files were changed "
+            "or removed. Nothing was done. Put it back from a copy, or make a new project with `alter request init` and add "
+            "the requests again; `alter request verify` says more."
+        )
+
+
 def check_requests(
     store: Store, project: Project, *, behaviour: bool = True, heads: Sequence[str] = (), leak: Leak | None = None
 ) -> Findings:
@@ -63,13 +88,7 @@ def _check_records(store: Store, project: Project, heads: Sequence[str]) -> list
     versions = sorted((project.root / "adapters").glob("[0-9]*/requests.json"))
     wrong = store.check_chain([*heads, *(str(read_object(path, "a manifest").get("head")) for path in versions)])
     inside = manifest(project)
-    noted = [
-        entry.details["adapter"]
-        for entry in store.history()
-        # an adapter that was trained is not in force yet
-        if entry.details.get("adapter") is not None and entry.details.get("to") != "trained"
-    ]
-    if adapter_digest(project) != (noted[-1] if noted else None):
+    if adapter_digest(project) != noted_adapter(store):
         wrong.append("The adapter in force is not the one that the history names: its weights or files were changed.")
     for request in store.requests(*IN_FORCE):
         if inside["experts"].get(str(request.expert)) != request.name or request.expert in inside["cleared"]:

@@ -282,7 +282,12 @@ def _print_list(db: str, found: Sequence[Request]) -> None:
         "broken: broken or empty replies; utility: share of the untouched model's",
     )
     for column in ("id", "subject", "state", "due", "said", "probability", "broken", "utility"):
-        table.add_column(column, justify="right" if column in ("said", "utility") else "left", overflow="fold")
+        table.add_column(
+            column,
+            justify="right" if column in ("said", "utility") else "left",
+            overflow="fold",
+            min_width=len(column),
+        )
     for request in found:
         before, after = request.before or {}, request.after or {}
         row = (
@@ -370,11 +375,12 @@ def run(settings: RunRequests) -> list[Request]:
         UserError: nothing to do, another process at work, what `work.run_requests` raises, or a request that was not forgotten or
             at which the model collapsed: said after everything is written down.
     """
-    from alter.requests import work
+    from alter.requests import checking, work
 
     store, project = settings.open()
     with store.lease(settings.who):
         work.recover(store, project, resume=True)
+        checking.refuse_changed(store, project)
         if settings.id:
             chosen = [store.get(number) for number in dict.fromkeys(map(parse_id, settings.id))]
             for request in chosen:
@@ -523,27 +529,30 @@ def revoke(settings: Revoke) -> Request:
     now.
 
     Raises:
-        UserError: there is no such request, it is revoked already, or another request has come back with it.
+        UserError: there is no such request, it is revoked already, the adapter is not the one in the history, or another
+            request has come back with it.
     """
     from alter.requests import checking, work
 
     store, project = settings.open()
     number = parse_id(settings.id)
     wrong: list[str] = []
+    checked = False
     with store.lease(settings.who):
         work.recover(store, project)
         request = store.get(number)
         if request.state in ("received", *MISSED):
             request = store.move([number], "withdrawn", who=settings.who)[0]
         else:
+            checking.refuse_changed(store, project)
             request = work.revoke_request(store, project, request, settings.who)
             if store.requests(*IN_FORCE):
                 found = checking.check_requests(store, project)
-                wrong = found.wrong
+                wrong, checked = found.wrong, True
                 for sentence in found.unchecked:
                     Console().print(cell(f"Not checked: {sentence}"))
                 store.note(None, "verified", found.as_noted(), settings.who)
-    others = " What was measured of the others has not come back." if request.state == "revoked" and not wrong else ""
+    others = " What was measured of the others has not come back." if checked and not wrong else ""
     others += "".join(
         f" The weights at {entry.details['out']} ({entry.at[:10]}) have forgotten it for good."
         for entry in store.history()
@@ -614,9 +623,10 @@ def export(settings: Export) -> Path:
     """Run `alter request export`.
 
     Raises:
-        UserError: nothing is done yet, the folder exists, or merging would be inexact and that was not accepted.
+        UserError: nothing is done yet, the folder exists, the adapter is not the one in the history, or merging would be
+            inexact and that was not accepted.
     """
-    from alter.requests import handout, versions, work
+    from alter.requests import checking, handout, versions, work
 
     store, project = settings.open()
     out = Path(settings.out)
@@ -634,6 +644,7 @@ def export(settings: Export) -> Path:
             raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
     with store.lease(settings.who):
         work.recover(store, project)
+        checking.refuse_changed(store, project)
         inside = versions.manifest(project)
         if not inside["version"]:
             raise UserError("Nothing to export: no request has run yet. `alter request run` does it.")
@@ -674,4 +685,10 @@ def export(settings: Export) -> Path:
     Console().print(f"{settings.form}: {out}", highlight=False, markup=False)
     loaded = f"--model {project.model} --adapter {out}" if settings.form == "adapter" else f"--model {out}"
     Console(soft_wrap=True).print(cell(f"Next: alter serve {loaded}"))
+    if settings.form == "weights":
+        Console(soft_wrap=True).print(
+            cell(
+                f"Later requests can begin anew on these weights, with a database of their own: alter request init --model {out}"
+            )
+        )
     return out

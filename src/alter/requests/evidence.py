@@ -11,7 +11,7 @@ import numpy as np
 from alter.data.examples import Example, load_examples
 from alter.evaluation.answered import answer_rows
 from alter.evaluation.verdict import Measures
-from alter.models.loading import load_model
+from alter.models.loading import check_model_name, load_model
 from alter.requests.project import Project
 
 UTILITY_SHARE = 0.97
@@ -44,6 +44,18 @@ def utility(model: Any, tokenizer: Any, project: Project) -> Known:
 def untouched(model: Any) -> Any:
     """The untouched base inside the block, whatever adapter is on it."""
     return model.disable_adapter() if model.__class__.__name__.startswith("Peft") else nullcontext()
+
+
+def check_reference(project: Project) -> None:
+    """Look whether what not knowing is measured by is there, before anything is trained.
+
+    Raises:
+        UserError: the holdout cannot be read, or there is no such retrained model.
+    """
+    if project.retrained is not None:
+        check_model_name(project.retrained)
+    if project.holdout is not None:
+        load_examples(project.holdout)
 
 
 def baselines(

@@ -23,7 +23,7 @@ def sweep(project: Project, keep: str | None = None) -> list[str]:
     left += (project.root / "adapters").glob(".*")
     # a version that the link never reached was not in force
     version = manifest(project)["version"]
-    left += [p for p in (project.root / "adapters").glob("[0-9]*") if int(p.name) > version]
+    left += [p for p in (project.root / "adapters").glob("[0-9]*") if p.name.isdecimal() and int(p.name) > version]
     for path in dict.fromkeys(left):
         if path.name == keep:
             continue

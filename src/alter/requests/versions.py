@@ -34,8 +34,17 @@ def private() -> Iterator[None]:
 
 
 def manifest(project: Project) -> dict[str, Any]:
-    """Which expert serves which request in the adapter in force; version 0 where there is none yet."""
+    """Which expert serves which request in the adapter in force; version 0 where there is none yet.
+
+    Raises:
+        UserError: the link to the adapter in force leads nowhere.
+    """
     if not project.adapter.exists():
+        if project.adapter.is_symlink():
+            raise UserError(
+                f"{project.adapter} leads to {os.readlink(project.adapter)}, which is gone: what the requests made is lost. "
+                "Put it back from a copy, or make a new project with `alter request init` and add the requests again."
+            )
         return {"version": 0, "experts": {}, "cleared": []}
     return read_object(project.adapter / "requests.json", "which expert serves which request")
 

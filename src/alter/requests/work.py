@@ -20,7 +20,9 @@ from alter.core.files import digest, folder_digest, write_atomic
 from alter.core.provenance import provenance
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.methods.presets import with_default
+from alter.requests.checking import noted_adapter, refuse_changed
 from alter.requests.concluding import conclude
+from alter.requests.evidence import check_reference
 from alter.requests.project import Project
 from alter.requests.records import IN_FORCE, Request
 from alter.requests.removal import sweep
@@ -44,7 +46,13 @@ def recover(store: Store, project: Project, *, resume: bool = False) -> None:
 
     What was trained but not measured is measured now. Everything else of a run that was cut off is removed; with
     `resume` the folders that a new run of the same requests would go on from stay.
+
+    Raises:
+        UserError: the adapter that was in force is gone; nothing is touched.
     """
+    if not project.adapter.exists() and noted_adapter(store) is not None:
+        # without it everything would count as never reached, and be swept away
+        refuse_changed(store, project)
     inside = manifest(project)
     experts = {name: int(expert) for expert, name in inside["experts"].items()}
     groups: dict[str, list[Request]] = {}
@@ -84,6 +92,7 @@ def run_requests(store: Store, project: Project, requests: Sequence[Request]) ->
         raise UserError("Nothing to run: no request is in state received. `alter request list` shows all.")
     examples = {request.name: received_rows(request) for request in requests}
     retain = load_examples(project.retain)
+    check_reference(project)
     for rows in examples.values():
         check_overlap(rows, retain)
     inside = manifest(project)
