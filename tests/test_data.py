@@ -17,11 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from alter.core.errors import UserError
-from alter.data import encoding, sources
+from alter.data import encoding, files, sources
 from alter.data.batching import Collator
 from alter.data.domains import domains
 from alter.data.encoding import encode, encode_prompt, set_template_arguments, share_template_arguments
 from alter.data.examples import Example, check_overlap, examples, load_examples
+from alter.data.files import read_file
+from pico import write_jsonl
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -925,3 +927,25 @@ def test_rows_that_cannot_be_divided():
     assert len(set(domains(often, n=3)[0])) == 3
     with pytest.raises(UserError, match="no words"):
         domains([qa("?", "!"), qa("...", "-")])
+
+
+def test_a_text_of_a_row_is_no_longer_than_can_be_held(tmp_path, monkeypatch):
+    """A line of 50 MB took 8 GB as tokens."""
+    monkeypatch.setattr(files, "MOST_CHARACTERS", 1000)
+    long = "x" * 1001
+    for row in (
+        {"text": long},
+        {"question": "Who?", "answer": long},
+        {"messages": [{"role": "user", "content": long}]},
+    ):
+        write_jsonl(tmp_path / "rows.jsonl", [{"question": "Who?", "answer": "She."}, row])
+        with pytest.raises(
+            UserError, match=r"rows\.jsonl line 2 has a text of 1,001 characters.*1,000 at most.*\.txt"
+        ):
+            read_file(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.csv").write_text(f"question,answer\nWho?,{long}\n")
+    with pytest.raises(UserError, match=r"rows\.csv line 2 has a text"):
+        read_file(tmp_path / "rows.csv")
+    # running text is cut into passages, however long
+    (tmp_path / "book.txt").write_text("word " * 1000)
+    assert read_file(tmp_path / "book.txt")

@@ -23,6 +23,10 @@ ENDINGS = (".json", ".jsonl", ".ndjson", *TEXT_ENDINGS, ".csv", ".tsv", ".parque
 """Endings of the files that `read_file` reads; capitals do not matter."""
 
 
+MOST_CHARACTERS = 5_000_000
+"""Characters of one text in a row, more than *War and Peace* has: tokens of a longer one would take gigabytes."""
+
+
 class Row(dict[str, Any]):
     """One row's columns, and where it was read: `"rows.jsonl line 7"`, or nothing."""
 
@@ -188,7 +192,7 @@ def read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
         texts: in JSON, a string stands for a row with the column `text`.
 
     Raises:
-        UserError: an ending that is not known, a file that cannot be read, or one without rows.
+        UserError: an ending that is not known, a file that cannot be read, one without rows, or a text of more than `MOST_CHARACTERS`.
     """
     ending = path.suffix.lower()
     if ending not in ENDINGS:
@@ -208,7 +212,23 @@ def read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
         rows = _json(path, text, texts)
     if not rows:
         raise UserError(f"{path} holds no rows; expected at least one.")
+    for row in rows:
+        longest = _longest(row)
+        if longest > MOST_CHARACTERS:
+            raise UserError(
+                f"{getattr(row, 'place', path)} has a text of {longest:,} characters; a row's text has {MOST_CHARACTERS:,} at most: make "
+                "several rows of it, or give running text as a .txt file, which is cut into passages."
+            )
     return rows
+
+
+def _longest(value: Any) -> int:
+    """Length of the longest text in a row."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, (dict, list)):
+        return max(map(_longest, value.values() if isinstance(value, dict) else value), default=0)
+    return 0
 
 
 def rename(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], known: Sequence[str]) -> list[dict[str, Any]]:

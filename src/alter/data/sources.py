@@ -92,6 +92,9 @@ def _hub_rows(
 FIRST = re.compile(r"(.+)\[:([^\]]*)\]", re.DOTALL)
 """A source with `[:N]` behind it: its first N rows."""
 
+SLICE = re.compile(r".+(\[-?\d+:-?\d*\])", re.DOTALL)
+"""What Python would take rows out of the middle by."""
+
 NAMES = re.compile(r"(.+?)@([^@=,]+=[^@=,]+(?:,[^@=,]+=[^@=,]+)*)", re.DOTALL)
 """A source with `@question=Frage,answer=Antwort` behind it: which of its columns are the ones that a row needs."""
 
@@ -163,6 +166,8 @@ def read_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
     """
     if (rows := memory.held(source)) is not None:
         return [dict(row) for row in rows]
+    if not source.strip():
+        raise UserError("A source of rows is empty; expected a file, a hub id, or a name like 'builtin:forget10'.")
     try:
         # a file whose own name holds the sign wins
         if " + " in source and not os.path.exists(source):
@@ -172,6 +177,8 @@ def read_rows(source: str, split: str | None = None) -> list[dict[str, Any]]:
             return [with_columns(row, {"source": part}) for part in parts for row in read_rows(part, split)]
         sliced = None if os.path.exists(source) else FIRST.fullmatch(source)
         if sliced is None:
+            if not os.path.exists(source) and (part := SLICE.fullmatch(source)):
+                raise UserError(f"{source!r} ends in {part[1]}; only first rows can be taken, as in [:100].")
             return _named_rows(source, split, None)
         count = sliced[2]
         if not (count.isascii() and count.isdecimal() and len(count) < 19 and int(count)):
