@@ -30,6 +30,7 @@ from alter.report import page, samples, summary
 from alter.report.runs import Reported, read, read_run
 from alter.report.samples import evenly, worst
 from alter.report.settings import Report
+from alter.report.tables import record_tables
 from alter.report.tokens import routed, shares
 from alter.report.verdict import verdict
 from alter.reporting import markup
@@ -805,3 +806,11 @@ def test_the_officers_view_prints_on_two_pages(tmp_path, run, database):
             subprocess.run(command, capture_output=True, timeout=120, check=True)
         pages = len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "r.pdf").read_bytes()))
         assert (pages <= 2) == officer, pages
+
+
+def test_names_of_metrics_break_between_their_words():
+    [table] = record_tables({"unlearned": [record("unlearned", "forget_probability", 0.5)]}, label="Figures")
+    assert "forget_<wbr/>probability" in table
+    # what comes from a file is escaped as ever
+    [table] = record_tables({"unlearned": [record("unlearned", "a_<b>_c", 0.5)]}, label="Figures")
+    assert "a_<wbr/>&lt;b&gt;_<wbr/>c" in table

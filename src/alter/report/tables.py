@@ -37,7 +37,9 @@ def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, refere
             cells = [rows.get(metric) for rows in own.values()]
             meaning = CATALOGUE[metric].meaning if metric in CATALOGUE else ""
             shown = ["-" if cell is None else with_interval(cell) for cell in cells]
-            rows.append([f"{metric}\u00a0{ARROWS[record.higher_is_better]}".strip(), *shown, _counts(cells), meaning])
+            # a narrow screen breaks a long name between its words
+            name = f"{metric}\u00a0{ARROWS[record.higher_is_better]}".strip()
+            rows.append([join(name.split("_"), join(["_", tag("wbr")])), *shown, _counts(cells), meaning])
         place = list(own).index(reference) + 1 if reference in own else None
         caption = f"{mode} mode. ↑ ↓ point in the better direction; n: items that a figure is of; -: not measured. In brackets "
         caption += "the 95 % interval over items; a p-value and what is no mean over items have none."

@@ -71,7 +71,7 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
         for key, value in attributes.items()
         if value is not None
     )
-    if name in ("path", "line", "rect", "circle", "img"):
+    if name in ("path", "line", "rect", "circle", "img", "wbr"):
         return Html(f"<{name}{given}/>")
     return Html(f"<{name}{given}>{join(children)}</{name}>")
 
