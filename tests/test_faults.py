@@ -12,19 +12,23 @@ import torch
 from safetensors.torch import load_file
 
 from alter.core.errors import UserError
+from alter.core.signing import new_key
 from alter.evaluation.verdict import Measures, Verdict
+from alter.exporting import gguf
 from alter.requests import checking, commands, concluding, connection, evidence, handout, removal, versions, work
 from alter.requests import store as store_module
 from alter.requests.commands import (
     Add,
     Export,
     Init,
+    Purge,
     Revoke,
     RunRequests,
     Verify,
     add,
     export,
     init,
+    purge,
     revoke,
     run,
     verify,
@@ -33,8 +37,8 @@ from alter.requests.project import Project
 from alter.requests.store import Store
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-from faults import KINDS, Killed, faults
-from pico import run_on, save_pico, write_jsonl, write_people
+from faults import KINDS, Killed, States, differs, faults
+from pico import byte_tokenizer, pico, run_on, save_pico, write_jsonl, write_people
 
 SETTINGS = {
     "adapter": {"r": 2, "entropy_threshold": 1.0, "target_modules": ["q_proj"]},
@@ -94,7 +98,6 @@ def quick(made, monkeypatch):
     monkeypatch.setattr(work, "provenance", dict)
     monkeypatch.setattr(concluding, "judge", lambda *args, **kwargs: Verdict("forgotten", ("As said.",)))
     # nothing is cut off from power here
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(connection, "_durable", lambda c, _: c.execute("PRAGMA synchronous=OFF"))
     # a killed process is this one here, and lives
     monkeypatch.setattr(store_module, "_alive", lambda row: False)
@@ -155,26 +158,33 @@ def check(url, place, states, fault):
             assert path.stat().st_mode & 0o077 == 0 or path.parent.stat().st_mode & 0o077 == 0, (fault, path)
 
 
-def each(template, place, action, every, stride=1):
-    """Every point of an action with every kind of fault, or each `stride`-th with one kind; yields after each."""
+def each(template, place, action, every):
+    """Every point of an action with every kind of fault, or a few points with one kind each; yields after each."""
     seen = points(template, place, action)
     again = points(template, place, action)
     assert [what.split()[0] for what in seen] == [what.split()[0] for what in again]
     assert len(seen) > 5
-    for at in range(1, len(seen) + 1, 1 if every else stride):
-        for kind in KINDS if every else [KINDS[at // stride % len(KINDS)]]:
-            shutil.rmtree(place)
-            shutil.copytree(template, place, symlinks=True)
-            with faults(place, at, kind), contextlib.suppress(UserError, OSError, Killed):
-                action()
-            yield f"{kind} at {at}: {seen[at - 1]}"
+    every_fault = [(at, kind) for at in range(1, len(seen) + 1) for kind in KINDS if differs(kind, seen[at - 1])]
+    for at, kind in every_fault if every else every_fault[:: max(1, len(every_fault) // FEW)]:
+        shutil.rmtree(place)
+        shutil.copytree(template, place, symlinks=True)
+        with faults(place, at, kind), contextlib.suppress(UserError, OSError, Killed):
+            action()
+        yield f"{kind} at {at}: {seen[at - 1]}"
+
+
+FEW = 24
+"""Faults of an action that the quick tests try; the slow ones try all."""
 
 
 @pytest.fixture
-def place(data, tmp_path, quick):
-    """Where requests lie, and a copy of them before anything ran; and after the first has run."""
+def place(data, tmp_path, quick, monkeypatch):
+    """Where requests lie, with an anchor, and a copy of them before anything ran; and after the first has run."""
     folder = tmp_path / "place"
     folder.mkdir()
+    new_key(tmp_path / "key")
+    monkeypatch.setenv("ALTER_KEY", str(tmp_path / "key"))
+    monkeypatch.setenv("ALTER_ANCHOR", str(folder / "heads"))
     url = begin(data, folder)
     shutil.copytree(folder, tmp_path / "before", symlinks=True)
     run(RunRequests(db=url, id=["1"]))
@@ -214,28 +224,55 @@ def test_every_write_of_a_revocation(place, every):
 
 
 @pytest.mark.parametrize("every", EVERY)
-def test_every_write_of_an_export(place, every):
+@pytest.mark.parametrize("form", ["adapter", "loras"])
+def test_every_write_of_an_export(place, every, form):
     folder, url, tmp_path = place
     out = folder / "out"
-    for fault in each(tmp_path / "after", folder, lambda: export(Export(db=url, out=str(out))), every):
+    asked = Export(db=url, out=str(out), form=form)
+    for fault in each(tmp_path / "after", folder, lambda: export(asked), every):
         check(url, folder, [("forgotten", "received")], fault)
         if out.exists():
             assert (out / "README.md").is_file(), fault
             assert "exported" in [entry.what for entry in Store.open(url).history()], fault
             shutil.rmtree(out)
-        export(Export(db=url, out=str(out)))
+        export(asked)
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], fault
 
 
-long = pytest.mark.skipif("ALTER_SWEEP" not in os.environ, reason="takes over five minutes: ALTER_SWEEP=1 runs it")
+@pytest.mark.parametrize("every", EVERY)
+def test_every_write_of_a_purge(place, every):
+    folder, url, tmp_path = place
+    for fault in each(tmp_path / "after", folder, lambda: purge(Purge(db=url, id="1")), every):
+        check(url, folder, [("forgotten", "received")], fault)
+        purge(Purge(db=url, id="1"))
+        assert Store.open(url).get(1).subject == "", fault
+        check(url, folder, [("forgotten", "received")], fault)
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=[long, pytest.mark.slow, pytest.mark.timeout(0)])])
-def test_every_write_of_a_run(data, tmp_path, monkeypatch, every):
+@pytest.mark.parametrize("every", EVERY)
+def test_every_write_of_a_gguf_file(tmp_path, every):
+    (tmp_path / "template").mkdir()
+    place = tmp_path / "place"
+    out = place / "model.gguf"
+
+    def go():
+        gguf.write(pico(), byte_tokenizer(), out, "f16", "pico")
+
+    points(tmp_path / "template", place, go)
+    whole = out.read_bytes()
+    for fault in each(tmp_path / "template", place, go, every):
+        assert not out.exists() or out.read_bytes() == whole, fault
+        go()
+        assert out.read_bytes() == whole, fault
+        assert [path.name for path in place.iterdir()] == ["model.gguf"], fault
+
+
+@pytest.mark.slow
+def test_every_write_of_a_run(data, tmp_path, monkeypatch):
     """Whatever write fails, the run that goes on ends with the weights of one that was never broken off."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-    place, template = tmp_path / "place", tmp_path / "template"
-    template.mkdir()
+    place = tmp_path / "place"
+    place.mkdir()
+    (tmp_path / "states").mkdir()
     out = place / "run"
     settings = Unlearn.model_validate({**run_on(data, out), **SETTINGS, "max_steps": 2, "save_steps": 1})
 
@@ -243,10 +280,14 @@ def test_every_write_of_a_run(data, tmp_path, monkeypatch, every):
         begun = out.is_dir() and any(out.iterdir())
         unlearn(settings.model_copy(update={"resume": begun}))
 
-    points(template, place, go)
+    plan = States(place, tmp_path / "states")
+    plan.go(go)
+    assert len(plan.seen) > 50
     whole = load_file(str(out / "adapter" / "adapter_model.safetensors"))
     names = {path.name for path in out.rglob("*")}
-    for fault in each(template, place, go, every, stride=9):
+    for fault, kept in plan.distinct():
+        shutil.rmtree(place)
+        shutil.copytree(kept, place, symlinks=True)
         go()
         got = load_file(str(out / "adapter" / "adapter_model.safetensors"))
         assert got.keys() == whole.keys(), fault

@@ -10,7 +10,6 @@ import importlib.util
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,8 +275,8 @@ def write(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -> dic
     total = sum(size_of(shape, form) for _, _, shape, form in found)
     out.parent.mkdir(parents=True, exist_ok=True)
     check_free(out.parent, total + (1 << 24))
-    handle, partial = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    os.close(handle)
+    # one name, so that the next export writes over what a kill left
+    partial = out.with_name(f".{out.name}.partial")
     try:
         writer = gguf.GGUFWriter(partial, kind.name)
         _describe(writer, model, kind, words, wanted, title)
@@ -293,12 +292,9 @@ def write(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -> dic
         writer.close()
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)
         os.replace(partial, out)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     counts: dict[str, int] = {}
     for _, _, _, form in found:
