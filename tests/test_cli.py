@@ -6,7 +6,9 @@ import json
 import os
 import re
 import stat
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,10 +19,12 @@ from rich.console import Console
 from alter import cli
 from alter.comparison.plan import Compare, run_of
 from alter.completion import options
+from alter.core import console
 from alter.core.errors import UserError
 from alter.core.files import write_atomic
 from alter.core.recipes import read_recipe
 from alter.core.records import Record, read_records, write_records
+from alter.core.validation import validated
 from alter.demo import RECIPE, Demo, free_folder
 from alter.evaluation.book import BookEvaluation
 from alter.metaevaluation.settings import MetaEvaluate
@@ -134,6 +138,7 @@ def test_json_on_standard_output(capfd):
     out, err = capfd.readouterr()
     assert {row["metric"] for row in json.loads(out)} >= {"model_utility"}
     assert "TOFU from" in err
+    assert "records: standard output" in err
     assert not Path("-").exists()
 
 
@@ -376,3 +381,44 @@ def test_tables_show_names_as_they_are(capsys):
     printed = capsys.readouterr().out
     assert "[red]m[/]" in printed
     assert "title [/] \\x1b" in printed
+
+
+def test_a_refusal_is_one_sentence():
+    """Checks of ours come out of pydantic under its heading and with a second full stop."""
+    given = {"model": "m", "forget": "f", "retain": "r", "out": "o", "objective": {"kind": "marign"}}
+    with pytest.raises(UserError) as refused:
+        validated(Unlearn, given, "r.yaml")
+    said = str(refused.value)
+    assert said.startswith("r.yaml: objective: kind is 'marign'; expected one of")
+    assert not said.endswith(("..", "?."))
+    with pytest.raises(UserError, match=r"batch_size: .* equal to 1 \(got 0\)\.$"):
+        cli.parse("unlearn", Unlearn, [*REQUIRED, "--batch-size", "0"])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_of_other_libraries_are_for_terminals(monkeypatch, terminal):
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    for name in (*names, "OMP_WAIT_POLICY"):
+        # noted first, so that what is set is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+    cli._set_up()
+    assert [os.environ.get(name) for name in names] == ([None] * 2 if terminal else ["1"] * 2)
+
+
+def test_what_others_wrote_cannot_move_the_cursor(capsys, tmp_path):
+    """Errors and results name subjects, paths and replies, which may hold escapes."""
+    path = f"{tmp_path}/a\x1b[31m\x07.jsonl"
+    assert cli.main(["generate", "--model", path, "--prompt", "Hi"]) == 2
+    said = capsys.readouterr().err
+    assert "\\x1b[31m\\x07.jsonl" in said
+    assert "\x1b" not in said
+    console.show("a\x1b[2Jb")
+    console.warn("c\x9bd\u202ee")
+    shown = capsys.readouterr()
+    assert shown.out == "a\\x1b[2Jb\n"
+    assert shown.err == "c\\x9bd\\u202ee\n"
+    # spaces and joiners of other scripts are no trick
+    for text in ("東京\u3000都", "می\u200cخواهم", "10\u00a0km"):
+        assert console.plain(text) == text

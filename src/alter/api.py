@@ -21,6 +21,7 @@ from alter.core.console import silent
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest
 from alter.core.records import read_run
+from alter.core.validation import mistake
 
 if TYPE_CHECKING:
     from alter.attacks.base import Attack
@@ -101,7 +102,7 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
         first = error.errors()[0]
         where = ".".join([str(part) for part in first["loc"]]) or kind.__name__
         got = "" if isinstance(first["input"], (dict, BaseModel)) else f" (got {first['input']!r})"
-        raise UserError(f"{where}: {first['msg']}{got}.") from None
+        raise UserError(f"{where}: {mistake(first, got)}") from None
 
 
 @contextlib.contextmanager

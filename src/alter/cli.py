@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_origin
 
 from alter.core import processes
+from alter.core.console import plain
 from alter.core.deferral import deferred
 from alter.core.errors import UserError, nearest
-from alter.core.outputs import check_outputs
+from alter.core.outputs import check_outputs, standing_in
 from alter.core.plugins import BENCHMARKS, OneOf
 from alter.core.validation import refusal
 
@@ -490,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if processes.speaks():
             # a progress bar may be left on the line
-            print(f"{'' if processes.size() == 1 else chr(10)}alter: {error}", file=sys.stderr)
+            print(f"{'' if processes.size() == 1 else chr(10)}alter: {plain(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # the reader has seen enough (alter … | head); Python would complain once more while closing
@@ -525,6 +526,12 @@ def _set_up() -> None:
     if processes.launched() > 1:
         # torch would say on every process that DDP looks for weights without a gradient
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # bars of other libraries fill a file or a log with what only a terminal can wipe
+    if not sys.stderr.isatty():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+    # it tells how it sorts checkpoints that were written within one tick of the clock
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     # where bitsandbytes is installed it speaks of a faster kernel on every start, asked for or not
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -573,7 +580,7 @@ def _call(function: Callable[[Any], Any], settings: Any) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out.json"
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), standing_in(str(path)):
             function(settings.model_copy(update={"json_path": str(path)}))
         if path.exists():
             sys.stdout.write(path.read_text(encoding="utf-8"))
@@ -608,4 +615,4 @@ def _report(error: Exception) -> None:
         print(trace, file=sys.stderr)
         path = "printed above"
     kind = "the system refused" if isinstance(error, OSError) else "an error that alter does not know"
-    print(f"alter: {kind}: {said}. Its trace is {path}.", file=sys.stderr)
+    print(f"alter: {kind}: {plain(said)}. Its trace is {path}.", file=sys.stderr)

@@ -25,6 +25,7 @@ from alter.core.errors import UserError, nearest
 from alter.core.files import digest, write_atomic
 from alter.core.plugins import plugins_digest
 from alter.core.provenance import provenance
+from alter.core.validation import mistake
 from alter.data.sources import read_rows, tofu_rows
 from alter.evaluation.tofu.sets import SETS
 from alter.methods.presets import METHODS, merged
@@ -203,7 +204,7 @@ def run_of(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"Method {name}: {where}{': ' if where else ''}{first['msg']}.") from None
+        raise UserError(f"Method {name}: {where}{': ' if where else ''}{mistake(first)}") from None
 
 
 def check_continual(name: str, run: Unlearn) -> None:
@@ -222,7 +223,7 @@ def check_continual(name: str, run: Unlearn) -> None:
     try:
         Unlearn.model_validate(run.model_dump() | {"start_from": "the stage before"})
     except ValidationError as error:
-        raise UserError(f"Method {name} cannot go on from its own result: {error.errors()[0]['msg']}.") from None
+        raise UserError(f"Method {name} cannot go on from its own result: {mistake(error.errors()[0])}") from None
 
 
 def check_settings(settings: Compare) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -39,8 +40,9 @@ def show(result: Any, *, stderr: bool = False, **options: Any) -> None:
     if not _silent.get():
         from rich.console import Console
 
-        # a path or a name in a text may hold brackets
-        Console(stderr=stderr, soft_wrap=isinstance(result, str)).print(result, **{"markup": False} | options)
+        # a path, a name or a reply in a text may hold brackets, or what moves the cursor
+        text = isinstance(result, str)
+        Console(stderr=stderr, soft_wrap=text).print(plain(result) if text else result, **{"markup": False} | options)
 
 
 def warn(note: str) -> None:
@@ -50,14 +52,21 @@ def warn(note: str) -> None:
         return
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(note)
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(plain(note))
 
 
 def plain(value: object) -> str:
-    """Return a text as a terminal can show it: control characters, which could move the cursor or hide text, as \\x1b."""
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in str(value)
-    )
+    """Return a text as a terminal can show it: control characters, which could move the cursor or hide text, as \\x1b.
+
+    Spaces of every script stay, and the joiners that Persian, Hindi and emoji are written with.
+    """
+    return "".join(char if _harmless(char) else char.encode("unicode_escape").decode() for char in str(value))
+
+
+def _harmless(char: str) -> bool:
+    if char.isprintable() or char in "\n\t\u200c\u200d":
+        return True
+    return unicodedata.category(char) == "Zs"
 
 
 def cell(value: object, style: str = "") -> Any:

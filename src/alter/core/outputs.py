@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +28,24 @@ OutFile = Annotated[str | None, Written()]
 """A setting: the file that results go to; "-" is standard output on the command line."""
 OutFolder = Annotated[str, Written(folder=True)]
 """A setting: the folder that results go to."""
+
+
+_standard: ContextVar[str | None] = ContextVar("standard", default=None)
+
+
+@contextmanager
+def standing_in(path: str) -> Iterator[None]:
+    """Inside the block a file is what `shown` calls standard output: it goes there when the work is done."""
+    token = _standard.set(path)
+    try:
+        yield
+    finally:
+        _standard.reset(token)
+
+
+def shown(path: str) -> str:
+    """The place that results went to, as the user gave it."""
+    return "standard output" if path == _standard.get() else path
 
 
 def check_outputs(settings: BaseModel) -> None:

@@ -43,4 +43,17 @@ def refusal(error: ValidationError, tags: Container[str] = (), otherwise: str = 
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and part in tags)) or otherwise
     got = "" if isinstance(first["input"], dict) else f" (got {repr(first['input'])[:200]})"
-    return f"{where}: {first['msg']}{got}.".removeprefix(": ")
+    return f"{where}: {mistake(first, got)}".removeprefix(": ")
+
+
+def mistake(found: Mapping[str, Any], got: str = "") -> str:
+    """What pydantic says of one value, as the end of a sentence.
+
+    Args:
+        found: one of an error's `errors()`.
+        got: the value, to be named where the message is pydantic's own; a check of ours names it itself.
+    """
+    said = str(found["msg"])
+    own = said.removeprefix("Value error, ")
+    said = f"{said}{got}" if own == said else own
+    return said if said.endswith((".", "?")) else f"{said}."

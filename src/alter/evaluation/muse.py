@@ -57,6 +57,7 @@ from alter.core.cache import cache_folder
 from alter.core.console import show
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest
+from alter.core.outputs import shown
 from alter.core.provenance import stamped
 from alter.core.records import Record, read_records, write_records
 from alter.data.encoding import Encoded, ensure_pad_token
@@ -556,5 +557,5 @@ def muse_curve(settings: MuseCurve) -> list[Record]:
     everything = [record for records in curve.values() for record in records]
     if settings.json_path is not None:
         write_records(settings.json_path, everything)
-        show(f"records: {settings.json_path}", stderr=True)
+        show(f"records: {shown(settings.json_path)}", stderr=True)
     return everything

@@ -15,7 +15,7 @@ from alter.core.cache import Cached, cache_folder, recall, remember
 from alter.core.errors import UserError
 from alter.core.files import file_digest, to_json, write_atomic
 from alter.core.numbers import Seed, TemperatureOrZero
-from alter.core.outputs import OutFile, check_outputs
+from alter.core.outputs import OutFile, check_outputs, shown
 from alter.core.provenance import code_digest, stamped, versions
 from alter.core.records import VERSION, Record, write_records
 from alter.data.encoding import encode_prompt
@@ -41,7 +41,7 @@ def show(
         console.show(table(records_by_model, title))
     if path is not None and processes.first():
         write_records(path, [record for records in records_by_model.values() for record in records])
-        console.show(f"records: {path}", stderr=True)
+        console.show(f"records: {shown(path)}", stderr=True)
 
 
 UNKEYED = {"name", "json_path", "cache", "model", "adapter", "device", "batch_size", "batch_tokens"}

@@ -110,7 +110,7 @@ def chat(settings: Chat) -> list[dict[str, str]]:
         try:
             _obey(talk, line, command, rest.strip())
         except UserError as error:
-            _say(str(error))
+            _say(visible(str(error)))
     talk.engine.close()
     return talk.turns
 

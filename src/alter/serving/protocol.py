@@ -15,6 +15,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core.errors import UserError
+from alter.core.validation import mistake
 from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
 
@@ -249,7 +250,7 @@ def explain(error: pydantic.ValidationError) -> tuple[str, str | None]:
         neutral = NEUTRAL.get(where)
         known = f"only {' or '.join(map(repr, neutral))} is" if neutral else "no such field is"
         return f"{where}: {known} supported here; leave it out.", field
-    return f"{where or 'the body'}: {first['msg']}.", field
+    return f"{where or 'the body'}: {mistake(first)}", field
 
 
 def refusal(message: str, kind: str = "invalid_request_error", **more: str | None) -> Mapping[str, Any]:

@@ -81,12 +81,13 @@ def measure_router(model: Any, rows: Rows, tokenizer: Any, limit: int | None) ->
 def say_rates(found: Mapping[str, Any]) -> None:
     """Print what `measure_router` found."""
     alarms = found["false_alarms"]
-    low, high = alarms["interval"]
-    show(
-        f"Router: {alarms['share'] or 0:.2%} of {alarms['tokens']} low-entropy tokens of ordinary text of kinds that it was not "
-        f"fitted on open a forget expert (95 % interval {low:.2%} to {high:.2%}).",
-        stderr=True,
-    )
+    if alarms["tokens"]:
+        low, high = alarms["interval"]
+        show(
+            f"Router: {alarms['share']:.2%} of {alarms['tokens']} low-entropy tokens of ordinary text of kinds that it was not "
+            f"fitted on open a forget expert (95 % interval {low:.2%} to {high:.2%}).",
+            stderr=True,
+        )
     shares = ", ".join(
         f"{name} {rate['share']:.0%}" for name, rate in found["caught"].items() if rate["share"] is not None
     )
