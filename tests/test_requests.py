@@ -609,7 +609,11 @@ def test_requests_go_on_on_a_distilled_base(data, tmp_path):
     recipe.write_text(yaml.safe_dump(settings))
     out = export(Export(db=store.url, out=str(tmp_path / "weights"), form="weights", final=True, recipe=str(recipe)))
 
-    later = start(data, tmp_path / "new", model=str(out))
+    gentle = tmp_path / "gentle.yaml"
+    gentle.write_text(
+        yaml.safe_dump(yaml.safe_load((data / "recipe.yaml").read_text()) | {"learning_rate_experts": 0.01})
+    )
+    later = start(data, tmp_path / "new", model=str(out), recipe=str(gentle))
     ask(later, data, "Cy")
     [done] = run(RunRequests(db=later.url))
     assert done.state in IN_FORCE
