@@ -21,8 +21,9 @@ def methods() -> str:
         "",
         f"`alter unlearn --method NAME` takes any of these {len(METHODS)}; what else you give overrides its settings. "
         "The page is made from `alter.methods.presets` and from `published.yaml` beside it, which names the file and commit, "
-        "or the paper, that each value is from. ECO and ALU train nothing in the model: "
-        "[`alter guard`](../how-to/guard.md) makes them.",
+        "or the paper, that each value is from. ECO, ALU, Neuron Adjust and Key Space Detection train "
+        "nothing in the model: [`alter guard`](../how-to/guard.md) makes them. `seuf` is for mixtures of experts. `sae_guided` reads a "
+        "sparse autoencoder that sae-lens saved (`--objective.sae FOLDER`), or trains a small one.",
         "",
     ]
     told = published()

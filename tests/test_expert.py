@@ -2,18 +2,23 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from alter import cli
 from alter.core.errors import UserError
-from alter.data.encoding import Encoded
+from alter.data.encoding import Encoded, encode_all
+from alter.data.examples import load_examples
 from alter.methods.adapters import OneExpert
 from alter.methods.adapters.expert import attributed, mixtures
+from alter.models.loading import load_model
+from alter.models.scoring import score
 from alter.training import loss
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-from pico import EOS, PAD, VOCAB, byte_tokenizer, pico, run_on, write_people
+from pico import EOS, PAD, VOCAB, byte_tokenizer, pico, run_on, save_pico, write_people
 
 COMMON = dict(
     vocab_size=VOCAB,
@@ -127,10 +132,71 @@ def test_one_expert_and_its_router_move_and_nothing_else(data, tmp_path, monkeyp
     assert json.loads((out / "run.json").read_text())["steps"] == 3
 
 
-def rows_of(data):
-    from alter.data.encoding import encode_all
-    from alter.data.examples import load_examples
+def test_seuf_by_name_on_the_command_line_forgets_and_its_result_answers(data, tmp_path, capsys):
+    rows = {name: str(data / f"{name}.jsonl") for name in ("forget", "retain")}
+    line = [
+        "unlearn",
+        "--model",
+        str(data / "model"),
+        "--method",
+        "seuf",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    line += [part for name, path in rows.items() for part in (f"--{name}", path)]
+    line += [
+        "--learning-rate",
+        "1e-2",
+        "--batch-size",
+        "2",
+        "--epochs",
+        "8",
+        "--warmup-epochs",
+        "0",
+        "--closing-rows",
+        "2",
+    ]
+    assert cli.main(line) == 0
+    assert "gets most of the forget rows" in " ".join(capsys.readouterr().err.split())
 
+    def likelihood(path, name):
+        model, tokenizer = load_model(str(path), device="cpu")
+        encoded, _ = encode_all(tokenizer, load_examples(rows[name]), max_length=256)
+        found = score(model, encoded, pad_token_id=PAD, progress=False)
+        return float(np.mean([values.mean() for values in found.logprob]))
+
+    change = {name: likelihood(tmp_path / "r" / "model", name) - likelihood(data / "model", name) for name in rows}
+    assert change["forget"] < -0.5
+    assert change["retain"] > change["forget"] + 0.5
+    told = tmp_path / "said.json"
+    asked = ["--prompt", "Where was Ada born, 1?", "--max-new-tokens", "4", "--device", "cpu", "--json", str(told)]
+    assert cli.main(["generate", "--model", str(tmp_path / "r" / "model"), *asked]) == 0
+    assert "answer" in json.loads(told.read_text())[0]
+    assert "SEUF" in (tmp_path / "r" / "model" / "README.md").read_text()
+
+
+def test_seuf_on_a_model_without_experts_is_refused_before_anything_is_written(data, tmp_path, capsys):
+    save_pico(tmp_path / "dense")
+    line = [
+        "unlearn",
+        "--model",
+        str(tmp_path / "dense"),
+        "--method",
+        "seuf",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    line += ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
+    assert cli.main(line) == 2
+    assert "has none that it knows" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "r").exists()
+
+
+def rows_of(data):
     rows, _ = encode_all(byte_tokenizer(), load_examples(str(data / "forget.jsonl")), max_length=256)
     return [row.input_ids for row in rows]
 

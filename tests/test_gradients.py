@@ -272,7 +272,8 @@ def test_a_step_of_two_batches_has_the_two_gradients_of_their_mean(data, tmp_pat
 
 
 def test_repselect_moves_by_the_same_gradient_every_step(data, tmp_path):
-    given = {"gradient_accumulation_steps": 3, "epochs": 2, "learning_rate": 1e-3}
+    # the preset's own million: as many batches as an epoch has
+    given = {"gradient_accumulation_steps": 1_000_000, "epochs": 2, "learning_rate": 1e-3}
     out = unlearn(settings(data, tmp_path / "r", "repselect", **given))
     assert json.loads((out / "run.json").read_text())["steps"] == 2
     before, after = (

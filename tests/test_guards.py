@@ -51,17 +51,14 @@ def folder(tmp_path_factory):
     how = {"kind": "eco", "threshold": 0.5, "rounds": 2}
     given = {"model": str(folder / "model"), **rows, "guard": how, "out": adapter(folder, "eco"), "device": "cpu"}
     make_guard(MakeGuard.model_validate(given))
-    alu = [
-        "guard",
-        "--model",
-        str(folder / "model"),
-        "--guard.kind",
-        "alu",
-        "--guard.targets",
-        "Ada",
-        "--guard.longest",
-    ]
-    cli.main([*alu, "16", "--out", adapter(folder, "alu")])
+    for kind, more in (
+        ("alu", ["--guard.targets", "Ada", "--guard.longest", "16"]),
+        ("neurons", ["--guard.share", "0.2"]),
+        ("key_space", ["--guard.share", "1.0"]),
+    ):
+        given = [] if kind == "alu" else [part for name, path in rows.items() for part in (f"--{name}", path)]
+        made = ["guard", "--model", str(folder / "model"), "--guard.kind", kind, *more, *given, "--device", "cpu"]
+        assert cli.main([*made, "--out", adapter(folder, kind)]) == 0
     return folder
 
 
@@ -161,6 +158,47 @@ def test_every_attack_runs_on_a_guard(folder, tmp_path, kind):
         )
     )
     assert last.per_item == pytest.approx([plain[row] for row in last.extra["rows"]], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["neurons", "key_space", "alu"])
+def test_guards_that_hold_back_what_is_said_are_attacked_by_name(folder, tmp_path, monkeypatch, kind):
+    # agents that a model of a few thousand weights cannot play
+    monkeypatch.setattr(guards.Agents, "ask_itself", lambda *_: "5")
+    line = ["attack", "--model", str(folder / "model"), "--adapter", adapter(folder, kind), "--device", "cpu"]
+    line += ["--forget", str(folder / "forget.jsonl"), "--rows", "2", "--max-new-tokens", "6", "--samples", "2"]
+    line += ["--relearn.rows", "4", "--relearn.steps", "1", "--probe-rows", "8", "--out", str(tmp_path / "out")]
+    line += ["--attacks", "relearn,quantize_8,prune_20,upper_case,few_shot,prefill,sample,strip,probe,lens,cka"]
+    assert cli.main(line) == 0
+    found = {(r.model, r.extra.get("attack"), r.metric): r for r in read_records(tmp_path / "out" / "records.json")}
+    off, base = (found[m, a, "attack_rouge"] for m, a in (("unlearned", "strip"), ("original", "none")))
+    assert off.extra["replies"] == base.extra["replies"]
+    chances = {a: found["unlearned", a, "attack_probability"].per_item for a in ("none", "strip")}
+    # agents change what is said alone
+    assert (chances["none"] == chances["strip"]) == (kind == "alu")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "neurons", "key_space", "alu"])
+def test_a_guard_is_served_over_http_as_it_generates(folder, monkeypatch, kind):
+    from test_serve import Running
+
+    monkeypatch.setattr(guards.Agents, "ask_itself", lambda *_: "5")
+    base, model, tokenizer = loaded(folder, kind)
+    questions = ["Where was Ada born, 1?", "What is 3 plus one?"]
+    prompts = [encode_prompt(tokenizer, Example(question, "", "qa")) for question in questions]
+    expected = generate(model, tokenizer, prompts, max_new_tokens=8, progress=False)
+    one = Running(Engine(model, tokenizer))
+    try:
+        for question, text in zip(questions, expected, strict=True):
+            asked = {"model": "pico", "messages": [{"role": "user", "content": question}], "temperature": 0}
+            said = one.client().chat.completions.create(**asked, max_tokens=8)
+            assert said.choices[0].message.content == text
+    finally:
+        one.stop()
+    plain = generate(base, tokenizer, prompts, max_new_tokens=8, progress=False)
+    with model.disable_adapter():
+        assert generate(model, tokenizer, prompts, max_new_tokens=8, progress=False) == plain
+    # what is asked to be forgotten is answered otherwise
+    assert expected[0] != plain[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,7 +30,7 @@ from alter.data.sources import read_rows, tofu_rows
 from alter.evaluation.tofu.sets import SETS
 from alter.methods.presets import METHODS, merged
 from alter.models.loading import Subject
-from alter.training.settings import Unlearn
+from alter.training.settings import Unlearn, batches_of_step
 
 CELL = 2
 """Version of `cells.work`: raise it when what a cell does changes, so that no older cell stands for a new one."""
@@ -196,7 +196,7 @@ def run_of(
     try:
         run = Unlearn.model_validate(given)
         scaled = {key: getattr(run, key) * rate for key in RATES}
-        rows = settings.least_steps * run.batch_size * run.gradient_accumulation_steps
+        rows = settings.least_steps * run.batch_size * batches_of_step(run, count)
         least = rows / count
         if math.ceil(least * count) > rows:
             least = math.nextafter(least, 0.0)  # rounding must not add a step for one row more

@@ -13,7 +13,7 @@ from alter.core.console import progress, show
 from alter.core.errors import UserError
 from alter.data.background import apart_from, background
 from alter.data.batching import Collator, batches_by_length
-from alter.data.encoding import Encoded, encode_all
+from alter.data.encoding import Encoded, encode, encode_all
 from alter.data.examples import Example
 from alter.guarding.settings import KeySpace, MakeGuard, NeuronAdjust
 from alter.methods.places import block_at, blocks
@@ -121,9 +121,13 @@ def _rows(
     ).load()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ordinary = apart_from(background(), [f"{row.prompt or ''} {row.answer}" for row in forget])
-    kept = [*retain, *(row for rows in ordinary.values() for row in rows)]
     rows, _ = encode_all(tokenizer, list(forget), max_length=limit, label="forget")
-    others, _ = encode_all(tokenizer, kept, max_length=limit, label="retain")
+    others, _ = encode_all(tokenizer, list(retain), max_length=limit, label="retain")
+    # of a passage that is longer than the context its beginning will do
+    for passage in (passage for part in ordinary.values() for passage in part):
+        whole = encode(tokenizer, passage)
+        asked = whole.prompt_length if limit is None else min(whole.prompt_length, limit)
+        others.append(Encoded(whole.input_ids[:limit], whole.labels[:limit], asked))
     if len(rows) < 2 or len(others) < 2:
         raise UserError(
             f"This guard needs two rows to forget and two to keep at least; there are {len(rows)} and {len(others)}."

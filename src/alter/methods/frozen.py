@@ -37,7 +37,8 @@ class Row:
 
     `entropy` [T], `features` [T, D] and `gates` [T, N + 1] belong to each token's generating step (see
     `AlterModel.trace`); `reference` holds the distributions an objective compares with, and `base_logp` [n] the
-    log-probabilities of the labels, at the n labelled tokens; `hidden` [T, H] the hidden states after one block.
+    log-probabilities of the labels, at the n labelled tokens; `hidden` [T, H] the hidden states after one block; `named` [T]
+    whether a token is part of a name (`alter.methods.recognition`), which no pass is needed for.
     """
 
     entropy: Tensor | None = None
@@ -46,6 +47,7 @@ class Row:
     reference: Reference | None = None
     base_logp: Tensor | None = None
     hidden: Tensor | None = None
+    named: Tensor | None = None
 
     def apart(self) -> Row:
         """The same in memory of its own: what is cut out of a batch keeps, and is sent with, all of the batch."""

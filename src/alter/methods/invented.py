@@ -11,6 +11,7 @@ from alter.core.errors import UserError
 from alter.data.encoding import Encoded, encode, encode_prompt
 from alter.data.examples import Example
 from alter.models.generation import generate
+from alter.models.scoring import context_length
 
 REQUEST = (
     "Question: {question}\nAnswer: {answer}\nInvent another answer to this question, as plausible as this one, in which every "
@@ -53,6 +54,12 @@ def invented(
         )
         for i in missing
     ]
+    context, longest = context_length(base), max(map(len, prompts), default=0)
+    if context is not None and longest + new_tokens > context:
+        raise UserError(
+            f"objective.new_tokens is {new_tokens}; the longest request for another answer has {longest} tokens, and together they "
+            f"exceed the model's context of {context}: give --objective.new-tokens {max(context - longest, 1)} or less."
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         said = (

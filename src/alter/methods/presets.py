@@ -329,7 +329,7 @@ METHODS: dict[str, Method] = {
             "lr_scheduler": "constant",
             "warmup_epochs": 0.0,
             "batch_size": 8,
-            # all batches of the pass in one step
+            # all batches of the pass in one step: as many as there are
             "gradient_accumulation_steps": 1_000_000,
             "epochs": 1,
         },
@@ -362,7 +362,7 @@ METHODS: dict[str, Method] = {
             "lr_scheduler": "constant",
             "warmup_epochs": 0.0,
             "batch_size": 8,
-            # one step an epoch, of the same gradient every time
+            # one step an epoch, of the same gradient every time: as many batches as an epoch has
             "gradient_accumulation_steps": 1_000_000,
             "max_grad_norm": 1e9,
         },
@@ -382,6 +382,16 @@ METHODS: dict[str, Method] = {
             "batch_size": 4,
             "epochs": 1,
         },
+    ),
+    "sae_guided": Method(
+        "SAE-guided unlearning: names look like names that the model does not know, in a sparse autoencoder's code",
+        "Yamashita et al. 2025, arXiv:2509.15631 (no code: rebuilt from a description)",
+        {**FULL, "objective": {"kind": "unknown_code"}, "retain_objective": CE},
+    ),
+    "seuf": Method(
+        "SEUF, first UOE: GradDiff on the one expert that forget rows go to most, and its router",
+        "Zhuang et al. 2024, arXiv:2411.18797 (no code: rebuilt from a description); for mixtures of experts",
+        {**FULL, "adapter": {"kind": "expert", "alpha": 1.0}, "objective": ASCENT, "retain_objective": CE},
     ),
     # LoRA relatives
     "loku": Method(

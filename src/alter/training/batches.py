@@ -109,7 +109,11 @@ class TrainingRow:
         """The same row without anything that is learned from."""
         known = self.known
         reference = known.reference and known.reference.at(slice(0))
-        cut = {name: getattr(known, name)[:0] for name in ("base_logp", "hidden") if getattr(known, name) is not None}
+        cut = {
+            name: getattr(known, name)[:0]
+            for name in ("base_logp", "hidden", "named")
+            if getattr(known, name) is not None
+        }
         labels = [-100] * len(self.encoded.labels)
         return TrainingRow(
             replace(self.encoded, labels=labels),
@@ -132,11 +136,13 @@ class Known:
         reference: distributions at the branch's n labelled tokens, or None unless its objective declared `views`.
         base_logp: [n] log-probability of each label, or None unless declared.
         hidden: [m, D] hidden states of its m real tokens, or None unless declared.
+        named: [m] bool, which of them are part of a name, or None unless declared.
     """
 
     reference: Reference | None = None
     base_logp: Tensor | None = None
     hidden: Tensor | None = None
+    named: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Sequence[frozen.Row]) -> Known:
@@ -152,12 +158,14 @@ class Known:
             ids, logp = (torch.cat([getattr(part, name) for part in references]) for name in ("ids", "logp"))
             reference = Reference(ids.long(), logp.float())
         base_logp = beside([row.base_logp for row in rows])
-        return cls(reference, None if base_logp is None else base_logp.float(), beside([row.hidden for row in rows]))
+        hidden, named = (beside([getattr(row, name) for row in rows]) for name in ("hidden", "named"))
+        return cls(reference, None if base_logp is None else base_logp.float(), hidden, named)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Known:
         """The same with every tensor changed."""
         reference = self.reference and Reference(change(self.reference.ids), change(self.reference.logp))
-        return Known(reference, *(None if value is None else change(value) for value in (self.base_logp, self.hidden)))
+        others = (self.base_logp, self.hidden, self.named)
+        return Known(reference, *(None if value is None else change(value) for value in others))
 
 
 @dataclass(frozen=True)

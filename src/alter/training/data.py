@@ -8,7 +8,7 @@ from alter.core.errors import UserError
 from alter.data.domains import domains
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.training.sampler import pass_length
-from alter.training.settings import Unlearn, steps_of
+from alter.training.settings import Unlearn, batches_of_step, steps_of
 from alter.training.watched import Watched, read_watched
 
 
@@ -60,7 +60,7 @@ def set_aside(run: Unlearn, data: Data) -> Data:
         domain_column=run.domain_column,
         seed=run.seed,
         steps=steps,
-        steps_per_epoch=length / (run.batch_size * run.gradient_accumulation_steps),
+        steps_per_epoch=length / (run.batch_size * batches_of_step(run, length)),
     )
     return replace(data, retain=retain, watched=watched)
 

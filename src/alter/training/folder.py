@@ -30,6 +30,8 @@ from alter.training.trunk import FILE as TRUNK
 GRADIENT = "gradient.safetensors"
 """What a rule for gradients has measured, in a run's folder; what it keeps from step to step, in a checkpoint."""
 
+CODES = "codes.safetensors"
+"""What a sparse autoencoder makes of names, for objectives that ask (`Needs.codes`), while the run works."""
 
 TRACED = "traced.safetensors"
 """What causal tracing has found, or how much each expert gets, in a run's folder."""
@@ -229,7 +231,7 @@ def clean(out: Path, forget_rows: int) -> None:
     """
     # what a kill cut off while it was written has a hidden name
     for path in [
-        *(out / name for name in (TRUNK, GRADIENT, TRACED, "start.safetensors", "reinforced.safetensors")),
+        *(out / name for name in (TRUNK, GRADIENT, TRACED, CODES, "start.safetensors", "reinforced.safetensors")),
         *out.glob(".*"),
     ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

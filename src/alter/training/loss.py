@@ -23,10 +23,10 @@ from alter.methods import frozen
 from alter.methods.adapters import Penalty
 from alter.methods.frozen import Depth, states_of
 from alter.methods.gradients import GradientRule
-from alter.methods.objectives import Emitted, Hidden, Labelled, Objective, mean_or_zero
+from alter.methods.objectives import Codes, Emitted, Hidden, Labelled, Objective, mean_or_zero
 from alter.training.batches import Batch
 from alter.training.folder import GRADIENT, seal_checkpoint
-from alter.training.settings import BRANCHES, OPTIMIZERS, Unlearn, branch_needs, steps_of, warmup_of
+from alter.training.settings import BRANCHES, OPTIMIZERS, Unlearn, batches_of_step, branch_needs, steps_of, warmup_of
 from alter.training.trunk import Trunk
 
 ALTERNATIVE, RETAIN = BRANCHES.index("alternative"), BRANCHES.index("retain")
@@ -137,6 +137,7 @@ class UnlearnTrainer(Trainer):
         alone: steps before retain rows join.
         trunk: the blocks below the experts, where batches bring what these put out.
         measured: what the rule for gradients knows of each weight.
+        codes: how the objective compares hidden states, if it does so in a sparse code.
     """
 
     def __init__(
@@ -149,11 +150,13 @@ class UnlearnTrainer(Trainer):
         alone: int = 0,
         trunk: Trunk | None = None,
         measured: Mapping[str, Tensor] | None = None,
+        codes: Codes | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.run, self.threshold, self.num_experts = run, threshold, num_experts
         self.depth, self.penalty, self.alone, self.trunk = depth, penalty, alone, trunk
+        self.codes = codes
         self.split = Split(run.gradient, measured or {})
         self.needs = branch_needs(run)
         # RMU reads nothing behind its block; trained weights there must still take part, for DDP waits for them
@@ -254,7 +257,7 @@ class UnlearnTrainer(Trainer):
         known, hidden = batch.known(name), None
         if states is not None:
             real = batch.attention_mask.bool() & members[:, None]
-            hidden = Hidden(states[real], row[:, None].expand_as(real)[real], known.hidden)
+            hidden = Hidden(states[real], row[:, None].expand_as(real)[real], known.hidden, known.named, self.codes)
         return Labelled(
             values[mask, 1],
             places.high[mask],
@@ -318,7 +321,8 @@ class UnlearnTrainer(Trainer):
             "structure": structure,
         }
         if run.retain_objective.needs.state:
-            epochs = step * run.batch_size * run.gradient_accumulation_steps / self.train_dataset.rows.epoch
+            paired = self.train_dataset.rows.epoch
+            epochs = step * run.batch_size * batches_of_step(run, paired) / paired
             lost = float(processes.total(parts["retain"]))
             parts["retain"] = parts["retain"] * self.own_state.weigh(run.retain_objective, lost, epochs)
         return parts
@@ -372,7 +376,7 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
     return TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=run.batch_size // processes.size(),
-        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        gradient_accumulation_steps=batches_of_step(run, rows),
         num_train_epochs=1,
         max_steps=run.max_steps or -1,
         learning_rate=run.adapter.learning_rate(run),

@@ -28,17 +28,20 @@ from alter.methods.adapters.expert import attributed
 from alter.methods.alternatives import alternatives, persona_views
 from alter.methods.frozen import Depth
 from alter.methods.initializers import Factors
+from alter.methods.objectives import Codes
 from alter.methods.places import block_at, blocks, target_layers, target_names
 from alter.methods.probes import GradientPasses, low_rank, reinforce, starting_factors
+from alter.methods.recognition import marked
 from alter.methods.tracing import recovered
 from alter.models.guards import Form, Former
 from alter.models.loading import load_model
 from alter.training.batches import Order, Rows, Traced, schedule
+from alter.training.codes import at_autoencoder, check_codes, codes_of, reading_at
 from alter.training.data import Data, clusters
-from alter.training.folder import GRADIENT, TRACED, kept_tensors
+from alter.training.folder import CODES, GRADIENT, TRACED, kept_tensors
 from alter.training.router import fit_router
 from alter.training.sampler import Kin
-from alter.training.settings import BRANCHES, Unlearn, branch_needs, hidden_depth, steps_of
+from alter.training.settings import BRANCHES, Unlearn, batches_of_step, branch_needs, hidden_depth, steps_of
 from alter.training.trunk import FILE as TRUNK
 from alter.training.trunk import KeptStates, Sink, States, plain_because, say_plain, trunk_of
 from alter.training.watcher import KEPT, Watcher
@@ -94,6 +97,7 @@ def encode(run: Unlearn, data: Data, base: Any, tokenizer: Any, former: Former |
         UserError: the model lacks what the settings name, or the rows do not fit it.
     """
     run.adapter.check_model(base, run, former)
+    check_codes(run, base, data.forget)
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
     forget, owner = encode_all(tokenizer, data.forget, max_length=limit, label="forget")
     retain, of_retain = encode_all(tokenizer, data.retain, max_length=limit, label="retain")
@@ -126,6 +130,7 @@ class Prepared:
         trained: how many numbers train.
         kept: what the blocks below the experts put out for the rows, if that is kept.
         measured: what the rule for gradients knows of each weight.
+        codes: how the objective compares hidden states, if it does so in a sparse code.
     """
 
     model: Any
@@ -143,6 +148,7 @@ class Prepared:
     trained: int
     kept: KeptStates | None = None
     measured: dict[str, Tensor] = field(default_factory=dict)
+    codes: Codes | None = None
 
 
 TRACED_ROWS = 16
@@ -155,6 +161,7 @@ def placed(run: Unlearn, loaded: Loaded, out: Path) -> Unlearn:
     Raises:
         UserError: nothing can be traced.
     """
+    run = at_autoencoder(run, loaded.base)
     if isinstance(run.adapter, OneExpert) and run.adapter.target is None:
         return _on_expert(run, loaded, out)
     window = getattr(run.adapter, "traced", None)
@@ -171,15 +178,9 @@ def placed(run: Unlearn, loaded: Loaded, out: Path) -> Unlearn:
     _, count = blocks(loaded.base)
     first = int(found.argmax())
     show(f"Causal tracing: blocks {first} to {first + window - 1} of {count} carry the answers.", stderr=True)
-    last = (first + window - 0.5) / count
-    parts = {
-        name: part.model_copy(update={"depth": last})
-        for name in ("objective", "retain_objective")
-        if (part := getattr(run, name)).needs.depth is not None
-    }
     span = (first / count, (first + window) / count)
     adapter = run.adapter.model_copy(update={"depth": span, "traced": None})
-    return run.model_copy(update={"adapter": adapter, **parts})
+    return reading_at(run.model_copy(update={"adapter": adapter}), first + window - 1, count)
 
 
 def _on_expert(run: Unlearn, loaded: Loaded, out: Path) -> Unlearn:
@@ -211,6 +212,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     start, away = start_of(base, tokenizer, run, loaded.forget, loaded.retain, out / "start.safetensors")
     form = run.adapter.form(base, run, loaded.forget, tokenizer.pad_token_id, former)
     depth = depth_of(base, run)
+    named, codes = codes_of(run, base, tokenizer, data.forget, data.retain, depth, loaded.limit, out / CODES)
     # new experts come behind those of an adapter that grows
     grows = run.adapter.grows and run.start_from is not None
     first = run.adapter.routed_experts(base) if grows else 1
@@ -231,6 +233,10 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     traced, found, below = trace_run(model, tokenizer, run, rows, order, cache, views, depth, loaded.limit)
     penalty = run.adapter.penalty(model, run, away, former)
     measured = measured_of(model, tokenizer, run, rows, out / GRADIENT)
+    if codes is not None:
+        for i, row in traced["forget"].items():
+            whole = loaded.examples[i].prompt is None
+            row.named = torch.tensor(marked(tokenizer, loaded.forget[i], named, whole=whole))
     # the second half of an initialised adapter is frozen
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) // (1 if start is None else 2)
     return Prepared(
@@ -249,6 +255,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
         trained,
         below,
         measured,
+        codes,
     )
 
 
@@ -289,7 +296,7 @@ def order_of(run: Unlearn, rows: Rows, alone: int, kin: Kin | None = None) -> Or
         alone: steps before retain rows join.
         kin: what rows are to each other, where the sampler asks for it.
     """
-    of_step = run.batch_size * run.gradient_accumulation_steps
+    of_step = run.batch_size * batches_of_step(run, rows.epoch)
     steps, _ = steps_of(run, rows.epoch)
     if run.sampler.order != "mixed":
         pairs = steps * of_step if run.max_steps else math.ceil(run.epochs * rows.epoch)

@@ -132,6 +132,7 @@ def train(
         alone=ready.alone,
         trunk=None if ready.kept is None else ready.kept.trunk,
         measured=ready.measured,
+        codes=ready.codes,
         model=ready.model,
         args=training_arguments(run, ready.model, ready.rows.epoch, checkpoints),
         # of a short last batch each process must have a share

@@ -124,7 +124,9 @@ class Unlearn(BaseModel):
         description="Forget rows a step; as many retain rows come with them. Several processes (accelerate launch) "
         "share them.",
     )
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Batches whose gradients make a step; no more than an epoch has."
+    )
     learning_rate_experts: float = Field(1e-3, gt=0, description="ALTER's adapter: eta_B.")
     learning_rate_shared: float = Field(1e-5, ge=0, description="ALTER's adapter: eta_A.")
     learning_rate: float = Field(1e-4, gt=0, description="Of everything but ALTER's adapter.")
@@ -292,9 +294,14 @@ def check_launch(run: Unlearn) -> None:
             )
 
 
+def batches_of_step(run: Unlearn, count: int) -> int:
+    """Batches whose gradients make a step, in a run with so many pairs an epoch: no more than the epoch has."""
+    return min(run.gradient_accumulation_steps, math.ceil(count / run.batch_size))
+
+
 def lengthened(run: Unlearn, count: int) -> Unlearn:
     """The settings with as many epochs of so many pairs as `least_steps` asks for."""
-    rows = run.batch_size * run.gradient_accumulation_steps
+    rows = run.batch_size * batches_of_step(run, count)
     return run.model_copy(update={"epochs": max(run.epochs, run.least_steps * rows / count)})
 
 
@@ -304,7 +311,7 @@ def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
     Raises:
         UserError: retain rows would join after the last step.
     """
-    rows = run.batch_size * run.gradient_accumulation_steps
+    rows = run.batch_size * batches_of_step(run, count)
     steps = run.max_steps or math.ceil(run.epochs * count / rows)
     if not run.retain_after:
         return steps, 0
@@ -325,7 +332,7 @@ def warmup_of(run: Unlearn, count: int, steps: int) -> int:
     """
     wanted = run.warmup_steps
     if run.warmup_epochs:
-        of_step = run.batch_size * run.gradient_accumulation_steps
+        of_step = run.batch_size * batches_of_step(run, count)
         wanted = max(1, int(run.warmup_epochs * count / of_step))
     elif run.warmup_ratio:
         wanted = int(run.warmup_ratio * steps)

@@ -13,7 +13,7 @@ from typing import Annotated
 from alter.core.plugins import OneOf, Registry, kinds
 from alter.methods.objectives.answers import PreferInvented, PreferRefusal, RandomLabels, Refuse, Substitute
 from alter.methods.objectives.base import Needs, Objective, Writing
-from alter.methods.objectives.hidden import Deviate, KeepHidden, Misdirect
+from alter.methods.objectives.hidden import Deviate, KeepHidden, Misdirect, UnknownCode
 from alter.methods.objectives.likelihood import (
     NPO,
     Catnip,
@@ -40,6 +40,7 @@ from alter.methods.objectives.retain import (
 )
 from alter.methods.objectives.targets import Duet, Persona, PushPull, Reinforced, Undial, WithoutTruth
 from alter.methods.objectives.tokens import (
+    Codes,
     Emitted,
     Hidden,
     Labelled,
@@ -57,6 +58,7 @@ __all__ = [
     "RETAIN",
     "Adaptive",
     "Catnip",
+    "Codes",
     "Constrained",
     "CrossEntropy",
     "CrossEntropyUnlearning",
@@ -94,6 +96,7 @@ __all__ = [
     "Substitute",
     "Undial",
     "Uniform",
+    "UnknownCode",
     "WeightedAscent",
     "WithoutTruth",
     "Writing",
@@ -131,6 +134,7 @@ FORGET: Registry[type[Objective]] = Registry(
         Persona,
         Misdirect,
         Deviate,
+        UnknownCode,
         NoForget,
     ),
 )

@@ -1,4 +1,4 @@
-"""Objectives on hidden states after one block: RMU's two terms, and KUDA's deviation."""
+"""Objectives on hidden states after one block: RMU's two terms, KUDA's deviation, and names moved in a sparse code."""
 
 from __future__ import annotations
 
@@ -74,6 +74,52 @@ class Deviate(Objective):
         away = base + self.noise * base.norm(dim=-1, keepdim=True) * self.direction(states.shape[-1]).to(states)
         alike = 1 + torch.nn.functional.cosine_similarity(states, away, dim=-1)
         return mean_or_zero(row_means(alike, tokens.hidden.row, tokens.rows))
+
+
+class UnknownCode(Objective):
+    """SAE-guided unlearning (arXiv:2509.15631, rebuilt from a description): names look like names that the model does not know.
+
+    s is the code that a frozen sparse autoencoder makes of a token's hidden state, u the base's mean code of invented names and
+    k that of names to keep, over c, the base's mean |s|^2 on the names to forget:
+
+        L = mean over rows of the mean over a row's name tokens of (|s - u|^2 - away |s - k|^2) / c
+
+    With `away` below 1 it is bounded: it is least at s = (u - away k) / (1 - away). The description leaves open block, weights
+    and autoencoder. Ours are: names are the words with a capital in the questions (`names` gives others), and a row without any
+    counts whole; the unknown ones are the forget rows' questions with every name replaced by one that was made up, the known
+    ones those of the retain rows; the autoencoder is read from `sae`, or a TopK one is trained on the states of these rows.
+    """
+
+    kind: Literal["unknown_code"] = "unknown_code"
+    names: list[str] = Field(
+        default_factory=list,
+        description="Names to make unknown, as the questions write them; by default their words with a capital.",
+    )
+    depth: float = Field(0.5, ge=0, le=1, description="Which block: the one nearest this share of the depth.")
+    away: float = Field(0.1, ge=0, lt=1, description="Weight of the distance from names to keep, below 1.")
+    sae: str | None = Field(
+        None,
+        description="Folder of a sparse autoencoder of a block's output as sae-lens saves it, which names that block; by default "
+        "one is trained.",
+    )
+    sae_width: int = Field(4, ge=1, description="Its features, in widths of the model, where it is trained.")
+    sae_active: int = Field(16, ge=1, description="Features of a state that are active, where it is trained.")
+    sae_steps: int = Field(500, ge=1, description="Steps of its training.")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=False, depth=self.depth, codes=True)
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        hidden = tokens.hidden
+        assert hidden is not None
+        assert hidden.named is not None
+        assert hidden.codes is not None
+        code = hidden.codes.encode(wide(hidden.states[hidden.named]))
+        near, far = ((code - mean.to(code)).square().sum(-1) for mean in (hidden.codes.unknown, hidden.codes.known))
+        return mean_or_zero(
+            row_means((near - self.away * far) / hidden.codes.scale, hidden.row[hidden.named], tokens.rows)
+        )
 
 
 class KeepHidden(Objective):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,23 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """A frozen sparse autoencoder of hidden states, and what it makes of names under the frozen base.
+
+    Attributes:
+        encode: gives the code [..., S] of states [..., D].
+        unknown: [S], the mean code of names that nobody has.
+        known: [S], the mean code of names that the base is to go on knowing.
+        scale: mean squared length of the codes of the names to forget.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    unknown: Tensor
+    known: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
 class Hidden:
     """Hidden states of the real tokens of some rows after one block, m tokens of width D.
 
@@ -72,11 +90,15 @@ class Hidden:
         states: [m, D], the model's.
         row: [m] long, the row of each token, as in `Labelled`.
         base: [m, D], the frozen base's, or None unless the objective declared `base_hidden`.
+        named: [m] bool, whether the token is part of a name, or None unless the objective declared `codes`.
+        codes: how such states are compared, or None unless declared.
     """
 
     states: Tensor
     row: Tensor
     base: Tensor | None = None
+    named: Tensor | None = None
+    codes: Codes | None = None
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
