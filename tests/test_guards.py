@@ -169,7 +169,8 @@ def test_guards_that_hold_back_what_is_said_are_attacked_by_name(folder, tmp_pat
     line += ["--relearn.rows", "4", "--relearn.steps", "1", "--probe-rows", "8", "--out", str(tmp_path / "out")]
     line += ["--attacks", "relearn,quantize_8,prune_20,upper_case,few_shot,prefill,sample,strip,probe,lens,cka"]
     assert cli.main(line) == 0
-    found = {(r.model, r.extra.get("attack"), r.metric): r for r in read_records(tmp_path / "out" / "records.json")}
+    records = [r for r in read_records(tmp_path / "out" / "records.json") if r.extra.get("part") != "relearned"]
+    found = {(r.model, r.extra.get("attack"), r.metric): r for r in records}
     off, base = (found[m, a, "attack_rouge"] for m, a in (("unlearned", "strip"), ("original", "none")))
     assert off.extra["replies"] == base.extra["replies"]
     chances = {a: found["unlearned", a, "attack_probability"].per_item for a in ("none", "strip")}
@@ -181,8 +182,13 @@ def test_guards_that_hold_back_what_is_said_are_attacked_by_name(folder, tmp_pat
 def test_a_guard_is_served_over_http_as_it_generates(folder, monkeypatch, kind):
     from test_serve import Running
 
-    monkeypatch.setattr(guards.Agents, "ask_itself", lambda *_: "5")
+    # an agent that sees Ada everywhere, and grades that withhold the answer
+    monkeypatch.setattr(
+        guards.Agents, "ask_itself", lambda _, said, __: "Ada" if said.startswith("You check") else "1"
+    )
     base, model, tokenizer = loaded(folder, kind)
+    # strong enough to change what is likeliest
+    model.settings = {**getattr(model, "settings", {}), "weight": 50.0, "strength": 50.0}
     questions = ["Where was Ada born, 1?", "What is 3 plus one?"]
     prompts = [encode_prompt(tokenizer, Example(question, "", "qa")) for question in questions]
     expected = generate(model, tokenizer, prompts, max_new_tokens=8, progress=False)
