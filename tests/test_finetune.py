@@ -20,9 +20,10 @@ from alter.data.batching import LengthBatches
 from alter.data.encoding import encode_prompt
 from alter.data.examples import load_examples
 from alter.models.loading import load_model
-from alter.training import finetune as module
+from alter.training import fitting as module
 from alter.training.corpora import pack, train_tokenizer, training_rows
-from alter.training.finetune import Finetune, finetune, weighted_loss
+from alter.training.finetune import Finetune, finetune
+from alter.training.weighted import weighted_loss, weighted_mean
 
 ASSETS = Path(alter.__file__).parent / "assets"
 TINY = {
@@ -416,7 +417,7 @@ def test_lower_blocks_that_run_once_train_the_same_lora(tmp_path, start, monkeyp
 def test_a_lora_that_was_cut_off_resumes_to_the_same(tmp_path, start, monkeypatch):
     common = {"lora_from": 1, "max_steps": 5, "checkpoint_steps": 2, "learning_rate": 1e-2}
     straight = load_file(lora(tmp_path / "straight", start, **common) / "adapter_model.safetensors")
-    real, calls = module.weighted_mean, []
+    real, calls = weighted_mean, []
 
     def killing(*args):
         calls.append(1)

@@ -246,6 +246,24 @@ def members_of(info: Any) -> dict[str, type[BaseModel]]:
     return {m.model_fields["kind"].default if "kind" in m.model_fields else "": m for m in found}
 
 
+def _chosen_kind(
+    where: str, members: dict[str, type[BaseModel]], inner: Any, default: Any, kinds: dict[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """The kind of a nested setting, which flags (`kinds`) name before the recipe (`inner`) does, and its own settings."""
+    if not isinstance(inner, dict):
+        raise UserError(f"Setting {where} is {inner!r}; expected keys and values.")
+    named = inner.get("kind") or getattr(default, "kind", "")
+    kind = str(kinds.get(where) or named)
+    if kind != named:
+        # what the recipe says of another kind means nothing for the one that the flag names
+        inner = {}
+    if kind not in members:
+        raise UserError(f"{where}.kind is {kind!r}; expected one of {', '.join(members)}.{nearest(kind, members)}")
+    if not inner and default is not None and getattr(default, "kind", "") == kind:
+        inner = default.model_dump()
+    return kind, {**inner, "kind": kind} if kind else inner
+
+
 def _plain(
     model: type[BaseModel],
     given: dict[str, Any],
@@ -273,29 +291,9 @@ def _plain(
         members = members_of(info)
         annotation: Any = info.annotation
         if members:
-            inner = given.get(name, {})
             default = info.get_default(call_default_factory=True)
-            if not isinstance(inner, dict):
-                raise UserError(f"Setting {where}{name} is {inner!r}; expected keys and values.")
-            named = inner.get("kind") or getattr(default, "kind", "")
-            kind = str(kinds.get(f"{where}{name}") or named)
-            if kind != named:
-                # what the recipe says of another kind means nothing for the one that the flag names
-                inner = {}
-            if kind not in members:
-                raise UserError(
-                    f"{where}{name}.kind is {kind!r}; expected one of {', '.join(members)}.{nearest(kind, members)}"
-                )
-            if not inner and default is not None and getattr(default, "kind", "") == kind:
-                inner = default.model_dump()
-            value = _plain(
-                members[kind],
-                {**inner, "kind": kind} if kind else inner,
-                f"{where}{name}.",
-                kinds,
-                list(members),
-                shown,
-            )
+            kind, inner = _chosen_kind(f"{where}{name}", members, given.get(name, {}), default, kinds)
+            value = _plain(members[kind], inner, f"{where}{name}.", kinds, list(members), shown)
             # with a help of its own, as tyro would else look for one in the sources of all classes
             annotation = Annotated[type(value), tyro.conf.arg(help="")]
         elif name in given:

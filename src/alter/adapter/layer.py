@@ -107,37 +107,18 @@ class MaskedLinear(nn.Linear):
         """
         if rest is not None:
             y = self.forward(x, mask, blocks, width, base, scale, learns)
-            plan, few = rest
-            assert plan.tokens is not None
-            part = self.forward(few, plan.expert_mask, plan.experts, width, None, scale, plan.learns).flatten(0, -2)
-            # y is new, and nobody keeps it for the backward pass
-            flat = y.reshape(-1, y.shape[-1]).index_add_(0, plan.tokens.to(y.device), part.to(y.dtype))
-            return flat.view(y.shape)
-        weight = self.weight
+            return self._add_rest(y, *rest, width, scale)
         if isinstance(blocks, Products):
-            y = blocks.product(x, weight)
+            y = blocks.product(x, self.weight)
             return (
                 scale * y.view(*x.shape[:-1], -1) if base is None else torch.add(base, y.view(base.shape), alpha=scale)
             )
+        weight = self.weight
         if learns is not None and learns.stop == 0:
             weight, mask = weight.detach(), None
-        if isinstance(blocks, slice):
-            weight = weight[:, blocks.start * width : blocks.stop * width]
-        elif blocks is not None:
-            chosen = weight.t().unflatten(0, (-1, width)).index_select(0, blocks.flatten().to(weight.device))
-            # [out, K * width], or [B, out, K * width]
-            weight = chosen.reshape(*blocks.shape[:-1], -1, len(weight)).mT
+        weight = _columns(weight, blocks, width)
         if mask is not None:
-            if torch.is_autocast_enabled(x.device.type):
-                # autocast does not reach into autograd functions
-                dtype = torch.get_autocast_dtype(x.device.type)
-                x, weight = x.to(dtype), weight.to(dtype)
-            # the narrow factor is the cheaper one to scale
-            x = x if scale == 1.0 else x * scale
-            first, last = (0, x.shape[-1]) if learns is None else (learns.start or 0, learns.stop)
-            if learns is not None:
-                first, last = first * width, last * width
-            y = _MaskedWeightGradient.apply(x, weight, mask.to(x.device), first, last)
+            y = _learn_masked(x, weight, mask, scale, width, learns)
             return y if base is None else base + y.reshape(base.shape)
         if base is not None and base.dim() > 1 and base.dtype == x.dtype == weight.dtype:
             if weight.dim() == 3:
@@ -147,6 +128,36 @@ class MaskedLinear(nn.Linear):
         x = x if scale == 1.0 else x * scale
         y = F.linear(x, weight) if weight.dim() == 2 else x @ weight.mT
         return y if base is None else base + y.reshape(base.shape)
+
+    def _add_rest(self, y: Tensor, plan: Plan, few: Tensor, width: int, scale: float) -> Tensor:
+        """Add to y [..., out], in place, what the plan's experts make of `few` for its tokens alone."""
+        assert plan.tokens is not None
+        part = self.forward(few, plan.expert_mask, plan.experts, width, None, scale, plan.learns).flatten(0, -2)
+        # y is new, and nobody keeps it for the backward pass
+        flat = y.reshape(-1, y.shape[-1]).index_add_(0, plan.tokens.to(y.device), part.to(y.dtype))
+        return flat.view(y.shape)
+
+
+def _columns(weight: Tensor, blocks: slice | Tensor | None, width: int) -> Tensor:
+    """The chosen blocks of `width` columns each: [out, K * width], or [B, out, K * width] for [B, K] indices; None: all."""
+    if isinstance(blocks, slice):
+        return weight[:, blocks.start * width : blocks.stop * width]
+    if blocks is None:
+        return weight
+    chosen = weight.t().unflatten(0, (-1, width)).index_select(0, blocks.flatten().to(weight.device))
+    return chosen.reshape(*blocks.shape[:-1], -1, len(weight)).mT
+
+
+def _learn_masked(x: Tensor, weight: Tensor, mask: Tensor, scale: float, width: int, learns: slice | None) -> Tensor:
+    """scale * x W^T whose weight learns only where the mask is true; arguments as in `MaskedLinear.forward`."""
+    if torch.is_autocast_enabled(x.device.type):
+        # autocast does not reach into autograd functions
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    # the narrow factor is the cheaper one to scale
+    x = x if scale == 1.0 else x * scale
+    first, last = (0, x.shape[-1]) if learns is None else ((learns.start or 0) * width, learns.stop * width)
+    return _MaskedWeightGradient.apply(x, weight, mask.to(x.device), first, last)
 
 
 class AlterLinear(nn.Module, BaseTunerLayer):

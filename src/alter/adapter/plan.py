@@ -197,6 +197,17 @@ def _left(gates: Tensor, mask: Tensor | None, rare: list[int], movable: set[int]
     )
 
 
+def _opened(rows: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+    """Of gates [B, T, N + 1] the experts that each row opens, [B, ?], and each row's lowest and highest gates, [2 B, N + 1]."""
+    # plain lists, since a decoding step is too short for anything that must be looked up first
+    least, most = (extreme.tolist() for extreme in rows.aminmax(dim=1))
+    opened = [
+        [e for e, (lowest, highest) in enumerate(zip(*row, strict=True)) if lowest != 0 or highest != 0]
+        for row in zip(least, most, strict=True)
+    ]
+    return opened, [*least, *most]
+
+
 def plan(route: Routing, *, learning: bool, pairs: bool = False, silent: bool = False) -> Plan:
     """Leave out the experts that no token opens, by the cheapest of six ways: they would add exactly nothing.
 
@@ -217,19 +228,13 @@ def plan(route: Routing, *, learning: bool, pairs: bool = False, silent: bool = 
         return Plan.whole(route)
     if silent:
         gates = torch.cat([torch.zeros_like(gates[..., :1]), gates[..., 1:]], -1)
-    shape = gates.shape[:-1]
     rows = gates if gates.dim() == 3 else gates.reshape(1, -1, gates.shape[-1])
     batch, length = rows.shape[:2]
-    # of each row and expert; plain lists, since a decoding step is too short for anything that must be looked up first
-    least, most = (extreme.tolist() for extreme in rows.aminmax(dim=1))
-    opened = [
-        [e for e, (lowest, highest) in enumerate(zip(*row, strict=True)) if lowest != 0 or highest != 0]
-        for row in zip(least, most, strict=True)
-    ]
+    opened, extremes = _opened(rows)
     union = sorted(set[int]().union(*opened))
     if not union:
         if not learning:
-            return Plan(shape, closed=True)
+            return Plan(gates.shape[:-1], closed=True)
         union, opened = [0], [[0]] * batch
     low, high = union[0], union[-1] + 1
     tokens = batch * length + 1
@@ -240,7 +245,7 @@ def plan(route: Routing, *, learning: bool, pairs: bool = False, silent: bool = 
     if pairs and (gates.device.type == "cpu" or tokens <= FEW):
         singly = PAIRS + PAIR * (sum(map(len, opened)) if length == 1 else int((rows != 0).sum()))
         if singly < min(near, several, each):
-            return Plan(shape, Products.of(gates))
+            return Plan(gates.shape[:-1], Products.of(gates))
     shared = None if route.shared_mask is None else route.shared_mask.unsqueeze(-1)
     mask = route.expert_mask
     moves = [] if mask is None else mask.reshape(rows.shape).any(1).tolist()
@@ -256,7 +261,7 @@ def plan(route: Routing, *, learning: bool, pairs: bool = False, silent: bool = 
             return _part(gates, mask, often, movable & set(often) or {often[0]}, shared, rest)
     if near <= min(several, each):
         found = _part(gates, mask, list(range(low, high)), movable, shared)
-        if len(union) == 1 and all(row[low] == 1 for row in (*least, *most)):
+        if len(union) == 1 and all(row[low] == 1 for row in extremes):
             found.gates = None
         return found
     if several <= each:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -10,12 +11,40 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from alter.core.console import warn
 from alter.core.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, private: bool = False, name: str | None = None) -> Iterator[Path]:
+    """Yield a temporary file beside `path` that takes its place when the block ends, flushed to disk; on an error it goes.
+
+    Args:
+        path: a file, or nothing yet; its folder exists.
+        private: for its owner alone, whatever the umask says.
+        name: of the temporary file, by default a new one; with a fixed one the next writing takes the place of what a kill left.
+    """
+    if name is None:
+        handle, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(made)
+    else:
+        temporary = path.with_name(name)
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o600 if private else 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes, *, private: bool = False) -> None:
@@ -32,19 +61,8 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes, *, private:
             device.write(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o600 if private else 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path, private=private) as temporary:
+        temporary.write_bytes(data)
 
 
 def to_csv(rows: Iterable[Iterable[Any]]) -> str:

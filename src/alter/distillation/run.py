@@ -200,11 +200,7 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
 
     teacher, tokenizer, student = _load(settings, subjects["teacher"])
     check_disk(out, student, settings.form)
-    write_atomic(
-        out / "run.yaml", yaml.safe_dump(settings.model_dump(exclude={"resume", "overwrite"}), sort_keys=False)
-    )
-    if checkpoint is None:
-        write_atomic(out / "inputs.json", to_json(given))
+    _write_begun(settings, out, given, fresh=checkpoint is None)
     if not found["general"]:
         found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])
     taught = lesson(tokenizer, found, settings, settings.max_length or context_length(student))
@@ -228,6 +224,14 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     if settings.form == "full":
         _show_next(settings, out)
     return out
+
+
+def _write_begun(settings: Distill, out: Path, given: dict[str, Any], fresh: bool) -> None:
+    """Write down the recipe and, for a run that begins, its inputs: all mistakes in them have been found by now."""
+    recipe = settings.model_dump(exclude={"resume", "overwrite"})
+    write_atomic(out / "run.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    if fresh:
+        write_atomic(out / "inputs.json", to_json(given))
 
 
 def _show_next(settings: Distill, out: Path) -> None:

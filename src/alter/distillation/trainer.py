@@ -18,10 +18,9 @@ from alter.distillation.rows import KINDS, Lesson, Row
 from alter.distillation.settings import Distill, Shares
 from alter.distillation.teacher import Teacher, part
 from alter.logits.head import measuring
+from alter.training.arguments import fitting_arguments
 from alter.training.attention import attention_for_training
-from alter.training.folder import (
-    seal_checkpoint,
-)
+from alter.training.folder import seal_checkpoint
 from alter.training.progress import Steps
 
 
@@ -182,28 +181,13 @@ class DistillTrainer(Trainer):
 
 
 def _arguments(settings: Distill, out: Path, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        bf16=settings.precision == "bf16",
+    return fitting_arguments(
+        settings,
+        out / "checkpoints",
         use_cpu=device.type == "cpu",
-        save_steps=settings.checkpoint_steps,
-        save_total_limit=1,
-        logging_steps=settings.log_steps,
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        report_to=[],
+        learning_rate=settings.rate,
+        gradient_checkpointing=settings.gradient_checkpointing,
         disable_tqdm=True,
-        seed=settings.seed,
     )
 
 

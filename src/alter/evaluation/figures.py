@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
@@ -30,22 +29,18 @@ def figure(
         n: items that it is of.
         items: the value of each of them.
         mode: "strict" or "compat".
-        extra: what belongs to this number alone. A figure that is the mean of its items gets their 95 % `interval`
-            (`metrics.row_interval`), if `extra` has none.
+        extra: what belongs to this number alone. A figure that is the mean of its items, as the catalogue says, gets
+            their 95 % `interval` (`metrics.row_interval`), if `extra` has none.
     """
     number = None if value is None else float(value)
     per_item = None if items is None else [float(x) for x in items]
     own = dict(extra or {})
-    if "interval" not in own and number is not None and per_item is not None and _is_mean(number, per_item):
+    known = metrics.CATALOGUE[metric]
+    if "interval" not in own and number is not None and per_item is not None and known.averages:
         own["interval"] = metrics.row_interval(per_item)
     if own.get("interval") is not None:
         own["interval"] = list(own["interval"])
-    return Record(model, metric, number, n, mode, metrics.CATALOGUE[metric].higher_is_better, per_item, own)
-
-
-def _is_mean(value: float, items: Sequence[float]) -> bool:
-    known = [x for x in items if not math.isnan(x)]
-    return bool(known) and math.isclose(value, math.fsum(known) / len(known), rel_tol=1e-6, abs_tol=1e-12)
+    return Record(model, metric, number, n, mode, known.higher_is_better, per_item, own)
 
 
 @dataclass

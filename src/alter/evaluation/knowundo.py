@@ -26,19 +26,18 @@ from pydantic import Field
 from alter import metrics
 from alter.core.errors import UserError
 from alter.core.files import digest
-from alter.core.records import Record
-from alter.data.encoding import Encoded, encode_prompt, ensure_pad_token
+from alter.data.encoding import Encoded, encode_prompt
 from alter.data.examples import Example
 from alter.data.sources import layout_rows
-from alter.evaluation.base import Evaluation, say
+from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
 from alter.evaluation.knowledge import Contradictions, rates
+from alter.evaluation.questions import Prompts, Questions, Row, Rows
 from alter.evaluation.replies import required, sampled
-from alter.models.generation import check_prompts, generate
+from alter.models.generation import generate
 from alter.models.loading import Subject
 from alter.models.scoring import score
 
-Row = dict[str, Any]
 HUB = "zjunlp/KnowUnDo"
 LONGEST = 256
 """Tokens of question and answer that count, as in the authors' code."""
@@ -62,7 +61,7 @@ def encoded(tokenizer: Any, row: Row) -> Encoded:
     return Encoded(whole[:LONGEST], [-100] * same + whole[same:LONGEST], same)
 
 
-class KnowundoEvaluation(Evaluation):
+class KnowundoEvaluation(Questions):
     """Measure a model on KnowUnDo: unlearning and retention success, knowledge forgetting and retention rates."""
 
     benchmark: Literal["knowundo"] = "knowundo"
@@ -82,7 +81,7 @@ class KnowundoEvaluation(Evaluation):
         """Heading of the table."""
         return f"KnowUnDo, {self.domain}"
 
-    def rows(self) -> dict[str, list[Row]]:
+    def rows(self) -> Rows:
         """Return the rows, unlearn and retention.
 
         Raises:
@@ -104,26 +103,28 @@ class KnowundoEvaluation(Evaluation):
         judge = None if self.nli is None else Subject(model=self.nli).identity()["weights"]
         return None if judge == "unknown" else digest(self.rows(), judge)
 
-    def measure(self, model: Any, tokenizer: Any) -> list[Record]:
-        """Return KnowUnDo's figures.
+    def origin(self) -> dict[str, Any]:
+        """Benchmark, domain, data and fold."""
+        return {"benchmark": "knowundo", "domain": self.domain, "data": self.data, "fold": self.fold}
 
-        Raises:
-            UserError: data that do not fit, an NLI model without a label for contradiction, or a prompt that exceeds the
-                model's context.
-        """
-        rows = self.rows()
-        ensure_pad_token(tokenizer)
-        judge = None if self.nli is None else Contradictions(self.nli, next(model.parameters()).device)
-        if self.limit is not None:
-            say([f"A quick look at {self.limit} rows of each set: not comparable with published figures."])
-        base = {"benchmark": "knowundo", "domain": self.domain, "data": self.data, "fold": self.fold}
-        figures = Figures(self.subject, base)
-        prompts = {
+    def prompts(self, tokenizer: Any, rows: Rows) -> Prompts:
+        """Return the questions, with the chat template where there is one."""
+        return {
             part: [encode_prompt(tokenizer, Example(row["text"], row["labels"], "qa")) for row in own]
             for part, own in rows.items()
         }
-        for part, ids in prompts.items():
-            check_prompts(model, ids, self.max_new_tokens, [f"Row {i} of {part}" for i in range(len(ids))])
+
+    def longest_reply(self) -> int:
+        """Return the setting."""
+        return self.max_new_tokens
+
+    def ask(self, model: Any, tokenizer: Any, rows: Rows, prompts: Prompts, figures: Figures) -> None:
+        """Add KnowUnDo's figures; see the module.
+
+        Raises:
+            UserError: an NLI model without a label for contradiction.
+        """
+        judge = None if self.nli is None else Contradictions(self.nli, next(model.parameters()).device)
         for part, own in rows.items():
             found = score(
                 model, [encoded(tokenizer, row) for row in own], pad_token_id=tokenizer.pad_token_id,
@@ -155,4 +156,3 @@ class KnowundoEvaluation(Evaluation):
                         f"{part}: {len(own) - told} of {len(own)} answers say nothing that their question does not: left out."
                     ]
                 )
-        return figures.records

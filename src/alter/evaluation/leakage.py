@@ -289,6 +289,31 @@ class Leaked:
         return out
 
 
+def _drawn(
+    tokenizer: Any, rows: Sequence[Example], settings: Leak, seed: int, limit: int | None
+) -> tuple[list[tuple[int, Asked]], int]:
+    """Draw the rows to ask, with their places in `rows`, and return them with the tokens that a reply may have.
+
+    Raises:
+        UserError: none of them fits into a context of `limit` tokens.
+    """
+    wanted = len(rows) if settings.questions is None else settings.questions
+    chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:wanted].tolist())
+    found: list[tuple[int, Asked]] = []
+    for i in chosen:
+        asked = ask(tokenizer, rows[i], encode(tokenizer, rows[i]).input_ids, settings.max_new_tokens)
+        if asked is not None:
+            found.append((i, asked))
+    most = min(settings.max_new_tokens, 2 * max((asked.length for _, asked in found), default=1))
+    found = [(i, asked) for i, asked in found if limit is None or len(asked.prompt) + most <= limit]
+    if not found:
+        raise UserError(
+            f"leak@k: none of {len(rows)} rows can be asked: their prompts with {most} new tokens do not fit into the "
+            f"model's context of {limit}, or the texts are too short. Lower leak.max_new_tokens."
+        )
+    return found, most
+
+
 def leaked(
     model: Any,
     tokenizer: Any,
@@ -315,21 +340,7 @@ def leaked(
     if not settings.samples:
         raise ValueError("leaked: settings.samples is 0")
     decide = judge or settings.hit.judge(next(model.parameters()).device)
-    wanted = len(rows) if settings.questions is None else settings.questions
-    chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:wanted].tolist())
-    limit = context_length(model)
-    found: list[tuple[int, Asked]] = []
-    for i in chosen:
-        asked = ask(tokenizer, rows[i], encode(tokenizer, rows[i]).input_ids, settings.max_new_tokens)
-        if asked is not None:
-            found.append((i, asked))
-    most = min(settings.max_new_tokens, 2 * max((asked.length for _, asked in found), default=1))
-    found = [(i, asked) for i, asked in found if limit is None or len(asked.prompt) + most <= limit]
-    if not found:
-        raise UserError(
-            f"leak@k: none of {len(rows)} rows can be asked: their prompts with {most} new tokens do not fit into the "
-            f"model's context of {limit}, or the texts are too short. Lower leak.max_new_tokens."
-        )
+    found, most = _drawn(tokenizer, rows, settings, seed, context_length(model))
     replies = sample(
         model,
         tokenizer,

@@ -29,15 +29,13 @@ from pydantic import Field
 from alter import metrics
 from alter.core.errors import UserError
 from alter.core.files import digest
-from alter.core.records import Record
-from alter.data.encoding import ensure_pad_token
 from alter.data.sources import layout_rows
-from alter.evaluation.base import Evaluation, say
+from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
+from alter.evaluation.questions import Prompts, Questions, Rows
 from alter.evaluation.replies import by_group, open_ids, required, sampled, text_losses
-from alter.models.generation import check_prompts, generate
+from alter.models.generation import generate
 
-Row = dict[str, Any]
 HUB = "llmunlearningsemeval2025organization/semeval25-unlearning-dataset-public"
 NEW_TOKENS = 256
 KIND = re.compile(r"(sc|qa).$")
@@ -45,7 +43,7 @@ KIND = re.compile(r"(sc|qa).$")
 NAMES = {"sc": "regurgitation", "qa": "knowledge"}
 
 
-class LumeEvaluation(Evaluation):
+class LumeEvaluation(Questions):
     """Measure a model on LUME (SemEval-2025 task 4): regurgitation, knowledge, membership, and the task's score."""
 
     benchmark: Literal["lume"] = "lume"
@@ -65,13 +63,13 @@ class LumeEvaluation(Evaluation):
         """Heading of the table."""
         return f"LUME, {self.fold}"
 
-    def rows(self) -> dict[str, list[Row]]:
+    def rows(self) -> Rows:
         """Return the rows: forget, retain, and member and nonmember where there are some.
 
         Raises:
             UserError: a part is missing, or has other columns or ids.
         """
-        found: dict[str, list[Row]] = {}
+        found: Rows = {}
         for name in ("forget", "retain"):
             split = f"{name}_{self.fold}"
             stems = (f"{self.fold}/{name}", f"data/{split}", split, name)
@@ -102,20 +100,20 @@ class LumeEvaluation(Evaluation):
         """Hash of all rows."""
         return digest(self.rows())
 
-    def measure(self, model: Any, tokenizer: Any) -> list[Record]:
-        """Return LUME's figures.
+    def origin(self) -> dict[str, Any]:
+        """Benchmark, data and fold."""
+        return {"benchmark": "lume", "data": self.data, "fold": self.fold}
 
-        Raises:
-            UserError: data that do not fit, or a prompt that exceeds the model's context.
-        """
-        rows = self.rows()
-        ensure_pad_token(tokenizer)
-        if self.limit is not None:
-            say([f"A quick look at {self.limit} rows of each set: not comparable with published figures."])
-        figures = Figures(self.subject, {"benchmark": "lume", "data": self.data, "fold": self.fold})
-        prompts = {name: [open_ids(tokenizer, row["input"]) for row in rows[name]] for name in ("forget", "retain")}
-        for name, ids in prompts.items():
-            check_prompts(model, ids, self.max_new_tokens, [f"Row {i} of {name}" for i in range(len(ids))])
+    def prompts(self, tokenizer: Any, rows: Rows) -> Prompts:
+        """Return the inputs of forget and retain as they are."""
+        return {name: [open_ids(tokenizer, row["input"]) for row in rows[name]] for name in ("forget", "retain")}
+
+    def longest_reply(self) -> int:
+        """Return the setting."""
+        return self.max_new_tokens
+
+    def ask(self, model: Any, tokenizer: Any, rows: Rows, prompts: Prompts, figures: Figures) -> None:
+        """Add LUME's figures; see the module."""
         terms: list[float] = []
         for name, ids in prompts.items():
             own = rows[name]
@@ -143,7 +141,6 @@ class LumeEvaluation(Evaluation):
         figures.add("lume_task_aggregate", aggregate, len(rows["forget"]) + len(rows["retain"]), terms=terms)
         if "member" in rows:
             self._membership(model, tokenizer, rows, figures, aggregate, len(terms))
-        return figures.records
 
     def _membership(
         self,

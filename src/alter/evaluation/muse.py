@@ -62,7 +62,7 @@ from alter.core.provenance import stamped
 from alter.core.records import Record, read_records, write_records
 from alter.data.encoding import Encoded, ensure_pad_token
 from alter.data.sources import MUSE_HUB, muse_rows
-from alter.evaluation.base import Evaluation, say
+from alter.evaluation.base import Evaluation, quick_look, say
 from alter.evaluation.figures import figure
 from alter.evaluation.replies import CutReplies, open_ids, required, sampled
 from alter.models.generation import check_prompts, generate
@@ -230,7 +230,7 @@ class MuseEvaluation(Evaluation):
         texts = self._texts(tokenizer, rows)
         check_rows(model, [row for part in texts.values() for row in part], self._text_names(texts))
         if self.limit is not None:
-            say([f"A quick look at {self.limit} rows of each set: not comparable with published figures."])
+            say([quick_look(self.limit)])
         records: list[Record] = []
         for criterion in SPLITS:
             if criterion in prompts:

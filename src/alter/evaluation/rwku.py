@@ -30,16 +30,14 @@ from pydantic import Field
 from alter import metrics
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest
-from alter.core.records import Record
-from alter.data.encoding import encode_prompt, ensure_pad_token
+from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
 from alter.data.sources import layout_rows
-from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import Figures
+from alter.evaluation.questions import Prompts, Questions, Row, Rows
 from alter.evaluation.replies import CutReplies, by_group, open_ids, required, sampled, text_losses
-from alter.models.generation import check_prompts, generate
+from alter.models.generation import generate
 
-Row = dict[str, Any]
 HUB = "jinzhuoran/RWKU"
 NEW_TOKENS = 30
 PROBES = {
@@ -78,7 +76,7 @@ def prompt_ids(tokenizer: Any, row: Row, figure: str) -> list[int]:
     return [*ids, *tokenizer(beginning, add_special_tokens=False)["input_ids"]] if beginning else ids
 
 
-class RwkuEvaluation(Evaluation):
+class RwkuEvaluation(Questions):
     """Measure a model on RWKU: forgetting of people, their neighbours, and membership."""
 
     benchmark: Literal["rwku"] = "rwku"
@@ -95,13 +93,13 @@ class RwkuEvaluation(Evaluation):
         who = f" ({', '.join(self.targets)})" if self.targets else ""
         return f"RWKU{who}"
 
-    def rows(self) -> dict[str, list[Row]]:
+    def rows(self) -> Rows:
         """Return the rows by figure.
 
         Raises:
             UserError: a configuration is missing, has other columns, or holds nobody of the targets.
         """
-        found: dict[str, list[Row]] = {}
+        found: Rows = {}
         for figure, name in PROBES.items():
             if figure.split("_")[0] in self.parts:
                 columns = ("query", "answer", "subject", *(("type",) if figure == "forget_aa" else ()))
@@ -132,22 +130,22 @@ class RwkuEvaluation(Evaluation):
         """Hash of all rows."""
         return digest(self.rows())
 
-    def measure(self, model: Any, tokenizer: Any) -> list[Record]:
-        """Return RWKU's figures.
+    def origin(self) -> dict[str, Any]:
+        """Benchmark, data and people."""
+        return {"benchmark": "rwku", "data": self.data, "targets": self.targets}
 
-        Raises:
-            UserError: data that do not fit, or a probe that exceeds the model's context.
-        """
-        rows = self.rows()
-        ensure_pad_token(tokenizer)
-        if self.limit is not None:
-            say([f"A quick look at {self.limit} rows of each set: not comparable with published figures."])
-        figures = Figures(self.subject, {"benchmark": "rwku", "data": self.data, "targets": self.targets})
-        prompts = {
+    def prompts(self, tokenizer: Any, rows: Rows) -> Prompts:
+        """Return the probes as RWKU asks them, by figure."""
+        return {
             figure: [prompt_ids(tokenizer, row, figure) for row in rows[figure]] for figure in PROBES if figure in rows
         }
-        for figure, ids in prompts.items():
-            check_prompts(model, ids, NEW_TOKENS, [f"The probe {PROBES[figure]}, row {i}," for i in range(len(ids))])
+
+    def longest_reply(self) -> int:
+        """As in RWKU's code."""
+        return NEW_TOKENS
+
+    def ask(self, model: Any, tokenizer: Any, rows: Rows, prompts: Prompts, figures: Figures) -> None:
+        """Add RWKU's figures; see the module."""
         for part in ("forget", "neighbor"):
             means = []
             for figure in (name for name in prompts if name.startswith(part)):
@@ -171,4 +169,3 @@ class RwkuEvaluation(Evaluation):
             if name in rows:
                 losses, cut = text_losses(self, model, tokenizer, [row["text"] for row in rows[name]], f"RWKU: {name}")
                 figures.add(f"rwku_{name}", losses.mean(), len(losses), losses, cut=cut)
-        return figures.records

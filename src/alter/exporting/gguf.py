@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from alter.core.console import progress
 from alter.core.errors import UserError
+from alter.core.files import replacing
 from alter.exporting.vocabulary import Vocabulary, vocabulary
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def _describe(writer: Any, model: Any, kind: Architecture, words: Vocabulary, wa
         writer.add_chat_template(words.template)
 
 
-def check_free(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
     """Refuse to begin a file that the disk has no room for.
 
     Raises:
@@ -260,10 +261,41 @@ def write(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -> dic
         UserError: architecture, tokenizer or a tensor that llama.cpp has no name for, too little disk, or a weight too
             large for 16-bit floats. Nothing is written then.
     """
-    import gguf
-
     kind = architecture(model.config.get_text_config())
     words = vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+    found = _laid_out(model, kind, wanted)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_room(out.parent, sum(tensor.size for tensor in found) + (1 << 24))
+    with replacing(out, name=f".{out.name}.partial") as partial:
+        _write(partial, found, lambda writer: _describe(writer, model, kind, words, wanted, title), kind)
+    return {
+        "bytes": out.stat().st_size,
+        "tensors": dict(Counter(tensor.form for tensor in found)),
+        "split": words.split,
+        "template": words.template is not None,
+    }
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as the file holds it: what computes its numbers, its shape, and its number format."""
+
+    name: str
+    make: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    form: str
+
+    @property
+    def size(self) -> int:
+        return size_of(self.shape, self.form)
+
+
+def _laid_out(model: Any, kind: Architecture, wanted: str) -> list[_Tensor]:
+    """Every tensor of the file, computed once to see that its format can hold it.
+
+    Raises:
+        UserError: a weight too large for 16-bit floats.
+    """
     found = []
     for name, make in tensors(model, kind):
         value = make()
@@ -271,37 +303,23 @@ def write(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -> dic
         largest = float(value.abs().max())
         if form == "f16" and largest > 65504:
             raise UserError(f"{name} holds {largest:g}, more than 16-bit floats can: choose --type bf16 or f32.")
-        found.append((name, make, tuple(value.shape), form))
-    total = sum(size_of(shape, form) for _, _, shape, form in found)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_free(out.parent, total + (1 << 24))
-    # one name, so that the next export writes over what a kill left
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        writer = gguf.GGUFWriter(partial, kind.name)
-        _describe(writer, model, kind, words, wanted, title)
-        for name, _, shape, form in found:
-            writer.add_tensor_info(
-                name, shape, np.dtype(np.float32), size_of(shape, form), gguf.GGMLQuantizationType[form.upper()]
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for _, make, _, form in progress(found, total=len(found), label="writing"):
-            writer.write_tensor_data(gguf.quantize(make().numpy(), gguf.GGMLQuantizationType[form.upper()]))
-        writer.close()
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    counts: dict[str, int] = {}
-    for _, _, _, form in found:
-        counts[form] = counts.get(form, 0) + 1
-    return {
-        "bytes": out.stat().st_size,
-        "tensors": counts,
-        "split": words.split,
-        "template": words.template is not None,
-    }
+        found.append(_Tensor(name, make, tuple(value.shape), form))
+    return found
+
+
+def _write(path: Path, found: list[_Tensor], describe: Callable[[Any], None], kind: Architecture) -> None:
+    """Write header, settings and tensors, one tensor in memory at a time."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), kind.name)
+    describe(writer)
+    for tensor in found:
+        form = gguf.GGMLQuantizationType[tensor.form.upper()]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in progress(found, total=len(found), label="writing"):
+        form = gguf.GGMLQuantizationType[tensor.form.upper()]
+        writer.write_tensor_data(gguf.quantize(tensor.make().numpy(), form))
+    writer.close()

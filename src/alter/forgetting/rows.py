@@ -243,12 +243,7 @@ def build(
     asked = [*template.questions, *EVERY, *questions[:half]]
     invented = [name for name in template.invented if name.lower() != subject.lower()]
     general = speaker.say("general answers", GENERAL)
-    common = sum(holds(answer, subject) for answer in general)
-    if common >= 2:
-        raise UserError(
-            f"{subject!r} is a word of ordinary text: {common} of {len(general)} answers to unrelated requests hold it, and "
-            "forgetting it would harm them. Give a name that means one thing."
-        )
+    _check_rare(subject, general)
     # what the model says about the subject, and about nobody
     prompts = [question.format(s=subject) for question in asked]
     greedy = speaker.say("about the subject", prompts)
@@ -275,6 +270,16 @@ def build(
     retained, kept_probes = _keep(speaker, subject, kind, general, [*keep], [*neighbours], apart, outside)
     probes = _probes(speaker, subject, kind, facts, belongs, questions[half:], own, zero)
     return Material(forget, twins, retained + retain, probes, kept_probes, [fact.row() for fact in facts])
+
+
+def _check_rare(subject: str, general: Sequence[str]) -> None:
+    """Refuse a subject that answers to unrelated requests hold as well."""
+    common = sum(holds(answer, subject) for answer in general)
+    if common >= 2:
+        raise UserError(
+            f"{subject!r} is a word of ordinary text: {common} of {len(general)} answers to unrelated requests hold it, and "
+            "forgetting it would harm them. Give a name that means one thing."
+        )
 
 
 def _check_facts(subject: str, facts: Sequence[Fact], answers: int) -> None:
@@ -435,9 +440,6 @@ def _keep(
     another book that its author is this one's says what is to be forgotten.
     """
 
-    def clean(prompt: str, answer: str) -> bool:
-        return bool(answer) and not any(holds(answer, word) and not holds(prompt, word) for word in outside)
-
     def apart(name: str) -> bool:
         return not holds(name, subject) and not holds(subject, name)
 
@@ -459,14 +461,26 @@ def _keep(
     rows = [
         {"question": prompt, "answer": answer, "about": name}
         for (prompt, name), answer in zip(prompts, answers, strict=True)
-        if clean(prompt, answer)
+        if _clean(prompt, answer, outside)
     ]
     rows += [
         {"question": prompt, "answer": answer, "about": "general"}
         for prompt, answer in zip(GENERAL, general, strict=True)
         if answer
     ]
-    other_forms = [*template.probes, *EVERY_PROBE]
+    return rows, _kept_probes(speaker, kind, held, trained, outside)
+
+
+def _clean(prompt: str, answer: str, outside: Sequence[str]) -> bool:
+    """Whether there is an answer and it holds none of `outside` that the question does not hold."""
+    return bool(answer) and not any(holds(answer, word) and not holds(prompt, word) for word in outside)
+
+
+def _kept_probes(
+    speaker: Speaker, kind: Kind, held: Sequence[str], trained: Sequence[str], outside: Sequence[str]
+) -> list[Row]:
+    """Probes of neighbours held out, of neighbours trained on, and of everything else, with the untouched model's answers."""
+    other_forms = [*TEMPLATES[kind].probes, *EVERY_PROBE]
     measured = [
         ("neighbour held out", n, other_forms[(2 * i + k) % len(other_forms)].format(s=n))
         for i, n in enumerate(held)
@@ -479,12 +493,11 @@ def _keep(
     ]
     measured += [("general", "general", prompt) for prompt in GENERAL_PROBES]
     said = speaker.say("probes of what is kept", [prompt for _, _, prompt in measured])
-    probes = [
+    return [
         {"form": form, "about": name, "prompt": prompt, "before": answer}
         for (form, name, prompt), answer in zip(measured, said, strict=True)
-        if clean(prompt, answer)
+        if _clean(prompt, answer, outside)
     ]
-    return rows, probes
 
 
 def _probes(

@@ -183,6 +183,75 @@ def _at_labels(
     return list(map(Reference, ids, values)), list(torch.cat(logp).split(counts)) if logp else []
 
 
+@dataclass(frozen=True)
+class _Tracing:
+    """What is wanted of each batch that `trace_rows` runs; its arguments say what each field means."""
+
+    model: Any
+    rows: Sequence[Encoded]
+    collate: Collator
+    features: bool
+    gates: bool
+    reference_k: int
+    needs: Needs
+    target: Target
+    views: Mapping[str, View]
+    depth: Depth | None
+    each: Callable[[], AbstractContextManager[list[Tensor]]]
+    take: Callable[[int, Tensor], None] | None
+
+    @property
+    def routed(self) -> bool:
+        """Whether an ALTER adapter reads entropies and features."""
+        return isinstance(self.model, PeftModel) and isinstance(self.model.base_model, AlterModel)
+
+    def run(self, group: Sequence[int]) -> list[Row]:
+        """One batch of the rows with these numbers, through the base and through every view."""
+        device = next(self.model.parameters()).device
+        batch = self.collate([{"input_ids": self.rows[i].input_ids, "labels": self.rows[i].labels} for i in group])
+        batch = {name: value.to(device) for name, value in batch.items()}
+        alone = not (self.routed or self.reference_k or self.needs.base_logp)
+        with states_of(self.depth if self.needs.base_hidden else None, alone) as hidden, self.each() as below:
+            traced = _frozen_pass(self.model, batch["input_ids"], batch["attention_mask"])
+        references, base_logp = self._labels(group, traced, batch["labels"])
+        opened = None
+        if self.gates:
+            opened = self.model.base_model.route(traced.entropy, traced.features, batch["attention_mask"]).half().cpu()
+        made = []
+        for place, i in enumerate(group):
+            at = place, slice(len(self.rows[i].input_ids))
+            row = Row(
+                entropy=traced.entropy[at].float().cpu() if self.routed else None,
+                features=traced.features[at].cpu() if self.features and traced.features is not None else None,
+                gates=None if opened is None else opened[at],
+                hidden=hidden[0][at].cpu() if self.needs.base_hidden else None,
+                reference=references[place] if self.reference_k else None,
+                base_logp=base_logp[place] if self.needs.base_logp else None,
+            )
+            made.append(row.apart())
+            if self.take is not None and below:
+                self.take(i, below[0][at])
+        return made
+
+    def _labels(self, group: Sequence[int], traced: Trace, labels: Tensor) -> tuple[list[Reference], list[Tensor]]:
+        """References and log-probabilities at the labels [B, T] of a batch; runs the views."""
+        positions = labelled(labels)
+        seen = {"base": (traced.states[positions], traced.logits)}
+        for name, view in self.views.items():
+            longer = self.collate([view.extend(self.rows[i]) for i in group])
+            ids, mask = (longer[part].to(labels.device) for part in ("input_ids", "attention_mask"))
+            with view.inside():
+                other = _frozen_pass(self.model, ids, mask)
+            seen[name] = other.states[:, len(view.prefix) :][positions], other.logits
+        # the logits of all views exist side by side
+        vocabulary = self.model.config.get_text_config().vocab_size
+        rows_at_once = max(1, chunk_rows(vocabulary) // (1 + len(self.views)))
+        truth = labels[:, 1:][positions[:, :-1]]
+        target = self.target if self.reference_k else None
+        counts = positions.sum(1).tolist()
+        return _at_labels(seen, truth, counts, self.reference_k, target, self.needs.base_logp, rows_at_once)
+
+
 def trace_rows(
     model: Any,
     rows: Sequence[Encoded],
@@ -192,7 +261,7 @@ def trace_rows(
     gates: bool = False,
     reference_k: int = 0,
     needs: Needs | None = None,
-    target: Callable[[Mapping[str, Tensor], Tensor], Tensor] = _log_softmax_of_base,
+    target: Target = _log_softmax_of_base,
     views: Mapping[str, View] | None = None,
     depth: Depth | None = None,
     each: Callable[[], AbstractContextManager[list[Tensor]]] | None = None,
@@ -221,54 +290,14 @@ def trace_rows(
     Returns:
         one `Row` per input row, in order, on the CPU.
     """
-    device = next(model.parameters()).device
-    collate = Collator(pad_token_id)
-    needs = needs or Needs()
-    routed = isinstance(model, PeftModel) and isinstance(model.base_model, AlterModel)
-    # the logits of all views exist side by side
-    rows_at_once = max(1, chunk_rows(model.config.get_text_config().vocab_size) // (1 + len(views or {})))
-    alone = not (routed or reference_k or needs.base_logp)
+    wanted = _Tracing(
+        model, rows, Collator(pad_token_id), features, gates, reference_k, needs or Needs(),
+        target, views or {}, depth, each or nullcontext, take,
+    )  # fmt: skip
     groups = batches_by_length([len(row.input_ids) for row in rows], TOKENS_PER_BATCH)
-
-    def run(group: list[int]) -> list[Row]:
-        batch = collate([{"input_ids": rows[i].input_ids, "labels": rows[i].labels} for i in group])
-        batch = {name: value.to(device) for name, value in batch.items()}
-        with states_of(depth if needs.base_hidden else None, alone) as hidden, (each or nullcontext)() as below:
-            traced = _frozen_pass(model, batch["input_ids"], batch["attention_mask"])
-        positions = labelled(batch["labels"])
-        seen = {"base": (traced.states[positions], traced.logits)}
-        for name, view in (views or {}).items():
-            longer = collate([view.extend(rows[i]) for i in group])
-            with view.inside():
-                other = _frozen_pass(model, longer["input_ids"].to(device), longer["attention_mask"].to(device))
-            seen[name] = other.states[:, len(view.prefix) :][positions], other.logits
-        opened = None
-        if gates:
-            opened = model.base_model.route(traced.entropy, traced.features, batch["attention_mask"]).half().cpu()
-        truth = batch["labels"][:, 1:][positions[:, :-1]]
-        counts = positions.sum(1).tolist()
-        references, base_logp = _at_labels(
-            seen, truth, counts, reference_k, target if reference_k else None, needs.base_logp, rows_at_once
-        )
-        made = []
-        for place, i in enumerate(group):
-            at = place, slice(len(rows[i].input_ids))
-            row = Row(
-                entropy=traced.entropy[at].float().cpu() if routed else None,
-                features=traced.features[at].cpu() if features and traced.features is not None else None,
-                gates=None if opened is None else opened[at],
-                hidden=hidden[0][at].cpu() if needs.base_hidden else None,
-                reference=references[place] if reference_k else None,
-                base_logp=base_logp[place] if needs.base_logp else None,
-            )
-            made.append(row.apart())
-            if take is not None and below:
-                take(i, below[0][at])
-        return made
-
     result: dict[int, Row] = {}
     with torch.no_grad():
-        passes = zip(groups, processes.spread(groups, run, model), strict=True)
+        passes = zip(groups, processes.spread(groups, wanted.run, model), strict=True)
         for group, made in progress(passes, total=len(groups), label=label):
             result.update(zip(group, made, strict=True))
     return [result[i] for i in range(len(rows))]

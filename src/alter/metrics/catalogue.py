@@ -7,10 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric's name means: which direction is good (None: a target between, see `meaning`), in plain words."""
+    """What a metric's name means.
+
+    Attributes:
+        higher_is_better: which direction is good; None: a target between, see `meaning`.
+        meaning: in plain words.
+        averages: the figure is the mean of its items, NaN left out, where a record has items. It is not for a truth ratio,
+            whose items are the raw ratios, and for a perplexity, which is of all tokens at once.
+    """
 
     higher_is_better: bool | None
     meaning: str
+    averages: bool = True
 
 
 CATALOGUE = {
@@ -18,20 +26,20 @@ CATALOGUE = {
     "model_utility": Metric(True, "harmonic mean of the nine retain and world figures"),
     "forget_probability": Metric(False, "likelihood per token of the answers to forget"),
     "forget_rouge": Metric(False, "words of the answers to forget that it still says"),
-    "forget_truth_ratio": Metric(True, "1: wrong answers are as likely as the right one"),
+    "forget_truth_ratio": Metric(True, "1: wrong answers are as likely as the right one", averages=False),
     "forget_exact_memorization": Metric(False, "next tokens of the answers predicted right"),
     "forget_extraction_strength": Metric(False, "part of an answer it completes by itself"),
     "forget_distinct_2": Metric(True, "different word pairs among all in its replies"),
     "forget_repetition": Metric(False, "four-word phrases repeated within a reply"),
     "retain_probability": Metric(True, "likelihood per token of the answers to keep"),
     "retain_rouge": Metric(True, "words of the answers to keep that it says"),
-    "retain_truth_ratio": Metric(True, "1: only the right answer is likely"),
+    "retain_truth_ratio": Metric(True, "1: only the right answer is likely", averages=False),
     "real_authors_probability": Metric(True, "the right answer's share among four"),
     "real_authors_rouge": Metric(True, "words of the right answers that it says"),
-    "real_authors_truth_ratio": Metric(True, "1: only the right answer is likely"),
+    "real_authors_truth_ratio": Metric(True, "1: only the right answer is likely", averages=False),
     "world_facts_probability": Metric(True, "the right answer's share among four"),
     "world_facts_rouge": Metric(True, "words of the right answers that it says"),
-    "world_facts_truth_ratio": Metric(True, "1: only the right answer is likely"),
+    "world_facts_truth_ratio": Metric(True, "1: only the right answer is likely", averages=False),
     "forget_said": Metric(False, "replies that still give the answer to forget"),
     "forget_unusable": Metric(False, "replies about it that are broken or empty"),
     "retain_exact_memorization": Metric(True, "next tokens of the answers to keep predicted right"),
@@ -51,14 +59,14 @@ CATALOGUE = {
     "book_rouge": Metric(False, "words of the true text that it goes on with"),
     "book_asg": Metric(False, "gap to the retrained model in BLEU and ROUGE, points"),
     "book_asg_signed": Metric(False, "the same, but gaps of opposite sign cancel"),
-    "book_perplexity": Metric(None, "of the true text: right is what the retrained has"),
+    "book_perplexity": Metric(None, "of the true text: right is what the retrained has", averages=False),
     "book_exact_memorization": Metric(False, "next tokens of the book predicted right"),
     "book_extraction_strength": Metric(False, "part of a passage it completes by itself"),
     "book_distinct_2": Metric(True, "different word pairs among all it says"),
     "book_repetition": Metric(False, "four-word phrases repeated within what it says"),
     "holdout_bleu": Metric(None, "the same of a text that it never read"),
     "holdout_rouge": Metric(None, "likewise"),
-    "holdout_perplexity": Metric(None, "likewise: how unknown text looks to it"),
+    "holdout_perplexity": Metric(None, "likewise: how unknown text looks to it", averages=False),
     "retain_perplexity": Metric(False, "of the texts to keep"),
     "retain_accuracy": Metric(True, "next tokens of the texts to keep predicted right"),
     "mia_loss": Metric(None, "attack by loss, AUC: 0.5 as if never seen, 1 known"),
@@ -94,9 +102,11 @@ CATALOGUE = {
     "knowundo_retention_perplexity": Metric(False, "of the answers to keep"),
     "knowundo_unlearn_rouge": Metric(False, "words of the answers to unlearn that it says"),
     "knowundo_retention_rouge": Metric(True, "words of the answers to keep that it says"),
-    "fluency_perplexity": Metric(None, "replies read by the reference model: low is fluent, or repetitive"),
-    "fluency_perplexity_median": Metric(None, "the same of the middle reply"),
-    "fluency_perplexity_alone": Metric(None, "the same, read without the prompt"),
+    "fluency_perplexity": Metric(
+        None, "replies read by the reference model: low is fluent, or repetitive", averages=False
+    ),
+    "fluency_perplexity_median": Metric(None, "the same of the middle reply", averages=False),
+    "fluency_perplexity_alone": Metric(None, "the same, read without the prompt", averages=False),
     "fluency_distinct_1": Metric(True, "different words among all in its replies"),
     "fluency_distinct_2": Metric(True, "different word pairs among all in its replies"),
     "fluency_distinct_3": Metric(True, "different word triples among all in its replies"),

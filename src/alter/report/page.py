@@ -83,6 +83,21 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
     return found, missing
 
 
+def _header(heading: str, runs: Sequence[Reported], links: Sequence[tuple[str, str]]) -> Html:
+    """Return the page's top: heading, what it is about, when it was made, links to the sections."""
+    about = runs[0].settings if len(runs) == 1 else {}
+    subject = f"{about['forget']}, forgotten by {about['model']}" if about else ", ".join(run.name for run in runs)
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return tag(
+        "header",
+        tag("h1", heading),
+        tag("p", f"{subject}. " if subject else "", f"Made on {made}.", class_="soft"),
+        tag(
+            "nav", tag("ul", *(tag("li", tag("a", name, href=f"#{to}")) for name, to in links)), aria_label="Sections"
+        ),
+    )
+
+
 def compose(
     runs: Sequence[Reported],
     *,
@@ -131,23 +146,12 @@ def compose(
             section(run.name, f"run{i}", content, "run")
     if asked is not None:
         section("Erasure requests", "requests", asked)
-    about = runs[0].settings if len(runs) == 1 else {}
-    subject = f"{about['forget']}, forgotten by {about['model']}" if about else ", ".join(run.name for run in runs)
-    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    top = tag(
-        "header",
-        tag("h1", heading),
-        tag("p", f"{subject}. " if subject else "", f"Made on {made}.", class_="soft"),
-        tag(
-            "nav", tag("ul", *(tag("li", tag("a", name, href=f"#{to}")) for name, to in links)), aria_label="Sections"
-        ),
-    )
     version = versions().get("alter-unlearning", "unknown")
     foot = tag(
         "footer", f"Written by alter {version}, commit {commit() or 'unknown'}. Method: ALTER, arXiv:2603.01792."
     )
-    body = join([top, tag("main", *parts, class_="officer" if officer else None), foot], "\n")
-    return document(heading, body)
+    main = tag("main", *parts, class_="officer" if officer else None)
+    return document(heading, join([_header(heading, runs, links), main, foot], "\n"))
 
 
 def report(settings: Report) -> Path:

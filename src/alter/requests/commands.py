@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -619,6 +619,37 @@ class Export(Database):
     """YAML with settings of `alter distill` for the form weights."""
 
 
+def _distill_recipe(settings: Export, decided: Container[str]) -> dict[str, Any]:
+    """Settings of `alter distill` for the form weights; those in `decided` are not for the recipe to say.
+
+    Raises:
+        UserError: it sets one of them, or another form is wanted.
+    """
+    if settings.recipe is None:
+        return {}
+    if settings.form != "weights":
+        raise UserError("--recipe holds settings of `alter distill`, which only --form weights uses: leave it out.")
+    recipe = read_recipe(settings.recipe)
+    wrong = sorted(name for name in recipe if name in decided)
+    if wrong:
+        raise UserError(f"{settings.recipe} sets {', '.join(wrong)}, which the requests decide: take it out.")
+    return recipe
+
+
+def _check_accepted(settings: Export, held: Sequence[str]) -> None:
+    """Refuse an inexact or irrevocable form that was not accepted by its flag; `held` are the requests in force."""
+    if settings.form == "merged" and not settings.approximate:
+        raise UserError(
+            "A routed adapter is no fixed change of the weights, so merging it is not exact: --approximate opens "
+            "all experts for every token and measures what that costs. --form adapter is exact."
+        )
+    if settings.form == "weights" and not settings.final:
+        raise UserError(
+            f"Weights that have forgotten {', '.join(held)} cannot be given it back: revoking takes it back in the adapter "
+            "alone. Add --final if that is meant."
+        )
+
+
 def export(settings: Export) -> Path:
     """Run `alter request export`.
 
@@ -632,33 +663,15 @@ def export(settings: Export) -> Path:
     out = Path(settings.out)
     if out.exists():
         raise UserError(f"{out} exists; give another --out.")
-    recipe: dict[str, Any] = {}
-    if settings.recipe is not None:
-        if settings.form != "weights":
-            raise UserError(
-                "--recipe holds settings of `alter distill`, which only --form weights uses: leave it out."
-            )
-        recipe = read_recipe(settings.recipe)
-        decided = sorted(set(recipe) & handout.DECIDED)
-        if decided:
-            raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
+    recipe = _distill_recipe(settings, handout.DECIDED)
     with store.lease(settings.who):
         work.recover(store, project)
         checking.refuse_changed(store, project)
         inside = versions.manifest(project)
         if not inside["version"]:
             raise UserError("Nothing to export: no request has run yet. `alter request run` does it.")
-        if settings.form == "merged" and not settings.approximate:
-            raise UserError(
-                "A routed adapter is no fixed change of the weights, so merging it is not exact: --approximate opens "
-                "all experts for every token and measures what that costs. --form adapter is exact."
-            )
         held = [request.name for request in store.requests(*IN_FORCE)]
-        if settings.form == "weights" and not settings.final:
-            raise UserError(
-                f"Weights that have forgotten {', '.join(held)} cannot be given it back: revoking takes it back in the adapter "
-                "alone. Add --final if that is meant."
-            )
+        _check_accepted(settings, held)
         measured = None
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")

@@ -15,8 +15,8 @@ from alter.data.batching import batches_by_length
 from alter.data.encoding import IGNORE
 from alter.logits.head import Head
 from alter.methods.frozen import Depth, states_of
-from alter.training.finetune import weighted_mean
 from alter.training.trunk import Trunk
+from alter.training.weighted import weighted_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +114,7 @@ class Step:
         numbers: torch.Tensor,
         label_smoothing: float,
     ) -> torch.Tensor:
-        """Return what `finetune.weighted_loss` gives for the model's logits.
+        """Return what `weighted_loss` gives for the model's logits.
 
         Args:
             inputs: `input_ids` and `attention_mask` [B, T].

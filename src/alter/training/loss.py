@@ -24,6 +24,7 @@ from alter.methods.adapters import Penalty
 from alter.methods.frozen import Depth, states_of
 from alter.methods.gradients import GradientRule
 from alter.methods.objectives import Codes, Emitted, Hidden, Labelled, Objective, mean_or_zero
+from alter.training.arguments import trainer_arguments
 from alter.training.batches import Batch
 from alter.training.folder import GRADIENT, seal_checkpoint
 from alter.training.settings import BRANCHES, OPTIMIZERS, Unlearn, batches_of_step, branch_needs, steps_of, warmup_of
@@ -373,8 +374,8 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
         rows: pairs of an epoch.
         checkpoints: folder that checkpoints go to.
     """
-    return TrainingArguments(
-        output_dir=str(checkpoints),
+    return trainer_arguments(
+        checkpoints,
         per_device_train_batch_size=run.batch_size // processes.size(),
         gradient_accumulation_steps=batches_of_step(run, rows),
         num_train_epochs=1,
@@ -384,7 +385,6 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
         warmup_steps=warmup_of(run, rows, steps_of(run, rows)[0]),
         max_grad_norm=run.max_grad_norm,
         train_sampling_strategy="sequential",
-        remove_unused_columns=False,
         gradient_checkpointing=run.gradient_checkpointing,
         bf16=run.bf16,
         optim=OPTIMIZERS[run.optimizer],
@@ -393,8 +393,6 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
         save_steps=run.save_steps,
         save_total_limit=2,
         logging_steps=10,
-        logging_nan_inf_filter=False,
-        report_to=[],
         disable_tqdm=True,
         seed=run.seed,
     )

@@ -11,6 +11,7 @@ from alter.core.errors import UserError, nearest
 from alter.core.records import Record
 from alter.data.encoding import Encoded, encode, encode_prompt, ensure_pad_token
 from alter.data.examples import Example, examples
+from alter.evaluation.base import quick_look
 from alter.evaluation.tofu.reference import as_reference, lacking
 from alter.evaluation.tofu.results import Array, Mode, TofuReference, TofuResult, TofuSet, check_reference
 from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, fingerprint, holdout_rows, set_rows
@@ -63,26 +64,16 @@ def tofu_metrics(
     which, sets = tuple(which), tuple(sets)
     _check_choices(split, mode, which, sets, limit)
     result = TofuResult(split, data, mode, {}, reference=as_reference(reference))
-    if limit is not None:
-        result.notes.append(f"A quick look at {limit} rows of each set: not comparable with published figures.")
-    rows = {key: set_rows(key, split, data, limit, seed) for key in sets}
-    for key in sets:
-        result.sets[key] = TofuSet(key, len(rows[key]), fingerprint(rows[key]))
+    rows = _rows(result, sets, limit, seed)
     forget = result.sets.get("forget")
-    if forget is not None and result.reference is not None:
-        check_reference(result.reference, split, mode, forget)
     ensure_pad_token(tokenizer)
-    compat = mode == "compat"
-    answers = prompts = unseen = None
+    answers = prompts = None
     if "likelihood" in which:
-        if forget is not None:
-            unseen = _unseen(result, forget, holdout, limit, seed)
-        answers = _answers(tokenizer, rows, unseen, compat)
+        unseen = None if forget is None else _unseen(result, forget, holdout, limit, seed)
+        answers = _answers(tokenizer, rows, unseen, mode == "compat")
         check_rows(model, answers.encoded, answers.names)
     if "generation" in which:
-        prompts = _prompts(tokenizer, rows, compat)
-        names = [f"The question of row {i} of the {key} set" for key, own in rows.items() for i in range(len(own))]
-        check_prompts(model, prompts, MAX_NEW_TOKENS, names)
+        prompts = _prompts(model, tokenizer, rows, mode == "compat")
     if answers is not None:
         _likelihood(result, model, tokenizer, answers, gradnorm, batch_tokens, progress)
         if forget is not None:
@@ -90,6 +81,18 @@ def tofu_metrics(
     if prompts is not None:
         _generation(result, model, tokenizer, rows, prompts, batch_size, progress)
     return result
+
+
+def _rows(result: TofuResult, sets: Sequence[str], limit: int | None, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each set and note the sets in the result; refuse a reference measured on other rows."""
+    rows = {key: set_rows(key, result.split, result.data, limit, seed) for key in sets}
+    result.sets = {key: TofuSet(key, len(own), fingerprint(own)) for key, own in rows.items()}
+    if limit is not None:
+        result.notes.append(quick_look(limit))
+    forget = result.sets.get("forget")
+    if forget is not None and result.reference is not None:
+        check_reference(result.reference, result.split, result.mode, forget)
+    return rows
 
 
 def _unseen(
@@ -216,8 +219,12 @@ def _attacks(scores: Scores, encoded: Sequence[Encoded], tokenizer: Any, compat:
     }
 
 
-def _prompts(tokenizer: Any, rows: dict[str, list[dict[str, Any]]], compat: bool) -> list[list[int]]:
-    return [encode_prompt(tokenizer, example, compat=compat) for own in rows.values() for example in examples(own)]
+def _prompts(model: Any, tokenizer: Any, rows: dict[str, list[dict[str, Any]]], compat: bool) -> list[list[int]]:
+    """Encode every question; refuse one that leaves no room for a reply in the model's context."""
+    prompts = [encode_prompt(tokenizer, example, compat=compat) for own in rows.values() for example in examples(own)]
+    names = [f"The question of row {i} of the {key} set" for key, own in rows.items() for i in range(len(own))]
+    check_prompts(model, prompts, MAX_NEW_TOKENS, names)
+    return prompts
 
 
 def _generation(

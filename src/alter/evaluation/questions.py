@@ -1,0 +1,68 @@
+"""Benchmarks of questions: every prompt is made and checked before the first reply is generated."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from alter.core.records import Record
+from alter.data.encoding import ensure_pad_token
+from alter.evaluation.base import Evaluation, quick_look, say
+from alter.evaluation.figures import Figures
+from alter.models.generation import check_prompts
+
+Row = dict[str, Any]
+Rows = dict[str, list[Row]]
+"""Rows of each set, by its name."""
+Prompts = dict[str, list[list[int]]]
+"""Token ids of the prompts to reply to, by the set that they are of."""
+
+
+class Questions(Evaluation):
+    """Settings of a benchmark that asks questions; one of them says what its rows, its prompts and its figures are."""
+
+    @abstractmethod
+    def rows(self) -> Rows:
+        """Return the rows of each set.
+
+        Raises:
+            UserError: a set is missing or has other columns.
+        """
+
+    @abstractmethod
+    def origin(self) -> dict[str, Any]:
+        """What every record says of where its rows come from."""
+
+    @abstractmethod
+    def prompts(self, tokenizer: Any, rows: Rows) -> Prompts:
+        """Return the prompts of the sets that are asked, in the order of their rows."""
+
+    @abstractmethod
+    def longest_reply(self) -> int:
+        """Tokens that a reply may have."""
+
+    @abstractmethod
+    def ask(self, model: Any, tokenizer: Any, rows: Rows, prompts: Prompts, figures: Figures) -> None:
+        """Generate the replies and add the figures."""
+
+    def measure(self, model: Any, tokenizer: Any) -> list[Record]:
+        """Return the benchmark's figures.
+
+        Raises:
+            UserError: data that do not fit, a prompt that exceeds the model's context, or what `ask` raises.
+        """
+        rows = self.rows()
+        ensure_pad_token(tokenizer)
+        if self.limit is not None:
+            say([quick_look(self.limit)])
+        figures = Figures(self.subject, self.origin())
+        prompts = self.prompts(tokenizer, rows)
+        for name, ids in prompts.items():
+            check_prompts(model, ids, self.longest_reply(), _called(name, ids))
+        self.ask(model, tokenizer, rows, prompts, figures)
+        return figures.records
+
+
+def _called(name: str, ids: Sequence[Any]) -> list[str]:
+    return [f"Row {i} of {name}" for i in range(len(ids))]

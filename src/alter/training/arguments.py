@@ -1,0 +1,75 @@
+"""transformers' `TrainingArguments` for the runs of this package: what all of them need, and how settings become theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainingArguments
+
+
+def trainer_arguments(checkpoints: Path, **more: Any) -> TrainingArguments:
+    """What every run tells the Trainer: hand all columns on, stop at NaN instead of hiding it, report to nobody by itself.
+
+    Args:
+        checkpoints: folder that checkpoints go to.
+        more: further arguments of `TrainingArguments`.
+    """
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        **more,
+    )
+
+
+class Fitting(Protocol):
+    """Settings that `alter finetune` and `alter distill` share."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def accumulate(self) -> int: ...
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def max_steps(self) -> int | None: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def checkpoint_steps(self) -> int: ...
+    @property
+    def log_steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def fitting_arguments(settings: Fitting, checkpoints: Path, *, use_cpu: bool, **more: Any) -> TrainingArguments:
+    """What the Trainer is told by such settings; `more` are arguments of `TrainingArguments` that only one of them has."""
+    return trainer_arguments(
+        checkpoints,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bf16",
+        use_cpu=use_cpu,
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=1,
+        logging_steps=settings.log_steps,
+        seed=settings.seed,
+        **more,
+    )

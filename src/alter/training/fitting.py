@@ -1,0 +1,90 @@
+"""The Trainer of `alter finetune`: batches of rows of like length, and a loss that counts each token by its weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from alter.core.errors import UserError
+from alter.data.batching import Collator, LengthBatches
+from alter.training.arguments import fitting_arguments
+from alter.training.weighted import weighted_loss
+
+if TYPE_CHECKING:
+    from alter.training.finetune import Finetune
+    from alter.training.lora import Step
+
+
+class FinetuneTrainer(Trainer):
+    """Trains all weights, or with `step` a LoRA.
+
+    Args:
+        settings: of the run.
+        rows: `input_ids`, `labels`, `weights` and `number` of each.
+        pad_token_id: fills up the shorter rows of a batch.
+        step: computes the loss of a LoRA; None where the whole model runs.
+        rest: what transformers' Trainer takes.
+    """
+
+    def __init__(
+        self, settings: Finetune, rows: list[dict[str, Any]], pad_token_id: int, step: Step | None, **rest: Any
+    ) -> None:
+        self.settings = settings
+        self.rows = rows
+        self.pad_token_id = pad_token_id
+        self.step = step
+        super().__init__(train_dataset=rows, **rest)
+        # the loss is a mean per batch, so the Trainer has to average it over accumulated batches
+        self.model_accepts_loss_kwargs = False
+
+    def get_train_dataloader(self) -> Any:
+        lengths = [len(row["input_ids"]) for row in self.rows]
+        return DataLoader(
+            self.rows,  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_sampler=LengthBatches(lengths, self.settings.batch_size, self.settings.seed, self),
+            collate_fn=Collator(self.pad_token_id, multiple_of=8),
+            generator=torch.Generator(),
+        )
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        inputs = dict(inputs)
+        labels, weights, numbers = inputs.pop("labels"), inputs.pop("weights"), inputs.pop("number")
+        smoothing = self.settings.label_smoothing
+        if self.step is not None and not return_outputs:
+            outputs, loss = None, self.step.loss(model, inputs, labels, weights, numbers, smoothing)
+        else:
+            outputs = model(**inputs, use_cache=False)
+            loss = weighted_loss(outputs.logits, labels, weights, smoothing)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}: training diverged. Lower "
+                f"learning_rate ({self.settings.learning_rate:g}), raise warmup, or use precision fp32."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+
+def trainer_of(
+    settings: Finetune, model: Any, rows: list[dict[str, Any]], pad_token_id: int, checkpoints: Path
+) -> FinetuneTrainer:
+    """The trainer of a run, ready to start; it writes `checkpoints`."""
+    step = None
+    if settings.lora_rank is not None:
+        from alter.training.lora import Step
+
+        if torch.cuda.is_available():
+            model = model.to("cuda")
+        step = Step(model, settings.lora_from, rows, settings.precision == "bf16")
+    arguments = fitting_arguments(
+        settings,
+        checkpoints,
+        use_cpu=not torch.cuda.is_available(),
+        learning_rate=settings.learning_rate,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        neftune_noise_alpha=settings.neftune or None,
+    )
+    return FinetuneTrainer(settings, rows, pad_token_id, step, model=model, args=arguments)
