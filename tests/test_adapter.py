@@ -15,9 +15,10 @@ from torch import nn
 import alter.adapter.routing as routing
 from alter import AlterConfig, AlterModel
 from alter.adapter import AlterLinear, Routing, base_fingerprint, expert_gates
+from alter.adapter.base import same_base
 from alter.adapter.hooks import CapturingCheckpoint
-from alter.adapter.layer import MaskedLinear
-from alter.adapter.model import default_host, same_base
+from alter.adapter.layers import default_host
+from alter.adapter.masked import MaskedLinear
 from alter.adapter.plan import Plan, Products, plan
 from alter.adapter.state import ForwardState
 from alter.core.errors import UserError

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from alter import AlterConfig, cli, metrics
 from alter.attacks import base, states, weights, wording
 from alter.attacks import run as attacks
+from alter.attacks.showing import untrained
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded, encode
@@ -683,11 +684,11 @@ def test_no_fraction_without_its_parts():
 def test_an_attack_that_learned_nothing_is_no_evidence():
     def notes(losses):
         record = fake("unlearned", "relearn_lora", 0.2, step=4, losses=losses)
-        return attacks.untrained([record])
+        return untrained([record])
 
     assert "--relearn.lora-learning-rate" in notes([3.0, 2.9, 2.9, 2.8])[0]
     searched = fake("unlearned", "soft_prompt", 0.2, losses=[3.0, 2.9, 2.9, 2.8])
-    assert attacks.untrained([searched])[0].endswith("raise --budget.")
+    assert untrained([searched])[0].endswith("raise --budget.")
     assert notes([3.0, 2.0, 1.0, 0.5]) == []
     assert "nothing to learn" in notes([0.05, 0.01, 0.0, 0.0])[0]
 

@@ -19,6 +19,7 @@ from peft import get_peft_model
 from pydantic import TypeAdapter, ValidationError
 
 from alter import AlterConfig, cli
+from alter.core import flags
 from alter.core.errors import UserError
 from alter.core.outputs import Written, check_place
 from alter.core.plugins import BENCHMARKS
@@ -118,7 +119,7 @@ def settings_of(name):
 def options_of(model, where=""):
     """The class that brings an option, its place in the settings, its field, and the kinds that it is one of."""
     for name, info in model.model_fields.items():
-        members = cli.members_of(info)
+        members = flags.members_of(info)
         for kind, member in members.items():
             for owner, option, field, kinds in options_of(member, f"{where}{name}."):
                 yield owner, option, field, [*([(f"{where}{name}.kind", kind)] if kind else []), *kinds]
@@ -161,7 +162,7 @@ SIGNED = {"entropy_threshold", "threshold"}
 def refused(info, name, value):
     """Whether the settings refuse a value of a field, as the command line asks them to."""
     try:
-        cli._check_numbers({name: value}, {name: info.default}, {name: value})
+        flags.check_numbers({name: value}, {name: info.default}, {name: value})
         TypeAdapter(Annotated[(info.annotation, *info.metadata, None)]).validate_python(value)
     except (UserError, ValidationError):
         return True
@@ -261,7 +262,7 @@ def arguments(name, option, value, info, kinds=()):
     command, base = name, list(BASES[name])
     if name.startswith("evaluate "):
         command, base = "evaluate", ["--benchmark", name.removeprefix("evaluate "), *base]
-    flag = "--" + ".".join(map(cli.flag_of, option.split(".")))
+    flag = "--" + ".".join(map(flags.flag_of, option.split(".")))
     if flag in base:
         at = base.index(flag)
         del base[at : at + 2]

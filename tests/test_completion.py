@@ -9,6 +9,7 @@ import pytest
 from alter import cli
 from alter.cli import COMMANDS
 from alter.completion import parser
+from alter.core.flags import flag_of
 from alter.evaluation.rows import RowsEvaluation
 from alter.training.settings import Unlearn
 
@@ -49,5 +50,5 @@ def test_options_are_those_of_the_command_line():
         known = commands.choices[command]._option_string_actions
         parsed = cli.parse(command, model, args)
         for name in type(parsed).model_fields:
-            flag = f"--{cli.flag_of(name)}"
+            flag = f"--{flag_of(name)}"
             assert any(each == flag or each.startswith(f"{flag}.") for each in known), flag

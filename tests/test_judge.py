@@ -15,7 +15,8 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records, write_records
 from alter.evaluation import judge
-from alter.evaluation.judge import Judge, bound, estimate, grade, judge_records, judge_replies
+from alter.evaluation.judge import Judge, bound, estimate, grade, judge_replies
+from alter.evaluation.judged import judge_records
 
 KEY = "sk-test-1234"
 PAIRS = [(f"Who is {i}?", f"She is number {i}, a writer.") for i in range(6)]

@@ -18,6 +18,7 @@ from alter.core.errors import UserError
 from alter.core.records import read_records, write_records
 from alter.data.sources import muse_rows, read_rows
 from alter.evaluation import muse
+from alter.evaluation.musecurve import MuseCurve, muse_curve
 from alter.evaluation.replies import cut_reply
 from alter.evaluation.run import evaluate
 from pico import byte_tokenizer, save_pico
@@ -505,7 +506,7 @@ def test_a_reference_that_knows_everything_is_none(data, tmp_path, retrained):
 
 def curve_settings(data, model, *points, **other):
     given = {"model": str(model), "corpus": "books", "data": str(data), "criterion": "sustainability"}
-    return muse.MuseCurve(**given | {"points": list(points), "criteria": ["privleak"]} | other)
+    return MuseCurve(**given | {"points": list(points), "criteria": ["privleak"]} | other)
 
 
 def test_a_curve_has_the_figures_of_each_model(data, retrained, tmp_path, capsys):
@@ -514,7 +515,7 @@ def test_a_curve_has_the_figures_of_each_model(data, retrained, tmp_path, capsys
     given = curve_settings(
         data, retrained, f"0.5k={first}", f"1.5k={second}", criterion="scalability", json_path=str(tmp_path / "c.json")
     )
-    found = muse.muse_curve(given)
+    found = muse_curve(given)
     assert [(r.model, r.extra["point"], r.extra["x"]) for r in found] == [
         ("original", "original", 0.0),
         ("0.5k", "0.5k", 500.0),
@@ -564,7 +565,7 @@ def test_points_that_make_no_curve(data, points, match):
 def test_all_folders_are_looked_at_before_the_first_model_is_measured(data, retrained, monkeypatch):
     monkeypatch.setattr(muse.MuseEvaluation, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(UserError, match="No model at /nowhere"):
-        muse.muse_curve(curve_settings(data, retrained, f"1={retrained}", "2=/nowhere/model"))
+        muse_curve(curve_settings(data, retrained, f"1={retrained}", "2=/nowhere/model"))
 
 
 # ---- as a user

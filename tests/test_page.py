@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from alter import cli
-from alter.attacks.run import ATTACKS, COMPARING
+from alter.attacks.techniques import ATTACKS, COMPARING
 from alter.core.errors import UserError
 from alter.core.files import folder_digest, to_json
 from alter.core.provenance import provenance

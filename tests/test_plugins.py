@@ -26,7 +26,7 @@ from peft import IA3Config, get_peft_model
 from pydantic import Field
 from torch import Tensor
 
-from alter.attacks.run import ATTACKS, Technique
+from alter.attacks.techniques import ATTACKS, Technique
 from alter.core.plugins import benchmark
 from alter.core.records import Record
 from alter.evaluation.base import Evaluation

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
 
 from alter import AlterConfig, cli
-from alter.adapter.model import base_fingerprint, same_base
+from alter.adapter.base import base_fingerprint, same_base
 from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import load_examples

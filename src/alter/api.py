@@ -128,7 +128,7 @@ def _named_model(model: Any, tokenizer: Any) -> Iterator[str]:
         return
     if tokenizer is None:
         raise UserError("A model in memory needs its tokenizer: give tokenizer=...")
-    from alter.adapter.model import base_fingerprint
+    from alter.adapter.base import base_fingerprint
 
     with memory.holding(
         f"model-{(base_fingerprint(model) or 'without a fingerprint')[:16]}", (model, tokenizer)

@@ -8,23 +8,22 @@ import errno
 import importlib
 import inspect
 import logging
-import math
 import os
-import re
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, cast
 
 from alter.core import processes
 from alter.core.console import plain
 from alter.core.deferral import deferred
 from alter.core.errors import UserError, nearest
+from alter.core.flags import check_numbers, given_once, kinds_of, list_flags, split_recipe, value_of, with_defaults
 from alter.core.outputs import check_outputs, standing_in
-from alter.core.plugins import BENCHMARKS, OneOf
+from alter.core.plugins import BENCHMARKS
 from alter.core.validation import refusal
 
 if TYPE_CHECKING:
@@ -130,7 +129,10 @@ COMMANDS = {
         "a signed statement of what was forgotten; check one",
     ),
     "muse-curve": Command(
-        "alter.evaluation.muse", "MuseCurve", "muse_curve", "MUSE of models that forgot more and more, side by side"
+        "alter.evaluation.musecurve",
+        "MuseCurve",
+        "muse_curve",
+        "MUSE of models that forgot more and more, side by side",
     ),
     "aggregate": Command(
         "alter.evaluation.run", "AggregateLogs", "aggregate_logs", "TOFU's numbers from published logs"
@@ -157,12 +159,12 @@ COMMANDS = {
         "alter.evaluation.run", "Generate", "generate", "answer prompts with a model and an adapter", together=True
     ),
     "judge": Command(
-        "alter.evaluation.judge", "JudgeFile", "judge_file", "have saved replies graded by a language model"
+        "alter.evaluation.judged", "JudgeFile", "judge_file", "have saved replies graded by a language model"
     ),
     "entropy": Command(
         "alter.evaluation.entropies",
         "Study",
-        "entropy",
+        "alter.evaluation.entropystudy:entropy",
         "token entropies of a model on a text, and what adapting changes",
     ),
     "compare": Command(
@@ -223,170 +225,14 @@ def _help() -> str:
     )
 
 
-RENAMED = {"json_path": "json", "lambda_": "lambda"}
-"""Flags of fields whose names Python or pydantic keep for themselves."""
-
-
-def flag_of(field: str) -> str:
-    """The name of a field's flag, without the dashes before it."""
-    return RENAMED.get(field, field).replace("_", "-")
-
-
-def members_of(info: Any) -> dict[str, type[BaseModel]]:
-    """The models that a field may hold, by `kind` (or one under "" for a plain nested model); empty for a value."""
-    from pydantic import BaseModel
-
-    for item in info.metadata:
-        if isinstance(item, OneOf):
-            return dict(item.registry)
-    annotation = info.annotation
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return {"": annotation}
-    found = [m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
-    return {m.model_fields["kind"].default if "kind" in m.model_fields else "": m for m in found}
-
-
-def _chosen_kind(
-    where: str, members: dict[str, type[BaseModel]], inner: Any, default: Any, kinds: dict[str, str]
-) -> tuple[str, dict[str, Any]]:
-    """The kind of a nested setting, which flags (`kinds`) name before the recipe (`inner`) does, and its own settings."""
-    if not isinstance(inner, dict):
-        raise UserError(f"Setting {where} is {inner!r}; expected keys and values.")
-    named = inner.get("kind") or getattr(default, "kind", "")
-    kind = str(kinds.get(where) or named)
-    if kind != named:
-        # what the recipe says of another kind means nothing for the one that the flag names
-        inner = {}
-    if kind not in members:
-        raise UserError(f"{where}.kind is {kind!r}; expected one of {', '.join(members)}.{nearest(kind, members)}")
-    if not inner and default is not None and getattr(default, "kind", "") == kind:
-        inner = default.model_dump()
-    return kind, {**inner, "kind": kind} if kind else inner
-
-
-def _plain(
-    model: type[BaseModel],
-    given: dict[str, Any],
-    where: str,
-    kinds: dict[str, str],
-    choices: Sequence[str] = (),
-    shown: Container[str] | None = None,
-) -> Any:
-    """A plain dataclass with the model's fields, for tyro to fill: pydantic checks all values afterwards, at once.
-
-    For a help text `shown` names the fields that are in it, besides those without a default and every `kind`; None: all.
-    """
-    import tyro
-    from pydantic_core import PydanticUndefined
-
-    unknown = [key for key in given if key not in model.model_fields]
-    if unknown:
-        known = list(model.model_fields)
-        raise UserError(
-            f"Unknown setting {where}{unknown[0]!r}; expected one of {', '.join(known)}.{nearest(unknown[0], known)}"
-        )
-    fields: list[Any] = []
-    values: dict[str, Any] = {}
-    for name, info in model.model_fields.items():
-        members = members_of(info)
-        annotation: Any = info.annotation
-        if members:
-            default = info.get_default(call_default_factory=True)
-            kind, inner = _chosen_kind(f"{where}{name}", members, given.get(name, {}), default, kinds)
-            value = _plain(members[kind], inner, f"{where}{name}.", kinds, list(members), shown)
-            # with a help of its own, as tyro would else look for one in the sources of all classes
-            annotation = Annotated[type(value), tyro.conf.arg(help="")]
-        elif name in given:
-            value = given[name]
-        else:
-            value = info.get_default(call_default_factory=True)
-            value = tyro.MISSING if value is PydanticUndefined else value
-        if not members:
-            help_ = f"One of {', '.join(choices)}." if name == "kind" and len(choices) > 1 else info.description or ""
-            annotation = _annotated(
-                name, str if name == "kind" and isinstance(value, str) else annotation, info, help_
-            )
-            if shown is not None and name != "kind" and f"{where}{name}" not in shown and value is not tyro.MISSING:
-                annotation = Annotated[annotation, tyro.conf.Suppress]
-        fields.append((name, annotation))
-        values[name] = value
-    return dataclasses.make_dataclass(model.__name__, fields)(**values)
-
-
-def _annotated(name: str, annotation: Any, info: Any, help_: str) -> Any:
-    """The field's type with a help text and its own tyro markers (positional), but without its constraints."""
-    import tyro
-
-    markers = [item for item in info.metadata if type(item).__module__.startswith("tyro")]
-    for marker in markers:
-        annotation = Annotated[annotation, marker]
-    return Annotated[annotation, tyro.conf.arg(name=RENAMED.get(name), help=help_)]
-
-
-def _recipe(args: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split arguments into the settings of the recipe that comes first, if one does, and the flags."""
-    if not args or args[0].startswith("-") or not args[0].endswith((".yaml", ".yml")):
-        return {}, args
-    from alter.core.recipes import read_recipe
-
-    return read_recipe(args[0]), args[1:]
-
-
-def _several(annotation: Any) -> bool:
-    """Whether a flag of this type takes any number of values."""
-    return get_origin(annotation) in (list, dict, set, tuple) or any(map(_several, get_args(annotation)))
-
-
-def _lists(settings: Any, where: str = "") -> set[str]:
-    """Names of the flags that take any number of values, of all nested settings."""
-    found: set[str] = set()
-    for each in dataclasses.fields(settings):
-        value = getattr(settings, each.name)
-        name = where + each.name.rstrip("_").replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            found |= _lists(value, f"{name}.")
-        elif _several(each.type):
-            found.add(name)
-    return found
-
-
-def _once(args: Sequence[str], lists: set[str]) -> list[str]:
-    """The arguments with each flag once: a list that is given twice keeps all its values, of another flag the last counts."""
-    groups: list[tuple[str, list[str]]] = [("", [])]
-    for arg in args:
-        flag, equals, value = arg.partition("=")
-        if re.fullmatch(r"--[a-zA-Z][\w.-]*", flag):
-            groups.append((flag[2:].replace("_", "-"), [value] if equals else []))
-        else:
-            groups[-1][1].append(arg)
-    kept: dict[str, list[str]] = {}
-    for name, values in groups:
-        if name not in kept:
-            kept[name] = list(values)
-        elif name in lists:
-            kept[name] += values
-        else:
-            kept[name] = list(values)
-    return [part for name, values in kept.items() for part in ([f"--{name}"] if name else []) + values]
-
-
-def _flag(args: Sequence[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE`, or None."""
-    for place, arg in enumerate(args):
-        flag, equals, value = arg.partition("=")
-        if flag == f"--{name}":
-            return value if equals else (args[place + 1] if place + 1 < len(args) else "")
-    return None
-
-
 def choose(args: Sequence[str]) -> tuple[str, str]:
     """Module and settings of the benchmark that the flags or the recipe name; the first benchmark by default.
 
     Raises:
         UserError: there is no such benchmark.
     """
-    given, flags = _recipe(list(args))
-    name = str(_flag(flags, "benchmark") or given.get("benchmark") or next(iter(BENCHMARKS)))
+    given, flags = split_recipe(list(args))
+    name = str(value_of(flags, "benchmark") or given.get("benchmark") or next(iter(BENCHMARKS)))
     if name not in BENCHMARKS:
         raise UserError(f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")
     return BENCHMARKS[name]
@@ -401,7 +247,7 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
     import tyro
     from pydantic import ValidationError
 
-    given, args = _recipe(list(args))
+    given, args = split_recipe(list(args))
     kinds = {}
     for place, arg in enumerate(args):
         flag, equals, value = arg.partition("=")
@@ -410,7 +256,7 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
             kinds[name] = value if equals else (args[place + 1] if place + 1 < len(args) else "")
     presets = COMMANDS[command].presets if command in COMMANDS else None
     if presets is not None:
-        method = _flag(args, "method")
+        method = value_of(args, "method")
         if not isinstance(given.get("method", ""), str | None):
             raise UserError(f"method is {given['method']!r}; expected a name.")
         flags: dict[str, Any] = {part: {"kind": kinds[part]} for part in ("adapter", "objective") if part in kinds}
@@ -418,47 +264,17 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
         named = {"method": method} if method else known.with_default({**given, **flags})
         given = known.expand({**given, **({"method": named["method"]} if named.get("method") else {})})
     shown = COMMON[command].split() if command in COMMON and {"-h", "--help"} & set(args) else None
-    default = _plain(model, given, "", kinds, shown=shown)
-    args = _once(["--help" if arg == "--help-all" else arg for arg in args], _lists(default))
+    default = with_defaults(model, given, "", kinds, shown=shown)
+    args = given_once(["--help" if arg == "--help-all" else arg for arg in args], list_flags(default))
     more = f"Common options; `alter {command} --help-all` lists all." if shown else ""
     about = "\n\n".join(filter(None, (inspect.cleandoc(model.__doc__ or ""), more)))
     parsed = tyro.cli(type(default), default=default, args=args, prog=f"alter {command}", description=about)
-    _check_numbers(dataclasses.asdict(parsed), dataclasses.asdict(default), given)
+    check_numbers(dataclasses.asdict(parsed), dataclasses.asdict(default), given)
     try:
         return model.model_validate(dataclasses.asdict(parsed))
     except ValidationError as error:
         # the union's own tag is no part of the name that the user typed
-        raise UserError(refusal(error, _tags(model), command)) from None
-
-
-LARGEST, SMALLEST = 1e10, 1e-30
-"""Bounds of every number that is given: longer counts would run for years, and smaller floats are 0 in 32 bits."""
-
-
-def _check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> None:
-    """Refuse numbers that no setting can mean: infinite ones, NaN, and what is beyond `LARGEST` or nearer to 0 than
-    `SMALLEST`.
-
-    Raises:
-        UserError: names the setting.
-    """
-    if isinstance(values, dict):
-        for name, value in values.items():
-            inner = [each.get(name) if isinstance(each, dict) else None for each in (defaults, given)]
-            _check_numbers(value, inner[0], inner[1], f"{where}.{name}".lstrip("."))
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            _check_numbers(value, None, value, where)
-    elif isinstance(values, float) and not math.isfinite(values) and (values is not defaults or given is not None):
-        raise UserError(f"{where} is {values}; expected a finite number.")
-    elif isinstance(values, (int, float)) and abs(values) > LARGEST and (values is not defaults or given is not None):
-        raise UserError(f"{where} is {str(values)[:40]}; expected at most {LARGEST:g} in size.")
-    elif isinstance(values, float) and 0 < abs(values) < SMALLEST:
-        raise UserError(f"{where} is {values}; expected 0, or at least {SMALLEST:g} in size.")
-
-
-def _tags(model: type[BaseModel]) -> set[str]:
-    return {kind for info in model.model_fields.values() for kind in members_of(info)}
+        raise UserError(refusal(error, kinds_of(model), command)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from alter.adapter.base import base_fingerprint
 from alter.adapter.config import AlterConfig
 from alter.adapter.layer import AlterLinear
-from alter.adapter.model import AlterModel, base_fingerprint
+from alter.adapter.model import AlterModel
 from alter.adapter.routing import Routing, Trace, expert_gates
 from alter.core.registration import register
 

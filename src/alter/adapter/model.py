@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,16 +16,17 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from alter.adapter.base import base_fingerprint, bits_of, same_base
 from alter.adapter.config import AlterConfig
 from alter.adapter.frozen import frozen_base, run_frozen
 from alter.adapter.hooks import connect, disconnect
 from alter.adapter.inputs import frozen_inputs, sequence_starts, token_mask
 from alter.adapter.layer import AlterLinear, NotMergeable
+from alter.adapter.layers import TARGETS, WRAPPERS, block_of, default_host, first_block, first_to_run, linear_layers
 from alter.adapter.routes import entropy_router
 from alter.adapter.routing import INFINITE, Trace, entropy_sides, previous_real, route_tokens, take_previous
 from alter.adapter.state import ForwardState, RoutingContext
@@ -35,162 +34,9 @@ from alter.core.errors import UserError, nearest
 from alter.logits.entropy import check_threshold, entropy_from_hidden
 from alter.logits.head import Head
 
-LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-NEOX_LIKE = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(
-        (
-            *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3"),
-            *("cohere", "cohere2", "granite", "stablelm", "smollm3", "helium", "ministral", "seed_oss", "exaone4"),
-        ),
-        LLAMA_LIKE,
-    ),
-    **dict.fromkeys(("gpt_neox", "falcon", "bloom"), NEOX_LIKE),
-    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
-    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
-    "starcoder2": ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "gpt_bigcode": ["c_attn", "c_proj", "c_fc"],
-    "gpt_neo": ["q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"],
-    "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
-    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "mpt": ["Wqkv", "out_proj", "up_proj", "down_proj"],
-}
-"""All linear layers of the blocks, by `model_type`."""
-
-FIRST_TO_RUN = ("q_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
-"""Layers whose input is what enters a block, and which run before all others in it."""
-
-WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What FSDP1 and torch's checkpoint wrapper put into module names, but not into the keys of a state dict."""
-
-BITS = {"Params4bit": "4bit", "Int8Params": "8bit"}
-"""bitsandbytes' weights, by class, which is not imported for it."""
-
-FINGERPRINT_TENSORS = 16
-FINGERPRINT_VALUES = 256
-SHAPE_FIELDS = (
-    "model_type",
-    "hidden_size",
-    "n_embd",
-    "intermediate_size",
-    "num_hidden_layers",
-    "n_layer",
-    "num_attention_heads",
-    "n_head",
-    "num_key_value_heads",
-)
-
 
 class NoLayerFound(UserError, NoMatchingPeftModuleError):
     """No layer of the model is one that the configuration asks for."""
-
-
-def linear_layers(model: nn.Module) -> list[str]:
-    """Endings of the names of a model's linear layers, sorted, without those inside adapters."""
-    found = set()
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and not re.search(r"(^|\.)alter_(A|B|router)\.", name):
-            found.add(name.removesuffix(".base_layer").rpartition(".")[2])
-    return sorted(found)
-
-
-def _base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the base model under the names that they have without any adapter."""
-    inside: nn.Module | None = None
-    if isinstance(model, BaseTunerLayer):
-        inside = model.base_layer
-    elif isinstance(model, AuxiliaryTrainingWrapper):
-        inside = model.original_module
-    if inside is not None:
-        yield from _base_parameters(inside, prefix)
-        return
-    for name, parameter in model._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter
-    for name, child in model._modules.items():
-        if child is not None:
-            yield from _base_parameters(child, f"{prefix}{name}.")
-
-
-def base_fingerprint(model: Any) -> str | None:
-    """Short text that identifies a base model: its sizes, and a fixed sample of the weights of its blocks.
-
-    Adapters on the model make no difference. Values are compared as bfloat16, so that a model loaded in bfloat16 and in
-    float32 has one fingerprint. In float16 some values round differently, and quantised values are others altogether: the
-    text says so, and `same_base` compares sizes only where the kinds differ. Of bitsandbytes' weights the packed bytes are
-    sampled, which are the same for the same bits, number format and kind of device; other quantised weights are not
-    sampled. Embeddings are left out, since vocabularies are resized.
-
-    Args:
-        model: a PEFT model, the model inside, or the bare base.
-
-    Returns:
-        `"<sizes>:<kind>:<weights>"`, or None where there is nothing to compare: modules that are not transformers models,
-        and weights that cannot be read (sharded, or not loaded yet).
-    """
-    while isinstance(getattr(model, "base_model", None), BaseTuner):
-        model = model.base_model
-    if isinstance(model, BaseTuner):
-        model = model.model
-    if not isinstance(model, PreTrainedModel):
-        return None
-    text_config = model.config.get_text_config()
-    sizes = {name: getattr(text_config, name, None) for name in SHAPE_FIELDS}
-    parameters = sorted(
-        ((WRAPPERS.sub("", name), p) for name, p in _base_parameters(model) if p.dim() >= 2), key=lambda item: item[0]
-    )
-    blocks = [(name, p) for name, p in parameters if re.search(r"\.\d+\.", f".{name}.")] or parameters
-    if not blocks:
-        return None
-    chosen = [blocks[i * len(blocks) // FINGERPRINT_TENSORS] for i in range(FINGERPRINT_TENSORS)]
-    tensors = list(dict(chosen).values())
-    if any(p.device.type == "meta" or type(p).__name__ == "DTensor" for p in tensors):
-        return None
-    shape = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
-    plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    packed = [p for p in tensors if p.dtype not in plain or type(p) is not nn.Parameter]
-    bits = {BITS.get(type(p).__name__) for p in packed}
-    if packed and (len(bits) > 1 or None in bits or any(_repacked(p) for p in packed)):
-        return f"{shape}:quantised:-"
-    samples = []
-    if packed:
-        for parameter in packed:
-            flat = parameter.detach().reshape(-1).view(torch.uint8)
-            index = torch.arange(FINGERPRINT_VALUES, device=flat.device) * len(flat) // FINGERPRINT_VALUES
-            samples.append(flat[index].cpu())
-        weights = hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16]
-        kind = f"{bits.pop()} {str(model.dtype).removeprefix('torch.')} {packed[0].device.type}"
-        return f"{shape}:{kind}:{weights}"
-    for parameter in tensors:
-        flat = parameter.detach().reshape(-1)
-        # integer arithmetic: the same places on every platform
-        index = torch.arange(FINGERPRINT_VALUES, device=flat.device) * len(flat) // FINGERPRINT_VALUES
-        samples.append(flat[index].to(torch.bfloat16).view(torch.int16).cpu())
-    weights = hashlib.sha256(torch.cat(samples).numpy().astype("<i2").tobytes()).hexdigest()[:16]
-    kind = "float16" if any(p.dtype == torch.float16 for p in tensors) else "bfloat16"
-    return f"{shape}:{kind}:{weights}"
-
-
-def _repacked(parameter: nn.Parameter) -> bool:
-    """Whether bitsandbytes has brought a 4-bit weight into another order, for a CPU."""
-    return getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)
-
-
-def bits_of(fingerprint: str) -> str:
-    """The base of a fingerprint in words, such as "a base in 4bit"."""
-    kind = [*fingerprint.split(":"), ""][1].split(" ")[0]
-    if kind in BITS.values():
-        return f"a base in {kind}"
-    return "a quantised base" if kind == "quantised" else "an unquantised base"
-
-
-def same_base(first: str, second: str) -> bool:
-    """Whether two fingerprints can be of the same base model (see `base_fingerprint` for what is compared)."""
-    one, other = first.split(":"), second.split(":")
-    if len(one) != 3 or len(other) != 3:
-        return first == second
-    return one[0] == other[0] and (one[1] != other[1] or one[2] == other[2])
 
 
 def check_keys(what: str, kind: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
@@ -216,63 +62,6 @@ def check_keys(what: str, kind: str, missing: Sequence[str], unexpected: Sequenc
         f"The weights of {what} do not fit its adapter_config.json (peft_type {kind}) on this model: {' and '.join(parts)}. "
         "Nothing was loaded in part: copy its whole folder again, and load it on the model it was made for."
     )
-
-
-def block_of(name: str) -> tuple[str, int] | None:
-    """The list of blocks that a layer is in, as a prefix of its name, and the block's number; None outside of blocks."""
-    match = re.match(r"(.*?\.)?(\d+)\.", name)
-    return (match[1] or "", int(match[2])) if match else None
-
-
-def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
-    """The longest list of blocks with linear layers, and the number of the block that `from_layer` means.
-
-    Raises:
-        UserError: the layers are not in numbered blocks, or there are too few.
-    """
-    found: dict[str, set[int]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)) and (place := block_of(WRAPPERS.sub("", name))):
-            found.setdefault(place[0], set()).add(place[1])
-    if not found:
-        raise UserError(
-            f"from_layer is {from_layer!r}, but the layers of {type(model).__name__} are not in numbered blocks: leave it out."
-        )
-    prefix = max(found, key=lambda name: len(found[name]))
-    count = max(found[prefix]) + 1
-    first = from_layer if isinstance(from_layer, int) else int(from_layer * count)
-    if first >= count:
-        raise UserError(
-            f"from_layer is {from_layer!r}, but the model has {count} blocks, 0 to {count - 1}: give {count - 1} at most."
-        )
-    return prefix, first
-
-
-def default_host(names: list[str]) -> str:
-    """Of adapted layers in the model's order, the one whose input the router reads by default.
-
-    It is the first one of the block at two thirds of the depth, whose input is the normalised hidden state there; the
-    very first one where layers are not in numbered blocks.
-    """
-    blocks: dict[str, dict[int, str]] = {}
-    for name in names:
-        match = re.match(r"(.*?\.)?(\d+)\.", name)
-        if match:
-            blocks.setdefault(match[1] or "", {}).setdefault(int(match[2]), name)
-    if not blocks:
-        return names[0]
-    block = max(blocks.values(), key=len)
-    order = sorted(block)
-    return block[order[2 * len(order) // 3]]
-
-
-def first_to_run(names: list[str]) -> str:
-    """Of adapted layers in the model's order, the one of the first block that runs first.
-
-    Modules need not be listed in the order in which they run: known names come first, and a pass checks the choice.
-    """
-    own = [name for name in names if block_of(name) == block_of(names[0])]
-    return next((name for name in own if name.rpartition(".")[2] in FIRST_TO_RUN), own[0])
 
 
 class AlterModel(BaseTuner):

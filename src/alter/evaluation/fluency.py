@@ -40,7 +40,8 @@ from alter.data.examples import Example, turns_of
 from alter.data.sources import read_rows
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import Figures
-from alter.evaluation.judge import Grades, Judge, judge_records, judge_replies
+from alter.evaluation.judge import Grades, Judge, judge_replies
+from alter.evaluation.judged import judge_records
 from alter.models.generation import check_prompts, generate
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import score

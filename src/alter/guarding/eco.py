@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alter.adapter.model import base_fingerprint
+from alter.adapter.base import base_fingerprint
 from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.data.background import apart_from, background

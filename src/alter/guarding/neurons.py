@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alter.adapter.model import base_fingerprint
+from alter.adapter.base import base_fingerprint
 from alter.core.console import progress, show
 from alter.core.errors import UserError
 from alter.data.background import apart_from, background

@@ -19,7 +19,7 @@ import numpy as np
 from alter import metrics
 from alter.attacks import depth, states
 from alter.attacks.base import Attack, Bench, Item
-from alter.attacks.run import ATTACKS
+from alter.attacks.techniques import ATTACKS
 from alter.attacks.weights import train
 from alter.data.encoding import encode
 from alter.data.examples import Example

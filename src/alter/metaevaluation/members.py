@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alter.attacks.run import ATTACKS
 from alter.attacks.settings import Attack
+from alter.attacks.techniques import ATTACKS
 from alter.attacks.weights import quantize
 from alter.comparison.plan import run_of
 from alter.comparison.settings import Compare

@@ -73,7 +73,7 @@ def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | s
     Raises:
         UserError: nothing is given and the architecture is not known.
     """
-    from alter.adapter.model import TARGETS, linear_layers
+    from alter.adapter.layers import TARGETS, linear_layers
 
     if given == "all-linear":
         inside = f"{blocks(model)[0]}."
@@ -96,7 +96,7 @@ def target_layers(model: nn.Module, names: Sequence[str] | str, chosen: Sequence
     Raises:
         UserError: there is none.
     """
-    from alter.adapter.model import linear_layers
+    from alter.adapter.layers import linear_layers
 
     found = {}
     for name, module in model.named_modules():

@@ -82,7 +82,7 @@ def no_tests(run: Reported) -> dict[str, list[str]]:
 
 def _untrained(run: Reported) -> dict[str, str]:
     """Why attacks that train did not learn their own rows, by name."""
-    from alter.attacks.run import untrained
+    from alter.attacks.showing import untrained
 
     return dict(note.split(" ", 1) for note in untrained(run.attacks))
 

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor
 
-from alter.adapter.model import same_base
+from alter.adapter.base import same_base
 from alter.core import processes
 from alter.core.console import warn
 from alter.core.errors import UserError

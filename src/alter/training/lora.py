@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from alter.adapter.model import first_block
+from alter.adapter.layers import first_block
 from alter.data.batching import batches_by_length
 from alter.data.encoding import IGNORE
 from alter.logits.head import Head

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from alter.adapter.model import base_fingerprint
+from alter.adapter.base import base_fingerprint
 from alter.core import processes
 from alter.core.console import show
 from alter.core.errors import UserError

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from alter.adapter.model import base_fingerprint
+from alter.adapter.base import base_fingerprint
 from alter.core import processes
 from alter.core.console import show
 from alter.core.running import release

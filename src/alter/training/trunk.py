@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from alter.adapter.model import first_block
+from alter.adapter.layers import first_block
 from alter.core import processes
 from alter.core.console import show
 from alter.logits.head import standing_in

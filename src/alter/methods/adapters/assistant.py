@@ -80,7 +80,7 @@ class AssistantLora(Adapter):
     def form(
         self, base: Any, run: Settings, forget: Sequence[Encoded], pad_token_id: int, former: Former | None = None
     ) -> Form | None:
-        from alter.adapter.model import base_fingerprint
+        from alter.adapter.base import base_fingerprint
 
         where, count = self.size(base)
         how = self.model_dump(include={"rule", "weight", "plausible"})

@@ -17,7 +17,7 @@ def attach_alter(model: Any, **settings: Any) -> Any:
     from peft import get_peft_model
 
     from alter.adapter import AlterConfig
-    from alter.adapter.model import base_fingerprint
+    from alter.adapter.base import base_fingerprint
 
     config = AlterConfig(**settings, task_type="CAUSAL_LM")
     config.base_fingerprint = base_fingerprint(model)

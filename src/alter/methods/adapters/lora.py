@@ -203,7 +203,7 @@ class Lora(Adapter):
     ) -> Form | None:
         if not self.detector:
             return None
-        from alter.adapter.model import base_fingerprint
+        from alter.adapter.base import base_fingerprint
         from alter.models.guards import fit_detector
 
         settings, files = fit_detector(base, forget, pad_token_id=pad_token_id, seed=run.seed)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from alter.adapter.model import base_fingerprint, same_base
+from alter.adapter.base import base_fingerprint, same_base
 from alter.core.errors import UserError
 
 FILE = "inference.json"

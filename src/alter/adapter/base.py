@@ -1,0 +1,137 @@
+"""Which base an adapter was trained on: a fingerprint of its shape and of some of its weights, kept in the adapter's settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from alter.adapter.layers import WRAPPERS
+
+BITS = {"Params4bit": "4bit", "Int8Params": "8bit"}
+"""bitsandbytes' weights, by class, which is not imported for it."""
+
+FINGERPRINT_TENSORS = 16
+
+FINGERPRINT_VALUES = 256
+
+SHAPE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "n_embd",
+    "intermediate_size",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+)
+
+
+def _base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of the base model under the names that they have without any adapter."""
+    inside: nn.Module | None = None
+    if isinstance(model, BaseTunerLayer):
+        inside = model.base_layer
+    elif isinstance(model, AuxiliaryTrainingWrapper):
+        inside = model.original_module
+    if inside is not None:
+        yield from _base_parameters(inside, prefix)
+        return
+    for name, parameter in model._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from _base_parameters(child, f"{prefix}{name}.")
+
+
+def base_fingerprint(model: Any) -> str | None:
+    """Short text that identifies a base model: its sizes, and a fixed sample of the weights of its blocks.
+
+    Adapters on the model make no difference. Values are compared as bfloat16, so that a model loaded in bfloat16 and in
+    float32 has one fingerprint. In float16 some values round differently, and quantised values are others altogether: the
+    text says so, and `same_base` compares sizes only where the kinds differ. Of bitsandbytes' weights the packed bytes are
+    sampled, which are the same for the same bits, number format and kind of device; other quantised weights are not
+    sampled. Embeddings are left out, since vocabularies are resized.
+
+    Args:
+        model: a PEFT model, the model inside, or the bare base.
+
+    Returns:
+        `"<sizes>:<kind>:<weights>"`, or None where there is nothing to compare: modules that are not transformers models,
+        and weights that cannot be read (sharded, or not loaded yet).
+    """
+    while isinstance(getattr(model, "base_model", None), BaseTuner):
+        model = model.base_model
+    if isinstance(model, BaseTuner):
+        model = model.model
+    if not isinstance(model, PreTrainedModel):
+        return None
+    text_config = model.config.get_text_config()
+    sizes = {name: getattr(text_config, name, None) for name in SHAPE_FIELDS}
+    parameters = sorted(
+        ((WRAPPERS.sub("", name), p) for name, p in _base_parameters(model) if p.dim() >= 2), key=lambda item: item[0]
+    )
+    blocks = [(name, p) for name, p in parameters if re.search(r"\.\d+\.", f".{name}.")] or parameters
+    if not blocks:
+        return None
+    chosen = [blocks[i * len(blocks) // FINGERPRINT_TENSORS] for i in range(FINGERPRINT_TENSORS)]
+    tensors = list(dict(chosen).values())
+    if any(p.device.type == "meta" or type(p).__name__ == "DTensor" for p in tensors):
+        return None
+    shape = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
+    plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    packed = [p for p in tensors if p.dtype not in plain or type(p) is not nn.Parameter]
+    bits = {BITS.get(type(p).__name__) for p in packed}
+    if packed and (len(bits) > 1 or None in bits or any(_repacked(p) for p in packed)):
+        return f"{shape}:quantised:-"
+    samples = []
+    if packed:
+        for parameter in packed:
+            flat = parameter.detach().reshape(-1).view(torch.uint8)
+            index = torch.arange(FINGERPRINT_VALUES, device=flat.device) * len(flat) // FINGERPRINT_VALUES
+            samples.append(flat[index].cpu())
+        weights = hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16]
+        kind = f"{bits.pop()} {str(model.dtype).removeprefix('torch.')} {packed[0].device.type}"
+        return f"{shape}:{kind}:{weights}"
+    for parameter in tensors:
+        flat = parameter.detach().reshape(-1)
+        # integer arithmetic: the same places on every platform
+        index = torch.arange(FINGERPRINT_VALUES, device=flat.device) * len(flat) // FINGERPRINT_VALUES
+        samples.append(flat[index].to(torch.bfloat16).view(torch.int16).cpu())
+    weights = hashlib.sha256(torch.cat(samples).numpy().astype("<i2").tobytes()).hexdigest()[:16]
+    kind = "float16" if any(p.dtype == torch.float16 for p in tensors) else "bfloat16"
+    return f"{shape}:{kind}:{weights}"
+
+
+def _repacked(parameter: nn.Parameter) -> bool:
+    """Whether bitsandbytes has brought a 4-bit weight into another order, for a CPU."""
+    return getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)
+
+
+def bits_of(fingerprint: str) -> str:
+    """The base of a fingerprint in words, such as "a base in 4bit"."""
+    kind = [*fingerprint.split(":"), ""][1].split(" ")[0]
+    if kind in BITS.values():
+        return f"a base in {kind}"
+    return "a quantised base" if kind == "quantised" else "an unquantised base"
+
+
+def same_base(first: str, second: str) -> bool:
+    """Whether two fingerprints can be of the same base model (see `base_fingerprint` for what is compared)."""
+    one, other = first.split(":"), second.split(":")
+    if len(one) != 3 or len(other) != 3:
+        return first == second
+    return one[0] == other[0] and (one[1] != other[1] or one[2] == other[2])

@@ -1,0 +1,110 @@
+"""Which layers of a model get adapters by default, which block each belongs to, and which of them runs first."""
+
+from __future__ import annotations
+
+import re
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from alter.core.errors import UserError
+
+LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+NEOX_LIKE = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+TARGETS: dict[str, list[str]] = {
+    **dict.fromkeys(
+        (
+            *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3"),
+            *("cohere", "cohere2", "granite", "stablelm", "smollm3", "helium", "ministral", "seed_oss", "exaone4"),
+        ),
+        LLAMA_LIKE,
+    ),
+    **dict.fromkeys(("gpt_neox", "falcon", "bloom"), NEOX_LIKE),
+    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "starcoder2": ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "gpt_bigcode": ["c_attn", "c_proj", "c_fc"],
+    "gpt_neo": ["q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"],
+    "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "mpt": ["Wqkv", "out_proj", "up_proj", "down_proj"],
+}
+"""All linear layers of the blocks, by `model_type`."""
+
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What FSDP1 and torch's checkpoint wrapper put into module names, but not into the keys of a state dict."""
+
+FIRST_TO_RUN = ("q_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
+"""Layers whose input is what enters a block, and which run before all others in it."""
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Endings of the names of a model's linear layers, sorted, without those inside adapters."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and not re.search(r"(^|\.)alter_(A|B|router)\.", name):
+            found.add(name.removesuffix(".base_layer").rpartition(".")[2])
+    return sorted(found)
+
+
+def block_of(name: str) -> tuple[str, int] | None:
+    """The list of blocks that a layer is in, as a prefix of its name, and the block's number; None outside of blocks."""
+    match = re.match(r"(.*?\.)?(\d+)\.", name)
+    return (match[1] or "", int(match[2])) if match else None
+
+
+def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
+    """The longest list of blocks with linear layers, and the number of the block that `from_layer` means.
+
+    Raises:
+        UserError: the layers are not in numbered blocks, or there are too few.
+    """
+    found: dict[str, set[int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)) and (place := block_of(WRAPPERS.sub("", name))):
+            found.setdefault(place[0], set()).add(place[1])
+    if not found:
+        raise UserError(
+            f"from_layer is {from_layer!r}, but the layers of {type(model).__name__} are not in numbered blocks: leave it out."
+        )
+    prefix = max(found, key=lambda name: len(found[name]))
+    count = max(found[prefix]) + 1
+    first = from_layer if isinstance(from_layer, int) else int(from_layer * count)
+    if first >= count:
+        raise UserError(
+            f"from_layer is {from_layer!r}, but the model has {count} blocks, 0 to {count - 1}: give {count - 1} at most."
+        )
+    return prefix, first
+
+
+def default_host(names: list[str]) -> str:
+    """Of adapted layers in the model's order, the one whose input the router reads by default.
+
+    It is the first one of the block at two thirds of the depth, whose input is the normalised hidden state there; the
+    very first one where layers are not in numbered blocks.
+    """
+    blocks: dict[str, dict[int, str]] = {}
+    for name in names:
+        match = re.match(r"(.*?\.)?(\d+)\.", name)
+        if match:
+            blocks.setdefault(match[1] or "", {}).setdefault(int(match[2]), name)
+    if not blocks:
+        return names[0]
+    block = max(blocks.values(), key=len)
+    order = sorted(block)
+    return block[order[2 * len(order) // 3]]
+
+
+def first_to_run(names: list[str]) -> str:
+    """Of adapted layers in the model's order, the one of the first block that runs first.
+
+    Modules need not be listed in the order in which they run: known names come first, and a pass checks the choice.
+    """
+    own = [name for name in names if block_of(name) == block_of(names[0])]
+    return next((name for name in own if name.rpartition(".")[2] in FIRST_TO_RUN), own[0])

@@ -1,0 +1,141 @@
+"""A linear layer that learns from some tokens and some blocks of its inputs only: gradient isolation (ALTER Eq. 5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alter.adapter.plan import Plan, Products
+
+if TYPE_CHECKING:
+    pass
+
+
+class _MaskedWeightGradient(torch.autograd.Function):
+    """y = x W^T whose weight gradient is dY^T (X ⊙ M), while the gradient that flows to x is not masked.
+
+    x is [..., in] and W [out, in], or x [B, T, in] and W [B, out, in]. M is [..., E] bool, each entry covering an E-th of
+    the columns `first` to `last` of x; the weight's other columns do not learn, and nothing is computed for them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
+        # of x the gradient of W needs those columns only
+        ctx.save_for_backward(x[..., first:last], weight, mask)
+        ctx.around = first, x.shape[-1] - last
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, weight, mask = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+        if ctx.needs_input_grad[1]:
+            if mask.shape[-1] == 1:
+                # one mask per token: the narrower factor is the cheaper one to mask
+                if grad.shape[-1] < x.shape[-1]:
+                    grad = grad * mask.to(grad.dtype)
+                else:
+                    x = x * mask.to(x.dtype)
+            else:
+                grouped = x.unflatten(-1, (mask.shape[-1], -1)) * mask.to(x.dtype).unsqueeze(-1)
+                x = grouped.flatten(-2)
+            if weight.dim() == 2:
+                grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+            grad_weight = grad.mT @ x
+            if any(ctx.around):
+                grad_weight = F.pad(grad_weight, ctx.around)
+        return grad_x, grad_weight, None, None, None
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer without bias, of which some blocks of inputs may take part only, and learn from some inputs only."""
+
+    def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
+        super().__init__(in_features, out_features, bias=False, **kwargs)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        blocks: slice | Tensor | Products | None = None,
+        width: int = 1,
+        base: Tensor | None = None,
+        scale: float = 1.0,
+        learns: slice | None = None,
+        rest: tuple[Plan, Tensor] | None = None,
+    ) -> Tensor:
+        """scale * x W^T, [..., in] -> [..., out], added to `base` [..., out] if that is given.
+
+        Args:
+            x: [..., in], or what the chosen blocks read of it.
+            mask: [..., E] bool with E a divisor of in: the weight learns only where it is true, entry e covering the e-th
+                of E equal groups of neighbouring inputs, or of those that `learns` names. The gradient of x is that of a
+                plain linear layer.
+            blocks: of `width` neighbouring inputs each, the only ones that x holds; the others count as zero. A slice, [K]
+                indices, or [B, K] for the rows of x [B, T, K * width]. With `Products`, x [..., width] goes into the blocks
+                of its pairs, and nothing is learned.
+            width: inputs per block.
+            base: added to the result.
+            scale: multiplies the product.
+            learns: of the chosen blocks the only ones that learn.
+            rest: other blocks for some of the tokens, and what these read of them, [..., in]. They are part of this call,
+                since a wrapper that gathers the weight does so at every call, and processes would not make as many.
+        """
+        if rest is not None:
+            y = self.forward(x, mask, blocks, width, base, scale, learns)
+            return self._add_rest(y, *rest, width, scale)
+        if isinstance(blocks, Products):
+            y = blocks.product(x, self.weight)
+            return (
+                scale * y.view(*x.shape[:-1], -1) if base is None else torch.add(base, y.view(base.shape), alpha=scale)
+            )
+        weight = self.weight
+        if learns is not None and learns.stop == 0:
+            weight, mask = weight.detach(), None
+        weight = _columns(weight, blocks, width)
+        if mask is not None:
+            y = _learn_masked(x, weight, mask, scale, width, learns)
+            return y if base is None else base + y.reshape(base.shape)
+        if base is not None and base.dim() > 1 and base.dtype == x.dtype == weight.dtype:
+            if weight.dim() == 3:
+                return torch.baddbmm(base.reshape(*x.shape[:-1], -1), x, weight.mT, alpha=scale).reshape(base.shape)
+            flat = torch.addmm(base.flatten(0, -2), x.flatten(0, -2), weight.t(), alpha=scale)
+            return flat.view(base.shape)
+        x = x if scale == 1.0 else x * scale
+        y = F.linear(x, weight) if weight.dim() == 2 else x @ weight.mT
+        return y if base is None else base + y.reshape(base.shape)
+
+    def _add_rest(self, y: Tensor, plan: Plan, few: Tensor, width: int, scale: float) -> Tensor:
+        """Add to y [..., out], in place, what the plan's experts make of `few` for its tokens alone."""
+        assert plan.tokens is not None
+        part = self.forward(few, plan.expert_mask, plan.experts, width, None, scale, plan.learns).flatten(0, -2)
+        # y is new, and nobody keeps it for the backward pass
+        flat = y.reshape(-1, y.shape[-1]).index_add_(0, plan.tokens.to(y.device), part.to(y.dtype))
+        return flat.view(y.shape)
+
+
+def _columns(weight: Tensor, blocks: slice | Tensor | None, width: int) -> Tensor:
+    """The chosen blocks of `width` columns each: [out, K * width], or [B, out, K * width] for [B, K] indices; None: all."""
+    if isinstance(blocks, slice):
+        return weight[:, blocks.start * width : blocks.stop * width]
+    if blocks is None:
+        return weight
+    chosen = weight.t().unflatten(0, (-1, width)).index_select(0, blocks.flatten().to(weight.device))
+    return chosen.reshape(*blocks.shape[:-1], -1, len(weight)).mT
+
+
+def _learn_masked(x: Tensor, weight: Tensor, mask: Tensor, scale: float, width: int, learns: slice | None) -> Tensor:
+    """scale * x W^T whose weight learns only where the mask is true; arguments as in `MaskedLinear.forward`."""
+    if torch.is_autocast_enabled(x.device.type):
+        # autocast does not reach into autograd functions
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    # the narrow factor is the cheaper one to scale
+    x = x if scale == 1.0 else x * scale
+    first, last = (0, x.shape[-1]) if learns is None else ((learns.start or 0) * width, learns.stop * width)
+    return _MaskedWeightGradient.apply(x, weight, mask.to(x.device), first, last)

@@ -1,0 +1,162 @@
+"""What `alter attack` shows of its records: tables, notes and the relearning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from alter.attacks.base import PLAIN
+from alter.attacks.fractions import NO_RETRAINED, _select
+from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES, SEARCHING
+from alter.core import console
+from alter.core.console import warn
+from alter.core.records import Record
+from alter.reporting.figures import AFTER, BEFORE, LINE, figure
+
+KNOWN = 0.1
+"""Rows with a loss below this at the attacker's first step, in nats, are known already."""
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def show(records: Sequence[Record], names: Sequence[str]) -> None:
+    """Print what each attack recovered, and the hidden states by depth; say on stderr what was refused or trained badly."""
+    table = Table(
+        title="What can be brought back",
+        caption="after, original, retrained: under the attack; recovered: 1 all, 0 no more than from the retrained model; "
+        "± half the 95 % interval; @ step, depth or variant",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("attack", no_wrap=True)
+    for column in ("figure", "before", "after", "original", "retrained", "recovered"):
+        table.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
+    refusals: dict[str, list[str]] = {}
+    for name in names:
+        own = [r for r in records if r.extra.get("attack") == name and r.metric.startswith("attack_recovered_")]
+        for place, record in enumerate(own):
+            extra = record.extra
+            share = "-"
+            if record.value is not None:
+                low, high = extra["interval"]
+                share = f"{record.value:.2f} ± {(high - low) / 2:.2f}"
+            label = MEASURES[record.metric.replace("recovered_", "")]
+            step = "".join(f" @{extra[key]}" for key in PLACES if key in extra)
+            figures = (_figure(extra[key]) for key in ("before", "after", "original_attacked", "retrained"))
+            table.add_row("" if place else name, f"{label}{step}", *figures, share, end_section=place == len(own) - 1)
+            if "refused" in extra:
+                refusals.setdefault(extra["refused"], []).append(f"{name} ({label})")
+    console.show(table)
+    needs: dict[str, list[str]] = {}
+    for name in names:
+        needs.setdefault(ATTACKS[name].needs, []).append(name)
+    console.show("What the attacker needs", style="italic")
+    for need, where in needs.items():
+        console.show(f" {', '.join(where)}: {need}", style="dim", highlight=False)
+    depths = _depths(records)
+    if depths is not None:
+        console.show(depths)
+    for record in records:
+        if record.metric == "attack_uds":
+            console.show(
+                f"UDS {_figure(record.value)} on {record.n} rows ({record.extra['left_out']} left out): 1, at every block as "
+                "little is left as in the retrained model; 0, all of it."
+            )
+    for why, where in refusals.items():
+        if why != NO_RETRAINED:
+            warn(f"No recovered fraction for {', '.join(where)}: {why}")
+    for note in untrained(records):
+        warn(note)
+
+
+def untrained(records: Sequence[Record]) -> list[str]:
+    """Say which training attacks did not even learn their own rows: what they did not recover is no evidence."""
+    losses: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        if "losses" in record.extra:
+            losses[record.extra["attack"], record.model] = record.extra["losses"]
+    notes = []
+    for (name, model), values in losses.items():
+        width = max(1, len(values) // 5)
+        first, last = float(np.mean(values[:width])), float(np.mean(values[-width:]))
+        if values[0] < KNOWN:
+            fix = "give text that it does not know with --relearn.benign."
+            notes.append(
+                f"{name} had nothing to learn ({model}: loss {values[0]:.2f} at the start): no evidence; {fix}"
+            )
+        elif last > 0.7 * first:
+            rate = "--relearn.lora-learning-rate" if name.endswith("lora") else "--relearn.learning-rate"
+            remedy = "--budget" if name in SEARCHING else f"{rate} or --relearn.steps"
+            notes.append(
+                f"{name} hardly learned its own rows ({model}: loss {first:.2f} to {last:.2f}), so what it did not recover "
+                f"is no evidence: raise {remedy}."
+            )
+    return notes
+
+
+def _depths(records: Sequence[Record]) -> Table | None:
+    """Return the table of hidden states: a row for each depth, 0 the embeddings, d what the d-th block gives."""
+    columns: dict[str, dict[int, float | None]] = {}
+    for record in records:
+        if record.metric in BY_DEPTH:
+            columns.setdefault(f"{MEASURES[record.metric]}\n{record.model}", {})[record.extra["depth"]] = record.value
+    for record in records:
+        if record.metric == "attack_uds":
+            for name, values in record.extra["falls"].items():
+                columns[f"fall\n{name}"] = dict(enumerate(values, 1))
+        if record.metric == "attack_cka":
+            columns["CKA\n" + record.extra["pair"].replace(" ", "\n")] = dict(enumerate(record.extra["depths"]))
+    if not columns:
+        return None
+    table = Table(
+        title="Hidden states by depth",
+        caption="read: next tokens of answers that a probe reads right; lens: probability of the answer that the model's own "
+        "head reads; fall: of the original's log-probability with these states in it (UDS); CKA: alike (1) or not, no "
+        "evidence of forgetting",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("depth", justify="right")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for at in sorted({at for column in columns.values() for at in column}):
+        table.add_row(str(at), *(_figure(column.get(at)) for column in columns.values()))
+    return table
+
+
+def draw_curves(records: Sequence[Record], path: Path) -> None:
+    """Write the relearning curves: a column for each attack, ROUGE-L recall above and probability below."""
+    names = list(dict.fromkeys(r.extra["attack"] for r in records if "step" in r.extra and "part" in r.extra))
+    shown = [metric for metric in MEASURES if metric not in BY_DEPTH]
+    with figure(path, rows=len(shown), columns=len(names), width=3.4, height=2.6) as axes:
+        for row, metric in enumerate(shown):
+            for column, name in enumerate(names):
+                plot = axes[row][column]
+                for model, color in (("unlearned", AFTER), ("retrained", BEFORE)):
+                    for part, style in (("other", "-"), ("relearned", ":")):
+                        points = {
+                            r.extra.get("step", 0): r.value
+                            for r in records
+                            if (r.model, r.metric, r.extra.get("part")) == (model, metric, part)
+                            and r.extra["attack"] in (PLAIN, name)
+                        }
+                        if len(points) > 1:
+                            label = f"{model}, {part} rows"
+                            plot.plot(list(points), list(points.values()), style, color=color, label=label, marker=".")
+                original = _select(records, "original", PLAIN, metric)
+                if original and original[0].value is not None:
+                    plot.axhline(original[0].value, color=LINE, lw=1, ls="--", label="original")
+                plot.set_ylim(0, 1.02)
+                if row == 0:
+                    plot.set_title(name)
+                else:
+                    plot.set_xlabel("steps")
+                if column == 0:
+                    plot.set_ylabel(MEASURES[metric])
+        axes[0][0].legend(fontsize=7)

@@ -1,0 +1,200 @@
+"""Settings as flags: what the fields of pydantic models are called on the command line, and which values they may have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+
+from alter.core.errors import UserError, nearest
+from alter.core.plugins import OneOf
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+RENAMED = {"json_path": "json", "lambda_": "lambda"}
+"""Flags of fields whose names Python or pydantic keep for themselves."""
+
+
+def flag_of(field: str) -> str:
+    """The name of a field's flag, without the dashes before it."""
+    return RENAMED.get(field, field).replace("_", "-")
+
+
+def members_of(info: Any) -> dict[str, type[BaseModel]]:
+    """The models that a field may hold, by `kind` (or one under "" for a plain nested model); empty for a value."""
+    from pydantic import BaseModel
+
+    for item in info.metadata:
+        if isinstance(item, OneOf):
+            return dict(item.registry)
+    annotation = info.annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {"": annotation}
+    found = [m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+    return {m.model_fields["kind"].default if "kind" in m.model_fields else "": m for m in found}
+
+
+def _chosen_kind(
+    where: str, members: dict[str, type[BaseModel]], inner: Any, default: Any, kinds: dict[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """The kind of a nested setting, which flags (`kinds`) name before the recipe (`inner`) does, and its own settings."""
+    if not isinstance(inner, dict):
+        raise UserError(f"Setting {where} is {inner!r}; expected keys and values.")
+    named = inner.get("kind") or getattr(default, "kind", "")
+    kind = str(kinds.get(where) or named)
+    if kind != named:
+        # what the recipe says of another kind means nothing for the one that the flag names
+        inner = {}
+    if kind not in members:
+        raise UserError(f"{where}.kind is {kind!r}; expected one of {', '.join(members)}.{nearest(kind, members)}")
+    if not inner and default is not None and getattr(default, "kind", "") == kind:
+        inner = default.model_dump()
+    return kind, {**inner, "kind": kind} if kind else inner
+
+
+def with_defaults(
+    model: type[BaseModel],
+    given: dict[str, Any],
+    where: str,
+    kinds: dict[str, str],
+    choices: Sequence[str] = (),
+    shown: Container[str] | None = None,
+) -> Any:
+    """A plain dataclass with the model's fields, for tyro to fill: pydantic checks all values afterwards, at once.
+
+    For a help text `shown` names the fields that are in it, besides those without a default and every `kind`; None: all.
+    """
+    import tyro
+    from pydantic_core import PydanticUndefined
+
+    unknown = [key for key in given if key not in model.model_fields]
+    if unknown:
+        known = list(model.model_fields)
+        raise UserError(
+            f"Unknown setting {where}{unknown[0]!r}; expected one of {', '.join(known)}.{nearest(unknown[0], known)}"
+        )
+    fields: list[Any] = []
+    values: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        members = members_of(info)
+        annotation: Any = info.annotation
+        if members:
+            default = info.get_default(call_default_factory=True)
+            kind, inner = _chosen_kind(f"{where}{name}", members, given.get(name, {}), default, kinds)
+            value = with_defaults(members[kind], inner, f"{where}{name}.", kinds, list(members), shown)
+            # with a help of its own, as tyro would else look for one in the sources of all classes
+            annotation = Annotated[type(value), tyro.conf.arg(help="")]
+        elif name in given:
+            value = given[name]
+        else:
+            value = info.get_default(call_default_factory=True)
+            value = tyro.MISSING if value is PydanticUndefined else value
+        if not members:
+            help_ = f"One of {', '.join(choices)}." if name == "kind" and len(choices) > 1 else info.description or ""
+            annotation = _annotated(
+                name, str if name == "kind" and isinstance(value, str) else annotation, info, help_
+            )
+            if shown is not None and name != "kind" and f"{where}{name}" not in shown and value is not tyro.MISSING:
+                annotation = Annotated[annotation, tyro.conf.Suppress]
+        fields.append((name, annotation))
+        values[name] = value
+    return dataclasses.make_dataclass(model.__name__, fields)(**values)
+
+
+def _annotated(name: str, annotation: Any, info: Any, help_: str) -> Any:
+    """The field's type with a help text and its own tyro markers (positional), but without its constraints."""
+    import tyro
+
+    markers = [item for item in info.metadata if type(item).__module__.startswith("tyro")]
+    for marker in markers:
+        annotation = Annotated[annotation, marker]
+    return Annotated[annotation, tyro.conf.arg(name=RENAMED.get(name), help=help_)]
+
+
+def split_recipe(args: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split arguments into the settings of the recipe that comes first, if one does, and the flags."""
+    if not args or args[0].startswith("-") or not args[0].endswith((".yaml", ".yml")):
+        return {}, args
+    from alter.core.recipes import read_recipe
+
+    return read_recipe(args[0]), args[1:]
+
+
+def _several(annotation: Any) -> bool:
+    """Whether a flag of this type takes any number of values."""
+    return get_origin(annotation) in (list, dict, set, tuple) or any(map(_several, get_args(annotation)))
+
+
+def list_flags(settings: Any, where: str = "") -> set[str]:
+    """Names of the flags that take any number of values, of all nested settings."""
+    found: set[str] = set()
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        name = where + each.name.rstrip("_").replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            found |= list_flags(value, f"{name}.")
+        elif _several(each.type):
+            found.add(name)
+    return found
+
+
+def given_once(args: Sequence[str], lists: set[str]) -> list[str]:
+    """The arguments with each flag once: a list that is given twice keeps all its values, of another flag the last counts."""
+    groups: list[tuple[str, list[str]]] = [("", [])]
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if re.fullmatch(r"--[a-zA-Z][\w.-]*", flag):
+            groups.append((flag[2:].replace("_", "-"), [value] if equals else []))
+        else:
+            groups[-1][1].append(arg)
+    kept: dict[str, list[str]] = {}
+    for name, values in groups:
+        if name not in kept:
+            kept[name] = list(values)
+        elif name in lists:
+            kept[name] += values
+        else:
+            kept[name] = list(values)
+    return [part for name, values in kept.items() for part in ([f"--{name}"] if name else []) + values]
+
+
+def value_of(args: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`, or None."""
+    for place, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if flag == f"--{name}":
+            return value if equals else (args[place + 1] if place + 1 < len(args) else "")
+    return None
+
+
+LARGEST, SMALLEST = 1e10, 1e-30
+"""Bounds of every number that is given: longer counts would run for years, and smaller floats are 0 in 32 bits."""
+
+
+def check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> None:
+    """Refuse numbers that no setting can mean: infinite ones, NaN, and what is beyond `LARGEST` or nearer to 0 than
+    `SMALLEST`.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if isinstance(values, dict):
+        for name, value in values.items():
+            inner = [each.get(name) if isinstance(each, dict) else None for each in (defaults, given)]
+            check_numbers(value, inner[0], inner[1], f"{where}.{name}".lstrip("."))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            check_numbers(value, None, value, where)
+    elif isinstance(values, float) and not math.isfinite(values) and (values is not defaults or given is not None):
+        raise UserError(f"{where} is {values}; expected a finite number.")
+    elif isinstance(values, (int, float)) and abs(values) > LARGEST and (values is not defaults or given is not None):
+        raise UserError(f"{where} is {str(values)[:40]}; expected at most {LARGEST:g} in size.")
+    elif isinstance(values, float) and 0 < abs(values) < SMALLEST:
+        raise UserError(f"{where} is {values}; expected 0, or at least {SMALLEST:g} in size.")
+
+
+def kinds_of(model: type[BaseModel]) -> set[str]:
+    return {kind for info in model.model_fields.values() for kind in members_of(info)}
