@@ -255,13 +255,13 @@ def test_the_search_for_a_rate_ends_with_the_budget():
 def test_relearning_takes_the_rate_that_is_best_on_rows_kept_back(folder, monkeypatch):
     one = bench(folder, budget="16")
     trained = []
-    train = weights.train
+    train = weights.train_steps
 
     def spy(model, rows, *args, **how):
         trained.append((len(rows), how["rate"], how["steps"]))
         return train(model, rows, *args, **how)
 
-    monkeypatch.setattr(weights, "train", spy)
+    monkeypatch.setattr(weights, "train_steps", spy)
     found = weights.relearn_searched(one)
     tried = found[0].extra["tried"]
     # two steps of two rows for a rate: four rates
@@ -275,14 +275,14 @@ def test_relearning_takes_the_rate_that_is_best_on_rows_kept_back(folder, monkey
 
 
 def test_a_rate_that_breaks_the_model_is_passed_over(folder, monkeypatch):
-    train = weights.train
+    train = weights.train_steps
 
     def breaking(model, rows, *args, **how):
         if how["rate"] > 1e-3:
             raise weights.Diverged("broken")
         yield from train(model, rows, *args, **how)
 
-    monkeypatch.setattr(weights, "train", breaking)
+    monkeypatch.setattr(weights, "train_steps", breaking)
     found = weights.relearn_searched(bench(folder))
     assert found[0].extra["rate"] <= 1e-3
     assert any(each["logprob"] == -math.inf for each in found[0].extra["tried"])
@@ -294,4 +294,4 @@ def test_a_gradient_that_is_not_finite_is_said():
     how = {"rate": 1e-4, "steps": 1, "batch_size": 2, "pad_token_id": PAD, "seed": 0}
     rows = [base.Item(0, [1, 2, 3], 1, "x").encoded]
     with pytest.raises(weights.Diverged, match="gradient"):
-        list(weights.train(model, rows, list(model.parameters()), **how))
+        list(weights.train_steps(model, rows, list(model.parameters()), **how))

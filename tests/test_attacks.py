@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from alter import AlterConfig, cli, metrics
 from alter.attacks import base, states, weights, wording
 from alter.attacks import run as attacks
+from alter.attacks.fractions import recovered_fractions
 from alter.attacks.showing import untrained
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records
@@ -268,11 +269,11 @@ def test_conv1d_is_quantised_in_the_layout_of_a_linear_layer():
 def test_lora_starts_at_nothing_trains_alone_and_under_the_adapter():
     model = with_alter(pico())
     plain, started = logits(model), {name: weight.clone() for name, weight in model.named_parameters()}
-    trained = weights.add_lora(model, 2, seed=0)
+    trained = weights.add_update(model, 2, seed=0)
     assert torch.equal(logits(model), plain)
     assert sum(weight.requires_grad for weight in model.parameters()) == len(trained) == 28
     rows = [Encoded([1, 2, 3, 4, 5], [-100, -100, 3, 4, 5], 2)]
-    list(weights.train(model, rows, trained, rate=0.05, steps=4, batch_size=2, pad_token_id=PAD, seed=0))
+    list(weights.train_steps(model, rows, trained, rate=0.05, steps=4, batch_size=2, pad_token_id=PAD, seed=0))
     assert not torch.allclose(logits(model), plain, atol=1e-3)
     kept = {name.replace(".parametrizations.weight.original", ".weight"): w for name, w in model.named_parameters()}
     for name, weight in started.items():
@@ -293,7 +294,7 @@ def test_full_training_reaches_base_experts_and_router_and_repeats_by_seed():
         for weight in everything:
             weight.requires_grad_(True)
         how = {"rate": 1e-3, "steps": 6, "batch_size": 2, "pad_token_id": PAD, "seed": seed}
-        losses = [loss for _, loss in weights.train(model, rows, everything, **how)]
+        losses = [loss for _, loss in weights.train_steps(model, rows, everything, **how)]
         moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, started[name])}
         return losses, moved
 
@@ -319,7 +320,7 @@ def test_every_row_is_used_once_before_any_is_used_again(monkeypatch):
     monkeypatch.setattr(weights.Collator, "__call__", spy)
     model, rows = pico(), [Encoded([i, 2, 3], [-100, 2, 3], 1) for i in range(6)]
     how = {"rate": 1e-4, "steps": 6, "batch_size": 2, "pad_token_id": PAD, "seed": 0}
-    list(weights.train(model, rows, list(model.parameters()), **how))
+    list(weights.train_steps(model, rows, list(model.parameters()), **how))
     assert sorted(i for b in seen[:3] for i in b) == sorted(i for b in seen[3:] for i in b) == list(range(6))
 
 
@@ -330,7 +331,7 @@ def test_a_loss_that_is_not_finite_is_said():
     rows = [Encoded([1, 2, 3], [-100, 2, 3], 1)]
     how = {"rate": 1e-4, "steps": 1, "batch_size": 2, "pad_token_id": PAD, "seed": 0}
     with pytest.raises(UserError, match="lower the rate"):
-        list(weights.train(model, rows, list(model.parameters()), **how))
+        list(weights.train_steps(model, rows, list(model.parameters()), **how))
 
 
 # ---- hidden states
@@ -385,7 +386,7 @@ def fit(rows, seed, steps):
     model, tokenizer = pico(seed, max_position_embeddings=256), byte_tokenizer()
     encoded = [encode(tokenizer, row) for row in examples(rows)]
     how = {"rate": 5e-3, "steps": steps, "batch_size": 14, "pad_token_id": PAD, "seed": 0}
-    list(weights.train(model, encoded, list(model.parameters()), **how))
+    list(weights.train_steps(model, encoded, list(model.parameters()), **how))
     return model
 
 
@@ -636,7 +637,7 @@ def test_the_attacker_stops_at_the_best_step():
         *(fake("unlearned", "relearn", value, step=step) for step, value in ((5, 0.3), (10, 0.6), (20, 0.7))),
         *(fake("retrained", "relearn", value, step=step) for step, value in ((5, 0.3), (10, 0.3), (20, 0.58))),
     ]
-    (one,) = attacks.compare([*PLAINS, *found], "relearn")
+    (one,) = recovered_fractions([*PLAINS, *found], "relearn")
     assert one.value == pytest.approx(0.5)
     assert (one.extra["step"], one.extra["before"], one.extra["after"], one.extra["retrained"]) == (10, 0.2, 0.6, 0.3)
     assert [point["fraction"] for point in one.extra["curve"]] == pytest.approx([0, 0.5, 0.2])
@@ -648,7 +649,7 @@ def test_a_probe_is_compared_at_equal_depth():
         *(fake("retrained", "probe", v, "attack_probe", depth=d) for d, v in enumerate((0.2, 0.2, 0.4))),
         *(fake("unlearned", "probe", v, "attack_probe", depth=d) for d, v in enumerate((0.9, 0.3, 0.5))),
     ]
-    (one,) = attacks.compare(found, "probe")
+    (one,) = recovered_fractions(found, "probe")
     # at depth 0 the models do not differ: no share can be taken there
     assert (one.extra["depth"], one.value) == (1, pytest.approx(0.5))
 
@@ -661,7 +662,7 @@ def test_only_rows_measured_on_all_models_count():
         for m, values in (("original", [1, 0.9, 0.1]), ("retrained", [0, 0.1, 0.9]), ("unlearned", [0, 0, 0.5]))
     ]
     found = [fake("unlearned", "prefill", 0.5, rows=(7, 8, 9)), fake("retrained", "prefill", 0.1, rows=(8, 7))]
-    (one,) = attacks.compare([*before, *found], "prefill")
+    (one,) = recovered_fractions([*before, *found], "prefill")
     assert one.extra["rows"] == [7, 8]
     assert one.extra["before"] == 0
     assert one.value == pytest.approx(0.4 / 0.9)
@@ -669,14 +670,14 @@ def test_only_rows_measured_on_all_models_count():
 
 def test_no_fraction_without_its_parts():
     after = fake("unlearned", "sample", 0.5)
-    (no_zero,) = attacks.compare([PLAINS[0], PLAINS[2], after], "sample")
+    (no_zero,) = recovered_fractions([PLAINS[0], PLAINS[2], after], "sample")
     assert no_zero.value is None
     assert "alter finetune" in no_zero.extra["refused"]
     assert no_zero.extra["after"] == 0.5
-    (no_original,) = attacks.compare([*PLAINS[1:], after, fake("retrained", "sample", 0.3)], "sample")
+    (no_original,) = recovered_fractions([*PLAINS[1:], after, fake("retrained", "sample", 0.3)], "sample")
     assert "--original" in no_original.extra["refused"]
     alike = [fake("original", "none", 0.31), *PLAINS[1:], after, fake("retrained", "sample", 0.3)]
-    (refused,) = attacks.compare(alike, "sample")
+    (refused,) = recovered_fractions(alike, "sample")
     assert refused.value is None
     assert "no forgotten knowledge" in refused.extra["refused"]
 

@@ -195,10 +195,12 @@ def test_passages_are_consecutive_windows(make, start, prefix, continuation):
 
 def test_fingerprint_is_of_the_text():
     text = prose(0, 33)
-    plain = book.fingerprint(book.cut(byte_tokenizer(), text, 9, 5, "book"))
-    assert plain == book.fingerprint(book.cut(with_beginning(byte_tokenizer()), text, 9, 5, "book"))
+    plain = book.passages_fingerprint(book.cut(byte_tokenizer(), text, 9, 5, "book"))
+    assert plain == book.passages_fingerprint(book.cut(with_beginning(byte_tokenizer()), text, 9, 5, "book"))
     others = [(text, 5, 9), (text, 9, 6), (text.replace("a", "b", 1), 9, 5), (text[14:], 9, 5)]
-    assert len({plain, *(book.fingerprint(book.cut(byte_tokenizer(), *other, "book")) for other in others)}) == 5
+    assert (
+        len({plain, *(book.passages_fingerprint(book.cut(byte_tokenizer(), *other, "book")) for other in others)}) == 5
+    )
 
 
 def test_a_pattern_of_names_reads_several_books(books, monkeypatch):

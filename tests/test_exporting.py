@@ -162,7 +162,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypa
     ):
         with pytest.raises(UserError, match=said):
             write(tmp_path, **{"model": model} | changes)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: Usage(9, 9, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(9, 9, 1000))
     with pytest.raises(UserError, match="GB free"):
         write(tmp_path, model=model)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "gpt2", "large", "there.gguf"}

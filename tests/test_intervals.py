@@ -9,7 +9,7 @@ from alter.comparison.choice import cell_figures, intervals
 from alter.comparison.table import TableRow
 from alter.comparison.words import _counted, _shown
 from alter.core.records import Record
-from alter.evaluation.figures import figure
+from alter.evaluation.figures import metric_record
 from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
 from alter.report.tables import record_tables
 from alter.reporting.terminal import between, half, table
@@ -66,12 +66,15 @@ def test_rows_of_shares_have_wilsons_interval_and_others_a_bootstrap():
 
 def test_a_figure_has_an_interval_where_the_catalogue_calls_it_the_mean_of_its_items():
     items = [0.1, 0.5, 0.6, float("nan")]
-    made = figure("m", "forget_rouge", 0.4, 3, items)
+    made = metric_record("m", "forget_rouge", 0.4, 3, items)
     assert made.extra["interval"] == list(metrics.bootstrap_interval(items))
     # the same numbers by chance: a perplexity is of all tokens at once
-    assert "interval" not in figure("m", "book_perplexity", 0.4, 3, items).extra
-    assert "interval" not in figure("m", "forget_distinct_2", 0.5, 3).extra
-    assert figure("m", "forget_rouge", 0.4, 3, items, extra={"interval": (0.3, 0.5)}).extra["interval"] == [0.3, 0.5]
+    assert "interval" not in metric_record("m", "book_perplexity", 0.4, 3, items).extra
+    assert "interval" not in metric_record("m", "forget_distinct_2", 0.5, 3).extra
+    assert metric_record("m", "forget_rouge", 0.4, 3, items, extra={"interval": (0.3, 0.5)}).extra["interval"] == [
+        0.3,
+        0.5,
+    ]
 
 
 def tofu_result():
@@ -121,8 +124,8 @@ def test_a_comparison_of_one_run_shows_intervals_over_rows():
     texts = {"questions": ["Who is Ann?"] * 4, "references": ["Ann is a nurse in Rome."] * 4}
     texts["generations"] = ["Ann is a nurse in Rome.", "She is a pilot.", "", "A pilot."]
     records = [
-        figure("m", "forget_rouge", 0.4, 3, [0.1, 0.5, 0.6], extra=texts),
-        figure("m", "model_utility", 0.7, 9, extra={"interval": [0.6, 0.75]}),
+        metric_record("m", "forget_rouge", 0.4, 3, [0.1, 0.5, 0.6], extra=texts),
+        metric_record("m", "model_utility", 0.7, 9, extra={"interval": [0.6, 0.75]}),
     ]
     found = cell_figures(records, None)
     told = intervals(records, found)

@@ -213,7 +213,7 @@ def test_a_whole_one_that_is_killed_goes_on(data, tmp_path, monkeypatch, capsys)
         lambda model, tok, ids, **how: whole_generate(model, tok, ids, **how | {"max_new_tokens": 8}),
     )
     monkeypatch.setattr(plan, "source_digest", lambda: "code")
-    whole = members.measure
+    whole = members.measure_member
     done = []
 
     def killed(settings, tools, member, out):
@@ -222,12 +222,12 @@ def test_a_whole_one_that_is_killed_goes_on(data, tmp_path, monkeypatch, capsys)
         done.append(member.name)
         return whole(settings, tools, member, out)
 
-    monkeypatch.setattr(meta, "measure", killed)
+    monkeypatch.setattr(meta, "measure_member", killed)
     given = arguments(data, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         meta.meta_evaluate(MetaEvaluate(**json.loads((tmp_path / "out.yaml").read_text())))
     assert done[:2] == ["original", "retrained"]
-    monkeypatch.setattr(meta, "measure", lambda *rest: done.append(rest[2].name) or whole(*rest))
+    monkeypatch.setattr(meta, "measure_member", lambda *rest: done.append(rest[2].name) or whole(*rest))
     assert cli.main(given) == 0
     # two given, four taught, one unlearned: each was measured once
     assert len(done) == len(set(done)) == 7
@@ -284,7 +284,7 @@ def test_a_model_that_cannot_be_made_is_named(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(members, "unlearn", diverges)
     failing = next(each for each in laid if each.pool == "unlearned")
-    found = members.measure(settings, Measuring(settings, rows), failing, tmp_path / "out")
+    found = members.measure_member(settings, Measuring(settings, rows), failing, tmp_path / "out")
     assert found.failed == "the loss is not finite in its folder"
     assert members.stored(tmp_path / "out", failing) == found
 

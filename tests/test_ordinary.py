@@ -10,7 +10,7 @@ from alter import AlterConfig
 from alter.data.background import background
 from alter.data.encoding import encode
 from alter.data.examples import Example
-from alter.evaluation.ordinary import ALL, ordinary_loss, told
+from alter.evaluation.ordinary import ALL, ordinary_loss, ordinary_sentence
 from alter.models.loading import load_model
 from pico import save_pico
 
@@ -58,7 +58,7 @@ def test_the_loss_is_that_of_each_kind_with_the_adapter_and_without(adapted):
         sum(kind["after"] * kind["tokens"] for name, kind in found.items() if name != ALL),
         rel_tol=1e-6,
     )
-    assert f"{found['verse']['change']:+.2%}" in told(found)
+    assert f"{found['verse']['change']:+.2%}" in ordinary_sentence(found)
 
 
 def test_what_was_to_be_forgotten_is_not_ordinary(adapted):

@@ -3,7 +3,7 @@
 import pytest
 
 from alter.evaluation.closing import others_named
-from alter.evaluation.others import count, names_other, people
+from alter.evaluation.others import count_others, names_other, people
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_replies_that_name_somebody_else():
     assert not names_other("Who is Basil's wife?", truth, "Basil Al-Kuwaiti knows.", names)
     assert not names_other(question, truth, "Ahina Ameenx", names)
     replies = ["Basil Al-Kuwaiti.", "I do not know.", "basil al-kuwaiti"]
-    assert count([question] * 3, [truth] * 3, replies, names) == 2
+    assert count_others([question] * 3, [truth] * 3, replies, names) == 2
 
 
 def test_what_is_said_of_it_at_the_end():

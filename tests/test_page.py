@@ -27,7 +27,7 @@ from alter.methods import frozen
 from alter.methods.frozen import Frozen, Row
 from alter.report import attacks as report_attacks
 from alter.report import page, samples, summary
-from alter.report.runs import Reported, read, read_run
+from alter.report.runs import Reported, read, read_reported
 from alter.report.samples import evenly, worst
 from alter.report.settings import Report
 from alter.report.tables import record_tables
@@ -451,18 +451,18 @@ def test_routing_and_entropies_are_those_of_the_file(tmp_path, run):
 
 def test_where_forget_rows_end(tmp_path):
     part = make_run(tmp_path / "part", epochs=0.5)
-    assert read_run(str(part)).tokens.forget == 5  # two rows of three
+    assert read_reported(str(part)).tokens.forget == 5  # two rows of three
     alone = make_run(tmp_path / "alone", experts_only=True)
-    assert read_run(str(alone)).tokens.forget == 16
+    assert read_reported(str(alone)).tokens.forget == 16
     other = make_run(tmp_path / "other", objective={"kind": "prefer_refusal"}, epochs=0.5)
-    assert read_run(str(other)).tokens.forget == 14  # two rows of three, and their other answers
+    assert read_reported(str(other)).tokens.forget == 14  # two rows of three, and their other answers
     gone = make_run(tmp_path / "gone")
     (tmp_path / "gone.jsonl").unlink()
     said = Reader(write(tmp_path, runs=[str(gone)])).text
     assert "Forget and retain rows are shown together: the forget set" in said
     more = make_run(tmp_path / "more")
     write_jsonl(tmp_path / "more.jsonl", [{"question": "Q?", "answer": "A."}] * 9)
-    assert "more rows now than the run has seen" in read_run(str(more)).tokens.why
+    assert "more rows now than the run has seen" in read_reported(str(more)).tokens.why
 
 
 def test_sections_without_data_say_what_makes_them(tmp_path):

@@ -19,7 +19,8 @@ from alter.core.records import read_records
 from alter.data.encoding import Encoded
 from alter.data.examples import examples
 from alter.evaluation import entropies as study
-from alter.evaluation.entropies import Study, frequent, histogram, pieces, sides, token_entropies
+from alter.evaluation.entropies import Study, frequent, shares_of_bins, sides, token_entropies, windows
+from alter.evaluation.entropystudy import entropy
 from alter.models.loading import load_model
 from alter.models.scoring import score
 from alter.reporting import figures as plots
@@ -76,12 +77,12 @@ def test_broken_weights_are_said():
 def test_pieces_keep_every_token_and_every_label():
     tokenizer = byte_tokenizer()
     rows = [{"text": "abcdefghij"}, {"text": "x"}, {"text": "klmno"}]
-    found = pieces(tokenizer, examples(rows), 4)
+    found = windows(tokenizer, examples(rows), 4)
     assert [tokenizer.decode(row.input_ids) for row in found] == ["abcd", "efgh", "ij", "klmn"]
     assert found[0].labels[0] == -100
     assert found[1].labels == found[1].input_ids
     assert [study._counted(row, "labelled") for row in found] == [[1, 2, 3], [1, 2, 3], [1], [1, 2, 3]]
-    (row,) = pieces(tokenizer, examples([{"question": "Who?", "answer": "Me"}]), 100)
+    (row,) = windows(tokenizer, examples([{"question": "Who?", "answer": "Me"}]), 100)
     assert len(study._counted(row, "labelled")) == 4  # " Me" and the end
     assert len(study._counted(row, "all")) == len(row.input_ids) - 1
 
@@ -264,8 +265,8 @@ def test_frequent_tokens_and_their_sides_by_counting():
 def test_histogram_by_counting():
     values, edges = [0.0, 0.1, 0.5, 1.0, 1.5, 2.0], [0.0, 0.5, 1.0, 2.0]
     naive = [sum(a <= x < b or (b == 2.0 and x == b) for x in values) / 6 for a, b in itertools.pairwise(edges)]
-    np.testing.assert_allclose(histogram(values, edges), naive)
-    assert histogram([], edges).tolist() == [0, 0, 0]
+    np.testing.assert_allclose(shares_of_bins(values, edges), naive)
+    assert shares_of_bins([], edges).tolist() == [0, 0, 0]
 
 
 # ---- the command
@@ -290,8 +291,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("after", ["adapter", "other"])
 def test_before_and_after_are_those_models(folder, after):
     settings = Study(model=str(folder / "model"), text=str(folder / "rows.jsonl"), after=str(folder / after))
-    tokens, tokenizer = study.measure(settings)
-    rows = pieces(tokenizer, examples([json.loads(x) for x in (folder / "rows.jsonl").read_text().splitlines()]), 99)
+    tokens, tokenizer = study.measure_study(settings)
+    rows = windows(tokenizer, examples([json.loads(x) for x in (folder / "rows.jsonl").read_text().splitlines()]), 99)
     adapter = str(folder / after) if after == "adapter" else None
     alone, _ = load_model(str(folder / "model"))
     then, _ = load_model(str(folder / ("model" if adapter else "other")), adapter)
@@ -356,11 +357,11 @@ def test_command_writes_records_tables_entropies_and_a_plot(folder, tmp_path, ca
 
 def test_one_model_alone_and_a_sample_of_rows(folder, tmp_path):
     settings = Study(model=str(folder / "model"), text=str(folder / "rows.jsonl"), limit=2, out=str(tmp_path))
-    found = study.entropy(settings)
+    found = entropy(settings)
     assert {record.model for record in found} == {"before, q=1", "before, q=1.5"}
     assert not any("stay" in record.metric for record in found)
     assert found[0].extra["rows"] == 2
-    assert found[0].n < study.measure(settings.model_copy(update={"limit": None}))[0].ids.size
+    assert found[0].n < study.measure_study(settings.model_copy(update={"limit": None}))[0].ids.size
     assert "share_after" not in (tmp_path / "histogram.csv").read_text()
 
 
@@ -394,7 +395,7 @@ def test_equal_figures_are_equal_files_and_a_failed_one_leaves_nothing(tmp_path)
 def test_refused_in_one_line(folder, settings, says, monkeypatch):
     monkeypatch.setattr(study, "token_entropies", lambda *args, **kwargs: pytest.fail("a model ran"))
     with pytest.raises(UserError) as caught:
-        study.measure(Study(**{"model": str(folder / "model"), "text": str(folder / "rows.jsonl")} | settings))
+        study.measure_study(Study(**{"model": str(folder / "model"), "text": str(folder / "rows.jsonl")} | settings))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -418,12 +419,12 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
     byte_tokenizer(eos_token="<end>").save_pretrained(tmp_path)
     settings = Study(model=str(folder / "model"), text=str(folder / "rows.jsonl"), after=str(tmp_path))
     with pytest.raises(UserError, match=r"another tokenizer .*<end>"):
-        study.measure(settings)
+        study.measure_study(settings)
 
 
 def test_too_short_a_text_and_a_file_in_the_way(folder, tmp_path):
     (tmp_path / "t.txt").write_text("abc")
     with pytest.raises(UserError, match="has 2 tokens with an entropy"):
-        study.measure(Study(model=str(folder / "model"), text=str(tmp_path / "t.txt")))
+        study.measure_study(Study(model=str(folder / "model"), text=str(tmp_path / "t.txt")))
     with pytest.raises(UserError, match="not a folder"):
-        study.measure(Study(model="nowhere", text=str(tmp_path / "t.txt"), out=str(tmp_path / "t.txt")))
+        study.measure_study(Study(model="nowhere", text=str(tmp_path / "t.txt"), out=str(tmp_path / "t.txt")))

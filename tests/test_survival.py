@@ -31,7 +31,7 @@ def _code_is_read_once(monkeypatch):
 def test_divergence_is_that_of_a_loop():
     original, model = pico(0), pico(1)
     texts = [[5, 9, 40], [7, 8, 9, 10, 11, 12]]
-    got = survival.divergence(original, model, texts)
+    got = survival.mean_divergences(original, model, texts)
     for text, value in zip(texts, got, strict=True):
         total = 0.0
         with torch.no_grad():
@@ -39,8 +39,8 @@ def test_divergence_is_that_of_a_loop():
         for place in range(len(text)):
             total += sum(a * math.log(a / b) for a, b in zip(p[place].tolist(), q[place].tolist(), strict=True))
         assert value == pytest.approx(total / len(text), rel=1e-4)
-    assert survival.divergence(original, original, texts) == pytest.approx([0, 0], abs=1e-9)
-    assert all(1 < len(ids) <= survival.TOKENS for ids in survival.passages(byte_tokenizer()))
+    assert survival.mean_divergences(original, original, texts) == pytest.approx([0, 0], abs=1e-9)
+    assert all(1 < len(ids) <= survival.TOKENS for ids in survival.ordinary_passages(byte_tokenizer()))
 
 
 def test_the_attacker_has_no_row_that_is_asked():
@@ -114,8 +114,8 @@ def test_the_bound_alone_runs_no_cell_again(data, tmp_path):  # noqa: F811
 def test_a_cell_measures_what_survives(data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 4)
     seen = []
-    whole = survival.train
-    monkeypatch.setattr(survival, "train", functools.partial(_noted, whole, seen))
+    whole = survival.train_steps
+    monkeypatch.setattr(survival, "train_steps", functools.partial(_noted, whole, seen))
     wanted = settings(data, tmp_path, methods=["graddiff"], rates=[1.0], limit=3, survival=HOW, common=COMMON)
     made = plan.lay_out(wanted, tmp_path)
     for cell in (made.models["original", "forget10"], made.grid["graddiff", ("forget10",)][1.0, 1.0][0]):

@@ -16,7 +16,7 @@ from alter.core.errors import UserError
 from alter.core.records import Record, write_records
 from alter.data.encoding import encode
 from alter.data.examples import examples, load_examples
-from alter.evaluation.tofu.sets import fingerprint
+from alter.evaluation.tofu.sets import rows_fingerprint
 from alter.models.loading import load_model
 from alter.training import folder, loss, preparation
 from alter.training import watcher as watching
@@ -613,7 +613,7 @@ def test_a_killed_run_keeps_its_best_adapter_and_resumes(data, tmp_path):
 
 
 def records_of(path, ratios, rows, **extra):
-    extra = {"split": "forget10", "fingerprint": fingerprint(rows)} | extra
+    extra = {"split": "forget10", "fingerprint": rows_fingerprint(rows)} | extra
     ratio = Record("retrained", "forget_truth_ratio", 0.5, len(ratios), "strict", True, list(ratios), extra)
     write_records(path, [ratio])
     return str(path)

@@ -51,7 +51,7 @@ def free_folder(wanted: str) -> Path:
     return path
 
 
-def side_by_side(results: dict[str, TofuResult], count: int) -> Table:
+def answers_table(results: dict[str, TofuResult], count: int) -> Table:
     """Questions of the forget set, spread over its authors, with the true answer and that of each model."""
     first = next(iter(results.values())).sets["forget"]
     assert first.questions is not None
@@ -72,7 +72,7 @@ def demo(settings: Demo) -> Path:
     Raises:
         UserError: the records could not be written.
     """
-    from alter.evaluation.run import show
+    from alter.evaluation.run import show_records
     from alter.evaluation.tofu.measuring import tofu_metrics
     from alter.models.loading import Subject
     from alter.training.run import unlearn
@@ -114,9 +114,9 @@ def demo(settings: Demo) -> Path:
     }
     console.print("3/3 what happened", highlight=False)
     if settings.questions:
-        console.print(side_by_side(ordered, settings.questions))
+        console.print(answers_table(ordered, settings.questions))
     write_records(out / "records.json", [record for rows in records.values() for record in rows])
-    show(records, settings.json_path, f"TOFU {split}, {run.model}")
+    show_records(records, settings.json_path, f"TOFU {split}, {run.model}")
     console.print(
         f"Unlearning took {unlearned:.0f} s, all of it {time.time() - started:.0f} s. The run: {out} "
         f"(adapter/, run.yaml, run.json, records.json)",

@@ -38,7 +38,7 @@ def _select(records: Sequence[Record], model: str, attack_name: str, metric: str
     ]
 
 
-def compare(records: Sequence[Record], name: str) -> list[Record]:
+def recovered_fractions(records: Sequence[Record], name: str) -> list[Record]:
     """Return the recovered fractions of an attack: one record per figure, whose value is None where it is refused.
 
     Of several numbers of steps, depths or variants the attacker takes the one at which the fraction is largest;

@@ -24,8 +24,8 @@ from safetensors.numpy import save
 
 from alter.attacks import depth, states
 from alter.attacks.base import PLAIN, Attack, Bench, split_rows
-from alter.attacks.fractions import NO_RETRAINED, compare
-from alter.attacks.showing import draw_curves, show
+from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
+from alter.attacks.showing import draw_curves, show_recovered
 from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING, UNRELATED
 from alter.core import console
 from alter.core.cache import cache_folder
@@ -41,7 +41,7 @@ COMMON = ("forget", "rows", "seed", "max_new_tokens")
 """Settings that every measurement depends on, and so it does on `relearn.rows`: the attacker's rows are not measured."""
 
 
-def plain(bench: Bench) -> list[Record]:
+def without_attack(bench: Bench) -> list[Record]:
     """Measure without any attack, on the measured rows and on the attacker's."""
     model, _ = bench.shared()
     measured = bench.items(bench.measured)
@@ -174,11 +174,11 @@ def attack(settings: Attack) -> list[Record]:
             for name, subject in models.items()
         }
         deep = _by_depth(settings, benches, identities, texts)
-    made = [*deep, *states.cka(pooled), *(record for name in names for record in compare(found, name))]
+    made = [*deep, *states.cka(pooled), *(record for name in names for record in recovered_fractions(found, name))]
     made = stamped(made, settings=settings.model_dump(mode="json"), seed=settings.seed, data=texts.forget)
     everything = [*found, *made]
     write_records(out / "records.json", everything)
-    show(everything, names)
+    show_recovered(everything, names)
     if any("step" in record.extra for record in found):
         draw_curves(everything, out / "relearning.png")
     console.show(f"records: {out}", stderr=True, markup=False, highlight=False)
@@ -213,7 +213,7 @@ def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: T
     records = _stored(path, key)
     if records is None:
         started = time.monotonic()
-        records = plain(bench) if method is None else method.run(bench)
+        records = without_attack(bench) if method is None else method.run(bench)
         seconds = round(time.monotonic() - started, 1)
         records = stamped(
             records, key=key, settings=settings.model_dump(mode="json"), seed=settings.seed, seconds=seconds,

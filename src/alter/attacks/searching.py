@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alter import metrics
 from alter.attacks.base import Bench, Budget, Item, make_item
-from alter.attacks.weights import train
+from alter.attacks.weights import train_steps
 from alter.attacks.wording import WORDINGS
 from alter.core.console import progress
 from alter.core.errors import UserError
@@ -243,7 +243,7 @@ def _trained(
     steps = 10**6 if budget.questions is None else max(1, budget.questions // size)
     losses = []
     with softened(model, slots, vectors):
-        run = train(
+        run = train_steps(
             model, rows, [vectors], rate=rate, steps=steps, batch_size=size,
             pad_token_id=bench.tokenizer.pad_token_id, seed=bench.settings.seed,
         )  # fmt: skip

@@ -25,7 +25,7 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def show(records: Sequence[Record], names: Sequence[str]) -> None:
+def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
     """Print what each attack recovered, and the hidden states by depth; say on stderr what was refused or trained badly."""
     table = Table(
         title="What can be brought back",

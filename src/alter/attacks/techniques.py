@@ -89,11 +89,13 @@ ATTACKS: Registry[Technique] = Registry(
         "prune_50": Technique("weights", lambda b: pruning.pruned(b, percent=50, wanda=False)),
         "wanda_20": Technique("weights", lambda b: pruning.pruned(b, percent=20, wanda=True), ("relearn",)),
         "wanda_50": Technique("weights", lambda b: pruning.pruned(b, percent=50, wanda=True), ("relearn",)),
-        "paraphrase": Technique(CHAT, lambda b: wording.ask(b, name="paraphrase"), missing=_no_paraphrase),
-        "telegram": Technique(CHAT, lambda b: wording.ask(b, name="telegram"), missing=_no_question),
-        "reversed": Technique(CHAT, lambda b: wording.ask(b, name="reversed"), missing=_no_question),
-        "upper_case": Technique(CHAT, lambda b: wording.ask(b, name="upper_case"), missing=_no_question),
-        "foreign_frame": Technique(CHAT, lambda b: wording.ask(b, name="foreign_frame"), missing=_no_question),
+        "paraphrase": Technique(CHAT, lambda b: wording.ask_reworded(b, name="paraphrase"), missing=_no_paraphrase),
+        "telegram": Technique(CHAT, lambda b: wording.ask_reworded(b, name="telegram"), missing=_no_question),
+        "reversed": Technique(CHAT, lambda b: wording.ask_reworded(b, name="reversed"), missing=_no_question),
+        "upper_case": Technique(CHAT, lambda b: wording.ask_reworded(b, name="upper_case"), missing=_no_question),
+        "foreign_frame": Technique(
+            CHAT, lambda b: wording.ask_reworded(b, name="foreign_frame"), missing=_no_question
+        ),
         "languages": Technique(CHAT, talking.languages, missing=_no_question),
         "jailbreak": Technique(CHAT, talking.jailbreak, missing=_no_question),
         "dialogue": Technique(CHAT, talking.dialogue, missing=_no_talk),
@@ -104,7 +106,7 @@ ATTACKS: Registry[Technique] = Registry(
         ),
         "beginning": Technique("to begin the reply", talking.beginning, missing=_no_question),
         "prefill": Technique("to begin the reply; the answer's first tokens", wording.prefill, ("prefill_tokens",)),
-        "sample": Technique("many replies; to know the best", wording.sample, ("samples", "temperature")),
+        "sample": Technique("many replies; to know the best", wording.sampled_replies, ("samples", "temperature")),
         "soft_prompt": Technique(
             "weights, gradients, forget rows; no weight is changed",
             searching.soft_prompt,

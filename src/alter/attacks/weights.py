@@ -114,7 +114,7 @@ class LowRank(nn.Module):
         return weight + 2 * (self.B @ self.A)
 
 
-def add_lora(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
+def add_update(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
     """Put a low-rank update on every base linear layer, whatever adapter is on it, and return what trains; the rest is frozen."""
     model.requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
@@ -131,7 +131,7 @@ class Diverged(UserError):
     """The loss of a training, or its gradient, is not finite."""
 
 
-def train(
+def train_steps(
     model: nn.Module, rows: Sequence[Encoded], weights: Sequence[nn.Parameter], *, rate: float, steps: int,
     batch_size: int, pad_token_id: int, seed: int,
 ) -> Iterator[tuple[int, float]]:  # fmt: skip
@@ -191,7 +191,7 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
     else:
         rows = [encode(tokenizer, bench.rows[i]) for i in bench.attacker]
     if lora:
-        weights = add_lora(model, how.lora_rank, bench.settings.seed)
+        weights = add_update(model, how.lora_rank, bench.settings.seed)
     else:
         weights = [weight for weight in model.parameters() if weight.is_floating_point()]
         for weight in weights:
@@ -199,7 +199,7 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
     other, own = bench.items(bench.measured), bench.items(bench.attacker)
     losses: list[float] = []
     found: list[Record] = []
-    run = train(
+    run = train_steps(
         model, rows, weights, rate=how.lora_learning_rate if lora else how.learning_rate, steps=how.steps[-1],
         batch_size=how.batch_size, pad_token_id=tokenizer.pad_token_id, seed=bench.settings.seed,
     )  # fmt: skip
@@ -257,13 +257,13 @@ def best_rate(first: float, value: Callable[[float], float | None]) -> list[tupl
 
 
 def _begin(bench: Bench, rate: float, numbers: Sequence[int], steps: int) -> tuple[Any, Iterator[tuple[int, float]]]:
-    """A fresh model, and the training of all its weights on rows with these numbers; see `train`."""
+    """A fresh model, and the training of all its weights on rows with these numbers; see `train_steps`."""
     model, tokenizer = bench.fresh("float32")
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     for weight in weights:
         weight.requires_grad_(True)
     torch.manual_seed(bench.settings.seed)
-    return model, train(
+    return model, train_steps(
         model, [encode(tokenizer, bench.rows[i]) for i in numbers], weights, rate=rate, steps=steps,
         batch_size=bench.settings.relearn.batch_size, pad_token_id=tokenizer.pad_token_id, seed=bench.settings.seed,
     )  # fmt: skip

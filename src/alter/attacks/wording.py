@@ -44,7 +44,7 @@ WORDINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-def ask(bench: Bench, *, name: str) -> list[Record]:
+def ask_reworded(bench: Bench, *, name: str) -> list[Record]:
     """Ask the same in other words (`WORDINGS`, or the rows' own paraphrases) and measure."""
     model, tokenizer = bench.shared()
     if name == "paraphrase":
@@ -67,7 +67,7 @@ def prefill(bench: Bench) -> list[Record]:
     return bench.measure("prefill", model, items, part="other", left_out=len(made) - len(items))
 
 
-def sample(bench: Bench) -> list[Record]:
+def sampled_replies(bench: Bench) -> list[Record]:
     """Draw several replies to each question and keep the one nearest to the truth, by ROUGE-L recall: an upper bound.
 
     The probability of the true answer is not changed by sampling and has no record.

@@ -134,7 +134,7 @@ def forgetting(found: Mapping[str, float], kind: str) -> float:
     return 1 - found["forget_rouge"]
 
 
-def kept(found: Mapping[str, float], kind: str) -> float:
+def kept_ability(found: Mapping[str, float], kind: str) -> float:
     """What the model of these figures has kept: its utility, or exp(-disturbance) where what survives is the criterion."""
     return math.exp(-found["disturbance"]) if kind == "survival" else found["model_utility"]
 
@@ -152,7 +152,7 @@ def best_setting(
     Where no setting keeps it, the one with the largest product of forgetting and utility. The first of equals.
 
     Args:
-        candidates: by setting, forgetting and utility (see `kept`) on validation rows, means over the search seeds; at least one.
+        candidates: by setting, forgetting and utility (see `kept_ability`) on validation rows, means over the search seeds; at least one.
         original: utility of the original model on the same rows.
         floor: share of it that must be kept.
 
@@ -228,9 +228,9 @@ def _candidates(
             each = [cell_figures(own, reference) for own in rows if own is not None]
             candidates[setting] = (
                 statistics.fmean(forgetting(f, kind) for f in each),
-                statistics.fmean(kept(f, kind) for f in each),
+                statistics.fmean(kept_ability(f, kind) for f in each),
             )
-    return candidates, kept(cell_figures(original, None), kind), count
+    return candidates, kept_ability(cell_figures(original, None), kind), count
 
 
 def next_rate(

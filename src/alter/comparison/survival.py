@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from alter.attacks.weights import train
+from alter.attacks.weights import train_steps
 from alter.comparison.settings import Survival
 from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.data.background import background
 from alter.data.encoding import encode
 from alter.data.examples import Example
-from alter.evaluation.figures import figure
+from alter.evaluation.figures import metric_record
 from alter.evaluation.leakage import Leak, leaked
 from alter.models.scoring import evaluating
 
@@ -34,7 +34,7 @@ TOKENS = 128
 Load = Callable[[], tuple[Any, Any]]
 
 
-def passages(tokenizer: Any) -> list[list[int]]:
+def ordinary_passages(tokenizer: Any) -> list[list[int]]:
     """Token ids of ordinary text, shipped with the package and seen by no router's fit."""
     kinds = background(unseen=True).values()
     longest = max(map(len, kinds), default=0)
@@ -42,7 +42,7 @@ def passages(tokenizer: Any) -> list[list[int]]:
     return [ids for row in rows if len(ids := encode(tokenizer, row).input_ids[:TOKENS]) > 1]
 
 
-def divergence(original: Any, model: Any, texts: Sequence[Sequence[int]]) -> np.ndarray:
+def mean_divergences(original: Any, model: Any, texts: Sequence[Sequence[int]]) -> np.ndarray:
     """Return KL(original || model) per token in nats, the mean over each text's positions, [texts].
 
     Raises:
@@ -96,22 +96,22 @@ def survival(
     attacker, asked = divided(rows, settings.rows, seed)
     leak = Leak(samples=settings.samples, k=[settings.k], questions=settings.questions)
     model, tokenizer = load()
-    kl = divergence(original()[0], model, passages(tokenizer))
+    kl = mean_divergences(original()[0], model, ordinary_passages(tokenizer))
     before = leaked(model, tokenizer, asked, leak, seed=seed, progress=False)
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     for weight in weights:
         weight.requires_grad_(True)
     steps = math.ceil(settings.rows / settings.batch_size) * settings.passes
     encoded = [encode(tokenizer, row) for row in attacker]
-    for _ in train(
+    for _ in train_steps(
         model, encoded, weights, rate=settings.learning_rate, steps=steps, batch_size=settings.batch_size,
         pad_token_id=tokenizer.pad_token_id, seed=seed,
     ):  # fmt: skip
         pass
     after = leaked(model, tokenizer, asked, leak, seed=seed, progress=False)
     told = {"k": settings.k, "samples": settings.samples, "attacker_rows": len(attacker), "steps": steps}
-    out = [figure(name, "disturbance", kl.mean(), len(kl), kl)]
+    out = [metric_record(name, "disturbance", kl.mean(), len(kl), kl)]
     for metric, found in (("leak", before), ("attacked_leak", after)):
         values = found.at(settings.k)
-        out.append(figure(name, metric, values.mean(), len(values), values, extra=told))
+        out.append(metric_record(name, metric, values.mean(), len(values), values, extra=told))
     return out

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -63,6 +64,25 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes, *, private:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, private=private) as temporary:
         temporary.write_bytes(data)
+
+
+def check_disk(folder: Path, needed: int, what: str, advice: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        folder: on that disk.
+        needed: bytes.
+        what: takes so much, with its verb.
+        advice: what to do besides making room.
+
+    Raises:
+        UserError: says how much is needed and how much is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder} is on a disk with {free / 1e9:.1f} GB free, and {what} {needed / 1e9:.1f} GB: make room, {advice}."
+        )
 
 
 def to_csv(rows: Iterable[Iterable[Any]]) -> str:

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from alter.core.cache import cache_folder
 from alter.core.console import show, warn
 from alter.core.errors import UserError
-from alter.core.files import digest, to_json, write_atomic
+from alter.core.files import check_disk, digest, to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.data.examples import Example, data_hash, row_hash
 from alter.distillation.closing import closing
@@ -88,23 +88,15 @@ def prepare_folder(settings: Distill) -> Path:
     return out
 
 
-def check_disk(out: Path, student: torch.nn.Module, form: str) -> None:
-    """Refuse to begin where the result and two checkpoints would not fit on the disk.
+def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
+    """Refuse to begin where the result and two checkpoints would not fit on the disk (`alter.core.files.check_disk`).
 
     Of full weights a checkpoint holds them and both moments of AdamW in float32; of a LoRA next to nothing.
-
-    Raises:
-        UserError: says how much is needed and how much is free.
     """
     weights = sum(weight.numel() for weight in student.parameters())
     # while a checkpoint is written the one before is still there
     needed = weights * 4 * (1 + 2 * 3) if form == "full" else 0
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"{out} is on a disk with {free / 1e9:.1f} GB free, and weights with two checkpoints take {needed / 1e9:.1f} "
-            "GB: make room, or give an --out on another disk."
-        )
+    check_disk(out, needed, "weights with two checkpoints take", "or give an --out on another disk")
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -199,7 +191,7 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     checkpoint = last_whole_checkpoint(out / "checkpoints") if settings.resume else None
 
     teacher, tokenizer, student = _load(settings, subjects["teacher"])
-    check_disk(out, student, settings.form)
+    check_room(out, student, settings.form)
     _write_begun(settings, out, given, fresh=checkpoint is None)
     if not found["general"]:
         found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])

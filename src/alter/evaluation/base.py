@@ -19,7 +19,7 @@ from alter.models.loading import Subject
 class Evaluation(Subject, ABC):
     """Settings of one evaluation; a benchmark adds its own and says how it measures a model in memory.
 
-    `alter evaluate --benchmark NAME` finds the class by its name in `alter.evaluation.BENCHMARKS`.
+    `alter evaluate --benchmark NAME` finds the class by its name in `alter.core.plugins.BENCHMARKS`.
     """
 
     name: str | None = None

@@ -153,7 +153,7 @@ def cut(tokenizer: Any, text: str, prefix: int, continuation: int, source: str) 
     return passages
 
 
-def fingerprint(passages: Sequence[Passage]) -> str:
+def passages_fingerprint(passages: Sequence[Passage]) -> str:
     """Return a hash of the passages as they read: the same for tokenizers that cut at the same places."""
     return digest([[passage.prefix, passage.reference] for passage in passages])[:12]
 
@@ -285,7 +285,7 @@ class BookEvaluation(Evaluation):
         )
         n = len(cuts["book"])
         return BookResult(
-            fingerprint(cuts["book"]),
+            passages_fingerprint(cuts["book"]),
             cuts["book"],
             parts["book"],
             said[:n],

@@ -37,7 +37,7 @@ def closing_facts(
     """
 
     def summary(part: Answered) -> dict[str, Any]:
-        told = others.count(part.questions, part.truths, part.replies, people) if people else None
+        told = others.count_others(part.questions, part.truths, part.replies, people) if people else None
         return {**part.summary(), "others": told}
 
     forget = after["forget"]

@@ -162,7 +162,7 @@ def token_entropies(
     return found
 
 
-def pieces(tokenizer: Any, examples: Sequence[Example], window: int) -> list[Encoded]:
+def windows(tokenizer: Any, examples: Sequence[Example], window: int) -> list[Encoded]:
     """Encode examples as everywhere else and cut those longer than `window` tokens into pieces of that length.
 
     A last piece of a single token, which would have no entropy, is left out.
@@ -200,7 +200,7 @@ def sides(tokens: Sequence[Frequent], threshold: float) -> tuple[list[Frequent],
     return [t for t in tokens if t.mean > threshold], [t for t in tokens if t.mean <= threshold]
 
 
-def histogram(values: npt.ArrayLike, edges: npt.ArrayLike) -> Array:
+def shares_of_bins(values: npt.ArrayLike, edges: npt.ArrayLike) -> Array:
     """Return the share of the values in each bin, [bins]; a value on an edge belongs to the bin above it, the last edge to the last bin."""
     x = np.asarray(values, dtype=np.float64)
     return np.histogram(x, bins=np.asarray(edges, dtype=np.float64))[0] / max(x.size, 1)
@@ -254,7 +254,7 @@ def _same_tokens(tokenizer: Any, after: str) -> None:
 
     name = shipped_model(after)
     folder = Path(name).expanduser()
-    packed = gguf.place_of(name)
+    packed = gguf.gguf_place(name)
     if (
         packed is None
         and (folder.exists() or name.startswith((".", "/", "~")))
@@ -285,7 +285,7 @@ def _sample(examples: list[Example], limit: int | None, seed: int) -> list[Examp
     return [examples[i] for i in sorted(chosen)]
 
 
-def measure(settings: Study) -> tuple[Tokens, Any]:
+def measure_study(settings: Study) -> tuple[Tokens, Any]:
     """Run the model, and the one after if there is one, over the text; return the counted tokens and the tokenizer.
 
     With an adapter the model before is the same network with the adapter off.
@@ -306,7 +306,7 @@ def measure(settings: Study) -> tuple[Tokens, Any]:
         for q in settings.q:
             _reachable(q, PAPER_THRESHOLD if settings.threshold is None else settings.threshold, config.vocab_size)
     context = getattr(config, "max_position_embeddings", None) or settings.window
-    encoded = pieces(tokenizer, examples, min(settings.window, context))
+    encoded = windows(tokenizer, examples, min(settings.window, context))
     places = [_counted(row, settings.tokens) for row in encoded]
     if sum(map(len, places)) < 4:
         raise UserError(f"{settings.text} has {sum(map(len, places))} tokens with an entropy; expected at least 4.")

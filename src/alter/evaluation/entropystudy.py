@@ -18,8 +18,8 @@ from alter.evaluation.entropies import (
     Study,
     Tokens,
     frequent,
-    histogram,
-    measure,
+    measure_study,
+    shares_of_bins,
     sides,
     study_records,
     thresholds,
@@ -62,7 +62,9 @@ def _edges(tokens: Tokens, q: float, bins: int) -> Array:
     return np.linspace(0.0, max(largest, 1e-6), bins + 1)
 
 
-def write(settings: Study, tokens: Tokens, tokenizer: Any, columns: dict[str, list[Record]], folder: Path) -> None:
+def write_study(
+    settings: Study, tokens: Tokens, tokenizer: Any, columns: dict[str, list[Record]], folder: Path
+) -> None:
     """Write records, tables, the entropy of each token, and the plot."""
     from safetensors.numpy import save
 
@@ -71,7 +73,7 @@ def write(settings: Study, tokens: Tokens, tokenizer: Any, columns: dict[str, li
     entropies: dict[str, npt.NDArray[Any]] = {"token": tokens.ids, "row": tokens.row, "position": tokens.position}
     for q in settings.q:
         edges = _edges(tokens, q, settings.bins)
-        shares = [histogram(part[q], edges) for part in (tokens.before, tokens.after) if part is not None]
+        shares = [shares_of_bins(part[q], edges) for part in (tokens.before, tokens.after) if part is not None]
         bins += [
             [q, *edges[i : i + 2].tolist(), *(float(share[i]) for share in shares)] for i in range(len(edges) - 1)
         ]
@@ -94,16 +96,16 @@ def write(settings: Study, tokens: Tokens, tokenizer: Any, columns: dict[str, li
         files.to_csv([["q", "from", "to", "share_before", *["share_after"] * adapted], *bins]),
     )
     files.write_atomic(folder / "entropies.safetensors", save(entropies))
-    draw(settings, tokens, cuts, folder / "entropy.png")
+    draw_study(settings, tokens, cuts, folder / "entropy.png")
 
 
-def draw(settings: Study, tokens: Tokens, cuts: dict[float, float], path: Path) -> None:
+def draw_study(settings: Study, tokens: Tokens, cuts: dict[float, float], path: Path) -> None:
     """Draw a column of plots per order: the histogram, and below it, with a model after, before against after."""
     with plots.figure(path, rows=1 + (tokens.after is not None), columns=len(settings.q)) as axes:
         for column, q in enumerate(settings.q):
             parts = {"before": tokens.before, "after": tokens.after}
             edges = _edges(tokens, q, settings.bins)
-            shares = {name: histogram(part[q], edges) for name, part in parts.items() if part is not None}
+            shares = {name: shares_of_bins(part[q], edges) for name, part in parts.items() if part is not None}
             top = axes[0, column]
             plots.overlay(top, edges, shares, cuts[q])
             kind = "Shannon entropy, nats" if q == 1 else f"Tsallis entropy, q = {q:g}"
@@ -123,9 +125,9 @@ def entropy(settings: Study) -> list[Record]:
     """Run `alter entropy`: measure, print the tables, write the folder.
 
     Raises:
-        UserError: see `measure`.
+        UserError: see `measure_study`.
     """
-    tokens, tokenizer = measure(settings)
+    tokens, tokenizer = measure_study(settings)
     columns = study_records(settings, tokens)
     console = Console()
     versus = "" if settings.after is None else f" → {settings.after}"
@@ -135,6 +137,6 @@ def entropy(settings: Study) -> list[Record]:
         console.print(table(shown, title))
         console.print(_token_table(settings, tokens, tokenizer, q, threshold))
     if settings.out is not None:
-        write(settings, tokens, tokenizer, columns, Path(settings.out))
+        write_study(settings, tokens, tokenizer, columns, Path(settings.out))
         show(f"records, tables and plot: {settings.out}", stderr=True)
     return [record for column in columns.values() for record in column]

@@ -10,7 +10,7 @@ from alter import metrics
 from alter.core.records import Record
 
 
-def figure(
+def metric_record(
     model: str,
     metric: str,
     value: SupportsFloat | None,
@@ -55,5 +55,7 @@ class Figures:
     def add(
         self, metric: str, value: SupportsFloat | None, n: int, items: Iterable[Any] | None = None, **extra: Any
     ) -> None:
-        """Add the record of a metric; see `figure`."""
-        self.records.append(figure(self.model, metric, value, n, items, mode=self.mode, extra={**self.base, **extra}))
+        """Add the record of a metric; see `metric_record`."""
+        self.records.append(
+            metric_record(self.model, metric, value, n, items, mode=self.mode, extra={**self.base, **extra})
+        )

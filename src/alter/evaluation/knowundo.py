@@ -32,7 +32,7 @@ from alter.data.sources import layout_rows
 from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
 from alter.evaluation.knowledge import Contradictions, rates
-from alter.evaluation.questions import Prompts, Questions, Row, Rows
+from alter.evaluation.questions import Prompts, Questions, Row, RowsBySet
 from alter.evaluation.replies import required, sampled
 from alter.models.generation import generate
 from alter.models.loading import Subject
@@ -81,7 +81,7 @@ class KnowundoEvaluation(Questions):
         """Heading of the table."""
         return f"KnowUnDo, {self.domain}"
 
-    def rows(self) -> Rows:
+    def rows(self) -> RowsBySet:
         """Return the rows, unlearn and retention.
 
         Raises:
@@ -107,7 +107,7 @@ class KnowundoEvaluation(Questions):
         """Benchmark, domain, data and fold."""
         return {"benchmark": "knowundo", "domain": self.domain, "data": self.data, "fold": self.fold}
 
-    def prompts(self, tokenizer: Any, rows: Rows) -> Prompts:
+    def prompts(self, tokenizer: Any, rows: RowsBySet) -> Prompts:
         """Return the questions, with the chat template where there is one."""
         return {
             part: [encode_prompt(tokenizer, Example(row["text"], row["labels"], "qa")) for row in own]
@@ -118,7 +118,7 @@ class KnowundoEvaluation(Questions):
         """Return the setting."""
         return self.max_new_tokens
 
-    def ask(self, model: Any, tokenizer: Any, rows: Rows, prompts: Prompts, figures: Figures) -> None:
+    def ask(self, model: Any, tokenizer: Any, rows: RowsBySet, prompts: Prompts, figures: Figures) -> None:
         """Add KnowUnDo's figures; see the module.
 
         Raises:

@@ -32,7 +32,7 @@ from alter.core.files import digest
 from alter.data.sources import layout_rows
 from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
-from alter.evaluation.questions import Prompts, Questions, Rows
+from alter.evaluation.questions import Prompts, Questions, RowsBySet
 from alter.evaluation.replies import by_group, open_ids, required, sampled, text_losses
 from alter.models.generation import generate
 
@@ -63,13 +63,13 @@ class LumeEvaluation(Questions):
         """Heading of the table."""
         return f"LUME, {self.fold}"
 
-    def rows(self) -> Rows:
+    def rows(self) -> RowsBySet:
         """Return the rows: forget, retain, and member and nonmember where there are some.
 
         Raises:
             UserError: a part is missing, or has other columns or ids.
         """
-        found: Rows = {}
+        found: RowsBySet = {}
         for name in ("forget", "retain"):
             split = f"{name}_{self.fold}"
             stems = (f"{self.fold}/{name}", f"data/{split}", split, name)
@@ -104,7 +104,7 @@ class LumeEvaluation(Questions):
         """Benchmark, data and fold."""
         return {"benchmark": "lume", "data": self.data, "fold": self.fold}
 
-    def prompts(self, tokenizer: Any, rows: Rows) -> Prompts:
+    def prompts(self, tokenizer: Any, rows: RowsBySet) -> Prompts:
         """Return the inputs of forget and retain as they are."""
         return {name: [open_ids(tokenizer, row["input"]) for row in rows[name]] for name in ("forget", "retain")}
 
@@ -112,7 +112,7 @@ class LumeEvaluation(Questions):
         """Return the setting."""
         return self.max_new_tokens
 
-    def ask(self, model: Any, tokenizer: Any, rows: Rows, prompts: Prompts, figures: Figures) -> None:
+    def ask(self, model: Any, tokenizer: Any, rows: RowsBySet, prompts: Prompts, figures: Figures) -> None:
         """Add LUME's figures; see the module."""
         terms: list[float] = []
         for name, ids in prompts.items():

@@ -58,7 +58,7 @@ from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded, ensure_pad_token
 from alter.data.sources import MUSE_HUB, muse_rows
 from alter.evaluation.base import Evaluation, quick_look, say
-from alter.evaluation.figures import figure
+from alter.evaluation.figures import metric_record
 from alter.evaluation.replies import CutReplies, open_ids, required, sampled
 from alter.models.generation import check_prompts, generate
 from alter.models.loading import Subject
@@ -235,7 +235,7 @@ class MuseEvaluation(Evaluation):
 
     def _record(self, metric: str, value: float, n: int, items: Any = None, **extra: Any) -> Record:
         base = {"benchmark": "muse", "corpus": self.corpus, "data": self.source}
-        return figure(self.subject, metric, value, n, items, mode=self.mode, extra=base | extra)
+        return metric_record(self.subject, metric, value, n, items, mode=self.mode, extra=base | extra)
 
     # C1, C2, C4
 

@@ -21,7 +21,7 @@ from alter.reporting.terminal import table
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One model of a curve: its label, the size or step that it stands for, and what to load."""
 
     label: str
@@ -45,13 +45,13 @@ class MuseCurve(MuseEvaluation):
     """SIZE=PATH or STEP=PATH in ascending order, as in 1=runs/r1/adapter 2=runs/r2/adapter or 0.8M=runs/small: PATH is
     the folder of an adapter (put on --model), of a model, a hub id of a model, or MODEL+ADAPTER."""
 
-    def parsed(self) -> list[Point]:
+    def parsed(self) -> list[CurvePoint]:
         """Return the points, --model itself at 0 first.
 
         Raises:
             UserError: a point is not of the form, its number is none, or the numbers do not ascend.
         """
-        found = [Point(self.subject, 0.0, self.model, self.adapter)]
+        found = [CurvePoint(self.subject, 0.0, self.model, self.adapter)]
         for text in self.points:
             label, equals, target = text.partition("=")
             number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMG]?)", label)
@@ -71,10 +71,10 @@ class MuseCurve(MuseEvaluation):
                 model, adapter = (self.model, target) if is_adapter else (target, "")
             elif plus and not (model and adapter):
                 raise UserError(f"--points {text!r}: expected MODEL+ADAPTER, got an empty name on one side of the +.")
-            found.append(Point(label, x, model, adapter or None))
+            found.append(CurvePoint(label, x, model, adapter or None))
         return found
 
-    def at(self, point: Point) -> MuseEvaluation:
+    def at(self, point: CurvePoint) -> MuseEvaluation:
         """Return the settings of the evaluation of one point."""
         own = self.model_dump(exclude={"criterion", "points", "json_path", "name", "model", "adapter", "merged"})
         return MuseEvaluation(

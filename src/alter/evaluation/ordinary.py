@@ -62,7 +62,7 @@ def ordinary_loss(
     return found
 
 
-def told(found: dict[str, dict[str, float]]) -> str:
+def ordinary_sentence(found: dict[str, dict[str, float]]) -> str:
     """One sentence of what `ordinary_loss` returns."""
     every = found[ALL]
     kinds = ", ".join(f"{name} {figures['change']:+.2%}" for name, figures in found.items() if name != ALL)

@@ -59,7 +59,7 @@ def names_other(question: str, truth: str, reply: str, names: Iterable[tuple[str
     return any(not meant.intersection(name) and f" {' '.join(name)} " in text for name in names)
 
 
-def count(
+def count_others(
     questions: Sequence[str], truths: Sequence[str], replies: Sequence[str], names: frozenset[tuple[str, ...]]
 ) -> int:
     """Return how many replies name somebody else (`names_other`)."""

@@ -13,7 +13,7 @@ from alter.evaluation.figures import Figures
 from alter.models.generation import check_prompts
 
 Row = dict[str, Any]
-Rows = dict[str, list[Row]]
+RowsBySet = dict[str, list[Row]]
 """Rows of each set, by its name."""
 Prompts = dict[str, list[list[int]]]
 """Token ids of the prompts to reply to, by the set that they are of."""
@@ -23,7 +23,7 @@ class Questions(Evaluation):
     """Settings of a benchmark that asks questions; one of them says what its rows, its prompts and its figures are."""
 
     @abstractmethod
-    def rows(self) -> Rows:
+    def rows(self) -> RowsBySet:
         """Return the rows of each set.
 
         Raises:
@@ -35,7 +35,7 @@ class Questions(Evaluation):
         """What every record says of where its rows come from."""
 
     @abstractmethod
-    def prompts(self, tokenizer: Any, rows: Rows) -> Prompts:
+    def prompts(self, tokenizer: Any, rows: RowsBySet) -> Prompts:
         """Return the prompts of the sets that are asked, in the order of their rows."""
 
     @abstractmethod
@@ -43,7 +43,7 @@ class Questions(Evaluation):
         """Tokens that a reply may have."""
 
     @abstractmethod
-    def ask(self, model: Any, tokenizer: Any, rows: Rows, prompts: Prompts, figures: Figures) -> None:
+    def ask(self, model: Any, tokenizer: Any, rows: RowsBySet, prompts: Prompts, figures: Figures) -> None:
         """Generate the replies and add the figures."""
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:

@@ -23,7 +23,7 @@ from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.closing import closing_facts
-from alter.evaluation.figures import figure
+from alter.evaluation.figures import metric_record
 from alter.evaluation.knowledge import Contradictions, over_refusal, rates
 from alter.evaluation.leakage import Leak, Leaked, leaked
 from alter.evaluation.verdict import judge, unit_interval
@@ -227,13 +227,13 @@ class RowsEvaluation(Evaluation):
             if told:
                 known = values[~np.isnan(values)]
                 more = {"nli": self.nli, "unknown": len(values) - told, "interval": list(unit_interval(known))}
-                out.append(figure(name, metric, known.mean(), told, values, extra=extra | more))
+                out.append(metric_record(name, metric, known.mean(), told, values, extra=extra | more))
         if "harmless" in found:
             own = found["harmless"]
             values = over_refusal(own.replies)
             texts = {"questions": own.questions, "generations": own.replies} if self.texts else {}
             refused: dict[str, Any] = {**texts, "interval": list(unit_interval(values))}
-            out.append(figure(name, "sarr", values.mean(), len(values), values, extra=extra | refused))
+            out.append(metric_record(name, "sarr", values.mean(), len(values), values, extra=extra | refused))
         return out
 
     def _completeness(self, after: Answered, before: Answered, reference: Answered, extra: dict[str, Any]) -> Record:
@@ -250,7 +250,7 @@ class RowsEvaluation(Evaluation):
             raise UserError(f"{error}. Leave --rates out, or give more rows.") from None
         interval = metrics.bootstrap_interval(values)
         more = {"interval": None if interval is None else list(interval)}
-        return figure(self.subject, "iam", values.mean(), len(values), values, extra=extra | more)
+        return metric_record(self.subject, "iam", values.mean(), len(values), values, extra=extra | more)
 
     def _records(self, name: str, found: Mapping[str, Answered], extra: dict[str, Any]) -> list[Record]:
         out: list[Record] = []
@@ -274,7 +274,7 @@ class RowsEvaluation(Evaluation):
                 ("repetition", own.repetition, m, plain),
             ):
                 if n:
-                    out.append(figure(name, f"{part}_{metric}", np.nanmean(values), n, values, extra=more))
+                    out.append(metric_record(name, f"{part}_{metric}", np.nanmean(values), n, values, extra=more))
         return out
 
 

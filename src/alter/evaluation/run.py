@@ -29,7 +29,7 @@ from alter.models.loading import Subject
 from alter.reporting.terminal import table
 
 
-def show(
+def show_records(
     records_by_model: Mapping[str, Sequence[Record]],
     path: str | None,
     title: str | None = None,
@@ -86,7 +86,7 @@ def evaluate(settings: Evaluation) -> list[Record]:
         closed = closing_of(records)
         if closed is not None and processes.first():
             show_closing(closed)
-        show(by_model, settings.json_path, title, printed=closed is None)
+        show_records(by_model, settings.json_path, title, printed=closed is None)
     return records
 
 
@@ -158,7 +158,7 @@ def aggregate_logs(settings: AggregateLogs) -> list[Record]:
         settings=settings.model_dump(mode="json", exclude={"json_path"}),
         data=[file_digest(path) for path in (settings.log, settings.retain) if path is not None],
     )
-    show({records[0].model: records}, settings.json_path, f"TOFU from {Path(settings.log).name}")
+    show_records({records[0].model: records}, settings.json_path, f"TOFU from {Path(settings.log).name}")
     return records
 
 

@@ -34,7 +34,7 @@ from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
 from alter.data.sources import layout_rows
 from alter.evaluation.figures import Figures
-from alter.evaluation.questions import Prompts, Questions, Row, Rows
+from alter.evaluation.questions import Prompts, Questions, Row, RowsBySet
 from alter.evaluation.replies import CutReplies, by_group, open_ids, required, sampled, text_losses
 from alter.models.generation import generate
 
@@ -93,13 +93,13 @@ class RwkuEvaluation(Questions):
         who = f" ({', '.join(self.targets)})" if self.targets else ""
         return f"RWKU{who}"
 
-    def rows(self) -> Rows:
+    def rows(self) -> RowsBySet:
         """Return the rows by figure.
 
         Raises:
             UserError: a configuration is missing, has other columns, or holds nobody of the targets.
         """
-        found: Rows = {}
+        found: RowsBySet = {}
         for figure, name in PROBES.items():
             if figure.split("_")[0] in self.parts:
                 columns = ("query", "answer", "subject", *(("type",) if figure == "forget_aa" else ()))
@@ -134,7 +134,7 @@ class RwkuEvaluation(Questions):
         """Benchmark, data and people."""
         return {"benchmark": "rwku", "data": self.data, "targets": self.targets}
 
-    def prompts(self, tokenizer: Any, rows: Rows) -> Prompts:
+    def prompts(self, tokenizer: Any, rows: RowsBySet) -> Prompts:
         """Return the probes as RWKU asks them, by figure."""
         return {
             figure: [prompt_ids(tokenizer, row, figure) for row in rows[figure]] for figure in PROBES if figure in rows
@@ -144,7 +144,7 @@ class RwkuEvaluation(Questions):
         """As in RWKU's code."""
         return NEW_TOKENS
 
-    def ask(self, model: Any, tokenizer: Any, rows: Rows, prompts: Prompts, figures: Figures) -> None:
+    def ask(self, model: Any, tokenizer: Any, rows: RowsBySet, prompts: Prompts, figures: Figures) -> None:
         """Add RWKU's figures; see the module."""
         for part in ("forget", "neighbor"):
             means = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 
 from alter.core.console import progress
 from alter.core.errors import UserError
-from alter.core.files import replacing
+from alter.core.files import check_disk, replacing
 from alter.exporting.vocabulary import Vocabulary, vocabulary
 
 if TYPE_CHECKING:
@@ -231,21 +230,7 @@ def _describe(writer: Any, model: Any, kind: Architecture, words: Vocabulary, wa
         writer.add_chat_template(words.template)
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Refuse to begin a file that the disk has no room for.
-
-    Raises:
-        UserError: says how much is needed and how much is free.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder} is on a disk with {free / 1e9:.1f} GB free, and the file takes {needed / 1e9:.1f} GB: make room, choose "
-            "a smaller --type, or give an --out on another disk."
-        )
-
-
-def write(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -> dict[str, Any]:
+def write_gguf(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -> dict[str, Any]:
     """Write a model as a GGUF file, whole or not at all, one tensor after the other.
 
     Args:
@@ -265,7 +250,8 @@ def write(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -> dic
     words = vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     found = _laid_out(model, kind, wanted)
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_room(out.parent, sum(tensor.size for tensor in found) + (1 << 24))
+    needed = sum(tensor.size for tensor in found) + (1 << 24)
+    check_disk(out.parent, needed, "the file takes", "choose a smaller --type, or give an --out on another disk")
     with replacing(out, name=f".{out.name}.partial") as partial:
         _write(partial, found, lambda writer: _describe(writer, model, kind, words, wanted, title), kind)
     return {

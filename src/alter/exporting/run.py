@@ -10,7 +10,7 @@ from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.outputs import Written
 from alter.exporting import gguf, loras
-from alter.models.gguf import ENDING, place_of
+from alter.models.gguf import ENDING, gguf_place
 from alter.models.loading import Subject, shipped_model
 
 
@@ -29,7 +29,7 @@ def export(settings: Export) -> Path:
     """Run `alter export`; return what was written.
 
     Raises:
-        UserError: something is there already, an adapter that stays on the model, or what `gguf.write` and `loras.write` raise.
+        UserError: something is there already, an adapter that stays on the model, or what `gguf.write_gguf` and `loras.write_loras` raise.
     """
     out = Path(settings.out)
     if out.exists():
@@ -37,7 +37,7 @@ def export(settings: Export) -> Path:
     if settings.form == "loras":
         if settings.adapter is None:
             raise UserError("--form loras writes the experts of an adapter: give it with --adapter.")
-        made = loras.write(Path(settings.adapter), out, shipped_model(settings.model))
+        made = loras.write_loras(Path(settings.adapter), out, shipped_model(settings.model))
         show(f"{len(made)} LoRAs: {out}", highlight=False, markup=False)
         return out
     if out.suffix != ENDING:
@@ -48,13 +48,13 @@ def export(settings: Export) -> Path:
             "a routed one with `alter distill`."
         )
     name = shipped_model(settings.model)
-    if memory.held(name) is None and place_of(name) is None and (Path(name).expanduser() / "config.json").is_file():
+    if memory.held(name) is None and gguf_place(name) is None and (Path(name).expanduser() / "config.json").is_file():
         # said before the weights are read
         from transformers import AutoConfig
 
         gguf.architecture(AutoConfig.from_pretrained(name).get_text_config())
     model, tokenizer = settings.load()
-    found = gguf.write(model, tokenizer, out, settings.type, Path(settings.model).name)
+    found = gguf.write_gguf(model, tokenizer, out, settings.type, Path(settings.model).name)
     kinds = ", ".join(f"{count} tensors in {kind}" for kind, count in found["tensors"].items())
     said = "with its chat template" if found["template"] else "without a chat template: the tokenizer has none"
     show(f"{out}: {found['bytes'] / 1e6:.1f} MB, {kinds}, {said}.", highlight=False, markup=False)

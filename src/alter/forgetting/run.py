@@ -20,7 +20,7 @@ from alter.data.examples import load_examples
 from alter.distillation.run import distill
 from alter.distillation.settings import Distill
 from alter.evaluation.ordinary import ordinary_loss
-from alter.evaluation.ordinary import told as told_of_ordinary
+from alter.evaluation.ordinary import ordinary_sentence as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
 from alter.forgetting.report import print_line, print_outcome

@@ -20,7 +20,7 @@ from alter import metrics
 from alter.attacks import depth, states
 from alter.attacks.base import Attack, Bench, Item
 from alter.attacks.techniques import ATTACKS
-from alter.attacks.weights import train
+from alter.attacks.weights import train_steps
 from alter.data.encoding import encode
 from alter.data.examples import Example
 from alter.evaluation.leakage import Leak, leaked
@@ -43,7 +43,7 @@ figures that are tried themselves, and what only `alter compare` calls so."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class MeasuredRows:
     """What is measured and what the attacker has.
 
     Attributes:
@@ -59,7 +59,7 @@ class Rows:
 
 def train_on(model: Any, tokenizer: Any, rows: Sequence[tuple[Example, str]], *, rate: float, passes: int,
              batch_size: int, seed: int) -> None:  # fmt: skip
-    """Train all weights on rows with the given answers, in place (`alter.attacks.weights.train`).
+    """Train all weights on rows with the given answers, in place (`alter.attacks.weights.train_steps`).
 
     Raises:
         UserError: the loss is not finite.
@@ -69,7 +69,7 @@ def train_on(model: Any, tokenizer: Any, rows: Sequence[tuple[Example, str]], *,
     for weight in weights:
         weight.requires_grad_(True)
     steps = math.ceil(len(encoded) / batch_size) * passes
-    for _ in train(
+    for _ in train_steps(
         model, encoded, weights, rate=rate, steps=steps, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id,
         seed=seed,
     ):  # fmt: skip
@@ -86,7 +86,7 @@ class Measuring:
         rows: the rows.
     """
 
-    def __init__(self, settings: MetaEvaluate, rows: Rows) -> None:
+    def __init__(self, settings: MetaEvaluate, rows: MeasuredRows) -> None:
         self.settings, self.rows = settings, rows
         self.leak = Leak(samples=settings.samples, questions=settings.questions, max_new_tokens=settings.reply_tokens)
 

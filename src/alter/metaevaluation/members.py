@@ -30,7 +30,7 @@ from alter.core.records import VERSION
 from alter.data.examples import Example, examples
 from alter.data.sources import read_rows, tofu_rows
 from alter.evaluation.tofu.sets import SETS
-from alter.metaevaluation.measuring import Measuring, Rows, train_on
+from alter.metaevaluation.measuring import MeasuredRows, Measuring, train_on
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.models.loading import Subject
 from alter.training.run import unlearn
@@ -76,7 +76,7 @@ class Found:
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
-def chosen_rows(settings: MetaEvaluate, out: Path) -> Rows:
+def chosen_rows(settings: MetaEvaluate, out: Path) -> MeasuredRows:
     """Divide the forget rows, and write TOFU's files with the measured ones alone into `out`/rows.
 
     Raises:
@@ -102,7 +102,7 @@ def chosen_rows(settings: MetaEvaluate, out: Path) -> Rows:
     folder = out / "rows" / digest(files)[:16]
     for name, rows in files.items():
         write_atomic(folder / f"{name}.json", to_json(rows))
-    return Rows(
+    return MeasuredRows(
         folder,
         examples(files[f"{settings.split}_perturbed"]),
         examples([forget[i] for i in attacker]),
@@ -124,7 +124,7 @@ def _drawn(rows: list[dict[str, Any]], most: int, seed: int) -> list[dict[str, A
 # Which models there are ----------------------------------------------------------------------------------------------
 
 
-def members(settings: MetaEvaluate, rows: Rows) -> list[Member]:
+def members(settings: MetaEvaluate, rows: MeasuredRows) -> list[Member]:
     """Lay out all models, the two given ones first; then the pools in turns, so that a part of them says something.
 
     Raises:
@@ -211,7 +211,7 @@ def stored(out: Path, member: Member) -> Found | None:
     return Found(**read_object(path, "what was measured of a model")["found"])
 
 
-def measure(settings: MetaEvaluate, tools: Measuring, member: Member, out: Path) -> Found:
+def measure_member(settings: MetaEvaluate, tools: Measuring, member: Member, out: Path) -> Found:
     """Make a member, measure it, write `out`/members/KEY.json and return it. A model that cannot be made has `failed` set."""
     started = time.time()
     folder = out / "models" / member.key

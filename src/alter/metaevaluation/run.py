@@ -12,9 +12,9 @@ from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.core.running import check_free, claim, release
 from alter.metaevaluation.measuring import Measuring
-from alter.metaevaluation.members import Found, Member, chosen_rows, measure, members, stored
+from alter.metaevaluation.members import Found, Member, chosen_rows, measure_member, members, stored
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.metaevaluation.table import Table, html_page, make_table, markdown, summary
+from alter.metaevaluation.table import Table, as_json, html_page, make_table, markdown
 
 
 def meta_evaluate(settings: MetaEvaluate) -> Table:
@@ -50,7 +50,7 @@ def _run(settings: MetaEvaluate, tools: Measuring, laid: Sequence[Member], out: 
     started = time.time()
     for count, member in enumerate(progress(todo, total=len(todo), label="models"), 1):
         with silent():
-            found = measure(settings, tools, member, out)
+            found = measure_member(settings, tools, member, out)
         left = (time.time() - started) / count * (len(todo) - count)
         said = f"{found.seconds:.0f} s" if found.failed is None else f"not made: {found.failed}"
         warn(f"{count}/{len(todo)} {member.pool}: {member.name}: {said}; about {left / 60:.0f} min left")
@@ -67,7 +67,7 @@ def _write(settings: MetaEvaluate, found: Sequence[Found], out: Path) -> Table |
     if table is not None:
         write_atomic(out / "table.md", markdown(settings, table))
         write_atomic(out / "report.html", html_page(settings, table))
-        told = {"settings": settings.model_dump(mode="json"), **summary(table), "provenance": provenance()}
+        told = {"settings": settings.model_dump(mode="json"), **as_json(table), "provenance": provenance()}
         write_atomic(out / "meta.json", to_json(told))
     return table
 

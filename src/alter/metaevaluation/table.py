@@ -156,7 +156,7 @@ def cells(line: Line) -> list[str]:
     ]
 
 
-def verdict(table: Table) -> str:
+def conclusion(table: Table) -> str:
     """One sentence: which metric is the most trustworthy, and where the headline of unlearning papers stands."""
     best = table.lines[0]
     place = {line.metric: rank for rank, line in enumerate(table.lines, 1)}
@@ -203,7 +203,7 @@ def markdown(settings: MetaEvaluate, table: Table) -> str:
     """The table as Markdown."""
     lines = [f"| {' | '.join(HEAD)} |", "|---" + "|---:" * (len(HEAD) - 1) + "|"]
     lines += [f"| {' | '.join(cells(line))} |" for line in table.lines]
-    lines += ["", verdict(table), "", *(f"* {rule}" for rule in rules(settings, table))]
+    lines += ["", conclusion(table), "", *(f"* {rule}" for rule in rules(settings, table))]
     if table.lost:
         lines += ["", "Models that do not count:", "", *(f"* {each}" for each in table.lost)]
     return "\n".join(lines) + "\n"
@@ -219,7 +219,7 @@ def html_page(settings: MetaEvaluate, table: Table) -> str:
         rows.append([name, *cells(line)[1:]])
     body = [
         tag("h1", title),
-        tag("p", verdict(table)),
+        tag("p", conclusion(table)),
         grid(list(HEAD), rows, label="Metrics", numbers=range(1, len(HEAD)), sortable=True),
         tag("h2", "How it was made"),
         tag("ul", *(tag("li", rule) for rule in rules(settings, table))),
@@ -229,7 +229,7 @@ def html_page(settings: MetaEvaluate, table: Table) -> str:
     return document(title, tag("main", *body), sorting=True)
 
 
-def summary(table: Table) -> Mapping[str, object]:
+def as_json(table: Table) -> Mapping[str, object]:
     """The table for JSON."""
     return {
         "metrics": [

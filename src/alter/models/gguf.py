@@ -29,7 +29,7 @@ class Place(NamedTuple):
         return Path(self.home) / self.file if Path(self.home).is_dir() else None
 
 
-def place_of(name: str) -> Place | None:
+def gguf_place(name: str) -> Place | None:
     """Return where the GGUF file that a model's name means is, `file.gguf` or `hub-id:file.gguf`; None for other names.
 
     Raises:

@@ -98,11 +98,11 @@ class Subject(BaseModel):
 def _content(name: str, needs: str, what: str, memo: Path | None) -> str:
     if memory.held(name) is not None:
         return "unknown"  # a fingerprint is of a sample of the weights: no result is kept under it
-    if (file := gguf.place_of(name)) is not None and file.path is not None:
+    if (file := gguf.gguf_place(name)) is not None and file.path is not None:
         return files.file_digest(file.path)
     if _local(name):
         return files.folder_digest(_folder(name, needs, what), memo)
-    place = gguf.place_of(name)
+    place = gguf.gguf_place(name)
     if place is not None:
         name, needs = place
     from huggingface_hub import hf_hub_download
@@ -167,7 +167,7 @@ def check_model_name(name: str) -> None:
         UserError: no such shipped model, folder or file, or a folder without a model.
     """
     name = shipped_model(name)
-    if memory.held(name) is None and gguf.place_of(name) is None and _local(name):
+    if memory.held(name) is None and gguf.gguf_place(name) is None and _local(name):
         _folder(name, "config.json", "model")
 
 
@@ -244,7 +244,7 @@ def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.Place | N
         if quantization is not None:
             raise UserError("quantization is for models that are loaded by name: this one is in memory already.")
         return model, None
-    packed_file = gguf.place_of(model)
+    packed_file = gguf.gguf_place(model)
     if packed_file is not None and quantization is not None:
         raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
     if packed_file is None and _local(model):

@@ -59,7 +59,7 @@ def figure_of(record: Record) -> str:
     return MEASURES.get(kind, kind)
 
 
-def recovered(run: Reported) -> list[Record]:
+def recovered_records(run: Reported) -> list[Record]:
     """Return the records that say which share of what was removed an attack recovers."""
     return [r for r in run.attacks if r.metric.startswith("attack_recovered_")]
 
@@ -70,10 +70,10 @@ def no_tests(run: Reported) -> dict[str, list[str]]:
     An attack that brought something back is one, however badly it was trained.
     """
     found: dict[str, list[str]] = {}
-    for record in recovered(run):
+    for record in recovered_records(run):
         if "refused" in record.extra:
             found.setdefault(str(record.extra["refused"]), []).append(f"{plain_name(record)} ({figure_of(record)})")
-    works = {str(record.extra.get("attack")) for record in recovered(run) if _counts(record)}
+    works = {str(record.extra.get("attack")) for record in recovered_records(run) if _counts(record)}
     for name, why in _untrained(run).items():
         if name not in works:
             found.setdefault(why, []).append(NAMES.get(name, name))
@@ -88,11 +88,11 @@ def _untrained(run: Reported) -> dict[str, str]:
 
 
 def valid(run: Reported) -> list[Record]:
-    """Return the records of `recovered` of attacks that are a valid test."""
+    """Return the records of `recovered_records` of attacks that are a valid test."""
     learned_nothing = _untrained(run)
     return [
         record
-        for record in recovered(run)
+        for record in recovered_records(run)
         if record.value is not None and (record.extra.get("attack") not in learned_nothing or _counts(record))
     ]
 

@@ -21,7 +21,7 @@ def settings_of(run: Reported) -> list[Html]:
     return [words, folded("All settings", [box])]
 
 
-def provenance(run: Reported, level: int) -> list[Html]:
+def provenance_section(run: Reported, level: int) -> list[Html]:
     """Return the section on weights, data, code and machines; `level` is that of its headings."""
     shown: list[Html] = []
     own = run.facts.get("provenance")

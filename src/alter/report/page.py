@@ -14,16 +14,16 @@ from rich.console import Console
 from alter.core.errors import UserError
 from alter.core.files import write_atomic
 from alter.core.provenance import commit, versions
-from alter.report.attacks import attacks, recovered
-from alter.report.origin import provenance, settings_of
+from alter.report.attacks import attacks, recovered_records
+from alter.report.origin import provenance_section, settings_of
 from alter.report.requests import requests
 from alter.report.runs import Reported, read
 from alter.report.samples import sample_answers, samples
 from alter.report.settings import Report
-from alter.report.summary import evidence, summary
+from alter.report.summary import evidence, summary_section
 from alter.report.tables import figures, side_by_side
 from alter.report.tokens import entropies, routing
-from alter.report.training import logged, training
+from alter.report.training import logged, training_section
 from alter.reporting.markup import Html, document, join, tag
 
 
@@ -42,7 +42,7 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
     evaluate = f"alter evaluate {which} --name unlearned --json unlearned.json"
     trained = "alter unlearn RECIPE.yaml --out RUN"
     answered = bool(samples(run)[1])
-    found: dict[str, list[Html]] = {"Summary": summary(run, level)}
+    found: dict[str, list[Html]] = {"Summary": summary_section(run, level)}
     missing: list[Html] = []
     plan = (
         ("Figures", bool(run.records), lambda: figures(run), evaluate, "--records unlearned.json"),
@@ -55,19 +55,19 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
         ),
         (
             "Attacks",
-            bool(recovered(run)),
+            bool(recovered_records(run)),
             lambda: attacks(run, level, count),
             f"alter attack {which} --forget {forget} --retrained RETRAINED --out attacks",
             "--attacks attacks",
         ),
         ("Token entropies", run.tokens is not None, lambda: entropies(run), trained, "RUN"),
         ("Routing", run.tokens is not None, lambda: routing(run), trained, "RUN"),
-        ("Training", bool(logged(run)), lambda: training(run, level), trained, "RUN"),
+        ("Training", bool(logged(run)), lambda: training_section(run, level), trained, "RUN"),
         ("Settings", bool(run.written), lambda: settings_of(run), trained, "RUN"),
         (
             "Provenance",
             bool(run.facts) or any(r.provenance for r in run.records + run.attacks),
-            lambda: provenance(run, level),
+            lambda: provenance_section(run, level),
             evaluate,
             "--records unlearned.json",
         ),
@@ -129,7 +129,7 @@ def compose(
     if officer:
         for i, run in enumerate(runs):
             name = "Summary" if len(runs) == 1 else run.name
-            section(name, f"run{i}", [*summary(run, 3), tag("h3", "Evidence"), *evidence(run)])
+            section(name, f"run{i}", [*summary_section(run, 3), tag("h3", "Evidence"), *evidence(run)])
     elif len(runs) == 1:
         found, missing = sections(runs[0], 3, count)
         for i, (name, content) in enumerate(found.items()):

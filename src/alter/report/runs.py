@@ -86,7 +86,7 @@ def _siblings(path: Path) -> list[str]:
     return [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
-def read_run(given: str) -> Reported:
+def read_reported(given: str) -> Reported:
     """Read the folder of a run.
 
     Raises:
@@ -250,10 +250,10 @@ def read(settings: Report) -> list[Reported]:
     """Read runs, records and attacks, and bring them together.
 
     Raises:
-        UserError: see `read_run`, `owners`, `add_records`, and `records.read_records`.
+        UserError: see `read_reported`, `owners`, `add_records`, and `records.read_records`.
     """
     folders = {Path(given).resolve(): given for given in settings.runs}
-    runs = [read_run(given) for given in folders.values()]
+    runs = [read_reported(given) for given in folders.values()]
     for i, run in enumerate(runs):
         if sum(other.name == run.name for other in runs) > 1:
             runs[i].name = str(run.folder)

@@ -129,7 +129,7 @@ def evidence(run: Reported) -> list[Html]:
     return [*shown, tag("p", "; ".join(facts), class_="small soft")] if facts else shown
 
 
-def summary(run: Reported, level: int) -> list[Html]:
+def summary_section(run: Reported, level: int) -> list[Html]:
     """What was to be forgotten, whether it was, what it cost, whether it can be brought back, and the limits."""
     asked: list[object] = []
     if run.settings:

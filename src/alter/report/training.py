@@ -27,7 +27,7 @@ def logged(run: Reported) -> list[Any]:
     return logged if len(logged) > 1 else []
 
 
-def training(run: Reported, level: int) -> list[Html]:
+def training_section(run: Reported, level: int) -> list[Html]:
     """Return the section on training: losses, and what was watched, by step; `level` is that of its headings."""
     plots = []
     for term, meaning in TERMS.items():

@@ -165,11 +165,11 @@ def model_hashes(name: str) -> dict[str, str]:
     Raises:
         UserError: there is no such model on this machine.
     """
-    from alter.models.gguf import place_of
+    from alter.models.gguf import gguf_place
     from alter.models.loading import shipped_model
 
     local = shipped_model(name)
-    place = place_of(local)
+    place = gguf_place(local)
     if place is not None and place.path is not None:
         return hashes(place.path)
     if Path(local).expanduser().exists():

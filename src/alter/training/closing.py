@@ -15,7 +15,7 @@ from alter.core.heap import give_back
 from alter.core.records import write_records
 from alter.data.examples import load_examples
 from alter.evaluation.closing import closing_of, show_closing
-from alter.evaluation.ordinary import ordinary_loss, told
+from alter.evaluation.ordinary import ordinary_loss, ordinary_sentence
 from alter.evaluation.rows import RowsEvaluation
 from alter.evaluation.run import measured
 from alter.training.own import OWN
@@ -82,7 +82,7 @@ def closing(run: Unlearn, out: Path) -> dict[str, Any] | None:
         model, tokenizer = settings.load()
         if hasattr(model, "disable_adapter"):
             cost = ordinary_loss(model, tokenizer, load_examples(run.forget))
-            show(told(cost))
+            show(ordinary_sentence(cost))
             record = read_object(out / "run.json", "what alter unlearn wrote")
             write_atomic(out / "run.json", to_json({**record, "ordinary_loss": cost}))
     return shown

@@ -51,7 +51,7 @@ def starting_model(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedToken
     from alter.models import gguf
     from alter.models.loading import load_model
 
-    if settings.model.startswith("builtin:") or gguf.place_of(settings.model) is not None:
+    if settings.model.startswith("builtin:") or gguf.gguf_place(settings.model) is not None:
         return load_model(settings.model, dtype="float32", device="cpu", template=settings.chat_template_kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)

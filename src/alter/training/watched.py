@@ -12,7 +12,7 @@ from alter.core.errors import UserError
 from alter.data.examples import Example, load_examples, row_key
 from alter.evaluation.tofu.reference import read_reference
 from alter.evaluation.tofu.results import TofuReference
-from alter.evaluation.tofu.sets import fingerprint
+from alter.evaluation.tofu.sets import rows_fingerprint
 from alter.training.rules import LikeUnseen, rows_needed
 from alter.training.watch import Watch
 
@@ -155,7 +155,7 @@ def _reference(path: str, rows: Sequence[Example]) -> TofuReference:
     again = "evaluate the retrained model on the rows of watch.forget with `alter evaluate --json`, in strict mode"
     if reference.mode not in (None, "strict"):
         raise UserError(f"watch.retain_records: {path} was measured in {reference.mode} mode: {again}.")
-    own = fingerprint([example.row for example in rows])
+    own = rows_fingerprint([example.row for example in rows])
     if len(reference.truth_ratio) != len(rows) or reference.fingerprint not in (None, own):
         what = f" ({reference.split})" if reference.split else ""
         raise UserError(

@@ -22,7 +22,7 @@ def rows_of_requests(requests: Sequence[Any]) -> dict[tuple[int, ...], list[int]
     return rows
 
 
-def check_room(prompt: str, length: int, new: int, context: int) -> None:
+def check_context(prompt: str, length: int, new: int, context: int) -> None:
     """Refuse a prompt that does not fit into the model's context.
 
     Args:
@@ -85,7 +85,7 @@ class HarnessModel(HFLM):
         self.asked = {row: len(requests[members[0]][1]) for row, members in rows.items()}
         order = sorted(rows, key=len, reverse=True)
         if order:
-            check_room(self.tokenizer.decode(order[0]), len(order[0]), 0, self.max_length)
+            check_context(self.tokenizer.decode(order[0]), len(order[0]), 0, self.max_length)
         batches = token_batches(order, self.batch_tokens)
         answers: list[Any] = [None] * len(requests)
         for batch in progress(batches, total=len(batches), label=self.label):
@@ -115,5 +115,5 @@ class HarnessModel(HFLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
         for prompt, settings in (request.args for request in requests):
             length, new = len(self.tok_encode(prompt)), int(settings.get("max_gen_toks", self.max_gen_toks))
-            check_room(prompt, length, new, self.max_length)
+            check_context(prompt, length, new, self.max_length)
         return super().generate_until(requests, disable_tqdm=disable_tqdm)

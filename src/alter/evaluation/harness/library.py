@@ -26,7 +26,7 @@ def check_installed() -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """Silence the harness's warnings and its progress bar for every task; errors are shown."""
     from lm_eval.api import task
 

@@ -14,7 +14,7 @@ from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.core.records import Record
 from alter.evaluation.base import Evaluation, say
-from alter.evaluation.harness.library import check_installed, quiet
+from alter.evaluation.harness.library import check_installed, quiet_harness
 from alter.evaluation.harness.model import harness_model
 from alter.models.scoring import evaluating
 
@@ -83,7 +83,7 @@ class HarnessEvaluation(Evaluation):
             UserError: see `specs`; or a task that cannot be run here as asked.
         """
         check_installed()
-        with quiet():
+        with quiet_harness():
             loaded = self.specs()
             for name, task in loaded["tasks"].items():
                 self._prepare(name, task)
@@ -135,7 +135,7 @@ class HarnessEvaluation(Evaluation):
         loaded = self.loaded
         from lm_eval.evaluator import evaluate
 
-        with quiet(), evaluating(model):
+        with quiet_harness(), evaluating(model):
             wrapped = harness_model(
                 model, tokenizer, batch_tokens=self.batch_tokens, batch_size=self.batch_size, label=self.title()
             )

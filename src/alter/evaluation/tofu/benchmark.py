@@ -16,7 +16,7 @@ from alter.evaluation.leakage import Leak, leaked
 from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.evaluation.tofu.reference import read_reference
 from alter.evaluation.tofu.results import Mode
-from alter.evaluation.tofu.sets import SETS, fingerprint, holdout_rows, set_rows
+from alter.evaluation.tofu.sets import SETS, holdout_rows, rows_fingerprint, set_rows
 from alter.models.loading import Subject
 
 
@@ -47,9 +47,13 @@ class TofuEvaluation(Evaluation):
     def data_digest(self) -> str | None:
         """Hash of the rows of all sets, of the holdout rows, and of the retrained model or its results."""
         judge = self.leak.content()
-        rows = [fingerprint(set_rows(key, self.split, self.data, self.limit, self.seed)) for key in SETS]
+        rows = [rows_fingerprint(set_rows(key, self.split, self.data, self.limit, self.seed)) for key in SETS]
         unseen, _ = holdout_rows(self.split, self.data, self.holdout, self.limit, self.seed)
-        return None if judge is None else digest(rows, unseen and fingerprint(unseen), self._reference_digest(), judge)
+        return (
+            None
+            if judge is None
+            else digest(rows, unseen and rows_fingerprint(unseen), self._reference_digest(), judge)
+        )
 
     def _retrained(self) -> Subject | None:
         """Return the retrained model if `retain_records` names a model's folder rather than a result file."""

@@ -14,7 +14,7 @@ from alter.data.examples import Example, examples
 from alter.evaluation.base import quick_look
 from alter.evaluation.tofu.reference import as_reference, lacking
 from alter.evaluation.tofu.results import Array, Mode, TofuReference, TofuResult, TofuSet, check_reference
-from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, fingerprint, holdout_rows, set_rows
+from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, holdout_rows, rows_fingerprint, set_rows
 from alter.models.generation import check_prompts, generate
 from alter.models.scoring import Scores, check_rows, gradient_norms, score
 
@@ -86,7 +86,7 @@ def tofu_metrics(
 def _rows(result: TofuResult, sets: Sequence[str], limit: int | None, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each set and note the sets in the result; refuse a reference measured on other rows."""
     rows = {key: set_rows(key, result.split, result.data, limit, seed) for key in sets}
-    result.sets = {key: TofuSet(key, len(own), fingerprint(own)) for key, own in rows.items()}
+    result.sets = {key: TofuSet(key, len(own), rows_fingerprint(own)) for key, own in rows.items()}
     if limit is not None:
         result.notes.append(quick_look(limit))
     forget = result.sets.get("forget")
@@ -102,7 +102,7 @@ def _unseen(
     unseen, notes = holdout_rows(result.split, result.data, holdout, limit, seed)
     result.notes += notes
     if unseen is not None:
-        forget.holdout = fingerprint(unseen)
+        forget.holdout = rows_fingerprint(unseen)
         if result.reference is not None:
             check_reference(result.reference, result.split, result.mode, forget)
     return unseen

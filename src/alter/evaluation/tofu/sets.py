@@ -27,7 +27,7 @@ def _sample(rows: list[dict[str, Any]], limit: int | None, seed: int) -> list[di
     return [rows[i] for i in sorted(chosen)]
 
 
-def fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+def rows_fingerprint(rows: Sequence[dict[str, Any]]) -> str:
     """Hash of the rows' questions and answers: what two results must share to be compared item by item."""
     keys = ("question", "answer", "paraphrased_answer", "perturbed_answer")
     text = json.dumps([[row.get(key) for key in keys] for row in rows], ensure_ascii=False)
