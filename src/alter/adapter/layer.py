@@ -39,12 +39,12 @@ class AlterLinear(nn.Module, BaseTunerLayer):
 
     Per adapter: `alter_A.<name>` maps in -> r and is shared by all experts; `alter_B.<name>` has one weight
     [out, (N + 1) * r], whose columns `d * r : (d + 1) * r` are expert d: the retention expert for d = 0, forget expert d
-    for d = 1..N (this is the checkpoint format). On one layer of the network, the host, `alter_router.<name>` maps what
-    the router reads to N + 1 logits; with router="dense" every layer has its own, on its own input (HydraLoRA).
+    for d = 1..N (this is the checkpoint format). One layer of the network, the host, holds `alter_router.<name>`, which maps
+    the router's features to N + 1 logits; with router="dense" every layer has its own, on its own input (HydraLoRA).
     """
 
     if TYPE_CHECKING:
-        # what comes from PEFT has no types
+        # PEFT is untyped
         def __getattr__(self, name: str) -> Any: ...
 
     # ModuleDicts by adapter name, of MaskedLinear, MaskedLinear and nn.Linear
@@ -147,21 +147,22 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def train(self, mode: bool = True) -> AlterLinear:
-        """Switch between training and inference, which lays each B out expert by expert, to be read in one piece."""
+        """Switch the mode; in eval mode B is stored expert by expert, so that each expert is contiguous in memory."""
         super().train(mode)
         with torch.inference_mode(False), torch.no_grad():
             for B in self.alter_B.values():
                 weight = B.weight
-                # one that is sharded or not loaded yet stays as it is
+                # a sharded weight (DTensor) or one on the meta device keeps its layout
                 if type(weight) is nn.Parameter and weight.dim() == 2 and not weight.is_meta:
                     data = weight.data
                     weight.data = data.contiguous() if mode else data.t().contiguous().t()
         return self
 
     def add_router(self, adapter_name: str, features: int, probed: bool = False) -> None:
-        """Make this layer the host of the adapter's router, which maps `features` values to one logit per expert.
+        """Create the adapter's router on this layer, its host: `features` values in, one logit per expert out.
 
-        With `probed` a probe of as many values goes beside it: the logit that the next token's entropy is high, at first 0.
+        With `probed` also create a linear probe of the same features, initialised to zero: the logit that the next token has a
+        high entropy.
         """
         like = self.alter_A[adapter_name].weight
         router = nn.Linear(features, self.alter_experts[adapter_name], device=like.device, dtype=like.dtype)
@@ -220,13 +221,13 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         return self.base_layer(x, *args, **kwargs)
 
     def _updated(self, name: str, x: Tensor, result: Tensor, state: ForwardState | None) -> Tensor:
-        """`result` [..., out] with the update of one adapter for x [..., in] added."""
+        """Add one adapter's update of x [..., in] to `result` [..., out]."""
         plan = self._plan(name, x, state)
         if plan is not None:
             if plan.closed:
                 return result
             if x.dim() <= len(plan.shape):
-                # a layer that sees the rows of the batch one after the other
+                # a layer that is called once per row of the batch
                 x = x.unflatten(0, plan.shape)
         A, B = self.alter_A[name], self.alter_B[name]
         dropout = self.alter_dropout[name] if self.training else None
@@ -281,7 +282,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         return (torch.sin if kind == "sine" else torch.tanh)(frequency * delta) / gain
 
     def _plan(self, name: str, x: Tensor, state: ForwardState | None) -> Plan | None:
-        """How to work out the update of one adapter for x; None for one that is not routed."""
+        """Return the plan for one adapter's update of x, or None for an adapter without a router."""
         if state is None or name not in state.routing:
             if self.alter_mode[name] in ("static", "dense"):
                 return None
@@ -305,7 +306,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         return plan
 
     def resize(self, adapter_name: str, experts: int) -> None:
-        """Append experts (zero columns of B, zero rows of the router) up to `experts`, keeping the old ones bit-exact."""
+        """Grow to `experts` experts: append zero columns to B and zero rows to the router; the others stay bit-exact."""
         old = self.alter_B[adapter_name]
         r, previous = self.alter_r[adapter_name], self.alter_experts[adapter_name]
         new = MaskedLinear(experts * r, self.out_features, device=old.weight.device, dtype=old.weight.dtype)
@@ -327,10 +328,10 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             self.alter_router[adapter_name] = wider
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of a static adapter as one matrix in the layout of the base weight: s (sum_e B_e) A, or its bound.
+        """Compute a static adapter's update in the base weight's layout: s (sum_e B_e) A, or its bounded form.
 
         Raises:
-            NotMergeable: the adapter routes per token, so that there is no one matrix.
+            NotMergeable: the adapter routes per token, so no single matrix equals it.
         """
         if self.alter_mode[adapter] != "static":
             raise NotMergeable(adapter, self.alter_mode[adapter])
@@ -369,7 +370,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take merged updates out of the base weight again."""
+        """Subtract the merged updates from the base weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

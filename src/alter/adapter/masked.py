@@ -23,7 +23,7 @@ class _MaskedWeightGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
-        # of x the gradient of W needs those columns only
+        # the gradient of W needs only those columns of x
         ctx.save_for_backward(x[..., first:last], weight, mask)
         ctx.around = first, x.shape[-1] - last
         return x @ weight.mT
@@ -36,7 +36,7 @@ class _MaskedWeightGradient(torch.autograd.Function):
             grad_x = grad @ weight
         if ctx.needs_input_grad[1]:
             if mask.shape[-1] == 1:
-                # one mask per token: the narrower factor is the cheaper one to mask
+                # one mask per token: mask the narrower factor, which is cheaper
                 if grad.shape[-1] < x.shape[-1]:
                     grad = grad * mask.to(grad.dtype)
                 else:
@@ -53,7 +53,7 @@ class _MaskedWeightGradient(torch.autograd.Function):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer without bias, of which some blocks of inputs may take part only, and learn from some inputs only."""
+    """A linear layer without bias that can run on some blocks of its inputs, and learn from some tokens, only."""
 
     def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, bias=False, **kwargs)
@@ -69,22 +69,22 @@ class MaskedLinear(nn.Linear):
         learns: slice | None = None,
         rest: tuple[Plan, Tensor] | None = None,
     ) -> Tensor:
-        """scale * x W^T, [..., in] -> [..., out], added to `base` [..., out] if that is given.
+        """Return scale * x W^T, [..., in] -> [..., out], plus `base` [..., out] if it is given.
 
         Args:
             x: [..., in], or what the chosen blocks read of it.
-            mask: [..., E] bool with E a divisor of in: the weight learns only where it is true, entry e covering the e-th
-                of E equal groups of neighbouring inputs, or of those that `learns` names. The gradient of x is that of a
-                plain linear layer.
-            blocks: of `width` neighbouring inputs each, the only ones that x holds; the others count as zero. A slice, [K]
-                indices, or [B, K] for the rows of x [B, T, K * width]. With `Products`, x [..., width] goes into the blocks
-                of its pairs, and nothing is learned.
+            mask: [..., E] bool, with E a divisor of in: the weight's gradient counts a token only where it is true. Entry e
+                covers the e-th of E equal groups of neighbouring inputs (of those in `learns`, if given). The gradient of
+                x is that of a plain linear layer.
+            blocks: the blocks of `width` neighbouring inputs that x holds; all others count as zero. A slice, [K] indices, or
+                [B, K] indices for each row of x [B, T, K * width]. With `Products`, x [..., width] is multiplied by the
+                blocks of its pairs, without gradient.
             width: inputs per block.
             base: added to the result.
             scale: multiplies the product.
-            learns: of the chosen blocks the only ones that learn.
-            rest: other blocks for some of the tokens, and what these read of them, [..., in]. They are part of this call,
-                since a wrapper that gathers the weight does so at every call, and processes would not make as many.
+            learns: the only ones of these blocks that get a gradient.
+            rest: further blocks for a few tokens, and their inputs [..., in]. They are part of this call because FSDP gathers
+                the weight at every call of the module, and ranks with other batches would make another number of calls.
         """
         if rest is not None:
             y = self.forward(x, mask, blocks, width, base, scale, learns)
@@ -111,10 +111,10 @@ class MaskedLinear(nn.Linear):
         return y if base is None else base + y.reshape(base.shape)
 
     def _add_rest(self, y: Tensor, plan: Plan, few: Tensor, width: int, scale: float) -> Tensor:
-        """Add to y [..., out], in place, what the plan's experts make of `few` for its tokens alone."""
+        """Add the plan's experts' output for `few` to y [..., out] at the plan's tokens, in place."""
         assert plan.tokens is not None
         part = self.forward(few, plan.expert_mask, plan.experts, width, None, scale, plan.learns).flatten(0, -2)
-        # y is new, and nobody keeps it for the backward pass
+        # safe in place: y was just made, and no backward needs its old value
         flat = y.reshape(-1, y.shape[-1]).index_add_(0, plan.tokens.to(y.device), part.to(y.dtype))
         return flat.view(y.shape)
 
@@ -135,7 +135,7 @@ def _learn_masked(x: Tensor, weight: Tensor, mask: Tensor, scale: float, width: 
         # autocast does not reach into autograd functions
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    # the narrow factor is the cheaper one to scale
+    # scale the narrower factor, which is cheaper
     x = x if scale == 1.0 else x * scale
     first, last = (0, x.shape[-1]) if learns is None else ((learns.start or 0) * width, learns.stop * width)
     return _MaskedWeightGradient.apply(x, weight, mask.to(x.device), first, last)

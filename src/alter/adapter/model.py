@@ -1,4 +1,4 @@
-"""The tuner that puts ALTER adapters on a model, and what the frozen base tells about its tokens."""
+"""The tuner that puts ALTER adapters on a model and reads entropies and router features from the frozen base."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from alter.logits.head import Head
 
 
 class NoLayerFound(UserError, NoMatchingPeftModuleError):
-    """No layer of the model is one that the configuration asks for."""
+    """No layer of the model matches the configuration's target_modules."""
 
 
 def check_keys(what: str, kind: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    """Refuse weights that do not fill an adapter, or that hold more than it has: it would load in part, and forget less.
+    """Refuse weights with missing or extra tensors: a partly loaded adapter would forget less than it was trained to.
 
     Args:
         what: what errors call it.
-        kind: the method of PEFT's that its configuration names.
-        missing: names of tensors that stay as they were made.
-        unexpected: names of tensors that found no place.
+        kind: the `peft_type` in its configuration.
+        missing: names of tensors that the file lacks, which would keep their initial values.
+        unexpected: names of tensors in the file that the adapter does not have.
 
     Raises:
         UserError: there are any.
@@ -67,10 +67,10 @@ def check_keys(what: str, kind: str, missing: Sequence[str], unexpected: Sequenc
 class AlterModel(BaseTuner):
     """Puts ALTER adapters (arXiv:2603.01792) on a model: shared A, a retention expert and N forget experts per layer.
 
-    The route of each token, the experts it takes, is computed once for the whole network: see `alter.adapter.routing`.
-    In a plain forward pass the frozen base runs first (not with `AlterConfig.from_layer`, where one pass does both), to tell entropies and routes; a caller who knows the routes
-    passes them as `model(..., alter_routing=Routing(...))` and saves that pass. Generation runs the frozen base once, on
-    the prompt.
+    Each token is routed to its experts once for the whole network; see `alter.adapter.routing`. A plain forward pass runs the
+    frozen base first, to compute entropies and routes (with `AlterConfig.from_layer` one pass does both). A caller who knows the
+    routes passes them as `model(..., alter_routing=Routing(...))` and saves that pass. Generation runs the frozen base once,
+    on the prompt.
 
     Args:
         model (`torch.nn.Module`):
@@ -194,7 +194,7 @@ class AlterModel(BaseTuner):
                 f"router={peft_config.router!r} routes all of them. Add 'experts' layers to exclude_modules."
             )
         if isinstance(target, AlterLinear):
-            # deleting the last adapter leaves the layers, but not their context
+            # PEFT keeps the layers when the last adapter is deleted; their routing context goes
             target.context = self._context
             target.update_layer(adapter_name, peft_config)
             return
@@ -248,7 +248,7 @@ class AlterModel(BaseTuner):
         self._context.configs[adapter_name] = config
 
     def _roll_back(self, model: nn.Module, adapter_name: str) -> None:
-        """Take the half-made layers of an adapter out again, so that a failed call leaves the model as it was."""
+        """Remove the layers that a failed injection has already made, so that the model is left as it was."""
         for name, module in list(model.named_modules()):
             if not isinstance(module, AlterLinear):
                 continue
@@ -319,12 +319,12 @@ class AlterModel(BaseTuner):
         position_ids: Tensor | None = None,
         adapter_name: str | None = None,
     ) -> Trace:
-        """Run the frozen base once and collect what it knows about each token, as `Trace` explains.
+        """Run the frozen base once and return the entropy and the router features of each token; see `Trace`.
 
         Args:
             input_ids: [B, T].
             attention_mask: [B, T], 1 on real tokens; padding on either side.
-            position_ids: [B, T], where they are not to be the model's own; a 0 begins a new sequence within a row.
+            position_ids: [B, T], if they differ from the model's own; a 0 begins a new sequence within a row (packing).
             adapter_name: adapter whose entropy order and router layer count; the active one by default.
 
         Raises:
@@ -360,7 +360,7 @@ class AlterModel(BaseTuner):
     def route(
         self, entropy: Tensor, features: Tensor | None, mask: Tensor | None = None, adapter_name: str | None = None
     ) -> Tensor:
-        """Gates [B, T, N + 1] that a plain forward pass would give the tokens that `trace` described.
+        """Compute the gates [B, T, N + 1] that a plain forward pass would give to the tokens traced by `trace`.
 
         Args:
             entropy: [B, T] from `trace`.
@@ -393,10 +393,10 @@ class AlterModel(BaseTuner):
         return route_tokens(raw, entropy, real, config)[0]
 
     def resize_experts(self, adapter_name: str, num_forget_experts: int, domains: list[str] | None = None) -> None:
-        """Append forget experts to an adapter for further requests; the old ones stay bit-exact.
+        """Append forget experts to an adapter, one for each further request; the existing ones stay bit-exact.
 
-        New experts start at zero, and so do their rows in the router. Parameters are new objects: make the optimizer
-        afterwards.
+        New experts and their rows of the router start at zero. The parameters are replaced by larger ones: create the
+        optimizer afterwards.
 
         Args:
             adapter_name: adapter to grow.
@@ -469,7 +469,7 @@ class AlterModel(BaseTuner):
         prefixes = {WRAPPERS.sub("", prefix) for prefix in _get_tuner_state_dict_key_prefixes(model)}
         selected = _filter_state_dict_by_key_prefixes(clean, prefixes)
         selected.update(cls._get_learnable_bias_state_dict(model, clean, config))
-        # for inference B lies in memory expert by expert, which files do not know
+        # eval mode stores B expert by expert; the checkpoint format is column by column
         return {key: value.contiguous() for key, value in selected.items()}
 
     @classmethod

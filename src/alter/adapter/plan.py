@@ -1,4 +1,4 @@
-"""Which experts the layers of a forward pass work with: decided once per pass, so that no layer asks the device."""
+"""Which experts the layers of a forward pass compute: planned once per pass, so that no layer waits for the device."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Products:
 
 @dataclass(eq=False)
 class Plan:
-    """How the layers work out one adapter's update from its route; always that of all experts for all tokens.
+    """How the layers compute one adapter's update from its route; the result always equals that of all experts for all tokens.
 
     Attributes:
         shape: [B, T], or whatever leading shape the gates have; of a `rest` [E, m].
@@ -209,7 +209,7 @@ def _opened(rows: Tensor) -> tuple[list[list[int]], list[list[float]]]:
 
 
 def plan(route: Routing, *, learning: bool, pairs: bool = False, silent: bool = False) -> Plan:
-    """Leave out the experts that no token opens, by the cheapest of six ways: they would add exactly nothing.
+    """Skip the experts that no token opens, which would add exactly zero, in the cheapest of six ways.
 
     One expert or several neighbours are read where they lie; experts that are far apart are copied together; rows that
     each take experts of their own get a copy of theirs; experts that few tokens take are left to those tokens; or every

@@ -1,4 +1,4 @@
-"""What the layers of an adapted model share: the routes of the forward pass that runs, and what generation remembers."""
+"""State shared by the layers of an adapted model: the current forward pass's routes, and what generation keeps between steps."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class ForwardState:
 
     Attributes:
         routing: route per adapter name.
-        frozen: the layers are to be the base layers; only the host reads its input.
-        observe: the host reads its input at the last position, for the next token's route.
-        grad: the router's own output takes part in the graph, although the frozen pass does not.
-        host: layer whose whole input is to be kept in `features`.
-        plans: what the layers make of the routes.
-        silent: adapters whose retention expert is known to be zero, or not to be.
-        probe_logits: what probes say of the host's input, as `router_logits`.
-        trunk: of a pass that routes its own tokens.
+        frozen: layers run without their experts; the host only records its input.
+        observe: the host records its input at the last position, for the next token's route.
+        grad: record gradients for the router's output, though not for the rest of the frozen pass.
+        host: layer whose input is stored, whole, in `features`.
+        plans: by adapter, how the layers compute the routed update.
+        silent: by adapter, whether its retention expert is zero in all layers, where that has been checked.
+        probe_logits: the probes' output for the host's input, like `router_logits`.
+        trunk: set in a pass that routes its own tokens (`AlterConfig.from_layer`).
     """
 
     routing: dict[str, Routing] = field(default_factory=dict)
@@ -91,19 +91,19 @@ class ForwardState:
     trunk: Trunk | None = None
 
     def plan_of(self, name: str) -> Plan:
-        """How the layers are to work out the update of one adapter."""
-        # the number of open experts differs from pass to pass, which a compiled graph could not follow
+        """Return how the layers compute one adapter's update, planned once per pass."""
+        # the number of open experts changes from pass to pass: a graph of torch.compile runs all of them
         found = None if torch.compiler.is_compiling() else self.plans.get(name)
         return Plan.whole(self.routing[name]) if found is None else found
 
     def read_host(self, layer: Host, x: Tensor) -> None:
-        """Keep what the routers on this layer say about its input at every position."""
+        """Store the routers' logits for this layer's input at every position."""
         if self.host is layer:
             self.features = x.detach()
         self._read(layer, x, self.grad)
 
     def read_host_last(self, layer: Host, x: Tensor) -> None:
-        """Keep what the routers on this layer say about its input at the last position."""
+        """Store the routers' logits for this layer's input at the last position."""
         self._read(layer, x[:, -1], False)
 
     def _read(self, layer: Host, x: Tensor, grad: bool) -> None:
@@ -118,7 +118,7 @@ class ForwardState:
 
     @torch.no_grad()
     def route_trunk(self, layer: Host, x: Tensor) -> None:
-        """Route the tokens of the pass by what enters the router's layer, x [B, T, D].
+        """Route the pass's tokens by the input x [B, T, D] of the router's layer.
 
         Raises:
             UserError: the layer does not see every token in order.
@@ -149,14 +149,14 @@ class ForwardState:
 
 
 class RoutingContext:
-    """The state that all layers of a model share: a plain object without parameters, so there is nothing to save.
+    """State that all layers of a model share: a plain object without parameters, so it is in no state dict.
 
     Attributes:
         state: of the forward pass that runs; None between passes.
         session: of the `generate` call that runs.
         anchors: by adapter name, the layer that holds its router.
         configs: by adapter name.
-        failed: passes that ended before they had a state of their own.
+        failed: passes that raised before their own state was set.
         thread: that runs the present pass.
     """
 

@@ -74,7 +74,7 @@ def prefilled(tokenizer: Any, item: Item, tokens: int) -> Item | None:
 
 
 def split_rows(total: int, measured: int, attacker: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the rows that are measured and of those that the attacker has: disjoint, by the seed.
+    """Split the row numbers by the seed into measured rows and the attacker's rows, which are disjoint.
 
     Raises:
         UserError: no row is left to measure.
@@ -149,7 +149,7 @@ class Budget:
 class Bench:
     """One model under attack: how it is loaded, the rows, and the settings.
 
-    `shared` is loaded once and must stay as it is; what an attack spoils it takes from `fresh`.
+    `shared` is loaded once and must not be changed; an attack that changes weights takes `fresh`.
     """
 
     settings: Attack
@@ -169,7 +169,7 @@ class Bench:
         return self.model, self.vocabulary
 
     def fresh(self, dtype: str | None = None) -> tuple[Any, Any]:
-        """Model and tokenizer loaded anew, to be spoiled, not quantised; the shared model leaves the memory meanwhile."""
+        """Load model and tokenizer anew, unquantised, for an attack that changes weights; drops the shared model first."""
         self.model = None
         subject = self.subject.model_copy(update={"quantization": None, "dtype": dtype or self.subject.dtype})
         model, self.vocabulary = subject.load()

@@ -31,7 +31,7 @@ def base_linears(model: Any) -> list[tuple[str, Any]]:
     head = model.get_output_embeddings()
     head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
     found: list[tuple[str, Any]] = []
-    # the weights themselves: the number of one that is gone may come again
+    # keep the weights themselves: an id() can be reused once its object is gone
     seen: dict[int, Any] = {} if head is None else {id(head.weight): head.weight}
 
     def visit(module: Any, path: str) -> None:
@@ -58,7 +58,7 @@ NF4_BLOCK = 64
 
 
 def round_trip(weight: torch.Tensor, bits: Literal[8, 4]) -> torch.Tensor:
-    """Return a weight [out, in] as it is after quantising and back, in its own number format.
+    """Quantise a weight [out, in] and return the dequantised values in its own dtype.
 
     8 bits: each row divided by its largest magnitude over 127 and rounded (the weights of LLM.int8, Dettmers et al.
     2022, arXiv:2208.07339, without its outlier columns). 4 bits: each block of 64 values in row order divided by its
@@ -115,7 +115,7 @@ class LowRank(nn.Module):
 
 
 def add_update(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
-    """Put a low-rank update on every base linear layer, whatever adapter is on it, and return what trains; the rest is frozen."""
+    """Add a low-rank update to every base linear layer, under any adapter; return its parameters, freeze all others."""
     model.requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
     trained: list[nn.Parameter] = []
@@ -225,11 +225,11 @@ FACTOR = 4.0
 
 
 def best_rate(first: float, value: Callable[[float], float | None]) -> list[tuple[float, float]]:
-    """Return the rates that were tried and their values, in order: up or down by `FACTOR` while it gets better, then between.
+    """Search for the best rate, up or down by `FACTOR` while the value improves, then between; return all tried, sorted.
 
     Args:
-        first: the rate to begin with.
-        value: what a rate is worth; None: there is nothing left to spend, and the search ends.
+        first: the rate to start from.
+        value: scores a rate; None ends the search, since the budget is spent.
     """
     tried: dict[float, float] = {}
 
@@ -257,7 +257,7 @@ def best_rate(first: float, value: Callable[[float], float | None]) -> list[tupl
 
 
 def _begin(bench: Bench, rate: float, numbers: Sequence[int], steps: int) -> tuple[Any, Iterator[tuple[int, float]]]:
-    """A fresh model, and the training of all its weights on rows with these numbers; see `train_steps`."""
+    """Return a freshly loaded model and the iterator that trains all its weights on the rows with these numbers."""
     model, tokenizer = bench.fresh("float32")
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     for weight in weights:

@@ -1,4 +1,4 @@
-"""What `alter compare` runs: the settings, and from them every cell, laid out before anything is made.
+"""Plan of `alter compare`: every cell that the settings ask for, laid out and checked before the first one runs.
 
 A cell is one unlearning run and its evaluation, or with `continual` a chain of runs, each starting from the last one's
 result. Its key is a digest of everything that determines its numbers.
@@ -39,7 +39,7 @@ ORIGINAL, RETRAINED = "original", "retrained"
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 RATES = ("learning_rate", "learning_rate_experts", "learning_rate_shared")
 UNKEYED = {"out", "resume", "overwrite", "save_steps", "method"}
-"""Settings of a run that change no number, or stand in it by what they stand for."""
+"""Settings of a run that change no number, or that enter the key by their contents (weights, rows) instead of their names."""
 
 
 Setting = tuple[float, float]
@@ -52,7 +52,7 @@ Chain = tuple[str, ...]
 class Cell:
     """One run or chain of runs and its evaluation, or (without setting) the evaluation of a model as it is.
 
-    `key` is the digest of everything that determines the result; `spec` what the cell's process is told.
+    `key` is the digest of everything that determines the result; `spec` is the input of the cell's process.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Cell:
 
 
 def chains(settings: Compare) -> list[Chain]:
-    """What a run forgets: each split alone, or all in a row."""
+    """Return the chains of splits: each split alone, or all of them one after another (`continual`)."""
     return [tuple(settings.splits)] if settings.continual else [(split,) for split in settings.splits]
 
 
@@ -208,7 +208,7 @@ def run_of(
 
 
 def check_continual(name: str, run: Unlearn) -> None:
-    """Refuse a method whose result no second run can start from.
+    """Refuse a method whose result cannot be the start of a second run.
 
     Raises:
         UserError: its adapter can neither grow, be trained on, nor be merged, nor is it the model itself; or its settings
@@ -227,7 +227,7 @@ def check_continual(name: str, run: Unlearn) -> None:
 
 
 def check_settings(settings: Compare) -> None:
-    """Refuse what cannot be compared, before anything is made.
+    """Check the settings before any cell is planned.
 
     Raises:
         UserError: an empty or repeated list, a number that cannot be a rate or a length, or more search seeds than seeds.
@@ -400,7 +400,7 @@ def _lay_chain(
 
 
 def _told(settings: Compare) -> dict[str, Any]:
-    """What every cell's specification says besides its own."""
+    """Return the part of a specification that all cells share."""
     told = {"limit": settings.limit, "device": settings.device, "original": settings.model}
     return told | ({"survival": settings.survival.model_dump()} if settings.survival.rows else {})
 

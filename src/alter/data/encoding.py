@@ -64,7 +64,7 @@ _OWN = ("messages", "add_generation_prompt", "tools", "documents")
 
 
 def set_template_arguments(tokenizer: Any, given: Sequence[str]) -> None:
-    """Give a tokenizer's chat template variables for whenever it is rendered, each `NAME=VALUE` with a value in JSON.
+    """Set chat template variables on a tokenizer for every rendering, each as `NAME=VALUE` with a JSON value.
 
     Raises:
         UserError: it has no chat template, the template has no such variable, or one is decided by the rows.
@@ -79,7 +79,7 @@ def set_template_arguments(tokenizer: Any, given: Sequence[str]) -> None:
             raise UserError(f"chat_template_kwargs sets {name}, which the rows decide: leave it out.")
         if not template:
             raise UserError(f"chat_template_kwargs sets {name}, but this model's tokenizer has no chat template.")
-        # jinja passes over a variable that no template asks for
+        # jinja ignores variables that the template does not use
         words = set(re.findall(r"[A-Za-z_]\w*", template))
         if name not in words:
             raise UserError(f"The chat template of this model asks for no {name!r}.{nearest(name, words)}")
@@ -92,7 +92,7 @@ def set_template_arguments(tokenizer: Any, given: Sequence[str]) -> None:
 
 
 def share_template_arguments(tokenizer: Any, other: Any) -> None:
-    """Give a tokenizer's chat template the variables that another tokenizer was given."""
+    """Copy the chat template variables of another tokenizer."""
     if hasattr(other, _GIVEN):
         setattr(tokenizer, _GIVEN, getattr(other, _GIVEN))
 
@@ -103,7 +103,7 @@ def _arguments(tokenizer: Any) -> dict[str, Any]:
 
 
 def _template(tokenizer: Any) -> str:
-    """The chat template and its arguments, as a key of what was found out about them."""
+    """Return the chat template and its arguments as a cache key."""
     return f"{tokenizer.chat_template} {json.dumps(_arguments(tokenizer), sort_keys=True)}"
 
 
@@ -150,9 +150,9 @@ _turn_ends: weakref.WeakKeyDictionary[Any, dict[str, int | None]] = weakref.Weak
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """Return the special token that the chat template writes behind an answer, or None without one.
+    """Return the special token that the chat template writes after an answer, or None if it writes none.
 
-    It ends a reply, whatever the tokenizer's end-of-sequence token is.
+    A reply ends there, whatever the tokenizer's end-of-sequence token is.
     """
     if not tokenizer.chat_template:
         return None
@@ -241,7 +241,7 @@ def _plain(example: Example, prompt: str | None, answer: str) -> tuple[str, str]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text, with the marks that the tokenizer adds; a beginning that the text has itself is not doubled."""
+    """Tokenize a text with special tokens; a beginning-of-sequence token that the text has already is not doubled."""
     ids = list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
     return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids
 
@@ -344,7 +344,7 @@ def _as_plain(
     """Tokens before the answer and of the whole, without a chat template."""
     opening, whole = _plain(example, prompt, answer)
     start = _ids(tokenizer, f"{opening} " if compat and example.kind != "completion" else opening)
-    # some tokenizers close every text themselves; a prompt that is to be continued must stay open
+    # some tokenizers append an end-of-sequence token to every text; a prompt must stay open
     if start[-1:] == [tokenizer.eos_token_id] and len(start) > 1:
         start = start[:-1]
     return start, _ids(tokenizer, whole)
@@ -387,14 +387,14 @@ def encode_prompt(tokenizer: Any, example: Example, *, prompt: str | None = None
 
 
 OVERLAP = 4
-"""Each window of a long row begins with a 1/4 of its length that the window before has already shown."""
+"""The first 1/4 of each further window of a long row repeats the end of the window before, as context."""
 
 
 def windows(row: Encoded, length: int, bos: int | None = None) -> list[Encoded]:
     """Cut a row into windows of at most `length` tokens, so that each labelled token is labelled in exactly one of them.
 
-    A window behind the first begins with the last tokens of the one before, a quarter of its length, as unlabelled context,
-    and before them with `bos` if the row does.
+    Each further window starts with `bos` (if the row does) and the last tokens of the window before, a quarter of its length,
+    as unlabelled context.
 
     Raises:
         UserError: the prompt alone fills a window.

@@ -1,8 +1,8 @@
 """`alter distill`: plain weights of the same architecture learn to say what the unlearned model says.
 
-An adapter hides what the base knows, and whoever takes it off has it again. Here the whole distribution of the unlearned
-model (the teacher) is learned by weights of their own (the student), on forget rows in several wordings, on kept rows and
-on general text; `noise` damages the student before it learns, so that what it knew is not only covered up (Lee et al. 2025,
+Removing an adapter brings back what the base knows. Here a student, with plain weights of its own, learns the unlearned
+model's (the teacher's) whole distribution, on forget rows in several wordings, on kept rows and on general text. `noise`
+damages the student before it learns, so that what it knew is not only covered up (Lee et al. 2025,
 "Distillation robustifies unlearning").
 """
 
@@ -57,7 +57,7 @@ UNCOMPARED = {
     "report_to",
     "run",
 }
-"""Settings that may be others when a run goes on."""
+"""Settings that may change when a run is resumed."""
 
 
 def prepare_folder(settings: Distill) -> Path:
@@ -144,7 +144,7 @@ def check_pair(teacher: Any, vocabulary: Any, student: Any, own: Any, names: tup
 
 
 def _keep(teacher: Teacher, taught: Lesson, numbers: Sequence[int]) -> bool:
-    """Keep a teacher's states of some rows if half of the free memory holds them; whether they are kept."""
+    """Cache a teacher's states of some rows if they fit into half of the free memory; return whether they are cached."""
     counted = [taught.counted[i] for i in numbers]
     size = teacher.size(counted)
     if size is None or size > psutil.virtual_memory().available // 2:
@@ -158,10 +158,10 @@ def _keep(teacher: Teacher, taught: Lesson, numbers: Sequence[int]) -> bool:
 
 
 def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Path:
-    """Make plain weights that say what an unlearned model says; return the run's folder.
+    """Distil an unlearned model into plain weights; return the run's folder.
 
-    Teacher passes are made once where half of the free memory holds what its head reads (else at every step), and each
-    step compares all of the vocabulary at every token that counts, chunk by chunk.
+    The teacher runs once if the inputs of its head fit into half of the free memory, else at every step. Each step compares the
+    distributions over the whole vocabulary at every counted token, in chunks.
 
     Args:
         settings: see `Distill`.
@@ -281,7 +281,7 @@ def _facts(
 
 
 def _inputs(settings: Distill, found: dict[str, list[Example]], identities: dict[str, Any]) -> dict[str, Any]:
-    """What a run that is resumed must have been begun with: rows, models and settings."""
+    """Return what must be equal when a run is resumed: rows, models and settings."""
     return {
         **{f"{name} rows": digest([row.row for row in rows]) for name, rows in found.items()},
         **identities,
@@ -310,7 +310,7 @@ def _teachers(
 
 
 def _learner(settings: Distill, student: Any) -> Any:
-    """The weights that train: all of the student's, damaged by the noise, or a LoRA on it."""
+    """Return the model to train: the student with noise added to all its weights, or a LoRA on it."""
     torch.manual_seed(settings.seed)
     if settings.form == "full":
         add_noise(student, settings.noise, settings.seed)
@@ -350,7 +350,7 @@ def _saved_dtype(settings: Distill) -> torch.dtype:
     try:
         found = AutoConfig.from_pretrained(shipped_model(settings.student)).dtype
     except (OSError, ValueError):
-        # a model in memory or a GGUF file has no configuration of its own to read
+        # a model in memory or a GGUF file has no config.json
         return torch.float32
     return found if isinstance(found, torch.dtype) else torch.float32
 

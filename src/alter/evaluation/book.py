@@ -176,7 +176,7 @@ def _text_digest(path: str) -> str:
 
 
 class BookEvaluation(Evaluation):
-    """Measure how much of a book a model still knows by heart, print the table and, with --json, write the records."""
+    """Measure how much of a book a model still reproduces; print the table and, with --json, write the records."""
 
     benchmark: Literal["book"] = "book"
     """What to measure on."""
@@ -187,11 +187,11 @@ class BookEvaluation(Evaluation):
     retain: list[str] = Field(default_factory=list)
     """Texts that must be kept: their perplexity and next-token accuracy."""
     prefix_tokens: int = Field(200, ge=1)
-    """Tokens of a passage that the model is shown."""
+    """Tokens of each passage that are the prompt."""
     continuation_tokens: int = Field(400, ge=1)
-    """Tokens after them that it is to say: longest completion, and length of the true text."""
+    """Tokens after the prompt: the longest completion, and the length of the true text."""
     signed: bool = False
-    """ASG with the signs of the gaps, which may cancel, as in the paper's table; by default of absolute gaps."""
+    """Compute ASG from signed gaps, which can cancel, as in the paper's table; by default from absolute gaps."""
     retain_records: str | None = None
     """The model retrained without the book: its result file (--json) or folder. Gives ASG."""
 
@@ -365,7 +365,7 @@ class BookEvaluation(Evaluation):
         return figures.records
 
     def _add_said(self, figures: Figures, result: BookResult, reference: BookReference | None) -> list[str]:
-        """Add how near the completions are to the book, and to the retrained model's; return notes."""
+        """Add BLEU, ROUGE-L and, with a reference, ASG of the completions; return notes."""
         bleu, rouge, n = result.bleu, result.rouge, len(result.passages)
         references = [passage.reference for passage in result.passages]
         texts = {
@@ -392,7 +392,7 @@ class BookEvaluation(Evaluation):
         return []
 
     def _add_holdout(self, figures: Figures, result: BookResult, reference: BookReference | None) -> list[str]:
-        """Add the holdout's figures, and how well it is told apart from the book; return notes."""
+        """Add the holdout's figures and the AUC that tells it from the book; return notes."""
         assert result.holdout_scores is not None
         held = [passage.reference for passage in result.holdout]
         n, both = len(held), len(held) + len(result.passages)
@@ -420,7 +420,7 @@ class BookEvaluation(Evaluation):
 
 
 def _add_scored(figures: Figures, result: BookResult) -> None:
-    """Add what the scores of the book's own text say: perplexity and memorisation, and how varied the completions are."""
+    """Add perplexity, memorisation and the diversity of the completions."""
     n = len(result.passages)
     correct = _open(result.scores.correct)
     memorized, strength = metrics.exact_memorization(correct), metrics.extraction_strength(correct)

@@ -55,7 +55,7 @@ Pair = tuple[str, str]
 
 
 class Judge(BaseModel):
-    """Which judge grades the replies, how hard it is tried, and what it may cost."""
+    """The judge that grades replies: endpoint, retries, and limits on the cost."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -68,7 +68,7 @@ class Judge(BaseModel):
     repeats: int = Field(1, ge=1)
     """Verdicts asked for each reply."""
     temperature: float | None = Field(0.0, ge=0)
-    """Of the judge; None leaves it out of the request, for models that refuse it."""
+    """Sampling temperature of the judge; None leaves it out of the request, for models that refuse the parameter."""
     reply_tokens: int = Field(8, ge=1)
     """Longest verdict."""
     timeout: float = Field(60.0, gt=0)
@@ -157,7 +157,7 @@ def messages(prompt: str, reply: str) -> list[dict[str, str]]:
 
 
 def grade(verdict: str | None) -> int | None:
-    """Return the grade that a verdict holds, or None if it holds none or several.
+    """Parse the grade in a verdict; None if there is none, or more than one.
 
     All numbers of the verdict must be one whole number from 1 to 5, apart from the scale in "4/5" or "4 out of 5":
     "4", "Grade: 4.", "4/5" are grades; "4.5", "10", "between 3 and 4" and "fine" are none.
@@ -168,21 +168,21 @@ def grade(verdict: str | None) -> int | None:
 
 
 def estimate(prompt: str, reply: str) -> int:
-    """Return about how many tokens a request has: one for three bytes, and 16 around the messages.
+    """Estimate the tokens of a request: one per three bytes, and 16 for the chat format.
 
-    English has a token for every four bytes or so: this errs on the dear side, except for noise.
+    English has about one token per four bytes, so the estimate is high, except for noise.
     """
     return -(-len((SYSTEM + USER.format(prompt=prompt, reply=reply)).encode()) // 3) + 16
 
 
 def bound(prompt: str, reply: str) -> int:
-    """Return the most tokens that a request can have: one for each byte, and 16 around the messages."""
+    """Return an upper bound on the tokens of a request: one per byte, and 16 for the chat format."""
     return len((SYSTEM + USER.format(prompt=prompt, reply=reply)).encode()) + 16
 
 
 @dataclass(frozen=True)
 class Graded:
-    """What came back for one reply: the judge's words and their grade (None: unparsed), or why there is nothing.
+    """The answer to one request: the judge's text and its grade (None: unparsed), or why there is none.
 
     `tokens_in` and `tokens_out` are what the endpoint reported, or estimates if it reported nothing (`counted`).
     """
@@ -200,7 +200,7 @@ class _Down(Exception):
 
 
 def _pause(error: Any, attempt: int) -> float:
-    """Seconds to wait before another attempt: as the endpoint says (Retry-After), else doubled each time."""
+    """Return the seconds to wait before the next attempt: the endpoint's Retry-After, else doubled each time."""
     response = getattr(error, "response", None)
     said = response.headers.get("retry-after") if response is not None else None
     if said:
@@ -220,7 +220,7 @@ def _said(error: Any) -> str:
 
 
 def _ask(client: Any, judge: Judge, prompt: str, reply: str, stop: threading.Event) -> Graded:
-    """One verdict, with new attempts where they can help.
+    """Ask for one verdict; retry after 429, 5xx, time-outs and lost connections.
 
     Raises:
         _Down: wrong key, unknown model or address, no money left, or still no answer after all attempts.
@@ -231,7 +231,7 @@ def _ask(client: Any, judge: Judge, prompt: str, reply: str, stop: threading.Eve
     request["max_tokens"] = judge.reply_tokens
     if judge.temperature is not None:
         request["temperature"] = judge.temperature
-    # an attempt that ran out of time may be on the bill all the same
+    # an attempt that timed out may be billed all the same
     lost = 0
     for attempt in range(judge.retries + 1):
         try:
@@ -312,7 +312,7 @@ def _verdicts(judge: Judge) -> Iterator[sqlite3.Connection]:
 
 @dataclass
 class Grades:
-    """What the judge said of n replies, and what it took.
+    """Grades of n replies, and the calls and tokens that they took.
 
     Attributes:
         grades: [n, repeats]; NaN where there is none.
@@ -446,7 +446,7 @@ class _Round:
         self.failed: str | None = None
 
     def ask(self, asked: Sequence[tuple[str, str, str]]) -> None:
-        """Send all requests, (key, prompt, reply) each, as far as limits and endpoint allow.
+        """Send all requests (key, prompt, reply) that the limits and the endpoint allow.
 
         Raises:
             UserError: there is not a single verdict because of the endpoint.
@@ -477,7 +477,7 @@ class _Round:
         result.missing -= int(np.isfinite(result.grades).sum()) - result.empty * judge.repeats
 
     def _run(self, client: Any, pool: ThreadPoolExecutor, asked: Sequence[tuple[str, str, str]]) -> Iterator[str]:
-        """Keep the pool busy until all is asked, a limit is reached or the endpoint fails; yield each key that is done."""
+        """Submit requests until all are sent, a limit is reached or the endpoint fails; yield the keys that are done."""
         queue = list(reversed(asked))
         while (queue or self.under_way) and self.failed is None:
             while queue and len(self.under_way) < self.judge.concurrency and self._fits(*queue[-1][1:]):
@@ -499,7 +499,7 @@ class _Round:
         )
 
     def _take(self) -> Iterator[str]:
-        """Wait for a verdict, or several, and keep them; yield each key that is done."""
+        """Wait for at least one verdict, store what has come, and yield the finished keys."""
         done, _ = wait(self.under_way, return_when=FIRST_COMPLETED)
         for future in done:
             key, _ = self.under_way.pop(future)

@@ -1,7 +1,7 @@
-"""The trunk: blocks below the first expert, which no step changes. What it puts out for the rows is written once.
+"""The trunk: the blocks below the first expert, which training never changes. Its outputs for the rows are computed once.
 
-A step then begins at the first block that has experts, with the states that the frozen pass over the rows has left in a
-file; every epoch reads them again. They are of the model's own number format, so that a step is the plain one.
+The frozen pass writes the trunk's hidden states to a file, and every step starts from them at the first block with experts.
+They are stored in the model's own dtype, so that a step gives the same numbers as one through the whole model.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ ALIGNED = 64
 class States:
     """Hidden states [T_i, D] of rows in one safetensors file, one row after the other; only what is read is in memory.
 
-    The file is made at its whole length, so that a disk that cannot hold it says so at once, and gets its name when all rows
-    are in it.
+    The file is allocated at its full length, so that a full disk fails at once, and renamed when all rows are in it.
 
     Args:
         path: the file, for its owner alone.
@@ -165,7 +164,7 @@ class Trunk:
 
     @contextmanager
     def reading(self) -> Iterator[list[Tensor]]:
-        """Within the block each pass appends the states [B, T, D] that the trunk puts out to the list."""
+        """Record the trunk's output [B, T, D] of every pass inside the `with` block in the list."""
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
             self.tuple_length = len(output) if isinstance(output, tuple) else 0
@@ -179,7 +178,7 @@ class Trunk:
 
     @contextmanager
     def done(self, states: Tensor) -> Iterator[None]:
-        """Within the block a pass of the model takes these states [B, T, D] for what its trunk puts out."""
+        """Inside the `with` block replace the trunk's output by these states [B, T, D]; its blocks do not run."""
 
         def given(*_: Any, **__: Any) -> Any:
             return (states, *[None] * (self.tuple_length - 1)) if self.tuple_length else states
@@ -200,7 +199,7 @@ def trunk_of(model: Any) -> Trunk | None:
 
 
 def _dropout(model: Any, trunk: Trunk) -> bool:
-    """Whether what the trunk puts out while training differs from pass to pass."""
+    """Whether the trunk's output in training mode is random (dropout)."""
     config = model.config.get_text_config()
     names = (
         "attention_dropout",
@@ -219,13 +218,13 @@ def _dropout(model: Any, trunk: Trunk) -> bool:
 GIB = 2**30
 
 SAME = 0.02
-"""Relative difference of what the base says with and without its trunk that rounding to 16 bits may make."""
+"""Largest relative difference between the base's output with and without its trunk that 16-bit rounding explains."""
 
 
 def plain_because(
     run: Unlearn, model: Any, trunk: Trunk, depth: Depth | None, tokens: int, folder: Path
 ) -> str | None:
-    """Why every step is to run the trunk itself; None where its states can be kept."""
+    """Return why the trunk's states cannot be cached, so that every step runs it; None if they can."""
     size = model.config.get_text_config().hidden_size * model.dtype.itemsize * tokens
     if not run.trunk_gib:
         return "trunk_gib is 0"
@@ -271,7 +270,7 @@ class KeptStates:
         return found
 
     def agrees(self, model: Any, branch: str, row: int, ids: Sequence[int]) -> bool:
-        """Whether the frozen base gives for a row what it gives with the trunk left out; not so where later blocks see more."""
+        """Whether the base gives the same output with the trunk replaced; false where later blocks read more than its output."""
         tokens = torch.tensor([ids], device=model.device)
         whole = model.base_model.trace(tokens).states
         with self.trunk.done(self.of(branch, row)[None].to(model.device)):
@@ -280,19 +279,19 @@ class KeptStates:
 
 
 def say_plain(why: str) -> None:
-    """Say that steps run all blocks, and why."""
+    """Tell the user that every step runs all blocks, and why."""
     show(f"Every step runs the blocks below the experts, whose states are not kept: {why}.", stderr=True)
 
 
 class Sink:
-    """Writes what a trunk puts out while the frozen base runs; a disk that does not take it ends the writing, not the run."""
+    """Writes the trunk's outputs during the frozen pass; a full disk stops the writing, not the run."""
 
     def __init__(self, kept: KeptStates) -> None:
         self.kept = kept
         self.wrong: str | None = None
 
     def of(self, branch: str, rows: Sequence[int]) -> Callable[[int, Tensor], None]:
-        """Takes the place of a row within these rows of a branch, and its states [T, D]."""
+        """Return a function that stores the states [T, D] of the i-th of these rows of a branch."""
 
         def take(i: int, states: Tensor) -> None:
             if self.wrong is not None:

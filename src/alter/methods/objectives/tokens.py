@@ -154,7 +154,7 @@ class Labelled:
     Attributes:
         values: [n], what the objective's `per_token` made of each token's logits.
         high: [n] bool, whether the token is a high-entropy (structural) one.
-        row: [n] long, the row of each token, 0 to `rows` - 1; None where no objective sums over rows.
+        row: [n] long, the row of each token, 0 to `rows` - 1. A run always gives it; None in tests alone.
         rows: number of rows.
         base_logp: [n] log-probability of each label under the frozen base, or None unless declared.
         alternative: the same rows with other answers or labels, if the objective declared `alternative`; the values are
