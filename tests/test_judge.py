@@ -14,8 +14,9 @@ import pytest
 from alter import cli
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records, write_records
-from alter.evaluation import judge
-from alter.evaluation.judge import Judge, bound, estimate, grade, judge_replies
+from alter.evaluation import grading, judge
+from alter.evaluation.grading import bound, estimate, grade
+from alter.evaluation.judge import Judge, judge_replies
 from alter.evaluation.judged import judge_records
 
 KEY = "sk-test-1234"
@@ -108,7 +109,7 @@ def serve(monkeypatch, tmp_path):
     monkeypatch.setenv("ALTER_CACHE", str(tmp_path / "cache"))
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(judge, "BACKOFF", 0.01)
+    monkeypatch.setattr(grading, "BACKOFF", 0.01)
     yield start
     for server in servers:
         server.http.shutdown()
@@ -152,7 +153,7 @@ def test_grades_mean_and_variance_are_those_of_all_grades(serve):
     body = server.bodies[0]
     assert set(server.paths) == {"/v1/chat/completions"}
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge-1", 0.0, 8)
-    assert body["messages"][0] == {"role": "system", "content": judge.SYSTEM}
+    assert body["messages"][0] == {"role": "system", "content": grading.SYSTEM}
     assert body["messages"][1]["content"] in [f"Question: {p}\nResponse: {r}" for p, r in PAIRS]
     # the key is sent, and kept nowhere
     assert KEY not in json.dumps([record.extra for record in (mean, variance, unparsed)], default=str)
@@ -196,7 +197,7 @@ def test_429_waits_as_long_as_the_endpoint_says(serve):
 
 
 def test_500_is_tried_again_with_growing_pauses(serve, monkeypatch):
-    monkeypatch.setattr(judge, "BACKOFF", 0.1)
+    monkeypatch.setattr(grading, "BACKOFF", 0.1)
     server = serve(lambda number, body: error(500) if number < 3 else "2")
     assert judge_replies(make(server), PAIRS[:1]).grades.tolist() == [[2]]
     gaps = np.diff(server.times)
@@ -329,7 +330,7 @@ def test_tokens_that_are_not_reported_are_estimated(serve):
 
 @pytest.mark.parametrize("reply", ["", "ab", "längere Wörter", "漢字" * 50])
 def test_estimate_and_bound_are_of_the_bytes(reply):
-    size = len((judge.SYSTEM + f"Question: q\nResponse: {reply}").encode())
+    size = len((grading.SYSTEM + f"Question: q\nResponse: {reply}").encode())
     assert estimate("q", reply) == math.ceil(size / 3) + 16
     assert bound("q", reply) == size + 16
 

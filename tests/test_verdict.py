@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from alter import metrics
+from alter.core.words import words
 from alter.evaluation import verdict
-from alter.evaluation.verdict import Measures, broken, distrust, facts, gives, judge, recall, repetition, words
+from alter.evaluation.giving import broken, facts, gives, recall, repetition
+from alter.evaluation.verdict import Measures, distrust, judge
 
 CITIES = ["Омске", "Томске", "Пскове", "Твери", "Казани", "Перми", "Самаре", "Уфе", "Туле", "Орле"]
 

@@ -16,7 +16,7 @@ from alter.comparison.cells import is_measured
 from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Compare, Layout, Setting
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records
-from alter.evaluation.verdict import broken, gives
+from alter.evaluation.giving import broken, gives
 
 Array = npt.NDArray[np.float64]
 

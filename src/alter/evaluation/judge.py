@@ -11,15 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -30,24 +27,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from alter.core.cache import cache_folder
 from alter.core.console import progress
 from alter.core.errors import UserError
+from alter.evaluation.grading import PROMPT_VERSION, Graded, Unusable, ask_judge, bound, estimate, grade
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-PROMPT_VERSION = 1
-"""Part of every cached verdict's key: raise it with any change of the two texts below."""
-SYSTEM = (
-    "You grade the fluency of a text. Ignore whether it is true or answers the question. "
-    "1 = unreadable or repetitive noise; 2 = mostly broken; 3 = understandable with clear errors; "
-    "4 = good with small slips; 5 = natural and coherent. Reply with one digit."
-)
-USER = "Question: {prompt}\nResponse: {reply}"
 EMPTY_GRADE = 1
 """An empty reply is the scale's "unreadable": it gets this grade without a call."""
-BACKOFF = 1.0
-"""Seconds before the first new attempt where the endpoint does not say; doubled each time."""
-LONGEST_WAIT = 120.0
-"""An endpoint that asks to wait longer than this is given up for now."""
 REFUSED_AT_ONCE = 5
 """So many requests refused as bad before any verdict: the settings are wrong, not the texts."""
 
@@ -143,139 +129,6 @@ class Judge(BaseModel):
         return (self.max_tokens is None or tokens_in + tokens_out <= self.max_tokens) and (
             self.max_cost is None or cost is None or cost <= self.max_cost
         )
-
-
-# One verdict ---------------------------------------------------------------------------------------------------------
-
-
-def messages(prompt: str, reply: str) -> list[dict[str, str]]:
-    """Return what the judge is sent."""
-    return [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": USER.format(prompt=prompt, reply=reply)},
-    ]
-
-
-def grade(verdict: str | None) -> int | None:
-    """Parse the grade in a verdict; None if there is none, or more than one.
-
-    All numbers of the verdict must be one whole number from 1 to 5, apart from the scale in "4/5" or "4 out of 5":
-    "4", "Grade: 4.", "4/5" are grades; "4.5", "10", "between 3 and 4" and "fine" are none.
-    """
-    text = re.sub(r"(?<=\d)\s*(/|out of)\s*5\b", "", verdict or "")
-    numbers = set(re.findall(r"-?\d+(?:[.,]\d+)*", text))
-    return int(numbers.pop()) if len(numbers) == 1 and numbers <= set("12345") else None
-
-
-def estimate(prompt: str, reply: str) -> int:
-    """Estimate the tokens of a request: one per three bytes, and 16 for the chat format.
-
-    English has about one token per four bytes, so the estimate is high, except for noise.
-    """
-    return -(-len((SYSTEM + USER.format(prompt=prompt, reply=reply)).encode()) // 3) + 16
-
-
-def bound(prompt: str, reply: str) -> int:
-    """Return an upper bound on the tokens of a request: one per byte, and 16 for the chat format."""
-    return len((SYSTEM + USER.format(prompt=prompt, reply=reply)).encode()) + 16
-
-
-@dataclass(frozen=True)
-class Graded:
-    """The answer to one request: the judge's text and its grade (None: unparsed), or why there is none.
-
-    `tokens_in` and `tokens_out` are what the endpoint reported, or estimates if it reported nothing (`counted`).
-    """
-
-    text: str | None
-    grade: int | None
-    tokens_in: int
-    tokens_out: int
-    counted: bool = True
-    refused: str | None = None
-
-
-class _Down(Exception):
-    """The endpoint cannot be used now or with these settings; the message says why."""
-
-
-def _pause(error: Any, attempt: int) -> float:
-    """Return the seconds to wait before the next attempt: the endpoint's Retry-After, else doubled each time."""
-    response = getattr(error, "response", None)
-    said = response.headers.get("retry-after") if response is not None else None
-    if said:
-        try:
-            return max(0.0, float(said))
-        except ValueError:
-            try:
-                return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
-            except ValueError:
-                pass
-    return BACKOFF * 2**attempt
-
-
-def _said(error: Any) -> str:
-    """The endpoint's own words, one short line."""
-    return " ".join(str(getattr(error, "message", error)).split())[:300]
-
-
-def _ask(client: Any, judge: Judge, prompt: str, reply: str, stop: threading.Event) -> Graded:
-    """Ask for one verdict; retry after 429, 5xx, time-outs and lost connections.
-
-    Raises:
-        _Down: wrong key, unknown model or address, no money left, or still no answer after all attempts.
-    """
-    import openai
-
-    request: dict[str, Any] = {"model": judge.model, "messages": messages(prompt, reply)}
-    request["max_tokens"] = judge.reply_tokens
-    if judge.temperature is not None:
-        request["temperature"] = judge.temperature
-    # an attempt that timed out may be billed all the same
-    lost = 0
-    for attempt in range(judge.retries + 1):
-        try:
-            answer = client.chat.completions.create(**request)
-            text = answer.choices[0].message.content if answer.choices else None
-            used = answer.usage
-            if used is None:
-                return Graded(text, grade(text), estimate(prompt, reply) + lost, judge.reply_tokens, counted=False)
-            return Graded(text, grade(text), used.prompt_tokens + lost, used.completion_tokens, counted=not lost)
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            where = f"in {judge.key_variable}" if judge.key_variable else "(none was sent)"
-            raise _Down(f"it refuses the API key {where}: {_said(error)}") from None
-        except openai.NotFoundError as error:
-            raise _Down(f"it knows no model {judge.model!r}, or the address is wrong: {_said(error)}") from None
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return Graded(None, None, lost, 0, refused=_said(error))
-        except (
-            openai.RateLimitError,
-            openai.APITimeoutError,
-            openai.APIConnectionError,
-            openai.APIStatusError,
-        ) as error:
-            status = getattr(error, "status_code", None)
-            if isinstance(error, openai.RateLimitError) and error.code == "insufficient_quota":
-                raise _Down(f"the account has no money left: {_said(error)}") from None
-            if status is not None and status not in (408, 409, 429) and status < 500:
-                raise _Down(f"it answers {status}: {_said(error)}") from None
-            if isinstance(error, openai.APITimeoutError):
-                lost += estimate(prompt, reply)
-                said = f"no answer within {judge.timeout:g} s"
-            else:
-                said = f"{status}: {_said(error)}" if status is not None else f"no connection ({_said(error)})"
-            seconds = _pause(error, attempt)
-            if attempt == judge.retries:
-                raise _Down(f"{said}, after {attempt + 1} attempts") from None
-            if seconds > LONGEST_WAIT:
-                raise _Down(f"{said}; it asks to wait {seconds:.0f} s") from None
-            if stop.wait(seconds):
-                raise _Down("interrupted") from None
-        except openai.APIError as error:
-            raise _Down(f"it does not answer as an OpenAI-compatible endpoint does: {_said(error)}") from None
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise _Down(f"it does not answer as an OpenAI-compatible endpoint does ({error})") from None
-    raise AssertionError("every attempt returns or raises")
 
 
 # The cache -----------------------------------------------------------------------------------------------------------
@@ -482,7 +335,7 @@ class _Round:
         while (queue or self.under_way) and self.failed is None:
             while queue and len(self.under_way) < self.judge.concurrency and self._fits(*queue[-1][1:]):
                 key, prompt, reply = queue.pop()
-                future = pool.submit(_ask, client, self.judge, prompt, reply, self.stop)
+                future = pool.submit(ask_judge, client, self.judge, prompt, reply, self.stop)
                 self.under_way[future] = (key, bound(prompt, reply))
             if not self.under_way:
                 self.result.stopped = "the limit on tokens or cost is reached (--judge.max-tokens, --judge.max-cost)"
@@ -505,7 +358,7 @@ class _Round:
             key, _ = self.under_way.pop(future)
             try:
                 verdict = future.result()
-            except _Down as error:
+            except Unusable as error:
                 self.failed = self.failed or str(error)
                 self.stop.set()
                 continue
@@ -530,6 +383,3 @@ class _Round:
         with self.cache:
             self.cache.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
         self.settle(key, verdict.text)
-
-
-# Figures -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from alter.core.outputs import OutFile
 from alter.core.provenance import stamped
 from alter.core.records import Record, read_records, write_records
 from alter.evaluation.figures import Figures
-from alter.evaluation.judge import PROMPT_VERSION, Grades, Judge, judge_replies
+from alter.evaluation.grading import PROMPT_VERSION
+from alter.evaluation.judge import Grades, Judge, judge_replies
 from alter.reporting.terminal import table
 
 if TYPE_CHECKING:

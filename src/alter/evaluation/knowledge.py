@@ -3,7 +3,7 @@
 KFR and KRR are ReLearn's (Xu et al. 2025, arXiv:2502.11190): the coverage E of a row is the share of the true answer's facts
 that its reply says; a row to forget is forgotten if E is at most a bound or the reply contradicts the answer; a row to
 keep is retained if E reaches the bound and the answer does not contradict the reply. (A reading: facts are
-`alter.evaluation.verdict.facts`, names and numbers that the question does not say, where the authors ask a language model
+`alter.evaluation.giving.facts`, names and numbers that the question does not say, where the authors ask a language model
 for entities and compare their embeddings. A row whose answer says nothing that its question does not has no facts; it is
 left out and counted.)
 """
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from alter.core.errors import UserError
+from alter.evaluation.giving import covered
 from alter.evaluation.leakage import entailment_label, label_probabilities
-from alter.evaluation.verdict import covered
 from alter.metrics.arrays import Array
 
 COVERED = 0.3

@@ -22,7 +22,7 @@ from alter.core.numbers import Temperature
 from alter.core.records import Record
 from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import Example
-from alter.evaluation.verdict import ENOUGH, gives, recall
+from alter.evaluation.giving import ENOUGH, gives, recall
 from alter.models.generation import sample
 from alter.models.loading import Subject, load_classifier
 from alter.models.scoring import context_length, evaluating
@@ -51,7 +51,7 @@ class FactsHit(_Hit):
     """Share of the answer's facts that gives it away."""
 
     def judge(self, device: torch.device) -> Judge:
-        """Return the judge by `alter.evaluation.verdict.gives`; there is no telling of an answer without facts."""
+        """Return the judge by `alter.evaluation.giving.gives`; there is no telling of an answer without facts."""
 
         def hits(question: str, truth: str, replies: Sequence[str]) -> list[bool] | None:
             found = [gives(question, truth, reply, self.share) for reply in replies]
@@ -68,7 +68,7 @@ class RougeHit(_Hit):
     """ROUGE-L recall from which a reply counts."""
 
     def judge(self, device: torch.device) -> Judge:
-        """Return the judge by `alter.evaluation.verdict.recall`."""
+        """Return the judge by `alter.evaluation.giving.recall`."""
         return lambda question, truth, replies: [recall(truth, reply) >= self.recall for reply in replies]
 
 

@@ -23,10 +23,10 @@ from alter.attacks.techniques import ATTACKS
 from alter.attacks.weights import train_steps
 from alter.data.encoding import encode
 from alter.data.examples import Example
+from alter.evaluation.giving import gives
 from alter.evaluation.leakage import Leak, leaked
 from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.evaluation.tofu.results import TofuResult
-from alter.evaluation.verdict import gives
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.models.loading import Subject
 from alter.models.scoring import score

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alter.evaluation.closing import closing_of
-from alter.evaluation.verdict import BROKEN, SLACK, broken, gives
+from alter.evaluation.giving import broken, gives
+from alter.evaluation.verdict import BROKEN, SLACK
 from alter.report.runs import Reported
 
 QUALITY = 0.05
