@@ -158,7 +158,7 @@ def test_languages_are_frames_or_the_rows_own_translations(folder):
 
 def test_children_keep_the_question_and_their_length():
     draw = random.Random(0)
-    prompt = other = searching.Prompt()
+    prompt = other = searching.Framing()
     seen = set()
     for _ in range(500):
         prompt, other = searching.mutated(prompt, other, draw, ["word"]), prompt

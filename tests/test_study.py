@@ -19,7 +19,7 @@ from alter.core.records import read_records
 from alter.data.encoding import Encoded
 from alter.data.examples import examples
 from alter.evaluation import entropies as study
-from alter.evaluation.entropies import Study, frequent, shares_of_bins, sides, token_entropies, windows
+from alter.evaluation.entropies import Study, cut_rows, frequent, shares_of_bins, sides, token_entropies
 from alter.evaluation.entropystudy import entropy
 from alter.models.loading import load_model
 from alter.models.scoring import score
@@ -77,12 +77,12 @@ def test_broken_weights_are_said():
 def test_pieces_keep_every_token_and_every_label():
     tokenizer = byte_tokenizer()
     rows = [{"text": "abcdefghij"}, {"text": "x"}, {"text": "klmno"}]
-    found = windows(tokenizer, examples(rows), 4)
+    found = cut_rows(tokenizer, examples(rows), 4)
     assert [tokenizer.decode(row.input_ids) for row in found] == ["abcd", "efgh", "ij", "klmn"]
     assert found[0].labels[0] == -100
     assert found[1].labels == found[1].input_ids
     assert [study._counted(row, "labelled") for row in found] == [[1, 2, 3], [1, 2, 3], [1], [1, 2, 3]]
-    (row,) = windows(tokenizer, examples([{"question": "Who?", "answer": "Me"}]), 100)
+    (row,) = cut_rows(tokenizer, examples([{"question": "Who?", "answer": "Me"}]), 100)
     assert len(study._counted(row, "labelled")) == 4  # " Me" and the end
     assert len(study._counted(row, "all")) == len(row.input_ids) - 1
 
@@ -292,7 +292,7 @@ def folder(tmp_path_factory):
 def test_before_and_after_are_those_models(folder, after):
     settings = Study(model=str(folder / "model"), text=str(folder / "rows.jsonl"), after=str(folder / after))
     tokens, tokenizer = study.measure_study(settings)
-    rows = windows(tokenizer, examples([json.loads(x) for x in (folder / "rows.jsonl").read_text().splitlines()]), 99)
+    rows = cut_rows(tokenizer, examples([json.loads(x) for x in (folder / "rows.jsonl").read_text().splitlines()]), 99)
     adapter = str(folder / after) if after == "adapter" else None
     alone, _ = load_model(str(folder / "model"))
     then, _ = load_model(str(folder / ("model" if adapter else "other")), adapter)

@@ -6,7 +6,7 @@ import pytest
 from alter import metrics
 from alter.core.words import words
 from alter.evaluation import verdict
-from alter.evaluation.giving import broken, facts, gives, recall, repetition
+from alter.evaluation.giving import broken, facts, gives, recall_of, repeated
 from alter.evaluation.verdict import Measures, distrust, judge
 
 CITIES = ["Омске", "Томске", "Пскове", "Твери", "Казани", "Перми", "Самаре", "Уфе", "Туле", "Орле"]
@@ -46,10 +46,10 @@ def test_words_of_any_script(text, found):
 
 
 def test_recall_by_words_of_any_script():
-    assert recall("Он родился в Омске", "он умер в Омске") == pytest.approx(0.75)
-    assert recall("The author lives", "the author") == pytest.approx(2 / 3)
+    assert recall_of("Он родился в Омске", "он умер в Омске") == pytest.approx(0.75)
+    assert recall_of("The author lives", "the author") == pytest.approx(2 / 3)
     # Latin goes with the stemmer, as everywhere
-    assert recall("he lives", "he lived") == 1.0
+    assert recall_of("he lives", "he lived") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_not_broken(reply):
 
 
 def test_repetition_of_any_script():
-    assert repetition("а б в г а б в г") == pytest.approx(1 / 5)
+    assert repeated("а б в г а б в г") == pytest.approx(1 / 5)
 
 
 @pytest.mark.parametrize("rows", [russian, english])

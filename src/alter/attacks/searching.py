@@ -58,7 +58,7 @@ PIECES = (
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Framing:
     """A way to ask: pieces before and after the question, and a wording of it (of `WORDINGS`; "": as it is)."""
 
     wording: str = ""
@@ -74,7 +74,7 @@ def _piece(draw: random.Random, tokens: Sequence[str]) -> str:
     return draw.choice(PIECES) if draw.random() < 0.5 or not tokens else draw.choice(tokens)
 
 
-def mutated(prompt: Prompt, other: Prompt, draw: random.Random, tokens: Sequence[str]) -> Prompt:
+def mutated(prompt: Framing, other: Framing, draw: random.Random, tokens: Sequence[str]) -> Framing:
     """Return a child of a prompt: a piece more, less or another, another wording, or one side from `other`."""
     side = draw.choice(["before", "after"])
     pieces = list(getattr(prompt, side))
@@ -114,9 +114,9 @@ def evolve(bench: Bench) -> list[Record]:
     budget = Budget.of(settings.budget, QUESTIONS)
     own = [bench.rows[i] for i in bench.attacker][:PROBES]
     tokens = _words(tokenizer)
-    known: dict[Prompt, float] = {}
+    known: dict[Framing, float] = {}
 
-    def fitness(prompt: Prompt) -> float:
+    def fitness(prompt: Framing) -> float:
         if prompt not in known:
             items = [make_item(tokenizer, row, prompt=prompt.write(row.prompt or "")) for row in own]
             if limit is not None and any(len(item.ids) > limit for item in items):
@@ -128,7 +128,7 @@ def evolve(bench: Bench) -> list[Record]:
             known[prompt] = -float(np.mean(metrics.average_loss(found)))
         return known[prompt]
 
-    alive = [Prompt()]
+    alive = [Framing()]
     if not np.isfinite(fitness(alive[0])):
         raise UserError(f"The attacker's questions do not fit into the model's context of {limit}.")
     history = [(budget.used, known[alive[0]])]

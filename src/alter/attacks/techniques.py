@@ -113,7 +113,7 @@ ATTACKS: Registry[Technique] = Registry(
             ("budget", "soft_tokens", "relearn"),
             _no_question,
         ),
-        "strip": Technique("the base weights", weights.strip, missing=_no_adapter),
+        "strip": Technique("the base weights", weights.stripped, missing=_no_adapter),
         "probe": Technique("hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens")),
         "lens": Technique("hidden states", depth.lens),
         "uds": Technique("hidden states; the original (a diagnosis)", lambda bench: [], missing=_not_all_three),

@@ -328,7 +328,7 @@ def quantized(bench: Bench, *, bits: Literal[8, 4]) -> list[Record]:
     return bench.measure(f"quantize_{bits}", model, bench.items(bench.measured), part="other", layers=layers)
 
 
-def strip(bench: Bench) -> list[Record]:
+def stripped(bench: Bench) -> list[Record]:
     """Switch the adapter off: what whoever has the base weights gets."""
     model, _ = bench.shared()
     with model.disable_adapter():

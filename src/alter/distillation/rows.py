@@ -23,7 +23,7 @@ KINDS = ("forget", "keep", "general")
 
 
 @dataclass(frozen=True)
-class Row:
+class LessonRow:
     """One row of the student.
 
     Attributes:
@@ -46,7 +46,7 @@ class Lesson:
     Of a teacher's row its last tokens count, as many as the entry of `counted` says.
     """
 
-    rows: list[Row]
+    rows: list[LessonRow]
     teacher: list[list[int]]
     counted: list[int]
 
@@ -54,7 +54,7 @@ class Lesson:
         """Append a row in the teacher's own words: all its tokens count, or those of its answer."""
         # of a row whose tokens all count the first is predicted from nothing
         count = len(encoded.input_ids) - 1 if whole else sum(label != -100 for label in encoded.labels[1:])
-        self.rows.append(Row(encoded.input_ids, count, kind, len(self.teacher)))
+        self.rows.append(LessonRow(encoded.input_ids, count, kind, len(self.teacher)))
         self.teacher.append(encoded.input_ids)
         self.counted.append(count)
 
@@ -148,7 +148,7 @@ def lesson(tokenizer: Any, found: dict[str, list[Example]], settings: Distill, l
                 tail = given.ids[len(given.ids) - given.counted :]
                 # the answer must be the same tokens, and fit
                 if ids[len(ids) - given.counted :] == tail and (limit is None or len(ids) <= limit):
-                    rows.append(Row(ids, given.counted, 0, given.source))
+                    rows.append(LessonRow(ids, given.counted, 0, given.source))
     learned = len(rows)
     for one in encode_all(tokenizer, found["keep"], max_length=limit, label="keep")[0]:
         add(one, 1, True)

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from alter.core.errors import UserError
 from alter.data.batching import Collator, LengthBatches
 from alter.distillation.attacker import attacked
-from alter.distillation.rows import KINDS, Lesson, Row
+from alter.distillation.rows import KINDS, Lesson, LessonRow
 from alter.distillation.settings import Distill, Shares
 from alter.distillation.teacher import Teacher, part
 from alter.logits.head import measuring
@@ -87,7 +87,7 @@ class DistillTrainer(Trainer):
     def _batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         return self._collated([self.lesson.rows[i] for i in sorted(numbers, key=lambda i: self.lesson.rows[i].kind)])
 
-    def _collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def _collated(self, rows: Sequence[LessonRow]) -> dict[str, Tensor]:
         """The rows padded, `positions` [B, T] of the tokens before those that count, and each row's part `of` all of those."""
         whole = sum(row.counted for row in rows)
         batch = self.collate(

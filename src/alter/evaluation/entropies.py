@@ -162,7 +162,7 @@ def token_entropies(
     return found
 
 
-def windows(tokenizer: Any, examples: Sequence[Example], window: int) -> list[Encoded]:
+def cut_rows(tokenizer: Any, examples: Sequence[Example], window: int) -> list[Encoded]:
     """Encode examples as everywhere else and cut those longer than `window` tokens into pieces of that length.
 
     A last piece of a single token, which would have no entropy, is left out.
@@ -306,7 +306,7 @@ def measure_study(settings: Study) -> tuple[Tokens, Any]:
         for q in settings.q:
             _reachable(q, PAPER_THRESHOLD if settings.threshold is None else settings.threshold, config.vocab_size)
     context = getattr(config, "max_position_embeddings", None) or settings.window
-    encoded = windows(tokenizer, examples, min(settings.window, context))
+    encoded = cut_rows(tokenizer, examples, min(settings.window, context))
     places = [_counted(row, settings.tokens) for row in encoded]
     if sum(map(len, places)) < 4:
         raise UserError(f"{settings.text} has {sum(map(len, places))} tokens with an entropy; expected at least 4.")

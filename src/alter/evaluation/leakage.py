@@ -22,7 +22,7 @@ from alter.core.numbers import Temperature
 from alter.core.records import Record
 from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import Example
-from alter.evaluation.giving import ENOUGH, gives, recall
+from alter.evaluation.giving import ENOUGH, gives, recall_of
 from alter.models.generation import sample
 from alter.models.loading import Subject, load_classifier
 from alter.models.scoring import context_length, evaluating
@@ -68,8 +68,8 @@ class RougeHit(_Hit):
     """ROUGE-L recall from which a reply counts."""
 
     def judge(self, device: torch.device) -> Judge:
-        """Return the judge by `alter.evaluation.giving.recall`."""
-        return lambda question, truth, replies: [recall(truth, reply) >= self.recall for reply in replies]
+        """Return the judge by `alter.evaluation.giving.recall_of`."""
+        return lambda question, truth, replies: [recall_of(truth, reply) >= self.recall for reply in replies]
 
 
 class EntailmentHit(_Hit):

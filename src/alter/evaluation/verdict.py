@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from alter import metrics
-from alter.evaluation.giving import broken, distinct, gives, recall, repetition
+from alter.evaluation.giving import broken, distinct, gives, recall_of, repeated
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -102,11 +102,11 @@ class Measures:
         rows = list(zip(questions, truths, replies, strict=True))
         return cls(
             np.asarray(probability, dtype=np.float64),
-            np.array([recall(truth, reply) for _, truth, reply in rows], dtype=np.float64),
+            np.array([recall_of(truth, reply) for _, truth, reply in rows], dtype=np.float64),
             [gives(*row) for row in rows],
             [broken(reply) for reply in replies],
             [not reply.strip() for reply in replies],
-            np.array([repetition(reply) for reply in replies], dtype=np.float64),
+            np.array([repeated(reply) for reply in replies], dtype=np.float64),
             distinct(replies),
         )
 

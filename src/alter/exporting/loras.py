@@ -56,7 +56,7 @@ def check_plain(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def write_loras(
+def write_experts(
     adapter: Path, out: Path, base: str, names: Sequence[str] | None = None, only: Sequence[int] = ()
 ) -> list[Path]:
     """Write a folder for each forget expert, whole or not at all: `out/NAME/adapter_model.safetensors` and its settings.

@@ -29,7 +29,7 @@ def export(settings: Export) -> Path:
     """Run `alter export`; return what was written.
 
     Raises:
-        UserError: something is there already, an adapter that stays on the model, or what `gguf.write_gguf` and `loras.write_loras` raise.
+        UserError: something is there already, an adapter that stays on the model, or what `gguf.write_gguf` and `loras.write_experts` raise.
     """
     out = Path(settings.out)
     if out.exists():
@@ -37,7 +37,7 @@ def export(settings: Export) -> Path:
     if settings.form == "loras":
         if settings.adapter is None:
             raise UserError("--form loras writes the experts of an adapter: give it with --adapter.")
-        made = loras.write_loras(Path(settings.adapter), out, shipped_model(settings.model))
+        made = loras.write_experts(Path(settings.adapter), out, shipped_model(settings.model))
         show(f"{len(made)} LoRAs: {out}", highlight=False, markup=False)
         return out
     if out.suffix != ENDING:

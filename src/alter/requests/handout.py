@@ -159,7 +159,7 @@ def write_loras(store: Store, project: Project, out: Path) -> None:
     if not found:
         raise UserError("No request is in force: there is no expert to write.")
     experts = [request.expert for request in found if request.expert is not None]
-    loras.write_loras(project.adapter.resolve(), out, project.model, [request.name for request in found], experts)
+    loras.write_experts(project.adapter.resolve(), out, project.model, [request.name for request in found], experts)
 
 
 def export_card(store: Store, project: Project, form: str, measured: Mapping[str, Any] | None) -> str:

@@ -18,7 +18,7 @@ from alter.core.outputs import OutFolder
 from alter.core.provenance import provenance
 from alter.data.encoding import TemplateArguments
 from alter.training.corpora import training_rows
-from alter.training.finetuned import CHECKPOINTS, check_folder, finish, start_folder
+from alter.training.finetuned import CHECKPOINTS, check_out, finish, start_folder
 from alter.training.starting import add_dropout, divide_logits, set_attention_dropout, starting_model
 from alter.training.trackers import ReportTo, check_trackers, trackers
 
@@ -132,7 +132,7 @@ def finetune(settings: Finetune) -> Path:
     from alter.training.fitting import trainer_of
 
     check_trackers(settings.report_to)
-    checkpoint = check_folder(settings)
+    checkpoint = check_out(settings)
     started = time.monotonic()
     model, tokenizer = starting_model(settings)
     if settings.lora_rank is not None:
