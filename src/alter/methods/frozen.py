@@ -197,7 +197,7 @@ class _Tracing:
     target: Target
     views: Mapping[str, View]
     depth: Depth | None
-    each: Callable[[], AbstractContextManager[list[Tensor]]]
+    each: Callable[[], AbstractContextManager[Any]]
     take: Callable[[int, Tensor], None] | None
 
     @property
