@@ -98,6 +98,8 @@ def test_every_figure_of_tofu_but_a_p_value_has_an_interval_around_it():
         if record.metric != "forget_quality":
             low, high = record.extra["interval"]
             assert low < record.value < high
+        if record.per_item is not None and metrics.CATALOGUE[record.metric].averages:
+            assert record.value == pytest.approx(np.nanmean(record.per_item))
     ratio = metrics.closeness_to_one(np.array(found["forget_truth_ratio"].per_item))
     assert found["forget_truth_ratio"].extra["interval"] == list(metrics.bootstrap_interval(ratio))
     assert found["mia_min_k"].extra["interval"] == list(metrics.auc_interval(found["mia_min_k"].value, 12, 10))
