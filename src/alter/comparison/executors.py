@@ -35,7 +35,7 @@ def command_line(folder: Path, parts: Sequence[str]) -> list[str]:
     return ["-c", f"import sys; from alter.comparison.cell import cell_process; sys.exit(cell_process({arguments}))"]
 
 
-def start_process(
+def launch(
     folder: str, arguments: Sequence[str], where: str, threads: int, card: str | None = None, locks: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
     """Start a cell's process, which ends when this one does; its output goes to `log.txt`.
@@ -68,12 +68,12 @@ def why(folder: str, code: int) -> str:
     return "" if code == 0 else lines[-1] if lines else f"exit status {code}"
 
 
-def run_on_machine(folder: str, arguments: Sequence[str], where: str, threads: int) -> str:
+def attend(folder: str, arguments: Sequence[str], where: str, threads: int) -> str:
     """On a machine of a cluster: run a cell's process to its end, and return what `why` says."""
     for path in (folder, where):
         if not Path(path).is_dir():
             return f"{os.uname().nodename} does not see {path}: all machines must share the comparison's folder"
-    process = start_process(folder, arguments, where, threads)
+    process = launch(folder, arguments, where, threads)
     try:
         code = process.wait()
     finally:
@@ -166,7 +166,7 @@ class Local(Executor):
         """Start a process; the lock lasts until the last of them is gone, so that no cell is worked on twice at once."""
         slot = min(self._free)
         self._free.remove(slot)
-        process = start_process(
+        process = launch(
             str(folder),
             command_line(folder, parts),
             os.getcwd(),
@@ -240,9 +240,7 @@ class OnRay(Executor):
                 f"(ray.cpus, ray.gpus); it has {has}."
             )
         self._ray, self._threads = ray, settings.cpus
-        self._attend = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=settings.retries)(
-            run_on_machine
-        )
+        self._attend = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=settings.retries)(attend)
         self.at_once = workers or UNBOUNDED
         self.place = f"on a Ray cluster of {len(machines)} machines"
 
@@ -332,7 +330,7 @@ class OnSlurm(Executor):
             if before["parts"] == list(parts) and _is_queued(before["job"]):
                 return _SlurmTask(self._submitit.SlurmJob(folder=logs, job_id=before["job"]))
         queue = self._queue(logs)
-        job = queue.submit(run_on_machine, str(folder), command_line(folder, parts), os.getcwd(), self._settings.cpus)
+        job = queue.submit(attend, str(folder), command_line(folder, parts), os.getcwd(), self._settings.cpus)
         write_atomic(note, to_json({"job": job.job_id, "parts": list(parts)}))
         return _SlurmTask(job)
 
