@@ -151,7 +151,6 @@ class Lora(Adapter):
             lora_dropout=self.dropout,
             target_modules=list(layers),
             task_type="CAUSAL_LM",
-            base_model_name_or_path=run.model,
         )
         tuned = get_peft_model(model, config)
         if former is not None:
