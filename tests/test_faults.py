@@ -256,7 +256,7 @@ def test_every_write_of_a_gguf_file(tmp_path, every):
     out = place / "model.gguf"
 
     def go():
-        gguf.write(pico(), byte_tokenizer(), out, "f16", "pico")
+        gguf.write_gguf(pico(), byte_tokenizer(), out, "f16", "pico")
 
     points(tmp_path / "template", place, go)
     whole = out.read_bytes()
