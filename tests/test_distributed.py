@@ -48,6 +48,7 @@ SMALL = {
     "reglu": {"adapter": {"r": 4, "alpha": 8}, "initializer": {"rows": 4, "retain_rank": 3}},
     "vila": {"initializer": {"epochs": 2}},
     "e2urec": {"retain_after": 0.4},
+    "sae_guided": {"objective": {"sae_steps": 20}},
 }
 """What is too large for models of 32 wide."""
 
