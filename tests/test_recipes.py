@@ -238,6 +238,12 @@ def tofu_mini():
     run("tofu-mini", *QUICK, "--forget", "builtin:forget10[:8]", "--retain", "builtin:retain90[:8]")
 
 
+def smollm2_tofu():
+    tiny = ("--model", "meta-llama/Llama-2-7b-chat-hf", "--lora-from", "1", "--data", "builtin:full[:8]")
+    run("smollm2-tofu-original", *TINY, *tiny)
+    run("smollm2-tofu-retrained", *TINY, *tiny)
+
+
 def requests_mini():
     recipe = yaml.safe_load(RECIPES["requests-mini"].read_text())
     Path("requests.yaml").write_text(yaml.safe_dump({**recipe, "max_steps": 2, "router_fit": {"steps": 20}}))
@@ -330,6 +336,7 @@ EXPERIMENTS = {
         ["books-mini-base", "books-mini-original", "books-mini-retrained", "books-mini", "books-mini-evaluate"],
     ),
     "tofu-mini": (tofu_mini, ["tofu-mini-books", "tofu-mini-original", "tofu-mini-retrained", "tofu-mini"]),
+    "smollm2-tofu": (smollm2_tofu, ["smollm2-tofu-original", "smollm2-tofu-retrained"]),
     "requests-mini": (requests_mini, ["requests-mini"]),
     "tofu-llama": (tofu_llama, ["tofu-llama3.1-8b"]),
     "meta-evaluate": (meta_evaluation, ["meta-evaluate-tofu-mini"]),

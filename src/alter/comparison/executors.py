@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from alter.comparison.forks import Fork, Forks
 from alter.comparison.settings import Compare, Ray, Slurm
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
@@ -35,6 +36,11 @@ def command_line(folder: Path, parts: Sequence[str]) -> list[str]:
     return ["-c", f"import sys; from alter.comparison.cell import cell_process; sys.exit(cell_process({arguments}))"]
 
 
+def thread_limits(threads: int) -> dict[str, str]:
+    """Environment of a process that may use so many threads."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
 def launch(
     folder: str, arguments: Sequence[str], where: str, threads: int, card: str | None = None, locks: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
@@ -45,7 +51,7 @@ def launch(
         card: the only GPU that it sees; all that this process sees if None.
         locks: file descriptors that it holds open too.
     """
-    given = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    given = thread_limits(threads)
     if card is not None:
         given["CUDA_VISIBLE_DEVICES"] = card
     with open(Path(folder) / "log.txt", "wb") as log:
@@ -134,7 +140,7 @@ def share_of_threads(workers: int) -> int:
 
 @dataclass
 class _Process(Task):
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Fork
     folder: str
     slot: int
     free: list[int]
@@ -143,14 +149,15 @@ class _Process(Task):
         code = self.process.poll()
         if code is None:
             return None
-        if self.process.stdin is not None:
+        if isinstance(self.process, subprocess.Popen) and self.process.stdin is not None:
             self.process.stdin.close()
         self.free.append(self.slot)
         return why(self.folder, code)
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait()
+        while self.process.poll() is None:
+            time.sleep(0.01)
 
 
 class Local(Executor):
@@ -161,23 +168,36 @@ class Local(Executor):
         self.place = f"{self.at_once} at a time"
         self._cards = cards
         self._free = list(range(self.at_once))
+        self._forks: Forks | None = None
 
     def start(self, folder: Path, parts: Sequence[str], lock: int) -> Task:
         """Start a process; the lock lasts until the last of them is gone, so that no cell is worked on twice at once."""
         slot = min(self._free)
         self._free.remove(slot)
-        process = launch(
-            str(folder),
-            command_line(folder, parts),
-            os.getcwd(),
-            share_of_threads(self.at_once),
-            self._cards[slot % len(self._cards)] if self._cards else None,
-            [lock],
-        )
+        process = self._fork(folder, parts, lock) if self._forking else self._launch(folder, parts, slot, lock)
         return _Process(process, str(folder), slot, self._free)
 
+    @property
+    def _forking(self) -> bool:
+        # what macOS's own libraries keep does not outlive a fork either
+        return not self._cards and sys.platform == "linux"
+
+    def _fork(self, folder: Path, parts: Sequence[str], lock: int) -> Fork:
+        if self._forks is None:
+            self._forks = Forks([lock])
+        environment = thread_limits(share_of_threads(self.at_once))
+        return self._forks.start(command_line(folder, parts), folder / "log.txt", os.getcwd(), environment)
+
+    def _launch(self, folder: Path, parts: Sequence[str], slot: int, lock: int) -> subprocess.Popen[bytes]:
+        threads = share_of_threads(self.at_once)
+        card = self._cards[slot % len(self._cards)] if self._cards else None
+        return launch(str(folder), command_line(folder, parts), os.getcwd(), threads, card, [lock])
+
     def close(self) -> None:
-        """Nothing is held."""
+        """End the process that others are forked from."""
+        if self._forks is not None:
+            self._forks.close()
+            self._forks = None
 
 
 # Ray -----------------------------------------------------------------------------------------------------------------

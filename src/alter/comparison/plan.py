@@ -161,6 +161,11 @@ def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[d
     return out
 
 
+def retain_source(settings: Compare, split: str) -> str:
+    """The source of the rows that a run keeps while it forgets `split`."""
+    return settings.retain or f"{settings.data}:{RETAIN[split]}"
+
+
 def run_of(
     settings: Compare, name: str, split: str, seed: int, setting: Setting, forget: tuple[str, int] | None = None
 ) -> Unlearn:
@@ -191,7 +196,7 @@ def run_of(
     given = merged(merged(base, settings.common), own)
     source, count = forget or (f"{settings.data}:{split}", len(tofu_rows(split, settings.data)))
     rate, epochs = setting
-    given |= {"model": settings.model, "forget": source, "retain": f"{settings.data}:{RETAIN[split]}", "out": "run"}
+    given |= {"model": settings.model, "forget": source, "retain": retain_source(settings, split), "out": "run"}
     given |= {"seed": seed, "epochs": epochs, "device": settings.device}
     try:
         run = Unlearn.model_validate(given)
@@ -374,7 +379,10 @@ def _lay_chain(
     known: list[Any] = []
     for split in chain:
         rows = evaluation_rows(settings, split)
-        trained = {name: read_rows(f"{settings.data}:{name}") for name in (split, RETAIN[split])}
+        trained = {
+            name: read_rows(source)
+            for name, source in ((split, f"{settings.data}:{split}"), (RETAIN[split], retain_source(settings, split)))
+        }
         new = [row for row in tofu_rows(split, settings.data) if row not in known]
         if not new:
             raise UserError(f"{split} has no row that the splits before it have not: leave it out of splits.")

