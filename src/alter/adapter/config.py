@@ -73,7 +73,7 @@ class AlterConfig(PeftConfig):
             The gain in it: no element of the update exceeds 1 / gain.
         router_layer (`str`, *optional*):
             Name (or its ending) of the adapted layer whose input the router reads. By default the first adapted layer
-            of the block at two thirds of the depth.
+            of the block five sixths of the way to the last one.
         router_memory (`float`, *optional*, defaults to 1.0):
             Between 0 and 1: weight of a token's evidence relative to that of the token after it. 0 routes by the last
             token alone, 1 by the mean of all tokens so far.
@@ -162,8 +162,8 @@ class AlterConfig(PeftConfig):
     router_layer: str | None = field(
         default=None,
         metadata={
-            "help": "Adapted layer whose input the router reads; by default the first one of the block at two thirds "
-            "of the depth."
+            "help": "Adapted layer whose input the router reads; by default the first one of the block five sixths "
+            "of the way to the last one."
         },
     )
     router_memory: float = field(

@@ -86,8 +86,8 @@ def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
 def default_host(names: list[str]) -> str:
     """Of adapted layers in the model's order, the one whose input the router reads by default.
 
-    It is the first one of the block at two thirds of the depth, whose input is the normalised hidden state there; the
-    very first one where layers are not in numbered blocks.
+    It is the first one of the block five sixths of the way to the last one (of the third of four blocks, the 25th of 30),
+    whose input is the normalised hidden state there; the very first one where layers are not in numbered blocks.
     """
     blocks: dict[str, dict[int, str]] = {}
     for name in names:
@@ -98,7 +98,7 @@ def default_host(names: list[str]) -> str:
         return names[0]
     block = max(blocks.values(), key=len)
     order = sorted(block)
-    return block[order[2 * len(order) // 3]]
+    return block[order[max(5 * (len(order) - 1) // 6, 2 * len(order) // 3)]]
 
 
 def first_to_run(names: list[str]) -> str:
