@@ -1086,8 +1086,11 @@ def test_one_configuration_serves_several_bases():
     assert model.base_model.router_host[0] == "model.layers.4.self_attn.q_proj"
 
 
-def test_default_host_is_at_two_thirds():
-    assert default_host([f"model.layers.{i}.{n}" for i in range(32) for n in ("q", "k")]) == "model.layers.21.q"
+def test_default_host_is_far_up_but_not_last():
+    found = {
+        n: default_host([f"model.layers.{i}.{k}" for i in range(n) for k in ("q", "k")]) for n in (2, 3, 4, 6, 30, 32)
+    }
+    assert found == {n: f"model.layers.{i}.q" for n, i in ((2, 1), (3, 2), (4, 2), (6, 4), (30, 24), (32, 25))}
     assert default_host(["model.layers.0.q"]) == "model.layers.0.q"
     assert default_host(["0.lin", "1.lin"]) == "1.lin"
     assert default_host(["lin0", "lin1"]) == "lin0"

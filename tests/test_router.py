@@ -15,6 +15,7 @@ from alter.data.background import apart_from, background, names_in
 from alter.data.encoding import encode
 from alter.data.examples import Example, load_examples
 from alter.data.rewording import FITTED, MEASURED, key_words, reworded, some_capitals, telegram, typos
+from alter.training import openset
 from alter.training.closing import command
 from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of, standard
 from alter.training.openset import FOLDS, _folds, caught, discriminant, open_set, opening_level
@@ -290,6 +291,34 @@ def test_own_words_join_every_fit_and_set_no_level():
     _, _, level = open_set(tokens, [1], RouterFit(), np.random.default_rng(0))
     tokens[-1].name = "retain"
     assert level < open_set(tokens, [1], RouterFit(), np.random.default_rng(0))[2]
+
+
+@pytest.mark.parametrize(
+    ("far", "near", "over"),
+    [
+        # a kind that no other is like, when it is left out, but not in the fit: the level falls to the share that is wanted
+        (False, 0.0, openset.WANTED),
+        # the fit itself cannot tell the kinds: only what must be caught is
+        (False, 1.0, openset.LEAST),
+        # nothing is like the forget tokens: all but the least likely open
+        (True, 0.0, 1 - openset.SURE),
+    ],
+)
+def test_how_many_forget_tokens_open_an_expert(far, near, over):
+    generator = torch.Generator().manual_seed(0)
+    n, dimensions = 600, 8
+    place = torch.zeros(4, dimensions)
+    # the forget tokens; two ordinary kinds; and one beyond the forget tokens, seen from those
+    place[0, 0] = 6.0
+    place[3, 0], place[3, 1] = (-6.0, 0.0) if far else (40.0, 40.0 * (1 - near))
+    tokens = []
+    for number, (name, label) in enumerate((("forget", 1), ("a", 0), ("b", 0), ("c", 0))):
+        x = torch.randn(n, dimensions, generator=generator) + place[number]
+        row, flags = torch.arange(n) // 20, torch.ones(n, dtype=torch.bool)
+        tokens.append(Evidence(name, x, torch.full((n,), label), flags, row, torch.zeros(n, dtype=torch.long)))
+    weight, bias, level = open_set(tokens, [1], RouterFit(), np.random.default_rng(0))
+    opened = float(((tokens[0].x @ weight.t() + bias).max(-1).values > level).double().mean())
+    assert opened == pytest.approx(over, abs=0.005)
 
 
 def test_a_watch_without_retain_rows_is_told_what_it_lacks(data, tmp_path):

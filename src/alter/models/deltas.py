@@ -47,7 +47,7 @@ def _make(base: str, delta: Path, folder: Path) -> None:
 
     from alter.models.attach import attach
 
-    place = gguf.place_of(base)
+    place = gguf.gguf_place(base)
     assert place is not None
     network, tokenizer = gguf.load_file(place, dtype=torch.float32)
     network = attach(network, str(delta)).merge_and_unload().to(torch.bfloat16)
