@@ -22,6 +22,7 @@ import alter
 from alter import cli
 from alter.comparison.cell import work
 from alter.comparison.plan import lay_out, run_of
+from alter.comparison.settings import Retrained
 from alter.core.files import to_json, write_atomic
 from alter.data.sources import tofu_rows
 from alter.metaevaluation import members
@@ -286,7 +287,13 @@ def comparison(name):
         assert model in MODELS or model.startswith("builtin:")
     few = {"max_steps": 2, "router_fit": {"steps": 20, "max_tokens": 4000}}
     shape = "meta-llama/Llama-2-7b-chat-hf" if settings.model.startswith("builtin:") else settings.model
-    return settings.model_copy(update={"model": shape, "data": "tofu", "limit": 2, "common": settings.common | few})
+    given = {"model": shape, "data": "tofu", "limit": 2, "common": settings.common | few}
+    if settings.retain is not None:
+        given["retain"] = "tofu:retain95"
+    if settings.model.startswith("builtin:smollm2"):
+        # its weights are in a package that may not be there
+        given["retrained"] = Retrained()
+    return settings.model_copy(update=given)
 
 
 def rows_of_the_table(name, *already):
@@ -349,6 +356,7 @@ EXPERIMENTS = {
         for name in (
             "compare-tofu-mini",
             "compare-survival-tofu-mini",
+            "compare-smollm2-tofu",
             "figure4-llama3.1-8b",
             "figure4-llama2-7b",
             "figure6",
@@ -360,6 +368,7 @@ EXPERIMENTS = {
 """What runs which recipes: a recipe that nothing runs is a failure."""
 SLOW = {
     "compare-survival-tofu-mini",
+    "compare-smollm2-tofu",
     "compare-tofu-mini",
     "continual-tofu-mini",
     "figure5",
