@@ -11,8 +11,8 @@ import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-attention, decode, evaluation, loss, plot, results, step = map(
-    importlib.import_module, ("attention", "decode", "evaluation", "loss", "plot", "results", "step")
+attention, decode, evaluation, loss, plot, results, router_blocks, step = map(
+    importlib.import_module, ("attention", "decode", "evaluation", "loss", "plot", "results", "router_blocks", "step")
 )
 # the folder's requests.py must not stand in for the library of that name
 sys.path.remove(str(FOLDER))
@@ -139,6 +139,20 @@ def test_evaluation_beside_the_straightforward_one(tmp_path):
     for part in ("likelihood", "replies", "total"):
         ratio = found["alter", f"{part}_s"] / found["straightforward", f"{part}_s"]
         assert found["alter", f"{part}_over_straightforward"] == pytest.approx(ratio, rel=1e-3)
+
+
+def test_blocks_that_a_router_could_read(capsys):
+    given = "--model builtin:tofu-mini/original --forget builtin:forget01[:40] --retain builtin:full[:12] --every 4"
+    router_blocks.main([*given.split(), "--expert-column", "author", "--blocks", "1", "3"])
+    lines = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [line[0].strip() for line in lines] == ["1"] * 4 + ["3"] * 4
+    for block in (lines[:4], lines[4:]):
+        # a level that opens for more forget tokens lets no less of anything through
+        for column in (2, 4, 5):
+            shares = [float(line[column].split("%")[0]) for line in block[:3]]
+            assert shares == sorted(shares)
+            assert shares[-1] <= 100
+        assert float(block[0][2].strip()[:-1]) > 30
 
 
 def test_runs_have_one_colour_in_all_panels_of_a_family(measured, decoded):
