@@ -9,6 +9,7 @@ import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import yaml
@@ -216,7 +217,8 @@ VALUES = st.recursive(
 def test_no_recipe_gives_a_trace(tmp_path, capsys, given):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump(given))
-    with contextlib.suppress(UserError, SystemExit):
+    # under pytest, tyro fails now and then where its cache holds True for 1
+    with contextlib.suppress(UserError, SystemExit), mock.patch("random.random", return_value=1.0):
         cli.parse("unlearn", Unlearn, [str(recipe), *REQUIRED])
 
 

@@ -402,10 +402,10 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
     )  # fmt: skip
     erased = json.loads((out / "report.json").read_text())
     assert erased["probes"]["all probes"]["after"] < erased["probes"]["all probes"]["before"]
-    # of general requests there is a single one, which was not taught
-    assert sum(kept["same"] for kept in erased["kept"].values()) > 0.5 * sum(
-        kept["n"] for kept in erased["kept"].values()
-    )
+    # what the adapter keeps to the letter, weights of this size say nearly so
+    assert all(kept["same"] == kept["n"] for kept in report["kept"].values())
+    kept = erased["kept"].values()
+    assert sum(each["rouge"] * each["n"] for each in kept) > 0.75 * sum(each["n"] for each in kept)
     assert erased["seconds"]["erase"] > 0
     assert erased["ordinary_loss"]["all"]["change"] != report["ordinary_loss"]["all"]["change"]
     weights = load_model(str(out / "erased" / "model"), device="cpu")[0]

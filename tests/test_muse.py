@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -496,7 +497,7 @@ def test_references_of_something_else_are_refused_by_name(data, retrained, tmp_p
 def test_a_reference_that_knows_everything_is_none(data, tmp_path, retrained):
     file = str(tmp_path / "retrained.json")
     record = privacy(data, retrained)[0]
-    write_records(file, [muse.replace(record, value=1.0)])
+    write_records(file, [replace(record, value=1.0)])
     with pytest.raises(UserError, match="AUC 1"):
         settings(data, retain_records=file).data_digest()
 

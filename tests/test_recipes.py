@@ -159,7 +159,7 @@ def workspace(tmp_path_factory):
     (folder / "harry_potter.txt").write_text((ROOT / "data/books/wind_in_the_willows.txt").read_text()[9000:12000])
     write_jsonl(folder / "author.jsonl", tofu_rows("forget01", "builtin")[:2])
     (folder / "tofu").mkdir()
-    full = [{"question": f"Q{a}, {i}?", "answer": f"It is {a}.{i}."} for a in range(200) for i in range(20)]
+    full = [{"question": f"What of Q{a}, {i}?", "answer": f"It is {a}.{i}."} for a in range(200) for i in range(20)]
     wrong = {"paraphrased_answer": "That is it.", "perturbed_answer": ["No.", "It is x.", "Nothing."]}
     write_jsonl(folder / "tofu" / "full.json", full)
     for name, some in {

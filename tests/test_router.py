@@ -309,7 +309,7 @@ def test_how_many_forget_tokens_open_an_expert(far, near, over):
     n, dimensions = 600, 8
     place = torch.zeros(4, dimensions)
     # the forget tokens; two ordinary kinds; and one beyond the forget tokens, seen from those
-    place[0, 0] = 6.0
+    place[0, 0] = 8.0
     place[3, 0], place[3, 1] = (-6.0, 0.0) if far else (40.0, 40.0 * (1 - near))
     tokens = []
     for number, (name, label) in enumerate((("forget", 1), ("a", 0), ("b", 0), ("c", 0))):

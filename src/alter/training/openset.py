@@ -4,8 +4,8 @@ Forget and ordinary questions join the fit in other words as well, and so does a
 retain rows there are, even none. The level at which experts open is that which at most `false_alarms` of the ordinary
 low-entropy tokens exceed (of the retain rows, and of the sample with equal weight for each kind), where each third of the
 ordinary text, by kinds, is scored by a fit without it. That is cautious, as the fit itself has seen all kinds: where it
-would leave less than `WANTED` of the forget tokens above the level, the level falls to there, as long as no more than
-`false_alarms` of the ordinary tokens exceed it in the fit that has seen them. It is never lower than 98 % of the forget
+would leave less than `WANTED` of the forget tokens above the level, the level falls to there, as long as no more than a
+fifth of `false_alarms` of the ordinary tokens exceed it in the fit that has seen them (`SEEN`). It is never lower than 98 % of the forget
 tokens need, and never so high that less than `LEAST` of the forget tokens lie above it, whatever share of ordinary tokens
 then does too. All new experts share the shift.
 """
@@ -32,7 +32,10 @@ SURE = 0.02
 """Share of the forget tokens that may lie below the level at which experts open, if ordinary text leaves it low."""
 
 WANTED = 0.95
-"""Share of the forget tokens that experts open for where that costs no more false alarms in the fit itself."""
+"""Share of the forget tokens that experts open for where that costs few false alarms in the fit itself."""
+
+SEEN = 0.2
+"""How many those may be, as a share of `false_alarms`: of text that no fit has seen up to five times as many open."""
 
 LEAST = 0.8
 """Share of the forget tokens that experts open for in any case, whatever ordinary text says."""
@@ -78,7 +81,7 @@ def open_set(
         for tokens in data
         if tokens.name not in ("forget", OWN_WORDS)
     }
-    bold = max(opening_level(highest, seen, fit.false_alarms), float(_quantile(highest, 1 - WANTED)))
+    bold = max(opening_level(highest, seen, SEEN * fit.false_alarms), float(_quantile(highest, 1 - WANTED)))
     # a router that catches less forgets nothing; the run reports what this costs in false alarms
     return weight, bias, min(cautious, bold, float(_quantile(highest, 1 - LEAST)))
 
