@@ -492,6 +492,23 @@ def test_greedy_stays_greedy_when_the_model_says_otherwise(recwarn):
     assert generation.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False) == expected
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_head_reads_rows_that_lie_side_by_side(drawn):
+    model = pico().to(torch.bfloat16)
+    head = model.get_output_embeddings()
+    seen = []
+    handle = head.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0].is_contiguous(), out.shape[1])))
+    prompts = [[5, 6, 7], [8, 9], [4, 5, 6, 7]]
+    if drawn:
+        generation.sample(model, byte_tokenizer(), prompts, 2, max_new_tokens=3, progress=False)
+    else:
+        generation.generate(model, byte_tokenizer(), prompts, max_new_tokens=3, progress=False)
+    handle.remove()
+    assert seen
+    assert all(together and positions == 1 for together, positions in seen)
+    assert not head._forward_pre_hooks
+
+
 def test_prompts_that_cannot_be_continued():
     model, tokenizer = pico(), byte_tokenizer()
     with pytest.raises(UserError, match="Prompt 1 is empty"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -208,7 +209,7 @@ def generate(
             return _decoded(tokenizer, _continue(model, ids, mask, decoding))
 
     texts = [""] * len(prompts)
-    with evaluating(model):
+    with evaluating(model), _side_by_side(model):
         said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
         for batch, replies in _shown(said, len(batches), label, progress):
             for i, reply in zip(batch, replies, strict=True):
@@ -267,7 +268,7 @@ def sample(
         return [texts[k * copies : (k + 1) * copies] for k in range(len(batch))]
 
     found: list[list[str]] = [[] for _ in prompts]
-    with evaluating(model):
+    with evaluating(model), _side_by_side(model):
         said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
         for (batch, _), replies in _shown(said, len(batches), label, progress):
             for i, texts in zip(batch, replies, strict=True):
@@ -363,6 +364,21 @@ def _continue(
             kept = torch.tensor(going, device=ids.device)
             cache.batch_select_indices(kept)
             ids, mask, rows = ids[kept], mask[kept], [rows[k] for k in going]
+
+
+@contextmanager
+def _side_by_side(model: Any) -> Iterator[None]:
+    """Hand the head rows that lie side by side: of the last states of prompts, cut out of all, PyTorch copies the whole head
+    once for each row, in 16 bits on a CPU (3.6 GB for 64 rows of SmolLM2)."""
+    head = _inner(model).get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def can_drop_rows(cache: Any) -> bool:
