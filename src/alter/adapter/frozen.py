@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from alter.adapter.state import ForwardState, RoutingContext
+from alter.logits.head import Head
 
 
 def base_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -53,3 +55,21 @@ def run_frozen(
     """Run the base model as it was before any adapter."""
     with frozen_base(context, module, state):
         return module.forward(*args, **kwargs)
+
+
+def read_frozen(
+    context: RoutingContext, model: PreTrainedModel, inputs: dict[str, Any], state: ForwardState
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Run the frozen base without its head: what the head would read [B, T, D], and what makes logits [n, V] of n rows of it.
+
+    The logits of all positions never exist at once: those of 64 prompts are gigabytes.
+    """
+    head = Head(model)
+    with head.reading() as read:
+        run_frozen(context, model, (), inputs, state)
+
+    def logits(rows: Tensor) -> Tensor:
+        with frozen_base(context, model, ForwardState(frozen=True)):
+            return head.logits(rows)
+
+    return read[0], logits

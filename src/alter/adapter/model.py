@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alter.adapter.base import base_fingerprint, bits_of, same_base
 from alter.adapter.config import AlterConfig
-from alter.adapter.frozen import frozen_base, run_frozen
+from alter.adapter.frozen import read_frozen
 from alter.adapter.hooks import connect, disconnect
 from alter.adapter.inputs import frozen_inputs, sequence_starts, token_mask
 from alter.adapter.layer import AlterLinear, NotMergeable
@@ -31,8 +31,7 @@ from alter.adapter.routes import entropy_router
 from alter.adapter.routing import INFINITE, Trace, entropy_sides, previous_real, route_tokens, take_previous
 from alter.adapter.state import ForwardState, RoutingContext
 from alter.core.errors import UserError, nearest
-from alter.logits.entropy import check_threshold, entropy_from_hidden
-from alter.logits.head import Head
+from alter.logits.entropy import check_threshold, chunk_rows, entropy_from_hidden
 
 
 class NoLayerFound(UserError, NoMatchingPeftModuleError):
@@ -338,22 +337,15 @@ class AlterModel(BaseTuner):
         state = ForwardState(frozen=True, host=host)
         if not isinstance(self.model, PreTrainedModel) or self.model.get_output_embeddings() is None:
             raise UserError(f"{type(self.model).__name__} gives no next-token logits, so its tokens have no entropy.")
-        head = Head(self.model)
-        with head.reading() as read:
-            run_frozen(self._context, self.model, (), frozen_inputs(self.model, inputs), state)
-        states = read[0]
-
-        def logits(of: Tensor) -> Tensor:
-            with frozen_base(self._context, self.model, ForwardState(frozen=True)):
-                return head.logits(of)
-
+        states, logits = read_frozen(self._context, self.model, frozen_inputs(self.model, inputs), state)
         mask = token_mask(attention_mask, input_ids.shape[0], input_ids.shape[1], states.device)
         previous = previous_real(mask, sequence_starts(inputs, mask))
         features = state.features
         if features is not None:
             features = take_previous(features, previous.to(features.device), 0.0)
+        at_once = chunk_rows(self.model.config.get_text_config().vocab_size)
         emitted = torch.zeros(mask.shape, device=states.device)
-        emitted[mask] = entropy_from_hidden(states[mask], logits, config.entropy_q, rows=head.rows).to(emitted)
+        emitted[mask] = entropy_from_hidden(states[mask], logits, config.entropy_q, rows=at_once).to(emitted)
         entropy = take_previous(emitted, previous.to(states.device), INFINITE)
         return Trace(entropy, features, states, logits)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alter.adapter.frozen import frozen_base, run_frozen
+from alter.adapter.frozen import read_frozen, run_frozen
 from alter.adapter.generation import Continuation, DecodeState
 from alter.adapter.inputs import (
     frozen_inputs,
@@ -34,8 +34,7 @@ from alter.adapter.routing import (
 )
 from alter.adapter.state import ForwardState, RoutingContext, Trunk
 from alter.core.errors import UserError
-from alter.logits.entropy import entropy_from_logits
-from alter.logits.head import Head
+from alter.logits.entropy import chunk_rows, entropy_from_logits
 
 UNKNOWN_CACHE = (
     "These past_key_values come from a forward pass without the active ALTER adapter, so the routes of their tokens are "
@@ -284,23 +283,19 @@ def _emitted_entropies(
 ) -> dict[float, Tensor]:
     """Run the frozen base; [B, T] entropies of the distributions that it emits, by order; empty if it emits none.
 
-    The logits of more positions than go through the head at a time never exist at once: those of 64 prompts are gigabytes.
+    Of more positions than go through the head at a time the logits never exist at once.
     """
-    head = Head(module) if module.get_output_embeddings() is not None and module.get_decoder() is not module else None
-    if head is None or mask.numel() <= head.rows:
-        logits = model_logits(module, run_frozen(context, module, (), frozen_inputs(module, inputs), frozen))
+    given = frozen_inputs(module, inputs)
+    at_once = (
+        chunk_rows(module.config.get_text_config().vocab_size) if module.get_output_embeddings() is not None else 0
+    )
+    if mask.numel() <= at_once or not at_once or module.get_decoder() is module:
+        logits = model_logits(module, run_frozen(context, module, (), given, frozen))
         return {} if logits is None else {q: entropy_from_logits(logits, q) for q in orders}
-    with head.reading() as read:
-        run_frozen(context, module, (), frozen_inputs(module, inputs), frozen)
-    states = read[0]
-
-    def logits_of(rows: Tensor) -> Tensor:
-        with frozen_base(context, module, ForwardState(frozen=True)):
-            return head.logits(rows)
-
+    states, logits_of = read_frozen(context, module, given, frozen)
     real = mask.to(states.device)
     emitted = {q: torch.zeros(mask.shape, device=states.device) for q in orders}
-    for chunk in real.nonzero().split(head.rows):
+    for chunk in real.nonzero().split(at_once):
         row, column = chunk.unbind(1)
         logits = logits_of(states[row, column])
         for q in orders:

@@ -20,6 +20,7 @@ from alter.data.sources import refusals
 from alter.methods.frozen import View
 from alter.methods.invented import invented
 from alter.methods.objectives import Forget
+from alter.models.generation import side_by_side
 
 EXPERT = "This text was written by a leading expert who knows everything about {concept}:"
 NOVICE = "This text was written by a novice who has never heard of {concept}:"
@@ -292,14 +293,15 @@ def diversions(
             plain = [openings[i].prompt + openings[i].change for i in group]
             inputs = plain + [view.extend(Encoded(ids, ids, 0))["input_ids"] for view in views for ids in plain]
             batch = collate([{"input_ids": ids} for ids in inputs])
-            said = base.generate(
-                **{name: value.to(base.device) for name, value in batch.items()},
-                logits_processor=tilt,
-                do_sample=False,
-                max_new_tokens=openings[group[0]].room,
-                eos_token_id=stop,
-                pad_token_id=pad,
-            )
+            with side_by_side(base):
+                said = base.generate(
+                    **{name: value.to(base.device) for name, value in batch.items()},
+                    logits_processor=tilt,
+                    do_sample=False,
+                    max_new_tokens=openings[group[0]].room,
+                    eos_token_id=stop,
+                    pad_token_id=pad,
+                )
             width = batch["input_ids"].shape[1]
             for i, start, new in zip(group, plain, said[: len(group), width:].tolist(), strict=True):
                 written[i] = start + (new[: new.index(stop) + 1] if stop in new else new)

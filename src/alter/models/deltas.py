@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -18,8 +19,8 @@ from alter.models import gguf
 def merged(name: str, delta: Path) -> str:
     """Return a folder of SmolLM2's weights with a shipped LoRA folded into them, in bfloat16.
 
-    It is made in the cache (see `core.cache.cache_folder`), or in the system's folder for temporary files where the cache is
-    off, under a name that goes by the contents of both; one that is there is taken. Only a whole folder gets the name.
+    It is made in the cache (see `core.cache.cache_folder`) under a name that goes by the contents of both; one that is there is
+    taken. Only a whole folder gets the name. Where the cache is off, the folder lasts as long as this process.
 
     Args:
         name: the model's, `builtin:NAME`.
@@ -32,7 +33,10 @@ def merged(name: str, delta: Path) -> str:
     key = digest(
         file_digest(base), file_digest(delta / "adapter_model.safetensors"), file_digest(delta / "adapter_config.json")
     )
-    home = cache_folder() or Path(tempfile.gettempdir()) / f"alter-{os.getuid()}"
+    home = cache_folder()
+    if home is None:
+        home = Path(tempfile.mkdtemp(prefix="alter-"))
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
     folder = home / "models" / f"{name.removeprefix('builtin:').replace('/', '-')}-{key[:16]}"
     if not (folder / "config.json").is_file():
         _make(base, delta, folder)
@@ -56,7 +60,10 @@ def _make(base: str, delta: Path, folder: Path) -> None:
     try:
         network.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        if not folder.exists():
-            os.replace(fresh, folder)
+        os.replace(fresh, folder)
+    except OSError:
+        # another process may have made it meanwhile
+        if not (folder / "config.json").is_file():
+            raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from alter.core.errors import UserError
-from alter.models.generation import SEGMENT, can_drop_rows, stop_ids
+from alter.models.generation import SEGMENT, can_drop_rows, side_by_side, stop_ids
 from alter.models.scoring import context_length, evaluating
 from alter.serving.text import settled
 
@@ -369,22 +369,23 @@ class Engine:
             steps = max(left) if whole else min(*left, SEGMENT)
             if not self._fit(rows.jobs, done + steps):
                 break
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=steps,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                use_cache=True,
-                pad_token_id=pad,
-                return_dict_in_generate=True,
-                logits_processor=LogitsProcessorList([rows]),
-                stopping_criteria=StoppingCriteriaList([watch]),
-                **carried,
-            )
+            with side_by_side(self.model):
+                out = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=steps,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    use_cache=True,
+                    pad_token_id=pad,
+                    return_dict_in_generate=True,
+                    logits_processor=LogitsProcessorList([rows]),
+                    stopping_criteria=StoppingCriteriaList([watch]),
+                    **carried,
+                )
             new = out.sequences.shape[1] - ids.shape[1]
             done += new
             going = [row for row, job in enumerate(rows.jobs) if job.finish is None]
