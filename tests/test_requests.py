@@ -886,6 +886,27 @@ def killed(store, data, folder, monkeypatch, name="Ada"):
     return request
 
 
+@pytest.mark.parametrize("named", [[], ["1"]])
+def test_what_was_trained_before_a_kill_is_the_next_runs_result(data, tmp_path, monkeypatch, named):
+    store = start(data, tmp_path)
+    ask(store, data, "Ada")
+
+    def stop(*given, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "conclude", stop)
+        # a killed process sweeps nothing
+        patch.setattr(work, "sweep", lambda project, keep=None: [])
+        with pytest.raises(KeyboardInterrupt):
+            run(RunRequests(db=store.url))
+    assert store.get(1).state == "trained"
+    monkeypatch.setattr(work, "unlearn", None)
+    assert [(request.id, request.state) for request in run(RunRequests(db=store.url, id=named))] == [(1, "forgotten")]
+    with pytest.raises(UserError, match="Nothing to run"):
+        run(RunRequests(db=store.url))
+
+
 @pytest.mark.parametrize("then", ["revoke", "verify", "purge"])
 def test_after_a_kill_the_next_command_cleans_up(data, tmp_path, monkeypatch, then):
     store = start(data, tmp_path)

@@ -379,21 +379,26 @@ def run(settings: RunRequests) -> list[Request]:
 
     store, project = settings.open()
     with store.lease(settings.who):
-        work.recover(store, project, resume=True)
+        # an earlier run may have been cut off after training: its requests are measured here and belong to this run's result
+        found = work.recover(store, project, resume=True)
+        measured = {request.id for request in found}
         checking.refuse_changed(store, project)
         if settings.id:
-            chosen = [store.get(number) for number in dict.fromkeys(map(parse_id, settings.id))]
+            named = [store.get(number) for number in dict.fromkeys(map(parse_id, settings.id))]
+            chosen = [request for request in named if request.id not in measured]
             for request in chosen:
                 store.check_edge(request, "running")
         else:
-            chosen = store.requests("received", *(MISSED if settings.again else []))
+            waiting = store.requests("received", *(MISSED if settings.again else []))
+            chosen = [request for request in waiting if request.id not in measured]
             missed = store.requests(*MISSED)
-            if not chosen and missed:
+            if not chosen and missed and not found:
                 raise UserError(
                     f"Nothing to run but {', '.join(f'{r.name} ({r.state})' for r in missed)}: `alter request run --again` "
                     "tries them."
                 )
-        found = work.run_requests(store, project, chosen)
+        if chosen or not found:
+            found += work.run_requests(store, project, chosen)
     _print_list(settings.db, store.requests())
     console = Console()
     for request in found:

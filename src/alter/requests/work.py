@@ -41,11 +41,14 @@ CUT = {"model", "forget", "retain", "out", "start_from", "experts_only", "domain
 """Settings of a run that the request decides, not the recipe."""
 
 
-def recover(store: Store, project: Project, *, resume: bool = False) -> None:
+def recover(store: Store, project: Project, *, resume: bool = False) -> list[Request]:
     """Finish what a killed process left: effects that the link shows become true in the database, the rest is undone.
 
     What was trained but not measured is measured now. Everything else of a run that was cut off is removed; with
     `resume` the folders that a new run of the same requests would go on from stay.
+
+    Returns:
+        the requests that were measured now, in the state that the verdict gives.
 
     Raises:
         UserError: the adapter that was in force is gone; nothing is touched.
@@ -56,22 +59,27 @@ def recover(store: Store, project: Project, *, resume: bool = False) -> None:
     inside = manifest(project)
     experts = {name: int(expert) for expert, name in inside["experts"].items()}
     groups: dict[str, list[Request]] = {}
+    concluded: list[Request] = []
     for request in store.requests("running", "trained"):
         key = ((request.run or {}).get("key") or "") if request.state == "trained" else ""
         if request.name in experts and experts[request.name] not in inside["cleared"]:
-            conclude(store, project, [request], project.adapter.resolve(), inside["run"], what="recovered")
+            concluded += conclude(
+                store, project, [request], project.adapter.resolve(), inside["run"], what="recovered"
+            )
         elif key and (project.root / "runs" / key / "adapter").is_dir():
             groups.setdefault(key, []).append(request)
         else:
             store.move([request.id], "received", what="interrupted")
     for key, members in groups.items():
         trained = members[0].run or {}
-        conclude(store, project, members, project.root / "runs" / key / "adapter", trained, what="recovered")
+        candidate = project.root / "runs" / key / "adapter"
+        concluded += conclude(store, project, members, candidate, trained, what="recovered")
     for request in store.requests(*IN_FORCE):
         if request.expert in inside["cleared"]:
             store.move([request.id], "revoked", what="recovered", details={"adapter": adapter_digest(project)})
     if not resume:
         sweep(project)
+    return concluded
 
 
 def run_requests(store: Store, project: Project, requests: Sequence[Request]) -> list[Request]:
