@@ -28,10 +28,12 @@ from alter.data.encoding import encode_prompt
 from alter.data.examples import load_examples
 from alter.models.generation import generate
 from alter.models.loading import load_model
-from alter.requests.commands import Add, Init, Revoke, RunRequests, Verify, add, init, revoke, run, verify
+from alter.requests.commands import Revoke, RunRequests, revoke, run
+from alter.requests.intake import Add, Init, add, init
 from alter.requests.project import Project
 from alter.requests.records import IN_FORCE
 from alter.requests.store import Store
+from alter.requests.verification import Verify, verify
 from alter.requests.versions import manifest
 
 HERE = Path(__file__).parent

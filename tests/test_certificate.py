@@ -17,8 +17,10 @@ from alter.data.examples import data_hash, load_examples, row_hash
 from alter.models.loading import Subject
 from alter.requests.anchor import Anchor, read_heads
 from alter.requests.certificate import VERSION, Certificate, _limits, certificate, check_certificate
-from alter.requests.commands import List, RunRequests, Verify, list_requests, run, verify
+from alter.requests.commands import RunRequests, run
+from alter.requests.register import List, list_requests
 from alter.requests.store import Store
+from alter.requests.verification import Verify, verify
 from test_requests import ask, memorise, rows, start, write_jsonl
 
 

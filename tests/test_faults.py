@@ -15,26 +15,26 @@ from alter.core.errors import UserError
 from alter.core.signing import new_key
 from alter.evaluation.verdict import Measures, Verdict
 from alter.exporting import gguf
-from alter.requests import checking, commands, concluding, connection, evidence, handout, removal, versions, work
-from alter.requests import store as store_module
-from alter.requests.commands import (
-    Add,
-    Export,
-    Init,
-    Purge,
-    Revoke,
-    RunRequests,
-    Verify,
-    add,
-    export,
-    init,
-    purge,
-    revoke,
-    run,
-    verify,
+from alter.requests import (
+    checking,
+    commands,
+    concluding,
+    connection,
+    display,
+    evidence,
+    handout,
+    intake,
+    removal,
+    verification,
+    versions,
+    work,
 )
+from alter.requests import store as store_module
+from alter.requests.commands import Export, Purge, Revoke, RunRequests, export, purge, revoke, run
+from alter.requests.intake import Add, Init, add, init
 from alter.requests.project import Project
 from alter.requests.store import Store
+from alter.requests.verification import Verify, verify
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from faults import KINDS, Killed, States, differs, faults
@@ -92,9 +92,10 @@ def quick(made, monkeypatch):
             monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: (object(), None))
         if hasattr(module, "known_of"):
             monkeypatch.setattr(module, "known_of", lambda *args, **kwargs: (measures, told))
-    for name in ("list_requests", "_say"):
-        monkeypatch.setattr(commands, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(commands, "Console", lambda **_: Mock())
+    for module in (commands, intake):
+        monkeypatch.setattr(module, "say", lambda *args, **kwargs: None)
+    for module in (commands, display, intake, verification):
+        monkeypatch.setattr(module, "Console", lambda **_: Mock())
     monkeypatch.setattr(work, "provenance", dict)
     monkeypatch.setattr(concluding, "judge", lambda *args, **kwargs: Verdict("forgotten", ("As said.",)))
     # nothing is cut off from power here

@@ -34,32 +34,16 @@ from alter.data.examples import load_examples
 from alter.models.loading import load_model
 from alter.requests import concluding, work
 from alter.requests import rows as request_rows
-from alter.requests.commands import (
-    Add,
-    Export,
-    Init,
-    List,
-    Purge,
-    Revoke,
-    RunRequests,
-    Show,
-    Verify,
-    add,
-    export,
-    init,
-    list_requests,
-    purge,
-    revoke,
-    run,
-    show_request,
-    verify,
-)
+from alter.requests.commands import Export, Purge, Revoke, RunRequests, export, purge, revoke, run
 from alter.requests.connection import without_password
 from alter.requests.evidence import known_of
+from alter.requests.intake import Add, Init, add, init
 from alter.requests.project import Project
 from alter.requests.records import EDGES, IN_FORCE, parse_id
+from alter.requests.register import List, Show, list_requests, show_request
 from alter.requests.store import Store
 from alter.requests.tables import entry_hash, record_hash
+from alter.requests.verification import Verify, verify
 from alter.requests.versions import clear_expert, manifest
 from pico import byte_tokenizer, pico, write_jsonl
 

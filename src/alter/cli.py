@@ -103,17 +103,17 @@ COMMANDS = {
         "alter.serving.openai:serve",
         "answer over HTTP as OpenAI's API does, routing active",
     ),
-    "request init": Command("alter.requests.commands", "Init", "init", "a database of erasure requests for one model"),
-    "request add": Command("alter.requests.commands", "Add", "add", "write down an erasure request"),
-    "request list": Command("alter.requests.commands", "List", "list_requests", "all requests with their evidence"),
+    "request init": Command("alter.requests.intake", "Init", "init", "a database of erasure requests for one model"),
+    "request add": Command("alter.requests.intake", "Add", "add", "write down an erasure request"),
+    "request list": Command("alter.requests.register", "List", "list_requests", "all requests with their evidence"),
     "request show": Command(
-        "alter.requests.commands", "Show", "show_request", "one request, its evidence and its history"
+        "alter.requests.register", "Show", "show_request", "one request, its evidence and its history"
     ),
     "request run": Command(
         "alter.requests.commands", "RunRequests", "run", "make the model forget what was asked for"
     ),
     "request verify": Command(
-        "alter.requests.commands", "Verify", "verify", "was anything altered, has anything come back?"
+        "alter.requests.verification", "Verify", "verify", "was anything altered, has anything come back?"
     ),
     "request revoke": Command("alter.requests.commands", "Revoke", "revoke", "take a request back"),
     "request purge": Command(

@@ -36,7 +36,7 @@ from alter.core.signing import (
     read_signed,
     signed_text,
 )
-from alter.requests.commands import Database
+from alter.requests.database import Database
 from alter.requests.records import IN_FORCE, Request, now, parse_id
 
 FORM = "alter certificate"

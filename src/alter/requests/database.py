@@ -1,0 +1,71 @@
+"""The database of requests that a command works on, its anchor and the key that signs: the settings all of them have."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from alter.core.errors import UserError
+from alter.core.signing import read_key
+from alter.requests.anchor import Anchor
+from alter.requests.project import Project
+
+if TYPE_CHECKING:
+    from alter.requests.store import Store
+
+
+def default_db() -> str:
+    """The database's URL where none is given: the environment's ALTER_DB, else a file in `alter-requests/`."""
+    return os.environ.get("ALTER_DB", "sqlite:///alter-requests/requests.db")
+
+
+class Database(BaseModel):
+    """Which database of requests; the settings that every command has."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    db: str = Field(default_factory=default_db)
+    """Database as an SQLAlchemy URL; by default the environment's ALTER_DB, else a file in alter-requests/."""
+    who: str | None = None
+    """Who does this, for the history; by default user and machine."""
+    anchor: str | None = Field(default_factory=lambda: os.environ.get("ALTER_ANCHOR"))
+    """File outside the database for every head of the history, signed; by default the environment's ALTER_ANCHOR."""
+    key: str | None = Field(default_factory=lambda: os.environ.get("ALTER_KEY"))
+    """Private key that signs; `alter certificate --new-key` makes one. By default the environment's ALTER_KEY."""
+
+    def open(self) -> tuple[Store, Project]:
+        """The database and what its requests share.
+
+        Raises:
+            UserError: there is none, it is older than its anchor or another, or the anchor has no key.
+        """
+        store, project = self.open_unchecked()
+        if store.anchor is not None:
+            store.anchor.refuse([(entry.number, entry.hash) for entry in store.history()])
+        return store, project
+
+    def open_unchecked(self) -> tuple[Store, Project]:
+        """The same, without a look at what the anchor holds.
+
+        Raises:
+            UserError: there is no database, or the anchor has no key.
+        """
+        from alter.requests.store import Store
+
+        store = Store.open(self.db)
+        store.anchor = self.open_anchor()
+        return store, Project.model_validate(store.project())
+
+    def open_anchor(self) -> Anchor | None:
+        """The anchor with the key that signs its lines; None where none is kept.
+
+        Raises:
+            UserError: there is no key, or the file holds none.
+        """
+        if self.anchor is None:
+            return None
+        if self.key is None:
+            raise UserError("The lines of --anchor are signed: give --key FILE, or ALTER_KEY.")
+        return Anchor(self.anchor, read_key(self.key))

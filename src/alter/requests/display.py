@@ -1,0 +1,84 @@
+"""What the commands about requests print alike: what was done, the list of requests, and what to type next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from alter.core.console import cell
+from alter.evaluation.told import told
+from alter.requests.database import Database, default_db
+from alter.requests.records import IN_FORCE, MISSED, Request
+
+if TYPE_CHECKING:
+    from alter.requests.store import Store
+
+BASE = "The base weights still know all of it: the adapter keeps the model from saying so, and can be switched off."
+
+
+def say(sentence: str, store: Store) -> None:
+    """Print what was done, and the head of the history."""
+    console = Console()
+    console.print(cell(sentence))
+    console.print(cell(f"Head of the history, to be written down elsewhere: {store.head()}"))
+
+
+def then(settings: Database, command: str, why: str = "") -> None:
+    """Print what to type next, for the same database; its password has to be put in again."""
+    from alter.requests.connection import without_password
+
+    here = "" if settings.db == default_db() else f" --db {shlex.quote(without_password(settings.db))}"
+    Console(soft_wrap=True).print(cell(f"Next: {command}{here}{why and f' ({why})'}"))
+
+
+def suggest(settings: Database, requests: Sequence[Request]) -> None:
+    """Print what to type next, as the requests stand: what waits comes before what is done."""
+    states = {request.state: request.name for request in requests}
+    if not requests:
+        then(settings, "alter request add --subject NAME --data ROWS.jsonl")
+    elif states.keys() & {"received", "running", "trained"}:
+        then(settings, "alter request run")
+    elif states.keys() & set(MISSED):
+        then(settings, "alter request run --again", "nothing of what was missed is in force")
+    elif states.keys() & set(IN_FORCE):
+        then(settings, "alter request verify", "now and later; alter certificate ID --key FILE signs the evidence")
+    else:
+        then(settings, f"alter request purge {next(reversed(states.values()))}", "if its data must go")
+
+
+def print_list(db: str, found: Sequence[Request]) -> None:
+    """Print requests of the database at `db` as a table: where each stands, and what was measured of it."""
+    from alter.requests.connection import without_password
+
+    table = Table(
+        title=cell(f"Erasure requests in {without_password(db)}"),
+        caption="said: replies that still give the answer; probability of the true answers before and after;\n"
+        "broken: broken or empty replies; utility: share of the untouched model's",
+    )
+    for column in ("id", "subject", "state", "due", "said", "probability", "broken", "utility"):
+        table.add_column(
+            column,
+            justify="right" if column in ("said", "utility") else "left",
+            overflow="fold",
+            min_width=len(column),
+        )
+    for request in found:
+        before, after = request.before or {}, request.after or {}
+        row = (
+            request.name,
+            request.subject or "(purged)",
+            request.state,
+            request.due or "",
+            told(after, "said"),
+            f"{told(before, 'probability')} → {told(after, 'probability')}" if "probability" in after else "",
+            told(after, "unusable"),
+            told(after, "utility_share"),
+        )
+        table.add_row(*map(cell, row))
+    Console().print(table)
+    if any(request.after for request in found):
+        Console().print(cell(BASE, "dim"))

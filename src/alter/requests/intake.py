@@ -1,0 +1,142 @@
+"""`alter request init` and `add`: begin a database of requests about one model, and write requests down in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from alter.core.console import cell
+from alter.core.errors import UserError
+from alter.core.outputs import OutFolder
+from alter.core.recipes import read_recipe
+from alter.core.validation import validated
+from alter.data.examples import check_overlap, data_hash, load_examples, row_hash
+from alter.requests.database import Database
+from alter.requests.display import say, then
+from alter.requests.project import Project
+from alter.requests.records import Request, check_due
+
+if TYPE_CHECKING:
+    from alter.requests.store import Store
+
+
+class Init(Database):
+    """Make a database of requests for one model."""
+
+    model: str
+    """Model that has to forget: local folder, hub id, or builtin:NAME."""
+    retain: str
+    """What must not change: a JSON or JSONL file, or NAME:SPLIT."""
+    folder: OutFolder = "alter-requests"
+    """Where adapters and runs lie."""
+    holdout: str | None = None
+    """Rows that the model never saw, as the reference of what not knowing looks like."""
+    retrained: str | None = None
+    """Model retrained without the requests' rows, if there is one: a better reference than a holdout."""
+    recipe: str | None = None
+    """YAML with the settings of `alter unlearn` that every request uses."""
+
+
+def init(settings: Init) -> Store:
+    """Run `alter request init`.
+
+    Raises:
+        UserError: there is no such model, the data cannot be read, the recipe has a setting that the requests decide, or the
+            database is in use.
+    """
+    from alter.models.loading import check_model_name
+    from alter.requests import rows, work
+    from alter.requests.connection import without_password
+    from alter.requests.store import Store
+    from alter.training.settings import Unlearn
+
+    for name in filter(None, (settings.model, settings.retrained)):
+        check_model_name(name)
+    recipe: dict[str, Any] = {}
+    if settings.recipe is not None:
+        recipe = read_recipe(settings.recipe)
+        decided = sorted(set(recipe) & work.CUT)
+        if decided:
+            raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
+    needed = {"model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True}
+    validated(Unlearn, {**recipe, **needed}, settings.recipe or "recipe")
+    retain = load_examples(settings.retain)
+    if settings.holdout is not None:
+        rows.check_unseen(load_examples(settings.holdout), retain)
+    anchor = settings.open_anchor()
+    if anchor is not None and anchor.path.exists():
+        raise UserError(f"{anchor.path} holds the heads of another database; give another --anchor.")
+    root = Path(settings.folder)
+    if (root / "adapter").exists():
+        raise UserError(f"{root} holds the adapter of other requests; give another --folder.")
+    project = Project(
+        model=settings.model,
+        retain=settings.retain,
+        folder=str(root.resolve()),
+        holdout=settings.holdout,
+        retrained=settings.retrained,
+        recipe=recipe,
+    )
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    root.chmod(0o700)
+    store = Store.create(settings.db, project.model_dump(), settings.who, anchor)
+    Console().print(
+        cell(f"Requests about {settings.model} are kept in {without_password(settings.db)}, adapters in {root}.")
+    )
+    then(settings, "alter request add --subject NAME --data ROWS.jsonl")
+    return store
+
+
+class Add(Database):
+    """Write down an erasure request."""
+
+    subject: str
+    """Whom or what it is about."""
+    data: str
+    """The rows to forget: a JSON, JSONL or text file, or NAME:SPLIT."""
+    due: str | None = None
+    """Date until which it must be done, 2026-12-31."""
+    keep_text: bool = False
+    """Store the rows themselves in the database, not only where they lie and their hash."""
+    allow_in_retain: bool = False
+    """Accept a subject whose name occurs in the retain set."""
+
+
+def add(settings: Add) -> Request:
+    """Run `alter request add`.
+
+    Raises:
+        UserError: no rows, rows or subject in the retain set, rows that another request has, a due date that is none.
+    """
+    from alter.requests import rows
+
+    store, project = settings.open()
+    due = check_due(settings.due)
+    if not settings.subject.strip():
+        raise UserError("--subject is empty: say whom or what the request is about.")
+    examples = load_examples(settings.data)
+    if not examples:
+        raise UserError(f"{settings.data} has no rows: a request needs the data that is to be forgotten.")
+    retain = load_examples(project.retain)
+    check_overlap(examples, retain)
+    if not settings.allow_in_retain:
+        rows.check_kept_subject(settings.subject, retain)
+    hashes = [row_hash(example) for example in examples]
+    local = Path(settings.data).expanduser()
+    request = store.add(
+        subject=settings.subject.strip(),
+        data=str(local.resolve()) if local.exists() else settings.data,
+        data_hash=data_hash(hashes),
+        row_hashes=hashes,
+        due=due,
+        text="\n".join(json.dumps(example.row, ensure_ascii=False) for example in examples)
+        if settings.keep_text
+        else None,
+        who=settings.who,
+    )
+    say(f"{request.name} received: {request.subject}, {request.rows} rows.", store)
+    then(settings, "alter request run")
+    return request
