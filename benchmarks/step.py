@@ -72,8 +72,8 @@ from alter.data.batching import Collator
 from alter.data.encoding import Encoded
 from alter.methods.adapters import Beginning
 from alter.training.batches import PairCollator, Pairs, Rows
+from alter.training.frozenpass import trace_run
 from alter.training.loss import UnlearnTrainer
-from alter.training.preparation import trace_run
 from alter.training.settings import Unlearn
 
 SHAPES: dict[str, dict[str, Any]] = {

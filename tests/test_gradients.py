@@ -290,7 +290,7 @@ def test_repselect_moves_by_the_same_gradient_every_step(data, tmp_path):
 
 def test_kuda_trains_the_blocks_that_are_traced_and_leaves_retain_inputs_alone(data, tmp_path, monkeypatch):
     monkeypatch.setattr(tracing, "recovered", lambda *_, **__: [0.0, 0.3, 0.1])
-    monkeypatch.setattr("alter.training.preparation.recovered", lambda *_, **__: [0.0, 0.3, 0.1])
+    monkeypatch.setattr("alter.training.localization.recovered", lambda *_, **__: [0.0, 0.3, 0.1])
     depths = []
     real = loss.UnlearnTrainer.compute_loss
 

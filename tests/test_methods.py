@@ -24,7 +24,7 @@ from alter.methods.presets import METHODS
 from alter.models import guards as inference
 from alter.models.generation import generate
 from alter.models.loading import load_model
-from alter.training import loss, preparation
+from alter.training import factors, loss
 from alter.training import settings as run_settings
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
@@ -578,8 +578,8 @@ def test_reglu_keeps_B_away_from_the_retain_directions(data, tmp_path):
 def test_reglu_takes_its_retain_rows_whatever_the_forget_set_has(data, tmp_path, monkeypatch, kind, taken):
     few = write_jsonl(tmp_path / "few.jsonl", [json.loads(x) for x in (data / "forget.jsonl").open()][:2])
     seen = []
-    real = preparation.starting_factors
-    monkeypatch.setattr(preparation, "starting_factors", lambda *a, **k: seen.append(a[3:5]) or real(*a, **k))
+    real = factors.starting_factors
+    monkeypatch.setattr(factors, "starting_factors", lambda *a, **k: seen.append(a[3:5]) or real(*a, **k))
     initializer = {"kind": "reglu", "rows": 5, "retain_rank": 128} if kind == "reglu" else {"kind": kind}
     run = settings(data, tmp_path / "run", "loku", forget=str(few), initializer=initializer, keep_working=True)
     start = load_file(str(unlearn(run) / "start.safetensors"))
@@ -1178,7 +1178,7 @@ def test_a_first_phase_that_makes_no_sense_is_refused(data, tmp_path, changes, s
 
 @pytest.mark.parametrize("changes", [{"max_steps": 3}, {"batch_size": 18}, {"epochs": 1.1, "batch_size": 4}], ids=str)
 def test_a_first_phase_of_all_steps_is_refused_before_the_model_is_loaded(data, tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(preparation, "load_model", None)
+    monkeypatch.setattr("alter.training.loaded.load_model", None)
     with pytest.raises(UserError, match=r"no step is left for retain rows to join\. Give more epochs"):
         unlearn(settings(data, tmp_path / "run", "e2urec", **{**FIRST, **changes}))
     assert not (tmp_path / "run").exists()

@@ -216,7 +216,7 @@ def test_an_ended_run_leaves_nothing_that_rows_can_be_read_from(data, straight, 
 
 
 def test_a_run_that_has_ended_has_nothing_to_go_on_with(data, straight, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("alter.training.preparation.load_model", None)
+    monkeypatch.setattr("alter.training.loaded.load_model", None)
     before = weights(straight)
     assert unlearn(settings(data, straight, resume=True)) == straight
     assert "has ended" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from alter.methods import frozen
-from alter.training import preparation, trunk
+from alter.training import frozenpass, trunk
 from alter.training.loss import UnlearnTrainer
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
@@ -142,8 +142,8 @@ def test_every_row_passes_the_frozen_base_once(data, tmp_path, monkeypatch, adap
         return found
 
     monkeypatch.setattr(frozen, "trace_rows", watched)
-    shared = preparation.FrozenPass.all
-    monkeypatch.setattr(preparation.FrozenPass, "all", lambda self: made.append((self, shared(self))) or made[-1][1])
+    shared = frozenpass.FrozenPass.all
+    monkeypatch.setattr(frozenpass.FrozenPass, "all", lambda self: made.append((self, shared(self))) or made[-1][1])
     # the fit holds some of the rows; the others pass once it is done
     fit = {"method": "logistic", "steps": 5, "background": False, "rewordings": 0, "max_tokens": 400}
     run = settings(data, tmp_path / "run", adapter, retain_objective={"kind": "keep_base"}, router_fit=fit)

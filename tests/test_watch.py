@@ -18,7 +18,7 @@ from alter.data.encoding import encode
 from alter.data.examples import examples, load_examples
 from alter.evaluation.tofu.sets import rows_fingerprint
 from alter.models.loading import load_model
-from alter.training import folder, loss, preparation
+from alter.training import folder, loaded, loss
 from alter.training import watcher as watching
 from alter.training.rules import KeepLast, LikeRetrained, LikeUnseen, rows_needed, told_apart
 from alter.training.run import unlearn
@@ -674,7 +674,7 @@ def refused(data, tmp_path, watched, **changes):
 
 
 def test_data_that_cannot_work_is_refused_before_the_model_is_loaded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loaded, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     forget, holdout, retain = (
         [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
         for name in ("forget", "holdout", "retain")

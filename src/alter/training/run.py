@@ -33,9 +33,11 @@ from alter.training.folder import (
     last_whole_checkpoint,
     make_folder,
 )
+from alter.training.loaded import encode, load
+from alter.training.localization import placed
 from alter.training.loss import OwnState, UnlearnTrainer, training_arguments
 from alter.training.own import OWN, own_rows, write_rows
-from alter.training.preparation import Prepared, encode, load, placed, prepare
+from alter.training.preparation import Prepared, prepare
 from alter.training.progress import Steps
 from alter.training.result import save_run
 from alter.training.sampler import pass_length

@@ -1,0 +1,65 @@
+"""LoRA's factors before the first step: where an initializer starts them, and tensors of a file made of them and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from alter.adapter.base import base_fingerprint
+from alter.core.files import digest
+from alter.data.encoding import Encoded
+from alter.methods.initializers import Factors
+from alter.methods.probes import starting_factors
+from alter.training.folder import kept_tensors
+from alter.training.settings import Unlearn
+
+
+def flat(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Factors of each layer as tensors of one file, `A.LAYER` and `B.LAYER`, on the CPU."""
+    return {f"{side}.{name}": getattr(pair, side).cpu() for name, pair in factors.items() for side in "AB"}
+
+
+def factors_of(tensors: Mapping[str, Tensor], device: Any = None) -> dict[str, Factors]:
+    """Factors of each layer from the tensors of `flat`; tensors of other names are left out."""
+    names = [name.removeprefix("A.") for name in tensors if name.startswith("A.")]
+    return {name: Factors(tensors[f"A.{name}"].to(device), tensors[f"B.{name}"].to(device)) for name in names}
+
+
+def start_of(
+    base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], retain: list[Encoded], cache: Path
+) -> tuple[dict[str, Factors] | None, dict[str, Tensor]]:
+    """Where LoRA's factors start, and the directions that B is kept away from, of each layer."""
+    adapter: Any = run.adapter
+    initializer = run.initializer
+    if not initializer.gives_factors:
+        return None, {}
+    key = digest(
+        base_fingerprint(base),
+        run.model_dump(include={"adapter", "initializer", "batch_size", "seed"}),
+        [[row.input_ids for row in part] for part in (forget, retain)],
+    )
+    count = initializer.retain_rows(len(forget))
+    drawn = np.random.default_rng(run.seed).permutation(len(retain))[:count].tolist()
+
+    def make() -> dict[str, Tensor]:
+        start, away = starting_factors(
+            base,
+            adapter.layers(base),
+            initializer,
+            forget,
+            [retain[i] for i in drawn],
+            r=adapter.r,
+            scaling=adapter.alpha / adapter.r,
+            batch=run.batch_size,
+            seed=run.seed,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return flat(start) | {f"P.{name}": value for name, value in away.items()}
+
+    tensors = kept_tensors(cache, key, make)
+    away = {name.removeprefix("P."): value for name, value in tensors.items() if name.startswith("P.")}
+    return factors_of(tensors), away
