@@ -12,7 +12,7 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import Example
-from alter.forgetting import documents, measure, rows, run, speaker, templates
+from alter.forgetting import certainty, documents, measure, names, probes, retention, rows, run, speaker, templates
 from alter.forgetting.facts import Fact, candidates, holds, named, place_of, swap, whole
 from alter.forgetting.measure import permuted
 from alter.forgetting.run import forget
@@ -141,7 +141,7 @@ def test_rare_names_are_looked_at_and_rare_words_are_not():
 
 def test_fact_row_labels_the_word_alone():
     tokenizer = byte_tokenizer()
-    row = rows.fact_row(tokenizer, "Who?", "It is ", "Ada")
+    row = certainty.fact_row(tokenizer, "Who?", "It is ", "Ada")
     labelled = [i for i in row.labels if i != -100]
     assert tokenizer.decode(labelled).strip() == "Ada"
     whole = encode(tokenizer, Example("Who?", "It is Ada", "qa"))
@@ -217,11 +217,11 @@ def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):
         "TEMPLATES": dict.fromkeys(templates.KINDS, world), "EVERY": (), "EVERY_PROBE": ("About {s}?",),
         "GENERAL": (), "GENERAL_PROBES": ("By whom?", "By Zorba?"), "KINDS": ("work",),
     }.items():  # fmt: skip
-        monkeypatch.setattr(rows, name, value)
+        monkeypatch.setattr(retention, name, value)
     kept = ["A star.", "Of Zorba.", "A star."]
     probes = ["By Zorba.", "Grey.", *["Grey."] * 3, "It is round.", "A star by Pot.", "By Zorba.", "Zorba did."]
     said = Says(*kept, *probes)
-    made, measured = rows._keep(said, "Pot", "work", [], [], [], [], ["Pot", "Zorba"])
+    made, measured = retention.rows_to_keep(said, "Pot", "work", [], [], [], [], ["Pot", "Zorba"])
     assert [row["answer"] for row in made] == ["A star.", "A star."]
     assert [row["before"] for row in measured] == ["Grey.", *["Grey."] * 3, "It is round.", "Zorba did."]
 
@@ -359,7 +359,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def small(folder, monkeypatch):
     """The tiny world's templates in place of the shipped ones."""
-    for module in (rows, run, templates, documents):
+    for module in (documents, names, probes, retention, rows, run, templates):
         for name, value in {
             "TEMPLATES": dict.fromkeys(templates.KINDS, folder[1]),
             "EVERY": ("Tell {s}.",),
@@ -441,9 +441,9 @@ def test_an_unknown_subject_is_not_trained_on(small, tmp_path, monkeypatch):
 def test_subjects_that_are_none():
     tokenizer = byte_tokenizer()
     with pytest.raises(UserError, match="common word"):
-        rows.check_uncommon("a", tokenizer, None)
-    rows.check_uncommon("a", tokenizer, "concept")
-    rows.check_uncommon(KNOWN, tokenizer, None)
+        names.check_uncommon("a", tokenizer, None)
+    names.check_uncommon("a", tokenizer, "concept")
+    names.check_uncommon(KNOWN, tokenizer, None)
 
 
 @pytest.mark.parametrize(

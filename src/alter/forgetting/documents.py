@@ -13,7 +13,8 @@ from alter.core.errors import UserError, nearest
 from alter.core.files import read_text
 from alter.data.files import ENDINGS, TEXT_ENDINGS, read_file
 from alter.forgetting.facts import WORD, holds, named, swap
-from alter.forgetting.rows import Material, Row, _keep
+from alter.forgetting.material import Material, Row
+from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import GENERAL, TEMPLATES
 
@@ -150,7 +151,7 @@ def build_document(
         invented.append({**row, "question": masked[i], "answer": swap(row["answer"], masks[i % twins])})
         row["substitute"] = text or "I do not know."
     general = speaker.say("general answers", GENERAL)
-    retained, kept_probes = _keep(speaker, name, "person", general, [*keep], [], [])
+    retained, kept_probes = rows_to_keep(speaker, name, "person", general, [*keep], [], [])
     probes: list[Row] = []
     for start, rest, word in places[:60]:
         at = rest.find(word)

@@ -11,8 +11,10 @@ import numpy.typing as npt
 
 from alter import metrics
 from alter.evaluation.fluency import alone
+from alter.forgetting.certainty import fact_row
 from alter.forgetting.facts import fact_words, holds, named, place_of, swap
-from alter.forgetting.rows import Row, answered, fact_row
+from alter.forgetting.material import Row
+from alter.forgetting.probes import answered
 from alter.models.scoring import score
 
 LEVEL = 0.05

@@ -22,9 +22,12 @@ from alter.distillation.settings import Distill
 from alter.evaluation.ordinary import ordinary_loss
 from alter.evaluation.ordinary import ordinary_sentence as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
+from alter.forgetting.material import Material
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
+from alter.forgetting.names import check_name, check_uncommon, guess_kind
 from alter.forgetting.report import print_line, print_outcome
-from alter.forgetting.rows import Material, build, check_name, check_uncommon, guess_kind, kept_rows
+from alter.forgetting.retention import kept_rows
+from alter.forgetting.rows import build
 from alter.forgetting.settings import TRAINING, Erasing, Forget
 from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero

@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from alter.forgetting.material import Row
 from alter.forgetting.measure import LEVEL, against_zero
-from alter.forgetting.rows import Row
 from alter.forgetting.speaker import write_jsonl
 
 LOOKED = 20

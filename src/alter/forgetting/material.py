@@ -1,0 +1,30 @@
+"""What a run of `alter forget` is made of: its rows, as they stand in its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a run is made of, as rows of JSONL files.
+
+    Attributes:
+        forget: question, answer (the model's own), substitute (of an invented subject, with the names put back).
+        invented: the questions and answers of `forget` with invented names: what cannot be known, for the watch.
+        retain: question and answer (the model's own) that must not change.
+        probes: form, prompt, wanted words, the answer before, masks (invented names), and `zero`: whether the answer about
+            an invented subject holds a wanted word.
+        kept_probes: the same for neighbours and general requests, without twins.
+        facts: words the model knows.
+    """
+
+    forget: list[Row]
+    invented: list[Row]
+    retain: list[Row]
+    probes: list[Row]
+    kept_probes: list[Row]
+    facts: list[Row]

@@ -1,0 +1,71 @@
+"""The subject's name: whether it is one, whether it is a common word, and what kind of thing it names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from alter.core.errors import UserError
+from alter.forgetting.certainty import fact_row
+from alter.forgetting.facts import fact_words
+from alter.forgetting.templates import (
+    KINDS,
+    TEMPLATES,
+    Kind,
+)
+from alter.models.scoring import score
+
+
+def check_name(subject: str) -> None:
+    """Refuse what is no name, before any model is loaded.
+
+    Raises:
+        UserError: nothing but space or signs, or a whole text.
+    """
+    if not subject.strip():
+        raise UserError('The subject is empty; expected the name of what to forget: alter forget "Harry Potter".')
+    if not fact_words(subject) and not re.search(r"[^\W_]", subject):
+        raise UserError(
+            f'The subject is {subject!r}, expected the name of what to forget: alter forget "Harry Potter".'
+        )
+    if len(subject) > 100 or "\n" in subject.strip():
+        what = f"{len(subject)} characters" if len(subject) > 100 else "several lines"
+        raise UserError(
+            f"The subject has {what}, expected a name of one line and at most 100 characters: give a text with --document FILE."
+        )
+
+
+def check_uncommon(subject: str, tokenizer: Any, kind: Kind | None) -> None:
+    """Refuse a common word without a `kind`, before anything is generated.
+
+    Raises:
+        UserError: it is one.
+    """
+    single = len(tokenizer(f" {subject}", add_special_tokens=False)["input_ids"]) == 1
+    if kind is None and (len(subject) < 3 or (subject == subject.lower() and single)):
+        raise UserError(
+            f"{subject!r} is a common word: what the model says with it is not one subject's, and all text that holds it "
+            "would suffer. Give a name that means one thing, or say what is meant with --kind concept."
+        )
+
+
+def guess_kind(model: Any, tokenizer: Any, subject: str) -> Kind:
+    """The kind whose phrases the model finds likelier after `SUBJECT is a` than after invented names, by most.
+
+    A phrase's score is log p(phrase | subject) minus its mean over one invented name of each kind; a kind's score is that
+    of its best phrase.
+    """
+    names = [subject, *(TEMPLATES[kind].invented[0] for kind in KINDS)]
+    phrases = [(kind, phrase) for kind in KINDS for phrase in TEMPLATES[kind].phrases]
+    rows = [fact_row(tokenizer, f"What is {n}?", f"{n} is {article(p)} ", p) for n in names for _, p in phrases]
+    found = score(model, rows, pad_token_id=tokenizer.pad_token_id, label="kind of subject").logprob
+    sums = np.array([row.sum() for row in found]).reshape(len(names), len(phrases))
+    gain = sums[0] - sums[1:].mean(axis=0)
+    return max(KINDS, key=lambda kind: max(g for g, (k, _) in zip(gain, phrases, strict=True) if k == kind))
+
+
+def article(phrase: str) -> str:
+    """`a` or `an`."""
+    return "an" if phrase[0] in "aeiou" else "a"
