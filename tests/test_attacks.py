@@ -167,8 +167,34 @@ def test_measured_rows_are_never_the_attackers():
         assert len(measured) == min(wanted, total - attacker)
         assert (measured, own) == base.split_rows(total, wanted, attacker, seed=1)
     assert base.split_rows(40, 10, 5, 1) != base.split_rows(40, 10, 5, 2)
-    with pytest.raises(UserError, match="20 rows"):
+    assert sorted(base.split_rows(12, 100, 0, 1)[0]) == list(range(12))
+    with pytest.raises(
+        UserError, match=r"relearn.rows is 20, and the forget set has 20 rows.*relearn.rows 10, and 19"
+    ):
         base.split_rows(20, 10, 20, 0)
+
+
+def test_only_attacks_that_take_rows_are_refused_for_few_of_them():
+    def of(*names, total=14):
+        return attacks.chosen(attacks.Attack(model="m", forget="f", attacks=list(names)), examples(ROWS[:total]))
+
+    takes = {name for name, method in attacks.ATTACKS.items() if method.takes_rows}
+    assert takes == {"relearn", "relearn_lora", "relearn_searched", "few_shot", "evolve", "soft_prompt"}
+    rest = [name for name in attacks.ATTACKS if name not in (*takes, "paraphrase", "strip", "uds")]
+    assert of(*rest) == (rest, {})
+    names, reasons = of()
+    assert names == rest
+    assert takes < set(reasons)
+    for name in takes:
+        with pytest.raises(UserError, match=r"relearn.rows is 20, and the forget set has 14 rows.*relearn.rows 7"):
+            of(name, "prefill")
+    with pytest.raises(UserError, match="has 1 row; give 2 or more"):
+        of("relearn", total=1)
+    with pytest.raises(UserError, match=r"has 3 rows.*needs 5 or more"):
+        of("relearn_searched", total=3)
+    for name in ("probe", "cka"):
+        with pytest.raises(UserError, match="has 3 rows, and it needs 4"):
+            of(name, total=3)
 
 
 def test_halves_are_disjoint_and_whole():
@@ -716,6 +742,24 @@ def test_the_command_without_a_retrained_model(models, tmp_path, capsys):
     assert values["attack_rouge"] is not None
 
 
+def test_rows_that_no_attack_takes_are_measured(models, tmp_path, capsys):
+    forget = ["--forget", str(models / "forget.jsonl"), "--rows", "64"]
+    assert run(models, tmp_path, *forget, "--relearn.rows", "20", "--attacks", "prefill") == 0
+    (plain,) = [r for r in read_records(tmp_path / "none.unlearned.json") if r.metric == "attack_rouge"]
+    assert sorted(plain.extra["rows"]) == list(range(len(ROWS)))
+    assert run(models, tmp_path, *forget, "--relearn.rows", "20", "--attacks", "prefill,relearn") == 2
+    assert "--relearn.rows is 20, and the forget set has 14 rows" in capsys.readouterr().err
+
+    # what was measured on the same rows stays when an attack that takes others joins
+    few = [*forget[:2], "--rows", "3"]
+    assert run(models, tmp_path / "few", *few, "--attacks", "prefill") == 0
+    kept = (tmp_path / "few" / "prefill.unlearned.json").stat().st_mtime_ns
+    assert run(models, tmp_path / "few", *few, "--attacks", "prefill,few_shot") == 0
+    assert (tmp_path / "few" / "prefill.unlearned.json").stat().st_mtime_ns == kept
+    parts = {r.extra["part"] for r in read_records(tmp_path / "few" / "none.unlearned.json")}
+    assert parts == {"other", "relearned"}
+
+
 def test_text_has_no_other_wording(models, tmp_path, capsys):
     text = tmp_path / "book.txt"
     text.write_text("\n\n".join(f"{name} went out to sea, and came back. " * 30 for name in NAMES[:6]))
@@ -730,7 +774,7 @@ def test_text_has_no_other_wording(models, tmp_path, capsys):
     [
         (["--attacks", "relern"], "Did you mean 'relearn'"),
         (["--attacks", "paraphrase"], "paraphrased_question"),
-        (["--relearn.rows", "14"], "none is left to measure"),
+        (["--relearn.rows", "14", "--attacks", "relearn"], "none is left to measure"),
         (["--relearn.steps", "0"], "at least 1"),
         (["--relearn.benign", "nothing.jsonl"], "nothing.jsonl"),
         (["--retrained", "./nowhere"], "nowhere"),

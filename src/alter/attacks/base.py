@@ -76,17 +76,31 @@ def prefilled(tokenizer: Any, item: Item, tokens: int) -> Item | None:
 def split_rows(total: int, measured: int, attacker: int, seed: int) -> tuple[list[int], list[int]]:
     """Split the row numbers by the seed into measured rows and the attacker's rows, which are disjoint.
 
+    Args:
+        total: rows of the forget set.
+        measured: rows to measure, at most.
+        attacker: rows that are the attacker's; 0 where no attack that is run takes any, so that all can be measured.
+
     Raises:
         UserError: no row is left to measure.
     """
-    if total <= attacker:
-        raise UserError(
-            f"The forget set has {total} rows and --relearn.rows takes {attacker} of them for the attacker: none is left "
-            "to measure. Take fewer."
-        )
+    if (why := too_few(total, attacker)) is not None:
+        raise UserError(f"{why}.")
     order = list(range(total))
     random.Random(seed).shuffle(order)
     return order[: min(measured, total - attacker)], order[total - attacker :]
+
+
+def too_few(total: int, attacker: int) -> str | None:
+    """Say why the attacker cannot have so many of the forget rows, and how many it can; None if it can."""
+    if total > attacker:
+        return None
+    if total < 2:
+        return f"the forget set has {total} row{'' if total == 1 else 's'}; give 2 or more, one of them to measure"
+    return (
+        f"--relearn.rows is {attacker}, and the forget set has {total} rows, so none is left to measure; give "
+        f"--relearn.rows {total // 2}, and {total - 1} at most"
+    )
 
 
 def paraphrases(forget: str, rows: Sequence[Example]) -> list[str] | None:
@@ -149,7 +163,8 @@ class Budget:
 class Bench:
     """One model under attack: how it is loaded, the rows, and the settings.
 
-    `shared` is loaded once and must not be changed; an attack that changes weights takes `fresh`.
+    `shared` is loaded once and must not be changed; an attack that changes weights takes `fresh`. `attacker` is empty where
+    no attack that is run takes rows (`Technique.takes_rows`).
     """
 
     settings: Attack

@@ -38,18 +38,18 @@ from alter.data.examples import Example, data_hash, load_examples, row_hash
 from alter.models.loading import Subject
 
 COMMON = ("forget", "rows", "seed", "max_new_tokens")
-"""Settings that every measurement depends on, and so it does on `relearn.rows`: the attacker's rows are not measured."""
+"""Settings that every measurement depends on, beside the rows that are measured."""
 
 
 def without_attack(bench: Bench) -> list[Record]:
-    """Measure without any attack, on the measured rows and on the attacker's."""
+    """Measure without any attack, on the measured rows and on the attacker's, if it has any."""
     model, _ = bench.shared()
     measured = bench.items(bench.measured)
     encoded = digest([item.ids for item in measured])
-    return [
-        *bench.measure(PLAIN, model, measured, part="other", encoded=encoded),
-        *bench.measure(PLAIN, model, bench.items(bench.attacker), part="relearned"),
-    ]
+    found = bench.measure(PLAIN, model, measured, part="other", encoded=encoded)
+    if bench.attacker:
+        found += bench.measure(PLAIN, model, bench.items(bench.attacker), part="relearned")
+    return found
 
 
 def same_tokens(records: Sequence[Record]) -> None:
@@ -77,7 +77,7 @@ def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[s
     for name in names:
         if name not in ATTACKS:
             raise UserError(f"No attack {name!r}; expected of {', '.join(ATTACKS)}.{nearest(name, ATTACKS)}")
-    reasons = {name: why for name in names or ATTACKS if (why := ATTACKS[name].missing(settings, rows)) is not None}
+    reasons = {name: why for name in names or ATTACKS if (why := ATTACKS[name].impossible(settings, rows)) is not None}
     for name in names:
         if name in reasons:
             raise UserError(f"The attack {name!r} is not possible: {reasons[name]}. Leave it out of --attacks.")
@@ -140,7 +140,9 @@ def attack(settings: Attack) -> list[Record]:
         raise UserError(f"--out is {settings.out!r}, which is a file: give a folder.")
     rows = load_examples(settings.forget)
     names, reasons = chosen(settings, rows)
-    measured, attacker = split_rows(len(rows), settings.rows, settings.relearn.rows, settings.seed)
+    # rows that no attack takes are there to be measured
+    taken = settings.relearn.rows if any(ATTACKS[name].takes_rows for name in names) else 0
+    measured, attacker = split_rows(len(rows), settings.rows, taken, settings.seed)
     unrelated = load_examples(settings.relearn.benign) if UNRELATED & set(names) else []
     models = subjects(settings)
     identities = {name: subject.identity(cache_folder()) for name, subject in models.items()}
@@ -208,7 +210,8 @@ def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: T
     settings, method = bench.settings, ATTACKS.get(name)
     depends = (*COMMON, *(method.settings if method else ()))
     read = [texts.forget, texts.unrelated] if name in UNRELATED else [texts.forget]
-    key = _key(settings, depends, identity, read, bench.subject, name)
+    own = bench.attacker if method is None or method.takes_rows else []
+    key = _key(bench, depends, identity, read, name, own)
     path = Path(settings.out) / f"{name}.{bench.name}.json"
     records = _stored(path, key)
     if records is None:
@@ -226,7 +229,7 @@ def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: T
 
 def _pooled_states(bench: Bench, identity: dict[str, str | None], texts: Texts) -> np.ndarray:
     """Hidden states for CKA of one model: kept ones if nothing has changed, else made and kept."""
-    key = _key(bench.settings, (*COMMON, "probe_rows"), identity, [texts.forget], bench.subject, "states")
+    key = _key(bench, (*COMMON, "probe_rows"), identity, [texts.forget], "states")
     path = Path(bench.settings.out) / f"states.{bench.name}.safetensors"
     kept = _stored_states(path, key)
     if kept is None:
@@ -240,7 +243,7 @@ def _by_depth(
 ) -> list[Record]:
     """The unlearning depth score, which takes all models at once: kept if nothing has changed, else made and kept."""
     path = Path(settings.out) / "uds.json"
-    keys = [_key(settings, COMMON, identities[name], [texts.forget], b.subject, "uds") for name, b in benches.items()]
+    keys = [_key(b, COMMON, identities[name], [texts.forget], "uds") for name, b in benches.items()]
     # a model that cannot be identified is measured again
     records = _stored(path, digest(keys)) if all(keys) else None
     if not records:
@@ -251,25 +254,24 @@ def _by_depth(
 
 
 def _key(
-    settings: Attack,
+    bench: Bench,
     depends: Sequence[str],
     identity: dict[str, str | None],
     texts: list[str],
-    subject: Subject,
     name: str,
+    attacker: Sequence[int] = (),
 ) -> str:
-    """Digest of all that a measurement depends on; empty if a model's contents cannot be known (a hub without answer)."""
+    """Digest of all that a measurement depends on; empty if a model's contents cannot be known (a hub without answer).
+
+    `attacker`: the attacker's rows, of a measurement that reads them; others stay valid when an attack that takes rows joins.
+    """
     if "unknown" in identity.values():
         return ""
-    own = settings.model_dump(mode="json", include=set(depends)) | {"attacker": settings.relearn.rows}
+    subject = bench.subject
+    own = bench.settings.model_dump(mode="json", include=set(depends))
     loading = [subject.merged, subject.dtype, subject.quantization, subject.chat_template_kwargs, subject.place()]
-    return digest([name, own, identity, texts, loading, VERSION, code_digest(), versions()])
-
-
-# Comparing -----------------------------------------------------------------------------------------------------------
-
-
-# Showing -------------------------------------------------------------------------------------------------------------
+    rows = [list(bench.measured), list(attacker)]
+    return digest([name, own, rows, identity, texts, loading, VERSION, code_digest(), versions()])
 
 
 __all__ = ["Attack", "attack"]

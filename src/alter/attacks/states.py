@@ -18,6 +18,9 @@ from alter.models.scoring import hidden_states
 RIDGE = 0.01
 """Penalty of the probe, per training token, on columns of variance 1."""
 
+LEAST = 4
+"""Least rows for a probe (half of them test it) and for debiased CKA."""
+
 Floats = npt.NDArray[np.float32]
 
 
@@ -32,10 +35,10 @@ def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
     """Return the places 0 ... n - 1 in two disjoint halves by the seed, to train and to test on.
 
     Raises:
-        UserError: fewer than 4.
+        UserError: fewer than `LEAST`.
     """
-    if n < 4:
-        raise UserError(f"A probe needs 4 rows or more, half of them for testing; there are {n}.")
+    if n < LEAST:
+        raise UserError(f"A probe needs {LEAST} rows or more, half of them for testing; there are {n}.")
     order = [int(i) for i in np.random.default_rng(seed).permutation(n)]
     return sorted(order[: n // 2]), sorted(order[n // 2 :])
 

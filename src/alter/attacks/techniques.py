@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from alter.attacks import depth, pruning, searching, states, talking, weights, wording
-from alter.attacks.base import Attack, Bench, paraphrases
+from alter.attacks.base import Attack, Bench, paraphrases, too_few
 from alter.core.plugins import Registry
 from alter.core.records import Record
 from alter.data.examples import Example
@@ -31,9 +31,18 @@ def _no_talk(settings: Attack, rows: Sequence[Example]) -> str | None:
     return _no_question(settings, rows)
 
 
-def _few_rows(settings: Attack, rows: Sequence[Example]) -> str | None:
-    if settings.relearn.rows < weights.SEARCHED:
-        return f"it needs --relearn.rows {weights.SEARCHED} or more: a part of them tells which rate is best"
+def _no_search(settings: Attack, rows: Sequence[Example]) -> str | None:
+    least = weights.SEARCHED
+    if len(rows) <= least:
+        return f"the forget set has {len(rows)} rows; it needs {least + 1} or more, {least} of them the attacker's"
+    if settings.relearn.rows < least:
+        return f"--relearn.rows is {settings.relearn.rows}; it needs {least} or more: a part of them tells which rate is best"
+    return None
+
+
+def _few_states(settings: Attack, rows: Sequence[Example]) -> str | None:
+    if len(rows) < states.LEAST:
+        return f"the forget set has {len(rows)} rows, and it needs {states.LEAST} or more"
     return None
 
 
@@ -63,6 +72,12 @@ class Technique:
     run: Callable[[Bench], list[Record]]
     settings: tuple[str, ...] = ()
     missing: Callable[[Attack, Sequence[Example]], str | None] = _always
+    takes_rows: bool = False
+
+    def impossible(self, settings: Attack, rows: Sequence[Example]) -> str | None:
+        """Say why it cannot be run on these rows with these settings; None if it can."""
+        why = self.missing(settings, rows)
+        return too_few(len(rows), settings.relearn.rows) if why is None and self.takes_rows else why
 
 
 CHAT = "a chat with the model"
@@ -71,17 +86,27 @@ ATTACKS: Registry[Technique] = Registry(
     "attack",
     {
         "relearn": Technique(
-            "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=False, benign=False), ("relearn",)
+            "weights, gradients, forget rows",
+            lambda b: weights.relearn(b, lora=False, benign=False),
+            ("relearn",),
+            takes_rows=True,
         ),
         "relearn_lora": Technique(
-            "weights, gradients, forget rows", lambda b: weights.relearn(b, lora=True, benign=False), ("relearn",)
+            "weights, gradients, forget rows",
+            lambda b: weights.relearn(b, lora=True, benign=False),
+            ("relearn",),
+            takes_rows=True,
         ),
         "benign": Technique("weights, gradients", lambda b: weights.relearn(b, lora=False, benign=True), ("relearn",)),
         "benign_lora": Technique(
             "weights, gradients", lambda b: weights.relearn(b, lora=True, benign=True), ("relearn",)
         ),
         "relearn_searched": Technique(
-            "weights, gradients, forget rows", weights.relearn_searched, ("relearn", "budget"), _few_rows
+            "weights, gradients, forget rows",
+            weights.relearn_searched,
+            ("relearn", "budget"),
+            _no_search,
+            takes_rows=True,
         ),
         "quantize_8": Technique("weights", lambda b: weights.quantized(b, bits=8)),
         "quantize_4": Technique("weights", lambda b: weights.quantized(b, bits=4)),
@@ -100,9 +125,15 @@ ATTACKS: Registry[Technique] = Registry(
         "jailbreak": Technique(CHAT, talking.jailbreak, missing=_no_question),
         "dialogue": Technique(CHAT, talking.dialogue, missing=_no_talk),
         "hint": Technique("a chat with the model; the answer's initials", talking.hint, missing=_no_question),
-        "few_shot": Technique("a chat with the model; forget rows", talking.few_shot, missing=_no_talk),
+        "few_shot": Technique(
+            "a chat with the model; forget rows", talking.few_shot, missing=_no_talk, takes_rows=True
+        ),
         "evolve": Technique(
-            "a chat with the model; likelihoods of forget rows", searching.evolve, ("budget",), _no_question
+            "a chat with the model; likelihoods of forget rows",
+            searching.evolve,
+            ("budget",),
+            _no_question,
+            takes_rows=True,
         ),
         "beginning": Technique("to begin the reply", talking.beginning, missing=_no_question),
         "prefill": Technique("to begin the reply; the answer's first tokens", wording.prefill, ("prefill_tokens",)),
@@ -112,12 +143,15 @@ ATTACKS: Registry[Technique] = Registry(
             searching.soft_prompt,
             ("budget", "soft_tokens", "relearn"),
             _no_question,
+            takes_rows=True,
         ),
         "strip": Technique("the base weights", weights.stripped, missing=_no_adapter),
-        "probe": Technique("hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens")),
+        "probe": Technique(
+            "hidden states; half the forget rows", states.probe, ("probe_rows", "probe_tokens"), _few_states
+        ),
         "lens": Technique("hidden states", depth.lens),
         "uds": Technique("hidden states; the original (a diagnosis)", lambda bench: [], missing=_not_all_three),
-        "cka": Technique("hidden states (no evidence)", lambda bench: [], ("probe_rows",)),
+        "cka": Technique("hidden states (no evidence)", lambda bench: [], ("probe_rows",), _few_states),
     },
 )
 """Every attack by name, in the order of the table. `uds` and `cka` compare the models once all are there."""
