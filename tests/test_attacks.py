@@ -16,7 +16,7 @@ from alter import AlterConfig, cli, metrics
 from alter.attacks import base, states, weights, wording
 from alter.attacks import run as attacks
 from alter.attacks.fractions import recovered_fractions
-from alter.attacks.showing import untrained
+from alter.attacks.showing import show_recovered, untrained
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded, encode
@@ -667,6 +667,54 @@ def test_the_attacker_stops_at_the_best_step():
     assert one.value == pytest.approx(0.5)
     assert (one.extra["step"], one.extra["before"], one.extra["after"], one.extra["retrained"]) == (10, 0.2, 0.6, 0.3)
     assert [point["fraction"] for point in one.extra["curve"]] == pytest.approx([0, 0.5, 0.2])
+
+
+def naive_interval(values, seed):
+    """Of means of rows drawn one by one."""
+    draw = random.Random(seed)
+    means = sorted(math.fsum(draw.choice(values) for _ in values) / len(values) for _ in range(4000))
+    return means[100], means[3899]
+
+
+def test_every_figure_of_a_recovered_fraction_has_its_interval_over_rows(models):
+    rng = np.random.default_rng(4)
+    rows = list(range(30))
+    per_row = {name: list(rng.random(30)) for name in ("unlearned", "retrained", "original", "attacked", "zero")}
+    per_row["reach"] = [float(row < 7) for row in rows]
+    bench = base.Bench(settings(models, "out"), "m", None, [], [], [], [])
+
+    def of(model, attack, name):
+        bench.name = model
+        return bench.record("attack_rouge", np.array(per_row[name]), attack=attack, part="other", rows=rows)
+
+    records = [of(model, "none", model) for model in ("unlearned", "retrained", "original")]
+    assert records[0].extra["interval"] == pytest.approx(naive_interval(per_row["unlearned"], 1), abs=0.015)
+    records += [of("unlearned", "hint", "attacked"), of("retrained", "hint", "zero"), of("original", "hint", "reach")]
+    (found,) = recovered_fractions(records, "hint")
+    named = {"before": "unlearned", "after": "attacked", "retrained": "zero", "original": "original"}
+    for key, name in named.items():
+        assert found.extra["intervals"][key] == pytest.approx(naive_interval(per_row[name], 2), abs=0.015)
+    # Wilson's, of a share of 7 in 30
+    z, n, p = 1.959964, 30, 7 / 30
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n**2)
+    ends = [(p + z * z / 2 / n + sign * spread) / (1 + z * z / n) for sign in (-1, 1)]
+    assert found.extra["intervals"]["original_attacked"] == pytest.approx(ends, abs=1e-6)
+
+
+def test_the_table_shows_intervals_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    keys = ("before", "after", "original_attacked", "retrained")
+    extra = {"attack": "relearn_searched", "variant": "role_play", "interval": [0.1, 0.3], "needs": "x"}
+    extra |= dict.fromkeys(keys, 0.5) | {"intervals": {key: [0.45, 0.57] for key in keys[:3]} | {keys[3]: None}}
+    lens = [Record(name, "attack_lens", 0.25, 9, "strict", False, None, {"attack": "lens", "depth": 1, "interval": ends})
+            for name, ends in (("unlearned", [0.21, 0.29]), ("retrained", None))]  # fmt: skip
+    show_recovered([Record("unlearned", "attack_recovered_rouge", 0.2, 9, extra=extra), *lens], ["relearn_searched"])
+    shown = capsys.readouterr().out
+    assert shown.count("±0.060") == 3
+    assert shown.count("±0.040") == 1
+    for cell in ("relearn_searched", "@role_play", "0.20", "±0.10"):
+        assert cell in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_probe_is_compared_at_equal_depth():

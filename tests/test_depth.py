@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from alter import metrics
 from alter.attacks import depth
 from alter.attacks.base import Attack, Bench, Item
 from alter.core.errors import UserError
@@ -175,4 +176,8 @@ def test_what_cannot_be_compared_is_refused(trio, tmp_path):
     told = ~np.isnan(scores)
     assert found.per_item == pytest.approx(scores[told].tolist())
     assert found.extra["falls"]["unlearned"] == pytest.approx(d2.mean(axis=0).tolist())
+    ends = found.extra["fall_intervals"]["unlearned"]
+    assert ends == [None if (each := metrics.row_interval(block)) is None else list(each) for block in d2.T]
+    assert any(ends)
+    assert found.extra["interval"] == list(metrics.row_interval(scores))
     assert (found.n, found.extra["left_out"]) == (told.sum(), (~told).sum())

@@ -11,6 +11,7 @@ from alter.comparison.words import _counted, _shown
 from alter.core.records import Record
 from alter.evaluation.figures import metric_record
 from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
+from alter.report.attacks import _value
 from alter.report.tables import record_tables
 from alter.reporting.terminal import between, half, table
 
@@ -143,3 +144,13 @@ def test_a_comparison_of_one_run_shows_intervals_over_rows():
     assert (
         _shown(TableRow("npo", "forget10", 2, found, {"model_utility": 0.1}), "model_utility", ".2f") == "0.70 ± 0.10"
     )
+
+
+def test_the_report_shows_intervals_of_the_figures_that_a_recovered_share_is_made_of():
+    extra = {"after": 0.3, "before": 0.2, "intervals": {"after": [0.21, 0.38], "before": None}}
+    record = Record("m", "attack_recovered_rouge", 0.1, 9, extra=extra)
+    assert "0.300" in str(_value(record, "after"))
+    assert "[0.21, 0.38]" in str(_value(record, "after"))
+    assert str(_value(record, "before")) == "0.200"
+    # records of an earlier version hold none
+    assert str(_value(Record("m", "attack_recovered_rouge", 0.1, 9, extra={"after": 0.3}), "after")) == "0.300"

@@ -27,6 +27,12 @@ PLAIN = "none"
 """Name of the measurement without any attack: before."""
 
 
+def interval(values: npt.ArrayLike) -> list[float] | None:
+    """Return the 95 % interval of a mean over rows (`metrics.row_interval`) as a record holds it; None where there is none."""
+    found = metrics.row_interval(values)
+    return None if found is None else list(found)
+
+
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +234,8 @@ class Bench:
         ]
 
     def record(self, metric: str, values: Array, **extra: Any) -> Record:
-        """Return the mean of per-row values as a record of this model."""
+        """Return the mean of per-row values as a record of this model, with its 95 % interval (`metrics.row_interval`)."""
         better = metrics.CATALOGUE[metric].higher_is_better
+        extra["interval"] = interval(values)
         per_item = [float(value) for value in values]
         return Record(self.name, metric, float(np.mean(values)), len(per_item), "strict", better, per_item, extra)

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from alter.attacks.base import Array, Bench, Item
+from alter.attacks.base import Array, Bench, Item, interval
 from alter.core.console import progress
 from alter.core.errors import UserError
 from alter.core.records import Record
@@ -239,4 +239,8 @@ def unlearning_depth(benches: dict[str, Bench]) -> Record:
         )
     fall = {name: [float(x) for x in values.mean(axis=0)] for name, values in found.items()}
     rows = [item.index for item, ok in zip(items, told, strict=True) if ok]
-    return bench.record("attack_uds", scores[told], attack="uds", falls=fall, rows=rows, left_out=int((~told).sum()))
+    ends = {name: [interval(block) for block in values.T] for name, values in found.items()}
+    return bench.record(
+        "attack_uds", scores[told], attack="uds", falls=fall, fall_intervals=ends, rows=rows,
+        left_out=int((~told).sum()),
+    )  # fmt: skip

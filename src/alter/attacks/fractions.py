@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from alter import metrics
-from alter.attacks.base import PLAIN, Array
+from alter.attacks.base import PLAIN, Array, interval
 from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES
 from alter.core.records import Record
 
@@ -42,7 +42,7 @@ def recovered_fractions(records: Sequence[Record], name: str) -> list[Record]:
     """Return the recovered fractions of an attack: one record per figure, whose value is None where it is refused.
 
     Of several numbers of steps, depths or variants the attacker takes the one at which the fraction is largest;
-    `extra` says which, and `curve` holds all. Everything is on the rows that all models were measured on, but
+    `extra` says which, and `curve` holds all; `intervals` holds the 95 % interval over rows of each figure. Everything is on the rows that all models were measured on, but
     `original_attacked`, the original's own figure under the attack: what the attack can bring out of a model that knows.
     """
     found = []
@@ -67,6 +67,7 @@ def recovered_fractions(records: Sequence[Record], name: str) -> list[Record]:
                 (r for r in _select(records, "original", name, metric) if same.items() <= r.extra.items()), None
             )
             one.extra["original_attacked"] = None if reach is None else reach.value
+            one.extra["intervals"]["original_attacked"] = None if reach is None else interval(reach.per_item or [])
             candidates.append(one)
         if not candidates:
             continue
@@ -97,6 +98,9 @@ def _fraction(after: Record, zero: Record | None, plains: dict[str, Record], sam
         "original": mean.get("original"),
         "retrained_before": mean.get("retrained"),
     }
+    told = {"after": attacked, "retrained": attacked_retrained, "original": values.get("original")}
+    told |= {"before": values["unlearned"], "retrained_before": values.get("retrained")}
+    extra["intervals"] = {key: None if rows_of is None else interval(rows_of) for key, rows_of in told.items()}
     value = None
     if attacked_retrained is None:
         extra["refused"] = NO_RETRAINED

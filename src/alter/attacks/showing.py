@@ -21,8 +21,11 @@ KNOWN = 0.1
 """Rows with a loss below this at the attacker's first step, in nats, are known already."""
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _figure(value: float | None, interval: Sequence[float] | None = None, between: str = "\n") -> str:
+    """A figure, and ± half its 95 % interval, by default on a line of its own: the tables have many columns."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f"{between}±{(interval[1] - interval[0]) / 2:.3f}" if interval else "")
 
 
 def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
@@ -30,7 +33,7 @@ def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
     table = Table(
         title="What can be brought back",
         caption="after, original, retrained: under the attack; recovered: 1 all, 0 no more than from the retrained model; "
-        "± half the 95 % interval; @ step, depth or variant",
+        "± half the 95 % interval over rows; @ step, depth or variant",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -46,10 +49,13 @@ def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
             share = "-"
             if record.value is not None:
                 low, high = extra["interval"]
-                share = f"{record.value:.2f} ± {(high - low) / 2:.2f}"
+                share = f"{record.value:.2f}\n±{(high - low) / 2:.2f}"
             label = MEASURES[record.metric.replace("recovered_", "")]
-            step = "".join(f" @{extra[key]}" for key in PLACES if key in extra)
-            figures = (_figure(extra[key]) for key in ("before", "after", "original_attacked", "retrained"))
+            step = "".join(f"\n@{extra[key]}" for key in PLACES if key in extra)
+            figures = (
+                _figure(extra[key], extra["intervals"][key])
+                for key in ("before", "after", "original_attacked", "retrained")
+            )
             table.add_row("" if place else name, f"{label}{step}", *figures, share, end_section=place == len(own) - 1)
             if "refused" in extra:
                 refusals.setdefault(extra["refused"], []).append(f"{name} ({label})")
@@ -65,8 +71,9 @@ def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
         console.show(depths)
     for record in records:
         if record.metric == "attack_uds":
+            uds = _figure(record.value, record.extra.get("interval"), " ")
             console.show(
-                f"UDS {_figure(record.value)} on {record.n} rows ({record.extra['left_out']} left out): 1, at every block as "
+                f"UDS {uds} on {record.n} rows ({record.extra['left_out']} left out): 1, at every block as "
                 "little is left as in the retrained model; 0, all of it."
             )
     for why, where in refusals.items():
@@ -103,30 +110,36 @@ def untrained(records: Sequence[Record]) -> list[str]:
 
 def _depths(records: Sequence[Record]) -> Table | None:
     """Return the table of hidden states: a row for each depth, 0 the embeddings, d what the d-th block gives."""
-    columns: dict[str, dict[int, float | None]] = {}
+    columns: dict[str, dict[int, tuple[float | None, Sequence[float] | None]]] = {}
     for record in records:
         if record.metric in BY_DEPTH:
-            columns.setdefault(f"{MEASURES[record.metric]}\n{record.model}", {})[record.extra["depth"]] = record.value
+            columns.setdefault(f"{MEASURES[record.metric]}\n{record.model}", {})[record.extra["depth"]] = (
+                record.value,
+                record.extra.get("interval"),
+            )
     for record in records:
         if record.metric == "attack_uds":
             for name, values in record.extra["falls"].items():
-                columns[f"fall\n{name}"] = dict(enumerate(values, 1))
+                ends = record.extra["fall_intervals"][name]
+                columns[f"fall\n{name}"] = dict(enumerate(zip(values, ends, strict=True), 1))
         if record.metric == "attack_cka":
-            columns["CKA\n" + record.extra["pair"].replace(" ", "\n")] = dict(enumerate(record.extra["depths"]))
+            columns["CKA\n" + record.extra["pair"].replace(" ", "\n")] = {
+                depth: (value, None) for depth, value in enumerate(record.extra["depths"])
+            }
     if not columns:
         return None
     table = Table(
         title="Hidden states by depth",
         caption="read: next tokens of answers that a probe reads right; lens: probability of the answer that the model's own "
         "head reads; fall: of the original's log-probability with these states in it (UDS); CKA: alike (1) or not, no "
-        "evidence of forgetting",
+        "evidence of forgetting, and no mean over rows; ± half the 95 % interval over rows",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("depth", justify="right")
     for name in columns:
         table.add_column(name, justify="right")
     for at in sorted({at for column in columns.values() for at in column}):
-        table.add_row(str(at), *(_figure(column.get(at)) for column in columns.values()))
+        table.add_row(str(at), *(_figure(*column.get(at, (None, None))) for column in columns.values()))
     return table
 
 

@@ -6,7 +6,7 @@ import math
 
 from alter.core.records import Record
 from alter.report.runs import Reported
-from alter.reporting.markup import Html, decimal, folded, grid, lines, marked, percent, tag
+from alter.reporting.markup import Html, decimal, folded, grid, join, lines, marked, percent, tag
 
 RECOVERED = 0.05
 """Share of what was removed from which an attack counts, if its 95 % interval lies above zero."""
@@ -144,11 +144,11 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
             " [{:.2f}, {:.2f}]".format(*extra["interval"]) if extra.get("interval") else ""
         )
         step = "".join(f", {key} {extra[key]}" for key in ("step", "depth", "variant") if extra.get(key) is not None)
-        values = [decimal(extra.get(key)) for key in ("after", "before", "retrained", "original")]
+        values = [_value(record, key) for key in ("after", "before", "retrained", "original")]
         rows.append([plain_name(record), share, *values, f"{figure_of(record)}{step}", extra.get("needs")])
     caption = (
         "recovered: 1 is all that unlearning removed, 0 no more than the same attack gets out of the retrained model; "
-        "in brackets the 95 % interval. under attack, before: the unlearned model. Of several steps, depths or variants, the one that is "
+        "in brackets the 95 % interval over rows. under attack, before: the unlearned model. Of several steps, depths or variants, the one that is "
         "best for the attacker."
     )
     head = ["attack", "recovered", "under attack", "before", "retrained", "original", "figure", "the attacker needs"]
@@ -189,6 +189,15 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
         shown.append(tag(f"h{level}", "No valid test here"))
         shown.append(tag("ul", *(tag("li", f"{', '.join(names)}: {why}") for why, names in none.items())))
     return shown
+
+
+def _value(record: Record, key: str) -> Html:
+    """One of the figures that a recovered share is made of, and its 95 % interval where the record holds it."""
+    ends = (record.extra.get("intervals") or {}).get(key)
+    shown = decimal(record.extra.get(key))
+    return (
+        join([shown, tag("span", f" [{ends[0]:.2f}, {ends[1]:.2f}]", class_="soft small")]) if ends else join([shown])
+    )
 
 
 def _example(run: Reported, name: str, level: int) -> Html | None:
