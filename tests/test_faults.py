@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,6 +16,7 @@ from alter.core.errors import UserError
 from alter.core.signing import new_key
 from alter.evaluation.verdict import Measures, Verdict
 from alter.exporting import gguf
+from alter.models.loading import load_model
 from alter.requests import (
     checking,
     commands,
@@ -248,6 +250,39 @@ def test_every_write_of_an_export(place, form, every):
             shutil.rmtree(out)
         export(asked)
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], fault
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["merged", "weights"])
+def test_every_write_of_an_export_of_weights(place, data, form, monkeypatch):
+    """Neither a part of a model nor forgotten rows stay, whether the export fails, is killed or ends well."""
+    folder, url, tmp_path = place
+    out = folder / "out"
+
+    def learned(settings):
+        # what `alter distill` writes, in a moment
+        shutil.copytree(data / "model", f"{settings.out}/model")
+        return Path(settings.out)
+
+    monkeypatch.setattr(handout, "load_model", load_model)
+    monkeypatch.setattr(handout, "distill", learned)
+    monkeypatch.setattr(handout, "judge", lambda *args, **kwargs: Verdict("forgotten", ("As said.",)))
+    asked = Export(db=url, out=str(out), form=form, approximate=True, final=True)
+    for fault in each(tmp_path / "after", folder, lambda: export(asked), ""):
+        partial = folder / ".out.partial"
+        if not fault.startswith(("killed", "truncated")) and "rmtree" not in fault:
+            assert not partial.exists(), fault
+        if out.exists():
+            assert (out / "README.md").is_file(), fault
+            assert (out / "model.safetensors").is_file(), fault
+            assert "exported" in [entry.what for entry in Store.open(url).history()], fault
+            shutil.rmtree(out)
+        export(asked)
+        assert (out / "model.safetensors").stat().st_size == (data / "model" / "model.safetensors").stat().st_size, (
+            fault
+        )
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], fault
+        check(url, folder, [("forgotten", "received")], fault)
 
 
 @pytest.mark.parametrize("every", ONE)
