@@ -24,7 +24,7 @@ TRAINING: dict[str, Any] = {
     # two halves of a step need half of the memory
     "batch_size": 4,
     "gradient_accumulation_steps": 2,
-    "learning_rate_experts": 1e-3,
+    "learning_rate_experts": 2e-3,
     "save_steps": 10,
 }
 """How the rows are trained on, unless settings say otherwise; measured on SmolLM2-135M."""
