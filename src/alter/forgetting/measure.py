@@ -19,6 +19,9 @@ from alter.models.scoring import score
 
 LEVEL = 0.05
 """Below this p-value the model still tells the subject from an invented one."""
+ANSWERS = ("before", "after", "invented")
+"""Answers to the probes: the untouched model's, those after forgetting, and the untouched model's about an invented subject, which
+are those of a model that knows nothing of it: a fluent model that has forgotten speaks like them."""
 DRAWS = 10_000
 """Random choices of the permutation test."""
 
@@ -184,21 +187,22 @@ class Outcome:
             )
         return out
 
-    def read_by(self, base: Any, tokenizer: Any) -> tuple[float, float]:
-        """Perplexity of the answers to the probes, before and after, as the untouched model reads them without the prompts.
+    def read_by(self, base: Any, tokenizer: Any) -> dict[str, float]:
+        """Perplexity of `ANSWERS` as the untouched model reads them without the prompts.
 
         Answers of one token say nothing and are left out; not a number where no other is left.
         """
 
         def perplexity(key: str) -> float:
-            rows = [row for p in self.probes if len((row := alone(tokenizer, p[key])).input_ids) > 1]
+            rows = [row for p in self.probes if key in p and len((row := alone(tokenizer, p[key])).input_ids) > 1]
             if not rows:
                 return float("nan")
             found = score(base, rows, pad_token_id=tokenizer.pad_token_id, label="fluency")
             return float(metrics.perplexity(found.logprob))
 
-        return perplexity("before"), perplexity("after")
+        return {key: perplexity(key) for key in ANSWERS}
 
-    def distinct(self, key: str) -> float:
-        """distinct-2 of the answers `before` or `after`."""
-        return float(metrics.distinct_n([p[key] for p in self.probes], 2))
+    def distinct(self) -> dict[str, float]:
+        """distinct-2 of `ANSWERS`; not a number where there are none."""
+        said = {key: [p[key] for p in self.probes if key in p] for key in ANSWERS}
+        return {key: float(metrics.distinct_n(texts, 2)) if texts else float("nan") for key, texts in said.items()}

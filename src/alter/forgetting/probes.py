@@ -39,7 +39,7 @@ def probes_of(
     """Probes of forms that are not trained on, answered by the untouched model; those that it answers with a fact.
 
     A probe whose fact also stands in the answer about one of `TWINS` invented subjects tells nothing, and is left out;
-    whether the answer about one more holds it, stands in its `zero`. A choice is asked in three orders (a `group`), all of
+    whether the answer about one more holds it, stands in its `zero`, and that answer in `invented`. A choice is asked in three orders (a `group`), all of
     which must be answered.
     """
     template = TEMPLATES[kind]
@@ -69,7 +69,7 @@ def probes_of(
             kept.append(probe)
         elif not any(choosing):
             # by this name nothing was chosen: how often it gets the fact is what knowing nothing gets
-            kept.append({**probe, "zero": last})
+            kept.append({**probe, "zero": last, "invented": told[(i + 1) * len(nobody) - 1]})
     orders = Counter(probe.get("group") for probe in kept)
     return [probe for probe in kept if "group" not in probe or orders[probe["group"]] == 3]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from alter.forgetting.measure import LEVEL, Kept, Outcome, Rate
+from alter.forgetting.measure import ANSWERS, LEVEL, Kept, Outcome, Rate
 
 
 def print_line(console: Console, text: str) -> None:
@@ -25,7 +26,7 @@ def print_outcome(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     examples: int,
-    perplexity: tuple[float, float],
+    perplexity: Mapping[str, float],
 ) -> dict[str, Any]:
     """Print the tables, the examples and the verdict; returns the figures."""
     rates, kept_rates = outcome.rates(), outcome.kept_rates()
@@ -36,7 +37,7 @@ def print_outcome(
         print_line(console, f"Answers to the probes that name any of {', '.join(names)}: {was} before, {now} now.")
     if examples:
         console.print(_examples(outcome, examples))
-    distinct = outcome.distinct("before"), outcome.distinct("after")
+    distinct = outcome.distinct()
     forgotten = after.get("p", 0.0) >= LEVEL
     if after:
         print_line(
@@ -50,8 +51,8 @@ def print_outcome(
     )
     print_line(
         console,
-        f"Answers to the probes: distinct-2 {distinct[0]:.2f} before, {distinct[1]:.2f} now; perplexity, as the untouched "
-        f"model reads them, {perplexity[0]:.1f} before, {perplexity[1]:.1f} now.",
+        f"Answers to the probes: distinct-2 {_told(distinct, 2)}; perplexity, as the untouched model reads them, "
+        f"{_told(perplexity, 1)}. The untouched model's answers about an invented subject are those of one that does not know.",
     )
     return {
         "probes": {
@@ -62,9 +63,16 @@ def print_outcome(
         "kept": {form: asdict(rate) for form, rate in kept_rates.items()},
         "zero": {"before": before, "after": after},
         "forgotten": forgotten,
-        "distinct_2": {"before": distinct[0], "after": distinct[1]},
-        "perplexity": {"before": perplexity[0], "after": perplexity[1]},
+        "distinct_2": distinct,
+        "perplexity": dict(perplexity),
     }
+
+
+def _told(figures: Mapping[str, float], digits: int) -> str:
+    """The figures of `ANSWERS` in words; those about invented subjects only where there are any."""
+    before, after, invented = (f"{figures[key]:.{digits}f}" for key in ANSWERS)
+    told = f"{before} before, {after} now"
+    return told if math.isnan(figures["invented"]) else f"{told}, {invented} about an invented subject"
 
 
 def _answered(name: str, rates: Mapping[str, Rate]) -> Table:
