@@ -9,6 +9,7 @@ import re
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -906,6 +907,38 @@ def test_sub_domains_are_named_after_what_sets_them_apart_as_it_is_written():
     assert {"Ron", "Weasley"} <= ours
     assert {"Quidditch", "game"} <= theirs
     assert not {"Potter", "potter"} & (ours | theirs)
+
+
+def two_subjects(width, *, apart=4.0):
+    """Twelve rows of words that none shares, and states in which every other row is of the other subject."""
+    rows = [qa(f"w{i}a w{i}b?", f"w{i}c w{i}d") for i in range(12)]
+    draw = np.random.default_rng(0)
+    states = draw.normal(size=(12, width))
+    states[1::2, 1:] += apart
+    # as in a language model: one dimension dwarfs the others and says nothing
+    states[:, 0] = draw.normal(size=12) * 1000
+    return rows, states
+
+
+def test_subjects_without_words_of_their_own_are_parted_by_meaning():
+    rows, states = two_subjects(9)
+    assert domains(rows, n=2, states=states)[0] == [0, 1] * 6
+    found, names = domains(rows, states=states)
+    assert (found, len(names)) == ([0, 1] * 6, 2)
+    assert domains(rows, n=2)[0] != [0, 1] * 6
+    # labels and a single sub-domain leave nothing to divide
+    assert domains(rows, n=1, states=states)[0] == [0] * 12
+    assert domains([qa(domain="b"), qa(domain="a")], states=states[:2]) == ([0, 1], ["b", "a"])
+    # fewer rows than dimensions, and states that are all the same
+    assert domains(rows[:3], n=2, states=states[:3])[0] in ([0, 1, 0], [0, 0, 1], [0, 1, 1])
+    assert domains(rows, n=2, states=np.ones((12, 4)))[0] == domains(rows, n=2)[0]
+
+
+def test_words_part_rows_that_hold_names_whatever_the_states_say():
+    rows = [qa(f"Ada Gray, {word}?", f"Ada Gray {word}") for word in ("one", "two", "three", "four")]
+    rows += [qa(f"Bo Finch, {word}?", f"Bo Finch {word}") for word in ("one", "two", "three", "four")]
+    states = np.random.default_rng(1).normal(size=(8, 6))
+    assert domains(rows, n=2, states=states)[0] == domains(rows, n=2)[0] == [0] * 4 + [1] * 4
 
 
 def test_rows_that_cannot_be_divided():

@@ -5,7 +5,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -16,8 +18,12 @@ from alter.core.errors import UserError
 from alter.core.files import to_csv
 from alter.core.running import check_free, claim
 from alter.core.tensors import keep, kept
+from alter.data.encoding import encode
 from alter.methods import frozen
+from alter.models.loading import load_model
+from alter.training import data as training_data
 from alter.training import folder, loss
+from alter.training import run as training_run
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import pico, run_on, save_pico, write_jsonl, write_people
@@ -125,6 +131,49 @@ def test_another_base_is_refused_and_one_that_was_moved_is_not(data, straight, t
     shutil.copy(data / "forget.jsonl", tmp_path / "renamed.jsonl")
     moved = {"model": str(tmp_path / "moved"), "forget": str(tmp_path / "renamed.jsonl"), "save_steps": 7}
     assert equal(weights(unlearn(settings(data, out, resume=True, **moved))), weights(straight))
+
+
+def test_clusters_go_by_the_models_states_and_a_resumed_run_keeps_them(data, tmp_path, monkeypatch):
+    blind = {"domain_column": None, "num_forget_experts": 2}
+    seen = []
+    real = training_data.domains
+
+    def watched(rows, *, states=None, **kwargs):
+        seen.append((rows, states))
+        return real(rows, states=states, **kwargs)
+
+    monkeypatch.setattr(training_data, "domains", watched)
+    out = cut(data, tmp_path / "run", monkeypatch, **blind)
+    (rows, none), (_, states) = seen
+    assert none is None
+    model, tokenizer = load_model(str(data / "model"), device="cpu")
+    for row, state in zip(rows, states, strict=True):
+        ids = torch.tensor([encode(tokenizer, row).input_ids])
+        with torch.no_grad():
+            last = model(ids, output_hidden_states=True).hidden_states[-1][0].double()
+        np.testing.assert_allclose(state, last.mean(0).numpy(), rtol=1e-4, atol=1e-5)
+    whole = unlearn(settings(data, tmp_path / "whole", **blind))
+    # what parts the rows otherwise on another machine must not be trained on
+    monkeypatch.setattr(training_data, "by_meaning", lambda run, data, *_: replace(data, domain=data.domain[::-1]))
+    monkeypatch.setattr(training_run, "by_meaning", training_data.by_meaning)
+    with pytest.raises(folder.OtherInputs, match="other sub-domains"):
+        unlearn(settings(data, out, resume=True, **blind))
+    monkeypatch.undo()
+    assert equal(weights(unlearn(settings(data, out, resume=True, **blind))), weights(whole))
+
+
+def test_rows_with_labels_or_without_experts_are_not_looked_at(data, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a pass over the rows that nobody needs")
+
+    monkeypatch.setattr(training_data, "hidden_states", never)
+    unlearn(settings(data, tmp_path / "labelled", max_steps=1))
+    unlearn(settings(data, tmp_path / "one", max_steps=1, domain_column=None, num_forget_experts=1))
+    plain = Unlearn.model_validate(
+        {**run_on(data, tmp_path / "lora"), "adapter": {"kind": "lora", "r": 2}, "domain_column": None, "max_steps": 1}
+        | {"objective": {"kind": "gradient_ascent"}}
+    )
+    unlearn(plain)
 
 
 def test_checkpoints_of_unknown_origin_are_refused(data, broken, tmp_path):

@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alter.core import words
 from alter.core.errors import UserError
 from alter.data.examples import Example
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+DIMENSIONS = 50
+"""Most dimensions that the rows are grouped in."""
 DOMAIN_RANGE = (2, 20)
 """Numbers of sub-domains that `domains` tries by default when it chooses the number itself."""
 
 
 def domains(
-    examples: Sequence[Example], *, n: int | None = None, seed: int = 0, max_domains: int = DOMAIN_RANGE[1]
+    examples: Sequence[Example],
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    max_domains: int = DOMAIN_RANGE[1],
+    states: npt.NDArray[Any] | None = None,
 ) -> tuple[list[int], list[str]]:
     """Divide examples into sub-domains, one adapter expert each (Chen et al. 2026, section on asymmetric LoRA).
 
@@ -25,11 +35,16 @@ def domains(
     scaled to length 1, and k-means groups them. Without `n` the number is the one of best mean silhouette among
     2 ... min(max_domains, rows - 1), the smaller on a tie. The same seed gives the same result.
 
+    Words part rows about persons, whose names they hold; subjects that share no words are parted by meaning. So with `states`
+    these are grouped too (each dimension standardised, then at most 50 principal components, scaled to length 1), and
+    the groups of the better silhouette are taken, those by words on a tie.
+
     Args:
         examples: what to divide.
         n: number of sub-domains; None chooses it.
-        seed: of the SVD and of k-means.
+        seed: of the reductions and of k-means.
         max_domains: largest number tried when `n` is None.
+        states: [rows, width], what a model makes of each row: the mean of its tokens' last hidden states.
 
     Returns:
         The sub-domain's index for each example, and a name for each sub-domain: its label, or its number and the three
@@ -44,8 +59,8 @@ def domains(
         raise UserError("There are no examples to divide into sub-domains.")
     if n is not None and not 1 <= n <= rows:
         raise UserError(f"{n} sub-domains are not possible with {rows} rows; expected 1 to {rows}.")
-    labels = [example.domain for example in examples]
-    if all(label is not None for label in labels):
+    if labelled(examples):
+        labels = [example.domain for example in examples]
         names = [str(label) for label in dict.fromkeys(labels)]
         if n is not None and n != len(names):
             raise UserError(f"The rows carry {len(names)} sub-domain labels but {n} were asked for; leave one out.")
@@ -61,11 +76,20 @@ def domains(
     most = n if n is not None else min(max_domains, rows - 1, vectors.distinct)
     if vectors.distinct == 1 or most < 2:
         return [0] * rows, ["all"]
-    best = _groups(vectors.weights, [n] if n is not None else range(2, most + 1), seed)
+    counts = [n] if n is not None else range(2, most + 1)
+    found = [_groups(_by_words(vectors.weights, seed), counts, seed)]
+    if states is not None:
+        found.append(_groups(_by_meaning(states, seed), counts, seed))
+    best = max(found, key=lambda one: one.silhouette).groups
     # number the groups by their first row: k-means' own order means nothing
     order = list(dict.fromkeys(best))
     indices = [order.index(label) for label in best]
     return indices, [f"{number}: {', '.join(vectors.telling(indices, number))}" for number in range(len(order))]
+
+
+def labelled(examples: Sequence[Example]) -> bool:
+    """Whether every example says which sub-domain it belongs to."""
+    return all(example.domain is not None for example in examples)
 
 
 @dataclass(frozen=True)
@@ -126,19 +150,47 @@ def _tfidf(examples: Sequence[Example]) -> _Vectors:
     return _Vectors(weights, vectorizer.get_feature_names_out(), spelt, distinct)
 
 
-def _groups(weights: Any, counts: Sequence[int], seed: int) -> list[int]:
-    """K-means' group of each row of [rows, terms], reduced and scaled; of several counts the one of best silhouette."""
-    from sklearn.cluster import KMeans
+def _by_words(weights: Any, seed: int) -> npt.NDArray[Any]:
+    """Sparse [rows, terms], reduced and scaled."""
     from sklearn.decomposition import TruncatedSVD
-    from sklearn.metrics import silhouette_score
     from sklearn.preprocessing import normalize
 
-    size = min(50, weights.shape[0] - 1, weights.shape[1] - 1)
+    size = min(DIMENSIONS, weights.shape[0] - 1, weights.shape[1] - 1)
     dense = TruncatedSVD(size, random_state=seed).fit_transform(weights) if size >= 2 else weights.toarray()
-    points = normalize(dense)
-    found = {count: KMeans(count, n_init=10, random_state=seed).fit_predict(points) for count in counts}
-    best = next(iter(counts))
-    if len(found) > 1:
-        score = {count: silhouette_score(points, found[count]) for count in counts}
-        best = max(counts, key=lambda count: (score[count], -count))
-    return [int(label) for label in found[best]]
+    points: npt.NDArray[Any] = normalize(dense)
+    return points
+
+
+def _by_meaning(states: npt.NDArray[Any], seed: int) -> npt.NDArray[Any]:
+    """[rows, width], standardised, reduced and scaled: a few dimensions of a model's states dwarf all others."""
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler, normalize
+
+    standard = StandardScaler().fit_transform(states)
+    reduced = PCA(min(DIMENSIONS, *standard.shape), svd_solver="full").fit_transform(standard)
+    points: npt.NDArray[Any] = normalize(reduced)
+    return points
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The group of each row, and how well they are apart: the mean silhouette, -1 to 1."""
+
+    groups: list[int]
+    silhouette: float
+
+
+def _groups(points: npt.NDArray[Any], counts: Sequence[int], seed: int) -> _Groups:
+    """K-means' groups of [rows, dimensions]; of several counts those of best silhouette, the fewer on a tie."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
+    best: _Groups | None = None
+    for count in counts:
+        found = KMeans(count, n_init=10, random_state=seed).fit_predict(points)
+        # as many groups as rows, or points that are all the same, have no silhouette
+        apart = float(silhouette_score(points, found)) if 1 < len(set(found)) < len(points) else -1.0
+        if best is None or apart > best.silhouette:
+            best = _Groups([int(label) for label in found], apart)
+    assert best is not None
+    return best

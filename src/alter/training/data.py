@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from alter.core.errors import UserError
-from alter.data.domains import domains
+from alter.data.domains import domains, labelled
+from alter.data.encoding import encode_all
 from alter.data.examples import Example, check_overlap, load_examples
+from alter.models.scoring import context_length, hidden_states
 from alter.training.sampler import pass_length
 from alter.training.settings import Unlearn, batches_of_step, steps_of
 from alter.training.watched import Watched, read_watched
@@ -65,19 +72,54 @@ def set_aside(run: Unlearn, data: Data) -> Data:
     return replace(data, retain=retain, watched=watched)
 
 
+STATE_TOKENS = 2048
+"""Tokens of a batch whose states at every depth are held at once."""
+
+
+def by_meaning(run: Unlearn, data: Data, model: Any, tokenizer: Any) -> Data:
+    """The data with sub-domains that go by what the model makes of the forget rows too (`domains`), where rows are clustered
+    and each sub-domain gets an expert.
+
+    Args:
+        model: the model as it is before the run.
+        tokenizer: its tokenizer.
+    """
+    if not run.adapter.routes or run.num_forget_experts == 1 or len(set(data.domain)) < 2 or labelled(data.forget):
+        return data
+    means = row_states(model, tokenizer, data.forget, run.max_length or context_length(model))
+    domain, names = _sub_domains(run, data.forget, means)
+    return replace(data, domain=domain, names=names)
+
+
+def row_states(model: Any, tokenizer: Any, examples: Sequence[Example], limit: int | None) -> npt.NDArray[np.float64]:
+    """What the model makes of each example: the mean of its tokens' last hidden states, [examples, width].
+
+    Args:
+        limit: longest piece that an example is read in; the pieces of a long one count alike.
+    """
+    rows, owner = encode_all(tokenizer, examples, max_length=limit, label="forget")
+    found: dict[int, list[npt.NDArray[np.float64]]] = {}
+    pad = tokenizer.pad_token_id
+    for i, states in hidden_states(model, rows, pad_token_id=pad, batch_tokens=STATE_TOKENS, label="sub-domains"):
+        found.setdefault(owner[i], []).append(states[:, -1].mean(axis=0, dtype=np.float64))
+    return np.stack([np.mean(found[i], axis=0) for i in range(len(examples))])
+
+
 def clusters(first: int, count: int) -> list[str]:
     """Names of clusters by number."""
     return [f"cluster {first + i}" for i in range(count)]
 
 
-def _sub_domains(run: Unlearn, forget: list[Example]) -> tuple[list[int], list[str]]:
+def _sub_domains(
+    run: Unlearn, forget: list[Example], states: npt.NDArray[np.float64] | None = None
+) -> tuple[list[int], list[str]]:
     """Sub-domain of each forget row, and their names."""
     if run.num_forget_experts == 1:
         return [0] * len(forget), ["all"]
     if run.domain_column is None and run.num_forget_experts is not None:
-        index, names = domains(forget, n=run.num_forget_experts, seed=run.seed)
+        index, names = domains(forget, n=run.num_forget_experts, seed=run.seed, states=states)
     else:
-        index, names = domains(forget, seed=run.seed, max_domains=run.max_domains)
+        index, names = domains(forget, seed=run.seed, max_domains=run.max_domains, states=states)
     if run.domain_column is None and not run.name_clusters:
         # what a cluster is named after are words of the data, which end up in cards and configurations
         names = clusters(1, len(names))

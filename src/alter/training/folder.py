@@ -110,6 +110,8 @@ class OtherInputs(UserError):
 
 BASE = "base model"
 """What the base's fingerprint goes by; it is compared once the model is loaded."""
+SUB_DOMAINS = "sub-domains"
+"""What the digest of the forget rows' sub-domains goes by; the model has a say in them, so it is compared then too."""
 
 
 def inputs_of(run: Unlearn, forget: Sequence[Example], retain: Sequence[Example]) -> dict[str, Any]:
@@ -123,6 +125,7 @@ def inputs_of(run: Unlearn, forget: Sequence[Example], retain: Sequence[Example]
         "forget rows": rows(forget),
         "retain rows": rows(retain),
         BASE: None,
+        SUB_DOMAINS: None,
         "start_from": folder_digest(str(run.start_from)) if local else run.start_from,
         **_flat(run.model_dump(mode="json", exclude=UNCOMPARED)),
     }
@@ -141,7 +144,7 @@ def check_inputs(out: Path, now: Mapping[str, Any]) -> None:
 
     Args:
         out: the run's folder.
-        now: what `inputs_of` gives; without the base's fingerprint that is not compared.
+        now: what `inputs_of` gives; what is None there until the model is loaded is not compared.
 
     Raises:
         OtherInputs: names what differs.
@@ -158,14 +161,15 @@ def check_inputs(out: Path, now: Mapping[str, Any]) -> None:
         return
     except (ValueError, TypeError):
         raise OtherInputs(f"{file} is broken: start again with --overwrite, or give another --out.") from None
-    differ = [name for name in {**then, **now} if name != BASE and then.get(name) != now.get(name)]
+    unknown = {name for name in (BASE, SUB_DOMAINS) if now.get(name) is None}
+    differ = [name for name in {**then, **now} if name not in {BASE, *unknown} and then.get(name) != now.get(name)]
     if then.get(BASE) and now.get(BASE) and not same_base(then[BASE], now[BASE]):
         differ.append(BASE)
     if not differ:
         return
     told = [
         f"other {name}"
-        if name in (BASE, "forget rows", "retain rows", "start_from")
+        if name in (BASE, SUB_DOMAINS, "forget rows", "retain rows", "start_from")
         else f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
         for name in differ[:3]
     ]

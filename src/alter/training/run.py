@@ -18,13 +18,15 @@ from transformers import PrinterCallback, TrainerCallback
 from alter.adapter.base import base_fingerprint
 from alter.core import processes
 from alter.core.console import show
+from alter.core.files import digest
 from alter.core.running import release
 from alter.data.examples import data_hash, load_examples, row_hash
 from alter.training.attention import attention_for_training
 from alter.training.batches import PairCollator, Pairs
-from alter.training.data import read_data, set_aside
+from alter.training.data import by_meaning, read_data, set_aside
 from alter.training.folder import (
     BASE,
+    SUB_DOMAINS,
     check_checkpoint,
     check_folder,
     check_inputs,
@@ -97,6 +99,8 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     torch.manual_seed(run.seed)
     base, tokenizer = load(run)
     inputs[BASE] = base_fingerprint(base)
+    data = by_meaning(run, data, base, tokenizer)
+    inputs[SUB_DOMAINS] = digest(data.domain)
     if run.resume:
         processes.from_first(lambda: check_inputs(out, inputs))
     own = out / OWN
