@@ -19,8 +19,11 @@ def processor(monkeypatch):
     """Sets whether the processor has instructions for bfloat16."""
 
     def has(them):
-        monkeypatch.setattr(precision, "multiplies", lambda dtype, _: dtype not in (torch.bfloat16, torch.float16) or (
-            them and dtype == torch.bfloat16))
+        monkeypatch.setattr(
+            precision,
+            "multiplies",
+            lambda dtype, _: dtype not in (torch.bfloat16, torch.float16) or (them and dtype == torch.bfloat16),
+        )
 
     return has
 
@@ -91,6 +94,8 @@ def test_training_autocasts_where_it_pays(tmp_path, processor, capsys, monkeypat
     monkeypatch.setattr(
         "alter.training.run.training_arguments", lambda *a: seen.append(training_arguments(*a)) or seen[-1]
     )
-    unlearn(Unlearn.model_validate({**run_on(data, tmp_path / "run"), "method": "lora_npo", "bf16": True, "max_steps": 1}))
+    unlearn(
+        Unlearn.model_validate({**run_on(data, tmp_path / "run"), "method": "npo_gd", "bf16": True, "max_steps": 1})
+    )
     assert seen[0].bf16 is fast
     assert ("computes in float32" in capsys.readouterr().err) is not fast
