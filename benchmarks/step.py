@@ -323,7 +323,9 @@ def now(args: argparse.Namespace) -> float:
 
 def matmul(args: argparse.Namespace) -> tuple[Callable[[], Any], int]:
     """Large matmuls in the run's dtype, and their operations; several, so that a short pause does not decide."""
-    size = 8192 if args.device != "cpu" else 1024 if args.shape != "pico" else 64
+    # a CPU without instructions for bfloat16 would take minutes for larger ones
+    small = 1024 if args.dtype == "float32" else 256
+    size = 8192 if args.device != "cpu" else small if args.shape != "pico" else 64
     a, b = (torch.randn(size, size, device=args.device, dtype=getattr(torch, args.dtype)) for _ in "ab")
     return lambda: [a @ b for _ in range(8)], 8 * 2 * size**3
 

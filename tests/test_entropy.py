@@ -86,6 +86,28 @@ def test_nearly_certain_tokens_keep_their_digits():
         assert exact > 0
 
 
+@pytest.mark.parametrize("q", [1.25, 1.5, 2.0, 4.0])
+def test_a_large_vocabulary(q):
+    """So many numbers are summed in another way: ties, tokens that are ruled out, near certainty, bf16 and fp64."""
+    logits = torch.randn(11, 32000, generator=torch.Generator().manual_seed(1)) * torch.arange(1.0, 12.0)[:, None]
+    logits[1, ::2] = -math.inf
+    logits[2] = 0.0
+    logits[3], logits[3, 5] = -math.inf, 1.0
+    logits[4, 7:9] = logits[4].max() + 12.0
+    logits[5, 9] = logits[5].max() + 15.0
+    exact = torch.tensor([naive_tsallis(row, q) for row in logits.double().tolist()], dtype=torch.float64)
+    assert exact[3] == 0
+    assert exact[5] < 1e-3
+    torch.testing.assert_close(entropy_from_logits(logits, q).double(), exact, rtol=3e-5, atol=0)
+    torch.testing.assert_close(entropy_from_logits(logits.double(), q), exact, rtol=1e-9, atol=1e-12)
+    narrow = logits.bfloat16()
+    assert torch.equal(entropy_from_logits(narrow, q), entropy_from_logits(narrow.float(), q))
+    # what learns from entropies takes the way that has a gradient
+    learned = entropy_from_logits(logits[:1].requires_grad_(), q)
+    torch.testing.assert_close(learned[0].double(), exact[0], rtol=3e-5, atol=0)
+    learned.sum().backward()
+
+
 def test_through_the_head_in_chunks():
     hidden, weight = torch.randn(2, 7, 8), torch.randn(50, 8)
     seen = []

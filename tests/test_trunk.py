@@ -11,11 +11,13 @@ import torch
 from safetensors import safe_open
 
 from alter.methods import frozen
+from alter.models import precision
 from alter.training import frozenpass, trunk
 from alter.training.loss import UnlearnTrainer
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-from alter.training.trunk import States
+from alter.training.trunk import WATCHED, States
+from alter.training.watcher import Watcher
 from pico import run_on, save_pico, write_people
 
 NAMES = ["Ada", "Bo", "Cy"]
@@ -89,6 +91,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_step_from_kept_states_has_the_gradients_of_the_plain_one(data, tmp_path, monkeypatch, name):
+    # whatever the processor is slow at
+    monkeypatch.setattr(precision, "multiplies", lambda *_: True)
     run = settings(data, tmp_path / "run", **CHANGES[name])
     found = both_ways(run, monkeypatch)
     assert len(found) == 2 * run.gradient_accumulation_steps
@@ -220,3 +224,45 @@ def test_an_architecture_that_needs_more_of_its_trunk_is_noticed(data, tmp_path,
     out = unlearn(settings(data, tmp_path / "run", max_steps=1))
     assert "need more of them than hidden states" in " ".join(capsys.readouterr().err.split())
     assert not (out / trunk.FILE).exists()
+
+
+def test_later_checks_begin_with_the_states_of_the_first(data, tmp_path, monkeypatch):
+    """A watched run's checks give the same numbers from kept states, and after the first no lower block runs for them."""
+    found, real = {}, Watcher.measure
+
+    def measure(self, model):
+        ran, blocks = set(), model.model.layers
+        handles = [b.self_attn.register_forward_hook(lambda *_, n=n: ran.add(n)) for n, b in enumerate(blocks)]
+        numbers = real(self, model)
+        for handle in handles:
+            handle.remove()
+        found.setdefault(self.below is not None, []).append((ran, numbers))
+        if self.below is not None:
+            assert stat.S_IMODE((self.folder.parent / WATCHED).stat().st_mode) == 0o600
+        return numbers
+
+    monkeypatch.setattr(Watcher, "measure", measure)
+    watch = {"every_steps": 1, "retain_rows": 2, "rule": {"kind": "none"}}
+    for gib in (8.0, 0.0):
+        unlearn(settings(data, tmp_path / str(gib), watch=watch, trunk_gib=gib, max_steps=3))
+        assert not (tmp_path / str(gib) / WATCHED).exists()
+    kept, plain = found[True], found[False]
+    assert [ran for ran, _ in plain] == [{0, 1, 2}] * 4
+    assert [ran for ran, _ in kept] == [{0, 1, 2}, *[{2}] * 3]
+    assert [numbers for _, numbers in kept] == [numbers for _, numbers in plain]
+    assert kept[0][1] != kept[-1][1]
+
+
+def test_checks_go_on_where_their_states_cannot_be_written(data, tmp_path, monkeypatch, capsys):
+    real = States.write
+
+    def full(self, row, states):
+        if self.path.name == WATCHED:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, row, states)
+
+    monkeypatch.setattr(States, "write", full)
+    watch = {"every_steps": 1, "retain_rows": 2, "rule": {"kind": "none"}}
+    out = unlearn(settings(data, tmp_path / "run", watch=watch))
+    assert "Every check runs the blocks below the experts" in capsys.readouterr().err
+    assert len(json.loads((out / "run.json").read_text())["watch"]["checks"]) == 3

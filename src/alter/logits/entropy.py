@@ -22,6 +22,11 @@ PAPER_THRESHOLD = 1.2
 CHUNK_BYTES = 96 * 2**20
 """Size of the fp32 logits that exist at a time: at a vocabulary of 128k, those of 196 tokens."""
 
+CACHED_BYTES = 2**20
+"""Size of the fp32 logits that a CPU keeps in its caches from one operation to the next."""
+FROM_SUMS = 1.25
+"""Order from which on an entropy is computed from two sums; towards 1 they would cancel."""
+
 
 def chunk_rows(vocabulary: int) -> int:
     """Distributions over `vocabulary` tokens that are held in fp32 at a time."""
@@ -29,7 +34,12 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 def _entropy_rows(logits: Tensor, q: float) -> Tensor:
-    """Entropy of softmax(logits) along the last axis, in fp32 (fp64 for fp64 input)."""
+    """Entropy of softmax(logits) [n, V] along the last axis, in fp32 (fp64 for fp64 input)."""
+    # for few numbers the operations themselves count, and this way has more of them
+    large = logits.numel() > CACHED_BYTES // 4
+    if large and q >= FROM_SUMS and not (logits.requires_grad and torch.is_grad_enabled()):
+        at_once = max(1, CACHED_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
+        return torch.cat([_entropy_from_sums(part, q) for part in logits.split(at_once)])
     logp = torch.log_softmax(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), dim=-1)
     p = logp.exp()
     if q > 1.0:
@@ -45,6 +55,22 @@ def _entropy_rows(logits: Tensor, q: float) -> Tensor:
     near = p * torch.expm1(exponent.clamp(max=1.0))
     far = torch.exp(q * logp) - p
     return -torch.where(exponent > 1.0, far, near).sum(-1) / (q - 1.0)
+
+
+def _entropy_from_sums(logits: Tensor, q: float) -> Tensor:
+    """The same from two sums over the vocabulary, of one pass of exponentials; without gradient, for q well above 1.
+
+    With e_i = exp(l_i - max l) and the likeliest token left out of the sums E = sum e_i and E_q = sum e_i^q, Z = 1 + E and
+    S_q = ((Z^(q-1) - 1) + (E Z^(q-1) - E_q)) / ((q - 1) Z^q): nothing cancels, however peaked the distribution is. A token ruled
+    out with a logit of -inf counts 0.
+    """
+    wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    most, place = wide.max(-1, keepdim=True)
+    rest = torch.sub(wide, most).exp_().scatter_(-1, place, 0.0)
+    total = rest.sum(-1)
+    powers = torch.linalg.vecdot(rest, rest.sqrt() if q == 1.5 else rest ** (q - 1.0))
+    above = ((q - 1.0) * total.log1p()).expm1()
+    return (above + total * (1.0 + above) - powers) / ((q - 1.0) * (1.0 + above) * (1.0 + total))
 
 
 def check_order(q: float) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from alter.core import files, memory, processes
 from alter.core.errors import UserError, nearest
 from alter.data.encoding import TemplateArguments, ensure_pad_token, set_template_arguments
-from alter.models import gguf, quantized
+from alter.models import gguf, precision, quantized
 from alter.models.deltas import merged
 from alter.models.quantized import Bits
 
@@ -193,7 +193,8 @@ def load_model(
         model: local folder, hub id, `file.gguf` or `hub-id:file.gguf` (dequantised), or `builtin:NAME` for one that comes
             with this package.
         adapter: local folder or hub id of a PEFT adapter made for that model (ALTER's or any other).
-        dtype: "auto" keeps the checkpoint's number format, but fp16 becomes fp32 on a CPU; or "float32", ...
+        dtype: "auto" keeps the checkpoint's number format, but on a CPU fp16 becomes fp32, and so does bf16 where the CPU has
+            no instructions for it and the memory suffices; or "float32", ...
         device: "cpu", "cuda", "cuda:1", "mps", ...; None takes the GPU if there is one. Under several processes each
             takes its own.
         quantization: hold the linear layers in "4bit" or "8bit" (see `alter.quantized`).
@@ -222,8 +223,8 @@ def load_model(
     packed = getattr(network, "hf_quantizer", None)
     if quantization is not None and packed is not None and packed.pre_quantized:
         raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
-    if packed is None and dtype == "auto" and place.type == "cpu" and network.dtype == torch.float16:
-        network = network.float()
+    wide = precision.wanted(network, place) if packed is None and dtype == "auto" else None
+    network = network if wide is None else network.to(wide)
     quantized.keep_gradients(network)
     if adapter is not None and not form and _fit_vocabulary(network, Path(adapter)):
         tokenizer = _tokenizer(str(adapter))

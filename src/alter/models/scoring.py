@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,7 @@ def score(
     compat: bool = False,
     progress: bool = True,
     label: str = "scoring",
+    around: Callable[[Sequence[int], int], AbstractContextManager[None]] | None = None,
 ) -> Scores:
     """Return log-probability and correctness of every labelled token, with one forward pass per row.
 
@@ -156,6 +158,7 @@ def score(
         compat: as OpenUnlearning, hide every token equal to `pad_token_id` from attention, inside rows too.
         progress: show a progress bar on stderr.
         label: name on the progress bar.
+        around: a block that goes around the pass of each batch, given its rows' numbers and the length to which they are padded.
 
     Raises:
         UserError: a row has nothing to score, is longer than the model's context, or gets NaN logits.
@@ -169,7 +172,8 @@ def score(
         inputs = collate([{"input_ids": encoded[i].input_ids, "labels": encoded[i].labels} for i in batch])
         if compat:
             inputs["attention_mask"] = (inputs["input_ids"] != pad_token_id).long()
-        return _scores_of(model, inputs, batch, moments)
+        with nullcontext() if around is None else around(batch, inputs["input_ids"].shape[1]):
+            return _scores_of(model, inputs, batch, moments)
 
     out: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(encoded) for _ in range(4)]
     with evaluating(model):

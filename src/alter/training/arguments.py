@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import TrainingArguments
+
+from alter.models.precision import autocasts
 
 
 def trainer_arguments(checkpoints: Path, **more: Any) -> TrainingArguments:
@@ -65,7 +68,7 @@ def fitting_arguments(settings: Fitting, checkpoints: Path, *, use_cpu: bool, **
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
+        bf16=autocasts(settings.precision == "bf16", torch.device("cpu" if use_cpu else "cuda")),
         use_cpu=use_cpu,
         save_steps=settings.checkpoint_steps,
         save_total_limit=1,

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from alter.core.errors import UserError
 from alter.data.batching import Collator, LengthBatches
+from alter.models.precision import multiplies
 from alter.training.arguments import fitting_arguments
 from alter.training.weighted import weighted_loss
 
@@ -77,7 +78,8 @@ def trainer_of(
 
         if torch.cuda.is_available():
             model = model.to("cuda")
-        step = Step(model, settings.lora_from, rows, settings.precision == "bf16")
+        narrow = settings.precision == "bf16" and multiplies(torch.bfloat16, model.device)
+        step = Step(model, settings.lora_from, rows, narrow)
     arguments = fitting_arguments(
         settings,
         checkpoints,

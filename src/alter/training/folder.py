@@ -26,6 +26,7 @@ from alter.models.guards import FILE as FORM
 from alter.models.guards import Form
 from alter.training.settings import Unlearn
 from alter.training.trunk import FILE as TRUNK
+from alter.training.trunk import WATCHED
 
 GRADIENT = "gradient.safetensors"
 """What a rule for gradients has measured, in a run's folder; what it keeps from step to step, in a checkpoint."""
@@ -235,7 +236,10 @@ def clean(out: Path, forget_rows: int) -> None:
     """
     # what a kill cut off while it was written has a hidden name
     for path in [
-        *(out / name for name in (TRUNK, GRADIENT, TRACED, CODES, "start.safetensors", "reinforced.safetensors")),
+        *(
+            out / name
+            for name in (TRUNK, WATCHED, GRADIENT, TRACED, CODES, "start.safetensors", "reinforced.safetensors")
+        ),
         *out.glob(".*"),
     ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

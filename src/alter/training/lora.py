@@ -15,6 +15,7 @@ from alter.data.batching import batches_by_length
 from alter.data.encoding import IGNORE
 from alter.logits.head import Head
 from alter.methods.frozen import Depth, states_of
+from alter.models.precision import multiplies
 from alter.training.trunk import Trunk
 from alter.training.weighted import weighted_mean
 
@@ -28,7 +29,8 @@ PASS_TOKENS = 4096
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, from_layer: int | None, precision: str) -> Any:
     """Return the model frozen, with a LoRA (Hu et al. 2022) in float32 on the linear layers of its blocks.
 
-    With precision "bf16" the frozen weights are held in bfloat16, which autocast would otherwise make of them in every step.
+    With precision "bf16" the frozen weights are held in bfloat16, which autocast would otherwise make of them in every step;
+    not on a CPU that is slow at it.
 
     Args:
         from_layer: number of the first block that gets one; None for all.
@@ -49,7 +51,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, from_layer: int | 
             "layers_to_transform": list(range(first, number)),
             "layers_pattern": pattern,
         }
-    if precision == "bf16":
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if precision == "bf16" and multiplies(torch.bfloat16, place):
         model = model.to(torch.bfloat16)
     lora = get_peft_model(
         model,

@@ -24,6 +24,7 @@ from alter.methods.adapters import Penalty
 from alter.methods.frozen import Depth, states_of
 from alter.methods.gradients import GradientRule
 from alter.methods.objectives import Codes, Emitted, Hidden, Labelled, Objective, mean_or_zero
+from alter.models.precision import autocasts
 from alter.training.arguments import trainer_arguments
 from alter.training.batches import Batch
 from alter.training.folder import GRADIENT, seal_checkpoint
@@ -374,6 +375,7 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
         rows: pairs of an epoch.
         checkpoints: folder that checkpoints go to.
     """
+    device = next(model.parameters()).device
     return trainer_arguments(
         checkpoints,
         per_device_train_batch_size=run.batch_size // processes.size(),
@@ -386,9 +388,9 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
         max_grad_norm=run.max_grad_norm,
         train_sampling_strategy="sequential",
         gradient_checkpointing=run.gradient_checkpointing,
-        bf16=run.bf16,
+        bf16=autocasts(run.bf16, device),
         optim=OPTIMIZERS[run.optimizer],
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        use_cpu=device.type == "cpu",
         save_strategy="steps",
         save_steps=run.save_steps,
         save_total_limit=2,

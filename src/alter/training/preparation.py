@@ -28,7 +28,7 @@ from alter.training.frozenpass import trace_run
 from alter.training.loaded import Loaded
 from alter.training.sampler import Kin
 from alter.training.settings import Unlearn, batches_of_step, hidden_depth, steps_of
-from alter.training.trunk import KeptStates
+from alter.training.trunk import KeptStates, watched_states
 from alter.training.views import frozen_views
 from alter.training.watcher import KEPT, Watcher
 
@@ -102,6 +102,8 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     order = order_of(run, rows, loaded.alone, loaded.kin)
     cache = out / "frozen.safetensors"
     traced, found, below = trace_run(model, tokenizer, run, rows, order, cache, views, depth, loaded.limit)
+    if watcher is not None:
+        watcher.below = watched_states(run, model, below, watcher.encoded, out)
     penalty = run.adapter.penalty(model, run, away, former)
     measured = measured_of(model, tokenizer, run, rows, out / GRADIENT)
     if codes is not None:

@@ -60,7 +60,7 @@ def unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     Returns:
         the run's folder: `adapter/` loads with `PeftModel.from_pretrained`, or `model/` (adapter.kind full) with
         `AutoModelForCausalLM.from_pretrained`; `run.yaml` repeats the run, `run.json` records what happened. While it
-        trains, `inputs.json`, `frozen.safetensors`, `trunk.safetensors`, `start.safetensors` (initializers),
+        trains, `inputs.json`, `frozen.safetensors`, `trunk.safetensors`, `watched.safetensors`, `start.safetensors` (initializers),
         `codes.safetensors`, `reinforced.safetensors` and
         `checkpoints/` let an interrupted run resume; they are for their owner alone, and rows can be read from them. At the
         end they are removed, but for each token's entropy and gates, unless `keep_working` is set.

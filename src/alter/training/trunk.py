@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from alter.adapter.base import base_fingerprint
 from alter.adapter.layers import first_block
 from alter.core import processes
 from alter.core.console import show
+from alter.core.files import digest
+from alter.data.encoding import Encoded
 from alter.logits.head import standing_in
 from alter.methods.frozen import Depth, states_of
 
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
 
 FILE = "trunk.safetensors"
 """What the states are kept in, in the run's folder."""
+
+WATCHED = "watched.safetensors"
+"""The same of the rows that a watched run looks at."""
 
 ALIGNED = 64
 """The numbers of the file begin at a multiple of so many bytes."""
@@ -276,6 +284,69 @@ class KeptStates:
         with self.trunk.done(self.of(branch, row)[None].to(model.device)):
             upper = model.base_model.trace(tokens).states
         return float((upper - whole).float().norm()) <= SAME * float(whole.float().norm())
+
+
+class WatchedStates:
+    """A trunk with what it puts out for the rows of a run's checks: the first check writes it, later ones begin with it.
+
+    Args:
+        trunk: of a model on which `KeptStates.agrees`.
+        path: the file, for its owner alone.
+        key: of the model.
+        rows: of the checks, with `input_ids`.
+    """
+
+    def __init__(self, trunk: Trunk, path: Path, key: str, rows: Sequence[Encoded]) -> None:
+        self.trunk = trunk
+        self.lengths = [len(row.input_ids) for row in rows]
+        self.states = States(path, digest(key, [row.input_ids for row in rows]), self.lengths)
+        self.wrong: str | None = None
+        # a run that goes on finds those of its first check
+        self.written = self.states.read()
+
+    @contextmanager
+    def around(self, batch: Sequence[int], length: int) -> Iterator[None]:
+        """Around a pass over the rows of these numbers, padded on the right to `length`: its trunk is left out, or its output kept."""
+        if self.written:
+            device = next(self.trunk.blocks[0].parameters()).device
+            states = pad_sequence([self.states[i] for i in batch], batch_first=True).to(device)
+            with self.trunk.done(F.pad(states, (0, 0, 0, length - states.shape[1]))):
+                yield
+            return
+        with self.trunk.reading() as seen:
+            yield
+        try:
+            for place, i in enumerate(batch if self.wrong is None else ()):
+                self.states.write(i, seen[0][place, : self.lengths[i]])
+        except OSError as error:
+            self._stop(error)
+
+    def end(self) -> None:
+        """End a check: all rows have passed."""
+        if self.written or self.wrong is not None:
+            return
+        try:
+            self.states.close()
+            self.written = True
+        except OSError as error:
+            self._stop(error)
+
+    def _stop(self, error: OSError) -> None:
+        self.wrong = f"{self.states.path} cannot be written ({error.strerror})"
+        self.states.give_up()
+        show(f"Every check runs the blocks below the experts: {self.wrong}.", stderr=True, markup=False)
+
+
+def watched_states(
+    run: Unlearn, model: Any, kept: KeptStates | None, rows: Sequence[Encoded], folder: Path
+) -> WatchedStates | None:
+    """What a run's checks begin with; None where training's own states are not kept, or the disk budget has no room for more."""
+    if kept is None or not rows:
+        return None
+    tokens = kept.states.tokens + sum(len(row.input_ids) for row in rows)
+    if plain_because(run, model, kept.trunk, None, tokens, folder) is not None:
+        return None
+    return WatchedStates(kept.trunk, folder / WATCHED, base_fingerprint(model), rows)
 
 
 def say_plain(why: str) -> None:

@@ -32,6 +32,7 @@ from alter.models.generation import generate
 from alter.models.loading import load_model
 from alter.models.scoring import score
 from alter.training.rules import Decision, Guarded, told_apart
+from alter.training.trunk import WatchedStates
 from alter.training.watch import Watch
 from alter.training.watched import Watched, rated
 
@@ -109,6 +110,8 @@ class Watcher(TrainerCallback):
         labels = tuple([str(row.domain) for row in self.sets[name]] for name in ("forget", "holdout"))
         self.groups = (labels[0], labels[1]) if all(len(set(names)) > 1 for names in labels) else None
         self.judge = watch.leak.hit.judge(torch.device(device)) if watch.leak.samples else None
+        self.below: WatchedStates | None = None
+        """What the blocks below the experts put out for the rows, if that is kept."""
         self.checks: list[dict[str, float]] = []
         self.seconds = 0.0
 
@@ -141,8 +144,17 @@ class Watcher(TrainerCallback):
         Args:
             model: a transformers model with the adapter's layers in it.
         """
+        below = self.below
         with undisturbed():
-            scores = score(model, self.encoded, pad_token_id=self.tokenizer.pad_token_id, progress=False)
+            scores = score(
+                model,
+                self.encoded,
+                pad_token_id=self.tokenizer.pad_token_id,
+                progress=False,
+                around=None if below is None else below.around,
+            )
+            if below is not None:
+                below.end()
             replies = {
                 name: generate(model, self.tokenizer, prompts, max_new_tokens=self.watch.reply_tokens, progress=False)
                 for name, prompts in self.prompts.items()

@@ -1,0 +1,43 @@
+"""Whether 16-bit numbers are worth computing in: on a CPU without instructions for them PyTorch takes ten times as long."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from alter.core.console import show
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices of this number format at least about as fast as of float32.
+
+    Of a CPU without AVX-512, or Arm's instructions for bfloat16, that is false for bfloat16: linear layers of 64 to 512 tokens
+    take 6 to 10 times as long (`docs/results/cost.md`). It is false for float16 on every CPU, where some operations are missing.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if dtype == torch.float16 or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def wanted(model: torch.nn.Module, device: torch.device) -> torch.dtype | None:
+    """The number format that a model is to be turned into where none was asked for; None: it stays as it is stored.
+
+    That is float32 on a CPU that does not multiply in the model's own. Of bfloat16 it is so only where the wider weights take
+    less than half of the free memory.
+    """
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if multiplies(own, device):
+        return None
+    size = 4 * sum(p.numel() for p in model.parameters())
+    fits = own == torch.float16 or size < psutil.virtual_memory().available // 2
+    return torch.float32 if fits else None
+
+
+def autocasts(asked: bool, device: torch.device) -> bool:
+    """Whether training that was asked to autocast to bfloat16 does so on this device; says it where it does not."""
+    if asked and not multiplies(torch.bfloat16, device):
+        show("This processor multiplies bfloat16 slower than float32: training computes in float32.", stderr=True)
+        return False
+    return asked
