@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from alter.core.errors import UserError
 from alter.core.files import folder_digest
 from alter.core.signing import Forged
+from alter.requests import checking, evidence
 from alter.requests.bases import bases, present
 from alter.requests.certificate import Certificate, certificate
 from alter.requests.commands import Export, Purge, Revoke, RunRequests, export, purge, revoke, run
@@ -28,9 +29,10 @@ from test_requests import NAMES, ask, memorise, rows, start
 
 KILLED = """
 import os, sys
-from alter.requests import handout, rebasing
+from alter.requests import evidence, handout
 from alter.requests.rebasing import DistillRequests, distill_requests
 from alter.requests.store import Store
+evidence.UTILITY_SHARE = 0.8
 where = {"trained": (handout, "_beside"), "moved": (Store, "move")}[sys.argv[2]]
 setattr(*where, lambda *_, **__: os._exit(9))
 distill_requests(DistillRequests(db=sys.argv[1], final=True))
@@ -79,7 +81,7 @@ def told(capsys):
 
 
 @pytest.mark.slow
-def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys):
+def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys, monkeypatch):
     store = start(data, tmp_path, distill_every=2, distill_recipe=str(data / "distill.yaml"))
     assert "When 2 requests are in force" in told(capsys)
     home, key = tmp_path / "work", tmp_path / "key"
@@ -101,7 +103,7 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
     for where in ("trained", "moved"):
         command = [sys.executable, "-c", KILLED, store.url, where]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert ended.returncode == 9, ended.stderr
+        assert ended.returncode == 9, ended.stderr[-2000:]
         assert {request.state for request in store.requests()} <= set(IN_FORCE)
         assert present(store).base == 0
         if where == "moved":
@@ -110,6 +112,14 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
         assert not list((home / "runs").glob("*"))
         assert not list((home / "bases").glob("*"))
 
+    # too little utility would be left: nothing changes
+    monkeypatch.setattr(evidence, "UTILITY_SHARE", 1.5)
+    with pytest.raises(UserError, match=r"Nothing was changed: the new weights would keep 0\..*below 1.5"):
+        distill_requests(DistillRequests(db=store.url, final=True))
+    assert present(store).base == 0
+    # so small a model loses about 6 % of it
+    for module in (evidence, checking):
+        monkeypatch.setattr(module, "UTILITY_SHARE", 0.8)
     before = [request.after for request in store.requests()]
     found = distill_requests(DistillRequests(db=store.url, final=True))
     assert [request.state for request in found] == ["distilled"] * 2
