@@ -144,6 +144,7 @@ def test_states_move_along_their_edges_only(store):
                 "not forgotten": ["running", "trained", "not forgotten"],
                 "collapsed": ["running", "trained", "collapsed"],
                 "revoked": ["running", "trained", "forgotten", "revoked"],
+                "distilled": ["running", "trained", "forgotten", "distilled"],
                 "withdrawn": ["withdrawn"],
             }[state]
             for step in path:

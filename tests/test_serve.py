@@ -26,7 +26,7 @@ from alter.models.scoring import score
 from alter.serving import engine as engines
 from alter.serving.chat import Chat, chat
 from alter.serving.engine import Engine, Job, draw
-from alter.serving.openai import Serve, application, configured, serve
+from alter.serving.openai import Api, Serve, application, configured, serve
 from alter.serving.protocol import ChatBody, TextBody, text_ids
 from alter.serving.text import visible
 from pico import byte_tokenizer, pico, run_on, save_pico, write_people
@@ -41,7 +41,7 @@ class Running:
     def __init__(self, engine=None, **settings):
         self.engine = engine or Engine(pico(0), byte_tokenizer(), max_batch=settings.get("max_batch", 16))
         given = Serve(model="pico", **settings)
-        config = configured(application(given, self.engine), given)
+        config = configured(application(given, Api(given, self.engine)), given)
         config.port = 0
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)

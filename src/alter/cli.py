@@ -116,6 +116,12 @@ COMMANDS = {
         "alter.requests.verification", "Verify", "verify", "was anything altered, has anything come back?"
     ),
     "request revoke": Command("alter.requests.commands", "Revoke", "revoke", "take a request back"),
+    "request distill": Command(
+        "alter.requests.rebasing",
+        "DistillRequests",
+        "distill_requests",
+        "the weights themselves forget what is in force",
+    ),
     "request purge": Command(
         "alter.requests.commands", "Purge", "purge", "remove what is kept of a request's subject and rows"
     ),

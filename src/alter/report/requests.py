@@ -29,6 +29,11 @@ HEAD = (
     "data",
 )
 
+DISTILLED = (
+    "A distilled request is forgotten by the weights themselves: nothing can be switched off. Its figures are of these weights "
+    "beside those of the model before; that model, wherever it still lies, holds the knowledge."
+)
+
 
 def requests(url: str, names: Sequence[str]) -> list[Html]:
     """Show what a database of erasure requests holds: each one's state and evidence, and whether its history is whole.
@@ -40,13 +45,13 @@ def requests(url: str, names: Sequence[str]) -> list[Html]:
     Raises:
         UserError: no such database or request.
     """
+    from alter.requests.bases import present
     from alter.requests.checking import check_requests
-    from alter.requests.project import Project
     from alter.requests.records import parse_id
     from alter.requests.store import Store
 
     store = Store.open(url)
-    project = Project.model_validate(store.project())
+    project = present(store)
     chosen = [store.get(number) for number in dict.fromkeys(map(parse_id, names))] if names else store.requests()
     if project.root.is_dir():
         wrong = check_requests(store, project, behaviour=False).wrong
@@ -122,14 +127,18 @@ def _tone(request: Request) -> str:
     """The colour of a state: green only for what was found forgotten by enough answers, and trusts no old figure."""
     if request.state in ("not forgotten", "collapsed", "failed"):
         return "verdict bad"
-    firm = (request.after or {}).get("n_answers", 0) >= FIRM
-    return "verdict good" if request.state == "forgotten" and firm else "verdict"
+    after = request.after or {}
+    firm = after.get("n_answers", 0) >= FIRM
+    word = after.get("verdict", {}).get("word") if request.state == "distilled" else request.state
+    return "verdict good" if word == "forgotten" and firm else "verdict"
 
 
 def _limits(chosen: Sequence[Request]) -> Html:
     """What the evidence does not say, and the reasons of each verdict."""
+    distilled = [request.state == "distilled" for request in chosen]
     limits = (
-        ADAPTER,
+        *([] if all(distilled) else [ADAPTER]),
+        *([DISTILLED] if any(distilled) else []),
         "Asked were the questions of the data, in their own words. Other wordings, other languages, longer talks and "
         "attacks were not tested here: `alter attack` tries some.",
         f"Of fewer than {FIRM} answers nothing is coloured: the intervals in the reasons say how little they prove.",

@@ -37,7 +37,8 @@ from alter.core.signing import (
     signed_text,
 )
 from alter.requests.database import Database
-from alter.requests.records import IN_FORCE, Request, now, parse_id
+from alter.requests.project import Project
+from alter.requests.records import HELD, Request, now, parse_id
 
 FORM = "alter certificate"
 VERSION = 1
@@ -286,16 +287,20 @@ def _of_request(settings: Certificate, number: int, key: Key, out: Path) -> dict
     store, project = settings.open()
     with store.lease(settings.who):
         request = store.get(number)
-        if request.state not in IN_FORCE:
+        if request.state not in HELD:
             raise UserError(
                 f"{request.name} is {request.state}: there is nothing to certify. Only a request that is in force "
-                f"({' or '.join(IN_FORCE)}) gets a certificate."
+                f"({' or '.join(HELD)}) gets a certificate."
             )
         wrong = check_requests(store, project, behaviour=False).wrong
         if wrong:
             raise UserError("Nothing is certified, since not all is as it should be: " + " ".join(wrong))
         history = store.history()
-        content = _request_content(settings, request, manifest(project), project.model, project.adapter.resolve())
+        inside = manifest(project)
+        if request.state == "distilled":
+            content = _distilled_content(settings, request, inside, project)
+        else:
+            content = _request_content(settings, request, inside, project.model, project.adapter.resolve())
         content["history"] = {"head": history[-1].hash, "entries": len(history)}
         signed = _write(content, key, out)
         noted = {"certificate": hashlib.sha256(canonical(signed)).hexdigest(), "key": key.public}
@@ -304,8 +309,9 @@ def _of_request(settings: Certificate, number: int, key: Key, out: Path) -> dict
 
 
 def _request_content(
-    settings: Certificate, request: Request, inside: Mapping[str, Any], model: str, adapter: Path
+    settings: Certificate, request: Request, inside: Mapping[str, Any], model: str, adapter: Path | None
 ) -> dict[str, Any]:
+    """What is stated of a request that the adapter in force holds on `model`, or with None, `model` itself."""
     run, after = dict(request.run or {}), dict(request.after or {})
     return {
         "form": FORM,
@@ -321,7 +327,7 @@ def _request_content(
         "state": request.state,
         "why": (after.get("verdict") or {}).get("why"),
         "base": {"name": Path(model).name if Path(model).exists() else model, "files": model_hashes(model)},
-        "result": {"version": inside["version"], "expert": request.expert, "files": hashes(adapter)},
+        "result": {"version": inside["version"], "expert": request.expert, "files": hashes(adapter or model)},
         "shipped": None if settings.shipped is None else {"files": hashes(settings.shipped)},
         "code": {"run": run.get("provenance"), "certificate": _issued()},
         "settings": _settings(run.get("settings") or {}),
@@ -333,8 +339,26 @@ def _request_content(
             "reference_by": (after.get("reference") or {}).get("by"),
             "utility_share": after.get("utility_share"),
         },
-        "attacks": _attacks(settings.attacks, _identities(settings, model, str(adapter)), request.data_hash),
-        "limits": _limits(settings, adapter=True),
+        "attacks": _attacks(
+            settings.attacks,
+            _identities(settings, model, None if adapter is None else str(adapter)),
+            request.data_hash,
+        ),
+        "limits": _limits(settings, adapter=adapter is not None),
+    }
+
+
+def _distilled_content(
+    settings: Certificate, request: Request, inside: Mapping[str, Any], project: Project
+) -> dict[str, Any]:
+    """What is stated of a distilled request: its base is the model before, its result are the weights in force."""
+    run = dict(request.run or {})
+    origin = run["distilled"]["origin"]
+    return {
+        **_request_content(settings, request, inside, project.model, None),
+        "base": {"name": origin["name"], "files": origin["files"]},
+        "result": {"base": (request.after or {})["base"], "in_force": project.base, "files": hashes(project.model)},
+        "settings": _settings({"unlearn": run.get("settings") or {}, "distill": run["distilled"]["settings"]}),
     }
 
 

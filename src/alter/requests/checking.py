@@ -12,9 +12,10 @@ from alter.data.examples import Example
 from alter.evaluation.leakage import Leak, leaked
 from alter.evaluation.verdict import SLACK, Measures
 from alter.models.loading import load_model
+from alter.requests.bases import base_changed
 from alter.requests.evidence import UTILITY_SHARE, known_of, untouched, utility
 from alter.requests.project import Project
-from alter.requests.records import IN_FORCE, Request
+from alter.requests.records import HELD, IN_FORCE, Request
 from alter.requests.rows import received_rows
 from alter.requests.store import Store
 from alter.requests.versions import adapter_digest, manifest
@@ -41,21 +42,26 @@ class Findings:
 
 def noted_adapter(store: Store) -> str | None:
     """Digest of the adapter in force as the history names it; None while nothing was put in force."""
-    noted = [
-        entry.details["adapter"]
-        for entry in store.history()
+    noted = None
+    for entry in store.history():
+        if entry.what == "distilled":
+            # on the new base there is none yet
+            noted = None
         # an adapter that was trained is not in force yet
-        if entry.details.get("adapter") is not None and entry.details.get("to") != "trained"
-    ]
-    return noted[-1] if noted else None
+        elif entry.details.get("adapter") is not None and entry.details.get("to") != "trained":
+            noted = entry.details["adapter"]
+    return noted
 
 
 def refuse_changed(store: Store, project: Project) -> None:
-    """Refuse to build on an adapter that is not the one in the history: the next version would make it look sound.
+    """Refuse to build on adapter or base that are not those in the history: the next version would make them look sound.
 
     Raises:
-        UserError: weights or files of the adapter in force were changed, or are gone.
+        UserError: weights or files of the adapter or the base in force were changed, or are gone.
     """
+    changed = base_changed(store, project)
+    if changed is not None:
+        raise UserError(f"{changed} Nothing was done. Put them back from a copy.")
     if adapter_digest(project) != noted_adapter(store):
         raise UserError(
             f"The adapter in force, {project.adapter}, is not the one that the history names: its weights or files were changed "
@@ -78,15 +84,18 @@ def check_requests(
             untouched model: a request of which the adapter's samples hold the answer as often has come back.
     """
     found = Findings(wrong=_check_records(store, project, heads))
-    if behaviour and manifest(project)["version"]:
+    if behaviour and (project.base or manifest(project)["version"]):
         _check_behaviour(store, project, leak, found)
     return found
 
 
 def _check_records(store: Store, project: Project, heads: Sequence[str]) -> list[str]:
     """Say what is wrong with the history, and where the adapter in force is not what it says."""
-    versions = sorted((project.root / "adapters").glob("[0-9]*/requests.json"))
+    roots = map(project.base_folder, range(project.base + 1))
+    versions = [path for root in roots for path in sorted((root / "adapters").glob("[0-9]*/requests.json"))]
     wrong = store.check_chain([*heads, *(str(read_object(path, "a manifest").get("head")) for path in versions)])
+    changed = base_changed(store, project)
+    wrong += [] if changed is None else [changed]
     inside = manifest(project)
     if adapter_digest(project) != noted_adapter(store):
         wrong.append("The adapter in force is not the one that the history names: its weights or files were changed.")
@@ -96,15 +105,18 @@ def _check_records(store: Store, project: Project, heads: Sequence[str]) -> list
                 f"{request.name} is {request.state}, but the adapter in force does not hold it (expert {request.expert})."
             )
     for request in store.requests("revoked"):
-        if request.expert is not None and request.expert not in inside["cleared"]:
+        # of an earlier base nothing is in force any more
+        here = (request.run or {}).get("base", 0) == project.base
+        if here and request.expert is not None and request.expert not in inside["cleared"]:
             wrong.append(f"{request.name} is revoked, but the adapter in force still holds it.")
     return wrong
 
 
 def _check_behaviour(store: Store, project: Project, leak: Leak | None, found: Findings) -> None:
     """Measure the requests in force and the utility again, into `found`."""
-    model, tokenizer = load_model(project.model, str(project.adapter), template=project.template)
-    for request in store.requests(*IN_FORCE):
+    adapter = str(project.adapter) if project.adapter.exists() else None
+    model, tokenizer = load_model(project.model, adapter, template=project.template)
+    for request in store.requests(*HELD):
         try:
             rows = received_rows(request)
         except UserError as error:
@@ -116,19 +128,21 @@ def _check_behaviour(store: Store, project: Project, leak: Leak | None, found: F
             continue
         measures, now = known_of(model, tokenizer, rows, answers=project.answers)
         found.measured[request.name] = now
-        found.wrong += _come_back(request, measures, now)
-        if leak is not None and leak.samples:
+        found.wrong += come_back(request, measures, now)
+        if leak is not None and leak.samples and request.state == "distilled":
+            found.unchecked.append(f"{request.name} was not sampled: its base has no untouched model to stand beside.")
+        elif leak is not None and leak.samples:
             _check_leak(request, model, tokenizer, rows, leak, found)
     _, kept = utility(model, tokenizer, project)
     with untouched(model):
         _, base = utility(model, tokenizer, project)
-    share = kept["utility"] / base["utility"] if base["utility"] else 0.0
+    share = project.kept * kept["utility"] / base["utility"] if base["utility"] else 0.0
     found.measured["utility"] = {**kept, "share": share}
     if not share >= UTILITY_SHARE:
         found.wrong.append(f"Utility is {share:.3f} of the untouched model's, below {UTILITY_SHARE}.")
 
 
-def _come_back(request: Request, measures: Measures, now: dict[str, Any]) -> list[str]:
+def come_back(request: Request, measures: Measures, now: dict[str, Any]) -> list[str]:
     """Say in which figures a request lies above what was measured when it took effect, by more than `SLACK`."""
     then = request.after or {}
     since = str(then.get("measured", ""))[:10]

@@ -6,7 +6,7 @@ What trains or loads models is imported by the functions that need it, so that t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,9 @@ from alter.core.console import cell
 from alter.core.errors import UserError
 from alter.core.files import folder_digest, write_atomic
 from alter.core.outputs import OutFolder
-from alter.core.recipes import read_recipe
 from alter.requests.database import Database
 from alter.requests.display import print_list, say, then
-from alter.requests.records import IN_FORCE, MISSED, Request, parse_id
+from alter.requests.records import HELD, IN_FORCE, MISSED, Request, parse_id
 
 
 class RunRequests(Database):
@@ -31,6 +30,8 @@ class RunRequests(Database):
     """Ids; by default every request in state received."""
     again: bool = False
     """Also those that failed, were not forgotten, or collapsed."""
+    final: bool = False
+    """Where the project's --distill-every is reached: distil at once, after which none of those in force can be revoked."""
 
 
 def run(settings: RunRequests) -> list[Request]:
@@ -40,9 +41,10 @@ def run(settings: RunRequests) -> list[Request]:
         UserError: nothing to do, another process at work, what `work.run_requests` raises, or a request that was not forgotten or
             at which the model collapsed: said after everything is written down.
     """
-    from alter.requests import checking, work
+    from alter.requests import checking, rebasing, work
 
     store, project = settings.open()
+    rebasing.check_final(settings.final, project)
     with store.lease(settings.who):
         # an earlier run may have been cut off after training: its requests are measured here and belong to this run's result
         found = work.recover(store, project, resume=True)
@@ -77,8 +79,9 @@ def run(settings: RunRequests) -> list[Request]:
             "--recipe, or try again: alter request run --again"
         )
     say("The requests are in force.", store)
-    then(settings, f"alter request verify --head {store.head()[:12]}", "now and later")
-    return found
+    if not rebasing.distil_if_due(settings, settings.final):
+        then(settings, f"alter request verify --head {store.head()[:12]}", "now and later")
+    return [store.get(request.id) for request in found]
 
 
 class Revoke(Database):
@@ -185,8 +188,8 @@ class Export(Database):
     """YAML with settings of `alter distill` for the form weights."""
 
 
-def _distill_recipe(settings: Export, decided: Container[str]) -> dict[str, Any]:
-    """Settings of `alter distill` for the form weights; those in `decided` are not for the recipe to say.
+def _distill_recipe(settings: Export) -> dict[str, Any]:
+    """Settings of `alter distill` for the form weights.
 
     Raises:
         UserError: it sets one of them, or another form is wanted.
@@ -195,11 +198,9 @@ def _distill_recipe(settings: Export, decided: Container[str]) -> dict[str, Any]
         return {}
     if settings.form != "weights":
         raise UserError("--recipe holds settings of `alter distill`, which only --form weights uses: leave it out.")
-    recipe = read_recipe(settings.recipe)
-    wrong = sorted(name for name in recipe if name in decided)
-    if wrong:
-        raise UserError(f"{settings.recipe} sets {', '.join(wrong)}, which the requests decide: take it out.")
-    return recipe
+    from alter.requests import handout
+
+    return handout.distill_settings(settings.recipe)
 
 
 def _check_accepted(settings: Export, held: Sequence[str]) -> None:
@@ -229,14 +230,17 @@ def export(settings: Export) -> Path:
     out = Path(settings.out)
     if out.exists():
         raise UserError(f"{out} exists; give another --out.")
-    recipe = _distill_recipe(settings, handout.DECIDED)
+    recipe = _distill_recipe(settings)
     with store.lease(settings.who):
         work.recover(store, project)
         checking.refuse_changed(store, project)
         inside = versions.manifest(project)
         if not inside["version"]:
-            raise UserError("Nothing to export: no request has run yet. `alter request run` does it.")
-        held = [request.name for request in store.requests(*IN_FORCE)]
+            there = (
+                f" The plain weights of base {project.base} are the folder {project.model}." if project.base else ""
+            )
+            raise UserError(f"Nothing to export: no request has run yet. `alter request run` does it.{there}")
+        held = [request.name for request in store.requests(*HELD)]
         _check_accepted(settings, held)
         measured = None
         out.parent.mkdir(parents=True, exist_ok=True)

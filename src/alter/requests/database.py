@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from alter.core.errors import UserError
 from alter.core.signing import read_key
 from alter.requests.anchor import Anchor
-from alter.requests.project import Project
 
 if TYPE_CHECKING:
+    from alter.requests.project import Project
     from alter.requests.store import Store
 
 
@@ -52,11 +52,12 @@ class Database(BaseModel):
         Raises:
             UserError: there is no database, or the anchor has no key.
         """
+        from alter.requests.bases import present
         from alter.requests.store import Store
 
         store = Store.open(self.db)
         store.anchor = self.open_anchor()
-        return store, Project.model_validate(store.project())
+        return store, present(store)
 
     def open_anchor(self) -> Anchor | None:
         """The anchor with the key that signs its lines; None where none is kept.

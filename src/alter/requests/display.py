@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,12 +12,24 @@ from rich.table import Table
 from alter.core.console import cell
 from alter.evaluation.told import told
 from alter.requests.database import Database, default_db
-from alter.requests.records import IN_FORCE, MISSED, Request
+from alter.requests.records import HELD, MISSED, Request
 
 if TYPE_CHECKING:
+    from alter.requests.bases import Base
+    from alter.requests.project import Project
     from alter.requests.store import Store
 
 BASE = "The base weights still know all of it: the adapter keeps the model from saying so, and can be switched off."
+
+FORGOTTEN = "The weights in force have forgotten what is distilled: only the model from before still knows it."
+
+
+def still_known(requests: Iterable[Request]) -> str:
+    """What to say of who still knows what the requests are about."""
+    states = {request.state for request in requests if request.after}
+    said = [FORGOTTEN] if "distilled" in states else []
+    # of what is not in force it holds as well: nothing took it out of the base
+    return " ".join([*said, BASE] if states - {"distilled"} or not said else said)
 
 
 def say(sentence: str, store: Store) -> None:
@@ -44,7 +56,7 @@ def suggest(settings: Database, requests: Sequence[Request]) -> None:
         then(settings, "alter request run")
     elif states.keys() & set(MISSED):
         then(settings, "alter request run --again", "nothing of what was missed is in force")
-    elif states.keys() & set(IN_FORCE):
+    elif states.keys() & set(HELD):
         then(settings, "alter request verify", "now and later; alter certificate ID --key FILE signs the evidence")
     else:
         then(settings, f"alter request purge {next(reversed(states.values()))}", "if its data must go")
@@ -71,7 +83,7 @@ def print_list(db: str, found: Sequence[Request]) -> None:
         row = (
             request.name,
             request.subject or "(purged)",
-            request.state,
+            _state(request),
             request.due or "",
             told(after, "said"),
             f"{told(before, 'probability')} → {told(after, 'probability')}" if "probability" in after else "",
@@ -81,4 +93,30 @@ def print_list(db: str, found: Sequence[Request]) -> None:
         table.add_row(*map(cell, row))
     Console().print(table)
     if any(request.after for request in found):
-        Console().print(cell(BASE, "dim"))
+        Console().print(cell(still_known(found), "dim"))
+
+
+def _state(request: Request) -> str:
+    """The state; of a distilled request also the base that holds it, and its verdict if that is not the best."""
+    if request.state != "distilled" or request.after is None:
+        return request.state
+    word = request.after["verdict"]["word"]
+    return f"distilled, base {request.after['base']}" + ("" if word == "forgotten" else f", {word}")
+
+
+def print_bases(found: Sequence[Base], project: Project) -> None:
+    """Print which weights hold which requests, and which of them are in force."""
+    if not found:
+        return
+    console = Console()
+    before = 0
+    for base in found:
+        new, before = base.requests[before:], len(base.requests)
+        earlier = f" and what base {base.number - 1} holds" if base.number > 1 else ""
+        console.print(
+            cell(
+                f"Base {base.number} ({base.at[:10]}, {base.weights[:12]}) holds {', '.join(new)}{earlier}; utility "
+                f"{base.utility:.3f} of the first model's"
+                + (f". In force: {project.model}" if base is found[-1] else ".")
+            )
+        )

@@ -37,8 +37,12 @@ def retain_sample(project: Project) -> list[Example]:
 def utility(model: Any, tokenizer: Any, project: Project) -> Known:
     """Behaviour on the retain sample, with the mean of probability and ROUGE-L as `utility`."""
     measures, found = known_of(model, tokenizer, retain_sample(project), answers=project.answers)
-    parts = [float(value) for value in (found["probability"], found["rouge"]) if value is not None]
-    return measures, {**found, "utility": float(np.mean(parts))}
+    return measures, {**found, "utility": utility_of(found)}
+
+
+def utility_of(figures: Mapping[str, Any]) -> float:
+    """The mean of probability and ROUGE-L among figures of the rows to keep; of what is there of them."""
+    return float(np.mean([float(figures[name]) for name in ("probability", "rouge") if figures[name] is not None]))
 
 
 def untouched(model: Any) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,17 @@ import torch
 
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
+from alter.core.recipes import read_recipe
+from alter.core.validation import validated
 from alter.data.examples import Example
 from alter.distillation.run import Distill, distill
 from alter.evaluation.told import told
-from alter.evaluation.verdict import judge
+from alter.evaluation.verdict import Verdict, judge
 from alter.exporting import loras
 from alter.models.loading import load_model
 from alter.requests.evidence import Known, known_of, retain_sample
 from alter.requests.project import Project
-from alter.requests.records import IN_FORCE
+from alter.requests.records import HELD, IN_FORCE
 from alter.requests.removal import sweep
 from alter.requests.rows import received_rows
 from alter.requests.store import Store
@@ -64,15 +68,58 @@ def merge(project: Project, out: Path) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Erased:
+    """Weights that learned to say what base and adapter say, and what was measured of them.
+
+    Attributes:
+        weights: folder of the model.
+        known: by request, and on the retain sample as `retain`: what base, adapter and weights know.
+        verdicts: by request, against what the base knew; the reference is the adapter.
+    """
+
+    weights: Path
+    known: Mapping[str, Mapping[str, Known]]
+    verdicts: Mapping[str, Verdict]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What adapter and weights measure, on the retain sample and by request."""
+        return {name: {form: found[form][1] for form in ("adapter", "weights")} for name, found in self.known.items()}
+
+
+def distill_settings(path: str | None) -> dict[str, Any]:
+    """Settings of `alter distill` in a YAML file, none of which the requests decide.
+
+    Raises:
+        UserError: it cannot be read, or sets one that they do.
+    """
+    if path is None:
+        return {}
+    recipe = read_recipe(path)
+    wrong = sorted(name for name in recipe if name in DECIDED)
+    if wrong:
+        raise UserError(f"{path} sets {', '.join(wrong)}, which the requests decide: take it out.")
+    validated(Distill, {**recipe, "model": "m", "forget": "f", "retain": "r", "out": "o"}, path)
+    return recipe
+
+
 def erase(store: Store, project: Project, out: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a plain model that learned to say what base and adapter say, and measure it on every request in force.
+    """`erased`, with a copy of the weights in the folder `out`; returns the figures."""
+    with erased(store, project, recipe) as made:
+        shutil.copytree(made.weights, out)
+        return made.figures
+
+
+@contextmanager
+def erased(store: Store, project: Project, recipe: Mapping[str, Any]) -> Iterator[Erased]:
+    """A plain model that learned to say what base and adapter say, measured on every request in force.
+
+    Its folder is there inside the block, where it may be moved away.
 
     Args:
-        out: folder for the model.
+        store, project: where the requests are; the caller holds the lease.
         recipe: settings of `alter distill`, but for `DECIDED`.
-
-    Returns:
-        on the retain sample and, by request, on the rows to forget: what the adapter measures and what the weights do.
 
     Raises:
         UserError: the rows of a request are gone or changed, what `alter distill` raises, or a request that the weights have
@@ -91,6 +138,7 @@ def erase(store: Store, project: Project, out: Path, recipe: Mapping[str, Any]) 
                 Distill.model_validate(
                     {
                         "closing_rows": 0,
+                        "chat_template_kwargs": project.template,
                         **recipe,
                         "model": project.model,
                         "adapter": str(project.adapter.resolve()),
@@ -100,11 +148,9 @@ def erase(store: Store, project: Project, out: Path, recipe: Mapping[str, Any]) 
                     }
                 )
             )
-        found = _beside(project, examples, made / "model")
-        shutil.copytree(made / "model", out)
+        yield _beside(project, examples, made / "model")
     finally:
         sweep(project)
-    return found
 
 
 def to_line(example: Example) -> str:
@@ -112,15 +158,15 @@ def to_line(example: Example) -> str:
     return json.dumps(example.row, ensure_ascii=False) + "\n"
 
 
-def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights: Path) -> dict[str, Any]:
+def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights: Path) -> Erased:
     """What the adapter and the weights say, by request and on the retain sample; refuses weights that did not learn it."""
     measured: dict[str, dict[str, Known]] = {}
-    for form, names in (
-        ("base", (project.model, None)),
-        ("adapter", (project.model, str(project.adapter))),
-        ("weights", (str(weights), None)),
+    for form, name, adapter in (
+        ("base", project.model, None),
+        ("adapter", project.model, str(project.adapter)),
+        ("weights", str(weights), None),
     ):
-        model, tokenizer = load_model(*names)
+        model, tokenizer = load_model(name, adapter, template=project.template)
         measured[form] = {"retain": known_of(model, tokenizer, retain_sample(project), answers=project.answers)}
         measured[form] |= {
             name: known_of(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()
@@ -143,10 +189,11 @@ def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights
     ]
     if missed:
         raise UserError(
-            f"Nothing was exported, since the weights did not learn it: {' '.join(missed)} Give more steps or a higher "
+            f"Nothing was made, since the weights did not learn it: {' '.join(missed)} Give more steps or a higher "
             "learning_rate in --recipe."
         )
-    return {name: {form: measured[form][name][1] for form in ("adapter", "weights")} for name in ("retain", *examples)}
+    known = {name: {form: measured[form][name] for form in measured} for name in ("retain", *examples)}
+    return Erased(weights, known, verdicts)
 
 
 def write_loras(store: Store, project: Project, out: Path) -> None:
@@ -177,7 +224,7 @@ def export_card(store: Store, project: Project, form: str, measured: Mapping[str
         "| request | rows | data (SHA-256) | verdict | still said | probability before | after | reference | utility kept |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for request in store.requests(*IN_FORCE):
+    for request in store.requests(*HELD):
         before, after = request.before, request.after or {}
         shown = [
             told(after, "said", "-"),

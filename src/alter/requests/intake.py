@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
 from rich.console import Console
 
 from alter.core.console import cell
@@ -38,6 +39,10 @@ class Init(Database):
     """Model retrained without the requests' rows, if there is one: a better reference than a holdout."""
     recipe: str | None = None
     """YAML with the settings of `alter unlearn` that every request uses."""
+    distill_every: int | None = Field(None, ge=1)
+    """When so many requests are in force, they are to be distilled into the weights (alter request distill), for good."""
+    distill_recipe: str | None = None
+    """YAML with settings of `alter distill` for that."""
 
 
 def init(settings: Init) -> Store:
@@ -61,6 +66,11 @@ def init(settings: Init) -> Store:
         decided = sorted(set(recipe) & work.CUT)
         if decided:
             raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
+    distilling: dict[str, Any] = {}
+    if settings.distill_recipe is not None:
+        from alter.requests.handout import distill_settings
+
+        distilling = distill_settings(settings.distill_recipe)
     needed = {"model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True}
     validated(Unlearn, {**recipe, **needed}, settings.recipe or "recipe")
     retain = load_examples(settings.retain)
@@ -79,6 +89,8 @@ def init(settings: Init) -> Store:
         holdout=settings.holdout,
         retrained=settings.retrained,
         recipe=recipe,
+        distill_every=settings.distill_every,
+        distill=distilling,
     )
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     root.chmod(0o700)
@@ -86,6 +98,13 @@ def init(settings: Init) -> Store:
     Console().print(
         cell(f"Requests about {settings.model} are kept in {without_password(settings.db)}, adapters in {root}.")
     )
+    if settings.distill_every is not None:
+        Console().print(
+            cell(
+                f"When {settings.distill_every} requests are in force, `alter request run` asks for them to be distilled into "
+                "the weights; --final there does it at once. A distilled request cannot be revoked."
+            )
+        )
     then(settings, "alter request add --subject NAME --data ROWS.jsonl")
     return store
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Project(BaseModel):
-    """What all requests of one database share."""
+    """What all requests of one database share; `base` and `kept` are of the base in force (`alter.requests.bases`)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -21,11 +21,24 @@ class Project(BaseModel):
     recipe: dict[str, Any] = Field(default_factory=dict)
     retain_rows: int = 200
     answers: int = 100
+    distill_every: int | None = None
+    distill: dict[str, Any] = Field(default_factory=dict)
+    base: int = 0
+    kept: float = 1.0
+
+    @property
+    def home(self) -> Path:
+        """The folder as a path."""
+        return Path(self.folder)
 
     @property
     def root(self) -> Path:
-        """The folder as a path."""
-        return Path(self.folder)
+        """Where the adapters and runs of the base in force lie."""
+        return self.base_folder(self.base)
+
+    def base_folder(self, number: int) -> Path:
+        """Where those of a base lie, and its weights: of the first, the project's folder itself."""
+        return self.home / "bases" / f"{number:04d}" if number else self.home
 
     @property
     def template(self) -> list[str]:

@@ -18,17 +18,23 @@ EDGES: dict[str, tuple[str, ...]] = {
     "failed": ("running", "withdrawn"),
     "not forgotten": ("running", "withdrawn"),
     "collapsed": ("running", "withdrawn"),
-    "forgotten": ("revoked",),
-    "unproven": ("revoked",),
+    "forgotten": ("revoked", "distilled"),
+    "unproven": ("revoked", "distilled"),
+    "distilled": (),
     "revoked": (),
     "withdrawn": (),
 }
 """Where a request may go from each state. `trained` has an adapter that was not measured yet; from there it goes to what
-`alter.evaluation.verdict` says. Back to `received`: a run that was cut off before it took effect."""
+`alter.evaluation.verdict` says. Back to `received`: a run that was cut off before it took effect. `distilled`: the weights of
+the base themselves have forgotten it, which nothing takes back."""
 
 
 IN_FORCE = ("forgotten", "unproven")
 """States in which the adapter in force holds a request."""
+
+
+HELD = (*IN_FORCE, "distilled")
+"""States in which adapter or base in force have forgotten a request."""
 
 
 MISSED = ("failed", "not forgotten", "collapsed")

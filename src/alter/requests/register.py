@@ -13,8 +13,9 @@ from alter.core.console import cell
 from alter.core.files import to_json, write_atomic
 from alter.core.outputs import OutFile
 from alter.evaluation.told import told
+from alter.requests.bases import bases
 from alter.requests.database import Database
-from alter.requests.display import BASE, print_list, suggest
+from alter.requests.display import print_bases, print_list, still_known, suggest
 from alter.requests.records import Request, parse_id
 
 STATES = Literal[
@@ -26,6 +27,7 @@ STATES = Literal[
     "unproven",
     "not forgotten",
     "collapsed",
+    "distilled",
     "revoked",
     "withdrawn",
 ]
@@ -42,9 +44,10 @@ class List(Database):
 
 def list_requests(settings: List) -> list[Request]:
     """Run `alter request list`."""
-    store, _ = settings.open()
+    store, project = settings.open()
     found = store.requests(*([settings.state] if settings.state else []))
     print_list(settings.db, found)
+    print_bases(bases(store), project)
     if settings.json_path is not None:
         hidden = ("text", "row_hashes", "salt")
         rows = [{k: v for k, v in asdict(request).items() if k not in hidden} for request in found]
@@ -90,7 +93,7 @@ def show_request(settings: Show) -> Request:
         found = request.after["verdict"]
         console.print(cell(f"{found['word'].upper()}. {' '.join(found['why'])}"))
         console.print(f"Utility kept: {request.after['utility_share']:.4f} of the untouched model.", highlight=False)
-        console.print(cell(BASE, "dim"))
+        console.print(cell(still_known([request]), "dim"))
     log = Table(title="History")
     for column in ("at", "who", "what", "details", "hash"):
         log.add_column(column, overflow="fold")

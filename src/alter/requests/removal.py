@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alter.core.errors import UserError
 from alter.requests.project import Project
-from alter.requests.records import IN_FORCE, Request
+from alter.requests.records import HELD, IN_FORCE, Request
 from alter.requests.store import Store
 from alter.requests.versions import manifest
 
@@ -18,9 +18,10 @@ def sweep(project: Project, keep: str | None = None) -> list[str]:
     Args:
         keep: key of a run whose folder is to stay.
     """
-    removed = []
-    left = [*(project.root / "runs").glob("*"), *project.root.glob(".*")]
-    left += (project.root / "adapters").glob(".*")
+    removed: list[str] = []
+    left: list[Path] = []
+    for root in map(project.base_folder, range(project.base + 1)):
+        left += [*(root / "runs").glob("*"), *root.glob(".*"), *(root / "adapters").glob(".*")]
     # a version that the link never reached was not in force
     version = manifest(project)["version"]
     left += [p for p in (project.root / "adapters").glob("[0-9]*") if p.name.isdecimal() and int(p.name) > version]
@@ -35,6 +36,20 @@ def sweep(project: Project, keep: str | None = None) -> list[str]:
     return removed
 
 
+def _remove_earlier(project: Project) -> list[str]:
+    """Remove the adapters and weights of earlier bases, which know more than the base in force; says what was removed."""
+    removed = []
+    for number in range(project.base):
+        root = project.base_folder(number)
+        (root / "adapter").unlink(missing_ok=True)
+        # the first base is the project's folder itself, with more in it
+        for folder in (root / "adapters",) if number == 0 else (root,):
+            if folder.exists():
+                shutil.rmtree(folder)
+                removed.append(f"{folder} (of base {number}, which is in force no more)")
+    return removed
+
+
 def remove_kept(
     store: Store, project: Project, request: Request, who: str | None = None
 ) -> tuple[list[str], list[str]]:
@@ -46,7 +61,7 @@ def remove_kept(
     Raises:
         UserError: the request has yet to be run, and needs its rows.
     """
-    if request.state not in (*IN_FORCE, "revoked", "withdrawn"):
+    if request.state not in (*HELD, "revoked", "withdrawn"):
         raise UserError(
             f"{request.name} is {request.state}: its rows are needed to run it. Withdraw it first (`alter request revoke "
             f"{request.name}`), or run it."
@@ -57,9 +72,19 @@ def remove_kept(
         if folder.name != current:
             shutil.rmtree(folder)
             removed.append(f"{folder} (an adapter that is in force no more)")
+    removed += _remove_earlier(project)
     location = request.data
     removed += [f"{name} of {request.name} in the database" for name in store.forget(request.id, who)]
-    left = [f"The base model {project.model} still knows what it knew: the adapter only keeps it from saying so."]
+    first = store.project()["model"]
+    if request.state == "distilled":
+        left = [
+            f"The model {first}, from which base {project.base} was made, still knows what it knew: delete its copies."
+        ]
+    else:
+        left = [
+            f"The base model {project.model} still knows what it knew: the adapter only keeps it from saying so.",
+            *([f"So does {first}, from which that was made."] if project.base else []),
+        ]
     if location and Path(location).exists():
         left.append(f"The rows themselves at {location}: delete them if they must go.")
     elif location:

@@ -19,8 +19,8 @@ from alter.core.signing import fingerprint, read_key, read_public
 from alter.evaluation.told import told
 from alter.requests.anchor import missing_heads, read_heads
 from alter.requests.database import Database
-from alter.requests.display import BASE, then
-from alter.requests.records import IN_FORCE, Request
+from alter.requests.display import still_known, then
+from alter.requests.records import HELD, Request
 
 if TYPE_CHECKING:
     from alter.requests.checking import Findings
@@ -71,7 +71,7 @@ def verify(settings: Verify) -> dict[str, Any]:
             store, project, behaviour=not settings.chain_only, heads=heads, leak=Leak(samples=settings.samples)
         )
     console = Console()
-    _print_findings(console, store.requests(*IN_FORCE), found)
+    _print_findings(console, store.requests(*HELD), found)
     store.note(None, "verified", found.as_noted(), settings.who)
     _refuse_wrong(found.wrong)
     console.print(
@@ -79,7 +79,7 @@ def verify(settings: Verify) -> dict[str, Any]:
             "Unchanged: history and adapter are as they were recorded"
             + (", and nothing measured has come back since." if found.measured else ".")
             + " Whether a request was forgotten then is in its evidence (alter request show ID). "
-            + BASE
+            + still_known(store.requests(*HELD))
         )
     )
     if kept:
@@ -102,7 +102,7 @@ def _refuse_wrong(wrong: Sequence[str]) -> None:
 
 
 def _print_findings(console: Console, held: Sequence[Request], found: Findings) -> None:
-    """Print what was measured of the requests in force, beside what it was when they took effect."""
+    """Print what was measured of the requests that are forgotten, beside what it was when they took effect."""
     table = Table(title="Unchanged since it was measured?")
     for column in ("request", "measured", "said", "now", "probability", "now"):
         table.add_column(column, justify="left" if column in ("request", "measured") else "right", overflow="fold")

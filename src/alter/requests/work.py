@@ -20,6 +20,7 @@ from alter.core.files import digest, folder_digest, write_atomic
 from alter.core.provenance import provenance
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.methods.presets import with_default
+from alter.requests.bases import remove_unreached
 from alter.requests.checking import noted_adapter, refuse_changed
 from alter.requests.concluding import conclude
 from alter.requests.evidence import check_reference
@@ -53,6 +54,7 @@ def recover(store: Store, project: Project, *, resume: bool = False) -> list[Req
     Raises:
         UserError: the adapter that was in force is gone; nothing is touched.
     """
+    remove_unreached(store, project)
     if not project.adapter.exists() and noted_adapter(store) is not None:
         # without it everything would count as never reached, and be swept away
         refuse_changed(store, project)
@@ -114,7 +116,7 @@ def run_requests(store: Store, project: Project, requests: Sequence[Request]) ->
         with private():
             _write_rows(forget, examples)
             _train(project, forget, out, inside["version"])
-        trained = _record_of(out, key)
+        trained = {**_record_of(out, key), "base": project.base}
         details = {"run": key, "adapter": folder_digest(out / "adapter")}
         # recorded before anything depends on it, so that a kill while measuring costs no training
         found = store.move(numbers, "trained", details=details, values={n: {"run": trained} for n in numbers})

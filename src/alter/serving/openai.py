@@ -284,7 +284,7 @@ class Api:
         engine: that answers.
     """
 
-    def __init__(self, settings: Serve, engine: Engine) -> None:
+    def __init__(self, settings: Serve, engine: Any) -> None:
         self.settings, self.engine = settings, engine
         self.name, self.created = settings.served_name(), int(time.time())
         self.key = settings.key()
@@ -293,18 +293,18 @@ class Api:
 
     async def health(self, request: Any) -> Any:
         """GET /health: that the server lives, and how many answers wait."""
-        return _json({"status": "ok", "waiting": self.engine.waiting.qsize()})
+        return as_json({"status": "ok", "waiting": self.engine.waiting.qsize()})
 
     async def models(self, request: Any) -> Any:
         """GET /v1/models: the one model."""
         self._check_key(request)
-        return _json({"object": "list", "data": [self._model()]})
+        return as_json({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Any) -> Any:
         """GET /v1/models/NAME: the one model, if it is called so."""
         self._check_key(request)
         self._check_name(request.path_params["name"])
-        return _json(self._model())
+        return as_json(self._model())
 
     def _model(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "alter"}
@@ -355,7 +355,7 @@ class Api:
     def _understand(self, body: bytes, form: type[Body]) -> tuple[Body, list[Prompt]]:
         """What a body asks for, and its prompts in tokens."""
         try:
-            asked = form.model_validate_json(body)
+            asked = form.model_validateas_json(body)
         except pydantic.ValidationError as error:
             message, field = explain(error)
             raise Refused(400, message, param=field) from None
@@ -401,10 +401,11 @@ class Api:
         late = any(job.finish == "timeout" for job in reply.jobs)
         if late and not any(job.tokens for job in reply.jobs):
             raise Refused(504, f"No answer within {self.settings.timeout:g} s.", "timeout")
-        return _json(await asyncio.get_running_loop().run_in_executor(self.tokenizing, reply.body))
+        return as_json(await asyncio.get_running_loop().run_in_executor(self.tokenizing, reply.body))
 
 
-def _json(content: Any, status: int = 200, **headers: str) -> Any:
+def as_json(content: Any, status: int = 200, **headers: str) -> Any:
+    """A response of JSON."""
     from starlette.responses import JSONResponse
 
     return JSONResponse(content, status_code=status, headers=headers)
@@ -415,22 +416,22 @@ HEADERS = {408: {"connection": "close"}, 413: {"connection": "close"}, 429: {"re
 
 
 async def _refused(request: Any, error: Any) -> Any:
-    return _json(error.content, error.status, **HEADERS.get(error.status, {}))
+    return as_json(error.content, error.status, **HEADERS.get(error.status, {}))
 
 
 async def _unknown(request: Any, error: Any) -> Any:
     """What the router itself refuses: no such path, or not by this method."""
     text = f"{request.method} {request.url.path}: {error.detail}. There are POST /v1/chat/completions, POST "
     text += "/v1/completions, GET /v1/models and GET /health."
-    return _json(refusal(text), error.status_code, **(error.headers or {}))
+    return as_json(refusal(text), error.status_code, **(error.headers or {}))
 
 
 async def _broken(request: Any, error: Exception) -> Any:
-    return _json(refusal("The server made a mistake; its log says more.", "server_error"), 500)
+    return as_json(refusal("The server made a mistake; its log says more.", "server_error"), 500)
 
 
-def application(settings: Serve, engine: Engine) -> Any:
-    """The web application around an engine; `serve` puts a look at the Host header before it.
+def application(settings: Serve, api: Api) -> Any:
+    """The web application of the routes; `serve` puts a look at the Host header before it.
 
     Raises:
         UserError: Starlette is not installed, or the variable of the key is empty.
@@ -443,7 +444,6 @@ def application(settings: Serve, engine: Engine) -> Any:
         from starlette.routing import Route
     except ImportError:
         raise _missing() from None
-    api = Api(settings, engine)
     routes = [
         Route("/health", api.health),
         Route("/v1/models", api.models),
@@ -489,18 +489,30 @@ def serve(settings: Serve) -> None:
     except ImportError:
         raise _missing() from None
     listener = listen(settings.host, settings.port)
-    # the key is looked at before the model takes its time
+    # the keys are looked at before the model takes its time
     settings.key()
+    settings.upstream_key()
     model, tokenizer = settings.load()
     # what is loaded now stays: collecting after each batch need not look at it
     gc.collect()
     gc.freeze()
-    engine = Engine(model, tokenizer, max_batch=settings.max_batch, max_waiting=settings.max_waiting)
-    config = configured(application(settings, engine), settings)
+    engine: Engine | None = None
+    if settings.upstream is not None:
+        from alter.serving.upstream import Chooser, Proxy, check_upstream, upstream_names
+
+        chooser = Chooser(model, tokenizer)
+        names = upstream_names(settings, chooser.experts)
+        check_upstream(settings, names)
+        api: Api = Proxy(settings, chooser, names)
+    else:
+        engine = Engine(model, tokenizer, max_batch=settings.max_batch, max_waiting=settings.max_waiting)
+        api = Api(settings, engine)
+    config = configured(application(settings, api), settings)
     print(
         f"{settings.served_name()} answers at {address(settings.host, listener)}/v1 (Ctrl-C stops)",
         file=sys.stderr,
         flush=True,
     )
     uvicorn.Server(config).run(sockets=[listener])
-    engine.close()
+    if engine is not None:
+        engine.close()

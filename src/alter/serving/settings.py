@@ -43,6 +43,26 @@ class Serve(Subject):
     read_timeout: float = Field(30.0, gt=0)
     """Seconds in which a request must have arrived; a slower one is turned away with 408."""
 
+    upstream: str | None = None
+    """Address of another OpenAI-compatible server (vLLM) with the experts as plain LoRAs, as http://127.0.0.1:8001/v1: it
+    answers, and the adapter's router only chooses by the prompt which LoRA it takes."""
+    upstream_base: str | None = None
+    """What that server calls the base model; by default as --model."""
+    upstream_loras: list[str] = Field(default_factory=list)
+    """What it calls the LoRA of each expert, in order; by default expert-1 and so on, as `alter export --form loras` does."""
+    upstream_key_env: str | None = None
+    """Environment variable that holds the key for that server."""
+
+    @model_validator(mode="after")
+    def _upstream_has_a_router(self) -> Serve:
+        if self.upstream is None and (self.upstream_base or self.upstream_loras or self.upstream_key_env):
+            raise ValueError(
+                "upstream_base, upstream_loras and upstream_key_env are about a server that --upstream names"
+            )
+        if self.upstream is not None and (self.adapter is None or self.merged):
+            raise ValueError("upstream needs the --adapter whose router chooses, not merged")
+        return self
+
     def served_name(self) -> str:
         """What the model is called in answers."""
         if self.name is not None:
@@ -55,12 +75,25 @@ class Serve(Subject):
         Raises:
             UserError: the variable that should hold it is not set.
         """
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise UserError(f"--api-key-env names {self.api_key_env}, which is not set: export it first.")
-        return key
+        return _variable(self.api_key_env, "--api-key-env")
+
+    def upstream_key(self) -> str | None:
+        """The key for the other server, or None.
+
+        Raises:
+            UserError: the variable that should hold it is not set.
+        """
+        return _variable(self.upstream_key_env, "--upstream-key-env")
+
+
+def _variable(name: str | None, option: str) -> str | None:
+    """What an environment variable holds; None if none is named."""
+    if name is None:
+        return None
+    value = os.environ.get(name)
+    if not value:
+        raise UserError(f"{option} names {name}, which is not set: export it first.")
+    return value
 
 
 def _short(name: str) -> str:

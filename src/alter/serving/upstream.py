@@ -1,0 +1,212 @@
+"""`alter serve --upstream`: the router of an ALTER adapter chooses which plain LoRA another server answers a request with.
+
+Servers such as vLLM cannot route tokens, but they hold many LoRAs and take one for each request by its model's name. The
+experts as plain LoRAs (`alter export --form loras`) are loaded there; here only the frozen base and the router run, once
+over the prompt. What that loses against routing of tokens is measured by `benchmarks/upstream.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+import torch
+
+from alter.adapter import AlterModel
+from alter.core.errors import UserError, nearest
+from alter.models.scoring import evaluating
+from alter.serving.openai import Api, Refused, as_json
+from alter.serving.protocol import Body, ChatBody, TextBody, explain
+
+if TYPE_CHECKING:
+    import httpx
+
+    from alter.serving.settings import Serve
+
+PROMPT = {ChatBody: "messages", TextBody: "prompt"}
+"""The field of each endpoint's body that the router reads."""
+
+
+class Chooser:
+    """The router's decision about whole prompts.
+
+    Args:
+        model: base with an ALTER adapter.
+        tokenizer: its own.
+
+    Raises:
+        UserError: there is no ALTER adapter on it, or none that has a route for the whole network.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        if not isinstance(getattr(model, "base_model", None), AlterModel):
+            raise UserError(
+                "--upstream needs the --adapter whose router chooses: one of ALTER's, with forget experts."
+            )
+        config = model.active_peft_config
+        if config.router not in ("learned", "entropy"):
+            raise UserError(
+                f"The adapter's router is {config.router!r}, which chooses nothing: --upstream needs a learned one."
+            )
+        self.model, self.tokenizer, self.experts = model, tokenizer, int(config.num_forget_experts)
+
+    def choose(self, ids: Sequence[int]) -> int:
+        """The expert whose gate is widest open over the prompt's tokens, in sum; 0 if none opens.
+
+        Args:
+            ids: the prompt's tokens [T].
+        """
+        with torch.no_grad(), evaluating(self.model):
+            trace = self.model.base_model.trace(torch.tensor([ids], device=self.model.device))
+            open_ = self.model.base_model.route(trace.entropy, trace.features)[0, :, 1:].float().sum(0)
+        return int(open_.argmax()) + 1 if open_.max() > 0 else 0
+
+
+def check_upstream(settings: Serve, names: Sequence[str]) -> None:
+    """Look whether the other server is there and serves all these names.
+
+    Raises:
+        UserError: it does not answer, or lacks one.
+    """
+    import httpx
+
+    url = f"{(settings.upstream or '').rstrip('/')}/models"
+    try:
+        answer = httpx.get(url, headers=_key(settings), timeout=settings.read_timeout)
+        answer.raise_for_status()
+        known = [str(each["id"]) for each in answer.json()["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--upstream {settings.upstream}: GET {url} did not list its models ({type(error).__name__}: {error}). Start it "
+            "first, and give its address as it is for OpenAI clients, such as http://127.0.0.1:8001/v1."
+        ) from None
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(
+            f"--upstream {settings.upstream} does not serve {', '.join(missing)}; it serves {', '.join(known) or 'nothing'}."
+            f"{nearest(missing[0], known)} Load the folders of `alter export --form loras` there under these names, or give "
+            "theirs with --upstream-base and --upstream-loras."
+        )
+
+
+def upstream_names(settings: Serve, experts: int) -> list[str]:
+    """What the other server calls the base and the experts' LoRAs, in this order.
+
+    Raises:
+        UserError: another number of names was given than there are experts.
+    """
+    loras = settings.upstream_loras or [f"expert-{number}" for number in range(1, experts + 1)]
+    if len(loras) != experts:
+        raise UserError(
+            f"--upstream-loras gives {len(loras)} names, the adapter has {experts} forget experts: give one for each, in order."
+        )
+    return [settings.upstream_base or settings.model, *loras]
+
+
+def _key(settings: Serve) -> dict[str, str]:
+    key = settings.upstream_key()
+    return {} if key is None else {"authorization": f"Bearer {key}"}
+
+
+class Proxy(Api):
+    """The routes, around another server: what it is asked and answers is passed on, but for the model's name.
+
+    Args:
+        settings: of this server.
+        chooser: that decides about prompts.
+        names: see `upstream_names`.
+    """
+
+    def __init__(self, settings: Serve, chooser: Chooser, names: Sequence[str]) -> None:
+        super().__init__(settings, None)
+        self.chooser, self.names = chooser, list(names)
+        self._client: httpx.AsyncClient | None = None
+
+    def client(self) -> httpx.AsyncClient:
+        """The connections to the other server, made on the event loop that uses them."""
+        import httpx
+
+        if self._client is None:
+            self._client = httpx.AsyncClient(timeout=self.settings.timeout, headers=_key(self.settings))
+        return self._client
+
+    async def health(self, request: Any) -> Any:
+        """GET /health: that this server lives."""
+        return as_json({"status": "ok"})
+
+    async def chat(self, request: Any) -> Any:
+        """POST /v1/chat/completions."""
+        return await self._pass_on(request, ChatBody, "chat/completions")
+
+    async def completions(self, request: Any) -> Any:
+        """POST /v1/completions."""
+        return await self._pass_on(request, TextBody, "completions")
+
+    def _decide(self, body: bytes, form: type[Body]) -> dict[str, Any]:
+        """The body for the other server, with the name of the LoRA that the prompt asks for."""
+        try:
+            given = json.loads(body)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise Refused(400, "The body is no JSON object.")
+        field = PROMPT[form]
+        self._check_name(str(given.get("model") or ""))
+        try:
+            # of all else the other server knows best what it takes
+            prompts = form.model_validate({field: given.get(field)}).prompts(self.chooser.tokenizer)
+        except pydantic.ValidationError as error:
+            message, wrong = explain(error)
+            raise Refused(400, message, param=wrong) from None
+        except UserError as error:
+            raise Refused(400, str(error)) from None
+        chosen = {self.chooser.choose(prompt.ids) for prompt in prompts}
+        if len(chosen) > 1:
+            raise Refused(400, "The prompts of this request need different LoRAs: send them one by one.", param=field)
+        return {**given, "model": self.names[chosen.pop()]}
+
+    async def _pass_on(self, request: Any, form: type[Body], path: str) -> Any:
+        import httpx
+        from starlette.background import BackgroundTask
+        from starlette.responses import Response, StreamingResponse
+
+        self._check_key(request)
+        body = await self._read(request)
+        asked = await asyncio.get_running_loop().run_in_executor(self.tokenizing, self._decide, body, form)
+        url = f"{(self.settings.upstream or '').rstrip('/')}/{path}"
+        client = self.client()
+        try:
+            answer = await client.send(client.build_request("POST", url, json=asked), stream=True)
+            kind = answer.headers.get("content-type", "application/json")
+            if kind.startswith("text/event-stream"):
+                return StreamingResponse(
+                    self._events(answer), answer.status_code, media_type=kind, background=BackgroundTask(answer.aclose)
+                )
+            whole = await answer.aread()
+        except httpx.TimeoutException:
+            raise Refused(504, f"No answer from upstream within {self.settings.timeout:g} s.", "timeout") from None
+        except httpx.HTTPError as error:
+            raise Refused(502, f"Upstream does not answer ({type(error).__name__}).", "server_error") from None
+        return Response(self._renamed(whole), answer.status_code, media_type=kind)
+
+    def _renamed(self, content: bytes) -> bytes:
+        """An answer under this server's name: which LoRA gave it would tell what it is about."""
+        try:
+            found = json.loads(content)
+        except ValueError:
+            return content
+        if not isinstance(found, dict) or "model" not in found:
+            return content
+        return json.dumps({**found, "model": self.name}, ensure_ascii=False).encode()
+
+    async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+        """The events of a stream as they come, each under this server's name."""
+        async for line in answer.aiter_lines():
+            head, data = line[:5], line[5:].strip()
+            if head == "data:" and data:
+                yield b"data: " + self._renamed(data.encode()) + b"\n"
+            else:
+                yield line.encode() + b"\n"

@@ -1,0 +1,215 @@
+"""`alter serve --upstream`: the router chooses the LoRA, another server answers, and what it says is passed on."""
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from alter.core.errors import UserError
+from alter.serving.openai import Serve, application, configured
+from alter.serving.upstream import Chooser, Proxy, check_upstream, upstream_names
+from pico import byte_tokenizer
+from test_adapter import adapted, middle_threshold, rows, tiny
+
+openai = pytest.importorskip("openai", reason="the openai client is in the extra [judge]")
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is in the extra [serve]")
+
+NAMES = ["base", "lora-1", "lora-2"]
+
+
+class Upstream:
+    """A server that answers like vLLM: the model's name and what it was sent, whole or in pieces."""
+
+    def __init__(self):
+        self.asked, self.wait, self.models = [], 0.0, list(NAMES)
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                self._send({"object": "list", "data": [{"id": name} for name in outer.models]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                outer.asked.append((self.path, body, self.headers.get("authorization")))
+                time.sleep(outer.wait)
+                if body.get("temperature") == 9:
+                    self._send({"error": {"message": "too hot", "type": "x", "param": None, "code": None}}, 400)
+                elif body.get("stream"):
+                    self.send_response(200)
+                    self.send_header("content-type", "text/event-stream; charset=utf-8")
+                    self.end_headers()
+                    for word in ("one", " two"):
+                        delta = {"index": 0, "delta": {"content": word}, "finish_reason": None}
+                        event = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
+                        self.wfile.write(f"data: {json.dumps({**event, 'choices': [delta]})}\n\n".encode())
+                        self.wfile.flush()
+                    self.wfile.write(b"data: [DONE]\n\n")
+                else:
+                    message = {"role": "assistant", "content": "said"}
+                    choice = {"index": 0, "finish_reason": "stop", "message": message, "text": "said"}
+                    answer = {"id": "1", "object": "o", "created": 1, "model": body["model"], "choices": [choice]}
+                    self._send(answer)
+
+            def _send(self, content, status=200):
+                text = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Chosen:
+    """Stands for the router: chooses by a letter of the prompt."""
+
+    experts = 2
+
+    def __init__(self):
+        self.tokenizer = byte_tokenizer()
+
+    def choose(self, ids):
+        text = self.tokenizer.decode(ids)
+        return 1 if "Ada" in text else 2 if "Bo" in text else 0
+
+
+@pytest.fixture
+def upstream():
+    one = Upstream()
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def client(upstream):
+    settings = Serve(model="m", adapter="a", name="ours", upstream=upstream.url, timeout=1.0)
+    config = configured(application(settings, Proxy(settings, Chosen(), NAMES)), settings)
+    config.port = 0
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=30)
+    server.should_exit = True
+    thread.join(20)
+
+
+def ask(client, question, **more):
+    turns = [{"role": "user", "content": question}]
+    return client.chat.completions.create(model="ours", messages=turns, **more)
+
+
+@pytest.mark.parametrize(("question", "name"), [("Who?", "base"), ("Who is Ada?", "lora-1"), ("And Bo?", "lora-2")])
+def test_the_prompt_decides_and_all_else_is_passed_on(client, upstream, question, name):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    reply = ask(client, question, tools=tools, max_tokens=3)
+    [(path, body, _)] = upstream.asked
+    assert path == "/v1/chat/completions"
+    assert body == {
+        "model": name, "messages": [{"role": "user", "content": question}], "tools": tools, "max_tokens": 3,
+    }  # fmt: skip
+    assert reply.choices[0].message.content == "said"
+    # which LoRA answered would tell what the question is about
+    assert reply.model == "ours"
+
+
+def test_a_stream_comes_in_pieces_under_our_name(client, upstream):
+    events = list(ask(client, "Who is Ada?", stream=True))
+    assert [event.choices[0].delta.content for event in events] == ["one", " two"]
+    assert {event.model for event in events} == {"ours"}
+    assert upstream.asked[0][1]["model"] == "lora-1"
+
+
+def test_texts_of_one_request_need_one_lora(client, upstream):
+    assert client.completions.create(model="ours", prompt=["Ada", "Ada Lovelace"]).choices[0].text == "said"
+    assert upstream.asked[0][:1] == ("/v1/completions",)
+    assert upstream.asked[0][1]["model"] == "lora-1"
+    with pytest.raises(openai.BadRequestError, match="need different LoRAs"):
+        client.completions.create(model="ours", prompt=["Ada", "Bo"])
+    assert len(upstream.asked) == 1
+
+
+def test_what_goes_wrong_is_said(client, upstream):
+    with pytest.raises(openai.BadRequestError, match="too hot"):
+        ask(client, "Who?", temperature=9)
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.completions.create(model="lora-1", prompt="Ada")
+    with pytest.raises(openai.BadRequestError, match="messages"):
+        client.chat.completions.create(model="ours", messages=[])
+    with pytest.raises(openai.BadRequestError, match="text alone"):
+        ask(client, [{"type": "image_url", "image_url": {"url": "x"}}])
+    upstream.wait = 3.0
+    with pytest.raises(openai.APIStatusError, match="No answer from upstream within 1 s") as late:
+        ask(client, "Who?")
+    assert late.value.status_code == 504
+    upstream.close()
+    with pytest.raises(openai.APIStatusError, match="Upstream does not answer") as gone:
+        ask(client, "Who?")
+    assert gone.value.status_code == 502
+
+
+def test_names_are_compared_before_anything_is_served(upstream, monkeypatch):
+    given = dict(model="base", adapter="a", upstream=upstream.url)
+    assert upstream_names(Serve(**given), 2) == ["base", "expert-1", "expert-2"]
+    settings = Serve(**given, upstream_base="base", upstream_loras=["lora-1", "lora-2"])
+    assert upstream_names(settings, 2) == NAMES
+    with pytest.raises(UserError, match="gives 2 names, the adapter has 3"):
+        upstream_names(settings, 3)
+    check_upstream(settings, NAMES)
+    with pytest.raises(UserError, match=r"does not serve lora-3; it serves base, lora-1, lora-2.*lora"):
+        check_upstream(settings, [*NAMES, "lora-3"])
+    for url in ("http://127.0.0.1:9/v1", "nonsense"):
+        with pytest.raises(UserError, match="did not list its models"):
+            check_upstream(settings.model_copy(update={"upstream": url}), NAMES)
+    monkeypatch.setenv("UPSTREAM_KEY", "secret")
+    keyed = settings.model_copy(update={"upstream_key_env": "UPSTREAM_KEY"})
+    check_upstream(keyed, NAMES)
+    with pytest.raises(UserError, match="--upstream-key-env names MISSING"):
+        check_upstream(settings.model_copy(update={"upstream_key_env": "MISSING"}), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"upstream": "u", "adapter": None}, "needs the --adapter"),
+        ({"upstream": "u", "merged": True}, "needs the --adapter"),
+        ({"upstream": None, "upstream_base": "b"}, "a server that --upstream names"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, says):
+    with pytest.raises(ValueError, match=says):
+        Serve(**{"model": "m", "adapter": "a", **changes})
+
+
+def test_the_choice_is_the_expert_most_open_over_the_prompt():
+    model, ids = adapted(tiny()), rows(batch=8)
+    middle_threshold(model, ids)
+    chooser = Chooser(model, byte_tokenizer())
+    seen = Counter()
+    for row in ids.tolist():
+        trace = model.base_model.trace(torch.tensor([row]))
+        gates = model.base_model.route(trace.entropy, trace.features)[0].double()
+        sums = [sum(gate[d].item() for gate in gates) for d in range(1, gates.shape[1])]
+        wanted = 1 + max(range(len(sums)), key=sums.__getitem__) if max(sums) > 0 else 0
+        assert chooser.choose(row) == wanted
+        seen[wanted] += 1
+    assert len(seen) > 1
+    with pytest.raises(UserError, match="needs the --adapter"):
+        Chooser(tiny(), byte_tokenizer())
