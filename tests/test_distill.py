@@ -266,6 +266,87 @@ def test_a_killed_run_resumes_to_the_same_weights(data, run, tmp_path, monkeypat
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def _broken(*args, **kwargs):
+    raise _Killed
+
+
+def test_a_run_killed_while_it_is_measured_is_measured_and_not_trained_again(data, run, tmp_path, monkeypatch):
+    given = settings(data, run, tmp_path / "out", closing_rows=4)
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(module, "closing", _broken)
+        distill(given)
+    out = tmp_path / "out"
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    assert not (out / "records.json").exists()
+    monkeypatch.setattr(module, "train_student", _broken)
+    with pytest.raises(UserError, match="seed was 0 and is 4"):
+        distill(given.model_copy(update={"resume": True, "seed": 4}))
+    distill(given.model_copy(update={"resume": True}))
+    names = {record["metric"] for record in json.loads((out / "records.json").read_text())}
+    assert {"forget_probability", "retain_probability"} <= names
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_that_ended_is_left_alone(data, run, tmp_path, monkeypatch, capsys):
+    given = settings(data, run, tmp_path / "out")
+    distill(given)
+    # a kill while checkpoints are removed leaves some
+    (tmp_path / "out" / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "out" / ".run.json.x").write_text("{")
+    monkeypatch.setattr(module, "train_student", _broken)
+    distill(given.model_copy(update={"resume": True}))
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"inputs.json", "model", "run.json", "run.yaml"}
+
+
+def test_a_kill_before_the_inputs_are_written_begins_anew(data, run, tmp_path, monkeypatch):
+    write = module.write_atomic
+
+    def killed(path, *args, **kwargs):
+        if path.name == "inputs.json":
+            raise _Killed
+        write(path, *args, **kwargs)
+
+    given = settings(data, run, tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(module, "write_atomic", killed)
+        distill(given)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.yaml"]
+    distill(given.model_copy(update={"resume": True}))
+    straight = distill(settings(data, run, tmp_path / "a"))
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (straight, tmp_path / "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_kill_while_the_old_is_overwritten_leaves_no_finished_run(data, run, tmp_path, monkeypatch):
+    out = distill(settings(data, run, tmp_path / "out"))
+    removed = shutil.rmtree
+
+    def killed(path, *args, **kwargs):
+        if path == out:
+            removed(out / "model")
+            raise _Killed
+        removed(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(shutil, "rmtree", killed)
+        distill(settings(data, run, out, overwrite=True))
+    distill(settings(data, run, out, resume=True))
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+def test_a_mistake_deletes_nothing(data, run, tmp_path):
+    save_pico(tmp_path / "wide", hidden_size=64)
+    out = distill(settings(data, run, tmp_path / "out"))
+    names = {path.name for path in out.rglob("*")}
+    with pytest.raises(UserError, match="hidden_size 64"):
+        distill(settings(data, run, out, overwrite=True, student=str(tmp_path / "wide")))
+    assert {path.name for path in out.rglob("*")} == names
+    with pytest.raises(UserError, match="hidden_size 64"):
+        distill(settings(data, run, tmp_path / "new", student=str(tmp_path / "wide")))
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_students_own_words_can_be_kept(data, run, tmp_path):
     out = distill(settings(data, run, tmp_path / "out", keep="student", max_steps=1, learning_rate=1e-9))
     log = json.loads((out / "run.json").read_text())["log"][0]

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from alter.core.errors import UserError
 from alter.core.signing import new_key
+from alter.distillation.run import distill
+from alter.distillation.settings import Distill
 from alter.evaluation.verdict import Measures, Verdict
 from alter.exporting import gguf
 from alter.models.loading import load_model
@@ -316,29 +318,64 @@ def test_every_write_of_a_gguf_file(tmp_path, every):
         assert [path.name for path in place.iterdir()] == ["model.gguf"], fault
 
 
-@pytest.mark.slow
-def test_every_write_of_a_run(data, tmp_path, monkeypatch):
-    """Whatever write fails, the run that goes on ends with the weights of one that was never broken off."""
-    place = tmp_path / "place"
-    place.mkdir()
+def sweep(go, out, tmp_path, few=None):
+    """Whatever write fails, the run that goes on ends with the weights and the files of one that was never broken off.
+
+    Goes on from about `few` of the states that faults leave, from all with ALTER_SWEEP=1.
+    """
+    place = out.parent
+    place.mkdir(exist_ok=True)
     (tmp_path / "states").mkdir()
-    out = place / "run"
+    plan = States(place, tmp_path / "states")
+    plan.go(go)
+    whole = {path.relative_to(out): load_file(str(path)) for path in out.rglob("*.safetensors")}
+    names = {path.name for path in out.rglob("*")}
+    assert whole
+    states = plan.distinct()
+    for fault, kept in states if few is None or os.environ.get("ALTER_SWEEP") else states[:: max(1, len(states) // few)]:
+        shutil.rmtree(place)
+        shutil.copytree(kept, place, symlinks=True)
+        go()
+        for file, wanted in whole.items():
+            got = load_file(str(out / file))
+            assert got.keys() == wanted.keys(), (fault, file)
+            assert all(torch.equal(value, wanted[name]) for name, value in got.items()), (fault, file)
+        assert {path.name for path in out.rglob("*")} == names, fault
+    return plan
+
+
+@pytest.mark.slow
+def test_every_write_of_a_run(data, tmp_path):
+    out = tmp_path / "place" / "run"
     settings = Unlearn.model_validate({**run_on(data, out), **SETTINGS, "max_steps": 2, "save_steps": 1})
 
     def go():
         begun = out.is_dir() and any(out.iterdir())
         unlearn(settings.model_copy(update={"resume": begun}))
 
-    plan = States(place, tmp_path / "states")
-    plan.go(go)
-    assert len(plan.seen) > 50
-    whole = load_file(str(out / "adapter" / "adapter_model.safetensors"))
-    names = {path.name for path in out.rglob("*")}
-    for fault, kept in plan.distinct():
-        shutil.rmtree(place)
-        shutil.copytree(kept, place, symlinks=True)
-        go()
-        got = load_file(str(out / "adapter" / "adapter_model.safetensors"))
-        assert got.keys() == whole.keys(), fault
-        assert all(torch.equal(value, whole[name]) for name, value in got.items()), fault
-        assert {path.name for path in out.rglob("*")} == names, fault
+    assert len(sweep(go, out, tmp_path).seen) > 50
+
+
+@pytest.mark.slow
+def test_every_write_of_a_distillation(data, made, tmp_path):
+    out = tmp_path / "place" / "run"
+    settings = Distill.model_validate(
+        {
+            "run": str(made[1]),
+            "out": str(out),
+            "general": [str(data / "retain.jsonl")],
+            "max_steps": 2,
+            "checkpoint_steps": 1,
+            "batch_size": 4,
+            "precision": "fp32",
+            "device": "cpu",
+            "closing_rows": 2,
+        }
+    )
+
+    def go():
+        begun = out.is_dir() and any(out.iterdir())
+        distill(settings.model_copy(update={"resume": begun}))
+
+    assert len(sweep(go, out, tmp_path, FEW).seen) > 50
+    assert (out / "records.json").is_file()

@@ -45,6 +45,7 @@ from alter.requests.store import Store
 from alter.requests.tables import entry_hash, record_hash
 from alter.requests.verification import Verify, verify
 from alter.requests.versions import clear_expert, manifest
+from alter.training.loss import UnlearnTrainer
 from pico import byte_tokenizer, pico, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy"]
@@ -835,7 +836,7 @@ def test_weights_that_are_not_finite_are_not_put_in_force(data, tmp_path, monkey
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(28, "No space left on device", "x"), UserError("nan"), RuntimeError("memory"), KeyboardInterrupt()],
+    [OSError(28, "No space left on device", "x"), UserError("nan"), RuntimeError("memory")],
 )
 def test_nothing_of_a_failed_run_is_left(data, tmp_path, monkeypatch, error):
     store = start(data, tmp_path)
@@ -849,11 +850,37 @@ def test_nothing_of_a_failed_run_is_left(data, tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(work, "unlearn", broken)
-    with pytest.raises((UserError, RuntimeError, KeyboardInterrupt)):
+    with pytest.raises((UserError, RuntimeError)):
         run(RunRequests(db=store.url))
     assert "Where was Ada born" in seen[0]
     assert list((tmp_path / "work" / "runs").iterdir()) == []
-    assert store.get(1).state == ("running" if isinstance(error, KeyboardInterrupt) else "failed")
+    assert store.get(1).state == "failed"
+
+
+def test_an_interrupted_training_goes_on_where_it_was(data, tmp_path, monkeypatch, capsys):
+    store = start(data, tmp_path)
+    ask(store, data, "Ada")
+    steps, real = [], UnlearnTrainer.compute_loss
+
+    def stop_at_third(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(UnlearnTrainer, "compute_loss", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(RunRequests(db=store.url))
+    # the rows are gone, what was trained is not
+    left = list((tmp_path / "work" / "runs").iterdir())
+    assert [path.is_dir() for path in left] == [True]
+    assert list((left[0] / "checkpoints").glob("checkpoint-*"))
+    assert "goes on with R-0001" in " ".join(capsys.readouterr().err.split())
+    planned = json.loads((left[0] / "inputs.json").read_text())["max_steps"]
+    assert [request.state for request in run(RunRequests(db=store.url))] == ["forgotten"]
+    # the interrupted step is the only one that was done twice
+    assert len(steps) == planned + 1
+    assert list((tmp_path / "work" / "runs").iterdir()) == []
 
 
 def killed(store, data, folder, monkeypatch, name="Ada"):
@@ -871,8 +898,8 @@ def killed(store, data, folder, monkeypatch, name="Ada"):
     return request
 
 
-@pytest.mark.parametrize("named", [[], ["1"]])
-def test_what_was_trained_before_a_kill_is_the_next_runs_result(data, tmp_path, monkeypatch, named):
+@pytest.mark.parametrize(("named", "stopped"), [([], "KILL"), (["1"], "KILL"), ([], "INT")])
+def test_what_was_trained_before_a_kill_is_the_next_runs_result(data, tmp_path, monkeypatch, named, stopped):
     store = start(data, tmp_path)
     ask(store, data, "Ada")
 
@@ -881,11 +908,13 @@ def test_what_was_trained_before_a_kill_is_the_next_runs_result(data, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(work, "conclude", stop)
-        # a killed process sweeps nothing
-        patch.setattr(work, "sweep", lambda project, keep=None: [])
+        if stopped == "KILL":
+            # a killed process sweeps nothing
+            patch.setattr(work, "sweep", lambda project, keep=None: [])
         with pytest.raises(KeyboardInterrupt):
             run(RunRequests(db=store.url))
     assert store.get(1).state == "trained"
+    assert len(list((tmp_path / "work" / "runs").iterdir())) == (2 if stopped == "KILL" else 1)
     monkeypatch.setattr(work, "unlearn", None)
     assert [(request.id, request.state) for request in run(RunRequests(db=store.url, id=named))] == [(1, "forgotten")]
     with pytest.raises(UserError, match="Nothing to run"):

@@ -70,7 +70,7 @@ def check_disk(folder: Path, needed: int, what: str, advice: str) -> None:
     """Refuse to begin what the disk has no room for.
 
     Args:
-        folder: on that disk.
+        folder: on that disk, or one that is yet to be made there.
         needed: bytes.
         what: takes so much, with its verb.
         advice: what to do besides making room.
@@ -78,7 +78,7 @@ def check_disk(folder: Path, needed: int, what: str, advice: str) -> None:
     Raises:
         UserError: says how much is needed and how much is free.
     """
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if needed > free:
         raise UserError(
             f"{folder} is on a disk with {free / 1e9:.1f} GB free, and {what} {needed / 1e9:.1f} GB: make room, {advice}."

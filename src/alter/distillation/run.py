@@ -26,6 +26,8 @@ from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.core.files import check_disk, digest, to_json, write_atomic
 from alter.core.provenance import provenance
+from alter.core.running import FILE as RUNNING
+from alter.core.running import check_free, claim, release
 from alter.data.examples import Example, data_hash, row_hash
 from alter.distillation.closing import closing
 from alter.distillation.noise import add_noise
@@ -37,9 +39,11 @@ from alter.models.guards import is_form
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import context_length
 from alter.training.folder import (
+    INPUTS,
     check_finite,
     check_inputs,
     last_whole_checkpoint,
+    remove_run,
     save_adapter,
 )
 from alter.training.trackers import check_trackers, trackers
@@ -60,12 +64,12 @@ UNCOMPARED = {
 """Settings that may change when a run is resumed."""
 
 
-def prepare_folder(settings: Distill) -> Path:
-    """Return the output folder, made if it is missing.
+def check_out(settings: Distill) -> Path:
+    """Return the output folder, as it is: nothing is made or deleted before the models are loaded.
 
     Raises:
-        UserError: it holds something and neither `resume` nor `overwrite` is set, it holds teacher or student, or there is
-            nothing to resume.
+        UserError: it holds something and neither `resume` nor `overwrite` is set, it holds teacher or student, there is
+            nothing to resume, or another process is working in it.
     """
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
@@ -74,18 +78,43 @@ def prepare_folder(settings: Distill) -> Path:
         value = getattr(settings, name)
         if value is not None and Path(value).exists() and Path(value).resolve().is_relative_to(out.resolve()):
             raise UserError(f"out is {settings.out!r}, which holds the {name} {value}: give another folder.")
+    check_free(out)
     present = out.is_dir() and any(out.iterdir())
-    if present and settings.overwrite:
-        shutil.rmtree(out)
-    elif present and not settings.resume:
+    if present and not settings.resume and not settings.overwrite:
         raise UserError(
             f"The output folder {settings.out} is not empty: add --resume to go on from its last checkpoint, --overwrite "
             "to delete it, or give another --out."
         )
-    elif not present and settings.resume:
+    if not present and settings.resume:
         raise UserError(f"Nothing to resume: {settings.out} is empty or missing. Leave --resume out to start.")
-    out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def make_out(settings: Distill, out: Path, given: dict[str, Any]) -> None:
+    """Make the folder, without what it held if that is to be overwritten, and write down what is run, and on what.
+
+    Args:
+        settings: the completed settings.
+        out: the run's folder.
+        given: what `_inputs` gives.
+
+    Raises:
+        UserError: another process has begun in it, or it cannot be made.
+    """
+    check_free(out)
+    if settings.overwrite:
+        remove_run(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"out is {settings.out!r}, which cannot be made: {error.strerror}. Give another folder."
+        ) from None
+    claim(out)
+    recipe = settings.model_dump(exclude={"resume", "overwrite"})
+    write_atomic(out / "run.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    if not (out / INPUTS).exists():
+        write_atomic(out / INPUTS, to_json(given))
 
 
 def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
@@ -170,17 +199,26 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     Returns:
         `out`: `model/` (form full) or `adapter/` (form lora, which PEFT loads without alter), `run.yaml`, `run.json` and,
         with `closing_rows`, `records.json`. While it trains `checkpoints/` let an interrupted run resume; at the end they
-        are removed.
+        are removed. A run that was broken off while it was measured is measured when it is resumed, and not trained again.
 
     Raises:
         UserError: bad settings, rows or models, a folder in use, too little disk, or a divergence that is not finite.
     """
+    try:
+        return _distill(settings, callbacks)
+    finally:
+        release(Path(settings.out))
+
+
+def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
     started = time.time()
     check_trackers(settings.report_to)
     settings = completed(settings)
     found = read_sets(settings)
-    out = prepare_folder(settings)
-    if (out / "run.json").exists() and not (out / "checkpoints").exists():
+    out = check_out(settings)
+    trained = settings.resume and (out / "run.json").exists()
+    if trained and (not settings.closing_rows or (out / "records.json").exists()):
+        _clean(out)
         show(f"{out} has ended: nothing is left to do.", stderr=True, markup=False)
         return out
     subjects = _subjects(settings)
@@ -188,11 +226,34 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     given = _inputs(settings, found, identities)
     if settings.resume:
         check_inputs(out, given)
-    checkpoint = last_whole_checkpoint(out / "checkpoints") if settings.resume else None
+    if trained:
+        claim(out)
+        teacher = subjects["teacher"].load()
+    else:
+        teacher = _train(settings, out, found, subjects, given, callbacks, started)
+    _clean(out)
+    if settings.closing_rows:
+        closing(settings, out, found, teacher)
+    if settings.form == "full":
+        _show_next(settings, out)
+    return out
 
+
+def _train(
+    settings: Distill,
+    out: Path,
+    found: dict[str, list[Example]],
+    subjects: dict[str, Subject],
+    given: dict[str, Any],
+    callbacks: Sequence[TrainerCallback],
+    started: float,
+) -> tuple[Any, Any]:
+    """Train and save the student, and at last `run.json`, by which a run counts as trained; returns the teacher and its tokenizer."""
+    checkpoint = last_whole_checkpoint(out / "checkpoints") if settings.resume else None
     teacher, tokenizer, student = _load(settings, subjects["teacher"])
     check_room(out, student, settings.form)
-    _write_begun(settings, out, given, fresh=checkpoint is None)
+    # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
+    make_out(settings, out, given)
     if not found["general"]:
         found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])
     taught = lesson(tokenizer, found, settings, settings.max_length or context_length(student))
@@ -206,24 +267,17 @@ def distill(settings: Distill, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     facts = _facts(settings, found, taught, trainer) | {
         "teacher_passes": "once" if kept else "at every step",
         "seconds": {"prepare": round(prepared - started, 2), "train": round(trained - prepared, 2)},
-        "models": identities,
+        "models": {name: given[name] for name in subjects},
         "provenance": provenance(),
     }
     write_atomic(out / "run.json", to_json(facts))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    if settings.closing_rows:
-        closing(settings, out, found, (teacher, tokenizer))
-    if settings.form == "full":
-        _show_next(settings, out)
-    return out
+    return teacher, tokenizer
 
 
-def _write_begun(settings: Distill, out: Path, given: dict[str, Any], fresh: bool) -> None:
-    """Write down the recipe and, for a run that begins, its inputs: all mistakes in them have been found by now."""
-    recipe = settings.model_dump(exclude={"resume", "overwrite"})
-    write_atomic(out / "run.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    if fresh:
-        write_atomic(out / "inputs.json", to_json(given))
+def _clean(out: Path) -> None:
+    """Remove what only a run that trains needs, and what a kill cut off while it was written, which has a hidden name."""
+    for path in [out / "checkpoints", *(path for path in out.glob(".*") if path.name != RUNNING)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _show_next(settings: Distill, out: Path) -> None:

@@ -4,7 +4,7 @@ A project's folder holds one adapter per version (`adapters/0003/`) and a link `
 trained is loaded, found finite and measured first; only requests that were not found NOT FORGOTTEN or COLLAPSED take
 effect, in the step that moves the link (`alter.requests.versions`). Whatever is killed before has not happened, whatever
 is killed after is finished by the next command. Rows, checkpoints and untaken adapters of a run are removed on every
-path; after a kill by the next command.
+path; after a kill by the next command. An interrupted run (Ctrl-C) leaves what the next one goes on from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alter.core.console import warn
 from alter.core.errors import UserError
 from alter.core.files import digest, folder_digest, write_atomic
 from alter.core.provenance import provenance
@@ -112,6 +113,7 @@ def run_requests(store: Store, project: Project, requests: Sequence[Request]) ->
     sweep(project, keep=key)
     store.move(numbers, "running", details={"run": key, "after_version": inside["version"]})
     forget = project.root / "runs" / f"{key}.jsonl"
+    goes_on: str | None = None
     try:
         with private():
             _write_rows(forget, examples)
@@ -121,6 +123,11 @@ def run_requests(store: Store, project: Project, requests: Sequence[Request]) ->
         # recorded before anything depends on it, so that a kill while measuring costs no training
         found = store.move(numbers, "trained", details=details, values={n: {"run": trained} for n in numbers})
         return conclude(store, project, found, out / "adapter", trained, what=None)
+    except KeyboardInterrupt:
+        goes_on = key
+        names = ", ".join(request.name for request in requests)
+        warn(f"Interrupted: `alter request run` goes on with {names}, `alter request revoke` withdraws it.")
+        raise
     except OSError as error:
         reason = f"{error.strerror or type(error).__name__}{f': {error.filename}' if error.filename else ''}"
         _failed(store, project, numbers, reason)
@@ -132,7 +139,8 @@ def run_requests(store: Store, project: Project, requests: Sequence[Request]) ->
         _failed(store, project, numbers, str(error) if isinstance(error, UserError) else type(error).__name__)
         raise
     finally:
-        sweep(project)
+        # of an interrupted run its folder stays, as after a kill; the rows it writes anew
+        sweep(project, keep=goes_on)
 
 
 def _write_rows(path: Path, examples: Mapping[str, Sequence[Example]]) -> None:

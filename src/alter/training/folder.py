@@ -75,8 +75,8 @@ def make_folder(run: Unlearn, inputs: Mapping[str, Any]) -> None:
     out = Path(run.out)
     # another process may have begun while the model was loaded
     check_free(out)
-    if run.overwrite and out.is_dir():
-        shutil.rmtree(out)
+    if run.overwrite:
+        remove_run(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,6 +85,13 @@ def make_folder(run: Unlearn, inputs: Mapping[str, Any]) -> None:
     write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
     if not (out / INPUTS).exists():
         write_atomic(out / INPUTS, to_json(inputs))
+
+
+def remove_run(out: Path) -> None:
+    """Delete a run's folder, if it is there. `run.json` goes first: what a kill leaves then counts as no finished run."""
+    if out.is_dir():
+        (out / "run.json").unlink(missing_ok=True)
+        shutil.rmtree(out)
 
 
 def has_ended(out: Path) -> bool:
