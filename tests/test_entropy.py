@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alter.core.errors import UserError
+from alter.logits import entropy
 from alter.logits.entropy import (
     check_threshold,
     entropy_from_hidden,
@@ -87,9 +88,10 @@ def test_nearly_certain_tokens_keep_their_digits():
 
 
 @pytest.mark.parametrize("q", [1.25, 1.5, 2.0, 4.0])
-def test_a_large_vocabulary(q):
-    """So many numbers are summed in another way: ties, tokens that are ruled out, near certainty, bf16 and fp64."""
-    logits = torch.randn(11, 32000, generator=torch.Generator().manual_seed(1)) * torch.arange(1.0, 12.0)[:, None]
+def test_many_numbers_are_summed_in_another_way(q, monkeypatch):
+    """Ties, tokens that are ruled out, near certainty, bf16 and fp64, two rows at a time."""
+    monkeypatch.setattr(entropy, "CACHED_BYTES", 2 * 4 * 40)
+    logits = torch.randn(11, 40, generator=torch.Generator().manual_seed(1)) * torch.arange(1.0, 12.0)[:, None]
     logits[1, ::2] = -math.inf
     logits[2] = 0.0
     logits[3], logits[3, 5] = -math.inf, 1.0
@@ -97,14 +99,14 @@ def test_a_large_vocabulary(q):
     logits[5, 9] = logits[5].max() + 15.0
     exact = torch.tensor([naive_tsallis(row, q) for row in logits.double().tolist()], dtype=torch.float64)
     assert exact[3] == 0
-    assert exact[5] < 1e-3
-    torch.testing.assert_close(entropy_from_logits(logits, q).double(), exact, rtol=3e-5, atol=0)
-    torch.testing.assert_close(entropy_from_logits(logits.double(), q), exact, rtol=1e-9, atol=1e-12)
+    assert 0 < exact[5] < 1e-3
+    torch.testing.assert_close(entropy_from_logits(logits, q).double(), exact, rtol=3e-6, atol=0)
+    torch.testing.assert_close(entropy_from_logits(logits.double(), q), exact, rtol=1e-12, atol=1e-18)
     narrow = logits.bfloat16()
     assert torch.equal(entropy_from_logits(narrow, q), entropy_from_logits(narrow.float(), q))
     # what learns from entropies takes the way that has a gradient
-    learned = entropy_from_logits(logits[:1].requires_grad_(), q)
-    torch.testing.assert_close(learned[0].double(), exact[0], rtol=3e-5, atol=0)
+    learned = entropy_from_logits(logits[:3].clone().requires_grad_(), q)
+    torch.testing.assert_close(learned.double(), exact[:3], rtol=3e-5, atol=0)
     learned.sum().backward()
 
 
