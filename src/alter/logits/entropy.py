@@ -24,6 +24,8 @@ CHUNK_BYTES = 96 * 2**20
 
 CACHED_BYTES = 2**20
 """Size of the fp32 logits that a CPU keeps in its caches from one operation to the next."""
+LARGE_VOCABULARY = 4096
+"""Tokens from which on one exponential less is worth a few operations more."""
 FROM_SUMS = 1.25
 """Order from which on an entropy is computed from two sums; towards 1 they would cancel."""
 
@@ -35,8 +37,8 @@ def chunk_rows(vocabulary: int) -> int:
 
 def _entropy_rows(logits: Tensor, q: float) -> Tensor:
     """Entropy of softmax(logits) [n, V] along the last axis, in fp32 (fp64 for fp64 input)."""
-    # for few numbers the operations themselves count, and this way has more of them
-    large = logits.numel() > CACHED_BYTES // 4
+    # not by the number of rows: a token's entropy must not depend on what else is in its batch
+    large = logits.shape[-1] >= LARGE_VOCABULARY and len(logits) > 0
     if large and q >= FROM_SUMS and not (logits.requires_grad and torch.is_grad_enabled()):
         at_once = max(1, CACHED_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
         return torch.cat([_entropy_from_sums(part, q) for part in logits.split(at_once)])
