@@ -292,11 +292,11 @@ class WatchedStates:
     Args:
         trunk: of a model on which `KeptStates.agrees`.
         path: the file, for its owner alone.
-        key: of the model.
+        key: of the model, where it has one.
         rows: of the checks, with `input_ids`.
     """
 
-    def __init__(self, trunk: Trunk, path: Path, key: str, rows: Sequence[Encoded]) -> None:
+    def __init__(self, trunk: Trunk, path: Path, key: str | None, rows: Sequence[Encoded]) -> None:
         self.trunk = trunk
         self.lengths = [len(row.input_ids) for row in rows]
         self.states = States(path, digest(key, [row.input_ids for row in rows]), self.lengths)
