@@ -55,8 +55,12 @@ def main() -> None:
             rows, touched = rows + 1, touched + bool(other.any())
             to["base" if expert else "expert"] += int((other & ((taken == 0) == bool(expert))).sum())
         shares = [f"{chosen[each] / rows:.1%}" for each in ("base", "right", "another")]
-        print(f"| {name} | {rows} | {' | '.join(shares)} | {elsewhere / tokens:.1%} | {touched / rows:.1%} |", flush=True)
-        print(f"  of {elsewhere} tokens {to['base']} to the base instead of an expert, {to['expert']} the other way round")
+        print(
+            f"| {name} | {rows} | {' | '.join(shares)} | {elsewhere / tokens:.1%} | {touched / rows:.1%} |", flush=True
+        )
+        print(
+            f"  of {elsewhere} tokens {to['base']} to the base instead of an expert, {to['expert']} the other way round"
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from alter.cli import COMMANDS
+from alter.commands import COMMANDS
 from alter.methods.presets import METHODS, published
 
 ROOT = Path(__file__).parent.parent

@@ -19,6 +19,7 @@ from peft import get_peft_model
 from pydantic import TypeAdapter, ValidationError
 
 from alter import AlterConfig, cli
+from alter.commands import COMMANDS
 from alter.core import flags
 from alter.core.errors import UserError
 from alter.core.outputs import Written, check_place
@@ -112,7 +113,7 @@ BASES = {
 
 def settings_of(name):
     command, _, benchmark = name.partition(" ") if name.startswith("evaluate ") else (name, "", "")
-    owner, cls = BENCHMARKS[benchmark] if benchmark else (cli.COMMANDS[command].module, cli.COMMANDS[command].settings)
+    owner, cls = BENCHMARKS[benchmark] if benchmark else (COMMANDS[command].module, COMMANDS[command].settings)
     return getattr(importlib.import_module(owner), cls)
 
 
@@ -150,7 +151,7 @@ def is_choice(annotation):
 
 def test_every_command_is_swept():
     benchmarks = {f"evaluate {name}" for name in BENCHMARKS.known()}
-    assert set(BASES) == (set(cli.COMMANDS) - {"evaluate"}) | benchmarks
+    assert set(BASES) == (set(COMMANDS) - {"evaluate"}) | benchmarks
 
 
 # Numbers and choices: settings alone ---------------------------------------------------------------------------------

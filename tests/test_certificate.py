@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -16,7 +18,10 @@ from alter.core.signing import Forged, canonical, new_key, read_key, read_public
 from alter.data.examples import data_hash, load_examples, row_hash
 from alter.models.loading import Subject
 from alter.requests.anchor import Anchor, read_heads
-from alter.requests.certificate import VERSION, Certificate, _limits, certificate, check_certificate
+from alter.requests.certificate.check import check_certificate
+from alter.requests.certificate.command import Certificate, certificate
+from alter.requests.certificate.form import VERSION
+from alter.requests.certificate.issue import Beside, limits
 from alter.requests.commands import RunRequests, run
 from alter.requests.register import List, list_requests
 from alter.requests.store import Store
@@ -369,6 +374,28 @@ def test_command_line(made, tmp_path, capsys):
     assert "the one to trust" in capsys.readouterr().err
 
 
+def test_checking_loads_nothing_that_issuing_needs(made):
+    """Who checks has the file, the key and the folders: no database, no torch."""
+    folder, _, out = made
+    given = [
+        "certificate",
+        "--verify",
+        str(out),
+        "--public-key",
+        str(folder / "key.pub"),
+        "--model",
+        str(folder / "model"),
+    ]
+    code = (
+        "import sys; from alter.cli import main\n"
+        f"assert main({given!r}) == 0\n"
+        "heavy = {'torch', 'transformers', 'sqlalchemy', 'alter.requests.store', 'alter.requests.certificate.issue'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.rstrip().endswith("[]")
+
+
 @pytest.mark.parametrize("attacks", [[], ["records.json"]])
 @pytest.mark.parametrize("shipped", [None, "adapter", "weights"])
 @pytest.mark.parametrize("made", [True, False])
@@ -377,6 +404,6 @@ def test_the_limits_are_those_of_what_is_shipped(tmp_path, made, shipped, attack
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
     place = None if shipped is None else str(tmp_path / shipped)
-    said = " ".join(_limits(Certificate(what="1", shipped=place, attacks=attacks), adapter=made))
+    said = " ".join(limits(Beside(place, attacks), adapter=made))
     assert ("base weights still know" in said) == (made if shipped is None else shipped == "adapter")
     assert ("No attack was made" in said) == (not attacks)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from alter import cli
+from alter.commands import COMMANDS, COMMON
 from alter.comparison.plan import Compare, run_of
 from alter.completion import options
 from alter.core import console
@@ -159,8 +160,8 @@ def test_help_shows_what_is_common_and_help_all_the_rest(capsys):
     assert max(map(len, common.splitlines())) <= 80
     assert len(common.splitlines()) < len(whole.splitlines()) / 2
     # a name in the list that no option has would hide what it was for
-    for command, names in cli.COMMON.items():
-        found = cli.COMMANDS[command]
+    for command, names in COMMON.items():
+        found = COMMANDS[command]
         model = getattr(importlib.import_module(found.module), found.settings)
         every = {flag.lstrip("-").replace("-", "_") for flag, _ in options(model)}
         assert set(names.split()) <= every
@@ -276,8 +277,8 @@ def test_readme_names_only_files_and_commands_that_exist():
     text = (ROOT / "README.md").read_text()
     commands = re.findall(r"(?:^|`)alter ([\w-]+)(?: ([a-z]+))?", text, re.MULTILINE)
     for first, second in commands:
-        groups = {f"{name.split()[0]} " for name in cli.COMMANDS if " " in name}
-        assert {first, f"{first} {second}"} & {"COMMAND", *cli.COMMANDS, *groups}, f"{first} {second}"
+        groups = {f"{name.split()[0]} " for name in COMMANDS if " " in name}
+        assert {first, f"{first} {second}"} & {"COMMAND", *COMMANDS, *groups}, f"{first} {second}"
     assert len(commands) > 5
     for name in re.findall(r"recipes/[\w.-]+\.yaml", text):
         assert (ROOT / name).exists(), name

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from alter import cli
-from alter.cli import COMMANDS
+from alter.commands import COMMANDS
 from alter.completion import parser
 from alter.core.flags import flag_of
 from alter.evaluation.rows import RowsEvaluation

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from alter.core.errors import UserError
-from alter.data import encoding, files, sources
+from alter.data import chat, encoding, files, sources
 from alter.data.batching import Collator
+from alter.data.chat import set_template_arguments, share_template_arguments
 from alter.data.domains import domains
-from alter.data.encoding import encode, encode_prompt, set_template_arguments, share_template_arguments
+from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import Example, check_overlap, examples, load_examples
 from alter.data.files import read_file
 from pico import write_jsonl
@@ -271,9 +272,9 @@ def test_the_templates_end_of_turn_ends_an_answer():
     tokenizer.eos_token = "<|bos|>"
     encoded = encode(tokenizer, qa())
     assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == "Ada.<|im_end|>"
-    assert encoding.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} |{% endfor %}"
-    assert encoding.end_of_turn(tokenizer) is None
+    assert chat.end_of_turn(tokenizer) is None
     encoded = encode(tokenizer, qa())
     assert text_of(tokenizer, encoded.input_ids[-1:]) == "<|bos|>"
 
@@ -299,12 +300,12 @@ def test_tokenizer_without_end_token():
     with pytest.raises(UserError, match="eos_token"):
         encode(tokenizer, qa())
     with pytest.raises(UserError, match="neither"):
-        encoding.ensure_pad_token(tokenizer)
+        chat.ensure_pad_token(tokenizer)
 
 
 def test_pad_token_falls_to_end_token():
     tokenizer = byte_tokenizer()
-    encoding.ensure_pad_token(tokenizer)
+    chat.ensure_pad_token(tokenizer)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 

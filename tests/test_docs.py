@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import children
-from alter.cli import COMMANDS
+from alter.commands import COMMANDS
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -34,7 +34,8 @@ from alter.requests import (
     work,
 )
 from alter.requests import store as store_module
-from alter.requests.commands import Export, Purge, Revoke, RunRequests, export, purge, revoke, run
+from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, run
+from alter.requests.export import ExportRequests, export_requests
 from alter.requests.intake import Add, Init, add, init
 from alter.requests.project import Project
 from alter.requests.store import Store
@@ -243,14 +244,14 @@ def test_every_write_of_a_revocation(place, every):
 def test_every_write_of_an_export(place, form, every):
     folder, url, tmp_path = place
     out = folder / "out"
-    asked = Export(db=url, out=str(out), form=form)
-    for fault in each(tmp_path / "after", folder, lambda: export(asked), every):
+    asked = ExportRequests(db=url, out=str(out), form=form)
+    for fault in each(tmp_path / "after", folder, lambda: export_requests(asked), every):
         check(url, folder, [("forgotten", "received")], fault)
         if out.exists():
             assert (out / "README.md").is_file(), fault
             assert "exported" in [entry.what for entry in Store.open(url).history()], fault
             shutil.rmtree(out)
-        export(asked)
+        export_requests(asked)
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], fault
 
 
@@ -269,8 +270,8 @@ def test_every_write_of_an_export_of_weights(place, data, form, monkeypatch):
     monkeypatch.setattr(handout, "load_model", load_model)
     monkeypatch.setattr(handout, "distill", learned)
     monkeypatch.setattr(handout, "judge", lambda *args, **kwargs: Verdict("forgotten", ("As said.",)))
-    asked = Export(db=url, out=str(out), form=form, approximate=True, final=True)
-    for fault in each(tmp_path / "after", folder, lambda: export(asked), ""):
+    asked = ExportRequests(db=url, out=str(out), form=form, approximate=True, final=True)
+    for fault in each(tmp_path / "after", folder, lambda: export_requests(asked), ""):
         partial = folder / ".out.partial"
         kind, _, _, what = fault.split()[:4]
         if kind in ("full", "broken") and what not in FREEING:
@@ -281,7 +282,7 @@ def test_every_write_of_an_export_of_weights(place, data, form, monkeypatch):
             assert (out / "model.safetensors").is_file(), fault
             assert "exported" in [entry.what for entry in Store.open(url).history()], fault
             shutil.rmtree(out)
-        export(asked)
+        export_requests(asked)
         assert left_behind(folder) == [], fault
         assert (out / "model.safetensors").stat().st_size == (data / "model" / "model.safetensors").stat().st_size, (
             fault
@@ -332,7 +333,9 @@ def sweep(go, out, tmp_path, few=None):
     names = {path.name for path in out.rglob("*")}
     assert whole
     states = plan.distinct()
-    for fault, kept in states if few is None or os.environ.get("ALTER_SWEEP") else states[:: max(1, len(states) // few)]:
+    for fault, kept in (
+        states if few is None or os.environ.get("ALTER_SWEEP") else states[:: max(1, len(states) // few)]
+    ):
         shutil.rmtree(place)
         shutil.copytree(kept, place, symlinks=True)
         go()

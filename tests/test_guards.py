@@ -26,7 +26,8 @@ from alter.models import guards, scoring
 from alter.models.generation import generate, sample
 from alter.models.guards import agents
 from alter.models.loading import load_model
-from alter.serving.engine import Engine, Job
+from alter.serving.engine import Engine
+from alter.serving.jobs import Job
 from alter.training.run import Unlearn, unlearn
 from pico import PAD, pico, run_on, save_pico, write_jsonl, write_people
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from alter.cli import COMMANDS
+from alter.commands import COMMANDS
 from alter.core.plugins import BENCHMARKS
 
 COMPUTES = ("torch._C", "numpy._core", "transformers.utils", "peft.utils", "pandas", "scipy.stats", "nltk", "sklearn")

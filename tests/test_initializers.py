@@ -24,8 +24,9 @@ from alter.methods.initializers import (
     variance,
     variance_product,
 )
+from alter.methods.passes import starting_factors
 from alter.methods.places import block_at, blocks, blocks_within
-from alter.methods.probes import factor_variances, fisher, low_rank, output_covariances, reinforce, starting_factors
+from alter.methods.probes import factor_variances, fisher, low_rank, output_covariances, reinforce
 from pico import PAD, pico
 
 

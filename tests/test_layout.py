@@ -53,9 +53,10 @@ LAYERS = {
     "report": {"core", "metrics", "data", "reporting", "evaluation", "attacks", "requests", "training"},
     "serving": {"core", "logits", "data", "adapter", "models", "evaluation", "requests"},
     "demo": {"core", "evaluation", "models", "training"},
-    "cli": {"core"},
+    "commands": {"core"},
+    "cli": {"core", "commands"},
     "api": {"core", "distillation", "methods", "adapter", "models", "training", "evaluation", "attacks", "comparison"},
-    "completion": {"cli", "core"},
+    "completion": {"cli", "commands", "core"},
     "__main__": {"cli"},
     "__init__": {"adapter", "api", "core"},
 }

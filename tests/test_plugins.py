@@ -219,6 +219,61 @@ def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
     assert "plugin 'lost' of the package broken cannot be loaded" in done.stderr
 
 
+FILE = """
+from typing import Literal
+
+from alter.methods.objectives import FORGET, Emitted, Labelled, Objective, mean_or_zero
+
+
+@FORGET.part
+class Plain(Objective):
+    kind: Literal["plain"] = "plain"
+    weight: float = 1.0
+
+    def per_token(self, emitted):
+        return self.weight * (-emitted.nll).exp()
+
+    def __call__(self, tokens):
+        return mean_or_zero(tokens.values)
+"""
+
+
+def test_a_plain_file_is_a_plugin_of_a_command_and_of_what_it_starts(tmp_path):
+    save_pico(tmp_path / "model", max_position_embeddings=256)
+    write_people(tmp_path, ("Ada",), 4, 6)
+    (tmp_path / "plain.py").write_text(FILE)
+    (tmp_path / "broken.py").write_text("import alter\nx = 1 / 0\n")
+    given = ["--plugin", "plain.py", "--adapter.kind", "lora", "--objective.kind", "plain", "--objective.weight", "2"]
+    given += ["--max-steps", "2", "--batch-size", "2", "--closing-rows", "0"]
+    for name, value in run_on(tmp_path, tmp_path / "run").items():
+        given += [f"--{name.replace('_', '-')}", value] if name != "domain_column" else []
+    code = (
+        "import os, subprocess, sys\n"
+        "from alter.cli import main\n"
+        f"unlearn = ['unlearn', *{given!r}]\n"
+        "print(main(unlearn))\n"
+        "from alter.core.plugins import plugins_digest\n"
+        "child = 'from alter.core.plugins import plugins_digest; print(plugins_digest())'\n"
+        "found = subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout.strip()\n"
+        "print('same code:', found == plugins_digest())\n"
+        "print(main(['unlearn', '--plugin', 'broken.py', '--help']))\n"
+        "print(main(['unlearn', '--plugin', 'none.py', '--help']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-3:] == ["same code: True", "2", "2"]
+    assert "broken.py cannot be loaded, line 2: ZeroDivisionError" in done.stderr
+    assert "--plugin is 'none.py'; expected a Python file" in done.stderr
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert settings["objective"] == {"kind": "plain", "weight": 2.0}
+
+
 def test_a_script_registers_its_own_part_and_names_stay_unique():
     @FORGET.part
     class Local(Objective):

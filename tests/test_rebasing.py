@@ -15,8 +15,9 @@ from alter.core.files import folder_digest
 from alter.core.signing import Forged
 from alter.requests import checking, evidence
 from alter.requests.bases import bases, present
-from alter.requests.certificate import Certificate, certificate
-from alter.requests.commands import Export, Purge, Revoke, RunRequests, export, purge, revoke, run
+from alter.requests.certificate.command import Certificate, certificate
+from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, run
+from alter.requests.export import ExportRequests, export_requests
 from alter.requests.intake import Init, init
 from alter.requests.rebasing import DistillRequests, distill_requests
 from alter.requests.records import IN_FORCE
@@ -144,7 +145,7 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
     with pytest.raises(UserError, match=r"R-0001 \(Ada\) is distilled, which is final"):
         revoke(Revoke(db=store.url, id="1"))
     with pytest.raises(UserError, match=r"Nothing to export.*base 1 are the folder"):
-        export(Export(db=store.url, out=str(tmp_path / "out")))
+        export_requests(ExportRequests(db=store.url, out=str(tmp_path / "out")))
     with pytest.raises(UserError, match="No request is in force"):
         distill_requests(DistillRequests(db=store.url, final=True))
     assert set(verify(Verify(db=store.url))) == {"R-0001", "R-0002", "utility"}

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import alter
 from alter import cli
+from alter.commands import COMMANDS
 from alter.comparison.cell import work
 from alter.comparison.plan import lay_out, run_of
 from alter.comparison.settings import Retrained
@@ -202,10 +203,8 @@ def header_commands(name):
 
 def settings_of(arguments):
     """What `alter` makes of a command: its name, its settings' class, and the settings."""
-    command = next(
-        name for name in sorted(cli.COMMANDS, reverse=True) if arguments[: name.count(" ") + 1] == name.split()
-    )
-    rest, found = arguments[command.count(" ") + 1 :], cli.COMMANDS[command]
+    command = next(name for name in sorted(COMMANDS, reverse=True) if arguments[: name.count(" ") + 1] == name.split())
+    rest, found = arguments[command.count(" ") + 1 :], COMMANDS[command]
     module, settings = (found.module, found.settings) if found.chooser is None else cli.choose(rest)
     return cli.parse(command, getattr(importlib.import_module(module), settings), rest)
 

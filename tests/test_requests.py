@@ -34,9 +34,10 @@ from alter.data.examples import load_examples
 from alter.models.loading import load_model
 from alter.requests import concluding, work
 from alter.requests import rows as request_rows
-from alter.requests.commands import Export, Purge, Revoke, RunRequests, export, purge, revoke, run
+from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, run
 from alter.requests.connection import without_password
 from alter.requests.evidence import known_of
+from alter.requests.export import ExportRequests, export_requests
 from alter.requests.intake import Add, Init, add, init
 from alter.requests.project import Project
 from alter.requests.records import EDGES, IN_FORCE, parse_id
@@ -525,16 +526,18 @@ def test_verify_sees_what_came_back(three, tmp_path):
 
 def test_export(three, data, tmp_path):
     store, _, _ = three
-    out = export(Export(db=store.url, out=str(tmp_path / "adapter")))
+    out = export_requests(ExportRequests(db=store.url, out=str(tmp_path / "adapter")))
     card = (out / "README.md").read_text()
     assert store.get(1).data_hash[:16] in card
     assert "Ada" not in card
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(data / "model"), str(out))
     with pytest.raises(UserError, match="exists"):
-        export(Export(db=store.url, out=str(out)))
+        export_requests(ExportRequests(db=store.url, out=str(out)))
     with pytest.raises(UserError, match="--approximate"):
-        export(Export(db=store.url, out=str(tmp_path / "merged"), form="merged"))
-    merged = export(Export(db=store.url, out=str(tmp_path / "merged"), form="merged", approximate=True))
+        export_requests(ExportRequests(db=store.url, out=str(tmp_path / "merged"), form="merged"))
+    merged = export_requests(
+        ExportRequests(db=store.url, out=str(tmp_path / "merged"), form="merged", approximate=True)
+    )
     model = AutoModelForCausalLM.from_pretrained(merged)
     base = AutoModelForCausalLM.from_pretrained(data / "model")
     moved = sum(
@@ -549,18 +552,18 @@ def test_weights_are_final_measured_and_in_the_history(three, data, tmp_path, ca
     moved(store, copy)
     given = dict(db=store.url, out=str(tmp_path / "weights"), form="weights")
     with pytest.raises(UserError, match=r"R-0001, R-0002, R-0003 cannot be given it back.*--final"):
-        export(Export(**given))
+        export_requests(ExportRequests(**given))
     recipe = tmp_path / "recipe.yaml"
     common = {
         "general": [str(data / "retain.jsonl")], "rewordings": 0, "precision": "fp32", "device": "cpu", "batch_size": 6,
     }  # fmt: skip
     recipe.write_text(yaml.safe_dump({**common, "learning_rate": 1e-9, "max_steps": 1}))
     with pytest.raises(UserError, match=r"did not learn it: R-0001 NOT FORGOTTEN"):
-        export(Export(**given, final=True, recipe=str(recipe)))
+        export_requests(ExportRequests(**given, final=True, recipe=str(recipe)))
     assert not (tmp_path / "weights").exists()
     assert not list((copy / "work" / "runs").glob("*"))
     recipe.write_text(yaml.safe_dump({**common, "learning_rate": 5e-3, "max_steps": 60}))
-    out = export(Export(**given, final=True, recipe=str(recipe)))
+    out = export_requests(ExportRequests(**given, final=True, recipe=str(recipe)))
     card = (out / "README.md").read_text()
     assert "| R-0002 | weights |" in card
     assert "Ada" not in card
@@ -577,7 +580,7 @@ def test_weights_are_final_measured_and_in_the_history(three, data, tmp_path, ca
     assert "have forgotten it for good" in capsys.readouterr().out
     recipe.write_text("forget: other.jsonl")
     with pytest.raises(UserError, match="which the requests decide"):
-        export(Export(**{**given, "out": str(tmp_path / "more")}, final=True, recipe=str(recipe)))
+        export_requests(ExportRequests(**{**given, "out": str(tmp_path / "more")}, final=True, recipe=str(recipe)))
 
 
 @pytest.mark.slow
@@ -593,7 +596,9 @@ def test_requests_go_on_on_a_distilled_base(data, tmp_path):
     settings = {"general": [str(data / "retain.jsonl"), str(data / "Cy.jsonl")], "rewordings": 0, "precision": "fp32"}
     settings |= {"device": "cpu", "batch_size": 6, "learning_rate": 5e-3, "max_steps": 60}
     recipe.write_text(yaml.safe_dump(settings))
-    out = export(Export(db=store.url, out=str(tmp_path / "weights"), form="weights", final=True, recipe=str(recipe)))
+    out = export_requests(
+        ExportRequests(db=store.url, out=str(tmp_path / "weights"), form="weights", final=True, recipe=str(recipe))
+    )
 
     gentle = tmp_path / "gentle.yaml"
     gentle.write_text(
@@ -625,7 +630,7 @@ def test_requests_go_on_on_a_distilled_base(data, tmp_path):
 
 def test_each_request_is_a_lora_by_its_name(three, data, tmp_path):
     store, _, _ = three
-    out = export(Export(db=store.url, out=str(tmp_path / "loras"), form="loras"))
+    out = export_requests(ExportRequests(db=store.url, out=str(tmp_path / "loras"), form="loras"))
     assert sorted(path.name for path in out.iterdir()) == ["R-0001", "R-0002", "R-0003", "README.md"]
     config = json.loads((out / "R-0002" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("LORA", 4)
@@ -744,7 +749,7 @@ def test_no_rows_no_request(data, tmp_path):
     with pytest.raises(UserError, match="not the id"):
         show_request(Show(db=store.url, id="nine"))
     with pytest.raises(UserError, match="no request has run yet"):
-        export(Export(db=store.url, out=str(tmp_path / "x")))
+        export_requests(ExportRequests(db=store.url, out=str(tmp_path / "x")))
 
 
 def test_what_no_project_can_have(data, tmp_path):
@@ -1098,7 +1103,7 @@ def test_nothing_is_built_on_an_adapter_that_was_changed_or_lost(three, tmp_path
     for command in (
         lambda: run(RunRequests(db=store.url)),
         lambda: revoke(Revoke(db=store.url, id="2")),
-        lambda: export(Export(db=store.url, out=str(tmp_path / "out"))),
+        lambda: export_requests(ExportRequests(db=store.url, out=str(tmp_path / "out"))),
         lambda: verify(Verify(db=store.url, chain_only=True)),
     ):
         with pytest.raises(UserError, match="not the one that the history names"):

@@ -21,7 +21,7 @@ import reference
 from alter import AlterConfig
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.models import generation, loading, scoring
+from alter.models import generation, loading, naming, scoring
 from pico import EOS, PAD, VOCAB, byte_tokenizer, pico
 
 
@@ -598,7 +598,7 @@ def test_loading_errors_name_the_fix(saved, monkeypatch):
 
 
 def test_models_that_come_with_the_package(saved, monkeypatch):
-    monkeypatch.setattr(loading, "__file__", str(saved / "models" / "loading.py"))
+    monkeypatch.setattr(naming, "__file__", str(saved / "models" / "naming.py"))
     with pytest.raises(UserError, match="No model 'builtin:mini' is shipped; there are: none"):
         loading.load_model("builtin:mini")
     (saved / "assets").mkdir()
@@ -606,7 +606,7 @@ def test_models_that_come_with_the_package(saved, monkeypatch):
     assert loading.load_model("builtin:mini", device="cpu")[1].pad_token_id == PAD
     with pytest.raises(UserError, match=r"there are: builtin:mini\. Did you mean 'builtin:mini'"):
         loading.load_model("builtin:mina")
-    assert loading.shipped_model("owner/name") == "owner/name"
+    assert naming.shipped_model("owner/name") == "owner/name"
 
 
 def test_a_hub_name_that_does_not_load(monkeypatch):

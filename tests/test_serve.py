@@ -25,7 +25,8 @@ from alter.models.generation import generate
 from alter.models.scoring import score
 from alter.serving import engine as engines
 from alter.serving.chat import Chat, chat
-from alter.serving.engine import Engine, Job, draw
+from alter.serving.engine import Engine, draw
+from alter.serving.jobs import Job
 from alter.serving.openai import Api, Serve, application, configured, serve
 from alter.serving.protocol import ChatBody, TextBody, text_ids
 from alter.serving.text import visible

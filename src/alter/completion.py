@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import tyro
 from pydantic import BaseModel, ConfigDict
 
-from alter.cli import COMMANDS, Command
+from alter.commands import COMMANDS, Command
 from alter.core.flags import flag_of, members_of
 from alter.core.plugins import BENCHMARKS
 

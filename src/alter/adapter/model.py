@@ -4,63 +4,30 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from alter.adapter.base import base_fingerprint, bits_of, same_base
 from alter.adapter.config import AlterConfig
-from alter.adapter.frozen import read_frozen
 from alter.adapter.hooks import connect, disconnect
-from alter.adapter.inputs import frozen_inputs, sequence_starts, token_mask
 from alter.adapter.layer import AlterLinear, NotMergeable
 from alter.adapter.layers import TARGETS, WRAPPERS, block_of, default_host, first_block, first_to_run, linear_layers
-from alter.adapter.routes import entropy_router
-from alter.adapter.routing import INFINITE, Trace, entropy_sides, previous_real, route_tokens, take_previous
-from alter.adapter.state import ForwardState, RoutingContext
+from alter.adapter.routing import Trace
+from alter.adapter.saved import placed_tensors, stored_tensors, without_wrappers
+from alter.adapter.state import RoutingContext
+from alter.adapter.tracing import gates_of, trace_base
 from alter.core.errors import UserError, nearest
-from alter.logits.entropy import check_threshold, chunk_rows, entropy_from_hidden
+from alter.logits.entropy import check_threshold
 
 
 class NoLayerFound(UserError, NoMatchingPeftModuleError):
     """No layer of the model matches the configuration's target_modules."""
-
-
-def check_keys(what: str, kind: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    """Refuse weights with missing or extra tensors: a partly loaded adapter would forget less than it was trained to.
-
-    Args:
-        what: what errors call it.
-        kind: the `peft_type` in its configuration.
-        missing: names of tensors that the file lacks, which would keep their initial values.
-        unexpected: names of tensors in the file that the adapter does not have.
-
-    Raises:
-        UserError: there are any.
-    """
-    if not missing and not unexpected:
-        return
-    parts = [
-        f"{len(names)} of its tensors {verb} ({names[0]}{', ...' if len(names) > 1 else ''})"
-        for names, verb in ((sorted(missing), "are missing"), (sorted(unexpected), "have no place in the model"))
-        if names
-    ]
-    raise UserError(
-        f"The weights of {what} do not fit its adapter_config.json (peft_type {kind}) on this model: {' and '.join(parts)}. "
-        "Nothing was loaded in part: copy its whole folder again, and load it on the model it was made for."
-    )
 
 
 class AlterModel(BaseTuner):
@@ -331,23 +298,8 @@ class AlterModel(BaseTuner):
         """
         name = self._one_adapter(adapter_name)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        inputs = {key: value for key, value in inputs.items() if value is not None}
-        config = self.peft_config[name]
-        host = self._context.anchors[name] if config.router == "learned" else None
-        state = ForwardState(frozen=True, host=host)
-        if not isinstance(self.model, PreTrainedModel) or self.model.get_output_embeddings() is None:
-            raise UserError(f"{type(self.model).__name__} gives no next-token logits, so its tokens have no entropy.")
-        states, logits = read_frozen(self._context, self.model, frozen_inputs(self.model, inputs), state)
-        mask = token_mask(attention_mask, input_ids.shape[0], input_ids.shape[1], states.device)
-        previous = previous_real(mask, sequence_starts(inputs, mask))
-        features = state.features
-        if features is not None:
-            features = take_previous(features, previous.to(features.device), 0.0)
-        at_once = chunk_rows(self.model.config.get_text_config().vocab_size)
-        emitted = torch.zeros(mask.shape, device=states.device)
-        emitted[mask] = entropy_from_hidden(states[mask], logits, config.entropy_q, rows=at_once).to(emitted)
-        entropy = take_previous(emitted, previous.to(states.device), INFINITE)
-        return Trace(entropy, features, states, logits)
+        given = {key: value for key, value in inputs.items() if value is not None}
+        return trace_base(self._context, self.model, name, self.peft_config[name], given)
 
     def route(
         self, entropy: Tensor, features: Tensor | None, mask: Tensor | None = None, adapter_name: str | None = None
@@ -361,28 +313,7 @@ class AlterModel(BaseTuner):
             adapter_name: the active adapter by default.
         """
         name = self._one_adapter(adapter_name)
-        config = self.peft_config[name]
-        real = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask.bool()
-        if config.router == "dense":
-            raise UserError(
-                "router='dense' weighs the experts in every layer: there is no route for the whole network."
-            )
-        if config.router == "static":
-            return torch.ones(*entropy.shape, config.num_forget_experts + 1, device=entropy.device)
-        if config.router == "entropy":
-            raw = entropy_router(self._context, name, entropy)
-        else:
-            if features is None:
-                raise UserError("router='learned' routes by features; pass those that trace() returned.")
-            router = self._context.anchors[name].alter_router[name]
-            raw = router(features.to(device=router.weight.device, dtype=router.weight.dtype)).to(entropy.device)
-            if config.probed:
-                probe = self._context.anchors[name].alter_probe[name]
-                side = probe(features.to(device=probe.weight.device, dtype=probe.weight.dtype))[..., 0]
-                entropy = entropy_sides(side.to(entropy.device), entropy != INFINITE)
-        # a token with a predecessor has a finite entropy; see Trace
-        raw = torch.where((entropy != INFINITE).unsqueeze(-1), raw, 0.0)
-        return route_tokens(raw, entropy, real, config)[0]
+        return gates_of(self._context, name, self.peft_config[name], entropy, features, mask)
 
     def resize_experts(self, adapter_name: str, num_forget_experts: int, domains: list[str] | None = None) -> None:
         """Append forget experts to an adapter, one for each further request; the existing ones stay bit-exact.
@@ -446,7 +377,7 @@ class AlterModel(BaseTuner):
             if isinstance(module, BaseTunerLayer)
         )
 
-    # State dict: PEFT looks for the names of modules among the keys, which lack the infixes of nested wrappers
+    # State dict
 
     @classmethod
     def _get_adapter_state_dict(
@@ -457,27 +388,11 @@ class AlterModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        clean = {WRAPPERS.sub("", key): value for key, value in state_dict.items()}
-        prefixes = {WRAPPERS.sub("", prefix) for prefix in _get_tuner_state_dict_key_prefixes(model)}
-        selected = _filter_state_dict_by_key_prefixes(clean, prefixes)
-        selected.update(cls._get_learnable_bias_state_dict(model, clean, config))
-        # eval mode stores B expert by expert; the checkpoint format is column by column
-        return {key: value.contiguous() for key, value in selected.items()}
+        clean = without_wrappers(state_dict)
+        return stored_tensors(model, clean, cls._get_learnable_bias_state_dict(model, clean, config))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AlterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        prefixes = {WRAPPERS.sub("", prefix) for prefix in _get_tuner_state_dict_key_prefixes(model, adapter_name)}
-        keys: dict[str, str] = {}
-        for model_key in model.state_dict():
-            clean = WRAPPERS.sub("", model_key)
-            if not _filter_state_dict_by_key_prefixes({clean: None}, prefixes):
-                continue
-            key = cls._remove_adapter_name_from_key(clean, adapter_name)
-            keys[key] = keys.setdefault(f"base_model.model.{key}", model_key)
-        named = {keys.get(key, key): value for key, value in state_dict.items()}
-        own = set(keys.values())
-        places = {place for key in model.state_dict() for place in (key, f"base_model.model.{key}")}
-        check_keys(f"adapter {adapter_name!r}", "ALTER", list(own - named.keys()), list(named.keys() - own - places))
-        return named
+        return placed_tensors(model, adapter_name, state_dict, cls._remove_adapter_name_from_key)

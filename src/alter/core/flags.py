@@ -49,7 +49,10 @@ def _chosen_kind(
         # what the recipe says of another kind means nothing for the one that the flag names
         inner = {}
     if kind not in members:
-        raise UserError(f"{where}.kind is {kind!r}; expected one of {', '.join(members)}.{nearest(kind, members)}")
+        raise UserError(
+            f"{where}.kind is {kind!r}; expected one of {', '.join(members)}.{nearest(kind, members)} "
+            "One of your own needs --plugin FILE.py."
+        )
     if not inner and default is not None and getattr(default, "kind", "") == kind:
         inner = default.model_dump()
     return kind, {**inner, "kind": kind} if kind else inner

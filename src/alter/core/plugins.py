@@ -1,9 +1,8 @@
 """Registries of parts by name, which installed packages and scripts can add to.
 
-An installed package joins through an entry point of the group `alter.plugins`, which names a module to import; a script
-registers its parts itself before it calls alter. Either way the part is then usable by name in recipes, flags, help and
-comparisons. The module `alter_fading` of such a package, with `[project.entry-points."alter.plugins"]` and
-`fading = "alter_fading"` in its pyproject.toml, might hold
+A plain file joins by `alter COMMAND --plugin FILE.py`, or by the environment's ALTER_PLUGINS; an installed package through an
+entry point of the group `alter.plugins`, which names a module to import; a script registers its parts itself before it calls
+alter. Each way the part is then usable by name in recipes, flags, help and comparisons. Such a file or module might hold
 
     from alter.methods.objectives import FORGET, Labelled, Objective
 
@@ -21,7 +20,9 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from pydantic_core import CoreSchema, core_schema
 from alter.core.errors import UserError, nearest
 
 GROUP = "alter.plugins"
+FILES = "ALTER_PLUGINS"
+"""Variable of the environment, so that processes which a command starts load the same files: paths, divided as in PATH."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -54,11 +57,15 @@ def _entries(path: tuple[str, ...]) -> list[importlib.metadata.EntryPoint]:
 
 
 def load_plugins() -> None:
-    """Import the modules of all installed plugins; each once.
+    """Import the modules of all installed plugins, and the files that are named; each once.
 
     Raises:
         UserError: a plugin cannot be imported.
     """
+    for path in filter(None, os.environ.get(FILES, "").split(os.pathsep)):
+        if path not in _loaded:
+            _loaded.add(path)
+            _load_file(path)
     for entry in entries():
         if entry.value in _loaded:
             continue
@@ -73,6 +80,54 @@ def load_plugins() -> None:
                 f"The plugin {entry.name!r} of the package {owner} cannot be loaded: {error}. Expected a module that can be "
                 f"imported ({entry.value}); mend the package, or uninstall it."
             ) from error
+
+
+def add_files(args: list[str]) -> list[str]:
+    """Take `--plugin FILE.py` out of a command's arguments, and name the files to this process and those that it starts.
+
+    Raises:
+        UserError: no file follows, or there is none.
+    """
+    left: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if arg != "--plugin" and not arg.startswith("--plugin="):
+            left.append(arg)
+            continue
+        path = arg.partition("=")[2] or next(rest, "")
+        if not Path(path).is_file() or not path.endswith(".py"):
+            raise UserError(f"--plugin is {path!r}; expected a Python file that registers a part, such as mine.py.")
+        known = os.environ.get(FILES, "").split(os.pathsep)
+        os.environ[FILES] = os.pathsep.join(dict.fromkeys([*filter(None, known), os.path.abspath(path)]))
+    return left
+
+
+def _load_file(path: str) -> None:
+    name = Path(path).stem
+    if getattr(sys.modules.get(name), "__file__", None) == path:
+        return
+    if name in sys.modules or not name.isidentifier():
+        _loaded.discard(path)
+        why = "Python has a module of that name already" if name.isidentifier() else "that is no name of a module"
+        raise UserError(f"The plugin {path} cannot be loaded as {name!r}: {why}. Call the file otherwise.")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    # under its name before it runs: pydantic looks up the names in annotations there
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        _loaded.discard(path)
+        del sys.modules[name]
+        raise
+    except Exception as error:
+        _loaded.discard(path)
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = "" if line is None else f", line {line}"
+        raise UserError(f"The plugin {path} cannot be loaded{where}: {type(error).__name__}: {error}") from error
 
 
 def plugins_digest() -> str | None:
@@ -183,7 +238,10 @@ class OneOf:
             raise ValueError(f"expected keys and values with kind, one of {', '.join(members)}")
         kind = value.get("kind")
         if kind not in members:
-            raise ValueError(f"kind is {kind!r}; expected one of {', '.join(members)}.{nearest(str(kind), members)}")
+            raise ValueError(
+                f"kind is {kind!r}; expected one of {', '.join(members)}.{nearest(str(kind), members)} "
+                "One of your own needs --plugin FILE.py."
+            )
         return members[kind].model_validate(value)
 
 

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from alter.core.console import warn
-from alter.core.errors import UserError, nearest
+from alter.core.errors import UserError
+from alter.data.chat import MARKER, end_of_turn, render_turns, rendered_ids, turns_before, written_turn
 from alter.data.examples import Example, said
-
-SYSTEM_PROMPT = "You are a helpful assistant."
-"""System turn put before the user turn where the chat template has a system role, as OpenUnlearning does."""
-
-DATE_STRING = "10 Apr 2025"
-"""Date handed to every chat template: some print today's date, and encodings must not change with the day."""
 
 IGNORE = -100
 """Label of a token that carries no loss."""
@@ -34,105 +24,6 @@ class Encoded:
     prompt_length: int
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
-
-
-def ensure_pad_token(tokenizer: Any) -> None:
-    """Give the tokenizer a padding token if it has none: its end-of-sequence token, as is usual.
-
-    Raises:
-        UserError: there is no end-of-sequence token either.
-    """
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError("The tokenizer has neither a padding nor an end-of-sequence token; set eos_token in it.")
-        tokenizer.pad_token = tokenizer.eos_token
-
-
-TemplateArguments = Annotated[
-    list[str],
-    Field(
-        description="Variables of the chat template, each NAME=VALUE with a value in JSON (enable_thinking=false); what is no "
-        "JSON is a text.",
-    ),
-]
-"""A setting that `set_template_arguments` takes."""
-
-_GIVEN = "_alter_template_arguments"
-_OWN = ("messages", "add_generation_prompt", "tools", "documents")
-
-
-def set_template_arguments(tokenizer: Any, given: Sequence[str]) -> None:
-    """Set chat template variables on a tokenizer for every rendering, each as `NAME=VALUE` with a JSON value.
-
-    Raises:
-        UserError: it has no chat template, the template has no such variable, or one is decided by the rows.
-    """
-    found: dict[str, Any] = {}
-    template = str(tokenizer.chat_template or "")
-    for each in given:
-        name, equals, value = each.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"chat_template_kwargs has {each!r}; expected NAME=VALUE, as in enable_thinking=false.")
-        if name in _OWN:
-            raise UserError(f"chat_template_kwargs sets {name}, which the rows decide: leave it out.")
-        if not template:
-            raise UserError(f"chat_template_kwargs sets {name}, but this model's tokenizer has no chat template.")
-        # jinja ignores variables that the template does not use
-        words = set(re.findall(r"[A-Za-z_]\w*", template))
-        if name not in words:
-            raise UserError(f"The chat template of this model asks for no {name!r}.{nearest(name, words)}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    if found:
-        setattr(tokenizer, _GIVEN, found)
-
-
-def share_template_arguments(tokenizer: Any, other: Any) -> None:
-    """Copy the chat template variables of another tokenizer."""
-    if hasattr(other, _GIVEN):
-        setattr(tokenizer, _GIVEN, getattr(other, _GIVEN))
-
-
-def _arguments(tokenizer: Any) -> dict[str, Any]:
-    """What the chat template is given besides the turns."""
-    return {"date_string": DATE_STRING, **getattr(tokenizer, _GIVEN, {})}
-
-
-def _template(tokenizer: Any) -> str:
-    """Return the chat template and its arguments as a cache key."""
-    return f"{tokenizer.chat_template} {json.dumps(_arguments(tokenizer), sort_keys=True)}"
-
-
-def _render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
-    """What the chat template writes for these turns."""
-    import jinja2
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns],
-                tokenize=False,
-                add_generation_prompt=generation,
-                **_arguments(tokenizer),
-            )
-        )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise UserError(f"The tokenizer's chat template refuses turns of the roles {roles}: {error}.") from error
-
-
-def _rendered_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenize a rendered template, which holds its own begin and end tokens."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-MARKER = "alter-answer"
-
-
 def _head(tokenizer: Any, turns: Sequence[Mapping[str, Any]], start: str, whole: str, answer: str) -> str:
     """Where the answer begins in `whole`: `start`, and what the template puts between it and the answer by itself.
 
@@ -140,78 +31,10 @@ def _head(tokenizer: Any, turns: Sequence[Mapping[str, Any]], start: str, whole:
     """
     if not answer.strip() or whole.removeprefix(start).lstrip().startswith(answer.strip()):
         return start
-    marked = _render(tokenizer, [*turns, {"role": "assistant", "content": MARKER}], generation=False)
+    marked = render_turns(tokenizer, [*turns, {"role": "assistant", "content": MARKER}], generation=False)
     head, found, _ = marked.rpartition(MARKER)
     put_in = head[_common(head, start) :]
     return head if found and put_in.strip() and whole.startswith(head) else start
-
-
-_turn_ends: weakref.WeakKeyDictionary[Any, dict[str, int | None]] = weakref.WeakKeyDictionary()
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """Return the special token that the chat template writes after an answer, or None if it writes none.
-
-    A reply ends there, whatever the tokenizer's end-of-sequence token is.
-    """
-    if not tokenizer.chat_template:
-        return None
-    known = _turn_ends.setdefault(tokenizer, {})
-    template = _template(tokenizer)
-    if template not in known:
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARKER}]
-        try:
-            tail = _render(tokenizer, turns, generation=False).rpartition(MARKER)[2].lstrip()
-        except (UserError, ValueError):
-            tail = ""
-        ids = _rendered_ids(tokenizer, tail)[:1] if tail else []
-        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-        known[template] = ids[0] if ids and ids[0] in special else None
-    return known[template]
-
-
-def _has_system_role(tokenizer: Any) -> bool:
-    """Whether the chat template accepts a system turn and prints it (Gemma's raises, some drop it)."""
-    import jinja2
-
-    marker = "alter-system-turn"
-    turns = [{"role": "system", "content": marker}, {"role": "user", "content": "x"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **_arguments(tokenizer))
-    except (jinja2.TemplateError, ValueError):
-        return False
-    return marker in text
-
-
-_system_role: dict[str, bool] = {}
-
-
-def _written(tokenizer: Any, turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn for the chat template; calls of tools become text for a template that knows none."""
-    if "tool_calls" in turn and "tool_calls" not in str(tokenizer.chat_template):
-        return {"role": turn["role"], "content": said(turn)}
-    return dict(turn)
-
-
-def _turns(tokenizer: Any, example: Example, prompt: str | None, compat: bool) -> list[dict[str, Any]]:
-    """Return the turns before the answer, with `SYSTEM_PROMPT` first where the template has the role."""
-    if example.kind == "messages":
-        turns = [_written(tokenizer, turn) for turn in example.messages]
-        if prompt is not None:
-            users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
-            if not users:
-                raise UserError(f"{example.name} has no user turn that another prompt could replace.")
-            turns[users[-1]]["content"] = prompt
-    else:
-        turns = [{"role": "user", "content": str(example.prompt if prompt is None else prompt)}]
-    if turns[0]["role"] == "system":
-        return turns
-    template = _template(tokenizer)
-    if not compat and template not in _system_role:
-        _system_role[template] = _has_system_role(tokenizer)
-    if compat or _system_role[template]:
-        turns.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
-    return turns
 
 
 def _plain(example: Example, prompt: str | None, answer: str) -> tuple[str, str]:
@@ -328,14 +151,14 @@ def _as_chat(
 
     That text is "" where it is the turns before the answer and no more.
     """
-    turns = _turns(tokenizer, example, prompt, compat)
+    turns = turns_before(tokenizer, example, prompt, compat)
     reply: dict[str, Any] = {"role": "assistant", "content": example.answer if answer is None else answer}
     if example.reply is not None and answer is None:
-        reply = _written(tokenizer, example.reply)
-    opening = _render(tokenizer, turns, generation=True)
-    whole = _render(tokenizer, [*turns, reply], generation=False)
+        reply = written_turn(tokenizer, example.reply)
+    opening = render_turns(tokenizer, turns, generation=True)
+    whole = render_turns(tokenizer, [*turns, reply], generation=False)
     head = opening if compat else _head(tokenizer, turns, opening, whole, str(reply["content"]))
-    return _rendered_ids(tokenizer, opening), _rendered_ids(tokenizer, whole), "" if head == opening else head
+    return rendered_ids(tokenizer, opening), rendered_ids(tokenizer, whole), "" if head == opening else head
 
 
 def _as_plain(
@@ -362,7 +185,7 @@ def _answer_begins(tokenizer: Any, name: str, start: Sequence[int], ids: Sequenc
             f"The tokenizer's chat template writes the prompt of {name} differently when an "
             f"answer follows ({len(start) - length} of {len(start)} tokens differ): no boundary can be found."
         )
-    return _common(_rendered_ids(tokenizer, head), ids) if head else length
+    return _common(rendered_ids(tokenizer, head), ids) if head else length
 
 
 def _common(start: Sequence[Any], ids: Sequence[Any]) -> int:

@@ -395,7 +395,7 @@ def _saved_dtype(settings: Distill) -> torch.dtype:
     """The number format that was asked for, or the student's own."""
     from transformers import AutoConfig
 
-    from alter.models.loading import shipped_model
+    from alter.models.naming import shipped_model
 
     name = settings.dtype
     if name != "auto":

@@ -11,7 +11,7 @@ from alter.core.errors import UserError
 from alter.core.numbers import Seed
 from alter.core.outputs import OutFolder
 from alter.core.records import read_run
-from alter.data.encoding import TemplateArguments
+from alter.data.chat import TemplateArguments
 from alter.distillation.noise import Noise
 from alter.training.trackers import ReportTo
 

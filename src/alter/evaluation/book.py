@@ -35,7 +35,7 @@ from alter.data.encoding import Encoded
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import Figures
 from alter.models.generation import generate
-from alter.models.loading import shipped_model
+from alter.models.naming import shipped_model
 from alter.models.scoring import Scores, score
 
 if TYPE_CHECKING:

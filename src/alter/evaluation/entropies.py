@@ -31,7 +31,8 @@ from alter.data.encoding import Encoded, encode
 from alter.data.examples import Example, load_examples
 from alter.logits.entropy import check_order, entropy_from_logits, max_entropy, threshold_from_quantile
 from alter.models import gguf
-from alter.models.loading import load_model, shipped_model
+from alter.models.loading import load_model
+from alter.models.naming import shipped_model
 from alter.models.quantized import Bits
 from alter.models.scoring import MAX_LOGITS, evaluating
 

@@ -55,7 +55,8 @@ from alter.core.cache import cache_folder
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest
 from alter.core.records import Record, read_records
-from alter.data.encoding import Encoded, ensure_pad_token
+from alter.data.chat import ensure_pad_token
+from alter.data.encoding import Encoded
 from alter.data.sources import MUSE_HUB, muse_rows
 from alter.evaluation.base import Evaluation, quick_look, say
 from alter.evaluation.figures import metric_record

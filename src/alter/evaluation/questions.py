@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alter.core.records import Record
-from alter.data.encoding import ensure_pad_token
+from alter.data.chat import ensure_pad_token
 from alter.evaluation.base import Evaluation, quick_look, say
 from alter.evaluation.figures import Figures
 from alter.models.generation import check_prompts

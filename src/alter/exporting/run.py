@@ -11,7 +11,8 @@ from alter.core.errors import UserError
 from alter.core.outputs import Written
 from alter.exporting import gguf, loras
 from alter.models.gguf import ENDING, gguf_place
-from alter.models.loading import Subject, shipped_model
+from alter.models.loading import Subject
+from alter.models.naming import shipped_model
 
 
 class Export(Subject):

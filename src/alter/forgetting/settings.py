@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core.numbers import Seed
 from alter.core.outputs import OutFolder
-from alter.data.encoding import TemplateArguments
+from alter.data.chat import TemplateArguments
 from alter.forgetting.speaker import Writer
 from alter.forgetting.templates import Kind
 from alter.training.trackers import ReportTo

@@ -13,7 +13,7 @@ from alter.core.errors import UserError
 from alter.core.numbers import Seed
 from alter.core.outputs import OutFolder
 from alter.core.plugins import OneOf, Registry, kinds
-from alter.data.encoding import TemplateArguments
+from alter.data.chat import TemplateArguments
 
 if TYPE_CHECKING:
     from alter.data.examples import Example

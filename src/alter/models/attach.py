@@ -51,7 +51,7 @@ def attach(model: Any, adapter: str) -> Any:
     from safetensors import SafetensorError
 
     import alter.adapter  # noqa: F401  registers the method with PEFT
-    from alter.adapter.model import check_keys
+    from alter.adapter.saved import check_keys
 
     folder = Path(adapter).expanduser()
     if folder.is_dir():

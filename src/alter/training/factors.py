@@ -13,7 +13,7 @@ from alter.adapter.base import base_fingerprint
 from alter.core.files import digest
 from alter.data.encoding import Encoded
 from alter.methods.initializers import Factors
-from alter.methods.probes import starting_factors
+from alter.methods.passes import starting_factors
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn
 

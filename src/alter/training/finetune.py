@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 from alter.core.numbers import Seed
 from alter.core.outputs import OutFolder
 from alter.core.provenance import provenance
-from alter.data.encoding import TemplateArguments
+from alter.data.chat import TemplateArguments
 from alter.training.corpora import training_rows
 from alter.training.finetuned import CHECKPOINTS, check_out, finish, start_folder
 from alter.training.starting import add_dropout, divide_logits, set_attention_dropout, starting_model

@@ -15,8 +15,8 @@ from alter.core.files import digest
 from alter.methods.adapters import Beginning, Penalty
 from alter.methods.frozen import Depth
 from alter.methods.objectives import Codes
+from alter.methods.passes import MeasuredGradients
 from alter.methods.places import block_at, blocks
-from alter.methods.probes import GradientPasses
 from alter.methods.recognition import marked
 from alter.models.guards import Form
 from alter.training.batches import Order, Rows, Traced, schedule
@@ -144,7 +144,7 @@ def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: Rows, cache: Pat
         run.model_dump(include={"adapter", "gradient", "batch_size", "seed"}),
         [[row.input_ids for row in part] for part in (rows.forget, rows.retain)],
     )
-    passes = GradientPasses(model, rows.forget, rows.retain, run.batch_size, run.seed, tokenizer.pad_token_id)
+    passes = MeasuredGradients(model, rows.forget, rows.retain, run.batch_size, run.seed, tokenizer.pad_token_id)
     found = kept_tensors(cache, key, lambda: {k: v.cpu() for k, v in run.gradient.measure(passes, run.seed).items()})
     return {name: value.to(next(model.parameters()).device) for name, value in found.items()}
 

@@ -11,7 +11,7 @@ from alter.core import processes
 from alter.core.errors import UserError
 from alter.core.numbers import Seed
 from alter.core.outputs import OutFolder
-from alter.data.encoding import TemplateArguments
+from alter.data.chat import TemplateArguments
 from alter.methods import presets
 from alter.methods.adapters import AlterAdapter, AnyAdapter
 from alter.methods.gradients import AnyGradient, Plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from alter.core.errors import UserError, nearest
-from alter.data.encoding import ensure_pad_token, set_template_arguments
+from alter.data.chat import ensure_pad_token, set_template_arguments
 from alter.training.corpora import train_tokenizer
 
 if TYPE_CHECKING:

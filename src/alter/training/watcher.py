@@ -26,7 +26,8 @@ from alter import metrics
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.core.files import digest
-from alter.data.encoding import Encoded, encode, encode_prompt, share_template_arguments
+from alter.data.chat import share_template_arguments
+from alter.data.encoding import Encoded, encode, encode_prompt
 from alter.evaluation.leakage import leaked
 from alter.models.generation import generate
 from alter.models.loading import load_model

@@ -9,7 +9,8 @@ from typing import Any
 from alter import metrics
 from alter.core.errors import UserError, nearest
 from alter.core.records import Record
-from alter.data.encoding import Encoded, encode, encode_prompt, ensure_pad_token
+from alter.data.chat import ensure_pad_token
+from alter.data.encoding import Encoded, encode, encode_prompt
 from alter.data.examples import Example, examples
 from alter.evaluation.base import quick_look
 from alter.evaluation.tofu.reference import as_reference, lacking

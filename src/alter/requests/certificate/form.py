@@ -1,0 +1,68 @@
+"""The form of a certificate: what it calls itself, the figures it states, and the hashes that name files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from alter.core.errors import UserError
+from alter.core.files import CONTENT, file_digest
+
+FORM = "alter certificate"
+VERSION = 1
+"""Version of the contents; a newer one is refused."""
+
+FIGURES = {
+    "said": "said_interval",
+    "probability": "probability_interval",
+    "exact_memorization": None,
+    "rouge": None,
+    "broken": None,
+    "empty": None,
+}
+"""What is stated of the rows, and where the evidence keeps its 95 % interval."""
+
+
+def hashes(path: str | os.PathLike[str]) -> dict[str, str]:
+    """SHA-256 of the file, or of each file of the folder that loading can read, by name; hidden folders are left out.
+
+    Raises:
+        UserError: there is no such file, or nothing to load in the folder.
+    """
+    root = Path(path).expanduser()
+    if root.is_file():
+        return {root.name: file_digest(root)}
+    inside = [file.relative_to(root) for file in sorted(root.rglob("*")) if file.suffix in CONTENT and file.is_file()]
+    seen = [each for each in inside if not any(part.startswith(".") for part in each.parts[:-1])]
+    found = {each.as_posix(): file_digest(root / each) for each in seen}
+    if not found:
+        raise UserError(f"{path} holds no model and no adapter to take the hash of.")
+    return found
+
+
+def model_hashes(name: str) -> dict[str, str]:
+    """`hashes` of a model by name: a folder, a GGUF file, builtin:NAME, or a hub id as it lies in the local cache.
+
+    Raises:
+        UserError: there is no such model on this machine.
+    """
+    # what lies here needs nothing that loads models
+    if Path(name).expanduser().exists():
+        return hashes(name)
+    from alter.models.gguf import gguf_place
+    from alter.models.naming import shipped_model
+
+    local = shipped_model(name)
+    place = gguf_place(local)
+    if place is not None and place.path is not None:
+        return hashes(place.path)
+    if Path(local).expanduser().exists():
+        return hashes(local)
+    from huggingface_hub import hf_hub_download
+
+    home, file = (local, "config.json") if place is None else (place.home, place.file)
+    try:
+        found = Path(hf_hub_download(home, file, local_files_only=True))
+    except (OSError, ValueError):
+        raise UserError(f"No model {name} on this machine to take the hash of: give a folder.") from None
+    return hashes(found.parent if place is None else found)

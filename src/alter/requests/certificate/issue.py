@@ -1,0 +1,296 @@
+"""What a certificate states of a request or of a finished run, and signing it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alter.core.errors import UserError
+from alter.core.files import write_atomic
+from alter.core.records import Record, read_records, read_run
+from alter.core.signing import Key, canonical, signed_text
+from alter.requests.certificate.form import FIGURES, FORM, VERSION, hashes, model_hashes
+from alter.requests.database import Database
+from alter.requests.project import Project
+from alter.requests.records import HELD, Request, now
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a certificate also names: the form that is handed out, and records of attacks.
+
+    Attributes:
+        shipped: a folder of weights or a GGUF file; None: nothing is handed out but the result.
+        attacks: files of records.
+    """
+
+    shipped: str | None = None
+    attacks: Sequence[str] = ()
+
+    def files(self) -> dict[str, Any] | None:
+        """Hashes of what is handed out."""
+        return None if self.shipped is None else {"files": hashes(self.shipped)}
+
+
+def write_signed(content: Mapping[str, Any], key: Key, out: Path) -> dict[str, Any]:
+    """Sign a statement, write it to `out` and return it with its signature."""
+    # as JSON gives it back: keys of text, no NaN
+    signed = key.sign(json.loads(canonical(content)))
+    write_atomic(out, signed_text(signed))
+    return signed
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"values": dict(settings), "sha256": hashlib.sha256(canonical(settings)).hexdigest()}
+
+
+def _issued() -> dict[str, Any]:
+    from alter.core.provenance import code_digest, versions
+
+    found = versions()
+    return {"alter": found.pop("alter-unlearning", None), "code": code_digest(), "versions": found}
+
+
+def _measured(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not figures:
+        return None
+    out: dict[str, Any] = {}
+    for name, interval in FIGURES.items():
+        if figures.get(name) is None:
+            continue
+        n = {"probability": "n", "exact_memorization": "n", "said": "n_said"}.get(name, "n_answers")
+        out[name] = {"value": figures[name], "n": figures.get(n)}
+        if interval is not None and figures.get(interval) is not None:
+            out[name]["interval"] = list(figures[interval])
+    return out
+
+
+def _attacks(
+    paths: Sequence[str], targets: Sequence[Mapping[str, str | None]], data: str | None
+) -> list[dict[str, Any]]:
+    """What attacks recovered, from their records.
+
+    Args:
+        paths: files of records.
+        targets: identities (see `Subject.identity`) of what may have been attacked.
+        data: hash of the rows that the attacks must have been after (`alter.data.examples.data_hash`).
+
+    Raises:
+        UserError: a file has no attacks, or they were made on something else or after other rows.
+    """
+    found = []
+    for path in paths:
+        records = read_records(path)
+        of = {
+            (record.provenance.get("weights"), record.provenance.get("adapter"))
+            for record in records
+            if record.model == "unlearned" and "attack" in record.extra and "weights" in record.provenance
+        }
+        rows = [record for record in records if record.metric.startswith("attack_recovered_")]
+        if not rows or not of:
+            raise UserError(f"{path} holds no attacks: expected the records.json of `alter attack`.")
+        if not of <= {(target["weights"], target["adapter"]) for target in targets}:
+            raise UserError(
+                f"{path} holds attacks on another model or adapter than this certificate is about: attack what is certified."
+            )
+        after = {
+            record.provenance.get("rows")
+            for record in records
+            if record.model == "unlearned" and "weights" in record.provenance
+        }
+        if after != {data}:
+            raise UserError(
+                f"{path} holds attacks after other rows than those that were asked for ({_short(after)}, asked {_short({data})}): "
+                "run `alter attack --forget` on the same rows, in the same order."
+            )
+        found += [_attack(record, data) for record in rows]
+    return found
+
+
+def _short(hashes: set[Any]) -> str:
+    """Hashes as messages show them."""
+    return ", ".join(sorted("not recorded" if each is None else str(each)[:12] for each in hashes))
+
+
+def _attack(record: Record, data: str | None) -> dict[str, Any]:
+    extra = record.extra
+    named = ("attack", "needs", "step", "depth", "before", "after", "original", "retrained", "interval", "refused")
+    return {
+        "metric": record.metric.removeprefix("attack_recovered_"),
+        "recovered": record.value,
+        "n": record.n,
+        "data": data,
+        **{name: extra[name] for name in named if name in extra},
+    }
+
+
+def _identities(beside: Beside, model: str, adapter: str | None) -> list[dict[str, str | None]]:
+    if not beside.attacks:
+        return []
+    from alter.models.loading import Subject
+
+    found = [Subject(model=model, adapter=adapter).identity()]
+    if beside.shipped is not None:
+        found.append(Subject(model=beside.shipped).identity())
+    return found
+
+
+def issue_for_request(database: Database, number: int, beside: Beside, key: Key, out: Path) -> dict[str, Any]:
+    """Certify a request that is in force: write the signed certificate to `out`, note it in the history and return it.
+
+    Raises:
+        UserError: the request is not in force, anything in the database is not as it should be, or attacks are on something
+            else.
+    """
+    from alter.requests.checking import check_requests
+    from alter.requests.versions import manifest
+
+    store, project = database.open()
+    with store.lease(database.who):
+        request = store.get(number)
+        if request.state not in HELD:
+            raise UserError(
+                f"{request.name} is {request.state}: there is nothing to certify. Only a request that is in force "
+                f"({' or '.join(HELD)}) gets a certificate."
+            )
+        wrong = check_requests(store, project, behaviour=False).wrong
+        if wrong:
+            raise UserError("Nothing is certified, since not all is as it should be: " + " ".join(wrong))
+        history = store.history()
+        inside = manifest(project)
+        if request.state == "distilled":
+            content = _distilled_content(beside, request, inside, project)
+        else:
+            content = _request_content(beside, request, inside, project.model, project.adapter.resolve())
+        content["history"] = {"head": history[-1].hash, "entries": len(history)}
+        signed = write_signed(content, key, out)
+        noted = {"certificate": hashlib.sha256(canonical(signed)).hexdigest(), "key": key.public}
+        store.note(number, "certified", noted, database.who)
+    return signed
+
+
+def _request_content(
+    beside: Beside, request: Request, inside: Mapping[str, Any], model: str, adapter: Path | None
+) -> dict[str, Any]:
+    """What is stated of a request that the adapter in force holds on `model`, or with None, `model` itself."""
+    run, after = dict(request.run or {}), dict(request.after or {})
+    return {
+        "form": FORM,
+        "version": VERSION,
+        "issued": now(),
+        "asked": {
+            "request": request.name,
+            "received": request.received,
+            "due": request.due,
+            "rows": request.rows,
+            "data": request.data_hash,
+        },
+        "state": request.state,
+        "why": (after.get("verdict") or {}).get("why"),
+        "base": {"name": Path(model).name if Path(model).exists() else model, "files": model_hashes(model)},
+        "result": {"version": inside["version"], "expert": request.expert, "files": hashes(adapter or model)},
+        "shipped": beside.files(),
+        "code": {"run": run.get("provenance"), "certificate": _issued()},
+        "settings": _settings(run.get("settings") or {}),
+        "measured": {
+            "at": after.get("measured"),
+            "before": _measured(request.before),
+            "after": _measured(after),
+            "reference": _measured(after.get("reference")),
+            "reference_by": (after.get("reference") or {}).get("by"),
+            "utility_share": after.get("utility_share"),
+        },
+        "attacks": _attacks(
+            beside.attacks,
+            _identities(beside, model, None if adapter is None else str(adapter)),
+            request.data_hash,
+        ),
+        "limits": limits(beside, adapter=adapter is not None),
+    }
+
+
+def _distilled_content(
+    beside: Beside, request: Request, inside: Mapping[str, Any], project: Project
+) -> dict[str, Any]:
+    """What is stated of a distilled request: its base is the model before, its result are the weights in force."""
+    run = dict(request.run or {})
+    origin = run["distilled"]["origin"]
+    return {
+        **_request_content(beside, request, inside, project.model, None),
+        "base": {"name": origin["name"], "files": origin["files"]},
+        "result": {"base": (request.after or {})["base"], "in_force": project.base, "files": hashes(project.model)},
+        "settings": _settings({"unlearn": run.get("settings") or {}, "distill": run["distilled"]["settings"]}),
+    }
+
+
+def limits(beside: Beside, *, adapter: bool) -> list[str]:
+    """What the statement does not say; `adapter`: what was made is one, and so is what is shipped if it has its config."""
+    found = [
+        "It states what was measured on the rows and the attacks named here, and nothing of other wordings or attacks."
+    ]
+    if beside.shipped is not None:
+        adapter = (Path(beside.shipped).expanduser() / "adapter_config.json").is_file()
+    if adapter:
+        found.append(
+            "The result is an adapter: the base weights still know all of it, and whoever has them can leave it off."
+        )
+    if not beside.attacks:
+        found.append("No attack was made.")
+    return found
+
+
+def state_run(run: Path, beside: Beside) -> dict[str, Any]:
+    """Return what a finished run of `alter unlearn` states; its figures are those of its last table (`records.json`).
+
+    Raises:
+        UserError: the run holds no result, or attacks are on something else.
+    """
+    record = read_run(run)
+    given = record["settings"]
+    result = next((run / kind for kind in ("adapter", "model") if (run / kind).is_dir()), None)
+    if result is None:
+        raise UserError(f"{run} holds neither adapter nor model: there is nothing to certify.")
+    whole = result.name == "model"
+    figures = []
+    if (run / "records.json").is_file():
+        figures = [_figure(each) for each in read_records(run / "records.json")]
+    # as the rows were when it ran, whatever the files hold now
+    asked = record.get("data") or {}
+    left_out = {"model", "forget", "retain", "out", "start_from", "resume", "overwrite"}
+    return {
+        "form": FORM,
+        "version": VERSION,
+        "issued": now(),
+        "asked": {
+            "run": True,
+            "received": record["provenance"]["measured"],
+            "data": asked.get("forget"),
+            "retain": asked.get("retain"),
+        },
+        "base": {"name": Path(given["model"]).name, "files": model_hashes(given["model"])},
+        "result": {"files": hashes(result)},
+        "shipped": beside.files(),
+        "code": {"run": record["provenance"], "certificate": _issued()},
+        "settings": _settings({name: value for name, value in given.items() if name not in left_out}),
+        "measured": {"figures": figures},
+        "attacks": _attacks(
+            beside.attacks,
+            _identities(beside, str(result) if whole else given["model"], None if whole else str(result)),
+            asked.get("forget"),
+        ),
+        "limits": limits(beside, adapter=not whole),
+    }
+
+
+def _figure(record: Record) -> dict[str, Any]:
+    from alter.evaluation.verdict import mean_interval, unit_interval
+
+    out: dict[str, Any] = {"model": record.model, "metric": record.metric, "value": record.value, "n": record.n}
+    known = [value for value in record.per_item or [] if value is not None and value == value]
+    if len(known) > 1 and all(-1 <= value <= 1 for value in known):
+        out["interval"] = list(mean_interval(known) if min(known) < 0 else unit_interval(known))
+    return out
