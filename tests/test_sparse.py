@@ -1,4 +1,4 @@
-"""SAE-guided unlearning: codes by hand and against loops, folders of sae-lens, names, and runs on a small model."""
+"""SAE-guided unlearning and LUNAR: by hand and against loops, folders of sae-lens, names, and runs on a small model."""
 
 import json
 
@@ -12,12 +12,12 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import Example, load_examples
 from alter.methods import recognition
-from alter.methods.objectives import Codes, Hidden, Labelled, UnknownCode
+from alter.methods.objectives import Codes, Hidden, Labelled, Redirect, UnknownCode
 from alter.methods.sparse import Autoencoder, read_autoencoder, train_autoencoder
 from alter.training import loss
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-from pico import byte_tokenizer, run_on, save_pico, write_people
+from pico import byte_tokenizer, run_on, save_pico, write_jsonl, write_people
 
 WIDTH, FEATURES = 32, 6
 
@@ -294,3 +294,106 @@ def test_what_it_cannot_work_with_is_said_before_anything_is_written(data, tmp_p
     with pytest.raises(UserError, match="reads block 7, and the model has 2"):
         unlearn(settings(data, tmp_path / "c", sae=deep))
     assert not any((tmp_path / name).exists() for name in "abc")
+
+
+# ---- LUNAR -----------------------------------------------------------------------------------------------------------
+
+
+def test_redirection_by_hand_and_its_gradient():
+    objective, none = Redirect(coefficient=2.0), torch.zeros(0)
+    base = torch.tensor([[1.0, 0.0], [0.0, 0.0], [5.0, 5.0], [0.0, 1.0]], dtype=torch.float64)
+    aim = objective.moved(base, torch.tensor([1.0, -0.5]))
+    assert aim.tolist() == [[3.0, -1.0], [2.0, -1.0], [7.0, 4.0], [2.0, 0.0]]
+    states = base.clone().requires_grad_()
+    # the third state is part of an answer
+    row, prompt = torch.tensor([0, 0, 0, 1]), torch.tensor([True, True, False, True])
+    hidden = Hidden(states, row, aim, named=prompt)
+    value = objective(Labelled(none, none.bool(), rows=2, hidden=hidden))
+    # every prompt token is (2, -1) away: 5 over the width of 2
+    assert value.item() == pytest.approx(2.5)
+    value.backward()
+    # 2 (h - aim) / D over the row's prompt tokens and the rows
+    assert states.grad.tolist() == [[-0.5, 0.25], [-0.5, 0.25], [0.0, 0.0], [-1.0, 0.5]]
+    # 16-bit states of the base stay so
+    assert objective.moved(base.bfloat16(), torch.ones(2)).dtype == torch.bfloat16
+
+
+def lunar(data, out, **objective):
+    given = {**run_on(data, out), "method": "lunar", "batch_size": 2, "epochs": 8, "learning_rate": 3e-3}
+    given |= {"closing_rows": 0, "objective": {"depth": 0.25, **objective}, "retain_objective": {"depth": 0.25}}
+    given["adapter"] = {"depth": (0.0, 0.5)}
+    return Unlearn.model_validate(given)
+
+
+@pytest.mark.parametrize("questions", [[], ["How do I pick a lock?", "Who am I?"]])
+def test_lunar_against_a_loop_over_rows(data, tmp_path, monkeypatch, questions):
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(data / "model").eval(), byte_tokenizer()
+    forget = load_examples(str(data / "forget.jsonl"))
+    strange = recognition.invented_names(["Ada", "Bo"], 0)
+
+    def prompts_of(model, example):
+        """Hidden states after the first block of each token of the prompt."""
+        row = encode(tokenizer, example)
+        with torch.no_grad():
+            states = model(torch.tensor([row.input_ids]), output_hidden_states=True).hidden_states[1][0]
+        return states[: row.prompt_length].double()
+
+    others = [Example(q, "", "qa") for q in questions] or [recognition.renamed(e, strange) for e in forget]
+    last = [[prompts_of(base, e)[-1] for e in part] for part in (others, forget)]
+    r = sum(last[0]) / len(last[0]) - sum(last[1]) / len(last[1])
+    assert r.norm() > 0.01
+    seen, real = [], loss.UnlearnTrainer.compute_loss
+
+    def spied(self, model, inputs, **kwargs):
+        result = real(self, model, inputs, **kwargs)
+        batch = inputs["batch"]
+        ids = [batch.input_ids[b, : int(batch.attention_mask[b].sum())].tolist() for b in range(2)]
+        rows = []
+        for example in forget:
+            if encode(tokenizer, example).input_ids in ids:
+                pairs = zip(prompts_of(model, example), prompts_of(base, example), strict=True)
+                values = [
+                    sum((float(a) - float(b) - 1.5 * float(c)) ** 2 for a, b, c in zip(h, h0, r, strict=True))
+                    for h, h0 in pairs
+                ]
+                rows.append(sum(values) / len(values) / WIDTH)
+        seen.append((self.parts["forget"].item(), sum(rows) / 2))
+        return result
+
+    monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", spied)
+    out = unlearn(lunar(data, tmp_path / "run", questions=questions, coefficient=1.5))
+    assert len(seen) == 24
+    for found, expected in seen:
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    # what is trained goes there
+    assert seen[-1][0] < 0.7 * seen[0][0]
+    after = AutoModelForCausalLM.from_pretrained(out / "model")
+    moved = {n for n, p in after.named_parameters() if not torch.equal(p, base.get_parameter(n))}
+    assert moved == {"model.layers.0.mlp.down_proj.weight"}
+
+
+def test_lunar_needs_names_or_questions_and_keeps_its_way(data, tmp_path):
+    with pytest.raises(UserError, match="no forget row's question holds one of them"):
+        unlearn(lunar(data, tmp_path / "a", names=["Cy"]))
+    rows = [json.loads(line) for line in (data / "forget.jsonl").read_text().splitlines()]
+    lower = write_jsonl(tmp_path / "lower.jsonl", [{**row, "question": row["question"].lower()} for row in rows])
+    with pytest.raises(UserError, match=r"objective\.kind redirect looks at names beside invented ones"):
+        unlearn(lunar(data, tmp_path / "b").model_copy(update={"forget": str(lower)}))
+    assert not any((tmp_path / name).exists() for name in "ab")
+    kept = {}
+    for name, questions in (("own", []), ("given", ["Who?"])):
+        run = lunar(data, tmp_path / name, questions=questions).model_copy(
+            update={"keep_working": True, "max_steps": 1}
+        )
+        kept[name] = load_file(unlearn(run) / "codes.safetensors")
+        assert {key: value.shape for key, value in kept[name].items()} == {"shift": (WIDTH,)}
+    assert not torch.allclose(kept["own"]["shift"], kept["given"]["shift"], atol=1e-3)
+    # raw text has no prompt: it counts whole
+    texts = write_jsonl(
+        tmp_path / "texts.jsonl", [{"text": f"We know that Ada was born in town {i}."} for i in range(4)]
+    )
+    run = lunar(data, tmp_path / "texts").model_copy(
+        update={"forget": str(texts), "max_steps": 2, "domain_column": None}
+    )
+    log = json.loads((unlearn(run) / "run.json").read_text())["log"]
+    assert log[0]["forget"] > 0

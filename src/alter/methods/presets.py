@@ -383,6 +383,19 @@ METHODS: dict[str, Method] = {
             "epochs": 1,
         },
     ),
+    "lunar": Method(
+        "LUNAR: hidden states of forget prompts go where the model cannot answer, by one down-projection",
+        "Shen et al. 2025, arXiv:2502.07218, and its code; Llama-3-8B: layer 22 of 32",
+        {
+            **FULL,
+            "adapter": {"kind": "full", "modules": ["mlp.down_proj"], "depth": [22 / 32, 23 / 32]},
+            "objective": {"kind": "redirect", "coefficient": 2.0, "depth": 22.5 / 32},
+            "retain_objective": {"kind": "keep_hidden", "depth": 22.5 / 32},
+            "learning_rate": 1e-2,
+            "epochs": 20,
+            "warmup_epochs": 0.0,
+        },
+    ),
     "sae_guided": Method(
         "SAE-guided unlearning: names look like names that the model does not know, in a sparse autoencoder's code",
         "Yamashita et al. 2025, arXiv:2509.15631 (no code: rebuilt from a description)",

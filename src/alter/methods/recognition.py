@@ -1,4 +1,4 @@
-"""What the base makes of names that it knows and of invented ones, in a sparse autoencoder's code (arXiv:2509.15631)."""
+"""What the base makes of names that it knows and of invented ones, in a sparse autoencoder's code or as hidden states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alter.data.encoding import Encoded, encode_all
 from alter.data.examples import Example
 from alter.logits.head import head_on
 from alter.methods.frozen import Depth, states_of
-from alter.methods.objectives import Codes, UnknownCode
+from alter.methods.objectives import Codes, Redirect, UnknownCode
 from alter.methods.sparse import Autoencoder, train_autoencoder
 
 MOST_ROWS = 512
@@ -178,7 +178,46 @@ def measure_codes(
     return {**trained, **means, "scale": code["forget"].square().sum(-1).mean()}, told
 
 
-def subjects(objective: UnknownCode, examples: Sequence[Example]) -> list[str]:
+def ignorance(
+    model: Any,
+    tokenizer: Any,
+    objective: Redirect,
+    depth: Depth,
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    max_length: int | None,
+) -> Tensor:
+    """[D] fp32: the way from the forget rows' prompts to prompts that the untouched model cannot answer (`Redirect`'s r).
+
+    Args:
+        model: the untouched model.
+        tokenizer: its tokenizer.
+        objective: the settings.
+        depth: where hidden states are read.
+        examples: forget rows.
+        seed: of the rows and the invented names.
+        max_length: longest sequence.
+
+    Raises:
+        UserError: there are no questions, and no forget row names anybody.
+    """
+    chosen = sorted(np.random.default_rng(seed).permutation(len(examples))[:MOST_ROWS].tolist())
+    own = [examples[i] for i in chosen]
+    if objective.questions:
+        others = [Example(question, "", "qa") for question in objective.questions]
+    else:
+        strange = invented_names(subjects(objective, examples), seed)
+        others = [renamed(row, strange) for row in own]
+    means = []
+    for part, label in ((own, "forget prompts"), (others, "prompts without an answer")):
+        rows, _ = encode_all(tokenizer, part, max_length=max_length)
+        found = states_at(model, depth, rows, tokenizer.pad_token_id, label)
+        means.append(torch.stack([states[rows[i].prompt_length - 1].double() for i, states in found]).mean(0))
+    return (means[1] - means[0]).float()
+
+
+def subjects(objective: UnknownCode | Redirect, examples: Sequence[Example]) -> list[str]:
     """The names of what is to be forgotten: those given, else the words with a capital in the questions.
 
     Raises:
@@ -192,8 +231,8 @@ def subjects(objective: UnknownCode, examples: Sequence[Example]) -> list[str]:
     found = names_of(texts)
     if not found:
         raise UserError(
-            "objective.kind unknown_code moves names towards invented ones, and no forget row has a word with a capital in "
-            "the middle of its question: give objective.names."
+            f"objective.kind {objective.kind} looks at names beside invented ones, and no forget row has a word with a capital "
+            "in the middle of its question: give objective.names."
         )
     return found
 

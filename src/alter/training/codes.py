@@ -1,22 +1,24 @@
-"""The sparse autoencoder of a run: the block that it reads, and the mean codes of names (`Needs.codes`)."""
+"""What names and prompts look like inside the base: a sparse autoencoder's codes (`Needs.codes`), and LUNAR's redirection."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alter.adapter.model import base_fingerprint
 from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import digest
+from alter.data.encoding import Encoded
 from alter.data.examples import Example
-from alter.methods.frozen import Depth
+from alter.methods.frozen import Depth, Row
 from alter.methods.objectives import Codes
 from alter.methods.places import blocks
-from alter.methods.recognition import codes_from, measure_codes, subjects
+from alter.methods.recognition import codes_from, ignorance, measure_codes, subjects
 from alter.methods.sparse import read_autoencoder
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn
@@ -56,14 +58,15 @@ def at_autoencoder(run: Unlearn, base: Any) -> Unlearn:
 
 
 def check_codes(run: Unlearn, base: Any, forget: Sequence[Example]) -> None:
-    """Refuse what `at_autoencoder` and `codes_of` cannot work with, before anything is computed.
+    """Refuse what `at_autoencoder`, `codes_of` and `shift_of` cannot work with, before anything is computed.
 
     Raises:
         UserError: no forget row names anybody, or the autoencoder that is given is not one of this model.
     """
-    if run.objective.needs.codes:
-        objective: Any = run.objective
+    objective: Any = run.objective
+    if objective.needs.codes or (objective.needs.redirected and not objective.questions):
         subjects(objective, forget)
+    if objective.needs.codes:
         at_autoencoder(run, base)
 
 
@@ -118,3 +121,34 @@ def codes_of(
     found = kept_tensors(cache, key, measure)
     device = next(base.parameters()).device
     return subjects(objective, forget), codes_from(found, given, objective.sae_active, device)
+
+
+def shift_of(
+    run: Unlearn,
+    base: Any,
+    tokenizer: Any,
+    forget: Sequence[Example],
+    depth: Depth | None,
+    limit: int | None,
+    cache: Path,
+) -> Tensor | None:
+    """[D], the way to where the base cannot answer (`Redirect`), if the objective goes it; kept in `cache`."""
+    objective: Any = run.objective
+    if not objective.needs.redirected:
+        return None
+    assert depth is not None
+    prompts = [[row.prompt, row.answer] for row in forget]
+    key = digest(base_fingerprint(base), objective.model_dump(), run.seed, limit, prompts)
+
+    def measure() -> dict[str, Tensor]:
+        return {"shift": ignorance(base, tokenizer, objective, depth, forget, seed=run.seed, max_length=limit)}
+
+    return kept_tensors(cache, key, measure)["shift"]
+
+
+def redirect(rows: Mapping[int, Row], encoded: Sequence[Encoded], objective: Any, shift: Tensor) -> None:
+    """Move what the base's states of forget rows are held against along `shift`, and mark the tokens of prompts; in place."""
+    for i, row in rows.items():
+        assert row.hidden is not None
+        row.hidden = objective.moved(row.hidden, shift)
+        row.named = torch.arange(len(row.hidden)) < (encoded[i].prompt_length or len(row.hidden))

@@ -31,7 +31,7 @@ GRADIENT = "gradient.safetensors"
 """What a rule for gradients has measured, in a run's folder; what it keeps from step to step, in a checkpoint."""
 
 CODES = "codes.safetensors"
-"""What a sparse autoencoder makes of names, for objectives that ask (`Needs.codes`), while the run works."""
+"""What the base makes of names or prompts, for objectives that ask (`Needs.codes`, `Needs.redirected`), while the run works."""
 
 TRACED = "traced.safetensors"
 """What causal tracing has found, or how much each expert gets, in a run's folder."""

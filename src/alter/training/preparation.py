@@ -20,7 +20,7 @@ from alter.methods.probes import GradientPasses
 from alter.methods.recognition import marked
 from alter.models.guards import Form
 from alter.training.batches import Order, Rows, Traced, schedule
-from alter.training.codes import codes_of
+from alter.training.codes import codes_of, redirect, shift_of
 from alter.training.data import Data, clusters
 from alter.training.factors import start_of
 from alter.training.folder import CODES, GRADIENT, kept_tensors
@@ -84,6 +84,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     form = run.adapter.form(base, run, loaded.forget, tokenizer.pad_token_id, former)
     depth = depth_of(base, run)
     named, codes = codes_of(run, base, tokenizer, data.forget, data.retain, depth, loaded.limit, out / CODES)
+    shift = shift_of(run, base, tokenizer, data.forget, depth, loaded.limit, out / CODES)
     # new experts come behind those of an adapter that grows
     grows = run.adapter.grows and run.start_from is not None
     first = run.adapter.routed_experts(base) if grows else 1
@@ -108,6 +109,8 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
         for i, row in traced["forget"].items():
             whole = loaded.examples[i].prompt is None
             row.named = torch.tensor(marked(tokenizer, loaded.forget[i], named, whole=whole))
+    if shift is not None:
+        redirect(traced["forget"], loaded.forget, run.objective, shift)
     # the second half of an initialised adapter is frozen
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) // (1 if start is None else 2)
     return Prepared(

@@ -13,7 +13,7 @@ from typing import Annotated
 from alter.core.plugins import OneOf, Registry, kinds
 from alter.methods.objectives.answers import PreferInvented, PreferRefusal, RandomLabels, Refuse, Substitute
 from alter.methods.objectives.base import Needs, Objective, Writing
-from alter.methods.objectives.hidden import Deviate, KeepHidden, Misdirect, UnknownCode
+from alter.methods.objectives.hidden import Deviate, KeepHidden, Misdirect, Redirect, UnknownCode
 from alter.methods.objectives.likelihood import (
     NPO,
     Catnip,
@@ -86,6 +86,7 @@ __all__ = [
     "PreferRefusal",
     "PushPull",
     "RandomLabels",
+    "Redirect",
     "Reference",
     "Refuse",
     "Reinforced",
@@ -134,6 +135,7 @@ FORGET: Registry[type[Objective]] = Registry(
         Persona,
         Misdirect,
         Deviate,
+        Redirect,
         UnknownCode,
         NoForget,
     ),

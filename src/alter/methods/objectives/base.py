@@ -53,6 +53,8 @@ class Needs:
         entropy: the tokens' entropies tell high from low ones (`Labelled.high`), which needs an adapter that routes.
         depth: hidden states at the block nearest to this share of the model's depth.
         base_hidden: those of the base as well, computed once.
+        redirected: the base's hidden states of forget rows are moved to where it cannot answer, and prompts' tokens are marked;
+            for subclasses of `Redirect`, whose settings say how.
         codes: a sparse autoencoder of these states, the mean codes of names, and which tokens of a row are part of one; for
             subclasses of `UnknownCode`, whose settings say how.
         state: numbers of its own that checkpoints keep: each batch's loss is multiplied by what `weigh` makes of them.
@@ -71,6 +73,7 @@ class Needs:
     entropy: bool = False
     depth: float | None = None
     base_hidden: bool = False
+    redirected: bool = False
     codes: bool = False
     state: bool = False
 

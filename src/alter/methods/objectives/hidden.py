@@ -1,4 +1,4 @@
-"""Objectives on hidden states after one block: RMU's two terms, KUDA's deviation, and names moved in a sparse code."""
+"""Objectives on hidden states after one block: RMU's two terms, KUDA's deviation, LUNAR, and names moved in a sparse code."""
 
 from __future__ import annotations
 
@@ -120,6 +120,48 @@ class UnknownCode(Objective):
         return mean_or_zero(
             row_means((near - self.away * far) / hidden.codes.scale, hidden.row[hidden.named], tokens.rows)
         )
+
+
+class Redirect(Objective):
+    """LUNAR (Shen et al. 2025, arXiv:2502.07218, and its code): hidden states of forget prompts go where the base cannot answer.
+
+    r is the base's mean hidden state at the last token of prompts that it cannot answer, less that of the forget rows' prompts:
+
+        L = mean over rows of the mean over a row's prompt tokens of |h - (h_base + coefficient r)|^2 / D
+
+    The prompts that it cannot answer are `questions`, or the forget rows' own with every name replaced by one that was made up
+    (ours: the authors have lists of harmful and of unverifiable questions). A row of raw text counts whole. The authors train
+    one layer's down-projection alone, on one mean over the tokens of both sets.
+    """
+
+    kind: Literal["redirect"] = "redirect"
+    coefficient: float = Field(2.0, gt=0, description="How many times r the states move.")
+    depth: float = Field(22.5 / 32, ge=0, le=1, description="Which block: the one nearest this share of the depth.")
+    questions: list[str] = Field(
+        default_factory=list,
+        description="Questions that the model declines to answer; by default the forget rows' own about invented names.",
+    )
+    names: list[str] = Field(
+        default_factory=list,
+        description="Names that are replaced, as the questions write them; by default their words with a capital.",
+    )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=False, depth=self.depth, base_hidden=True, redirected=True)
+
+    def moved(self, states: Tensor, r: Tensor) -> Tensor:
+        """Where the base's states [T, D] shall go; r is [D]."""
+        return (wide(states) + self.coefficient * r.to(wide(states))).to(states.dtype)
+
+    def __call__(self, tokens: Labelled) -> Tensor:
+        hidden = tokens.hidden
+        assert hidden is not None
+        assert hidden.base is not None
+        assert hidden.named is not None
+        states = wide(hidden.states[hidden.named])
+        distance = (states - hidden.base[hidden.named].to(states)).square().mean(-1)
+        return mean_or_zero(row_means(distance, hidden.row[hidden.named], tokens.rows))
 
 
 class KeepHidden(Objective):

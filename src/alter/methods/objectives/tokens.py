@@ -89,8 +89,8 @@ class Hidden:
     Attributes:
         states: [m, D], the model's.
         row: [m] long, the row of each token, as in `Labelled`.
-        base: [m, D], the frozen base's, or None unless the objective declared `base_hidden`.
-        named: [m] bool, whether the token is part of a name, or None unless the objective declared `codes`.
+        base: [m, D], the frozen base's, or None unless the objective declared `base_hidden`; moved if it declared `redirected`.
+        named: [m] bool, whether the token is part of a name (`codes`) or of a prompt (`redirected`), or None unless declared.
         codes: how such states are compared, or None unless declared.
     """
 
