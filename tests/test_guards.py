@@ -234,6 +234,75 @@ def test_a_guard_answers_in_generate_and_evaluate(folder, tmp_path, kind):
     assert read_records(out)
 
 
+THINGS = ["attach", "generate", "score", "serve", "attack"]
+# what WHP's model raises is not the likeliest here, agents change what is said alone, and ECO asks where a prompt ends
+SAME_WHEN_ON = {
+    ("whp_logits", "generate"),
+    ("whp_logits", "serve"),
+    ("alu", "attach"),
+    ("alu", "score"),
+    ("eco", "attach"),
+}
+
+
+def served(model, tokenizer, prompts):
+    """What the server's engine says to prompts, without its HTTP."""
+    engine, ended = Engine(model, tokenizer), threading.Semaphore(0)
+    jobs = [
+        Job(ids, 8, 0.0, 1.0, (), 0, lambda piece: piece is None and ended.release(), strip=True) for ids in prompts
+    ]
+    engine.submit(*jobs)
+    for _ in jobs:
+        assert ended.acquire(timeout=60)
+    engine.close()
+    return [job.text for job in jobs]
+
+
+def attacked(folder, kind, out):
+    """Replies and probabilities under the attack that takes the guard off, of the guard, and of the original."""
+    line = ["attack", "--model", str(folder / "model"), "--adapter", adapter(folder, kind), "--device", "cpu"]
+    line += ["--forget", str(folder / "forget.jsonl"), "--rows", "2", "--max-new-tokens", "6", "--attacks", "strip"]
+    assert cli.main([*line, "--out", str(out)]) == 0
+    of = {(r.model, r.extra.get("attack"), r.metric): r for r in read_records(out / "records.json")}
+    wanted = (("unlearned", "strip"), ("unlearned", "none"), ("original", "none"))
+    return [(of[m, a, "attack_rouge"].extra["replies"], of[m, a, "attack_probability"].per_item) for m, a in wanted]
+
+
+@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize("kind", [*KINDS, "alu"])
+def test_every_guard_does_every_thing_and_off_it_is_the_base_bit_for_bit(folder, tmp_path, monkeypatch, kind, thing):
+    # an agent that sees Ada everywhere, and grades that withhold the answer
+    monkeypatch.setattr(
+        guards.Agents, "ask_itself", lambda _, said, __: "Ada" if said.startswith("You check") else "1"
+    )
+    if thing == "attack":
+        off, on, plain = attacked(folder, kind, tmp_path / "out")
+        assert off == plain
+        assert on != plain
+        return
+    base, model, tokenizer = loaded(folder, kind)
+    # strong enough to change what is likeliest
+    model.settings = {**getattr(model, "settings", {}), "weight": 50.0, "strength": 50.0}
+    rows = rows_of(folder, tokenizer)
+    prompts = [row.input_ids[: row.prompt_length] for row in rows[:3]]
+
+    def done(by):
+        if thing == "attach":
+            with torch.no_grad():
+                return by(input_ids=torch.tensor([rows[0].input_ids])).logits.tolist()
+        if thing == "score":
+            return [part.tolist() for part in scoring.score(by, rows, pad_token_id=PAD, progress=False).logprob]
+        if thing == "serve":
+            return served(by, tokenizer, prompts)
+        return generate(by, tokenizer, prompts, max_new_tokens=8, progress=False)
+
+    plain, on = done(base), done(model)
+    with model.disable_adapter():
+        assert done(model) == plain
+    assert (on == plain) == ((kind, thing) in SAME_WHEN_ON)
+    assert done(model) == on
+
+
 # ---- ECO
 
 

@@ -149,6 +149,8 @@ PREPARED = {
     "kuda": 3 * 6 + 12 + 9,
     # names in the 6 forget rows, as they are and renamed, and in the 9 retain rows
     "sae_guided": 6 + 6 + 9,
+    # the prompts of the 6 forget rows, as they are and with other names, and states of both sets
+    "lunar": 6 + 6 + 12,
     # the detector reads each row with and without its answer
     "o3": 2 * 6,
     # all rows once, for the router's fit and for the entropies and references of those that are trained on

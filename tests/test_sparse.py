@@ -12,9 +12,10 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import Example, load_examples
 from alter.methods import recognition
+from alter.methods.frozen import Row
 from alter.methods.objectives import Codes, Hidden, Labelled, Redirect, UnknownCode
 from alter.methods.sparse import Autoencoder, read_autoencoder, train_autoencoder
-from alter.training import loss
+from alter.training import codes, loss
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import byte_tokenizer, run_on, save_pico, write_jsonl, write_people
@@ -388,12 +389,19 @@ def test_lunar_needs_names_or_questions_and_keeps_its_way(data, tmp_path):
         kept[name] = load_file(unlearn(run) / "codes.safetensors")
         assert {key: value.shape for key, value in kept[name].items()} == {"shift": (WIDTH,)}
     assert not torch.allclose(kept["own"]["shift"], kept["given"]["shift"], atol=1e-3)
-    # raw text has no prompt: it counts whole
-    texts = write_jsonl(
-        tmp_path / "texts.jsonl", [{"text": f"We know that Ada was born in town {i}."} for i in range(4)]
+
+
+def test_prompts_are_marked_and_a_raw_text_counts_whole():
+    tokenizer = byte_tokenizer()
+    examples = [Example("Who?", "Me.", "qa"), Example(None, "Ada is.", "text")]
+    encoded = [encode(tokenizer, example) for example in examples]
+    rows = {i: Row(hidden=torch.zeros(len(row.input_ids), 2)) for i, row in enumerate(encoded)}
+    codes.redirect(rows, encoded, examples, Redirect(coefficient=3.0), torch.tensor([1.0, -1.0]))
+    marks = [rows[i].named.tolist() for i in (0, 1)]
+    answer = len(tokenizer("Me.").input_ids)
+    assert marks[0] == [True] * encoded[0].prompt_length + [False] * (
+        len(encoded[0].input_ids) - encoded[0].prompt_length
     )
-    run = lunar(data, tmp_path / "texts").model_copy(
-        update={"forget": str(texts), "max_steps": 2, "domain_column": None}
-    )
-    log = json.loads((unlearn(run) / "run.json").read_text())["log"]
-    assert log[0]["forget"] > 0
+    assert 0 < answer <= marks[0].count(False)
+    assert all(marks[1])
+    assert rows[0].hidden.tolist() == [[3.0, -3.0]] * len(encoded[0].input_ids)

@@ -211,9 +211,13 @@ def ignorance(
         others = [renamed(row, strange) for row in own]
     means = []
     for part, label in ((own, "forget prompts"), (others, "prompts without an answer")):
-        rows, _ = encode_all(tokenizer, part, max_length=max_length)
+        rows, owner = encode_all(tokenizer, part, max_length=max_length)
+        # raw text is all prompt
+        ends = [
+            len(r.input_ids) if part[o].prompt is None else r.prompt_length for r, o in zip(rows, owner, strict=True)
+        ]
         found = states_at(model, depth, rows, tokenizer.pad_token_id, label)
-        means.append(torch.stack([states[rows[i].prompt_length - 1].double() for i, states in found]).mean(0))
+        means.append(torch.stack([states[ends[i] - 1].double() for i, states in found]).mean(0))
     return (means[1] - means[0]).float()
 
 

@@ -146,9 +146,12 @@ def shift_of(
     return kept_tensors(cache, key, measure)["shift"]
 
 
-def redirect(rows: Mapping[int, Row], encoded: Sequence[Encoded], objective: Any, shift: Tensor) -> None:
-    """Move what the base's states of forget rows are held against along `shift`, and mark the tokens of prompts; in place."""
+def redirect(
+    rows: Mapping[int, Row], encoded: Sequence[Encoded], examples: Sequence[Example], objective: Any, shift: Tensor
+) -> None:
+    """Move what the base's states of forget rows are held against along `shift`, and mark their prompts; in place."""
     for i, row in rows.items():
         assert row.hidden is not None
         row.hidden = objective.moved(row.hidden, shift)
-        row.named = torch.arange(len(row.hidden)) < (encoded[i].prompt_length or len(row.hidden))
+        shown = len(row.hidden) if examples[i].prompt is None else encoded[i].prompt_length
+        row.named = torch.arange(len(row.hidden)) < shown

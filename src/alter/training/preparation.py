@@ -110,7 +110,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
             whole = loaded.examples[i].prompt is None
             row.named = torch.tensor(marked(tokenizer, loaded.forget[i], named, whole=whole))
     if shift is not None:
-        redirect(traced["forget"], loaded.forget, run.objective, shift)
+        redirect(traced["forget"], loaded.forget, loaded.examples, run.objective, shift)
     # the second half of an initialised adapter is frozen
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) // (1 if start is None else 2)
     return Prepared(

@@ -11,6 +11,17 @@ from alter.core.errors import UserError, nearest
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.places import target_names
 
+CANNOT = {
+    "ADALORA": "whose ranks are dealt out anew after every step by a call that its own training loop makes: take LORA",
+    "POLY": "which wants the number of a task beside each row: take LORA",
+    "XLORA": "which mixes LoRAs that are trained already: take LORA",
+    "ALTER": "which adapter.kind alter trains, with its router and its experts",
+}
+"""Types that no run here can train, and why."""
+
+OWN_PLACES = ("ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS")
+"""Types that do not go on linear layers, and find their modules themselves."""
+
 
 @final
 class PeftAdapter(Adapter):
@@ -40,6 +51,8 @@ class PeftAdapter(Adapter):
                 f"config.peft_type is {name}, which puts virtual tokens before each row, so that no logit is at its token's "
                 "place: take one that changes the layers, such as LORA, IA3 or VERA"
             )
+        if name in CANNOT:
+            raise ValueError(f"config.peft_type is {name}, {CANNOT[name]}")
         names = [field.name for field in dataclasses.fields(known[name])]
         unknown = next((key for key in given if key not in names), None)
         if unknown is not None:
@@ -58,9 +71,11 @@ class PeftAdapter(Adapter):
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         settings = {"task_type": "CAUSAL_LM", **self.config}
-        made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(settings.pop("peft_type"))]
+        name = settings.pop("peft_type")
+        made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)]
         taken = [field.name for field in dataclasses.fields(made)]
-        if "target_modules" in taken and not settings.get("target_modules") and "feedforward_modules" not in taken:
+        linear = "target_modules" in taken and "feedforward_modules" not in taken and name not in OWN_PLACES
+        if linear and not settings.get("target_modules"):
             settings["target_modules"] = target_names(model, None)
         try:
             return get_peft_model(model, made(**settings))
