@@ -23,7 +23,8 @@ def methods() -> str:
         "The page is made from `alter.methods.presets` and from `published.yaml` beside it, which names the file and commit, "
         "or the paper, that each value is from. ECO, ALU, Neuron Adjust and Key Space Detection train "
         "nothing in the model: [`alter guard`](../how-to/guard.md) makes them. `seuf` is for mixtures of experts. `sae_guided` reads a "
-        "sparse autoencoder that sae-lens saved (`--objective.sae FOLDER`), or trains a small one.",
+        "sparse autoencoder that sae-lens saved (`--objective.sae FOLDER`), or trains a small one. `lunar` takes questions that your "
+        "model declines (`--objective.questions`), or asks it of invented names.",
         "",
     ]
     told = published()

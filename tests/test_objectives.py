@@ -26,6 +26,7 @@ from alter.methods.objectives import (
     NoForget,
     NoRetain,
     Persona,
+    PreferInvented,
     PreferRefusal,
     RandomLabels,
     Reference,
@@ -34,6 +35,7 @@ from alter.methods.objectives import (
     SaturationImportance,
     SimNPO,
     StoppedHinge,
+    Substitute,
     Undial,
     Uniform,
     WeightedAscent,
@@ -268,9 +270,10 @@ def test_npo_sums_over_a_row_and_simnpo_takes_its_mean():
     assert margin == pytest.approx(sum(expected) / 2, abs=1e-9)
 
 
-def test_dpo_oracle():
+@pytest.mark.parametrize("objective", [PreferRefusal(), PreferInvented()])
+def test_dpo_oracle(objective):
     forget, refusal = with_nll([5.0, 20.0], [4.0, 25.0]), with_nll([3.0, 4.0], [6.0, 5.0], [2, 3])
-    loss = loss_of(PreferRefusal(), replace(forget, alternative=refusal))
+    loss = loss_of(objective, replace(forget, alternative=refusal))
     assert loss.item() == pytest.approx(14.260305, abs=1e-6)
 
 
@@ -522,6 +525,13 @@ def test_answers_in_the_alternative_are_what_counts():
             loss_of(CrossEntropy(), other).item()
         )
     assert loss_of(Learn(), batch).item() == pytest.approx(loss_of(CrossEntropy(), batch).item())
+    # a substitute is learned, and the answer itself is no longer the likeliest
+    rows, labels = batch.logits.tolist(), batch.labels.tolist()
+    for only_low in (True, False):
+        beaten = [naive_stopped_hinge(rows[i], labels[i], 0.0) for i in range(13) if not (only_low and batch.high[i])]
+        expected = loss_of(CrossEntropy(), other).item() + 0.7 * sum(beaten) / len(beaten)
+        found = loss_of(Substitute(hinge=0.7, only_low=only_low), replace(batch, alternative=other)).item()
+        assert found == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
