@@ -350,6 +350,32 @@ def test_what_does_not_go_together(data, tmp_path, changes, message):
         settings(data, tmp_path, **{"method": "gru", **changes})
 
 
+def test_rules_that_leave_next_to_nothing_say_so(capsys):
+    class Passes:
+        def __init__(self, made):
+            self.made = made
+
+        def input_covariances(self):
+            return {"w": self.made.double(), "v": torch.eye(2, dtype=torch.float64)}
+
+        def elicited(self, *_):
+            return {"w": self.made, "v": torch.ones(9, 9)}
+
+    spread = torch.diag(torch.tensor([4.0, 2.0, 0.002]))
+    NullSpace(relaxation=1e-3).measure(Passes(spread), 0)
+    said = " ".join(capsys.readouterr().err.split())
+    # of w one direction in three is free, of v, whose inputs are alike in all, none of two
+    assert "gradient.relaxation 0.001 leaves 0 of 2 directions of v free (1 of 2 weights are like that)" in said
+    assert "such as to 0.01." in said
+    Selective(components=8).measure(Passes(spread), 0)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "gradient.components 8 collapses all 3 directions of w (1 of 2 weights are like that)" in said
+    assert "such as 1." in said
+    NullSpace(relaxation=0.9999).measure(Passes(spread), 0)
+    Selective(components=2).measure(Passes(spread), 0)
+    assert "of w" not in capsys.readouterr().err
+
+
 def test_what_is_collapsed_is_what_was_elicited():
     class Passes:
         def elicited(self, r, scaling, learning_rate):

@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, f
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from alter.core.console import warn
 from alter.core.plugins import OneOf, Registry, kinds
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Gradients = Mapping[str, Tensor]
+
+
+FEWEST = 0.05
+"""Share of a layer's directions below which a projection leaves so little that it is said."""
 
 
 class GradientPasses(Protocol):
@@ -148,7 +153,15 @@ class NullSpace(GradientRule):
     measures: ClassVar[bool] = True
 
     def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
-        return {name: free_directions(found, self.relaxation) for name, found in passes.input_covariances().items()}
+        free = {name: free_directions(found, self.relaxation) for name, found in passes.input_covariances().items()}
+        still = [name for name, directions in free.items() if directions.shape[1] < FEWEST * len(directions)]
+        if still:
+            warn(
+                f"gradient.relaxation {self.relaxation:g} leaves {free[still[0]].shape[1]} of {len(free[still[0]])} directions of "
+                f"{still[0]} free ({len(still)} of {len(free)} weights are like that): they hardly move. Raise it, such as to "
+                f"{min(10 * self.relaxation, 0.5) or 0.01:g}."
+            )
+        return free
 
     def edit(
         self, forget: Gradients, rest: Gradients, known: Mapping[str, Tensor], state: dict[str, Tensor]
@@ -178,6 +191,13 @@ class Selective(GradientRule):
 
     def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
         found = passes.elicited(self.r, self.scaling, self.learning_rate)
+        whole = [name for name, gradient in found.items() if self.components >= min(gradient.shape)]
+        if whole:
+            rank = min(found[whole[0]].shape)
+            warn(
+                f"gradient.components {self.components} collapses all {rank} directions of {whole[0]} ({len(whole)} of {len(found)} "
+                f"weights are like that): next to nothing is left of their gradient. Give fewer, such as {max(1, rank // 8)}."
+            )
         return {name: collapsed(gradient, self.components, seed) for name, gradient in found.items()}
 
     def edit(

@@ -13,13 +13,14 @@ from alter.methods.places import target_names
 
 CANNOT = {
     "ADALORA": "whose ranks are dealt out anew after every step by a call that its own training loop makes: take LORA",
+    "ADAPTION_PROMPT": "whose wrapper calls the model past the hooks that read the loss: take LORA",
     "POLY": "which wants the number of a task beside each row: take LORA",
     "XLORA": "which mixes LoRAs that are trained already: take LORA",
     "ALTER": "which adapter.kind alter trains, with its router and its experts",
 }
 """Types that no run here can train, and why."""
 
-OWN_PLACES = ("ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS")
+OWN_PLACES = ("SHADOW", "TRAINABLE_TOKENS")
 """Types that do not go on linear layers, and find their modules themselves."""
 
 
