@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from alter.guarding.settings import MAKERS
 from alter.methods.adapters import FirstHalves
 from alter.methods.presets import METHODS, published
 from alter.training.settings import Unlearn, steps_of, warmup_of
@@ -20,8 +21,24 @@ def flat(settings, prefix=""):
     return found
 
 
-def test_every_preset_has_its_published_values():
-    assert list(published()) == list(METHODS)
+SOURCE = r"[\w.-]+/[\w.-]+@[0-9a-f]{7} \S+$|arXiv:\d{4}\.\d{5}|paper: "
+"""A repository's file is named with its commit."""
+
+
+def test_every_preset_and_every_guard_has_its_published_values():
+    assert list(published()) == [*METHODS, *(f"guard.{kind}" for kind in MAKERS)]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_guard_is_what_was_published(kind):
+    entry, maker = published()[f"guard.{kind}"], MAKERS[kind]()
+    settings = maker.model_dump(exclude={"kind"})
+    assert {key: settings.get(key) for key in entry["values"]} == entry["values"]
+    assert entry["sources"]
+    assert all(re.match(SOURCE, source) for source in entry["sources"])
+    # what a guard is given for its rows and model is nobody's value
+    given = {key for key, value in settings.items() if value not in (None, [])}
+    assert given == set(entry["values"]) | set(entry["ours"])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -32,10 +49,9 @@ def test_a_preset_is_what_was_published(name):
     assert not wrong, "published, and in the preset"
     if entry["ours"] == ["*"]:
         return
-    # a repository's file is named with its commit
     assert entry["sources"]
     for source in entry["sources"]:
-        assert re.match(r"[\w.-]+/[\w.-]+@[0-9a-f]{7} \S+$|arXiv:\d{4}\.\d{5}|paper: ", source), source
+        assert re.match(SOURCE, source), source
     given = set(flat(METHODS[name].settings)) - {"lambda_"}
     kinds = {key for key in given if key.endswith("objective.kind") or key == "initializer.kind"}
     unsaid = given - kinds - set(entry["values"]) - set(entry["ours"])

@@ -569,7 +569,7 @@ METHODS: dict[str, Method] = {
 
 
 def published() -> dict[str, dict[str, Any]]:
-    """What was published for each preset, by name: `sources`, `values`, `otherwise`, `left_out` and `ours` (all lists but
+    """What was published for each preset by name, and for each guard (`guard.KIND`): `sources`, `values`, `otherwise`, `left_out` and `ours` (all lists but
     `values`, which maps settings such as `adapter.r` to theirs); see the head of published.yaml.
     """
     text = (Path(__file__).parent / "published.yaml").read_text(encoding="utf-8")
