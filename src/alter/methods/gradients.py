@@ -156,10 +156,10 @@ class NullSpace(GradientRule):
         free = {name: free_directions(found, self.relaxation) for name, found in passes.input_covariances().items()}
         still = [name for name, directions in free.items() if directions.shape[1] < FEWEST * len(directions)]
         if still:
+            more = f", such as to {10 * max(self.relaxation, 1e-4):g}" if self.relaxation < 0.1 else ""
             warn(
                 f"gradient.relaxation {self.relaxation:g} leaves {free[still[0]].shape[1]} of {len(free[still[0]])} directions of "
-                f"{still[0]} free ({len(still)} of {len(free)} weights are like that): they hardly move. Raise it, such as to "
-                f"{min(10 * self.relaxation, 0.5) or 0.01:g}."
+                f"{still[0]} free ({len(still)} of {len(free)} weights are like that): they hardly move. Raise it{more}."
             )
         return free
 
