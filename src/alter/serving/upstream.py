@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from alter.serving.settings import Serve
 
-PROMPT = {ChatBody: "messages", TextBody: "prompt"}
+PROMPT: dict[type[Body], str] = {ChatBody: "messages", TextBody: "prompt"}
 """The field of each endpoint's body that the router reads."""
 
 
