@@ -272,9 +272,10 @@ def _broken(*args, **kwargs):
 
 def test_a_run_killed_while_it_is_measured_is_measured_and_not_trained_again(data, run, tmp_path, monkeypatch):
     given = settings(data, run, tmp_path / "out", closing_rows=4)
-    with monkeypatch.context() as patch, pytest.raises(_Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(module, "closing", _broken)
-        distill(given)
+        with pytest.raises(_Killed):
+            distill(given)
     out = tmp_path / "out"
     weights = (out / "model" / "model.safetensors").read_bytes()
     assert not (out / "records.json").exists()
@@ -308,9 +309,10 @@ def test_a_kill_before_the_inputs_are_written_begins_anew(data, run, tmp_path, m
         write(path, *args, **kwargs)
 
     given = settings(data, run, tmp_path / "out")
-    with monkeypatch.context() as patch, pytest.raises(_Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(module, "write_atomic", killed)
-        distill(given)
+        with pytest.raises(_Killed):
+            distill(given)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.yaml"]
     distill(given.model_copy(update={"resume": True}))
     straight = distill(settings(data, run, tmp_path / "a"))
@@ -328,9 +330,10 @@ def test_a_kill_while_the_old_is_overwritten_leaves_no_finished_run(data, run, t
             raise _Killed
         removed(path, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(_Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
-        distill(settings(data, run, out, overwrite=True))
+        with pytest.raises(_Killed):
+            distill(settings(data, run, out, overwrite=True))
     distill(settings(data, run, out, resume=True))
     assert (out / "model" / "model.safetensors").is_file()
 
