@@ -71,7 +71,7 @@ import results
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
 from alter.methods.adapters import Beginning
-from alter.training.batches import PairCollator, Pairs, Rows
+from alter.training.batches import PairCollator, Pairs, RunRows
 from alter.training.frozenpass import trace_run
 from alter.training.loss import UnlearnTrainer
 from alter.training.settings import Unlearn
@@ -153,7 +153,7 @@ def sharing(base: Any) -> Any:
     return copy.deepcopy(base, {id(tensor): tensor for tensor in shared})
 
 
-def make_rows(args: argparse.Namespace, count: int, experts: int, only: int | None = None) -> Rows:
+def make_rows(args: argparse.Namespace, count: int, experts: int, only: int | None = None) -> RunRows:
     """`count` forget and retain rows; forget row i belongs to sub-domain i mod `experts`, or all to `only`.
 
     Each sub-domain has its own slice of the vocabulary's upper half, so that the router can learn to tell them apart.
@@ -169,7 +169,7 @@ def make_rows(args: argparse.Namespace, count: int, experts: int, only: int | No
 
     of = [i % experts if only is None else only for i in range(count)]
     forget = [row(low + d * width, low + (d + 1) * width) for d in of]
-    return Rows(forget, [row(3, low) for _ in of], [1 + d for d in of])
+    return RunRows(forget, [row(3, low) for _ in of], [1 + d for d in of])
 
 
 def settings_of(args: argparse.Namespace, kind: str, **options: Any) -> Unlearn:
@@ -204,7 +204,7 @@ def first_of(args: argparse.Namespace) -> int:
 
 
 def plain_lora(
-    args: argparse.Namespace, base: Any, rows: Rows, autocast: torch.dtype | None, upper: bool = False
+    args: argparse.Namespace, base: Any, rows: RunRows, autocast: torch.dtype | None, upper: bool = False
 ) -> Variant:
     blocks = list(range(first_of(args) if upper else 0, args.layers))
     lora = LoraConfig(r=args.rank, lora_alpha=16, target_modules=TARGETS, layers_to_transform=blocks)
@@ -218,7 +218,7 @@ def through_trainer(
     args: argparse.Namespace,
     model: Any,
     run: Unlearn,
-    rows: Rows,
+    rows: RunRows,
     autocast: torch.dtype | None,
     folder: Path,
     experts: int = 0,
@@ -265,7 +265,7 @@ def npo_loss(logits: Tensor, reference: Tensor, labels: Tensor, beta: float = 0.
     return -2 / beta * F.logsigmoid(beta * (nll[0] - nll[1])).mean()
 
 
-def npo_full(args: argparse.Namespace, rows: Rows, autocast: torch.dtype | None) -> Variant:
+def npo_full(args: argparse.Namespace, rows: RunRows, autocast: torch.dtype | None) -> Variant:
     model = build(args, torch.float32)
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -282,7 +282,7 @@ def npo_full(args: argparse.Namespace, rows: Rows, autocast: torch.dtype | None)
     return Variant(loss, model, optimizer, autocast, args.device)
 
 
-def make(name: str, args: argparse.Namespace, base: Callable[[], Any], rows: Rows, folder: Path) -> Variant:
+def make(name: str, args: argparse.Namespace, base: Callable[[], Any], rows: RunRows, folder: Path) -> Variant:
     """A variant by name; `base` gives the frozen base for one more adapter."""
     autocast = None if args.dtype == "float32" else getattr(torch, args.dtype)
     if name in ("lora", "lora_upper"):
@@ -474,7 +474,7 @@ def grown(args: argparse.Namespace, base: Any, experts: int, folder: Path) -> Va
         for name, parameter in model.named_parameters():
             if ".alter_B." in name:
                 parameter.normal_(std=0.01)
-    rows = Rows(earlier.forget + newest.forget, earlier.retain + newest.retain, earlier.expert + newest.expert)
+    rows = RunRows(earlier.forget + newest.forget, earlier.retain + newest.retain, earlier.expert + newest.expert)
     autocast = None if args.dtype == "float32" else getattr(torch, args.dtype)
     steps_on = slice(2 * experts, None)
     return through_trainer(args, model, run, rows, autocast, folder, experts + 1, steps_on)

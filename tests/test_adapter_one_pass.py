@@ -19,7 +19,7 @@ from alter.adapter.routing import (
     take_previous,
 )
 from alter.core.errors import UserError
-from alter.methods.frozen import Row
+from alter.methods.frozen import FrozenRow
 from alter.training.probe import fit_entropy_probe
 from test_adapter import ARCHITECTURES, adapted, counted, rows, tiny
 from test_adapter_generation import WAYS, generated, left_padded
@@ -291,7 +291,7 @@ def test_the_probe_is_fitted_and_measured_on_rows_left_out():
     made = []
     for _ in range(40):
         features = torch.randn(12, 8, generator=random) * 3 + 1
-        made.append(Row(entropy=features[:, 2] + 1.2, features=features.half()))
+        made.append(FrozenRow(entropy=features[:, 2] + 1.2, features=features.half()))
     weight, bias, found = fit_entropy_probe(made, 1.7)
     high = torch.cat([row.entropy[1:] > 1.7 for row in made])
     said = (torch.cat([row.features[1:].float() for row in made]) @ weight.t() + bias)[:, 0] > 0

@@ -609,7 +609,7 @@ def test_everything_repeats_by_the_seed(models, finished, tmp_path):
 @pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name not in (*attacks.COMPARING, "paraphrase")])
 def test_no_attack_leaves_the_shared_model_changed(models, tmp_path, name):
     chosen = settings(models, tmp_path, rows=2, max_new_tokens=3, samples=2)
-    subject = attacks.subjects(chosen)["unlearned"]
+    subject = attacks.models_attacked(chosen)["unlearned"]
     bench = base.Bench(
         chosen, "unlearned", subject, examples(ROWS), [0, 1], [2, 3], load_examples(chosen.relearn.benign)
     )
@@ -628,7 +628,7 @@ def test_no_attack_leaves_the_shared_model_changed(models, tmp_path, name):
 def test_the_probe_reads_the_state_that_generates_a_token(models, tmp_path, monkeypatch):
     """States made so that, at depth 1, each holds the output embedding of the next token, and at depth 0 noise."""
     chosen = settings(models, tmp_path, probe_tokens=8)
-    bench = base.Bench(chosen, "unlearned", attacks.subjects(chosen)["unlearned"], examples(ROWS), [0], [1], [])
+    bench = base.Bench(chosen, "unlearned", attacks.models_attacked(chosen)["unlearned"], examples(ROWS), [0], [1], [])
     head = bench.shared()[0].get_output_embeddings().weight.detach()
     head = head / head.norm(dim=1, keepdim=True)
     rng = np.random.default_rng(0)

@@ -273,7 +273,7 @@ def _broken(*args, **kwargs):
 def test_a_run_killed_while_it_is_measured_is_measured_and_not_trained_again(data, run, tmp_path, monkeypatch):
     given = settings(data, run, tmp_path / "out", closing_rows=4)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "closing", _broken)
+        patch.setattr(module, "measure_distilled", _broken)
         with pytest.raises(_Killed):
             distill(given)
     out = tmp_path / "out"

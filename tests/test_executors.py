@@ -10,7 +10,7 @@ import pytest
 
 from alter.comparison import executors, plan
 from alter.comparison.cells import CellJob, finished, hold, run_cells
-from alter.comparison.executors import OnRay, OnSlurm, attend, executor_of
+from alter.comparison.executors import OnRay, OnSlurm, executor_of, run_to_end
 from alter.comparison.settings import Compare, Ray, Slurm
 from alter.core.errors import UserError
 
@@ -161,7 +161,7 @@ def test_jobs_are_submitted_found_again_and_tell_why(tmp_path, monkeypatch, smal
 
 
 def test_a_machine_that_does_not_share_the_folder_says_so(tmp_path):
-    assert "all machines must share the comparison's folder" in attend(
+    assert "all machines must share the comparison's folder" in run_to_end(
         str(tmp_path / "no"), ["-c", ""], os.getcwd(), 1
     )
 

@@ -98,7 +98,7 @@ def quick(made, monkeypatch):
         if hasattr(module, "known_of"):
             monkeypatch.setattr(module, "known_of", lambda *args, **kwargs: (measures, told))
     for module in (commands, intake):
-        monkeypatch.setattr(module, "say", lambda *args, **kwargs: None)
+        monkeypatch.setattr(module, "say_with_head", lambda *args, **kwargs: None)
     for module in (commands, display, intake, verification):
         monkeypatch.setattr(module, "Console", lambda **_: Mock())
     monkeypatch.setattr(work, "provenance", dict)

@@ -28,7 +28,7 @@ from alter.requests.store import Store
 from alter.serving.analysis import Analysis, Answer, Stopped, Token, analyse, expert_names, switched_off
 from alter.serving.inspector import Inspect, Inspector, about, listen
 from alter.serving.markup import About, describe, escape, message, render, render_about, render_request, share, taken
-from alter.serving.text import pieces
+from alter.serving.text import token_texts
 from pico import byte_tokenizer, pico, save_pico, write_jsonl
 from reference import naive_softmax, naive_tsallis
 
@@ -338,7 +338,7 @@ def test_not_finite_is_said():
 def test_pieces_join_to_the_text(text):
     tokenizer = byte_tokenizer()
     ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
-    found = pieces(tokenizer, ids)
+    found = token_texts(tokenizer, ids)
     assert len(found) == len(ids)
     assert "".join(found) == f"{text}<eos>"
     # a character of n bytes is n tokens here, and stands at the last of them
@@ -348,7 +348,7 @@ def test_pieces_join_to_the_text(text):
 def test_pieces_of_bytes_that_make_no_character():
     tokenizer = byte_tokenizer()
     ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=False)
+    assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def test_many_at_once_get_their_own_answers():
@@ -572,11 +572,11 @@ class Site:
         pytest.importorskip("gradio", reason="gradio is in the extra [ui]")
         import uvicorn
 
-        from alter.serving.inspector import application, page
+        from alter.serving.inspector import inspector_application, page
 
         told = About("pico", "r1", "ALTER, 3 forget experts", "forget.jsonl", ("Who is <b>Ada</b>?", "Where is Bo?"))
         self.inspector = Inspector(adapted(sure=True), byte_tokenizer(), filled(folder), told)
-        app = application(page(self.inspector, 24))
+        app = inspector_application(page(self.inspector, 24))
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

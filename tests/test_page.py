@@ -24,7 +24,7 @@ from alter.core.files import folder_digest, to_json
 from alter.core.provenance import provenance
 from alter.core.records import Record, write_records
 from alter.methods import frozen
-from alter.methods.frozen import Frozen, Row
+from alter.methods.frozen import Frozen, FrozenRow
 from alter.report import attacks as report_attacks
 from alter.report import page, samples, summary
 from alter.report.runs import Reported, read, read_reported
@@ -34,7 +34,7 @@ from alter.report.tables import record_tables
 from alter.report.tokens import routed, shares
 from alter.report.verdict import verdict
 from alter.reporting import markup
-from alter.reporting.markup import Html, common, marked, tag, text, ticks
+from alter.reporting.markup import Html, common, highlighted, tag, text, ticks
 from alter.requests.store import Store
 from alter.training.settings import Unlearn
 from pico import write_jsonl
@@ -137,7 +137,7 @@ def make_run(
         entropy[0] = math.inf
         gates = torch.zeros(length, len(domains) + 1)
         gates[:, expert] = 1
-        rows.append(Row(entropy, gates=gates.half()))
+        rows.append(FrozenRow(entropy, gates=gates.half()))
     frozen.store(folder / "frozen.safetensors", Frozen(rows, {}, {"entropy_threshold": 1.2}), "key")
     return folder
 
@@ -206,12 +206,12 @@ def test_common_words_ignore_case_and_punctuation_but_not_words():
 
 def test_marks_say_themselves_and_keep_the_text():
     said = "He  was born\nin  Rome, <b>1900</b>, in May"
-    shown = Reader(tag("p", marked("she was born in Rome in May", said, "Where was she born?")))
+    shown = Reader(tag("p", highlighted("she was born in Rome in May", said, "Where was she born?")))
     assert shown.text.replace("[from the truth: ", "").replace("]", "") == said
     # what the question says itself is given away by nobody
     assert [word for word in shown.marks if "truth" not in word and word != "]"] == ["in  Rome,", "in May"]
     assert shown.marks.count("[from the truth: ") == 2
-    assert not Reader(tag("p", marked("In Rome", "She is from Oslo."))).marks
+    assert not Reader(tag("p", highlighted("In Rome", "She is from Oslo."))).marks
 
 
 @pytest.mark.parametrize("bins", [1, 3, 40])

@@ -147,12 +147,12 @@ def test_every_ordinary_token_is_scored_once_and_kinds_stay_whole():
 
 def test_forget_rows_teach_by_their_answers_and_ordinary_rows_by_all_they_have(data):
     from alter.data.encoding import Encoded
-    from alter.methods.frozen import Row
+    from alter.methods.frozen import FrozenRow
 
     features = torch.arange(12.0).view(6, 2)
     entropy = torch.tensor([math.inf, 0.5, 2.0, 0.1, 0.2, 3.0])
     rows = [Encoded(list(range(6)), [-100] * 4 + [4, 5], 4)] * 2
-    part = FitRows("any", rows, [3, 0], [Row(entropy=entropy, features=features)] * 2)
+    part = FitRows("any", rows, [3, 0], [FrozenRow(entropy=entropy, features=features)] * 2)
     found = evidence_of(part, 1.2, 0.9)
     assert found.y.tolist() == [3, 3, 0, 0, 0, 0, 0]
     assert found.low.tolist() == [True, False, True, False, True, True, False]

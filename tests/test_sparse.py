@@ -12,7 +12,7 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import Example, load_examples
 from alter.methods import recognition
-from alter.methods.frozen import Row
+from alter.methods.frozen import FrozenRow
 from alter.methods.objectives import Codes, Hidden, Labelled, Redirect, UnknownCode
 from alter.methods.sparse import Autoencoder, read_autoencoder, train_autoencoder
 from alter.training import codes, loss
@@ -395,7 +395,7 @@ def test_prompts_are_marked_and_a_raw_text_counts_whole():
     tokenizer = byte_tokenizer()
     examples = [Example("Who?", "Me.", "qa"), Example(None, "Ada is.", "text")]
     encoded = [encode(tokenizer, example) for example in examples]
-    rows = {i: Row(hidden=torch.zeros(len(row.input_ids), 2)) for i, row in enumerate(encoded)}
+    rows = {i: FrozenRow(hidden=torch.zeros(len(row.input_ids), 2)) for i, row in enumerate(encoded)}
     codes.redirect(rows, encoded, examples, Redirect(coefficient=3.0), torch.tensor([1.0, -1.0]))
     marks = [rows[i].named.tolist() for i in (0, 1)]
     answer = len(tokenizer("Me.").input_ids)

@@ -23,7 +23,7 @@ from alter.core.console import plain
 from alter.core.deferral import deferred
 from alter.core.errors import UserError, nearest
 from alter.core.flags import check_numbers, given_once, kinds_of, list_flags, split_recipe, value_of, with_defaults
-from alter.core.outputs import check_outputs, standing_in
+from alter.core.outputs import as_standard_output, check_outputs
 from alter.core.plugins import BENCHMARKS, add_files
 from alter.core.validation import refusal
 
@@ -224,7 +224,7 @@ def _call(function: Callable[[Any], Any], settings: Any) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out.json"
-        with contextlib.redirect_stdout(sys.stderr), standing_in(str(path)):
+        with contextlib.redirect_stdout(sys.stderr), as_standard_output(str(path)):
             function(settings.model_copy(update={"json_path": str(path)}))
         if path.exists():
             sys.stdout.write(path.read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ from alter.adapter.routing import (
     route_tokens,
     take_previous,
 )
-from alter.adapter.state import ForwardState, RoutingContext, Trunk
+from alter.adapter.state import ForwardState, OwnRoutes, RoutingContext
 from alter.core.errors import UserError
 from alter.logits.entropy import chunk_rows, entropy_from_logits
 
@@ -159,7 +159,7 @@ def _trunk(
         )
     starts = sequence_starts(inputs, mask)
     starts = torch.zeros_like(mask) if starts is None else starts
-    trunk = Trunk(name, context.anchors[name], context.configs[name], mask, starts, past)
+    trunk = OwnRoutes(name, context.anchors[name], context.configs[name], mask, starts, past)
     return ForwardState(trunk=trunk, names=(name,), silent={} if decoding is None else dict(decoding.silent))
 
 

@@ -35,7 +35,7 @@ class Host(Protocol):
 
 
 @dataclass(eq=False)
-class Trunk:
+class OwnRoutes:
     """What a pass needs to route its own tokens, once the untouched blocks have run (see `AlterConfig.one_pass`).
 
     Attributes:
@@ -88,7 +88,7 @@ class ForwardState:
     plans: dict[str, Plan] = field(default_factory=dict)
     silent: dict[str, bool] = field(default_factory=dict)
     probe_logits: dict[str, Tensor] = field(default_factory=dict)
-    trunk: Trunk | None = None
+    trunk: OwnRoutes | None = None
 
     def plan_of(self, name: str) -> Plan:
         """Return how the layers compute one adapter's update, planned once per pass."""

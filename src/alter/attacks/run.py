@@ -85,7 +85,7 @@ def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[s
     return [name for name in ATTACKS if name in wanted and name not in reasons], reasons
 
 
-def subjects(settings: Attack) -> dict[str, Subject]:
+def models_attacked(settings: Attack) -> dict[str, Subject]:
     """Return the models that take part, by what the records call them; the original only if it is known."""
     found: dict[str, Subject] = {}
     if settings.original is not None or settings.adapter is not None:
@@ -144,7 +144,7 @@ def attack(settings: Attack) -> list[Record]:
     taken = settings.relearn.rows if any(ATTACKS[name].takes_rows for name in names) else 0
     measured, attacker = split_rows(len(rows), settings.rows, taken, settings.seed)
     unrelated = load_examples(settings.relearn.benign) if UNRELATED & set(names) else []
-    models = subjects(settings)
+    models = models_attacked(settings)
     identities = {name: subject.identity(cache_folder()) for name, subject in models.items()}
     texts = Texts.of(rows, unrelated)
     if settings.retrained is None:

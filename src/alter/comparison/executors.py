@@ -41,7 +41,7 @@ def thread_limits(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
-def launch(
+def start_cell(
     folder: str, arguments: Sequence[str], where: str, threads: int, card: str | None = None, locks: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
     """Start a cell's process, which ends when this one does; its output goes to `log.txt`.
@@ -74,12 +74,12 @@ def why(folder: str, code: int) -> str:
     return "" if code == 0 else lines[-1] if lines else f"exit status {code}"
 
 
-def attend(folder: str, arguments: Sequence[str], where: str, threads: int) -> str:
+def run_to_end(folder: str, arguments: Sequence[str], where: str, threads: int) -> str:
     """On a machine of a cluster: run a cell's process to its end, and return what `why` says."""
     for path in (folder, where):
         if not Path(path).is_dir():
             return f"{os.uname().nodename} does not see {path}: all machines must share the comparison's folder"
-    process = launch(folder, arguments, where, threads)
+    process = start_cell(folder, arguments, where, threads)
     try:
         code = process.wait()
     finally:
@@ -191,7 +191,7 @@ class Local(Executor):
     def _launch(self, folder: Path, parts: Sequence[str], slot: int, lock: int) -> subprocess.Popen[bytes]:
         threads = share_of_threads(self.at_once)
         card = self._cards[slot % len(self._cards)] if self._cards else None
-        return launch(str(folder), command_line(folder, parts), os.getcwd(), threads, card, [lock])
+        return start_cell(str(folder), command_line(folder, parts), os.getcwd(), threads, card, [lock])
 
     def close(self) -> None:
         """End the process that others are forked from."""
@@ -260,7 +260,9 @@ class OnRay(Executor):
                 f"(ray.cpus, ray.gpus); it has {has}."
             )
         self._ray, self._threads = ray, settings.cpus
-        self._attend = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=settings.retries)(attend)
+        self._attend = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=settings.retries)(
+            run_to_end
+        )
         self.at_once = workers or UNBOUNDED
         self.place = f"on a Ray cluster of {len(machines)} machines"
 
@@ -350,7 +352,7 @@ class OnSlurm(Executor):
             if before["parts"] == list(parts) and _is_queued(before["job"]):
                 return _SlurmTask(self._submitit.SlurmJob(folder=logs, job_id=before["job"]))
         queue = self._queue(logs)
-        job = queue.submit(attend, str(folder), command_line(folder, parts), os.getcwd(), self._settings.cpus)
+        job = queue.submit(run_to_end, str(folder), command_line(folder, parts), os.getcwd(), self._settings.cpus)
         write_atomic(note, to_json({"job": job.job_id, "parts": list(parts)}))
         return _SlurmTask(job)
 

@@ -38,7 +38,7 @@ class Forks:
     def __init__(self, locks: Sequence[int] = ()) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._server = subprocess.Popen(
-            [sys.executable, "-c", f"from alter.comparison.forks import serve; serve({PRELOAD!r})"],
+            [sys.executable, "-c", f"from alter.comparison.forks import serve_cells; serve_cells({PRELOAD!r})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -124,7 +124,7 @@ class Fork:
         self._forks.kill(self.pid)
 
 
-def serve(preload: Sequence[str]) -> None:
+def serve_cells(preload: Sequence[str]) -> None:
     """Read orders from standard input, one at a time, and answer on standard output, until the other end closes.
 
     `{"arguments", "log", "where", "environment"}` forks a process and is answered with its `pid`; `{"kill": pid}` ends one.

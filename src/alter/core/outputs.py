@@ -34,7 +34,7 @@ _standard: ContextVar[str | None] = ContextVar("standard", default=None)
 
 
 @contextmanager
-def standing_in(path: str) -> Iterator[None]:
+def as_standard_output(path: str) -> Iterator[None]:
     """Inside the block a file is what `shown` calls standard output: it goes there when the work is done."""
     token = _standard.set(path)
     try:

@@ -19,7 +19,9 @@ from alter.evaluation.verdict import judge
 from alter.models.loading import load_model
 
 
-def closing(settings: Distill, out: Path, found: dict[str, list[Example]], teacher: tuple[Any, Any]) -> dict[str, Any]:
+def measure_distilled(
+    settings: Distill, out: Path, found: dict[str, list[Example]], teacher: tuple[Any, Any]
+) -> dict[str, Any]:
     """Load the result as anyone would, measure it beside the student before and the teacher; print, write `records.json`.
 
     The records hold figures alone, no text.

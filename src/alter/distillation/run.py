@@ -29,7 +29,7 @@ from alter.core.provenance import provenance
 from alter.core.running import FILE as RUNNING
 from alter.core.running import check_free, claim, release
 from alter.data.examples import Example, data_hash, row_hash
-from alter.distillation.closing import closing
+from alter.distillation.closing import measure_distilled
 from alter.distillation.noise import add_noise
 from alter.distillation.rows import KINDS, Lesson, lesson, read_sets, sample_text
 from alter.distillation.settings import Distill, completed
@@ -233,7 +233,7 @@ def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
         teacher = _train(settings, out, found, subjects, given, callbacks, started)
     _clean(out)
     if settings.closing_rows:
-        closing(settings, out, found, teacher)
+        measure_distilled(settings, out, found, teacher)
     if settings.form == "full":
         _show_next(settings, out)
     return out

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PREFIX = 50
 """Tokens of a plain text that are its prompt, half of it at most."""
-Judge = Callable[[str, str, Sequence[str]], "list[bool] | None"]
+JudgeCall = Callable[[str, str, Sequence[str]], "list[bool] | None"]
 """Whether each reply to a question gives its true answer; None where there is no telling for this question."""
 
 
@@ -50,7 +50,7 @@ class FactsHit(_Hit):
     share: float = Field(ENOUGH, gt=0, le=1)
     """Share of the answer's facts that gives it away."""
 
-    def judge(self, device: torch.device) -> Judge:
+    def judge(self, device: torch.device) -> JudgeCall:
         """Return the judge by `alter.evaluation.giving.gives`; there is no telling of an answer without facts."""
 
         def hits(question: str, truth: str, replies: Sequence[str]) -> list[bool] | None:
@@ -67,7 +67,7 @@ class RougeHit(_Hit):
     recall: float = Field(0.8, gt=0, le=1)
     """ROUGE-L recall from which a reply counts."""
 
-    def judge(self, device: torch.device) -> Judge:
+    def judge(self, device: torch.device) -> JudgeCall:
         """Return the judge by `alter.evaluation.giving.recall_of`."""
         return lambda question, truth, replies: [recall_of(truth, reply) >= self.recall for reply in replies]
 
@@ -83,7 +83,7 @@ class EntailmentHit(_Hit):
     batch_size: int = Field(64, ge=1)
     """Pairs in one batch."""
 
-    def judge(self, device: torch.device) -> Judge:
+    def judge(self, device: torch.device) -> JudgeCall:
         """Return the judge by `entailment` of the question with the reply against the question with the answer.
 
         Raises:
@@ -321,7 +321,7 @@ def leaked(
     settings: Leak,
     *,
     seed: int = 0,
-    judge: Judge | None = None,
+    judge: JudgeCall | None = None,
     progress: bool = True,
     label: str = "leak",
 ) -> Leaked:

@@ -50,7 +50,7 @@ PROBES = {
 """Figures and the configurations that they are of."""
 TEXTS = {"mia_forget": "forget_mia", "mia_retain": "retain_mia"}
 """Configurations of texts, and what their files are called for a single person."""
-Part = Literal["forget", "neighbor", "mia"]
+RwkuPart = Literal["forget", "neighbor", "mia"]
 BLANK = "Please complete the blank in the following question.\n"
 BRIEF = "Please briefly answer the following question.\n"
 
@@ -83,7 +83,7 @@ class RwkuEvaluation(Questions):
     """What to measure on."""
     data: str = HUB
     """RWKU's rows: a hub id, or a folder of its layout."""
-    parts: list[Part] = Field(default_factory=lambda: list(get_args(Part)), min_length=1)
+    parts: list[RwkuPart] = Field(default_factory=lambda: list(get_args(RwkuPart)), min_length=1)
     """What to measure: forget, neighbor, mia."""
     targets: list[str] = Field(default_factory=list)
     """The people that were to be forgotten, by name; by default all in the rows."""

@@ -30,7 +30,7 @@ FOLDS = 5
 START = [10.0**power for power in range(-1, 6)]
 """Strengths that the search looks at first, in units of the embeddings' root mean square."""
 
-Floats = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.float64]
 
 
 def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -> list[list[int]]:
@@ -45,7 +45,7 @@ def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -
 
 
 @torch.no_grad()
-def prompt_states(model: Any, prompts: Sequence[list[int]], depth: int, pad_token_id: int) -> Floats:
+def prompt_states(model: Any, prompts: Sequence[list[int]], depth: int, pad_token_id: int) -> Doubles:
     """[n, H] mean hidden state of each prompt at one depth."""
     collate, device = Collator(pad_token_id), next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -71,14 +71,14 @@ class Fitted:
         caught, alarms: shares of forget and of benign prompts above it, each scored by a fit without it.
     """
 
-    weight: Floats
+    weight: Doubles
     bias: float
     threshold: float
     caught: float
     alarms: float
 
 
-def fit_classifier(forget: Floats, benign: Floats, *, false_alarms: float, threshold: float, seed: int) -> Fitted:
+def fit_classifier(forget: Doubles, benign: Doubles, *, false_alarms: float, threshold: float, seed: int) -> Fitted:
     """Fit a logistic regression, each class with the same total weight, on standardised states (L2, C = 1).
 
     The threshold is the given one, or higher: the lowest above which at most a share `false_alarms` of the benign prompts lie

@@ -14,7 +14,7 @@ from alter.core.running import check_free, claim, release
 from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found, Member, chosen_rows, measure_member, members, stored
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.metaevaluation.table import Table, as_json, html_page, make_table, markdown
+from alter.metaevaluation.table import Table, as_json, make_table, metrics_markdown, metrics_page
 
 
 def meta_evaluate(settings: MetaEvaluate) -> Table:
@@ -65,8 +65,8 @@ def _write(settings: MetaEvaluate, found: Sequence[Found], out: Path) -> Table |
     """Write the files of the table, if there are models enough for one, and return it."""
     table = make_table(settings, found)
     if table is not None:
-        write_atomic(out / "table.md", markdown(settings, table))
-        write_atomic(out / "report.html", html_page(settings, table))
+        write_atomic(out / "table.md", metrics_markdown(settings, table))
+        write_atomic(out / "report.html", metrics_page(settings, table))
         told = {"settings": settings.model_dump(mode="json"), **as_json(table), "provenance": provenance()}
         write_atomic(out / "meta.json", to_json(told))
     return table
@@ -84,7 +84,7 @@ def _told(settings: MetaEvaluate, out: Path, laid: Sequence[Member]) -> Table:
             f"{out} has no model of both pools that was measured with these settings: run the command without --no-run."
         )
     show(
-        f"\n{markdown(settings, table)}\n{out}: report.html, table.md, meta.json, members/",
+        f"\n{metrics_markdown(settings, table)}\n{out}: report.html, table.md, meta.json, members/",
         markup=False,
         highlight=False,
     )

@@ -199,7 +199,7 @@ def rules(settings: MetaEvaluate, table: Table) -> list[str]:
     return told
 
 
-def markdown(settings: MetaEvaluate, table: Table) -> str:
+def metrics_markdown(settings: MetaEvaluate, table: Table) -> str:
     """The table as Markdown."""
     lines = [f"| {' | '.join(HEAD)} |", "|---" + "|---:" * (len(HEAD) - 1) + "|"]
     lines += [f"| {' | '.join(cells(line))} |" for line in table.lines]
@@ -209,7 +209,7 @@ def markdown(settings: MetaEvaluate, table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def html_page(settings: MetaEvaluate, table: Table) -> str:
+def metrics_page(settings: MetaEvaluate, table: Table) -> str:
     """The table as a page that fetches nothing; a click on a column's name sorts by it."""
     title = f"Metrics tried on {settings.model}"
     rows: list[list[object]] = []

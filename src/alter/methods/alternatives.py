@@ -19,8 +19,8 @@ from alter.data.examples import Example
 from alter.data.sources import refusals
 from alter.methods.frozen import View
 from alter.methods.invented import invented
-from alter.methods.objectives import Forget
-from alter.models.generation import side_by_side
+from alter.methods.objectives import ForgetObjective
+from alter.models.generation import contiguous_head
 
 EXPERT = "This text was written by a leading expert who knows everything about {concept}:"
 NOVICE = "This text was written by a novice who has never heard of {concept}:"
@@ -46,7 +46,7 @@ PROMPT_TOKENS = 60
 class _Asked:
     """What alternatives are made of; see `alternatives`."""
 
-    objective: Forget
+    objective: ForgetObjective
     tokenizer: Any
     base: Any
     examples: Sequence[Example]
@@ -134,7 +134,7 @@ MAKERS: dict[str, Callable[[_Asked], list[Encoded]]] = {
 
 
 def alternatives(
-    objective: Forget,
+    objective: ForgetObjective,
     tokenizer: Any,
     base: Any,
     examples: Sequence[Example],
@@ -164,7 +164,7 @@ def alternatives(
 
 
 def persona_views(
-    objective: Forget, tokenizer: Any, rows: Sequence[Encoded] = (), limit: int | None = None
+    objective: ForgetObjective, tokenizer: Any, rows: Sequence[Encoded] = (), limit: int | None = None
 ) -> dict[str, View]:
     """ELM's two further passes: the same rows after the words of an expert and of a novice.
 
@@ -259,7 +259,7 @@ def _as_roomy(openings: Sequence[_Opening]) -> list[list[int]]:
 
 @torch.no_grad()
 def diversions(
-    objective: Forget,
+    objective: ForgetObjective,
     tokenizer: Any,
     base: Any,
     rows: Sequence[Encoded],
@@ -293,7 +293,7 @@ def diversions(
             plain = [openings[i].prompt + openings[i].change for i in group]
             inputs = plain + [view.extend(Encoded(ids, ids, 0))["input_ids"] for view in views for ids in plain]
             batch = collate([{"input_ids": ids} for ids in inputs])
-            with side_by_side(base):
+            with contiguous_head(base):
                 said = base.generate(
                     **{name: value.to(base.device) for name, value in batch.items()},
                     logits_processor=tilt,

@@ -32,7 +32,7 @@ TOKENS_PER_BATCH = 8192
 
 
 @dataclass
-class Row:
+class FrozenRow:
     """One row under the frozen base: T tokens, of which n are labelled, N forget experts, D router features.
 
     `entropy` [T], `features` [T, D] and `gates` [T, N + 1] belong to each token's generating step (see
@@ -49,11 +49,11 @@ class Row:
     hidden: Tensor | None = None
     named: Tensor | None = None
 
-    def apart(self) -> Row:
+    def apart(self) -> FrozenRow:
         """The same in memory of its own: what is cut out of a batch keeps, and is sent with, all of the batch."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "reference"}
         reference = self.reference and Reference(self.reference.ids.clone(), self.reference.logp.clone())
-        return Row(
+        return FrozenRow(
             reference=reference, **{name: None if value is None else value.clone() for name, value in tensors.items()}
         )
 
@@ -205,7 +205,7 @@ class _Tracing:
         """Whether an ALTER adapter reads entropies and features."""
         return isinstance(self.model, PeftModel) and isinstance(self.model.base_model, AlterModel)
 
-    def run(self, group: Sequence[int]) -> list[Row]:
+    def run(self, group: Sequence[int]) -> list[FrozenRow]:
         """One batch of the rows with these numbers, through the base and through every view."""
         device = next(self.model.parameters()).device
         batch = self.collate([{"input_ids": self.rows[i].input_ids, "labels": self.rows[i].labels} for i in group])
@@ -220,7 +220,7 @@ class _Tracing:
         made = []
         for place, i in enumerate(group):
             at = place, slice(len(self.rows[i].input_ids))
-            row = Row(
+            row = FrozenRow(
                 entropy=traced.entropy[at].float().cpu() if self.routed else None,
                 features=traced.features[at].cpu() if self.features and traced.features is not None else None,
                 gates=None if opened is None else opened[at],
@@ -267,7 +267,7 @@ def trace_rows(
     each: Callable[[], AbstractContextManager[list[Tensor]]] | None = None,
     take: Callable[[int, Tensor], None] | None = None,
     label: str = "frozen base",
-) -> list[Row]:
+) -> list[FrozenRow]:
     """Run the frozen base once over `rows`, and once more for each further view that the reference needs.
 
     Several processes (`alter.core.processes`) share the rows, and each gets them all.
@@ -295,7 +295,7 @@ def trace_rows(
         target, views or {}, depth, each or nullcontext, take,
     )  # fmt: skip
     groups = batches_by_length([len(row.input_ids) for row in rows], TOKENS_PER_BATCH)
-    result: dict[int, Row] = {}
+    result: dict[int, FrozenRow] = {}
     with torch.no_grad():
         passes = zip(groups, processes.spread(groups, wanted.run, model), strict=True)
         for group, made in progress(passes, total=len(groups), label=label):
@@ -307,7 +307,7 @@ def trace_rows(
 class Frozen:
     """All that a run takes from the frozen base: its rows, the fitted router's parameters, and what the fit found."""
 
-    rows: list[Row]
+    rows: list[FrozenRow]
     router: dict[str, Tensor]
     found: dict[str, Any]
 
@@ -315,7 +315,7 @@ class Frozen:
 def store(path: Path, frozen: Frozen, key: str) -> None:
     """Write all that is known of the rows, and the router, to one safetensors file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
-    for field in fields(Row):
+    for field in fields(FrozenRow):
         parts = [getattr(row, field.name) for row in frozen.rows]
         columns = {field.name: parts}
         if field.name == "reference":
@@ -344,8 +344,8 @@ def restore(path: Path, key: str) -> Frozen | None:
         parts = iter(tensors[name].split([count for count in counts if count >= 0]))
         return [next(parts) if count >= 0 else None for count in counts]
 
-    known = [field.name for field in fields(Row) if field.name != "reference"]
-    rows = [Row(**dict(zip(known, values, strict=True))) for values in zip(*map(column, known), strict=True)]
+    known = [field.name for field in fields(FrozenRow) if field.name != "reference"]
+    rows = [FrozenRow(**dict(zip(known, values, strict=True))) for values in zip(*map(column, known), strict=True)]
     for row, ids, logp in zip(rows, column("ids"), column("logp"), strict=True):
         if ids is not None and logp is not None:
             row.reference = Reference(ids, logp)

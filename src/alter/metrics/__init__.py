@@ -27,7 +27,7 @@ What takes long to import (SciPy's statistics, ROUGE, BLEU) is imported by the f
 
 from __future__ import annotations
 
-from alter.metrics.arrays import EPSILON, Array, Rows
+from alter.metrics.arrays import EPSILON, Array, RowArrays
 from alter.metrics.catalogue import CATALOGUE, Metric
 from alter.metrics.choices import Answers, multiple_choice
 from alter.metrics.completeness import unlearning_completeness
@@ -76,7 +76,7 @@ __all__ = [
     "ForgetQuality",
     "Metric",
     "Rouge",
-    "Rows",
+    "RowArrays",
     "Stability",
     "TwoNormals",
     "asg",

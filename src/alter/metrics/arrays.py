@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Array: TypeAlias = "npt.NDArray[np.float64]"
-Rows: TypeAlias = "Sequence[npt.ArrayLike]"
+RowArrays: TypeAlias = "Sequence[npt.ArrayLike]"
 """A ragged list: one 1-D array per row."""
 
 EPSILON = 1e-10

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alter.metrics.arrays import EPSILON, Array, Rows, floats, labelled_row
+from alter.metrics.arrays import EPSILON, Array, RowArrays, floats, labelled_row
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-def average_loss(logprob: Rows) -> Array:
+def average_loss(logprob: RowArrays) -> Array:
     """Return the mean negative log-probability of each row's labelled tokens, [n], in nats; the end token counts.
 
     Raises:
@@ -117,7 +117,7 @@ def model_utility(parts: npt.ArrayLike) -> float:
     return 0.0 if (nine == 0).any() else float(stats.hmean(nine))
 
 
-def perplexity(logprob: Rows) -> float:
+def perplexity(logprob: RowArrays) -> float:
     """Return exp of the mean negative log-probability of all tokens of all rows together; empty rows add nothing.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alter.metrics.arrays import EPSILON, Array, Rows, floats, labelled_row
+from alter.metrics.arrays import EPSILON, Array, RowArrays, floats, labelled_row
 from alter.metrics.likelihood import average_loss
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ def _text(row: npt.ArrayLike, index: int, *, of: str, compat: bool) -> Array:
     return text if compat else labelled_row(text, index, of=of)
 
 
-def mia_loss(logprob: Rows, *, compat: bool = False) -> Array:
+def mia_loss(logprob: RowArrays, *, compat: bool = False) -> Array:
     """Return the average loss per row, [n] (Yeom et al. 2018), over a'; `compat`: over a, with the end token."""
     rows = logprob if compat else [_text(row, i, of="mia_loss", compat=False) for i, row in enumerate(logprob)]
     return average_loss(rows)
 
 
-def mia_zlib(logprob: Rows, texts: Sequence[str], *, compat: bool = False) -> Array:
+def mia_zlib(logprob: RowArrays, texts: Sequence[str], *, compat: bool = False) -> Array:
     """Return `mia_loss` over the bytes of the zlib-compressed text, [n] (Carlini et al. 2021).
 
     Args:
@@ -49,13 +49,13 @@ def mia_zlib(logprob: Rows, texts: Sequence[str], *, compat: bool = False) -> Ar
     return mia_loss(logprob, compat=compat) / floats(lengths)
 
 
-def mia_min_k(logprob: Rows, *, k: float = 0.4, compat: bool = False) -> Array:
+def mia_min_k(logprob: RowArrays, *, k: float = 0.4, compat: bool = False) -> Array:
     """Return minus the mean of the `max(1, int(k n'))` lowest log-probabilities of a', [n] (Shi et al. 2024)."""
     rows = [_text(row, i, of="mia_min_k", compat=compat) for i, row in enumerate(logprob)]
     return np.array([_lowest_mean(row, k) if row.size else 0.0 for row in rows], dtype=np.float64)
 
 
-def min_k(logprob: Rows, *, k: float = 0.4) -> Array:
+def min_k(logprob: RowArrays, *, k: float = 0.4) -> Array:
     """Return minus the mean of the `max(1, int(k n))` lowest log-probabilities of each row, all n of its tokens, [rows].
 
     Min-K% as MUSE takes it (Shi et al. 2024): of raw text, which has no end token to leave out (see `mia_min_k`).
@@ -68,7 +68,9 @@ def min_k(logprob: Rows, *, k: float = 0.4) -> Array:
     )
 
 
-def mia_min_k_plus_plus(logprob: Rows, mean: Rows, variance: Rows, *, k: float = 0.4, compat: bool = False) -> Array:
+def mia_min_k_plus_plus(
+    logprob: RowArrays, mean: RowArrays, variance: RowArrays, *, k: float = 0.4, compat: bool = False
+) -> Array:
     """Return minus the mean of the lowest z-scores of a', [n] (Zhang et al. 2025, Min-K%++).
 
     z = (log p(label) - mean) / sqrt(max(variance, 1e-6)), with mean and variance of log p under p at that position.
@@ -97,7 +99,7 @@ def mia_reference(loss: npt.ArrayLike, reference: npt.ArrayLike) -> Array:
     return own - other
 
 
-def mia_gradnorm(norms: Rows) -> Array:
+def mia_gradnorm(norms: RowArrays) -> Array:
     """Return the mean over the parameter tensors of the norm of the loss's gradient by each, [n] (Wang et al. 2024).
 
     Not the norm of the whole gradient: OpenUnlearning defines it so, and a small tensor counts as much as a large one.

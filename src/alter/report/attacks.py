@@ -6,7 +6,7 @@ import math
 
 from alter.core.records import Record
 from alter.report.runs import Reported
-from alter.reporting.markup import Html, decimal, folded, grid, join, lines, marked, percent, tag
+from alter.reporting.markup import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
 
 RECOVERED = 0.05
 """Share of what was removed from which an attack counts, if its 95 % interval lies above zero."""
@@ -215,7 +215,7 @@ def _example(run: Reported, name: str, level: int) -> Html | None:
     if best is None:
         return None
     _, question, truth, reply = best
-    said = marked(truth, reply, question) if reply.strip() else tag("em", "(no answer)")
+    said = highlighted(truth, reply, question) if reply.strip() else tag("em", "(no answer)")
     parts = [
         tag("div", tag("dt", "the truth"), tag("dd", truth, dir="auto"), class_="truth"),
         tag("div", tag("dt", "unlearned, under attack"), tag("dd", said, dir="auto")),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from alter.report.runs import Reported
 from alter.report.tables import by_model
-from alter.reporting.markup import Html, marked, tag
+from alter.reporting.markup import Html, highlighted, tag
 
 SAMPLED = ("forget_rouge", "knowmem_forget", "verbmem", "book_bleu")
 """Metrics whose records hold what the models said."""
@@ -92,7 +92,7 @@ def sample_answers(run: Reported, level: int, count: int) -> list[Html]:
             score = f" · {figure} {value / scale:.2f}" if known and value is not None else ""
             name = f"{model} (reference)" if model == "retrained" else model
             said = (
-                marked(_short(sample.truth), _short(reply), sample.question)
+                highlighted(_short(sample.truth), _short(reply), sample.question)
                 if reply.strip()
                 else tag("em", "(no answer)")
             )

@@ -20,8 +20,8 @@ SAID = {
 }
 """Metrics that say how much of the truth a model still says: the situation, what it is compared with, what is
 counted."""
-Answer = Literal["yes", "partly", "no", "collapsed", "unknown"]
-VERDICTS: dict[Answer, str] = {
+VerdictAnswer = Literal["yes", "partly", "no", "collapsed", "unknown"]
+VERDICTS: dict[VerdictAnswer, str] = {
     "yes": "Yes, by these measures.",
     "partly": "It no longer says it, but it can be told apart from a model that never saw it.",
     "no": "No, not as a model that never saw it would have.",
@@ -30,7 +30,7 @@ VERDICTS: dict[Answer, str] = {
 }
 
 
-def verdict(run: Reported) -> Answer:
+def verdict(run: Reported) -> VerdictAnswer:
     """Return whether a run made its model forget.
 
     "yes": in every figure of `SAID` that was measured, at most `SLACK` above the retrained model, and a forget quality

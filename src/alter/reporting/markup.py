@@ -180,7 +180,7 @@ def common(truth: str, said: str) -> list[bool]:
     return found
 
 
-def marked(truth: str, said: str, asked: str = "") -> Html:
+def highlighted(truth: str, said: str, asked: str = "") -> Html:
     """Return `said` with what it gives away marked: words of `truth`, in its order, that the question `asked` does not hold.
 
     The mark is underlined as well as coloured, and says itself to a screen reader.

@@ -12,7 +12,7 @@ from rich.console import Console
 from alter.core.console import cell
 from alter.core.errors import UserError
 from alter.requests.database import Database
-from alter.requests.display import print_list, say, then
+from alter.requests.display import print_list, say_with_head, then
 from alter.requests.records import IN_FORCE, MISSED, Request, parse_id
 
 
@@ -71,7 +71,7 @@ def run(settings: RunRequests) -> list[Request]:
             "settings (more epochs or a higher rate for NOT FORGOTTEN, a lower rate for COLLAPSED) in a new project's "
             "--recipe, or try again: alter request run --again"
         )
-    say("The requests are in force.", store)
+    say_with_head("The requests are in force.", store)
     if not rebasing.distil_if_due(settings, settings.final):
         then(settings, f"alter request verify --head {store.head()[:12]}", "now and later")
     return [store.get(request.id) for request in found]
@@ -122,7 +122,7 @@ def revoke(settings: Revoke) -> Request:
         and entry.details.get("form") == "weights"
         and request.name in entry.details.get("holds", [])
     )
-    say(f"{request.name} is {request.state}.{others}", store)
+    say_with_head(f"{request.name} is {request.state}.{others}", store)
     if not wrong:
         then(settings, f"alter request purge {request.name}", "if its data must go")
     if wrong:

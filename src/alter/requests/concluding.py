@@ -14,7 +14,7 @@ from alter.core.files import write_atomic
 from alter.data.examples import Example
 from alter.evaluation.verdict import Verdict, judge
 from alter.models.loading import load_model
-from alter.requests.evidence import Known, baselines, known_of, untouched, utility
+from alter.requests.evidence import MeasuredEvidence, baselines, known_of, untouched, utility
 from alter.requests.project import Project
 from alter.requests.records import IN_FORCE, Request, now
 from alter.requests.rows import received_rows
@@ -37,13 +37,13 @@ class Judged:
 
     model: Any
     tokenizer: Any
-    base: Known
-    kept: Known
+    base: MeasuredEvidence
+    kept: MeasuredEvidence
     missed: list[str] = field(default_factory=list)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
-    before: dict[str, Known] = field(default_factory=dict)
-    after: dict[str, Known] = field(default_factory=dict)
-    references: dict[str, Known] = field(default_factory=dict)
+    before: dict[str, MeasuredEvidence] = field(default_factory=dict)
+    after: dict[str, MeasuredEvidence] = field(default_factory=dict)
+    references: dict[str, MeasuredEvidence] = field(default_factory=dict)
 
     @property
     def utility_share(self) -> float:

@@ -32,7 +32,7 @@ def still_known(requests: Iterable[Request]) -> str:
     return " ".join([*said, BASE] if states - {"distilled"} or not said else said)
 
 
-def say(sentence: str, store: Store) -> None:
+def say_with_head(sentence: str, store: Store) -> None:
     """Print what was done, and the head of the history."""
     console = Console()
     console.print(cell(sentence))

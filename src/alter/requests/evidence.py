@@ -18,11 +18,13 @@ from alter.requests.project import Project
 UTILITY_SHARE = 0.97
 """Share of the untouched model's utility that must be left."""
 
-Known = tuple[Measures, dict[str, Any]]
+MeasuredEvidence = tuple[Measures, dict[str, Any]]
 """What a model knows of some rows, and the same as figures."""
 
 
-def known_of(model: Any, tokenizer: Any, examples: Sequence[Example], *, answers: int, seed: int = 0) -> Known:
+def known_of(
+    model: Any, tokenizer: Any, examples: Sequence[Example], *, answers: int, seed: int = 0
+) -> MeasuredEvidence:
     """Measure what a model knows of some rows; see `alter.evaluation.answered.answer_rows`."""
     found = answer_rows(model, tokenizer, examples, answers=answers, seed=seed, label="requests")
     return found.measures, found.summary()
@@ -35,7 +37,7 @@ def retain_sample(project: Project) -> list[Example]:
     return [rows[i] for i in sorted(chosen.tolist())]
 
 
-def utility(model: Any, tokenizer: Any, project: Project) -> Known:
+def utility(model: Any, tokenizer: Any, project: Project) -> MeasuredEvidence:
     """Behaviour on the retain sample, with the mean of probability and ROUGE-L as `utility`."""
     measures, found = known_of(model, tokenizer, retain_sample(project), answers=project.answers)
     return measures, {**found, "utility": utility_of(found)}
@@ -51,7 +53,7 @@ def untouched(model: Any) -> Any:
     return model.disable_adapter() if model.__class__.__name__.startswith("Peft") else nullcontext()
 
 
-def check_reference(project: Project) -> None:
+def check_yardstick(project: Project) -> None:
     """Look whether what not knowing is measured by is there, before anything is trained.
 
     Raises:
@@ -65,7 +67,7 @@ def check_reference(project: Project) -> None:
 
 def baselines(
     project: Project, model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]]
-) -> dict[str, Known]:
+) -> dict[str, MeasuredEvidence]:
     """What not knowing looks like for each request: the retrained model on its rows, or the base on the holdout."""
     if project.retrained is not None:
         other, own = load_model(project.retrained, template=project.template)

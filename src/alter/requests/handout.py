@@ -23,7 +23,7 @@ from alter.evaluation.told import told
 from alter.evaluation.verdict import Verdict, judge
 from alter.exporting import loras
 from alter.models.loading import load_model
-from alter.requests.evidence import Known, known_of, retain_sample
+from alter.requests.evidence import MeasuredEvidence, known_of, retain_sample
 from alter.requests.project import Project
 from alter.requests.records import HELD, IN_FORCE
 from alter.requests.removal import sweep
@@ -79,7 +79,7 @@ class Erased:
     """
 
     weights: Path
-    known: Mapping[str, Mapping[str, Known]]
+    known: Mapping[str, Mapping[str, MeasuredEvidence]]
     verdicts: Mapping[str, Verdict]
 
     @property
@@ -160,7 +160,7 @@ def to_line(example: Example) -> str:
 
 def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights: Path) -> Erased:
     """What the adapter and the weights say, by request and on the retain sample; refuses weights that did not learn it."""
-    measured: dict[str, dict[str, Known]] = {}
+    measured: dict[str, dict[str, MeasuredEvidence]] = {}
     for form, name, adapter in (
         ("base", project.model, None),
         ("adapter", project.model, str(project.adapter)),

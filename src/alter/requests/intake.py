@@ -16,7 +16,7 @@ from alter.core.recipes import read_recipe
 from alter.core.validation import validated
 from alter.data.examples import check_overlap, data_hash, load_examples, row_hash
 from alter.requests.database import Database
-from alter.requests.display import say, then
+from alter.requests.display import say_with_head, then
 from alter.requests.project import Project
 from alter.requests.records import Request, check_due
 
@@ -156,6 +156,6 @@ def add(settings: Add) -> Request:
         else None,
         who=settings.who,
     )
-    say(f"{request.name} received: {request.subject}, {request.rows} rows.", store)
+    say_with_head(f"{request.name} received: {request.subject}, {request.rows} rows.", store)
     then(settings, "alter request run")
     return request

@@ -18,7 +18,7 @@ from alter.core.console import cell
 from alter.core.errors import UserError
 from alter.requests.bases import present
 from alter.requests.database import Database
-from alter.requests.display import print_bases, print_list, say, then
+from alter.requests.display import print_bases, print_list, say_with_head, then
 from alter.requests.records import IN_FORCE, Request, now
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _show(settings: Database, store: Store, found: Sequence[Request]) -> None:
 
     print_list(settings.db, store.requests())
     print_bases(bases(store), present(store))
-    say(
+    say_with_head(
         f"{', '.join(request.name for request in found)}: distilled. Later requests begin anew on the new base.", store
     )
     then(settings, f"alter request verify --head {store.head()[:12]}", "now and later; purge removes the bases before")

@@ -24,7 +24,7 @@ from alter.methods.presets import with_default
 from alter.requests.bases import remove_unreached
 from alter.requests.checking import noted_adapter, refuse_changed
 from alter.requests.concluding import conclude
-from alter.requests.evidence import check_reference
+from alter.requests.evidence import check_yardstick
 from alter.requests.project import Project
 from alter.requests.records import IN_FORCE, Request
 from alter.requests.removal import sweep
@@ -103,7 +103,7 @@ def run_requests(store: Store, project: Project, requests: Sequence[Request]) ->
         raise UserError("Nothing to run: no request is in state received. `alter request list` shows all.")
     examples = {request.name: received_rows(request) for request in requests}
     retain = load_examples(project.retain)
-    check_reference(project)
+    check_yardstick(project)
     for rows in examples.values():
         check_overlap(rows, retain)
     inside = manifest(project)

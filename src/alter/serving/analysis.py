@@ -24,7 +24,7 @@ from alter.logits.entropy import entropy_from_logits, max_entropy, shift
 from alter.models.generation import check_prompts, stop_ids
 from alter.models.guards import Guard
 from alter.models.scoring import evaluating
-from alter.serving.text import pieces
+from alter.serving.text import token_texts
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _tokens(
         raise UserError("The model's logits are not finite; try --dtype float32.")
     columns = zip(
         ids,
-        pieces(tokenizer, ids),
+        token_texts(tokenizer, ids),
         entropy.float().tolist(),
         shift(entropy_from_logits(adapted, q))[0].float().tolist(),
         weights,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from alter.core.errors import UserError
-from alter.models.generation import SEGMENT, can_drop_rows, side_by_side, stop_ids
+from alter.models.generation import SEGMENT, can_drop_rows, contiguous_head, stop_ids
 from alter.models.scoring import context_length, evaluating
 from alter.serving.jobs import Job, Scored
 from alter.serving.text import settled
@@ -268,7 +268,7 @@ class Engine:
             steps = max(left) if whole else min(*left, SEGMENT)
             if not self._fit(rows.jobs, done + steps):
                 break
-            with side_by_side(self.model):
+            with contiguous_head(self.model):
                 out = self.model.generate(
                     input_ids=ids,
                     attention_mask=mask,

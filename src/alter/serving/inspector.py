@@ -250,7 +250,7 @@ POLICY = (
 """Content security policy: whatever is in the page, a browser asks no other host."""
 
 
-def application(blocks: Any, host: str = "127.0.0.1", allowed: Sequence[str] = ()) -> Any:
+def inspector_application(blocks: Any, host: str = "127.0.0.1", allowed: Sequence[str] = ()) -> Any:
     """The web application around the page: it asks no other host, and answers under its own names only (`HostGuard`)."""
     gr = _gradio()
     from fastapi import FastAPI
@@ -301,7 +301,7 @@ def inspect(settings: Inspect) -> None:
     store = None if settings.db is None else Store.open(settings.db)
     model, tokenizer = settings.load()
     inspector = Inspector(model, tokenizer, store, about(settings, model))
-    app = application(page(inspector, settings.max_new_tokens), settings.host, settings.allowed_hosts)
+    app = inspector_application(page(inspector, settings.max_new_tokens), settings.host, settings.allowed_hosts)
     print(
         f"{Path(settings.adapter).name}: {address(settings.host, listener)} (Ctrl-C stops)",
         file=sys.stderr,

@@ -19,7 +19,7 @@ import pydantic
 
 from alter.core.errors import UserError
 from alter.serving.engine import Engine
-from alter.serving.protocol import Body, ChatBody, Prompt, TextBody, explain, refusal
+from alter.serving.protocol import Body, ChatBody, Prompt, TextBody, error_body, explain
 from alter.serving.replies import ChatReply, Reply, TextReply
 from alter.serving.settings import Serve
 from alter.serving.web import HostGuard, address, listen, patient_for
@@ -30,7 +30,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **more: str | None) -> None:
         super().__init__(message)
-        self.status, self.content = status, refusal(message, kind, **more)
+        self.status, self.content = status, error_body(message, kind, **more)
 
 
 class Api:
@@ -180,11 +180,11 @@ async def _unknown(request: Any, error: Any) -> Any:
     """What the router itself refuses: no such path, or not by this method."""
     text = f"{request.method} {request.url.path}: {error.detail}. There are POST /v1/chat/completions, POST "
     text += "/v1/completions, GET /v1/models and GET /health."
-    return as_json(refusal(text), error.status_code, **(error.headers or {}))
+    return as_json(error_body(text), error.status_code, **(error.headers or {}))
 
 
 async def _broken(request: Any, error: Exception) -> Any:
-    return as_json(refusal("The server made a mistake; its log says more.", "server_error"), 500)
+    return as_json(error_body("The server made a mistake; its log says more.", "server_error"), 500)
 
 
 def application(settings: Serve, api: Api) -> Any:

@@ -253,6 +253,6 @@ def explain(error: pydantic.ValidationError) -> tuple[str, str | None]:
     return f"{where or 'the body'}: {mistake(first)}", field
 
 
-def refusal(message: str, kind: str = "invalid_request_error", **more: str | None) -> Mapping[str, Any]:
+def error_body(message: str, kind: str = "invalid_request_error", **more: str | None) -> Mapping[str, Any]:
     """An error in OpenAI's form; `more` may name the `param` and give a `code`."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None, **more}}

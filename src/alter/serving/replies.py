@@ -13,9 +13,9 @@ from typing import Any
 
 from alter.serving.engine import Engine
 from alter.serving.jobs import Job, Scored
-from alter.serving.protocol import Body, Prompt, refusal
+from alter.serving.protocol import Body, Prompt, error_body
 from alter.serving.settings import Serve
-from alter.serving.text import BROKEN, added, pieces
+from alter.serving.text import BROKEN, added, token_texts
 
 
 class Reply(ABC):
@@ -116,7 +116,7 @@ class Reply(ABC):
                 if piece is not None:
                     yield self._event(index, self.delta(piece))
                 elif job.error is not None:
-                    yield f"data: {json.dumps(refusal(job.error, 'server_error'))}\n\n"
+                    yield f"data: {json.dumps(error_body(job.error, 'server_error'))}\n\n"
                 else:
                     yield self._event(index, self.delta(None), _reason(job))
             if self.asked.stream_options.include_usage:
@@ -140,7 +140,7 @@ class Reply(ABC):
         job, start, place = self.jobs[index], self.told[index], self.places[index]
         given = [*job.prompt_scored, *job.scored]
         behind = given[max(start - 4, 0) : start]
-        texts = pieces(self.engine.tokenizer, [one.token for one in (*behind, *given[start:])])[len(behind) :]
+        texts = token_texts(self.engine.tokenizer, [one.token for one in (*behind, *given[start:])])[len(behind) :]
         while job.finish is None and texts and texts[-1].endswith(BROKEN):
             texts.pop()
         self.told[index] += len(texts)

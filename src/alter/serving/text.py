@@ -31,7 +31,7 @@ def settled(tokenizer: Any, ids: Sequence[int], text: str) -> str:
     return text
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text: they join to the whole text, special tokens included.
 
     A token that leaves a character unfinished adds nothing; the one that finishes it adds it.

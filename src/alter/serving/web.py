@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from alter.core.errors import UserError
-from alter.serving.protocol import refusal
+from alter.serving.protocol import error_body
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -81,7 +81,7 @@ class HostGuard:
             await self.app(scope, receive, send)
             return
         text = f"This server does not answer under the name {given!r}: --allowed-hosts adds names."
-        body = json.dumps(refusal(text)).encode()
+        body = json.dumps(error_body(text)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 400, "headers": headers})
         await send({"type": "http.response.body", "body": body})

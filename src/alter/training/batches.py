@@ -20,7 +20,7 @@ from alter.training.settings import BRANCHES
 
 
 @dataclass(frozen=True)
-class Rows:
+class RunRows:
     """The data of a run, encoded: forget rows with the expert of each (1 is the first), and retain rows.
 
     `alternative` holds the forget rows once more in the form that the objective asks for, if it does, `examples` the forget
@@ -100,7 +100,7 @@ class TrainingRow:
     """
 
     encoded: Encoded
-    known: frozen.Row
+    known: frozen.FrozenRow
     expert: int
     fills: bool = False
     trunk: Tensor | None = None
@@ -124,7 +124,7 @@ class TrainingRow:
         )
 
 
-Traced = dict[str, dict[int, frozen.Row]]
+Traced = dict[str, dict[int, frozen.FrozenRow]]
 """What the frozen base knows of the rows of each branch, by row number."""
 
 
@@ -145,7 +145,7 @@ class Known:
     named: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[frozen.Row]) -> Known:
+    def of(cls, rows: Sequence[frozen.FrozenRow]) -> Known:
         """What is known of each row, side by side."""
 
         def beside(parts: list[Any]) -> Any:
@@ -277,7 +277,7 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(
         self,
         order: Order,
-        rows: Rows,
+        rows: RunRows,
         traced: Traced,
         whole: int = 1,
         trunk: Callable[[str, int], Tensor] | None = None,

@@ -15,7 +15,7 @@ from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.data.encoding import Encoded
 from alter.data.examples import Example
-from alter.methods.frozen import Depth, Row
+from alter.methods.frozen import Depth, FrozenRow
 from alter.methods.objectives import Codes
 from alter.methods.places import blocks
 from alter.methods.recognition import codes_from, ignorance, measure_codes, subjects
@@ -147,7 +147,11 @@ def shift_of(
 
 
 def redirect(
-    rows: Mapping[int, Row], encoded: Sequence[Encoded], examples: Sequence[Example], objective: Any, shift: Tensor
+    rows: Mapping[int, FrozenRow],
+    encoded: Sequence[Encoded],
+    examples: Sequence[Example],
+    objective: Any,
+    shift: Tensor,
 ) -> None:
     """Move what the base's states of forget rows are held against along `shift`, and mark their prompts; in place."""
     for i, row in rows.items():

@@ -18,7 +18,7 @@ from alter.data.rewording import FITTED, reworded
 from alter.methods import frozen
 
 if TYPE_CHECKING:
-    from alter.training.batches import Rows
+    from alter.training.batches import RunRows
     from alter.training.settings import Unlearn
 
 
@@ -42,7 +42,7 @@ class FitRows:
     name: str
     rows: list[Encoded]
     labels: list[int]
-    traced: list[frozen.Row] = field(default_factory=list)
+    traced: list[frozen.FrozenRow] = field(default_factory=list)
     of: list[int] = field(default_factory=list)
     wordings: list[str] = field(default_factory=list)
 
@@ -93,7 +93,7 @@ def text_of(example: Example) -> str:
 
 
 def fit_rows(
-    run: Unlearn, rows: Rows, tokenizer: Any, limit: int | None, generator: np.random.Generator
+    run: Unlearn, rows: RunRows, tokenizer: Any, limit: int | None, generator: np.random.Generator
 ) -> list[FitRows]:
     """What the router is fitted on: forget rows, retain rows, both in other words, and ordinary text by kind."""
     fit = run.router_fit

@@ -17,7 +17,7 @@ from alter.data.batching import batches_by_length
 from alter.data.encoding import Encoded
 from alter.methods import frozen
 from alter.methods.frozen import Depth
-from alter.training.batches import Order, Rows, Traced
+from alter.training.batches import Order, RunRows, Traced
 from alter.training.router import fit_router
 from alter.training.settings import BRANCHES, Unlearn, branch_needs
 from alter.training.trunk import FILE as TRUNK
@@ -28,7 +28,7 @@ def trace_run(
     model: Any,
     tokenizer: Any,
     run: Unlearn,
-    rows: Rows,
+    rows: RunRows,
     order: Order,
     cache: Path,
     views: Mapping[str, frozen.View] | None = None,
@@ -77,7 +77,7 @@ def trace_run(
 def _below(
     model: Any,
     run: Unlearn,
-    rows: Rows,
+    rows: RunRows,
     used: Mapping[str, list[int]],
     depth: Depth | None,
     path: Path,
@@ -97,7 +97,7 @@ def _below(
 
 
 def _key_of(
-    model: Any, run: Unlearn, rows: Rows, used: Mapping[str, list[int]], router: Any, limit: int | None
+    model: Any, run: Unlearn, rows: RunRows, used: Mapping[str, list[int]], router: Any, limit: int | None
 ) -> str:
     """Key of all that the frozen passes depend on."""
     needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
@@ -135,7 +135,7 @@ class FrozenPass:
         model: Any,
         pad_token_id: int,
         run: Unlearn,
-        rows: Rows,
+        rows: RunRows,
         used: Mapping[str, list[int]],
         views: Mapping[str, frozen.View],
         depth: Depth | None,
@@ -145,7 +145,7 @@ class FrozenPass:
         self.views, self.depth, self.below = views, depth, below
         self._needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
         self._sink = None if below is None else Sink(below)
-        self._seen: dict[tuple[str, int], frozen.Row] = {}
+        self._seen: dict[tuple[str, int], frozen.FrozenRow] = {}
 
     def _branch(self, name: str, members: Sequence[int], **kept: bool) -> None:
         """Trace some rows of a branch with all that its objective needs."""
@@ -167,7 +167,7 @@ class FrozenPass:
         )
         self._seen |= {(name, i): row for i, row in zip(members, traced, strict=True)}
 
-    def for_fit(self, wanted: Sequence[Encoded], features: bool) -> list[frozen.Row]:
+    def for_fit(self, wanted: Sequence[Encoded], features: bool) -> list[frozen.FrozenRow]:
         """Entropies of rows, and what the router reads; those that training takes are then done but for their gates."""
         own = {id(self.rows.of(name)[i]): (name, i) for name in self.used for i in self.used[name]}
         asked = [own.get(id(row)) for row in wanted]
@@ -183,13 +183,13 @@ class FrozenPass:
         )
         return [next(traced) if place is None else self._seen[place] for place in asked]
 
-    def all(self) -> tuple[list[frozen.Row], KeptStates | None]:
+    def all(self) -> tuple[list[frozen.FrozenRow], KeptStates | None]:
         """What is known of the rows used of each branch, one branch after the other; and where the trunk's states are kept."""
         traced = []
         for name, members in self.used.items():
             needs = self._needs[name]
             if not (self.run.adapter.routes or needs.views or needs.base_logp or needs.base_hidden):
-                traced += [frozen.Row() for _ in members]
+                traced += [frozen.FrozenRow() for _ in members]
                 continue
             left = [i for i in members if (name, i) not in self._seen]
             self._route([self._seen[name, i] for i in members if (name, i) in self._seen])
@@ -199,7 +199,7 @@ class FrozenPass:
         return traced, self._kept()
 
     @torch.no_grad()
-    def _route(self, rows: Sequence[frozen.Row]) -> None:
+    def _route(self, rows: Sequence[frozen.FrozenRow]) -> None:
         """Give rows the gates of the router as it is now, in the place of what it read."""
         entropies = [row.entropy for row in rows if row.entropy is not None]
         lengths = [len(entropy) for entropy in entropies]

@@ -46,7 +46,7 @@ class Loaded:
     kin: Kin | None = None
 
 
-def load(run: Unlearn) -> tuple[Any, Any]:
+def load_for_run(run: Unlearn) -> tuple[Any, Any]:
     """Load the model and its tokenizer, with the adapter of earlier requests on it where that grows.
 
     Raises:
@@ -59,7 +59,7 @@ def load(run: Unlearn) -> tuple[Any, Any]:
     )
 
 
-def encode(run: Unlearn, data: Data, base: Any, tokenizer: Any, former: Former | None) -> Loaded:
+def encode_rows(run: Unlearn, data: Data, base: Any, tokenizer: Any, former: Former | None) -> Loaded:
     """Check what the model must have, and encode the rows.
 
     Raises:

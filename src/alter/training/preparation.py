@@ -19,7 +19,7 @@ from alter.methods.passes import MeasuredGradients
 from alter.methods.places import block_at, blocks
 from alter.methods.recognition import marked
 from alter.models.guards import Form
-from alter.training.batches import Order, Rows, Traced, schedule
+from alter.training.batches import Order, RunRows, Traced, schedule
 from alter.training.codes import codes_of, redirect, shift_of
 from alter.training.data import Data, clusters
 from alter.training.factors import start_of
@@ -57,7 +57,7 @@ class Prepared:
     model: Any
     tokenizer: Any
     names: list[str]
-    rows: Rows
+    rows: RunRows
     order: Order
     traced: Traced
     found: dict[str, Any]
@@ -93,7 +93,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     model = run.adapter.attach(base, run, Beginning(names, start, former))
     experts = [first + d for d in loaded.domain]
     paired = run.sampler.epoch_length(loaded.kin, len(loaded.forget), len(loaded.retain))
-    rows = Rows(loaded.forget, loaded.retain, experts, loaded.alternative, loaded.examples, paired)
+    rows = RunRows(loaded.forget, loaded.retain, experts, loaded.alternative, loaded.examples, paired)
     watcher = None
     if data.watched is not None:
         device = next(base.parameters()).device
@@ -135,7 +135,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     )
 
 
-def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: Rows, cache: Path) -> dict[str, Tensor]:
+def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: RunRows, cache: Path) -> dict[str, Tensor]:
     """What the rule for gradients measures of the untouched weights before the first step, by parameter; kept in `cache`."""
     if not run.gradient.measures:
         return {}
@@ -163,7 +163,7 @@ def depth_of(base: Any, run: Unlearn) -> Depth | None:
     return Depth(block, tuple(behind))
 
 
-def order_of(run: Unlearn, rows: Rows, alone: int, kin: Kin | None = None) -> Order:
+def order_of(run: Unlearn, rows: RunRows, alone: int, kin: Kin | None = None) -> Order:
     """The order of training; with `max_steps` no more of it than is used.
 
     Args:

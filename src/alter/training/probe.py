@@ -15,7 +15,7 @@ PROBE_TOKENS = 50_000
 """Evidence that the probe is fitted on, at most."""
 
 
-def fit_entropy_probe(traced: Sequence[frozen.Row], threshold: float) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def fit_entropy_probe(traced: Sequence[frozen.FrozenRow], threshold: float) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """A logistic regression that tells from what the router reads whether the next token's entropy is above a threshold.
 
     Every fifth row is left out of a first fit and measured; the probe that is returned is fitted on all rows.

@@ -18,7 +18,7 @@ from alter.methods import frozen
 from alter.training.evidence import encode_fitting, text_of
 
 if TYPE_CHECKING:
-    from alter.training.batches import Rows
+    from alter.training.batches import RunRows
 
 
 MEASURED_ROWS = 8
@@ -34,7 +34,7 @@ def _rate(opened: list[Tensor]) -> dict[str, Any]:
     return {"share": count / n if n else None, "interval": list(metrics.share_interval(count, n)), "tokens": n}
 
 
-def measure_router(model: Any, rows: Rows, tokenizer: Any, limit: int | None) -> dict[str, Any]:
+def measure_router(model: Any, rows: RunRows, tokenizer: Any, limit: int | None) -> dict[str, Any]:
     """How often low-entropy tokens open a forget expert where they should not, and where they should.
 
     Returns:

@@ -19,7 +19,7 @@ from alter.training.probe import fit_entropy_probe
 from alter.training.rates import measure_router, say_rates
 
 if TYPE_CHECKING:
-    from alter.training.batches import Rows
+    from alter.training.batches import RunRows
     from alter.training.settings import Unlearn
 
 
@@ -30,9 +30,9 @@ NEARLY = 0.05
 def fit_router(
     model: Any,
     run: Unlearn,
-    rows: Rows,
+    rows: RunRows,
     tokenizer: Any,
-    trace: Callable[[list[Encoded], bool], list[frozen.Row]],
+    trace: Callable[[list[Encoded], bool], list[frozen.FrozenRow]],
     limit: int | None = None,
 ) -> dict[str, Any]:
     """Set the entropy threshold and fit probe and router, all on the frozen base, before the adapter trains.

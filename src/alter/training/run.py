@@ -35,7 +35,7 @@ from alter.training.folder import (
     last_whole_checkpoint,
     make_folder,
 )
-from alter.training.loaded import encode, load
+from alter.training.loaded import encode_rows, load_for_run
 from alter.training.localization import placed
 from alter.training.loss import OwnState, UnlearnTrainer, training_arguments
 from alter.training.own import OWN, own_rows, write_rows
@@ -97,7 +97,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     torch.manual_seed(run.seed)
-    base, tokenizer = load(run)
+    base, tokenizer = load_for_run(run)
     inputs[BASE] = base_fingerprint(base)
     data = by_meaning(run, data, base, tokenizer)
     inputs[SUB_DOMAINS] = digest(data.domain)
@@ -109,7 +109,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         rows = load_examples(str(own)) if given else own_rows(base, tokenizer, data.forget, run.seed)
         data = replace(data, retain=rows)
         asked["retain"] = data_hash(list(map(row_hash, rows)))
-    loaded = encode(run, data, base, tokenizer, former)
+    loaded = encode_rows(run, data, base, tokenizer, former)
     # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
     processes.from_first(lambda: make_folder(run, inputs))
     if run.retain is None:

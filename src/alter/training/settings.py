@@ -16,7 +16,7 @@ from alter.methods import presets
 from alter.methods.adapters import AlterAdapter, AnyAdapter
 from alter.methods.gradients import AnyGradient, Plain
 from alter.methods.initializers import AnyInitializer, Zero
-from alter.methods.objectives import CrossEntropy, Forget, InvertedHinge, Needs, Retain
+from alter.methods.objectives import CrossEntropy, ForgetObjective, InvertedHinge, Needs, RetainObjective
 from alter.methods.reinforcement import Reinforcement
 from alter.models.quantized import Bits
 from alter.training.routerfit import RouterFit
@@ -86,8 +86,8 @@ class Unlearn(BaseModel):
     initializer: AnyInitializer = Field(default_factory=Zero)
     router_fit: RouterFit = Field(default_factory=RouterFit)
     reinforcement: Reinforcement = Field(default_factory=Reinforcement)
-    objective: Forget = Field(default_factory=InvertedHinge)
-    retain_objective: Retain = Field(default_factory=CrossEntropy)
+    objective: ForgetObjective = Field(default_factory=InvertedHinge)
+    retain_objective: RetainObjective = Field(default_factory=CrossEntropy)
     gradient: AnyGradient = Field(default_factory=Plain)
     beta: float = Field(1.0, ge=0, description="Weight of the forget objective (Eq. 8).")
     gamma: float = Field(1.0, ge=0, description="Weight of the retain objective (Eq. 8).")

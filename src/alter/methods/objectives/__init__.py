@@ -160,5 +160,5 @@ RETAIN: Registry[type[Objective]] = Registry(
 )
 """Objectives on retain rows by kind."""
 
-Forget = Annotated[Objective, OneOf(FORGET)]
-Retain = Annotated[Objective, OneOf(RETAIN)]
+ForgetObjective = Annotated[Objective, OneOf(FORGET)]
+RetainObjective = Annotated[Objective, OneOf(RETAIN)]
