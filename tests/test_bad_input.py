@@ -96,6 +96,7 @@ BASES = {
     "request revoke": ["7", *DB],
     "request purge": ["7", *DB],
     "request export": [*DB, "--out", "new"],
+    "request distill": [*DB, "--final"],
     "certificate": ["7", *DB, "--key", "key", "--out", "new.json"],
     "muse-curve": [*MODEL, "--points", "1=adapter"],
     "aggregate": ["records.json"],

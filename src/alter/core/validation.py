@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from alter.core.errors import UserError
+from alter.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -22,14 +22,17 @@ def validated(model: type[M], given: Mapping[str, Any], source: str) -> M:
         source: where they were given, for the message: the path of a recipe.
 
     Raises:
-        UserError: the class refuses one; names it.
+        UserError: the class refuses one; names it, and the nearest that there is.
     """
     from pydantic import ValidationError
 
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise UserError(f"{source}: {refusal(error)}") from None
+        first = error.errors()[0]
+        unknown = first["type"] == "extra_forbidden" and len(first["loc"]) == 1
+        near = nearest(str(first["loc"][0]), model.model_fields) if unknown else ""
+        raise UserError(f"{source}: {refusal(error)}{near}") from None
 
 
 def refusal(error: ValidationError, tags: Container[str] = (), otherwise: str = "") -> str:

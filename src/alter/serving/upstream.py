@@ -54,15 +54,21 @@ class Chooser:
         self.model, self.tokenizer, self.experts = model, tokenizer, int(config.num_forget_experts)
 
     def choose(self, ids: Sequence[int]) -> int:
-        """The expert whose gate is widest open over the prompt's tokens, in sum; 0 if none opens.
+        """The expert that the reply's first token would take if the base were sure of it; 0 for none, which is the base.
+
+        Its evidence is of the whole prompt. Gates within the prompt tell less: a single one that opens by mistake would
+        send a long prompt to an expert.
 
         Args:
             ids: the prompt's tokens [T].
         """
         with torch.no_grad(), evaluating(self.model):
-            trace = self.model.base_model.trace(torch.tensor([ids], device=self.model.device))
-            open_ = self.model.base_model.route(trace.entropy, trace.features)[0, :, 1:].float().sum(0)
-        return int(open_.argmax()) + 1 if open_.max() > 0 else 0
+            # what generates a token decides its route, whichever token it is
+            begun = torch.tensor([[*ids, ids[-1]]], device=self.model.device)
+            trace = self.model.base_model.trace(begun)
+            # an entropy of 0 is below every threshold
+            entropy = torch.cat([trace.entropy[:, :-1], torch.zeros_like(trace.entropy[:, -1:])], dim=1)
+            return int(self.model.base_model.route(entropy, trace.features)[0, -1].argmax())
 
 
 def check_upstream(settings: Serve, names: Sequence[str]) -> None:
