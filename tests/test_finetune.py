@@ -359,7 +359,7 @@ def test_settings_that_do_not_fit(tmp_path, changes, message):
         ({"data": [], "corpora": ["nowhere.txt"]}, "No text file at 'nowhere.txt'"),
         (
             {"architecture": {}, "tokenizer_texts": [], "model": "./nowhere"},
-            r"Could not load a model from '\./nowhere'",
+            r"No model at \./nowhere",
         ),
     ],
 )

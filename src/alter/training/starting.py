@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from alter.core.errors import UserError, nearest
-from alter.data.chat import ensure_pad_token, set_template_arguments
 from alter.training.corpora import train_tokenizer
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ def starting_model(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedToken
     """
     import torch
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     transformers.set_seed(settings.seed)
     if settings.architecture:
@@ -48,19 +47,9 @@ def starting_model(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedToken
             raise UserError(f"architecture.{unknown[0]} is no setting of a {kind} model.{near}")
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
     assert settings.model is not None
-    from alter.models import gguf
     from alter.models.loading import load_model
 
-    if settings.model.startswith("builtin:") or gguf.gguf_place(settings.model) is not None:
-        return load_model(settings.model, dtype="float32", device="cpu", template=settings.chat_template_kwargs)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Could not load a model from {settings.model!r}: {str(error).splitlines()[0]}") from error
-    ensure_pad_token(tokenizer)
-    set_template_arguments(tokenizer, settings.chat_template_kwargs)
-    return model, tokenizer
+    return load_model(settings.model, dtype="float32", device="cpu", template=settings.chat_template_kwargs)
 
 
 def add_dropout(model: PreTrainedModel, probability: float) -> None:
