@@ -449,7 +449,7 @@ def test_all_rows_of_the_comparison_start_from_the_rates_that_it_says():
     settings = settings_of(header_commands("compare-tofu-mini")[0])
     for row in settings.methods:
         run = run_of(settings, row, "forget10", 0, (1.0, 2), ("builtin:forget10", 400))
-        # one matrix, plain gradient descent, a single step
-        own = {"rmu": 3e-3, "repselect": 0.05, "iau": 1e-3}
+        # one matrix, plain gradient descent, a single step, one down-projection
+        own = {"rmu": 3e-3, "repselect": 0.05, "iau": 1e-3, "lunar": 1e-2}
         assert run.learning_rate == own.get(row, 3e-4 if run.adapter.kind == "full" else 3e-3), row
         assert run.batch_size * run.gradient_accumulation_steps == 8 or run.max_steps == 1, row

@@ -233,8 +233,9 @@ def test_body_that_is_no_json_or_too_large(running):
 def test_key(monkeypatch):
     monkeypatch.delenv("PICO_KEY", raising=False)
     engine = Engine(pico(0), byte_tokenizer())
+    given = Serve(model="pico", api_key_env="PICO_KEY")
     with pytest.raises(UserError, match="PICO_KEY, which is not set"):
-        application(Serve(model="pico", api_key_env="PICO_KEY"), engine)
+        application(given, Api(given, engine))
     monkeypatch.setenv("PICO_KEY", "secret")
     one = Running(engine, api_key_env="PICO_KEY")
     with pytest.raises(openai.AuthenticationError):
