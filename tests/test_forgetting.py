@@ -262,6 +262,7 @@ def test_an_answer_goes_on_where_it_was_begun(tmp_path):
 def test_fluency_is_the_untouched_models_reading_of_the_answers():
     model, tokenizer = pico(3), byte_tokenizer()
     probes = [{"before": "abc", "after": "x"}, {"before": "de", "after": "zzz", "invented": "fgh fgh"}]
+    probes.append({"before": "gh", "after": "ij"})
 
     def expected(*texts):
         losses = []
@@ -275,8 +276,8 @@ def test_fluency_is_the_untouched_models_reading_of_the_answers():
     outcome = measure.Outcome(probes, [])
     # one token says nothing, and only the second probe was asked of an invented subject
     assert outcome.read_by(model, tokenizer) == {
-        "before": expected("abc", "de"),
-        "after": expected("zzz"),
+        "before": expected("abc", "de", "gh"),
+        "after": expected("zzz", "ij"),
         "invented": expected("fgh fgh"),
     }
     assert outcome.distinct()["invented"] == 1.0  # one pair of words
