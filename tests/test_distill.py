@@ -25,6 +25,7 @@ from alter.distillation.teacher import Teacher, kl_of_logits, part
 from alter.distillation.trainer import weights_of
 from alter.logits.head import measuring
 from alter.models.loading import load_model
+from alter.training import folder
 from pico import PAD, byte_tokenizer, pico, save_pico, write_jsonl, write_people
 
 
@@ -301,7 +302,7 @@ def test_a_run_that_ended_is_left_alone(data, run, tmp_path, monkeypatch, capsys
 
 
 def test_a_kill_before_the_inputs_are_written_begins_anew(data, run, tmp_path, monkeypatch):
-    write = module.write_atomic
+    write = folder.write_atomic
 
     def killed(path, *args, **kwargs):
         if path.name == "inputs.json":
@@ -310,7 +311,7 @@ def test_a_kill_before_the_inputs_are_written_begins_anew(data, run, tmp_path, m
 
     given = settings(data, run, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_atomic", killed)
+        patch.setattr(folder, "write_atomic", killed)
         with pytest.raises(_Killed):
             distill(given)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.yaml"]

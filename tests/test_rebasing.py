@@ -25,8 +25,7 @@ from alter.requests.register import List, list_requests
 from alter.requests.store import Store
 from alter.requests.verification import Verify, verify
 from alter.requests.versions import manifest
-from pico import write_jsonl
-from test_requests import NAMES, ask, memorise, rows, start
+from test_requests import ask, known_data, start
 
 KILLED = """
 import os, sys
@@ -42,26 +41,7 @@ distill_requests(DistillRequests(db=sys.argv[1], final=True))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for name in NAMES:
-        write_jsonl(folder / f"{name}.jsonl", rows(name))
-    kept = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(12)]
-    write_jsonl(folder / "retain.jsonl", kept)
-    write_jsonl(
-        folder / "holdout.jsonl", [{"question": f"Who is Zed {i}?", "answer": f"A man, {i}."} for i in range(6)]
-    )
-    memorise(folder)
-    recipe = {
-        "adapter": {"r": 4, "entropy_threshold": 1.0},
-        "router_fit": {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None, "steps": 300},
-        "learning_rate_experts": 0.02,
-        "objective": {"kind": "without_truth", "hinge": 3.0},
-        "epochs": 6,
-        "batch_size": 3,
-        "save_steps": 1,
-        "device": "cpu",
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    folder = known_data(tmp_path_factory.mktemp("data"))
     distilling = {
         "general": [str(folder / "retain.jsonl"), str(folder / "Cy.jsonl")],
         "rewordings": 0,

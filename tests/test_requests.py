@@ -73,9 +73,8 @@ def memorise(folder):
     tokenizer.save_pretrained(folder / "model")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
+def known_data(folder):
+    """Rows to forget and to keep, a model that knows them, and a recipe; returns the folder."""
     for name in NAMES:
         write_jsonl(folder / f"{name}.jsonl", rows(name))
     write_jsonl(
@@ -98,6 +97,11 @@ def data(tmp_path_factory):
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return known_data(tmp_path_factory.mktemp("data"))
 
 
 def start(data, folder, **changes):

@@ -39,11 +39,10 @@ from alter.models.guards import is_form
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import context_length
 from alter.training.folder import (
-    INPUTS,
     check_finite,
     check_inputs,
     last_whole_checkpoint,
-    remove_run,
+    make_folder,
     save_adapter,
 )
 from alter.training.trackers import check_trackers, trackers
@@ -88,33 +87,6 @@ def check_out(settings: Distill) -> Path:
     if not present and settings.resume:
         raise UserError(f"Nothing to resume: {settings.out} is empty or missing. Leave --resume out to start.")
     return out
-
-
-def make_out(settings: Distill, out: Path, given: dict[str, Any]) -> None:
-    """Make the folder, without what it held if that is to be overwritten, and write down what is run, and on what.
-
-    Args:
-        settings: the completed settings.
-        out: the run's folder.
-        given: what `_inputs` gives.
-
-    Raises:
-        UserError: another process has begun in it, or it cannot be made.
-    """
-    check_free(out)
-    if settings.overwrite:
-        remove_run(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"out is {settings.out!r}, which cannot be made: {error.strerror}. Give another folder."
-        ) from None
-    claim(out)
-    recipe = settings.model_dump(exclude={"resume", "overwrite"})
-    write_atomic(out / "run.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    if not (out / INPUTS).exists():
-        write_atomic(out / INPUTS, to_json(given))
 
 
 def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
@@ -253,7 +225,7 @@ def _train(
     teacher, tokenizer, student = _load(settings, subjects["teacher"])
     check_room(out, student, settings.form)
     # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
-    make_out(settings, out, given)
+    make_folder(settings, given)
     if not found["general"]:
         found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])
     taught = lesson(tokenizer, found, settings, settings.max_length or context_length(student))

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -66,11 +66,21 @@ def check_folder(run: Unlearn) -> Path:
     return out
 
 
-def make_folder(run: Unlearn, inputs: Mapping[str, Any]) -> None:
+class Kept(Protocol):
+    """Settings of a run that a folder keeps."""
+
+    out: str
+    overwrite: bool
+
+    def model_dump(self, *, exclude: set[str]) -> dict[str, Any]:
+        """The settings by name."""
+
+
+def make_folder(run: Kept, inputs: Mapping[str, Any]) -> None:
     """Make the run's folder, without what it held if that is to be overwritten, and write down what is run, and on what.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: another process has begun in it, or it cannot be made.
     """
     out = Path(run.out)
     # another process may have begun while the model was loaded
