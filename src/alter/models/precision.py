@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import psutil
 import torch
 
@@ -31,8 +33,18 @@ def wanted(model: torch.nn.Module, device: torch.device) -> torch.dtype | None:
     if multiplies(own, device):
         return None
     size = 4 * sum(p.numel() for p in model.parameters())
-    fits = own == torch.float16 or size < psutil.virtual_memory().available // 2
-    return torch.float32 if fits else None
+    if own == torch.float16:
+        return torch.float32
+    if size >= psutil.virtual_memory().available // 2:
+        return None
+    _say_wide()
+    return torch.float32
+
+
+@functools.cache
+def _say_wide() -> None:
+    """Tell it once a process: a model takes twice the memory of its file."""
+    show("This processor is slow at bfloat16: models are loaded in float32. --dtype bfloat16 keeps it.", stderr=True)
 
 
 def autocasts(asked: bool, device: torch.device) -> bool:
