@@ -1,24 +1,22 @@
-"""What names and prompts look like inside the base: a sparse autoencoder's codes (`Needs.codes`), and LUNAR's redirection."""
+"""The sparse autoencoder of a run: the block that it reads, and the mean codes of names (`Needs.codes`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from alter.adapter.model import base_fingerprint
 from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import digest
-from alter.data.encoding import Encoded
 from alter.data.examples import Example
-from alter.methods.frozen import Depth, FrozenRow
+from alter.methods.frozen import Depth
 from alter.methods.objectives import Codes
 from alter.methods.places import blocks
-from alter.methods.recognition import codes_from, ignorance, measure_codes, subjects
+from alter.methods.recognition import codes_from, measure_codes, subjects
 from alter.methods.sparse import read_autoencoder
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn
@@ -58,7 +56,7 @@ def at_autoencoder(run: Unlearn, base: Any) -> Unlearn:
 
 
 def check_codes(run: Unlearn, base: Any, forget: Sequence[Example]) -> None:
-    """Refuse what `at_autoencoder`, `codes_of` and `shift_of` cannot work with, before anything is computed.
+    """Refuse what `at_autoencoder`, `codes_of` and `redirection.shift_of` cannot work with, before anything is computed.
 
     Raises:
         UserError: no forget row names anybody, or the autoencoder that is given is not one of this model.
@@ -121,41 +119,3 @@ def codes_of(
     found = kept_tensors(cache, key, measure)
     device = next(base.parameters()).device
     return subjects(objective, forget), codes_from(found, given, objective.sae_active, device)
-
-
-def shift_of(
-    run: Unlearn,
-    base: Any,
-    tokenizer: Any,
-    forget: Sequence[Example],
-    depth: Depth | None,
-    limit: int | None,
-    cache: Path,
-) -> Tensor | None:
-    """[D], the way to where the base cannot answer (`Redirect`), if the objective goes it; kept in `cache`."""
-    objective: Any = run.objective
-    if not objective.needs.redirected:
-        return None
-    assert depth is not None
-    prompts = [[row.prompt, row.answer] for row in forget]
-    key = digest(base_fingerprint(base), objective.model_dump(), run.seed, limit, prompts)
-
-    def measure() -> dict[str, Tensor]:
-        return {"shift": ignorance(base, tokenizer, objective, depth, forget, seed=run.seed, max_length=limit)}
-
-    return kept_tensors(cache, key, measure)["shift"]
-
-
-def redirect(
-    rows: Mapping[int, FrozenRow],
-    encoded: Sequence[Encoded],
-    examples: Sequence[Example],
-    objective: Any,
-    shift: Tensor,
-) -> None:
-    """Move what the base's states of forget rows are held against along `shift`, and mark their prompts; in place."""
-    for i, row in rows.items():
-        assert row.hidden is not None
-        row.hidden = objective.moved(row.hidden, shift)
-        shown = len(row.hidden) if examples[i].prompt is None else encoded[i].prompt_length
-        row.named = torch.arange(len(row.hidden)) < shown

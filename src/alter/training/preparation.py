@@ -20,12 +20,13 @@ from alter.methods.places import block_at, blocks
 from alter.methods.recognition import marked
 from alter.models.guards import Form
 from alter.training.batches import Order, RunRows, Traced, schedule
-from alter.training.codes import codes_of, redirect, shift_of
+from alter.training.codes import codes_of
 from alter.training.data import Data, clusters
 from alter.training.factors import start_of
 from alter.training.folder import CODES, GRADIENT, kept_tensors
 from alter.training.frozenpass import trace_run
 from alter.training.loaded import Loaded
+from alter.training.redirection import redirect, shift_of
 from alter.training.sampler import Kin
 from alter.training.settings import Unlearn, batches_of_step, hidden_depth, steps_of
 from alter.training.trunk import KeptStates, watched_states

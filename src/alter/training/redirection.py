@@ -1,0 +1,57 @@
+"""LUNAR's redirection: the way to where the base cannot answer, and what forget rows are held against (`Needs.redirected`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alter.adapter.model import base_fingerprint
+from alter.core.files import digest
+from alter.data.encoding import Encoded
+from alter.data.examples import Example
+from alter.methods.frozen import Depth, FrozenRow
+from alter.methods.recognition import ignorance
+from alter.training.folder import kept_tensors
+from alter.training.settings import Unlearn
+
+
+def shift_of(
+    run: Unlearn,
+    base: Any,
+    tokenizer: Any,
+    forget: Sequence[Example],
+    depth: Depth | None,
+    limit: int | None,
+    cache: Path,
+) -> Tensor | None:
+    """[D], the way to where the base cannot answer (`Redirect`), if the objective goes it; kept in `cache`."""
+    objective: Any = run.objective
+    if not objective.needs.redirected:
+        return None
+    assert depth is not None
+    prompts = [[row.prompt, row.answer] for row in forget]
+    key = digest(base_fingerprint(base), objective.model_dump(), run.seed, limit, prompts)
+
+    def measure() -> dict[str, Tensor]:
+        return {"shift": ignorance(base, tokenizer, objective, depth, forget, seed=run.seed, max_length=limit)}
+
+    return kept_tensors(cache, key, measure)["shift"]
+
+
+def redirect(
+    rows: Mapping[int, FrozenRow],
+    encoded: Sequence[Encoded],
+    examples: Sequence[Example],
+    objective: Any,
+    shift: Tensor,
+) -> None:
+    """Move what the base's states of forget rows are held against along `shift`, and mark their prompts; in place."""
+    for i, row in rows.items():
+        assert row.hidden is not None
+        row.hidden = objective.moved(row.hidden, shift)
+        shown = len(row.hidden) if examples[i].prompt is None else encoded[i].prompt_length
+        row.named = torch.arange(len(row.hidden)) < shown
