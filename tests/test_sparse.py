@@ -15,7 +15,7 @@ from alter.methods import recognition
 from alter.methods.frozen import FrozenRow
 from alter.methods.objectives import Codes, Hidden, Labelled, Redirect, UnknownCode
 from alter.methods.sparse import Autoencoder, read_autoencoder, train_autoencoder
-from alter.training import codes, loss
+from alter.training import loss, redirection
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import byte_tokenizer, run_on, save_pico, write_jsonl, write_people
@@ -396,7 +396,7 @@ def test_prompts_are_marked_and_a_raw_text_counts_whole():
     examples = [Example("Who?", "Me.", "qa"), Example(None, "Ada is.", "text")]
     encoded = [encode(tokenizer, example) for example in examples]
     rows = {i: FrozenRow(hidden=torch.zeros(len(row.input_ids), 2)) for i, row in enumerate(encoded)}
-    codes.redirect(rows, encoded, examples, Redirect(coefficient=3.0), torch.tensor([1.0, -1.0]))
+    redirection.redirect(rows, encoded, examples, Redirect(coefficient=3.0), torch.tensor([1.0, -1.0]))
     marks = [rows[i].named.tolist() for i in (0, 1)]
     answer = len(tokenizer("Me.").input_ids)
     assert marks[0] == [True] * encoded[0].prompt_length + [False] * (
