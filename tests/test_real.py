@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return load_model(MODEL, device="cpu", dtype="bfloat16")
+    return load_model(MODEL, device="cpu")
 
 
 def replies(model, tokenizer, question):
@@ -63,7 +63,7 @@ def test_its_weights_are_plain_and_can_be_saved(smollm2, tmp_path):
 
 
 def test_an_adapter_attaches_saves_and_loads_bit_equal(tmp_path):
-    model, tokenizer = load_model(MODEL, device="cpu", dtype="bfloat16")
+    model, tokenizer = load_model(MODEL, device="cpu")
     config = AlterConfig(r=4, num_forget_experts=2, init_weights=False, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, config).eval()
     said = replies(tuned, tokenizer, "Who wrote Harry Potter?")
@@ -71,7 +71,7 @@ def test_an_adapter_attaches_saves_and_loads_bit_equal(tmp_path):
     with torch.no_grad():
         logits = tuned(ids).logits
     tuned.save_pretrained(tmp_path)
-    loaded, words = load_model(MODEL, str(tmp_path), device="cpu", dtype="bfloat16")
+    loaded, words = load_model(MODEL, str(tmp_path), device="cpu")
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, logits)
     assert replies(loaded, words, "Who wrote Harry Potter?") == said
@@ -114,7 +114,6 @@ def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(
         out=str(tmp_path / "run"),
         num_forget_experts=1,
         max_steps=1,
-        dtype="bfloat16",
         device="cpu",
     )
     found = json.loads((unlearn(run) / "run.json").read_text())["router"]
