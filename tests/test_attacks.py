@@ -592,6 +592,21 @@ def test_a_retrained_model_of_another_tokenizer_is_refused(models, tmp_path):
         attacks.attack(settings(models, tmp_path / "out", attacks=["upper_case"], retrained=str(other)))
 
 
+def test_an_attack_that_a_loaded_model_shows_to_be_impossible_does_not_end_the_others(models, tmp_path, monkeypatch, capsys):
+    some = {name: attacks.ATTACKS[name] for name in ("prefill", "uds", "upper_case")}
+    given = {"original": str(models / "original"), "prefill_tokens": 10_000}
+    with pytest.raises(UserError, match=r"'prefill' is not possible on the original model.*All other attacks have run"):
+        attacks.attack(settings(models, tmp_path / "named", attacks=list(some), **given))
+    kept = read_records(tmp_path / "named/records.json")
+    assert {record.extra["attack"] for record in kept} == {"none", "uds", "upper_case"}
+    # not asked for by name: it is said, and no mistake of the user
+    monkeypatch.setattr(attacks, "ATTACKS", some)
+    capsys.readouterr()
+    found = attacks.attack(settings(models, tmp_path / "all", attacks=[], **given))
+    assert capsys.readouterr().err.count("Not run: prefill on the") == 3
+    assert {record.extra["attack"] for record in found} == {"none", "uds", "upper_case"}
+
+
 def test_everything_repeats_by_the_seed(models, finished, tmp_path):
     _, found = finished
     chosen = ["sample", "probe", "benign_lora"]

@@ -127,6 +127,10 @@ def paraphrases(forget: str, rows: Sequence[Example]) -> list[str] | None:
     return [str(question) for question in questions] if all(questions) else None
 
 
+class Impossible(UserError):
+    """An attack cannot be run on this model, which is known only once the model is there: the other attacks go on."""
+
+
 # What a search may cost ----------------------------------------------------------------------------------------------
 
 

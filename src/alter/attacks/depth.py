@@ -16,9 +16,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from alter.attacks.base import Array, Bench, Item, interval
+from alter.attacks.base import Array, Bench, Impossible, Item, interval
 from alter.core.console import progress
-from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.models.scoring import decided, evaluating
 
@@ -32,13 +31,13 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
     """Return the model's blocks, in order.
 
     Raises:
-        UserError: it has no list of them.
+        Impossible: it has no list of them.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise UserError(
+        raise Impossible(
             f"{type(base).__name__} has no list of blocks, so nothing can be read by depth: leave lens and uds out of "
             "--attacks."
         )
@@ -146,12 +145,12 @@ def falls(original: Any, source: Any, items: Sequence[Item], pad: int, label: st
     In nats a token, teacher-forced. The output is put in at the places that generate the answer's tokens.
 
     Raises:
-        UserError: the two models differ in their number of blocks or in their width.
+        Impossible: the two models differ in their number of blocks or in their width.
     """
     blocks, others = decoder_blocks(original), decoder_blocks(source)
     widths = [model.config.get_text_config().hidden_size for model in (original, source)]
     if len(blocks) != len(others) or widths[0] != widths[1]:
-        raise UserError(
+        raise Impossible(
             f"UDS puts states of one model into the other, but they have {len(blocks)} and {len(others)} blocks of width "
             f"{widths[0]} and {widths[1]}: leave uds out of --attacks, or give models of one architecture."
         )
@@ -193,7 +192,7 @@ def lens(bench: Bench) -> list[Record]:
     Depth d is the output of the d-th block, so the last depth is what the model says.
 
     Raises:
-        UserError: the model has no list of blocks.
+        Impossible: the model has no list of blocks.
     """
     model, tokenizer = bench.shared()
     items = bench.items(bench.measured)
@@ -216,7 +215,7 @@ def unlearning_depth(benches: dict[str, Bench]) -> Record:
         benches: of "original", "retrained" and "unlearned".
 
     Raises:
-        UserError: models of different shapes, or no row with a block that holds its answer.
+        Impossible: models of different shapes, or no row with a block that holds its answer.
     """
     bench = benches["unlearned"]
     model, tokenizer = benches["original"].shared()
@@ -225,7 +224,7 @@ def unlearning_depth(benches: dict[str, Bench]) -> Record:
     for name in ("retrained", "unlearned"):
         source, other = benches[name].shared()
         if other.get_vocab() != tokenizer.get_vocab():
-            raise UserError(
+            raise Impossible(
                 f"UDS needs models of one vocabulary; the {name} model has another: leave uds out of --attacks."
             )
         found[name] = falls(model, source, items, tokenizer.pad_token_id, f"uds: {name}")
@@ -233,7 +232,7 @@ def unlearning_depth(benches: dict[str, Bench]) -> Record:
     scores = depth_scores(found["retrained"], found["unlearned"])
     told = np.isfinite(scores)
     if not told.any():
-        raise UserError(
+        raise Impossible(
             "UDS has nothing to look at: no block of the original knows more of the answers than the retrained model's. Is "
             "--retrained really another model, and does --original know the rows?"
         )

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from alter.attacks.base import Bench
+from alter.attacks.base import Bench, Impossible
 from alter.attacks.weights import base_linears
-from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.data.encoding import encode_all
 from alter.models.scoring import evaluating
@@ -82,21 +81,21 @@ def prune(model: Any, share: float, norms: dict[str, Tensor] | None = None) -> i
         norms: see `input_norms`: then Wanda chooses; None: the smallest of each layer go.
 
     Raises:
-        UserError: a layer is quantised, or the model has no plain linear layer.
+        Impossible: a layer is quantised, or the model has no plain linear layer.
     """
     zeros = 0
     layers = base_linears(model)
     for name, module in layers:
         weight = module.weight
         if not weight.is_floating_point():
-            raise UserError(f"Layer {name} is quantised already ({weight.dtype}): give the full-precision model.")
+            raise Impossible(f"Layer {name} is quantised already ({weight.dtype}): give the full-precision model.")
         turned = isinstance(module, Conv1D)
         values = (weight.t() if turned else weight).float()
         gone = by_size(values, share) if norms is None else by_wanda(values, norms[name], share)
         weight.masked_fill_(gone.t() if turned else gone, 0)
         zeros += int(gone.sum())
     if not layers:
-        raise UserError(f"{type(model).__name__} has no linear layer to prune.")
+        raise Impossible(f"{type(model).__name__} has no linear layer to prune.")
     return zeros
 
 

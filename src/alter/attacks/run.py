@@ -14,7 +14,8 @@ Rows of plain text have no question: their first half is the prompt and their se
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from alter.attacks import depth, states
-from alter.attacks.base import PLAIN, Attack, Bench, split_rows
+from alter.attacks.base import PLAIN, Attack, Bench, Impossible, split_rows
 from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
 from alter.attacks.showing import draw_curves, show_recovered
 from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING, UNRELATED
@@ -134,6 +135,7 @@ def attack(settings: Attack) -> list[Record]:
 
     Raises:
         UserError: an unknown or impossible attack, models or rows that are not there, or an output folder that is a file.
+            Of an attack asked for by name that only a loaded model shows to be impossible: after all others have run.
     """
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
@@ -154,6 +156,7 @@ def attack(settings: Attack) -> list[Record]:
 
     found: list[Record] = []
     pooled: dict[str, np.ndarray] = {}
+    failed: dict[str, str] = {}
     for model, subject in models.items():
         bench = Bench(settings, model, subject, rows, measured, attacker, unrelated)
         # in the original there is nothing to relearn: it tells how much an attack lets any model say; and from a retrained
@@ -163,20 +166,25 @@ def attack(settings: Attack) -> list[Record]:
             "retrained": [name for name in names if name not in ("strip", *COMPARING)],
             "unlearned": [name for name in names if name not in COMPARING],
         }[model]
-        for name in [PLAIN, *here]:
-            found += _measured(bench, name, identities[model], texts)
-            if name == PLAIN:
-                same_tokens(found)
+        found += _measured(bench, PLAIN, identities[model], texts)
+        same_tokens(found)
+        for name in here:
+            with _if_possible(failed, name, model):
+                found += _measured(bench, name, identities[model], texts)
         if "cka" in names:
             pooled[model] = _pooled_states(bench, identities[model], texts)
-    deep = []
+    deep: list[Record] = []
     if "uds" in names:
         benches = {
             name: Bench(settings, name, subject, rows, measured, attacker, unrelated)
             for name, subject in models.items()
         }
-        deep = _by_depth(settings, benches, identities, texts)
-    made = [*deep, *states.cka(pooled), *(record for name in names for record in recovered_fractions(found, name))]
+        with _if_possible(failed, "uds", "unlearned"):
+            deep = _by_depth(settings, benches, identities, texts)
+    alike = []
+    with _if_possible(failed, "cka", "unlearned"):
+        alike = states.cka(pooled)
+    made = [*deep, *alike, *(record for name in names for record in recovered_fractions(found, name))]
     made = stamped(made, settings=settings.model_dump(mode="json"), seed=settings.seed, data=texts.forget)
     everything = [*found, *made]
     write_records(out / "records.json", everything)
@@ -184,7 +192,20 @@ def attack(settings: Attack) -> list[Record]:
     if any("step" in record.extra for record in found):
         draw_curves(everything, out / "relearning.png")
     console.show(f"records: {out}", stderr=True, markup=False, highlight=False)
+    asked = {name.strip() for part in settings.attacks for name in part.split(",")}
+    if lost := [why for name, why in failed.items() if name in asked]:
+        raise UserError(" ".join([*lost, "All other attacks have run."]))
     return everything
+
+
+@contextmanager
+def _if_possible(failed: dict[str, str], name: str, model: str) -> Iterator[None]:
+    """Go on with the next attack where this one turns out to be impossible on a model; note why, and say it at once."""
+    try:
+        yield
+    except Impossible as error:
+        failed.setdefault(name, f"The attack {name!r} is not possible on the {model} model: {error}")
+        warn(f"Not run: {name} on the {model} model. {error}")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from alter import metrics
-from alter.attacks.base import Bench, Budget, Item, make_item
+from alter.attacks.base import Bench, Budget, Impossible, Item, make_item
 from alter.attacks.weights import train_steps
 from alter.attacks.wording import WORDINGS
 from alter.core.console import progress
-from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.data.encoding import Encoded
 from alter.models.scoring import context_length, score
@@ -106,7 +105,7 @@ def evolve(bench: Bench) -> list[Record]:
     are made from them. The question as it is takes part.
 
     Raises:
-        UserError: not even the attacker's questions as they are fit into the model's context.
+        Impossible: not even the attacker's questions as they are fit into the model's context.
     """
     model, tokenizer = bench.shared()
     settings, limit = bench.settings, context_length(model)
@@ -130,7 +129,7 @@ def evolve(bench: Bench) -> list[Record]:
 
     alive = [Framing()]
     if not np.isfinite(fitness(alive[0])):
-        raise UserError(f"The attacker's questions do not fit into the model's context of {limit}.")
+        raise Impossible(f"The attacker's questions do not fit into the model's context of {limit}.")
     history = [(budget.used, known[alive[0]])]
     while budget.left:
         before = len(known)
@@ -147,7 +146,7 @@ def evolve(bench: Bench) -> list[Record]:
     ]
     kept = bench.fitting(model, items)
     if not kept:
-        raise UserError(f"No prompt fits into the model's context of {limit}: lower --max-new-tokens.")
+        raise Impossible(f"No prompt fits into the model's context of {limit}: lower --max-new-tokens.")
     return bench.measure(
         "evolve", model, kept, part="other", prompt=best.write("{question}"), history=history,
         left_out=len(items) - len(kept), **budget.told(),
@@ -166,12 +165,12 @@ def unused(items: Sequence[Item], vocabulary: int, special: Sequence[int], count
     """Return token ids that no item has and that are not special, the highest first.
 
     Raises:
-        UserError: there are not so many.
+        Impossible: there are not so many.
     """
     seen = {token for item in items for token in item.ids} | set(special)
     free = [token for token in range(vocabulary - 1, -1, -1) if token not in seen][:count]
     if len(free) < count:
-        raise UserError(
+        raise Impossible(
             f"--soft-tokens is {count}, but only {len(free)} tokens of the vocabulary are free: take fewer."
         )
     return free
@@ -208,7 +207,7 @@ def soft_prompt(bench: Bench) -> list[Record]:
     that the attacker does not have.)
 
     Raises:
-        UserError: the vocabulary has too few tokens that no row uses, or no row fits into the context.
+        Impossible: the vocabulary has too few tokens that no row uses, or no row fits into the context.
     """
     settings = bench.settings
     model, tokenizer = bench.fresh("float32")
@@ -221,7 +220,7 @@ def soft_prompt(bench: Bench) -> list[Record]:
     rows = [item.encoded for item in own if limit is None or len(item.ids) <= limit]
     kept = bench.fitting(model, other)
     if not rows or not kept:
-        raise UserError(f"No row fits with --soft-tokens {len(slots)} into the context of {limit}: take fewer.")
+        raise Impossible(f"No row fits with --soft-tokens {len(slots)} into the context of {limit}: take fewer.")
     table = embeddings.weight.detach().float()
     drawn = torch.randint(len(table), (len(slots),), generator=torch.Generator().manual_seed(settings.seed))
     vectors = nn.Parameter(table[drawn.to(table.device)].clone())

@@ -10,8 +10,7 @@ import numpy.typing as npt
 import torch
 
 from alter import metrics
-from alter.attacks.base import Bench, Item
-from alter.core.errors import UserError
+from alter.attacks.base import Bench, Impossible, Item
 from alter.core.records import Record
 from alter.models.scoring import hidden_states
 
@@ -35,10 +34,10 @@ def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
     """Return the places 0 ... n - 1 in two disjoint halves by the seed, to train and to test on.
 
     Raises:
-        UserError: fewer than `LEAST`.
+        Impossible: fewer than `LEAST`.
     """
     if n < LEAST:
-        raise UserError(f"A probe needs {LEAST} rows or more, half of them for testing; there are {n}.")
+        raise Impossible(f"A probe needs {LEAST} rows or more, half of them for testing; there are {n}.")
     order = [int(i) for i in np.random.default_rng(seed).permutation(n)]
     return sorted(order[: n // 2]), sorted(order[n // 2 :])
 
@@ -84,13 +83,13 @@ def probe(bench: Bench) -> list[Record]:
     tokens that it reads right. Depths are those of `alter.models.scoring.hidden_states`.
 
     Raises:
-        UserError: the model has no output embeddings, or there are fewer than 4 rows.
+        Impossible: the model has no output embeddings, or there are fewer than 4 rows.
     """
     settings = bench.settings
     model, tokenizer = bench.shared()
     output = model.get_output_embeddings()
     if output is None:
-        raise UserError(f"{type(model).__name__} has no output embeddings for the probe: leave it out of --attacks.")
+        raise Impossible(f"{type(model).__name__} has no output embeddings for the probe: leave it out of --attacks.")
     items = bench.items(probe_rows(bench))
     learn, test = halves(len(items), settings.seed)
     places = chosen_places(items, settings.probe_tokens, settings.seed)
@@ -137,7 +136,7 @@ def cka(states: Mapping[str, Floats]) -> list[Record]:
         states: by model, as `pooled` gives them.
 
     Raises:
-        UserError: the models differ in their number of depths.
+        Impossible: the models differ in their number of depths.
     """
     records = []
     for first, second in (("unlearned", "original"), ("unlearned", "retrained"), ("original", "retrained")):
@@ -145,7 +144,7 @@ def cka(states: Mapping[str, Floats]) -> list[Record]:
             continue
         x, y = states[first], states[second]
         if x.shape[:2] != y.shape[:2]:
-            raise UserError(
+            raise Impossible(
                 f"CKA compares depth by depth, but {first} and {second} have {x.shape[1]} and {y.shape[1]} depths: "
                 "leave cka out of --attacks."
             )

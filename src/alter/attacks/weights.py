@@ -15,8 +15,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from alter import metrics
-from alter.attacks.base import Bench, Budget
-from alter.core.errors import UserError
+from alter.attacks.base import Bench, Budget, Impossible
 from alter.core.records import Record
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded, encode, encode_all
@@ -82,19 +81,19 @@ def quantize(model: nn.Module, bits: Literal[8, 4]) -> int:
     """Pass the weights of all base linear layers through `round_trip`, in place; adapters keep theirs. Returns how many.
 
     Raises:
-        UserError: the model has no plain linear layer.
+        Impossible: the model has no plain linear layer.
     """
     done = 0
     for name, module in base_linears(model):
         weight = module.weight
         if not weight.is_floating_point():
-            raise UserError(f"Layer {name} is quantised already ({weight.dtype}): give the full-precision model.")
+            raise Impossible(f"Layer {name} is quantised already ({weight.dtype}): give the full-precision model.")
         turned = isinstance(module, Conv1D)
         found = round_trip(weight.t() if turned else weight, bits)
         weight.copy_(found.t() if turned else found)
         done += 1
     if not done:
-        raise UserError(f"{type(model).__name__} has no linear layer to quantise.")
+        raise Impossible(f"{type(model).__name__} has no linear layer to quantise.")
     return done
 
 
@@ -127,7 +126,7 @@ def add_update(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
     return trained
 
 
-class Diverged(UserError):
+class Diverged(Impossible):
     """The loss of a training, or its gradient, is not finite."""
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from alter import metrics
-from alter.attacks.base import Bench, make_item, paraphrases, prefilled
-from alter.core.errors import UserError
+from alter.attacks.base import Bench, Impossible, make_item, paraphrases, prefilled
 from alter.core.records import Record
 from alter.core.words import spaced
 from alter.data.rewording import telegram
@@ -63,7 +62,7 @@ def prefill(bench: Bench) -> list[Record]:
     made = [prefilled(tokenizer, item, tokens) for item in bench.items(bench.measured)]
     items = [item for item in made if item is not None]
     if not items:
-        raise UserError(f"No answer is longer than --prefill-tokens {tokens}: take fewer.")
+        raise Impossible(f"No answer is longer than --prefill-tokens {tokens}: take fewer.")
     return bench.measure("prefill", model, items, part="other", left_out=len(made) - len(items))
 
 
