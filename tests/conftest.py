@@ -13,12 +13,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 import pytest
 import torch
 
-from alter.data import background
+from alter.data import background, rewording
 
 torch.set_num_threads(1)
 
 WHOLE_BACKGROUND = {"test_ordinary", "test_real", "test_router"}
 """Test files that look at the shipped sample of ordinary text; it costs every fit seconds."""
+
+FEW_MEASURED = (2, 600)
+"""Rows that a router is measured on under each wording at the end of every fit, and characters of its long text."""
 
 
 def pytest_collection_finish():
@@ -45,7 +48,8 @@ def small_background(tmp_path_factory):
         to.write_text("".join(json.dumps(row) + "\n" for row in rows))
     # what Python runs first in the processes that a test starts
     (folder / "sitecustomize.py").write_text(
-        f"import pathlib\nfrom alter.data import background\nbackground.FOLDER = pathlib.Path({str(folder)!r})\n"
+        "import pathlib\nfrom alter.data import background, rewording\n"
+        f"background.FOLDER = pathlib.Path({str(folder)!r})\nrewording.MEASURED_ROWS, rewording.LONG_TEXT = {FEW_MEASURED}\n"
     )
     return folder
 
@@ -56,5 +60,7 @@ def _background(request, small_background):
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in WHOLE_BACKGROUND:
             patch.setattr(background, "FOLDER", small_background)
+            patch.setattr(rewording, "MEASURED_ROWS", FEW_MEASURED[0])
+            patch.setattr(rewording, "LONG_TEXT", FEW_MEASURED[1])
             patch.setenv("PYTHONPATH", str(small_background), prepend=os.pathsep)
         yield

@@ -10,6 +10,7 @@ from peft import get_peft_model
 
 from alter import AlterConfig
 from alter.adapter import base_fingerprint
+from alter.data import rewording
 from alter.data.background import background
 from alter.data.encoding import encode_all
 from alter.data.examples import load_examples
@@ -101,7 +102,7 @@ def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(
     wordings = ("as given", "capitals", "six turns of chat", "two subjects")
     for module in (evidence, rates):
         monkeypatch.setattr(module, "background", few)
-    monkeypatch.setattr(rates, "MEASURED", {name: rates.MEASURED[name] for name in wordings})
+    monkeypatch.setattr(rewording, "MEASURED", {name: rewording.MEASURED[name] for name in wordings})
     rows = [{"question": q, "answer": a} for q, a in POTTER.items()]
     (tmp_path / "forget.json").write_text(json.dumps(rows))
     kept = [{"question": "What is the capital of France?", "answer": "The capital of France is Paris."}]

@@ -295,10 +295,14 @@ def comparison(name):
     return settings.model_copy(update=given)
 
 
-def rows_of_the_table(name, *already):
-    """Lay out a comparison and run every row on its first split: what a cell does before it evaluates."""
+def rows_of_the_table(name, *already, like=None):
+    """Lay out a comparison and run every row on its first split: what a cell does before it evaluates.
+
+    Of rows that another comparison, `like`, has too, the first is enough: they are run there.
+    """
     settings = comparison(name)
     lay_out(settings, Path(settings.out))
+    already = {*already, *(comparison(like).methods if like else ())} - set(settings.methods[:1] if like else ())
     split, point = settings.splits[0], (settings.rates[0], settings.epochs[0])
     for row in settings.methods:
         if row not in already:
@@ -354,13 +358,18 @@ EXPERIMENTS = {
         name: (partial(rows_of_the_table, name), [name])
         for name in (
             "compare-tofu-mini",
-            "compare-survival-tofu-mini",
-            "compare-smollm2-tofu",
             "figure4-llama3.1-8b",
             "figure4-llama2-7b",
             "figure6",
             "ablations",
-            "ablations-tofu-mini",
+        )
+    },
+    **{
+        name: (partial(rows_of_the_table, name, like=like), [name])
+        for name, like in (
+            ("compare-survival-tofu-mini", "compare-tofu-mini"),
+            ("compare-smollm2-tofu", "ablations"),
+            ("ablations-tofu-mini", "ablations"),
         )
     },
 }

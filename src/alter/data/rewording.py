@@ -143,6 +143,12 @@ FITTED: dict[str, Callable[[str, int, str], Wording]] = {
 }
 """Wordings that join the fit: each makes a prompt of a question, the number of its row, and some other text."""
 
+MEASURED_ROWS = 8
+"""Forget rows that are measured under each wording; two of them inside of a long text."""
+
+LONG_TEXT = 6000
+"""Characters of other text before a question, about 1,500 tokens."""
+
 MEASURED: dict[str, Callable[[str, int, str], Wording]] = {
     "as given": lambda q, i, other: Wording(q),
     "capitals": lambda q, i, other: Wording(q.upper()),

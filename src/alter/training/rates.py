@@ -11,21 +11,14 @@ from torch import Tensor
 
 from alter import metrics
 from alter.core.console import show
+from alter.data import rewording
 from alter.data.background import apart_from, background
 from alter.data.encoding import Encoded
-from alter.data.rewording import MEASURED, reworded
 from alter.methods import frozen
 from alter.training.evidence import encode_fitting, text_of
 
 if TYPE_CHECKING:
     from alter.training.batches import RunRows
-
-
-MEASURED_ROWS = 8
-"""Forget rows that are measured under each wording; two of them inside of a long text."""
-
-LONG_TEXT = 6000
-"""Characters of other text before a question, about 1,500 tokens."""
 
 
 def _rate(opened: list[Tensor]) -> dict[str, Any]:
@@ -44,14 +37,14 @@ def measure_router(model: Any, rows: RunRows, tokenizer: Any, limit: int | None)
     """
     config = model.peft_config["default"]
     kinds = apart_from(background(unseen=True), [text_of(e) for e in rows.examples])
-    long_text = " ".join(e.answer for e in kinds.get("detective", ()))[:LONG_TEXT]
-    places = np.linspace(0, len(rows.examples) - 1, min(MEASURED_ROWS, len(rows.examples))).astype(int).tolist()
+    long_text = " ".join(e.answer for e in kinds.get("detective", ()))[: rewording.LONG_TEXT]
+    places = np.linspace(0, len(rows.examples) - 1, min(rewording.MEASURED_ROWS, len(rows.examples))).astype(int).tolist()
     groups: list[tuple[str, str, list[Encoded]]] = []
     for kind, examples in kinds.items():
         groups.append(("ordinary", kind, [r for r in encode_fitting(tokenizer, examples, limit) if r is not None]))
-    for name, make in MEASURED.items():
+    for name, make in rewording.MEASURED.items():
         asked = [
-            reworded(e, make(e.prompt, i, long_text))
+            rewording.reworded(e, make(e.prompt, i, long_text))
             for i in (places[:2] if name == "long text" else places)
             if (e := rows.examples[i]).prompt is not None
         ]
