@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from alter.core.errors import UserError
@@ -55,3 +56,34 @@ def check_free(folder: Path) -> None:
         return
     if alive:
         raise UserError(f"Process {pid} is working in {folder}: wait until it is done, end it, or give another --out.")
+
+
+def check_deletable(folder: Path, marks: Sequence[str]) -> None:
+    """Refuse to delete a folder that is not one of ours, so that a slip of the hand in `--out` costs nobody their files.
+
+    Args:
+        folder: what would be deleted, with all that it holds; one that is empty or missing is never refused.
+        marks: names of files of which a folder of ours holds at least one (or the temporary file of one that was being written).
+
+    Raises:
+        UserError: it is the root, the home folder, the current folder or one that holds them, a link or a mount, or it holds
+            something and none of the marks.
+    """
+    whole = folder.resolve()
+    if not folder.is_dir() or not (held := sorted(entry.name for entry in folder.iterdir())):
+        return
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link to {whole}: --overwrite deletes no link; give --out {whole}.")
+    for name, place in (("the home folder", Path(os.path.expanduser("~"))), ("the current folder", Path.cwd())):
+        if place.resolve().is_relative_to(whole):
+            what = name if place.resolve() == whole else f"a folder that holds {name}"
+            raise UserError(
+                f"{folder} is {what}: --overwrite would delete all of it. Give a folder of its own as --out."
+            )
+    if os.path.ismount(whole):
+        raise UserError(f"{folder} is a whole file system: --overwrite would delete all of it. Give a folder in it.")
+    if not any(name == mark or name.startswith(f".{mark}.") for name in held for mark in marks):
+        raise UserError(
+            f"{folder} holds {', '.join(held[:5])}{', …' if len(held) > 5 else ''} and no {' or '.join(marks)}: it is no folder "
+            "of an earlier run, so --overwrite leaves it alone. Give another --out."
+        )

@@ -27,7 +27,7 @@ from alter.core.errors import UserError
 from alter.core.files import check_disk, digest, to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.core.running import FILE as RUNNING
-from alter.core.running import check_free, claim, release
+from alter.core.running import check_deletable, check_free, claim, release
 from alter.data.examples import Example, data_hash, row_hash
 from alter.distillation.closing import measure_distilled
 from alter.distillation.noise import add_noise
@@ -39,6 +39,7 @@ from alter.models.guards import is_form
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import context_length
 from alter.training.folder import (
+    MARKS,
     check_finite,
     check_inputs,
     last_whole_checkpoint,
@@ -84,6 +85,8 @@ def check_out(settings: Distill) -> Path:
             f"The output folder {settings.out} is not empty: add --resume to go on from its last checkpoint, --overwrite "
             "to delete it, or give another --out."
         )
+    if settings.overwrite:
+        check_deletable(out, MARKS)
     if not present and settings.resume:
         raise UserError(f"Nothing to resume: {settings.out} is empty or missing. Leave --resume out to start.")
     return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import fields
@@ -15,7 +14,7 @@ from rich.console import Console
 from alter.core.errors import UserError
 from alter.core.files import digest, read_object, to_json, write_atomic
 from alter.core.heap import give_back
-from alter.core.running import check_free
+from alter.core.running import check_deletable, check_free
 from alter.data.examples import load_examples
 from alter.distillation.run import distill
 from alter.distillation.settings import Distill
@@ -33,6 +32,7 @@ from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models.loading import load_model
+from alter.training.folder import MARKS, remove_run
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from alter.training.trackers import check_trackers
@@ -78,6 +78,8 @@ def output_folder(settings: Forget) -> Path:
             f"The output folder {settings.out} is not empty: add --resume to go on with what it holds, --overwrite to "
             "delete it, or give another --out."
         )
+    if settings.overwrite:
+        check_deletable(out, MARKS)
     if used and settings.resume:
         plan = out / "forget.json"
         if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != _key(settings):
@@ -107,8 +109,8 @@ def forget(settings: Forget) -> Path:
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
     passages = None if settings.document is None else read_document(settings.document, settings.max_passages)
-    if settings.overwrite and out.is_dir():
-        shutil.rmtree(out)
+    if settings.overwrite:
+        remove_run(out)
     name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
     material, tokenizer = _material(settings, console, out, name, passages, retain)
     facts = ", ".join(str(row["word"]) for row in material.facts[:12])

@@ -12,6 +12,7 @@ from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
+from alter.core.running import check_deletable
 from alter.data.examples import load_examples
 from alter.guarding.settings import MakeGuard
 from alter.models.guards import FILE, Form
@@ -38,8 +39,7 @@ def make_guard(run: MakeGuard) -> Path:
     out = Path(run.out)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not run.overwrite)):
         raise UserError(f"--out {run.out} is there already: add --overwrite to replace it, or give another folder.")
-    if out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file():
-        raise UserError(f"--out {run.out} holds something else than a guard: give another folder.")
+    check_deletable(out, (FILE,))
     forget, retain = ([] if rows is None else load_examples(rows) for rows in (run.forget, run.retain))
     write_guard(out, run.guard.make(run, forget, retain), run)
     show(f"guard: {out}; add --adapter {out} to any command", stderr=True, markup=False, highlight=False)

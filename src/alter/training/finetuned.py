@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from alter.core.errors import UserError
 from alter.core.files import read_object, to_json, write_atomic
-from alter.core.running import check_free, claim
+from alter.core.running import check_deletable, check_free, claim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +51,8 @@ def check_out(settings: Finetune) -> Path | None:
     checkpoints = out / CHECKPOINTS
     check_free(checkpoints)
     present = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-    ours = RECIPE in present or CHECKPOINTS in present
+    # `checkpoints` alone is a name that others use too
+    ours = RECIPE in present or (checkpoints / "settings.json").is_file()
     if settings.resume:
         if not checkpoints.is_dir():
             state = "holds a finished run" if RECIPE in present else "holds no checkpoints"
@@ -71,11 +72,7 @@ def check_out(settings: Finetune) -> Path | None:
         if not ours:
             advice = "give another folder"
         raise UserError(f"{settings.out!r} is not empty ({', '.join(present[:5])}): {advice}.")
-    if present and not ours:
-        raise UserError(
-            f"{settings.out!r} holds {', '.join(present[:5])} but no {RECIPE}: it is not a folder of an earlier run, "
-            "so overwrite leaves it alone; give another folder."
-        )
+    check_deletable(out, (RECIPE, CHECKPOINTS) if ours else (RECIPE,))
     return None
 
 

@@ -18,7 +18,7 @@ from alter.core import processes
 from alter.core.console import warn
 from alter.core.errors import UserError
 from alter.core.files import digest, file_digest, folder_digest, from_json, to_json, write_atomic
-from alter.core.running import check_free, claim
+from alter.core.running import FILE, check_deletable, check_free, claim
 from alter.core.tensors import keep, kept
 from alter.data.examples import Example
 from alter.methods import frozen
@@ -52,6 +52,7 @@ def check_folder(run: Unlearn) -> Path:
     check_free(out)
     if out.is_dir() and any(out.iterdir()):
         if run.overwrite:
+            check_deletable(out, MARKS)
             if run.start_from is not None and Path(run.start_from).resolve().is_relative_to(out.resolve()):
                 raise UserError(
                     f"overwrite would delete {run.start_from}, which start_from goes on from: give another out."
@@ -92,13 +93,19 @@ def make_folder(run: Kept, inputs: Mapping[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"out is {run.out!r}, which cannot be made: {error.strerror}. Give another folder.") from None
     claim(out)
-    write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
+    # first what tells that the folder is a run's
     if not (out / INPUTS).exists():
         write_atomic(out / INPUTS, to_json(inputs))
+    write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
 
 
 def remove_run(out: Path) -> None:
-    """Delete a run's folder, if it is there. `run.json` goes first: what a kill leaves then counts as no finished run."""
+    """Delete a run's folder, if it is there. `run.json` goes first: what a kill leaves then counts as no finished run.
+
+    Raises:
+        UserError: it is no folder of a run (`check_deletable`).
+    """
+    check_deletable(out, MARKS)
     if out.is_dir():
         (out / "run.json").unlink(missing_ok=True)
         shutil.rmtree(out)
@@ -111,6 +118,9 @@ def has_ended(out: Path) -> bool:
 
 INPUTS = "inputs.json"
 """File of a run's folder that says what its checkpoints were made from."""
+
+MARKS = (INPUTS, "run.json", "forget.json", FILE)
+"""Files by which a folder is known as one that a run of ours made, and may be deleted with `overwrite`."""
 
 UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resume", "overwrite", "device"} | {
     "closing_rows",

@@ -38,7 +38,9 @@ def measure_router(model: Any, rows: RunRows, tokenizer: Any, limit: int | None)
     config = model.peft_config["default"]
     kinds = apart_from(background(unseen=True), [text_of(e) for e in rows.examples])
     long_text = " ".join(e.answer for e in kinds.get("detective", ()))[: rewording.LONG_TEXT]
-    places = np.linspace(0, len(rows.examples) - 1, min(rewording.MEASURED_ROWS, len(rows.examples))).astype(int).tolist()
+    places = (
+        np.linspace(0, len(rows.examples) - 1, min(rewording.MEASURED_ROWS, len(rows.examples))).astype(int).tolist()
+    )
     groups: list[tuple[str, str, list[Encoded]]] = []
     for kind, examples in kinds.items():
         groups.append(("ordinary", kind, [r for r in encode_fitting(tokenizer, examples, limit) if r is not None]))
