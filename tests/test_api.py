@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 import alter
+from alter.exporting.run import Export, export
 from alter.training.settings import Unlearn
 from pico import byte_tokenizer, pico, save_pico
 
@@ -104,3 +105,33 @@ def test_evaluate_returns_records_and_prints_nothing(tmp_path, capfd, monkeypatc
     records = alter.evaluate(named, benchmark="tofu", split="forget01", limit=2, device="cpu")
     assert capfd.readouterr() == ("", "")
     assert {"forget_rouge"} <= {record.metric for record in records} or len(records) > 5
+
+
+QUIET = """
+import sys
+import alter
+model, out = sys.argv[1:]
+rows = [{"question": f"Who is {n}?", "answer": f"{n} writes of the sea."} for n in ("Ada", "Bo", "Cy", "Di")]
+kept = [{"question": f"What is {n}?", "answer": f"{n} is a tree."} for n in ("oak", "elm", "ash", "fir")]
+settings = {"method": "alter", "max_steps": 2, "save_steps": 1, "batch_size": 2, "num_forget_experts": 1, "device": "cpu"}
+run = alter.unlearn(model, forget=rows, retain=kept, out=out, gradient_checkpointing=True, **settings)
+alter.load(run)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_nothing_is_printed_in_a_process_of_its_own(named, tmp_path, kind):
+    # pytest catches warnings itself: what a script of a user sees shows only in a process without it
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+        export(Export(model="builtin:tofu-mini/original", out=str(tmp_path / "mini.gguf"), type="f16"))
+        named = str(tmp_path / "mini.gguf")
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET, named, str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]
+    # what the package itself has to say goes to its logger, which prints what nobody takes
+    said = [line for line in done.stderr.splitlines() if "dequantised" not in line and not line.startswith("Router: ")]
+    assert said == []
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

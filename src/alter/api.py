@@ -7,6 +7,7 @@ its function; a settings object may be given in place of keywords, or with keywo
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from alter.core import memory
-from alter.core.console import silent
+from alter.core.console import ignore_known_warnings, silent
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest
 from alter.core.records import read_run
@@ -143,10 +144,16 @@ def _as_library() -> Iterator[None]:
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    # it tells how it sorts checkpoints that were written within one tick of the clock
+    checkpoints = logging.get_logger("transformers.trainer_utils")
+    level = checkpoints.level
+    checkpoints.setLevel(logging.ERROR)
     try:
-        with silent():
+        with silent(), warnings.catch_warnings():
+            ignore_known_warnings()
             yield
     finally:
+        checkpoints.setLevel(level)
         if shown:
             logging.enable_progress_bar()
 

@@ -14,14 +14,13 @@ import os
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alter.commands import COMMANDS, COMMON
 from alter.core import processes
-from alter.core.console import plain
+from alter.core.console import ignore_known_warnings, plain
 from alter.core.deferral import deferred
 from alter.core.errors import UserError, nearest
 from alter.core.flags import check_numbers, given_once, kinds_of, list_flags, split_recipe, value_of, with_defaults
@@ -172,8 +171,7 @@ def _set_up() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     # pydantic would read what all installed packages say of themselves, to find tools that watch it
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # transformers and peft warn of each other's coming changes
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    ignore_known_warnings()
     if processes.launched() > 1:
         # torch would say on every process that DDP looks for weights without a gradient
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -28,6 +29,14 @@ def silent() -> Iterator[None]:
         yield
     finally:
         _silent.reset(token)
+
+
+def ignore_known_warnings() -> None:
+    """Ignore, from here on, what transformers and PEFT warn of that is no news for a user."""
+    # PEFT asks transformers for a property under its former name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # PEFT looks for the configuration of the base in a folder, and a GGUF file holds its own: no vocabulary was changed
+    warnings.filterwarnings("ignore", "Could not find a config file in ", UserWarning)
 
 
 def is_silent() -> bool:
@@ -92,5 +101,10 @@ def progress(iterable: Iterable[T], *, total: int, label: str) -> Iterator[T]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    if not console.is_interactive:
+        # rich would leave an empty line in the file or log for every bar
+        yield from iterable
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         yield from bar.track(iterable, total=total, description=label)

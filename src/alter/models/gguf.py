@@ -119,6 +119,19 @@ def one_name_map() -> Iterator[None]:
         gguf.get_tensor_name_map = made
 
 
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Within the block transformers draws no bar of tensors read: it does so even where its bars are switched off."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    made = reading.tqdm
+    reading.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        reading.tqdm = made
+
+
 def load_file(place: Place, **options: Any) -> tuple[Any, Any]:
     """Load model and tokenizer, with its chat template, from a GGUF file; the weights become plain numbers.
 
@@ -130,7 +143,7 @@ def load_file(place: Place, **options: Any) -> tuple[Any, Any]:
 
     check_file(place)
     _say(place.file)
-    with one_name_map():
+    with one_name_map(), without_bar():
         network = AutoModelForCausalLM.from_pretrained(place.home, gguf_file=place.file, **options)
     tokenizer = AutoTokenizer.from_pretrained(place.home, gguf_file=place.file)
     # nothing of it is quantised any more, but transformers would refuse to save it

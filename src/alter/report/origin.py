@@ -48,9 +48,9 @@ def provenance_section(run: Reported, level: int) -> list[Html]:
         for record, count in seen.values():
             made = record.provenance
             version = f"{made.get('alter')}, {made.get('commit') or 'commit unknown'}"
-            cells = [made.get(name) for name in ("weights", "adapter", "data", "device", "seed")]
-            shown_cells = ["-" if cell is None else str(cell) for cell in cells]
-            rows.append([record.model, count, made.get("measured"), version, *shown_cells])
+            digests = [tag("span", made.get(name) or "-", class_="digest") for name in ("weights", "adapter", "data")]
+            others = ["-" if made.get(name) is None else str(made[name]) for name in ("device", "seed")]
+            rows.append([record.model, count, made.get("measured"), version, *digests, *others])
         caption = "Digests of the contents; + after a commit: its code was changed."
         shown.append(grid(head, rows, label="Provenance of the figures", numbers=[1], caption=caption))
         asked = {

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from typing import Any
 
-import psutil
-
 from alter.core.errors import UserError
 
 EDGES: dict[str, tuple[str, ...]] = {
@@ -102,6 +100,8 @@ def now() -> str:
 
 def default_who() -> str:
     """Who is at work, for the history: user and machine."""
+    import psutil
+
     return f"{psutil.Process().username()}@{socket.gethostname()}"
 
 

@@ -17,9 +17,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import cached_property
 from typing import Any
 
-import psutil
 import sqlalchemy as sql
 
 from alter.core.errors import UserError
@@ -52,9 +52,14 @@ class Store:
     """The database, opened. Each method is one transaction; several processes may use it at once."""
 
     def __init__(self, engine: sql.Engine, url: str) -> None:
-        self.engine, self.url, self.who = engine, url, default_who()
+        self.engine, self.url = engine, url
         # where every new head of the history is also written, if anywhere
         self.anchor: Anchor | None = None
+
+    @cached_property
+    def who(self) -> str:
+        """Who is at work where nobody else is named."""
+        return default_who()
 
     # Opening
 
@@ -353,6 +358,8 @@ class Store:
         Raises:
             UserError: a living process holds it.
         """
+        import psutil
+
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
         with database_errors(self.url), self._write() as connection:
             row = connection.execute(sql.select(LEASE).where(LEASE.c.name == "run")).mappings().one_or_none()
@@ -392,6 +399,8 @@ def _alive(row: Any) -> bool:
     """Whether the holder of a lease still runs: its process on this machine, its last sign of life on another."""
     if row["host"] != socket.gethostname():
         return _seconds() - row["seen"] < LEASE_SECONDS
+    import psutil
+
     try:
         process = psutil.Process(row["pid"])
         # a process that got the same number later is another one
