@@ -33,8 +33,8 @@ def silent() -> Iterator[None]:
 
 def ignore_known_warnings() -> None:
     """Ignore, from here on, what transformers and PEFT warn of that is no news for a user."""
-    # PEFT asks transformers for a property under its former name
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # the former names are those of every release since 5.0
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     # PEFT looks for the configuration of the base in a folder, and a GGUF file holds its own: no vocabulary was changed
     warnings.filterwarnings("ignore", "Could not find a config file in ", UserWarning)
 

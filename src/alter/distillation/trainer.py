@@ -186,7 +186,7 @@ def _arguments(settings: Distill, out: Path, device: torch.device) -> TrainingAr
         out / "checkpoints",
         use_cpu=device.type == "cpu",
         learning_rate=settings.rate,
-        activation_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=settings.gradient_checkpointing,
         disable_tqdm=True,
     )
 

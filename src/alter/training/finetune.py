@@ -146,7 +146,7 @@ def finetune(settings: Finetune) -> Path:
     if settings.attention_dropout:
         set_attention_dropout(model, settings.attention_dropout)
     if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     assert tokenizer.pad_token_id is not None
     # only now, so that a mistake in the settings leaves nothing behind
     if checkpoint is None:

@@ -387,7 +387,7 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
         warmup_steps=warmup_of(run, rows, steps_of(run, rows)[0]),
         max_grad_norm=run.max_grad_norm,
         train_sampling_strategy="sequential",
-        activation_checkpointing=run.gradient_checkpointing,
+        gradient_checkpointing=run.gradient_checkpointing,
         bf16=autocasts(run.bf16, device),
         optim=OPTIMIZERS[run.optimizer],
         use_cpu=device.type == "cpu",
