@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import warnings
 import stat
 import sys
 from pathlib import Path
@@ -101,6 +102,15 @@ def test_recipe_mistakes_name_the_setting(tmp_path, content, args, says):
     recipe.write_text(content)
     with pytest.raises(UserError, match=re.escape(says)):
         cli.parse("unlearn", Unlearn, [str(recipe), *args])
+
+
+def test_a_value_of_another_kind_in_a_recipe_is_one_line(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("epochs: [1, 2]\nbatch_size: many\nlearning_rate: {a: b}")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert cli.main(["unlearn", str(tmp_path / "r.yaml"), *REQUIRED]) == 2
+    assert [str(warning.message) for warning in seen if issubclass(warning.category, UserWarning)] == []
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_recipes_in_other_encodings(tmp_path):

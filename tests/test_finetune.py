@@ -293,7 +293,7 @@ def test_folder_in_use(tmp_path):
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"thesis\.txt.*another folder"):
         finetune(settings(out))
-    with pytest.raises(UserError, match="not a folder of an earlier run"):
+    with pytest.raises(UserError, match="no folder of an earlier run"):
         finetune(settings(out, overwrite=True))
     assert (out / "thesis.txt").read_text() == "mine"
     with pytest.raises(UserError, match="Nothing to resume"):

@@ -17,6 +17,7 @@ from alter.data.examples import Example, check_overlap, load_examples
 from alter.data.rewording import FITTED, reworded
 from alter.distillation.settings import Distill
 from alter.models.generation import generate
+from alter.models.scoring import context_length
 
 KINDS = ("forget", "keep", "general")
 """What a row is, by its number in `Row.kind`."""
@@ -72,6 +73,25 @@ def read_sets(settings: Distill) -> dict[str, list[Example]]:
     general = [row for source in settings.general for row in load_examples(source)]
     check_overlap(forget, [*kept, *general])
     return {"forget": forget, "keep": kept, "general": general}
+
+
+def check_lengths(
+    teacher: Any, tokenizer: Any, settings: Distill, found: dict[str, list[Example]], limit: int | None
+) -> None:
+    """Refuse, before anything is written, rows and texts to sample that do not fit into a context.
+
+    Raises:
+        UserError: of a row no token of its answer would be left within `limit`, or texts of `sampled_tokens` do not fit into the
+            teacher's context.
+    """
+    for rows in (found["forget"], found["keep"]):
+        encode_all(tokenizer, rows, max_length=limit)
+    room = context_length(teacher)
+    if not found["general"] and room is not None and settings.sampled_tokens >= room:
+        raise UserError(
+            f"sampled_tokens is {settings.sampled_tokens}, and the teacher's context holds {room} tokens, one of them the "
+            f"first: give at most {room - 1}, or texts of your own as general."
+        )
 
 
 def sample_text(teacher: Any, tokenizer: Any, settings: Distill, forget: Sequence[Example]) -> list[Example]:

@@ -31,7 +31,7 @@ from alter.core.running import check_deletable, check_free, claim, release
 from alter.data.examples import Example, data_hash, row_hash
 from alter.distillation.closing import measure_distilled
 from alter.distillation.noise import add_noise
-from alter.distillation.rows import KINDS, Lesson, lesson, read_sets, sample_text
+from alter.distillation.rows import KINDS, Lesson, check_lengths, lesson, read_sets, sample_text
 from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
 from alter.distillation.trainer import DistillTrainer, train_student
@@ -227,11 +227,13 @@ def _train(
     checkpoint = last_whole_checkpoint(out / "checkpoints") if settings.resume else None
     teacher, tokenizer, student = _load(settings, subjects["teacher"])
     check_room(out, student, settings.form)
+    limit = settings.max_length or context_length(student)
+    check_lengths(teacher, tokenizer, settings, found, limit)
     # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
     make_folder(settings, given)
     if not found["general"]:
         found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])
-    taught = lesson(tokenizer, found, settings, settings.max_length or context_length(student))
+    taught = lesson(tokenizer, found, settings, limit)
     teachers, kept = _teachers(settings, taught, (teacher, tokenizer), subjects["student"])
     prepared = time.time()
     model = _learner(settings, student)

@@ -93,10 +93,9 @@ def make_folder(run: Kept, inputs: Mapping[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"out is {run.out!r}, which cannot be made: {error.strerror}. Give another folder.") from None
     claim(out)
-    # first what tells that the folder is a run's
+    write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
     if not (out / INPUTS).exists():
         write_atomic(out / INPUTS, to_json(inputs))
-    write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
 
 
 def remove_run(out: Path) -> None:
