@@ -5,9 +5,9 @@ import importlib
 import json
 import os
 import re
-import warnings
 import stat
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
