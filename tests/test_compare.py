@@ -34,8 +34,9 @@ from alter.comparison import cells, choice, executors, forks, plan, table, words
 from alter.comparison import run as compare
 from alter.comparison.cells import CellJob, finished, hold, run_cells
 from alter.comparison.choice import best_setting, cell_figures, choices
+from alter.comparison.division import PARTS, RETAIN_SPLITS, divide, evaluation_rows
 from alter.comparison.executors import Local
-from alter.comparison.plan import PARTS, divide, run_of
+from alter.comparison.plan import run_of
 from alter.comparison.settings import Compare, Retrained
 from alter.comparison.table import TableRow, dominated, table_rows, undominated
 from alter.core.errors import UserError
@@ -195,7 +196,7 @@ def test_rows_are_divided_by_author():
 
 
 def test_no_author_has_evaluation_rows_on_both_sides(data, tmp_path):
-    rows = plan.evaluation_rows(settings(data, tmp_path), "forget10")
+    rows = evaluation_rows(settings(data, tmp_path), "forget10")
     number = {part: {name: {row["question"] for row in own} for name, own in rows[part].items()} for part in rows}
     for name in ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"):
         sides = [{question.split(",")[0] for question in number[part][name]} for part in PARTS]
@@ -930,12 +931,12 @@ def test_without_running_the_tables_are_those_of_what_has_finished(data, tmp_pat
         ({"method": "stable"}, "adapter.kind bounded_lora neither grows nor merges"),
         (
             {"method": "o3", "adapter": {"dropout": 0.0}, "weight_decay": 0.0, "initializer": {"kind": "vila"}},
-            "cannot go on from its own result: .*initializer.kind vila would replace",
+            "cannot start from its own result: .*initializer.kind vila would replace",
         ),
         ({"method": "alter_scalar_gate"}, "adapter.kind alter with router entropy neither grows"),
         ({"adapter": {"router": "static"}}, "adapter.kind alter with router static neither grows"),
         ({"num_forget_experts": 1}, "num_forget_experts 1 gives the expert of every split the same name"),
-        ({"phase_one": 0.5}, "cannot go on from its own result: .*phase_one"),
+        ({"phase_one": 0.5}, "cannot start from its own result: .*phase_one"),
     ],
 )
 def test_a_chain_takes_what_can_go_on_from_its_own_result(data, tmp_path, own, says):
@@ -972,7 +973,7 @@ def test_a_chain_goes_from_small_to_large_on_the_rows_that_are_new(data, tmp_pat
         whole = tofu_rows(split, "builtin")
         assert rows == [row for row in whole if row not in before]
         assert len(rows) == {"forget01": 40, "forget05": 160, "forget10": 200}[split]
-        assert stage["run"]["retain"] == f"builtin:{plan.RETAIN[split]}"
+        assert stage["run"]["retain"] == f"builtin:{RETAIN_SPLITS[split]}"
         assert stage["run"]["epochs"] == pytest.approx(50 * stage["run"]["batch_size"] / len(rows))
         before += rows
     # each split alone is another run
@@ -990,7 +991,7 @@ def test_a_split_without_new_rows_is_no_stage(data, tmp_path):
     wanted = settings(
         *(data, tmp_path / "o"), data=str(tmp_path), splits=["forget05", "forget10"], continual=True, retrained={}
     )
-    with pytest.raises(UserError, match="forget10 has no row that the splits before it have not"):
+    with pytest.raises(UserError, match="forget10 adds no row to the splits before it"):
         plan.lay_out(wanted, tmp_path / "o")
 
 

@@ -56,7 +56,7 @@ def _help() -> str:
 
 
 def choose(args: Sequence[str]) -> tuple[str, str]:
-    """Module and settings of the benchmark that the flags or the recipe name; the first benchmark by default.
+    """Return module and settings of the benchmark that the flags or the recipe name; the first benchmark by default.
 
     Raises:
         UserError: there is no such benchmark.
@@ -69,7 +69,7 @@ def choose(args: Sequence[str]) -> tuple[str, str]:
 
 
 def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
-    """Settings from a recipe (the first argument, if it names a YAML file) and flags that override it.
+    """Parse settings from a recipe (the first argument, if it names a YAML file) and flags that override it.
 
     Raises:
         UserError: a recipe that is missing or not YAML, an unknown key, or a value that the settings refuse.
@@ -110,12 +110,12 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `alter`; returns the exit status.
 
-    0: done; 2: a mistake in what was given; 70: an error that nobody foresaw, or of the system (a full disk), with its trace
-    in a file; 130: interrupted.
+    0: done; 2: a mistake in what was given; 70: an unforeseen error, or one of the system (a full disk), with its trace in a
+    file; 130: interrupted.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        # what a process imports lives as long as it does: looking for garbage in it takes a quarter of a short command's time
+        # imported modules live as long as the process: collecting them takes a quarter of a short command's time
         gc.disable()
         atexit.register(gc.freeze)
     if not args or args[0] in ("-h", "--help", "help"):
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{'' if processes.size() == 1 else chr(10)}alter: {plain(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # the reader has seen enough (alter … | head); Python would complain once more while closing
+        # the reader has closed the pipe (alter … | head); Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 shown = given if len(given) < 80 else f"{given[:60]}…"
                 print(f"alter: {shown!r} cannot be used: {error.strerror}. Give another path.", file=sys.stderr)
         return 70 if given is None else 2
-    except Exception as error:  # the one place that stands between a user and what nobody foresaw
+    except Exception as error:  # the last resort: an unforeseen error becomes one line and a trace file
         if processes.speaks():
             _report(error)
         return 70
@@ -165,23 +165,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up() -> None:
-    """Settle what libraries read from the environment when they load, and silence what is no news for a user."""
-    # threads of libgomp, which torch's wheel brings, spin while they wait and take cores from others
+    """Set what libraries read from the environment when they load, and silence warnings that do not concern a user."""
+    # waiting threads of libgomp, which torch's wheel brings, spin and take cores from other processes
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    # pydantic would read what all installed packages say of themselves, to find tools that watch it
+    # pydantic would scan the metadata of all installed packages for plugins
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     ignore_known_warnings()
     if processes.launched() > 1:
-        # torch would say on every process that DDP looks for weights without a gradient
+        # torch would warn on every rank that DDP looks for unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # bars of other libraries fill a file or a log with what only a terminal can wipe
+    # other libraries' progress bars fill a log with what only a terminal can erase
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
-    # it tells how it sorts checkpoints that were written within one tick of the clock
+    # it reports how it sorts checkpoints of equal modification time
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
-    # where bitsandbytes is installed it speaks of a faster kernel on every start, asked for or not
+    # bitsandbytes advertises a faster kernel at every import
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -209,7 +209,7 @@ def _run(command: str, args: Sequence[str]) -> None:
     from tyro.constructors import ConstructorRegistry
 
     with processes.quiet():
-        # tyro makes its rules once, with one that looks into torch where torch is imported: so they are made before
+        # tyro builds its rules once, and one reads torch if torch is imported: build them before
         with ConstructorRegistry(), deferred():
             owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
             parsed = parse(command, getattr(importlib.import_module(owner), settings), args)
@@ -240,7 +240,7 @@ def _call(function: Callable[[Any], Any], settings: Any) -> None:
 
 
 def _given(error: OSError, args: Sequence[str]) -> str | None:
-    """The path among the arguments that the system refused, if it was one of them and not the system's own trouble."""
+    """Return the argument path that the operating system refused, if the error is about one of them."""
     mistakes = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.EACCES, errno.ELOOP)
     if error.errno not in mistakes or not isinstance(error.filename, str):
         return None
@@ -254,7 +254,7 @@ def _given(error: OSError, args: Sequence[str]) -> str | None:
 
 
 def _report(error: Exception) -> None:
-    """Say in one line what went wrong, and keep the trace in a file that only the user can read."""
+    """Report an error in one line, and keep its trace in a file that only the user can read."""
     reason = " ".join(str(error).split())[:300]
     said = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     trace = "".join(traceback.format_exception(error))

@@ -1,4 +1,4 @@
-"""The commands by name: where the settings and the function of each live, and what the help says of them."""
+"""The registry of commands: where each one's settings and function live, and its help line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, cast
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Where a command's settings and its function live, and what the help says of it.
+    """Where a command's settings and its function live, and its help line.
 
-    The module of the settings is imported for every help text: nothing in it may need what takes long to import
+    The module of the settings is imported for every help text: it must import nothing that takes long
     (`alter.core.deferral`). `function` is a name in it, or MODULE:NAME. `presets` is a module whose `expand` fills in what a
     named setting stands for, before flags override it. `together` says that several processes can do it together
     (`alter.core.processes`).
@@ -141,7 +141,11 @@ COMMANDS = {
         "a page: ask, see before and after, and each token's expert",
     ),
     "generate": Command(
-        "alter.evaluation.run", "Generate", "generate", "answer prompts with a model and an adapter", together=True
+        "alter.evaluation.run",
+        "Generate",
+        "answer_prompts",
+        "answer prompts with a model and an adapter",
+        together=True,
     ),
     "judge": Command(
         "alter.evaluation.judged", "JudgeFile", "judge_file", "have saved replies graded by a language model"

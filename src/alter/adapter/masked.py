@@ -1,4 +1,4 @@
-"""A linear layer that learns from some tokens and some blocks of its inputs only: gradient isolation (ALTER Eq. 5)."""
+"""A linear layer with masked weight gradients, by token and by block of inputs: gradient isolation (ALTER Eq. 5)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _MaskedWeightGradient(torch.autograd.Function):
-    """y = x W^T whose weight gradient is dY^T (X ⊙ M), while the gradient that flows to x is not masked.
+    """y = x W^T with weight gradient dY^T (X ⊙ M); the gradient of x is not masked.
 
     x is [..., in] and W [out, in], or x [B, T, in] and W [B, out, in]. M is [..., E] bool, each entry covering an E-th of
     the columns `first` to `last` of x; the weight's other columns do not learn, and nothing is computed for them.
@@ -53,7 +53,9 @@ class _MaskedWeightGradient(torch.autograd.Function):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer without bias that can run on some blocks of its inputs, and learn from some tokens, only."""
+    """A linear layer without bias that can compute on some blocks of its inputs, and take weight gradients from some
+    tokens, only.
+    """
 
     def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, bias=False, **kwargs)
@@ -111,7 +113,7 @@ class MaskedLinear(nn.Linear):
         return y if base is None else base + y.reshape(base.shape)
 
     def _add_rest(self, y: Tensor, plan: Plan, few: Tensor, width: int, scale: float) -> Tensor:
-        """Add the plan's experts' output for `few` to y [..., out] at the plan's tokens, in place."""
+        """Add the plan's output for experts that few tokens take to y [..., out] at the plan's tokens, in place."""
         assert plan.tokens is not None
         part = self.forward(few, plan.expert_mask, plan.experts, width, None, scale, plan.learns).flatten(0, -2)
         # safe in place: y was just made, and no backward needs its old value
@@ -120,7 +122,7 @@ class MaskedLinear(nn.Linear):
 
 
 def _columns(weight: Tensor, blocks: slice | Tensor | None, width: int) -> Tensor:
-    """The chosen blocks of `width` columns each: [out, K * width], or [B, out, K * width] for [B, K] indices; None: all."""
+    """Select the chosen blocks of `width` columns each: [out, K * width], or [B, out, K * width] for [B, K] indices; None: all."""
     if isinstance(blocks, slice):
         return weight[:, blocks.start * width : blocks.stop * width]
     if blocks is None:
@@ -130,7 +132,7 @@ def _columns(weight: Tensor, blocks: slice | Tensor | None, width: int) -> Tenso
 
 
 def _learn_masked(x: Tensor, weight: Tensor, mask: Tensor, scale: float, width: int, learns: slice | None) -> Tensor:
-    """scale * x W^T whose weight learns only where the mask is true; arguments as in `MaskedLinear.forward`."""
+    """Return scale * x W^T with a masked weight gradient; arguments as in `MaskedLinear.forward`."""
     if torch.is_autocast_enabled(x.device.type):
         # autocast does not reach into autograd functions
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -1,4 +1,4 @@
-"""`alter attack`: can what was forgotten be brought back, and by whom?
+"""`alter attack`: can what was forgotten be recovered, and by whom?
 
 Every attack is run on the unlearned model and, as the honest zero, on a model retrained without the forget rows: what it
 brings out of that one was never forgotten knowledge. Two figures per row tell it: ROUGE-L recall of the greedy reply
@@ -27,7 +27,7 @@ from alter.attacks import depth, states
 from alter.attacks.base import PLAIN, Attack, Bench, Impossible, split_rows
 from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
 from alter.attacks.showing import draw_curves, show_recovered
-from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING, UNRELATED
+from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING_ATTACKS, UNRELATED
 from alter.core import console
 from alter.core.cache import cache_folder
 from alter.core.console import warn
@@ -43,7 +43,7 @@ COMMON = ("forget", "rows", "seed", "max_new_tokens")
 
 
 def without_attack(bench: Bench) -> list[Record]:
-    """Measure without any attack, on the measured rows and on the attacker's, if it has any."""
+    """Measure without any attack, on the measured rows and on the attacker's, if any."""
     model, _ = bench.shared()
     measured = bench.items(bench.measured)
     encoded = digest([item.ids for item in measured])
@@ -54,7 +54,7 @@ def without_attack(bench: Bench) -> list[Record]:
 
 
 def same_tokens(records: Sequence[Record]) -> None:
-    """Refuse models that cut the same rows into other tokens: probabilities per token are then not of the same things.
+    """Refuse models that tokenise the rows differently: probabilities per token would not be comparable.
 
     Raises:
         UserError: names the two models.
@@ -69,7 +69,7 @@ def same_tokens(records: Sequence[Record]) -> None:
 
 
 def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[str, str]]:
-    """Return the attacks to run, and by name why others cannot be.
+    """Return the attacks to run and, by name, why others cannot be run.
 
     Raises:
         UserError: an unknown name, or an attack that was asked for by name and cannot be run on these rows and models.
@@ -87,7 +87,7 @@ def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[s
 
 
 def models_attacked(settings: Attack) -> dict[str, Subject]:
-    """Return the models that take part, by what the records call them; the original only if it is known."""
+    """Return the models that take part, by their names in the records; the original only if it is known."""
     found: dict[str, Subject] = {}
     if settings.original is not None or settings.adapter is not None:
         found["original"] = settings.alike(settings.original or settings.model)
@@ -103,7 +103,7 @@ def models_attacked(settings: Attack) -> dict[str, Subject]:
 
 
 def _stored(path: Path, key: str) -> list[Record] | None:
-    """Return the records of a file if they were measured under this key; nothing was under an empty one."""
+    """Return the records of a file if they were measured under this key; an empty key matches nothing."""
     if not key or not path.is_file():
         return None
     try:
@@ -115,7 +115,7 @@ def _stored(path: Path, key: str) -> list[Record] | None:
 
 
 def _stored_states(path: Path, key: str) -> np.ndarray | None:
-    """Return the hidden states in a file if they were computed under this key; none were under an empty one."""
+    """Return the hidden states in a file if they were computed under this key; an empty key matches nothing."""
     if not key or not path.is_file():
         return None
     try:
@@ -159,16 +159,9 @@ def attack(settings: Attack) -> list[Record]:
     failed: dict[str, str] = {}
     for model, subject in models.items():
         bench = Bench(settings, model, subject, rows, measured, attacker, unrelated)
-        # in the original there is nothing to relearn: it tells how much an attack lets any model say; and from a retrained
-        # model nothing can be taken off
-        here = {
-            "original": [name for name in names if name not in (*TRAINING, "strip", *COMPARING)],
-            "retrained": [name for name in names if name not in ("strip", *COMPARING)],
-            "unlearned": [name for name in names if name not in COMPARING],
-        }[model]
         found += _measured(bench, PLAIN, identities[model], texts)
         same_tokens(found)
-        for name in here:
+        for name in _applicable(names, model):
             with _if_possible(failed, name, model):
                 found += _measured(bench, name, identities[model], texts)
         if "cka" in names:
@@ -187,15 +180,34 @@ def attack(settings: Attack) -> list[Record]:
     made = [*deep, *alike, *(record for name in names for record in recovered_fractions(found, name))]
     made = stamped(made, settings=settings.model_dump(mode="json"), seed=settings.seed, data=texts.forget)
     everything = [*found, *made]
-    write_records(out / "records.json", everything)
-    show_recovered(everything, names)
-    if any("step" in record.extra for record in found):
-        draw_curves(everything, out / "relearning.png")
-    console.show(f"records: {out}", stderr=True, markup=False, highlight=False)
+    _write(out, everything, names)
     asked = {name.strip() for part in settings.attacks for name in part.split(",")}
     if lost := [why for name, why in failed.items() if name in asked]:
         raise UserError(" ".join([*lost, "All other attacks have run."]))
     return everything
+
+
+def _write(out: Path, records: Sequence[Record], names: Sequence[str]) -> None:
+    """Write the records and the relearning curves, if there are any, and print the tables."""
+    write_records(out / "records.json", records)
+    show_recovered(records, names)
+    if any("step" in record.extra for record in records):
+        draw_curves(records, out / "relearning.png")
+    console.show(f"records: {out}", stderr=True, markup=False, highlight=False)
+
+
+def _applicable(names: Sequence[str], model: str) -> list[str]:
+    """Return the attacks to run on one of the models; those that compare models are run once all are measured.
+
+    The original has nothing to relearn: under other attacks it tells how much any model says. From a retrained model
+    nothing can be stripped.
+    """
+    left_out = {
+        "original": (*TRAINING_ATTACKS, "strip", *COMPARING),
+        "retrained": ("strip", *COMPARING),
+        "unlearned": COMPARING,
+    }
+    return [name for name in names if name not in left_out[model]]
 
 
 @contextmanager
@@ -218,7 +230,7 @@ class Texts:
 
     @classmethod
     def of(cls, rows: Sequence[Example], unrelated: Sequence[Example]) -> Texts:
-        """Those of these rows."""
+        """Return the digests of these rows."""
         return cls(
             digest([row.row for row in rows]),
             digest([row.row for row in unrelated]),
@@ -227,7 +239,7 @@ class Texts:
 
 
 def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: Texts) -> list[Record]:
-    """Records of an attack (PLAIN: of none) on one model: kept ones if nothing has changed, else made and kept."""
+    """Return the records of an attack (PLAIN: of none) on one model, stored ones if nothing has changed."""
     settings, method = bench.settings, ATTACKS.get(name)
     depends = (*COMMON, *(method.settings if method else ()))
     read = [texts.forget, texts.unrelated] if name in UNRELATED else [texts.forget]
@@ -249,7 +261,7 @@ def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: T
 
 
 def _pooled_states(bench: Bench, identity: dict[str, str | None], texts: Texts) -> np.ndarray:
-    """Hidden states for CKA of one model: kept ones if nothing has changed, else made and kept."""
+    """Return one model's hidden states for CKA, stored ones if nothing has changed."""
     key = _key(bench, (*COMMON, "probe_rows"), identity, [texts.forget], "states")
     path = Path(bench.settings.out) / f"states.{bench.name}.safetensors"
     kept = _stored_states(path, key)
@@ -262,7 +274,7 @@ def _pooled_states(bench: Bench, identity: dict[str, str | None], texts: Texts) 
 def _by_depth(
     settings: Attack, benches: dict[str, Bench], identities: dict[str, dict[str, str | None]], texts: Texts
 ) -> list[Record]:
-    """The unlearning depth score, which takes all models at once: kept if nothing has changed, else made and kept."""
+    """Return the unlearning depth score, which takes all models at once; the stored one if nothing has changed."""
     path = Path(settings.out) / "uds.json"
     keys = [_key(b, COMMON, identities[name], [texts.forget], "uds") for name, b in benches.items()]
     # a model that cannot be identified is measured again
@@ -282,7 +294,8 @@ def _key(
     name: str,
     attacker: Sequence[int] = (),
 ) -> str:
-    """Digest of all that a measurement depends on; empty if a model's contents cannot be known (a hub without answer).
+    """Return the digest of everything that a measurement depends on; empty if a model's contents cannot be known (a hub
+    that does not answer).
 
     `attacker`: the attacker's rows, of a measurement that reads them; others stay valid when an attack that takes rows joins.
     """

@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported what they need: an interpreter of its own spends ten seconds on that."""
+"""Fork processes from one that has imported their modules, which takes a new interpreter ten seconds."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from alter.core.errors import UserError
 
 PRELOAD: tuple[str, ...] = ("alter.comparison.cell",)
 """Modules that are imported once."""
+OWN_PATH = "import alter, sys; sys.path[0] or sys.path.pop(0)"
+"""Begins a program of `python -c`, which puts the current folder first: no library is imported from there."""
 
 
 class Forks:
@@ -38,7 +40,11 @@ class Forks:
     def __init__(self, locks: Sequence[int] = ()) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._server = subprocess.Popen(
-            [sys.executable, "-c", f"from alter.comparison.forks import serve_cells; serve_cells({PRELOAD!r})"],
+            [
+                sys.executable,
+                "-c",
+                f"{OWN_PATH}; from alter.comparison.forks import serve_cells; serve_cells({PRELOAD!r})",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -51,7 +57,7 @@ class Forks:
         self._told = b""
 
     def start(self, arguments: Sequence[str], log: Path, where: str, environment: Mapping[str, str]) -> Fork:
-        """Fork a process that does what `python ARGUMENTS` would do, its output going to `log`.
+        """Fork a process that acts as `python ARGUMENTS` would, with its output in `log`.
 
         Args:
             arguments: `-c`, a program, and what it finds in `sys.argv[1:]`.
@@ -62,7 +68,7 @@ class Forks:
         return Fork(self, self._ask(given)["pid"])
 
     def kill(self, pid: int) -> None:
-        """End a process now, unless it has ended."""
+        """Kill a process, unless it has ended."""
         if self._server.poll() is None:
             self._ask({"kill": pid})
 
@@ -96,7 +102,7 @@ class Forks:
                     return answer
 
     def _listen(self) -> list[dict[str, Any]]:
-        """Wait for the server to say something, and note which processes have ended."""
+        """Read one message of the server, and record which processes have ended."""
         found = os.read(self._answers.fileno(), 65536)
         if not found:
             self._said.seek(0)
@@ -125,22 +131,22 @@ class Fork:
 
 
 def serve_cells(preload: Sequence[str]) -> None:
-    """Read orders from standard input, one at a time, and answer on standard output, until the other end closes.
+    """Read one JSON order a line from standard input and answer on standard output, until the other end closes.
 
     `{"arguments", "log", "where", "environment"}` forks a process and is answered with its `pid`; `{"kill": pid}` ends one.
-    Of each that ends, `{"pid", "code"}` is said without being asked.
+    `{"pid", "code"}` is sent unasked when a process ends.
     """
-    # an interrupt is for the process that gives the orders
+    # an interrupt is handled by the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # what modules print while they are imported is no answer
+    # output of imported modules must not mix with answers
     answers = os.dup(1)
     os.dup2(2, 1)
     for name in preload:
         importlib.import_module(name)
-    # what is here stays; without this each process would copy it as it collects
+    # freeze what is loaded: without this, garbage collection in each fork would copy it
     gc.collect()
     gc.freeze()
-    # reads as closed once this process is gone, however it went
+    # closes when this process ends, for whatever reason
     ends, held = os.pipe()
     running: set[int] = set()
 
@@ -177,7 +183,7 @@ def serve_cells(preload: Sequence[str]) -> None:
 
 
 def _become(order: Mapping[str, Any], stdin: int) -> NoReturn:
-    """Do in this process what an interpreter with these arguments would do."""
+    """Run, in this process, what an interpreter with these arguments would."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Plan of `alter compare`: every cell that the settings ask for, laid out and checked before the first one runs.
+"""The plan of `alter compare`: every cell of the settings, laid out and checked before the first one runs.
 
 A cell is one unlearning run and its evaluation, or with `continual` a chain of runs, each starting from the last one's
 result. Its key is a digest of everything that determines its numbers.
@@ -11,7 +11,6 @@ import importlib.util
 import itertools
 import json
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from alter.comparison.division import RETAIN_SPLITS, evaluation_rows, retain_source
 from alter.comparison.settings import Compare
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest, write_atomic
@@ -27,16 +27,13 @@ from alter.core.plugins import plugins_digest
 from alter.core.provenance import provenance
 from alter.core.validation import mistake
 from alter.data.sources import read_rows, tofu_rows
-from alter.evaluation.tofu.sets import SETS
 from alter.methods.presets import METHODS, merged
 from alter.models.loading import Subject
 from alter.training.settings import Unlearn, batches_of_step
 
 CELL = 2
-"""Version of `cells.work`: raise it when what a cell does changes, so that no older cell stands for a new one."""
-PARTS = ("validation", "test")
+"""Version of `cells.work`: raise it when what a cell does changes, so that no older result is reused."""
 ORIGINAL, RETRAINED = "original", "retrained"
-RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 RATES = ("learning_rate", "learning_rate_experts", "learning_rate_shared")
 UNKEYED = {"out", "resume", "overwrite", "save_steps", "method"}
 """Settings of a run that change no number, or that enter the key by their contents (weights, rows) instead of their names."""
@@ -50,7 +47,7 @@ Chain = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run or chain of runs and its evaluation, or (without setting) the evaluation of a model as it is.
+    """One run or chain of runs and its evaluation, or (without setting) the evaluation of a given model.
 
     `key` is the digest of everything that determines the result; `spec` is the input of the cell's process.
     """
@@ -102,74 +99,10 @@ def source_digest() -> str:
     return digest([*own, plugins_digest()])
 
 
-def divide(
-    rows: Sequence[Mapping[str, Any]], group: Sequence[Any], share: float, seed: int
-) -> tuple[list[int], list[int]]:
-    """Divide rows into validation and test rows so that no group has rows in both.
-
-    The groups, in the order of their first row, are shuffled by `random.Random(seed)`; the first round(share x number of
-    groups) of them, but at least one and not all, are validation.
-
-    Args:
-        rows: the rows, [n].
-        group: what each belongs to, [n]: its author.
-
-    Returns:
-        row numbers of the validation part and of the test part, each in order.
-
-    Raises:
-        UserError: there is one group only.
-    """
-    names = list(dict.fromkeys(group))
-    if len(names) < 2:
-        raise UserError(f"All {len(rows)} rows belong to one author: none would be left for the table.")
-    random.Random(seed).shuffle(names)
-    chosen = set(names[: min(max(1, round(share * len(names))), len(names) - 1)])
-    parts: tuple[list[int], list[int]] = ([], [])
-    for i, name in enumerate(group):
-        parts[name not in chosen].append(i)
-    return parts
-
-
-def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The rows of TOFU's evaluation sets, divided: by part, then by the name of TOFU's file.
-
-    Rows are grouped by author, which is their place in `full` // 20 (found by question and answer); a row that is not in
-    `full` (real authors, world facts, holdout) is a group of its own answer.
-    """
-    full = {(row["question"], row["answer"]): row.get("author") for row in tofu_rows("full", settings.data)}
-    sets = {
-        f"{split if key == 'forget' else key}_perturbed": [
-            {name: value for name, value in row.items() if name != "author"}
-            for row in tofu_rows(f"{split if key == 'forget' else key}_perturbed", settings.data)
-        ]
-        for key in SETS
-    }
-    if settings.holdout is not None:
-        sets[f"holdout{split.removeprefix('forget')}"] = read_rows(settings.holdout)
-    out: dict[str, dict[str, list[dict[str, Any]]]] = {part: {} for part in PARTS}
-    for name, rows in sets.items():
-        for i, row in enumerate(rows):
-            if not row.get("question") or not row.get("answer"):
-                raise UserError(f"Row {i} of {name} has no question or no answer; it has {', '.join(row)}.")
-        group = [
-            full[pair] if full.get(pair) is not None else pair[1]
-            for pair in ((row["question"], row["answer"]) for row in rows)
-        ]
-        for part, numbers in zip(PARTS, divide(rows, group, settings.validation, settings.division_seed), strict=True):
-            out[part][name] = [rows[i] for i in numbers]
-    return out
-
-
-def retain_source(settings: Compare, split: str) -> str:
-    """The source of the rows that a run keeps while it forgets `split`."""
-    return settings.retain or f"{settings.data}:{RETAIN[split]}"
-
-
 def run_of(
     settings: Compare, name: str, split: str, seed: int, setting: Setting, forget: tuple[str, int] | None = None
 ) -> Unlearn:
-    """The run of one cell: the method's own settings, `common`, then `settings` of the row, then the grid's.
+    """Return the settings of one cell's run: the method's own, then `common`, then `settings` of the row, then the grid's.
 
     Args:
         forget: source of the forget rows and their number; by default the whole split.
@@ -222,13 +155,13 @@ def check_continual(name: str, run: Unlearn) -> None:
     try:
         run.adapter.check_continues(run)
     except ValueError as error:
-        raise UserError(f"Method {name} cannot go on from its own result: {error}.") from None
+        raise UserError(f"Method {name} cannot start from its own result: {error}.") from None
     if run.adapter.result == "model" or run.adapter.merges:
         return
     try:
         Unlearn.model_validate(run.model_dump() | {"start_from": "the stage before"})
     except ValidationError as error:
-        raise UserError(f"Method {name} cannot go on from its own result: {mistake(error.errors()[0])}") from None
+        raise UserError(f"Method {name} cannot start from its own result: {mistake(error.errors()[0])}") from None
 
 
 def check_settings(settings: Compare) -> None:
@@ -256,7 +189,7 @@ def check_settings(settings: Compare) -> None:
         raise UserError(f"search_seeds is {settings.search_seeds}, but there are {len(settings.seeds)} seeds.")
     names = [name for name in settings.methods if name in (ORIGINAL, RETRAINED)]
     if names:
-        raise UserError(f"{names[0]!r} is a row of every table already: name the method otherwise.")
+        raise UserError(f"{names[0]!r} is a row of every table already: rename the method.")
     # a name that stands for itself may be left out of a run; any other must be a slip
     spare = [
         name
@@ -271,7 +204,7 @@ def check_settings(settings: Compare) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """All cells: those of the models as they are by name and split, and the grid's by name and chain, setting, seed.
+    """All cells: those of the given models by name and split, and the grid's by name and chain, setting, seed.
 
     `lay` gives the cells of one more setting by seed, which belong into `grid`.
     """
@@ -334,7 +267,7 @@ def lay_out(settings: Compare, out: Path) -> Layout:
 
 
 def _facts(settings: Compare) -> dict[str, Any]:
-    """What decides the numbers of every cell: code, versions, device.
+    """Return what decides the numbers of every cell: code, versions, device.
 
     Raises:
         UserError: a device that is not there.
@@ -353,7 +286,7 @@ def _facts(settings: Compare) -> dict[str, Any]:
 
 
 def _weights(settings: Compare) -> dict[str, str | None]:
-    """Digests of the models' weights, by name.
+    """Return digests of the models' weights, by name.
 
     Raises:
         UserError: no model of a name.
@@ -374,18 +307,21 @@ def _lay_chain(
     weights: Mapping[str, str | None],
     models: dict[tuple[str, str], Cell],
 ) -> _Laid:
-    """Write the rows of a chain's splits into `out`/rows, and put the cells of the models as they are into `models`."""
+    """Write the rows of a chain's splits into `out`/rows, and add the cells of the given models to `models`."""
     laid = _Laid(dict(facts), [], [])
     known: list[Any] = []
     for split in chain:
         rows = evaluation_rows(settings, split)
         trained = {
             name: read_rows(source)
-            for name, source in ((split, f"{settings.data}:{split}"), (RETAIN[split], retain_source(settings, split)))
+            for name, source in (
+                (split, f"{settings.data}:{split}"),
+                (RETAIN_SPLITS[split], retain_source(settings, split)),
+            )
         }
         new = [row for row in tofu_rows(split, settings.data) if row not in known]
         if not new:
-            raise UserError(f"{split} has no row that the splits before it have not: leave it out of splits.")
+            raise UserError(f"{split} adds no row to the splits before it: leave it out of splits.")
         known += new
         content = digest(rows, new)
         folder = out / "rows" / content
@@ -422,7 +358,7 @@ def _cell(
     laid: _Laid,
     weights: Mapping[str, str | None],
 ) -> Cell:
-    """The cell of one method, chain, setting and seed."""
+    """Lay out the cell of one method, chain, setting and seed."""
     runs = [
         run_of(settings, name, split, seed, setting, source) for split, source in zip(chain, laid.sources, strict=True)
     ]

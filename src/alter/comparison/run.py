@@ -14,19 +14,10 @@ from pathlib import Path
 from alter.comparison.cell import forget_weights
 from alter.comparison.cells import CellJob, finished, hold, run_shown
 from alter.comparison.choice import Choice, choices, chosen_cells, refined
+from alter.comparison.division import PARTS, evaluation_rows
 from alter.comparison.executors import Executor, executor_of
 from alter.comparison.export import all_records, search_csv, table_csv
-from alter.comparison.plan import (
-    ORIGINAL,
-    PARTS,
-    RETRAINED,
-    Chain,
-    Compare,
-    Layout,
-    check_settings,
-    evaluation_rows,
-    lay_out,
-)
+from alter.comparison.plan import ORIGINAL, RETRAINED, Chain, Compare, Layout, check_settings, lay_out
 from alter.comparison.plot import pareto
 from alter.comparison.table import TableRow, table_rows
 from alter.comparison.words import described, html_page, latex, markdown
@@ -79,7 +70,7 @@ def compare(settings: Compare) -> list[TableRow]:
 def _run_all(
     settings: Compare, made: Layout, out: Path, executor: Executor | None, lock: int | None
 ) -> tuple[Chosen, dict[str, str]]:
-    """Run the cells (none without an executor): models as they are, the search, then the chosen settings on test rows.
+    """Run the cells (none without an executor): the given models, the search, then the chosen settings on test rows.
 
     Returns:
         the choices, and why cells did not finish, by key.
@@ -111,7 +102,7 @@ def _run_all(
 
 
 def _check_models(made: Layout, out: Path, lost: Mapping[str, str], *, ran: bool) -> None:
-    """Refuse to go on without the figures of the original and the retrained models, which every choice needs."""
+    """Refuse to continue without the figures of the original and the retrained models, which every choice needs."""
     for cell in made.models.values():
         found = finished(out, cell, PARTS)
         if found is None and not ran:

@@ -1,4 +1,4 @@
-"""Registries of parts by name, which installed packages and scripts can add to.
+"""Registries of parts by name that installed packages and scripts can extend.
 
 A plain file joins by `alter COMMAND --plugin FILE.py`, or by the environment's ALTER_PLUGINS; an installed package through an
 entry point of the group `alter.plugins`, which names a module to import; a script registers its parts itself before it calls
@@ -34,7 +34,7 @@ from pydantic_core import CoreSchema, core_schema
 from alter.core.errors import UserError, nearest
 
 GROUP = "alter.plugins"
-FILES = "ALTER_PLUGINS"
+FILES_VARIABLE = "ALTER_PLUGINS"
 """Variable of the environment, so that processes which a command starts load the same files: paths, divided as in PATH."""
 
 T = TypeVar("T")
@@ -57,12 +57,12 @@ def _entries(path: tuple[str, ...]) -> list[importlib.metadata.EntryPoint]:
 
 
 def load_plugins() -> None:
-    """Import the modules of all installed plugins, and the files that are named; each once.
+    """Import the modules of all installed plugins, and the named files; each once.
 
     Raises:
         UserError: a plugin cannot be imported.
     """
-    for path in filter(None, os.environ.get(FILES, "").split(os.pathsep)):
+    for path in filter(None, os.environ.get(FILES_VARIABLE, "").split(os.pathsep)):
         if path not in _loaded:
             _loaded.add(path)
             _load_file(path)
@@ -78,12 +78,12 @@ def load_plugins() -> None:
             owner = entry.dist.name if entry.dist is not None else entry.value
             raise UserError(
                 f"The plugin {entry.name!r} of the package {owner} cannot be loaded: {error}. Expected a module that can be "
-                f"imported ({entry.value}); mend the package, or uninstall it."
+                f"imported ({entry.value}); fix the package, or uninstall it."
             ) from error
 
 
 def add_files(args: list[str]) -> list[str]:
-    """Take `--plugin FILE.py` out of a command's arguments, and name the files to this process and those that it starts.
+    """Take `--plugin FILE.py` out of a command's arguments, and register the files for this process and its children.
 
     Raises:
         UserError: no file follows, or there is none.
@@ -97,8 +97,8 @@ def add_files(args: list[str]) -> list[str]:
         path = arg.partition("=")[2] or next(rest, "")
         if not Path(path).is_file() or not path.endswith(".py"):
             raise UserError(f"--plugin is {path!r}; expected a Python file that registers a part, such as mine.py.")
-        known = os.environ.get(FILES, "").split(os.pathsep)
-        os.environ[FILES] = os.pathsep.join(dict.fromkeys([*filter(None, known), os.path.abspath(path)]))
+        known = os.environ.get(FILES_VARIABLE, "").split(os.pathsep)
+        os.environ[FILES_VARIABLE] = os.pathsep.join(dict.fromkeys([*filter(None, known), os.path.abspath(path)]))
     return left
 
 
@@ -109,7 +109,7 @@ def _load_file(path: str) -> None:
     if name in sys.modules or not name.isidentifier():
         _loaded.discard(path)
         why = "Python has a module of that name already" if name.isidentifier() else "that is no name of a module"
-        raise UserError(f"The plugin {path} cannot be loaded as {name!r}: {why}. Call the file otherwise.")
+        raise UserError(f"The plugin {path} cannot be loaded as {name!r}: {why}. Rename the file.")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -152,7 +152,7 @@ def plugins_digest() -> str | None:
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Parts of one sort by name: those of alter first, then those of plugins in the order in which they joined.
+    """Parts of one sort by name: alter's own first, then plugins' in the order of registration.
 
     Looking something up loads the installed plugins first.
 

@@ -11,14 +11,13 @@ import importlib
 import importlib.util
 import sys
 from enum import Enum
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 
 def add_member(kind: type[Enum], name: str) -> None:
-    """Make `name` a member of a string enum, with itself as its value; nothing changes if it is one."""
+    """Add `name` to a string enum, with itself as its value; nothing changes if it is a member."""
     if name in kind.__members__:
         return
     made: Any = kind
@@ -59,10 +58,13 @@ def register(name: str, config: type, model: type, prefix: str) -> None:
     register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=prefix)
 
 
-class _After(Loader, MetaPathFinder):
-    """Import hook: imports one module right after another is first imported."""
+class _After:
+    """Import hook (finder and loader by protocol): imports one module right after another is first imported.
 
-    loader: Loader
+    It does not inherit from `importlib.abc`, which loads thirty modules, `random` among them.
+    """
+
+    loader: Any
 
     def __init__(self, awaited: str, wanted: str) -> None:
         self.awaited, self.wanted = awaited, wanted
@@ -73,11 +75,12 @@ class _After(Loader, MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(self.awaited)
         if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
+            self.loader, spec.loader = spec.loader, self  # type: ignore[assignment]  # a loader by protocol
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
+        module: ModuleType | None = self.loader.create_module(spec)
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
@@ -87,7 +90,7 @@ class _After(Loader, MetaPathFinder):
 
 
 def after(awaited: str, wanted: str) -> None:
-    """Import the module `wanted` as soon as `awaited` is imported; now if it is already."""
+    """Import the module `wanted` right after `awaited` is imported; now if it already is."""
     if awaited in sys.modules:
         importlib.import_module(wanted)
     else:

@@ -11,30 +11,30 @@ from pathlib import Path
 from alter.core.errors import UserError
 from alter.core.files import write_atomic
 
-FILE = ".running"
-"""File in a run's folder, while it is made."""
+CLAIM_FILE = ".running"
+"""File in a run's folder while a process works there."""
 
 
 def claim(folder: Path) -> None:
-    """Write down that this process is working in a folder."""
+    """Record that this process works in a folder."""
     import psutil
 
     own = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-    write_atomic(folder / FILE, json.dumps(own), private=True)
+    write_atomic(folder / CLAIM_FILE, json.dumps(own), private=True)
 
 
 def release(folder: Path) -> None:
-    """Give up this process's claim, if it has one: after an error another process can continue."""
+    """Release this process's claim, if it has one: after an error another process can continue."""
     try:
-        holder = json.loads((folder / FILE).read_text())
+        holder = json.loads((folder / CLAIM_FILE).read_text())
     except (OSError, ValueError):
         return
     if isinstance(holder, dict) and holder.get("host") == socket.gethostname() and holder.get("pid") == os.getpid():
-        (folder / FILE).unlink(missing_ok=True)
+        (folder / CLAIM_FILE).unlink(missing_ok=True)
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that another living process on this machine is working in; a dead one's claim is void.
+    """Refuse a folder that another living process on this machine works in; a dead one's claim is void.
 
     Raises:
         UserError: names the process.
@@ -42,7 +42,7 @@ def check_free(folder: Path) -> None:
     import psutil
 
     try:
-        holder = json.loads((folder / FILE).read_text())
+        holder = json.loads((folder / CLAIM_FILE).read_text())
         host, pid, started = holder["host"], int(holder["pid"]), float(holder["started"])
     except (OSError, ValueError, KeyError, TypeError):
         return
@@ -50,7 +50,7 @@ def check_free(folder: Path) -> None:
         return
     try:
         process = psutil.Process(pid)
-        # a process that got the same number later is another one
+        # a later process may have the same number
         alive = abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return

@@ -1,4 +1,4 @@
-"""Sub-domains of a forget set: the named ones, or clusters of its rows."""
+"""Sub-domains of a forget set: named ones, or clusters of its rows."""
 
 from __future__ import annotations
 
@@ -59,16 +59,32 @@ def domains(
         raise UserError("There are no examples to divide into sub-domains.")
     if n is not None and not 1 <= n <= rows:
         raise UserError(f"{n} sub-domains are not possible with {rows} rows; expected 1 to {rows}.")
-    if labelled(examples):
-        labels = [example.domain for example in examples]
-        names = [str(label) for label in dict.fromkeys(labels)]
-        if n is not None and n != len(names):
-            raise UserError(f"The rows carry {len(names)} sub-domain labels but {n} were asked for; leave one out.")
-        return [names.index(str(label)) for label in labels], names
+    if have_labels(examples):
+        return _by_label(examples, n)
     if n == 1 or rows == 1:
         return [0] * rows, ["all"]
+    return _clustered(examples, n, seed, max_domains, states)
 
-    vectors = _tfidf(examples)
+
+def have_labels(examples: Sequence[Example]) -> bool:
+    """Whether every example names its sub-domain."""
+    return all(example.domain is not None for example in examples)
+
+
+def _by_label(examples: Sequence[Example], n: int | None) -> tuple[list[int], list[str]]:
+    """Take the labels as the sub-domains, in order of first appearance."""
+    labels = [example.domain for example in examples]
+    names = [str(label) for label in dict.fromkeys(labels)]
+    if n is not None and n != len(names):
+        raise UserError(f"The rows carry {len(names)} sub-domain labels but {n} were asked for; leave one out.")
+    return [names.index(str(label)) for label in labels], names
+
+
+def _clustered(
+    examples: Sequence[Example], n: int | None, seed: int, max_domains: int, states: npt.NDArray[Any] | None
+) -> tuple[list[int], list[str]]:
+    """Cluster two or more examples by their words, and by `states` if those separate better; arguments as in `domains`."""
+    rows, vectors = len(examples), _tfidf(examples)
     if n is not None and n > vectors.distinct:
         raise UserError(
             f"{n} sub-domains are not possible: only {vectors.distinct} of the {rows} rows differ in their words."
@@ -85,11 +101,6 @@ def domains(
     order = list(dict.fromkeys(best))
     indices = [order.index(label) for label in best]
     return indices, [f"{number}: {', '.join(vectors.telling(indices, number))}" for number in range(len(order))]
-
-
-def labelled(examples: Sequence[Example]) -> bool:
-    """Whether every example says which sub-domain it belongs to."""
-    return all(example.domain is not None for example in examples)
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ class _Vectors:
     distinct: int
 
     def telling(self, indices: Sequence[int], group: int) -> list[str]:
-        """The three terms that tell the rows of a group from the others, as they are mostly written."""
+        """Return the three terms that best separate a group's rows from the others, in their usual spelling."""
         import numpy as np
 
         inside = np.array(indices) == group
@@ -123,7 +134,7 @@ class _Vectors:
 
 
 def _tfidf(examples: Sequence[Example]) -> _Vectors:
-    """Vectors of prompt and answer together, English stop words left out.
+    """Compute TF-IDF vectors of prompt and answer together, without English stop words.
 
     Raises:
         UserError: there are no words.
@@ -151,7 +162,7 @@ def _tfidf(examples: Sequence[Example]) -> _Vectors:
 
 
 def _by_words(weights: Any, seed: int) -> npt.NDArray[Any]:
-    """Sparse [rows, terms], reduced and scaled."""
+    """Reduce and scale sparse vectors [rows, terms]."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
 
@@ -162,7 +173,7 @@ def _by_words(weights: Any, seed: int) -> npt.NDArray[Any]:
 
 
 def _by_meaning(states: npt.NDArray[Any], seed: int) -> npt.NDArray[Any]:
-    """[rows, width], standardised, reduced and scaled: a few dimensions of a model's states dwarf all others."""
+    """Standardise, reduce and scale states [rows, width]: a few dimensions of a model's states dwarf all others."""
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler, normalize
 
@@ -174,14 +185,14 @@ def _by_meaning(states: npt.NDArray[Any], seed: int) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The group of each row, and how well they are apart: the mean silhouette, -1 to 1."""
+    """The group of each row, and how well the groups separate: the mean silhouette, -1 to 1."""
 
     groups: list[int]
     silhouette: float
 
 
 def _groups(points: npt.NDArray[Any], counts: Sequence[int], seed: int) -> _Groups:
-    """K-means' groups of [rows, dimensions]; of several counts those of best silhouette, the fewer on a tie."""
+    """Cluster [rows, dimensions] by k-means; of several counts take the one of best silhouette, the fewer on a tie."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 

@@ -18,17 +18,15 @@ import psutil
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
 from alter.core.cache import cache_folder
 from alter.core.console import show, warn
-from alter.core.errors import UserError
-from alter.core.files import check_disk, digest, to_json, write_atomic
+from alter.core.files import digest, to_json, write_atomic
 from alter.core.provenance import provenance
-from alter.core.running import FILE as RUNNING
-from alter.core.running import check_deletable, check_free, claim, release
+from alter.core.running import CLAIM_FILE, claim, release
 from alter.data.examples import Example, data_hash, row_hash
+from alter.distillation.checks import check_out, check_pair, check_room, check_teacher
 from alter.distillation.closing import measure_distilled
 from alter.distillation.noise import add_noise
 from alter.distillation.rows import KINDS, Lesson, check_lengths, lesson, read_sets, sample_text
@@ -39,7 +37,6 @@ from alter.models.guards import is_form
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import context_length
 from alter.training.folder import (
-    MARKS,
     check_finite,
     check_inputs,
     last_whole_checkpoint,
@@ -47,8 +44,6 @@ from alter.training.folder import (
     save_adapter,
 )
 from alter.training.trackers import check_trackers, trackers
-
-# Folder and disk -----------------------------------------------------------------------------------------------------
 
 UNCOMPARED = {
     "out",
@@ -61,90 +56,7 @@ UNCOMPARED = {
     "report_to",
     "run",
 }
-"""Settings that may change when a run is resumed."""
-
-
-def check_out(settings: Distill) -> Path:
-    """Return the output folder, as it is: nothing is made or deleted before the models are loaded.
-
-    Raises:
-        UserError: it holds something and neither `resume` nor `overwrite` is set, it holds teacher or student, there is
-            nothing to resume, or another process is working in it.
-    """
-    out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
-    for name in ("run", "model", "adapter", "student"):
-        value = getattr(settings, name)
-        if value is not None and Path(value).exists() and Path(value).resolve().is_relative_to(out.resolve()):
-            raise UserError(f"out is {settings.out!r}, which holds the {name} {value}: give another folder.")
-    check_free(out)
-    present = out.is_dir() and any(out.iterdir())
-    if present and not settings.resume and not settings.overwrite:
-        raise UserError(
-            f"The output folder {settings.out} is not empty: add --resume to go on from its last checkpoint, --overwrite "
-            "to delete it, or give another --out."
-        )
-    if settings.overwrite:
-        check_deletable(out, MARKS)
-    if not present and settings.resume:
-        raise UserError(f"Nothing to resume: {settings.out} is empty or missing. Leave --resume out to start.")
-    return out
-
-
-def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
-    """Refuse to begin where the result and two checkpoints would not fit on the disk (`alter.core.files.check_disk`).
-
-    Of full weights a checkpoint holds them and both moments of AdamW in float32; of a LoRA next to nothing.
-    """
-    weights = sum(weight.numel() for weight in student.parameters())
-    # while a checkpoint is written the one before is still there
-    needed = weights * 4 * (1 + 2 * 3) if form == "full" else 0
-    check_disk(out, needed, "weights with two checkpoints take", "or give an --out on another disk")
-
-
-# Models --------------------------------------------------------------------------------------------------------------
-
-
-def check_teacher(teacher: Any) -> None:
-    """Refuse a teacher whose adapter is switched off: it would teach what was to be forgotten.
-
-    Raises:
-        UserError: it is.
-    """
-    layers = [module for module in teacher.modules() if isinstance(module, BaseTunerLayer)]
-    if layers and all(layer.disable_adapters or not layer.active_adapters for layer in layers):
-        raise UserError(
-            "The teacher's adapter is detached (disable_adapter): it would teach what was to be forgotten. Switch it on."
-        )
-
-
-def check_pair(teacher: Any, vocabulary: Any, student: Any, own: Any, names: tuple[str | None, str | None]) -> None:
-    """Refuse a student that cannot take the teacher's place.
-
-    Args:
-        teacher, vocabulary: model, as it is loaded, and tokenizer.
-        student, own: the same of the student.
-        names: what errors call them.
-
-    Raises:
-        UserError: another architecture, other sizes, or another vocabulary.
-    """
-    inner = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
-    theirs, ours = inner.config.get_text_config(), student.config.get_text_config()
-    fields = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    for field in fields:
-        one, other = getattr(theirs, field, None), getattr(ours, field, None)
-        if one != other:
-            raise UserError(
-                f"The student {names[1]} has {field} {other}, the teacher {names[0]} {one}: give a --student of the "
-                "teacher's architecture, such as the model before unlearning."
-            )
-    if vocabulary.get_vocab() != own.get_vocab():
-        raise UserError(
-            f"The student {names[1]} has another vocabulary than the teacher {names[0]}, though of the same size: give a "
-            "--student with the teacher's tokenizer."
-        )
+"""Settings that may differ when a run is resumed."""
 
 
 def _keep(teacher: Teacher, taught: Lesson, numbers: Sequence[int]) -> bool:
@@ -194,7 +106,7 @@ def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
     trained = settings.resume and (out / "run.json").exists()
     if trained and (not settings.closing_rows or (out / "records.json").exists()):
         _clean(out)
-        show(f"{out} has ended: nothing is left to do.", stderr=True, markup=False)
+        show(f"{out} is finished: nothing is left to do.", stderr=True, markup=False)
         return out
     subjects = _subjects(settings)
     identities = {name: subject.identity(cache_folder()) for name, subject in subjects.items()}
@@ -223,13 +135,13 @@ def _train(
     callbacks: Sequence[TrainerCallback],
     started: float,
 ) -> tuple[Any, Any]:
-    """Train and save the student, and at last `run.json`, by which a run counts as trained; returns the teacher and its tokenizer."""
+    """Train and save the student, then write `run.json`, which marks a run as trained; return the teacher and its tokenizer."""
     checkpoint = last_whole_checkpoint(out / "checkpoints") if settings.resume else None
     teacher, tokenizer, student = _load(settings, subjects["teacher"])
     check_room(out, student, settings.form)
     limit = settings.max_length or context_length(student)
     check_lengths(teacher, tokenizer, settings, found, limit)
-    # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
+    # after all checks, so that invalid settings neither leave nor delete files
     make_folder(settings, given)
     if not found["general"]:
         found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])
@@ -252,8 +164,8 @@ def _train(
 
 
 def _clean(out: Path) -> None:
-    """Remove what only a run that trains needs, and what a kill cut off while it was written, which has a hidden name."""
-    for path in [out / "checkpoints", *(path for path in out.glob(".*") if path.name != RUNNING)]:
+    """Delete what only training needs, and the hidden temporary files of a killed write."""
+    for path in [out / "checkpoints", *(path for path in out.glob(".*") if path.name != CLAIM_FILE)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -267,7 +179,7 @@ def _show_next(settings: Distill, out: Path) -> None:
 
 
 def _subjects(settings: Distill) -> dict[str, Subject]:
-    """Teacher and student, to be loaded."""
+    """Return teacher and student as subjects to load."""
     assert settings.model is not None
     assert settings.student is not None
     common: dict[str, Any] = {"device": settings.device, "chat_template_kwargs": settings.chat_template_kwargs}
@@ -278,7 +190,7 @@ def _subjects(settings: Distill) -> dict[str, Subject]:
 
 
 def _load(settings: Distill, subject: Subject) -> tuple[Any, Any, Any]:
-    """Load teacher, its tokenizer and student, and check that they go together.
+    """Load teacher, its tokenizer and student, and check that they are compatible.
 
     Raises:
         UserError: see `check_teacher` and `check_pair`.
@@ -296,7 +208,7 @@ def _load(settings: Distill, subject: Subject) -> tuple[Any, Any, Any]:
 def _facts(
     settings: Distill, found: dict[str, list[Example]], taught: Lesson, trainer: DistillTrainer
 ) -> dict[str, Any]:
-    """What `run.json` says of rows and training."""
+    """Return what `run.json` records of rows and training."""
     return {
         "settings": settings.model_dump(mode="json"),
         "kind": "distilled",
@@ -312,7 +224,7 @@ def _facts(
 
 
 def _inputs(settings: Distill, found: dict[str, list[Example]], identities: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be equal when a run is resumed: rows, models and settings."""
+    """Return what must be unchanged when a run is resumed: rows, models and settings."""
     return {
         **{f"{name} rows": digest([row.row for row in rows]) for name, rows in found.items()},
         **identities,
@@ -323,7 +235,7 @@ def _inputs(settings: Distill, found: dict[str, list[Example]], identities: dict
 def _teachers(
     settings: Distill, taught: Lesson, teacher: tuple[Any, Any], student: Subject
 ) -> tuple[tuple[Teacher, Teacher], bool]:
-    """The teachers of forget rows and of all others, and whether their states are kept in memory."""
+    """Return the teachers of forget rows and of all other rows, and whether their states are cached."""
     model, tokenizer = teacher
     one_head = settings.adapter is None or not is_form(settings.adapter)
     first = Teacher(model, tokenizer.pad_token_id, one_head=one_head)
@@ -336,7 +248,7 @@ def _teachers(
         second = first
         kept = _keep(first, taught, range(len(taught.teacher)))
     if not kept:
-        warn("What the teacher's head reads does not fit into memory: its passes are made at every step.")
+        warn("The teacher's states do not fit into memory: the teacher runs at every step.")
     return (first, second), kept
 
 
@@ -369,7 +281,7 @@ def _save(settings: Distill, out: Path, model: Any, tokenizer: Any) -> None:
 
 
 def _saved_dtype(settings: Distill) -> torch.dtype:
-    """The number format that was asked for, or the student's own."""
+    """Return the dtype to save in: the one asked for, or the student's own."""
     from transformers import AutoConfig
 
     from alter.models.naming import shipped_model
@@ -387,7 +299,7 @@ def _saved_dtype(settings: Distill) -> torch.dtype:
 
 
 def _card(settings: Distill, library: str) -> str:
-    """The result's model card."""
+    """Return the result's model card."""
     said = yaml.safe_dump(settings.model_dump(mode="json", exclude={"resume", "overwrite"}), sort_keys=False)
     what = (
         "These are plain weights: nothing can be taken off. `AutoModelForCausalLM.from_pretrained` loads them."

@@ -28,12 +28,13 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core.errors import UserError, nearest
-from alter.core.files import digest, file_digest, folder_digest, read_text
+from alter.core.errors import UserError
+from alter.core.files import digest, file_digest, folder_digest
 from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import Figures
+from alter.evaluation.passages import Passage, cut, passages_fingerprint, read_book
 from alter.models.generation import generate
 from alter.models.naming import shipped_model
 from alter.models.scoring import Scores, score
@@ -45,21 +46,8 @@ Array: TypeAlias = "npt.NDArray[np.float64]"
 
 
 @dataclass(frozen=True)
-class Passage:
-    """A stretch of a book: the tokens to start from, the tokens that follow in print, and both as text.
-
-    `prompt` begins with the tokenizer's own beginning tokens, if it has any; `prefix` leaves them out.
-    """
-
-    prompt: list[int]
-    continuation: list[int]
-    prefix: str
-    reference: str
-
-
-@dataclass(frozen=True)
 class BookReference:
-    """What the retrained model contributes: its BLEU and ROUGE-L in points, and its min-k AUC where there is a holdout."""
+    """The retrained model's figures: BLEU and ROUGE-L in points, and its min-k AUC where there is a holdout."""
 
     source: str
     fingerprint: str
@@ -99,66 +87,14 @@ class BookResult:
 
     @property
     def min_k_auc(self) -> float | None:
-        """How well min-k% tells the book from the holdout; None without a holdout."""
+        """Return how well min-k% separates the book from the holdout; None without a holdout."""
         if self.holdout_scores is None:
             return None
         return metrics.auc(metrics.min_k(self.scores.logprob), metrics.min_k(self.holdout_scores.logprob))
 
     def as_reference(self, source: str) -> BookReference:
-        """Return what other models are compared with, if this is the result of the retrained model."""
+        """Return the result as the reference of other models, if this model is the retrained one."""
         return BookReference(source, self.fingerprint, self.bleu.mean(), 100 * self.rouge.mean(), self.min_k_auc)
-
-
-# Passages ------------------------------------------------------------------------------------------------------------
-
-
-def read_book(path: str) -> str:
-    """Return the text of a book.
-
-    Raises:
-        UserError: there is no such file, it is not UTF-8 text, or it is empty.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        siblings = [str(Path(path).parent / p.name) for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise UserError(f"No text file at {path}; expected a book as plain text (.txt).{nearest(path, siblings)}")
-    text = read_text(file)
-    if not text.strip():
-        raise UserError(f"{path} is empty; expected the text of a book.")
-    return text
-
-
-def cut(tokenizer: Any, text: str, prefix: int, continuation: int, source: str) -> list[Passage]:
-    """Cut a text into passages of `prefix` and `continuation` tokens, one after another, the rest left out.
-
-    The whole text is tokenised at once, so a cut may fall inside a word; both sides are then compared as decoded.
-
-    Raises:
-        UserError: the text is shorter than one passage.
-    """
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    whole = list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
-    start = next(i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids)
-    size = prefix + continuation
-    if len(ids) < size:
-        raise UserError(
-            f"{source} has {len(ids)} tokens, fewer than one passage of {prefix} + {continuation}: give a longer text, "
-            "or set --prefix-tokens and --continuation-tokens lower."
-        )
-    passages = []
-    for first in range(0, len(ids) - size + 1, size):
-        head, tail = ids[first : first + prefix], ids[first + prefix : first + size]
-        texts = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in (head, tail)]
-        passages.append(Passage(whole[:start] + head, tail, *texts))
-    return passages
-
-
-def passages_fingerprint(passages: Sequence[Passage]) -> str:
-    """Return a hash of the passages as they read: the same for tokenizers that cut at the same places."""
-    return digest([[passage.prefix, passage.reference] for passage in passages])[:12]
-
-
-# Measuring -----------------------------------------------------------------------------------------------------------
 
 
 def _encoded(passage: Passage) -> Encoded:
@@ -167,7 +103,7 @@ def _encoded(passage: Passage) -> Encoded:
 
 
 def _open(rows: Sequence[npt.ArrayLike]) -> list[npt.NDArray[Any]]:
-    """Lengthen each row by one: two metrics leave out the last token, an answer's end, and a passage has no such token."""
+    """Append one entry to each row: two metrics drop the last token, an answer's end, which a passage lacks."""
     return [np.append(row, True) for row in rows]
 
 
@@ -233,7 +169,7 @@ class BookEvaluation(Evaluation):
         return f"`alter evaluate --model RETRAINED --benchmark book {flags} --json retrained.json`"
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
-        """Return the figures of the table; what could not be computed is said on stderr, with the remedy."""
+        """Return the figures of the table; report on stderr what could not be computed, with the remedy."""
         reference = None
         if self.retain_records is not None:
             reference = self._reference(self.retain_records)
@@ -247,7 +183,7 @@ class BookEvaluation(Evaluation):
         return self._records(result, reference)
 
     def result(self, model: Any, tokenizer: Any, *, only_book: bool = False) -> BookResult:
-        """Score and continue the passages; `only_book` leaves out what a reference does not need.
+        """Score and continue the passages; with `only_book`, skip what a reference does not need.
 
         Raises:
             UserError: a text is shorter than a passage, a passage does not fit into the model's context, or what

@@ -24,7 +24,7 @@ from alter.data.sources import read_rows
 from alter.evaluation.base import Evaluation, overheard, say
 from alter.evaluation.closing import closing_of, show_closing
 from alter.evaluation.tofu.logs import Aggregate, aggregate
-from alter.models.generation import generate as generate_texts
+from alter.models.generation import generate
 from alter.models.loading import Subject
 from alter.reporting.terminal import table
 
@@ -36,7 +36,7 @@ def show_records(
     *,
     printed: bool = True,
 ) -> None:
-    """Print the table of records, unless not `printed`, and, if a path is given, write them all there."""
+    """Print the table of records if `printed`, and write all records to `path` if one is given."""
     if printed:
         console.show(table(records_by_model, title))
     if path is not None and processes.first():
@@ -49,7 +49,7 @@ UNKEYED = {"name", "json_path", "cache", "model", "adapter", "device", "batch_si
 
 
 def cache_key(settings: Evaluation, identity: Mapping[str, str | None], data: str | None) -> dict[str, Any] | None:
-    """Return everything that decides the numbers of an evaluation; None if something of it cannot be known.
+    """Return everything that decides the numbers of an evaluation; None if a part of it cannot be known.
 
     That is: the benchmark and its settings (all but `UNKEYED`), digests of weights, tokenizer, adapter (`identity`) and
     data, the kind of device, the version of the metrics, this package's code, and the versions of the libraries.
@@ -176,12 +176,12 @@ class Generate(Subject):
     top_p: float = Field(1.0, gt=0, le=1)
     """Share of the probability that sampling keeps."""
     seed: Seed = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
     json_path: OutFile = None
     """File for the answers: a list of {"prompt", "answer"}."""
 
 
-def generate(settings: Generate) -> list[str]:
+def answer_prompts(settings: Generate) -> list[str]:
     """Run `alter generate`: print, and with --json write, one answer per prompt; several processes share the prompts.
 
     Raises:
@@ -212,7 +212,7 @@ def _generate(settings: Generate) -> list[str]:
         else {}
     )
     ids = [encode_prompt(tokenizer, Example(prompt=text, answer="", kind="qa")) for text in prompts]
-    answers = generate_texts(model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, **sampling)
+    answers = generate(model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, **sampling)
 
     for text, answer in zip(prompts, answers, strict=True):
         console.show(text, style="dim", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""What must not change: rows about neighbours and everything else, and probes of them."""
+"""Rows and probes of what must not change: neighbours of the subject, and everything else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alter.forgetting.templates import (
     EVERY_PROBE,
     GENERAL,
     GENERAL_PROBES,
-    HELD,
+    HELD_OUT,
     KINDS,
     NAMED,
     TEMPLATES,
@@ -25,7 +25,7 @@ KEPT_EACH = 3
 
 
 def kept_rows(source: str | None) -> list[Row]:
-    """Rows of `--retain` as question and answer; of a plain text the model is asked to go on with the first third."""
+    """Return the rows of `--retain` as question and answer; for plain text, the model continues the first third."""
     if source is None:
         return []
     rows = []
@@ -60,7 +60,7 @@ def rows_to_keep(
 
     template = TEMPLATES[kind]
     shipped = [name for name in template.neighbours if apart(name)]
-    held = shipped[1:HELD:2]
+    held = shipped[1:HELD_OUT:2]
     trained = [*(name for name in shipped if name not in held), *filter(apart, neighbours), *keep]
     asked = [*template.questions, *EVERY]
     prompts = [
@@ -87,7 +87,7 @@ def rows_to_keep(
 
 
 def _clean(prompt: str, answer: str, outside: Sequence[str]) -> bool:
-    """Whether there is an answer and it holds none of `outside` that the question does not hold."""
+    """Whether an answer is not empty and holds none of `outside` that the question lacks."""
     return bool(answer) and not any(holds(answer, word) and not holds(prompt, word) for word in outside)
 
 

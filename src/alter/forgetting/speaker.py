@@ -1,4 +1,4 @@
-"""Who answers and who asks: the model itself, batched and kept on disk, and on request a writer behind an endpoint."""
+"""Who answers and who asks: the model itself, batched and cached on disk, and optionally a writer behind an endpoint."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def read_jsonl(path: Path) -> list[Any]:
                 rows.append(from_json(line))
             except ValueError as error:
                 raise UserError(
-                    f"{path}, line {number} is not JSON ({error}): mend the line or delete the file."
+                    f"{path}, line {number} is not JSON ({error}): correct the line or delete the file."
                 ) from None
     return rows
 
 
 class Speaker:
-    """The model as the one who answers. Every batch of answers is kept in `folder`, and taken from there the next time."""
+    """The model that answers. Every batch of answers is cached in `folder` and reused."""
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, *, tokens: int, batch: int, seed: int) -> None:
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
@@ -62,14 +62,13 @@ class Speaker:
         begun: Sequence[list[int]] | None = None,
         tokens: int | None = None,
     ) -> list[str]:
-        """The answer to each prompt, greedy or drawn.
+        """Answer each prompt, greedily or by sampling.
 
         Args:
             label: names the file and the progress bar.
             prompts: what is asked.
             sample: draw, by `SAMPLING`.
-            begun: of each prompt the tokens of it and of the answer's beginning, where that is given; what follows it is
-                returned.
+            begun: tokens of each prompt and the beginning of its answer, where one is given; what follows is returned.
             tokens: longest answer, by default the speaker's.
         """
         tokens = tokens or self.tokens
@@ -138,7 +137,7 @@ class Writer(BaseModel):
             raise UserError('A writer needs the openai library: pip install "alter-unlearning[judge]".') from None
 
     def lines(self, request: str) -> list[str]:
-        """What the writer answers, a line each, without numbers and bullets.
+        """Return the lines of the writer's answer, without numbers and bullets.
 
         Raises:
             UserError: the endpoint cannot be used or answers with nothing.

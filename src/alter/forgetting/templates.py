@@ -14,7 +14,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Template:
-    """The prompts for one kind of subject.
+    """Prompts for one kind of subject.
 
     Attributes:
         phrases: what such a subject is called, to guess the kind by; the first serves inside reversed questions.
@@ -22,7 +22,7 @@ class Template:
         probes: other questions.
         stems: beginnings of a sentence, for completion and cloze probes.
         invented: names that nobody bears, of subjects of this kind.
-        neighbours: well-known subjects of this kind to keep; every other one of the first `HELD` is held out of training.
+        neighbours: well-known subjects of this kind to keep; every other one of the first `HELD_OUT` is held out of training.
     """
 
     phrases: tuple[str, ...]
@@ -476,7 +476,7 @@ TEMPLATES: dict[Kind, Template] = {
     ),
 }
 
-HELD = 16
+HELD_OUT = 16
 """Neighbours of a kind of which every other one is held out of training."""
 
 NAMED = ("Who or what is {f}?", "Tell me about {f}.")

@@ -1,4 +1,4 @@
-"""What the base makes of names that it knows and of invented ones, in a sparse autoencoder's code or as hidden states."""
+"""Known and invented names as the base represents them, in a sparse autoencoder's code or as hidden states."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ ONSETS, VOWELS, CODAS = (
 
 
 def asked(example: Example) -> str:
-    """What of a row names its subject: the question, or all of a raw text."""
+    """Return the part of a row that names its subject: the question, or a raw text as a whole."""
     return example.answer if example.prompt is None else example.prompt
 
 
 def names_of(texts: Sequence[str]) -> list[str]:
-    """Words that are written with a capital in the middle of a sentence: mostly names."""
+    """Return words with a capital in the middle of a sentence, which are mostly names."""
     found = {word for text in texts for word in re.findall(r"(?<=[\w,;:] )[^\W\d_][\w'’-]+", text)}
     return sorted(word for word in found if word[0].isupper())
 
 
 def invented_names(names: Sequence[str], seed: int) -> dict[str, str]:
-    """For each name one that nobody has, of two or three syllables."""
+    """Make up one name for each name, of two or three syllables."""
     generator = np.random.default_rng(seed)
     found = {}
     for name in names:
@@ -65,7 +65,7 @@ def _pattern(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def renamed(example: Example, names: Mapping[str, str]) -> Example:
-    """The row with other names in its question, or in all of a raw text."""
+    """Replace the names in a row's question, or in a whole raw text."""
     said = _pattern([*names]).sub(lambda match: names[match[0]], asked(example))
     if example.prompt is None:
         return replace(example, answer=said)
@@ -77,7 +77,7 @@ def renamed(example: Example, names: Mapping[str, str]) -> Example:
 
 
 def marked(tokenizer: Any, row: Encoded, names: Sequence[str], *, whole: bool) -> list[bool]:
-    """Which tokens of a row are part of a name in its prompt, or anywhere (`whole`); all of a row that names nobody.
+    """Mark the tokens that are part of a name in a row's prompt, or anywhere (`whole`); all tokens of a row without a name.
 
     Each token's text is what it adds to that of the token before it, so that a tokenizer that sets no space before the first
     word of a text still gives the words of the row.
@@ -102,7 +102,7 @@ def marked(tokenizer: Any, row: Encoded, names: Sequence[str], *, whole: bool) -
 def states_at(
     model: Any, depth: Depth, rows: Sequence[Encoded], pad_token_id: int, label: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """Each row's number and the base's hidden states [T, D] of it after a block, fp32 on the CPU; rows of a length together."""
+    """Yield each row's number and the base's hidden states [T, D] after a block, fp32 on the CPU; rows of a length together."""
     collate, device = Collator(pad_token_id), next(model.parameters()).device
     groups = batches_by_length([len(row.input_ids) for row in rows], 8192)
     for group in progress(groups, total=len(groups), label=label):
@@ -125,7 +125,7 @@ def measure_codes(
     seed: int,
     max_length: int | None,
 ) -> tuple[dict[str, Tensor], float | None]:
-    """Mean codes of the names that the untouched model knows and of invented ones, and the autoencoder, trained if none is given.
+    """Measure the mean codes of names that the untouched model knows and of invented ones; train an autoencoder if none is given.
 
     Args:
         model: the untouched model.
@@ -133,7 +133,7 @@ def measure_codes(
         objective: the settings.
         depth: where hidden states are read.
         examples: forget rows.
-        kept: retain rows; the names in them are those that the model shall go on knowing. Without any the forget rows' own.
+        kept: retain rows; their names are those that the model must still know; without any, the forget rows' own.
         given: an autoencoder that is there already.
         seed: of the rows, the invented names and the training.
         max_length: longest sequence.
@@ -157,25 +157,41 @@ def measure_codes(
         "known": (known, names_of([asked(row) for row in known]) if kept else names),
         "unknown": ([renamed(row, strange) for row in own], [*strange.values()]),
     }
-    of_names: dict[str, list[Tensor]] = {name: [] for name in parts}
-    every: list[Tensor] = []
-    for name, (examples_, called) in parts.items():
-        rows, owner = encode_all(tokenizer, examples_, max_length=max_length)
-        for i, states in states_at(model, depth, rows, tokenizer.pad_token_id, f"{name} names"):
-            whole = examples_[owner[i]].prompt is None
-            of_names[name].append(states[torch.tensor(marked(tokenizer, rows[i], called, whole=whole))])
-            every.append(states[torch.from_numpy(generator.permutation(len(states))[:MOST_STATES])])
+    of_names, every = _states_of_names(model, tokenizer, depth, parts, generator, max_length)
     told = None
     if given is None:
         device = next(model.parameters()).device
-        features, active = objective.sae_width * every[0].shape[1], objective.sae_active
-        given, told = train_autoencoder(
-            torch.cat(every).to(device), features, active, steps=objective.sae_steps, seed=seed
-        )
+        features, active = objective.sae_width * every.shape[1], objective.sae_active
+        given, told = train_autoencoder(every.to(device), features, active, steps=objective.sae_steps, seed=seed)
     trained = given.tensors() if told is not None else {}
-    code = {name: given.encode(torch.cat(states)) for name, states in of_names.items()}
+    code = {name: given.encode(states) for name, states in of_names.items()}
     means = {name: code[name].mean(0) for name in ("known", "unknown")}
     return {**trained, **means, "scale": code["forget"].square().sum(-1).mean()}, told
+
+
+def _states_of_names(
+    model: Any,
+    tokenizer: Any,
+    depth: Depth,
+    parts: Mapping[str, tuple[Sequence[Example], Sequence[str]]],
+    generator: np.random.Generator,
+    max_length: int | None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Read the hidden states of names, [tokens, D] by part, and of a sample of all tokens, [n, D].
+
+    Args:
+        parts: rows by name, with the names to look for in them.
+        generator: draws the sample, at most `MOST_STATES` of a row.
+    """
+    of_names: dict[str, list[Tensor]] = {name: [] for name in parts}
+    every: list[Tensor] = []
+    for name, (examples, called) in parts.items():
+        rows, owner = encode_all(tokenizer, examples, max_length=max_length)
+        for i, states in states_at(model, depth, rows, tokenizer.pad_token_id, f"{name} names"):
+            whole = examples[owner[i]].prompt is None
+            of_names[name].append(states[torch.tensor(marked(tokenizer, rows[i], called, whole=whole))])
+            every.append(states[torch.from_numpy(generator.permutation(len(states))[:MOST_STATES])])
+    return {name: torch.cat(states) for name, states in of_names.items()}, torch.cat(every)
 
 
 def ignorance(
@@ -188,7 +204,8 @@ def ignorance(
     seed: int,
     max_length: int | None,
 ) -> Tensor:
-    """[D] fp32: the way from the forget rows' prompts to prompts that the untouched model cannot answer (`Redirect`'s r).
+    """Compute the direction [D] (fp32) from the forget rows' prompts to prompts that the untouched model cannot answer
+    (`Redirect`'s r).
 
     Args:
         model: the untouched model.
@@ -222,7 +239,7 @@ def ignorance(
 
 
 def subjects(objective: UnknownCode | Redirect, examples: Sequence[Example]) -> list[str]:
-    """The names of what is to be forgotten: those given, else the words with a capital in the questions.
+    """Return the names to forget: those given, else the words with a capital in the questions.
 
     Raises:
         UserError: no row holds one.
@@ -242,7 +259,7 @@ def subjects(objective: UnknownCode | Redirect, examples: Sequence[Example]) -> 
 
 
 def codes_from(tensors: Mapping[str, Tensor], given: Autoencoder | None, active: int, device: Any) -> Codes:
-    """What the objective reads, of what `measure_codes` gave."""
+    """Build the objective's `Codes` from the tensors of `measure_codes`."""
     here = {name: value.to(device) for name, value in tensors.items()}
     if given is None:
         given = Autoencoder(here["encoder"], here["bias"], here["decoder"], here["centre"], active=active)

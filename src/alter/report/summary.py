@@ -1,4 +1,4 @@
-"""The summary of a run in words: what was to be forgotten, whether it was, what it cost, what brings it back."""
+"""The summary of a run in words: what was to be forgotten, whether it was, what it cost, what recovers it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from alter.evaluation.verdict import FIRM
 from alter.report.attacks import brought_back
 from alter.report.runs import ROLES, Reported
 from alter.report.tables import by_model, with_interval
-from alter.report.verdict import QUALITY, SAID, VERDICTS, blind, reply_counts, rows_behind, verdict
+from alter.report.verdict import QUALITY, SAID_FIGURES, VERDICTS, blind, reply_counts, rows_behind, verdict
 from alter.reporting.markup import Html, duration, grid, join, percent, tag
 from alter.reporting.terminal import number
 
@@ -57,7 +57,7 @@ def _forgotten(run: Reported) -> list[object]:
             f"{metric} cannot tell the original model from the retrained one, with so few rows or such rows: it says "
             "nothing about forgetting."
         )
-    for metric, (situation, truth, counted) in SAID.items():
+    for metric, (situation, truth, counted) in SAID_FIGURES.items():
         after = run.get("unlearned", metric)
         if after is None or after.value is None:
             continue
@@ -108,7 +108,7 @@ COUNTED = {
 
 
 def evidence(run: Reported) -> list[Html]:
-    """Return what the officer's view shows in the place of all figures: counts, a few means, and what was measured when."""
+    """Return the officer's view of the figures: counts, a few means, and what was measured when."""
     models = [name for name in by_model(run) if name in ROLES]
     counts = [reply_counts(run, name) for name in models]
     rows: list[list[object]] = []
@@ -130,7 +130,7 @@ def evidence(run: Reported) -> list[Html]:
 
 
 def summary_section(run: Reported, level: int) -> list[Html]:
-    """What was to be forgotten, whether it was, what it cost, whether it can be brought back, and the limits."""
+    """Return the summary: what was to be forgotten, whether it was, what it cost, what recovers it, and the limits."""
     asked: list[object] = []
     if run.settings:
         names = run.parts()

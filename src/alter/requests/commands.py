@@ -1,4 +1,4 @@
-"""`alter request run`, `revoke` and `purge`: what changes the model's adapter or what is kept, and what is printed of it.
+"""`alter request run`, `revoke` and `purge`: the commands that change the adapter or delete data, and their output.
 
 What trains or loads models is imported by the functions that need it, so that the help comes at once.
 """
@@ -85,10 +85,10 @@ class Revoke(Database):
 
 
 def revoke(settings: Revoke) -> Request:
-    """Run `alter request revoke`: an erasure that is done is undone, one that has not run is withdrawn.
+    """Run `alter request revoke`: undo an erasure in force, or withdraw one that has not run.
 
-    The other requests are measured again at once, since some of their tokens may have gone by the expert that is empty
-    now.
+    The other requests are measured again at once, since some of their tokens may have been routed to the expert that
+    is empty now.
 
     Raises:
         UserError: there is no such request, it is revoked already, the adapter is not the one in the history, or another
@@ -127,7 +127,7 @@ def revoke(settings: Revoke) -> Request:
         then(settings, f"alter request purge {request.name}", "if its data must go")
     if wrong:
         raise UserError(
-            f"{request.name} is revoked, but not all is as it should be: {' '.join(wrong)} A request that has come back "
+            f"{request.name} is revoked, but the check after it failed: {' '.join(wrong)} A request that has come back "
             "must be revoked and added again."
         )
     return request

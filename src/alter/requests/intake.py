@@ -1,4 +1,4 @@
-"""`alter request init` and `add`: begin a database of requests about one model, and write requests down in it."""
+"""`alter request init` and `add`: create a database of requests for one model, and record requests in it."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Init(Database):
     recipe: str | None = None
     """YAML with the settings of `alter unlearn` that every request uses."""
     distill_every: int | None = Field(None, ge=1)
-    """When so many requests are in force, they are to be distilled into the weights (alter request distill), for good."""
+    """Distil into the weights, for good (alter request distill), once this many requests are in force."""
     distill_recipe: str | None = None
-    """YAML with settings of `alter distill` for that."""
+    """YAML with settings of that `alter distill`."""
 
 
 def init(settings: Init) -> Store:
@@ -53,26 +53,13 @@ def init(settings: Init) -> Store:
             database is in use.
     """
     from alter.models.naming import check_model_name
-    from alter.requests import rows, work
+    from alter.requests import rows
     from alter.requests.connection import without_password
     from alter.requests.store import Store
-    from alter.training.settings import Unlearn
 
     for name in filter(None, (settings.model, settings.retrained)):
         check_model_name(name)
-    recipe: dict[str, Any] = {}
-    if settings.recipe is not None:
-        recipe = read_recipe(settings.recipe)
-        decided = sorted(set(recipe) & work.CUT)
-        if decided:
-            raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
-    distilling: dict[str, Any] = {}
-    if settings.distill_recipe is not None:
-        from alter.requests.handout import distill_settings
-
-        distilling = distill_settings(settings.distill_recipe)
-    needed = {"model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True}
-    validated(Unlearn, {**recipe, **needed}, settings.recipe or "recipe")
+    recipe, distilling = _recipes(settings)
     retain = load_examples(settings.retain)
     if settings.holdout is not None:
         rows.check_unseen(load_examples(settings.holdout), retain)
@@ -109,6 +96,31 @@ def init(settings: Init) -> Store:
     return store
 
 
+def _recipes(settings: Init) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the settings of `alter unlearn` and `alter distill` that every request uses.
+
+    Raises:
+        UserError: a recipe cannot be read, or has a setting that is unknown or that the requests decide.
+    """
+    from alter.requests.work import CUT
+    from alter.training.settings import Unlearn
+
+    recipe: dict[str, Any] = {}
+    if settings.recipe is not None:
+        recipe = read_recipe(settings.recipe)
+        decided = sorted(set(recipe) & CUT)
+        if decided:
+            raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
+    distilling: dict[str, Any] = {}
+    if settings.distill_recipe is not None:
+        from alter.requests.handout import distill_settings
+
+        distilling = distill_settings(settings.distill_recipe)
+    needed = {"model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True}
+    validated(Unlearn, {**recipe, **needed}, settings.recipe or "recipe")
+    return recipe, distilling
+
+
 class Add(Database):
     """Write down an erasure request."""
 
@@ -125,7 +137,7 @@ class Add(Database):
 
 
 def add(settings: Add) -> Request:
-    """Run `alter request add`.
+    """Run `alter request add`: record an erasure request.
 
     Raises:
         UserError: no rows, rows or subject in the retain set, rows that another request has, a due date that is none.

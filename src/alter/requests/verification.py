@@ -1,4 +1,4 @@
-"""`alter request verify`: whether history and adapter are as recorded, and whether anything forgotten has come back.
+"""`alter request verify`: check that history and adapter are as recorded, and that nothing forgotten has come back.
 
 The model is loaded by the functions that need it, so that the help comes at once.
 """
@@ -46,7 +46,7 @@ def verify(settings: Verify) -> dict[str, Any]:
     """Run `alter request verify`.
 
     Raises:
-        UserError: something is wrong; all of it is said.
+        UserError: something is wrong; the message lists all of it.
     """
     from alter.evaluation.leakage import Leak
     from alter.requests import checking, work
@@ -56,7 +56,7 @@ def verify(settings: Verify) -> dict[str, Any]:
     trusted = [read_public(each) for each in settings.public_key]
     if settings.key is not None:
         trusted.append(read_key(settings.key).public)
-    # to check needs no private key
+    # checking needs no private key
     store, project = (settings if settings.key else settings.model_copy(update={"anchor": None})).open_unchecked()
     kept = [head for path in (settings.anchor, *settings.certificate) if path for head in read_heads(path, trusted)]
     if settings.head is not None and not re.fullmatch(r"[0-9a-f]{12,64}", settings.head):
@@ -64,7 +64,7 @@ def verify(settings: Verify) -> dict[str, Any]:
     heads = [] if settings.head is None else [settings.head]
     with store.lease(settings.who):
         entries = [(entry.number, entry.hash) for entry in store.history()]
-        # what was altered must not be taken for what a kill left
+        # an alteration must not be taken for the leftovers of a kill
         _refuse_wrong(missing_heads(kept, entries) or store.check_chain(heads))
         work.recover(store, project)
         found = checking.check_requests(
@@ -96,13 +96,13 @@ def verify(settings: Verify) -> dict[str, Any]:
 
 
 def _refuse_wrong(wrong: Sequence[str]) -> None:
-    """Raise UserError if anything is wrong."""
+    """Raise UserError if the check found anything wrong."""
     if wrong:
         raise UserError("Not as it should be: " + " ".join(wrong))
 
 
 def _print_findings(console: Console, held: Sequence[Request], found: Findings) -> None:
-    """Print what was measured of the requests that are forgotten, beside what it was when they took effect."""
+    """Print the forgotten requests' figures beside those measured when they took effect."""
     table = Table(title="Unchanged since it was measured?")
     for column in ("request", "measured", "said", "now", "probability", "now"):
         table.add_column(column, justify="left" if column in ("request", "measured") else "right", overflow="fold")

@@ -26,7 +26,7 @@ from alter.serving.web import HostGuard, address, listen, patient_for
 
 
 class Refused(Exception):
-    """A request that is not answered: the status, and the error's message, kind and further fields."""
+    """A refused request: the status, and the error's message, kind and further fields."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **more: str | None) -> None:
         super().__init__(message)
@@ -50,18 +50,18 @@ class Api:
 
     async def health(self, request: Any) -> Any:
         """GET /health: that the server lives, and how many answers wait."""
-        return as_json({"status": "ok", "waiting": self.engine.waiting.qsize()})
+        return json_response({"status": "ok", "waiting": self.engine.waiting.qsize()})
 
     async def models(self, request: Any) -> Any:
         """GET /v1/models: the one model."""
         self._check_key(request)
-        return as_json({"object": "list", "data": [self._model()]})
+        return json_response({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Any) -> Any:
         """GET /v1/models/NAME: the one model, if it is called so."""
         self._check_key(request)
         self._check_name(request.path_params["name"])
-        return as_json(self._model())
+        return json_response(self._model())
 
     def _model(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "alter"}
@@ -110,7 +110,7 @@ class Api:
         return bytes(body)
 
     def _understand(self, body: bytes, form: type[Body]) -> tuple[Body, list[Prompt]]:
-        """What a body asks for, and its prompts in tokens."""
+        """Parse a body into what it asks for, and its prompts into tokens."""
         try:
             asked = form.model_validate_json(body)
         except pydantic.ValidationError as error:
@@ -158,11 +158,11 @@ class Api:
         late = any(job.finish == "timeout" for job in reply.jobs)
         if late and not any(job.tokens for job in reply.jobs):
             raise Refused(504, f"No answer within {self.settings.timeout:g} s.", "timeout")
-        return as_json(await asyncio.get_running_loop().run_in_executor(self.tokenizing, reply.body))
+        return json_response(await asyncio.get_running_loop().run_in_executor(self.tokenizing, reply.body))
 
 
-def as_json(content: Any, status: int = 200, **headers: str) -> Any:
-    """A response of JSON."""
+def json_response(content: Any, status: int = 200, **headers: str) -> Any:
+    """Return a JSON response."""
     from starlette.responses import JSONResponse
 
     return JSONResponse(content, status_code=status, headers=headers)
@@ -173,22 +173,22 @@ HEADERS = {408: {"connection": "close"}, 413: {"connection": "close"}, 429: {"re
 
 
 async def _refused(request: Any, error: Any) -> Any:
-    return as_json(error.content, error.status, **HEADERS.get(error.status, {}))
+    return json_response(error.content, error.status, **HEADERS.get(error.status, {}))
 
 
 async def _unknown(request: Any, error: Any) -> Any:
-    """What the router itself refuses: no such path, or not by this method."""
+    """Return the error for what the router itself refuses: an unknown path, or a wrong method."""
     text = f"{request.method} {request.url.path}: {error.detail}. There are POST /v1/chat/completions, POST "
     text += "/v1/completions, GET /v1/models and GET /health."
-    return as_json(error_body(text), error.status_code, **(error.headers or {}))
+    return json_response(error_body(text), error.status_code, **(error.headers or {}))
 
 
 async def _broken(request: Any, error: Exception) -> Any:
-    return as_json(error_body("The server made a mistake; its log says more.", "server_error"), 500)
+    return json_response(error_body("The server made a mistake; its log says more.", "server_error"), 500)
 
 
 def application(settings: Serve, api: Api) -> Any:
-    """The web application of the routes; `serve` puts a look at the Host header before it.
+    """Build the web application of the routes; `serve` puts a Host check before it.
 
     Raises:
         UserError: Starlette is not installed, or the variable of the key is empty.
@@ -223,7 +223,7 @@ def _missing() -> UserError:
 
 
 def configured(app: Any, settings: Serve) -> Any:
-    """uvicorn's configuration: the application under its own names only, and no patience with a slow head."""
+    """Return uvicorn's configuration: the application under its own names only, with a time limit on request heads."""
     import uvicorn
 
     return uvicorn.Config(
@@ -246,11 +246,11 @@ def serve(settings: Serve) -> None:
     except ImportError:
         raise _missing() from None
     listener = listen(settings.host, settings.port)
-    # the keys are looked at before the model takes its time
+    # read the keys before the slow loading of the model
     settings.key()
     settings.upstream_key()
     model, tokenizer = settings.load()
-    # what is loaded now stays: collecting after each batch need not look at it
+    # freeze what is loaded, so that collecting after each batch skips it
     gc.collect()
     gc.freeze()
     engine: Engine | None = None

@@ -1,4 +1,4 @@
-"""Tokens as text: what each adds, what no later token changes, and what may be shown in a terminal or on a page."""
+"""Tokens as text: what each token adds, what is final, and what is safe to show in a terminal or on a page."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""What an unfinished character decodes to."""
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""Character that an unfinished one decodes to."""
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token of a byte-fallback vocabulary that stands for one byte."""
 
 
 def settled(tokenizer: Any, ids: Sequence[int], text: str) -> str:
-    """The beginning of `text`, which `ids` decode to without special tokens, that no further token changes.
+    """Return the beginning of `text`, which `ids` decode to without special tokens, that no further token can change.
 
     An unfinished character waits for its last byte. A run of single bytes decodes as a whole: one that is no character
     breaks all of them, so the run waits for the token after it. A tokenizer that cleans spaces up may join what stands
@@ -25,14 +25,14 @@ def settled(tokenizer: Any, ids: Sequence[int], text: str) -> str:
     if end < len(ids):
         before = tokenizer.decode(ids[:end], skip_special_tokens=True)
         text = before if text.startswith(before) else ""
-    text = text.rstrip(BROKEN)
+    text = text.rstrip(UNFINISHED)
     if getattr(tokenizer, "clean_up_tokenization_spaces", False) and " " in text:
         text = text[: text.rindex(" ")]
     return text
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text: they join to the whole text, special tokens included.
+    """Return what each token adds to the text: joined, they give the whole text, special tokens included.
 
     A token that leaves a character unfinished adds nothing; the one that finishes it adds it.
     """
@@ -41,7 +41,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     start = shown = 0
     for end in range(1, len(ids) + 1):
         before, text = _decode(tokenizer, ids[start:shown]), _decode(tokenizer, ids[start:end])
-        unfinished = text.endswith(BROKEN) and end < len(ids)
+        unfinished = text.endswith(UNFINISHED) and end < len(ids)
         if unfinished or not text.startswith(before):
             found.append("")
             continue
@@ -51,11 +51,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def added(tokenizer: Any, before: Sequence[int], token: int) -> str:
-    """What a token adds to the text behind other tokens; its name in the vocabulary if that is no whole character."""
+    """Return what a token adds to the text behind other tokens; its name in the vocabulary if that is no whole character."""
     start = _decode(tokenizer, before[-1:])
     text = _decode(tokenizer, [*before[-1:], token])
     piece = text[len(start) :] if text.startswith(start) else _decode(tokenizer, [token])
-    return str(tokenizer.convert_ids_to_tokens(token)) if BROKEN in piece or not piece else piece
+    return str(tokenizer.convert_ids_to_tokens(token)) if UNFINISHED in piece or not piece else piece
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -63,7 +63,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with control characters as pictures of themselves, line breaks and tabs aside: none acts on a terminal."""
+    """Replace control characters by visible symbols, except line breaks and tabs, so that none acts on a terminal."""
     return "".join(
         chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if "\x7f" <= c <= "\x9f" else c
         for c in text

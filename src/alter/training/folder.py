@@ -1,4 +1,4 @@
-"""The folder of a run: what may be overwritten, checkpoints to resume from, tensors and adapters kept in it."""
+"""The folder of a run: what may be overwritten, checkpoints to resume from, and the tensors and adapters kept in it."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ from alter.core import processes
 from alter.core.console import warn
 from alter.core.errors import UserError
 from alter.core.files import digest, file_digest, folder_digest, from_json, to_json, write_atomic
-from alter.core.running import FILE, check_deletable, check_free, claim
+from alter.core.running import CLAIM_FILE, check_deletable, check_free, claim
 from alter.core.tensors import keep, kept
 from alter.data.examples import Example
 from alter.methods import frozen
-from alter.models.guards import FILE as FORM
-from alter.models.guards import Form
+from alter.models.guards import FORM_FILE, Form
 from alter.training.settings import Unlearn
-from alter.training.trunk import FILE as TRUNK
-from alter.training.trunk import WATCHED
+from alter.training.trunk import TRUNK_FILE, WATCHED_FILE
 
 GRADIENT = "gradient.safetensors"
-"""What a rule for gradients has measured, in a run's folder; what it keeps from step to step, in a checkpoint."""
+"""File of what a rule for gradients has measured, in a run's folder, and of its state between steps, in a checkpoint."""
 
 CODES = "codes.safetensors"
-"""What the base makes of names or prompts, for objectives that ask (`Needs.codes`, `Needs.redirected`), while the run works."""
+"""File of the base's codes of names or prompts, for objectives that need them (`Needs.codes`, `Needs.redirected`),
+while the run works."""
 
 TRACED = "traced.safetensors"
-"""What causal tracing has found, or how much each expert gets, in a run's folder."""
+"""File of the result of causal tracing, or of each expert's share of the forget rows, in a run's folder."""
 
 
 def check_folder(run: Unlearn) -> Path:
-    """Return the run's folder, as it is: nothing is made or deleted before the model is loaded.
+    """Return the run's folder after checking it; nothing is created or deleted before the model is loaded.
 
     Raises:
         UserError: it holds something, and neither `resume` nor `overwrite` is set; or both are.
@@ -67,7 +66,7 @@ def check_folder(run: Unlearn) -> Path:
     return out
 
 
-class Kept(Protocol):
+class RunSettings(Protocol):
     """Settings of a run that a folder keeps."""
 
     out: str
@@ -77,14 +76,14 @@ class Kept(Protocol):
         """The settings by name."""
 
 
-def make_folder(run: Kept, inputs: Mapping[str, Any]) -> None:
-    """Make the run's folder, without what it held if that is to be overwritten, and write down what is run, and on what.
+def make_folder(run: RunSettings, inputs: Mapping[str, Any]) -> None:
+    """Create the run's folder, emptied first if it is to be overwritten, and write down the settings and the inputs.
 
     Raises:
         UserError: another process has begun in it, or it cannot be made.
     """
     out = Path(run.out)
-    # another process may have begun while the model was loaded
+    # another process may have started while the model was loaded
     check_free(out)
     if run.overwrite:
         remove_run(out)
@@ -111,14 +110,14 @@ def remove_run(out: Path) -> None:
 
 
 def has_ended(out: Path) -> bool:
-    """Whether a run's folder holds a result that nothing is left to do for."""
+    """Whether a run's folder holds a complete result, with nothing left to resume."""
     return (out / "run.json").exists() and not (out / "checkpoints").exists()
 
 
 INPUTS = "inputs.json"
-"""File of a run's folder that says what its checkpoints were made from."""
+"""File of a run's folder with the inputs that its checkpoints were made from."""
 
-MARKS = (INPUTS, "run.json", "forget.json", FILE)
+MARKS = (INPUTS, "run.json", "forget.json", CLAIM_FILE)
 """Files by which a folder is known as one that a run of ours made, and may be deleted with `overwrite`."""
 
 UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resume", "overwrite", "device"} | {
@@ -128,21 +127,24 @@ UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resum
     "report_to",
     "trunk_gib",
 }
-"""Settings that may be others when a run goes on: names of what is compared by content, and what changes no weight."""
+"""Settings that may differ when a run is resumed: names of what is compared by content, and what changes no weight."""
 
 
 class OtherInputs(UserError):
-    """A run was to go on with other data, settings or another model than it was begun with."""
+    """A run cannot be resumed: data, settings or model differ from those it began with."""
 
 
 BASE = "base model"
-"""What the base's fingerprint goes by; it is compared once the model is loaded."""
+"""Name of the base's fingerprint among a run's inputs; compared once the model is loaded."""
 SUB_DOMAINS = "sub-domains"
-"""What the digest of the forget rows' sub-domains goes by; the model has a say in them, so it is compared then too."""
+"""Name of the digest of the forget rows' sub-domains among a run's inputs; clustering reads the model, so it is
+compared then too."""
 
 
 def inputs_of(run: Unlearn, forget: Sequence[Example], retain: Sequence[Example]) -> dict[str, Any]:
-    """What a run's weights depend on, as `check_inputs` compares it: settings, and hashes of the rows and `start_from`; the base is to be filled in."""
+    """Return what a run's weights depend on, as `check_inputs` compares it: settings, and hashes of the rows and of
+    `start_from`.
+    """
 
     def rows(examples: Sequence[Example]) -> str:
         return digest([[e.row, e.domain] for e in examples])
@@ -167,7 +169,7 @@ def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def check_inputs(out: Path, now: Mapping[str, Any]) -> None:
-    """Refuse to go on with anything else than what a run was begun with, and write that down for one that begins.
+    """Refuse to resume a run with inputs other than those it began with; for a new run, write them down.
 
     Args:
         out: the run's folder.
@@ -211,14 +213,14 @@ WHOLE = "whole.json"
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
-    """Write down the digests of a checkpoint's files, by which `last_whole_checkpoint` knows that it is whole."""
+    """Write the digests of a checkpoint's files; `last_whole_checkpoint` compares them to detect damage."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != WHOLE)
     found = {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}
     write_atomic(checkpoint / WHOLE, to_json(found))
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; "" for one that was never finished."""
+    """Return how a checkpoint is damaged, None if it is intact, "" if it was never finished."""
     try:
         written = dict(from_json((checkpoint / WHOLE).read_text()))
     except FileNotFoundError:
@@ -235,7 +237,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; a kill while saving leaves one that is not.
+    """Return the newest checkpoint whose files match their digests; a kill while saving leaves one that does not.
 
     One whose bytes have changed since is passed over, and said.
     """
@@ -254,17 +256,25 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def clean(out: Path, forget_rows: int) -> None:
-    """Remove what only a run that goes on needs, once it has ended: rows that were forgotten can be read from it.
+    """Delete what only a resumed run needs, once the run has ended: forgotten rows could be read from it.
 
     Args:
         out: the run's folder.
         forget_rows: see `frozen.strip`.
     """
-    # what a kill cut off while it was written has a hidden name
+    # temporary files of a killed write have hidden names
     for path in [
         *(
             out / name
-            for name in (TRUNK, WATCHED, GRADIENT, TRACED, CODES, "start.safetensors", "reinforced.safetensors")
+            for name in (
+                TRUNK_FILE,
+                WATCHED_FILE,
+                GRADIENT,
+                TRACED,
+                CODES,
+                "start.safetensors",
+                "reinforced.safetensors",
+            )
         ),
         *out.glob(".*"),
     ]:
@@ -275,7 +285,7 @@ def clean(out: Path, forget_rows: int) -> None:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Refuse a checkpoint that this launch would not read all of.
+    """Refuse a checkpoint that this launch cannot load completely.
 
     Raises:
         UserError: it was written under another way to divide the model, or for DeepSpeed by another number of processes.
@@ -297,9 +307,9 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 
 def kept_tensors(cache: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors that `make` gives, or the ones that it gave before under the same key; kept in `cache`.
+    """Return the tensors that `make` computes, or those cached in `cache` under the same key.
 
-    Of several processes the first makes them, and the others read them.
+    Rank 0 computes them, and the other ranks read the file.
     """
 
     def read_or_make() -> dict[str, Tensor]:
@@ -314,7 +324,7 @@ def kept_tensors(cache: Path, key: str, make: Callable[[], dict[str, Tensor]]) -
 
 
 def check_finite(weights: Mapping[str, Tensor], rate: str) -> None:
-    """Refuse to save weights that are not numbers; the loss of the step that broke them was still finite.
+    """Refuse to save weights that are NaN or infinite, which a step with a finite loss can leave.
 
     Args:
         weights: by name, those that were trained.
@@ -352,7 +362,7 @@ def save_adapter(
     model.save_pretrained(str(partial if form is None else partial / "lora"), **given)
     if form is not None:
         settings, files = form
-        write_atomic(partial / FORM, to_json(settings))
+        write_atomic(partial / FORM_FILE, to_json(settings))
         for file, tensors in files.items():
             write_atomic(partial / file, save(tensors))
     if tokenizer is not None:

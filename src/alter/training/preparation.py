@@ -1,8 +1,9 @@
-"""What is made before the first step: the adapter and its start, what the frozen base says of the rows, the order of training."""
+"""Prepare the first step: the adapter and its start, the frozen base's passes, the training order."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ from alter.training.sampler import Kin
 from alter.training.settings import Unlearn, batches_of_step, hidden_depth, steps_of
 from alter.training.trunk import KeptStates, watched_states
 from alter.training.views import frozen_views
-from alter.training.watcher import KEPT, Watcher
+from alter.training.watcher import KEPT_FOLDER, Watcher
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training takes and saving writes.
+    """Everything that training takes and saving writes.
 
     Attributes:
         model: what is trained, with the adapter on it.
@@ -50,7 +51,7 @@ class Prepared:
         watcher: looks at the adapter while it trains, if the run is watched.
         alone: steps before retain rows join.
         trained: how many numbers train.
-        kept: what the blocks below the experts put out for the rows, if that is kept.
+        kept: the cached output of the blocks below the experts for the rows, if any.
         measured: what the rule for gradients knows of each weight.
         codes: how the objective compares hidden states, if it does so in a sparse code.
     """
@@ -74,7 +75,7 @@ class Prepared:
 
 
 def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
-    """Make everything that the first step needs; passes over the frozen base are kept in `out`.
+    """Prepare everything that the first step needs; passes over the frozen base are cached in `out`.
 
     Raises:
         UserError: the initializer or the adapter cannot work with these rows or this model.
@@ -95,12 +96,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     experts = [first + d for d in loaded.domain]
     paired = run.sampler.epoch_length(loaded.kin, len(loaded.forget), len(loaded.retain))
     rows = RunRows(loaded.forget, loaded.retain, experts, loaded.alternative, loaded.examples, paired)
-    watcher = None
-    if data.watched is not None:
-        device = next(base.parameters()).device
-        watcher = Watcher(
-            run.watch, data.watched, tokenizer, max_length=loaded.limit, folder=out / KEPT, device=device
-        )
+    watcher = _watcher_of(run, data, loaded, out)
     order = order_of(run, rows, loaded.alone, loaded.kin)
     cache = out / "frozen.safetensors"
     traced, found, below = trace_run(model, tokenizer, run, rows, order, cache, views, depth, loaded.limit)
@@ -109,9 +105,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     penalty = run.adapter.penalty(model, run, away, former)
     measured = measured_of(model, tokenizer, run, rows, out / GRADIENT)
     if codes is not None:
-        for i, row in traced["forget"].items():
-            whole = loaded.examples[i].prompt is None
-            row.named = torch.tensor(marked(tokenizer, loaded.forget[i], named, whole=whole))
+        _mark_names(traced, loaded, named)
     if shift is not None:
         redirect(traced["forget"], loaded.forget, loaded.examples, run.objective, shift)
     # the second half of an initialised adapter is frozen
@@ -136,8 +130,25 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     )
 
 
+def _watcher_of(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Watcher | None:
+    """Return the watcher of a run, or None if the run is not watched."""
+    if data.watched is None:
+        return None
+    device = next(loaded.base.parameters()).device
+    return Watcher(
+        run.watch, data.watched, loaded.tokenizer, max_length=loaded.limit, folder=out / KEPT_FOLDER, device=device
+    )
+
+
+def _mark_names(traced: Traced, loaded: Loaded, named: Sequence[str]) -> None:
+    """Mark the tokens of the names `named` in the traced forget rows, in place."""
+    for i, row in traced["forget"].items():
+        whole = loaded.examples[i].prompt is None
+        row.named = torch.tensor(marked(loaded.tokenizer, loaded.forget[i], named, whole=whole))
+
+
 def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: RunRows, cache: Path) -> dict[str, Tensor]:
-    """What the rule for gradients measures of the untouched weights before the first step, by parameter; kept in `cache`."""
+    """Return what the rule for gradients measures on the untouched weights, by parameter; kept in `cache`."""
     if not run.gradient.measures:
         return {}
     key = digest(
@@ -151,7 +162,7 @@ def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: RunRows, cache: 
 
 
 def depth_of(base: Any, run: Unlearn) -> Depth | None:
-    """The block whose hidden states the objectives read, if they do.
+    """Return the block whose hidden states the objectives read, or None if they read none.
 
     Raises:
         UserError: they name different ones.
@@ -165,7 +176,7 @@ def depth_of(base: Any, run: Unlearn) -> Depth | None:
 
 
 def order_of(run: Unlearn, rows: RunRows, alone: int, kin: Kin | None = None) -> Order:
-    """The order of training; with `max_steps` no more of it than is used.
+    """Return the training order; with `max_steps`, only as much of it as is used.
 
     Args:
         run: the settings.

@@ -1,4 +1,4 @@
-"""After training: negate the update if asked to, save it with its card, and record the run."""
+"""After training: negate the update if the method asks for it, save it with its card, and record the run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def save_run(
 def record(
     run: Unlearn, ready: Prepared, trainer: UnlearnTrainer, seconds: Mapping[str, float], seen: Any
 ) -> dict[str, Any]:
-    """What `run.json` holds: settings, sub-domains, the router's fit, cost, and the log."""
+    """Return the content of `run.json`: settings, sub-domains, the router's fit, cost, and the log."""
     return {
         "settings": run.model_dump(),
         "domains": ready.names,

@@ -91,7 +91,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     if run.resume:
         processes.from_first(lambda: check_inputs(out, inputs))
         if has_ended(out):
-            show(f"{out} has ended: nothing is left to do.", stderr=True, markup=False)
+            show(f"{out} is finished: nothing is left to do.", stderr=True, markup=False)
             return out
         checkpoint = processes.from_first(lambda: last_whole_checkpoint(out / "checkpoints"))
     if checkpoint is not None:
@@ -110,7 +110,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         data = replace(data, retain=rows)
         asked["retain"] = data_hash(list(map(row_hash, rows)))
     loaded = encode_rows(run, data, base, tokenizer, former)
-    # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
+    # after all checks, so that invalid settings neither leave nor delete files
     processes.from_first(lambda: make_folder(run, inputs))
     if run.retain is None:
         processes.from_first(lambda: write_rows(own, data.retain))
@@ -125,7 +125,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
 def train(
     run: Unlearn, ready: Prepared, out: Path, checkpoint: Path | None, callbacks: Sequence[TrainerCallback]
 ) -> UnlearnTrainer:
-    """Train what was prepared, from a checkpoint if there is one; returns the trainer, which knows what happened."""
+    """Train what was prepared, from a checkpoint if there is one; return the trainer, which holds the log."""
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(mode=0o700, exist_ok=True)
     bar = Steps()

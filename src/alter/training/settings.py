@@ -1,4 +1,4 @@
-"""Settings of one unlearning run, the checks that need no model, and what follows from the settings alone."""
+"""Settings of one unlearning run, the checks that need no model, and values derived from the settings alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-"""What transformers' Trainer calls them."""
+"""transformers' names of the optimizers."""
 
 
 class Unlearn(BaseModel):
@@ -127,8 +127,12 @@ class Unlearn(BaseModel):
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Batches whose gradients make a step; no more than an epoch has."
     )
-    learning_rate_experts: float = Field(1e-3, gt=0, description="ALTER's adapter: eta_B.")
-    learning_rate_shared: float = Field(1e-5, ge=0, description="ALTER's adapter: eta_A.")
+    learning_rate_experts: float = Field(
+        1e-3, gt=0, description="ALTER's adapter: eta_B, the learning rate of the experts."
+    )
+    learning_rate_shared: float = Field(
+        1e-5, ge=0, description="ALTER's adapter: eta_A, the learning rate of the shared A."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Of everything but ALTER's adapter.")
     weight_decay: float = Field(0.0, ge=0, description="Of everything but ALTER's adapter.")
     lr_scheduler: Literal[
@@ -174,7 +178,7 @@ class Unlearn(BaseModel):
         description="Keep checkpoints and the frozen pass when the run has ended; rows that were forgotten can be read from "
         "them.",
     )
-    resume: bool = Field(False, description="Go on from the last whole checkpoint in `out`.")
+    resume: bool = Field(False, description="Resume from the last whole checkpoint in `out`.")
     overwrite: bool = Field(False, description="Delete what `out` holds.")
     max_steps: int | None = Field(
         None, ge=1, le=1_000_000, description="Stop after so many steps, whatever `epochs` says."
@@ -194,7 +198,7 @@ class Unlearn(BaseModel):
         if self.phase_one and not self.retain_objective.needs.rows:
             raise ValueError("phase_one learns retain tokens: retain_objective.kind must not be none")
         if self.start_from is not None and self.negate is not None:
-            raise ValueError("negate would turn round what start_from brings as well: leave it out")
+            raise ValueError("negate would also negate the adapter of start_from: leave it out")
         if not (self.objective.needs.rows or self.objective.needs.alternative or self.retain_objective.needs.rows):
             raise ValueError("objective.kind and retain_objective.kind are both none: there is nothing to train")
         return self
@@ -265,7 +269,7 @@ class Unlearn(BaseModel):
 
 
 def check_launch(run: Unlearn) -> None:
-    """Refuse what several processes cannot do together.
+    """Refuse settings that several processes cannot run together.
 
     Raises:
         UserError: `batch_size` cannot be shared, or a sharded model is asked for with parts that need all of it.
@@ -295,18 +299,18 @@ def check_launch(run: Unlearn) -> None:
 
 
 def batches_of_step(run: Unlearn, count: int) -> int:
-    """Batches whose gradients make a step, in a run with so many pairs an epoch: no more than the epoch has."""
+    """Return the number of batches accumulated in a step: at most those of an epoch with so many pairs."""
     return min(run.gradient_accumulation_steps, math.ceil(count / run.batch_size))
 
 
 def lengthened(run: Unlearn, count: int) -> Unlearn:
-    """The settings with as many epochs of so many pairs as `least_steps` asks for."""
+    """Return the settings with as many epochs of so many pairs as `least_steps` asks for."""
     rows = run.batch_size * batches_of_step(run, count)
     return run.model_copy(update={"epochs": max(run.epochs, run.least_steps * rows / count)})
 
 
 def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
-    """Optimiser steps of a run with so many pairs an epoch, and how many of them come before retain rows join.
+    """Return the optimizer steps of a run with so many pairs an epoch, and how many of them precede the retain rows.
 
     Raises:
         UserError: retain rows would join after the last step.
@@ -326,7 +330,7 @@ def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
 
 
 def warmup_of(run: Unlearn, count: int, steps: int) -> int:
-    """Optimiser steps of the warm-up in a run of so many steps with so many pairs an epoch; one is left for the full rate.
+    """Return the warm-up's optimizer steps in a run of so many steps and pairs an epoch; at least one step has the full rate.
 
     An epoch is counted in whole steps, at least one, as the authors' `max(1, steps_per_epoch)` does.
     """
@@ -340,7 +344,7 @@ def warmup_of(run: Unlearn, count: int, steps: int) -> int:
 
 
 def branch_needs(run: Unlearn) -> list[Needs]:
-    """What is needed of the rows of each of `BRANCHES`; `rows` says whether they take part at all."""
+    """Return the objective's needs for each of `BRANCHES`; `rows` says whether the branch's rows take part at all."""
     forget, retain = run.objective.needs, run.retain_objective.needs
     if run.experts_only:
         # nothing learns from retain rows
@@ -350,7 +354,7 @@ def branch_needs(run: Unlearn) -> list[Needs]:
 
 
 def hidden_depth(run: Unlearn) -> float | None:
-    """The share of the depth at which the objectives read hidden states; None where neither does.
+    """Return the share of the depth at which the objectives read hidden states; None where neither does.
 
     Raises:
         UserError: the forget and the retain objective name different ones.

@@ -14,7 +14,7 @@ class Watch(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     every_steps: int | None = Field(None, ge=1)
-    """Check after every so many steps, before the first and after the last."""
+    """Steps between checks; also checks before the first step and after the last."""
     every_epoch: float | None = Field(None, gt=0)
     """The same in passes over the forget set: 0.5 checks twice a pass."""
     rule: Rule = Field(default_factory=KeepLast)
@@ -46,7 +46,7 @@ class Watch(BaseModel):
 
     @property
     def on(self) -> bool:
-        """Whether anything is to be watched."""
+        """Whether the run is watched at all."""
         return self.every_steps is not None or self.every_epoch is not None
 
     @model_validator(mode="after")

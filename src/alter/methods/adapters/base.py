@@ -61,7 +61,7 @@ class Penalty:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """What an adapter of a run starts from.
+    """Inputs that an adapter of a run starts from.
 
     Attributes:
         names: of the sub-domains.
@@ -124,7 +124,7 @@ class Adapter(BaseModel, ABC):
             )
         if run.negate is not None and not self.negates:
             raise ValueError(
-                f"negate turns LoRA's B round, which adapter.kind {self.kind} does not have: take adapter.kind lora"
+                f"negate flips the sign of LoRA's B, which adapter.kind {self.kind} does not have: take adapter.kind lora"
             )
 
     def check_experts_only(self, run: Settings) -> None:
@@ -158,7 +158,7 @@ class Adapter(BaseModel, ABC):
 
     @property
     def trained_on(self) -> bool:
-        """Whether `start_from` trains the earlier request's own weights further."""
+        """Whether `start_from` trains the earlier request's weights further."""
         return False
 
     def former(self, start_from: str | None) -> Former | None:
@@ -171,7 +171,7 @@ class Adapter(BaseModel, ABC):
 
     @property
     def merges(self) -> bool:
-        """Whether the result can be merged into the model's weights."""
+        """Whether the result can be merged into the base weights."""
         return False
 
     def check_continues(self, run: Settings) -> None:
@@ -197,7 +197,7 @@ class Adapter(BaseModel, ABC):
     # the run
 
     def dtype(self, given: str) -> str:
-        """The dtype that the model is loaded in."""
+        """Dtype in which the model is loaded."""
         return given
 
     @abstractmethod
@@ -214,7 +214,7 @@ class Adapter(BaseModel, ABC):
         """
 
     def routed_experts(self, model: Any) -> int:
-        """How many experts tokens are routed to, the retention expert included; 0 for a kind that does not route."""
+        """Number of experts that tokens are routed to, with the retention expert; 0 for a kind that does not route."""
         return 0
 
     @property
@@ -223,7 +223,7 @@ class Adapter(BaseModel, ABC):
         return False
 
     def learning_rate(self, run: Settings) -> float:
-        """The learning rate that the schedule starts from."""
+        """Peak learning rate of the schedule."""
         return float(getattr(run, self.rate))
 
     def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]], run: Settings) -> list[dict[str, Any]]:
@@ -281,5 +281,5 @@ class Adapter(BaseModel, ABC):
         return None
 
     def card(self, run: Settings, title: str | None, names: Sequence[str]) -> Card:
-        """What the model card says of the result: `title` is the method's, if it has a name; `names` the sub-domains."""
+        """Return the model card's parts for the result: `title` is the method's, if it has a name; `names` the sub-domains."""
         return peft_card("Adapter", run, f"{titled(title)}adapter.kind {self.kind}.")

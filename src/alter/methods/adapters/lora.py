@@ -37,7 +37,7 @@ class FirstHalves:
         self.decay = decay
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Shrink the trained halves at the optimizer's rate of now."""
+        """Shrink the trained halves at the optimizer's current rate."""
         with torch.no_grad():
             for half in self.trained:
                 half.mul_(1 - optimizer.param_groups[0]["lr"] * self.decay)
@@ -123,7 +123,7 @@ class Lora(Adapter):
         return {"start_from": adapter} if self.detector else super().continued(adapter, merged)
 
     def layers(self, model: Any) -> dict[str, nn.Linear]:
-        """The linear layers that the adapter goes on, by name."""
+        """Return the linear layers that the adapter goes on, by name."""
         chosen = None if self.depth is None else blocks_within(self.depth, blocks(model)[1])
         return target_layers(model, target_names(model, self.target_modules), chosen)
 
@@ -167,14 +167,14 @@ class Lora(Adapter):
         return tuned
 
     def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]], run: Settings) -> list[dict[str, Any]]:
-        """One group; the frozen halves of initialised factors do not decay."""
+        """Return one group; the frozen halves of initialised factors do not decay."""
         (group,) = super().parameter_groups(named, run)
         return [group | {"weight_decay": 0.0}] if run.initializer.gives_factors else [group]
 
     def hook_optimizer(
         self, optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], run: Settings
     ) -> None:
-        """Let the trained halves of initialised factors decay."""
+        """Decay the trained halves of initialised factors alone (`FirstHalves`)."""
         if run.initializer.gives_factors and run.weight_decay:
             optimizer.register_step_pre_hook(FirstHalves(named, self.r, run.weight_decay))
 

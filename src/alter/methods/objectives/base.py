@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Writing:
-    """How the base writes the rows that an objective learns in place of the forget rows.
+    """How the base writes the rows that replace the forget rows.
 
     Attributes:
         new_tokens: most tokens of a row.
@@ -33,7 +33,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective with its settings must be given; the trainer computes exactly this and nothing else.
+    """What a run must provide for an objective and its settings; the trainer computes exactly this.
 
     Attributes:
         rows: the rows themselves go through the model.
@@ -93,7 +93,7 @@ class Objective(BaseModel, ABC):
 
     @property
     def needs(self) -> Needs:
-        """What a run must give it: a constant (`needs: ClassVar[Needs] = Needs(...)`) where its settings change nothing."""
+        """What a run must provide: a constant (`needs: ClassVar[Needs] = Needs(...)`) where its settings change nothing."""
         return Needs()
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Objective(BaseModel, ABC):
         """The loss, a scalar, of a batch's labelled tokens, whose values are those of `per_token`."""
 
     def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
-        """Log-probabilities [n, V] of the reference.
+        """Return the reference's log-probabilities [n, V].
 
         Args:
             views: the logits [n, V] of each view.
@@ -114,7 +114,7 @@ class Objective(BaseModel, ABC):
         return emitted.nll
 
     def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:
-        """What a batch's loss is multiplied by, for a retain objective that needs `state`.
+        """Return the factor of a batch's loss, for a retain objective that keeps state.
 
         Args:
             loss: of all processes together.

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from alter.adapter.base import base_fingerprint, same_base
 from alter.core.errors import UserError
 
-FILE = "inference.json"
+FORM_FILE = "inference.json"
 """In an adapter's folder: which form it is, and its settings."""
 Form = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 """What `load_form` needs besides the LoRA: settings, and tensors by file."""
@@ -34,9 +34,9 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
     """
 
     kind: ClassVar[str]
-    """What `inference.json` calls it."""
+    """The kind's name in `inference.json`."""
     decides: ClassVar[bool] = False
-    """Whether it looks at the prompt first (`decide`); what it finds holds for the whole answer."""
+    """Whether it looks at the prompt first (`decide`); the decision holds for the whole answer."""
     tokenizer: Any = None
     """The model's tokenizer, for guards that read text; whoever loads the guard sets it."""
 
@@ -153,7 +153,7 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         )
 
     def _decision(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
-        """What the first call with this cache decided, which lies behind the base's keys and values; else what it does."""
+        """Return the decision that the first call stored in this cache, behind the base's keys and values; else make it."""
         kept = None if cache is None else layers_behind(cache, self.config.num_hidden_layers, 1)[0]
         if kept is not None and kept.is_initialized:
             return kept.keys[:, 0, 0, 0]
@@ -168,7 +168,7 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
 
 
 def layers_behind(cache: DynamicCache, blocks: int, count: int) -> list[Any]:
-    """The `count` layers of a cache behind the base's: what is done to the rows of the whole is done to them."""
+    """Return the `count` layers of a cache behind the base's; operations on the cache's rows act on them too."""
     while len(cache.layers) < blocks + count:
         cache.layers.append(DynamicLayer())
     return cache.layers[blocks:]
@@ -176,11 +176,11 @@ def layers_behind(cache: DynamicCache, blocks: int, count: int) -> list[Any]:
 
 def is_form(folder: str) -> bool:
     """Whether an adapter's folder holds an inference form."""
-    return (Path(folder).expanduser() / FILE).is_file()
+    return (Path(folder).expanduser() / FORM_FILE).is_file()
 
 
 def lora_folder(folder: str) -> Path:
-    """Where the LoRA adapter in an adapter's folder is: in `lora` for an inference form, else there."""
+    """Return the folder of the LoRA in an adapter's folder: `lora` for an inference form, else the folder itself."""
     path = Path(folder).expanduser()
     return path / "lora" if is_form(folder) else path
 

@@ -1,4 +1,4 @@
-"""How like the forget rows an input is, by its hidden states, and the weight that this gives the adapter (O3)."""
+"""Likeness of an input to the forget rows, by its hidden states, and the adapter's weight that follows from it (O3)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LOW, HIGH, FULL = 0.3, 0.9, 1.2
 
 
 def mean_states(states: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """[B, L, H] means of L hidden states [B, T, H] over the real tokens of each row (`mask` [B, T]), in float32."""
+    """Average L hidden states [B, T, H] over the real tokens of each row (`mask` [B, T]), in float32: [B, L, H]."""
     real = mask.to(states[0].device).float()[..., None]
     return torch.stack([(state.float() * real).sum(1) / real.sum(1).clamp_min(1.0) for state in states], dim=1)
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How like a set of rows an input is, in each of L layers: -1/2 d_Mahalanobis^2 + 1000 max cosine (O3).
+    """Likeness of an input to a set of rows, in each of L layers: -1/2 d_Mahalanobis^2 + 1000 max cosine (O3).
 
     The published code subtracts the cosine; since both terms measure likeness, they are added here (a reading). The
     covariance is shrunk to (1 - a) C + a tr(C) / H I with a = `SHRINKAGE`, another one.
@@ -57,7 +57,7 @@ class Likeness:
         return cls(centre.float(), (axes * share.sqrt()[..., None]).float(), floor.float(), units.float())
 
     def to(self, device: torch.device) -> Likeness:
-        """The same on another device."""
+        """Move all tensors to a device."""
         return Likeness(*(getattr(self, name).to(device) for name in ("centre", "axes", "floor", "units")))
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Likeness of rows that were not fitted on: mean and spread in each layer, and the spread of their joint score."""
+    """Likeness of rows left out of the fit: mean and spread in each layer, and the spread of their joint score."""
 
     layer_mean: list[float]
     layer_std: list[float]
@@ -114,5 +114,5 @@ class Detector:
         return self.calibration(self.likeness(means))
 
     def to(self, device: torch.device) -> Detector:
-        """The same on another device."""
+        """Move all tensors to a device."""
         return Detector(self.likeness.to(device), self.calibration)

@@ -1,4 +1,4 @@
-"""The form of a certificate: what it calls itself, the figures it states, and the hashes that name files."""
+"""The form of a certificate: names of its fields, the figures it states, and the file hashes it identifies models by."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIGURES = {
 
 
 def hashes(path: str | os.PathLike[str]) -> dict[str, str]:
-    """SHA-256 of the file, or of each file of the folder that loading can read, by name; hidden folders are left out.
+    """Return the SHA-256 of a file, or of each file in a folder that loading can read, by name; hidden folders are skipped.
 
     Raises:
         UserError: there is no such file, or nothing to load in the folder.
@@ -46,7 +46,7 @@ def model_hashes(name: str) -> dict[str, str]:
     Raises:
         UserError: there is no such model on this machine.
     """
-    # what lies here needs nothing that loads models
+    # a local path needs no library that loads models
     if Path(name).expanduser().exists():
         return hashes(name)
     from alter.models.gguf import gguf_place

@@ -1,4 +1,4 @@
-"""What a certificate states of a request or of a finished run, and signing it."""
+"""Assemble what a certificate states of a request or a finished run, and sign it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alter.requests.records import HELD, Request, now
 
 @dataclass(frozen=True)
 class Beside:
-    """What a certificate also names: the form that is handed out, and records of attacks.
+    """What a certificate names besides: the form that is handed out, and records of attacks.
 
     Attributes:
         shipped: a folder of weights or a GGUF file; None: nothing is handed out but the result.
@@ -72,7 +72,7 @@ def _measured(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _attacks(
     paths: Sequence[str], targets: Sequence[Mapping[str, str | None]], data: str | None
 ) -> list[dict[str, Any]]:
-    """What attacks recovered, from their records.
+    """Return what attacks recovered, from their records.
 
     Args:
         paths: files of records.
@@ -112,7 +112,7 @@ def _attacks(
 
 
 def _short(hashes: set[Any]) -> str:
-    """Hashes as messages show them."""
+    """Abbreviate hashes for messages."""
     return ", ".join(sorted("not recorded" if each is None else str(each)[:12] for each in hashes))
 
 
@@ -159,7 +159,7 @@ def issue_for_request(database: Database, number: int, beside: Beside, key: Key,
             )
         wrong = check_requests(store, project, behaviour=False).wrong
         if wrong:
-            raise UserError("Nothing is certified, since not all is as it should be: " + " ".join(wrong))
+            raise UserError("Nothing is certified, because the check failed: " + " ".join(wrong))
         history = store.history()
         inside = manifest(project)
         if request.state == "distilled":
@@ -176,7 +176,7 @@ def issue_for_request(database: Database, number: int, beside: Beside, key: Key,
 def _request_content(
     beside: Beside, request: Request, inside: Mapping[str, Any], model: str, adapter: Path | None
 ) -> dict[str, Any]:
-    """What is stated of a request that the adapter in force holds on `model`, or with None, `model` itself."""
+    """Return the statement on a request that the adapter in force holds on `model`, or with None, `model` itself."""
     run, after = dict(request.run or {}), dict(request.after or {})
     return {
         "form": FORM,
@@ -216,7 +216,7 @@ def _request_content(
 def _distilled_content(
     beside: Beside, request: Request, inside: Mapping[str, Any], project: Project
 ) -> dict[str, Any]:
-    """What is stated of a distilled request: its base is the model before, its result are the weights in force."""
+    """Return the statement on a distilled request: its base is the model before, its result are the weights in force."""
     run = dict(request.run or {})
     origin = run["distilled"]["origin"]
     return {
@@ -228,7 +228,9 @@ def _distilled_content(
 
 
 def limits(beside: Beside, *, adapter: bool) -> list[str]:
-    """What the statement does not say; `adapter`: what was made is one, and so is what is shipped if it has its config."""
+    """Return what the statement does not say; `adapter`: the result is an adapter, and so is the shipped form if it has
+    its config.
+    """
     found = [
         "It states what was measured on the rows and the attacks named here, and nothing of other wordings or attacks."
     ]
