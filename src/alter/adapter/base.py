@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on: a fingerprint of its shape and of some of its weights, kept in the adapter's settings."""
+"""Identify the base model of an adapter: a fingerprint of its shape and of sampled weights, kept in the adapter's configuration."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHAPE_FIELDS = (
 
 
 def _base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the base model under the names that they have without any adapter."""
+    """Yield the base model's parameters under their names without any adapter."""
     inside: nn.Module | None = None
     if isinstance(model, BaseTunerLayer):
         inside = model.base_layer
@@ -117,12 +117,12 @@ def base_fingerprint(model: Any) -> str | None:
 
 
 def _repacked(parameter: nn.Parameter) -> bool:
-    """Whether bitsandbytes has brought a 4-bit weight into another order, for a CPU."""
+    """Whether bitsandbytes has reordered a 4-bit weight for a CPU."""
     return getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def bits_of(fingerprint: str) -> str:
-    """The base of a fingerprint in words, such as "a base in 4bit"."""
+    """Describe the base of a fingerprint, such as "a base in 4bit"."""
     kind = [*fingerprint.split(":"), ""][1].split(" ")[0]
     if kind in BITS.values():
         return f"a base in {kind}"

@@ -1,4 +1,4 @@
-"""Configuration of an ALTER adapter: what is saved as `adapter_config.json`."""
+"""Configuration of an ALTER adapter, saved as `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -304,18 +304,18 @@ class AlterConfig(PeftConfig):
 
     @property
     def one_pass(self) -> bool:
-        """Whether a forward pass routes its own tokens, by what the untouched blocks below `from_layer` put out."""
+        """Whether a forward pass routes its own tokens, by the output of the untouched blocks below `from_layer`."""
         exact = self.entropy_gate and self.entropy_source == "exact"
         return self.from_layer is not None and self.router == "learned" and not exact
 
     @property
     def probed(self) -> bool:
-        """Whether a probe beside the router, and not the entropy, tells high-entropy tokens from low ones."""
+        """Whether a probe beside the router, rather than the entropy, separates high-entropy tokens from low ones."""
         return self.one_pass and self.entropy_gate
 
     @property
     def routed(self) -> bool:
-        """Whether tokens are routed once for the whole network, for which the frozen base must see them."""
+        """Whether tokens are routed once for the whole network, which takes a pass of the frozen base."""
         return self.router in ("learned", "entropy")
 
     @property
@@ -333,14 +333,14 @@ class AlterConfig(PeftConfig):
         return self.entropy_threshold
 
     def resolved(self, **values: Any) -> None:
-        """Remember values found on a model, to be written when the configuration is saved.
+        """Record values found on a model, to be written when the configuration is saved.
 
         The fields themselves stay as the user gave them, so that one configuration can serve several models.
         """
         self.__dict__.setdefault("_resolved", {}).update(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as it is saved, with what was found on the model it is attached to."""
+        """Return the configuration to save, with the values found on the model that it is attached to."""
         values = dataclasses.asdict(self)
         values.update({k: v for k, v in self.__dict__.get("_resolved", {}).items() if v is not None})
         return values

@@ -1,4 +1,4 @@
-"""The base model as it was before any adapter, run through the adapted one."""
+"""Run the base model inside an adapted one as it was before any adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alter.logits.head import Head
 
 
 def base_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """All submodules but the inside of tuner layers, whose adapters are not part of the base model."""
+    """Yield all submodules except the inside of tuner layers, whose adapters are not part of the base model."""
     yield module
     for name, child in module._modules.items():
         if child is not None and (name == "base_layer" or not isinstance(module, BaseTunerLayer)):
@@ -26,7 +26,7 @@ def base_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def frozen_base(context: RoutingContext, module: nn.Module, state: ForwardState) -> Iterator[None]:
-    """Within the block the model is as before any adapter: no gradients, no dropout, no trained copies of modules.
+    """Inside the block the model is the untouched base: no gradients, no dropout, no trained copies of modules.
 
     Flips flags only; `requires_grad` and the adapters' own switches stay as they are.
     """
@@ -52,7 +52,7 @@ def frozen_base(context: RoutingContext, module: nn.Module, state: ForwardState)
 def run_frozen(
     context: RoutingContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState
 ) -> Any:
-    """Run the base model as it was before any adapter."""
+    """Run the untouched base model."""
     with frozen_base(context, module, state):
         return module.forward(*args, **kwargs)
 
@@ -60,7 +60,7 @@ def run_frozen(
 def read_frozen(
     context: RoutingContext, model: PreTrainedModel, inputs: dict[str, Any], state: ForwardState
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Run the frozen base without its head: what the head would read [B, T, D], and what makes logits [n, V] of n rows of it.
+    """Run the frozen base without its head; return the head's input [B, T, D] and a function to logits [n, V] of n rows of it.
 
     The logits of all positions never exist at once: those of 64 prompts are gigabytes.
     """

@@ -1,4 +1,4 @@
-"""Routing state of a generation: the routes of the next tokens, kept on its key-value cache or on its session."""
+"""Routing state of a generation: the next tokens' routes, kept on its key-value cache or its session."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class DecodeState:
 
     @classmethod
     def of(cls, cache: Any) -> DecodeState | None:
-        """The state of a cache, or None if no ALTER forward pass has left one."""
+        """Return the state on a cache, or None if no ALTER forward pass has left one."""
         return getattr(cache, "_alter_state", None)
 
     @classmethod
     def attach(cls, cache: Any) -> DecodeState:
-        """Put a state on a cache, and make the cache's batch operations act on it as well."""
+        """Attach a state to a cache, and mirror the cache's batch operations on it."""
         state = cls.of(cache)
         if state is None:
             state = cls()
@@ -61,7 +61,7 @@ class DecodeState:
             self.history.apply(operation)
 
     def mirror(self, method: str, argument: Any) -> None:
-        """Do to the routes what a method of the cache has done to the keys and values."""
+        """Apply to the routes what a method of the cache has done to the keys and values."""
         if method == "reset":
             self.gates, self.past, self.silent, self.stale, self.history = {}, {}, {}, None, None
         elif method == "crop" and self.history is not None:
@@ -108,7 +108,7 @@ class Session:
         return [row.tobytes() for row in table]
 
     def rows(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """For each row of `ids` [B, T + 1], the row of the history that it extends by one token.
+        """Return, for each row of `ids` [B, T + 1], the row of the history that it extends by one token.
 
         Raises:
             UserError: a row extends none.

@@ -169,7 +169,7 @@ class Hooks:
 
 
 def _retention_is_zero(context: RoutingContext, module: nn.Module, name: str) -> bool:
-    """Whether an adapter's retention expert adds nothing in any layer, so that its tokens are the base model's."""
+    """Whether an adapter's retention expert is zero in all layers, so that its tokens get the base model's output."""
 
     def zero(layer: Host) -> Tensor | None:
         weight, r = layer.alter_B[name].weight, layer.alter_r[name]
@@ -187,7 +187,7 @@ def _retention_is_zero(context: RoutingContext, module: nn.Module, name: str) ->
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' `generate`, remembering every token's route while it runs."""
+    """Wrap transformers' `generate` in a session that records every token's route."""
     context: RoutingContext = self._alter_context
     previous, context.session = context.session, Session()
     try:

@@ -21,12 +21,12 @@ def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of a module's forward method."""
+    """Return the parameter names of a module's forward method."""
     return _names(type(module).forward)
 
 
 def token_mask(attention_mask: Any, batch: int, length: int, device: torch.device, cached: int = 0) -> Tensor:
-    """[batch, length] bool, true on real tokens, from any attention mask that transformers passes to a model.
+    """Return a mask [batch, length], true on real tokens, from any attention mask that transformers passes to a model.
 
     A mask with more columns than there are tokens covers cached ones too; the tokens are its last columns. Under a
     4-D mask a token is real if it may attend to itself, `cached` columns further on (or fewer, where a window has fewer).
@@ -55,7 +55,7 @@ def token_mask(attention_mask: Any, batch: int, length: int, device: torch.devic
 
 
 def sequence_starts(inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
-    """[B, T] bool, tokens at position 0, where several sequences are packed into a row; None without position_ids."""
+    """Return a mask [B, T] of tokens at position 0, where sequences are packed into a row; None without position_ids."""
     positions = inputs.get("position_ids")
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != mask.shape[1]:
         return None
@@ -81,7 +81,7 @@ NOT_FOR_FROZEN = frozenset(
 
 
 def frozen_inputs(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a transformers model for a pass over the whole rows: no labels, no cache, all logits."""
+    """Return a model's inputs for one pass over whole rows: no labels, no cache, all logits."""
     kwargs = {name: value for name, value in inputs.items() if name not in NOT_FOR_FROZEN}
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -105,7 +105,7 @@ def frozen_inputs(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
 
 
 def output_logits(output: Any) -> Tensor | None:
-    """The logits [B, T, V] of a model's output, in whatever form it comes; None if there are none."""
+    """Return the logits [B, T, V] in a model's output of any form; None if there are none."""
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, tuple):
         logits = next((part for part in output if isinstance(part, Tensor) and part.dim() == 3), None)
@@ -113,7 +113,7 @@ def output_logits(output: Any) -> Tensor | None:
 
 
 def output_cache(output: Any) -> Any:
-    """The key-value cache in a model's output, or None."""
+    """Return the key-value cache in a model's output, or None."""
     for name in ("past_key_values", "cache_params"):
         cache = getattr(output, name, None)
         if cache is not None:
@@ -124,7 +124,7 @@ def output_cache(output: Any) -> Any:
 
 
 def model_logits(module: nn.Module, output: Any) -> Tensor | None:
-    """Next-token logits in the output of a model that has a language-model head, else None."""
+    """Return the next-token logits in the output of a model with a language-model head, else None."""
     if not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
         return None
     return output_logits(output)

@@ -183,7 +183,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             self.frozen_peft_weight_names = {**frozen, adapter_name: ("alter_probe",)}
 
     def takes_part(self, name: str) -> bool:
-        """Whether the layer holds this adapter, switched on and not merged."""
+        """Whether the layer holds this adapter, active and not merged."""
         return name in self.alter_A and name in self.active_adapters and not self.disable_adapters and not self.merged
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -256,12 +256,14 @@ class AlterLinear(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def _gated(z: Tensor, plan: Plan) -> Tensor:
-        """z [..., r] for each expert of the plan, times its gate: [..., K r]."""
+        """Scale z [..., r] by the gate of each expert of the plan: [..., K r]."""
         gates = plan.gates_like(z)
         return z if gates is None else (z.unsqueeze(-2) * gates.unsqueeze(-1)).flatten(-2)
 
     def _bounded(self, name: str) -> Tensor:
-        """phi(frequency * s (sum_e B_e) A) / gain as one matrix [out, in], through the modules (FSDP gathers them)."""
+        """Return phi(frequency * s (sum_e B_e) A) / gain as one matrix [out, in], computed by the modules, where FSDP
+        gathers them.
+        """
         A = self.alter_A[name]
         eye = torch.eye(self.in_features, device=A.weight.device, dtype=A.weight.dtype)
         z = A(eye) * self.scaling[name]
@@ -269,7 +271,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         return self._squash(name, self.alter_B[name](gated.flatten(-2)).t())
 
     def _always_open(self, name: str, like: Tensor) -> Tensor:
-        """[experts] gates of a static adapter: all 1, but 0 for a retention expert that is switched off."""
+        """Return a static adapter's gates [experts]: all 1, but 0 for a disabled retention expert."""
         gates = torch.ones(self.alter_experts[name], device=like.device, dtype=like.dtype)
         gates[0] = float(self.alter_retains[name])
         return gates

@@ -1,4 +1,4 @@
-"""Which layers of a model get adapters by default, which block each belongs to, and which of them runs first."""
+"""Layers of a model that get adapters by default, the block of each, and the first of them to run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FIRST_TO_RUN = ("q_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """Endings of the names of a model's linear layers, sorted, without those inside adapters."""
+    """Return the name endings of a model's linear layers, sorted, without those inside adapters."""
     found = set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and not re.search(r"(^|\.)alter_(A|B|router)\.", name):
@@ -54,13 +54,13 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def block_of(name: str) -> tuple[str, int] | None:
-    """The list of blocks that a layer is in, as a prefix of its name, and the block's number; None outside of blocks."""
+    """Return a layer's list of blocks, as a prefix of its name, and the block's number; None outside of blocks."""
     match = re.match(r"(.*?\.)?(\d+)\.", name)
     return (match[1] or "", int(match[2])) if match else None
 
 
 def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
-    """The longest list of blocks with linear layers, and the number of the block that `from_layer` means.
+    """Return the longest list of blocks with linear layers, and the number of the block that `from_layer` means.
 
     Raises:
         UserError: the layers are not in numbered blocks, or there are too few.
@@ -84,7 +84,7 @@ def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
 
 
 def default_host(names: list[str]) -> str:
-    """Of adapted layers in the model's order, the one whose input the router reads by default.
+    """Choose among adapted layers, in the model's order, the one whose input the router reads by default.
 
     It is the first one of the block five sixths of the way to the last one (of the third of four blocks, the 25th of 30),
     whose input is the normalised hidden state there; the very first one where layers are not in numbered blocks.
@@ -102,7 +102,7 @@ def default_host(names: list[str]) -> str:
 
 
 def first_to_run(names: list[str]) -> str:
-    """Of adapted layers in the model's order, the one of the first block that runs first.
+    """Choose among adapted layers, in the model's order, the one of the first block that runs first.
 
     Modules need not be listed in the order in which they run: known names come first, and a pass checks the choice.
     """

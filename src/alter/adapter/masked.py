@@ -1,4 +1,4 @@
-"""A linear layer that learns from some tokens and some blocks of its inputs only: gradient isolation (ALTER Eq. 5)."""
+"""A linear layer with masked weight gradients, by token and by block of inputs: gradient isolation (ALTER Eq. 5)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _MaskedWeightGradient(torch.autograd.Function):
-    """y = x W^T whose weight gradient is dY^T (X ⊙ M), while the gradient that flows to x is not masked.
+    """y = x W^T with weight gradient dY^T (X ⊙ M); the gradient of x is not masked.
 
     x is [..., in] and W [out, in], or x [B, T, in] and W [B, out, in]. M is [..., E] bool, each entry covering an E-th of
     the columns `first` to `last` of x; the weight's other columns do not learn, and nothing is computed for them.
@@ -53,7 +53,9 @@ class _MaskedWeightGradient(torch.autograd.Function):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer without bias that can run on some blocks of its inputs, and learn from some tokens, only."""
+    """A linear layer without bias that can compute on some blocks of its inputs, and take weight gradients from some
+    tokens, only.
+    """
 
     def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, bias=False, **kwargs)
@@ -111,7 +113,7 @@ class MaskedLinear(nn.Linear):
         return y if base is None else base + y.reshape(base.shape)
 
     def _add_rest(self, y: Tensor, plan: Plan, few: Tensor, width: int, scale: float) -> Tensor:
-        """Add the plan's experts' output for `few` to y [..., out] at the plan's tokens, in place."""
+        """Add the plan's output for experts that few tokens take to y [..., out] at the plan's tokens, in place."""
         assert plan.tokens is not None
         part = self.forward(few, plan.expert_mask, plan.experts, width, None, scale, plan.learns).flatten(0, -2)
         # safe in place: y was just made, and no backward needs its old value

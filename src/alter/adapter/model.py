@@ -214,7 +214,7 @@ class AlterModel(BaseTuner):
         self._context.configs[adapter_name] = config
 
     def _roll_back(self, model: nn.Module, adapter_name: str) -> None:
-        """Remove the layers that a failed injection has already made, so that the model is left as it was."""
+        """Remove the layers that a failed injection has created, so that the model is unchanged."""
         for name, module in list(model.named_modules()):
             if not isinstance(module, AlterLinear):
                 continue
@@ -258,7 +258,7 @@ class AlterModel(BaseTuner):
 
     @property
     def router_host(self) -> tuple[str, AlterLinear]:
-        """Name and layer that hold the router of the active adapter."""
+        """Return name and layer that hold the router of the active adapter."""
         return self.router_of()
 
     def _one_adapter(self, adapter_name: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Which experts the layers of a forward pass compute: planned once per pass, so that no layer waits for the device."""
+"""Plan once per forward pass which experts the layers compute, so that no layer synchronises with the device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FEW = 64
 
 @dataclass(eq=False)
 class Products:
-    """P products of a token with an expert, by tokens: nothing else is read or computed.
+    """P products of a token with an expert, grouped by tokens; no other product is computed.
 
     Attributes:
         token: [P], places in the flattened batch.
@@ -47,7 +47,7 @@ class Products:
 
     @classmethod
     def of(cls, gates: Tensor) -> Products:
-        """All pairs whose gate [..., N + 1] is open."""
+        """Collect all pairs whose gate [..., N + 1] is open."""
         flat = gates.reshape(-1, gates.shape[-1])
         token, expert = flat.nonzero(as_tuple=True)
         count = torch.bincount(token, minlength=len(flat))
@@ -97,12 +97,12 @@ class Plan:
 
     @classmethod
     def whole(cls, route: Routing) -> Plan:
-        """All experts for all tokens, whatever the gates are."""
+        """Plan all experts for all tokens, whatever the gates are."""
         shared = None if route.shared_mask is None else route.shared_mask.unsqueeze(-1)
         return cls(route.gates.shape[:-1], None, route.gates, route.expert_mask, shared)
 
     def gates_like(self, z: Tensor) -> Tensor | None:
-        """The gates where z is and in its precision, converted once for all layers."""
+        """Return the gates on z's device in its precision, converted once for all layers."""
         gates = self.gates
         if gates is None or (gates.dtype == z.dtype and gates.device == z.device):
             return gates
@@ -113,7 +113,7 @@ class Plan:
 
 
 def _learning(experts: list[int], movable: set[int]) -> slice:
-    """The places in `experts` from the first to the last that some token may move."""
+    """Return the span, in `experts`, from the first to the last that some token may train."""
     places = [i for i, expert in enumerate(experts) if expert in movable]
     return slice(places[0], places[-1] + 1) if places else slice(0)
 
@@ -126,7 +126,7 @@ def _part(
     shared: Tensor | None,
     rest: Plan | None = None,
 ) -> Plan:
-    """These experts for all tokens of gates and mask [..., N + 1]."""
+    """Plan these experts for all tokens of gates and mask [..., N + 1]."""
     # those that learn come first, where the order is free
     experts = sorted(experts, key=lambda e: (e not in movable, e))
     low, high = min(experts), max(experts) + 1
@@ -150,7 +150,7 @@ def _part(
 def _own(
     gates: Tensor, mask: Tensor | None, opened: list[list[int]], may: list[set[int]], shared: Tensor | None
 ) -> Plan:
-    """For row b of gates and mask [B, T, N + 1] the experts `opened[b]`, of which `may[b]` can learn."""
+    """Plan for row b of gates and mask [B, T, N + 1] the experts `opened[b]`, of which `may[b]` can be trained."""
     if mask is not None:
         # those that the row may move come first
         opened = [
@@ -171,7 +171,9 @@ def _own(
 
 
 def _rare(gates: Tensor, union: list[int]) -> tuple[float, list[int]]:
-    """The experts of `union` that are best left to the tokens that open them (gates [n, N + 1]), and what all then costs."""
+    """Return the experts of `union` that are cheapest computed for their tokens alone (gates [n, N + 1]), and the total
+    cost then.
+    """
     counts, order = (gates[:, union] != 0).sum(0).cpu().sort()
     few = torch.arange(1, len(union))
     # the k rarest are one batched matmul, in which each has as many tokens as the most frequent of them
@@ -181,7 +183,7 @@ def _rare(gates: Tensor, union: list[int]) -> tuple[float, list[int]]:
 
 
 def _left(gates: Tensor, mask: Tensor | None, rare: list[int], movable: set[int]) -> Plan:
-    """The plan for each expert of `rare`, E in all, and the at most m tokens of gates [n, N + 1] that open it: [E, m]."""
+    """Plan each expert of `rare`, E in all, for the at most m tokens of gates [n, N + 1] that open it: [E, m]."""
     given = gates[:, rare].t()
     opened = given != 0
     # shorter lists are filled up by other tokens, whose gates are zero
@@ -198,7 +200,9 @@ def _left(gates: Tensor, mask: Tensor | None, rare: list[int], movable: set[int]
 
 
 def _opened(rows: Tensor) -> tuple[list[list[int]], list[list[float]]]:
-    """Of gates [B, T, N + 1] the experts that each row opens, [B, ?], and each row's lowest and highest gates, [2 B, N + 1]."""
+    """Return the experts that each row of gates [B, T, N + 1] opens, [B, ?], and each row's lowest and highest gates,
+    [2 B, N + 1].
+    """
     # plain lists, since a decoding step is too short for anything that must be looked up first
     least, most = (extreme.tolist() for extreme in rows.aminmax(dim=1))
     opened = [
@@ -209,7 +213,7 @@ def _opened(rows: Tensor) -> tuple[list[list[int]], list[list[float]]]:
 
 
 def plan(route: Routing, *, learning: bool, pairs: bool = False, silent: bool = False) -> Plan:
-    """Skip the experts that no token opens, which would add exactly zero, in the cheapest of six ways.
+    """Choose the cheapest of six ways to skip experts that no token opens, whose output is exactly zero.
 
     One expert or several neighbours are read where they lie; experts that are far apart are copied together; rows that
     each take experts of their own get a copy of theirs; experts that few tokens take are left to those tokens; or every

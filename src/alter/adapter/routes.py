@@ -125,7 +125,7 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _routes_itself(context: RoutingContext, module: nn.Module, names: list[str]) -> bool:
-    """Whether a pass tells the routes of its own tokens: nothing below the router's layer differs from the base.
+    """Whether a pass can route its own tokens: nothing below the router's layer differs from the base.
 
     While training the base may have dropout, and gradients for the router come from a pass of the frozen base alone.
     """
@@ -142,7 +142,7 @@ def _trunk(
     decoding: DecodeState | None,
     cached: int,
 ) -> ForwardState:
-    """The state of a pass that routes its own tokens, with the evidence of those in the cache."""
+    """Return the state of a pass that routes its own tokens, with the evidence of those in the cache."""
     past = None if decoding is None else decoding.history
     if decoding is not None and decoding.stale is not None:
         raise UserError(
@@ -164,7 +164,7 @@ def _trunk(
 
 
 def keep_evidence(state: ForwardState, output: Any) -> None:
-    """Keep the evidence of a pass that routed its own tokens on the cache in its output."""
+    """Store the evidence of a pass that routed its own tokens on the cache in its output."""
     cache, trunk = output_cache(output), state.trunk
     if cache is None or trunk is None or trunk.own is None:
         return
@@ -235,7 +235,7 @@ def _prompt(
     mask: Tensor,
     observe: bool,
 ) -> ForwardState:
-    """Route whole rows by what the frozen base says about them, in one pass without gradients."""
+    """Route whole rows by one pass of the frozen base without gradients."""
     frozen = ForwardState(frozen=True, grad=torch.is_grad_enabled(), names=tuple(names))
     orders = {context.configs[name].entropy_q for name in names}
     emitted = _emitted_entropies(context, module, inputs, frozen, mask, orders)
@@ -261,7 +261,7 @@ def _prompt(
 
 
 def _check_sharding(context: RoutingContext, names: list[str]) -> None:
-    """Refuse a router whose gradient FSDP2 would drop: it was read in a pass that leaves no hooks on its block."""
+    """Refuse a trainable router under FSDP2: its gradient would be lost in a pass without hooks on its block."""
     for name in names:
         router = context.anchors[name].alter_router[name]
         sharded = type(router.weight).__name__ == "DTensor" and not hasattr(router, "unshard")
@@ -281,7 +281,7 @@ def _emitted_entropies(
     mask: Tensor,
     orders: set[float],
 ) -> dict[float, Tensor]:
-    """Run the frozen base; [B, T] entropies of the distributions that it emits, by order; empty if it emits none.
+    """Run the frozen base; return the entropies [B, T] of its distributions by order, empty if it emits none.
 
     Of more positions than go through the head at a time the logits never exist at once.
     """
@@ -304,7 +304,7 @@ def _emitted_entropies(
 
 
 def _token_entropy(emitted: Tensor | None, previous: Tensor) -> Tensor:
-    """[B, T] entropy of each token from those of the distributions [B, T] that are emitted; +inf where nothing did."""
+    """Shift the entropies [B, T] of emitted distributions to the tokens they generated; +inf where nothing did."""
     if emitted is None:
         unknown = torch.full(previous.shape, UNKNOWN_ENTROPY, device=previous.device)
         return torch.where(previous >= 0, unknown, INFINITE)
@@ -328,7 +328,7 @@ def _router_logits(
 
 
 def entropy_router(context: RoutingContext, name: str, entropy: Tensor) -> Tensor:
-    """W_g S_q + b [..., N + 1] of the literal gate (Eq. 7), for entropies [...]; tokens without one count as 0."""
+    """Return W_g S_q + b [..., N + 1] of the literal gate (Eq. 7), for entropies [...]; tokens without one count as 0."""
     router = context.anchors[name].alter_router[name]
     finite = torch.where(entropy.abs() < UNKNOWN_ENTROPY, entropy, 0.0)
     return router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype)).to(entropy.device)
@@ -363,7 +363,7 @@ def _route_each(
 
 @torch.no_grad()
 def route_next(context: RoutingContext, state: ForwardState, output: Any) -> None:
-    """Route the token that a forward pass generates, and keep its evidence on the cache in `output` or on the session."""
+    """Route the token that a forward pass generates, and store its evidence on the cache in `output` or on the session."""
     going = state.continuation
     assert going is not None
     cache = output_cache(output)

@@ -60,7 +60,7 @@ class Trace:
 
 
 def previous_real(mask: Tensor, starts: Tensor | None = None) -> Tensor:
-    """[B, T] index of the last real token before each real one in its row; -1 where there is none, and on padding.
+    """Return the index [B, T] of the last real token before each real one in its row; -1 where there is none, and on padding.
 
     Args:
         mask: [B, T] bool, true on real tokens.
@@ -74,7 +74,7 @@ def previous_real(mask: Tensor, starts: Tensor | None = None) -> Tensor:
 
 
 def take_previous(values: Tensor, previous: Tensor, fill: float) -> Tensor:
-    """values [B, T, ...] at the positions `previous` [B, T]; `fill` where it is -1."""
+    """Gather values [B, T, ...] at the positions `previous` [B, T]; `fill` where it is -1."""
     index = previous.clamp(min=0)
     known = previous >= 0
     for _ in range(values.dim() - 2):
@@ -85,7 +85,7 @@ def take_previous(values: Tensor, previous: Tensor, fill: float) -> Tensor:
 def accumulate(
     values: Tensor, evidence: Tensor, reset: Tensor, memory: float, initial: Tensor | None = None
 ) -> Tensor:
-    """Discounted sums over the past: s_t = memory * s_{t-1} + values_t where there is evidence, else s_{t-1}.
+    """Compute discounted sums over the past: s_t = memory * s_{t-1} + values_t where there is evidence, else s_{t-1}.
 
     Args:
         values: [B, T, D].
@@ -127,7 +127,9 @@ def pool(values: Tensor, evidence: Tensor, memory: float) -> Tensor:
 
 
 def exact(logits: Tensor) -> Tensor:
-    """Router logits in which sums come out the same in whatever order: tokens may come at once, in chunks or one by one."""
+    """Return router logits in a precision in which sums do not depend on their order: tokens may come at once, in
+    chunks or one by one.
+    """
     return logits.float() if logits.device.type == "mps" else logits.double()
 
 
@@ -136,13 +138,13 @@ def _of_gates(logits: Tensor) -> torch.dtype:
 
 
 def _normalise(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and whether there is any evidence, from what `accumulate` returns."""
+    """Return the mean and whether there is any evidence, from the result of `accumulate`."""
     weight = total[..., -1:]
     return total[..., :-1] / weight.clamp(min=torch.finfo(total.dtype).tiny), weight[..., 0] > 0
 
 
 def expert_gates(router_logits: Tensor, high: Tensor, config: AlterConfig, evidence: Tensor | None = None) -> Tensor:
-    """Weight of every expert for every token (Eqs. 7 and 9).
+    """Compute the weight of every expert for every token (Eqs. 7 and 9).
 
     High-entropy tokens (none of them without `entropy_gate`) take the retention expert with weight 1, and the `top_k` forget
     experts with the weights that a softmax over all N + 1 experts at `temperature_high` gives them. Low-entropy tokens
@@ -203,7 +205,7 @@ def route_tokens(router_logits: Tensor, entropy: Tensor, mask: Tensor, config: A
 
 
 def entropy_sides(probe: Tensor, known: Tensor) -> Tensor:
-    """Stand-ins [B, T] for entropies, on the side of every threshold that a probe says.
+    """Return stand-ins [B, T] for entropies, on the side of every threshold that a probe predicts.
 
     Args:
         probe: [B, T] logit that the token's entropy is above the threshold.
@@ -218,7 +220,7 @@ def entropy_sides(probe: Tensor, known: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Running:
-    """What routes the tokens that come next, after each of T tokens of a row that routed themselves.
+    """The routing evidence after each of T tokens of a row that routed themselves.
 
     Attributes:
         total: [B, T, N + 2] accumulated evidence of the sequence, see `accumulate`.
@@ -238,7 +240,7 @@ class Running:
 def continue_routes(
     evidence: Tensor, mask: Tensor, starts: Tensor, past: Running | None, config: AlterConfig
 ) -> tuple[Tensor, Running]:
-    """Gates of T further tokens of each row, as `route_tokens` gives them for the whole row: however tokens are fed in.
+    """Route T further tokens of each row; equals `route_tokens` on the whole row however the tokens are split into calls.
 
     Args:
         evidence: [B, T, N + 1] router logits read *at* each token, for the one after it; with a probe its logit comes last.
@@ -278,7 +280,7 @@ def continue_routes(
 
 
 class History:
-    """What is known after every token of the rows in a cache: a further token costs the same after however many.
+    """The routing evidence after every token of the rows in a cache; appending a token costs the same after however many.
 
     Args:
         name: of the adapter.
@@ -301,7 +303,7 @@ class History:
         return self._parts[-1].map(lambda t: t[:, -1:]) if self._parts else None
 
     def then(self, new: Running) -> History:
-        """This history with further tokens at its end; the old one is not to be used again."""
+        """Return this history with further tokens appended; the old one must not be used again."""
         self._parts.append(new)
         self.length += new.seen.shape[1]
         return self

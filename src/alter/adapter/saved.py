@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file and their places in the model.
+"""Map between the tensors of an adapter's file and their places in the model.
 
 PEFT looks for the names of modules among the keys of a state dict, which lack the infixes of nested wrappers (FSDP, activation
 checkpointing).
@@ -41,12 +41,12 @@ def check_keys(what: str, kind: str, missing: Sequence[str], unexpected: Sequenc
 
 
 def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the names that they have without wrappers around their modules."""
+    """Return the tensors under their names without wrappers around modules."""
     return {WRAPPERS.sub("", key): value for key, value in state_dict.items()}
 
 
 def stored_tensors(model: nn.Module, clean: dict[str, Tensor], biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what is written to an adapter's file.
+    """Return the tensors to write to an adapter's file.
 
     Args:
         model: adapted model.

@@ -1,4 +1,4 @@
-"""State shared by the layers of an adapted model: the current forward pass's routes, and what generation keeps between steps."""
+"""State that the layers of an adapted model share: the current forward pass's routes, and what generation keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Host(Protocol):
-    """What routing reads of an adapted layer (`alter.adapter.layer.AlterLinear`), above all of one that holds a router."""
+    """What routing reads of an adapted layer (`alter.adapter.layer.AlterLinear`), especially of one that holds a router."""
 
     alter_A: Any
     alter_B: Any
@@ -36,7 +36,7 @@ class Host(Protocol):
 
 @dataclass(eq=False)
 class OwnRoutes:
-    """What a pass needs to route its own tokens, once the untouched blocks have run (see `AlterConfig.one_pass`).
+    """Inputs of a pass that routes its own tokens, once the untouched blocks have run (see `AlterConfig.one_pass`).
 
     Attributes:
         name: of the adapter.
@@ -61,7 +61,7 @@ class OwnRoutes:
 
 @dataclass(eq=False)
 class ForwardState:
-    """What the layers of one forward pass share.
+    """State that the layers share during one forward pass.
 
     Attributes:
         routing: route per adapter name.

@@ -1,4 +1,4 @@
-"""What the frozen base tells about tokens outside a forward pass: their entropies, the router's features, and gates of both."""
+"""The frozen base's view of tokens outside a forward pass: their entropies, router features, and gates."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`alter distill`: what an adapter hides, plain weights no longer know."""
+"""`alter distill`: train plain weights that no longer know what an adapter hides."""

@@ -1,4 +1,4 @@
-"""An attacker who relearns while the student learns: what is forgotten has to hold where it would be brought back.
+"""A simulated relearning attacker inside distillation: forgotten content must survive its steps.
 
 Of a student that only says something else about what it knew, a few steps on a few forgotten rows bring the others back. So
 the student is led, before each step, a little way to where such an attacker would take it, and learns there; the gradient
@@ -40,7 +40,7 @@ def attacked(
     rate: float,
     passes: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[None]:
-    """Inside the block the weights are where an attacker's steps take them; afterwards, what they were, to the bit.
+    """Inside the block, the weights are where an attacker's steps take them; on exit they are restored to the bit.
 
     A step subtracts `rate` times the sign of the gradient of the mean surprise at the true answers from each weight that
     trains.

@@ -1,4 +1,4 @@
-"""The noise of UNDO: weights are damaged before they learn from the teacher, so that nothing hidden in them survives."""
+"""UNDO's noise: perturb the student's weights before it learns from the teacher, so that nothing hidden survives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def xavier(shape: torch.Size, draw: torch.Generator) -> Tensor:
 
 
 def add_noise(model: nn.Module, noise: Noise, seed: int) -> None:
-    """Damage all weights in place: (1 - a) W + a b X of matrices, with X as `xavier`; (1 - a) v of vectors, or v as it is.
+    """Perturb all weights in place: (1 - a) W + a b X for matrices, with X as `xavier`; (1 - a) v for vectors, or v as it is.
 
     A weight that stands in two places (tied embeddings) is damaged once. With `alpha` 0 nothing changes.
     """

@@ -1,4 +1,4 @@
-"""What the student learns from: forget rows in several wordings, kept rows, and general text, as tokens with weights."""
+"""The student's training rows: reworded forget rows, kept rows, and general text, as tokens with weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LessonRow:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned: the student's rows, and rows [ids] of which the teacher's words are wanted.
+    """The student's rows, and the rows [ids] whose teacher distributions are their targets.
 
     Of a teacher's row its last tokens count, as many as the entry of `counted` says.
     """
@@ -52,7 +52,7 @@ class Lesson:
     counted: list[int]
 
     def add(self, encoded: Encoded, kind: int, whole: bool) -> None:
-        """Append a row in the teacher's own words: all its tokens count, or those of its answer."""
+        """Append a row with the teacher's distribution on the row itself: all tokens count, or those of its answer."""
         # of a row whose tokens all count the first is predicted from nothing
         count = len(encoded.input_ids) - 1 if whole else sum(label != -100 for label in encoded.labels[1:])
         self.rows.append(LessonRow(encoded.input_ids, count, kind, len(self.teacher)))
@@ -95,7 +95,7 @@ def check_lengths(
 
 
 def sample_text(teacher: Any, tokenizer: Any, settings: Distill, forget: Sequence[Example]) -> list[Example]:
-    """Text that the teacher says of itself, drawn at temperature 1 from the begin token; none names what is forgotten.
+    """Sample texts from the teacher at temperature 1 from the begin token; none names what is forgotten.
 
     Raises:
         UserError: the tokenizer has no token to begin with, or every text names what is to be forgotten.
@@ -128,7 +128,7 @@ def sample_text(teacher: Any, tokenizer: Any, settings: Distill, forget: Sequenc
 
 
 def _wordings(row: Example, number: int, count: int, other: str) -> list[Example]:
-    """The row in `count` of the fitted wordings, other ones for each row."""
+    """Return the row in `count` of the fitted wordings, rotating through them from row to row."""
     names = list(FITTED)
     chosen = [names[(number * count + k) % len(names)] for k in range(min(count, len(names)))]
     found = (reworded(row, FITTED[name](row.prompt or "", number, other)) for name in chosen)
@@ -136,7 +136,7 @@ def _wordings(row: Example, number: int, count: int, other: str) -> list[Example
 
 
 def lesson(tokenizer: Any, found: dict[str, list[Example]], settings: Distill, limit: int | None) -> Lesson:
-    """Turn rows into the student's and the teacher's.
+    """Encode rows into the student's and the teacher's.
 
     Of forget rows the answers' tokens count, of all others every token. A forget row in other words is to be answered as
     the teacher answers the question as given: a router may miss the wording, what is forgotten stays the same. As many

@@ -65,7 +65,7 @@ UNCOMPARED = {
 
 
 def check_out(settings: Distill) -> Path:
-    """Return the output folder, as it is: nothing is made or deleted before the models are loaded.
+    """Return the output folder after checking it; nothing is created or deleted before the models are loaded.
 
     Raises:
         UserError: it holds something and neither `resume` nor `overwrite` is set, it holds teacher or student, there is
@@ -93,7 +93,7 @@ def check_out(settings: Distill) -> Path:
 
 
 def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
-    """Refuse to begin where the result and two checkpoints would not fit on the disk (`alter.core.files.check_disk`).
+    """Refuse to start where the disk cannot hold the result and two checkpoints (`alter.core.files.check_disk`).
 
     Of full weights a checkpoint holds them and both moments of AdamW in float32; of a LoRA next to nothing.
     """
@@ -107,7 +107,7 @@ def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
 
 
 def check_teacher(teacher: Any) -> None:
-    """Refuse a teacher whose adapter is switched off: it would teach what was to be forgotten.
+    """Refuse a teacher whose adapter is disabled: it would teach what was to be forgotten.
 
     Raises:
         UserError: it is.
@@ -223,7 +223,7 @@ def _train(
     callbacks: Sequence[TrainerCallback],
     started: float,
 ) -> tuple[Any, Any]:
-    """Train and save the student, and at last `run.json`, by which a run counts as trained; returns the teacher and its tokenizer."""
+    """Train and save the student, then write `run.json`, which marks a run as trained; return the teacher and its tokenizer."""
     checkpoint = last_whole_checkpoint(out / "checkpoints") if settings.resume else None
     teacher, tokenizer, student = _load(settings, subjects["teacher"])
     check_room(out, student, settings.form)
@@ -252,7 +252,7 @@ def _train(
 
 
 def _clean(out: Path) -> None:
-    """Remove what only a run that trains needs, and what a kill cut off while it was written, which has a hidden name."""
+    """Delete what only training needs, and the hidden temporary files of a killed write."""
     for path in [out / "checkpoints", *(path for path in out.glob(".*") if path.name != RUNNING)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -267,7 +267,7 @@ def _show_next(settings: Distill, out: Path) -> None:
 
 
 def _subjects(settings: Distill) -> dict[str, Subject]:
-    """Teacher and student, to be loaded."""
+    """Return teacher and student as subjects to load."""
     assert settings.model is not None
     assert settings.student is not None
     common: dict[str, Any] = {"device": settings.device, "chat_template_kwargs": settings.chat_template_kwargs}
@@ -278,7 +278,7 @@ def _subjects(settings: Distill) -> dict[str, Subject]:
 
 
 def _load(settings: Distill, subject: Subject) -> tuple[Any, Any, Any]:
-    """Load teacher, its tokenizer and student, and check that they go together.
+    """Load teacher, its tokenizer and student, and check that they are compatible.
 
     Raises:
         UserError: see `check_teacher` and `check_pair`.
@@ -296,7 +296,7 @@ def _load(settings: Distill, subject: Subject) -> tuple[Any, Any, Any]:
 def _facts(
     settings: Distill, found: dict[str, list[Example]], taught: Lesson, trainer: DistillTrainer
 ) -> dict[str, Any]:
-    """What `run.json` says of rows and training."""
+    """Return what `run.json` records of rows and training."""
     return {
         "settings": settings.model_dump(mode="json"),
         "kind": "distilled",
@@ -312,7 +312,7 @@ def _facts(
 
 
 def _inputs(settings: Distill, found: dict[str, list[Example]], identities: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be equal when a run is resumed: rows, models and settings."""
+    """Return what must be unchanged when a run is resumed: rows, models and settings."""
     return {
         **{f"{name} rows": digest([row.row for row in rows]) for name, rows in found.items()},
         **identities,
@@ -323,7 +323,7 @@ def _inputs(settings: Distill, found: dict[str, list[Example]], identities: dict
 def _teachers(
     settings: Distill, taught: Lesson, teacher: tuple[Any, Any], student: Subject
 ) -> tuple[tuple[Teacher, Teacher], bool]:
-    """The teachers of forget rows and of all others, and whether their states are kept in memory."""
+    """Return the teachers of forget rows and of all other rows, and whether their states are cached."""
     model, tokenizer = teacher
     one_head = settings.adapter is None or not is_form(settings.adapter)
     first = Teacher(model, tokenizer.pad_token_id, one_head=one_head)
@@ -369,7 +369,7 @@ def _save(settings: Distill, out: Path, model: Any, tokenizer: Any) -> None:
 
 
 def _saved_dtype(settings: Distill) -> torch.dtype:
-    """The number format that was asked for, or the student's own."""
+    """Return the dtype to save in: the one asked for, or the student's own."""
     from transformers import AutoConfig
 
     from alter.models.naming import shipped_model
@@ -387,7 +387,7 @@ def _saved_dtype(settings: Distill) -> torch.dtype:
 
 
 def _card(settings: Distill, library: str) -> str:
-    """The result's model card."""
+    """Return the result's model card."""
     said = yaml.safe_dump(settings.model_dump(mode="json", exclude={"resume", "overwrite"}), sort_keys=False)
     what = (
         "These are plain weights: nothing can be taken off. `AutoModelForCausalLM.from_pretrained` loads them."

@@ -1,4 +1,4 @@
-"""Settings of one distillation, and what follows from an unlearning run's folder."""
+"""Settings of one distillation, completed from an unlearning run's folder."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Distill(BaseModel):
 
 
 def completed(settings: Distill) -> Distill:
-    """The settings with what the run's folder says of teacher and rows.
+    """Return the settings with teacher and rows filled in from the run's folder.
 
     Raises:
         UserError: the folder holds no finished run, or its result is no longer there; or the student would be the teacher

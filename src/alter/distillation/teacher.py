@@ -1,4 +1,4 @@
-"""The teacher's words: what its head reads at the tokens that count, kept or computed again, and the divergence from them."""
+"""The teacher's distributions: head inputs at the counted tokens, cached or recomputed, and the divergence from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kl_of_logits(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class Teacher:
-    """A model whose distribution at chosen tokens is learned from.
+    """A model whose distribution at chosen tokens is the target.
 
     What its head reads there, [n, D], says all of the distribution, and is kept in memory where it fits: then each row
     passes through the teacher once. Of a model without one head (an inference form of two networks) the logits
@@ -44,7 +44,7 @@ class Teacher:
 
     @torch.no_grad()
     def states(self, rows: Sequence[list[int]], counted: Sequence[int]) -> list[Tensor]:
-        """What the head reads to predict the last `counted` tokens of each row: [counted, D] each ([counted, V] logits)."""
+        """Compute the head's inputs that predict the last `counted` tokens of each row: [counted, D] each ([counted, V] logits)."""
         device = next(self.model.parameters()).device
         batch = self.collate([{"input_ids": ids, "labels": ids} for ids in rows])
         positions = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
@@ -62,14 +62,14 @@ class Teacher:
         return list(found.split(list(counted)))
 
     def size(self, counted: Sequence[int]) -> int | None:
-        """Bytes that keeping the states of all rows takes; None where there are none to keep."""
+        """Return the bytes that caching the states of all rows takes; None where there are none to cache."""
         if self.head is None:
             return None
         weight = self.head.head.weight
         return sum(counted) * weight.shape[-1] * weight.element_size()
 
     def keep(self, rows: Sequence[list[int]], counted: Sequence[int]) -> None:
-        """Pass all rows through the teacher once, and keep the states on the CPU."""
+        """Run all rows through the teacher once, and cache the states on the CPU."""
         batches = batches_by_length([len(row) for row in rows], BATCH_TOKENS)
         found: dict[int, Tensor] = {}
         for batch in progress(batches, total=len(batches), label="teacher"):
@@ -79,7 +79,7 @@ class Teacher:
         self.kept = [found[i] for i in range(len(rows))]
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits [n, V] of states [n, D] that `states` gave, in the teacher's own number format."""
+        """Return logits [n, V] of states [n, D] from `states`, in the teacher's dtype."""
         if self.head is None:
             return states
         with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
@@ -87,5 +87,5 @@ class Teacher:
 
 
 def part(teacher: Teacher, states: Tensor) -> Part:
-    """What `alter.logits.head.measuring` makes of the student's logits: the divergence at each of n tokens, [n, 1]."""
+    """Return the part that `alter.logits.head.measuring` applies to the student's logits: the divergence at n tokens, [n, 1]."""
     return Part(len(states), lambda logits, at: kl_of_logits(teacher.logits(states[at]), logits)[:, None])

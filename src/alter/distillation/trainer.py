@@ -25,7 +25,7 @@ from alter.training.progress import Steps
 
 
 def weights_of(shares: Shares, tokens: Sequence[int]) -> list[float]:
-    """What a token of each kind counts, so that the kinds have their shares of the loss and a token counts 1 on average.
+    """Return each kind's weight per token, so that kinds have their shares of the loss and the mean weight is 1.
 
     With N_k tokens of kind k, N in all, and shares s_k of the kinds that there are: (s_k / sum of s) (N / N_k); 0 where
     there are none.
@@ -48,7 +48,7 @@ def weights_of(shares: Shares, tokens: Sequence[int]) -> list[float]:
 
 
 class DistillTrainer(Trainer):
-    """transformers' Trainer with our batches, and as loss the weighted mean divergence at the tokens that count.
+    """transformers' Trainer with length-grouped batches and, as loss, the weighted mean divergence at the counted tokens.
 
     Args:
         lesson: the rows.
@@ -74,7 +74,7 @@ class DistillTrainer(Trainer):
         self.forgotten = [row for row in lesson.rows if row.kind == 0]
 
     def get_train_dataloader(self) -> Any:
-        """Batches of rows of similar length, within each the forget rows first."""
+        """Return batches of rows of similar length, the forget rows first within each."""
         rows = self.lesson.rows
         batches = LengthBatches([len(row.ids) for row in rows], self.settings.batch_size, self.settings.seed, self)
         return torch.utils.data.DataLoader(
@@ -88,7 +88,7 @@ class DistillTrainer(Trainer):
         return self._collated([self.lesson.rows[i] for i in sorted(numbers, key=lambda i: self.lesson.rows[i].kind)])
 
     def _collated(self, rows: Sequence[LessonRow]) -> dict[str, Tensor]:
-        """The rows padded, `positions` [B, T] of the tokens before those that count, and each row's part `of` all of those."""
+        """Pad the rows; add `positions` [B, T] of the tokens before the counted ones, and each row's share `of` them."""
         whole = sum(row.counted for row in rows)
         batch = self.collate(
             [
@@ -110,7 +110,7 @@ class DistillTrainer(Trainer):
         return batch
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """A step's gradient; with an attacker that of the forget rows is taken where it leads the weights."""
+        """Compute a step's gradient; with an attacker, the forget rows' gradient at the attacked weights."""
         count = int((inputs["kind"] == 0).sum())
         attacker = self.settings.attacker
         if not attacker.rate or not count:
@@ -131,13 +131,13 @@ class DistillTrainer(Trainer):
             yield self._prepare_inputs(self._collated(rows))
 
     def _taught(self, teacher: Teacher, sources: Sequence[int], counted: Sequence[int], device: Any) -> Tensor:
-        """The teacher's states for some rows, one after the other."""
+        """Return the teacher's states for some rows, concatenated."""
         if teacher.kept is not None:
             return torch.cat([teacher.kept[i] for i in sources]).to(device)
         return torch.cat(teacher.states([self.lesson.teacher[i] for i in sources], counted))
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        """The mean over the batch's tokens that count of KL(teacher || student), each times its kind's weight.
+        """Return the mean over the batch's counted tokens of KL(teacher || student), each times its kind's weight.
 
         Of a part of a batch: what it adds to that mean.
 

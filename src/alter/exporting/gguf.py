@@ -31,7 +31,7 @@ TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp takes a model of one `model_type`.
+    """llama.cpp's view of a model of one `model_type`.
 
     Attributes:
         name: its own name of the architecture.
@@ -56,7 +56,7 @@ ARCHITECTURES = {
 
 
 def architecture(config: Any) -> Architecture:
-    """How llama.cpp takes a model, from its configuration.
+    """Return llama.cpp's architecture for a model, from its configuration.
 
     Raises:
         UserError: the package gguf is missing, it is an architecture that no GGUF is written of, or a setting of it has no
@@ -97,13 +97,13 @@ def architecture(config: Any) -> Architecture:
 
 
 def _ropes(config: Any) -> dict[str, dict[str, Any]]:
-    """Settings of the rotary embedding by the kind of layer; `full_attention` alone where all are alike."""
+    """Return the rotary embedding's settings by kind of layer; `full_attention` alone where all are alike."""
     found = dict(config.rope_parameters)
     return found if "full_attention" in found else {"full_attention": found}
 
 
 def turned(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection [heads * d, ...] as llama.cpp's rotary embedding takes them.
+    """Permute the rows of a query or key projection [heads * d, ...] for llama.cpp's rotary embedding.
 
     transformers rotates the halves of a head, i with i + d / 2; llama.cpp neighbours, 2 i with 2 i + 1.
     """
@@ -112,7 +112,7 @@ def turned(weight: Tensor, heads: int) -> Tensor:
 
 
 def rope_factors(config: Any) -> Tensor:
-    """By how much Llama 3's stretched context slows each of the d / 2 frequencies, [d / 2] (Llama 3.1's `rope_type` llama3).
+    """Return the slow-down of each of the d / 2 frequencies, [d / 2], under Llama 3.1's context stretching (`rope_type` llama3).
 
     Wavelengths up to context / high_freq_factor stay, those from context / low_freq_factor on are `factor` times as long,
     and between them 1 / f goes from one to the other in a line.
@@ -131,7 +131,7 @@ def rope_factors(config: Any) -> Tensor:
 
 
 def tensors(model: Any, kind: Architecture) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name in the file and value (made when called) of every tensor of a model.
+    """Yield name in the file and value (made when called) of every tensor of a model.
 
     Raises:
         UserError: a tensor has no name there.
@@ -165,7 +165,7 @@ def tensors(model: Any, kind: Architecture) -> Iterator[tuple[str, Callable[[], 
 
 
 def number_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """In which format one tensor is written: vectors in f32, what does not divide into blocks in f16.
+    """Return the format of one tensor: vectors in f32, rows that do not divide into blocks in f16.
 
     Embeddings and head, of which small models consist to a good part, keep 8 bits where the rest has 4 or 5.
     """
@@ -187,7 +187,7 @@ def size_of(shape: tuple[int, ...], kind: str) -> int:
 
 
 def _describe(writer: Any, model: Any, kind: Architecture, words: Vocabulary, wanted: str, title: str) -> None:
-    """Write down the settings and the vocabulary."""
+    """Write the settings and the vocabulary."""
     import gguf
 
     config = model.config.get_text_config()
@@ -277,7 +277,7 @@ class _Tensor:
 
 
 def _laid_out(model: Any, kind: Architecture, wanted: str) -> list[_Tensor]:
-    """Every tensor of the file, computed once to see that its format can hold it.
+    """Lay out every tensor of the file, computing each once to check that its format can hold it.
 
     Raises:
         UserError: a weight too large for 16-bit floats.

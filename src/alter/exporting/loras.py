@@ -19,7 +19,7 @@ CONFIG = "adapter_config.json"
 
 
 def expert_weights(tensors: dict[str, Tensor], experts: int, expert: int) -> dict[str, Tensor]:
-    """One forget expert with the retention expert as the weights of a LoRA: A as it is, and B_r + B_f,d.
+    """Return one forget expert with the retention expert as a LoRA's weights: A as it is, and B_r + B_f,d.
 
     Args:
         tensors: an ALTER adapter's; `alter_A` [r, in], and `alter_B` [out, (N + 1) r], the retention expert's columns first.
@@ -38,7 +38,7 @@ def expert_weights(tensors: dict[str, Tensor], experts: int, expert: int) -> dic
 
 
 def check_plain(adapter: Path) -> dict[str, Any]:
-    """The settings of an ALTER adapter whose experts are LoRAs.
+    """Return the settings of an ALTER adapter, after checking that its experts can be written as LoRAs.
 
     Raises:
         UserError: it is no ALTER adapter, or its update is no product of two matrices.

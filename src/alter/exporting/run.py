@@ -1,4 +1,4 @@
-"""`alter export`: the form in which a model or an adapter is handed out, for programs that know nothing of alter."""
+"""`alter export`: write a model or an adapter in a form that programs without alter can load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp reads it: tokens with their kinds, merges, how text is split, special tokens, chat template."""
+"""A tokenizer in llama.cpp's terms: tokens with their kinds, merges, pre-tokenizer, special tokens, chat template."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Vocabulary:
 
 
 def _split_name(steps: Any) -> str | None:
-    """llama.cpp's name of how a byte-level tokenizer splits text; None for a way that it does not know.
+    """Return llama.cpp's name of a byte-level tokenizer's text splitting; None for one that it does not know.
 
     Args:
         steps: `pre_tokenizer` of a tokenizer.json.
@@ -131,7 +131,7 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
 
 
 def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
-    """Scores with which the pieces are made in the order of the merges: minus the number of the first that makes it."""
+    """Return scores under which pieces are merged in the merges' order: minus the number of the first merge that makes it."""
     first: dict[str, int] = {}
     for number, pair in enumerate(pairs, start=1):
         first.setdefault("".join(pair), number)

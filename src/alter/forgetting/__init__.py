@@ -1,1 +1,1 @@
-"""From a subject or a document to an adapter: rows, probes, training, and what changed."""
+"""`alter forget`: from a subject or a document to rows, probes, an adapter, and a measure of what changed."""

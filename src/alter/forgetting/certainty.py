@@ -1,4 +1,4 @@
-"""How sure the model is of a fact, and whether because of the subject."""
+"""How sure the model is of a fact, and whether the subject's name is the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOW_ENTROPY = 1.2
 
 
 def fact_row(tokenizer: Any, prompt: str, start: str, word: str) -> Encoded:
-    """Prompt and the beginning of an answer, encoded with labels on the tokens of its last word alone."""
+    """Encode a prompt and the start of an answer, with labels on the tokens of its last word alone."""
     whole = encode(tokenizer, Example(prompt, start + word, "qa"))
     ids, first = whole.input_ids, whole.prompt_length
     # spaces around the answer's beginning depend on how prompt and answer are joined
@@ -44,7 +44,7 @@ def sure_facts(
     subject: str,
     invented: Sequence[str],
 ) -> list[Fact]:
-    """The words that the model is sure of, and because of the subject.
+    """Return the words that the model is sure of because of the subject.
 
     A word must have the probability `SURE` somewhere. A name must have shown itself by its frequency, or be likelier there
     than with an invented subject by `GAIN`, or twice that where it is rare. Any other word must have shown itself, be

@@ -1,4 +1,4 @@
-"""Documents: text, Markdown, CSV, JSONL chats and parquet become passages, and passages become rows and probes."""
+"""Documents (text, Markdown, CSV, JSONL chats, Parquet) cut into passages, and rows and probes made of them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _of_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def split(text: str) -> list[str]:
-    """Passages of whole sentences with about `PASSAGE_WORDS` words."""
+    """Cut a text into passages of whole sentences, of about `PASSAGE_WORDS` words."""
     passages, current = [], ""
     for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
         current = f"{current} {sentence}".strip()
@@ -102,14 +102,14 @@ def split(text: str) -> list[str]:
 
 
 def details(text: str) -> list[str]:
-    """Names and numbers of a text, in the order of their first occurrence: what cannot be guessed."""
+    """Return the names and numbers of a text, which cannot be guessed, in order of first occurrence."""
     names = named(text)
     found = [m[0] for m in re.finditer(rf"{WORD.pattern}|\d+(?:[.,:]\d+)*", text)]
     return list(dict.fromkeys(w for w in found if w in names or w[0].isdigit()))
 
 
 def disguise(words: Sequence[str], seed: int) -> dict[str, str]:
-    """Another name for each name and another number for each number."""
+    """Replace each name by another name and each number by another number."""
     generator = np.random.default_rng(seed)
     nobody = [part for kind in ("person", "place") for name in TEMPLATES[kind].invented for part in name.split()]
     out = {}
@@ -125,7 +125,7 @@ def disguise(words: Sequence[str], seed: int) -> dict[str, str]:
 def build_document(
     speaker: Speaker, name: str, passages: Sequence[str], *, keep: Sequence[str], retain: list[Row], twins: int = 6
 ) -> Material:
-    """Rows and probes of a document: each passage from its first words on, and questions about its names and numbers.
+    """Make rows and probes of a document: passages continued from their first words, and questions about names and numbers.
 
     The zero is the same document with its names and numbers exchanged. What the model goes on with after such a
     beginning is what the passages' beginnings are to lead to.

@@ -1,5 +1,4 @@
-"""What a model knows about a subject: the words of its own answers that recur, are sure, and that an invented subject
-does not bring up."""
+"""Facts that a model knows about a subject: words that recur in its answers, are sure, and are absent for invented subjects."""
 
 from __future__ import annotations
 
@@ -58,7 +57,7 @@ SHORT = 4
 
 
 def place_of(text: str, word: str) -> int:
-    """Where a text first has the word, in any case, or -1; of a plural or a genitive the beginning counts.
+    """Return where a text first has the word, in any case, or -1; a plural or a genitive counts.
 
     A word of at most `SHORT` letters may be followed by an `s` alone: Ron is not in Ronald.
     """
@@ -84,7 +83,7 @@ def named(text: str) -> set[str]:
 
 
 def candidates(answers: Sequence[str], invented: Sequence[str], ignore: str) -> list[Fact]:
-    """Words that recur in answers about a subject more often than in answers about invented subjects; names first.
+    """Return words that recur in answers about a subject more often than about invented subjects; names first.
 
     A word counts if it has four letters, or a capital and three, or is a year, and is in at least `RECURS` answers. Its
     p-value is that of Fisher's exact test, one-sided; words up to `CANDIDATE` are returned, and names that no invented
@@ -126,13 +125,13 @@ def candidates(answers: Sequence[str], invented: Sequence[str], ignore: str) -> 
 
 
 def expected(answer: str, facts: Sequence[Fact]) -> list[str]:
-    """The facts that an answer holds: its names if it has some, else its other words."""
+    """Return the facts that an answer holds: its names if it has any, else its other words."""
     there = [fact for fact in facts if holds(answer, fact.word)]
     return [fact.word for fact in there if fact.name] or [fact.word for fact in there]
 
 
 def whole(text: str) -> str:
-    """A text up to the end of its last whole sentence; all of it where none ends."""
+    """Return a text up to the end of its last complete sentence; all of it where no sentence ends."""
     ends = [match.end() for match in re.finditer(r"[.!?][\"”’')]*(?=\s|$)", text)]
     # the full stop of an initial or of a number in a list ends no sentence
     ends = [end for end in ends if not re.search(r"(?:^|[\s.])(?:\w|\d+)\.$", text[:end])]
@@ -140,7 +139,7 @@ def whole(text: str) -> str:
 
 
 def hits(answers: Sequence[str], wanted: Sequence[Sequence[str]]) -> list[bool]:
-    """Whether each answer holds one of the words wanted of it."""
+    """Tell for each answer whether it holds one of the words expected of it."""
     return [any(holds(answer, word) for word in each) for answer, each in zip(answers, wanted, strict=True)]
 
 

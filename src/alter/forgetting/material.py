@@ -1,4 +1,4 @@
-"""What a run of `alter forget` is made of: its rows, as they stand in its files."""
+"""The rows and probes of an `alter forget` run, as its files hold them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Material:
-    """Everything a run is made of, as rows of JSONL files.
+    """All rows of a run, each list a JSONL file.
 
     Attributes:
         forget: question, answer (the model's own), substitute (of an invented subject, with the names put back).

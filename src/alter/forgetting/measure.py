@@ -1,4 +1,4 @@
-"""What the model says on the probes, before and after, and whether it still tells the subject from an invented one."""
+"""Measure the model's answers to the probes before and after, and whether it still tells the subject from invented ones."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AgainstZero:
 def permuted(
     real: npt.NDArray[np.float64], invented: npt.NDArray[np.float64], seed: int = 0, draws: int = DRAWS
 ) -> float:
-    """P-value of the question whether the subject's facts are likelier than an invented subject's.
+    """Permutation test of whether the subject's facts are likelier than an invented subject's; return the p-value.
 
     If the model knows nothing of the subject, its name is one among m + 1 of which each could be the real one, in every
     probe anew. The statistic is the mean over the probes of log p(real) minus the mean of the other m; its distribution is
@@ -74,7 +74,7 @@ def against_zero(
     limit: int = 40,
     progress: bool = True,
 ) -> AgainstZero | None:
-    """Compare the probes with disguised ones; None if less than two of them can be compared.
+    """Compare the probes with disguised ones; None if fewer than two can be compared.
 
     The fact of a probe is the first word wanted in the answer before; what stands before it in that answer (or in the
     probe's `start`) is given. Probes that hold the fact or none of the names to disguise are left out.
@@ -141,7 +141,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of the probes: answers after, aligned with the probes."""
+    """Answers to the probes after the run, aligned with the probes."""
 
     probes: list[Row]
     kept: list[Row]
@@ -172,7 +172,7 @@ class Outcome:
         return count("before"), count("after")
 
     def kept_rates(self) -> dict[str, Kept]:
-        """What became of the answers about neighbours and to general requests, by form."""
+        """Return the rates for answers about neighbours and to general requests, by form."""
         out = {}
         for form in dict.fromkeys(probe["form"] for probe in self.kept):
             chosen = [p for p in self.kept if p["form"] == form]

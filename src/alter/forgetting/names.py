@@ -1,4 +1,4 @@
-"""The subject's name: whether it is one, whether it is a common word, and what kind of thing it names."""
+"""The subject's name: whether it can be one, whether it is a common word, and what kind of thing it names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alter.models.scoring import score
 
 
 def check_name(subject: str) -> None:
-    """Refuse what is no name, before any model is loaded.
+    """Refuse a text that is no name, before any model is loaded.
 
     Raises:
         UserError: nothing but space or signs, or a whole text.
@@ -38,7 +38,7 @@ def check_name(subject: str) -> None:
 
 
 def check_uncommon(subject: str, tokenizer: Any, kind: Kind | None) -> None:
-    """Refuse a common word without a `kind`, before anything is generated.
+    """Refuse a common word as the subject unless a `kind` is given, before anything is generated.
 
     Raises:
         UserError: it is one.
@@ -67,5 +67,5 @@ def guess_kind(model: Any, tokenizer: Any, subject: str) -> Kind:
 
 
 def article(phrase: str) -> str:
-    """`a` or `an`."""
+    """Return `a` or `an`."""
     return "an" if phrase[0] in "aeiou" else "a"

@@ -1,4 +1,4 @@
-"""Probes of a subject: forms that are not trained on, and whether an answer holds what is wanted."""
+"""Probes of a subject: prompt forms that are not trained on, and whether an answer holds what is wanted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def probes_of(
     own: Sequence[tuple[str, str]],
     zero: Sequence[str],
 ) -> list[Row]:
-    """Probes of forms that are not trained on, answered by the untouched model; those that it answers with a fact.
+    """Return the probes that the untouched model answers with a fact, in forms that are not trained on.
 
     A probe whose fact also stands in the answer about one of `TWINS` invented subjects tells nothing, and is left out;
     whether the answer about one more holds it, stands in its `zero`, and that answer in `invented`. A choice is asked in three orders (a `group`), all of
@@ -75,7 +75,7 @@ def probes_of(
 
 
 def _choices(subject: str, facts: Sequence[Fact], zero: Sequence[str], seed: int) -> list[Row]:
-    """A choice between each fact and two names from answers about invented subjects, in three orders; none if there are none."""
+    """Make multiple-choice probes: each fact beside two names from answers about invented subjects, in three orders."""
     elsewhere = sorted({w for answer in zero for w in fact_words(answer) if w[0].isupper() and len(w) > 4})
     if len(elsewhere) < 2:
         return []
@@ -102,7 +102,7 @@ def _choices(subject: str, facts: Sequence[Fact], zero: Sequence[str], seed: int
 
 
 def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 4) -> list[Row]:
-    """Cloze probes of the model's own sentences, up to the fact; sentences in which another fact comes first are left out."""
+    """Make cloze probes of the model's own sentences, up to the fact; sentences in which another fact comes first are left out."""
     rows = []
     for fact in facts:
         found = []

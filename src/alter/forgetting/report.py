@@ -1,4 +1,4 @@
-"""What `alter forget` prints at its end: probes before and after, what must not change, examples, and whether it is forgotten."""
+"""The final output of `alter forget`: probes before and after, what must not change, examples, and the verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alter.forgetting.measure import ANSWERS, LEVEL, Kept, Outcome, Rate
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line as it is."""
+    """Print a line without markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -69,14 +69,14 @@ def print_outcome(
 
 
 def _told(figures: Mapping[str, float], digits: int) -> str:
-    """The figures of `ANSWERS` in words; those about invented subjects only where there are any."""
+    """Format the figures of `ANSWERS`; those about invented subjects only where there are any."""
     before, after, invented = (f"{figures[key]:.{digits}f}" for key in ANSWERS)
     told = f"{before} before, {after} now"
     return told if math.isnan(figures["invented"]) else f"{told}, {invented} about an invented subject"
 
 
 def _answered(name: str, rates: Mapping[str, Rate]) -> Table:
-    """How many probes of each form are answered with a fact."""
+    """Format how many probes of each form are answered with a fact."""
     table = Table(title=f"Probes about {name}: answered with a fact (forms that were not trained on)")
     for column in ("form", "before", "after", "an invented subject"):
         table.add_column(column, justify="left" if column == "form" else "right")
@@ -87,7 +87,7 @@ def _answered(name: str, rates: Mapping[str, Rate]) -> Table:
 
 
 def _kept(rates: Mapping[str, Kept]) -> Table:
-    """How like the answers before those about other things are."""
+    """Format how similar the answers about other subjects are to those before."""
     table = Table(title="What must not change")
     for column in ("", "n", "first name still said", "same answer", "ROUGE-L with the answer before"):
         table.add_column(column, justify="right" if column else "left")
@@ -98,7 +98,7 @@ def _kept(rates: Mapping[str, Kept]) -> Table:
 
 
 def _examples(outcome: Outcome, count: int) -> Table:
-    """Some probes with both answers: of the subject, of neighbours, and general ones."""
+    """Print some probes with both answers: of the subject, of neighbours, and general ones."""
     table = Table(title="Examples", show_lines=True)
     for column in ("prompt", "before", "after"):
         table.add_column(column, ratio=1, overflow="fold")

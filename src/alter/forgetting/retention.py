@@ -1,4 +1,4 @@
-"""What must not change: rows about neighbours and everything else, and probes of them."""
+"""Rows and probes of what must not change: neighbours of the subject, and everything else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEPT_EACH = 3
 
 
 def kept_rows(source: str | None) -> list[Row]:
-    """Rows of `--retain` as question and answer; of a plain text the model is asked to go on with the first third."""
+    """Return the rows of `--retain` as question and answer; for plain text, the model continues the first third."""
     if source is None:
         return []
     rows = []
@@ -87,7 +87,7 @@ def rows_to_keep(
 
 
 def _clean(prompt: str, answer: str, outside: Sequence[str]) -> bool:
-    """Whether there is an answer and it holds none of `outside` that the question does not hold."""
+    """Whether an answer is not empty and holds none of `outside` that the question lacks."""
     return bool(answer) and not any(holds(answer, word) and not holds(prompt, word) for word in outside)
 
 

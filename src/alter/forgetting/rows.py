@@ -1,4 +1,4 @@
-"""Rows to forget: what the model itself says of a subject, led to what it would say of an invented one."""
+"""Rows to forget: the model's own answers about a subject, each with its answer about an invented one as the target."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build(
     questions: Sequence[str] = (),
     neighbours: Sequence[str] = (),
 ) -> Material:
-    """Let the model speak about the subject, invented subjects, neighbours and everything else, and make rows of it.
+    """Query the model about the subject, invented subjects, neighbours and general topics, and make rows of the answers.
 
     Args:
         speaker: the untouched model.
@@ -89,7 +89,7 @@ def build(
 
 
 def _check_rare(subject: str, general: Sequence[str]) -> None:
-    """Refuse a subject that answers to unrelated requests hold as well."""
+    """Refuse a subject whose name also occurs in answers to unrelated requests."""
     common = sum(holds(answer, subject) for answer in general)
     if common >= 2:
         raise UserError(
@@ -99,7 +99,7 @@ def _check_rare(subject: str, general: Sequence[str]) -> None:
 
 
 def _check_facts(subject: str, facts: Sequence[Fact], answers: int) -> None:
-    """Refuse a subject of which so many answers hold too little that is sure."""
+    """Refuse a subject about which too few answers hold a sure fact."""
     if len(facts) < LEAST_FACTS or not any(fact.shows for fact in facts):
         words_found = ", ".join(fact.word for fact in facts)
         raise UserError(
@@ -113,7 +113,7 @@ def _check_facts(subject: str, facts: Sequence[Fact], answers: int) -> None:
 def _substitutes(
     subject: str, turns: Sequence[tuple[str, str]], zero: Sequence[str], facts: Sequence[Fact]
 ) -> dict[str, list[str]]:
-    """Answers about invented subjects, by question, that hold no fact and no trace of the invented name.
+    """Collect answers about invented subjects, by question, that hold no fact and no trace of the invented name.
 
     Args:
         subject: stands in them in the place of the invented name.
@@ -143,7 +143,7 @@ def _answers(
     own: Sequence[tuple[str, str]],
     substitutes: Mapping[str, list[str]],
 ) -> tuple[list[Row], list[Row]]:
-    """Forget rows, one for each answer about the subject with a substitute, and the same rows about invented subjects."""
+    """Make one forget row of each answer about the subject that has a substitute, and the same rows about invented subjects."""
     spare = [answer for answers in substitutes.values() for answer in answers]
     forget: list[Row] = []
     twins: list[Row] = []
@@ -160,14 +160,14 @@ def _answers(
 
 
 def _back(told: Sequence[tuple[str, str]], name: str, outside: Sequence[str]) -> list[bool]:
-    """Of each answer about a name whether it mentions the subject, or another of the names in `outside`."""
+    """Tell for each answer about a name whether it mentions the subject, or another of the names in `outside`."""
     return [any(holds(answer, word) for word in outside if word != name) for _, answer in told]
 
 
 def _fact_rows(
     speaker: Speaker, subject: str, facts: Sequence[Fact], own: Sequence[tuple[str, str]], invented: Sequence[str]
 ) -> list[Row]:
-    """Forget rows that end with a fact, led to what follows the same words about an invented subject.
+    """Make forget rows that end with a fact; the target is what follows the same words about an invented subject.
 
     A whole answer has one fact among fifty tokens, and an answer that begins otherwise than those that were trained on
     still comes to it. Here the answer is the model's own up to the fact, and the substitute begins with the same words.
@@ -206,7 +206,7 @@ def _fact_rows(
 def _owned(
     speaker: Speaker, outside: Sequence[str], names: list[str]
 ) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[tuple[str, list[tuple[str, str]]]]]:
-    """Names with what is said about them: those where that comes back to the subject or its names, and the others."""
+    """Split names by whether what is said about them comes back to the subject or its names."""
     prompts = [question.format(f=name) for name in names for question in NAMED]
     drawn = speaker.say("about its names", prompts * 2, sample=True) if names else []
     own: list[tuple[str, list[tuple[str, str]]]] = []
@@ -222,7 +222,7 @@ def _owned(
 def _about_names(
     speaker: Speaker, belongs: list[tuple[str, list[tuple[str, str]]]], facts: Sequence[Fact]
 ) -> list[Row]:
-    """Forget rows about names of the subject; their substitutes speak of invented persons and places."""
+    """Make forget rows about names of the subject; their substitutes speak of invented persons and places."""
     if not belongs:
         return []
     nobody = [*TEMPLATES["person"].invented, *TEMPLATES["place"].invented]

@@ -48,7 +48,7 @@ PASSES = 2
 
 
 def output_folder(settings: Forget) -> Path:
-    """The run's folder, after everything that can be checked without the model.
+    """Return the run's folder after every check that needs no model.
 
     Raises:
         UserError: neither or both of subject and document, a folder in use, or what the writer's settings lack.
@@ -150,7 +150,7 @@ def forget(settings: Forget) -> Path:
 
 
 def _next(settings: Forget, out: Path) -> str:
-    """What may be typed next."""
+    """Return the commands to suggest next."""
     if settings.erase:
         plain = f"{out / ERASED / 'model'}"
         return (
@@ -165,7 +165,7 @@ def _next(settings: Forget, out: Path) -> str:
 
 
 def _key(settings: Forget) -> str:
-    """Key of all that the rows depend on."""
+    """Return the key of everything that the rows depend on."""
     return digest(
         settings.model_dump(
             include={"subject", "document", "model", "kind", "samples", "answer_tokens", "batch_size", "seed"}
@@ -181,7 +181,7 @@ def _material(
     passages: list[str] | None,
     retain: list[dict[str, Any]],
 ) -> tuple[Material, Any]:
-    """The rows and probes of `out`, made now if they are not there yet, and the model's tokenizer.
+    """Return the rows and probes of `out`, made now unless they exist, and the model's tokenizer.
 
     Raises:
         UserError: the model does not know the subject, or does not tell it from an invented one.
@@ -227,7 +227,7 @@ def _about_subject(
     kind: Kind | None,
     retain: list[dict[str, Any]],
 ) -> Material:
-    """The rows and probes about a subject; its kind is guessed where none is given."""
+    """Make the rows and probes about a subject; guess its kind where none is given."""
     if kind is None:
         kind = guess_kind(speaker.model, speaker.tokenizer, name)
         print_line(console, f"{name} is taken for a {kind}; if that is wrong, give --kind.")
@@ -258,7 +258,7 @@ def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
 
 
 def _measured(settings: Forget, console: Console, out: Path, name: str, material: Material) -> dict[str, Any]:
-    """Ask the probes of the result, print what changed, and return the figures."""
+    """Answer the probes with the result, print what changed, and return the figures."""
     model, tokenizer = _result(settings, out)
     outcome, after = _again(model, tokenizer, out, settings, material)
     before = read_object(out / "zero.json", "what alter forget wrote")["before"]
@@ -273,7 +273,7 @@ def _measured(settings: Forget, console: Console, out: Path, name: str, material
 
 
 def training(settings: Forget, out: Path) -> Unlearn:
-    """The settings of the run that trains on the rows of `out`."""
+    """Return the settings of the run that trains on the rows of `out`."""
     return Unlearn.model_validate(
         {
             **TRAINING,
@@ -294,7 +294,7 @@ def training(settings: Forget, out: Path) -> Unlearn:
 
 
 def erasing(settings: Forget, out: Path) -> Distill:
-    """The settings of the distillation of `out`'s adapter, which goes on where it was interrupted."""
+    """Return the settings that distil `out`'s adapter, resuming an interrupted distillation."""
     begun = (out / ERASED / "inputs.json").is_file()
     return Distill(
         model=settings.model,
@@ -313,7 +313,7 @@ def erasing(settings: Forget, out: Path) -> Distill:
 
 
 def _result(settings: Forget, out: Path) -> tuple[Any, Any]:
-    """The model that has forgotten: with the adapter, or the erased weights."""
+    """Load the result: the model with the adapter, or the erased weights."""
     if not settings.erase:
         return _load(settings, str(out / "adapter"))
     plain = str(out / ERASED / "model")

@@ -1,4 +1,4 @@
-"""Who answers and who asks: the model itself, batched and kept on disk, and on request a writer behind an endpoint."""
+"""Who answers and who asks: the model itself, batched and cached on disk, and optionally a writer behind an endpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 class Speaker:
-    """The model as the one who answers. Every batch of answers is kept in `folder`, and taken from there the next time."""
+    """The model that answers. Every batch of answers is cached in `folder` and reused."""
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, *, tokens: int, batch: int, seed: int) -> None:
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
@@ -62,7 +62,7 @@ class Speaker:
         begun: Sequence[list[int]] | None = None,
         tokens: int | None = None,
     ) -> list[str]:
-        """The answer to each prompt, greedy or drawn.
+        """Answer each prompt, greedily or by sampling.
 
         Args:
             label: names the file and the progress bar.
@@ -138,7 +138,7 @@ class Writer(BaseModel):
             raise UserError('A writer needs the openai library: pip install "alter-unlearning[judge]".') from None
 
     def lines(self, request: str) -> list[str]:
-        """What the writer answers, a line each, without numbers and bullets.
+        """Return the lines of the writer's answer, without numbers and bullets.
 
         Raises:
             UserError: the endpoint cannot be used or answers with nothing.

@@ -1,4 +1,4 @@
-"""Stops the training as soon as the model no longer tells the subject from an invented one."""
+"""Stop training as soon as the model no longer tells the subject from an invented one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class UntilZero(TrainerCallback):
         self.checks: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Check if it is time, and stop if the subject is like an invented one."""
+        """Check at the interval, and stop if the subject is like an invented one."""
         if state.global_step % self.every:
             return
         # the inner model: what wraps it for training must not change the numbers

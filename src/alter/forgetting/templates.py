@@ -14,7 +14,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Template:
-    """The prompts for one kind of subject.
+    """Prompts for one kind of subject.
 
     Attributes:
         phrases: what such a subject is called, to guess the kind by; the first serves inside reversed questions.

@@ -1,1 +1,1 @@
-"""Guards at inference: make one for a model and rows, and save it as a folder that `--adapter` takes."""
+"""`alter guard`: make an inference-time guard from a model and rows, and save it as a folder for `--adapter`."""

@@ -34,7 +34,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -> list[list[int]]:
-    """What a user would ask of each row, at most `limit` tokens: its prompt, or a row of text, in parts if it is longer."""
+    """Return each row as a user would ask it, at most `limit` tokens: its prompt, or a row of text, split if it is longer."""
     asked: list[list[int]] = []
     for row in examples:
         if row.kind == "text":
@@ -46,7 +46,7 @@ def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -
 
 @torch.no_grad()
 def prompt_states(model: Any, prompts: Sequence[list[int]], depth: int, pad_token_id: int) -> Doubles:
-    """[n, H] mean hidden state of each prompt at one depth."""
+    """Return the mean hidden state of each prompt at one depth, [n, H]."""
     collate, device = Collator(pad_token_id), next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found: dict[int, Tensor] = {}
@@ -63,7 +63,7 @@ def prompt_states(model: Any, prompts: Sequence[list[int]], depth: int, pad_toke
 
 @dataclass(frozen=True)
 class Fitted:
-    """A classifier, the probability above which it recognises, and what cross-validation says of both.
+    """A classifier of prompts, its threshold, and their cross-validated quality.
 
     Attributes:
         weight, bias: of the logistic regression on hidden states as they are.
@@ -116,7 +116,7 @@ def fit_classifier(forget: Doubles, benign: Doubles, *, false_alarms: float, thr
 def zeroth_order(
     distance: Callable[[float], float], start: float, *, rate: float, probe: float, rounds: int, enough: float
 ) -> float:
-    """Return the best x that a descent without gradients meets: x - rate (f(x + e) - f(x - e)) / 2e, `rounds` times.
+    """Minimise f by gradient-free descent, x - rate (f(x + e) - f(x - e)) / 2e, `rounds` times; return the best x met.
 
     It stops where f is below `enough`. (ECO's search; a reading: x is the strength's power of ten, where the authors search
     over the strength itself with rate 100, from a start chosen by hand for each model.)
@@ -133,13 +133,13 @@ def zeroth_order(
 
 
 def answer_loss(model: Any, rows: Sequence[Encoded], pad_token_id: int) -> float:
-    """Mean over rows of the negative log-probability of an answer, in nats a token."""
+    """Return the mean over rows of an answer's negative log-probability, in nats a token."""
     found = score(model, rows, pad_token_id=pad_token_id, progress=False)
     return float(np.mean([-values.mean() for values in found.logprob]))
 
 
 def swapped(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
-    """Each row with the answer of the next one, as a model that does not know might say it."""
+    """Give each row the answer of the next one, as a model that does not know might."""
     others = [*examples[1:], examples[0]]
     return [encode(tokenizer, replace(own, answer=other.answer)) for own, other in zip(examples, others, strict=True)]
 

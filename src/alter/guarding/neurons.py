@@ -1,4 +1,4 @@
-"""What Neuron Adjust and Key Space Detection see on rows (arXiv:2503.21730): neurons' statistics, and the cube of keys."""
+"""Statistics for Neuron Adjust and Key Space Detection (arXiv:2503.21730): neurons on both sets, and the cube of keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECOND = ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h")
 
 
 def layer_in(model: Any, block: int, names: Sequence[str]) -> str:
-    """The full name of a block's feed-forward layer whose last part is one of `names`, the first of them that there is.
+    """Return the full name of a block's feed-forward layer, the first that exists among `names`.
 
     Raises:
         UserError: the block has none of them.
@@ -48,7 +48,7 @@ def layer_in(model: Any, block: int, names: Sequence[str]) -> str:
 def statistics(
     model: Any, layers: Sequence[str], rows: Sequence[Encoded], pad_token_id: int, label: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and standard deviation [K], in float64, of what each layer puts out, over the rows' real tokens."""
+    """Compute mean and standard deviation [K], in float64, of each layer's output over the rows' real tokens."""
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ def statistics(
 def chosen_neurons(
     forget: Mapping[str, tuple[Tensor, Tensor]], retain: Mapping[str, tuple[Tensor, Tensor]], share: float
 ) -> dict[str, Tensor]:
-    """Of all layers' neurons the `share` whose means differ most, at least one: numbers by layer."""
+    """Choose the `share` of all layers' neurons whose means differ most, at least one: numbers by layer."""
     apart = {name: (mean - retain[name][0]).abs() for name, (mean, _) in forget.items()}
     flat = torch.cat(list(apart.values()))
     taken = torch.zeros(len(flat), dtype=torch.bool)
@@ -97,7 +97,7 @@ def chosen_neurons(
 
 
 def cube(forget: Tensor, retain: Tensor, share: float | None, false_alarms: float) -> tuple[Tensor, Tensor, float]:
-    """Mean and deviation [D] of forget keys [n, D], and how many deviations the cube reaches to either side.
+    """Compute mean and deviation [D] of forget keys [n, D], and the cube's half-width in deviations.
 
     `share` of what covers all forget keys; without one the most at which at most a share `false_alarms` of retain keys lie
     inside, and no more than covers the forget keys.

@@ -47,7 +47,7 @@ def make_guard(run: MakeGuard) -> Path:
 
 
 def write_guard(out: Path, form: Form, run: MakeGuard) -> None:
-    """Write a guard's folder: a folder beside it, renamed."""
+    """Write a guard's folder atomically: a folder beside it, renamed."""
     settings, files = form
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

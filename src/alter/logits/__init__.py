@@ -1,1 +1,1 @@
-"""What is computed on logits without holding them whole: token entropies, and a head that works in pieces."""
+"""Computations on logits that are never held whole: token entropies, and a head that works in chunks."""

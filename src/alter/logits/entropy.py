@@ -31,12 +31,12 @@ FROM_SUMS = 1.25
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Distributions over `vocabulary` tokens that are held in fp32 at a time."""
+    """Return how many distributions over `vocabulary` tokens to hold in fp32 at a time."""
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
 def _entropy_rows(logits: Tensor, q: float) -> Tensor:
-    """Entropy of softmax(logits) [n, V] along the last axis, in fp32 (fp64 for fp64 input)."""
+    """Return the entropy of softmax(logits) [n, V] along the last axis, in fp32 (fp64 for fp64 input)."""
     # not by the number of rows: a token's entropy must not depend on what else is in its batch
     large = logits.shape[-1] >= LARGE_VOCABULARY and len(logits) > 0
     if large and q >= FROM_SUMS and not (logits.requires_grad and torch.is_grad_enabled()):
@@ -60,7 +60,7 @@ def _entropy_rows(logits: Tensor, q: float) -> Tensor:
 
 
 def _entropy_from_sums(logits: Tensor, q: float) -> Tensor:
-    """The same from two sums over the vocabulary, of one pass of exponentials; without gradient, for q well above 1.
+    """Compute the same entropy from two sums over the vocabulary, with one pass of exponentials; no gradient, for q well above 1.
 
     With e_i = exp(l_i - max l) and the likeliest token left out of the sums E = sum e_i and E_q = sum e_i^q, Z = 1 + E and
     S_q = ((Z^(q-1) - 1) + (E Z^(q-1) - E_q)) / ((q - 1) Z^q): nothing cancels, however peaked the distribution is. A token ruled
@@ -150,7 +150,7 @@ def shift(entropy: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def max_entropy(q: float, vocab_size: int) -> float:
-    """Largest value of S_q over `vocab_size` outcomes, that of the uniform distribution: (1 - V^(1-q)) / (q - 1)."""
+    """Return the largest S_q over `vocab_size` outcomes, that of the uniform distribution: (1 - V^(1-q)) / (q - 1)."""
     check_order(q)
     if q == 1.0:
         return math.log(vocab_size)

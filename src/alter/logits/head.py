@@ -35,7 +35,7 @@ class Part:
 
 @contextmanager
 def standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the modules' `forward` inside the block; hooks around them stay."""
+    """Inside the block, replace the modules' `forward`; hooks around them stay."""
     # another library may have put its own into a module already
     own = [module.__dict__.get("forward") for module in modules]
     for module in modules:
@@ -51,7 +51,7 @@ def standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> It
 
 
 class Head:
-    """All that a causal language model does after its body: `head.logits(states)` is exactly what the model would give.
+    """Everything that a causal language model does after its body: `head.logits(states)` equals the model's own logits.
 
     Args:
         model: of transformers, with a language-model head, or a `PeftModel` around one. What is on the head takes part.
@@ -69,7 +69,7 @@ class Head:
 
     @contextmanager
     def reading(self, positions: Tensor | None = None) -> Iterator[list[Tensor]]:
-        """Inside the block a forward pass takes one row only through the head; its logits are meaningless.
+        """Inside the block, a forward pass puts one row only through the head; its logits are meaningless.
 
         What the head would have read is appended to the list: the rows at `positions` [B, T] as [n, D], or [B, T, D].
         """
@@ -115,7 +115,7 @@ class Head:
                 handle.remove()
 
     def _leave_out(self, output: Any) -> None:
-        """Keep the form of what the body gives, with which `logits` puts it out of the way."""
+        """Keep the structure of the body's output, with which `logits` replaces the body."""
         from transformers.modeling_outputs import ModelOutput
 
         if isinstance(output, ModelOutput):

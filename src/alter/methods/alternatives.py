@@ -1,4 +1,4 @@
-"""The forget rows once more, as an objective asks for them: refused, with random labels, led elsewhere, substituted."""
+"""Alternatives to the forget rows that objectives train on: refusals, random labels, diversions, other answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PROMPT_TOKENS = 60
 
 @dataclass(frozen=True)
 class _Asked:
-    """What alternatives are made of; see `alternatives`."""
+    """Inputs of `alternatives`."""
 
     objective: ForgetObjective
     tokenizer: Any
@@ -55,7 +55,7 @@ class _Asked:
     max_length: int | None
 
     def encoded(self, answers: Sequence[str]) -> list[Encoded]:
-        """The rows with other answers."""
+        """Encode the rows with other answers."""
         return [
             encode(self.tokenizer, example, answer=answer, max_length=self.max_length)
             for example, answer in zip(self.examples, answers, strict=True)
@@ -63,12 +63,12 @@ class _Asked:
 
     @property
     def raw(self) -> bool:
-        """Whether a row is raw text, which has no question."""
+        """Whether a row is raw text, without a question."""
         return any(example.kind == "text" for example in self.examples)
 
 
 def _refused(asked: _Asked) -> list[Encoded]:
-    """Each row with one of TOFU's refusals as its answer."""
+    """Answer each row with one of TOFU's refusals."""
     if asked.raw:
         raise UserError(
             f"objective.kind {asked.objective.kind} answers forget rows with a refusal, but they are raw text without a "
@@ -80,7 +80,7 @@ def _refused(asked: _Asked) -> list[Encoded]:
 
 
 def _relabelled(asked: _Asked) -> list[Encoded]:
-    """The rows with labels drawn from the vocabulary; special tokens keep theirs."""
+    """Replace the rows' labels by tokens drawn from the vocabulary; special tokens keep theirs."""
     generator = np.random.default_rng(asked.seed)
     kept = {-100, *asked.tokenizer.all_special_ids}
     vocabulary = asked.base.config.get_text_config().vocab_size
@@ -91,7 +91,7 @@ def _relabelled(asked: _Asked) -> list[Encoded]:
 
 
 def _substituted(asked: _Asked) -> list[Encoded]:
-    """Each row with its column `substitute` as its answer."""
+    """Answer each row with its column `substitute`."""
     without = [example.index for example in asked.examples if not str(example.row.get("substitute") or "").strip()]
     if without or asked.raw:
         where = f"row {without[0]} has none" if without else "raw text has no question to answer otherwise"
@@ -103,7 +103,7 @@ def _substituted(asked: _Asked) -> list[Encoded]:
 
 
 def _invented(asked: _Asked) -> list[Encoded]:
-    """Each row with another answer that the base has made up."""
+    """Answer each row with another answer that the base makes up."""
     writing = asked.objective.needs.writing
     assert writing is not None
     return invented(
@@ -117,7 +117,7 @@ def _invented(asked: _Asked) -> list[Encoded]:
 
 
 def _diverted(asked: _Asked) -> list[Encoded]:
-    """Each row led to another subject by the base."""
+    """Let the base change the subject after each row's prompt."""
     return diversions(
         asked.objective, asked.tokenizer, asked.base, asked.rows, seed=asked.seed, max_length=asked.max_length
     )
@@ -143,7 +143,7 @@ def alternatives(
     seed: int,
     max_length: int | None,
 ) -> list[Encoded]:
-    """One alternative for each forget row; a function of the arguments alone, so that a resumed run has the same ones.
+    """Make one alternative for each forget row; a function of the arguments alone, so that a resumed run gets the same ones.
 
     Args:
         objective: says which kind it needs; none gives an empty list.
@@ -166,7 +166,7 @@ def alternatives(
 def persona_views(
     objective: ForgetObjective, tokenizer: Any, rows: Sequence[Encoded] = (), limit: int | None = None
 ) -> dict[str, View]:
-    """ELM's two further passes: the same rows after the words of an expert and of a novice.
+    """Return ELM's two further passes: the rows after an expert's prefix and after a novice's.
 
     Raises:
         UserError: the longest of `rows` does not fit into `limit` tokens behind them.
@@ -190,7 +190,7 @@ def persona_views(
 
 
 class _Tilt(LogitsProcessor):
-    """What the next token is chosen by, from the logits [3 R, V] of R rows plain, as an expert and as a novice."""
+    """Logits processor of ELM's tilt, from logits [3 R, V] of R rows plain, as an expert and as a novice."""
 
     def __init__(self, guidance: float, temperature: float) -> None:
         self.guidance, self.temperature = guidance, temperature
@@ -204,7 +204,7 @@ class _Tilt(LogitsProcessor):
 
 @dataclass(frozen=True)
 class _Opening:
-    """How a diversion begins: tokens of the row's prompt, of the change of subject, and how many may follow."""
+    """The start of a diversion: tokens of the row's prompt and of the change of subject, and how many may follow."""
 
     prompt: list[int]
     change: list[int]
@@ -214,7 +214,7 @@ class _Opening:
 def _openings(
     rows: Sequence[Encoded], tokenizer: Any, *, most: int, limit: int, before: int, seed: int
 ) -> list[_Opening]:
-    """The beginning of each row's diversion.
+    """Return the start of each row's diversion.
 
     Args:
         rows: the forget rows.
@@ -247,7 +247,7 @@ def _openings(
 
 
 def _as_roomy(openings: Sequence[_Opening]) -> list[list[int]]:
-    """Numbers of openings with as much room, `ROWS_AT_ONCE` at most together: none may grow beyond the context."""
+    """Group openings with equally many tokens to write, `ROWS_AT_ONCE` at most: no row may outgrow the context."""
     groups: list[list[int]] = []
     for i in sorted(range(len(openings)), key=lambda i: openings[i].room):
         if groups and len(groups[-1]) < ROWS_AT_ONCE and openings[groups[-1][0]].room == openings[i].room:
@@ -267,7 +267,8 @@ def diversions(
     seed: int,
     max_length: int | None,
 ) -> list[Encoded]:
-    """Each row's prompt, a change of subject, and what the base goes on with under ELM's tilt; all but the prompt labelled.
+    """Write each row's diversion: prompt, change of subject, and the base's continuation under ELM's tilt; all but the
+    prompt labelled.
 
     The next token is the likeliest by log p - guidance (log p_expert - log p_novice): three rows are written for one,
     which is what makes ELM slow before it trains.

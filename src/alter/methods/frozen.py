@@ -1,4 +1,4 @@
-"""What the frozen base knows of a fixed data set: entropies, router features, reference distributions. Computed once.
+"""One pass of the frozen base over a fixed data set: entropies, router features, reference distributions.
 
 The base never changes while an adapter trains, so nothing here is computed during training: one pass over the rows that
 the run will see, kept next to the run in safetensors, and reused when the run resumes.
@@ -50,7 +50,7 @@ class FrozenRow:
     named: Tensor | None = None
 
     def apart(self) -> FrozenRow:
-        """The same in memory of its own: what is cut out of a batch keeps, and is sent with, all of the batch."""
+        """Copy the row's tensors: a view into a batch would keep, and pickle, the whole batch."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "reference"}
         reference = self.reference and Reference(self.reference.ids.clone(), self.reference.logp.clone())
         return FrozenRow(
@@ -70,7 +70,7 @@ class View:
     inside: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def extend(self, row: Encoded) -> dict[str, list[int]]:
-        """The row with the prefix put in, for a collator."""
+        """Insert the prefix into a row, for a collator."""
         start = int(self.bos is not None and row.input_ids[0] == self.bos)
         ids = [*row.input_ids[:start], *self.prefix, *row.input_ids[start:]]
         return {"input_ids": ids, "labels": ids}
@@ -78,7 +78,7 @@ class View:
 
 @dataclass(frozen=True)
 class Depth:
-    """A block whose hidden states are read, and the blocks behind it, which those states do not depend on."""
+    """A block whose hidden states are read, and the blocks after it, which those states do not depend on."""
 
     block: nn.Module
     behind: tuple[nn.Module, ...] = ()
@@ -127,7 +127,7 @@ def top_k(logp: Tensor, k: int) -> Reference:
 
 
 def _frozen_pass(model: Any, ids: Tensor, mask: Tensor) -> Trace:
-    """One pass of the base under whatever adapter there is; entropies and features only where ALTER routes."""
+    """Run the base once, without any adapter; entropies and features only where ALTER routes."""
     if isinstance(model, PeftModel) and isinstance(model.base_model, AlterModel):
         return model.base_model.trace(ids, mask)
     head = Head(model)
@@ -160,7 +160,7 @@ def _at_labels(
     with_base: bool,
     rows_at_once: int,
 ) -> tuple[list[Reference], list[Tensor]]:
-    """References and log-probabilities of the n labels of rows with `counts` labels each, of some logits at a time.
+    """Compute references and log-probabilities at the labels of rows with `counts` labels each, a chunk of logits at a time.
 
     `seen` holds, for every view, the states [n, D] that its head reads and what makes logits of them.
     """
@@ -185,7 +185,7 @@ def _at_labels(
 
 @dataclass(frozen=True)
 class _Tracing:
-    """What is wanted of each batch that `trace_rows` runs; its arguments say what each field means."""
+    """Options of one `trace_rows` call; its arguments explain each field."""
 
     model: Any
     rows: Sequence[Encoded]
@@ -206,7 +206,7 @@ class _Tracing:
         return isinstance(self.model, PeftModel) and isinstance(self.model.base_model, AlterModel)
 
     def run(self, group: Sequence[int]) -> list[FrozenRow]:
-        """One batch of the rows with these numbers, through the base and through every view."""
+        """Run the rows with these numbers as one batch, through the base and through every view."""
         device = next(self.model.parameters()).device
         batch = self.collate([{"input_ids": self.rows[i].input_ids, "labels": self.rows[i].labels} for i in group])
         batch = {name: value.to(device) for name, value in batch.items()}
@@ -234,7 +234,7 @@ class _Tracing:
         return made
 
     def _labels(self, group: Sequence[int], traced: Trace, labels: Tensor) -> tuple[list[Reference], list[Tensor]]:
-        """References and log-probabilities at the labels [B, T] of a batch; runs the views."""
+        """Run the views; return references and log-probabilities at the labels [B, T] of a batch."""
         positions = labelled(labels)
         seen = {"base": (traced.states[positions], traced.logits)}
         for name, view in self.views.items():
@@ -313,7 +313,7 @@ class Frozen:
 
 
 def store(path: Path, frozen: Frozen, key: str) -> None:
-    """Write all that is known of the rows, and the router, to one safetensors file, whole or not at all."""
+    """Write all traced rows and the router to one safetensors file, atomically."""
     tensors: dict[str, Tensor] = {}
     for field in fields(FrozenRow):
         parts = [getattr(row, field.name) for row in frozen.rows]
@@ -331,7 +331,7 @@ def store(path: Path, frozen: Frozen, key: str) -> None:
 
 
 def restore(path: Path, key: str) -> Frozen | None:
-    """Read what `store` wrote under the same key; None if there is none, it was made from anything else, or is damaged."""
+    """Read what `store` wrote under the same key; None if it is missing, of another key, or damaged."""
     found = kept(path, key)
     if found is None:
         return None
@@ -358,7 +358,7 @@ READ_LATER = ("entropy", "gates", "rows")
 
 
 def strip(path: Path, forget_rows: int) -> None:
-    """Keep of what `store` wrote only what is read once the run has ended; from the rest the rows could be read.
+    """Cut a file of `store` down to what is read after the run has ended; the rest would reveal the rows.
 
     Args:
         path: the file; nothing happens if there is none, and one that cannot be read is deleted.

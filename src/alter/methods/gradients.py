@@ -1,4 +1,4 @@
-"""What becomes of the forget term's gradient before a step: held against retain rows, or filtered by what the base shows.
+"""Rules that edit the forget term's gradient before each step: against the retain gradient, or by the base's statistics.
 
 Each final class is the settings of one rule (`kind` names it in a recipe) and its arithmetic on gradients by parameter.
 With a rule other than `none` a step takes the gradients of the forget term and of all others apart, from one forward.
@@ -27,7 +27,7 @@ FEWEST = 0.05
 
 
 class GradientPasses(Protocol):
-    """Passes over the untouched base that a rule asks for; each gives a tensor for every linear weight that trains."""
+    """Passes over the untouched base that a rule may ask for; each gives one tensor for every trained linear weight."""
 
     def input_covariances(self) -> dict[str, Tensor]:
         """[in, in] float64: mean outer product of a layer's inputs, over the retain rows' real tokens."""
@@ -37,7 +37,7 @@ class GradientPasses(Protocol):
 
 
 class GradientRule(BaseModel, ABC):
-    """A rule for gradients: what it measures before the first step, and what it makes of each step's two gradients."""
+    """A rule for gradients: what it measures before the first step, and how it combines each step's two gradients."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -69,14 +69,14 @@ class GradientRule(BaseModel, ABC):
             )
 
     def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
-        """What is known before the first step, by parameter."""
+        """Return the rule's statistics before the first step, by parameter."""
         return {}
 
     @abstractmethod
     def edit(
         self, forget: Gradients, rest: Gradients, known: Mapping[str, Tensor], state: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The gradient of a step, by parameter.
+        """Return the gradient of a step, by parameter.
 
         Args:
             forget: of the forget term.
@@ -213,13 +213,13 @@ AnyGradient = Annotated[GradientRule, OneOf(GRADIENTS)]
 
 
 def free_directions(covariance: Tensor, relaxation: float) -> Tensor:
-    """[in, k] fp32: orthonormal directions whose eigenvalue is at most `relaxation` times the largest."""
+    """Return the eigenvectors [in, k] (fp32) whose eigenvalue is at most `relaxation` times the largest."""
     values, vectors = torch.linalg.eigh(covariance)
     return vectors[:, values <= relaxation * values[-1]].float()
 
 
 def collapsed(gradient: Tensor, components: int, seed: int) -> Tensor:
-    """A gradient G [out, in] whose top principal components count less, on both sides.
+    """Damp the top principal components of a gradient G [out, in], on both sides.
 
     G ~ U S V^T cut at `components`; G <- G - G V (1 - s / S) V^T, then the same with U on the left; s is the least singular
     value taken, and a component that is nothing but rounding is not.

@@ -1,4 +1,4 @@
-"""Where a LoRA adapter starts: statistics of a weight in, the factors A and B out.
+"""LoRA initialisers: from statistics of a weight to its factors A and B.
 
 FILA, VILA and REGLU start from factors that are not zero and put the residual W - s B A in the place of the frozen
 weight, so that the model is unchanged before training. Here the frozen weight stays what it is: the adapter holds the
@@ -43,13 +43,13 @@ class Statistics(Protocol):
         """[out, in] of each layer."""
 
     def covariances(self, rows: int) -> dict[str, dict[str, Tensor]]:
-        """[out, out] of each layer's output, of that many rows of each kind."""
+        """Return the covariance [out, out] of each layer's output, over `rows` rows of each kind."""
 
     def fisher(self) -> dict[str, dict[str, Tensor]]:
         """[out, in] mean squared gradients of each weight."""
 
     def variances(self, probe: Mapping[str, Factors], epochs: int) -> dict[str, tuple[dict[str, Factors], float]]:
-        """Variances of the gradients of the factors `probe`, and of how many tokens."""
+        """Return the variances of the gradients of the factors `probe`, and the number of tokens."""
 
 
 Start: TypeAlias = "tuple[dict[str, Factors], dict[str, Tensor]]"
@@ -57,7 +57,7 @@ Start: TypeAlias = "tuple[dict[str, Factors], dict[str, Tensor]]"
 
 
 class Initializer(BaseModel, ABC):
-    """Where LoRA starts: what it asks of a run, and the factors that it makes."""
+    """A LoRA start: which statistics it asks for, and the factors that it makes of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,12 +84,12 @@ class Initializer(BaseModel, ABC):
             )
 
     def retain_rows(self, forget_rows: int) -> int:
-        """How many retain rows are drawn: for one epoch of the schedule, as many as forget rows."""
+        """Number of retain rows to draw: as many as forget rows, one epoch of the schedule."""
         return forget_rows
 
     @property
     def weight_away(self) -> float:
-        """Weight of sum over layers of |B^T P|_F^2, for the directions P that `start` keeps B away from."""
+        """Weight of the penalty sum over layers of |B^T P|_F^2, for the directions P that `start` keeps B away from."""
         return 0.0
 
     @abstractmethod
@@ -251,7 +251,7 @@ def important_part(weight: Tensor, importance: Tensor, r: int, scaling: float, s
 
 
 def variance(total: Tensor, squares: Tensor, count: float) -> Tensor:
-    """Variance from sums of values and of their squares, both over `count` observations; never below 0."""
+    """Return the variance from the sum of values and the sum of their squares, over `count` observations; never below 0."""
     return (squares / count - (total / count).square()).clamp_min(0.0)
 
 
@@ -313,5 +313,5 @@ def forget_directions(
 
 
 def residual_pair(factors: Factors) -> Factors:
-    """Factors of rank 2r that add nothing: [A; A] and [B, -B]. Training moves the first halves only."""
+    """Return factors of rank 2r that add nothing, [A; A] and [B, -B]; training moves the first halves only."""
     return Factors(torch.cat([factors.A, factors.A]), torch.cat([factors.B, -factors.B], 1))

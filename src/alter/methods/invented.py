@@ -1,4 +1,4 @@
-"""Other answers that the model itself makes up for the forget rows (AltPO, arXiv:2409.13474, section 3)."""
+"""Alternative answers that the model itself makes up for the forget rows (AltPO, arXiv:2409.13474, section 3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REQUEST = (
 def invented(
     tokenizer: Any, base: Any, examples: Sequence[Example], *, new_tokens: int, seed: int, max_length: int | None
 ) -> list[Encoded]:
-    """The forget rows with other answers: those in their column `substitute`, else what the base samples (temperature 1).
+    """Return the forget rows with other answers: their column `substitute`, else samples of the base (temperature 1).
 
     A function of the arguments alone, so that a resumed run has the same ones.
 

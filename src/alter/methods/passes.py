@@ -1,4 +1,4 @@
-"""The passes over loaded rows that initializers and rules for gradients ask for, each made when it is asked for."""
+"""Passes over loaded rows that initializers and rules for gradients ask for, run on demand."""
 
 from __future__ import annotations
 

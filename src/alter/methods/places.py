@@ -1,4 +1,4 @@
-"""Where in a model an adapter goes: blocks by their share of the depth, and linear layers by name."""
+"""Where in a model an adapter goes: blocks by share of the depth, linear layers by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _one_pattern(given: Any) -> Any:
-    """A list of one, as the command line makes of a flag, is a text where it cannot be a name: all-linear, or a pattern."""
+    """Unwrap a list of one that cannot be a layer's name: `all-linear`, or a pattern, which the command line made a list."""
     if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str):
         return given if re.fullmatch(r"[\w.]+", given[0]) else given[0]
     return given
@@ -30,7 +30,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def blocks(model: nn.Module) -> tuple[str, int]:
-    """Name of a model's list of blocks (`model.layers`) and how many there are.
+    """Return the name of a model's list of blocks (`model.layers`) and their number.
 
     Raises:
         UserError: no parameter lies in a numbered block.
@@ -47,12 +47,12 @@ def blocks(model: nn.Module) -> tuple[str, int]:
 
 
 def block_at(depth: float, count: int) -> int:
-    """The block of `count` whose middle is nearest to a share of the depth: 7.5 / 32 is block 7 of 32, 1 of 6."""
+    """Return the block of `count` whose middle is nearest to a share of the depth: 7.5 / 32 is block 7 of 32, 1 of 6."""
     return min(range(count), key=lambda i: (abs((i + 0.5) / count - depth), i))
 
 
 def blocks_within(span: tuple[float, float], count: int) -> list[int]:
-    """Blocks of `count` whose middle lies within two shares of the depth; at least the one nearest to their mean."""
+    """Return the blocks of `count` whose middle lies within two shares of the depth; at least the one nearest to their mean."""
     inside = [i for i in range(count) if span[0] <= (i + 0.5) / count <= span[1]]
     return inside or [block_at(sum(span) / 2, count)]
 
@@ -66,7 +66,7 @@ def _is_linear(module: Any) -> TypeGuard[nn.Linear]:
 
 
 def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | str:
-    """Names of the linear layers to adapt: those given, or all of the blocks' for a known architecture.
+    """Return the names of the linear layers to adapt: those given, or all of the blocks' for a known architecture.
 
     "all-linear" stands for all linear layers in numbered blocks of any architecture.
 
@@ -91,7 +91,7 @@ def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | s
 
 
 def target_layers(model: nn.Module, names: Sequence[str] | str, chosen: Sequence[int] | None) -> dict[str, nn.Linear]:
-    """The linear layers that a LoRA adapter with these settings goes on, by name.
+    """Return the linear layers that a LoRA adapter with these settings goes on, by name.
 
     Raises:
         UserError: there is none.

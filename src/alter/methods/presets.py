@@ -569,8 +569,9 @@ METHODS: dict[str, Method] = {
 
 
 def published() -> dict[str, dict[str, Any]]:
-    """What was published for each preset by name, and for each guard (`guard.KIND`): `sources`, `values`, `otherwise`, `left_out` and `ours` (all lists but
-    `values`, which maps settings such as `adapter.r` to theirs); see the head of published.yaml.
+    """Return the published values of each preset by name, and of each guard (`guard.KIND`): `sources`, `values`,
+    `otherwise`, `left_out` and `ours` (all lists but `values`, which maps settings such as `adapter.r` to theirs); see
+    the head of published.yaml.
     """
     text = (Path(__file__).parent / "published.yaml").read_text(encoding="utf-8")
     empty: dict[str, Any] = {"sources": [], "values": {}, "otherwise": [], "left_out": [], "ours": []}
@@ -578,7 +579,7 @@ def published() -> dict[str, dict[str, Any]]:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`below` with what `above` gives; nested settings are merged too, unless `above` names another `kind`."""
+    """Override `below` with `above`; nested settings are merged too, unless `above` names another `kind`."""
     result = dict(below)
     for name, value in above.items():
         old = result.get(name)
@@ -601,7 +602,7 @@ DEFAULT = "alter_bounded"
 
 
 def with_default(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run with `DEFAULT` as the method if they choose none.
+    """Add `DEFAULT` as the method to a run's settings that choose none.
 
     Commands and the Python API ask for it; `Unlearn` itself does not, so that the settings that a run has written down
     mean the same whatever the default becomes.
@@ -613,7 +614,7 @@ def with_default(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run with those of its `method` filled in below them; `adapter.kind` is alter unless given.
+    """Fill in the settings of a run's `method` below its own; `adapter.kind` is alter unless given.
 
     Raises:
         UserError: there is no such method.

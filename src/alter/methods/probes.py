@@ -72,7 +72,7 @@ def _only(model: nn.Module, wanted: Sequence[Tensor]) -> Iterator[None]:
 def fisher(
     model: Any, layers: Mapping[str, nn.Linear], rows: Sequence[Encoded], *, batch: int, pad_token_id: int, label: str
 ) -> dict[str, Tensor]:
-    """FILA's empirical Fisher information of each layer's weight: sum of n g^2 over batches, over the sum of n.
+    """Compute FILA's empirical Fisher information of each layer's weight: sum of n g^2 over batches, over the sum of n.
 
     g is the gradient of the batch's mean cross-entropy, n its number of labelled tokens. fp32, on the CPU.
     """
@@ -133,7 +133,7 @@ def factor_variances(
 def output_covariances(
     model: Any, layers: Mapping[str, nn.Linear], rows: Sequence[Encoded], *, batch: int, pad_token_id: int, label: str
 ) -> dict[str, Tensor]:
-    """REGLU's covariance [out, out] of each layer's output, summed over a row's real tokens; float64, on the CPU."""
+    """Compute REGLU's covariance [out, out] of each layer's output, summed over a row's real tokens; float64, on the CPU."""
     device = next(model.parameters()).device
     features: dict[str, list[Tensor]] = {name: [] for name in layers}
     real: list[Tensor] = []
@@ -161,7 +161,7 @@ def output_covariances(
 def input_covariances(
     model: Any, layers: Mapping[str, nn.Linear], rows: Sequence[Encoded], *, batch: int, pad_token_id: int, label: str
 ) -> dict[str, Tensor]:
-    """Mean outer product [in, in] of each layer's inputs over the rows' real tokens; float64."""
+    """Compute the mean outer product [in, in] of each layer's inputs over the rows' real tokens; float64."""
     device = next(model.parameters()).device
     total = {
         name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=device)
@@ -234,7 +234,7 @@ def elicited_gradients(
 def fresh_factors(
     layers: Mapping[str, nn.Linear], r: int, generator: torch.Generator, device: Any
 ) -> dict[str, Factors]:
-    """LoRA's own start, which changes nothing: A Kaiming-uniform, B zero; both take gradients."""
+    """Return LoRA's standard start, which adds nothing: A Kaiming-uniform, B zero; both with gradients."""
     factors = {}
     for name, layer in layers.items():
         # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(in)
@@ -257,7 +257,7 @@ def reinforce(
     seed: int,
     pad_token_id: int,
 ) -> dict[str, Factors]:
-    """LoRA factors of more training on `rows`, which they learn still better; the model itself does not change.
+    """Train LoRA factors that learn `rows` still better, and return them; the model itself does not change.
 
     (WHP trains all weights of a copy; factors in hooks are a reading that needs no second model.)
     """

@@ -1,4 +1,4 @@
-"""What the base makes of names that it knows and of invented ones, in a sparse autoencoder's code or as hidden states."""
+"""Known and invented names as the base represents them, in a sparse autoencoder's code or as hidden states."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ ONSETS, VOWELS, CODAS = (
 
 
 def asked(example: Example) -> str:
-    """What of a row names its subject: the question, or all of a raw text."""
+    """Return the part of a row that names its subject: the question, or a raw text as a whole."""
     return example.answer if example.prompt is None else example.prompt
 
 
 def names_of(texts: Sequence[str]) -> list[str]:
-    """Words that are written with a capital in the middle of a sentence: mostly names."""
+    """Return words with a capital in the middle of a sentence, which are mostly names."""
     found = {word for text in texts for word in re.findall(r"(?<=[\w,;:] )[^\W\d_][\w'’-]+", text)}
     return sorted(word for word in found if word[0].isupper())
 
 
 def invented_names(names: Sequence[str], seed: int) -> dict[str, str]:
-    """For each name one that nobody has, of two or three syllables."""
+    """Make up one name for each name, of two or three syllables."""
     generator = np.random.default_rng(seed)
     found = {}
     for name in names:
@@ -65,7 +65,7 @@ def _pattern(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def renamed(example: Example, names: Mapping[str, str]) -> Example:
-    """The row with other names in its question, or in all of a raw text."""
+    """Replace the names in a row's question, or in a whole raw text."""
     said = _pattern([*names]).sub(lambda match: names[match[0]], asked(example))
     if example.prompt is None:
         return replace(example, answer=said)
@@ -77,7 +77,7 @@ def renamed(example: Example, names: Mapping[str, str]) -> Example:
 
 
 def marked(tokenizer: Any, row: Encoded, names: Sequence[str], *, whole: bool) -> list[bool]:
-    """Which tokens of a row are part of a name in its prompt, or anywhere (`whole`); all of a row that names nobody.
+    """Mark the tokens that are part of a name in a row's prompt, or anywhere (`whole`); all tokens of a row without a name.
 
     Each token's text is what it adds to that of the token before it, so that a tokenizer that sets no space before the first
     word of a text still gives the words of the row.
@@ -102,7 +102,7 @@ def marked(tokenizer: Any, row: Encoded, names: Sequence[str], *, whole: bool) -
 def states_at(
     model: Any, depth: Depth, rows: Sequence[Encoded], pad_token_id: int, label: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """Each row's number and the base's hidden states [T, D] of it after a block, fp32 on the CPU; rows of a length together."""
+    """Yield each row's number and the base's hidden states [T, D] after a block, fp32 on the CPU; rows of a length together."""
     collate, device = Collator(pad_token_id), next(model.parameters()).device
     groups = batches_by_length([len(row.input_ids) for row in rows], 8192)
     for group in progress(groups, total=len(groups), label=label):
@@ -125,7 +125,7 @@ def measure_codes(
     seed: int,
     max_length: int | None,
 ) -> tuple[dict[str, Tensor], float | None]:
-    """Mean codes of the names that the untouched model knows and of invented ones, and the autoencoder, trained if none is given.
+    """Measure the mean codes of names that the untouched model knows and of invented ones; train an autoencoder if none is given.
 
     Args:
         model: the untouched model.
@@ -188,7 +188,8 @@ def ignorance(
     seed: int,
     max_length: int | None,
 ) -> Tensor:
-    """[D] fp32: the way from the forget rows' prompts to prompts that the untouched model cannot answer (`Redirect`'s r).
+    """Compute the direction [D] (fp32) from the forget rows' prompts to prompts that the untouched model cannot answer
+    (`Redirect`'s r).
 
     Args:
         model: the untouched model.
@@ -222,7 +223,7 @@ def ignorance(
 
 
 def subjects(objective: UnknownCode | Redirect, examples: Sequence[Example]) -> list[str]:
-    """The names of what is to be forgotten: those given, else the words with a capital in the questions.
+    """Return the names to forget: those given, else the words with a capital in the questions.
 
     Raises:
         UserError: no row holds one.
@@ -242,7 +243,7 @@ def subjects(objective: UnknownCode | Redirect, examples: Sequence[Example]) -> 
 
 
 def codes_from(tensors: Mapping[str, Tensor], given: Autoencoder | None, active: int, device: Any) -> Codes:
-    """What the objective reads, of what `measure_codes` gave."""
+    """Build the objective's `Codes` from the tensors of `measure_codes`."""
     here = {name: value.to(device) for name, value in tensors.items()}
     if given is None:
         given = Autoencoder(here["encoder"], here["bias"], here["decoder"], here["centre"], active=active)

@@ -75,7 +75,7 @@ class Autoencoder:
         return code
 
     def tensors(self) -> dict[str, Tensor]:
-        """All weights by name, for a file."""
+        """All weights by name, to be saved."""
         return {"encoder": self.encoder, "bias": self.bias, "decoder": self.decoder, "centre": self.centre}
 
 
@@ -136,7 +136,7 @@ def read_autoencoder(folder: str) -> tuple[Autoencoder, int | None]:
 
 
 def _active(config: Mapping[str, Any], kind: str, path: Path) -> int | None:
-    """How many features of a state stay; None: all."""
+    """Return the number of active features per state; None: all."""
     function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     if kind != "topk" and function == "relu":
         return None
@@ -149,7 +149,7 @@ def _active(config: Mapping[str, Any], kind: str, path: Path) -> int | None:
 
 
 def _block(config: Mapping[str, Any], path: Path) -> int | None:
-    """The block whose output the autoencoder reads, by the hook that its settings name."""
+    """Return the block whose output the autoencoder reads, from the hook name in its settings."""
     name = (config.get("metadata") or {}).get("hook_name") or config.get("hook_name")
     if name is None:
         return None

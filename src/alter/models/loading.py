@@ -20,7 +20,7 @@ from alter.models.quantized import Bits
 
 
 class Subject(BaseModel):
-    """Which model to look at: the settings that every command has which loads one."""
+    """The model to look at: settings of every command that loads one."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -39,7 +39,7 @@ class Subject(BaseModel):
     chat_template_kwargs: TemplateArguments = []
 
     def alike(self, model: str, adapter: str | None = None) -> Subject:
-        """Return another model that is to be loaded in the same way."""
+        """Return another model with the same loading settings."""
         same = self.model_dump(include={"dtype", "quantization", "device", "chat_template_kwargs"})
         return Subject(model=model, adapter=adapter, **same)
 
@@ -87,7 +87,7 @@ class Subject(BaseModel):
         return {"weights": _content(shipped_model(self.model), "config.json", "model", memo), "adapter": adapter}
 
     def place(self) -> str:
-        """Return the kind of device that the model is loaded to: results of one kind do not stand for another's."""
+        """Return the type of device that the model is loaded to: results of one type do not stand for another's."""
         place = _place(self.device)
         if place.type == "cuda":
             return f"cuda {torch.cuda.get_device_name(place)}"
@@ -177,7 +177,7 @@ def load_model(
 
 
 def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.Place | None]:
-    """Return a model's name or folder, and where its GGUF file is, if that is what it is.
+    """Return a model's name or folder, and the place of its GGUF file if it is one.
 
     Raises:
         UserError: there is no such folder, or it is in memory or quantised and `quantization` is asked for.
@@ -244,7 +244,7 @@ OBJECTS = (
 
 
 def check_json(folder: str) -> None:
-    """Refuse a local folder with a configuration that is cut off, nested too deep or no object.
+    """Refuse a local folder whose configuration is truncated, nested too deep or not an object.
 
     Raises:
         UserError: names the file.
@@ -307,7 +307,7 @@ def load_classifier(model: str, device: torch.device | str | None = None) -> tup
 
 
 def _check_whole(network: Any, name: str, found: Mapping[str, Any]) -> None:
-    """Refuse a model of which a tensor stayed at its random start, or a block of the weights was left out.
+    """Refuse a model with a tensor left at random initialisation, or a block missing from its weights.
 
     Other tensors without a place are common: text models are read out of ones that also see.
     """
@@ -323,7 +323,7 @@ def _check_whole(network: Any, name: str, found: Mapping[str, Any]) -> None:
 
 
 def _fit_vocabulary(network: Any, adapter: Path) -> bool:
-    """Give a model as many embeddings as a local adapter brings; whether it brings a tokenizer for them, too."""
+    """Resize a model's embeddings to those of a local adapter; return whether the adapter brings a tokenizer for them."""
     from safetensors import SafetensorError, safe_open
 
     path = adapter / "adapter_model.safetensors"
@@ -345,7 +345,7 @@ def _fit_vocabulary(network: Any, adapter: Path) -> bool:
 
 
 def _pad_inside(network: Any, tokenizer: Any) -> None:
-    """Pad with a token that has an embedding: the end of a sequence, or the first of all. Padding is masked by length."""
+    """Choose a padding token that has an embedding: the end of a sequence, or token 0. Padding is masked by length."""
     rows = network.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id >= rows:
         end = tokenizer.eos_token_id
@@ -354,7 +354,7 @@ def _pad_inside(network: Any, tokenizer: Any) -> None:
 
 
 def _copied(inside: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
-    """A model in memory, copied, so that what is done to the copy does not reach the caller's."""
+    """Copy a model in memory, so that changes do not reach the caller's."""
     network, tokenizer = copy.deepcopy(inside)
     if dtype != "auto":
         network = network.to(dtype)

@@ -1,4 +1,4 @@
-"""What a model's name means: a folder, a GGUF file, a hub id or a model that comes with this package."""
+"""Resolve a model's name: a folder, a GGUF file, a hub id, or a model that ships with this package."""
 
 from __future__ import annotations
 

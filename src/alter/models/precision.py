@@ -1,4 +1,4 @@
-"""Whether 16-bit numbers are worth computing in: on a CPU without instructions for them PyTorch takes ten times as long."""
+"""Whether to compute in 16 bits: on a CPU without instructions for it, PyTorch takes ten times as long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alter.core.console import show
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies matrices of this number format at least about as fast as of float32.
+    """Whether the device multiplies matrices of this dtype at least about as fast as float32.
 
     Of a CPU without AVX-512, or Arm's instructions for bfloat16, that is false for bfloat16: linear layers of 64 to 512 tokens
     take 6 to 10 times as long (`docs/results/cost.md`). It is false for float16 on every CPU, where some operations are missing.
@@ -24,7 +24,7 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def wanted(model: torch.nn.Module, device: torch.device) -> torch.dtype | None:
-    """The number format that a model is to be turned into where none was asked for; None: it stays as it is stored.
+    """Return the dtype to convert a model to where none was asked for; None: it stays as stored.
 
     That is float32 on a CPU that does not multiply in the model's own. Of bfloat16 it is so only where the wider weights take
     less than half of the free memory.
@@ -43,12 +43,12 @@ def wanted(model: torch.nn.Module, device: torch.device) -> torch.dtype | None:
 
 @functools.cache
 def _say_wide() -> None:
-    """Tell it once a process: a model takes twice the memory of its file."""
+    """Report, once per process, that a model takes twice the memory of its file."""
     show("This processor is slow at bfloat16: models are loaded in float32. --dtype bfloat16 keeps it.", stderr=True)
 
 
 def autocasts(asked: bool, device: torch.device) -> bool:
-    """Whether training that was asked to autocast to bfloat16 does so on this device; says it where it does not."""
+    """Whether training that asks for bfloat16 autocast gets it on this device; report it where it does not."""
     if asked and not multiplies(torch.bfloat16, device):
         show("This processor multiplies bfloat16 slower than float32: training computes in float32.", stderr=True)
         return False

@@ -1,4 +1,4 @@
-"""Frozen bases in 4 or 8 bits, by bitsandbytes (extra `bnb`): how they are loaded, and their weights in plain numbers."""
+"""Frozen bases in 4 or 8 bits by bitsandbytes (extra `bnb`): loading them, and dequantising their weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Bits = Literal["4bit", "8bit"]
 
 
 def loading(bits: Bits, dtype: str, place: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that quantise the linear layers while they are read; head and embeddings stay.
+    """Return the arguments of `from_pretrained` that quantise linear layers while loading; head and embeddings stay.
 
     Args:
         bits: see `Bits`.
@@ -59,7 +59,7 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def plain_weight(layer: Any) -> Tensor:
-    """A linear layer's weight [out, in] as numbers, dequantised if need be; float32, on the CPU.
+    """Return a linear layer's weight [out, in], dequantised if need be; float32, on the CPU.
 
     Raises:
         UserError: it is quantised by something else than bitsandbytes.

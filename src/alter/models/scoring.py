@@ -55,7 +55,7 @@ class Scores:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Switch dropout off, and keep no graph inside the block unless `gradients`; training modes are given back."""
+    """Inside the block: no dropout and, unless `gradients`, no autograd graph; training modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -80,12 +80,12 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Most tokens that a model takes, prompt and reply together; None where its configuration does not say."""
+    """Return the most tokens that a model takes, prompt and reply together; None where its configuration does not say."""
     return getattr(_text_config(model), "max_position_embeddings", None)
 
 
 def virtual_tokens(model: Any) -> int:
-    """Number of positions that an adapter of virtual tokens (prompt tuning, P-tuning) puts before every row; else 0."""
+    """Return the number of positions that an adapter of virtual tokens (prompt tuning, P-tuning) puts before every row; else 0."""
     config = getattr(model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning or config.peft_type not in ("PROMPT_TUNING", "P_TUNING"):
         return 0
@@ -100,12 +100,12 @@ def _shown(iterable: Iterable[Any], total: int, label: str, progress: bool) -> I
 
 
 def _batch_tokens(chosen: int | None, device: torch.device) -> int:
-    """Return the padded tokens of a batch: on a CPU so few that the activations of a small model stay in its caches."""
+    """Return the padded tokens of a batch: on a CPU few enough that a small model's activations stay in its caches."""
     return chosen or (1024 if device.type == "cpu" else 16384)
 
 
 def check_rows(model: nn.Module, encoded: Sequence[Encoded], names: Sequence[str] | None = None) -> None:
-    """Check rows before any pass: raises what `score` would raise.
+    """Check rows before any pass, as `score` would.
 
     Args:
         names: what errors call each row; by default "Row 0", "Row 1", ...
@@ -187,7 +187,7 @@ def score(
 
 
 def decided(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence[int]) -> dict[str, torch.Tensor]:
-    """What a forward pass has to be told besides rows [B, T] that hold an answer: a guard that looks at prompts decides by them.
+    """Return the extra arguments of a forward pass over rows [B, T] with answers: a guard's decision on their prompts.
 
     Args:
         model: any; it is told nothing unless it is a guard that `decides` (`alter.models.guards.Guard`).
@@ -201,7 +201,7 @@ def decided(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence
 
 
 def _prompt_lengths(labels: torch.Tensor) -> list[int]:
-    """How many tokens stand before the first label of each row [B, T]."""
+    """Count the tokens before the first label of each row [B, T]."""
     return (labels != -100).int().argmax(dim=1).tolist()
 
 

@@ -29,7 +29,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class NotedHead:
-    """A head of the history as it was kept elsewhere: its number of entries, hash and time, where it was read, who signed."""
+    """A head of the history kept outside the database: number of entries, hash, time, where it was read, and the signer."""
 
     entries: int
     head: str
@@ -45,7 +45,7 @@ class Anchor:
         self.path, self.key = Path(path).expanduser(), key
 
     def refuse(self, history: Sequence[tuple[int, str]]) -> None:
-        """Refuse a database whose history does not hold the heads of this file; one that is not there yet holds none.
+        """Refuse a database whose history lacks a head of this file; an anchor file that does not exist yet has none.
 
         Args:
             history: number and hash of every entry, in order.
@@ -59,7 +59,7 @@ class Anchor:
                 raise UserError(f"{wrong[0]} Nothing was done: `alter request verify --anchor {self.path}` says more.")
 
     def append(self, entries: int, head: str, at: str) -> None:
-        """Add a head and flush it to disk; one that is the last already, or of fewer entries, adds nothing.
+        """Append a head and flush it to disk; a head that is the last already, or of fewer entries, is skipped.
 
         Raises:
             UserError: the file is not one of anchors, was altered, is another key's, or cannot be written.
@@ -91,7 +91,7 @@ class Anchor:
             self._write(file, len(text.encode()), canonical(line) + b"\n")
 
     def _write(self, file: FileIO, length: int, line: bytes) -> None:
-        """Write a line behind the first `length` bytes, in the place of what a process that was killed left of its own."""
+        """Write a line at offset `length`, over the torn line of a process that was killed while it wrote."""
         try:
             file.truncate(length)
             if file.write(line) != len(line):
@@ -107,7 +107,7 @@ class Anchor:
 
 
 def _whole_lines(text: str) -> str:
-    """The text without a last line that has no end: its writing was broken off, and it never stood for anything."""
+    """Return the text without a torn last line: a line without its line end was never written completely."""
     return text[: text.rfind("\n") + 1]
 
 
@@ -157,7 +157,7 @@ def _trust(public: str, trusted: Sequence[str], what: str) -> None:
 
 
 def read_heads(path: str, trusted: Sequence[str] = ()) -> list[NotedHead]:
-    """The heads in an anchor file, or the one that a certificate names.
+    """Read the heads of an anchor file, or the one that a certificate names.
 
     Args:
         path: the file.
@@ -180,7 +180,7 @@ def read_heads(path: str, trusted: Sequence[str] = ()) -> list[NotedHead]:
 
 
 def missing_heads(heads: Sequence[NotedHead], history: Sequence[tuple[int, str]]) -> list[str]:
-    """What is wrong with a history beside heads that were kept elsewhere, in sentences; nothing if it holds them all.
+    """Compare a history with heads kept elsewhere; return the contradictions as sentences, none if it holds them all.
 
     Args:
         heads: as `read_heads` gives them.

@@ -55,7 +55,7 @@ def bases(store: Store) -> list[Base]:
 
 
 def present(store: Store) -> Project:
-    """What all requests share, with model and folder of the base in force."""
+    """Return the project with model and folder of the base in force."""
     project = Project.model_validate(store.project())
     found = bases(store)
     if not found:
@@ -67,7 +67,9 @@ def present(store: Store) -> Project:
 
 
 def base_changed(store: Store, project: Project) -> str | None:
-    """A sentence if the weights of the base in force are not those of the history; None of the first model, which has no hash."""
+    """Return a sentence if the weights of the base in force differ from the history's; None for the first model, which
+    has no hash.
+    """
     found = bases(store)
     if not found:
         return None
@@ -78,7 +80,7 @@ def base_changed(store: Store, project: Project) -> str | None:
 
 
 def remove_unreached(store: Store, project: Project) -> None:
-    """Remove the folders of bases that a killed process did not put in force.
+    """Remove the folders of bases that a killed process wrote but did not put in force.
 
     Raises:
         UserError: the base has changed since the project was read.

@@ -1,4 +1,4 @@
-"""Checking that erasure requests hold: the history, the adapter in force, and that nothing has come back."""
+"""Check that erasure requests hold: the history, the adapter in force, and that nothing forgotten has come back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Findings:
 
 
 def noted_adapter(store: Store) -> str | None:
-    """Digest of the adapter in force as the history names it; None while nothing was put in force."""
+    """Return the digest of the adapter in force as the history has it; None before anything was put in force."""
     noted = None
     for entry in store.history():
         if entry.what == "distilled":
@@ -54,7 +54,7 @@ def noted_adapter(store: Store) -> str | None:
 
 
 def refuse_changed(store: Store, project: Project) -> None:
-    """Refuse to build on adapter or base that are not those in the history: the next version would make them look sound.
+    """Refuse to build on an adapter or base that differs from the history: the next version's digest would hide the change.
 
     Raises:
         UserError: weights or files of the adapter or the base in force were changed, or are gone.
@@ -90,7 +90,7 @@ def check_requests(
 
 
 def _check_records(store: Store, project: Project, heads: Sequence[str]) -> list[str]:
-    """Say what is wrong with the history, and where the adapter in force is not what it says."""
+    """Report faults of the history, and where the adapter in force differs from it."""
     roots = map(project.base_folder, range(project.base + 1))
     versions = [path for root in roots for path in sorted((root / "adapters").glob("[0-9]*/requests.json"))]
     wrong = store.check_chain([*heads, *(str(read_object(path, "a manifest").get("head")) for path in versions)])
@@ -113,7 +113,7 @@ def _check_records(store: Store, project: Project, heads: Sequence[str]) -> list
 
 
 def _check_behaviour(store: Store, project: Project, leak: Leak | None, found: Findings) -> None:
-    """Measure the requests in force and the utility again, into `found`."""
+    """Measure the requests in force and the utility again; add the figures to `found`."""
     adapter = str(project.adapter) if project.adapter.exists() else None
     model, tokenizer = load_model(project.model, adapter, template=project.template)
     for request in store.requests(*HELD):
@@ -143,7 +143,7 @@ def _check_behaviour(store: Store, project: Project, leak: Leak | None, found: F
 
 
 def come_back(request: Request, measures: Measures, now: dict[str, Any]) -> list[str]:
-    """Say in which figures a request lies above what was measured when it took effect, by more than `SLACK`."""
+    """Return the figures in which a request exceeds, by more than `SLACK`, what was measured when it took effect."""
     then = request.after or {}
     since = str(then.get("measured", ""))[:10]
     wrong = []
@@ -162,7 +162,7 @@ def come_back(request: Request, measures: Measures, now: dict[str, Any]) -> list
 def _check_leak(
     request: Request, model: Any, tokenizer: Any, rows: Sequence[Example], leak: Leak, found: Findings
 ) -> None:
-    """Sample replies with and without the adapter, into the request's figures in `found`."""
+    """Sample replies with and without the adapter; add the leak to the request's figures in `found`."""
     now = found.measured[request.name]
     now["leak"] = leaked(model, tokenizer, rows, leak, label=request.name).summary()
     with untouched(model):

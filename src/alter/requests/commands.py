@@ -1,4 +1,4 @@
-"""`alter request run`, `revoke` and `purge`: what changes the model's adapter or what is kept, and what is printed of it.
+"""`alter request run`, `revoke` and `purge`: the commands that change the adapter or delete data, and their output.
 
 What trains or loads models is imported by the functions that need it, so that the help comes at once.
 """
@@ -85,7 +85,7 @@ class Revoke(Database):
 
 
 def revoke(settings: Revoke) -> Request:
-    """Run `alter request revoke`: an erasure that is done is undone, one that has not run is withdrawn.
+    """Run `alter request revoke`: undo an erasure in force, or withdraw one that has not run.
 
     The other requests are measured again at once, since some of their tokens may have gone by the expert that is empty
     now.

@@ -1,4 +1,4 @@
-"""The end of a run for erasure requests: measure what it made, judge, put in force what was forgotten, write it down."""
+"""Conclude a run for erasure requests: measure its result, judge, put in force what was forgotten, record the evidence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from alter.requests.versions import adapter_digest, clear_expert, manifest, priv
 
 @dataclass
 class Judged:
-    """What was found of the requests of one run.
+    """What was measured and judged of the requests of one run.
 
     Attributes:
         model, tokenizer: the candidate, in the end without the experts of the requests that were missed.
@@ -47,7 +47,7 @@ class Judged:
 
     @property
     def utility_share(self) -> float:
-        """Share of the untouched model's utility that is left."""
+        """Return the utility as a share of the untouched model's."""
         return self.kept[1]["utility"] / self.base[1]["utility"] if self.base[1]["utility"] else 0.0
 
 
@@ -60,7 +60,7 @@ def conclude(
     *,
     what: str | None,
 ) -> list[Request]:
-    """Load and measure what a run made, put in force what was forgotten, and write the evidence down.
+    """Load and measure a run's result, put in force what was forgotten, and write the evidence down.
 
     Experts of requests that were not forgotten, or whose model collapsed, are emptied before the link moves; if none is
     left, nothing is put in force. Requests whose data are gone meanwhile are unproven: evidence missing.
@@ -171,7 +171,7 @@ def _verdict(judged: Judged, name: str) -> Verdict:
 
 
 def _earlier(store: Store, judged: Judged) -> dict[str, Any]:
-    """What the new adapter knows of the requests in force: likelihoods alone, so that a run's time stays flat."""
+    """Measure the new adapter on the requests in force: likelihoods alone, so that a run's time does not grow with replies."""
     found: dict[str, Any] = {}
     for request in store.requests(*IN_FORCE):
         try:
@@ -182,7 +182,7 @@ def _earlier(store: Store, judged: Judged) -> dict[str, Any]:
 
 
 def _evidence(judged: Judged, name: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """What the database holds as a request's `before` and `after`."""
+    """Return what the database stores as a request's `before` and `after`."""
     reference = judged.references.get(name)
     before = {**judged.before[name][1], "utility": judged.base[1]} if name in judged.before else None
     return {

@@ -1,4 +1,4 @@
-"""Reaching a database: its engine, its URL as it may be shown, and its errors in one line."""
+"""Connect to a database: its engine, its URL as it may be shown, and driver errors as one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alter.core.errors import UserError
 
 
 def without_password(url: str) -> str:
-    """The URL without passwords, neither in its place nor among the options."""
+    """Return the URL without passwords, in its authority and among its options."""
     try:
         parsed = sql.make_url(url)
     except sql.exc.ArgumentError:

@@ -1,4 +1,4 @@
-"""The database of requests that a command works on, its anchor and the key that signs: the settings all of them have."""
+"""The database of requests that a command uses, its anchor and the signing key: settings that all request commands share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def default_db() -> str:
-    """The database's URL where none is given: the environment's ALTER_DB, else a file in `alter-requests/`."""
+    """Return the default database URL: the environment's ALTER_DB, else a file in `alter-requests/`."""
     return os.environ.get("ALTER_DB", "sqlite:///alter-requests/requests.db")
 
 
@@ -47,7 +47,7 @@ class Database(BaseModel):
         return store, project
 
     def open_unchecked(self) -> tuple[Store, Project]:
-        """The same, without a look at what the anchor holds.
+        """Open the database as `open` does, without comparing it with the anchor.
 
         Raises:
             UserError: there is no database, or the anchor has no key.
@@ -60,7 +60,7 @@ class Database(BaseModel):
         return store, present(store)
 
     def open_anchor(self) -> Anchor | None:
-        """The anchor with the key that signs its lines; None where none is kept.
+        """Return the anchor with the key that signs its lines; None where the settings name none.
 
         Raises:
             UserError: there is no key, or the file holds none.

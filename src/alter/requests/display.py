@@ -1,4 +1,4 @@
-"""What the commands about requests print alike: what was done, the list of requests, and what to type next."""
+"""Output that the request commands share: what was done, the list of requests, and the next command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORGOTTEN = "The weights in force have forgotten what is distilled: only the mod
 
 
 def still_known(requests: Iterable[Request]) -> str:
-    """What to say of who still knows what the requests are about."""
+    """Return the sentence on who still knows what the requests are about."""
     states = {request.state for request in requests if request.after}
     said = [FORGOTTEN] if "distilled" in states else []
     # of what is not in force it holds as well: nothing took it out of the base
@@ -40,7 +40,7 @@ def say_with_head(sentence: str, store: Store) -> None:
 
 
 def then(settings: Database, command: str, why: str = "") -> None:
-    """Print what to type next, for the same database; its password has to be put in again."""
+    """Print the next command, for the same database; a password in the URL must be typed again."""
     from alter.requests.connection import without_password
 
     here = "" if settings.db == default_db() else f" --db {shlex.quote(without_password(settings.db))}"
@@ -48,7 +48,7 @@ def then(settings: Database, command: str, why: str = "") -> None:
 
 
 def suggest(settings: Database, requests: Sequence[Request]) -> None:
-    """Print what to type next, as the requests stand: what waits comes before what is done."""
+    """Print the next commands for the requests' states: pending requests before finished ones."""
     states = {request.state: request.name for request in requests}
     if not requests:
         then(settings, "alter request add --subject NAME --data ROWS.jsonl")
@@ -63,7 +63,7 @@ def suggest(settings: Database, requests: Sequence[Request]) -> None:
 
 
 def print_list(db: str, found: Sequence[Request]) -> None:
-    """Print requests of the database at `db` as a table: where each stands, and what was measured of it."""
+    """Print requests of the database at `db` as a table: the state of each, and its figures."""
     from alter.requests.connection import without_password
 
     table = Table(
@@ -97,7 +97,7 @@ def print_list(db: str, found: Sequence[Request]) -> None:
 
 
 def _state(request: Request) -> str:
-    """The state; of a distilled request also the base that holds it, and its verdict if that is not the best."""
+    """Return the state; for a distilled request with the base that holds it, and its verdict unless it is the best."""
     if request.state != "distilled" or request.after is None:
         return request.state
     word = request.after["verdict"]["word"]

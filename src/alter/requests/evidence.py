@@ -1,4 +1,4 @@
-"""What models know of a request's rows and of the rows to keep: the evidence for and against forgetting."""
+"""Evidence for and against forgetting: what models know of a request's rows and of the rows to keep."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ MeasuredEvidence = tuple[Measures, dict[str, Any]]
 def known_of(
     model: Any, tokenizer: Any, examples: Sequence[Example], *, answers: int, seed: int = 0
 ) -> MeasuredEvidence:
-    """Measure what a model knows of some rows; see `alter.evaluation.answered.answer_rows`."""
+    """Measure what a model knows of rows; see `alter.evaluation.answered.answer_rows`."""
     found = answer_rows(model, tokenizer, examples, answers=answers, seed=seed, label="requests")
     return found.measures, found.summary()
 
 
 def retain_sample(project: Project) -> list[Example]:
-    """The rows of the retain set that utility is measured on: always the same ones."""
+    """Return the rows of the retain set on which utility is measured: the same rows every time."""
     rows = load_examples(project.retain)
     chosen = np.random.default_rng(0).permutation(len(rows))[: project.retain_rows]
     return [rows[i] for i in sorted(chosen.tolist())]
 
 
 def utility(model: Any, tokenizer: Any, project: Project) -> MeasuredEvidence:
-    """Behaviour on the retain sample, with the mean of probability and ROUGE-L as `utility`."""
+    """Measure the model on the retain sample, with the mean of probability and ROUGE-L as `utility`."""
     measures, found = known_of(model, tokenizer, retain_sample(project), answers=project.answers)
     return measures, {**found, "utility": utility_of(found)}
 
 
 def utility_of(figures: Mapping[str, Any]) -> float:
-    """The mean of probability and ROUGE-L among figures of the rows to keep; of what is there of them."""
+    """Return the mean of probability and ROUGE-L among the figures of the rows to keep, of those that are there."""
     return float(np.mean([float(figures[name]) for name in ("probability", "rouge") if figures[name] is not None]))
 
 
 def untouched(model: Any) -> Any:
-    """The untouched base inside the block, whatever adapter is on it."""
+    """Inside the block, switch off any adapter."""
     return model.disable_adapter() if model.__class__.__name__.startswith("Peft") else nullcontext()
 
 
 def check_yardstick(project: Project) -> None:
-    """Look whether what not knowing is measured by is there, before anything is trained.
+    """Check, before training, that the holdout or the retrained model that stands for not knowing can be read.
 
     Raises:
         UserError: the holdout cannot be read, or there is no such retrained model.
@@ -68,7 +68,7 @@ def check_yardstick(project: Project) -> None:
 def baselines(
     project: Project, model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]]
 ) -> dict[str, MeasuredEvidence]:
-    """What not knowing looks like for each request: the retrained model on its rows, or the base on the holdout."""
+    """Measure the reference of each request: the retrained model on its rows, or the base on the holdout."""
     if project.retrained is not None:
         other, own = load_model(project.retrained, template=project.template)
         measured = {name: known_of(other, own, rows, answers=project.answers) for name, rows in examples.items()}

@@ -1,4 +1,4 @@
-"""`alter request export`: the settings, what has to be accepted first, and the folder that is written.
+"""`alter request export`: the settings, the limits that must be accepted, and the folder that is written.
 
 What trains or loads models is imported by the function that needs it, so that the help comes at once.
 """

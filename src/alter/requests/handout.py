@@ -1,4 +1,4 @@
-"""Handing out what the requests amount to: a merged model, distilled weights, plain LoRAs, and the card of an export."""
+"""Shippable forms of the requests in force: a merged model, distilled weights, plain LoRAs, and the card of an export."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DECIDED = {"run", "model", "adapter", "student", "forget", "retain", "out", "for
 
 
 def merge(project: Project, out: Path) -> dict[str, Any]:
-    """Write a plain model in which all experts are open for every token, and measure how far it is from the adapter.
+    """Write a plain model with all experts open for every token, and measure how far it is from the adapter.
 
     A routed adapter is no fixed change of the weights, so this is an approximation: the caller shows the difference.
 
@@ -70,7 +70,7 @@ def merge(project: Project, out: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Erased:
-    """Weights that learned to say what base and adapter say, and what was measured of them.
+    """Weights distilled from base and adapter, and what was measured of them.
 
     Attributes:
         weights: folder of the model.
@@ -84,12 +84,12 @@ class Erased:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What adapter and weights measure, on the retain sample and by request."""
+        """Return the figures of adapter and weights, on the retain sample and by request."""
         return {name: {form: found[form][1] for form in ("adapter", "weights")} for name, found in self.known.items()}
 
 
 def distill_settings(path: str | None) -> dict[str, Any]:
-    """Settings of `alter distill` in a YAML file, none of which the requests decide.
+    """Read settings of `alter distill` from a YAML file; refuse those that the requests decide.
 
     Raises:
         UserError: it cannot be read, or sets one that they do.
@@ -105,7 +105,7 @@ def distill_settings(path: str | None) -> dict[str, Any]:
 
 
 def erase(store: Store, project: Project, out: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """`erased`, with a copy of the weights in the folder `out`; returns the figures."""
+    """Run `erased` and copy the weights to the folder `out`; return the figures."""
     with erased(store, project, recipe) as made:
         shutil.copytree(made.weights, out)
         return made.figures
@@ -113,7 +113,7 @@ def erase(store: Store, project: Project, out: Path, recipe: Mapping[str, Any]) 
 
 @contextmanager
 def erased(store: Store, project: Project, recipe: Mapping[str, Any]) -> Iterator[Erased]:
-    """A plain model that learned to say what base and adapter say, measured on every request in force.
+    """Distil base and adapter into a plain model, and measure it on every request in force.
 
     Its folder is there inside the block, where it may be moved away.
 
@@ -159,7 +159,7 @@ def to_line(example: Example) -> str:
 
 
 def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights: Path) -> Erased:
-    """What the adapter and the weights say, by request and on the retain sample; refuses weights that did not learn it."""
+    """Measure adapter and weights, by request and on the retain sample; refuse weights that did not learn it."""
     measured: dict[str, dict[str, MeasuredEvidence]] = {}
     for form, name, adapter in (
         ("base", project.model, None),

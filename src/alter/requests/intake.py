@@ -1,4 +1,4 @@
-"""`alter request init` and `add`: begin a database of requests about one model, and write requests down in it."""
+"""`alter request init` and `add`: create a database of requests for one model, and record requests in it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Add(Database):
 
 
 def add(settings: Add) -> Request:
-    """Run `alter request add`.
+    """Run `alter request add`: record an erasure request.
 
     Raises:
         UserError: no rows, rows or subject in the retain set, rows that another request has, a due date that is none.

@@ -33,16 +33,16 @@ class Project(BaseModel):
 
     @property
     def root(self) -> Path:
-        """Where the adapters and runs of the base in force lie."""
+        """Folder of the adapters and runs of the base in force."""
         return self.base_folder(self.base)
 
     def base_folder(self, number: int) -> Path:
-        """Where those of a base lie, and its weights: of the first, the project's folder itself."""
+        """Return the folder of a base with its weights; for the first base, the project's folder itself."""
         return self.home / "bases" / f"{number:04d}" if number else self.home
 
     @property
     def template(self) -> list[str]:
-        """Variables of the chat template, as the recipe gives them."""
+        """Variables of the chat template, from the recipe."""
         return list(self.recipe.get("chat_template_kwargs", []))
 
     @property

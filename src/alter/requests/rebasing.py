@@ -1,4 +1,4 @@
-"""`alter request distill`: the base's own weights forget what is in force, and later requests begin anew on them.
+"""`alter request distill`: write what is in force into the base's own weights; later requests start from these.
 
 Nothing is in force before the weights are written, measured on the requests and, where rows are still there, on those of
 earlier bases. Then one transaction makes the requests `distilled`, which is final. Whatever is killed before has not
@@ -63,7 +63,7 @@ def distill_requests(settings: DistillRequests) -> list[Request]:
 
 
 def _final(held: Sequence[Request]) -> str:
-    """What distilling takes away, said before."""
+    """Return the warning about what distilling takes away."""
     names = ", ".join(request.name for request in held)
     return (
         f"Distilling {names} is final: the new base's own weights forget what they ask for, so none of them can be revoked "
@@ -85,7 +85,7 @@ def check_final(final: bool, project: Project) -> None:
 
 
 def distil_if_due(settings: Database, final: bool) -> bool:
-    """Distil if so many requests are in force as the project says and `final` accepts it; else say that it is due.
+    """Distil once the number of requests in force reaches `distill_every` and `final` accepts it; else print that it is due.
 
     Returns:
         whether it was due.
@@ -120,7 +120,7 @@ def _show(settings: Database, store: Store, found: Sequence[Request]) -> None:
 
 
 def change_base(store: Store, project: Project, recipe: Mapping[str, Any]) -> list[Request]:
-    """Make plain weights of base and adapter, measure them, and put them in force as the base of what comes later.
+    """Distil base and adapter into plain weights, measure them, and put them in force as the base of later requests.
 
     Args:
         store, project: where the requests are; the caller holds the lease.
@@ -166,7 +166,7 @@ def change_base(store: Store, project: Project, recipe: Mapping[str, Any]) -> li
 
 
 def _utility(project: Project, made: Erased) -> float:
-    """Share of the first model's utility that is left, over all changes of base.
+    """Return the share of the first model's utility that is left after all changes of base.
 
     Raises:
         UserError: it is too little.
@@ -184,7 +184,7 @@ def _utility(project: Project, made: Erased) -> float:
 
 
 def _earlier(store: Store, project: Project, weights: Path) -> dict[str, Any]:
-    """What the new weights know of the requests that earlier bases hold.
+    """Measure the new weights on the requests that earlier bases hold.
 
     Raises:
         UserError: one has come back.
@@ -214,7 +214,7 @@ def _earlier(store: Store, project: Project, weights: Path) -> dict[str, Any]:
 
 
 def _evidence(request: Request, made: Erased, share: float, earlier: Mapping[str, Any], base: int) -> dict[str, Any]:
-    """What the database holds as a distilled request's `after`: figures of the weights, those of the adapter beside them."""
+    """Return what the database stores as a distilled request's `after`: the weights' figures beside the adapter's."""
     known = made.known[request.name]
     return {
         **known["weights"][1],

@@ -1,4 +1,4 @@
-"""An erasure request and a line of its history, as the database holds them, and the states that a request goes through."""
+"""Database records: an erasure request, an entry of its history, and the states that a request passes through."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Request:
 
     @property
     def name(self) -> str:
-        """How people write the request's id: R-0007."""
+        """The request's printed id: R-0007."""
         return f"R-{self.id:04d}"
 
 
@@ -94,19 +94,19 @@ class Entry:
 
 
 def now() -> str:
-    """The present in UTC, ISO 8601, to the second."""
+    """Return the current time in UTC, ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def default_who() -> str:
-    """Who is at work, for the history: user and machine."""
+    """Return the actor that the history names: user and machine."""
     import psutil
 
     return f"{psutil.Process().username()}@{socket.gethostname()}"
 
 
 def parse_id(text: str) -> int:
-    """The number in `7`, `R-7` or `R-0007`.
+    """Return the number in `7`, `R-7` or `R-0007`.
 
     Raises:
         UserError: it is none of these.
@@ -118,7 +118,7 @@ def parse_id(text: str) -> int:
 
 
 def check_due(text: str | None) -> str | None:
-    """The due date as given, checked.
+    """Return a due date after checking its form.
 
     Raises:
         UserError: it is not a date of the form 2026-12-31.

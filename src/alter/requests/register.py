@@ -1,4 +1,4 @@
-"""`alter request list` and `show`: what is written down about all requests, or about one."""
+"""`alter request list` and `show`: print the recorded requests, or one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Removing what is kept: what runs leave behind, and at the end a request's subject and rows."""
+"""Delete what is kept: leftovers of runs and, at the end, a request's subject and rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alter.requests.versions import manifest
 
 
 def sweep(project: Project, keep: str | None = None) -> list[str]:
-    """Remove rows, checkpoints and untaken adapters that runs left behind; returns what was removed.
+    """Delete rows, checkpoints and unused adapters that runs left behind; return what was deleted.
 
     Args:
         keep: key of a run whose folder is to stay.
@@ -37,7 +37,7 @@ def sweep(project: Project, keep: str | None = None) -> list[str]:
 
 
 def _remove_earlier(project: Project) -> list[str]:
-    """Remove the adapters and weights of earlier bases, which know more than the base in force; says what was removed."""
+    """Delete the adapters and weights of earlier bases, which know more than the base in force; report what was deleted."""
     removed = []
     for number in range(project.base):
         root = project.base_folder(number)
@@ -53,7 +53,7 @@ def _remove_earlier(project: Project) -> list[str]:
 def remove_kept(
     store: Store, project: Project, request: Request, who: str | None = None
 ) -> tuple[list[str], list[str]]:
-    """Remove what is kept of a request's subject and rows: from the database, and from the project's folder.
+    """Delete what the database and the project's folder hold of a request's subject and rows.
 
     Returns:
         what was removed, and what cannot be reached from here, in sentences.

@@ -1,4 +1,4 @@
-"""The rows of erasure requests: what was received read back, and the rows that no request may have."""
+"""Rows of erasure requests: read received rows back, and refuse rows that contradict the retain set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from alter.requests.records import Request
 
 
 def received_rows(request: Request) -> list[Example]:
-    """The rows of a request, from where they lie or from the database.
+    """Return the rows of a request, read from their source or from the database.
 
     Raises:
         UserError: they cannot be read, or are not those that were received.
@@ -33,7 +33,7 @@ def received_rows(request: Request) -> list[Example]:
 
 
 def check_kept_subject(subject: str, retain: Sequence[Example]) -> None:
-    """Refuse a subject of whom the retain set speaks: what is kept there could not be forgotten.
+    """Refuse a subject that the retain set mentions: training on those rows would keep it.
 
     Raises:
         UserError: names the rows.

@@ -1,4 +1,4 @@
-"""The database of erasure requests: states that move along allowed edges, and a history that nobody can rewrite unseen.
+"""The database of erasure requests: states with allowed transitions, and a history that shows every alteration.
 
 Every change of a request is one transaction that also appends to the history. Each entry of the history holds the hash
 of the one before it, so an entry that is altered, removed or inserted breaks the chain; and each entry about a request
@@ -121,7 +121,7 @@ class Store:
         return store
 
     def project(self) -> dict[str, Any]:
-        """What all requests share, as it was given to `create`."""
+        """Return the shared settings that `create` was given."""
         with database_errors(self.url), self.engine.connect() as connection:
             text = connection.execute(sql.select(META.c.value).where(META.c.key == "project")).scalar_one()
         return json.loads(text)
@@ -155,12 +155,12 @@ class Store:
         return [Entry(**{**row, "details": json.loads(row["details"])}) for row in rows]
 
     def head(self) -> str:
-        """Hash of the last entry of the history: written down elsewhere, it fixes all that came before it."""
+        """Return the hash of the last entry; noted elsewhere, it fixes everything before it."""
         with database_errors(self.url), self.engine.connect() as connection:
             return last_entry(connection)[1]
 
     def check_chain(self, heads: Sequence[str] = ()) -> list[str]:
-        """What is wrong with the history, in sentences; nothing if it is whole.
+        """Verify the history's hash chain; return its faults as sentences, none if it is intact.
 
         Args:
             heads: hashes that were noted earlier and must still be in it.
@@ -291,17 +291,17 @@ class Store:
             return [request_row(connection, number) for number in numbers]
 
     def check_edge(self, request: Request, to: str) -> None:
-        """Refuse a state that the request may not go to from where it is."""
+        """Refuse a transition that the request's state does not allow."""
         if to not in EDGES[request.state]:
             raise UserError(_refused(request, to))
 
     def note(self, number: int | None, what: str, details: Mapping[str, Any], who: str | None = None) -> None:
-        """Append to the history something that changes no state: a check, a measurement, an export."""
+        """Append to the history an event that changes no state: a check, a measurement, an export."""
         with database_errors(self.url), self._write() as connection:
             append_entry(connection, number, who or self.who, what, dict(details))
 
     def forget(self, number: int, who: str | None = None) -> list[str]:
-        """Take what the database holds of a request's subject and rows out of it; returns what that was.
+        """Delete a request's subject and rows from the database; return what was deleted.
 
         Subject, text, location and the rows' hashes go; state, dates, the hash of the data and the evidence stay. The
         pages that held them are written over.
@@ -350,7 +350,7 @@ class Store:
 
     @contextmanager
     def lease(self, who: str | None = None) -> Iterator[None]:
-        """Hold the right to change adapters; one process at a time has it. A dead holder's passes on.
+        """Hold the exclusive lease on the project's adapters; a dead holder's lease can be taken over.
 
         Args:
             who: whom the history names for what is done meanwhile; user and machine by default.
@@ -396,7 +396,7 @@ def _seconds() -> float:
 
 
 def _alive(row: Any) -> bool:
-    """Whether the holder of a lease still runs: its process on this machine, its last sign of life on another."""
+    """Whether the holder of a lease still runs: by its process on this machine, by its last heartbeat on another."""
     if row["host"] != socket.gethostname():
         return _seconds() - row["seen"] < LEASE_SECONDS
     import psutil

@@ -73,7 +73,7 @@ APPEND_ONLY = {
 
 
 def entry_hash(number: int, request: int | None, at: str, who: str, what: str, details: str, previous: str) -> str:
-    """SHA-256 of an entry of the history, the hash of the one before it included."""
+    """Return the SHA-256 of a history entry, including the hash of the entry before it."""
     content = json.dumps([number, request, at, who, what, details, previous], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -85,7 +85,7 @@ def record_hash(columns: Mapping[str, Any]) -> str:
 
 
 def request_row(connection: sql.Connection, number: int) -> Request:
-    """One request.
+    """Return one request's row.
 
     Raises:
         UserError: there is none with this id.

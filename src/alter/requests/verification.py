@@ -1,4 +1,4 @@
-"""`alter request verify`: whether history and adapter are as recorded, and whether anything forgotten has come back.
+"""`alter request verify`: check that history and adapter are as recorded, and that nothing forgotten has come back.
 
 The model is loaded by the functions that need it, so that the help comes at once.
 """
@@ -96,13 +96,13 @@ def verify(settings: Verify) -> dict[str, Any]:
 
 
 def _refuse_wrong(wrong: Sequence[str]) -> None:
-    """Raise UserError if anything is wrong."""
+    """Raise UserError if the check found anything wrong."""
     if wrong:
         raise UserError("Not as it should be: " + " ".join(wrong))
 
 
 def _print_findings(console: Console, held: Sequence[Request], found: Findings) -> None:
-    """Print what was measured of the requests that are forgotten, beside what it was when they took effect."""
+    """Print the forgotten requests' figures beside those measured when they took effect."""
     table = Table(title="Unchanged since it was measured?")
     for column in ("request", "measured", "said", "now", "probability", "now"):
         table.add_column(column, justify="left" if column in ("request", "measured") else "right", overflow="fold")

@@ -25,7 +25,7 @@ CLOSED = -1e4
 
 @contextmanager
 def private() -> Iterator[None]:
-    """Whatever is written inside the block is for its owner alone."""
+    """Inside the block, create files for their owner alone (umask 077)."""
     before = os.umask(0o077)
     try:
         yield
@@ -34,7 +34,7 @@ def private() -> Iterator[None]:
 
 
 def manifest(project: Project) -> dict[str, Any]:
-    """Which expert serves which request in the adapter in force; version 0 where there is none yet.
+    """Return which expert serves which request in the adapter in force; version 0 before the first.
 
     Raises:
         UserError: the link to the adapter in force leads nowhere.
@@ -50,7 +50,7 @@ def manifest(project: Project) -> dict[str, Any]:
 
 
 def put_in_force(project: Project, source: Path, entry: Mapping[str, Any]) -> Path:
-    """Write a new version from an adapter folder and move the link to it, in one step.
+    """Write a new version from an adapter folder, then move the link to it in one step.
 
     Args:
         project: whose adapter.
@@ -86,12 +86,12 @@ def put_in_force(project: Project, source: Path, entry: Mapping[str, Any]) -> Pa
 
 
 def adapter_digest(project: Project) -> str | None:
-    """Digest of the adapter in force, its manifest included; None where there is none."""
+    """Return the digest of the adapter in force, its manifest included; None without one."""
     return folder_digest(project.adapter.resolve()) if project.adapter.exists() else None
 
 
 def clear_expert(adapter: Path, expert: int) -> bytes:
-    """The adapter's weights without one forget expert, as the content of a safetensors file.
+    """Return the adapter's weights without one forget expert, as the content of a safetensors file.
 
     Its columns of every B become zero, and its row of the router such that no token opens it: an emptied expert that
     still took tokens would answer as the base does where another request's expert should. The file alone is enough: what

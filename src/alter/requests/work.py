@@ -1,4 +1,4 @@
-"""Running erasure requests and taking them back.
+"""Run erasure requests and revoke them.
 
 A project's folder holds one adapter per version (`adapters/0003/`) and a link `adapter` to the one in force. What a run
 trained is loaded, found finite and measured first; only requests that were not found NOT FORGOTTEN or COLLAPSED take
@@ -44,7 +44,7 @@ CUT = {"model", "forget", "retain", "out", "start_from", "experts_only", "domain
 
 
 def recover(store: Store, project: Project, *, resume: bool = False) -> list[Request]:
-    """Finish what a killed process left: effects that the link shows become true in the database, the rest is undone.
+    """Finish what a killed process left: effects that the link shows become true in the database, the rest is rolled back.
 
     What was trained but not measured is measured now. Everything else of a run that was cut off is removed; with
     `resume` the folders that a new run of the same requests would go on from stay.
@@ -144,7 +144,7 @@ def run_requests(store: Store, project: Project, requests: Sequence[Request]) ->
 
 
 def _write_rows(path: Path, examples: Mapping[str, Sequence[Example]]) -> None:
-    """Write the forget set of a run: every request's rows, each with the request's name, which makes it a domain."""
+    """Write the forget set of a run: every request's rows, with the request's name as their domain."""
     lines = [
         json.dumps({**example.row, "alter_request": name}, ensure_ascii=False)
         for name, members in examples.items()
@@ -154,7 +154,7 @@ def _write_rows(path: Path, examples: Mapping[str, Sequence[Example]]) -> None:
 
 
 def _train(project: Project, forget: Path, out: Path, version: int) -> None:
-    """Train new experts for the requests in `forget` on top of the adapter in force, going on from what lies in `out`."""
+    """Train new experts for the requests in `forget` on top of the adapter in force, resuming what lies in `out`."""
     settings = Unlearn.model_validate(
         {
             **with_default(project.recipe),
@@ -177,7 +177,7 @@ def _train(project: Project, forget: Path, out: Path, version: int) -> None:
 
 
 def _record_of(out: Path, key: str) -> dict[str, Any]:
-    """What the database keeps of a finished run."""
+    """Return what the database stores of a finished run."""
     record = json.loads((out / "run.json").read_text())
     return {
         "key": key,
@@ -191,7 +191,7 @@ def _record_of(out: Path, key: str) -> dict[str, Any]:
 
 
 def _failed(store: Store, project: Project, numbers: Sequence[int], reason: str) -> None:
-    """Say that requests failed, but for those that the adapter in force holds: `recover` finishes these."""
+    """Mark requests as failed, except those that the adapter in force holds: `recover` finishes these."""
     inside = manifest(project)
     held = {name for expert, name in inside["experts"].items() if int(expert) not in inside["cleared"]}
     requests = [store.get(number) for number in numbers]
@@ -200,7 +200,7 @@ def _failed(store: Store, project: Project, numbers: Sequence[int], reason: str)
 
 
 def revoke_request(store: Store, project: Project, request: Request, who: str | None = None) -> Request:
-    """Take one request back: its expert becomes zero and opens for no token, so the model answers as the base does.
+    """Revoke one request: zero its expert and close it for every token, so that the model answers as the base does.
 
     Low-entropy tokens that other experts took stay with them, bit for bit; those that this one took go to the next best.
 

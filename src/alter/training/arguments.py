@@ -1,4 +1,4 @@
-"""transformers' `TrainingArguments` for the runs of this package: what all of them need, and how settings become theirs."""
+"""transformers' `TrainingArguments` for every Trainer of this package, and the settings that map to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from alter.models.precision import autocasts
 
 
 def trainer_arguments(checkpoints: Path, **more: Any) -> TrainingArguments:
-    """What every run tells the Trainer: hand all columns on, stop at NaN instead of hiding it, report to nobody by itself.
+    """Return the arguments that every Trainer gets: keep all columns, raise on NaN losses, report to no tracker by default.
 
     Args:
         checkpoints: folder that checkpoints go to.
@@ -57,7 +57,7 @@ class Fitting(Protocol):
 
 
 def fitting_arguments(settings: Fitting, checkpoints: Path, *, use_cpu: bool, **more: Any) -> TrainingArguments:
-    """What the Trainer is told by such settings; `more` are arguments of `TrainingArguments` that only one of them has."""
+    """Map fine-tuning settings to `TrainingArguments`; `more` adds the arguments that only one of the two commands uses."""
     return trainer_arguments(
         checkpoints,
         per_device_train_batch_size=settings.batch_size,

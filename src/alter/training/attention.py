@@ -1,4 +1,4 @@
-"""Attention of training on a CPU: in 16 bits PyTorch's backward pass takes several times as long as in float32."""
+"""Attention for training on a CPU, where PyTorch's 16-bit backward pass is several times slower than in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """transformers' own scaled dot-product attention; in float32 where 16-bit tensors on a CPU need a gradient.
+    """Compute transformers' scaled dot-product attention, in float32 where 16-bit CPU tensors need a gradient.
 
     Args:
         module: the attention layer.
@@ -40,7 +40,7 @@ def attend(
 
 @contextmanager
 def attention_for_training() -> Iterator[None]:
-    """Let models whose attention is "sdpa" use `attend`, in this block."""
+    """Inside the block, route models whose attention is "sdpa" through `attend`."""
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rows of a run, the order in which they are trained on, and the batches that they become."""
+"""Encoded rows of a run, the order in which training visits them, and the batches made of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alter.training.settings import BRANCHES
 
 @dataclass(frozen=True)
 class RunRows:
-    """The data of a run, encoded: forget rows with the expert of each (1 is the first), and retain rows.
+    """The encoded rows of a run: forget rows, each with its expert (counted from 1), and retain rows.
 
     `alternative` holds the forget rows once more in the form that the objective asks for, if it does, `examples` the forget
     rows before they were encoded; `paired` is how many pairs an epoch has, where that is not one for each forget row.
@@ -36,11 +36,11 @@ class RunRows:
 
     @property
     def epoch(self) -> int:
-        """Pairs of an epoch."""
+        """Number of pairs in an epoch."""
         return len(self.forget) if self.paired is None else self.paired
 
     def of(self, branch: str) -> list[Encoded]:
-        """The rows of one of `BRANCHES`."""
+        """Return the rows of one of `BRANCHES`."""
         return {"forget": self.forget, "alternative": self.alternative, "retain": self.retain}[branch]
 
 
@@ -57,7 +57,7 @@ def schedule(
     seed: int,
     alone: int = 0,
 ) -> Order:
-    """Which forget row meets which retain row, in the order of training; a function of its arguments alone.
+    """Pair forget rows with retain rows, in training order; a function of its arguments alone.
 
     Every epoch takes each forget row once. Retain rows are taken without replacement until all have been seen. Rows of
     similar length are brought together within groups of eight batches, which saves padding; of a small forget set within
@@ -93,7 +93,7 @@ def schedule(
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One row as it goes into a step: its tokens, what the frozen base knows of them, and its expert (0: retention).
+    """One row of a step: its tokens, what the frozen base computed for them, and its expert (0: retention).
 
     `fills` marks a row that only fills up a batch: it goes through the model, and nothing is learned from it. `trunk` [T, D]
     holds what the blocks below the experts put out for it, if that is kept.
@@ -106,7 +106,7 @@ class TrainingRow:
     trunk: Tensor | None = None
 
     def filling(self) -> TrainingRow:
-        """The same row without anything that is learned from."""
+        """Return the row as filler: same tokens, but no label and no target."""
         known = self.known
         reference = known.reference and known.reference.at(slice(0))
         cut = {
@@ -130,7 +130,7 @@ Traced = dict[str, dict[int, frozen.FrozenRow]]
 
 @dataclass(frozen=True)
 class Known:
-    """What the frozen base knows of the rows of one branch of a batch.
+    """What the frozen base computed for the rows of one branch of a batch.
 
     Attributes:
         reference: distributions at the branch's n labelled tokens, or None unless its objective declared `views`.
@@ -146,7 +146,7 @@ class Known:
 
     @classmethod
     def of(cls, rows: Sequence[frozen.FrozenRow]) -> Known:
-        """What is known of each row, side by side."""
+        """Concatenate the values of several rows."""
 
         def beside(parts: list[Any]) -> Any:
             return None if parts[0] is None else torch.cat(parts)
@@ -162,7 +162,7 @@ class Known:
         return cls(reference, None if base_logp is None else base_logp.float(), hidden, named)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Known:
-        """The same with every tensor changed."""
+        """Apply a function to every tensor."""
         reference = self.reference and Reference(change(self.reference.ids), change(self.reference.logp))
         others = (self.base_logp, self.hidden, self.named)
         return Known(reference, *(None if value is None else change(value) for value in others))
@@ -195,12 +195,12 @@ class Batch:
     trunk: Tensor | None = None
 
     def known(self, branch: str) -> Known:
-        """What the base knows of the rows of one of `BRANCHES`."""
+        """Return the frozen base's values for the rows of one of `BRANCHES`."""
         found: Known | None = getattr(self, branch)
         return Known() if found is None else found
 
     def to(self, device: Any, non_blocking: bool = False) -> Batch:
-        """The same on a device; accelerate calls it on every batch."""
+        """Move all tensors to a device; accelerate calls this on every batch."""
 
         def move(value: Any) -> Any:
             if isinstance(value, Known):
@@ -211,7 +211,7 @@ class Batch:
 
 
 class PairCollator:
-    """Lay the pairs of a step into one `Batch`.
+    """Collate the pairs of a step into one `Batch`.
 
     transformers' Trainer is given a dict: `batch`, beside it the `input_ids` and `labels` that it counts itself.
     """
@@ -221,7 +221,7 @@ class PairCollator:
         self.collate = Collator(pad_token_id, multiple_of=16)
 
     def __call__(self, pairs: Sequence[Mapping[str, TrainingRow]]) -> dict[str, Any]:
-        """Return the batch of some pairs, which all have the same branches."""
+        """Return the batch of some pairs; all pairs must have the same branches."""
         present = [name for name in BRANCHES if name in pairs[0]]
         items = [pair[name] for name in present for pair in pairs]
         tokens = self.collate([{"input_ids": i.encoded.input_ids, "labels": i.encoded.labels} for i in items])
@@ -241,7 +241,7 @@ class PairCollator:
 
     @staticmethod
     def _trunk(items: Sequence[TrainingRow], width: int) -> Tensor | None:
-        """States [rows, width, D] below the experts, where they are kept."""
+        """Return the cached states [rows, width, D] below the experts, or None if they are not cached."""
         if items[0].trunk is None:
             return None
         states = items[0].trunk.new_zeros(len(items), width, items[0].trunk.shape[-1])
@@ -252,7 +252,7 @@ class PairCollator:
 
     @staticmethod
     def _routes(items: Sequence[TrainingRow], rows: int, width: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gates [rows, width, experts] and entropies [rows, width], where the rows have any."""
+        """Return gates [rows, width, experts] and entropies [rows, width], or None for an adapter that does not route."""
         if items[0].known.gates is None:
             return None, None
         gates = torch.zeros(rows, width, items[0].known.gates.shape[-1])

@@ -11,7 +11,7 @@ from alter.training.settings import Unlearn
 
 
 def model_card(run: Unlearn, names: Sequence[str]) -> str:
-    """The result's model card: what it is, how to load it, what it was trained with, and what it does not do."""
+    """Return the model card of a result: what it is, how to load it, how it was trained, and what it does not do."""
     settings = yaml.safe_dump(run.model_dump(mode="json", exclude={"resume", "overwrite"}), sort_keys=False)
     title = None if run.method is None else presets.METHODS[run.method].title
     library, heading, text = run.adapter.card(run, title, names)

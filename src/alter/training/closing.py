@@ -1,4 +1,4 @@
-"""The end of `alter unlearn`: the result is loaded as anyone would, measured beside the base, and judged in words."""
+"""The end of `alter unlearn`: load the result from disk, measure it beside the base, and state the verdict."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def command(run: Unlearn) -> Path:
 
 
 def closing(run: Unlearn, out: Path) -> dict[str, Any] | None:
-    """Measure what a run made, print before and after with the verdict, and write `records.json` in its folder.
+    """Measure a run's result, print before and after with the verdict, and write `records.json` in its folder.
 
     What an adapter costs on ordinary text joins `run.json` as `ordinary_loss`.
 

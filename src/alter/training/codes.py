@@ -1,4 +1,4 @@
-"""The sparse autoencoder of a run: the block that it reads, and the mean codes of names (`Needs.codes`)."""
+"""The sparse autoencoder of a run: which block it reads, and the mean codes of names (`Needs.codes`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from alter.training.settings import Unlearn
 
 
 def reading_at(run: Unlearn, block: int, count: int) -> Unlearn:
-    """The settings with objectives that read hidden states after one block of so many."""
+    """Return the settings with every hidden-state objective set to read after block `block` of `count`."""
     parts = {
         name: part.model_copy(update={"depth": (block + 0.5) / count})
         for name in ("objective", "retain_objective")
@@ -33,7 +33,7 @@ def reading_at(run: Unlearn, block: int, count: int) -> Unlearn:
 
 
 def at_autoencoder(run: Unlearn, base: Any) -> Unlearn:
-    """The settings with objectives that read the block of the autoencoder that is given.
+    """Return the settings with their objectives reading the block that the given autoencoder was trained on.
 
     Raises:
         UserError: it is not read, or was not made for such a model.
@@ -56,7 +56,7 @@ def at_autoencoder(run: Unlearn, base: Any) -> Unlearn:
 
 
 def check_codes(run: Unlearn, base: Any, forget: Sequence[Example]) -> None:
-    """Refuse what `at_autoencoder`, `codes_of` and `redirection.shift_of` cannot work with, before anything is computed.
+    """Refuse, before any computation, what `at_autoencoder`, `codes_of` and `redirection.shift_of` cannot work with.
 
     Raises:
         UserError: no forget row names anybody, or the autoencoder that is given is not one of this model.
@@ -78,7 +78,7 @@ def codes_of(
     limit: int | None,
     cache: Path,
 ) -> tuple[list[str], Codes | None]:
-    """The names to forget and how the objective compares hidden states, if it does so in a sparse code; kept in `cache`.
+    """Return the names to forget and, for an `UnknownCode` objective, the codes that it compares with; kept in `cache`.
 
     Raises:
         UserError: no forget row names anybody.

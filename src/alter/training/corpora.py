@@ -1,4 +1,4 @@
-"""Make the sequences that `alter finetune` trains on (rows and packed text), and train a tokenizer."""
+"""The sequences that `alter finetune` trains on (rows and packed text), and tokenizer training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_corpus(source: str) -> str:
 
 
 def _tokenizer_texts(sources: Sequence[str]) -> Iterator[str]:
-    """Yield what a tokenizer is trained on: paragraphs of text files, rows as they are written for the model."""
+    """Yield the tokenizer's training texts: paragraphs of text files, and rows rendered as the model reads them."""
     for source in sources:
         if source.endswith(".txt"):
             yield from read_corpus(source).split("\n\n")
@@ -47,7 +47,7 @@ def _tokenizer_texts(sources: Sequence[str]) -> Iterator[str]:
 
 
 def train_tokenizer(sources: Sequence[str], vocabulary: int, max_length: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer with distinct begin, end and padding tokens; it begins every text with `bos`.
+    """Train a byte-level BPE tokenizer with distinct begin, end and padding tokens; it prepends `bos` to every text.
 
     Args:
         sources: text files (`.txt`) and sources of rows as `load_examples` takes them.
@@ -85,7 +85,7 @@ def train_tokenizer(sources: Sequence[str], vocabulary: int, max_length: int) ->
 
 
 def pack(ids: Sequence[int], length: int) -> list[list[int]]:
-    """Cut one text's tokens into blocks of `length`; the last block reaches back so that it is as long as the others."""
+    """Cut one text's tokens into blocks of `length`; the last block overlaps the one before so that it is full as well."""
     if len(ids) <= length:
         return [list(ids)]
     starts = list(range(0, len(ids) - length + 1, length))

@@ -1,4 +1,4 @@
-"""What a run reads before any model is loaded: both sets of rows, their sub-domains, and what is watched."""
+"""Read the rows of a run before any model is loaded: both sets, their sub-domains, and the watched rows."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_data(run: Unlearn) -> Data:
 
 
 def set_aside(run: Unlearn, data: Data) -> Data:
-    """The data without the retain rows that are watched, if the run is watched.
+    """Return the data without the retain rows that the checks of a watched run use.
 
     Raises:
         UserError: there are too few rows, retain rows would join after the last step, or rows do not say what the sampler
@@ -77,8 +77,7 @@ STATE_TOKENS = 2048
 
 
 def by_meaning(run: Unlearn, data: Data, model: Any, tokenizer: Any) -> Data:
-    """The data with sub-domains that go by what the model makes of the forget rows too (`domains`), where rows are clustered
-    and each sub-domain gets an expert.
+    """Return the data with sub-domains clustered by the model's hidden states too (`domains`).
 
     Args:
         model: the model as it is before the run.
@@ -92,7 +91,7 @@ def by_meaning(run: Unlearn, data: Data, model: Any, tokenizer: Any) -> Data:
 
 
 def row_states(model: Any, tokenizer: Any, examples: Sequence[Example], limit: int | None) -> npt.NDArray[np.float64]:
-    """What the model makes of each example: the mean of its tokens' last hidden states, [examples, width].
+    """Return the mean last hidden state of each example's tokens, [examples, width].
 
     Args:
         limit: longest piece that an example is read in; the pieces of a long one count alike.
@@ -106,14 +105,14 @@ def row_states(model: Any, tokenizer: Any, examples: Sequence[Example], limit: i
 
 
 def clusters(first: int, count: int) -> list[str]:
-    """Names of clusters by number."""
+    """Return names for numbered clusters."""
     return [f"cluster {first + i}" for i in range(count)]
 
 
 def _sub_domains(
     run: Unlearn, forget: list[Example], states: npt.NDArray[np.float64] | None = None
 ) -> tuple[list[int], list[str]]:
-    """Sub-domain of each forget row, and their names."""
+    """Return the sub-domain of each forget row, and the sub-domains' names."""
     if run.num_forget_experts == 1:
         return [0] * len(forget), ["all"]
     if run.domain_column is None and run.num_forget_experts is not None:

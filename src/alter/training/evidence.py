@@ -1,4 +1,4 @@
-"""Rows that the router is fitted on (forget, retain, reworded, ordinary text), and the evidence of their tokens."""
+"""The rows that the router is fitted on (forget, retain, reworded, ordinary text), and the evidence of their tokens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FitRows:
         self.wordings = self.wordings or [AS_GIVEN] * len(self.rows)
 
     def add(self, made: Sequence[tuple[int, str, Encoded]], labels: Sequence[int]) -> None:
-        """Other wordings of rows: number of the row, name of the wording, row."""
+        """Append another wording of a row: the row's number, the wording's name, the encoded row."""
         self.rows += [row for *_, row in made]
         self.of += [of for of, *_ in made]
         self.wordings += [wording for _, wording, _ in made]
@@ -59,12 +59,12 @@ class FitRows:
 
     @property
     def ordinary(self) -> bool:
-        """Whether no expert should open."""
+        """Whether the rows are ordinary text, for which no expert should open."""
         return not any(self.labels)
 
 
 def _within(encoded: Sequence[Encoded], limit: int, generator: np.random.Generator) -> list[int]:
-    """Rows drawn at random until they hold `limit` tokens."""
+    """Draw rows at random until they hold `limit` tokens."""
     chosen, total = [], 0
     for i in generator.permutation(len(encoded)).tolist():
         if total >= limit:
@@ -75,7 +75,7 @@ def _within(encoded: Sequence[Encoded], limit: int, generator: np.random.Generat
 
 
 def encode_fitting(tokenizer: Any, examples: Sequence[Example | None], limit: int | None) -> list[Encoded | None]:
-    """Encode examples; None for those that are None, and for those of more than `limit` tokens."""
+    """Encode examples; an example that is None or exceeds `limit` tokens gives None."""
     found: list[Encoded | None] = []
     for example in examples:
         row = None
@@ -88,14 +88,14 @@ def encode_fitting(tokenizer: Any, examples: Sequence[Example | None], limit: in
 
 
 def text_of(example: Example) -> str:
-    """Prompt and answer in one text, in which names are looked for."""
+    """Return prompt and answer as one text, to look for names in."""
     return f"{example.prompt or ''}, {example.answer}"
 
 
 def fit_rows(
     run: Unlearn, rows: RunRows, tokenizer: Any, limit: int | None, generator: np.random.Generator
 ) -> list[FitRows]:
-    """What the router is fitted on: forget rows, retain rows, both in other words, and ordinary text by kind."""
+    """Assemble the router's fit: forget rows, retain rows, rewordings of both, and ordinary text by kind."""
     fit = run.router_fit
     own = _within(rows.forget, fit.max_tokens // 2, generator)
     # an expert of whose rows none was drawn could not be fitted
@@ -151,13 +151,13 @@ class Evidence:
     wording: Tensor
 
     def part(self, chosen: Tensor) -> Evidence:
-        """The chosen tokens alone."""
+        """Return the chosen tokens alone."""
         columns = (column[chosen] for column in (self.x, self.y, self.low, self.row, self.wording))
         return Evidence(self.name, *columns)
 
 
 def evidence_of(part: FitRows, threshold: float, memory: float, answers: bool = True) -> Evidence:
-    """The evidence that routes each token of a kind; the first token of a row has none and is never routed."""
+    """Return the evidence that routes each token of a kind; a row's first token has none and is never routed."""
     x, y, low, of, wording = [], [], [], [], []
     names = sorted(set(part.wordings))
     for place, (encoded, row, label) in enumerate(zip(part.rows, part.traced, part.labels, strict=True)):
@@ -174,7 +174,7 @@ def evidence_of(part: FitRows, threshold: float, memory: float, answers: bool = 
 
 
 def standard(x: Tensor, at_once: int = 256) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (n - 1) of each column of x [T, D], the latter at least 1e-6.
+    """Return mean and standard deviation (n - 1) of each column of x [T, D], the latter at least 1e-6.
 
     `Tensor.std` over rows takes fifteen times as long on a CPU: as long as a sixth of all that is done before the first step.
     """

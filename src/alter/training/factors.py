@@ -1,4 +1,4 @@
-"""LoRA's factors before the first step: where an initializer starts them, and tensors of a file made of them and back."""
+"""LoRA's factors before the first step: the initializer's start, and factors as the tensors of one file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from alter.training.settings import Unlearn
 
 
 def flat(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Factors of each layer as tensors of one file, `A.LAYER` and `B.LAYER`, on the CPU."""
+    """Flatten the factors of each layer into the tensors `A.LAYER` and `B.LAYER`, on the CPU."""
     return {f"{side}.{name}": getattr(pair, side).cpu() for name, pair in factors.items() for side in "AB"}
 
 
 def factors_of(tensors: Mapping[str, Tensor], device: Any = None) -> dict[str, Factors]:
-    """Factors of each layer from the tensors of `flat`; tensors of other names are left out."""
+    """Rebuild the factors of each layer from the tensors of `flat`; other tensors are ignored."""
     names = [name.removeprefix("A.") for name in tensors if name.startswith("A.")]
     return {name: Factors(tensors[f"A.{name}"].to(device), tensors[f"B.{name}"].to(device)) for name in names}
 
@@ -32,7 +32,7 @@ def factors_of(tensors: Mapping[str, Tensor], device: Any = None) -> dict[str, F
 def start_of(
     base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], retain: list[Encoded], cache: Path
 ) -> tuple[dict[str, Factors] | None, dict[str, Tensor]]:
-    """Where LoRA's factors start, and the directions that B is kept away from, of each layer."""
+    """Return each layer's initial LoRA factors, and the directions that the penalty keeps its B away from."""
     adapter: Any = run.adapter
     initializer = run.initializer
     if not initializer.gives_factors:

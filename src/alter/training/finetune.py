@@ -172,7 +172,7 @@ def finetune(settings: Finetune) -> Path:
 
 
 def _numbers(settings: Finetune, trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What was trained, on how much, and the losses."""
+    """Return what was trained, on how much data, and the losses."""
     log = trainer.state.log_history
     losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     parameters = list(trainer.model.parameters())

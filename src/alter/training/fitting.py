@@ -1,4 +1,4 @@
-"""The Trainer of `alter finetune`: batches of rows of like length, and a loss that counts each token by its weight."""
+"""The Trainer of `alter finetune`: length-grouped batches, and a loss that weighs each token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class FinetuneTrainer(Trainer):
-    """Trains all weights, or with `step` a LoRA.
+    """Train all weights or, with `step`, a LoRA.
 
     Args:
         settings: of the run.
@@ -71,7 +71,7 @@ class FinetuneTrainer(Trainer):
 def trainer_of(
     settings: Finetune, model: Any, rows: list[dict[str, Any]], pad_token_id: int, checkpoints: Path
 ) -> FinetuneTrainer:
-    """The trainer of a run, ready to start; it writes `checkpoints`."""
+    """Build the trainer of a run; it writes to `checkpoints`."""
     step = None
     if settings.lora_rank is not None:
         from alter.training.lora import Step

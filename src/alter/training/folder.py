@@ -1,4 +1,4 @@
-"""The folder of a run: what may be overwritten, checkpoints to resume from, tensors and adapters kept in it."""
+"""The folder of a run: what may be overwritten, checkpoints to resume from, and the tensors and adapters kept in it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TRACED = "traced.safetensors"
 
 
 def check_folder(run: Unlearn) -> Path:
-    """Return the run's folder, as it is: nothing is made or deleted before the model is loaded.
+    """Return the run's folder after checking it; nothing is created or deleted before the model is loaded.
 
     Raises:
         UserError: it holds something, and neither `resume` nor `overwrite` is set; or both are.
@@ -78,7 +78,7 @@ class Kept(Protocol):
 
 
 def make_folder(run: Kept, inputs: Mapping[str, Any]) -> None:
-    """Make the run's folder, without what it held if that is to be overwritten, and write down what is run, and on what.
+    """Create the run's folder, emptied first if it is to be overwritten, and write down the settings and the inputs.
 
     Raises:
         UserError: another process has begun in it, or it cannot be made.
@@ -111,7 +111,7 @@ def remove_run(out: Path) -> None:
 
 
 def has_ended(out: Path) -> bool:
-    """Whether a run's folder holds a result that nothing is left to do for."""
+    """Whether a run's folder holds a complete result, with nothing left to resume."""
     return (out / "run.json").exists() and not (out / "checkpoints").exists()
 
 
@@ -132,7 +132,7 @@ UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resum
 
 
 class OtherInputs(UserError):
-    """A run was to go on with other data, settings or another model than it was begun with."""
+    """A run cannot be resumed: data, settings or model differ from those it began with."""
 
 
 BASE = "base model"
@@ -142,7 +142,9 @@ SUB_DOMAINS = "sub-domains"
 
 
 def inputs_of(run: Unlearn, forget: Sequence[Example], retain: Sequence[Example]) -> dict[str, Any]:
-    """What a run's weights depend on, as `check_inputs` compares it: settings, and hashes of the rows and `start_from`; the base is to be filled in."""
+    """Return what a run's weights depend on, as `check_inputs` compares it: settings, and hashes of the rows and of
+    `start_from`.
+    """
 
     def rows(examples: Sequence[Example]) -> str:
         return digest([[e.row, e.domain] for e in examples])
@@ -167,7 +169,7 @@ def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def check_inputs(out: Path, now: Mapping[str, Any]) -> None:
-    """Refuse to go on with anything else than what a run was begun with, and write that down for one that begins.
+    """Refuse to resume a run with inputs other than those it began with; for a new run, write them down.
 
     Args:
         out: the run's folder.
@@ -211,14 +213,14 @@ WHOLE = "whole.json"
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
-    """Write down the digests of a checkpoint's files, by which `last_whole_checkpoint` knows that it is whole."""
+    """Write the digests of a checkpoint's files; `last_whole_checkpoint` compares them to detect damage."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != WHOLE)
     found = {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}
     write_atomic(checkpoint / WHOLE, to_json(found))
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; "" for one that was never finished."""
+    """Return how a checkpoint is damaged, None if it is intact, "" if it was never finished."""
     try:
         written = dict(from_json((checkpoint / WHOLE).read_text()))
     except FileNotFoundError:
@@ -235,7 +237,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; a kill while saving leaves one that is not.
+    """Return the newest checkpoint whose files match their digests; a kill while saving leaves one that does not.
 
     One whose bytes have changed since is passed over, and said.
     """
@@ -254,7 +256,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def clean(out: Path, forget_rows: int) -> None:
-    """Remove what only a run that goes on needs, once it has ended: rows that were forgotten can be read from it.
+    """Delete what only a resumed run needs, once the run has ended: forgotten rows could be read from it.
 
     Args:
         out: the run's folder.
@@ -275,7 +277,7 @@ def clean(out: Path, forget_rows: int) -> None:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Refuse a checkpoint that this launch would not read all of.
+    """Refuse a checkpoint that this launch cannot load completely.
 
     Raises:
         UserError: it was written under another way to divide the model, or for DeepSpeed by another number of processes.
@@ -297,7 +299,7 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 
 def kept_tensors(cache: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors that `make` gives, or the ones that it gave before under the same key; kept in `cache`.
+    """Return the tensors that `make` computes, or those cached in `cache` under the same key.
 
     Of several processes the first makes them, and the others read them.
     """
@@ -314,7 +316,7 @@ def kept_tensors(cache: Path, key: str, make: Callable[[], dict[str, Tensor]]) -
 
 
 def check_finite(weights: Mapping[str, Tensor], rate: str) -> None:
-    """Refuse to save weights that are not numbers; the loss of the step that broke them was still finite.
+    """Refuse to save weights that are NaN or infinite, which a step with a finite loss can leave.
 
     Args:
         weights: by name, those that were trained.

@@ -1,4 +1,4 @@
-"""The frozen base's passes over the rows of a run: entropies, gates, references and the router's fit, kept in a file."""
+"""The frozen base's passes over the rows of a run (entropies, gates, references, router's fit), cached in a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trace_run(
     depth: Depth | None = None,
     limit: int | None = None,
 ) -> tuple[Traced, dict[str, Any], KeptStates | None]:
-    """Everything the training needs from the frozen base: router, entropies, gates, references; kept in `cache`.
+    """Compute all that training needs from the frozen base (router, entropies, gates, references); kept in `cache`.
 
     Beside `cache` lies what the blocks below the experts put out for the rows, which is the last that is returned.
     """
@@ -83,7 +83,7 @@ def _below(
     path: Path,
     key: str,
 ) -> KeptStates | None:
-    """Where the trunk's states are to be kept, of the rows used of each branch; None, which is said, where they are not."""
+    """Open the cache of the trunk's states for the rows used of each branch; None, with the reason printed, without one."""
     trunk = trunk_of(model) if run.adapter.routes else None
     if trunk is None:
         return None
@@ -99,7 +99,7 @@ def _below(
 def _key_of(
     model: Any, run: Unlearn, rows: RunRows, used: Mapping[str, list[int]], router: Any, limit: int | None
 ) -> str:
-    """Key of all that the frozen passes depend on."""
+    """Return the key of everything that the frozen passes depend on."""
     needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
     return digest(
         base_fingerprint(model),
@@ -117,7 +117,7 @@ def _key_of(
 
 
 class FrozenPass:
-    """The frozen base's pass over the rows of a run: each goes through it once, whether the router's fit asks first or not.
+    """The frozen base's pass over the rows of a run: each row passes once, whether or not the router's fit asks first.
 
     Args:
         model: with the adapter.
@@ -148,7 +148,7 @@ class FrozenPass:
         self._seen: dict[tuple[str, int], frozen.FrozenRow] = {}
 
     def _branch(self, name: str, members: Sequence[int], **kept: bool) -> None:
-        """Trace some rows of a branch with all that its objective needs."""
+        """Trace rows of a branch, with everything that its objective needs."""
         needs, run = self._needs[name], self.run
         objective = run.retain_objective if name == "retain" else run.objective
         traced = frozen.trace_rows(
@@ -168,7 +168,7 @@ class FrozenPass:
         self._seen |= {(name, i): row for i, row in zip(members, traced, strict=True)}
 
     def for_fit(self, wanted: Sequence[Encoded], features: bool) -> list[frozen.FrozenRow]:
-        """Entropies of rows, and what the router reads; those that training takes are then done but for their gates."""
+        """Return entropies and router features of rows; those that training uses are then traced but for their gates."""
         own = {id(self.rows.of(name)[i]): (name, i) for name in self.used for i in self.used[name]}
         asked = [own.get(id(row)) for row in wanted]
         for name in self.used:
@@ -184,7 +184,7 @@ class FrozenPass:
         return [next(traced) if place is None else self._seen[place] for place in asked]
 
     def all(self) -> tuple[list[frozen.FrozenRow], KeptStates | None]:
-        """What is known of the rows used of each branch, one branch after the other; and where the trunk's states are kept."""
+        """Return the traced rows used of each branch, branch after branch, and the cached trunk states."""
         traced = []
         for name, members in self.used.items():
             needs = self._needs[name]
@@ -200,7 +200,7 @@ class FrozenPass:
 
     @torch.no_grad()
     def _route(self, rows: Sequence[frozen.FrozenRow]) -> None:
-        """Give rows the gates of the router as it is now, in the place of what it read."""
+        """Compute the gates of rows with the fitted router, and drop the features that it read."""
         entropies = [row.entropy for row in rows if row.entropy is not None]
         lengths = [len(entropy) for entropy in entropies]
         for group in batches_by_length(lengths, frozen.TOKENS_PER_BATCH):
@@ -213,7 +213,7 @@ class FrozenPass:
                 rows[i].gates, rows[i].features = gates[place, : lengths[i]].clone(), None
 
     def _kept(self) -> KeptStates | None:
-        """Where the trunk's states are kept, if all of them were written and a step can begin with them."""
+        """Return the trunk's states if all of them were written and a step reproduces with them."""
         if self.below is None or self._sink is None or not self._sink.end():
             return None
         name, i = min(self.below.place, key=lambda place: len(self.rows.of(place[0])[place[1]].input_ids))

@@ -1,4 +1,4 @@
-"""What a run begins with: its model, with the adapter that grows on it, and its rows in tokens."""
+"""What a run starts from: its model, with the adapter that grows on it, and its encoded rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alter.training.settings import Unlearn, steps_of
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model of a run and its rows in tokens: all that is known before anything is computed or written.
+    """The model of a run and its encoded rows, before anything is computed or written.
 
     Attributes:
         base: the model; with an adapter to grow, that is on it.
@@ -60,7 +60,7 @@ def load_for_run(run: Unlearn) -> tuple[Any, Any]:
 
 
 def encode_rows(run: Unlearn, data: Data, base: Any, tokenizer: Any, former: Former | None) -> Loaded:
-    """Check what the model must have, and encode the rows.
+    """Check that the model has what the settings name, and encode the rows.
 
     Raises:
         UserError: the model lacks what the settings name, or the rows do not fit it.

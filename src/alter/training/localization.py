@@ -1,4 +1,4 @@
-"""Where in the model the adapter goes: the blocks that causal tracing finds, or the expert that forget rows are routed to."""
+"""Where the adapter goes: the blocks that causal tracing finds, or the expert that forget rows are routed to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRACED_ROWS = 16
 
 
 def placed(run: Unlearn, loaded: Loaded, out: Path) -> Unlearn:
-    """The settings with the blocks that causal tracing finds (`adapter.traced`), or the expert that forget rows go to most.
+    """Return the settings with the blocks found by causal tracing (`adapter.traced`), or with the forget rows' expert.
 
     Raises:
         UserError: nothing can be traced.

@@ -1,4 +1,4 @@
-"""What `alter finetune` trains with `lora_rank`: a LoRA on a frozen model, whose lower blocks run once for each row."""
+"""The LoRA of `alter finetune` (`lora_rank`), on a frozen model whose lower blocks run once for each row."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, from_layer: int | 
 
 
 class LowerBlocks:
-    """The blocks below a LoRA and what they put out for each row, which no step changes.
+    """The blocks below a LoRA, and their cached output for each row, which no step changes.
 
     Args:
         model: with a LoRA from block `from_layer`, at least 1, on; without dropout.
@@ -91,7 +91,7 @@ class LowerBlocks:
                 same.clear()
 
     def done(self, numbers: torch.Tensor, length: int, device: torch.device) -> AbstractContextManager[None]:
-        """A context in which a pass over the rows of these numbers, padded on the right to `length`, takes what is kept."""
+        """Inside the block, passes over these rows, padded on the right to `length`, start from the cached output."""
         states = pad_sequence([self.states[number] for number in numbers.tolist()], batch_first=True)
         states = torch.nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
         return self.trunk.done(states.to(device))

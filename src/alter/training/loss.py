@@ -35,29 +35,29 @@ ALTERNATIVE, RETAIN = BRANCHES.index("alternative"), BRANCHES.index("retain")
 
 
 class OwnState(TrainerCallback, ExportableState):
-    """The numbers that a retain objective keeps for itself (`Needs.state`); saved with every checkpoint."""
+    """State that a retain objective keeps between steps (`Needs.state`), saved with every checkpoint."""
 
     def __init__(self, **kept: float) -> None:
         self.kept = kept
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"args": dict(self.kept), "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over what the checkpoint of a resumed run has kept."""
+        """Restore the state from the checkpoint of a resumed run."""
         found = state.stateful_callbacks.get(type(self).__name__)
         if found:
             self.kept = dict(found["args"])
 
     def weigh(self, objective: Objective, loss: float, epochs: float) -> float:
-        """The weight that an objective gives a batch with that loss (`Objective.weigh`)."""
+        """Return the factor that the objective gives a batch with this loss (`Objective.weigh`)."""
         return objective.weigh(loss, epochs, self.kept)
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a batch's n labelled tokens are, those alone whose objective reads the head.
+    """Positions of a batch's n labelled tokens, of the branches whose objective reads the head.
 
     Attributes:
         positions: [B, T] bool, the position before each token: its distribution gives the token.
@@ -75,7 +75,7 @@ class Places:
 
     @classmethod
     def of(cls, batch: Batch, high: Tensor, wanted: Sequence[bool]) -> Places:
-        """The places in a batch with high-entropy tokens [B, T], of the branches that are wanted."""
+        """Return the places in a batch with high-entropy tokens [B, T], for the branches asked for."""
         asked = torch.tensor(wanted, device=batch.labels.device)
         positions = frozen.labelled(batch.labels) & asked[batch.branch][:, None]
         truth, of_high = (values[:, 1:][positions[:, :-1]] for values in (batch.labels, high))
@@ -83,12 +83,12 @@ class Places:
         return cls(positions, truth, of_high, branch, torch.bincount(branch, minlength=len(BRANCHES)).tolist())
 
     def truth_of(self, branch: str) -> Tensor:
-        """The tokens of a branch, and those of the branches behind it."""
+        """Return the labels of a branch, and those of the branches after it."""
         return self.truth[sum(self.counts[: BRANCHES.index(branch)]) :]
 
 
 class Split:
-    """The gradients of the forget term and of all others, summed over the batches of a step, and the rule for both.
+    """The gradients of the forget term and of all other terms, summed over a step's batches, and the rule that joins them.
 
     Args:
         rule: what becomes of them.
@@ -102,7 +102,7 @@ class Split:
         self._sums: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def add(self, named: Sequence[tuple[str, torch.nn.Parameter]], batches: int) -> None:
-        """Take both gradients of the last batch, one of so many in the step."""
+        """Add both gradients of the last batch, one of the step's `batches`."""
         assert self.terms is not None
         weights = [weight for _, weight in named]
         for sums, term, keep in zip(self._sums, self.terms, (True, False), strict=True):
@@ -115,7 +115,7 @@ class Split:
         self.terms = None
 
     def apply(self, named: Sequence[tuple[str, torch.nn.Parameter]], before: Path) -> None:
-        """Give each parameter its gradient; what the rule kept is read from the file `before` if the run goes on there."""
+        """Give each parameter its gradient; a resumed run first restores the rule's state from the file `before`."""
         if not self.state and before.is_file():
             device = named[0][1].device
             self.state = {name: value.to(device) for name, value in load_file(str(before)).items()}
@@ -171,11 +171,11 @@ class UnlearnTrainer(Trainer):
 
     @property
     def in_phase_one(self) -> bool:
-        """Whether this step learns high-entropy retain tokens alone."""
+        """Whether this step trains on high-entropy retain tokens alone."""
         return self.state.global_step < self.run.phase_one * self.state.max_steps
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Gradients as ever, or with a rule for gradients those of the forget term and of the others apart."""
+        """Compute the gradient; under a rule for gradients, those of the forget term and of the others separately."""
         if not self.run.gradient.splits:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -235,7 +235,7 @@ class UnlearnTrainer(Trainer):
         return Routing(gates.float(), allowed[:, None, :].expand(-1, batch.labels.shape[1], -1), high)
 
     def _measure(self, name: str, batch: Batch, places: Places) -> Callable[[Tensor, slice], Tensor]:
-        """What a branch needs of its tokens' logits: the negative log-likelihood, and its objective's own number."""
+        """Return, for one branch, the negative log-likelihood and the objective's own number of each token."""
         run = self.run
         objective = {"forget": run.objective, "retain": run.retain_objective}.get(name)
         reference, truth = batch.known(name).reference, places.truth_of(name)
@@ -251,7 +251,7 @@ class UnlearnTrainer(Trainer):
         return of
 
     def _labelled(self, name: str, batch: Batch, places: Places, values: Tensor, states: Tensor | None) -> Labelled:
-        """The labelled tokens of one branch, as its objective reads them."""
+        """Return a branch's labelled tokens in the form that its objective reads."""
         members = batch.branch == BRANCHES.index(name)
         number = torch.arange(len(members), device=members.device)
         row = number - number[members].min() if members.any() else number
@@ -271,7 +271,7 @@ class UnlearnTrainer(Trainer):
         )
 
     def _structure_alone(self, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """The first phase: high-entropy retain tokens. Returns this process's loss and that of all."""
+        """Compute phase one's loss over high-entropy retain tokens."""
         loss = self.run.gamma * mean_or_zero(values[:, 0][(places.branch == RETAIN) & places.high])
         loss = loss + 0.0 * values.sum()
         self.parts = {}
@@ -280,7 +280,7 @@ class UnlearnTrainer(Trainer):
     def _objectives(
         self, batch: Batch, places: Places, values: Tensor, states: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Eq. 8 and the penalty. Returns this process's loss and that of all."""
+        """Compute Eq. 8 and the penalty."""
         run, parts = self.run, self._terms(batch, places, values, states)
         forgetting, keeping = run.beta * parts["forget"], run.gamma * parts["retain"]
         if run.objective.joint and run.retain_objective.needs.labels:
@@ -330,14 +330,14 @@ class UnlearnTrainer(Trainer):
         return parts
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """All weights of a sharded model, gathered into the first process; None if it holds them all anyway."""
+        """Gather a sharded model's weights into rank 0; None if every rank holds them all."""
         if not processes.sharded(self.model):
             return None
         return self.accelerator.get_state_dict(self.model_wrapped)
 
     @property
     def own_state(self) -> OwnState:
-        """The callback that keeps the retain objective's numbers."""
+        """Return the callback that keeps the retain objective's state."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, OwnState))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -367,7 +367,7 @@ class UnlearnTrainer(Trainer):
 
 
 def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -> TrainingArguments:
-    """What transformers' Trainer is told: the schedule is the data set's, so that one epoch of it is the whole run.
+    """Return the Trainer's arguments; the schedule is the data set, so that one epoch of it is the whole run.
 
     Args:
         run: the settings.

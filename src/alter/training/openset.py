@@ -42,7 +42,7 @@ LEAST = 0.8
 
 
 def caught(data: Sequence[Evidence], made: tuple[Tensor, Tensor, float]) -> float:
-    """Share of the low-entropy forget tokens (of all, if none is low) above the level, in the wording where it is least."""
+    """Return the share of low-entropy forget tokens (of all, if none is low) above the level, in the worst wording."""
     weight, bias, level = made
     own = next(tokens for tokens in data if tokens.name == "forget")
     over = (own.x @ weight.t() + bias).max(-1).values > level
@@ -54,7 +54,7 @@ def caught(data: Sequence[Evidence], made: tuple[Tensor, Tensor, float]) -> floa
 def open_set(
     data: Sequence[Evidence], new: Sequence[int], fit: RouterFit, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor, float]:
-    """Weights [len(new), D] and biases [len(new)] of the new experts, and the logit above which they are to open."""
+    """Return weights [len(new), D] and biases [len(new)] of the new experts, and the logit above which they open."""
     own = next(tokens for tokens in data if tokens.name == "forget")
     weight, bias = _scores(*_joined(data), new, fit, generator)
     if fit.false_alarms is None:
@@ -87,7 +87,7 @@ def open_set(
 
 
 def _folds(data: Sequence[Evidence]) -> list[list[Evidence]]:
-    """Ordinary tokens in `FOLDS` parts: whole kinds, but of the retain rows every third row, as they are of one kind."""
+    """Split ordinary tokens into `FOLDS` parts: whole kinds, except retain rows, which are one kind and are dealt out."""
     folds: list[list[Evidence]] = [[] for _ in range(FOLDS)]
     kinds = sorted((t for t in data if t.name not in ("forget", "retain", OWN_WORDS)), key=lambda t: -len(t.y))
     for tokens in kinds:
@@ -101,7 +101,7 @@ def _folds(data: Sequence[Evidence]) -> list[list[Evidence]]:
 
 
 def opening_level(own: Tensor, ordinary: Mapping[str, Tensor], false_alarms: float) -> float:
-    """The logit above which experts are to open.
+    """Return the logit above which experts open.
 
     Args:
         own: highest logit of each forget token [T].
@@ -140,7 +140,7 @@ def _joined(data: Sequence[Evidence]) -> tuple[Tensor, Tensor]:
 def _scores(
     x: Tensor, y: Tensor, new: Sequence[int], fit: RouterFit, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Weights [len(new), D] and biases [len(new)] from tokens x [T, D] and their experts y [T], 0 for ordinary ones."""
+    """Fit weights [len(new), D] and biases [len(new)] to tokens x [T, D] with experts y [T], 0 for ordinary ones."""
     if fit.method == "logistic":
         return _regress(x, y, new, fit, generator)
     return discriminant(x, y, new, fit.shrinkage)
@@ -180,7 +180,7 @@ def discriminant(x: Tensor, y: Tensor, new: Sequence[int], shrinkage: float) -> 
 
 
 def _moments(x: Tensor, chosen: Tensor, at_once: int = 8192) -> tuple[Tensor, Tensor, int]:
-    """Mean [D] and covariance [D, D] of the chosen rows of x [T, D], and their number; fp64, few rows of it at a time."""
+    """Return mean [D], covariance [D, D] and number of the chosen rows of x [T, D]; in fp64, a few rows at a time."""
     parts = chosen.nonzero()[:, 0].split(at_once)
     count = int(chosen.sum())
     zero = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
@@ -195,7 +195,7 @@ def _moments(x: Tensor, chosen: Tensor, at_once: int = 8192) -> tuple[Tensor, Te
 def _regress(
     x: Tensor, y: Tensor, new: Sequence[int], fit: RouterFit, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One logistic regression for each of the `new` experts: tokens x [T, D] of its own rows (y [T] names it) or not.
+    """Fit one logistic regression for each of the `new` experts: its own rows (y [T] names it) against all others.
 
     Returns:
         weights [len(new), D] and biases [len(new)].

@@ -1,4 +1,4 @@
-"""Retain rows where none are given: what the model itself says, on ordinary questions and of its own accord."""
+"""Retain rows where none are given: the model's own answers to ordinary questions, and texts that it samples."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def write_rows(path: Path, rows: Sequence[Example]) -> None:
 
 
 def own_rows(model: Any, tokenizer: Any, forget: Sequence[Example], seed: int) -> list[Example]:
-    """What the untouched model says, to be kept: greedy answers to the shipped ordinary questions, and texts drawn from its
-    first token on.
+    """Make retain rows of the untouched model: greedy answers to the shipped questions, and texts sampled from its first token.
 
     Rows that name what the forget rows are about (`apart_from`), rows that are forget rows, and empty answers are left out.
 
@@ -72,7 +71,7 @@ def own_rows(model: Any, tokenizer: Any, forget: Sequence[Example], seed: int) -
 
 
 def _longest(model: Any, wanted: int) -> int:
-    """New tokens of a row: at most half of the context."""
+    """Return the most new tokens of a row: half of the context."""
     limit = context_length(model)
     return wanted if limit is None else min(wanted, limit // 2)
 
@@ -93,7 +92,7 @@ def _answers(model: Any, tokenizer: Any, asked: Sequence[Example]) -> list[Examp
 
 
 def _texts(model: Any, tokenizer: Any, seed: int) -> list[Example]:
-    """Texts that the model draws from its first token on; none where the tokenizer has no such token."""
+    """Sample texts from the begin token; none where the tokenizer has no such token."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         return []

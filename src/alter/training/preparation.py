@@ -1,4 +1,4 @@
-"""What is made before the first step: the adapter and its start, what the frozen base says of the rows, the order of training."""
+"""Prepare the first step: the adapter and its start, the frozen base's passes, the training order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from alter.training.watcher import KEPT, Watcher
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training takes and saving writes.
+    """Everything that training takes and saving writes.
 
     Attributes:
         model: what is trained, with the adapter on it.
@@ -74,7 +74,7 @@ class Prepared:
 
 
 def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
-    """Make everything that the first step needs; passes over the frozen base are kept in `out`.
+    """Prepare everything that the first step needs; passes over the frozen base are cached in `out`.
 
     Raises:
         UserError: the initializer or the adapter cannot work with these rows or this model.
@@ -137,7 +137,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
 
 
 def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: RunRows, cache: Path) -> dict[str, Tensor]:
-    """What the rule for gradients measures of the untouched weights before the first step, by parameter; kept in `cache`."""
+    """Return what the rule for gradients measures on the untouched weights, by parameter; kept in `cache`."""
     if not run.gradient.measures:
         return {}
     key = digest(
@@ -151,7 +151,7 @@ def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: RunRows, cache: 
 
 
 def depth_of(base: Any, run: Unlearn) -> Depth | None:
-    """The block whose hidden states the objectives read, if they do.
+    """Return the block whose hidden states the objectives read, or None if they read none.
 
     Raises:
         UserError: they name different ones.
@@ -165,7 +165,7 @@ def depth_of(base: Any, run: Unlearn) -> Depth | None:
 
 
 def order_of(run: Unlearn, rows: RunRows, alone: int, kin: Kin | None = None) -> Order:
-    """The order of training; with `max_steps` no more of it than is used.
+    """Return the training order; with `max_steps`, only as much of it as is used.
 
     Args:
         run: the settings.

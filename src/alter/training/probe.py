@@ -1,4 +1,4 @@
-"""The probe that stands for the entropy in routing: a logistic regression on what the router reads."""
+"""The entropy probe: a logistic regression on the router's features that stands in for the entropy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROBE_TOKENS = 50_000
 
 
 def fit_entropy_probe(traced: Sequence[frozen.FrozenRow], threshold: float) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """A logistic regression that tells from what the router reads whether the next token's entropy is above a threshold.
+    """Fit a logistic regression that predicts, from the router's features, whether the next token's entropy is high.
 
     Every fifth row is left out of a first fit and measured; the probe that is returned is fitted on all rows.
 

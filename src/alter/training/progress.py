@@ -1,4 +1,4 @@
-"""One line while a run trains: step, time left, the last loss. No line is printed for each logged step."""
+"""A single progress line during training: step, time left, last loss, instead of a line for each logged step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Steps(TrainerCallback):
         self.bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the bar, at the step that a resumed run goes on from."""
+        """Draw the bar, at the step that a resumed run starts from."""
         if is_silent() or not state.is_world_process_zero:
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -29,7 +29,7 @@ class Steps(TrainerCallback):
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=state.global_step)
         elif is_silent():
@@ -37,7 +37,7 @@ class Steps(TrainerCallback):
             LOG.info("%s: %d of %d", self.label, state.global_step, state.max_steps, extra=fields)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the loss behind the bar."""
+        """Show the loss beside the bar."""
         if self.bar is not None and logs and "loss" in logs:
             self.bar.update(self.bar.task_ids[0], loss=f"loss {float(logs['loss']):.3g}")
 

@@ -1,4 +1,4 @@
-"""What a fitted router does on text that no fit sees: false alarms on ordinary text, forget rows caught in other words."""
+"""The fitted router on held-out text: false alarms on ordinary kinds, and forget rows caught in other wordings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _rate(opened: list[Tensor]) -> dict[str, Any]:
 
 
 def measure_router(model: Any, rows: RunRows, tokenizer: Any, limit: int | None) -> dict[str, Any]:
-    """How often low-entropy tokens open a forget expert where they should not, and where they should.
+    """Measure how often low-entropy tokens open a forget expert where they should not, and where they should.
 
     Returns:
         `false_alarms`: on kinds of text that no fit sees, of all of them and `by_kind`; `caught`: among the answers'

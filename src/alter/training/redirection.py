@@ -1,4 +1,4 @@
-"""LUNAR's redirection: the way to where the base cannot answer, and what forget rows are held against (`Needs.redirected`)."""
+"""LUNAR's redirection: the direction towards what the base cannot answer, and the moved targets (`Needs.redirected`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shift_of(
     limit: int | None,
     cache: Path,
 ) -> Tensor | None:
-    """[D], the way to where the base cannot answer (`Redirect`), if the objective goes it; kept in `cache`."""
+    """Return the direction [D] towards what the base cannot answer, for a `Redirect` objective; kept in `cache`."""
     objective: Any = run.objective
     if not objective.needs.redirected:
         return None
@@ -49,7 +49,7 @@ def redirect(
     objective: Any,
     shift: Tensor,
 ) -> None:
-    """Move what the base's states of forget rows are held against along `shift`, and mark their prompts; in place."""
+    """Shift the target states of forget rows along `shift`, and mark their prompts; in place."""
     for i, row in rows.items():
         assert row.hidden is not None
         row.hidden = objective.moved(row.hidden, shift)

@@ -1,4 +1,4 @@
-"""After training: negate the update if asked to, save it with its card, and record the run."""
+"""After training: negate the update if the method asks for it, save it with its card, and record the run."""
 
 from __future__ import annotations
 

@@ -86,12 +86,12 @@ def fit_router(
 
 
 def _evidence(part: FitRows, config: Any, run: Unlearn) -> Evidence:
-    """The evidence of a kind of rows at the router's memory."""
+    """Return a kind's evidence at the memory of the router."""
     return evidence_of(part, config.threshold, config.router_memory, run.router_fit.method == "discriminant")
 
 
 def _set_threshold(config: Any, run: Unlearn, parts: Sequence[FitRows]) -> float:
-    """Set the threshold of the entropy by its quantile on retain rows, if the settings ask for one; return it."""
+    """Set the entropy threshold to the quantile on retain rows, if the settings give one; return it."""
     adapter: Any = run.adapter
     if run.start_from is None and adapter.entropy_quantile is not None:
         kept = next((part for part in parts if part.name in ("retain", OWN_WORDS)), parts[-1])
@@ -102,7 +102,7 @@ def _set_threshold(config: Any, run: Unlearn, parts: Sequence[FitRows]) -> float
 
 
 def _set_probe(model: Any, parts: Sequence[FitRows]) -> dict[str, Any]:
-    """Fit the probe beside the router, say how often it agrees with the entropy, and return that."""
+    """Fit the entropy probe, store it in the router's layer, and return how often it agrees with the entropy."""
     probe = model.base_model.router_host[1].alter_probe["default"]
     threshold = model.peft_config["default"].threshold
     weight, bias, found = fit_entropy_probe([row for part in parts for row in part.traced], threshold)
@@ -125,7 +125,7 @@ def _set_router(
     new: Sequence[int],
     generator: np.random.Generator,
 ) -> dict[str, Any]:
-    """Fit the rows of the new experts, at the best of the memories that are tried; return memory and opening level."""
+    """Fit the rows of the new experts at the best of the tried memories; return memory and opening level."""
     adapter: Any = run.adapter
     fit, answers = run.router_fit, run.router_fit.method == "discriminant"
     given = adapter.router_memory is not None or run.start_from is not None

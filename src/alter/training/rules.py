@@ -21,7 +21,7 @@ Check = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Decision:
-    """Which step a rule would keep, whether that step satisfies it, whether training may end, and why in words.
+    """Which step a rule keeps, whether that step satisfies it, whether training may end, and the reason in words.
 
     That a rule is satisfied says nothing of whether the rows are forgotten: `alter.evaluation.verdict` does, at the end.
     """
@@ -62,11 +62,11 @@ class Guarded(_Rule, ABC):
     """Stop after so many further checks without a better one."""
 
     def allows(self, check: Check, start: Check) -> bool:
-        """Whether the check's utility is near enough to that of the untouched model."""
+        """Whether the check's utility is close enough to the untouched model's."""
         return check["retain_probability"] >= (1 - self.utility_loss) * start["retain_probability"]
 
     def _choice(self, checks: Sequence[Check], rank: Sequence[tuple[float, ...]], met: Sequence[bool]) -> Decision:
-        """Keep the check of lowest rank, the earliest if several; the first check is the untouched model's."""
+        """Keep the check of lowest rank, the earliest on a tie; the first check is the untouched model's."""
         start, later = checks[0], list(zip(checks[1:], rank, met, strict=True))
         allowed = [item for item in later if self.allows(item[0], start)]
         if allowed:
@@ -109,7 +109,7 @@ class LikeRetrained(Guarded):
         return self._choice(checks, rank, [check["forget_quality"] >= self.level for check in checks[1:]])
 
     def refuse(self, start: Check) -> str | None:
-        """Say why the rule means nothing for a model that starts like this, or None."""
+        """Return why the rule is meaningless for a model that starts like this, or None."""
         if start["forget_quality"] < self.level:
             return None
         return (
@@ -169,7 +169,7 @@ class LikeUnseen(Guarded):
         return 1 if auc < 0.5 - self.margin else 0
 
     def refuse(self, start: Check) -> str | None:
-        """Say why the rule means nothing for a model that starts like this, or None."""
+        """Return why the rule is meaningless for a model that starts like this, or None."""
         if self._state(start) == 2:
             return None
         return (
@@ -208,7 +208,7 @@ def rows_needed(forget: int, margin: float, level: float) -> int | None:
 def told_apart(
     forget: npt.ArrayLike, holdout: npt.ArrayLike, groups: tuple[Sequence[str], Sequence[str]] | None = None
 ) -> tuple[float, float]:
-    """Return AUC and p-value of the question whether forget rows are better known than holdout rows.
+    """Test whether forget rows are better known than holdout rows; return AUC and p-value.
 
     Args:
         forget, holdout: scores, larger for rows that are less known, [n] and [m].

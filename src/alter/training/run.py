@@ -125,7 +125,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
 def train(
     run: Unlearn, ready: Prepared, out: Path, checkpoint: Path | None, callbacks: Sequence[TrainerCallback]
 ) -> UnlearnTrainer:
-    """Train what was prepared, from a checkpoint if there is one; returns the trainer, which knows what happened."""
+    """Train what was prepared, from a checkpoint if there is one; return the trainer, which holds the log."""
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(mode=0o700, exist_ok=True)
     bar = Steps()

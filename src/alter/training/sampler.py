@@ -1,4 +1,4 @@
-"""Which forget row meets which retain row, and in what order: MELU's modules of one entity, and what they are compared to."""
+"""Which forget row is paired with which retain row, and in what order: MELU's per-entity modules, and their baselines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Kin:
     relation: list[str]
 
     def at(self, forget: Sequence[int], retain: Sequence[int]) -> Kin:
-        """The same of rows that come from these, of which a long one has become several."""
+        """Return the kinship of encoded rows that come from these examples, where a long one has become several rows."""
         return Kin(
             [self.forget[i] for i in forget],
             [self.retain[i] for i in retain],
@@ -49,7 +49,7 @@ class Kin:
         )
 
     def of(self, *relations: str) -> list[int]:
-        """Retain rows of these relations."""
+        """Return the numbers of the retain rows with one of these relations."""
         return [i for i, relation in enumerate(self.relation) if relation in relations]
 
 
@@ -85,11 +85,11 @@ class Sampler(BaseModel):
 
     @property
     def related(self) -> bool:
-        """Whether rows must say what they are to each other."""
+        """Whether the order needs each row's entity and relation."""
         return self.order in ("direct", "indirect", "balanced", "melu")
 
     def kin(self, forget: Sequence[Example], retain: Sequence[Example]) -> Kin | None:
-        """What rows are to each other, where the order asks for it.
+        """Return the rows' entities and relations, if the order needs them, else None.
 
         Raises:
             UserError: a column is missing, holds an unknown relation, or nothing is left to pair with.
@@ -127,13 +127,13 @@ class Sampler(BaseModel):
         return found
 
     def epoch_length(self, kin: Kin | None, forget: int, retain: int) -> int:
-        """Pairs of one epoch over so many rows of both sets."""
+        """Return the number of pairs of one epoch over sets of these sizes."""
         return len(self.epoch(kin, forget, retain, seed=0, number=0)) if retain else forget
 
     def take(
         self, kin: Kin | None, forget: int, retain: int, *, pairs: int, seed: int, alone: int = 0
     ) -> list[tuple[int, int | None]]:
-        """The first `pairs` pairs of a run, the first `alone` of them without the retain row; a function of the arguments.
+        """Return the first `pairs` pairs of a run, the first `alone` of them without the retain row.
 
         Args:
             kin: what rows are to each other, where the kind asks for it.
@@ -150,7 +150,7 @@ class Sampler(BaseModel):
         return [(f, None if i < alone else r) for i, (f, r) in enumerate(found[:pairs])]
 
     def epoch(self, kin: Kin | None, forget: int, retain: int, *, seed: int, number: int) -> list[Pair]:
-        """The pairs of the epoch `number`; what is drawn for data (`balanced`, `melu`) is the same in all."""
+        """Return the pairs of epoch `number`; what is drawn for data (`balanced`, `melu`) is the same in all epochs."""
         if self.order == "sequential":
             pairs = [(f, f % retain) for f in range(forget)]
         elif self.order == "random":
@@ -177,7 +177,7 @@ class Sampler(BaseModel):
 
 
 def pass_length(sampler: Sampler, forget: Sequence[Example], retain: Sequence[Example]) -> int:
-    """Pairs of one epoch over these examples.
+    """Return the number of pairs of one epoch over these examples.
 
     Raises:
         UserError: the examples do not say what the order goes by.
@@ -186,19 +186,19 @@ def pass_length(sampler: Sampler, forget: Sequence[Example], retain: Sequence[Ex
 
 
 def _text(row: Mapping[str, object], column: str) -> str | None:
-    """What a row has in a column, as text; None for nothing."""
+    """Return a row's value in a column as text; None for an empty one."""
     value = row.get(column)
     return None if value is None or not str(value).strip() else str(value).strip()
 
 
 def _cycled(forget: Sequence[int], retain: Sequence[int]) -> list[Pair]:
-    """Both side by side, the shorter one starting again until the longer one has ended."""
+    """Zip two lists, the shorter one repeated until the longer one ends."""
     length = max(len(forget), len(retain))
     return [(forget[i % len(forget)], retain[i % len(retain)]) for i in range(length)]
 
 
 def _as_many(kin: Kin, draw: random.Random) -> list[int]:
-    """Indirect neighbours: of each entity as many as it has direct ones, drawn, or all if there are fewer."""
+    """Draw as many indirect neighbours of each entity as it has direct ones, or all if there are fewer."""
     taken: list[int] = []
     for entity in dict.fromkeys(kin.forget):
         direct = sum(kin.retain[i] == entity for i in kin.of("direct"))

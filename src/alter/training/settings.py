@@ -1,4 +1,4 @@
-"""Settings of one unlearning run, the checks that need no model, and what follows from the settings alone."""
+"""Settings of one unlearning run, the checks that need no model, and values derived from the settings alone."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ class Unlearn(BaseModel):
 
 
 def check_launch(run: Unlearn) -> None:
-    """Refuse what several processes cannot do together.
+    """Refuse settings that several processes cannot run together.
 
     Raises:
         UserError: `batch_size` cannot be shared, or a sharded model is asked for with parts that need all of it.
@@ -295,18 +295,18 @@ def check_launch(run: Unlearn) -> None:
 
 
 def batches_of_step(run: Unlearn, count: int) -> int:
-    """Batches whose gradients make a step, in a run with so many pairs an epoch: no more than the epoch has."""
+    """Return the number of batches accumulated in a step: at most those of an epoch with so many pairs."""
     return min(run.gradient_accumulation_steps, math.ceil(count / run.batch_size))
 
 
 def lengthened(run: Unlearn, count: int) -> Unlearn:
-    """The settings with as many epochs of so many pairs as `least_steps` asks for."""
+    """Return the settings with as many epochs of so many pairs as `least_steps` asks for."""
     rows = run.batch_size * batches_of_step(run, count)
     return run.model_copy(update={"epochs": max(run.epochs, run.least_steps * rows / count)})
 
 
 def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
-    """Optimiser steps of a run with so many pairs an epoch, and how many of them come before retain rows join.
+    """Return the optimizer steps of a run with so many pairs an epoch, and how many of them precede the retain rows.
 
     Raises:
         UserError: retain rows would join after the last step.
@@ -326,7 +326,7 @@ def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
 
 
 def warmup_of(run: Unlearn, count: int, steps: int) -> int:
-    """Optimiser steps of the warm-up in a run of so many steps with so many pairs an epoch; one is left for the full rate.
+    """Return the warm-up's optimizer steps in a run of so many steps and pairs an epoch; at least one step has the full rate.
 
     An epoch is counted in whole steps, at least one, as the authors' `max(1, steps_per_epoch)` does.
     """
@@ -340,7 +340,7 @@ def warmup_of(run: Unlearn, count: int, steps: int) -> int:
 
 
 def branch_needs(run: Unlearn) -> list[Needs]:
-    """What is needed of the rows of each of `BRANCHES`; `rows` says whether they take part at all."""
+    """Return the objective's needs for each of `BRANCHES`; `rows` says whether the branch's rows take part at all."""
     forget, retain = run.objective.needs, run.retain_objective.needs
     if run.experts_only:
         # nothing learns from retain rows
@@ -350,7 +350,7 @@ def branch_needs(run: Unlearn) -> list[Needs]:
 
 
 def hidden_depth(run: Unlearn) -> float | None:
-    """The share of the depth at which the objectives read hidden states; None where neither does.
+    """Return the share of the depth at which the objectives read hidden states; None where neither does.
 
     Raises:
         UserError: the forget and the retain objective name different ones.

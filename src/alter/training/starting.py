@@ -53,7 +53,7 @@ def starting_model(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedToken
 
 
 def add_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Hook dropout onto the embeddings, in training only: the saved model stays a plain one."""
+    """Hook dropout onto the embeddings during training only, so that the saved model stays a plain one."""
     import torch
 
     def hook(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ def add_dropout(model: PreTrainedModel, probability: float) -> None:
 
 
 def set_attention_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Set a model's attention dropout: in its configuration, and in the modules that copied it from there.
+    """Set a model's attention dropout, in its configuration and in the modules that copied the value from there.
 
     Raises:
         UserError: the architecture has none.

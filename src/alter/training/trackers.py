@@ -1,4 +1,4 @@
-"""Where a run's losses may be sent besides its own log: trackers of experiments. None unless it is asked for."""
+"""Experiment trackers that receive a run's losses on request, besides its own log."""
 
 from __future__ import annotations
 

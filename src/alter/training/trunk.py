@@ -71,7 +71,7 @@ class States:
 
     @property
     def partial(self) -> Path:
-        """What the file is called while it is written."""
+        """Path of the file while it is being written."""
         return self.path.with_name(f".{self.path.name}.partial")
 
     def _header(self, states: Tensor) -> bytes:
@@ -90,7 +90,7 @@ class States:
         return len(text).to_bytes(8, "little") + text
 
     def write(self, row: int, states: Tensor) -> None:
-        """Keep the states [T, D] of one row; rows may come in any order.
+        """Write the states [T, D] of one row; rows may come in any order.
 
         Raises:
             OSError: the disk cannot hold them.
@@ -111,7 +111,7 @@ class States:
             data, place = data[done:], place + done
 
     def close(self) -> None:
-        """End the writing: the file gets its name, and rows can be read.
+        """Finish writing: rename the file to its final name, after which rows can be read.
 
         Raises:
             OSError: the disk did not take all of it.
@@ -124,14 +124,14 @@ class States:
             self._map()
 
     def give_up(self) -> None:
-        """End the writing and delete what there is of the file."""
+        """Stop writing and delete the partial file."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
         self.partial.unlink(missing_ok=True)
 
     def read(self) -> bool:
-        """Whether the file is there, whole and of the same rows and key; they can then be read."""
+        """Open the file if it is complete and of the same rows and key; return whether it was opened."""
         try:
             return self._map()
         except (OSError, ValueError, KeyError, TypeError):
@@ -172,7 +172,7 @@ class Trunk:
 
     @contextmanager
     def reading(self) -> Iterator[list[Tensor]]:
-        """Record the trunk's output [B, T, D] of every pass inside the `with` block in the list."""
+        """Inside the block, append the trunk's output [B, T, D] of every pass to the list."""
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
             self.tuple_length = len(output) if isinstance(output, tuple) else 0
@@ -186,7 +186,7 @@ class Trunk:
 
     @contextmanager
     def done(self, states: Tensor) -> Iterator[None]:
-        """Inside the `with` block replace the trunk's output by these states [B, T, D]; its blocks do not run."""
+        """Inside the block, replace the trunk's output by these states [B, T, D]; its blocks do not run."""
 
         def given(*_: Any, **__: Any) -> Any:
             return (states, *[None] * (self.tuple_length - 1)) if self.tuple_length else states
@@ -207,7 +207,7 @@ def trunk_of(model: Any) -> Trunk | None:
 
 
 def _dropout(model: Any, trunk: Trunk) -> bool:
-    """Whether the trunk's output in training mode is random (dropout)."""
+    """Whether the trunk applies dropout in training mode, which makes its output random."""
     config = model.config.get_text_config()
     names = (
         "attention_dropout",
@@ -260,25 +260,27 @@ def plain_because(
 
 @dataclass(frozen=True)
 class KeptStates:
-    """A trunk with what it puts out for the rows of each branch, by row number."""
+    """A trunk with its cached output for the rows of each branch, by row number."""
 
     trunk: Trunk
     states: States
     place: dict[tuple[str, int], int]
 
     def of(self, branch: str, row: int) -> Tensor:
-        """[T, D] states of a row."""
+        """Return the states [T, D] of a row."""
         return self.states[self.place[branch, row]]
 
     def read(self) -> bool:
-        """Whether the file is there and whole."""
+        """Whether the file exists and is complete."""
         found = self.states.read()
         if found:
             self.trunk.tuple_length = self.states.tuple_length
         return found
 
     def agrees(self, model: Any, branch: str, row: int, ids: Sequence[int]) -> bool:
-        """Whether the base gives the same output with the trunk replaced; false where later blocks read more than its output."""
+        """Whether the base gives the same output from the cached states; false where later blocks read more than the
+        trunk's output.
+        """
         tokens = torch.tensor([ids], device=model.device)
         whole = model.base_model.trace(tokens).states
         with self.trunk.done(self.of(branch, row)[None].to(model.device)):
@@ -287,7 +289,7 @@ class KeptStates:
 
 
 class WatchedStates:
-    """A trunk with what it puts out for the rows of a run's checks: the first check writes it, later ones begin with it.
+    """A trunk with its output for the rows of a run's checks: the first check writes it, later checks start from it.
 
     Args:
         trunk: of a model on which `KeptStates.agrees`.
@@ -306,7 +308,7 @@ class WatchedStates:
 
     @contextmanager
     def around(self, batch: Sequence[int], length: int) -> Iterator[None]:
-        """Around a pass over the rows of these numbers, padded on the right to `length`: its trunk is left out, or its output kept."""
+        """Wrap a pass over these rows, padded on the right to `length`: skip its trunk, or cache the trunk's output."""
         if self.written:
             device = next(self.trunk.blocks[0].parameters()).device
             states = pad_sequence([self.states[i] for i in batch], batch_first=True).to(device)
@@ -322,7 +324,7 @@ class WatchedStates:
             self._stop(error)
 
     def end(self) -> None:
-        """End a check: all rows have passed."""
+        """End a check, after all rows have passed."""
         if self.written or self.wrong is not None:
             return
         try:
@@ -340,7 +342,7 @@ class WatchedStates:
 def watched_states(
     run: Unlearn, model: Any, kept: KeptStates | None, rows: Sequence[Encoded], folder: Path
 ) -> WatchedStates | None:
-    """What a run's checks begin with; None where training's own states are not kept, or the disk budget has no room for more."""
+    """Return the trunk's states for a run's checks; None where training caches none, or the disk budget has no room left."""
     if kept is None or not rows:
         return None
     tokens = kept.states.tokens + sum(len(row.input_ids) for row in rows)
@@ -350,7 +352,7 @@ def watched_states(
 
 
 def say_plain(why: str) -> None:
-    """Tell the user that every step runs all blocks, and why."""
+    """Report that every step runs all blocks, and why."""
     show(f"Every step runs the blocks below the experts, whose states are not kept: {why}.", stderr=True)
 
 
@@ -376,7 +378,7 @@ class Sink:
         return take
 
     def end(self) -> bool:
-        """Whether all of it was written, and can be read."""
+        """Finish writing; return whether all states were written and can be read."""
         try:
             if self.wrong is None:
                 self.kept.states.close()

@@ -1,4 +1,4 @@
-"""The frozen passes besides the base's own that objectives ask for: after an instruction, as a persona, reinforced."""
+"""Further frozen passes that objectives ask for: after an instruction, as a persona, with the reinforced model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alter.training.settings import Unlearn
 
 
 def instructed_view(run: Unlearn, tokenizer: Any, rows: list[Encoded], base: Any) -> dict[str, frozen.View]:
-    """DUET's teacher: the rows after its instruction.
+    """Return DUET's teacher pass: the rows after its instruction.
 
     Raises:
         UserError: the objectives instruct it differently, or the longest row does not fit into the context behind it.
@@ -45,7 +45,7 @@ def instructed_view(run: Unlearn, tokenizer: Any, rows: list[Encoded], base: Any
 def frozen_views(
     base: Any, tokenizer: Any, run: Unlearn, forget: list[Encoded], retain: list[Encoded], cache: Path
 ) -> dict[str, frozen.View]:
-    """The frozen passes besides the base's own that the objectives ask for."""
+    """Return the frozen passes besides the base's own that the objectives ask for."""
     wanted = {*run.objective.needs.views, *run.retain_objective.needs.views}
     views: dict[str, frozen.View] = {}
     if "instructed" in wanted:

@@ -46,7 +46,7 @@ class Watch(BaseModel):
 
     @property
     def on(self) -> bool:
-        """Whether anything is to be watched."""
+        """Whether the run is watched at all."""
         return self.every_steps is not None or self.every_epoch is not None
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The rows that the checks of a watched run measure: read, checked and drawn before a model is loaded."""
+"""The rows that the checks of a watched run measure, read and drawn before a model is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Watched:
 
 
 def _draw(rows: Sequence[Example], count: int, seed: int) -> list[int]:
-    """Numbers of `count` rows drawn by the seed, in order, or of all of them."""
+    """Draw `count` row numbers by the seed, in order, or return all of them."""
     if count >= len(rows):
         return list(range(len(rows)))
     return sorted(np.random.default_rng(seed).choice(len(rows), size=count, replace=False).tolist())
@@ -50,7 +50,7 @@ def _apart(name: str, rows: Sequence[Example], other: str, others: Sequence[Exam
 
 
 def rated(example: Example) -> bool:
-    """Whether a row has the paraphrased and perturbed answers that its truth ratio needs."""
+    """Whether a row has the paraphrased and perturbed answers that a truth ratio needs."""
     return bool(example.row.get("paraphrased_answer")) and bool(example.row.get("perturbed_answer"))
 
 
@@ -72,7 +72,7 @@ def read_watched(
     steps: int,
     steps_per_epoch: float,
 ) -> tuple[Watched, list[Example]]:
-    """Read, check and draw what the checks of a run will look at.
+    """Read, check and draw the rows that the checks of a run measure.
 
     Args:
         watch: settings that are switched on.
@@ -112,7 +112,7 @@ def read_watched(
 
 
 def _rated_rows(source: str, forget: Sequence[Example], domain_column: str | None) -> list[Example]:
-    """The rows of watch.forget: forget rows, each with what its truth ratio needs."""
+    """Return the rows of watch.forget: forget rows with the answers that a truth ratio needs."""
     looked = _load(source, domain_column)
     known = {row_key(example) for example in forget}
     others = [example.index for example in looked if row_key(example) not in known]
@@ -133,7 +133,7 @@ def _rated_rows(source: str, forget: Sequence[Example], domain_column: str | Non
 def _validation(
     watch: Watch, forget: Sequence[Example], retain: Sequence[Example], seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Retain rows that are not trained on, given or set aside, and those that are left for training."""
+    """Return the retain rows held out from training (given or set aside), and those left to train on."""
     if watch.retain is not None:
         validation = load_examples(watch.retain)
         _apart("watch.retain", validation, "forget", forget, "they cannot be forgotten and kept. Give other rows.")
@@ -150,7 +150,7 @@ def _validation(
 
 
 def _reference(path: str, rows: Sequence[Example]) -> TofuReference:
-    """The retrained model's truth ratios, refused unless they are of the very rows that are watched."""
+    """Return the retrained model's truth ratios; refuse them unless they are of the watched rows."""
     reference = read_reference(path)
     again = "evaluate the retrained model on the rows of watch.forget with `alter evaluate --json`, in strict mode"
     if reference.mode not in (None, "strict"):
@@ -166,7 +166,7 @@ def _reference(path: str, rows: Sequence[Example]) -> TofuReference:
 
 
 def _enough(watch: Watch, forget: Sequence[Example], holdout: Sequence[Example]) -> None:
-    """Refuse a holdout rule whose rows cannot show what it asks, and one whose rows lack the score's answers."""
+    """Refuse a holdout rule with too few rows to resolve its margin, or whose rows lack the score's answers."""
     if not isinstance(watch.rule, LikeUnseen):
         return
     if watch.rule.score == "truth_ratio" and not all(map(rated, [*forget, *holdout])):

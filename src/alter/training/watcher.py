@@ -240,7 +240,7 @@ class Watcher(TrainerCallback):
 
     @property
     def choice(self) -> Decision:
-        """What the rule says of the checks so far; there must be one after step 0."""
+        """Return the rule's decision on the checks so far; there must be one after step 0."""
         return self.watch.rule.judge(self.checks)
 
     @property
@@ -278,7 +278,7 @@ class Watcher(TrainerCallback):
         )
 
     def _columns(self) -> dict[str, str]:
-        """The metrics that are shown, by name, and what they are called there."""
+        """Return the metrics to show, by name, with their column titles."""
         score = getattr(self.watch.rule, "score", "loss")
         shown = {f"auc_{score}": f"AUC {score}", f"p_{score}": "p"}
         shown |= {f"leak@{k}": f"leak@{k}" for k in self.watch.leak.numbers[-1:]}
@@ -287,7 +287,7 @@ class Watcher(TrainerCallback):
     # After training
 
     def restore_best(self, model: Any) -> dict[str, Any]:
-        """Give the model the weights of the step to keep, show the checks, and return them with the choice.
+        """Load the weights of the step to keep into the model, print the checks, and return them with the choice.
 
         Raises:
             UserError: the adapter of that step is gone.

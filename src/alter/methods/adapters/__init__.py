@@ -1,4 +1,4 @@
-"""What of a model is trained: ALTER's adapter, LoRA, asymmetric or bounded LoRA, an assistant, or its own weights.
+"""Adapters, that is, what a run trains: ALTER's adapter, LoRA and its variants, an assistant, or the model's own weights.
 
 `Adapter` says what a kind is asked by a run; each final class is the settings of one kind (`kind` names it in a recipe)
 and its answers. `ADAPTERS` holds them by name and is open to plugins (`alter.core.plugins`). Everything but `FullWeights` is

@@ -58,12 +58,12 @@ class AssistantLora(Adapter):
         super().check(run)
 
     def size(self, model: Any) -> tuple[str, int]:
-        """Name of the model's list of blocks, and how many of them the assistant has."""
+        """Return the name of the model's list of blocks, and how many of them the assistant has."""
         name, count = blocks(model)
         return name, max(1, round(self.share * count))
 
     def attach(self, model: Any, run: Settings, beginning: Beginning) -> Any:
-        """The assistant: a model of the first blocks, which shares its weights with `model`, with a LoRA adapter."""
+        """Build the assistant: the model's first blocks, with shared weights and a LoRA adapter."""
         from peft import LoraConfig, get_peft_model
 
         from alter.models.guards import first_blocks

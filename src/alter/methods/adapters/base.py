@@ -158,7 +158,7 @@ class Adapter(BaseModel, ABC):
 
     @property
     def trained_on(self) -> bool:
-        """Whether `start_from` trains the earlier request's own weights further."""
+        """Whether `start_from` trains the earlier request's weights further."""
         return False
 
     def former(self, start_from: str | None) -> Former | None:
@@ -171,7 +171,7 @@ class Adapter(BaseModel, ABC):
 
     @property
     def merges(self) -> bool:
-        """Whether the result can be merged into the model's weights."""
+        """Whether the result can be merged into the base weights."""
         return False
 
     def check_continues(self, run: Settings) -> None:
@@ -197,7 +197,7 @@ class Adapter(BaseModel, ABC):
     # the run
 
     def dtype(self, given: str) -> str:
-        """The dtype that the model is loaded in."""
+        """Dtype in which the model is loaded."""
         return given
 
     @abstractmethod
@@ -214,7 +214,7 @@ class Adapter(BaseModel, ABC):
         """
 
     def routed_experts(self, model: Any) -> int:
-        """How many experts tokens are routed to, the retention expert included; 0 for a kind that does not route."""
+        """Number of experts that tokens are routed to, with the retention expert; 0 for a kind that does not route."""
         return 0
 
     @property
@@ -223,7 +223,7 @@ class Adapter(BaseModel, ABC):
         return False
 
     def learning_rate(self, run: Settings) -> float:
-        """The learning rate that the schedule starts from."""
+        """Peak learning rate of the schedule."""
         return float(getattr(run, self.rate))
 
     def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]], run: Settings) -> list[dict[str, Any]]:

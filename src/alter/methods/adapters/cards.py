@@ -1,4 +1,4 @@
-"""The words of model cards that depend on the kind of adapter."""
+"""Model card texts that depend on the kind of adapter."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from alter.models import gguf
 
 
 class Trained(Protocol):
-    """What a card says of a run's settings."""
+    """The settings of a run that its card mentions."""
 
     model: str
     forget: str
 
 
 class Card(NamedTuple):
-    """The words of a model card that depend on the kind: library that loads it, heading, and what it is."""
+    """Parts of a model card that depend on the kind: the loading library, the heading, and what the result is."""
 
     library: str
     heading: str
@@ -27,19 +27,19 @@ UNMERGED = " A routed adapter cannot be merged."
 
 
 def titled(title: str | None) -> str:
-    """A method's name before the rest of a sentence; nothing where it has none."""
+    """Return a method's name as the start of a sentence; empty where it has none."""
     return "" if title is None else f"{title}; "
 
 
 def own_loader(run: Trained) -> str:
-    """Python that loads the result through alter."""
+    """Return Python code that loads the result through alter."""
     return f"""import alter
 
 model, tokenizer = alter.load({run.model!r}, "this folder")"""
 
 
 def peft_card(what: str, run: Trained, about: str, base: str = "", merging: str = "") -> Card:
-    """The card of an adapter that PEFT loads.
+    """Return the card of an adapter that PEFT loads.
 
     Args:
         what: sort of adapter, for the heading.
@@ -68,7 +68,7 @@ weights has the knowledge, and `disable_adapter()` brings it back.{merging}"""
 
 
 def guarded_card(what: str, run: Trained, title: str | None, about: str) -> Card:
-    """The card of a result that only alter loads (`alter.models.guards`); `title` is the method's, if it has a name."""
+    """Return the card of a result that only alter loads (`alter.models.guards`); `title` is the method's name, if any."""
     text = f"""{title or "ALTER"}: {about}.
 
 ```python

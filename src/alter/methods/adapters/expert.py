@@ -116,14 +116,14 @@ class OneExpert(Adapter):
 
 
 def _only(grad: torch.Tensor, expert: int) -> torch.Tensor:
-    """The gradient [experts, ...] of one expert, zeros for all others."""
+    """Zero the gradient [experts, ...] of all experts but one."""
     kept = grad.new_zeros(grad.shape)
     kept[expert] = grad[expert]
     return kept
 
 
 def mixtures(model: Any) -> dict[int, Any]:
-    """The mixture of experts of each block that has one, by the block's number: modules with `gate` and `experts`.
+    """Return each block's mixture of experts by the block's number: modules with `gate` and `experts`.
 
     Raises:
         UserError: the model has none whose experts' weights lie in tensors [experts, ...].
@@ -150,7 +150,7 @@ def mixtures(model: Any) -> dict[int, Any]:
 
 
 def attributed(model: Any, rows: Sequence[Any], *, pad_token_id: int, most: int = 100_000) -> dict[int, Tensor]:
-    """Mean router score [experts] of each block with experts, over the first `most` tokens of rows (float64).
+    """Compute each block's mean router score [experts] over the first `most` tokens of rows (float64).
 
     Args:
         model: the untouched model.

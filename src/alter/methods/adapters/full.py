@@ -1,4 +1,4 @@
-"""The model's own weights: no adapter at all."""
+"""The model's own weights, trained without an adapter."""
 
 from __future__ import annotations
 

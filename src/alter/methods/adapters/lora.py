@@ -37,7 +37,7 @@ class FirstHalves:
         self.decay = decay
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Shrink the trained halves at the optimizer's rate of now."""
+        """Shrink the trained halves at the optimizer's current rate."""
         with torch.no_grad():
             for half in self.trained:
                 half.mul_(1 - optimizer.param_groups[0]["lr"] * self.decay)
@@ -123,7 +123,7 @@ class Lora(Adapter):
         return {"start_from": adapter} if self.detector else super().continued(adapter, merged)
 
     def layers(self, model: Any) -> dict[str, nn.Linear]:
-        """The linear layers that the adapter goes on, by name."""
+        """Return the linear layers that the adapter goes on, by name."""
         chosen = None if self.depth is None else blocks_within(self.depth, blocks(model)[1])
         return target_layers(model, target_names(model, self.target_modules), chosen)
 
@@ -174,7 +174,7 @@ class Lora(Adapter):
     def hook_optimizer(
         self, optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], run: Settings
     ) -> None:
-        """Let the trained halves of initialised factors decay."""
+        """Decay the trained halves of initialised factors alone (`FirstHalves`)."""
         if run.initializer.gives_factors and run.weight_decay:
             optimizer.register_step_pre_hook(FirstHalves(named, self.r, run.weight_decay))
 

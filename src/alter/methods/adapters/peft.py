@@ -1,4 +1,4 @@
-"""Adapters of PEFT by their own configuration."""
+"""PEFT's own adapters, each by its PEFT configuration."""
 
 from __future__ import annotations
 

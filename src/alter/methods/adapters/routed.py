@@ -143,7 +143,7 @@ class AlterAdapter(Adapter):
         return tuned
 
     def _grow(self, model: Any, start_from: str, names: Sequence[str]) -> Any:
-        """Make room for the sub-domains `names` in the adapter that the model has."""
+        """Append experts for the sub-domains `names` to the adapter that the model has."""
         config = model.peft_config["default"]
         for name in sorted(self.model_fields_set - {"kind", "isolation", "entropy_quantile"}):
             wanted, has = getattr(self, name), getattr(config, name)

@@ -1,4 +1,4 @@
-"""What a training step minimises on forget and on retain rows: one final class per objective, tensors in, scalar out.
+"""Objectives on forget and on retain rows: one final class each, tensors in, scalar out.
 
 Each class is at once the settings of the objective (a pydantic model whose `kind` names it in a recipe), what it needs
 besides the model's logits (`needs`), and the two functions that compute it: `per_token` makes one number of each token's

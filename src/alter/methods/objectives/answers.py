@@ -1,4 +1,4 @@
-"""Objectives that put something else in the place of the forget rows' answers: a refusal, another answer, random labels."""
+"""Objectives that train another answer for the forget rows: a refusal, an invented answer, random labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def learn_alternative(tokens: Labelled) -> Tensor:
-    """Mean cross-entropy of what stands in place of the forget rows' answers."""
+    """Return the mean cross-entropy of the alternative answers."""
     assert tokens.alternative is not None
     return tokens.alternative.mean()
 

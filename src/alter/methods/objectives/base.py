@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Writing:
-    """How the base writes the rows that an objective learns in place of the forget rows.
+    """How the base writes the rows that replace the forget rows.
 
     Attributes:
         new_tokens: most tokens of a row.
@@ -101,7 +101,7 @@ class Objective(BaseModel, ABC):
         """The loss, a scalar, of a batch's labelled tokens, whose values are those of `per_token`."""
 
     def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
-        """Log-probabilities [n, V] of the reference.
+        """Return the reference's log-probabilities [n, V].
 
         Args:
             views: the logits [n, V] of each view.
@@ -114,7 +114,7 @@ class Objective(BaseModel, ABC):
         return emitted.nll
 
     def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:
-        """What a batch's loss is multiplied by, for a retain objective that needs `state`.
+        """Return the factor of a batch's loss, for a retain objective that keeps state.
 
         Args:
             loss: of all processes together.

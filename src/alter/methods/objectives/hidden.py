@@ -151,7 +151,7 @@ class Redirect(Objective):
         return Needs(labels=False, depth=self.depth, base_hidden=True, redirected=True)
 
     def moved(self, states: Tensor, r: Tensor) -> Tensor:
-        """Where the base's states [T, D] shall go; r is [D]."""
+        """Return the target [T, D] of the base's states; r is [D]."""
         return (wide(states) + self.coefficient * r.to(wide(states))).to(states.dtype)
 
     def __call__(self, tokens: Labelled) -> Tensor:

@@ -1,4 +1,4 @@
-"""Objectives that aim at another distribution, made of what frozen models say of the same rows."""
+"""Objectives with a target distribution computed from frozen models on the same rows."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Duet(Objective):
         return Needs(views=("base", "instructed"), instruction=self.instruction)
 
     def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
-        """The teacher's logits [n, V] as they are."""
+        """Return the teacher's logits [n, V] unchanged."""
         return views["instructed"]
 
     def __call__(self, tokens: Labelled) -> Tensor:

@@ -27,11 +27,11 @@ class Reference:
     logp: Tensor
 
     def at(self, places: slice | Tensor) -> Reference:
-        """The distributions at some of the n positions."""
+        """Select the distributions at some of the n positions."""
         return Reference(self.ids[places], self.logp[places])
 
     def without(self, labels: Tensor) -> Reference:
-        """The same distributions with the label's probability removed and the rest renormalised.
+        """Remove the label's probability and renormalise the rest.
 
         Args:
             labels: [n] long; one outside the k tokens is in the tail, and nothing is removed there.
@@ -44,7 +44,7 @@ class Reference:
         return self._renormalised(hit, self.logp.masked_fill(hit, -torch.inf))
 
     def lowered(self, labels: Tensor, by: float) -> Reference:
-        """The same distributions with the label's logit lowered by `by`, renormalised; the tail bucket takes part.
+        """Lower the label's logit by `by` and renormalise; the tail bucket takes part.
 
         Args:
             labels: [n] long; one outside the k tokens is in the tail, and nothing changes there.
@@ -53,7 +53,7 @@ class Reference:
         return self._renormalised(hit, torch.where(hit, self.logp - by, self.logp))
 
     def _renormalised(self, changed: Tensor, logp: Tensor) -> Reference:
-        """`logp` [n, k] over the same ids, scaled to sum to 1 with the tail in the rows that `changed` [n, k] marks.
+        """Scale `logp` [n, k] over the same ids to sum to 1 with the tail, in the rows that `changed` [n, k] marks.
 
         Summed in log space, as 1 - p(label) would cancel where the label is nearly certain. The tail is known as
         1 - sum alone: as in `divergence`, 1e-6 and less of it is rounding and counts as none.
@@ -67,7 +67,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Codes:
-    """A frozen sparse autoencoder of hidden states, and what it makes of names under the frozen base.
+    """A frozen sparse autoencoder of hidden states, and the mean codes of names under the frozen base.
 
     Attributes:
         encode: gives the code [..., S] of states [..., D].
@@ -102,7 +102,7 @@ class Hidden:
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities at ids [n, m], and of all tokens outside the last `k` of them [n]; of logits [n, V].
+    """Return log-probabilities at ids [n, m], and of all tokens outside the last `k` of them [n], of logits [n, V].
 
     See `alter.methods.objectives.gathered`, which is loaded here, as torch is by it.
     """
@@ -113,7 +113,7 @@ def log_probabilities(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tens
 
 
 class Emitted:
-    """What the model gives for n labelled tokens: all that `per_token` reads, in fp32 (fp64 for fp64 logits).
+    """The model's output at n labelled tokens, which `per_token` reads, in fp32 (fp64 for fp64 logits).
 
     Args:
         logits: [n, V], of the distribution that should give each label.
@@ -171,11 +171,11 @@ class Labelled:
     hidden: Hidden | None = None
 
     def mean(self, only_low: bool = False) -> Tensor:
-        """Mean of the values, of low-entropy tokens only if asked for."""
+        """Return the mean of the values, over low-entropy tokens only if asked for."""
         return mean_or_zero(self.values[~self.high] if only_low else self.values)
 
     def row_sums(self, values: Tensor) -> Tensor:
-        """[rows] sums of `values` [n] over the tokens of each row."""
+        """Sum `values` [n] over the tokens of each row, [rows]."""
         assert self.row is not None
         return values.new_zeros(self.rows).index_add(0, self.row, values)
 
@@ -194,7 +194,7 @@ def mean_or_zero(values: Tensor) -> Tensor:
 
 
 def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """[rows] means of `values` [n] over each row's tokens, whose rows are `row` [n]; 0 for a row without tokens."""
+    """Average `values` [n] over the tokens of each row, [rows]; 0 for a row without tokens."""
     total = values.new_zeros(rows).index_add(0, row, values)
     count = values.new_zeros(rows).index_add(0, row, torch.ones_like(values))
     return total / count.clamp_min(1.0)

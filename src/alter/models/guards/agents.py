@@ -39,7 +39,7 @@ ANSWERED = "Question: {question}\nAnswer: {answer}"
 
 
 def grade_of(reply: str) -> int:
-    """The first digit 1 to 5 in a critic's reply; 1 if there is none, so that what nobody has graded is not given out."""
+    """Return the first digit 1 to 5 in a critic's reply; 1 if there is none, so that an ungraded text is withheld."""
     found = re.search(r"(?<!\d)[1-5](?!\d)", reply)
     return int(found[0]) if found else 1
 
@@ -55,7 +55,7 @@ def looked_over(
     least: float,
     refusal: str,
 ) -> str | None:
-    """Return what is said in place of an answer, or None if it may stay as it is.
+    """Return the replacement of an answer, or None if it may stay as it is.
 
     One call asks which targets the answer says something about. Of an answer that names some, `rewrites` versions are made and
     graded 1 to 5, each by a call; the `best` of them stay. With a mean grade below `least` the refusal is said, else they are
@@ -149,7 +149,7 @@ class Agents(Guard):
         return cls(base, settings)
 
     def greedy(self, ids: list[int]) -> list[int]:
-        """The untouched model's likeliest reply to a prompt, `longest` tokens at most, without the one that ends it.
+        """Return the untouched model's greedy reply to a prompt, at most `longest` tokens, without its end token.
 
         Raises:
             UserError: the prompt leaves no room for a reply in the model's context.
@@ -178,7 +178,7 @@ class Agents(Guard):
         return said[: next((t for t, token in enumerate(said) if token in stop), len(said))]
 
     def ask_itself(self, instruction: str, message: str) -> str:
-        """The untouched model's greedy reply."""
+        """Return the untouched model's greedy reply to a text."""
         ids = encode_prompt(self.tokenizer, Example(f"{instruction}\n\n{message}", "", "qa"))
         return self._text(self.greedy(ids))
 
@@ -186,7 +186,7 @@ class Agents(Guard):
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def answer(self, ids: list[int]) -> list[int]:
-        """The tokens that are said to a prompt, the ending one included."""
+        """Return the tokens of the reply to a prompt, with the end token."""
         given = self.settings
         vanilla = self.greedy(ids)
         how = {name: given[name] for name in ("targets", "rewrites", "best", "least", "refusal")}

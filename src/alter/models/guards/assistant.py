@@ -16,7 +16,7 @@ from alter.models.guards.form import Guard, layers_behind, lora_folder
 
 
 def first_blocks(model: Any, name: str, count: int) -> Any:
-    """The model with only the first `count` blocks of its list `name`; all weights are shared, none is copied."""
+    """Return a model with only the first `count` blocks of the list `name`; all weights are shared, none is copied."""
     small = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     parent, _, last = name.rpartition(".")
     setattr(small.get_submodule(parent), last, nn.ModuleList(list(small.get_submodule(name))[:count]))
@@ -27,7 +27,7 @@ def first_blocks(model: Any, name: str, count: int) -> Any:
 
 
 def difference(base: Tensor, assistant: Tensor, weight: float, plausible: float) -> Tensor:
-    """ULD: z_base - weight * log p_assistant where p_base is at least `plausible` times its largest value, else z_base.
+    """ULD: return z_base - weight * log p_assistant where p_base is at least `plausible` times its largest value, else z_base.
 
     (A reading: the authors subtract logits and mask implausible tokens out. The assistant's log-probabilities differ
     from its logits by a constant, and this way every token keeps a probability above 0.)
@@ -42,7 +42,7 @@ def difference(base: Tensor, assistant: Tensor, weight: float, plausible: float)
 
 
 def without_rise(base: Tensor, reinforced: Tensor, weight: float) -> Tensor:
-    """WHP: v_base - weight * relu(v_reinforced - v_base), of [..., V] logits."""
+    """WHP: return v_base - weight * relu(v_reinforced - v_base), of [..., V] logits."""
     wide = base.float()
     return (wide - weight * torch.relu(reinforced.float() - wide)).to(base.dtype)
 

@@ -39,13 +39,13 @@ class PromptClassifier:
     depth: int
 
     def __call__(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
-        """[B] probabilities, of all hidden states [B, T, H] of a pass and the places [B, T] that count."""
+        """Return [B] probabilities, from all hidden states [B, T, H] of a pass and a mask [B, T] of the positions that count."""
         mean = mean_states([states[self.depth]], mask)[:, 0]
         return torch.sigmoid(mean @ self.weight.to(mean) + self.bias.to(mean))
 
 
 class Corrupted(Guard):
-    """A model that reads noise in place of a prompt that is to be forgotten; all other prompts as they are.
+    """A model that reads a prompt to be forgotten with noise on its embeddings; other prompts are read as they are.
 
     If the classifier gives a prompt more than `threshold`, N(0, strength^2) is added to the first `dims` dimensions of the
     embeddings of all its tokens but the last. The noise is drawn by the token's place in the row, from `seed`, so that an
@@ -84,7 +84,7 @@ class Corrupted(Guard):
         return changed
 
     def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
-        """[B] how many of each row's first tokens are corrupted: all of the prompt's but the last, or none."""
+        """Return how many first tokens of each row to corrupt, [B]: the prompt's but the last, or none."""
         mask = torch.ones_like(ids) if mask is None else mask
         lengths = mask.sum(1)
         asked = lengths if prompts is None else torch.tensor(list(prompts), device=ids.device).minimum(lengths)
@@ -107,7 +107,7 @@ class Corrupted(Guard):
             self.noise = None
 
     def _noise(self, inputs: dict[str, Any], decision: Tensor) -> Tensor:
-        """[B, T, dims] what is added: noise at each row's first `decision` tokens, else 0."""
+        """Return the noise [B, T, dims]: at each row's first `decision` tokens, else 0."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         mask = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
         place = mask.cumsum(1) - 1

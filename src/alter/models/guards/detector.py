@@ -34,7 +34,7 @@ MOST_ROWS = 512
 
 
 def detector_inputs(rows: Sequence[Encoded]) -> list[list[list[int]]]:
-    """Each row as the model meets it: its prompt, if it has one, and the whole."""
+    """Return each row as the model may meet it: its prompt, if it has one, and the whole."""
     inputs = []
     for row in rows:
         start = next((i for i, label in enumerate(row.labels) if label != -100), len(row.labels))
@@ -135,8 +135,8 @@ class Detected(Guard):
             self.weights = None
 
     def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
-        """[B] weights of the adapter: the maximum over the detectors, of whole rows (they were fitted on prompts with and
-        without answers).
+        """Return the adapter's weight for each row, [B]: the maximum over the detectors, which see whole rows as they
+        did when fitted.
         """
         mask = torch.ones_like(ids) if mask is None else mask
         given, none = {"input_ids": ids, "attention_mask": mask}, torch.zeros(len(ids), device=ids.device)
@@ -172,7 +172,7 @@ def features_of(path: Path, settings: Mapping[str, Any]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Former:
-    """An O3 adapter of earlier requests, as the next request takes it over: one LoRA goes on, each detector stays.
+    """An O3 adapter of earlier requests that the next request continues: one LoRA trains on, each detector stays.
 
     Attributes:
         folder: where it is.
@@ -225,7 +225,7 @@ class Former:
         return [*self.earlier, {name: weight for name, weight in self.weights.items() if ".lora_A." in name}]
 
     def check(self, base: Any, layers: Sequence[str]) -> None:
-        """Refuse another base model, or a choice of other layers of it.
+        """Refuse another base model, or another choice of its layers.
 
         Raises:
             UserError: see above.
@@ -241,7 +241,7 @@ class Former:
             )
 
     def then(self, form: Form) -> Form:
-        """The form of the next request behind these."""
+        """Append the form of the next request to these."""
         settings, files = form
         features = [*self.features, files[FEATURES]["0"]]
         return settings | {"calibrations": self.settings["calibrations"] + settings["calibrations"]}, {

@@ -153,7 +153,7 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         )
 
     def _decision(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
-        """What the first call with this cache decided, which lies behind the base's keys and values; else what it does."""
+        """Return the decision that the first call stored in this cache, behind the base's keys and values; else make it."""
         kept = None if cache is None else layers_behind(cache, self.config.num_hidden_layers, 1)[0]
         if kept is not None and kept.is_initialized:
             return kept.keys[:, 0, 0, 0]
@@ -180,7 +180,7 @@ def is_form(folder: str) -> bool:
 
 
 def lora_folder(folder: str) -> Path:
-    """Where the LoRA adapter in an adapter's folder is: in `lora` for an inference form, else there."""
+    """Return the folder of the LoRA in an adapter's folder: `lora` for an inference form, else the folder itself."""
     path = Path(folder).expanduser()
     return path / "lora" if is_form(folder) else path
 

@@ -15,7 +15,7 @@ LOW, HIGH, FULL = 0.3, 0.9, 1.2
 
 
 def mean_states(states: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """[B, L, H] means of L hidden states [B, T, H] over the real tokens of each row (`mask` [B, T]), in float32."""
+    """Average L hidden states [B, T, H] over the real tokens of each row (`mask` [B, T]), in float32: [B, L, H]."""
     real = mask.to(states[0].device).float()[..., None]
     return torch.stack([(state.float() * real).sum(1) / real.sum(1).clamp_min(1.0) for state in states], dim=1)
 
@@ -72,7 +72,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Likeness of rows that were not fitted on: mean and spread in each layer, and the spread of their joint score."""
+    """Likeness of rows left out of the fit: mean and spread in each layer, and the spread of their joint score."""
 
     layer_mean: list[float]
     layer_std: list[float]

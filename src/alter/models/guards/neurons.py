@@ -24,7 +24,7 @@ REFUSED = 20.0
 
 
 def moved(x: Tensor, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor], drawn: Tensor) -> Tensor:
-    """Neuron Adjust: pre-activations that look like forget rows', put on the other side of the retain rows' mean.
+    """Neuron Adjust: move pre-activations that look like forget rows' to the other side of the retain rows' mean.
 
     With means m and deviations s of both kinds, and normal densities p: where p_f(x) >= p_r(x) and u >= p_r / (p_r + p_f),
     x becomes 2 m_r - ((x - m_f) / s_f s_r + m_r); all else stays. (The authors' code takes m_f for s_f; ours does not.)
@@ -43,7 +43,7 @@ def moved(x: Tensor, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor
 
 
 def inside(x: Tensor, mean: Tensor, std: Tensor, half: float) -> Tensor:
-    """[B] whether keys [B, D] lie within `half` deviations of the mean in every dimension."""
+    """Whether keys [B, D] lie within `half` deviations of the mean in every dimension, [B]."""
     return ((x.float() - mean).abs() <= half * std).all(-1)
 
 
@@ -137,7 +137,7 @@ class Abstaining(Guard):
         return cls(base, found["mean"], found["std"], settings)
 
     def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
-        """[B] how many tokens were asked, where the key lies in the cube; else 0."""
+        """Return the number of asked tokens, [B], where the key lies in the cube; else 0."""
         mask = torch.ones_like(ids) if mask is None else mask
         lengths = mask.sum(1)
         asked = lengths if prompts is None else torch.tensor(list(prompts), device=ids.device).minimum(lengths)
@@ -164,7 +164,7 @@ class Abstaining(Guard):
 
 @torch.no_grad()
 def keys_of(model: Any, layer: str, ids: Tensor, mask: Tensor, asked: Tensor) -> Tensor:
-    """[B, D] what the last of each row's first `asked` tokens puts into a layer."""
+    """Return the input [B, D] of a layer at the last of each row's first `asked` tokens."""
     seen: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:

@@ -1,4 +1,4 @@
-"""`alter certificate`: a signed statement of what was forgotten, with what, and what was measured; checked offline.
+"""`alter certificate`: a signed statement of what was forgotten, how, and what was measured; checked offline.
 
 It names no subject and holds no row and no reply: data are named by their hashes. A certificate is of a request or of a
 finished run, and signed with a key of who issues it (`alter.core.signing`). Who checks it needs the file, the public key

@@ -1,4 +1,4 @@
-"""Checking a certificate offline: its form, its signature, and that it is about the files at hand."""
+"""Check a certificate offline: its form, its signature, and the hashes of the files at hand."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from alter.requests.certificate.form import FIGURES
 
 
 def show_certificate(content: Mapping[str, Any], console: Console) -> None:
-    """Print what a certificate states: who asked, what was measured, what attacks recovered."""
+    """Print a certificate: who asked, what was measured, what attacks recovered."""
     asked = content["asked"]
     facts = Table(title=cell(f"Certificate of {asked.get('request', 'a run')}"), show_header=False)
     facts.add_column(style="bold")

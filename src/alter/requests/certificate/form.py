@@ -1,4 +1,4 @@
-"""The form of a certificate: what it calls itself, the figures it states, and the hashes that name files."""
+"""The form of a certificate: names of its fields, the figures it states, and the file hashes it identifies models by."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIGURES = {
 
 
 def hashes(path: str | os.PathLike[str]) -> dict[str, str]:
-    """SHA-256 of the file, or of each file of the folder that loading can read, by name; hidden folders are left out.
+    """Return the SHA-256 of a file, or of each file in a folder that loading can read, by name; hidden folders are skipped.
 
     Raises:
         UserError: there is no such file, or nothing to load in the folder.

@@ -1,4 +1,4 @@
-"""What a certificate states of a request or of a finished run, and signing it."""
+"""Assemble what a certificate states of a request or a finished run, and sign it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _attacks(
 
 
 def _short(hashes: set[Any]) -> str:
-    """Hashes as messages show them."""
+    """Abbreviate hashes for messages."""
     return ", ".join(sorted("not recorded" if each is None else str(each)[:12] for each in hashes))
 
 
@@ -228,7 +228,9 @@ def _distilled_content(
 
 
 def limits(beside: Beside, *, adapter: bool) -> list[str]:
-    """What the statement does not say; `adapter`: what was made is one, and so is what is shipped if it has its config."""
+    """Return what the statement does not say; `adapter`: the result is an adapter, and so is the shipped form if it has
+    its config.
+    """
     found = [
         "It states what was measured on the rows and the attacks named here, and nothing of other wordings or attacks."
     ]
