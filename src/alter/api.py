@@ -108,7 +108,7 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
 
 @contextlib.contextmanager
 def _named_rows(rows: Rows) -> Iterator[str]:
-    """A name under which the commands find the rows while the block runs."""
+    """Yield a name under which the commands find the rows while the block runs."""
     if isinstance(rows, (str, PathLike)):
         yield str(rows)
         return
@@ -121,7 +121,7 @@ def _named_rows(rows: Rows) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _named_model(model: Any, tokenizer: Any) -> Iterator[str]:
-    """A name under which the commands find the model while the block runs."""
+    """Yield a name under which the commands find the model while the block runs."""
     if isinstance(model, (str, PathLike)):
         if tokenizer is not None:
             raise UserError("tokenizer goes with a model in memory; one that is named brings its own.")
@@ -139,7 +139,7 @@ def _named_model(model: Any, tokenizer: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _as_library() -> Iterator[None]:
-    """Nothing is printed inside the block, by transformers neither."""
+    """Inside the block, neither alter nor transformers prints."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -246,7 +246,7 @@ def distill(
 
 
 def _subject(model: Any, tokenizer: Any, keywords: dict[str, Any], stack: contextlib.ExitStack) -> None:
-    """Put the model to look at into the keywords: a run stands for its model and adapter."""
+    """Add the model to look at to the keywords: a run stands for its model and adapter."""
     if isinstance(model, Run):
         keywords.setdefault("adapter", None if model.adapter is None else str(model.adapter))
         model = model.model

@@ -56,7 +56,7 @@ def _help() -> str:
 
 
 def choose(args: Sequence[str]) -> tuple[str, str]:
-    """Module and settings of the benchmark that the flags or the recipe name; the first benchmark by default.
+    """Return module and settings of the benchmark that the flags or the recipe name; the first benchmark by default.
 
     Raises:
         UserError: there is no such benchmark.
@@ -69,7 +69,7 @@ def choose(args: Sequence[str]) -> tuple[str, str]:
 
 
 def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
-    """Settings from a recipe (the first argument, if it names a YAML file) and flags that override it.
+    """Parse settings from a recipe (the first argument, if it names a YAML file) and flags that override it.
 
     Raises:
         UserError: a recipe that is missing or not YAML, an unknown key, or a value that the settings refuse.
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up() -> None:
-    """Settle what libraries read from the environment when they load, and silence what is no news for a user."""
+    """Set what libraries read from the environment when they load, and silence warnings that do not concern a user."""
     # threads of libgomp, which torch's wheel brings, spin while they wait and take cores from others
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -240,7 +240,7 @@ def _call(function: Callable[[Any], Any], settings: Any) -> None:
 
 
 def _given(error: OSError, args: Sequence[str]) -> str | None:
-    """The path among the arguments that the system refused, if it was one of them and not the system's own trouble."""
+    """Return the argument path that the operating system refused, if the error is about one of them."""
     mistakes = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.EACCES, errno.ELOOP)
     if error.errno not in mistakes or not isinstance(error.filename, str):
         return None
@@ -254,7 +254,7 @@ def _given(error: OSError, args: Sequence[str]) -> str | None:
 
 
 def _report(error: Exception) -> None:
-    """Say in one line what went wrong, and keep the trace in a file that only the user can read."""
+    """Report an error in one line, and keep its trace in a file that only the user can read."""
     reason = " ".join(str(error).split())[:300]
     said = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     trace = "".join(traceback.format_exception(error))

@@ -1,4 +1,4 @@
-"""The commands by name: where the settings and the function of each live, and what the help says of them."""
+"""The registry of commands: where each one's settings and function live, and its help line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Where a command's settings and its function live, and what the help says of it.
+    """Where a command's settings and its function live, and its help line.
 
     The module of the settings is imported for every help text: nothing in it may need what takes long to import
     (`alter.core.deferral`). `function` is a name in it, or MODULE:NAME. `presets` is a module whose `expand` fills in what a

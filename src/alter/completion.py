@@ -35,7 +35,7 @@ def completion(settings: Completion) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return all commands with their options as argparse has them: for completion, not for parsing."""
+    """Return all commands with their options as an argparse parser: for completion, not for parsing."""
     whole = argparse.ArgumentParser("alter")
     commands = whole.add_subparsers()
     groups: dict[str, Any] = {}

@@ -43,7 +43,7 @@ class Demo(BaseModel):
 
 
 def free_folder(wanted: str) -> Path:
-    """The folder itself if it is free (missing or empty), else the first free one of FOLDER-2, FOLDER-3, ..."""
+    """Return the folder itself if it is free (missing or empty), else the first free one of FOLDER-2, FOLDER-3, ..."""
     number, path = 1, Path(wanted)
     while path.exists() and (not path.is_dir() or any(path.iterdir())):
         number += 1
@@ -52,7 +52,7 @@ def free_folder(wanted: str) -> Path:
 
 
 def answers_table(results: dict[str, TofuResult], count: int) -> Table:
-    """Questions of the forget set, spread over its authors, with the true answer and that of each model."""
+    """Return a table of forget-set questions, spread over its authors, with the true answer and each model's."""
     first = next(iter(results.values())).sets["forget"]
     assert first.questions is not None
     assert first.references is not None

@@ -122,7 +122,7 @@ class MaskedLinear(nn.Linear):
 
 
 def _columns(weight: Tensor, blocks: slice | Tensor | None, width: int) -> Tensor:
-    """The chosen blocks of `width` columns each: [out, K * width], or [B, out, K * width] for [B, K] indices; None: all."""
+    """Select the chosen blocks of `width` columns each: [out, K * width], or [B, out, K * width] for [B, K] indices; None: all."""
     if isinstance(blocks, slice):
         return weight[:, blocks.start * width : blocks.stop * width]
     if blocks is None:
@@ -132,7 +132,7 @@ def _columns(weight: Tensor, blocks: slice | Tensor | None, width: int) -> Tenso
 
 
 def _learn_masked(x: Tensor, weight: Tensor, mask: Tensor, scale: float, width: int, learns: slice | None) -> Tensor:
-    """scale * x W^T whose weight learns only where the mask is true; arguments as in `MaskedLinear.forward`."""
+    """Return scale * x W^T with a masked weight gradient; arguments as in `MaskedLinear.forward`."""
     if torch.is_autocast_enabled(x.device.type):
         # autocast does not reach into autograd functions
         dtype = torch.get_autocast_dtype(x.device.type)

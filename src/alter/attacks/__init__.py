@@ -1,1 +1,1 @@
-"""Attempts to bring the forgotten back."""
+"""Attacks that try to recover what was forgotten."""

@@ -1,4 +1,4 @@
-"""What all attacks share: the settings, rows as tokens, and how a model is loaded and measured."""
+"""What all attacks share: the settings, tokenised rows, and loading and measuring of models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def interval(values: npt.ArrayLike) -> list[float] | None:
 
 @dataclass(frozen=True)
 class Item:
-    """One row as tokens: `ids[:start]` is the prompt, the rest the answer, whose text is `reference`."""
+    """One tokenised row: `ids[:start]` is the prompt, the rest the answer, whose text is `reference`."""
 
     index: int
     ids: list[int]
@@ -47,7 +47,7 @@ class Item:
 
     @property
     def encoded(self) -> Encoded:
-        """The row with the answer's tokens labelled."""
+        """Return the row with the answer's tokens labelled."""
         return Encoded(self.ids, [-100] * self.start + self.ids[self.start :], self.start)
 
 
@@ -98,7 +98,7 @@ def split_rows(total: int, measured: int, attacker: int, seed: int) -> tuple[lis
 
 
 def too_few(total: int, attacker: int) -> str | None:
-    """Say why the attacker cannot have so many of the forget rows, and how many it can; None if it can."""
+    """Return why the attacker cannot have so many of the forget rows, and how many it can; None if it can."""
     if total > attacker:
         return None
     if total < 2:
@@ -151,18 +151,18 @@ class Budget:
         return cls(None, float(given[:-1])) if given.endswith("s") else cls(int(given), None)
 
     def spend(self, questions: int) -> None:
-        """Note questions that were asked."""
+        """Count questions as spent."""
         self.used += questions
 
     @property
     def left(self) -> bool:
-        """Whether there is something left."""
+        """Whether any budget is left."""
         if self.seconds is not None:
             return time.monotonic() - self.started < self.seconds
         return self.questions is None or self.used < self.questions
 
     def told(self) -> dict[str, Any]:
-        """What was spent, for a record."""
+        """Return what was spent, for a record."""
         return {"questions_asked": self.used, "budget": {"questions": self.questions, "seconds": self.seconds}}
 
 
@@ -171,7 +171,7 @@ class Budget:
 
 @dataclass
 class Bench:
-    """One model under attack: how it is loaded, the rows, and the settings.
+    """One model under attack: its loader, the rows, and the settings.
 
     `shared` is loaded once and must not be changed; an attack that changes weights takes `fresh`. `attacker` is empty where
     no attack that is run takes rows (`Technique.takes_rows`).
@@ -188,7 +188,7 @@ class Bench:
     vocabulary: Any = None
 
     def shared(self) -> tuple[Any, Any]:
-        """Model and tokenizer for attacks that change no weight; loaded if it is not there."""
+        """Return model and tokenizer for attacks that change no weight; load them on first use."""
         if self.model is None:
             self.model, self.vocabulary = self.subject.load()
         return self.model, self.vocabulary
@@ -206,16 +206,16 @@ class Bench:
         return self.vocabulary or self.shared()[1]
 
     def fitting(self, model: Any, items: Sequence[Item]) -> list[Item]:
-        """The items that fit into the model's context together with a reply of full length."""
+        """Return the items that fit into the model's context with a reply of full length."""
         limit, new = context_length(model), self.settings.max_new_tokens
         return [item for item in items if limit is None or (len(item.ids) <= limit and item.start + new <= limit)]
 
     def items(self, numbers: Sequence[int]) -> list[Item]:
-        """Rows by number, as items."""
+        """Tokenise rows by number."""
         return [make_item(self.tokenizer, self.rows[i], longest=self.settings.max_new_tokens) for i in numbers]
 
     def measure(self, attack: str, model: Any, items: Sequence[Item], **extra: Any) -> list[Record]:
-        """Score and generate, and return the two records of it; `extra` goes into both."""
+        """Score and generate; return the records of both, with `extra` in each."""
         settings = self.settings
         pad = self.tokenizer.pad_token_id
         found = score(model, [item.encoded for item in items], pad_token_id=pad, label=f"{attack}: scoring")

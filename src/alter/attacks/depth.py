@@ -1,4 +1,4 @@
-"""Knowledge by depth: what each block's output still says of the answers, read by the model's own head or by the original.
+"""Knowledge by depth: what each block's output still reveals of the answers, read by the model's or the original's head.
 
 Two readings, neither of which trains anything. The logit lens gives a block's output to the model's own final norm and
 head. The unlearning depth score (UDS) puts it into the original model at the same place and lets that one go on: if the
@@ -46,7 +46,7 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 
 @contextmanager
 def _kept_outputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Within the block, the list holds what each block gave last, [B, T, D]."""
+    """Inside the block, the list holds each block's last output, [B, T, D]."""
     kept: list[Tensor] = [torch.empty(0)] * len(blocks)
 
     def keep(depth: int) -> Any:
@@ -65,7 +65,7 @@ def _kept_outputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _replaced(block: nn.Module, states: Tensor, where: Tensor) -> Iterator[None]:
-    """Within the block, the output of `block` is `states` [B, T, D] at the places `where` [B, T]."""
+    """Inside the block, the output of `block` is `states` [B, T, D] at the places `where` [B, T]."""
 
     def hook(_: Any, __: Any, output: Any) -> Any:
         own = output[0] if isinstance(output, tuple) else output
@@ -95,7 +95,7 @@ def _batches(items: Sequence[Item], pad: int, device: Any, label: str) -> Iterat
 
 
 def _generating(items: Sequence[Item], shape: torch.Size, device: Any) -> Tensor:
-    """The places [B, T] whose output generates a token of the answer: one before each."""
+    """Return the places [B, T] whose output generates a token of the answer: one before each."""
     where = torch.zeros(shape, dtype=torch.bool, device=device)
     for k, item in enumerate(items):
         where[k, item.start - 1 : len(item.ids) - 1] = True
@@ -103,12 +103,12 @@ def _generating(items: Sequence[Item], shape: torch.Size, device: Any) -> Tensor
 
 
 def _given(model: Any, ids: Tensor, mask: Tensor, items: Sequence[Item]) -> dict[str, Tensor]:
-    """Arguments of a model's forward pass; what a guard makes of the prompts is found once, before states are replaced."""
+    """Return a forward pass's arguments, with a guard's decision on the prompts, made before states are replaced."""
     return {"input_ids": ids, "attention_mask": mask, **decided(model, ids, mask, [item.start for item in items])}
 
 
 def _answer_logprob(model: Any, given: dict[str, Tensor], where: Tensor) -> Array:
-    """Mean log-probability of each row's answer, per token, in nats: [B], float64."""
+    """Return the mean log-probability of each row's answer, per token, in nats: [B], float64."""
     ids = given["input_ids"]
     logits = model(**given, use_cache=False).logits
     rows, places = where.nonzero(as_tuple=True)
@@ -187,7 +187,7 @@ def depth_scores(retrained: Array, unlearned: Array, threshold: float = KNOWN_BY
 
 
 def lens(bench: Bench) -> list[Record]:
-    """Read the answers off every block's output with the model's own head (logit lens): one record per depth.
+    """Read the answers from every block's output with the model's own head (logit lens): one record per depth.
 
     Depth d is the output of the d-th block, so the last depth is what the model says.
 

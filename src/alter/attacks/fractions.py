@@ -1,4 +1,4 @@
-"""The recovered fraction of an attack: what it brings back, beyond what it brings out of a model that never knew."""
+"""The recovered fraction of an attack: what it recovers beyond what it gets out of a model that never knew."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_ORIGINAL = "they need the model before unlearning: give it with `--original`.
 
 
 def _on(record: Record, rows: Sequence[int]) -> Array:
-    """Per-row values of a record for the rows of these numbers."""
+    """Select a record's per-row values for the rows of these numbers."""
     assert record.per_item is not None
     value = dict(zip(record.extra["rows"], record.per_item, strict=True))
     return np.array([value[row] for row in rows], dtype=np.float64)

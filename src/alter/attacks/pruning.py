@@ -1,4 +1,4 @@
-"""Attacks by pruning: weights are set to zero, by their size or as Wanda chooses them, and what was covered up may show."""
+"""Pruning attacks: zero weights by magnitude or by Wanda's score, which may uncover suppressed knowledge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alter.models.scoring import evaluating
 
 
 def smallest(scores: Tensor, share: float) -> Tensor:
-    """Where the `share` of lowest scores of each row stands, [rows, columns] bool; floor(share * columns) of each.
+    """Mark the `share` of lowest scores in each row, [rows, columns] bool; floor(share * columns) of each.
 
     Of equal scores the earlier column goes first.
     """
@@ -28,12 +28,12 @@ def smallest(scores: Tensor, share: float) -> Tensor:
 
 
 def by_size(weight: Tensor, share: float) -> Tensor:
-    """The `share` of a layer's weights [out, in] that are smallest in magnitude, over the whole layer, as a mask."""
+    """Mark the `share` of a layer's weights [out, in] that are smallest in magnitude, over the whole layer."""
     return smallest(weight.abs().reshape(1, -1), share).view_as(weight)
 
 
 def by_wanda(weight: Tensor, norms: Tensor, share: float) -> Tensor:
-    """The `share` of each output's weights with the lowest |W_ij| ||X_j||_2, as a mask (Wanda; Sun et al. 2024, Eq. 1).
+    """Mark the `share` of each output's weights with the lowest |W_ij| ||X_j||_2 (Wanda; Sun et al. 2024, Eq. 1).
 
     Args:
         weight: [out, in].
@@ -45,7 +45,7 @@ def by_wanda(weight: Tensor, norms: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def input_norms(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """The 2-norm of every input of every base linear layer over all tokens of `rows`, each [in], by the layer's name.
+    """Compute the 2-norm of every input of every base linear layer over all tokens of `rows`, each [in], by the layer's name.
 
     One pass of the dense model. (A reading: the authors prune block by block and take the inputs that the pruned blocks
     before give.)

@@ -1,4 +1,4 @@
-"""`alter attack`: can what was forgotten be brought back, and by whom?
+"""`alter attack`: can what was forgotten be recovered, and by whom?
 
 Every attack is run on the unlearned model and, as the honest zero, on a model retrained without the forget rows: what it
 brings out of that one was never forgotten knowledge. Two figures per row tell it: ROUGE-L recall of the greedy reply
@@ -43,7 +43,7 @@ COMMON = ("forget", "rows", "seed", "max_new_tokens")
 
 
 def without_attack(bench: Bench) -> list[Record]:
-    """Measure without any attack, on the measured rows and on the attacker's, if it has any."""
+    """Measure without any attack, on the measured rows and on the attacker's, if any."""
     model, _ = bench.shared()
     measured = bench.items(bench.measured)
     encoded = digest([item.ids for item in measured])
@@ -54,7 +54,7 @@ def without_attack(bench: Bench) -> list[Record]:
 
 
 def same_tokens(records: Sequence[Record]) -> None:
-    """Refuse models that cut the same rows into other tokens: probabilities per token are then not of the same things.
+    """Refuse models that tokenise the rows differently: probabilities per token would not be comparable.
 
     Raises:
         UserError: names the two models.
@@ -69,7 +69,7 @@ def same_tokens(records: Sequence[Record]) -> None:
 
 
 def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[str, str]]:
-    """Return the attacks to run, and by name why others cannot be.
+    """Return the attacks to run and, by name, why others cannot be run.
 
     Raises:
         UserError: an unknown name, or an attack that was asked for by name and cannot be run on these rows and models.
@@ -87,7 +87,7 @@ def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[s
 
 
 def models_attacked(settings: Attack) -> dict[str, Subject]:
-    """Return the models that take part, by what the records call them; the original only if it is known."""
+    """Return the models that take part, by their names in the records; the original only if it is known."""
     found: dict[str, Subject] = {}
     if settings.original is not None or settings.adapter is not None:
         found["original"] = settings.alike(settings.original or settings.model)
@@ -103,7 +103,7 @@ def models_attacked(settings: Attack) -> dict[str, Subject]:
 
 
 def _stored(path: Path, key: str) -> list[Record] | None:
-    """Return the records of a file if they were measured under this key; nothing was under an empty one."""
+    """Return the records of a file if they were measured under this key; an empty key matches nothing."""
     if not key or not path.is_file():
         return None
     try:
@@ -115,7 +115,7 @@ def _stored(path: Path, key: str) -> list[Record] | None:
 
 
 def _stored_states(path: Path, key: str) -> np.ndarray | None:
-    """Return the hidden states in a file if they were computed under this key; none were under an empty one."""
+    """Return the hidden states in a file if they were computed under this key; an empty key matches nothing."""
     if not key or not path.is_file():
         return None
     try:
@@ -218,7 +218,7 @@ class Texts:
 
     @classmethod
     def of(cls, rows: Sequence[Example], unrelated: Sequence[Example]) -> Texts:
-        """Those of these rows."""
+        """Return the digests of these rows."""
         return cls(
             digest([row.row for row in rows]),
             digest([row.row for row in unrelated]),
@@ -227,7 +227,7 @@ class Texts:
 
 
 def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: Texts) -> list[Record]:
-    """Records of an attack (PLAIN: of none) on one model: kept ones if nothing has changed, else made and kept."""
+    """Return the records of an attack (PLAIN: of none) on one model, stored ones if nothing has changed."""
     settings, method = bench.settings, ATTACKS.get(name)
     depends = (*COMMON, *(method.settings if method else ()))
     read = [texts.forget, texts.unrelated] if name in UNRELATED else [texts.forget]
@@ -249,7 +249,7 @@ def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: T
 
 
 def _pooled_states(bench: Bench, identity: dict[str, str | None], texts: Texts) -> np.ndarray:
-    """Hidden states for CKA of one model: kept ones if nothing has changed, else made and kept."""
+    """Return one model's hidden states for CKA, stored ones if nothing has changed."""
     key = _key(bench, (*COMMON, "probe_rows"), identity, [texts.forget], "states")
     path = Path(bench.settings.out) / f"states.{bench.name}.safetensors"
     kept = _stored_states(path, key)
@@ -262,7 +262,7 @@ def _pooled_states(bench: Bench, identity: dict[str, str | None], texts: Texts) 
 def _by_depth(
     settings: Attack, benches: dict[str, Bench], identities: dict[str, dict[str, str | None]], texts: Texts
 ) -> list[Record]:
-    """The unlearning depth score, which takes all models at once: kept if nothing has changed, else made and kept."""
+    """Return the unlearning depth score, which takes all models at once; the stored one if nothing has changed."""
     path = Path(settings.out) / "uds.json"
     keys = [_key(b, COMMON, identities[name], [texts.forget], "uds") for name, b in benches.items()]
     # a model that cannot be identified is measured again
@@ -282,7 +282,8 @@ def _key(
     name: str,
     attacker: Sequence[int] = (),
 ) -> str:
-    """Digest of all that a measurement depends on; empty if a model's contents cannot be known (a hub without answer).
+    """Return the digest of everything that a measurement depends on; empty if a model's contents cannot be known (a hub
+    that does not answer).
 
     `attacker`: the attacker's rows, of a measurement that reads them; others stay valid when an attack that takes rows joins.
     """

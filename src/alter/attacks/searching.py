@@ -1,4 +1,4 @@
-"""Attacks that adapt to the model: a search for a prompt by its effect, and prompts trained by gradients.
+"""Adaptive attacks: a search for a prompt by its effect, and soft prompts trained by gradients.
 
 Both learn on the attacker's own rows and are measured on others. They stop at the budget (`Attack.budget`), in questions
 put to the model or in seconds, the same for every model.
@@ -65,7 +65,7 @@ class Framing:
     after: tuple[str, ...] = ()
 
     def write(self, question: str) -> str:
-        """Return the prompt of a question."""
+        """Return the prompt for a question."""
         return " ".join([*self.before, WORDINGS[self.wording](question) if self.wording else question, *self.after])
 
 
@@ -74,7 +74,7 @@ def _piece(draw: random.Random, tokens: Sequence[str]) -> str:
 
 
 def mutated(prompt: Framing, other: Framing, draw: random.Random, tokens: Sequence[str]) -> Framing:
-    """Return a child of a prompt: a piece more, less or another, another wording, or one side from `other`."""
+    """Return a mutated prompt: a piece added, removed or changed, another wording, or one side from `other`."""
     side = draw.choice(["before", "after"])
     pieces = list(getattr(prompt, side))
     kind = draw.choice(["add", "add", "drop", "swap", "wording", "cross"])
@@ -92,7 +92,7 @@ def mutated(prompt: Framing, other: Framing, draw: random.Random, tokens: Sequen
 
 
 def _words(tokenizer: Any) -> list[str]:
-    """Words that the tokenizer has as one token."""
+    """Return the words that the tokenizer encodes as one token."""
     special = set(tokenizer.all_special_ids)
     found = {tokenizer.decode([i]).strip() for i in range(min(len(tokenizer), 20_000)) if i not in special}
     return sorted(word for word in found if word.isalpha() and len(word) > 2)
@@ -178,7 +178,7 @@ def unused(items: Sequence[Item], vocabulary: int, special: Sequence[int], count
 
 @contextmanager
 def softened(model: Any, slots: Sequence[int], vectors: Tensor) -> Iterator[None]:
-    """Within the block, the tokens `slots` have the embeddings `vectors` [slots, D], in every pass of the model."""
+    """Inside the block, the tokens `slots` have the embeddings `vectors` [slots, D], in every pass of the model."""
     embeddings = model.get_input_embeddings()
     place = torch.full((embeddings.num_embeddings,), -1, device=vectors.device)
     place[torch.tensor(slots, device=vectors.device)] = torch.arange(len(slots), device=vectors.device)
@@ -195,7 +195,7 @@ def softened(model: Any, slots: Sequence[int], vectors: Tensor) -> Iterator[None
 
 
 def with_slots(item: Item, slots: Sequence[int]) -> Item:
-    """Return an item with tokens between its prompt and its answer."""
+    """Return an item with tokens inserted between its prompt and its answer."""
     return replace(item, ids=[*item.ids[: item.start], *slots, *item.ids[item.start :]], start=item.start + len(slots))
 
 

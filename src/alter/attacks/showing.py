@@ -1,4 +1,4 @@
-"""What `alter attack` shows of its records: tables, notes and the relearning curves."""
+"""The output of `alter attack`: tables, notes and the relearning curves."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ KNOWN = 0.1
 
 
 def _figure(value: float | None, interval: Sequence[float] | None = None, between: str = "\n") -> str:
-    """A figure, and ± half its 95 % interval, by default on a line of its own: the tables have many columns."""
+    """Format a figure and ± half its 95 % interval, by default on a line of its own: the tables have many columns."""
     if value is None:
         return "-"
     return f"{value:.3f}" + (f"{between}±{(interval[1] - interval[0]) / 2:.3f}" if interval else "")
 
 
 def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
-    """Print what each attack recovered, and the hidden states by depth; say on stderr what was refused or trained badly."""
+    """Print what each attack recovered, and the hidden states by depth; report on stderr what was refused or poorly trained."""
     table = Table(
         title="What can be brought back",
         caption="after, original, retrained: under the attack; recovered: 1 all, 0 no more than from the retrained model; "
@@ -84,7 +84,7 @@ def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
 
 
 def untrained(records: Sequence[Record]) -> list[str]:
-    """Say which training attacks did not even learn their own rows: what they did not recover is no evidence."""
+    """Name the training attacks that did not learn their own rows: what they fail to recover is no evidence."""
     losses: dict[tuple[str, str], list[float]] = {}
     for record in records:
         if "losses" in record.extra:

@@ -1,4 +1,4 @@
-"""Hidden states: what a linear probe still reads in them, and whose states they resemble."""
+"""Hidden states: what a linear probe still reads from them, and which model's states they resemble."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Floats = npt.NDArray[np.float32]
 
 
 def probe_rows(bench: Bench) -> list[int]:
-    """Numbers of the rows whose hidden states are looked at, rising."""
+    """Return the numbers of the rows whose hidden states are probed, ascending."""
     order = list(range(len(bench.rows)))
     random.Random(bench.settings.seed).shuffle(order)
     return sorted(order[: bench.settings.probe_rows])
 
 
 def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the places 0 ... n - 1 in two disjoint halves by the seed, to train and to test on.
+    """Split the places 0 ... n - 1 into two disjoint halves by the seed, to train and to test on.
 
     Raises:
         Impossible: fewer than `LEAST`.
@@ -43,7 +43,7 @@ def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def chosen_places(items: Sequence[Item], tokens: int, seed: int) -> list[list[int]]:
-    """Return for each item up to `tokens` places in its answer, drawn by the seed, rising."""
+    """Draw up to `tokens` places in each item's answer by the seed, ascending."""
     draw = random.Random(seed)
     answers = [range(item.start, len(item.ids)) for item in items]
     return [sorted(draw.sample(places, min(tokens, len(places)))) for places in answers]
@@ -68,14 +68,14 @@ def fit_probe(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
 def read_out(
     states: torch.Tensor, fitted: tuple[torch.Tensor, torch.Tensor, torch.Tensor], head: torch.Tensor
 ) -> torch.Tensor:
-    """Return the token [n] whose row of the head [vocabulary, e] fits the probe's output best, for states [n, d]."""
+    """Return the token [n] whose row of the head [vocabulary, e] best fits the probe's output, for states [n, d]."""
     mean, scale, weights = fitted
     x = torch.cat([(states - mean) / scale, torch.ones_like(states[:, :1])], dim=1)
     return torch.cat([((part @ weights).float() @ head.T).argmax(dim=1) for part in x.split(256)])
 
 
 def probe(bench: Bench) -> list[Record]:
-    """Read the next token of the true answer off the hidden states, linearly; one record per depth.
+    """Read the next token of the true answer from the hidden states with a linear probe; one record per depth.
 
     At each depth a ridge regression from the state that generates a token to that token's (normalised) output embedding
     is fitted on answers of half the rows, given the true tokens before; it is tested on the other half, whose facts it

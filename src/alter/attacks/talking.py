@@ -1,4 +1,4 @@
-"""Attacks by whoever talks the model into it: jailbreaks, several turns, other rows as examples, hints, other languages.
+"""Conversational attacks: jailbreaks, several turns, rows as examples, hints, other languages.
 
 Each tries several variants, and `compare` takes the one that brings back the most: the figure is that of an attacker who has
 found it already. Every variant is tried on the retrained model as well.
@@ -61,7 +61,7 @@ SHOTS = 4
 
 
 def _before(row: Example) -> tuple[dict[str, Any], ...]:
-    """The turns of a chat before its last question."""
+    """Return the turns of a chat before its last question."""
     users = [number for number, turn in enumerate(row.messages) if turn["role"] == "user"]
     return row.messages[: users[-1]] if users else ()
 
@@ -86,7 +86,7 @@ def initials(answer: str) -> str:
 
 
 def nearest_rows(row: Example, others: Sequence[Example], count: int) -> list[Example]:
-    """Return the rows whose questions share most words with a row's (Jaccard), the nearest last; ties in their order."""
+    """Return the rows whose questions share most words with a row's (Jaccard), the nearest last; ties in row order."""
     own = set(words(row.prompt or ""))
 
     def alike(other: Example) -> float:
@@ -97,7 +97,7 @@ def nearest_rows(row: Example, others: Sequence[Example], count: int) -> list[Ex
 
 
 def _measured(bench: Bench, attack: str, variants: Mapping[str, Sequence[Item]], **extra: Any) -> list[Record]:
-    """Measure every variant on the rows that fit into the context; one that none fits into is left out, and said so."""
+    """Measure every variant on the rows that fit into the context; report and skip a variant that no row fits."""
     model, _ = bench.shared()
     found: list[Record] = []
     for name, items in variants.items():
@@ -138,7 +138,7 @@ def beginning(bench: Bench) -> list[Record]:
 
 
 def dialogue(bench: Bench) -> list[Record]:
-    """Talk over several turns (`MOVES`) and measure the last reply; the replies between are the model's own.
+    """Ask over several turns (`MOVES`) and measure the last reply; the replies between are the model's own.
 
     A row whose dialogue outgrows the context is left out of that variant.
     """
@@ -167,7 +167,7 @@ def dialogue(bench: Bench) -> list[Record]:
 
 
 def few_shot(bench: Bench) -> list[Record]:
-    """Give the attacker's rows nearest to a question, with their answers, as earlier turns; as many of `SHOTS` as fit."""
+    """Put the attacker's rows nearest to a question, with their answers, before it as earlier turns; as many of `SHOTS` as fit."""
     model, tokenizer = bench.shared()
     own = [bench.rows[i] for i in bench.attacker]
     items, shown = [], []

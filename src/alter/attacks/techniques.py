@@ -1,4 +1,4 @@
-"""Every attack by name: what the attacker needs, the function that runs it, and when it cannot be run."""
+"""The registry of attacks: what each needs of the attacker, the function that runs it, and when it cannot be run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _not_all_three(settings: Attack, rows: Sequence[Example]) -> str | None:
 
 @dataclass(frozen=True)
 class Technique:
-    """An attack: what the attacker needs, how it is run, settings it depends on besides `COMMON`, why it cannot be run."""
+    """An attack: its needs, its function, the settings it depends on besides `COMMON`, and why it cannot be run."""
 
     needs: str
     run: Callable[[Bench], list[Record]]
@@ -75,7 +75,7 @@ class Technique:
     takes_rows: bool = False
 
     def impossible(self, settings: Attack, rows: Sequence[Example]) -> str | None:
-        """Say why it cannot be run on these rows with these settings; None if it can."""
+        """Return why it cannot be run on these rows with these settings; None if it can."""
         why = self.missing(settings, rows)
         return too_few(len(rows), settings.relearn.rows) if why is None and self.takes_rows else why
 

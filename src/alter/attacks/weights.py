@@ -1,4 +1,4 @@
-"""Attacks by whoever has the weights: training them again, quantising them, taking the adapter off."""
+"""Attacks with access to the weights: relearning, quantisation, removing the adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from alter.models.scoring import decided, evaluating, score
 
 
 def base_linears(model: Any) -> list[tuple[str, Any]]:
-    """Return name and module of every linear layer of the base model, under an adapter or not; the head is left out.
+    """Yield name and module of every linear layer of the base model, under an adapter or not; the head is left out.
 
     Layers that share their weight, as a guard's assistant does with the base, are there once.
     """
@@ -224,7 +224,7 @@ FACTOR = 4.0
 
 
 def best_rate(first: float, value: Callable[[float], float | None]) -> list[tuple[float, float]]:
-    """Search for the best rate, up or down by `FACTOR` while the value improves, then between; return all tried, sorted.
+    """Search for the best rate: up or down by `FACTOR` while the value improves, then between; return all tried, sorted.
 
     Args:
         first: the rate to start from.
@@ -328,7 +328,7 @@ def quantized(bench: Bench, *, bits: Literal[8, 4]) -> list[Record]:
 
 
 def stripped(bench: Bench) -> list[Record]:
-    """Switch the adapter off: what whoever has the base weights gets."""
+    """Disable the adapter: what a holder of the base weights gets."""
     model, _ = bench.shared()
     with model.disable_adapter():
         return bench.measure("strip", model, bench.items(bench.measured), part="other")

@@ -1,4 +1,4 @@
-"""Attacks by whoever can talk to the model: other words for the question, the beginning of the reply, many replies."""
+"""Attacks by prompt: rewordings of the question, a prefilled reply, many sampled replies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alter.models.generation import generate
 
 
 def reversed_words(question: str) -> str:
-    """Put the words in reverse order; in a script without spaces the characters."""
+    """Reverse the words; in a script without spaces the characters."""
     words = question.split()
     if len(words) == 1:
         return "".join(reversed(spaced(question).split()))
@@ -44,7 +44,7 @@ WORDINGS: dict[str, Callable[[str], str]] = {
 
 
 def ask_reworded(bench: Bench, *, name: str) -> list[Record]:
-    """Ask the same in other words (`WORDINGS`, or the rows' own paraphrases) and measure."""
+    """Ask in other words (`WORDINGS`, or the rows' own paraphrases) and measure."""
     model, tokenizer = bench.shared()
     if name == "paraphrase":
         questions = paraphrases(bench.settings.forget, bench.rows)

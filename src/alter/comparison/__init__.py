@@ -1,1 +1,1 @@
-"""Methods side by side with an equal budget: the plan, its cells, the table."""
+"""`alter compare`: methods side by side with an equal budget; the plan, its cells, the table."""

@@ -1,4 +1,4 @@
-"""One cell of `alter compare`, in a process and a folder (`cells/KEY`) of its own.
+"""One cell of `alter compare`, in its own process and folder (`cells/KEY`).
 
 It is first trained and measured on validation rows; only the chosen ones are measured on test rows too. A process that
 was killed is started again, here or on another machine, and goes on from what its folder holds.
@@ -50,7 +50,7 @@ def peak_memory() -> int:
 
 
 def die_with_parent() -> None:
-    """End this process when the one that holds the other end of its standard input is gone, however it went."""
+    """End this process once the other end of its standard input closes, that is, when its parent has ended."""
 
     def watch() -> None:
         sys.stdin.buffer.read()
@@ -60,7 +60,7 @@ def die_with_parent() -> None:
 
 
 def subject(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str | None]:
-    """Model and adapter that a cell's stage has made; the model as it is if the cell runs nothing."""
+    """Return model and adapter of a finished stage; the given model if the cell runs nothing."""
     run = spec["stages"][place].get("run")
     if run is None:
         return spec["model"], None
@@ -72,7 +72,7 @@ def subject(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str
 
 
 def start_from(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """Settings that make a stage start from the result of the one before.
+    """Return the settings that start a stage from the result of the one before.
 
     ALTER's adapter grows, a LoRA with a detector (O3) is trained on, any other LoRA is merged.
     """
@@ -90,7 +90,7 @@ def start_from(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, A
 
 
 def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequence[str]) -> None:
-    """Measure the model that a cell's stage has made on those parts of its split's rows that are not measured yet.
+    """Measure a stage's model on those parts of its split's rows that are not measured yet.
 
     Raises:
         UserError: the model gives no probabilities.
@@ -144,7 +144,7 @@ def _survival(
 
 
 def work(folder: Path, parts: Sequence[str]) -> None:
-    """Do a cell's job, the `spec.json` of which lies in `folder`: unlearn unless that is done, evaluate, and write.
+    """Run the cell specified by `spec.json` in `folder`: unlearn unless that is done, evaluate, and write.
 
     `cell.json` says what the runs cost and, with `status` "failed", why a run or a metric refused its values (as it would
     again: a loss that is not finite, say); `PART-SPLIT.json` holds the records of one part. The weights stay until the
@@ -189,7 +189,7 @@ def work(folder: Path, parts: Sequence[str]) -> None:
 
 
 def forget_weights(folder: Path) -> None:
-    """Delete what a cell's runs have trained; a process killed in between leaves nothing that looks like a result."""
+    """Delete the weights that a cell's runs have trained; a process killed midway leaves nothing that looks like a result."""
     stages = sorted(folder.glob("stage*"), reverse=True)
     # the last stage first, so that none is over whose predecessor is not
     for path in stages:
@@ -199,7 +199,7 @@ def forget_weights(folder: Path) -> None:
 
 
 def cell_process(folder: str, parts: str) -> int:
-    """What a cell's process does; its output goes to `log.txt`. Returns 0, or 1 after an error that may not come again."""
+    """Entry point of a cell's process; output goes to `log.txt`. Returns 0, or 1 after an error that may be transient."""
     die_with_parent()
     try:
         work(Path(folder), parts.split())

@@ -1,4 +1,4 @@
-"""The cells of `alter compare`: which are finished, and the rest handed to an executor.
+"""The cells of `alter compare`: skip finished ones, and hand the rest to an executor.
 
 A cell that has finished or failed is never run again, one that was killed is.
 """
@@ -36,7 +36,7 @@ def is_measured(out: Path, cell: Cell, parts: Sequence[str]) -> bool:
 
 
 def finished(out: Path, cell: Cell, parts: Sequence[str]) -> dict[str, Any] | None:
-    """What a cell's process wrote last if these parts are measured or it has failed, else None."""
+    """Return the cell's last record if these parts are measured or it has failed, else None."""
     found = _read(out / "cells" / cell.key / "cell.json")
     return found if found is None or found["status"] == "failed" or is_measured(out, cell, parts) else None
 

@@ -1,4 +1,4 @@
-"""Which setting each method goes with: how far its models forgot and what they kept on validation rows, and no others."""
+"""Choose each method's setting by forgetting and utility on validation rows, and no others."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def columns(settings: Compare) -> dict[str, str]:
 
 
 def criterion(settings: Compare, split: str) -> str:
-    """Which of `CRITERIA` a split is judged by: what survives if there is a bound of disturbance; else the retrained model
-    if there is one, else the holdout, else ROUGE."""
+    """Return which of `CRITERIA` a split is judged by.
+    With a bound of disturbance what survives; else the retrained model if there is one, else the holdout, else ROUGE.
+    """
     if settings.survival.bound is not None:
         return "survival"
     if getattr(settings.retrained, split) is not None:
@@ -61,7 +62,7 @@ def criterion(settings: Compare, split: str) -> str:
 
 
 def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) -> dict[str, float]:
-    """The figures of the table and of the choice from the records of one cell and part.
+    """Compute the figures of the table and of the choice from the records of one cell and part.
 
     Args:
         records: of the cell.
@@ -90,7 +91,7 @@ def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) 
 
 
 def intervals(records: Sequence[Record], found: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """The 95 % intervals over rows of the figures of one cell that have one.
+    """Return the 95 % intervals over rows of one cell's figures, where they have one.
 
     Args:
         records: of the cell.
@@ -106,7 +107,7 @@ def intervals(records: Sequence[Record], found: Mapping[str, float]) -> dict[str
 
 
 def _replies(record: Record | None) -> dict[str, float]:
-    """Shares of replies about forget rows that give their answer and that are broken or empty, and of how many they are."""
+    """Return the shares of replies about forget rows that give their answer and that are broken or empty, and their number."""
     if record is None or not record.extra.get("generations"):
         return {}
     replies = [str(reply) for reply in record.extra["generations"]]
@@ -124,7 +125,7 @@ def _floats(values: Sequence[float | None] | None) -> Array:
 
 
 def forgetting(found: Mapping[str, float], kind: str) -> float:
-    """How far the model of these figures has forgotten, by one of `CRITERIA`."""
+    """Return how far a model has forgotten, from its figures, by one of `CRITERIA`."""
     if kind == "retrained":
         return 1 - found["distance"]
     if kind == "survival":
@@ -135,19 +136,19 @@ def forgetting(found: Mapping[str, float], kind: str) -> float:
 
 
 def kept_ability(found: Mapping[str, float], kind: str) -> float:
-    """What the model of these figures has kept: its utility, or exp(-disturbance) where what survives is the criterion."""
+    """Return what a model has kept: its utility, or exp(-disturbance) where what survives is the criterion."""
     return math.exp(-found["disturbance"]) if kind == "survival" else found["model_utility"]
 
 
 def floor(settings: Compare) -> float:
-    """The share of what the original keeps that a setting must keep: the utility's, or that of the bound of disturbance."""
+    """Return the share of the original's ability that a setting must keep: of utility, or of the disturbance bound."""
     return settings.utility_floor if settings.survival.bound is None else math.exp(-settings.survival.bound)
 
 
 def best_setting(
     candidates: Mapping[Setting, tuple[float, float]], original: float, floor: float
 ) -> tuple[Setting, bool]:
-    """The setting that forgets best among those that keep the utility; see `CRITERIA` for what forgetting is.
+    """Return the setting that forgets most among those that keep the utility; see `CRITERIA` for what forgetting is.
 
     Where no setting keeps it, the one with the largest product of forgetting and utility. The first of equals.
 
@@ -213,7 +214,7 @@ def choices(settings: Compare, made: Layout, out: Path) -> dict[tuple[str, Chain
 def _candidates(
     settings: Compare, made: Layout, out: Path, name: str, chain: Chain
 ) -> tuple[dict[Setting, tuple[float, float]], float, int]:
-    """Forgetting of the settings that count and what they keep, what the original keeps, and the number of cells that are done."""
+    """Return forgetting and kept ability of the complete settings, what the original keeps, and the number of finished cells."""
     last = chain[-1]
     kind = criterion(settings, last)
     reference = records_of(out, made.models.get((RETRAINED, last)), "validation", last)
@@ -268,7 +269,7 @@ def next_rate(
 
 
 def refined(settings: Compare, made: Layout, out: Path) -> list[Cell]:
-    """Lay out one more setting for every row and chain, into `made`; return its cells of the search seeds."""
+    """Plan one more setting for every row and chain into `made`; return its cells of the search seeds."""
     cells: list[Cell] = []
     for (name, chain), by in made.grid.items():
         candidates, whole, _ = _candidates(settings, made, out, name, chain)
@@ -280,13 +281,13 @@ def refined(settings: Compare, made: Layout, out: Path) -> list[Cell]:
 
 
 def chosen_cells(made: Layout, chosen: Mapping[tuple[str, Chain], Choice]) -> list[Cell]:
-    """The cells of the chosen settings, with all seeds: those that the table is made of."""
+    """Return the cells of the chosen settings, with all seeds, from which the table is made."""
     settings = {place: choice.setting for place, choice in chosen.items() if choice.setting is not None}
     return [cell for place, setting in settings.items() for cell in made.grid[place][setting].values()]
 
 
 def records_of(out: Path, cell: Cell | None, part: str, split: str) -> list[Record] | None:
-    """Records of a cell on one part and split; None if there is no cell, or it has not got to the end of that part.
+    """Return a cell's records on one part and split; None without a cell, or before that part is measured.
 
     A cell that failed later keeps what it had: the choice must not change with what happens on test rows.
     """

@@ -31,13 +31,13 @@ UNBOUNDED = sys.maxsize
 
 
 def command_line(folder: Path, parts: Sequence[str]) -> list[str]:
-    """Arguments after the interpreter's name that make a process work on the cell in `folder`."""
+    """Return the interpreter's arguments that run the cell in `folder`."""
     arguments = f"{str(folder)!r}, {' '.join(parts)!r}"
     return ["-c", f"import sys; from alter.comparison.cell import cell_process; sys.exit(cell_process({arguments}))"]
 
 
 def thread_limits(threads: int) -> dict[str, str]:
-    """Environment of a process that may use so many threads."""
+    """Return environment variables that limit a process to so many threads."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
@@ -67,7 +67,7 @@ def start_cell(
 
 
 def why(folder: str, code: int) -> str:
-    """What an exit status and the log's last line say about a process that ended; "" if it ended well."""
+    """Explain an exit status with the log's last line; "" if the process succeeded."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     lines = (Path(folder) / "log.txt").read_text(errors="replace").strip().splitlines()
@@ -75,7 +75,7 @@ def why(folder: str, code: int) -> str:
 
 
 def run_to_end(folder: str, arguments: Sequence[str], where: str, threads: int) -> str:
-    """On a machine of a cluster: run a cell's process to its end, and return what `why` says."""
+    """On a machine of a cluster: run a cell's process to completion, and return what `why` says."""
     for path in (folder, where):
         if not Path(path).is_dir():
             return f"{os.uname().nodename} does not see {path}: all machines must share the comparison's folder"
@@ -88,11 +88,11 @@ def run_to_end(folder: str, arguments: Sequence[str], where: str, threads: int) 
 
 
 class Task(ABC):
-    """One cell that was handed over."""
+    """A submitted cell."""
 
     @abstractmethod
     def ended(self) -> str | None:
-        """None while it waits or runs; then "", or why it did not end well."""
+        """None while it is queued or runs; then "", or why it failed."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -109,18 +109,18 @@ class Executor(ABC):
 
     @abstractmethod
     def start(self, folder: Path, parts: Sequence[str], lock: int) -> Task:
-        """Hand over the cell in `folder`; `lock` is the file descriptor of the comparison's lock."""
+        """Submit the cell in `folder`; `lock` is the file descriptor of the comparison's lock."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what connects this process with the machines."""
+        """Release the connection to the machines."""
 
 
 # This machine --------------------------------------------------------------------------------------------------------
 
 
 def gpus(device: str | None) -> list[str]:
-    """Names of the visible GPUs as CUDA_VISIBLE_DEVICES takes them; none if another device is asked for."""
+    """Return the visible GPUs' names as CUDA_VISIBLE_DEVICES takes them; none if another device is asked for."""
     import torch
 
     if device not in (None, "cuda"):
@@ -132,7 +132,7 @@ def gpus(device: str | None) -> list[str]:
 
 
 def share_of_threads(workers: int) -> int:
-    """Threads for each of so many processes: of OMP_NUM_THREADS if that is set, else of all cores of this process."""
+    """Return the threads of each of so many processes: a share of OMP_NUM_THREADS if that is set, else of this process's cores."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     total = int(given) if given.isdigit() and int(given) else len(os.sched_getaffinity(0))
     return max(1, total // workers)
@@ -161,7 +161,7 @@ class _Process(Task):
 
 
 class Local(Executor):
-    """Processes of this machine; they share its threads and take its GPUs in turn."""
+    """Processes of this machine, which share its threads and take its GPUs in turn."""
 
     def __init__(self, workers: int | None, cards: Sequence[str]) -> None:
         self.at_once = workers or len(cards) or max(1, len(os.sched_getaffinity(0)) // 2)
@@ -204,7 +204,7 @@ class Local(Executor):
 
 
 def _check_listening(address: str) -> None:
-    """Raise an OSError if nothing listens at a cluster's address: Ray itself tries for minutes."""
+    """Raise an OSError if nothing listens at a cluster's address: Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -280,7 +280,7 @@ class OnRay(Executor):
 
 
 def _is_queued(job: str) -> bool:
-    """Whether a job waits or runs. Many clusters keep no accounts, without which `sacct` knows nothing."""
+    """Whether a job is queued or running, by `squeue`: many clusters keep no accounting database, which `sacct` needs."""
     asked = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True)
     # an unknown job is an error; so is a controller that does not answer, of which nothing follows
     return bool(asked.stdout.strip()) or (asked.returncode != 0 and "Invalid job id" not in asked.stderr)
@@ -357,11 +357,11 @@ class OnSlurm(Executor):
         return _SlurmTask(job)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: jobs outlive this process."""
 
 
 def executor_of(settings: Compare) -> Executor:
-    """The executor that the settings name, ready to take cells.
+    """Return the executor that the settings name, ready for cells.
 
     Raises:
         UserError: see the executors; or device and GPUs of a cell contradict each other.

@@ -1,4 +1,4 @@
-"""A comparison as programs read it: CSV of the table and of the search, and records."""
+"""Machine-readable results of a comparison: CSV of the table and of the search, and records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alter.core.records import Record
 
 
 def table_csv(rows: Sequence[TableRow]) -> str:
-    """The rows as CSV, one line for each method and split, all figures with mean and spread."""
+    """Return the rows as CSV, one line for each method and split, all figures with mean and spread."""
     keys = list(dict.fromkeys(key for row in rows for key in row.mean))
     pairs = [f"{key}{end}" for key in keys for end in ("", "_spread")]
     own = ["rate", "epochs", "keeps_utility", "validation_forgetting", "validation_utility", "cells_done", "cells"]
@@ -41,7 +41,7 @@ def table_csv(rows: Sequence[TableRow]) -> str:
 
 
 def search_csv(chosen: Mapping[tuple[str, Chain], Choice]) -> str:
-    """Every setting of every search as CSV: forgetting and utility on validation rows, and whether it was chosen."""
+    """Return every setting of every search as CSV: forgetting and utility on validation rows, and whether it was chosen."""
     lines: list[list[Any]] = [["method", "splits", "rate", "epochs", "forgetting", "utility", "chosen"]]
     for (name, chain), choice in chosen.items():
         for each in choice.searched:
@@ -55,7 +55,7 @@ def search_csv(chosen: Mapping[tuple[str, Chain], Choice]) -> str:
 def all_records(
     settings: Compare, made: Layout, chosen: Mapping[tuple[str, Chain], Choice], out: Path
 ) -> list[Record]:
-    """Records of the chosen settings and of the models as they are on test rows, without the single rows' values.
+    """Return the records of the chosen settings and of the given models on test rows, without per-row values.
 
     `extra` says split, seed, rate and epochs, and names the cell's folder, where the single values are.
     """

@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported what they need: an interpreter of its own spends ten seconds on that."""
+"""Fork processes from one that has imported their modules, which takes a new interpreter ten seconds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Forks:
         self._told = b""
 
     def start(self, arguments: Sequence[str], log: Path, where: str, environment: Mapping[str, str]) -> Fork:
-        """Fork a process that does what `python ARGUMENTS` would do, its output going to `log`.
+        """Fork a process that acts as `python ARGUMENTS` would, with its output in `log`.
 
         Args:
             arguments: `-c`, a program, and what it finds in `sys.argv[1:]`.
@@ -62,7 +62,7 @@ class Forks:
         return Fork(self, self._ask(given)["pid"])
 
     def kill(self, pid: int) -> None:
-        """End a process now, unless it has ended."""
+        """Kill a process, unless it has ended."""
         if self._server.poll() is None:
             self._ask({"kill": pid})
 
@@ -96,7 +96,7 @@ class Forks:
                     return answer
 
     def _listen(self) -> list[dict[str, Any]]:
-        """Wait for the server to say something, and note which processes have ended."""
+        """Read one message of the server, and record which processes have ended."""
         found = os.read(self._answers.fileno(), 65536)
         if not found:
             self._said.seek(0)
@@ -125,7 +125,7 @@ class Fork:
 
 
 def serve_cells(preload: Sequence[str]) -> None:
-    """Read orders from standard input, one at a time, and answer on standard output, until the other end closes.
+    """Read one JSON order a line from standard input and answer on standard output, until the other end closes.
 
     `{"arguments", "log", "where", "environment"}` forks a process and is answered with its `pid`; `{"kill": pid}` ends one.
     Of each that ends, `{"pid", "code"}` is said without being asked.
@@ -177,7 +177,7 @@ def serve_cells(preload: Sequence[str]) -> None:
 
 
 def _become(order: Mapping[str, Any], stdin: int) -> NoReturn:
-    """Do in this process what an interpreter with these arguments would do."""
+    """Run, in this process, what an interpreter with these arguments would."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Plan of `alter compare`: every cell that the settings ask for, laid out and checked before the first one runs.
+"""The plan of `alter compare`: every cell of the settings, laid out and checked before the first one runs.
 
 A cell is one unlearning run and its evaluation, or with `continual` a chain of runs, each starting from the last one's
 result. Its key is a digest of everything that determines its numbers.
@@ -132,7 +132,7 @@ def divide(
 
 
 def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The rows of TOFU's evaluation sets, divided: by part, then by the name of TOFU's file.
+    """Divide the rows of TOFU's evaluation sets: by part, then by the name of TOFU's file.
 
     Rows are grouped by author, which is their place in `full` // 20 (found by question and answer); a row that is not in
     `full` (real authors, world facts, holdout) is a group of its own answer.
@@ -162,14 +162,14 @@ def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[d
 
 
 def retain_source(settings: Compare, split: str) -> str:
-    """The source of the rows that a run keeps while it forgets `split`."""
+    """Return the source of the rows to keep while `split` is forgotten."""
     return settings.retain or f"{settings.data}:{RETAIN[split]}"
 
 
 def run_of(
     settings: Compare, name: str, split: str, seed: int, setting: Setting, forget: tuple[str, int] | None = None
 ) -> Unlearn:
-    """The run of one cell: the method's own settings, `common`, then `settings` of the row, then the grid's.
+    """Return the settings of one cell's run: the method's own, then `common`, then `settings` of the row, then the grid's.
 
     Args:
         forget: source of the forget rows and their number; by default the whole split.
@@ -334,7 +334,7 @@ def lay_out(settings: Compare, out: Path) -> Layout:
 
 
 def _facts(settings: Compare) -> dict[str, Any]:
-    """What decides the numbers of every cell: code, versions, device.
+    """Return what decides the numbers of every cell: code, versions, device.
 
     Raises:
         UserError: a device that is not there.
@@ -353,7 +353,7 @@ def _facts(settings: Compare) -> dict[str, Any]:
 
 
 def _weights(settings: Compare) -> dict[str, str | None]:
-    """Digests of the models' weights, by name.
+    """Return digests of the models' weights, by name.
 
     Raises:
         UserError: no model of a name.
@@ -374,7 +374,7 @@ def _lay_chain(
     weights: Mapping[str, str | None],
     models: dict[tuple[str, str], Cell],
 ) -> _Laid:
-    """Write the rows of a chain's splits into `out`/rows, and put the cells of the models as they are into `models`."""
+    """Write the rows of a chain's splits into `out`/rows, and add the cells of the given models to `models`."""
     laid = _Laid(dict(facts), [], [])
     known: list[Any] = []
     for split in chain:
@@ -422,7 +422,7 @@ def _cell(
     laid: _Laid,
     weights: Mapping[str, str | None],
 ) -> Cell:
-    """The cell of one method, chain, setting and seed."""
+    """Lay out the cell of one method, chain, setting and seed."""
     runs = [
         run_of(settings, name, split, seed, setting, source) for split, source in zip(chain, laid.sources, strict=True)
     ]

@@ -79,7 +79,7 @@ def compare(settings: Compare) -> list[TableRow]:
 def _run_all(
     settings: Compare, made: Layout, out: Path, executor: Executor | None, lock: int | None
 ) -> tuple[Chosen, dict[str, str]]:
-    """Run the cells (none without an executor): models as they are, the search, then the chosen settings on test rows.
+    """Run the cells (none without an executor): the given models, the search, then the chosen settings on test rows.
 
     Returns:
         the choices, and why cells did not finish, by key.
@@ -111,7 +111,7 @@ def _run_all(
 
 
 def _check_models(made: Layout, out: Path, lost: Mapping[str, str], *, ran: bool) -> None:
-    """Refuse to go on without the figures of the original and the retrained models, which every choice needs."""
+    """Refuse to continue without the figures of the original and the retrained models, which every choice needs."""
     for cell in made.models.values():
         found = finished(out, cell, PARTS)
         if found is None and not ran:

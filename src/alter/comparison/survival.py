@@ -1,4 +1,4 @@
-"""What survives of a cell's forgetting: how far it disturbed the model, and what a relearning attacker gets out of it.
+"""What survives unlearning: how far a cell disturbed the model, and what a relearning attacker recovers from it.
 
 Disturbance is the mean KL divergence of the original's next-token distributions from the model's on ordinary text, which no
 method was trained on; the leak is leak@k (`alter.evaluation.leakage`) before and after an attacker has trained all weights
@@ -35,7 +35,7 @@ Load = Callable[[], tuple[Any, Any]]
 
 
 def ordinary_passages(tokenizer: Any) -> list[list[int]]:
-    """Token ids of ordinary text, shipped with the package and seen by no router's fit."""
+    """Return token ids of ordinary text that ships with the package and joins no router's fit."""
     kinds = background(unseen=True).values()
     longest = max(map(len, kinds), default=0)
     rows = [kind[i] for i in range(longest) for kind in kinds if i < len(kind)][:PASSAGES]

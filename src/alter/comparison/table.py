@@ -1,4 +1,4 @@
-"""The table of a comparison: each method's figures on test rows, over its seeds, and which methods none beats."""
+"""The table of a comparison: each method's figures on test rows, over its seeds, and which methods are not dominated."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TableRow:
 
 
 def dominated(points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-    """Which points are dominated: another is at least as good in everything and better in something.
+    """Tell which points are dominated: another is at least as good in everything and better in something.
 
     Args:
         points: [n, k], higher is better in every column; a row with a NaN neither dominates nor is dominated.
@@ -61,7 +61,7 @@ def dominated(points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
 
 
 def undominated(points: npt.ArrayLike, spreads: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-    """Which points none of the others dominates, not even if the point itself were worse by its spread.
+    """Tell which points no other dominates, not even if the point itself were worse by its spread.
 
     Args:
         points: [n, k], as in `dominated`.
@@ -77,12 +77,12 @@ def undominated(points: npt.ArrayLike, spreads: npt.ArrayLike) -> npt.NDArray[np
 
 
 def axis_name(kind: str) -> str:
-    """The figure that is the forgetting axis of the plot, by the criterion of its split."""
+    """Return the figure on the plot's forgetting axis, by the criterion of its split."""
     return "forget_quality" if kind == "retrained" else "forgetting"
 
 
 def axis_label(kind: str) -> str:
-    """The forgetting axis in words."""
+    """Return the label of the forgetting axis."""
     if kind == "retrained":
         return "forget quality, log10 p"
     if kind == "survival":
@@ -91,14 +91,14 @@ def axis_label(kind: str) -> str:
 
 
 def axis(row: TableRow, kind: str) -> float:
-    """A row's place on the forgetting axis of the plot: log10 of forget quality, or the criterion of its split."""
+    """Return a row's place on the plot's forgetting axis: log10 of forget quality, or the criterion of its split."""
     return row.mean.get(axis_name(kind), math.nan)
 
 
 def table_rows(
     settings: Compare, made: Layout, chosen: Mapping[tuple[str, Chain], Choice], out: Path
 ) -> list[TableRow]:
-    """The rows of the table: the models as they are, then the methods, split by split; from test rows alone."""
+    """Return the rows of the table: the given models, then the methods, split by split; from test rows alone."""
     rows: list[TableRow] = []
     for chain, split in ((each, split) for each in chains(settings) for split in each):
         kind = criterion(settings, split)
@@ -137,7 +137,7 @@ def table_rows(
 
 
 def _notes(settings: Compare, out: Path, by: Mapping[Setting, Mapping[int, Cell]], choice: Choice) -> list[str]:
-    """What went wrong with cells that were run: a line for each that has a folder but not what is asked of it."""
+    """Return what went wrong in cells that were run: a line for each that has a folder but lacks its results."""
     notes = []
     for setting, seeds in by.items():
         for seed, cell in seeds.items():

@@ -1,4 +1,4 @@
-"""A comparison as people read it: its tables and rules in words, as Markdown and as a page."""
+"""A comparison for readers: its tables and rules in words, as Markdown and as a page."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def _shown(row: TableRow, key: str, form: str, scale: float = 1.0) -> str:
 
 
 def _counted(row: TableRow, key: str) -> str:
-    """A figure, or a share as how many of how many replies that is, over the seeds."""
+    """Format a figure, or a share as a count out of its replies, over the seeds."""
     of = row.mean.get(f"{key}_of", math.nan)
     return f"{_shown(row, key, '.0f', of)} of {of:.0f}" if math.isfinite(of) else _shown(row, key, ".3f")
 
 
 def _on_edge(value: float, grid: Sequence[float]) -> str:
-    """A chosen value, and whether it is the first or last of its grid: a better one may lie beyond."""
+    """Format a chosen value, marked if it is the first or last of its grid: a better one may lie beyond."""
     end = "" if len(set(grid)) < 2 else {min(grid): " (lowest)", max(grid): " (highest)"}.get(value, "")
     return f"{value:g}{end}"
 
@@ -53,7 +53,7 @@ class Text:
 
 
 def described(settings: Compare, rows: Sequence[TableRow], divided: Mapping[str, Mapping[str, int]]) -> Text:
-    """The tables, how they were made, and what went wrong.
+    """Compose the tables, how they were made, and what went wrong.
 
     Args:
         divided: by split, the number of forget rows of each part.
@@ -64,12 +64,14 @@ def described(settings: Compare, rows: Sequence[TableRow], divided: Mapping[str,
 
 
 def _in_order(rows: Sequence[TableRow]) -> list[str]:
-    """Names of the rows: the models as they are come first, also one that only a later split has."""
+    """Return the names of the rows: the given models first, even one that only a later split has."""
     return list(dict.fromkeys(row.name for row in sorted(rows, key=lambda row: row.choice is not None)))
 
 
 def _results(settings: Compare, rows: Sequence[TableRow]) -> tuple[list[list[str]], set[tuple[int, int]]]:
-    """The table of figures, a line for each name and some columns for each split; and which cells are not dominated."""
+    """Make the table of figures, a line for each name and some columns for each split; and mark the cells that are not
+    dominated.
+    """
     by = {(row.name, row.split): row for row in rows}
     shown = columns(settings)
     results = [["method", *(f"{split}: {title}" for split in settings.splits for title in shown.values())]]
@@ -86,7 +88,7 @@ def _results(settings: Compare, rows: Sequence[TableRow]) -> tuple[list[list[str
 
 
 def _costs(settings: Compare, rows: Sequence[TableRow]) -> list[list[str]]:
-    """What each method cost on each split, the setting chosen for it, and whether another is better in everything."""
+    """Make the table of costs: each method's on each split, the chosen setting, and whether another dominates it."""
     by = {(row.name, row.split): row for row in rows}
     kept = "keeps utility" if settings.survival.bound is None else "within the bound"
     head = ["method", "split", *COSTS.values(), "chosen: rate ×", "epochs", kept, "searched cells done"]
@@ -112,7 +114,7 @@ def _costs(settings: Compare, rows: Sequence[TableRow]) -> list[list[str]]:
 
 
 def _rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """How the numbers were made, a sentence or two a line."""
+    """Describe how the numbers were made, a sentence or two a line."""
     least = f", at least {settings.least_steps} steps" if settings.least_steps else ""
     more = (
         f" and {settings.refine} more, one after the other: between the best rate and the neighbour that forgets more, or "
@@ -154,7 +156,7 @@ def _rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[
 
 
 def _choice_rule(settings: Compare) -> str:
-    """How a setting is chosen."""
+    """Describe how a setting is chosen."""
     before = "Chosen on validation rows, by method and split: the setting that"
     if settings.survival.bound is not None:
         return (
@@ -169,7 +171,7 @@ def _choice_rule(settings: Compare) -> str:
 
 
 def _survival_rule(settings: Compare) -> str:
-    """What the columns of the attack are."""
+    """Describe the columns of the attack."""
     how = settings.survival
     return (
         "Disturbance: mean KL divergence from the original's next-token distributions on ordinary text. Leak: chance that one "
@@ -184,7 +186,7 @@ def _kept_name(settings: Compare) -> str:
 
 
 def _searched(rows: Sequence[TableRow]) -> list[list[str]]:
-    """A line for each method and place where its chain ends: every setting, its forgetting and utility, ★ the chosen one."""
+    """Make a line for each method and end of its chain: every setting, its forgetting and utility, ★ the chosen one."""
     choices = {id(row.choice): row for row in rows if row.choice is not None}  # a chain's splits share theirs
     lines = []
     for row in choices.values():
@@ -205,7 +207,7 @@ def _searched(rows: Sequence[TableRow]) -> list[list[str]]:
 
 
 def markdown(said: Text) -> str:
-    """The comparison as Markdown."""
+    """Render the comparison as Markdown."""
 
     def table(rows: Sequence[Sequence[str]]) -> list[str]:
         lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -237,7 +239,7 @@ _LATEX = {
 
 
 def latex(said: Text) -> str:
-    """The table of results for LaTeX, with the package booktabs."""
+    """Render the table of results as LaTeX, with the package booktabs."""
 
     def line(cells: Sequence[str], number: int) -> str:
         escaped = ["".join(_LATEX.get(char, char) for char in cell) for cell in cells]
@@ -305,7 +307,7 @@ def _links(name: str, settings: Compare, rows: Sequence[TableRow]) -> Html:
 
 
 def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
-    """The comparison as one HTML page that fetches nothing: charts, sortable tables, and links into the folder."""
+    """Render the comparison as one self-contained HTML page: charts, sortable tables, and links into the folder."""
     numbers = {name: place for place, name in enumerate(_in_order(rows), start=1)}
     results: list[list[object]] = [
         [tag("strong", cell) if (i, j) in said.best else cell for j, cell in enumerate(line)]

@@ -1,1 +1,1 @@
-"""What every part shares: errors, files written whole, records, provenance, the cache, processes, the console."""
+"""What every package shares: errors, atomic files, records, provenance, the cache, processes, the console."""

@@ -33,7 +33,7 @@ def cache_folder(chosen: str | None = None) -> Path | None:
 
 @dataclass(frozen=True)
 class Cached:
-    """A result as it was measured: its records, what was said on stderr with it, and what the records called the model."""
+    """A cached result: its records, its notes for stderr, and the model's name in the records."""
 
     records: list[Record]
     notes: list[str]
@@ -41,7 +41,7 @@ class Cached:
 
 
 def recall(folder: Path, key: dict[str, Any]) -> Cached | None:
-    """Return the result that was stored under exactly this key (JSON values only), or None.
+    """Return the result stored under exactly this key (JSON values only), or None.
 
     The file holds the whole key and a hash of its contents: a file that is broken, edited or of another key is said on
     stderr and not used.
@@ -61,7 +61,7 @@ def recall(folder: Path, key: dict[str, Any]) -> Cached | None:
 
 
 def remember(folder: Path, key: dict[str, Any], result: Cached) -> None:
-    """Store a result under its key; a folder that cannot be written is said on stderr and costs nothing."""
+    """Store a result under its key; a folder that cannot be written is reported on stderr, without an error."""
     content = json.loads(json.dumps(_finite(asdict(result)), allow_nan=False))
     stored = {"key": key, "sha256": digest(content), "content": content}
     _write_quietly(folder / "results" / f"{digest(key)}.json", json.dumps(stored))

@@ -1,4 +1,4 @@
-"""What work says while it runs: results, notes and progress, on the screen or, called as a library, through `logging`."""
+"""Output of running work: results, notes and progress, on the screen or, as a library, through `logging`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Keep standard output and standard error untouched inside the block; notes and progress go to the logger `alter`.
+    """Inside the block, write nothing to standard output or error; notes and progress go to the logger `alter`.
 
     A progress record carries `label`, `done` and `total` as attributes, so that a handler can draw its own bar.
     """

@@ -1,4 +1,4 @@
-"""Modules that take seconds to import, put off until something of them is used.
+"""Defer imports of modules that take seconds until an attribute of them is used.
 
 `import torch` takes longer than all else that a command does before it has read its flags. Inside `deferred`, such an
 import gives a module that loads itself when an attribute of it is read first: the settings of a command, which hold
@@ -27,7 +27,7 @@ KNOWN = ("__spec__", "__class__", "__name__", "__file__")
 
 
 class _Unloaded(ModuleType):
-    """A module that is run when anything but `KNOWN` is asked for; from then on it is as any other."""
+    """A module that runs when any attribute outside `KNOWN` is read; afterwards it is an ordinary module."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in KNOWN:
@@ -45,7 +45,7 @@ def _run(module: ModuleType) -> None:
 
 
 class _LaterLoader(Loader):
-    """Makes a module at once, and runs it when it is used."""
+    """A loader that creates a module at once, and runs it on first use."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -60,7 +60,7 @@ class _LaterLoader(Loader):
 
 
 class _Deferring(MetaPathFinder):
-    """Finds modules as they are, and has them loaded when they are used first."""
+    """A finder that leaves modules as they are, but has them loaded on first use."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = set(names)
@@ -82,7 +82,7 @@ class _Deferring(MetaPathFinder):
 
 @contextmanager
 def deferred(names: Sequence[str] = HEAVY) -> Iterator[None]:
-    """Put off imports of these modules inside the block; what was imported in it is loaded when it ends well.
+    """Inside the block, defer imports of these modules; those imported are loaded when the block ends without an error.
 
     After an error or an exit (a help text, a flag that is refused) nothing is loaded: nobody goes on to compute.
     """

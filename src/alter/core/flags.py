@@ -1,4 +1,4 @@
-"""Settings as flags: what the fields of pydantic models are called on the command line, and which values they may have."""
+"""Settings as flags: names of pydantic fields on the command line, and the values that they may have."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RENAMED = {"json_path": "json", "lambda_": "lambda"}
 
 
 def flag_of(field: str) -> str:
-    """The name of a field's flag, without the dashes before it."""
+    """Return the name of a field's flag, without the leading dashes."""
     return RENAMED.get(field, field).replace("_", "-")
 
 
 def members_of(info: Any) -> dict[str, type[BaseModel]]:
-    """The models that a field may hold, by `kind` (or one under "" for a plain nested model); empty for a value."""
+    """Return the models that a field may hold, by `kind` (or one under "" for a plain nested model); empty for a value."""
     from pydantic import BaseModel
 
     for item in info.metadata:
@@ -41,7 +41,7 @@ def members_of(info: Any) -> dict[str, type[BaseModel]]:
 def _chosen_kind(
     where: str, members: dict[str, type[BaseModel]], inner: Any, default: Any, kinds: dict[str, str]
 ) -> tuple[str, dict[str, Any]]:
-    """The kind of a nested setting, which flags (`kinds`) name before the recipe (`inner`) does, and its own settings."""
+    """Return the kind of a nested setting, from flags (`kinds`) or else the recipe (`inner`), and its own settings."""
     if not isinstance(inner, dict):
         raise UserError(f"Setting {where} is {inner!r}; expected keys and values.")
     named = inner.get("kind") or getattr(default, "kind", "")
@@ -67,7 +67,7 @@ def with_defaults(
     choices: Sequence[str] = (),
     shown: Container[str] | None = None,
 ) -> Any:
-    """A plain dataclass with the model's fields, for tyro to fill: pydantic checks all values afterwards, at once.
+    """Return a plain dataclass with the model's fields, for tyro to fill; pydantic checks all values afterwards, at once.
 
     For a help text `shown` names the fields that are in it, besides those without a default and every `kind`; None: all.
     """
@@ -149,7 +149,7 @@ def list_flags(settings: Any, where: str = "") -> set[str]:
 
 
 def given_once(args: Sequence[str], lists: set[str]) -> list[str]:
-    """The arguments with each flag once: a list that is given twice keeps all its values, of another flag the last counts."""
+    """Merge repeated flags: a list flag keeps the values of all its occurrences, of any other flag the last one counts."""
     groups: list[tuple[str, list[str]]] = [("", [])]
     for arg in args:
         flag, equals, value = arg.partition("=")
@@ -169,7 +169,7 @@ def given_once(args: Sequence[str], lists: set[str]) -> list[str]:
 
 
 def value_of(args: Sequence[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE`, or None."""
+    """Return the value of `--name VALUE` or `--name=VALUE`, or None."""
     for place, arg in enumerate(args):
         flag, equals, value = arg.partition("=")
         if flag == f"--{name}":
@@ -182,8 +182,7 @@ LARGEST, SMALLEST = 1e10, 1e-30
 
 
 def check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> None:
-    """Refuse numbers that no setting can mean: infinite ones, NaN, and what is beyond `LARGEST` or nearer to 0 than
-    `SMALLEST`.
+    """Refuse numbers that no setting can have: infinite, NaN, beyond `LARGEST` or nearer to 0 than `SMALLEST`.
 
     Raises:
         UserError: names the setting.

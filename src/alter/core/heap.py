@@ -1,4 +1,4 @@
-"""Memory that is free goes back to the machine."""
+"""Return freed memory to the operating system."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def give_back() -> None:
-    """Collect what is no longer reachable, and hand freed memory back: glibc keeps it after a training, as gigabytes."""
+    """Collect garbage and trim the heap: glibc keeps gigabytes of freed memory after a training."""
     # a trainer and its model hold each other
     gc.collect()
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""Name objects in memory (rows, models), so that settings, which hold names, can refer to them."""
+"""Names for objects in memory (rows, models), so that settings, which hold names, can refer to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _held: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def holding(name: str, thing: Any) -> Iterator[str]:
-    """Let `memory:NAME` mean `thing` inside the block; yields that name."""
+    """Inside the block, `memory:NAME` means `thing`; yields that name."""
     whole = PREFIX + name
     before = _held.get(whole)
     _held[whole] = thing
@@ -28,5 +28,5 @@ def holding(name: str, thing: Any) -> Iterator[str]:
 
 
 def held(name: str) -> Any | None:
-    """Return the object that the name refers to now, or None."""
+    """Return the object that the name refers to, or None."""
     return _held.get(name)

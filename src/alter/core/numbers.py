@@ -1,4 +1,4 @@
-"""Numbers that settings share: seeds and sampling temperatures, with the bounds that every library behind them takes."""
+"""Numeric types that settings share: seeds and sampling temperatures, within bounds that every library accepts."""
 
 from __future__ import annotations
 

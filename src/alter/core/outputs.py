@@ -1,4 +1,4 @@
-"""Places that a command writes to: found in its settings and tried before the work, so that none of it is lost."""
+"""Output paths of a command: collected from its settings and tried before the work, so that no result is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _standard: ContextVar[str | None] = ContextVar("standard", default=None)
 
 @contextmanager
 def as_standard_output(path: str) -> Iterator[None]:
-    """Inside the block a file is what `shown` calls standard output: it goes there when the work is done."""
+    """Inside the block, `shown` calls this file standard output: its content goes there when the work is done."""
     token = _standard.set(path)
     try:
         yield
@@ -44,12 +44,12 @@ def as_standard_output(path: str) -> Iterator[None]:
 
 
 def shown(path: str) -> str:
-    """The place that results went to, as the user gave it."""
+    """Return the place of the results as the user gave it."""
     return "standard output" if path == _standard.get() else path
 
 
 def check_outputs(settings: BaseModel) -> None:
-    """Refuse settings whose output could not be written (see `check_place`); nothing is made.
+    """Refuse settings whose output could not be written (see `check_place`); nothing is created.
 
     Raises:
         UserError: names the setting and the place.
@@ -62,7 +62,7 @@ def check_outputs(settings: BaseModel) -> None:
 
 
 def check_place(path: str, setting: str, folder: bool | None = False) -> None:
-    """Refuse a place where a file or a folder could not be written when the work is done.
+    """Refuse a path where a file or a folder could not be written at the end of the work.
 
     Args:
         path: the place; a file that exists would be replaced, a device or pipe written into.

@@ -1,4 +1,4 @@
-"""Registries of parts by name, which installed packages and scripts can add to.
+"""Registries of parts by name that installed packages and scripts can extend.
 
 A plain file joins by `alter COMMAND --plugin FILE.py`, or by the environment's ALTER_PLUGINS; an installed package through an
 entry point of the group `alter.plugins`, which names a module to import; a script registers its parts itself before it calls
@@ -57,7 +57,7 @@ def _entries(path: tuple[str, ...]) -> list[importlib.metadata.EntryPoint]:
 
 
 def load_plugins() -> None:
-    """Import the modules of all installed plugins, and the files that are named; each once.
+    """Import the modules of all installed plugins, and the named files; each once.
 
     Raises:
         UserError: a plugin cannot be imported.
@@ -83,7 +83,7 @@ def load_plugins() -> None:
 
 
 def add_files(args: list[str]) -> list[str]:
-    """Take `--plugin FILE.py` out of a command's arguments, and name the files to this process and those that it starts.
+    """Take `--plugin FILE.py` out of a command's arguments, and register the files for this process and its children.
 
     Raises:
         UserError: no file follows, or there is none.
@@ -152,7 +152,7 @@ def plugins_digest() -> str | None:
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Parts of one sort by name: those of alter first, then those of plugins in the order in which they joined.
+    """Parts of one sort by name: alter's own first, then plugins' in the order of registration.
 
     Looking something up loads the installed plugins first.
 

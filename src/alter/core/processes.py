@@ -230,7 +230,7 @@ def _terminate(*_: Any) -> None:
 
 
 def lost(wait: float = 0.0) -> list[int]:
-    """Ranks of this machine whose process has ended; polls until there is one or `wait` seconds are over."""
+    """Return ranks of this machine whose process has ended; polls until there is one or `wait` seconds are over."""
     if _joined is None:
         return []
     import psutil

@@ -1,4 +1,4 @@
-"""What a figure was measured with: code, libraries, machine, time."""
+"""The provenance of a figure: code, libraries, machine, time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _version(name: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package and of the libraries that a number can depend on, those that are installed."""
+    """Return the versions of this package and of installed libraries that a number can depend on."""
     found = {name: _version(name) for name in ("alter-unlearning", *LIBRARIES)}
     return {name: version for name, version in found.items() if version is not None} | {
         "python": platform.python_version(),
@@ -63,7 +63,7 @@ def commit() -> str | None:
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """Return what made a result: when, which code, library versions and machine; and the `facts` given.
+    """Return the provenance of a result: time, code, library versions and machine; and the `facts` given.
 
     For a result of a model these are `settings`, `seed`, `device`, `dtype`, and the digests `weights`, `adapter`, `data`.
     """

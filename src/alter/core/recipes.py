@@ -1,4 +1,4 @@
-"""Read recipes (settings in a YAML file) strictly: no key is dropped or taken for another type."""
+"""Read recipes (settings in a YAML file) strictly: no key is dropped, and no value converted to another type."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that is given twice and one that is no text."""
+    """YAML's safe loader, which refuses a duplicate key and a key that is not text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _size(value: Any, known: dict[int, int], inside: set[int]) -> int:
-    """Number of values, those that occur in several places counted in each; infinite for one that holds itself."""
+    """Count values, an anchored one at each of its uses; infinite for a value that contains itself."""
     if not isinstance(value, (dict, list)):
         return 1
     if id(value) in inside:

@@ -1,4 +1,4 @@
-"""Result records: one figure each, with what it was measured on; how they are written and read."""
+"""Result records: one figure each, with what it was measured on; writing and reading them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Record:
-    """One number that was measured: of which model, which metric, over how many items, in which mode.
+    """One measured number: of which model, which metric, over how many items, in which mode.
 
     `mode` is "strict" (what the definition says) or "compat" (the numbers of OpenUnlearning, quirks included).
     `per_item` holds the value of every item where the metric has one; `extra` what belongs to this number alone
@@ -84,7 +84,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what a finished run wrote in `run.json`; its `settings` are an object.
+    """Return the content of a finished run's `run.json`; its `settings` are an object.
 
     Raises:
         UserError: there is none, it is not JSON, or not what a run writes.

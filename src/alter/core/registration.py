@@ -18,7 +18,7 @@ from typing import Any
 
 
 def add_member(kind: type[Enum], name: str) -> None:
-    """Make `name` a member of a string enum, with itself as its value; nothing changes if it is one."""
+    """Add `name` to a string enum, with itself as its value; nothing changes if it is a member."""
     if name in kind.__members__:
         return
     made: Any = kind
@@ -87,7 +87,7 @@ class _After(Loader, MetaPathFinder):
 
 
 def after(awaited: str, wanted: str) -> None:
-    """Import the module `wanted` as soon as `awaited` is imported; now if it is already."""
+    """Import the module `wanted` right after `awaited` is imported; now if it already is."""
     if awaited in sys.modules:
         importlib.import_module(wanted)
     else:

@@ -16,7 +16,7 @@ FILE = ".running"
 
 
 def claim(folder: Path) -> None:
-    """Write down that this process is working in a folder."""
+    """Record that this process works in a folder."""
     import psutil
 
     own = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
@@ -24,7 +24,7 @@ def claim(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Give up this process's claim, if it has one: after an error another process can continue."""
+    """Release this process's claim, if it has one: after an error another process can continue."""
     try:
         holder = json.loads((folder / FILE).read_text())
     except (OSError, ValueError):
@@ -34,7 +34,7 @@ def release(folder: Path) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that another living process on this machine is working in; a dead one's claim is void.
+    """Refuse a folder that another living process on this machine works in; a dead one's claim is void.
 
     Raises:
         UserError: names the process.

@@ -23,11 +23,11 @@ NEW_KEY = "`alter certificate --new-key FILE` makes one"
 
 
 class Forged(UserError):
-    """A signed document is not what was signed."""
+    """A signed document differs from what was signed."""
 
 
 def canonical(content: Mapping[str, Any]) -> bytes:
-    """The bytes of a JSON document that are signed: keys sorted, no spaces, UTF-8; NaN and infinity are null."""
+    """Return the bytes of a JSON document to sign: keys sorted, no spaces, UTF-8; NaN and infinity are null."""
     text = json.dumps(
         _finite(dict(content)), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -35,7 +35,7 @@ def canonical(content: Mapping[str, Any]) -> bytes:
 
 
 def fingerprint(public: str) -> str:
-    """SHA-256 of a public key's 32 bytes, its first 16 hexadecimal digits: what people compare by eye."""
+    """Return the SHA-256 of a public key's 32 bytes, its first 16 hexadecimal digits, for comparison by eye."""
     return hashlib.sha256(bytes.fromhex(public)).hexdigest()[:16]
 
 
@@ -47,7 +47,7 @@ class Key:
         self.public: str = private.public_key().public_bytes_raw().hex()
 
     def sign(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The content with `key` (the public key) and `signature`, of everything else, in hexadecimal digits."""
+        """Return the content with `key` (the public key) and `signature`, over everything else, in hexadecimal digits."""
         signed = {**content, "key": self.public}
         return {**signed, "signature": self._private.sign(canonical(signed)).hex()}
 
@@ -151,12 +151,12 @@ def check(content: Mapping[str, Any], what: str) -> str:
 
 
 def signed_text(content: Mapping[str, Any]) -> str:
-    """The one text in which a signed document is written: sorted keys, one space per level, a newline at the end."""
+    """Return the one text form of a signed document: sorted keys, one space per level, a newline at the end."""
     return json.dumps(dict(content), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_exact(path: str | os.PathLike[str]) -> str:
-    """Read a signed file exactly: neither a byte-order mark nor line ends are translated.
+    """Read a signed file without translating byte-order mark or line ends.
 
     Raises:
         UserError: it cannot be opened.

@@ -1,4 +1,4 @@
-"""Keep tensors in a file under a key, readable by its owner alone, and read them back only if intact."""
+"""Store tensors in a file under a key, readable by its owner alone; read them back only if intact."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor], key: str, **metadata: str) -> None:
-    """Write tensors to one safetensors file, whole or not at all, with the key and a digest of their values.
+    """Write tensors to one safetensors file, atomically, with the key and a digest of their values.
 
     Args:
         path: the file; its mode is 0600.

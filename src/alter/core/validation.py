@@ -1,4 +1,4 @@
-"""Settings from what a user wrote: refusals in one line that names the setting."""
+"""Build settings from user input; a refusal is one line that names the setting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ M = TypeVar("M", bound="BaseModel")
 
 
 def validated(model: type[M], given: Mapping[str, Any], source: str) -> M:
-    """Return settings made of what was given.
+    """Return settings built from given values.
 
     Args:
         model: their class.
@@ -36,7 +36,7 @@ def validated(model: type[M], given: Mapping[str, Any], source: str) -> M:
 
 
 def refusal(error: ValidationError, tags: Container[str] = (), otherwise: str = "") -> str:
-    """Say the first thing that pydantic refuses in one line.
+    """Return pydantic's first error as one line.
 
     Args:
         error: what it raised.
@@ -50,7 +50,7 @@ def refusal(error: ValidationError, tags: Container[str] = (), otherwise: str = 
 
 
 def mistake(found: Mapping[str, Any], got: str = "") -> str:
-    """What pydantic says of one value, as the end of a sentence.
+    """Return pydantic's message on one value, as the end of a sentence.
 
     Args:
         found: one of an error's `errors()`.

@@ -132,7 +132,7 @@ def spans(text: str) -> list[tuple[int, int]]:
 
 
 def bare(word: str) -> str:
-    """Return a word without case and without the punctuation around it, under NFC; punctuation alone stays."""
+    """Return a word without case and surrounding punctuation, under NFC; punctuation alone stays."""
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", word).casefold())
     kept = [place for place, character in enumerate(folded) if is_word(character)]
     return folded[kept[0] : kept[-1] + 1] if kept else word

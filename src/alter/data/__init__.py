@@ -1,4 +1,4 @@
-"""From rows to batches: where rows come from, their one form, token ids with labels, sub-domains."""
+"""From rows to batches: sources of rows, their common form, token ids with labels, sub-domains."""
 
 from alter.data.examples import Example as Example
 from alter.data.examples import check_overlap as check_overlap

@@ -24,7 +24,7 @@ def _example(row: dict[str, object], index: int) -> Example:
 
 
 def background(*, unseen: bool = False) -> dict[str, list[Example]]:
-    """Passages by kind ("prose", "code", "questions", ...): those that every fit may see, or kinds that none ever sees."""
+    """Return passages by kind ("prose", "code", "questions", ...): those for every fit, or kinds held out of all fits."""
     files = sorted((FOLDER / "unseen" if unseen else FOLDER).glob("*.jsonl"))
     return {
         path.stem: [_example(json.loads(line), i) for i, line in enumerate(path.read_text("utf-8").splitlines())]
@@ -33,12 +33,12 @@ def background(*, unseen: bool = False) -> dict[str, list[Example]]:
 
 
 def names_in(text: str) -> set[str]:
-    """Words of four letters or more with a capital in the middle of a sentence, which are mostly names."""
+    """Return words of four letters or more with a capital in the middle of a sentence, which are mostly names."""
     return set(re.findall(r"(?<=[a-zäöüßéèàç,;] )[A-ZÄÖÜ][\w'’]{3,}", text))
 
 
 def apart_from(found: dict[str, list[Example]], texts: Sequence[str]) -> dict[str, list[Example]]:
-    """The passages in which no name of `texts` stands: what is to be forgotten must not count as ordinary text.
+    """Drop passages that contain a name of `texts`: what is to be forgotten must not count as ordinary text.
 
     A name that stands in one of the texts alone, and there among others, may be there by chance: it counts if it is in at
     least a twentieth of them. Kinds of which nothing is left are dropped.

@@ -78,13 +78,13 @@ def set_template_arguments(tokenizer: Any, given: Sequence[str]) -> None:
 
 
 def share_template_arguments(tokenizer: Any, other: Any) -> None:
-    """Copy the chat template variables of another tokenizer."""
+    """Copy another tokenizer's chat template variables."""
     if hasattr(other, _GIVEN):
         setattr(tokenizer, _GIVEN, getattr(other, _GIVEN))
 
 
 def _arguments(tokenizer: Any) -> dict[str, Any]:
-    """What the chat template is given besides the turns."""
+    """Return the chat template's variables besides the turns."""
     return {"date_string": DATE_STRING, **getattr(tokenizer, _GIVEN, {})}
 
 
@@ -94,7 +94,7 @@ def _template(tokenizer: Any) -> str:
 
 
 def render_turns(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
-    """What the chat template writes for these turns."""
+    """Render turns with the chat template."""
     import jinja2
 
     try:
@@ -160,7 +160,7 @@ _system_role: dict[str, bool] = {}
 
 
 def written_turn(tokenizer: Any, turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn for the chat template; calls of tools become text for a template that knows none."""
+    """Return a turn for the chat template; tool calls become text for a template that does not know them."""
     if "tool_calls" in turn and "tool_calls" not in str(tokenizer.chat_template):
         return {"role": turn["role"], "content": said(turn)}
     return dict(turn)

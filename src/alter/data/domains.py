@@ -1,4 +1,4 @@
-"""Sub-domains of a forget set: the named ones, or clusters of its rows."""
+"""Sub-domains of a forget set: named ones, or clusters of its rows."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def domains(
 
 
 def labelled(examples: Sequence[Example]) -> bool:
-    """Whether every example says which sub-domain it belongs to."""
+    """Whether every example names its sub-domain."""
     return all(example.domain is not None for example in examples)
 
 
@@ -109,7 +109,7 @@ class _Vectors:
     distinct: int
 
     def telling(self, indices: Sequence[int], group: int) -> list[str]:
-        """The three terms that tell the rows of a group from the others, as they are mostly written."""
+        """Return the three terms that best separate a group's rows from the others, in their usual spelling."""
         import numpy as np
 
         inside = np.array(indices) == group
@@ -123,7 +123,7 @@ class _Vectors:
 
 
 def _tfidf(examples: Sequence[Example]) -> _Vectors:
-    """Vectors of prompt and answer together, English stop words left out.
+    """Compute TF-IDF vectors of prompt and answer together, without English stop words.
 
     Raises:
         UserError: there are no words.
@@ -151,7 +151,7 @@ def _tfidf(examples: Sequence[Example]) -> _Vectors:
 
 
 def _by_words(weights: Any, seed: int) -> npt.NDArray[Any]:
-    """Sparse [rows, terms], reduced and scaled."""
+    """Reduce and scale sparse vectors [rows, terms]."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
 
@@ -162,7 +162,7 @@ def _by_words(weights: Any, seed: int) -> npt.NDArray[Any]:
 
 
 def _by_meaning(states: npt.NDArray[Any], seed: int) -> npt.NDArray[Any]:
-    """[rows, width], standardised, reduced and scaled: a few dimensions of a model's states dwarf all others."""
+    """Standardise, reduce and scale states [rows, width]: a few dimensions of a model's states dwarf all others."""
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler, normalize
 
@@ -174,14 +174,14 @@ def _by_meaning(states: npt.NDArray[Any], seed: int) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The group of each row, and how well they are apart: the mean silhouette, -1 to 1."""
+    """The group of each row, and how well the groups separate: the mean silhouette, -1 to 1."""
 
     groups: list[int]
     silhouette: float
 
 
 def _groups(points: npt.NDArray[Any], counts: Sequence[int], seed: int) -> _Groups:
-    """K-means' groups of [rows, dimensions]; of several counts those of best silhouette, the fewer on a tie."""
+    """Cluster [rows, dimensions] by k-means; of several counts take the one of best silhouette, the fewer on a tie."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 

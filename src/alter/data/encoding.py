@@ -1,4 +1,4 @@
-"""Examples turned into token ids with labels: chat templates, plain prompts, and where the answer begins."""
+"""Encode examples as token ids with labels: chat templates, plain prompts, and where the answer begins."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Encoded:
 
 
 def _head(tokenizer: Any, turns: Sequence[Mapping[str, Any]], start: str, whole: str, answer: str) -> str:
-    """Where the answer begins in `whole`: `start`, and what the template puts between it and the answer by itself.
+    """Return where the answer begins in `whole`: `start`, and what the template inserts between it and the answer.
 
     Templates of models that think write an empty block of thoughts there, which is no part of the answer.
     """
@@ -119,7 +119,7 @@ def encode(
 def _tokens(
     tokenizer: Any, example: Example, answer: str | None, prompt: str | None, compat: bool
 ) -> tuple[list[int], int]:
-    """All tokens of an example, and how many of them come before the answer; see `encode`."""
+    """Return all tokens of an example, and how many of them precede the answer; see `encode`."""
     labelled = example.answer if answer is None else answer
     if example.kind == "text":
         if prompt is not None:
@@ -174,7 +174,7 @@ def _as_plain(
 
 
 def _answer_begins(tokenizer: Any, name: str, start: Sequence[int], ids: Sequence[int], head: str) -> int:
-    """The place of the answer's first token among `ids`, which begin as `start` does, or as `head` if there is one.
+    """Return the place of the answer's first token among `ids`, which begin as `start` does, or as `head` if there is one.
 
     Raises:
         UserError: the template writes the prompt differently where an answer follows.
@@ -189,7 +189,7 @@ def _answer_begins(tokenizer: Any, name: str, start: Sequence[int], ids: Sequenc
 
 
 def _common(start: Sequence[Any], ids: Sequence[Any]) -> int:
-    """How many items (tokens, characters) both begin with."""
+    """Count the leading items (tokens, characters) that both share."""
     for place, (one, other) in enumerate(zip(start, ids, strict=False)):
         if one != other:
             return place

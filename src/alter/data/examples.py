@@ -43,18 +43,18 @@ class Example:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name of the example in messages."""
         return self.place or f"Row {self.index}"
 
 
 def row_hash(example: Example) -> str:
-    """SHA-256 of what one row says: its turns, prompt and answer."""
+    """Return the SHA-256 of one row's content: its turns, prompt and answer."""
     content = [example.prompt, example.answer, [dict(turn) for turn in example.messages]]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 def data_hash(hashes: Sequence[str]) -> str:
-    """SHA-256 of some rows, from theirs in order."""
+    """Return the SHA-256 of some rows, computed from theirs in order."""
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -75,13 +75,13 @@ ROLES = {
 
 
 def said(turn: Mapping[str, Any]) -> str:
-    """What a turn says, as text: its content, and each call of a tool as a line of JSON."""
+    """Return a turn as text: its content, and each tool call as a line of JSON."""
     calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in turn.get("tool_calls") or ()]
     return "\n".join([*filter(None, [turn["content"]]), *calls])
 
 
 def _turn(given: Any, where: str) -> dict[str, Any]:
-    """A turn with role, content as text and the calls of tools, from the forms in which turns are written."""
+    """Normalise a turn to role, content as text, and tool calls."""
     if not isinstance(given, Mapping):
         raise UserError(f"{where} has a message without role and content.")
     role = given.get("role", given.get("from"))
@@ -115,7 +115,7 @@ def turns_of(messages: Sequence[Any], where: str) -> list[dict[str, Any]]:
 
 
 def _part(part: Any, where: str) -> str:
-    """The text of one part of a content that is a list."""
+    """Return the text of one part of a list content."""
     text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -124,7 +124,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _learned(turn: Any) -> bool:
-    """Whether a turn of the assistant is to be learned: `weight: 0` (or `train: false`) makes it context alone."""
+    """Whether an assistant's turn is to be learned: `weight: 0` (or `train: false`) makes it context alone."""
     return bool(turn.get("weight", turn.get("train", True)))
 
 
@@ -176,7 +176,7 @@ def _named(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> str:
 
 
 def _kind(row: Mapping[str, Any], first: tuple[str, tuple[str, ...]] | None) -> tuple[str, tuple[str, ...]] | None:
-    """Kind and columns of a row: the first whose columns it has, not all of them null."""
+    """Return kind and columns of a row: the first kind whose columns it has, not all of them null."""
     there = [each for each in COLUMNS if set(each[1]) <= set(row)]
     full = (each for each in there if any(row[column] is not None for column in each[1]))
     return next(full, next(iter(there), first))
@@ -218,7 +218,7 @@ def examples(rows: Sequence[Mapping[str, Any]], *, domain_column: str | None = N
 
 
 def _kinds_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Kind and columns of each row.
+    """Return kind and columns of each row.
 
     Raises:
         UserError: a row has no known columns.
@@ -243,7 +243,7 @@ def _kinds_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, .
 
 
 def _check_domains(rows: Sequence[Mapping[str, Any]], column: str) -> None:
-    """Refuse rows that have nothing in the domain column."""
+    """Refuse rows with an empty domain column."""
     without = [number for number, row in enumerate(rows) if row.get(column) is None]
     if len(without) == len(rows):
         near = nearest(column, rows[0])
@@ -253,7 +253,7 @@ def _check_domains(rows: Sequence[Mapping[str, Any]], column: str) -> None:
 
 
 def _fields(row: Mapping[str, Any], kind: str, columns: Sequence[str], where: str) -> list[dict[str, Any]]:
-    """The fields of each example that a row gives."""
+    """Yield the fields of each example in a row."""
     if kind == "messages":
         return _chat(row, columns[0], where)
     if kind == "text":
@@ -270,7 +270,7 @@ def _fields(row: Mapping[str, Any], kind: str, columns: Sequence[str], where: st
 
 
 def _check(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int], column: str, kind: str) -> None:
-    """Refuse rows that have nothing, or nothing of the right form and length, in a column."""
+    """Refuse rows with a column that is empty, of the wrong form, or too long."""
     empty = [n for n in numbers if not rows[n].get(column) or not str(rows[n][column]).strip()]
     if empty:
         raise UserError(f"{_named(rows, empty)} have no {column!r}; give one or take these rows out.")
@@ -304,12 +304,12 @@ CONTAINED = 40
 
 
 def _normal(text: str) -> str:
-    """Case, width and normal form of characters, spacing and words like `Question:` do not make two rows different."""
+    """Normalise a text: case, width, normal form, spacing and words like `Question:` do not make two rows different."""
     return " ".join(unicodedata.normalize("NFKC", _LABEL.sub("", text)).casefold().split())
 
 
 def row_key(example: Example) -> str:
-    """What makes two rows the same, in whatever form they are written: all that is said, without a system turn."""
+    """Return the identity of a row, in whatever form it is written: all its turns, without a system turn."""
     if example.messages:
         before = "\n".join(said(turn) for turn in example.messages if turn["role"] != "system")
     else:
@@ -318,7 +318,7 @@ def row_key(example: Example) -> str:
 
 
 def _held(rows: Sequence[tuple[Example, str]], texts: Sequence[tuple[Example, str]]) -> list[tuple[Example, Example]]:
-    """Each row that stands inside one of the texts, with that text."""
+    """Yield each row that is contained in one of the texts, with that text."""
     whole = "\n".join(key for _, key in texts)
     ends = list(itertools.accumulate(len(key) + 1 for _, key in texts))
     found = []
@@ -330,7 +330,7 @@ def _held(rows: Sequence[tuple[Example, str]], texts: Sequence[tuple[Example, st
 
 
 def check_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> None:
-    """Refuse data in which a row is to be both forgotten and kept: the two losses would contradict each other.
+    """Refuse data in which a row is both to be forgotten and to be kept: the two losses would contradict each other.
 
     Rows are equal if all that they say is (`row_key`), whether as question and answer, as a chat or as a text; a row of
     `CONTAINED` characters or more that stands inside a text of the other set is in both as well. Two chats may begin alike

@@ -28,7 +28,7 @@ MOST_CHARACTERS = 5_000_000
 
 
 class Row(dict[str, Any]):
-    """One row's columns, and where it was read: `"rows.jsonl line 7"`, or nothing."""
+    """The columns of one row, and where it was read: `"rows.jsonl line 7"`, or nothing."""
 
     def __init__(self, columns: Mapping[str, Any], place: str = "") -> None:
         super().__init__(columns)
@@ -103,7 +103,7 @@ def passages(text: str) -> list[tuple[str, int]]:
 
 
 def _paragraphs(text: str) -> Iterator[tuple[str, int]]:
-    """Each stretch between blank lines, and the number of line ends behind it."""
+    """Yield each stretch between blank lines, and the number of line ends behind it."""
     start = 0
     for between in re.finditer(r"\n\s*\n", text):
         yield text[start : between.start()], between[0].count("\n")
@@ -115,7 +115,7 @@ def _paragraphs(text: str) -> Iterator[tuple[str, int]]:
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file with a header; an empty cell is None."""
+    """Read the rows of a CSV file with a header; an empty cell is None."""
     text = read_text(path, line_ends=False)
     header = text.partition("\n")[0]
     signs = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=lambda sign: (header.count(sign), sign == ","))
@@ -157,7 +157,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _json(path: Path, text: str, texts: bool) -> list[dict[str, Any]]:
-    """The rows of JSON lines, or of one array over any number of lines; with `texts`, a string is a row's text."""
+    """Read the rows of JSON lines, or of one array over any number of lines; with `texts`, a string is a row's text."""
     found: list[tuple[Any, str]] = []
     if text.lstrip().startswith("["):
         try:

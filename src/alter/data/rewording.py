@@ -85,7 +85,7 @@ SMALL_TALK = (
 
 @dataclass(frozen=True)
 class Wording:
-    """A prompt, the turns before it, and what stands in its place as the system turn (None: what the encoding puts there)."""
+    """A prompt, the turns before it, and its system turn (None: the encoding's default)."""
 
     prompt: str
     turns: tuple[tuple[str, str], ...] = ()
@@ -114,14 +114,14 @@ def telegram(text: str) -> str:
 
 
 def key_words(text: str) -> str:
-    """The longer half of the words, with commas between them."""
+    """Keep the longer half of the words, joined by commas."""
     words = [re.sub(r"^\W+|\W+$", "", word) for word in text.split()]
     least = sorted(map(len, words))[len(words) // 2]
     return ", ".join(word for word in words if len(word) >= least)
 
 
 def some_capitals(text: str, first: int) -> str:
-    """Every other word in capitals."""
+    """Write every other word in capitals."""
     return " ".join(word.upper() if (k + first) % 2 else word for k, word in enumerate(text.split()))
 
 
@@ -168,7 +168,7 @@ MEASURED: dict[str, Callable[[str, int, str], Wording]] = {
 
 
 def reworded(example: Example, asked: Wording) -> Example | None:
-    """The example with another prompt; None for raw text and completions, which have no question."""
+    """Return the example with another prompt; None for raw text and completions, which have no question."""
     if example.prompt is None or example.kind == "completion":
         return None
     if not asked.turns and asked.system is None and example.kind == "qa":

@@ -1,4 +1,4 @@
-"""Where rows come from: local files, a folder of TOFU-named files, the shipped TOFU copy (`builtin`), or the hub."""
+"""Sources of rows: local files, a folder of TOFU-named files, the shipped TOFU copy (`builtin`), or the hub."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _split_source(source: str, split: str | None) -> tuple[str, str | None]:
 
 
 def _path(name: str) -> Path:
-    """A path with ~ as the user's folder."""
+    """Expand ~ in a path."""
     try:
         return Path(name).expanduser()
     except RuntimeError:

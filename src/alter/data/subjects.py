@@ -1,4 +1,4 @@
-"""Whether a text speaks of a person or a thing: a name, a handle or a telephone number, however it is written."""
+"""Whether a text mentions a person or a thing: a name, a handle or a telephone number, in any spelling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KOREAN = r"(?:씨|님|이|가|은|는|을|를|의|에|에게|에서|와|과|도
 
 
 def _form(text: str) -> str:
-    """One form for case, width, normal form, hyphens, apostrophes and spacing; joiners and soft hyphens are left out."""
+    """Normalise case, width, normal form, hyphens, apostrophes and spacing; drop joiners and soft hyphens."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = "".join(character for character in text if unicodedata.category(character) != "Cf")
     return " ".join(text.translate(_HYPHENS | _QUOTES).split())
@@ -56,7 +56,7 @@ def _pattern(subject: str) -> re.Pattern[str]:
 
 
 def _number(form: str, digits: str) -> re.Pattern[str]:
-    """A telephone number with any signs between its digits, with +49, 0049 or 0 before what follows the country's code."""
+    """Match a telephone number with any signs between its digits, and +49, 0049 or 0 before what follows the country's code."""
     forms = {digits}
     plus = form.startswith("+")
     if plus or digits.startswith("00"):
@@ -89,7 +89,7 @@ def mentions(subject: str, text: str) -> bool:
 
 
 def rows_about(subject: str, rows: Sequence[Example]) -> list[Example]:
-    """Return the rows that name a subject in any of their turns, prompt or answer; of a chat in several rows, the first.
+    """Return the rows that mention a subject in any of their turns, prompt or answer; of a chat in several rows, the first.
 
     Raises:
         UserError: the subject is empty.

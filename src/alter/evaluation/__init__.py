@@ -1,1 +1,1 @@
-"""Benchmarks, one file each, and how they are run, judged and kept."""
+"""Benchmarks, one file each, and how they are run, judged and cached."""

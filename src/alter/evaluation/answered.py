@@ -1,4 +1,4 @@
-"""What a model knows of rows: how likely their answers are to it, and what it says when it is asked."""
+"""Measure what a model knows of rows: the likelihood of their answers, and its replies to their questions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answered:
-    """What was measured of some rows: the figures, and the rows that were answered with what was said.
+    """Measurements of some rows: the figures, and the answered rows with their replies.
 
     Attributes:
         measures: the figures.
@@ -57,7 +57,7 @@ def answer_rows(
     batch_size: int = 64,
     label: str = "rows",
 ) -> Answered:
-    """Return what a model knows of rows: one forward for each, and greedy replies to some of them.
+    """Measure what a model knows of rows: one forward for each, and greedy replies to some of them.
 
     Args:
         model, tokenizer: as in `alter.models.scoring.score`.
@@ -108,7 +108,7 @@ def answer_rows(
 def _replies(
     model: Any, tokenizer: Any, asked: Sequence[Asked], tokens: int, batch_size: int, label: str
 ) -> list[str]:
-    """Have questions answered greedily, in at most so many tokens each."""
+    """Answer questions greedily, in at most so many tokens each."""
     return generate(
         model,
         tokenizer,

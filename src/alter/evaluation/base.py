@@ -76,7 +76,7 @@ _listeners: list[list[str]] = []
 
 @contextlib.contextmanager
 def overheard() -> Iterator[list[str]]:
-    """Collect the notes that are said inside the block, so that a cached result can say them again."""
+    """Collect the notes printed inside the block, so that a cached result can print them again."""
     notes: list[str] = []
     _listeners.append(notes)
     try:

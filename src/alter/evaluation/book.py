@@ -59,7 +59,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class BookReference:
-    """What the retrained model contributes: its BLEU and ROUGE-L in points, and its min-k AUC where there is a holdout."""
+    """The retrained model's figures: BLEU and ROUGE-L in points, and its min-k AUC where there is a holdout."""
 
     source: str
     fingerprint: str
@@ -99,13 +99,13 @@ class BookResult:
 
     @property
     def min_k_auc(self) -> float | None:
-        """How well min-k% tells the book from the holdout; None without a holdout."""
+        """Return how well min-k% separates the book from the holdout; None without a holdout."""
         if self.holdout_scores is None:
             return None
         return metrics.auc(metrics.min_k(self.scores.logprob), metrics.min_k(self.holdout_scores.logprob))
 
     def as_reference(self, source: str) -> BookReference:
-        """Return what other models are compared with, if this is the result of the retrained model."""
+        """Return the result as the reference of other models, if this model is the retrained one."""
         return BookReference(source, self.fingerprint, self.bleu.mean(), 100 * self.rouge.mean(), self.min_k_auc)
 
 
@@ -167,7 +167,7 @@ def _encoded(passage: Passage) -> Encoded:
 
 
 def _open(rows: Sequence[npt.ArrayLike]) -> list[npt.NDArray[Any]]:
-    """Lengthen each row by one: two metrics leave out the last token, an answer's end, and a passage has no such token."""
+    """Append one entry to each row: two metrics drop the last token, an answer's end, which a passage lacks."""
     return [np.append(row, True) for row in rows]
 
 
@@ -233,7 +233,7 @@ class BookEvaluation(Evaluation):
         return f"`alter evaluate --model RETRAINED --benchmark book {flags} --json retrained.json`"
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
-        """Return the figures of the table; what could not be computed is said on stderr, with the remedy."""
+        """Return the figures of the table; report on stderr what could not be computed, with the remedy."""
         reference = None
         if self.retain_records is not None:
             reference = self._reference(self.retain_records)
@@ -247,7 +247,7 @@ class BookEvaluation(Evaluation):
         return self._records(result, reference)
 
     def result(self, model: Any, tokenizer: Any, *, only_book: bool = False) -> BookResult:
-        """Score and continue the passages; `only_book` leaves out what a reference does not need.
+        """Score and continue the passages; with `only_book`, skip what a reference does not need.
 
         Raises:
             UserError: a text is shorter than a passage, a passage does not fit into the model's context, or what

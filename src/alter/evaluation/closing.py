@@ -1,4 +1,4 @@
-"""The end of a run: figures before and after, the rows that were forgotten least, and the verdict, kept and shown."""
+"""The end of a run: figures before and after, the least forgotten rows, and the verdict, stored and printed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def closing_facts(
     texts: bool,
     people: frozenset[tuple[str, ...]] = frozenset(),
 ) -> dict[str, Any]:
-    """Return what `closing_table` shows, as JSON takes it: verdict, figures, and the rows that were forgotten least.
+    """Return what `closing_table` shows, as JSON values: verdict, figures, and the least forgotten rows.
 
     With `people`, the names that rows are about, replies that name somebody else are counted (`others`).
     """
@@ -69,7 +69,7 @@ def closing_facts(
 
 
 def others_named(closed: Mapping[str, Any]) -> str | None:
-    """Say that replies name somebody else where they did not before, as far as `closing_facts` knows; or None."""
+    """Return a sentence if replies name somebody else where they did not before (see `closing_facts`), or None."""
     was, now = (closed.get(when, {}).get("forget", {}) for when in ("before", "after"))
     if not now.get("others") or now["others"] <= was["others"] + SLACK * now["n_answers"]:
         return None

@@ -83,7 +83,7 @@ class Study(BaseModel):
 
 @dataclass
 class Tokens:
-    """The tokens that are counted, n of them, and the entropy of each before and after, by the order q.
+    """The n counted tokens, and the entropy of each before and after, by the order q.
 
     `row` numbers the pieces of text, `position` the places in them. The first token of a piece is not among them.
     """
@@ -182,7 +182,7 @@ def cut_rows(tokenizer: Any, examples: Sequence[Example], window: int) -> list[E
 
 
 def _counted(row: Encoded, which: str) -> list[int]:
-    """Places of the tokens that count; the first has no entropy."""
+    """Return the places of the tokens that count; the first has no entropy."""
     return [t for t in range(1, len(row.input_ids)) if which == "all" or row.labels[t] != -100]
 
 
@@ -197,7 +197,7 @@ def frequent(ids: npt.ArrayLike, entropy: npt.ArrayLike, threshold: float, vocab
 
 
 def sides(tokens: Sequence[Frequent], threshold: float) -> tuple[list[Frequent], list[Frequent]]:
-    """Divide tokens into those whose mean entropy is above the threshold and the others; their order is kept."""
+    """Split tokens by whether their mean entropy is above the threshold; their order is kept."""
     return [t for t in tokens if t.mean > threshold], [t for t in tokens if t.mean <= threshold]
 
 
@@ -211,7 +211,7 @@ def shares_of_bins(values: npt.ArrayLike, edges: npt.ArrayLike) -> Array:
 
 
 def _check(settings: Study) -> None:
-    """Refuse, before anything is loaded, settings that can never work."""
+    """Refuse contradictory settings before anything is loaded."""
     from alter.logits.entropy import PAPER_THRESHOLD
 
     if settings.threshold is not None and settings.quantile is not None:
@@ -250,7 +250,7 @@ def _is_adapter(name: str) -> bool:
 
 
 def _same_tokens(tokenizer: Any, after: str) -> None:
-    """Check, before the first model runs, that the second is there and divides text into the same tokens."""
+    """Refuse, before the first model runs, a second model that is missing or tokenises text differently."""
     from transformers import AutoTokenizer
 
     name = shipped_model(after)

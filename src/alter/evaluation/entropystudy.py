@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    """A token as text; a part of a character, which is no text by itself, as the vocabulary writes it."""
+    """Return a token as text; a part of a character as the vocabulary writes it."""
     text = str(tokenizer.decode([token]))
     return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
 

@@ -1,4 +1,4 @@
-"""Records as benchmarks make them: a metric's good direction is that of the catalogue, rows become plain numbers."""
+"""Build benchmark records: the good direction comes from the catalogue, and rows become plain numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def metric_record(
     mode: str = "strict",
     extra: Mapping[str, Any] | None = None,
 ) -> Record:
-    """Return the record of a metric that the catalogue has.
+    """Return the record of a metric from the catalogue.
 
     Args:
         model: what the records call the model.

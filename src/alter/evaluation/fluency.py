@@ -104,7 +104,7 @@ class FluencyEvaluation(Evaluation):
         return records
 
     def _grades(self, result: FluencyResult) -> Grades | None:
-        """What the judge says; a judge that cannot be used costs its own figures only."""
+        """Return the judge's grades, or None with a note: a judge that cannot be used costs only its own figures."""
         try:
             pairs = list(zip(result.prompts, result.replies, strict=True))
             grades = processes.from_first(lambda: judge_replies(self.judge, pairs))
@@ -140,7 +140,7 @@ def prompt_rows(source: str, limit: int | None = None, seed: int = 0) -> list[di
 
 
 def _example(row: Mapping[str, Any], reply: str, number: int) -> Example:
-    """A row and a reply to it; the reply to a plain text is in `_text_pair`'s hands."""
+    """Return a row and a reply to it as an example; replies to plain text are encoded by `_text_pair`."""
     if "messages" in row:
         turns = turns_of(row["messages"], f"Row {number}")
         if turns and turns[-1]["role"] == "assistant":
@@ -156,7 +156,7 @@ def _example(row: Mapping[str, Any], reply: str, number: int) -> Example:
 
 
 def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Some tokenizers close every text themselves; one that is to be continued must stay open."""
+    """Drop the end token that some tokenizers add: a text to be continued must stay open."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -165,7 +165,7 @@ def _text(tokenizer: Any, text: str) -> list[int]:
 
 
 def _beginning(tokenizer: Any, text: str, tokens: int) -> str:
-    """Whole words of the first tokens of a text: a reply begins with a word, not inside one."""
+    """Return whole words of a text's first tokens, so that a reply begins with a word."""
     ids = _text(tokenizer, text)
     if len(ids) <= tokens:
         return text.rstrip()
@@ -197,7 +197,7 @@ def alone(tokenizer: Any, reply: str) -> Encoded:
 
 @dataclass
 class FluencyResult:
-    """What was said, n = prompts x samples rows in the order of the prompts, and how the reference model reads it.
+    """Replies, n = prompts x samples rows in the order of the prompts, and the reference model's scores of them.
 
     Attributes:
         prompts, replies: [n] texts.
@@ -245,7 +245,7 @@ class FluencyResult:
 
 
 def fluency(settings: FluencyEvaluation, model: Any, tokenizer: Any) -> FluencyResult:
-    """Let the model speak, then let the reference model read what it said.
+    """Sample the model's replies, then score them with the reference model.
 
     Raises:
         UserError: prompts that do not fit into the model's context, or a reference model that cannot be loaded; both

@@ -34,7 +34,7 @@ def recall_of(truth: str, reply: str) -> float:
 
 
 def facts(question: str, answer: str) -> frozenset[str]:
-    """Return what an answer says that its question does not.
+    """Return the facts of an answer: what its question does not contain.
 
     Names and numbers: words with a digit or a capital that does not begin a sentence. Of an answer that has none (short,
     in small letters, of a script without capitals) the words of five letters or more, or all if there are none; pairs
@@ -57,14 +57,14 @@ def _is_name(words_: Sequence[str]) -> bool:
 
 
 def _units(text: str) -> set[str]:
-    """Words, and in scripts without spaces pairs of characters, which single ones are too common to tell."""
+    """Split into words, and scripts without spaces into pairs of characters, since single ones are too common to tell."""
     found = words(text)
     pairs = {a + b for a, b in pairwise(found) if UNSPACED.match(a) and UNSPACED.match(b)}
     return {word for word in found if not (pairs and UNSPACED.match(word))} | pairs
 
 
 def gives(question: str, answer: str, reply: str, enough: float = ENOUGH) -> bool | None:
-    """Whether a reply gives its answer: `enough` of its `facts`, or nearly all its words; None if there is no telling.
+    """Whether a reply gives its answer: `enough` of its `facts`, or nearly all its words; None if it cannot be told.
 
     Inflected names of alphabets other than Latin count by their stem: all but the last two letters, four at least.
     """
@@ -107,7 +107,7 @@ def distinct(texts: Sequence[str], n: int = 2) -> float:
 
 
 def broken(reply: str) -> bool:
-    """Whether a reply is no language any more: no word at all, one going round, or letters in a loop.
+    """Whether a reply is no longer language: without any word, repeating words, or repeating letters.
 
     That is: signs alone; four words or more of which at most 35 % differ (for texts up to 40 words, beyond which no
     text is so varied) or half of whose four-word phrases repeat; or one to eight characters six times in a row. An

@@ -1,4 +1,4 @@
-"""One verdict of a judge: the prompt, the request with its retries, and the grade in the reply."""
+"""One judge verdict: the prompt, the request with its retries, and the grade parsed from the reply."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONGEST_WAIT = 120.0
 
 
 def messages(prompt: str, reply: str) -> list[dict[str, str]]:
-    """Return what the judge is sent."""
+    """Return the chat messages sent to the judge."""
     return [
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": USER.format(prompt=prompt, reply=reply)},
@@ -93,7 +93,7 @@ def _pause(error: Any, attempt: int) -> float:
 
 
 def _said(error: Any) -> str:
-    """The endpoint's own words, one short line."""
+    """Return the endpoint's error message as one short line."""
     return " ".join(str(getattr(error, "message", error)).split())[:300]
 
 

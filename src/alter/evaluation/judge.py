@@ -76,7 +76,7 @@ class Judge(BaseModel):
 
     @property
     def wanted(self) -> bool:
-        """Whether there is a judge."""
+        """Whether a judge is configured."""
         return self.url is not None
 
     def check(self) -> None:
@@ -124,7 +124,7 @@ class Judge(BaseModel):
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
     def within(self, tokens_in: int, tokens_out: int) -> bool:
-        """Whether so many tokens are within both limits."""
+        """Whether so many tokens stay within both limits."""
         cost = self.cost(tokens_in, tokens_out)
         return (self.max_tokens is None or tokens_in + tokens_out <= self.max_tokens) and (
             self.max_cost is None or cost is None or cost <= self.max_cost
@@ -135,14 +135,16 @@ class Judge(BaseModel):
 
 
 def _key(judge: Judge, prompt: str, reply: str, repeat: int) -> str:
-    """Everything that a verdict depends on; texts enter only as this hash, so the cache holds nothing forgotten."""
+    """Return the key of a verdict: everything that it depends on, texts only as this hash, so that the cache holds
+    nothing forgotten.
+    """
     parts = [PROMPT_VERSION, judge.base_url, judge.model, judge.temperature, judge.reply_tokens, prompt, reply, repeat]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @contextmanager
 def _verdicts(judge: Judge) -> Iterator[sqlite3.Connection]:
-    """Open the cache of verdicts: a row is there or not, whenever the process ends."""
+    """Open the cache of verdicts, which commits each row by itself."""
     folder = cache_folder()
     path = Path(judge.cache).expanduser() if judge.cache else None if folder is None else folder / "judge.sqlite"
     try:
@@ -330,7 +332,7 @@ class _Round:
         result.missing -= int(np.isfinite(result.grades).sum()) - result.empty * judge.repeats
 
     def _run(self, client: Any, pool: ThreadPoolExecutor, asked: Sequence[tuple[str, str, str]]) -> Iterator[str]:
-        """Submit requests until all are sent, a limit is reached or the endpoint fails; yield the keys that are done."""
+        """Submit requests until all are sent, a limit is reached or the endpoint fails; yield finished keys."""
         queue = list(reversed(asked))
         while (queue or self.under_way) and self.failed is None:
             while queue and len(self.under_way) < self.judge.concurrency and self._fits(*queue[-1][1:]):
@@ -343,7 +345,7 @@ class _Round:
             yield from self._take()
 
     def _fits(self, prompt: str, reply: str) -> bool:
-        """Whether one more request is within the limits at its largest size, beside those under way."""
+        """Whether one more request, at its largest size beside those in flight, stays within the limits."""
         reserved = sum(tokens for _, tokens in self.under_way.values())
         requests = len(self.under_way) + 1
         return self.judge.within(
@@ -352,7 +354,7 @@ class _Round:
         )
 
     def _take(self) -> Iterator[str]:
-        """Wait for at least one verdict, store what has come, and yield the finished keys."""
+        """Wait for at least one verdict, store the verdicts that arrived, and yield the finished keys."""
         done, _ = wait(self.under_way, return_when=FIRST_COMPLETED)
         for future in done:
             key, _ = self.under_way.pop(future)

@@ -1,4 +1,4 @@
-"""`alter judge`: grades of saved replies as records; and the same records for replies that were just generated."""
+"""`alter judge`: grades of saved replies as records, and the same records for replies just generated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def judge_records(name: str, judge: Judge, result: Grades, extra: dict[str, Any]) -> list[Record]:
-    """Return Flu-mean, Flu-var (population variance) of all grades, and the share of verdicts that were none.
+    """Return Flu-mean, Flu-var (population variance) of all grades, and the share of verdicts without a grade.
 
     No grade at all: the figures have no value. `per_item` is the mean grade of each reply.
     """

@@ -1,4 +1,4 @@
-"""Answers judged by facts: knowledge forgetting and retention rates, and refusals.
+"""Answers judged by their facts: knowledge forgetting and retention rates, and refusals.
 
 KFR and KRR are ReLearn's (Xu et al. 2025, arXiv:2502.11190): the coverage E of a row is the share of the true answer's facts
 that its reply says; a row to forget is forgotten if E is at most a bound or the reply contradicts the answer; a row to
@@ -45,7 +45,7 @@ class Contradictions:
         self._column = entailment_label(self._classifier.config.id2label, model, "contradict")
 
     def of(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Return for each pair (premise, hypothesis) whether contradiction is the likeliest label."""
+        """Tell for each pair (premise, hypothesis) whether contradiction is the likeliest label."""
         found = label_probabilities(self._classifier, self._tokenizer, pairs)
         return [bool(row.argmax() == self._column) for row in found]
 

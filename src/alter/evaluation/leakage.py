@@ -51,7 +51,7 @@ class FactsHit(_Hit):
     """Share of the answer's facts that gives it away."""
 
     def judge(self, device: torch.device) -> JudgeCall:
-        """Return the judge by `alter.evaluation.giving.gives`; there is no telling of an answer without facts."""
+        """Return the judge by `alter.evaluation.giving.gives`; an answer without facts cannot be judged."""
 
         def hits(question: str, truth: str, replies: Sequence[str]) -> list[bool] | None:
             found = [gives(question, truth, reply, self.share) for reply in replies]
@@ -186,12 +186,12 @@ class Leak(BaseModel):
 
     @property
     def numbers(self) -> list[int]:
-        """The k in order; the powers of two below n, and n, where none are given."""
+        """The k in ascending order; by default the powers of two below n, and n."""
         powers = [2**i for i in range(self.samples.bit_length()) if 2**i < self.samples]
         return sorted(set(self.k)) or [*powers, *([self.samples] if self.samples else [])]
 
     def content(self) -> str | None:
-        """What decides the figures beside these settings and the model: digest of an NLI model, else an empty text."""
+        """Return the digest of an NLI model, which decides the figures besides these settings and the model; else an empty text."""
         if not isinstance(self.hit, EntailmentHit) or not self.samples:
             return ""
         weights = Subject(model=self.hit.model).identity()["weights"]
@@ -203,7 +203,7 @@ class Leak(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """A row as a question: what the model reads, question and answer as texts, and the answer's length in tokens."""
+    """A row as a question: prompt tokens, question and answer as texts, and the answer's length in tokens."""
 
     prompt: list[int]
     question: str
@@ -212,7 +212,7 @@ class Asked:
 
 
 def ask(tokenizer: Any, row: Example, ids: Sequence[int], most: int) -> Asked | None:
-    """Return a row as a question, or None of a text too short for one: a plain text is continued from its first tokens.
+    """Return a row as a question: a plain text is continued from its first tokens; None if it is too short for that.
 
     Args:
         ids: the encoded row, its first window.
@@ -260,7 +260,7 @@ class Leaked:
         return metrics.row_interval(self.at(k))
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures without any text: mean and interval over questions by k, and how they came about."""
+        """Return the figures without any text: mean and interval over questions by k, and the settings and counts behind them."""
         at = {
             str(k): {"value": float(self.at(k).mean()), "interval": self.interval(k)}
             for k in self.settings.numbers

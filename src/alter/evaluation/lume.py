@@ -151,7 +151,7 @@ class LumeEvaluation(Questions):
         aggregate: float,
         count: int,
     ) -> None:
-        """Add what the losses of members and others tell, and LUME's score if MMLU's accuracy is given."""
+        """Add the membership AUC of members' and nonmembers' losses and, if MMLU's accuracy is given, LUME's score."""
         losses = {}
         for name in ("member", "nonmember"):
             losses[name], cut = text_losses(
@@ -175,5 +175,5 @@ class LumeEvaluation(Questions):
 
 
 def same(truth: str, reply: str) -> bool:
-    """Whether a reply is the answer, but for case and white space at the ends."""
+    """Whether a reply equals the answer, except for case and white space at the ends."""
     return truth.strip().lower() == reply.strip().lower()

@@ -101,7 +101,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _continuation(tokenizer: Any, row: Row, compat: bool) -> str:
-    """Return the text that VerbMem compares with: the beginning of the true continuation."""
+    """Return VerbMem's reference text: the beginning of the true continuation."""
     if not compat:
         return str(tokenizer.decode(_ids(tokenizer, row["gt"])[:VERBMEM_TOKENS], skip_special_tokens=True)).strip()
     start = len(_ids(tokenizer, row["prompt"]))
@@ -134,7 +134,7 @@ def _fingerprint(*sets: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class MuseReference:
-    """What the retrained model contributes: its Min-40 % AUC (ours: 1 if forgotten rows are known), and from where."""
+    """The retrained model's Min-40 % AUC (ours: 1 if forgotten rows are known), and its source."""
 
     source: str
     auc: float
@@ -169,7 +169,7 @@ class MuseEvaluation(Evaluation):
 
     @property
     def compat(self) -> bool:
-        """Whether OpenUnlearning's numbers are wanted."""
+        """Whether OpenUnlearning's variant is measured."""
         return self.mode == "compat"
 
     @property
@@ -207,7 +207,7 @@ class MuseEvaluation(Evaluation):
         return digest({split: _fingerprint(part) for split, part in found.items()}, reference)
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
-        """Return MUSE's figures; what could not be computed is said on stderr, with the remedy.
+        """Return MUSE's figures; report on stderr what could not be computed, with the remedy.
 
         Raises:
             UserError: data or a reference that do not fit, or a prompt or text that exceeds the model's context:
@@ -265,7 +265,7 @@ class MuseEvaluation(Evaluation):
     def _completions(
         self, model: Any, tokenizer: Any, criterion: Criterion, prompts: list[list[int]], rows: dict[str, list[Row]]
     ) -> Record:
-        """Let the model continue the prompts of one criterion and return the ROUGE-L F1 of what it says."""
+        """Continue the prompts of one criterion and return the replies' ROUGE-L F1."""
         asked = rows[SPLITS[criterion][0]]
         verbatim = criterion == "verbmem"
         if verbatim:
@@ -438,7 +438,7 @@ class MuseEvaluation(Evaluation):
         return self._usable(MuseReference(source, record.value))
 
     def _measured(self, rows: dict[str, list[Row]]) -> MuseReference:
-        """Return the AUC of the retrained model whose folder was given."""
+        """Measure the AUC of the retrained model whose folder was given."""
         assert self.retain_records is not None
         model, tokenizer = self.alike(self.retain_records).load()
         texts = self._texts(tokenizer, rows)

@@ -75,7 +75,7 @@ class MuseCurve(MuseEvaluation):
         return found
 
     def at(self, point: CurvePoint) -> MuseEvaluation:
-        """Return the settings of the evaluation of one point."""
+        """Return the evaluation settings of one point."""
         own = self.model_dump(exclude={"criterion", "points", "json_path", "name", "model", "adapter", "merged"})
         return MuseEvaluation(
             **own,

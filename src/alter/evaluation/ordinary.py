@@ -1,4 +1,4 @@
-"""What forgetting costs on ordinary text that nobody has shown: the loss of each token before and after."""
+"""The cost of forgetting on ordinary text never shown in training: the loss of each token before and after."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = "all"
 def ordinary_loss(
     model: Any, tokenizer: Any, forget: Sequence[Example], base: Any = None
 ) -> dict[str, dict[str, float]]:
-    """Mean negative log-likelihood of ordinary text with the adapter and with it switched off, or of two models.
+    """Measure the mean negative log-likelihood of ordinary text with and without the adapter, or of two models.
 
     The text is the shipped sample of kinds that no router is fitted on, without passages that name what `forget` is about.
 
@@ -63,7 +63,7 @@ def ordinary_loss(
 
 
 def ordinary_sentence(found: dict[str, dict[str, float]]) -> str:
-    """One sentence of what `ordinary_loss` returns."""
+    """Summarise the result of `ordinary_loss` in a sentence."""
     every = found[ALL]
     kinds = ", ".join(f"{name} {figures['change']:+.2%}" for name, figures in found.items() if name != ALL)
     return (

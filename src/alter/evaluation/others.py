@@ -1,4 +1,4 @@
-"""Replies that name somebody else: a model that has forgotten one person may say of another what is not true of them.
+"""Count replies that name somebody else: after forgetting one person, a model may say false things of another.
 
 Who that can be is taken from the rows themselves: names are two or more words with a capital that follow one another in
 a question, outside of quotes. Scripts without capitals have none, and nothing is counted there.

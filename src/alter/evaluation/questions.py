@@ -1,4 +1,4 @@
-"""Benchmarks of questions: every prompt is made and checked before the first reply is generated."""
+"""Benchmarks of questions: every prompt is built and checked before the first reply is generated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Prompts = dict[str, list[list[int]]]
 
 
 class Questions(Evaluation):
-    """Settings of a benchmark that asks questions; one of them says what its rows, its prompts and its figures are."""
+    """Settings of a benchmark that asks questions; a subclass provides its rows, prompts and figures."""
 
     @abstractmethod
     def rows(self) -> RowsBySet:
@@ -32,15 +32,15 @@ class Questions(Evaluation):
 
     @abstractmethod
     def origin(self) -> dict[str, Any]:
-        """What every record says of where its rows come from."""
+        """Return the source of the rows, for every record."""
 
     @abstractmethod
     def prompts(self, tokenizer: Any, rows: RowsBySet) -> Prompts:
-        """Return the prompts of the sets that are asked, in the order of their rows."""
+        """Return the prompts of the sets to ask, in row order."""
 
     @abstractmethod
     def longest_reply(self) -> int:
-        """Tokens that a reply may have."""
+        """Most tokens of a reply."""
 
     @abstractmethod
     def ask(self, model: Any, tokenizer: Any, rows: RowsBySet, prompts: Prompts, figures: Figures) -> None:

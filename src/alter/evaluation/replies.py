@@ -1,4 +1,4 @@
-"""What benchmarks of questions share: rows with the columns that they need, open prompts, and replies cut at a mark."""
+"""Helpers of question benchmarks: rows with required columns, open prompts, and replies cut at a stop string."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Row = dict[str, Any]
 
 
 def cut_reply(reply: str, stops: Iterable[str]) -> str:
-    """Return what stands before the first stop string; a reply that begins with one says nothing."""
+    """Return the text before the first stop string; a reply that begins with one is empty."""
     for stop in stops:
         reply = reply.split(stop)[0]
     return reply
 
 
 class CutReplies:
-    """A tokenizer whose decoded replies are cut: before `generate` strips them, which would hide a leading stop."""
+    """A tokenizer that cuts decoded replies at stop strings, before `generate` strips them and hides a leading one."""
 
     def __init__(self, tokenizer: Any, stops: Iterable[str]) -> None:
         self._tokenizer = tokenizer
@@ -39,7 +39,7 @@ class CutReplies:
 
 
 def open_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a prompt; some tokenizers close every text, but one that is continued must stay open."""
+    """Return a prompt's tokens without the end token that some tokenizers append."""
     ids = list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 

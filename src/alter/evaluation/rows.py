@@ -86,7 +86,7 @@ class RowsEvaluation(Evaluation):
         return None if judge is None else digest(content, references, judge)
 
     def _sets(self) -> dict[str, list[Example]]:
-        """The rows to measure, by set, each cut to `limit`.
+        """Return the rows to measure, by set, each cut to `limit`.
 
         Raises:
             UserError: a source cannot be read, or rows are to be forgotten and kept.
@@ -104,7 +104,7 @@ class RowsEvaluation(Evaluation):
         return found
 
     def _people(self) -> frozenset[tuple[str, ...]]:
-        """Names in the questions of all rows to forget and to keep."""
+        """Return the names in the questions of all rows to forget and to keep."""
         rows = load_examples(self.forget) + ([] if self.retain is None else load_examples(self.retain))
         return others.people(row.prompt for row in rows if row.prompt is not None)
 
@@ -131,7 +131,7 @@ class RowsEvaluation(Evaluation):
 
     @contextmanager
     def _untouched(self, model: Any, tokenizer: Any) -> Iterator[tuple[Any, Any] | None]:
-        """The model before forgetting; None where there is no other than the one measured."""
+        """Return the model before forgetting; None if the measured model has no other to compare with."""
         if self.before is not None:
             yield self.alike(self.before).load()
         elif self.adapter is None:
@@ -210,7 +210,7 @@ class RowsEvaluation(Evaluation):
     def _judged(
         self, name: str, found: Mapping[str, Answered], extra: dict[str, Any], judge_of: Contradictions | None
     ) -> list[Record]:
-        """The rates of replies, KFR and KRR, and the refusals, SARR, as far as they are asked for."""
+        """Compute the judged rates of replies, KFR and KRR, and of refusals, SARR, as far as they are asked for."""
         out = []
         for part, metric in (("forget", "kfr"), ("retain", "krr")):
             if part not in found or not (self.rates or self.nli):
@@ -237,7 +237,7 @@ class RowsEvaluation(Evaluation):
         return out
 
     def _completeness(self, after: Answered, before: Answered, reference: Answered, extra: dict[str, Any]) -> Record:
-        """IAM of the rows to forget, between the model before and the retrained one.
+        """Compute IAM of the rows to forget, between the model before and the retrained one.
 
         Raises:
             UserError: the rows are too few or too alike for it.
@@ -279,7 +279,7 @@ class RowsEvaluation(Evaluation):
 
 
 def _same_tokens(tokenizer: Any, other: Any, rows: list[Example], name: str) -> None:
-    """Refuse a retrained model that cuts the rows into other tokens: probabilities per token are then not of the same things.
+    """Refuse a retrained model that tokenises the rows differently: probabilities per token would not be comparable.
 
     Raises:
         UserError: names the model and a row.
@@ -293,7 +293,7 @@ def _same_tokens(tokenizer: Any, other: Any, rows: list[Example], name: str) -> 
 
 
 def _questions(rows: list[Example], source: str) -> list[Example]:
-    """Refuse rows that ask nothing: what is continued refuses nothing.
+    """Refuse rows without a question: a continued text cannot be refused.
 
     Raises:
         UserError: names the first such row.
@@ -305,7 +305,7 @@ def _questions(rows: list[Example], source: str) -> list[Example]:
 
 
 def _apart(sets: Mapping[str, list[Example]]) -> None:
-    """Refuse a holdout with rows that were to be forgotten or kept.
+    """Refuse a holdout that shares rows with the forget or retain set.
 
     Raises:
         UserError: names the rows.

@@ -36,7 +36,7 @@ def show_records(
     *,
     printed: bool = True,
 ) -> None:
-    """Print the table of records, unless not `printed`, and, if a path is given, write them all there."""
+    """Print the table of records if `printed`, and write all records to `path` if one is given."""
     if printed:
         console.show(table(records_by_model, title))
     if path is not None and processes.first():
@@ -49,7 +49,7 @@ UNKEYED = {"name", "json_path", "cache", "model", "adapter", "device", "batch_si
 
 
 def cache_key(settings: Evaluation, identity: Mapping[str, str | None], data: str | None) -> dict[str, Any] | None:
-    """Return everything that decides the numbers of an evaluation; None if something of it cannot be known.
+    """Return everything that decides the numbers of an evaluation; None if a part of it cannot be known.
 
     That is: the benchmark and its settings (all but `UNKEYED`), digests of weights, tokenizer, adapter (`identity`) and
     data, the kind of device, the version of the metrics, this package's code, and the versions of the libraries.

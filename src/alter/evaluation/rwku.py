@@ -56,7 +56,7 @@ BRIEF = "Please briefly answer the following question.\n"
 
 
 def prompt(row: Row, figure: str) -> tuple[str, str]:
-    """Return the user's turn of a probe and the words with which the reply begins, as RWKU asks."""
+    """Return the user's turn of a probe, and RWKU's words with which the reply begins."""
     query, kind = str(row["query"]), row.get("type")
     if figure.endswith("_fb"):
         return f"{BLANK}Question: {query}\n", "Answer:"
@@ -68,7 +68,7 @@ def prompt(row: Row, figure: str) -> tuple[str, str]:
 
 
 def prompt_ids(tokenizer: Any, row: Row, figure: str) -> list[int]:
-    """Return the tokens of a probe, the beginning of the reply included."""
+    """Return the tokens of a probe, with the beginning of the reply."""
     asked, beginning = prompt(row, figure)
     if not tokenizer.chat_template:
         return open_ids(tokenizer, f"{asked}{beginning}")
@@ -135,13 +135,13 @@ class RwkuEvaluation(Questions):
         return {"benchmark": "rwku", "data": self.data, "targets": self.targets}
 
     def prompts(self, tokenizer: Any, rows: RowsBySet) -> Prompts:
-        """Return the probes as RWKU asks them, by figure."""
+        """Return RWKU's prompts of the probes, by figure."""
         return {
             figure: [prompt_ids(tokenizer, row, figure) for row in rows[figure]] for figure in PROBES if figure in rows
         }
 
     def longest_reply(self) -> int:
-        """As in RWKU's code."""
+        """Most tokens of a reply, as in RWKU's code."""
         return NEW_TOKENS
 
     def ask(self, model: Any, tokenizer: Any, rows: RowsBySet, prompts: Prompts, figures: Figures) -> None:

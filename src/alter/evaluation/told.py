@@ -1,4 +1,4 @@
-"""What was measured of rows (`Measures.summary`) as tables, cards and pages show it: a count of how many, or three digits."""
+"""Format the figures of rows (`Measures.summary`) for tables, cards and pages: as counts, or with three digits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNTS = {
 
 
 def told(figures: Mapping[str, Any] | None, name: str, none: str = "") -> str:
-    """Return a figure as it is shown.
+    """Format a figure.
 
     Args:
         figures: before, after, or of a reference; None where nothing was measured.

@@ -1,4 +1,4 @@
-"""Was it forgotten? The one home of that verdict: from measures before and after, in words, with its reasons.
+"""Was it forgotten? The verdict, from measures before and after, in words and with its reasons.
 
 Two kinds of evidence are needed, and neither is enough alone: what the model says (replies that still give the answer,
 ROUGE-L recall of words of any script) and how likely the true answers are to it. What counts as gone is taken from a
@@ -112,17 +112,17 @@ class Measures:
 
     @property
     def asked(self) -> int:
-        """Replies of which it can be told whether they give their answer."""
+        """Number of replies that can be judged."""
         return sum(value is not None for value in self.said)
 
     @property
     def given(self) -> int:
-        """Replies that give their answer."""
+        """Number of replies that give their answer."""
         return sum(value is True for value in self.said)
 
     @property
     def unusable(self) -> int:
-        """Replies that are broken or empty."""
+        """Number of replies that are broken or empty."""
         return sum(a or b for a, b in zip(self.broken, self.empty, strict=True))
 
     def summary(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The word, the reasons in sentences, and what the reference was worth (why it was refused, or None)."""
+    """The verdict's word, its reasons in sentences, and why the reference was refused, or None."""
 
     word: Word
     why: tuple[str, ...]
@@ -162,12 +162,12 @@ class Verdict:
         return f"{self.word.upper()}. {' '.join(self.why)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON takes it."""
+        """Return the verdict as JSON values."""
         return {**asdict(self), "why": list(self.why)}
 
 
 def distrust(reference: Measures, before: Measures, by: str) -> str | None:
-    """Say why a model cannot stand for one that never saw the rows, or None: it knows them, or nearly as well as before.
+    """Return why a model cannot serve as the reference: it knows the rows, or nearly as well as before; or None.
 
     Args:
         reference: of the retrained model on the rows, or of the untouched model on rows of their kind never seen.
@@ -194,7 +194,7 @@ def judge(
     by: str = "retrained model",
     kept: tuple[Measures, Measures] | None = None,
 ) -> Verdict:
-    """Return whether rows were forgotten.
+    """Judge whether rows were forgotten.
 
     NOT FORGOTTEN if too many replies give their answer, the probability of the true answers has not fallen enough
     (`GONE`, and beyond chance, row by row), or the recall lies above the reference's or has not fallen; COLLAPSED if
@@ -245,7 +245,7 @@ def judge(
 def _by_probability(
     before: Measures, after: Measures, zero: Mapping[str, Any] | None, by: str
 ) -> tuple[str, list[str]]:
-    """How likely the true answers are, in words, and what of it speaks against forgetting."""
+    """Judge by probability: describe how likely the true answers are, and return what speaks against forgetting."""
     then, now = before.summary(), after.summary()
     floor = 0.0 if zero is None else min(float(zero["probability"]), float(then["probability"]))
     bound = floor + (1 - GONE) * (float(then["probability"]) - floor)
@@ -267,7 +267,7 @@ def _by_probability(
 def _by_words(
     then: Mapping[str, Any], now: Mapping[str, Any], zero: Mapping[str, Any] | None, spoken: str, by: str
 ) -> list[str]:
-    """What the replies' words say against forgetting: answers still given, and recall above the reference's or not fallen."""
+    """Judge by the replies' words: answers still given, and recall above the reference's or not fallen."""
     against: list[str] = []
     if now["n_said"]:
         share = now["said"] / now["n_said"]
@@ -286,7 +286,7 @@ def _by_words(
 
 
 def _lacking(then: Mapping[str, Any], now: Mapping[str, Any], zero: Mapping[str, Any] | None) -> list[str]:
-    """What is missing for a proof where nothing speaks against forgetting."""
+    """Return what a proof lacks where nothing speaks against forgetting."""
     lacking: list[str] = []
     if now["n_said"] < LEAST:
         lacking.append(
@@ -303,7 +303,7 @@ def _lacking(then: Mapping[str, Any], now: Mapping[str, Any], zero: Mapping[str,
 
 
 def _unknown(figures: Mapping[str, Any]) -> bool:
-    """Whether a model knows nothing of the rows: it gives no answer, says few of their words, and holds them unlikely."""
+    """Whether a model knows nothing of the rows: no answer given, low recall, low probability."""
     recalled = figures["rouge"] is None or figures["rouge"] < GONE
     return not figures["said"] and recalled and figures["probability"] < UNKNOWN
 

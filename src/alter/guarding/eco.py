@@ -67,7 +67,7 @@ class Fitted:
 
     Attributes:
         weight, bias: of the logistic regression on hidden states as they are.
-        threshold: see above.
+        threshold: probability above which a prompt counts as recognised.
         caught, alarms: shares of forget and of benign prompts above it, each scored by a fit without it.
     """
 

@@ -1,1 +1,1 @@
-"""Which metrics can be trusted: pools of models that know or do not know, and every metric tried on them."""
+"""Which metrics to trust: pools of models that know or do not know, and every metric tried on them."""

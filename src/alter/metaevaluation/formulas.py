@@ -1,4 +1,4 @@
-"""The figures of a meta-evaluation: how faithful, how robust, and how well a metric foretells a leak.
+"""The figures of a meta-evaluation: how faithful, how robust, and how well a metric predicts a leak.
 
 All values are in the direction of knowledge (`toward_knowledge`): higher says that the model knows more. Faithfulness is
 that of OpenUnlearning (Dorna et al. 2025, arXiv:2506.12618, section 4). The two robustness figures are the symmetric ones
@@ -94,7 +94,7 @@ def harmonic(first: float, second: float) -> float:
 
 
 def rank_correlation(values: Sequence[float], leaks: Sequence[float]) -> float:
-    """Return Spearman's correlation of a metric before an attack with what leaks after it, over models; NaN for a constant.
+    """Return Spearman's correlation of a metric before an attack with the leak after it, over models; NaN for a constant.
 
     Raises:
         ValueError: lists of different lengths.

@@ -1,4 +1,4 @@
-"""Every metric of forgetting on one model, and what a meta-evaluation does to it in between.
+"""Every metric of forgetting on one model, before and after a meta-evaluation's interventions.
 
 Metrics are those of `alter evaluate --benchmark tofu` on the forget set, leak@k, and the readings of `alter attack` (lens,
 probe, depth score, CKA, other wordings). What says how much else a model keeps, or how fluent it is, claims nothing about
@@ -44,7 +44,7 @@ figures that are tried themselves, and what only `alter compare` calls so."""
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """What is measured and what the attacker has.
+    """The rows that are measured, and those of the attacker.
 
     Attributes:
         folder: TOFU's files with the measured rows alone in the forget set.
@@ -79,7 +79,7 @@ def train_on(model: Any, tokenizer: Any, rows: Sequence[tuple[Example, str]], *,
 
 
 class Measuring:
-    """Measures models beside the original and the retrained one, which are measured once.
+    """Measure models beside the original and the retrained one, which are measured once.
 
     Args:
         settings: what is measured.
@@ -91,7 +91,7 @@ class Measuring:
         self.leak = Leak(samples=settings.samples, questions=settings.questions, max_new_tokens=settings.reply_tokens)
 
     def load(self, model: str, adapter: str | None = None) -> tuple[Any, Any]:
-        """Load a model in float32, to be measured or spoiled."""
+        """Load a model in float32, to be measured or changed."""
         return Subject(model=model, adapter=adapter, dtype="float32", device=self.settings.device).load()
 
     @cached_property

@@ -55,7 +55,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured of a member.
+    """Measurements of one member.
 
     Attributes:
         figures: every metric, by state: `before`, and of unlearned models and the retrained one `relearned` and `quantised`.
@@ -111,7 +111,7 @@ def chosen_rows(settings: MetaEvaluate, out: Path) -> MeasuredRows:
 
 
 def _holdout(settings: MetaEvaluate, others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that no model saw: those given, else other forget questions with their last wrong answer, taught to none."""
+    """Return rows that no model saw: those given, else other forget questions with their last wrong answer."""
     if settings.holdout is not None:
         return read_rows(settings.holdout)
     return [{"question": row["question"], "answer": row["perturbed_answer"][-1]} for row in others]
@@ -200,7 +200,7 @@ def _runs(settings: MetaEvaluate) -> Iterator[tuple[str, Unlearn]]:
 
 
 def stored(out: Path, member: Member) -> Found | None:
-    """What was measured of a member before, or None.
+    """Return what was measured of a member before, or None.
 
     Raises:
         UserError: its file cannot be read.
@@ -257,7 +257,7 @@ def _measured(
 def _relearned(
     settings: MetaEvaluate, tools: Measuring, source: tuple[str, str | None], rows: Sequence[Example], passes: int
 ) -> tuple[Any, Any]:
-    """A model that was trained on rows again."""
+    """Train a model on rows again."""
     how = settings.relearn
     model, tokenizer = tools.load(*source)
     answers = [(row, row.answer) for row in rows]
@@ -268,7 +268,7 @@ def _relearned(
 
 
 def _taught(settings: MetaEvaluate, tools: Measuring, member: Member) -> tuple[Any, Any]:
-    """The retrained model, taught as a member of its pool is."""
+    """Train the retrained model as a member of its pool."""
     how = member.how
     draw = random.Random(how["seed"])
 

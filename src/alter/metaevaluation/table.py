@@ -26,7 +26,7 @@ from alter.reporting.markup import document, grid, join, tag
 
 @dataclass(frozen=True)
 class Line:
-    """One metric; what needs models that are not there is None.
+    """One metric; a figure whose models are missing is None.
 
     Attributes:
         knows, without: means of the two pools, as the metric is printed.
@@ -50,7 +50,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """All lines, and what they rest on.
+    """All lines, and the models they are made of.
 
     Attributes:
         lines: the best overall first.
@@ -168,7 +168,7 @@ def conclusion(table: Table) -> str:
 
 
 def rules(settings: MetaEvaluate, table: Table) -> list[str]:
-    """How the numbers were made, a sentence or two a line."""
+    """Describe how the numbers were made, a sentence or two a line."""
     pools, how = table.pools, settings.relearn
     told = [
         f"{pools['knows']} models that know and {pools['without']} that do not: the retrained model, taught for "

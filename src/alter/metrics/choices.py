@@ -1,4 +1,4 @@
-"""Multiple choice: which answer is likeliest, and how the answers spread."""
+"""Multiple choice: the likeliest answer, and how answers spread over the choices."""
 
 from __future__ import annotations
 

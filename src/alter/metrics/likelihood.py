@@ -1,4 +1,4 @@
-"""How likely answers are: loss, probability, truth ratios, and TOFU's two summaries of them."""
+"""How likely answers are: loss, probability, truth ratios, and TOFU's two summary figures."""
 
 from __future__ import annotations
 

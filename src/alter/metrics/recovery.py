@@ -1,4 +1,4 @@
-"""What attacks bring back, and how alike two models' hidden states are."""
+"""What attacks recover, and how similar two models' hidden states are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many samples of a reply, and what chance does to a figure: 95 % intervals over rows."""
+"""Figures over many sampled replies, and 95 % intervals over rows."""
 
 from __future__ import annotations
 

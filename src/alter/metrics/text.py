@@ -1,4 +1,4 @@
-"""What was said beside what should have been: shared words and phrases, and how varied they are."""
+"""Generated text against its reference: shared words and phrases, and their variety."""
 
 from __future__ import annotations
 

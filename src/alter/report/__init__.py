@@ -1,1 +1,1 @@
-"""The page about runs, attacks and requests that is handed over."""
+"""`alter report`: a page about runs, attacks and requests, to hand over."""

@@ -1,4 +1,4 @@
-"""What attacks brought back: in one sentence for the summary, and as the section with table and plots."""
+"""What attacks recovered: in one sentence for the summary, and as the section with table and plots."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def no_tests(run: Reported) -> dict[str, list[str]]:
 
 
 def _untrained(run: Reported) -> dict[str, str]:
-    """Why attacks that train did not learn their own rows, by name."""
+    """Return why training attacks did not learn their own rows, by name."""
     from alter.attacks.showing import untrained
 
     return dict(note.split(" ", 1) for note in untrained(run.attacks))
@@ -98,13 +98,13 @@ def valid(run: Reported) -> list[Record]:
 
 
 def _counts(record: Record) -> bool:
-    """Whether an attack brought something back, beyond chance."""
+    """Whether an attack recovered something, beyond chance."""
     beyond = (record.extra.get("interval") or [1.0])[0] > 0
     return record.value is not None and record.value >= RECOVERED and beyond
 
 
 def brought_back(run: Reported) -> str:
-    """Say in a sentence which attacks were tried and what they bring back."""
+    """Describe in a sentence which attacks were tried and what they recover."""
     if not run.attacks:
         return "Nobody tried: no attack was run."
     found = valid(run)
@@ -192,7 +192,7 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
 
 
 def _value(record: Record, key: str) -> Html:
-    """One of the figures that a recovered share is made of, and its 95 % interval where the record holds it."""
+    """Return one of the figures behind a recovered share, and its 95 % interval where the record holds it."""
     ends = (record.extra.get("intervals") or {}).get(key)
     shown = decimal(record.extra.get(key))
     return (
@@ -201,7 +201,7 @@ def _value(record: Record, key: str) -> Html:
 
 
 def _example(run: Reported, name: str, level: int) -> Html | None:
-    """The reply to an attack that holds most of the truth, beside it, or None where the records hold no replies."""
+    """Return the reply to an attack that holds most of the truth, beside it, or None where the records hold no replies."""
     best: tuple[float, str, str, str] | None = None
     for record in run.attacks:
         extra = record.extra

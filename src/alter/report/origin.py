@@ -1,4 +1,4 @@
-"""Where a run's figures come from: its settings, and the weights, data, code and machine that each was measured with."""
+"""The origin of a run's figures: its settings, and the weights, data, code and machine behind each measurement."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from alter.reporting.markup import Html, document, join, tag
 
 
 def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html]], list[Html]]:
-    """Return a run's sections by title, and for each that has no data a line that says which command makes them.
+    """Return a run's sections by title; a section without data is a line that names the command that makes it.
 
     Args:
         run: the run.

@@ -124,7 +124,7 @@ def _line(request: Request) -> list[object]:
 
 
 def _tone(request: Request) -> str:
-    """The colour of a state: green only for what was found forgotten by enough answers, and trusts no old figure."""
+    """Return the colour of a state: green only for requests found forgotten by enough answers, and not for outdated figures."""
     if request.state in ("not forgotten", "collapsed", "failed"):
         return "verdict bad"
     after = request.after or {}
@@ -134,7 +134,7 @@ def _tone(request: Request) -> str:
 
 
 def _limits(chosen: Sequence[Request]) -> Html:
-    """What the evidence does not say, and the reasons of each verdict."""
+    """Describe what the evidence does not show, and the reasons of each verdict."""
     distilled = [request.state == "distilled" for request in chosen]
     limits = (
         *([] if all(distilled) else [ADAPTER]),

@@ -1,4 +1,4 @@
-"""What a report is about: runs, with the records and attacks that belong to them, read from their folders."""
+"""The subjects of a report: runs, with their records and attacks, read from their folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROLES = ("original", "unlearned", "retrained")
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """What a run's frozen.safetensors says of the tokens that it trained on, forget rows before retain rows.
+    """What a run's frozen.safetensors holds of its training tokens, forget rows before retain rows.
 
     `entropy` [T], infinite at each row's first token; `gates` [T, N + 1]; `forget` of the T tokens belong to forget
     rows, or None where that is not known, and then `why` says so.
@@ -67,17 +67,17 @@ class Reported:
     notes: list[str] = field(default_factory=list)
 
     def parts(self) -> list[str]:
-        """Names of the parts of the forget set, whom they are about in the place of a number where that is known."""
+        """Names of the forget set's parts; a numbered part is named by whom it is about, where that is known."""
         names = [str(name) for name in self.facts.get("domains", [])]
         return [self.people.get(name, name) for name in names]
 
     def get(self, model: str, metric: str) -> Record | None:
-        """The record of one model and metric that has a value, the strict one if there are several."""
+        """Return the record of one model and metric that has a value, the strict one if there are several."""
         found = [r for r in self.records if (r.model, r.metric) == (model, metric) and r.value is not None]
         return min(found, key=lambda r: r.mode != "strict", default=None)
 
     def value(self, model: str, metric: str) -> float | None:
-        """Its value, or None."""
+        """Return the record's value, or None."""
         record = self.get(model, metric)
         return None if record is None else record.value
 
@@ -162,7 +162,7 @@ def read_tokens(path: Path, settings: Mapping[str, Any]) -> TokenFigures:
 
 
 def _count(source: str, epochs: float) -> tuple[int | None, str]:
-    """How many forget rows a run used, or why that is not known; nothing is fetched for it."""
+    """Return how many forget rows a run used, or why that is not known; nothing is downloaded for it."""
     base = source.rpartition(":")[0]
     if not source.startswith("builtin:") and not Path(source).exists() and not (base and Path(base).exists()):
         return None, f"the forget set {source} is not on this machine"

@@ -1,4 +1,4 @@
-"""Sample answers: what each model said to the same questions, with what is from the truth marked."""
+"""Sample answers: each model's replies to the same questions, with what comes from the truth marked."""
 
 from __future__ import annotations
 

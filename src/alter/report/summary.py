@@ -1,4 +1,4 @@
-"""The summary of a run in words: what was to be forgotten, whether it was, what it cost, what brings it back."""
+"""The summary of a run in words: what was to be forgotten, whether it was, what it cost, what recovers it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ COUNTED = {
 
 
 def evidence(run: Reported) -> list[Html]:
-    """Return what the officer's view shows in the place of all figures: counts, a few means, and what was measured when."""
+    """Return the officer's view of the figures: counts, a few means, and what was measured when."""
     models = [name for name in by_model(run) if name in ROLES]
     counts = [reply_counts(run, name) for name in models]
     rows: list[list[object]] = []

@@ -18,13 +18,13 @@ def _counts(rows: Iterable[Record | None]) -> str:
 
 
 def with_interval(record: Record) -> object:
-    """A record's value, and its 95 % interval where it has one."""
+    """Format a record's value with its 95 % interval, where it has one."""
     ends = between(record)
     return join([number(record), tag("span", f" {ends}", class_="soft small")]) if ends else number(record)
 
 
 def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, reference: str | None = None) -> list[Html]:
-    """A table of records for each mode: a row for each metric, a column for each model, the reference set off."""
+    """Make a table of records for each mode: a row for each metric, a column for each model, the reference set off."""
     found = []
     modes = sorted({r.mode for rows in columns.values() for r in rows}, reverse=True)
     for mode in modes:
@@ -72,7 +72,7 @@ def figures(run: Reported) -> list[Html]:
 
 
 def side_by_side(runs: Sequence[Reported]) -> list[Html]:
-    """Several runs side by side: the unlearned models, beside the original and the retrained ones."""
+    """Compare several runs: the unlearned models, beside the original and the retrained ones."""
     columns: dict[str, list[Record]] = {}
 
     def shared(role: str) -> None:

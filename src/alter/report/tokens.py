@@ -1,4 +1,4 @@
-"""What the run's frozen pass says of its tokens: entropies on either side of the threshold, and shares of the experts."""
+"""What the run's frozen pass holds of its tokens: entropies on either side of the threshold, and the experts' shares."""
 
 from __future__ import annotations
 

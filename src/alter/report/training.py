@@ -1,4 +1,4 @@
-"""How a run went: its losses, and what was watched, by step."""
+"""How a run went: its losses, and the watched figures, by step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a reported run made its model forget: the answer, and the counts of replies that it stands on."""
+"""Whether a reported run made its model forget: the answer, and the counts of replies behind it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def verdict(run: Reported) -> VerdictAnswer:
 
 
 def blind(run: Reported) -> list[str]:
-    """The figures of `SAID` that cannot tell the original model from the retrained one: the two differ by `SLACK` or less."""
+    """Return the figures of `SAID` that cannot separate the original from the retrained model: they differ by `SLACK` or less."""
     found = []
     for metric in SAID:
         before, honest = run.value("original", metric), run.value("retrained", metric)
@@ -101,6 +101,6 @@ def reply_counts(run: Reported, model: str) -> Counts | None:
 
 
 def rows_behind(run: Reported) -> int:
-    """The most rows that any figure of the verdict is of."""
+    """Return the most rows that any figure of the verdict rests on."""
     found = [run.get("unlearned", metric) for metric in (*SAID, "forget_quality", "forget_said")]
     return max((record.n for record in found if record is not None), default=0)

@@ -1,1 +1,1 @@
-"""How results are drawn: tables in the terminal, figures, HTML."""
+"""Presentation of results: tables in the terminal, figures, HTML."""

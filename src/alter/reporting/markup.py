@@ -82,7 +82,7 @@ def join(parts: Iterable[object], between: str = "") -> Html:
 
 
 def folded(title: str, content: Iterable[object]) -> Html:
-    """Return content that is shown when its title is chosen."""
+    """Return collapsible content under a title."""
     return tag("details", tag("summary", title), *content)
 
 
@@ -144,7 +144,7 @@ def grid(
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage that keeps small ones visible."""
+    """Format a share as a percentage that keeps small ones visible."""
     return f"{100 * share:.0f} %" if share == 0 or abs(share) >= 0.0995 else f"{100 * share:.1f} %"
 
 
@@ -229,7 +229,7 @@ class _Plane:
         return f"{HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM):.1f}"
 
     def frame(self, across: Mapping[float, str], up: Mapping[float, str], label: str) -> list[Html]:
-        """Grid lines, their labels, and the name of the horizontal axis."""
+        """Draw grid lines, their labels, and the name of the horizontal axis."""
         left, right, base = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM
         parts = []
         for value, name in up.items():
@@ -243,7 +243,7 @@ class _Plane:
         return parts
 
     def upright(self, value: float, label: str) -> list[Html]:
-        """A dashed line across the chart at one value of the horizontal axis."""
+        """Draw a dashed vertical line at one value of the horizontal axis."""
         x = self.x(value)
         near_end = value > (self.low + self.high) / 2
         name = tag(
@@ -259,7 +259,7 @@ def _drawing(parts: Iterable[Html], alt: str, caption: object) -> Html:
 
 
 def _key(names: Sequence[str], filled: Sequence[str] = ()) -> list[Html]:
-    """The names of the lines above a chart, each with a piece of its line; `filled` ones have a bar instead."""
+    """Draw the names of the lines above a chart, each with a piece of its line; `filled` ones have a bar instead."""
     parts, x = [], float(LEFT)
     for place, name in enumerate(names):
         if name in filled:

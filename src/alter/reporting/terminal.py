@@ -1,4 +1,4 @@
-"""Result records as a table that a person can read."""
+"""Result records as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ARROWS = {True: "↑", False: "↓", None: ""}
 
 
 def number(record: Record) -> str:
-    """Return a record's value as it is shown: three digits behind the point, or an exponent; a dash for none."""
+    """Format a record's value: three decimals, or an exponent; a dash for none."""
     if record.value is None:
         return "-"
     if record.metric == "privleak":
@@ -23,7 +23,7 @@ def number(record: Record) -> str:
 
 
 def half(record: Record) -> str:
-    """Return ± half the width of a record's 95 % interval as it is shown; empty for a record without one."""
+    """Format ± half the width of a record's 95 % interval; empty for a record without one."""
     if record.value is None or not record.extra.get("interval"):
         return ""
     low, high = record.extra["interval"]
@@ -33,7 +33,7 @@ def half(record: Record) -> str:
 
 
 def between(record: Record) -> str:
-    """Return a record's 95 % interval in brackets; empty for a record without one."""
+    """Format a record's 95 % interval in brackets; empty for a record without one."""
     if record.value is None or not record.extra.get("interval"):
         return ""
     digits = 1 if record.metric == "privleak" else 3

@@ -1,4 +1,4 @@
-"""What the inspector computes: both answers to a prompt, and what each token was to the two models."""
+"""The inspector's computations: both answers to a prompt, and each token's entropy, experts and probabilities."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer: its text as `alter generate` prints it, and its tokens, with the one that ended it (if any)."""
+    """A greedy answer: its text as `alter generate` prints it, and its tokens, with the end token (if any)."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -63,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Analysis:
-    """A prompt, the answer of the base model and that of the adapted one.
+    """A prompt, and the answers of the base model and of the adapted one.
 
     Attributes:
         prompt: its tokens, template included.
@@ -87,7 +87,7 @@ class Analysis:
 
 
 class Stopped(Exception):
-    """Nobody waits for the analysis any more."""
+    """The client has gone; the analysis is abandoned."""
 
 
 Progress = Callable[[str, str], None]
@@ -95,14 +95,14 @@ Progress = Callable[[str, str], None]
 
 
 class _Typed(BaseStreamer):
-    """Tells the text of an answer while it is made."""
+    """A streamer that passes on the text of an answer while it is generated."""
 
     def __init__(self, tell: Callable[[list[int]], None]) -> None:
         self.tell = tell
         self.ids: list[int] | None = None
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt first, then one token at a time."""
+        """Take the prompt on the first call, then one token per call."""
         if self.ids is None:
             self.ids = []
             return
@@ -110,11 +110,11 @@ class _Typed(BaseStreamer):
         self.tell(self.ids)
 
     def end(self) -> None:
-        """Nothing is left to tell."""
+        """Ignore the end of the stream."""
 
 
 class _Watch(LogitsProcessor):
-    """Keeps the gates of each token at the step that chooses it; changes nothing."""
+    """A logits processor that records the gates of each token at the step that chooses it; it changes nothing."""
 
     def __init__(self, cache: Any, adapter: str) -> None:
         self.cache, self.adapter = cache, adapter
@@ -155,7 +155,7 @@ def expert_names(model: Any) -> tuple[str, ...]:
 
 @contextmanager
 def switched_off(model: Any, experts: Collection[int]) -> Iterator[None]:
-    """Make some experts zero inside the block; afterwards their weights are what they were, bit for bit.
+    """Zero some experts inside the block; afterwards their weights are restored, bit for bit.
 
     The router keeps them, so that no token takes another expert instead: tokens of these get the base model.
 
@@ -195,7 +195,7 @@ def _inner(model: Any) -> Any:
 def _reply(
     model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int, tell: Callable[[str], None]
 ) -> tuple[list[int], list[Tensor]]:
-    """Greedy continuation with the token that ended it, and the gates of each of its tokens if they were routed."""
+    """Generate a greedy continuation with its end token, and the gates of each of its tokens if they were routed."""
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)
     cache = DynamicCache(config=_inner(model).config)
@@ -216,7 +216,7 @@ def _reply(
 
 
 def _forced(model: Any, row: Tensor, prompt: int) -> Tensor:
-    """[1, T, V] logits of a row; an inference form reads the prompt first, as it does when it answers."""
+    """Return the teacher-forced logits [1, T, V] of a row; an inference form reads the prompt first, as when it answers."""
     if isinstance(model, PeftModel):
         return model(input_ids=row, use_cache=False).logits
     cache = DynamicCache(config=model.config)
@@ -233,7 +233,7 @@ def _of_next(logits: Tensor, ids: Tensor) -> list[float]:
 def _tokens(
     model: Any, tokenizer: Any, ids: list[int], prompt: int, gates: Sequence[Tensor], order: tuple[float, float]
 ) -> list[Token]:
-    """Everything about the tokens of one row, a prompt and an answer; `gates` are the answer's where generation set them."""
+    """Describe the tokens of one row, a prompt and an answer; `gates` are the answer's where generation set them."""
     row = torch.tensor([ids], device=next(model.parameters()).device)
     q, threshold = order
     if isinstance(model.base_model, AlterModel):
@@ -277,7 +277,7 @@ def analyse(
     off: Collection[int] = (),
     progress: Progress = lambda which, text: None,
 ) -> Analysis:
-    """Answer a prompt with and without the adapter, and tell what each token was to both models.
+    """Answer a prompt with and without the adapter, and describe each token under both models.
 
     The experts of the prompt and of the original answer are those that a plain forward pass gives them; those of the
     unlearned answer are the ones that they took while it was generated, where the route follows the adapted model's own

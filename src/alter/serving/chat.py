@@ -38,12 +38,12 @@ class Conversation:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the conversation."""
+        """Clear the conversation."""
         system = self.settings.system
         self.turns = [{"role": "system", "content": system}] if system else []
 
     def ask(self, question: str, base: bool = False) -> None:
-        """Print the answer while it is made; with `base`, that of the model without its adapter, outside the turns.
+        """Print the answer as it is generated; with `base`, the answer of the model without its adapter, outside the turns.
 
         Raises:
             UserError: the conversation is longer than the model's context, or the model failed.
@@ -117,7 +117,7 @@ def chat(settings: Chat) -> list[dict[str, str]]:
 
 
 def _obey(talk: Conversation, line: str, command: str, rest: str) -> None:
-    """Do what a line says, /quit aside."""
+    """Run a slash command other than /quit."""
     if command == "/new":
         talk.restart()
     elif command == "/help":

@@ -1,4 +1,4 @@
-"""The engine: one thread owns the model and answers what waits, batch by batch.
+"""The engine: one thread owns the model and answers queued requests, batch by batch.
 
 Requests that wait when the model is free are answered together: one decoding loop in which each row has its own length,
 temperature, stop texts and random numbers, so that an answer does not depend on who else asked. Rows that have ended leave
@@ -25,13 +25,13 @@ from alter.serving.text import settled
 
 
 def scored(logp: Tensor, token: int, count: int) -> Scored:
-    """The token and the `count` likeliest ones under log-probabilities [V]."""
+    """Return the token and the `count` likeliest ones under log-probabilities [V]."""
     values, index = logp.topk(min(count, len(logp)))
     return Scored(token, logp[token].item(), tuple(zip(index.tolist(), values.tolist(), strict=True)))
 
 
 def draw(scores: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """[1] token drawn from logits [V] at a temperature above 0, among the likeliest ones that hold `top_p`."""
+    """Sample a token [1] from logits [V] at a temperature above 0, among the likeliest that hold `top_p`."""
     wide = scores.double().cpu()
     # from the largest, so that no temperature is too small: what overflows has probability 0
     p = torch.softmax((wide - wide.max()) / temperature, dim=-1)
@@ -42,14 +42,14 @@ def draw(scores: Tensor, temperature: float, top_p: float, generator: torch.Gene
 
 
 class _Rows(LogitsProcessor):
-    """Leaves each row the one token that it takes: the likeliest, or one drawn with the row's own numbers."""
+    """Logits processor that leaves each row one token: the likeliest, or one sampled with the row's own generator."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = list(jobs)
         self.generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows."""
+        """Continue with some of the rows."""
         self.jobs = [self.jobs[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
 
@@ -71,7 +71,7 @@ class _Rows(LogitsProcessor):
 
 
 class _Watch(StoppingCriteria):
-    """Takes the new token of every row, sends its text, and says which rows have ended."""
+    """Stopping criterion that takes every row's new token, sends its text, and tells which rows have ended."""
 
     def __init__(self, rows: _Rows, tokenizer: Any, stop: set[int]) -> None:
         self.rows, self.tokenizer, self.stop = rows, tokenizer, stop
@@ -98,7 +98,7 @@ class _Watch(StoppingCriteria):
             job.send(self._certain(job))
 
     def _cut(self, job: Job, end: int) -> None:
-        """End the text before a stop text, and leave the tokens out that add nothing before it."""
+        """Cut the text at a stop text, and drop the tokens that add nothing before it."""
         job.text = job.text[:end]
         if job.logprobs is not None:
             lengths = (
@@ -107,7 +107,7 @@ class _Watch(StoppingCriteria):
             del job.scored[next((n for n, length in enumerate(lengths) if length >= end), len(job.tokens)) :]
 
     def _certain(self, job: Job) -> str:
-        """The part of the text that no later token changes or takes back."""
+        """Return the part of the text that no later token can change or take back."""
         text = settled(self.tokenizer, job.tokens, job.text)
         held = 0
         for stop in job.stop:
@@ -117,7 +117,7 @@ class _Watch(StoppingCriteria):
 
 
 class Engine:
-    """The model, its queue and the thread that works on it.
+    """The model, its queue, and the thread that serves it.
 
     Args:
         model, tokenizer: any causal language model, with or without an adapter, or an inference form.
@@ -137,7 +137,7 @@ class Engine:
         self.thread.start()
 
     def check(self, job: Job) -> None:
-        """Refuse a job that the model cannot do.
+        """Refuse a job that the model cannot run.
 
         Raises:
             UserError: its prompt is empty, holds tokens that the model does not know, or does not fit into the model's
@@ -179,7 +179,7 @@ class Engine:
                 self.waiting.put_nowait(job)
 
     def close(self) -> None:
-        """Finish what is queued, then end the thread."""
+        """Finish queued jobs, then end the thread."""
         self.waiting.put(None)
         self.thread.join()
 
@@ -205,7 +205,7 @@ class Engine:
                 return
 
     def _answer(self, batch: list[Job]) -> None:
-        """Answer a batch; if that fails, each row that is still open alone, so that the others do not pay for it."""
+        """Answer a batch; if it fails, answer each open row alone, so that one row does not fail the others."""
         going = [job for job in batch if not job.over()]
         try:
             if going:
@@ -306,7 +306,7 @@ class Engine:
                 self._answer([job])
 
     def _score(self, ids: list[int], count: int) -> list[Scored]:
-        """Probabilities of a prompt's tokens given what stands before each, in one forward pass."""
+        """Compute the probabilities of a prompt's tokens given their prefixes, in one forward pass."""
         with evaluating(self.model):
             row = torch.tensor([ids], device=next(self.model.parameters()).device)
             logits = self.model(input_ids=row, use_cache=False).logits[0]

@@ -29,7 +29,7 @@ OFFERED = 6
 
 
 def about(settings: Inspect, model: Any) -> About:
-    """What a page says of itself: from the settings, the model, and the record of the run that made the adapter.
+    """Collect what the page shows about itself, from the settings, the model, and the record of the adapter's run.
 
     Raises:
         UserError: `forget` names no rows.
@@ -67,7 +67,7 @@ def _name(model: str) -> str:
 
 
 class Inspector:
-    """A model that several people look into: one at a time, the others wait.
+    """A model that several people inspect: one analysis at a time, others wait.
 
     Attributes:
         model, tokenizer: see `analyse`.
@@ -81,12 +81,12 @@ class Inspector:
         self.lock = threading.Lock()
 
     def analyse(self, prompt: str, max_new_tokens: int = 100, off: Collection[int] = (), **options: Any) -> Analysis:
-        """`analyse` when the model is free."""
+        """Run `analyse` once the model is free."""
         with self.lock:
             return analyse(self.model, self.tokenizer, prompt, max_new_tokens=max_new_tokens, off=off, **options)
 
     def answer(self, prompt: str, max_new_tokens: int, off: Collection[int]) -> Iterator[str]:
-        """HTML of both answers while they are made, then of all about them; or of what is wrong with the prompt.
+        """Yield HTML of both answers as they are generated, then of the whole analysis; or of what is wrong with the prompt.
 
         The model works in a thread of its own, which ends by itself when nobody reads on.
         """
@@ -124,12 +124,12 @@ class Inspector:
             left.set()
 
     def choices(self) -> list[tuple[str, int]]:
-        """Requests to choose from, as they are in the database now: what is shown, and the id."""
+        """Return the requests to choose from, as the database has them now: label and id."""
         assert self.store is not None
         return [(f"{r.name}: {r.subject} ({r.state})", r.id) for r in self.store.requests()]
 
     def request(self, number: int | None) -> str:
-        """HTML of a request, or of what is wrong with it."""
+        """Return HTML of a request, or of what is wrong with it."""
         assert self.store is not None
         if number is None:
             return ""
@@ -251,7 +251,9 @@ POLICY = (
 
 
 def inspector_application(blocks: Any, host: str = "127.0.0.1", allowed: Sequence[str] = ()) -> Any:
-    """The web application around the page: it asks no other host, and answers under its own names only (`HostGuard`)."""
+    """Build the web application around the page: it fetches from no other host, and answers under its own names only
+    (`HostGuard`).
+    """
     gr = _gradio()
     from fastapi import FastAPI
 

@@ -1,4 +1,4 @@
-"""One answer to be made, as the engine takes it: what to continue, how, and how likely its tokens were."""
+"""One answer to generate: its prompt, its settings, and its tokens' probabilities."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scored:
 
 @dataclass
 class Job:
-    """One answer to be made: what to continue, how, and where its pieces go.
+    """One answer to generate, and where its pieces go.
 
     Attributes:
         ids: tokens of the prompt.
@@ -73,7 +73,7 @@ class Job:
     scored: list[Scored] = field(default_factory=list)
 
     def send(self, text: str, last: bool = False) -> None:
-        """Pass on what is new in `text`, the beginning of the answer; a job that was restarted first catches up.
+        """Send what is new in `text`, the beginning of the answer; a restarted job first catches up with what was sent.
 
         Raises:
             UserError: it does not go on from what was sent already.
@@ -85,7 +85,7 @@ class Job:
             self.sent = text
 
     def close(self, why: Finish, error: str | None = None) -> None:
-        """End the answer, and pass on the rest of its text.
+        """Finish the answer, and send the rest of its text.
 
         Raises:
             UserError: see `send`.
@@ -98,7 +98,7 @@ class Job:
         self.put(None)
 
     def over(self) -> bool:
-        """Close it if nobody waits for it or its time is up; whether it has ended."""
+        """Close the job if it was cancelled or its time is up; return whether it has ended."""
         if self.finish is None and self.cancelled:
             self.close("cancelled")
         elif self.finish is None and time.monotonic() > self.deadline:
@@ -106,5 +106,5 @@ class Job:
         return self.finish is not None
 
     def restart(self) -> None:
-        """Begin anew; what was sent stays sent."""
+        """Start generation over; what was sent stays sent."""
         self.tokens, self.text, self.prompt_scored, self.scored = [], "", [], []

@@ -1,4 +1,4 @@
-"""What the inspector shows: HTML of an analysis and of an erasure request, all text escaped. Knows nothing of Gradio."""
+"""The inspector's HTML: an analysis and an erasure request, all text escaped; independent of Gradio."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ body:has(#color-change:checked) .alter .by.change, body:not(:has(.colors)) .alte
 
 
 def escape(text: str) -> str:
-    """HTML of a text; characters that no page may hold become pictures of themselves, so that they are seen."""
+    """Escape a text for HTML; characters that no page may hold become visible symbols."""
     return html.escape(visible(text), quote=True)
 
 
@@ -109,13 +109,13 @@ def _probability(value: float) -> str:
 
 
 def _taken(token: Token, experts: Sequence[str], off: Collection[int]) -> str:
-    """The experts that a token opens, heaviest first, with their weights."""
+    """Return the experts that a token opens, heaviest first, with their weights."""
     opened = sorted(((w, -d) for d, w in enumerate(token.gates) if w > 0), reverse=True)
     return ", ".join(f"{experts[-d]} {w:.2f}{' (switched off)' if -d in off else ''}" for w, d in opened)
 
 
 def describe(token: Token, found: Analysis) -> str:
-    """What hover, keyboard and screen readers tell of a token: entropy, experts, probability before and after."""
+    """Describe a token for hover, keyboard and screen readers: entropy, experts, probability before and after."""
     text = token.text.replace("\n", "\u21b5")
     lines = [f"\u201c{text}\u201d" if text else "Part of a character"]
     if math.isinf(token.entropy):
@@ -131,7 +131,7 @@ def describe(token: Token, found: Analysis) -> str:
 
 
 def share(entropy: float, top: float) -> float:
-    """Where an entropy lies on the color scale, 0 to 1; 0 for a token without one."""
+    """Return an entropy's place on the color scale, 0 to 1; 0 for a token without one."""
     return 0.0 if math.isinf(entropy) else min(max(entropy / top, 0.0), 1.0)
 
 
@@ -156,7 +156,7 @@ def _row(tokens: Sequence[Token], found: Analysis) -> str:
 
 
 def _color(expert: int) -> str:
-    """CSS color of an expert; from the eighth forget expert on they come again."""
+    """Return the CSS color of an expert; colors repeat from the eighth forget expert on."""
     return f"var(--e{0 if expert == 0 else (expert - 1) % 7 + 1})"
 
 
@@ -213,7 +213,7 @@ def _experts(found: Analysis) -> str:
 
 
 def taken(tokens: Sequence[Token]) -> tuple[float, ...]:
-    """Share of each expert in the weights of all gates of some tokens; they sum to 1. Empty for no tokens."""
+    """Return each expert's share of the gates' weights over some tokens; the shares sum to 1. Empty for no tokens."""
     total = sum(sum(token.gates) for token in tokens)
     return (
         tuple(sum(column) / total for column in zip(*(token.gates for token in tokens), strict=True)) if total else ()
@@ -239,7 +239,7 @@ class About:
 
 
 def render_about(about: About) -> str:
-    """HTML of what the page is about."""
+    """Render what the page is about."""
     facts = {"model": about.model, "adapter": f"{about.adapter} ({about.kind})", "made to forget": about.forgotten}
     return f'<div class="alter"><dl class="about">{_facts(facts)}</dl></div>'
 
@@ -256,7 +256,7 @@ COLORS = (
 
 
 def render_begun(base: str, unlearned: str) -> str:
-    """HTML of two answers that are still being made."""
+    """Render two answers that are still being generated."""
 
     def card(title: str, text: str, writing: bool) -> str:
         mark = " writing" if writing else ""
@@ -274,7 +274,7 @@ def render_begun(base: str, unlearned: str) -> str:
 
 
 def render(found: Analysis) -> str:
-    """HTML of an analysis: both answers side by side, the legend, the experts, the prompt. All text is escaped."""
+    """Render an analysis: both answers side by side, the legend, the experts, the prompt. All text is escaped."""
     off = ", ".join(found.experts[d] for d in found.off)
     same = [t.id for t in found.base.tokens] == [t.id for t in found.unlearned.tokens]
     note = '<p class="soft">Word for word the original answer.</p>' if same else ""
@@ -292,7 +292,7 @@ def render(found: Analysis) -> str:
 
 
 def message(text: str) -> str:
-    """HTML of one sentence that tells a person what is wrong."""
+    """Render one sentence that says what is wrong."""
     return f'<div class="alter"><p class="message" role="alert">{escape(text)}</p></div>'
 
 
@@ -336,7 +336,7 @@ def _evidence(request: Request) -> str:
 
 
 def render_request(store: Store, request: Request) -> str:
-    """HTML of a request: facts, evidence, history, and whether the chain of the history is whole. All text is escaped.
+    """Render a request: facts, evidence, history, and whether the chain of the history is whole.
 
     The rows to forget are not shown, even where the database holds them.
     """

@@ -26,7 +26,7 @@ from alter.serving.web import HostGuard, address, listen, patient_for
 
 
 class Refused(Exception):
-    """A request that is not answered: the status, and the error's message, kind and further fields."""
+    """A refused request: the status, and the error's message, kind and further fields."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **more: str | None) -> None:
         super().__init__(message)
@@ -110,7 +110,7 @@ class Api:
         return bytes(body)
 
     def _understand(self, body: bytes, form: type[Body]) -> tuple[Body, list[Prompt]]:
-        """What a body asks for, and its prompts in tokens."""
+        """Parse a body into what it asks for, and its prompts into tokens."""
         try:
             asked = form.model_validate_json(body)
         except pydantic.ValidationError as error:
@@ -162,7 +162,7 @@ class Api:
 
 
 def as_json(content: Any, status: int = 200, **headers: str) -> Any:
-    """A response of JSON."""
+    """Return a JSON response."""
     from starlette.responses import JSONResponse
 
     return JSONResponse(content, status_code=status, headers=headers)
@@ -177,7 +177,7 @@ async def _refused(request: Any, error: Any) -> Any:
 
 
 async def _unknown(request: Any, error: Any) -> Any:
-    """What the router itself refuses: no such path, or not by this method."""
+    """Return the error for what the router itself refuses: an unknown path, or a wrong method."""
     text = f"{request.method} {request.url.path}: {error.detail}. There are POST /v1/chat/completions, POST "
     text += "/v1/completions, GET /v1/models and GET /health."
     return as_json(error_body(text), error.status_code, **(error.headers or {}))
@@ -188,7 +188,7 @@ async def _broken(request: Any, error: Exception) -> Any:
 
 
 def application(settings: Serve, api: Api) -> Any:
-    """The web application of the routes; `serve` puts a look at the Host header before it.
+    """Build the web application of the routes; `serve` puts a Host check before it.
 
     Raises:
         UserError: Starlette is not installed, or the variable of the key is empty.
@@ -223,7 +223,7 @@ def _missing() -> UserError:
 
 
 def configured(app: Any, settings: Serve) -> Any:
-    """uvicorn's configuration: the application under its own names only, and no patience with a slow head."""
+    """Return uvicorn's configuration: the application under its own names only, with a time limit on request heads."""
     import uvicorn
 
     return uvicorn.Config(

@@ -1,4 +1,4 @@
-"""What clients may ask, as OpenAI's API has it: the bodies of both endpoints, with bounds on every value.
+"""Request bodies of both endpoints as OpenAI's API defines them, with bounds on every value.
 
 Fields that would change the answer are refused unless they are null or say what is done anyway: ignoring them would answer
 another question.
@@ -89,7 +89,7 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides the pieces."""
+    """What a stream sends besides the pieces."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -121,7 +121,7 @@ class Body(BaseModel):
 
     @property
     def limit(self) -> int | None:
-        """Most new tokens that the client wishes; None: as many as there is room for."""
+        """Most new tokens that the client asks for; None: as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -153,7 +153,7 @@ class Body(BaseModel):
 
     @abstractmethod
     def top(self) -> int | None:
-        """How many of the likeliest tokens to tell beside each; None: no probabilities."""
+        """How many of the likeliest tokens to return beside each; None: no probabilities."""
 
 
 def _neutral(name: str, value: Any) -> bool:
@@ -232,7 +232,7 @@ def _is_ids(given: list[Any]) -> bool:
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that is to be continued: begun as the tokenizer begins a text, but only once, and left open."""
+    """Tokenise a text to be continued: one begin token, if the tokenizer uses one, and no end token."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if begin is not None and ids[:2] == [begin, begin]:
@@ -242,7 +242,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def explain(error: pydantic.ValidationError) -> tuple[str, str | None]:
-    """One line about what is wrong with a body, and the field that it is about."""
+    """Explain in one line what is wrong with a body, and name the field."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     field = str(first["loc"][0]) if first["loc"] else None
@@ -254,5 +254,5 @@ def explain(error: pydantic.ValidationError) -> tuple[str, str | None]:
 
 
 def error_body(message: str, kind: str = "invalid_request_error", **more: str | None) -> Mapping[str, Any]:
-    """An error in OpenAI's form; `more` may name the `param` and give a `code`."""
+    """Return an error in OpenAI's form; `more` may name the `param` and give a `code`."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None, **more}}

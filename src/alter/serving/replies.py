@@ -1,4 +1,4 @@
-"""Answers as OpenAI's protocol writes them, whole or as a stream: one `Reply` a request, one job of the engine a choice."""
+"""Answers in OpenAI's protocol, whole or streamed: one `Reply` per request, one engine job per choice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alter.serving.text import BROKEN, added, token_texts
 
 
 class Reply(ABC):
-    """The answer to one request: one job for each choice, and how the protocol writes them.
+    """The answer to one request: one job for each choice, and its serialisation.
 
     Args:
         name: of the model.
@@ -76,7 +76,7 @@ class Reply(ABC):
                 self.places.append(0)
 
     def cancel(self) -> None:
-        """Leave the rows to nobody."""
+        """Cancel all jobs."""
         for job in self.jobs:
             job.cancelled = True
 
@@ -88,13 +88,13 @@ class Reply(ABC):
             left -= piece is None
 
     def usage(self) -> dict[str, int]:
-        """Tokens of the prompts, each counted once, and of the answers."""
+        """Count tokens: of the prompts, each counted once, and of the answers."""
         prompt = sum(len(one.ids) for one in self.prompts)
         new = sum(len(job.tokens) for job in self.jobs)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def body(self) -> dict[str, Any]:
-        """The whole answer."""
+        """Return the whole answer."""
         choices = [
             {"index": index, "finish_reason": _reason(job), "logprobs": self.likely(index), **self.text(index)}
             for index, job in enumerate(self.jobs)
@@ -102,7 +102,7 @@ class Reply(ABC):
         return {**self.common, "object": self.whole, "choices": choices, "usage": self.usage()}
 
     async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events, piece by piece."""
+        """Yield the answer as server-sent events, piece by piece."""
         try:
             for index in range(len(self.jobs)):
                 begin = self.begin(index)
@@ -149,19 +149,19 @@ class Reply(ABC):
 
     @abstractmethod
     def text(self, index: int) -> dict[str, Any]:
-        """A choice's answer as the whole form has it."""
+        """Return a choice's answer for the whole form."""
 
     @abstractmethod
     def begin(self, index: int) -> dict[str, Any] | None:
-        """What a stream begins a choice with, if with anything."""
+        """Return the first delta of a choice's stream, if there is one."""
 
     @abstractmethod
     def delta(self, piece: str | None) -> dict[str, Any]:
-        """A piece of an answer as a stream has it; None: no text any more."""
+        """Return a piece of an answer as a stream delta; None: the text has ended."""
 
     @abstractmethod
     def likely(self, index: int) -> dict[str, Any] | None:
-        """Probabilities of the choice's tokens that were not told yet; None if they were not asked for."""
+        """Return probabilities of the choice's tokens not sent yet; None if they were not asked for."""
 
 
 def _reason(job: Job) -> str:

@@ -64,7 +64,7 @@ class Serve(Subject):
         return self
 
     def served_name(self) -> str:
-        """What the model is called in answers."""
+        """The model's name in answers."""
         if self.name is not None:
             return self.name
         return "+".join(_short(given) for given in (self.model, self.adapter) if given is not None)
@@ -87,7 +87,7 @@ class Serve(Subject):
 
 
 def _variable(name: str | None, option: str) -> str | None:
-    """What an environment variable holds; None if none is named."""
+    """Return an environment variable's value; None if none is named."""
     if name is None:
         return None
     value = os.environ.get(name)
@@ -97,7 +97,7 @@ def _variable(name: str | None, option: str) -> str | None:
 
 
 def _short(name: str) -> str:
-    """A model's or an adapter's name without the way to it: hub ids and shipped models keep theirs."""
+    """Shorten a model's or an adapter's path to its name: hub ids and shipped models keep theirs."""
     path = Path(name).expanduser()
     if not path.exists():
         return name

@@ -1,4 +1,4 @@
-"""Tokens as text: what each adds, what no later token changes, and what may be shown in a terminal or on a page."""
+"""Tokens as text: what each token adds, what is final, and what is safe to show in a terminal or on a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def settled(tokenizer: Any, ids: Sequence[int], text: str) -> str:
-    """The beginning of `text`, which `ids` decode to without special tokens, that no further token changes.
+    """Return the beginning of `text`, which `ids` decode to without special tokens, that no further token can change.
 
     An unfinished character waits for its last byte. A run of single bytes decodes as a whole: one that is no character
     breaks all of them, so the run waits for the token after it. A tokenizer that cleans spaces up may join what stands
@@ -32,7 +32,7 @@ def settled(tokenizer: Any, ids: Sequence[int], text: str) -> str:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text: they join to the whole text, special tokens included.
+    """Return what each token adds to the text: joined, they give the whole text, special tokens included.
 
     A token that leaves a character unfinished adds nothing; the one that finishes it adds it.
     """
@@ -51,7 +51,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def added(tokenizer: Any, before: Sequence[int], token: int) -> str:
-    """What a token adds to the text behind other tokens; its name in the vocabulary if that is no whole character."""
+    """Return what a token adds to the text behind other tokens; its name in the vocabulary if that is no whole character."""
     start = _decode(tokenizer, before[-1:])
     text = _decode(tokenizer, [*before[-1:], token])
     piece = text[len(start) :] if text.startswith(start) else _decode(tokenizer, [token])
@@ -63,7 +63,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with control characters as pictures of themselves, line breaks and tabs aside: none acts on a terminal."""
+    """Replace control characters by visible symbols, except line breaks and tabs, so that none acts on a terminal."""
     return "".join(
         chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if "\x7f" <= c <= "\x9f" else c
         for c in text

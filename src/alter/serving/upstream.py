@@ -1,4 +1,4 @@
-"""`alter serve --upstream`: the router of an ALTER adapter chooses which plain LoRA another server answers a request with.
+"""`alter serve --upstream`: an ALTER adapter's router chooses which plain LoRA of another server answers a request.
 
 Servers such as vLLM cannot route tokens, but they hold many LoRAs and take one for each request by its model's name. The
 experts as plain LoRAs (`alter export --form loras`) are loaded there; here only the frozen base and the router run, once
@@ -31,7 +31,7 @@ PROMPT: dict[type[Body], str] = {ChatBody: "messages", TextBody: "prompt"}
 
 
 class Chooser:
-    """The router's decision about whole prompts.
+    """The router's choice of an expert for whole prompts.
 
     Args:
         model: base with an ALTER adapter.
@@ -54,7 +54,7 @@ class Chooser:
         self.model, self.tokenizer, self.experts = model, tokenizer, int(config.num_forget_experts)
 
     def choose(self, ids: Sequence[int]) -> int:
-        """The expert that the reply's first token would take if the base were sure of it; 0 for none, which is the base.
+        """Return the expert that a low-entropy first reply token would take; 0 for none, which is the base.
 
         Its evidence is of the whole prompt. Gates within the prompt tell less: a single one that opens by mistake would
         send a long prompt to an expert.
@@ -72,7 +72,7 @@ class Chooser:
 
 
 def check_upstream(settings: Serve, names: Sequence[str]) -> None:
-    """Look whether the other server is there and serves all these names.
+    """Check that the other server answers and serves all these names.
 
     Raises:
         UserError: it does not answer, or lacks one.
@@ -99,7 +99,7 @@ def check_upstream(settings: Serve, names: Sequence[str]) -> None:
 
 
 def upstream_names(settings: Serve, experts: int) -> list[str]:
-    """What the other server calls the base and the experts' LoRAs, in this order.
+    """Return the other server's names of the base and of the experts' LoRAs, in this order.
 
     Raises:
         UserError: another number of names was given than there are experts.
@@ -118,7 +118,7 @@ def _key(settings: Serve) -> dict[str, str]:
 
 
 class Proxy(Api):
-    """The routes, around another server: what it is asked and answers is passed on, but for the model's name.
+    """Routes that forward to another server: requests and answers pass unchanged except for the model's name.
 
     Args:
         settings: of this server.
@@ -132,7 +132,7 @@ class Proxy(Api):
         self._client: httpx.AsyncClient | None = None
 
     def client(self) -> httpx.AsyncClient:
-        """The connections to the other server, made on the event loop that uses them."""
+        """The HTTP client for the other server, created on the event loop that uses it."""
         import httpx
 
         if self._client is None:
@@ -152,7 +152,7 @@ class Proxy(Api):
         return await self._pass_on(request, TextBody, "completions")
 
     def _decide(self, body: bytes, form: type[Body]) -> dict[str, Any]:
-        """The body for the other server, with the name of the LoRA that the prompt asks for."""
+        """Return the body for the other server, with the name of the LoRA that the router chooses."""
         try:
             given = json.loads(body)
         except ValueError:
@@ -199,7 +199,7 @@ class Proxy(Api):
         return Response(self._renamed(whole), answer.status_code, media_type=kind)
 
     def _renamed(self, content: bytes) -> bytes:
-        """An answer under this server's name: which LoRA gave it would tell what it is about."""
+        """Put this server's name into an answer: the LoRA's name would reveal what the prompt is about."""
         try:
             found = json.loads(content)
         except ValueError:
@@ -209,7 +209,7 @@ class Proxy(Api):
         return json.dumps({**found, "model": self.name}, ensure_ascii=False).encode()
 
     async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
-        """The events of a stream as they come, each under this server's name."""
+        """Yield a stream's events as they come, each under this server's name."""
         async for line in answer.aiter_lines():
             head, data = line[:5], line[5:].strip()
             if head == "data:" and data:

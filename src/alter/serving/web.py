@@ -1,4 +1,4 @@
-"""What every server here needs: an address of its own, a look at the Host header, and patience with an end."""
+"""What every server here needs: a listening socket, a check of the Host header, and a limit on slow requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address.
+    """Return a socket bound to an address.
 
     Raises:
         UserError: it is taken, or not an address of this machine.
@@ -41,7 +41,7 @@ def address(host: str, listener: socket.socket) -> str:
 
 
 def _name(host: str) -> str:
-    """A Host header without its port."""
+    """Return a Host header's name without its port."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()
@@ -75,7 +75,7 @@ class HostGuard:
         return True
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a connection on, or refuse it with 400."""
+        """Pass a connection on, or refuse it with status 400."""
         given = dict(scope.get("headers") or []).get(b"host", b"").decode("latin-1")
         if scope["type"] == "lifespan" or self.takes(given):
             await self.app(scope, receive, send)
@@ -88,7 +88,7 @@ class HostGuard:
 
 
 def patient_for(seconds: float) -> Any:
-    """uvicorn's HTTP protocol, which waits at most so long for the head of a request that has begun."""
+    """Return uvicorn's HTTP protocol class with a time limit on a request's head once it has begun."""
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 

@@ -51,7 +51,7 @@ class FitRows:
         self.wordings = self.wordings or [AS_GIVEN] * len(self.rows)
 
     def add(self, made: Sequence[tuple[int, str, Encoded]], labels: Sequence[int]) -> None:
-        """Append another wording of a row: the row's number, the wording's name, the encoded row."""
+        """Append other wordings of rows: number of the row, name of the wording, encoded row."""
         self.rows += [row for *_, row in made]
         self.of += [of for of, *_ in made]
         self.wordings += [wording for _, wording, _ in made]

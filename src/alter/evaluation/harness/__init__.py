@@ -1,4 +1,4 @@
-"""WMDP, MMLU and every other task of lm-evaluation-harness (extra `[eval]`), asked of a model in memory.
+"""WMDP, MMLU and every other task of lm-evaluation-harness (extra `[eval]`), run on a model in memory.
 
 The harness builds the prompts, asks for log-likelihoods and computes the metrics; the numbers are its own. What is ours:
 tasks from local files in the harness's prompt format, batches by tokens, log-probabilities in fp32 whatever the model's

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness as it is reached from here: whether it is installed, its index of tasks, its messages."""
+"""Access to lm-evaluation-harness: whether it is installed, its task index, its messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model in memory as lm-evaluation-harness asks it: batches by tokens, fp32, nothing cut."""
+"""A model in memory as lm-evaluation-harness calls it: batches by tokens, fp32, no prompt truncated."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ FEWSHOT_SEED = 1234
 
 
 def _asked(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], npt.NDArray[np.float64]] | None:
-    """The choices of questions that all have the same ones, and their log-probabilities [n, k]; None for other tasks."""
+    """Return the choices shared by all questions and their log-probabilities [n, k]; None for other tasks."""
     first = samples[0]["filter"]
     own = [sample for sample in samples if sample["filter"] == first]
     if any(len(arguments) != 2 or not isinstance(arguments[1], str) for s in own for arguments in s["arguments"]):
@@ -108,7 +108,7 @@ class HarnessEvaluation(Evaluation):
                 )
 
     def _chosen(self, task: Any) -> list[int]:
-        """The numbers of the questions to ask, in order."""
+        """Return the numbers of the questions to ask, in order."""
         n = len(task.eval_docs)
         if self.limit is None or self.limit >= n:
             return list(range(n))
@@ -127,7 +127,7 @@ class HarnessEvaluation(Evaluation):
         return digest(task_groups(loaded), parts)
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
-        """Return the records described above; a spread of answers that makes the accuracy meaningless is said.
+        """Return the records described above; warn where the spread of answers makes the accuracy meaningless.
 
         Raises:
             UserError: see `harness_model`.

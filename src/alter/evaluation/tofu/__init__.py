@@ -1,4 +1,4 @@
-"""TOFU (Maini et al. 2024, arXiv:2401.06121): which rows, which answers and which metrics make its table.
+"""TOFU (Maini et al. 2024, arXiv:2401.06121): rows, answers and metrics of its table.
 
 | set          | rows               | right answer for the truth ratio | probability                    |
 |--------------|--------------------|----------------------------------|--------------------------------|

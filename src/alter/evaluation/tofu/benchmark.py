@@ -72,7 +72,7 @@ class TofuEvaluation(Evaluation):
         return file_digest(self.retain_records)
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
-        """Return the figures of TOFU's table; what could not be computed is said on stderr, with the remedy."""
+        """Return the figures of TOFU's table; report on stderr what could not be computed, with the remedy."""
         common: dict[str, Any] = self.model_dump(
             include={"split", "data", "mode", "holdout", "limit", "seed", "batch_tokens", "batch_size"}
         )

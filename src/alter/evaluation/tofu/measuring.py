@@ -1,4 +1,4 @@
-"""Measuring a model on TOFU: every sequence is scored once, every question is answered once."""
+"""Measure a model on TOFU: every sequence is scored once, every question answered once."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _unseen(
 
 
 def _check_choices(split: str, mode: str, which: Sequence[str], sets: Sequence[str], limit: int | None) -> None:
-    """Refuse what is not among TOFU's splits, modes, kinds of metrics and sets."""
+    """Refuse an unknown split, mode, kind of metric or set."""
     for value, choices in [(split, SPLITS), (mode, ("strict", "compat")), *((w, WHICH) for w in which)]:
         _choice(value, choices)
     for key in sets:
@@ -237,7 +237,7 @@ def _generation(
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Let the model answer every question once and fill in replies and ROUGE."""
+    """Answer every question once; fill in replies and ROUGE."""
     compat = result.mode == "compat"
     found = {key: examples(own_rows) for key, own_rows in rows.items()}
     replies = generate(

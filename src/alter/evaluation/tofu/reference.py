@@ -1,4 +1,4 @@
-"""What a retrained model contributes: read from its records or from OpenUnlearning's files, and what it lacks."""
+"""The retrained model's part: read from its records or OpenUnlearning's files, and what it lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
 def lacking(
     result: TofuResult, forget: TofuSet, data: str, limit: int | None, seed: int, holdout: str | None
 ) -> list[str]:
-    """Return notes on what the retrained model's part was not enough for, each with the command that helps."""
+    """Return notes on figures that the retrained model's results are too little for, each with the command that helps."""
     flags = f"--benchmark tofu --split {result.split}"
     flags += f" --data {data}" if data != "builtin" else ""
     flags += f" --mode {result.mode}" if result.mode != "strict" else ""

@@ -1,4 +1,4 @@
-"""What TOFU's metrics found of one model, row by row, and the figures of its table made out of that."""
+"""Per-row results of one model on TOFU, and the figures of its table."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ class TofuSet:
 
 @dataclass(frozen=True)
 class TofuReference:
-    """What a retrained model contributes: raw truth ratios on the forget set, and where there are holdout rows (`holdout`
-    is their hash) its min-k AUC, and its losses of the forget and of the holdout rows.
+    """The retrained model's part: raw truth ratios on the forget set and, where there are holdout rows (`holdout` is
+    their
+    hash), its min-k AUC and its losses of forget and holdout rows.
     """
 
     source: str
@@ -98,7 +99,7 @@ class TofuResult:
     notes: list[str] = field(default_factory=list)
 
     def as_reference(self, source: str = "the retrained model") -> TofuReference:
-        """Return what other models are compared with, if this is the result of the retrained model.
+        """Return the result as the reference of other models, if this model is the retrained one.
 
         Raises:
             UserError: the truth ratios on the forget set were not measured.
@@ -241,7 +242,7 @@ def aucs(attacks: dict[str, Array], holdout: dict[str, Array]) -> dict[str, floa
 
 
 def check_reference(reference: TofuReference, split: str, mode: str, forget: TofuSet) -> None:
-    """Refuse a reference that was measured on something else, by name."""
+    """Refuse a reference of another split, other rows or another mode; the message names it."""
     again = f"evaluate the retrained model again with --split {split} --mode {mode}"
     if reference.split is not None and reference.split != split:
         raise UserError(f"{reference.source} was evaluated on {reference.split}, this run is on {split}: {again}.")

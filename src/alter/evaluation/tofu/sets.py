@@ -1,4 +1,4 @@
-"""TOFU's sets: which rows are measured, drawn where there is a limit, and checked for what their metrics need."""
+"""TOFU's sets: the rows to measure, sampled under a limit, and checked for the columns that their metrics need."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
 
 
 def layers_behind(cache: DynamicCache, blocks: int, count: int) -> list[Any]:
-    """The `count` layers of a cache behind the base's: what is done to the rows of the whole is done to them."""
+    """Return the `count` layers of a cache behind the base's; operations on the cache's rows act on them too."""
     while len(cache.layers) < blocks + count:
         cache.layers.append(DynamicLayer())
     return cache.layers[blocks:]
