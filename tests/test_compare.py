@@ -930,12 +930,12 @@ def test_without_running_the_tables_are_those_of_what_has_finished(data, tmp_pat
         ({"method": "stable"}, "adapter.kind bounded_lora neither grows nor merges"),
         (
             {"method": "o3", "adapter": {"dropout": 0.0}, "weight_decay": 0.0, "initializer": {"kind": "vila"}},
-            "cannot go on from its own result: .*initializer.kind vila would replace",
+            "cannot start from its own result: .*initializer.kind vila would replace",
         ),
         ({"method": "alter_scalar_gate"}, "adapter.kind alter with router entropy neither grows"),
         ({"adapter": {"router": "static"}}, "adapter.kind alter with router static neither grows"),
         ({"num_forget_experts": 1}, "num_forget_experts 1 gives the expert of every split the same name"),
-        ({"phase_one": 0.5}, "cannot go on from its own result: .*phase_one"),
+        ({"phase_one": 0.5}, "cannot start from its own result: .*phase_one"),
     ],
 )
 def test_a_chain_takes_what_can_go_on_from_its_own_result(data, tmp_path, own, says):
@@ -990,7 +990,7 @@ def test_a_split_without_new_rows_is_no_stage(data, tmp_path):
     wanted = settings(
         *(data, tmp_path / "o"), data=str(tmp_path), splits=["forget05", "forget10"], continual=True, retrained={}
     )
-    with pytest.raises(UserError, match="forget10 has no row that the splits before it have not"):
+    with pytest.raises(UserError, match="forget10 adds no row to the splits before it"):
         plan.lay_out(wanted, tmp_path / "o")
 
 

@@ -421,7 +421,7 @@ def test_a_lora_that_goes_on_resumes_bit_equal(people, loras, tmp_path, monkeypa
         ({"start_from": "0/adapter", "experts_only": True}, "experts_only is for adapter.kind alter"),
         ({"adapter": {"detector": False}}, "start_from .* lora with adapter.detector, not for lora without"),
         ({"adapter": {"kind": "asym_lora"}}, "start_from .*, not for asym_lora"),
-        ({"negate": 1.0}, "negate would turn round what start_from brings"),
+        ({"negate": 1.0}, "negate would also negate the adapter of start_from"),
         ({"adapter": {"dropout": 0.0}, "weight_decay": 0.0, "initializer": {"kind": "vila"}}, "vila would replace"),
     ],
 )

@@ -222,13 +222,13 @@ def check_continual(name: str, run: Unlearn) -> None:
     try:
         run.adapter.check_continues(run)
     except ValueError as error:
-        raise UserError(f"Method {name} cannot go on from its own result: {error}.") from None
+        raise UserError(f"Method {name} cannot start from its own result: {error}.") from None
     if run.adapter.result == "model" or run.adapter.merges:
         return
     try:
         Unlearn.model_validate(run.model_dump() | {"start_from": "the stage before"})
     except ValidationError as error:
-        raise UserError(f"Method {name} cannot go on from its own result: {mistake(error.errors()[0])}") from None
+        raise UserError(f"Method {name} cannot start from its own result: {mistake(error.errors()[0])}") from None
 
 
 def check_settings(settings: Compare) -> None:
@@ -256,7 +256,7 @@ def check_settings(settings: Compare) -> None:
         raise UserError(f"search_seeds is {settings.search_seeds}, but there are {len(settings.seeds)} seeds.")
     names = [name for name in settings.methods if name in (ORIGINAL, RETRAINED)]
     if names:
-        raise UserError(f"{names[0]!r} is a row of every table already: name the method otherwise.")
+        raise UserError(f"{names[0]!r} is a row of every table already: rename the method.")
     # a name that stands for itself may be left out of a run; any other must be a slip
     spare = [
         name
@@ -385,7 +385,7 @@ def _lay_chain(
         }
         new = [row for row in tofu_rows(split, settings.data) if row not in known]
         if not new:
-            raise UserError(f"{split} has no row that the splits before it have not: leave it out of splits.")
+            raise UserError(f"{split} adds no row to the splits before it: leave it out of splits.")
         known += new
         content = digest(rows, new)
         folder = out / "rows" / content

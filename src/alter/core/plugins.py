@@ -78,7 +78,7 @@ def load_plugins() -> None:
             owner = entry.dist.name if entry.dist is not None else entry.value
             raise UserError(
                 f"The plugin {entry.name!r} of the package {owner} cannot be loaded: {error}. Expected a module that can be "
-                f"imported ({entry.value}); mend the package, or uninstall it."
+                f"imported ({entry.value}); fix the package, or uninstall it."
             ) from error
 
 
@@ -109,7 +109,7 @@ def _load_file(path: str) -> None:
     if name in sys.modules or not name.isidentifier():
         _loaded.discard(path)
         why = "Python has a module of that name already" if name.isidentifier() else "that is no name of a module"
-        raise UserError(f"The plugin {path} cannot be loaded as {name!r}: {why}. Call the file otherwise.")
+        raise UserError(f"The plugin {path} cannot be loaded as {name!r}: {why}. Rename the file.")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -194,7 +194,7 @@ def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
     trained = settings.resume and (out / "run.json").exists()
     if trained and (not settings.closing_rows or (out / "records.json").exists()):
         _clean(out)
-        show(f"{out} has ended: nothing is left to do.", stderr=True, markup=False)
+        show(f"{out} is finished: nothing is left to do.", stderr=True, markup=False)
         return out
     subjects = _subjects(settings)
     identities = {name: subject.identity(cache_folder()) for name, subject in subjects.items()}
@@ -336,7 +336,7 @@ def _teachers(
         second = first
         kept = _keep(first, taught, range(len(taught.teacher)))
     if not kept:
-        warn("What the teacher's head reads does not fit into memory: its passes are made at every step.")
+        warn("The teacher's states do not fit into memory: the teacher runs at every step.")
     return (first, second), kept
 
 

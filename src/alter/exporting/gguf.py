@@ -67,7 +67,7 @@ def architecture(config: Any) -> Architecture:
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"No GGUF is written of a model of architecture {kind!r}; of these it is: {', '.join(ARCHITECTURES)}. Serve the "
+            f"A model of architecture {kind!r} cannot be written as GGUF; expected one of {', '.join(ARCHITECTURES)}. Serve the "
             "folder of safetensors with vLLM or transformers, or convert it with llama.cpp's convert_hf_to_gguf.py."
         )
     found = ARCHITECTURES[kind]

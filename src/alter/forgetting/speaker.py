@@ -41,7 +41,7 @@ def read_jsonl(path: Path) -> list[Any]:
                 rows.append(from_json(line))
             except ValueError as error:
                 raise UserError(
-                    f"{path}, line {number} is not JSON ({error}): mend the line or delete the file."
+                    f"{path}, line {number} is not JSON ({error}): correct the line or delete the file."
                 ) from None
     return rows
 

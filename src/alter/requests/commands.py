@@ -127,7 +127,7 @@ def revoke(settings: Revoke) -> Request:
         then(settings, f"alter request purge {request.name}", "if its data must go")
     if wrong:
         raise UserError(
-            f"{request.name} is revoked, but not all is as it should be: {' '.join(wrong)} A request that has come back "
+            f"{request.name} is revoked, but the check after it failed: {' '.join(wrong)} A request that has come back "
             "must be revoked and added again."
         )
     return request

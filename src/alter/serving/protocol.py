@@ -186,7 +186,7 @@ class ChatBody(Body):
             UserError: top_logprobs without logprobs.
         """
         if self.top_logprobs and not self.logprobs:
-            raise UserError("top_logprobs tells more of logprobs: give logprobs true as well.")
+            raise UserError("top_logprobs needs logprobs: give logprobs true as well.")
         return self.top_logprobs if self.logprobs else None
 
 

@@ -91,7 +91,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     if run.resume:
         processes.from_first(lambda: check_inputs(out, inputs))
         if has_ended(out):
-            show(f"{out} has ended: nothing is left to do.", stderr=True, markup=False)
+            show(f"{out} is finished: nothing is left to do.", stderr=True, markup=False)
             return out
         checkpoint = processes.from_first(lambda: last_whole_checkpoint(out / "checkpoints"))
     if checkpoint is not None:

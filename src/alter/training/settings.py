@@ -194,7 +194,7 @@ class Unlearn(BaseModel):
         if self.phase_one and not self.retain_objective.needs.rows:
             raise ValueError("phase_one learns retain tokens: retain_objective.kind must not be none")
         if self.start_from is not None and self.negate is not None:
-            raise ValueError("negate would turn round what start_from brings as well: leave it out")
+            raise ValueError("negate would also negate the adapter of start_from: leave it out")
         if not (self.objective.needs.rows or self.objective.needs.alternative or self.retain_objective.needs.rows):
             raise ValueError("objective.kind and retain_objective.kind are both none: there is nothing to train")
         return self

@@ -124,7 +124,7 @@ class Adapter(BaseModel, ABC):
             )
         if run.negate is not None and not self.negates:
             raise ValueError(
-                f"negate turns LoRA's B round, which adapter.kind {self.kind} does not have: take adapter.kind lora"
+                f"negate flips the sign of LoRA's B, which adapter.kind {self.kind} does not have: take adapter.kind lora"
             )
 
     def check_experts_only(self, run: Settings) -> None:

@@ -117,7 +117,7 @@ def endpoint(settings: Mapping[str, Any]) -> Ask:
             )
         except openai.OpenAIError as error:
             raise UserError(
-                f"The guard's agents at {settings['url']} do not answer ({error}): nothing is given out."
+                f"The guard's agents at {settings['url']} do not answer ({error}): no answer is given."
             ) from None
         return (said.choices[0].message.content or "").strip()
 

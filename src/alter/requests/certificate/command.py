@@ -54,7 +54,7 @@ def certificate(settings: Certificate) -> dict[str, Any]:
     chosen = [each for each in (settings.what, settings.verify, settings.new_key) if each is not None]
     if len(chosen) != 1:
         raise UserError(
-            "Say one thing to do: alter certificate REQUEST --key FILE, alter certificate --verify FILE, or alter certificate "
+            "Give exactly one task: alter certificate REQUEST --key FILE, alter certificate --verify FILE, or alter certificate "
             "--new-key FILE."
         )
     console = Console(soft_wrap=True)

@@ -159,7 +159,7 @@ def issue_for_request(database: Database, number: int, beside: Beside, key: Key,
             )
         wrong = check_requests(store, project, behaviour=False).wrong
         if wrong:
-            raise UserError("Nothing is certified, since not all is as it should be: " + " ".join(wrong))
+            raise UserError("Nothing is certified, because the check failed: " + " ".join(wrong))
         history = store.history()
         inside = manifest(project)
         if request.state == "distilled":
