@@ -79,7 +79,9 @@ def recovered(
     layers = feed_forwards(model)
     asked = [row for row in rows if row.prompt_length > 1]
     if not asked:
-        raise UserError("adapter.traced adds noise to the questions of forget rows, and none has one: give adapter.depth.")
+        raise UserError(
+            "adapter.traced adds noise to the questions of forget rows, and none has one: give adapter.depth."
+        )
     if window > len(layers):
         raise UserError(f"adapter.traced is {window}, and the model has {len(layers)} blocks: give fewer.")
     embedding = model.get_input_embeddings()
