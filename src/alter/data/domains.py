@@ -60,15 +60,31 @@ def domains(
     if n is not None and not 1 <= n <= rows:
         raise UserError(f"{n} sub-domains are not possible with {rows} rows; expected 1 to {rows}.")
     if labelled(examples):
-        labels = [example.domain for example in examples]
-        names = [str(label) for label in dict.fromkeys(labels)]
-        if n is not None and n != len(names):
-            raise UserError(f"The rows carry {len(names)} sub-domain labels but {n} were asked for; leave one out.")
-        return [names.index(str(label)) for label in labels], names
+        return _by_label(examples, n)
     if n == 1 or rows == 1:
         return [0] * rows, ["all"]
+    return _clustered(examples, n, seed, max_domains, states)
 
-    vectors = _tfidf(examples)
+
+def labelled(examples: Sequence[Example]) -> bool:
+    """Whether every example names its sub-domain."""
+    return all(example.domain is not None for example in examples)
+
+
+def _by_label(examples: Sequence[Example], n: int | None) -> tuple[list[int], list[str]]:
+    """Take the labels as the sub-domains, in order of first appearance."""
+    labels = [example.domain for example in examples]
+    names = [str(label) for label in dict.fromkeys(labels)]
+    if n is not None and n != len(names):
+        raise UserError(f"The rows carry {len(names)} sub-domain labels but {n} were asked for; leave one out.")
+    return [names.index(str(label)) for label in labels], names
+
+
+def _clustered(
+    examples: Sequence[Example], n: int | None, seed: int, max_domains: int, states: npt.NDArray[Any] | None
+) -> tuple[list[int], list[str]]:
+    """Cluster two or more examples by their words, and by `states` if those separate better; arguments as in `domains`."""
+    rows, vectors = len(examples), _tfidf(examples)
     if n is not None and n > vectors.distinct:
         raise UserError(
             f"{n} sub-domains are not possible: only {vectors.distinct} of the {rows} rows differ in their words."
@@ -85,11 +101,6 @@ def domains(
     order = list(dict.fromkeys(best))
     indices = [order.index(label) for label in best]
     return indices, [f"{number}: {', '.join(vectors.telling(indices, number))}" for number in range(len(order))]
-
-
-def labelled(examples: Sequence[Example]) -> bool:
-    """Whether every example names its sub-domain."""
-    return all(example.domain is not None for example in examples)
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,25 @@ def invented(
             )
     given = [str(example.row.get("substitute") or "").strip() for example in examples]
     missing = [i for i, text in enumerate(given) if not text]
+    said = _asked_otherwise(tokenizer, base, [examples[i] for i in missing], new_tokens, seed)
+    for i, text in zip(missing, said, strict=True):
+        # an empty reply is no other answer to learn
+        given[i] = text or "I do not know."
+    return [
+        encode(tokenizer, example, answer=answer, max_length=max_length)
+        for example, answer in zip(examples, given, strict=True)
+    ]
+
+
+def _asked_otherwise(tokenizer: Any, base: Any, examples: Sequence[Example], new_tokens: int, seed: int) -> list[str]:
+    """Sample the base's reply to `REQUEST` for each example (temperature 1).
+
+    Raises:
+        UserError: the longest request and its reply do not fit into the model's context.
+    """
     prompts = [
-        encode_prompt(
-            tokenizer,
-            examples[i],
-            prompt=REQUEST.format(question=examples[i].prompt, answer=examples[i].answer),
-        )
-        for i in missing
+        encode_prompt(tokenizer, example, prompt=REQUEST.format(question=example.prompt, answer=example.answer))
+        for example in examples
     ]
     context, longest = context_length(base), max(map(len, prompts), default=0)
     if context is not None and longest + new_tokens > context:
@@ -60,25 +72,16 @@ def invented(
             f"objective.new_tokens is {new_tokens}; the longest request for another answer has {longest} tokens, and together they "
             f"exceed the model's context of {context}: give --objective.new-tokens {max(context - longest, 1)} or less."
         )
+    if not prompts:
+        return []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        said = (
-            generate(
-                base,
-                tokenizer,
-                prompts,
-                max_new_tokens=new_tokens,
-                do_sample=True,
-                temperature=1.0,
-                label="other answers",
-            )
-            if prompts
-            else []
+        return generate(
+            base,
+            tokenizer,
+            prompts,
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            label="other answers",
         )
-    for i, text in zip(missing, said, strict=True):
-        # a model that says nothing has no other answer to give: it is to say that
-        given[i] = text or "I do not know."
-    return [
-        encode(tokenizer, example, answer=answer, max_length=max_length)
-        for example, answer in zip(examples, given, strict=True)
-    ]

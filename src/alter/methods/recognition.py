@@ -157,25 +157,41 @@ def measure_codes(
         "known": (known, names_of([asked(row) for row in known]) if kept else names),
         "unknown": ([renamed(row, strange) for row in own], [*strange.values()]),
     }
-    of_names: dict[str, list[Tensor]] = {name: [] for name in parts}
-    every: list[Tensor] = []
-    for name, (examples_, called) in parts.items():
-        rows, owner = encode_all(tokenizer, examples_, max_length=max_length)
-        for i, states in states_at(model, depth, rows, tokenizer.pad_token_id, f"{name} names"):
-            whole = examples_[owner[i]].prompt is None
-            of_names[name].append(states[torch.tensor(marked(tokenizer, rows[i], called, whole=whole))])
-            every.append(states[torch.from_numpy(generator.permutation(len(states))[:MOST_STATES])])
+    of_names, every = _states_of_names(model, tokenizer, depth, parts, generator, max_length)
     told = None
     if given is None:
         device = next(model.parameters()).device
-        features, active = objective.sae_width * every[0].shape[1], objective.sae_active
-        given, told = train_autoencoder(
-            torch.cat(every).to(device), features, active, steps=objective.sae_steps, seed=seed
-        )
+        features, active = objective.sae_width * every.shape[1], objective.sae_active
+        given, told = train_autoencoder(every.to(device), features, active, steps=objective.sae_steps, seed=seed)
     trained = given.tensors() if told is not None else {}
-    code = {name: given.encode(torch.cat(states)) for name, states in of_names.items()}
+    code = {name: given.encode(states) for name, states in of_names.items()}
     means = {name: code[name].mean(0) for name in ("known", "unknown")}
     return {**trained, **means, "scale": code["forget"].square().sum(-1).mean()}, told
+
+
+def _states_of_names(
+    model: Any,
+    tokenizer: Any,
+    depth: Depth,
+    parts: Mapping[str, tuple[Sequence[Example], Sequence[str]]],
+    generator: np.random.Generator,
+    max_length: int | None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Read the hidden states of names, [tokens, D] by part, and of a sample of all tokens, [n, D].
+
+    Args:
+        parts: rows by name, with the names to look for in them.
+        generator: draws the sample, at most `MOST_STATES` of a row.
+    """
+    of_names: dict[str, list[Tensor]] = {name: [] for name in parts}
+    every: list[Tensor] = []
+    for name, (examples, called) in parts.items():
+        rows, owner = encode_all(tokenizer, examples, max_length=max_length)
+        for i, states in states_at(model, depth, rows, tokenizer.pad_token_id, f"{name} names"):
+            whole = examples[owner[i]].prompt is None
+            of_names[name].append(states[torch.tensor(marked(tokenizer, rows[i], called, whole=whole))])
+            every.append(states[torch.from_numpy(generator.permutation(len(states))[:MOST_STATES])])
+    return {name: torch.cat(states) for name, states in of_names.items()}, torch.cat(every)
 
 
 def ignorance(

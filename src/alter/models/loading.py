@@ -167,13 +167,18 @@ def load_model(
     _pad_inside(network, tokenizer)
     if adapter is not None:
         network = load_form(network, adapter, tokenizer) if form else attach(network, adapter)
+    _check_finite(network, adapter or model)
+    return network.to(place).eval(), tokenizer
+
+
+def _check_finite(network: Any, what: str) -> None:
+    """Refuse NaN and infinite weights; `what` names their source in the message."""
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(
-                f"The weights of {adapter or model} are broken: {name} holds NaN or infinite values. "
+                f"The weights of {what} are broken: {name} holds NaN or infinite values. "
                 "Take an earlier checkpoint, or train again with a lower learning rate."
             )
-    return network.to(place).eval(), tokenizer
 
 
 def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.Place | None]:

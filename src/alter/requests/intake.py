@@ -53,26 +53,13 @@ def init(settings: Init) -> Store:
             database is in use.
     """
     from alter.models.naming import check_model_name
-    from alter.requests import rows, work
+    from alter.requests import rows
     from alter.requests.connection import without_password
     from alter.requests.store import Store
-    from alter.training.settings import Unlearn
 
     for name in filter(None, (settings.model, settings.retrained)):
         check_model_name(name)
-    recipe: dict[str, Any] = {}
-    if settings.recipe is not None:
-        recipe = read_recipe(settings.recipe)
-        decided = sorted(set(recipe) & work.CUT)
-        if decided:
-            raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
-    distilling: dict[str, Any] = {}
-    if settings.distill_recipe is not None:
-        from alter.requests.handout import distill_settings
-
-        distilling = distill_settings(settings.distill_recipe)
-    needed = {"model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True}
-    validated(Unlearn, {**recipe, **needed}, settings.recipe or "recipe")
+    recipe, distilling = _recipes(settings)
     retain = load_examples(settings.retain)
     if settings.holdout is not None:
         rows.check_unseen(load_examples(settings.holdout), retain)
@@ -107,6 +94,31 @@ def init(settings: Init) -> Store:
         )
     then(settings, "alter request add --subject NAME --data ROWS.jsonl")
     return store
+
+
+def _recipes(settings: Init) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the settings of `alter unlearn` and `alter distill` that every request uses.
+
+    Raises:
+        UserError: a recipe cannot be read, or has a setting that is unknown or that the requests decide.
+    """
+    from alter.requests.work import CUT
+    from alter.training.settings import Unlearn
+
+    recipe: dict[str, Any] = {}
+    if settings.recipe is not None:
+        recipe = read_recipe(settings.recipe)
+        decided = sorted(set(recipe) & CUT)
+        if decided:
+            raise UserError(f"{settings.recipe} sets {', '.join(decided)}, which the requests decide: take it out.")
+    distilling: dict[str, Any] = {}
+    if settings.distill_recipe is not None:
+        from alter.requests.handout import distill_settings
+
+        distilling = distill_settings(settings.distill_recipe)
+    needed = {"model": "m", "forget": "f", "retain": "r", "out": "o", "experts_only": True}
+    validated(Unlearn, {**recipe, **needed}, settings.recipe or "recipe")
+    return recipe, distilling
 
 
 class Add(Database):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     experts = [first + d for d in loaded.domain]
     paired = run.sampler.epoch_length(loaded.kin, len(loaded.forget), len(loaded.retain))
     rows = RunRows(loaded.forget, loaded.retain, experts, loaded.alternative, loaded.examples, paired)
-    watcher = None
-    if data.watched is not None:
-        device = next(base.parameters()).device
-        watcher = Watcher(
-            run.watch, data.watched, tokenizer, max_length=loaded.limit, folder=out / KEPT, device=device
-        )
+    watcher = _watcher_of(run, data, loaded, out)
     order = order_of(run, rows, loaded.alone, loaded.kin)
     cache = out / "frozen.safetensors"
     traced, found, below = trace_run(model, tokenizer, run, rows, order, cache, views, depth, loaded.limit)
@@ -109,9 +105,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     penalty = run.adapter.penalty(model, run, away, former)
     measured = measured_of(model, tokenizer, run, rows, out / GRADIENT)
     if codes is not None:
-        for i, row in traced["forget"].items():
-            whole = loaded.examples[i].prompt is None
-            row.named = torch.tensor(marked(tokenizer, loaded.forget[i], named, whole=whole))
+        _mark_names(traced, loaded, named)
     if shift is not None:
         redirect(traced["forget"], loaded.forget, loaded.examples, run.objective, shift)
     # the second half of an initialised adapter is frozen
@@ -134,6 +128,23 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
         measured,
         codes,
     )
+
+
+def _watcher_of(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Watcher | None:
+    """Return the watcher of a run, or None if the run is not watched."""
+    if data.watched is None:
+        return None
+    device = next(loaded.base.parameters()).device
+    return Watcher(
+        run.watch, data.watched, loaded.tokenizer, max_length=loaded.limit, folder=out / KEPT, device=device
+    )
+
+
+def _mark_names(traced: Traced, loaded: Loaded, named: Sequence[str]) -> None:
+    """Mark the tokens of the names `named` in the traced forget rows, in place."""
+    for i, row in traced["forget"].items():
+        whole = loaded.examples[i].prompt is None
+        row.named = torch.tensor(marked(loaded.tokenizer, loaded.forget[i], named, whole=whole))
 
 
 def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: RunRows, cache: Path) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from alter.data.encoding import Encoded, encode, encode_prompt
 from alter.evaluation.leakage import leaked
 from alter.models.generation import generate
 from alter.models.loading import load_model
-from alter.models.scoring import score
+from alter.models.scoring import Scores, score
 from alter.training.rules import Decision, Guarded, told_apart
 from alter.training.trunk import WatchedStates
 from alter.training.watch import Watch
@@ -145,17 +145,8 @@ class Watcher(TrainerCallback):
         Args:
             model: a transformers model with the adapter's layers in it.
         """
-        below = self.below
         with undisturbed():
-            scores = score(
-                model,
-                self.encoded,
-                pad_token_id=self.tokenizer.pad_token_id,
-                progress=False,
-                around=None if below is None else below.around,
-            )
-            if below is not None:
-                below.end()
+            scores = self._scores(model)
             replies = {
                 name: generate(model, self.tokenizer, prompts, max_new_tokens=self.watch.reply_tokens, progress=False)
                 for name, prompts in self.prompts.items()
@@ -166,9 +157,39 @@ class Watcher(TrainerCallback):
                 found = leaked(
                     model, self.tokenizer, self.watched.forget, self.watch.leak, judge=self.judge, progress=False
                 )
-        out: dict[str, float] = {}
+        out, known = self._likelihoods(scores)
         if found is not None and found.rows:
             out |= {f"leak@{k}": float(found.at(k).mean()) for k in self.watch.leak.numbers}
+        if self.watched.reference is not None:
+            quality = metrics.forget_quality(known["forget"]["truth_ratio"], self.watched.reference.truth_ratio)
+            out["forget_quality"], out["forget_quality_statistic"] = quality.pvalue, quality.statistic
+        if "holdout" in known:
+            for name in known["forget"].keys() & known["holdout"].keys():
+                out[f"auc_{name}"], out[f"p_{name}"] = told_apart(
+                    known["forget"][name], known["holdout"][name], self.groups
+                )
+        for name, texts in replies.items():
+            truths = [row.answer.strip() for row in self.sets[name][: len(texts)]]
+            out[f"{name}_rouge"] = float(metrics.rouge_l(truths, texts).recall.mean())
+        return dict(sorted(out.items()))
+
+    def _scores(self, model: Any) -> Scores:
+        """Score all rows, from the cached output of the blocks below the experts where there is one."""
+        below = self.below
+        scores = score(
+            model,
+            self.encoded,
+            pad_token_id=self.tokenizer.pad_token_id,
+            progress=False,
+            around=None if below is None else below.around,
+        )
+        if below is not None:
+            below.end()
+        return scores
+
+    def _likelihoods(self, scores: Scores) -> tuple[dict[str, float], dict[str, dict[str, Array]]]:
+        """Return the mean figures of each set, and each row's scores by set and name, larger for rows less known."""
+        out: dict[str, float] = {}
         known: dict[str, dict[str, Array]] = {}
         for name, rows in self.sets.items():
             if not rows:
@@ -190,18 +211,7 @@ class Watcher(TrainerCallback):
                 known[name]["truth_ratio"] = metrics.truth_ratio(rated[:, 0], rated[:, 1:])
                 closeness = metrics.closeness_to_one(known[name]["truth_ratio"])
                 out[f"{name}_truth_ratio"] = float(closeness.mean())
-        if self.watched.reference is not None:
-            quality = metrics.forget_quality(known["forget"]["truth_ratio"], self.watched.reference.truth_ratio)
-            out["forget_quality"], out["forget_quality_statistic"] = quality.pvalue, quality.statistic
-        if "holdout" in known:
-            for name in known["forget"].keys() & known["holdout"].keys():
-                out[f"auc_{name}"], out[f"p_{name}"] = told_apart(
-                    known["forget"][name], known["holdout"][name], self.groups
-                )
-        for name, texts in replies.items():
-            truths = [row.answer.strip() for row in self.sets[name][: len(texts)]]
-            out[f"{name}_rouge"] = float(metrics.rouge_l(truths, texts).recall.mean())
-        return dict(sorted(out.items()))
+        return out, known
 
     # The trainer's events
 
