@@ -488,7 +488,9 @@ def test_every_attack_leaves_records_of_both_models(finished):
         recovered = pick(found, "unlearned", rouge.replace("attack_", "attack_recovered_"), attack=name)
         assert len(recovered) == 1
         assert recovered[0].extra["needs"]
-        assert (recovered[0].extra["original_attacked"] is None) == (name in attacks.TRAINING or name == "strip")
+        assert (recovered[0].extra["original_attacked"] is None) == (
+            name in attacks.TRAINING_ATTACKS or name == "strip"
+        )
     steps = {
         r.extra["step"] for r in pick(found, "unlearned", "attack_rouge", attack="relearn_lora", part="relearned")
     }

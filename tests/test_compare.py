@@ -972,7 +972,7 @@ def test_a_chain_goes_from_small_to_large_on_the_rows_that_are_new(data, tmp_pat
         whole = tofu_rows(split, "builtin")
         assert rows == [row for row in whole if row not in before]
         assert len(rows) == {"forget01": 40, "forget05": 160, "forget10": 200}[split]
-        assert stage["run"]["retain"] == f"builtin:{plan.RETAIN[split]}"
+        assert stage["run"]["retain"] == f"builtin:{plan.RETAIN_SPLITS[split]}"
         assert stage["run"]["epochs"] == pytest.approx(50 * stage["run"]["batch_size"] / len(rows))
         before += rows
     # each split alone is another run

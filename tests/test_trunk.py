@@ -16,7 +16,7 @@ from alter.training import frozenpass, trunk
 from alter.training.loss import UnlearnTrainer
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-from alter.training.trunk import WATCHED, States
+from alter.training.trunk import WATCHED_FILE, States
 from alter.training.watcher import Watcher
 from pico import run_on, save_pico, write_people
 
@@ -113,7 +113,7 @@ def test_a_step_from_kept_states_has_the_gradients_of_the_plain_one(data, tmp_pa
         # the states were written in 32 bits: the step is no farther from the exact one than the plain one is
         assert 0 < apart["kept"] <= 1.2 * apart["plain"]
     assert any(grad is not None and grad.any() for grad in found[0][0][1].values())
-    assert not (tmp_path / "run" / trunk.FILE).exists()
+    assert not (tmp_path / "run" / trunk.TRUNK_FILE).exists()
 
 
 def test_a_run_that_goes_on_reads_what_was_written(data, tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_run_that_goes_on_reads_what_was_written(data, tmp_path, monkeypatch):
     monkeypatch.setattr(UnlearnTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
         unlearn(run)
-    file = tmp_path / "run" / trunk.FILE
+    file = tmp_path / "run" / trunk.TRUNK_FILE
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     monkeypatch.setattr(UnlearnTrainer, "train", real)
     monkeypatch.setattr(frozen, "trace_rows", None)
@@ -223,7 +223,7 @@ def test_an_architecture_that_needs_more_of_its_trunk_is_noticed(data, tmp_path,
     monkeypatch.setattr(trunk, "SAME", -1.0)
     out = unlearn(settings(data, tmp_path / "run", max_steps=1))
     assert "need more of them than hidden states" in " ".join(capsys.readouterr().err.split())
-    assert not (out / trunk.FILE).exists()
+    assert not (out / trunk.TRUNK_FILE).exists()
 
 
 def test_later_checks_begin_with_the_states_of_the_first(data, tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ def test_later_checks_begin_with_the_states_of_the_first(data, tmp_path, monkeyp
         numbers = real(self, model)
         for handle in handles:
             handle.remove()
-        assert stat.S_IMODE((self.folder.parent / WATCHED).stat().st_mode) == 0o600
+        assert stat.S_IMODE((self.folder.parent / WATCHED_FILE).stat().st_mode) == 0o600
         below, self.below = self.below, None
         found.append((ran, numbers, real(self, model)))
         self.below = below
@@ -245,7 +245,7 @@ def test_later_checks_begin_with_the_states_of_the_first(data, tmp_path, monkeyp
     monkeypatch.setattr(Watcher, "measure", measure)
     watch = {"every_steps": 1, "retain_rows": 2, "rule": {"kind": "none"}}
     unlearn(settings(data, tmp_path / "run", watch=watch, max_steps=3))
-    assert not (tmp_path / "run" / WATCHED).exists()
+    assert not (tmp_path / "run" / WATCHED_FILE).exists()
     assert [ran for ran, *_ in found] == [{0, 1, 2}, *[{2}] * 3]
     for _, kept, plain in found:
         assert kept == plain
@@ -256,7 +256,7 @@ def test_checks_go_on_where_their_states_cannot_be_written(data, tmp_path, monke
     real = States.write
 
     def full(self, row, states):
-        if self.path.name == WATCHED:
+        if self.path.name == WATCHED_FILE:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(self, row, states)
 

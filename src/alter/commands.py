@@ -141,7 +141,11 @@ COMMANDS = {
         "a page: ask, see before and after, and each token's expert",
     ),
     "generate": Command(
-        "alter.evaluation.run", "Generate", "generate", "answer prompts with a model and an adapter", together=True
+        "alter.evaluation.run",
+        "Generate",
+        "answer_prompts",
+        "answer prompts with a model and an adapter",
+        together=True,
     ),
     "judge": Command(
         "alter.evaluation.judged", "JudgeFile", "judge_file", "have saved replies graded by a language model"

@@ -27,7 +27,7 @@ from alter.attacks import depth, states
 from alter.attacks.base import PLAIN, Attack, Bench, Impossible, split_rows
 from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
 from alter.attacks.showing import draw_curves, show_recovered
-from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING, UNRELATED
+from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING_ATTACKS, UNRELATED
 from alter.core import console
 from alter.core.cache import cache_folder
 from alter.core.console import warn
@@ -162,7 +162,7 @@ def attack(settings: Attack) -> list[Record]:
         # in the original there is nothing to relearn: it tells how much an attack lets any model say; and from a retrained
         # model nothing can be taken off
         here = {
-            "original": [name for name in names if name not in (*TRAINING, "strip", *COMPARING)],
+            "original": [name for name in names if name not in (*TRAINING_ATTACKS, "strip", *COMPARING)],
             "retrained": [name for name in names if name not in ("strip", *COMPARING)],
             "unlearned": [name for name in names if name not in COMPARING],
         }[model]

@@ -161,7 +161,7 @@ COMPARING = ("uds", "cka")
 UNRELATED = {"benign", "benign_lora", "wanda_20", "wanda_50"}
 """Attacks that need rows of something else."""
 
-TRAINING = ("relearn", "relearn_lora", "relearn_searched", "benign", "benign_lora")
+TRAINING_ATTACKS = ("relearn", "relearn_lora", "relearn_searched", "benign", "benign_lora")
 
 SEARCHING = ("soft_prompt", "relearn_searched")
 """Attacks that train within a budget."""

@@ -36,7 +36,7 @@ CELL = 2
 """Version of `cells.work`: raise it when what a cell does changes, so that no older cell stands for a new one."""
 PARTS = ("validation", "test")
 ORIGINAL, RETRAINED = "original", "retrained"
-RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+RETAIN_SPLITS = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 RATES = ("learning_rate", "learning_rate_experts", "learning_rate_shared")
 UNKEYED = {"out", "resume", "overwrite", "save_steps", "method"}
 """Settings of a run that change no number, or that enter the key by their contents (weights, rows) instead of their names."""
@@ -163,7 +163,7 @@ def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[d
 
 def retain_source(settings: Compare, split: str) -> str:
     """Return the source of the rows to keep while `split` is forgotten."""
-    return settings.retain or f"{settings.data}:{RETAIN[split]}"
+    return settings.retain or f"{settings.data}:{RETAIN_SPLITS[split]}"
 
 
 def run_of(
@@ -381,7 +381,10 @@ def _lay_chain(
         rows = evaluation_rows(settings, split)
         trained = {
             name: read_rows(source)
-            for name, source in ((split, f"{settings.data}:{split}"), (RETAIN[split], retain_source(settings, split)))
+            for name, source in (
+                (split, f"{settings.data}:{split}"),
+                (RETAIN_SPLITS[split], retain_source(settings, split)),
+            )
         }
         new = [row for row in tofu_rows(split, settings.data) if row not in known]
         if not new:

@@ -34,7 +34,7 @@ from pydantic_core import CoreSchema, core_schema
 from alter.core.errors import UserError, nearest
 
 GROUP = "alter.plugins"
-FILES = "ALTER_PLUGINS"
+FILES_VARIABLE = "ALTER_PLUGINS"
 """Variable of the environment, so that processes which a command starts load the same files: paths, divided as in PATH."""
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def load_plugins() -> None:
     Raises:
         UserError: a plugin cannot be imported.
     """
-    for path in filter(None, os.environ.get(FILES, "").split(os.pathsep)):
+    for path in filter(None, os.environ.get(FILES_VARIABLE, "").split(os.pathsep)):
         if path not in _loaded:
             _loaded.add(path)
             _load_file(path)
@@ -97,8 +97,8 @@ def add_files(args: list[str]) -> list[str]:
         path = arg.partition("=")[2] or next(rest, "")
         if not Path(path).is_file() or not path.endswith(".py"):
             raise UserError(f"--plugin is {path!r}; expected a Python file that registers a part, such as mine.py.")
-        known = os.environ.get(FILES, "").split(os.pathsep)
-        os.environ[FILES] = os.pathsep.join(dict.fromkeys([*filter(None, known), os.path.abspath(path)]))
+        known = os.environ.get(FILES_VARIABLE, "").split(os.pathsep)
+        os.environ[FILES_VARIABLE] = os.pathsep.join(dict.fromkeys([*filter(None, known), os.path.abspath(path)]))
     return left
 
 

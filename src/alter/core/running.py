@@ -11,7 +11,7 @@ from pathlib import Path
 from alter.core.errors import UserError
 from alter.core.files import write_atomic
 
-FILE = ".running"
+CLAIM_FILE = ".running"
 """File in a run's folder, while it is made."""
 
 
@@ -20,17 +20,17 @@ def claim(folder: Path) -> None:
     import psutil
 
     own = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-    write_atomic(folder / FILE, json.dumps(own), private=True)
+    write_atomic(folder / CLAIM_FILE, json.dumps(own), private=True)
 
 
 def release(folder: Path) -> None:
     """Release this process's claim, if it has one: after an error another process can continue."""
     try:
-        holder = json.loads((folder / FILE).read_text())
+        holder = json.loads((folder / CLAIM_FILE).read_text())
     except (OSError, ValueError):
         return
     if isinstance(holder, dict) and holder.get("host") == socket.gethostname() and holder.get("pid") == os.getpid():
-        (folder / FILE).unlink(missing_ok=True)
+        (folder / CLAIM_FILE).unlink(missing_ok=True)
 
 
 def check_free(folder: Path) -> None:
@@ -42,7 +42,7 @@ def check_free(folder: Path) -> None:
     import psutil
 
     try:
-        holder = json.loads((folder / FILE).read_text())
+        holder = json.loads((folder / CLAIM_FILE).read_text())
         host, pid, started = holder["host"], int(holder["pid"]), float(holder["started"])
     except (OSError, ValueError, KeyError, TypeError):
         return

@@ -59,14 +59,14 @@ def domains(
         raise UserError("There are no examples to divide into sub-domains.")
     if n is not None and not 1 <= n <= rows:
         raise UserError(f"{n} sub-domains are not possible with {rows} rows; expected 1 to {rows}.")
-    if labelled(examples):
+    if have_labels(examples):
         return _by_label(examples, n)
     if n == 1 or rows == 1:
         return [0] * rows, ["all"]
     return _clustered(examples, n, seed, max_domains, states)
 
 
-def labelled(examples: Sequence[Example]) -> bool:
+def have_labels(examples: Sequence[Example]) -> bool:
     """Whether every example names its sub-domain."""
     return all(example.domain is not None for example in examples)
 

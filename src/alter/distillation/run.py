@@ -26,8 +26,7 @@ from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.core.files import check_disk, digest, to_json, write_atomic
 from alter.core.provenance import provenance
-from alter.core.running import FILE as RUNNING
-from alter.core.running import check_deletable, check_free, claim, release
+from alter.core.running import CLAIM_FILE, check_deletable, check_free, claim, release
 from alter.data.examples import Example, data_hash, row_hash
 from alter.distillation.closing import measure_distilled
 from alter.distillation.noise import add_noise
@@ -253,7 +252,7 @@ def _train(
 
 def _clean(out: Path) -> None:
     """Delete what only training needs, and the hidden temporary files of a killed write."""
-    for path in [out / "checkpoints", *(path for path in out.glob(".*") if path.name != RUNNING)]:
+    for path in [out / "checkpoints", *(path for path in out.glob(".*") if path.name != CLAIM_FILE)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

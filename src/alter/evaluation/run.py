@@ -24,7 +24,7 @@ from alter.data.sources import read_rows
 from alter.evaluation.base import Evaluation, overheard, say
 from alter.evaluation.closing import closing_of, show_closing
 from alter.evaluation.tofu.logs import Aggregate, aggregate
-from alter.models.generation import generate as generate_texts
+from alter.models.generation import generate
 from alter.models.loading import Subject
 from alter.reporting.terminal import table
 
@@ -181,7 +181,7 @@ class Generate(Subject):
     """File for the answers: a list of {"prompt", "answer"}."""
 
 
-def generate(settings: Generate) -> list[str]:
+def answer_prompts(settings: Generate) -> list[str]:
     """Run `alter generate`: print, and with --json write, one answer per prompt; several processes share the prompts.
 
     Raises:
@@ -212,7 +212,7 @@ def _generate(settings: Generate) -> list[str]:
         else {}
     )
     ids = [encode_prompt(tokenizer, Example(prompt=text, answer="", kind="qa")) for text in prompts]
-    answers = generate_texts(model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, **sampling)
+    answers = generate(model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, **sampling)
 
     for text, answer in zip(prompts, answers, strict=True):
         console.show(text, style="dim", markup=False, highlight=False)

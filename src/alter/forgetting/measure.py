@@ -109,7 +109,7 @@ def against_zero(
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptRate:
     """Of n answers that must not change: how many are the same to the letter; of those `named` that give a name which the
     prompt does not hold, how many still give the first one (`said`); and the mean ROUGE-L recall of the answer before."""
 
@@ -171,14 +171,14 @@ class Outcome:
 
         return count("before"), count("after")
 
-    def kept_rates(self) -> dict[str, Kept]:
+    def kept_rates(self) -> dict[str, KeptRate]:
         """Return the rates for answers about neighbours and to general requests, by form."""
         out = {}
         for form in dict.fromkeys(probe["form"] for probe in self.kept):
             chosen = [p for p in self.kept if p["form"] == form]
             recall = metrics.rouge_l([p["before"] for p in chosen], [p["after"] for p in chosen]).recall
             first = [(p, first_name(p)) for p in chosen]
-            out[form] = Kept(
+            out[form] = KeptRate(
                 len(chosen),
                 sum(p["after"] == p["before"] for p in chosen),
                 sum(name is not None for _, name in first),

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from alter.forgetting.measure import ANSWERS, LEVEL, Kept, Outcome, Rate
+from alter.forgetting.measure import ANSWERS, LEVEL, KeptRate, Outcome, Rate
 
 
 def print_line(console: Console, text: str) -> None:
@@ -86,7 +86,7 @@ def _answered(name: str, rates: Mapping[str, Rate]) -> Table:
     return table
 
 
-def _kept(rates: Mapping[str, Kept]) -> Table:
+def _kept(rates: Mapping[str, KeptRate]) -> Table:
     """Format how similar the answers about other subjects are to those before."""
     table = Table(title="What must not change")
     for column in ("", "n", "first name still said", "same answer", "ROUGE-L with the answer before"):

@@ -13,7 +13,7 @@ from alter.forgetting.templates import (
     EVERY_PROBE,
     GENERAL,
     GENERAL_PROBES,
-    HELD,
+    HELD_OUT,
     KINDS,
     NAMED,
     TEMPLATES,
@@ -60,7 +60,7 @@ def rows_to_keep(
 
     template = TEMPLATES[kind]
     shipped = [name for name in template.neighbours if apart(name)]
-    held = shipped[1:HELD:2]
+    held = shipped[1:HELD_OUT:2]
     trained = [*(name for name in shipped if name not in held), *filter(apart, neighbours), *keep]
     asked = [*template.questions, *EVERY]
     prompts = [

@@ -22,7 +22,7 @@ class Template:
         probes: other questions.
         stems: beginnings of a sentence, for completion and cloze probes.
         invented: names that nobody bears, of subjects of this kind.
-        neighbours: well-known subjects of this kind to keep; every other one of the first `HELD` is held out of training.
+        neighbours: well-known subjects of this kind to keep; every other one of the first `HELD_OUT` is held out of training.
     """
 
     phrases: tuple[str, ...]
@@ -476,7 +476,7 @@ TEMPLATES: dict[Kind, Template] = {
     ),
 }
 
-HELD = 16
+HELD_OUT = 16
 """Neighbours of a kind of which every other one is held out of training."""
 
 NAMED = ("Who or what is {f}?", "Tell me about {f}.")

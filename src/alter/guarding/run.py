@@ -15,7 +15,7 @@ from alter.core.provenance import provenance
 from alter.core.running import check_deletable
 from alter.data.examples import load_examples
 from alter.guarding.settings import MakeGuard
-from alter.models.guards import FILE, Form
+from alter.models.guards import FORM_FILE, Form
 
 CARD = """# A guard for {model}
 
@@ -39,7 +39,7 @@ def make_guard(run: MakeGuard) -> Path:
     out = Path(run.out)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not run.overwrite)):
         raise UserError(f"--out {run.out} is there already: add --overwrite to replace it, or give another folder.")
-    check_deletable(out, (FILE,))
+    check_deletable(out, (FORM_FILE,))
     forget, retain = ([] if rows is None else load_examples(rows) for rows in (run.forget, run.retain))
     write_guard(out, run.guard.make(run, forget, retain), run)
     show(f"guard: {out}; add --adapter {out} to any command", stderr=True, markup=False, highlight=False)
@@ -53,7 +53,7 @@ def write_guard(out: Path, form: Form, run: MakeGuard) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     made = {"settings": run.model_dump(mode="json"), "provenance": provenance()}
-    write_atomic(partial / FILE, to_json({**settings, "made": made}))
+    write_atomic(partial / FORM_FILE, to_json({**settings, "made": made}))
     for name, tensors in files.items():
         write_atomic(partial / name, save({key: value.contiguous() for key, value in tensors.items()}))
     what = "what it was told to" if run.forget is None else f"what {run.forget} says"

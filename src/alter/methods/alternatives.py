@@ -123,7 +123,7 @@ def _diverted(asked: _Asked) -> list[Encoded]:
     )
 
 
-MAKERS: dict[str, Callable[[_Asked], list[Encoded]]] = {
+ALTERNATIVES: dict[str, Callable[[_Asked], list[Encoded]]] = {
     "refusal": _refused,
     "random_labels": _relabelled,
     "substitute": _substituted,
@@ -160,7 +160,7 @@ def alternatives(
     kind = objective.needs.alternative
     if kind is None:
         return []
-    return MAKERS[kind](_Asked(objective, tokenizer, base, examples, rows, seed, max_length))
+    return ALTERNATIVES[kind](_Asked(objective, tokenizer, base, examples, rows, seed, max_length))
 
 
 def persona_views(

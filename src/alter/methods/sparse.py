@@ -20,7 +20,7 @@ from alter.core.files import read_object
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 """Files of such a folder."""
 
-ARCHITECTURES = ("standard", "jumprelu", "topk")
+SAE_ARCHITECTURES = ("standard", "jumprelu", "topk")
 """Encoders that can be read; sae-lens saves a trained BatchTopK as jumprelu."""
 
 BATCH = 1024
@@ -100,8 +100,8 @@ def read_autoencoder(folder: str) -> tuple[Autoencoder, int | None]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path / WEIGHTS} cannot be read ({error}): copy the folder again.") from None
     kind = config.get("architecture", "standard")
-    if kind not in ARCHITECTURES:
-        raise UserError(f"{path / CONFIG} has architecture {kind!r}; expected {', '.join(ARCHITECTURES)}.")
+    if kind not in SAE_ARCHITECTURES:
+        raise UserError(f"{path / CONFIG} has architecture {kind!r}; expected {', '.join(SAE_ARCHITECTURES)}.")
     norm = config.get("normalize_activations", "none")
     if norm not in ("none", "layer_norm", "expected_average_only_in"):
         raise UserError(

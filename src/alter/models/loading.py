@@ -80,9 +80,9 @@ class Subject(BaseModel):
         Raises:
             UserError: no such folder, or not one of a model or an adapter.
         """
-        from alter.models.guards import FILE, is_form
+        from alter.models.guards import FORM_FILE, is_form
 
-        needs = "adapter_config.json" if self.adapter is None or not is_form(self.adapter) else FILE
+        needs = "adapter_config.json" if self.adapter is None or not is_form(self.adapter) else FORM_FILE
         adapter = None if self.adapter is None else _content(self.adapter, needs, "adapter", memo)
         return {"weights": _content(shipped_model(self.model), "config.json", "model", memo), "adapter": adapter}
 

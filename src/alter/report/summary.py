@@ -9,7 +9,7 @@ from alter.evaluation.verdict import FIRM
 from alter.report.attacks import brought_back
 from alter.report.runs import ROLES, Reported
 from alter.report.tables import by_model, with_interval
-from alter.report.verdict import QUALITY, SAID, VERDICTS, blind, reply_counts, rows_behind, verdict
+from alter.report.verdict import QUALITY, SAID_FIGURES, VERDICTS, blind, reply_counts, rows_behind, verdict
 from alter.reporting.markup import Html, duration, grid, join, percent, tag
 from alter.reporting.terminal import number
 
@@ -57,7 +57,7 @@ def _forgotten(run: Reported) -> list[object]:
             f"{metric} cannot tell the original model from the retrained one, with so few rows or such rows: it says "
             "nothing about forgetting."
         )
-    for metric, (situation, truth, counted) in SAID.items():
+    for metric, (situation, truth, counted) in SAID_FIGURES.items():
         after = run.get("unlearned", metric)
         if after is None or after.value is None:
             continue

@@ -12,7 +12,7 @@ from alter.report.runs import Reported
 
 QUALITY = 0.05
 """Forget quality (a p-value) from which the model counts as not told apart from the retrained one."""
-SAID = {
+SAID_FIGURES = {
     "forget_rouge": ("Asked about what was to be forgotten", "true answers", "questions"),
     "knowmem_forget": ("Asked about what was to be forgotten", "true answers", "questions"),
     "verbmem": ("Given the beginning of a passage that was to be forgotten", "true continuations", "passages"),
@@ -33,7 +33,7 @@ VERDICTS: dict[VerdictAnswer, str] = {
 def verdict(run: Reported) -> VerdictAnswer:
     """Return whether a run made its model forget.
 
-    "yes": in every figure of `SAID` that was measured, at most `SLACK` above the retrained model, and a forget quality
+    "yes": in every figure of `SAID_FIGURES` that was measured, at most `SLACK` above the retrained model, and a forget quality
     of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "unknown" without either, and
     where the original model is as near to the retrained one (`blind`). What `alter.evaluation.verdict` found of the same
     adapter, or counts of the replies themselves, can make it worse, never better: "no" if it found NOT FORGOTTEN,
@@ -50,7 +50,7 @@ def verdict(run: Reported) -> VerdictAnswer:
         return "collapsed"
     if blind(run):
         return "unknown"
-    pairs = [(run.value("unlearned", metric), run.value("retrained", metric)) for metric in SAID]
+    pairs = [(run.value("unlearned", metric), run.value("retrained", metric)) for metric in SAID_FIGURES]
     silent = [mine <= other + SLACK for mine, other in pairs if mine is not None and other is not None]
     quality = run.value("unlearned", "forget_quality")
     if not silent and quality is None:
@@ -63,9 +63,9 @@ def verdict(run: Reported) -> VerdictAnswer:
 
 
 def blind(run: Reported) -> list[str]:
-    """Return the figures of `SAID` that cannot separate the original from the retrained model: they differ by `SLACK` or less."""
+    """Return the figures of `SAID_FIGURES` that cannot separate the original from the retrained model: they differ by `SLACK` or less."""
     found = []
-    for metric in SAID:
+    for metric in SAID_FIGURES:
         before, honest = run.value("original", metric), run.value("retrained", metric)
         if before is not None and honest is not None and before <= honest + SLACK:
             found.append(metric)
@@ -102,5 +102,5 @@ def reply_counts(run: Reported, model: str) -> Counts | None:
 
 def rows_behind(run: Reported) -> int:
     """Return the most rows that any figure of the verdict rests on."""
-    found = [run.get("unlearned", metric) for metric in (*SAID, "forget_quality", "forget_said")]
+    found = [run.get("unlearned", metric) for metric in (*SAID_FIGURES, "forget_quality", "forget_said")]
     return max((record.n for record in found if record is not None), default=0)

@@ -50,18 +50,18 @@ class Api:
 
     async def health(self, request: Any) -> Any:
         """GET /health: that the server lives, and how many answers wait."""
-        return as_json({"status": "ok", "waiting": self.engine.waiting.qsize()})
+        return json_response({"status": "ok", "waiting": self.engine.waiting.qsize()})
 
     async def models(self, request: Any) -> Any:
         """GET /v1/models: the one model."""
         self._check_key(request)
-        return as_json({"object": "list", "data": [self._model()]})
+        return json_response({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Any) -> Any:
         """GET /v1/models/NAME: the one model, if it is called so."""
         self._check_key(request)
         self._check_name(request.path_params["name"])
-        return as_json(self._model())
+        return json_response(self._model())
 
     def _model(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "alter"}
@@ -158,10 +158,10 @@ class Api:
         late = any(job.finish == "timeout" for job in reply.jobs)
         if late and not any(job.tokens for job in reply.jobs):
             raise Refused(504, f"No answer within {self.settings.timeout:g} s.", "timeout")
-        return as_json(await asyncio.get_running_loop().run_in_executor(self.tokenizing, reply.body))
+        return json_response(await asyncio.get_running_loop().run_in_executor(self.tokenizing, reply.body))
 
 
-def as_json(content: Any, status: int = 200, **headers: str) -> Any:
+def json_response(content: Any, status: int = 200, **headers: str) -> Any:
     """Return a JSON response."""
     from starlette.responses import JSONResponse
 
@@ -173,18 +173,18 @@ HEADERS = {408: {"connection": "close"}, 413: {"connection": "close"}, 429: {"re
 
 
 async def _refused(request: Any, error: Any) -> Any:
-    return as_json(error.content, error.status, **HEADERS.get(error.status, {}))
+    return json_response(error.content, error.status, **HEADERS.get(error.status, {}))
 
 
 async def _unknown(request: Any, error: Any) -> Any:
     """Return the error for what the router itself refuses: an unknown path, or a wrong method."""
     text = f"{request.method} {request.url.path}: {error.detail}. There are POST /v1/chat/completions, POST "
     text += "/v1/completions, GET /v1/models and GET /health."
-    return as_json(error_body(text), error.status_code, **(error.headers or {}))
+    return json_response(error_body(text), error.status_code, **(error.headers or {}))
 
 
 async def _broken(request: Any, error: Exception) -> Any:
-    return as_json(error_body("The server made a mistake; its log says more.", "server_error"), 500)
+    return json_response(error_body("The server made a mistake; its log says more.", "server_error"), 500)
 
 
 def application(settings: Serve, api: Api) -> Any:

@@ -15,7 +15,7 @@ from alter.serving.engine import Engine
 from alter.serving.jobs import Job, Scored
 from alter.serving.protocol import Body, Prompt, error_body
 from alter.serving.settings import Serve
-from alter.serving.text import BROKEN, added, token_texts
+from alter.serving.text import UNFINISHED, added, token_texts
 
 
 class Reply(ABC):
@@ -141,7 +141,7 @@ class Reply(ABC):
         given = [*job.prompt_scored, *job.scored]
         behind = given[max(start - 4, 0) : start]
         texts = token_texts(self.engine.tokenizer, [one.token for one in (*behind, *given[start:])])[len(behind) :]
-        while job.finish is None and texts and texts[-1].endswith(BROKEN):
+        while job.finish is None and texts and texts[-1].endswith(UNFINISHED):
             texts.pop()
         self.told[index] += len(texts)
         self.places[index] += sum(map(len, texts))

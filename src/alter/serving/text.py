@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What an unfinished character decodes to."""
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token of a byte-fallback vocabulary that stands for one byte."""
@@ -25,7 +25,7 @@ def settled(tokenizer: Any, ids: Sequence[int], text: str) -> str:
     if end < len(ids):
         before = tokenizer.decode(ids[:end], skip_special_tokens=True)
         text = before if text.startswith(before) else ""
-    text = text.rstrip(BROKEN)
+    text = text.rstrip(UNFINISHED)
     if getattr(tokenizer, "clean_up_tokenization_spaces", False) and " " in text:
         text = text[: text.rindex(" ")]
     return text
@@ -41,7 +41,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     start = shown = 0
     for end in range(1, len(ids) + 1):
         before, text = _decode(tokenizer, ids[start:shown]), _decode(tokenizer, ids[start:end])
-        unfinished = text.endswith(BROKEN) and end < len(ids)
+        unfinished = text.endswith(UNFINISHED) and end < len(ids)
         if unfinished or not text.startswith(before):
             found.append("")
             continue
@@ -55,7 +55,7 @@ def added(tokenizer: Any, before: Sequence[int], token: int) -> str:
     start = _decode(tokenizer, before[-1:])
     text = _decode(tokenizer, [*before[-1:], token])
     piece = text[len(start) :] if text.startswith(start) else _decode(tokenizer, [token])
-    return str(tokenizer.convert_ids_to_tokens(token)) if BROKEN in piece or not piece else piece
+    return str(tokenizer.convert_ids_to_tokens(token)) if UNFINISHED in piece or not piece else piece
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ import torch
 from alter.adapter import AlterModel
 from alter.core.errors import UserError, nearest
 from alter.models.scoring import evaluating
-from alter.serving.openai import Api, Refused, as_json
+from alter.serving.openai import Api, Refused, json_response
 from alter.serving.protocol import Body, ChatBody, TextBody, explain
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Proxy(Api):
 
     async def health(self, request: Any) -> Any:
         """GET /health: that this server lives."""
-        return as_json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def chat(self, request: Any) -> Any:
         """POST /v1/chat/completions."""

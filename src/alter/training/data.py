@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alter.core.errors import UserError
-from alter.data.domains import domains, labelled
+from alter.data.domains import domains, have_labels
 from alter.data.encoding import encode_all
 from alter.data.examples import Example, check_overlap, load_examples
 from alter.models.scoring import context_length, hidden_states
@@ -83,7 +83,7 @@ def by_meaning(run: Unlearn, data: Data, model: Any, tokenizer: Any) -> Data:
         model: the model as it is before the run.
         tokenizer: its tokenizer.
     """
-    if not run.adapter.routes or run.num_forget_experts == 1 or len(set(data.domain)) < 2 or labelled(data.forget):
+    if not run.adapter.routes or run.num_forget_experts == 1 or len(set(data.domain)) < 2 or have_labels(data.forget):
         return data
     means = row_states(model, tokenizer, data.forget, run.max_length or context_length(model))
     domain, names = _sub_domains(run, data.forget, means)

@@ -22,11 +22,9 @@ from alter.core.running import FILE, check_deletable, check_free, claim
 from alter.core.tensors import keep, kept
 from alter.data.examples import Example
 from alter.methods import frozen
-from alter.models.guards import FILE as FORM
-from alter.models.guards import Form
+from alter.models.guards import FORM_FILE, Form
 from alter.training.settings import Unlearn
-from alter.training.trunk import FILE as TRUNK
-from alter.training.trunk import WATCHED
+from alter.training.trunk import TRUNK_FILE, WATCHED_FILE
 
 GRADIENT = "gradient.safetensors"
 """What a rule for gradients has measured, in a run's folder; what it keeps from step to step, in a checkpoint."""
@@ -67,7 +65,7 @@ def check_folder(run: Unlearn) -> Path:
     return out
 
 
-class Kept(Protocol):
+class RunSettings(Protocol):
     """Settings of a run that a folder keeps."""
 
     out: str
@@ -77,7 +75,7 @@ class Kept(Protocol):
         """The settings by name."""
 
 
-def make_folder(run: Kept, inputs: Mapping[str, Any]) -> None:
+def make_folder(run: RunSettings, inputs: Mapping[str, Any]) -> None:
     """Create the run's folder, emptied first if it is to be overwritten, and write down the settings and the inputs.
 
     Raises:
@@ -266,7 +264,15 @@ def clean(out: Path, forget_rows: int) -> None:
     for path in [
         *(
             out / name
-            for name in (TRUNK, WATCHED, GRADIENT, TRACED, CODES, "start.safetensors", "reinforced.safetensors")
+            for name in (
+                TRUNK_FILE,
+                WATCHED_FILE,
+                GRADIENT,
+                TRACED,
+                CODES,
+                "start.safetensors",
+                "reinforced.safetensors",
+            )
         ),
         *out.glob(".*"),
     ]:
@@ -354,7 +360,7 @@ def save_adapter(
     model.save_pretrained(str(partial if form is None else partial / "lora"), **given)
     if form is not None:
         settings, files = form
-        write_atomic(partial / FORM, to_json(settings))
+        write_atomic(partial / FORM_FILE, to_json(settings))
         for file, tensors in files.items():
             write_atomic(partial / file, save(tensors))
     if tokenizer is not None:

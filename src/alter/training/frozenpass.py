@@ -20,8 +20,7 @@ from alter.methods.frozen import Depth
 from alter.training.batches import Order, RunRows, Traced
 from alter.training.router import fit_router
 from alter.training.settings import BRANCHES, Unlearn, branch_needs
-from alter.training.trunk import FILE as TRUNK
-from alter.training.trunk import KeptStates, Sink, States, plain_because, say_plain, trunk_of
+from alter.training.trunk import TRUNK_FILE, KeptStates, Sink, States, plain_because, say_plain, trunk_of
 
 
 def trace_run(
@@ -50,7 +49,7 @@ def trace_run(
         router = host.alter_router["default"]
         probe = host.alter_probe["default"] if alter.probed else None
     key = _key_of(model, run, rows, used, router, limit)
-    below = _below(model, run, rows, used, depth, cache.with_name(TRUNK), key)
+    below = _below(model, run, rows, used, depth, cache.with_name(TRUNK_FILE), key)
     kept = frozen.restore(cache, key)
     if kept is None or not (below is None or below.read()):
         passing = FrozenPass(model, tokenizer.pad_token_id, run, rows, used, views or {}, depth, below)

@@ -32,7 +32,7 @@ from alter.training.sampler import Kin
 from alter.training.settings import Unlearn, batches_of_step, hidden_depth, steps_of
 from alter.training.trunk import KeptStates, watched_states
 from alter.training.views import frozen_views
-from alter.training.watcher import KEPT, Watcher
+from alter.training.watcher import KEPT_FOLDER, Watcher
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _watcher_of(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Watcher 
         return None
     device = next(loaded.base.parameters()).device
     return Watcher(
-        run.watch, data.watched, loaded.tokenizer, max_length=loaded.limit, folder=out / KEPT, device=device
+        run.watch, data.watched, loaded.tokenizer, max_length=loaded.limit, folder=out / KEPT_FOLDER, device=device
     )
 
 

@@ -33,10 +33,10 @@ from alter.methods.frozen import Depth, states_of
 if TYPE_CHECKING:
     from alter.training.settings import Unlearn
 
-FILE = "trunk.safetensors"
+TRUNK_FILE = "trunk.safetensors"
 """What the states are kept in, in the run's folder."""
 
-WATCHED = "watched.safetensors"
+WATCHED_FILE = "watched.safetensors"
 """The same of the rows that a watched run looks at."""
 
 ALIGNED = 64
@@ -348,7 +348,7 @@ def watched_states(
     tokens = kept.states.tokens + sum(len(row.input_ids) for row in rows)
     if plain_because(run, model, kept.trunk, None, tokens, folder) is not None:
         return None
-    return WatchedStates(kept.trunk, folder / WATCHED, base_fingerprint(model), rows)
+    return WatchedStates(kept.trunk, folder / WATCHED_FILE, base_fingerprint(model), rows)
 
 
 def say_plain(why: str) -> None:

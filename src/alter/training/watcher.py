@@ -38,7 +38,7 @@ from alter.training.watch import Watch
 from alter.training.watched import Watched, rated
 
 Array = npt.NDArray[np.float64]
-KEPT = "kept"
+KEPT_FOLDER = "kept"
 """Folder of a run that holds the adapter of the best step so far."""
 
 COLUMNS = {

@@ -25,14 +25,14 @@ from alter.models.guards.agents import Agents
 from alter.models.guards.assistant import Subtracted, difference, first_blocks, without_rise
 from alter.models.guards.corruption import Corrupted, PromptClassifier
 from alter.models.guards.detector import EARLIER, FEATURES, Detected, Former, detector_inputs, fit_detector
-from alter.models.guards.form import FILE, Form, Guard, check_base, is_form, lora_folder
+from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder
 from alter.models.guards.likeness import SHRINKAGE, Calibration, Detector, Likeness, mean_states
 from alter.models.guards.neurons import Abstaining, Adjusted
 
 __all__ = [
     "EARLIER",
     "FEATURES",
-    "FILE",
+    "FORM_FILE",
     "GUARDS",
     "SHRINKAGE",
     "Abstaining",
@@ -85,11 +85,11 @@ def load_form(base: Any, folder: str, tokenizer: Any = None) -> Guard:
         UserError: the form was made for another base, by another version, or by a plugin that is not installed.
     """
     path = Path(folder).expanduser()
-    settings = read_object(path / FILE, "the settings of an inference form")
+    settings = read_object(path / FORM_FILE, "the settings of an inference form")
     check_base(settings, base, folder)
     if settings["kind"] not in GUARDS:
         raise UserError(
-            f"{path / FILE} is of kind {settings['kind']!r}; expected one of {', '.join(GUARDS)}."
+            f"{path / FORM_FILE} is of kind {settings['kind']!r}; expected one of {', '.join(GUARDS)}."
             f"{nearest(settings['kind'], GUARDS)} Install the plugin that it was made with."
         )
     made = GUARDS[settings["kind"]].read(base, path, settings).eval()

@@ -19,7 +19,7 @@ from alter.core.files import read_object
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded
 from alter.models.attach import attach
-from alter.models.guards.form import FILE, Form, Guard, check_base, is_form, lora_folder
+from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder
 from alter.models.guards.likeness import Calibration, Detector, Likeness, mean_states
 
 FEATURES = "detector.safetensors"
@@ -199,7 +199,7 @@ class Former:
         """
         path, settings = Path(folder).expanduser(), {}
         if is_form(folder):
-            settings = read_object(path / FILE, "the settings of an inference form")
+            settings = read_object(path / FORM_FILE, "the settings of an inference form")
         if settings.get("kind") != "detector":
             inside = f" Did you mean {path / 'adapter'}?" if is_form(str(path / "adapter")) else ""
             raise UserError(

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from alter.adapter.base import base_fingerprint, same_base
 from alter.core.errors import UserError
 
-FILE = "inference.json"
+FORM_FILE = "inference.json"
 """In an adapter's folder: which form it is, and its settings."""
 Form = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 """What `load_form` needs besides the LoRA: settings, and tensors by file."""
@@ -176,7 +176,7 @@ def layers_behind(cache: DynamicCache, blocks: int, count: int) -> list[Any]:
 
 def is_form(folder: str) -> bool:
     """Whether an adapter's folder holds an inference form."""
-    return (Path(folder).expanduser() / FILE).is_file()
+    return (Path(folder).expanduser() / FORM_FILE).is_file()
 
 
 def lora_folder(folder: str) -> Path:
