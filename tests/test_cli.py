@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from alter import cli
 from alter.commands import COMMANDS, COMMON
+from alter.comparison import executors, forks
 from alter.comparison.plan import Compare, run_of
 from alter.completion import options
 from alter.core import console
@@ -435,3 +437,27 @@ def test_what_others_wrote_cannot_move_the_cursor(capsys, tmp_path):
     # spaces and joiners of other scripts are no trick
     for text in ("東京\u3000都", "می\u200cخواهم", "10\u00a0km"):
         assert console.plain(text) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["-m", "alter", "unlearn", "--plugin", "part.py", "--help"], "part of the folder"),
+        (["-c", f"{forks.OWN_PATH}; import json, random, math; print('libraries')"], "libraries"),
+    ],
+    ids=["command", "cell of a comparison"],
+)
+def test_no_file_of_the_current_folder_stands_in_for_a_library(tmp_path, line, said):
+    for name in ("json", "random", "math", "argparse", "pydantic", "msvcrt"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the folder')")
+    (tmp_path / "part.py").write_text("import json\nprint('part of the folder')\n")
+    done = subprocess.run(
+        [sys.executable, *line],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert executors.command_line(tmp_path, ["test"])[1].startswith(f"{forks.OWN_PATH};")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from alter.comparison.forks import Fork, Forks
+from alter.comparison.forks import OWN_PATH, Fork, Forks
 from alter.comparison.settings import Compare, Ray, Slurm
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
@@ -33,7 +33,8 @@ UNBOUNDED = sys.maxsize
 def command_line(folder: Path, parts: Sequence[str]) -> list[str]:
     """Return the interpreter's arguments that run the cell in `folder`."""
     arguments = f"{str(folder)!r}, {' '.join(parts)!r}"
-    return ["-c", f"import sys; from alter.comparison.cell import cell_process; sys.exit(cell_process({arguments}))"]
+    program = f"from alter.comparison.cell import cell_process; sys.exit(cell_process({arguments}))"
+    return ["-c", f"{OWN_PATH}; {program}"]
 
 
 def thread_limits(threads: int) -> dict[str, str]:

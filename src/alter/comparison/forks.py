@@ -21,6 +21,8 @@ from alter.core.errors import UserError
 
 PRELOAD: tuple[str, ...] = ("alter.comparison.cell",)
 """Modules that are imported once."""
+OWN_PATH = "import alter, sys; sys.path[0] or sys.path.pop(0)"
+"""Begins a program of `python -c`, which puts the current folder first: no library is imported from there."""
 
 
 class Forks:
@@ -38,7 +40,11 @@ class Forks:
     def __init__(self, locks: Sequence[int] = ()) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._server = subprocess.Popen(
-            [sys.executable, "-c", f"from alter.comparison.forks import serve_cells; serve_cells({PRELOAD!r})"],
+            [
+                sys.executable,
+                "-c",
+                f"{OWN_PATH}; from alter.comparison.forks import serve_cells; serve_cells({PRELOAD!r})",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import sys
 from enum import Enum
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -59,10 +58,13 @@ def register(name: str, config: type, model: type, prefix: str) -> None:
     register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=prefix)
 
 
-class _After(Loader, MetaPathFinder):
-    """Import hook: imports one module right after another is first imported."""
+class _After:
+    """Import hook (finder and loader by protocol): imports one module right after another is first imported.
 
-    loader: Loader
+    It does not inherit from `importlib.abc`, which loads thirty modules, `random` among them.
+    """
+
+    loader: Any
 
     def __init__(self, awaited: str, wanted: str) -> None:
         self.awaited, self.wanted = awaited, wanted
@@ -73,11 +75,12 @@ class _After(Loader, MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(self.awaited)
         if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
+            self.loader, spec.loader = spec.loader, self  # type: ignore[assignment]  # a loader by protocol
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
+        module: ModuleType | None = self.loader.create_module(spec)
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
