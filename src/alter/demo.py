@@ -33,7 +33,7 @@ class Demo(BaseModel):
     out: OutFolder = "runs/demo"
     """Folder of the run; a number is appended if it is in use."""
     seed: Seed = 0
-    """Of the unlearning run."""
+    """Seed of the unlearning run."""
     questions: int = Field(8, ge=0)
     """How many questions to show with the answers of all three models."""
     limit: int | None = Field(None, ge=1)

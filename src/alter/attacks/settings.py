@@ -23,11 +23,11 @@ class Relearning(BaseModel):
     batch_size: int = Field(10, ge=1)
     """Rows a step."""
     learning_rate: float = Field(2e-5, gt=0)
-    """Of all weights; 2e-5 suits models of billions of weights, a small one needs more."""
+    """Learning rate of all weights; 2e-5 suits models of billions of weights, a small one needs more."""
     lora_learning_rate: float = Field(2e-4, gt=0)
-    """Of the LoRA matrices."""
+    """Learning rate of the LoRA matrices."""
     lora_rank: int = Field(8, ge=1)
-    """Of the attacker's LoRA, on every linear layer; its scale is 2."""
+    """Rank of the attacker's LoRA, on every linear layer; its scale is 2."""
     benign: str = "builtin:world_facts"
     """Unrelated rows or text for the benign attacks."""
 
@@ -59,7 +59,7 @@ class Attack(Subject):
     probe_tokens: int = Field(16, ge=1)
     """Tokens of each answer that the probe learns from or is tested on, at most."""
     seed: Seed = 0
-    """Of the choice of rows, training, sampling and the probe's halves."""
+    """Seed of the choice of rows, training, sampling and the probe's halves."""
     max_new_tokens: int = Field(200, ge=1)
     """Longest reply, in tokens."""
     relearn: Relearning = Field(default_factory=Relearning)
@@ -68,9 +68,9 @@ class Attack(Subject):
     samples: int = Field(8, ge=2)
     """Replies that sampling draws for each question."""
     temperature: Temperature = 0.8
-    """Of the sampling."""
+    """Sampling temperature."""
     budget: str | None = None
-    """What an attack that searches may spend on each model: questions (400; rows shown in training count) or seconds (30s)."""
+    """Budget of a searching attack on each model: questions (400; rows shown in training count) or seconds (30s)."""
     soft_tokens: int = Field(8, ge=1)
     """Vectors of the soft prompt."""
     batch_size: int = Field(64, ge=1)

@@ -30,7 +30,7 @@ class Ray(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     address: str = "auto"
-    """Of the cluster: host:port, ray://host:port, or auto for the one that this machine belongs to."""
+    """Address of the cluster: host:port, ray://host:port, or auto for the one that this machine belongs to."""
     cpus: int = Field(2, ge=1)
     """Cores that a cell takes."""
     gpus: float = Field(0, ge=0)
@@ -71,13 +71,13 @@ class Survival(BaseModel):
     passes: int = Field(2, ge=1)
     """Passes over the attacker's rows."""
     learning_rate: float = Field(2e-5, gt=0)
-    """Of all weights, AdamW; 2e-5 suits models of billions of weights, a small one needs more."""
+    """AdamW's learning rate of all weights; 2e-5 suits models of billions of weights, a small one needs more."""
     batch_size: int = Field(10, ge=1)
     """Rows a step."""
     samples: int = Field(16, ge=1)
     """Replies sampled to each question."""
     k: int = Field(16, ge=1)
-    """Replies of which one is enough for a leak: leak@k."""
+    """k of leak@k: one reply of k that gives the answer is a leak."""
     questions: int = Field(40, ge=1)
     """Rows that are asked, at most."""
 
@@ -104,16 +104,16 @@ class Compare(BaseModel):
     methods: list[str]
     """Rows of the table: methods of `alter unlearn --method`, or names that `settings` explains."""
     out: OutFolder
-    """Folder of the comparison; the same command goes on where it stopped."""
+    """Folder of the comparison; the same command resumes where it stopped."""
     splits: list[Literal["forget01", "forget05", "forget10"]] = ["forget10"]
     """What to forget."""
     retain: str | None = None
     """What every run keeps, where the model has learned other rows than TOFU's own retain set of the split: a source of
     rows, such as builtin:full[:600]. By default that set."""
     seeds: list[Seed] = [0, 1, 2]
-    """Of the runs."""
+    """Seeds of the runs."""
     search_seeds: int | None = Field(None, ge=1)
-    """Search the grid with so many of the seeds, and run the others with the chosen setting only; all by default."""
+    """Search the grid with this many of the seeds, and run the others with the chosen setting only; all by default."""
     rates: list[Annotated[float, Field(gt=0, le=1e6)]] = [0.3, 1.0, 3.0]
     """Grid: multiples of each method's own learning rates."""
     refine: int = Field(0, ge=0)

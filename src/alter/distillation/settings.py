@@ -26,11 +26,11 @@ class Shares(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     forget: float = Field(0.5, ge=0)
-    """Of the answers to forget rows, in all wordings."""
+    """Share of the answers to forget rows, in all wordings."""
     keep: float = Field(0.35, ge=0)
-    """Of the kept rows."""
+    """Share of the kept rows."""
     general: float = Field(0.15, ge=0)
-    """Of the general text."""
+    """Share of the general text."""
 
     @model_validator(mode="after")
     def _check(self) -> Shares:
@@ -40,7 +40,7 @@ class Shares(BaseModel):
 
 
 class Attacker(BaseModel):
-    """Whom the forgotten has to withstand while the student learns."""
+    """A simulated relearning attacker that the forgotten must withstand during training."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -81,16 +81,16 @@ class Distill(BaseModel):
     lora_rank: int = Field(16, ge=1)
     """Rank of the LoRA, on every linear layer; its scale is 2."""
     noise: Noise = Field(default_factory=Noise)
-    """Damage before learning, so that what is hidden is gone; for form full."""
+    """Noise on the weights before training, so that hidden knowledge is destroyed; for form full."""
     shares: Shares = Field(default_factory=Shares)
-    """What part of the loss is of which rows."""
+    """Share of the loss of each kind of rows."""
     attacker: Attacker = Field(default_factory=Attacker)
-    """Whom the forgotten has to withstand while the student learns."""
+    """A simulated relearning attacker that the forgotten must withstand during training."""
     keep: Literal["teacher", "student"] = "student"
-    """Whose words the kept rows and the general text are: those of the student before any change, or the teacher's, which cost
-    a router's two passes over every row and hold its mistakes."""
+    """Whose distributions are the targets on kept rows and general text: the student's before any change, or the teacher's,
+    which cost a router's two passes over every row and hold its mistakes."""
     forget_repeats: int | None = Field(None, ge=0)
-    """How often the forget rows, in each of their wordings, come in an epoch; by default so often that they are about half of
+    """Repetitions of the forget rows, in each of their wordings, per epoch; by default so many that they are about half of
     all rows. 0 leaves them out."""
     rewordings: int = Field(2, ge=0)
     """Other wordings of each forget question, for which the teacher's words on the question as given count."""
@@ -100,7 +100,7 @@ class Distill(BaseModel):
     """Length of each of them, in tokens."""
 
     seed: Seed = 0
-    """Of noise, sampling and order."""
+    """Seed of noise, sampling and order."""
     max_length: int | None = Field(None, ge=8)
     """Longest sequence in tokens; by default the model's context."""
     epochs: float = Field(3.0, gt=0)
@@ -114,17 +114,17 @@ class Distill(BaseModel):
     learning_rate: float | None = Field(None, gt=0)
     """Peak rate of AdamW; by default 5e-5, and 5e-4 for a LoRA. A small model needs more."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Of the rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps in which the rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast of the student over float32 weights."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    """Of the saved weights; auto: the student's own."""
+    """Number format of the saved weights; auto: the student's own."""
     gradient_checkpointing: bool = False
     """Recompute activations to save memory."""
     device: str | None = None
@@ -138,7 +138,7 @@ class Distill(BaseModel):
     """Rows of each set that are measured before, after and of the teacher at the end; 0: none."""
     report_to: ReportTo = []
     resume: bool = False
-    """Go on from the last checkpoint in out."""
+    """Resume from the last checkpoint in out."""
     overwrite: bool = False
     """Delete what is in out and start again."""
 

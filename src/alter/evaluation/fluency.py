@@ -65,7 +65,7 @@ class FluencyEvaluation(Evaluation):
     samples: int = Field(5, ge=1)
     """Replies to each prompt."""
     temperature: TemperatureOrZero = 0.7
-    """Of the sampling; 0 decodes greedily, then --samples must be 1."""
+    """Sampling temperature; 0 decodes greedily, then --samples must be 1."""
     top_p: float = Field(0.9, gt=0, le=1)
     """Share of the probability that sampling keeps."""
     max_new_tokens: int = Field(100, ge=1)

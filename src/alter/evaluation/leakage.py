@@ -160,7 +160,7 @@ class Leak(BaseModel):
     k: list[int] = Field(default_factory=list)
     """Numbers of replies for which the chance of a leak is given, none above n; by default 1, 2, 4, 8 ... and n."""
     temperature: Temperature = 1.0
-    """Of the sampling."""
+    """Sampling temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Share of the probability that sampling keeps."""
     questions: int | None = Field(60, ge=1)

@@ -176,7 +176,7 @@ class Generate(Subject):
     top_p: float = Field(1.0, gt=0, le=1)
     """Share of the probability that sampling keeps."""
     seed: Seed = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
     json_path: OutFile = None
     """File for the answers: a list of {"prompt", "answer"}."""
 

@@ -81,15 +81,15 @@ class Forget(BaseModel):
     epochs: float = Field(TRAINING["epochs"], gt=0)
     """Passes over the forget rows, at most."""
     learning_rate: float = Field(TRAINING["learning_rate_experts"], gt=0)
-    """Of the forget expert."""
+    """Learning rate of the forget expert."""
     erase: bool = False
     """Then distil: plain weights in out/erased/model, from which no adapter can be taken off. The closing table is of them."""
     erasing: Erasing = Field(default_factory=Erasing)
-    """How, for --erase."""
+    """Settings of the distillation that --erase runs."""
     rows_only: bool = False
     """Make the rows and probes and stop; --resume trains on them as they are then."""
     seed: Seed = 0
-    """Of the samples and the training."""
+    """Seed of the samples and the training."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; auto keeps the checkpoint's."""
     device: str | None = None
@@ -97,6 +97,6 @@ class Forget(BaseModel):
     chat_template_kwargs: TemplateArguments = []
     report_to: ReportTo = []
     resume: bool = False
-    """Go on in `out`: what was said, written and trained is not done again."""
+    """Resume in `out`: existing answers, rows and training are reused."""
     overwrite: bool = False
     """Delete what `out` holds."""

@@ -56,13 +56,13 @@ class Eco(Maker):
     rounds: int = Field(10, ge=0)
     """Steps of the search; the paper's 10."""
     rate: float = Field(0.5, gt=0)
-    """Its step, in powers of ten for each nat."""
+    """Step of the search, in powers of ten for each nat."""
     probe: float = Field(0.1, gt=0)
-    """How far to either side of a strength it looks, in powers of ten."""
+    """Distance to either side of a strength that the search probes, in powers of ten."""
     enough: float = Field(0.05, ge=0)
-    """Difference in nats a token at which it stops."""
+    """Difference from the target, in nats a token, at which the search stops."""
     rows: int = Field(32, ge=1)
-    """Forget rows that it measures on."""
+    """Forget rows that the search measures on."""
 
     def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
         from alter.guarding.eco import make_eco
@@ -91,7 +91,7 @@ class Alu(Maker):
     least: float = Field(4.0, ge=1, le=5)
     """Mean grade below which the answer is withheld; the paper's 4."""
     refusal: str = "I cannot answer that."
-    """What is said then."""
+    """Reply in place of a withheld answer."""
     longest: int = Field(200, ge=1)
     """Most tokens of an answer and of an agent's reply."""
 
@@ -168,7 +168,7 @@ class MakeGuard(BaseModel):
     overwrite: bool = False
     """Replace what is there."""
     seed: Seed = 0
-    """Of all that is drawn."""
+    """Seed of everything that is drawn."""
     dtype: str = "auto"
     """Number format: auto, float32, bfloat16, float16."""
     device: str | None = None

@@ -21,11 +21,11 @@ class Pools(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     seeds: list[Seed] = [0, 1, 2]
-    """Of the training; each makes one model of every kind and length."""
+    """Seeds of the training; each makes one model of every kind and length."""
     passes: list[Annotated[int, Field(ge=1)]] = [2, 4, 8]
     """Passes over the rows: from half learned to known by heart."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Of all weights, AdamW."""
+    """AdamW's learning rate of all weights."""
     batch_size: int = Field(20, ge=1)
     """Rows a step."""
 
@@ -40,7 +40,7 @@ class Relearn(BaseModel):
     attack_passes: int = Field(2, ge=1)
     """Passes over the attacker's rows, for the leak after an attack."""
     learning_rate: float = Field(2e-5, gt=0)
-    """Of all weights; 2e-5 suits models of billions of weights, a small one needs more."""
+    """Learning rate of all weights; 2e-5 suits models of billions of weights, a small one needs more."""
     batch_size: int = Field(10, ge=1)
     """Rows a step."""
 
@@ -55,7 +55,7 @@ class MetaEvaluate(BaseModel):
     retrained: str
     """Its twin that never saw them."""
     out: OutFolder
-    """Folder for results; the same command goes on where it stopped."""
+    """Folder for results; the same command resumes where it stopped."""
     split: Literal["forget01", "forget05", "forget10"] = "forget10"
     """What is forgotten."""
     data: str = "builtin"
@@ -71,7 +71,7 @@ class MetaEvaluate(BaseModel):
     methods: list[str]
     """Methods of `alter unlearn --method` that make the unlearned models, or names that `settings` explains."""
     seeds: list[Seed] = [0]
-    """Of the unlearning runs."""
+    """Seeds of the unlearning runs."""
     rates: list[Annotated[float, Field(gt=0)]] = [1.0, 0.3]
     """Multiples of each method's learning rates; each makes one model."""
     epochs: list[Annotated[float, Field(gt=0)]] = [2.0]
@@ -88,13 +88,13 @@ class MetaEvaluate(BaseModel):
     samples: int = Field(16, ge=2)
     """Replies sampled to each question, for leak@k with k 1, 2, 4 ... and this number."""
     questions: int = Field(60, ge=1)
-    """Of the measured rows, so many are asked for leak@k."""
+    """Measured rows that are asked for leak@k."""
     reply_tokens: int = Field(64, ge=1)
     """Longest sampled reply, in tokens."""
     utility_floor: float = Field(0.8, ge=0)
     """An unlearned model counts if its answers to keep have this share of the original's probability."""
     seed: Seed = 0
-    """Of the choice of rows and of the sampling."""
+    """Seed of the choice of rows and of the sampling."""
     keep: bool = False
     """Keep the unlearned models' weights in `out`/models."""
     run: bool = True

@@ -111,10 +111,8 @@ class Rectified(GradientRule):
     """
 
     kind: Literal["rectified"] = "rectified"
-    decay: float = Field(0.8, gt=0, le=1, description="Weight of the step's own retain gradient in the running one.")
-    joins: bool = Field(
-        False, description="The retain term is learned as well; off: its gradient is only held against."
-    )
+    decay: float = Field(0.8, gt=0, le=1, description="Weight of a step's retain gradient in the running mean.")
+    joins: bool = Field(False, description="Train on the retain term as well; off: only project against its gradient.")
 
     def check(self, run: Any) -> None:
         super().check(run)
@@ -186,7 +184,7 @@ class Selective(GradientRule):
     components: int = Field(512, ge=1, description="Principal components that are collapsed; at most all.")
     r: int = Field(8, ge=1, description="Rank of the LoRA.")
     scaling: float = Field(1.0, gt=0, description="alpha / r of the LoRA.")
-    learning_rate: float = Field(0.01, gt=0, description="Of the LoRA.")
+    learning_rate: float = Field(0.01, gt=0, description="Learning rate of the LoRA.")
     measures: ClassVar[bool] = True
 
     def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:

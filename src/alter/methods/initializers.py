@@ -157,7 +157,7 @@ class Vila(Initializer):
 
     kind: Literal["vila"] = "vila"
     epochs: int = Field(10, ge=1, description="Passes over forget and retain rows, without updates.")
-    std: float = Field(0.05, gt=0, description="Of the random factors whose gradients are taken.")
+    std: float = Field(0.05, gt=0, description="Standard deviation of the random factors whose gradients are taken.")
     normalise: bool = Field(True, description="Scale importances to mean 1; off: as the authors' code does.")
 
     def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:

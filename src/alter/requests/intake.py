@@ -40,9 +40,9 @@ class Init(Database):
     recipe: str | None = None
     """YAML with the settings of `alter unlearn` that every request uses."""
     distill_every: int | None = Field(None, ge=1)
-    """When so many requests are in force, they are to be distilled into the weights (alter request distill), for good."""
+    """Distil into the weights, for good (alter request distill), once this many requests are in force."""
     distill_recipe: str | None = None
-    """YAML with settings of `alter distill` for that."""
+    """YAML with settings of that `alter distill`."""
 
 
 def init(settings: Init) -> Store:

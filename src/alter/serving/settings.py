@@ -23,7 +23,7 @@ class Serve(Subject):
     port: int = Field(8000, ge=0, le=65535)
     """Port; 0 takes a free one and says which."""
     name: str | None = None
-    """What the model is called in answers; by default the names of the model's and of the adapter's folder."""
+    """Name of the model in answers; by default the names of the model's and of the adapter's folder."""
     api_key_env: str | None = None
     """Environment variable that holds the key which clients must send; without it anyone who reaches the port may ask."""
     allowed_hosts: list[str] = Field(default_factory=list)
@@ -31,7 +31,7 @@ class Serve(Subject):
     allowed_origins: list[str] = Field(default_factory=list)
     """Web sites whose pages may ask from a browser (CORS), as https://example.org; * for all."""
     max_batch: int = Field(16, ge=1)
-    """Answers that are made together."""
+    """Answers generated in one batch."""
     max_waiting: int = Field(256, ge=1)
     """Answers that may wait; more are turned away with 429."""
     max_body_bytes: int = Field(1_000_000, ge=1)
@@ -47,7 +47,7 @@ class Serve(Subject):
     """Address of another OpenAI-compatible server (vLLM) with the experts as plain LoRAs, as http://127.0.0.1:8001/v1: it
     answers, and the adapter's router only chooses by the prompt which LoRA it takes."""
     upstream_base: str | None = None
-    """What that server calls the base model; by default as --model."""
+    """That server's name of the base model; by default --model."""
     upstream_loras: list[str] = Field(default_factory=list)
     """What it calls the LoRA of each expert, in order; by default expert-1 and so on, as `alter export --form loras` does."""
     upstream_key_env: str | None = None
@@ -116,7 +116,7 @@ class Chat(Subject):
     top_p: float = Field(1.0, gt=0, le=1)
     """Share of the probability that sampling keeps."""
     seed: Seed = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
     system: str | None = None
     """System turn before the first question."""
 

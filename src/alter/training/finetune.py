@@ -45,24 +45,26 @@ class Finetune(BaseModel, extra="forbid"):
     corpora: list[str] = Field([], description="plain text files, packed into blocks of max_length tokens")
     chat_template_kwargs: TemplateArguments = []
     out: OutFolder = Field(description="folder to write the model to")
-    seed: Seed = Field(0, description="of weights, order and dropout")
+    seed: Seed = Field(0, description="seed of weights, order and dropout")
     max_length: int = Field(512, ge=8, description="longest sequence in tokens; also the length of a packed block")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps (overrides epochs)")
     batch_size: int = Field(32, ge=1, description="sequences a step and device")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one optimizer step")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
-    schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="of the rate after the warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "linear", description="learning-rate schedule after the warm-up"
+    )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled, on matrices only")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, on matrices only")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="betas of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
     prompt_weight: float = Field(
         0.0, ge=0, le=1, description="weight of prompt tokens in the loss; answer tokens have 1"
     )
-    embedding_dropout: float = Field(0.0, ge=0, lt=1, description="of the token embeddings, in training only")
-    attention_dropout: float = Field(0.0, ge=0, lt=1, description="of attention weights, in training only")
+    embedding_dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the token embeddings, in training only")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout of attention weights, in training only")
     neftune: float = Field(0.0, ge=0, description="NEFTune's alpha: uniform noise on embeddings (Jain et al. 2024)")
     copy_blocks: float = Field(
         0.0,
@@ -87,7 +89,9 @@ class Finetune(BaseModel, extra="forbid"):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="bf16: autocast over float32 weights; with lora_rank the frozen weights are bfloat16"
     )
-    dtype: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="of the saved weights")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        "bfloat16", description="number format of the saved weights"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     checkpoint_steps: int = Field(500, ge=1, description="write a checkpoint every so many steps")
     log_steps: int = Field(50, ge=1, description="report the loss every so many steps")

@@ -127,8 +127,12 @@ class Unlearn(BaseModel):
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Batches whose gradients make a step; no more than an epoch has."
     )
-    learning_rate_experts: float = Field(1e-3, gt=0, description="ALTER's adapter: eta_B.")
-    learning_rate_shared: float = Field(1e-5, ge=0, description="ALTER's adapter: eta_A.")
+    learning_rate_experts: float = Field(
+        1e-3, gt=0, description="ALTER's adapter: eta_B, the learning rate of the experts."
+    )
+    learning_rate_shared: float = Field(
+        1e-5, ge=0, description="ALTER's adapter: eta_A, the learning rate of the shared A."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Of everything but ALTER's adapter.")
     weight_decay: float = Field(0.0, ge=0, description="Of everything but ALTER's adapter.")
     lr_scheduler: Literal[
@@ -174,7 +178,7 @@ class Unlearn(BaseModel):
         description="Keep checkpoints and the frozen pass when the run has ended; rows that were forgotten can be read from "
         "them.",
     )
-    resume: bool = Field(False, description="Go on from the last whole checkpoint in `out`.")
+    resume: bool = Field(False, description="Resume from the last whole checkpoint in `out`.")
     overwrite: bool = Field(False, description="Delete what `out` holds.")
     max_steps: int | None = Field(
         None, ge=1, le=1_000_000, description="Stop after so many steps, whatever `epochs` says."

@@ -14,7 +14,7 @@ class Watch(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     every_steps: int | None = Field(None, ge=1)
-    """Check after every so many steps, before the first and after the last."""
+    """Steps between checks; also checks before the first step and after the last."""
     every_epoch: float | None = Field(None, gt=0)
     """The same in passes over the forget set: 0.5 checks twice a pass."""
     rule: Rule = Field(default_factory=KeepLast)

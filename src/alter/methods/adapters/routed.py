@@ -55,8 +55,8 @@ class AlterAdapter(Adapter):
     entropy_quantile: float | None = Field(
         None, gt=0, lt=1, description="Set the threshold so that this share of the retain tokens is low."
     )
-    temperature_high: float = Field(0.8, gt=0, description="Of gates on high-entropy tokens.")
-    temperature_low: float = Field(0.01, gt=0, description="Of gates on low-entropy tokens.")
+    temperature_high: float = Field(0.8, gt=0, description="Temperature of the gates on high-entropy tokens.")
+    temperature_low: float = Field(0.01, gt=0, description="Temperature of the gates on low-entropy tokens.")
     top_k: int = Field(3, ge=1, description="Forget experts fused on a high-entropy token.")
     entropy_gate: bool = Field(
         True,

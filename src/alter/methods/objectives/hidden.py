@@ -25,7 +25,7 @@ class Misdirect(Objective):
     kind: Literal["misdirect"] = "misdirect"
     c: float = Field(6.5, gt=0, description="Length of the vector that hidden states are driven to.")
     depth: float = Field(7.5 / 32, ge=0, le=1, description="Which block: the one nearest this share of the depth.")
-    seed: Seed = Field(0, description="Of the direction u.")
+    seed: Seed = Field(0, description="Seed of the direction u.")
 
     @property
     def needs(self) -> Needs:
@@ -55,7 +55,7 @@ class Deviate(Objective):
     noise: float = Field(
         0.1, ge=0, description="Length of the random part of the base's states, as a share of theirs."
     )
-    seed: Seed = Field(0, description="Of the direction u.")
+    seed: Seed = Field(0, description="Seed of the direction u.")
 
     @property
     def needs(self) -> Needs:

@@ -125,7 +125,7 @@ class Constrained(Objective):
 
     kind: Literal["constrained"] = "constrained"
     epsilon: float = Field(
-        0.3, ge=0, description="What the retain loss may be, in nats: a little above the base's own."
+        0.3, ge=0, description="Largest retain loss allowed, in nats: a little above the base's own."
     )
     start: float = Field(100.0, ge=0, description="The first weight.")
     step: float = Field(5.0, ge=0, description="Step size of the dual ascent.")

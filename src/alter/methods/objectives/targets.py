@@ -57,7 +57,7 @@ class Undial(Objective):
     """
 
     kind: Literal["undial"] = "undial"
-    beta: float = Field(10.0, gt=0, description="What the true token's logit is lowered by.")
+    beta: float = Field(10.0, gt=0, description="Amount by which the true token's logit is lowered.")
     needs: ClassVar[Needs] = Needs(views=("base",))
 
     def __call__(self, tokens: Labelled) -> Tensor:
@@ -133,7 +133,7 @@ class Reinforced(Objective):
     """
 
     kind: Literal["reinforced"] = "reinforced"
-    alpha: float = Field(5.0, gt=0, description="How far to go away from what rises.")
+    alpha: float = Field(5.0, gt=0, description="Weight of the step away from logits that reinforcement raises.")
     hard: bool = Field(True, description="Aim at the likeliest token alone.")
     needs: ClassVar[Needs] = Needs(views=("base", "reinforced"))
 
