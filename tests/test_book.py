@@ -20,7 +20,7 @@ from alter.cli import main
 from alter.core.errors import UserError
 from alter.core.records import read_records, write_records
 from alter.data.examples import load_examples
-from alter.evaluation import book
+from alter.evaluation import book, passages
 from alter.models.scoring import Scores
 from pico import EOS, byte_tokenizer, pico, save_pico
 
@@ -180,7 +180,7 @@ def with_beginning(tokenizer, *, end=False):
 def test_passages_are_consecutive_windows(make, start, prefix, continuation):
     text, tokenizer = prose(0, 33), make()
     alphabet = byte_tokenizer()
-    found = book.cut(tokenizer, text, prefix, continuation, "book")
+    found = passages.cut(tokenizer, text, prefix, continuation, "book")
     place = number = 0
     while place + prefix + continuation <= len(text):
         head = text[place : place + prefix]
@@ -195,11 +195,17 @@ def test_passages_are_consecutive_windows(make, start, prefix, continuation):
 
 def test_fingerprint_is_of_the_text():
     text = prose(0, 33)
-    plain = book.passages_fingerprint(book.cut(byte_tokenizer(), text, 9, 5, "book"))
-    assert plain == book.passages_fingerprint(book.cut(with_beginning(byte_tokenizer()), text, 9, 5, "book"))
+    plain = passages.passages_fingerprint(passages.cut(byte_tokenizer(), text, 9, 5, "book"))
+    assert plain == passages.passages_fingerprint(passages.cut(with_beginning(byte_tokenizer()), text, 9, 5, "book"))
     others = [(text, 5, 9), (text, 9, 6), (text.replace("a", "b", 1), 9, 5), (text[14:], 9, 5)]
     assert (
-        len({plain, *(book.passages_fingerprint(book.cut(byte_tokenizer(), *other, "book")) for other in others)}) == 5
+        len(
+            {
+                plain,
+                *(passages.passages_fingerprint(passages.cut(byte_tokenizer(), *other, "book")) for other in others),
+            }
+        )
+        == 5
     )
 
 

@@ -34,8 +34,9 @@ from alter.comparison import cells, choice, executors, forks, plan, table, words
 from alter.comparison import run as compare
 from alter.comparison.cells import CellJob, finished, hold, run_cells
 from alter.comparison.choice import best_setting, cell_figures, choices
+from alter.comparison.division import PARTS, RETAIN_SPLITS, divide, evaluation_rows
 from alter.comparison.executors import Local
-from alter.comparison.plan import PARTS, divide, run_of
+from alter.comparison.plan import run_of
 from alter.comparison.settings import Compare, Retrained
 from alter.comparison.table import TableRow, dominated, table_rows, undominated
 from alter.core.errors import UserError
@@ -195,7 +196,7 @@ def test_rows_are_divided_by_author():
 
 
 def test_no_author_has_evaluation_rows_on_both_sides(data, tmp_path):
-    rows = plan.evaluation_rows(settings(data, tmp_path), "forget10")
+    rows = evaluation_rows(settings(data, tmp_path), "forget10")
     number = {part: {name: {row["question"] for row in own} for name, own in rows[part].items()} for part in rows}
     for name in ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"):
         sides = [{question.split(",")[0] for question in number[part][name]} for part in PARTS]
@@ -972,7 +973,7 @@ def test_a_chain_goes_from_small_to_large_on_the_rows_that_are_new(data, tmp_pat
         whole = tofu_rows(split, "builtin")
         assert rows == [row for row in whole if row not in before]
         assert len(rows) == {"forget01": 40, "forget05": 160, "forget10": 200}[split]
-        assert stage["run"]["retain"] == f"builtin:{plan.RETAIN_SPLITS[split]}"
+        assert stage["run"]["retain"] == f"builtin:{RETAIN_SPLITS[split]}"
         assert stage["run"]["epochs"] == pytest.approx(50 * stage["run"]["batch_size"] / len(rows))
         before += rows
     # each split alone is another run

@@ -17,6 +17,7 @@ from alter.data.examples import load_examples
 from alter.distillation import rows as lessons
 from alter.distillation import run as module
 from alter.distillation.attacker import attacked
+from alter.distillation.checks import check_teacher
 from alter.distillation.noise import Noise, add_noise
 from alter.distillation.rows import lesson
 from alter.distillation.run import distill
@@ -400,9 +401,9 @@ def test_what_is_refused_before_any_work(data, run, tmp_path):
 
 def test_a_detached_adapter_is_refused(data, run):
     teacher, _ = load_model(str(data / "model"), str(run / "adapter"), device="cpu")
-    module.check_teacher(teacher)
+    check_teacher(teacher)
     with teacher.disable_adapter(), pytest.raises(UserError, match="detached"):
-        module.check_teacher(teacher)
+        check_teacher(teacher)
 
 
 def test_a_full_disk_is_said_before_training(data, run, tmp_path, monkeypatch):

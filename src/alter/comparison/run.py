@@ -14,19 +14,10 @@ from pathlib import Path
 from alter.comparison.cell import forget_weights
 from alter.comparison.cells import CellJob, finished, hold, run_shown
 from alter.comparison.choice import Choice, choices, chosen_cells, refined
+from alter.comparison.division import PARTS, evaluation_rows
 from alter.comparison.executors import Executor, executor_of
 from alter.comparison.export import all_records, search_csv, table_csv
-from alter.comparison.plan import (
-    ORIGINAL,
-    PARTS,
-    RETRAINED,
-    Chain,
-    Compare,
-    Layout,
-    check_settings,
-    evaluation_rows,
-    lay_out,
-)
+from alter.comparison.plan import ORIGINAL, RETRAINED, Chain, Compare, Layout, check_settings, lay_out
 from alter.comparison.plot import pareto
 from alter.comparison.table import TableRow, table_rows
 from alter.comparison.words import described, html_page, latex, markdown

@@ -18,16 +18,15 @@ import psutil
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
 from alter.core.cache import cache_folder
 from alter.core.console import show, warn
-from alter.core.errors import UserError
-from alter.core.files import check_disk, digest, to_json, write_atomic
+from alter.core.files import digest, to_json, write_atomic
 from alter.core.provenance import provenance
-from alter.core.running import CLAIM_FILE, check_deletable, check_free, claim, release
+from alter.core.running import CLAIM_FILE, claim, release
 from alter.data.examples import Example, data_hash, row_hash
+from alter.distillation.checks import check_out, check_pair, check_room, check_teacher
 from alter.distillation.closing import measure_distilled
 from alter.distillation.noise import add_noise
 from alter.distillation.rows import KINDS, Lesson, check_lengths, lesson, read_sets, sample_text
@@ -38,7 +37,6 @@ from alter.models.guards import is_form
 from alter.models.loading import Subject, load_model
 from alter.models.scoring import context_length
 from alter.training.folder import (
-    MARKS,
     check_finite,
     check_inputs,
     last_whole_checkpoint,
@@ -46,8 +44,6 @@ from alter.training.folder import (
     save_adapter,
 )
 from alter.training.trackers import check_trackers, trackers
-
-# Folder and disk -----------------------------------------------------------------------------------------------------
 
 UNCOMPARED = {
     "out",
@@ -61,89 +57,6 @@ UNCOMPARED = {
     "run",
 }
 """Settings that may change when a run is resumed."""
-
-
-def check_out(settings: Distill) -> Path:
-    """Return the output folder after checking it; nothing is created or deleted before the models are loaded.
-
-    Raises:
-        UserError: it holds something and neither `resume` nor `overwrite` is set, it holds teacher or student, there is
-            nothing to resume, or another process is working in it.
-    """
-    out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
-    for name in ("run", "model", "adapter", "student"):
-        value = getattr(settings, name)
-        if value is not None and Path(value).exists() and Path(value).resolve().is_relative_to(out.resolve()):
-            raise UserError(f"out is {settings.out!r}, which holds the {name} {value}: give another folder.")
-    check_free(out)
-    present = out.is_dir() and any(out.iterdir())
-    if present and not settings.resume and not settings.overwrite:
-        raise UserError(
-            f"The output folder {settings.out} is not empty: add --resume to go on from its last checkpoint, --overwrite "
-            "to delete it, or give another --out."
-        )
-    if settings.overwrite:
-        check_deletable(out, MARKS)
-    if not present and settings.resume:
-        raise UserError(f"Nothing to resume: {settings.out} is empty or missing. Leave --resume out to start.")
-    return out
-
-
-def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
-    """Refuse to start where the disk cannot hold the result and two checkpoints (`alter.core.files.check_disk`).
-
-    Of full weights a checkpoint holds them and both moments of AdamW in float32; of a LoRA next to nothing.
-    """
-    weights = sum(weight.numel() for weight in student.parameters())
-    # while a checkpoint is written the one before is still there
-    needed = weights * 4 * (1 + 2 * 3) if form == "full" else 0
-    check_disk(out, needed, "weights with two checkpoints take", "or give an --out on another disk")
-
-
-# Models --------------------------------------------------------------------------------------------------------------
-
-
-def check_teacher(teacher: Any) -> None:
-    """Refuse a teacher whose adapter is disabled: it would teach what was to be forgotten.
-
-    Raises:
-        UserError: it is.
-    """
-    layers = [module for module in teacher.modules() if isinstance(module, BaseTunerLayer)]
-    if layers and all(layer.disable_adapters or not layer.active_adapters for layer in layers):
-        raise UserError(
-            "The teacher's adapter is detached (disable_adapter): it would teach what was to be forgotten. Switch it on."
-        )
-
-
-def check_pair(teacher: Any, vocabulary: Any, student: Any, own: Any, names: tuple[str | None, str | None]) -> None:
-    """Refuse a student that cannot take the teacher's place.
-
-    Args:
-        teacher, vocabulary: model, as it is loaded, and tokenizer.
-        student, own: the same of the student.
-        names: what errors call them.
-
-    Raises:
-        UserError: another architecture, other sizes, or another vocabulary.
-    """
-    inner = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
-    theirs, ours = inner.config.get_text_config(), student.config.get_text_config()
-    fields = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    for field in fields:
-        one, other = getattr(theirs, field, None), getattr(ours, field, None)
-        if one != other:
-            raise UserError(
-                f"The student {names[1]} has {field} {other}, the teacher {names[0]} {one}: give a --student of the "
-                "teacher's architecture, such as the model before unlearning."
-            )
-    if vocabulary.get_vocab() != own.get_vocab():
-        raise UserError(
-            f"The student {names[1]} has another vocabulary than the teacher {names[0]}, though of the same size: give a "
-            "--student with the teacher's tokenizer."
-        )
 
 
 def _keep(teacher: Teacher, taught: Lesson, numbers: Sequence[int]) -> bool:

@@ -18,7 +18,7 @@ from alter.core import processes
 from alter.core.console import warn
 from alter.core.errors import UserError
 from alter.core.files import digest, file_digest, folder_digest, from_json, to_json, write_atomic
-from alter.core.running import FILE, check_deletable, check_free, claim
+from alter.core.running import CLAIM_FILE, check_deletable, check_free, claim
 from alter.core.tensors import keep, kept
 from alter.data.examples import Example
 from alter.methods import frozen
@@ -116,7 +116,7 @@ def has_ended(out: Path) -> bool:
 INPUTS = "inputs.json"
 """File of a run's folder that says what its checkpoints were made from."""
 
-MARKS = (INPUTS, "run.json", "forget.json", FILE)
+MARKS = (INPUTS, "run.json", "forget.json", CLAIM_FILE)
 """Files by which a folder is known as one that a run of ours made, and may be deleted with `overwrite`."""
 
 UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resume", "overwrite", "device"} | {
