@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        # what a process imports lives as long as it does: looking for garbage in it takes a quarter of a short command's time
+        # imported modules live as long as the process: collecting them takes a quarter of a short command's time
         gc.disable()
         atexit.register(gc.freeze)
     if not args or args[0] in ("-h", "--help", "help"):
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{'' if processes.size() == 1 else chr(10)}alter: {plain(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # the reader has seen enough (alter … | head); Python would complain once more while closing
+        # the reader has closed the pipe (alter … | head); Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 shown = given if len(given) < 80 else f"{given[:60]}…"
                 print(f"alter: {shown!r} cannot be used: {error.strerror}. Give another path.", file=sys.stderr)
         return 70 if given is None else 2
-    except Exception as error:  # the one place that stands between a user and what nobody foresaw
+    except Exception as error:  # the last resort: an unforeseen error becomes one line and a trace file
         if processes.speaks():
             _report(error)
         return 70
@@ -166,22 +166,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _set_up() -> None:
     """Set what libraries read from the environment when they load, and silence warnings that do not concern a user."""
-    # threads of libgomp, which torch's wheel brings, spin while they wait and take cores from others
+    # waiting threads of libgomp, which torch's wheel brings, spin and take cores from other processes
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    # pydantic would read what all installed packages say of themselves, to find tools that watch it
+    # pydantic would scan the metadata of all installed packages for plugins
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     ignore_known_warnings()
     if processes.launched() > 1:
-        # torch would say on every process that DDP looks for weights without a gradient
+        # torch would warn on every rank that DDP looks for unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # bars of other libraries fill a file or a log with what only a terminal can wipe
+    # other libraries' progress bars fill a log with what only a terminal can erase
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
-    # it tells how it sorts checkpoints that were written within one tick of the clock
+    # it reports how it sorts checkpoints of equal modification time
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
-    # where bitsandbytes is installed it speaks of a faster kernel on every start, asked for or not
+    # bitsandbytes advertises a faster kernel at every import
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -209,7 +209,7 @@ def _run(command: str, args: Sequence[str]) -> None:
     from tyro.constructors import ConstructorRegistry
 
     with processes.quiet():
-        # tyro makes its rules once, with one that looks into torch where torch is imported: so they are made before
+        # tyro builds its rules once, and one reads torch if torch is imported: build them before
         with ConstructorRegistry(), deferred():
             owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
             parsed = parse(command, getattr(importlib.import_module(owner), settings), args)

@@ -10,22 +10,22 @@ from torch import Tensor
 from alter.adapter.routing import Routing
 
 COPY = 8
-"""Copying an expert's block of B takes as long as the product of about this many tokens with it, as part of a matmul."""
+"""Cost of copying an expert's block of B, in tokens of a matmul with it."""
 
 PAIR = 3
-"""So does the product of one token with one expert by itself,"""
+"""Cost of the product of one token with one expert by itself, in the same unit."""
 
 PAIRS = 35
-"""and so does calling for such products at all."""
+"""Fixed cost of launching such products, in the same unit."""
 
 BATCHED = 1.5
-"""While learning, a product in a batched matmul, each row with experts of its own, takes as long as this many."""
+"""Cost, while learning, of a product in a batched matmul where each row has experts of its own, in the same unit."""
 
 SCATTER = 6
-"""Taking a token out of the batch and adding its result back takes as long as this many products."""
+"""Cost of gathering a token from the batch and adding its result back, in the same unit."""
 
 FEW = 64
-"""Tokens up to which such products are worth their while where matmuls are very fast, not on a CPU."""
+"""Most tokens for which such products pay off where matmuls are very fast, that is, not on a CPU."""
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from alter.models.scoring import context_length, score
 
 Array = npt.NDArray[np.float64]
 PLAIN = "none"
-"""Name of the measurement without any attack: before."""
+"""Name of the measurement without any attack."""
 
 
 def interval(values: npt.ArrayLike) -> list[float] | None:

@@ -26,7 +26,7 @@ from alter.data.encoding import Encoded
 from alter.models.scoring import context_length, score
 
 QUESTIONS = 400
-"""Questions that the search for a prompt may ask, by default."""
+"""Questions that the search for a prompt may ask by default."""
 PROBES = 8
 """The attacker's rows on which a prompt is tried, at most."""
 KEPT, CHILDREN = 4, 8
@@ -156,7 +156,7 @@ def evolve(bench: Bench) -> list[Record]:
 # Soft prompts --------------------------------------------------------------------------------------------------------
 
 ROWS_SHOWN = 300
-"""Rows that a soft prompt is trained on, each time that one is shown, by default."""
+"""Rows that a soft prompt is trained on by default, counted each time that one is shown."""
 RATE = 0.3
 """Rate of the soft prompt, in units of the embeddings' root mean square."""
 

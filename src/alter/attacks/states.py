@@ -18,7 +18,7 @@ RIDGE = 0.01
 """Penalty of the probe, per training token, on columns of variance 1."""
 
 LEAST = 4
-"""Least rows for a probe (half of them test it) and for debiased CKA."""
+"""Fewest rows for a probe (half of them test it) and for debiased CKA."""
 
 Floats = npt.NDArray[np.float32]
 

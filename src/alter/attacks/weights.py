@@ -214,13 +214,13 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
 
 
 SEARCHED = 4
-"""Least rows of the attacker for a search: a quarter of them tells which rate is best."""
+"""Fewest attacker's rows for a search: a quarter of them tells which rate is best."""
 TRIES = 3
 """Rates whose training the budget pays for, by default."""
 MOST = 20
 """Rates that are tried, at most."""
 FACTOR = 4.0
-"""Between the first rates that are tried; near the best, half of it on a logarithmic scale."""
+"""Factor between the first rates that are tried; near the best, half of it on a logarithmic scale."""
 
 
 def best_rate(first: float, value: Callable[[float], float | None]) -> list[tuple[float, float]]:

@@ -160,7 +160,7 @@ def work(folder: Path, parts: Sequence[str]) -> None:
     try:
         for place, stage in enumerate(spec["stages"]):
             run = folder / f"stage{place}"
-            # a stage is over when both it and its costs are written
+            # a stage has ended when its result and its costs are written
             if "run" not in stage or ((run / "run.json").is_file() and place < len(result["stages"])):
                 continue
             given = stage["run"] | start_from(folder, spec, place) | {"out": str(run), "overwrite": True}
@@ -179,7 +179,7 @@ def work(folder: Path, parts: Sequence[str]) -> None:
         for place in range(len(spec["stages"])):
             measure_stage(folder, spec, place, parts)
     except ValueError as error:  # a UserError, or figures that the metrics refuse
-        # tables go elsewhere, and the folders of this machine mean nothing there
+        # tables are handed on, and paths of this machine mean nothing elsewhere
         reason = str(error).replace(str(folder), folder.name).replace(f"{root}{os.sep}", "")
         result |= {"status": "failed", "reason": " ".join(reason.split())}
     result["all_seconds"] += time.time() - started
@@ -191,7 +191,7 @@ def work(folder: Path, parts: Sequence[str]) -> None:
 def forget_weights(folder: Path) -> None:
     """Delete the weights that a cell's runs have trained; a process killed midway leaves nothing that looks like a result."""
     stages = sorted(folder.glob("stage*"), reverse=True)
-    # the last stage first, so that none is over whose predecessor is not
+    # last stage first, so that no stage counts as ended without its predecessor
     for path in stages:
         (path / "run.json").unlink(missing_ok=True)
     for path in (*stages, *folder.glob("base*"), *folder.glob(".base*")):
@@ -203,7 +203,7 @@ def cell_process(folder: str, parts: str) -> int:
     die_with_parent()
     try:
         work(Path(folder), parts.split())
-    except Exception:  # any error must reach the log, and the comparison goes on without this cell
+    except Exception:  # log any error; the comparison continues without this cell
         traceback.print_exc()
         return 1
     return 0

@@ -27,7 +27,7 @@ from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 
 UNBOUNDED = sys.maxsize
-"""A cluster has a queue of its own: it is handed all cells at once."""
+"""A cluster has its own queue: all cells are submitted at once."""
 
 
 def command_line(folder: Path, parts: Sequence[str]) -> list[str]:
@@ -104,9 +104,9 @@ class Executor(ABC):
     """Takes cells and runs them."""
 
     at_once: int
-    """How many it is handed at a time."""
+    """Most cells submitted at a time."""
     place: str
-    """Where they run, in words."""
+    """Where the cells run, in words."""
 
     @abstractmethod
     def start(self, folder: Path, parts: Sequence[str], lock: int) -> Task:
@@ -180,7 +180,7 @@ class Local(Executor):
 
     @property
     def _forking(self) -> bool:
-        # what macOS's own libraries keep does not outlive a fork either
+        # macOS's system libraries do not survive a fork either
         return not self._cards and sys.platform == "linux"
 
     def _fork(self, folder: Path, parts: Sequence[str], lock: int) -> Fork:
@@ -294,11 +294,11 @@ class _SlurmTask(Task):
 
     def ended(self) -> str | None:
         if not self.job.paths.result_pickle.is_file():
-            # the controller serves everybody
+            # the controller serves all users: ask seldom
             if time.monotonic() < self.asked + 5:
                 return None
             self.asked = time.monotonic()
-            # looked for again: it may have been written while the queue was asked
+            # look again: it may have been written while the queue was queried
             if _is_queued(self.job.job_id) or self.job.paths.result_pickle.is_file():
                 return None
             return f"Slurm job {self.job.job_id} ended without a result: {self.job.paths.stderr}"

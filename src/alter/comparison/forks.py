@@ -136,17 +136,17 @@ def serve_cells(preload: Sequence[str]) -> None:
     `{"arguments", "log", "where", "environment"}` forks a process and is answered with its `pid`; `{"kill": pid}` ends one.
     Of each that ends, `{"pid", "code"}` is said without being asked.
     """
-    # an interrupt is for the process that gives the orders
+    # an interrupt is handled by the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # what modules print while they are imported is no answer
+    # output of imported modules must not mix with answers
     answers = os.dup(1)
     os.dup2(2, 1)
     for name in preload:
         importlib.import_module(name)
-    # what is here stays; without this each process would copy it as it collects
+    # freeze what is loaded: without this, garbage collection in each fork would copy it
     gc.collect()
     gc.freeze()
-    # reads as closed once this process is gone, however it went
+    # closes when this process ends, for whatever reason
     ends, held = os.pipe()
     running: set[int] = set()
 

@@ -32,7 +32,7 @@ from alter.models.loading import Subject
 from alter.training.settings import Unlearn, batches_of_step
 
 CELL = 2
-"""Version of `cells.work`: raise it when what a cell does changes, so that no older cell stands for a new one."""
+"""Version of `cells.work`: raise it when what a cell does changes, so that no older result is reused."""
 ORIGINAL, RETRAINED = "original", "retrained"
 RATES = ("learning_rate", "learning_rate_experts", "learning_rate_shared")
 UNKEYED = {"out", "resume", "overwrite", "save_steps", "method"}

@@ -19,11 +19,11 @@ from types import ModuleType
 from typing import Any
 
 HEAVY = ("torch", "numpy")
-"""What commands' settings import and do not need."""
+"""Modules that commands' settings import but do not need."""
 
 
 KNOWN = ("__spec__", "__class__", "__name__", "__file__")
-"""What `import` and `inspect` ask of every module, and is known of one that has not run."""
+"""Attributes that `import` and `inspect` read of every module, and that are known before it has run."""
 
 
 class _Unloaded(ModuleType):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 RENAMED = {"json_path": "json", "lambda_": "lambda"}
-"""Flags of fields whose names Python or pydantic keep for themselves."""
+"""Flags of fields whose names Python or pydantic reserves."""
 
 
 def flag_of(field: str) -> str:

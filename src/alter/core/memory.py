@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 PREFIX = "memory:"
-"""How such a name begins."""
+"""Prefix of such a name."""
 
 _held: dict[str, Any] = {}
 

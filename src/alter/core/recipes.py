@@ -13,7 +13,7 @@ from alter.core.errors import UserError, nearest
 from alter.core.files import read_text
 
 LARGEST = 100_000
-"""Most values of a recipe, those that a mark (&a, *a) stands for counted each time."""
+"""Most values of a recipe, an anchored one (&a) counted at each of its uses (*a)."""
 
 
 class _Loader(yaml.SafeLoader):

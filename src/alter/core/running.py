@@ -12,7 +12,7 @@ from alter.core.errors import UserError
 from alter.core.files import write_atomic
 
 CLAIM_FILE = ".running"
-"""File in a run's folder, while it is made."""
+"""File in a run's folder while a process works there."""
 
 
 def claim(folder: Path) -> None:
@@ -50,7 +50,7 @@ def check_free(folder: Path) -> None:
         return
     try:
         process = psutil.Process(pid)
-        # a process that got the same number later is another one
+        # a later process may have the same number
         alive = abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return

@@ -17,7 +17,7 @@ UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
     r"\U00020000-\U0003ffff]"
 )
-"""One character of a script that sets no spaces between words."""
+"""One character of a script that writes words without spaces."""
 
 _LATIN = re.compile(r"[\u0080-\u036f\u1d00-\u1eff\u2c60-\u2c7f\ua720-\ua7ff\uab30-\uab6f]+")
 _PLAIN = re.compile(r"[a-z0-9]+|[^\x00-\x7f]+")

@@ -49,7 +49,7 @@ def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
     Of full weights a checkpoint holds them and both moments of AdamW in float32; of a LoRA next to nothing.
     """
     weights = sum(weight.numel() for weight in student.parameters())
-    # while a checkpoint is written the one before is still there
+    # the previous checkpoint exists until the new one is written
     needed = weights * 4 * (1 + 2 * 3) if form == "full" else 0
     check_disk(out, needed, "weights with two checkpoints take", "or give an --out on another disk")
 

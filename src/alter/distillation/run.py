@@ -56,7 +56,7 @@ UNCOMPARED = {
     "report_to",
     "run",
 }
-"""Settings that may change when a run is resumed."""
+"""Settings that may differ when a run is resumed."""
 
 
 def _keep(teacher: Teacher, taught: Lesson, numbers: Sequence[int]) -> bool:
@@ -141,7 +141,7 @@ def _train(
     check_room(out, student, settings.form)
     limit = settings.max_length or context_length(student)
     check_lengths(teacher, tokenizer, settings, found, limit)
-    # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
+    # after all checks, so that invalid settings neither leave nor delete files
     make_folder(settings, given)
     if not found["general"]:
         found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])

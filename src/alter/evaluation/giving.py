@@ -11,7 +11,7 @@ from alter import metrics
 from alter.core.words import UNSPACED, runs, words
 
 ENOUGH = 2 / 3
-"""Share of an answer's facts that gives it away; a model that never saw tofu-mini's authors gets there in 2 of 100."""
+"""Share of an answer's facts that gives it away; a model that never saw tofu-mini's authors reaches it in 2 of 100."""
 
 
 def recall_of(truth: str, reply: str) -> float:

@@ -21,9 +21,9 @@ SYSTEM = (
 )
 USER = "Question: {prompt}\nResponse: {reply}"
 BACKOFF = 1.0
-"""Seconds before the first new attempt where the endpoint does not say; doubled each time."""
+"""Seconds before the first retry where the endpoint does not say; doubled each time."""
 LONGEST_WAIT = 120.0
-"""An endpoint that asks to wait longer than this is given up for now."""
+"""Longest wait in seconds that an endpoint may ask for before the run gives up on it."""
 
 
 def messages(prompt: str, reply: str) -> list[dict[str, str]]:

@@ -40,7 +40,7 @@ KEPT = 0.5
 UNKNOWN = 0.05
 """Probability of the true answers below which a model that gives none of them has nothing to forget."""
 LEAST = 5
-"""Answered rows below which nothing is proven."""
+"""Fewest answered rows for a proof."""
 FIRM = 100
 """Answered rows from which a page may colour a verdict green."""
 

@@ -19,7 +19,7 @@ from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import GENERAL, TEMPLATES
 
 LEAST_WORDS = 40
-"""Words that a document must have."""
+"""Fewest words of a document."""
 PASSAGE_WORDS = 70
 """Words at which a passage ends, at the end of a sentence."""
 CONTINUE = "Continue this text: {start}"

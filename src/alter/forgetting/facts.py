@@ -15,7 +15,7 @@ LEVEL = 0.05
 CANDIDATE = 0.1
 """Largest p-value of a word that is looked at more closely."""
 RECURS = 2
-"""Answers that a word must be in."""
+"""Fewest answers that a word must occur in."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ FACT_ROWS = 4
 FACT_TOKENS = 24
 """Longest ending of such a row."""
 LEAST_FACTS = 3
-"""Facts without which there is nothing to forget."""
+"""Fewest facts for which a subject counts as known."""
 
 
 def build(

@@ -38,7 +38,7 @@ from alter.training.settings import Unlearn
 from alter.training.trackers import check_trackers
 
 SAID = "said"
-"""Folder of a run that keeps what the model said."""
+"""Folder of a run that caches the model's answers."""
 ERASED = "erased"
 """Folder of a run that holds the distillation."""
 CHECKS = 1

@@ -37,7 +37,7 @@ from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 
 MEMBER = 2
-"""Version of what is done with a member: raise it when that changes, so that no older result stands for a new one."""
+"""Version of how a member is made and measured: raise it when that changes, so that no older result is reused."""
 POOLS = {"knows": ("answers", "paraphrased"), "without": ("retain", "wrong")}
 """Pools that are taught, and in which ways."""
 UNKEYED = {"out", "resume", "overwrite", "save_steps", "method"}

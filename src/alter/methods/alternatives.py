@@ -33,7 +33,7 @@ CHANGES_OF_SUBJECT = (
     "Before going on, let me change the subject.",
     "Now for something completely different.",
 )
-"""How a diversion begins; our wording of ELM's templates."""
+"""First words of a diversion; our wording of ELM's templates."""
 
 ROWS_AT_ONCE = 32
 """Diversions that are written side by side."""
@@ -130,7 +130,7 @@ ALTERNATIVES: dict[str, Callable[[_Asked], list[Encoded]]] = {
     "invented": _invented,
     "diversion": _diverted,
 }
-"""What makes each kind of alternative (`Needs.alternative`)."""
+"""Function that makes each kind of alternative (`Needs.alternative`)."""
 
 
 def alternatives(

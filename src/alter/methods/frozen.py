@@ -354,7 +354,7 @@ def restore(path: Path, key: str) -> Frozen | None:
 
 
 READ_LATER = ("entropy", "gates", "rows")
-"""What a report shows of the frozen pass: numbers of tokens, but not which tokens."""
+"""Tensors of the frozen pass that a report shows: numbers of tokens, but not which tokens."""
 
 
 def strip(path: Path, forget_rows: int) -> None:

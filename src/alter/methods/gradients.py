@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 FEWEST = 0.05
-"""Share of a layer's directions below which a projection leaves so little that it is said."""
+"""Share of a layer's free directions below which a projection is reported to leave too little."""
 
 
 class GradientPasses(Protocol):

@@ -52,7 +52,7 @@ def unlearning_completeness(
     between = (1 - alpha) * _signal(out) + alpha * _signal(known)
     mean = between.mean(axis=1)
     spread = between.std(axis=1) if len(out) > 1 else np.broadcast_to(between[:, 0].std(axis=1)[:, None], mean.shape)
-    # at the original's end all models agree: there the width is that of the signals over rows
+    # at alpha = 1 all models agree: there the width is that of the signals over rows
     floor = between.mean(axis=1).std(axis=1)[:, None] * 1e-3
     width = np.sqrt(6) * np.maximum(spread, floor) / np.pi
     if not (width > 0).all():

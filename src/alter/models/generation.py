@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SEGMENT = 16
-"""Greedy decoding drops the rows that have ended after every so many tokens."""
+"""Number of tokens after which greedy decoding drops finished rows."""
 NUCLEUS = 512
 """Likeliest tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
 
@@ -86,9 +86,9 @@ class Nucleus:
 
 
 WARPED = {"do_sample", "temperature", "top_p", "top_k"}
-"""Settings of sampling that `Nucleus` takes the place of, with `top_k` 0."""
+"""Sampling settings that `Nucleus` replaces, with `top_k` 0."""
 OTHERS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Settings of a model's own that also reshape what it samples from."""
+"""A model's own settings that also reshape what it samples from."""
 
 
 @dataclass(frozen=True)

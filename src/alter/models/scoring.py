@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAX_LOGITS = 2**28
-"""Largest number of logits in one batch (1 GiB in fp32): with a large vocabulary it shrinks the batch."""
+"""Most logits in one batch (1 GiB in fp32): with a large vocabulary it shrinks the batch."""
 CHUNK_LOGITS = 2**23
-"""Number of logits that are turned into fp32 at a time."""
+"""Most logits that are turned into fp32 at a time."""
 
 
 @dataclass

@@ -70,14 +70,14 @@ class Anchor:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:
             raise UserError(f"The anchor {self.path} cannot be written: {error.strerror}.") from None
-        # unbuffered: what cannot be written must not be tried again on closing
+        # unbuffered: a failed write must not be retried on closing
         with os.fdopen(handle, "r+b", buffering=0) as file:
-            # two commands that end at once write one after the other
+            # serialise commands that end at the same time
             fcntl.flock(file, fcntl.LOCK_EX)
             text = _whole_lines(file.read().decode(errors="replace"))
             known = _read_lines(text, str(self.path), [self.key.public])
             if known and known[-1].entries >= entries:
-                return  # another command was quicker
+                return  # another command has appended it
             line = self.key.sign(
                 {
                     "form": FORM,

@@ -28,7 +28,7 @@ def still_known(requests: Iterable[Request]) -> str:
     """Return the sentence on who still knows what the requests are about."""
     states = {request.state for request in requests if request.after}
     said = [FORGOTTEN] if "distilled" in states else []
-    # of what is not in force it holds as well: nothing took it out of the base
+    # it holds for withdrawn requests too: nothing removed them from the base
     return " ".join([*said, BASE] if states - {"distilled"} or not said else said)
 
 

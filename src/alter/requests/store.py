@@ -45,7 +45,7 @@ SCHEMA = 2
 """Version of the tables; a database of another one is refused."""
 
 LEASE_SECONDS = 120
-"""A run on another machine that has not shown a sign of life for so long is taken for dead."""
+"""Seconds without a heartbeat after which a run on another machine counts as dead."""
 
 
 class Store:
@@ -374,7 +374,7 @@ class Store:
 
         def beat() -> None:
             while not stop.wait(LEASE_SECONDS / 4):
-                # a sign of life that cannot be written now may be the next time
+                # a heartbeat that cannot be written now may be at the next time
                 with suppress(sql.exc.DatabaseError), self._write() as connection:
                     mine = (LEASE.c.name == "run") & (LEASE.c.pid == me["pid"]) & (LEASE.c.host == me["host"])
                     connection.execute(sql.update(LEASE).where(mine).values(seen=_seconds()))
@@ -403,7 +403,7 @@ def _alive(row: Any) -> bool:
 
     try:
         process = psutil.Process(row["pid"])
-        # a process that got the same number later is another one
+        # a later process may have the same number
         return abs(process.create_time() - row["started"]) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

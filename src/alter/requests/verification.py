@@ -56,7 +56,7 @@ def verify(settings: Verify) -> dict[str, Any]:
     trusted = [read_public(each) for each in settings.public_key]
     if settings.key is not None:
         trusted.append(read_key(settings.key).public)
-    # to check needs no private key
+    # checking needs no private key
     store, project = (settings if settings.key else settings.model_copy(update={"anchor": None})).open_unchecked()
     kept = [head for path in (settings.anchor, *settings.certificate) if path for head in read_heads(path, trusted)]
     if settings.head is not None and not re.fullmatch(r"[0-9a-f]{12,64}", settings.head):
@@ -64,7 +64,7 @@ def verify(settings: Verify) -> dict[str, Any]:
     heads = [] if settings.head is None else [settings.head]
     with store.lease(settings.who):
         entries = [(entry.number, entry.hash) for entry in store.history()]
-        # what was altered must not be taken for what a kill left
+        # an alteration must not be taken for the leftovers of a kill
         _refuse_wrong(missing_heads(kept, entries) or store.check_chain(heads))
         work.recover(store, project)
         found = checking.check_requests(

@@ -139,7 +139,7 @@ def run_requests(store: Store, project: Project, requests: Sequence[Request]) ->
         _failed(store, project, numbers, str(error) if isinstance(error, UserError) else type(error).__name__)
         raise
     finally:
-        # of an interrupted run its folder stays, as after a kill; the rows it writes anew
+        # an interrupted run keeps its folder, as after a kill, and writes its rows anew
         sweep(project, keep=goes_on)
 
 
@@ -171,7 +171,7 @@ def _train(project: Project, forget: Path, out: Path, version: int) -> None:
     try:
         unlearn(settings)
     except OtherInputs:
-        # what a run that was cut off left is of another model or retain set by now
+        # leftovers of an interrupted run are of another model or retain set
         shutil.rmtree(out)
         unlearn(settings.model_copy(update={"resume": False}))
 

@@ -106,7 +106,7 @@ class Inspector:
             except Stopped:
                 pass
             finally:
-                # whatever went wrong, nobody waits for ever
+                # on any error, release the waiting client
                 told.put(("", message("The analysis failed; the terminal says why.")))
 
         threading.Thread(target=work, daemon=True, name="alter-inspector").start()

@@ -252,7 +252,7 @@ COLORS = (
     )
     + "</fieldset></div>"
 )
-"""The choice of what colors mean; style sheets alone act on it."""
+"""The page's choice of what colors mean; style sheets alone act on it."""
 
 
 def render_begun(base: str, unlearned: str) -> str:

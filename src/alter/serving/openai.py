@@ -246,11 +246,11 @@ def serve(settings: Serve) -> None:
     except ImportError:
         raise _missing() from None
     listener = listen(settings.host, settings.port)
-    # the keys are looked at before the model takes its time
+    # read the keys before the slow loading of the model
     settings.key()
     settings.upstream_key()
     model, tokenizer = settings.load()
-    # what is loaded now stays: collecting after each batch need not look at it
+    # freeze what is loaded, so that collecting after each batch skips it
     gc.collect()
     gc.freeze()
     engine: Engine | None = None

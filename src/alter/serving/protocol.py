@@ -22,7 +22,7 @@ from alter.data.examples import Example
 MOST_STOPS, LONGEST_STOP = 4, 256
 """Stop texts of a request, and characters of each."""
 MOST_TOP = 20
-"""Most of the likeliest tokens that are told beside each token."""
+"""Most likeliest tokens returned beside each token."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -44,7 +44,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_k": (0, -1),
 }
-"""Fields that are known but not acted on, and the values under which that makes no difference."""
+"""Fields that are known but ignored, and the values for which that makes no difference."""
 HINTS = ("prompt_cache_key", "safety_identifier", "user")
 """Fields that never change an answer."""
 

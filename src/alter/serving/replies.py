@@ -45,14 +45,14 @@ class Reply(ABC):
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
         top, stops = asked.top(), asked.stops()
         for prompt in prompts:
-            # without a wish the answer may be as long as there is room
+            # by default the answer may fill the context
             room = limits.max_tokens if engine.context is None else max(engine.context - len(prompt.ids), 1)
             most = min(limits.max_tokens, room if asked.limit is None else asked.limit)
             for choice in range(asked.n):
                 index = len(self.jobs)
 
                 def put(piece: str | None, index: int = index) -> None:
-                    # a server that has stopped takes nothing any more
+                    # a stopped server takes no more jobs
                     with contextlib.suppress(RuntimeError):
                         loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
 
@@ -124,7 +124,7 @@ class Reply(ABC):
                 yield f"data: {json.dumps(last)}\n\n"
             yield "data: [DONE]\n\n"
         finally:
-            # a client that has gone leaves its rows to nobody
+            # cancel the rows of a client that has gone
             self.cancel()
 
     def _event(self, index: int, content: dict[str, Any], finish: str | None = None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What an unfinished character decodes to."""
+"""Character that an unfinished one decodes to."""
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token of a byte-fallback vocabulary that stands for one byte."""
 

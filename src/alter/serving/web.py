@@ -25,7 +25,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        # from here on nobody else can take it, however long the model loads
+        # the port is held while the model loads
         listener.listen()
     except OSError as error:
         listener.close()

@@ -152,7 +152,7 @@ def finetune(settings: Finetune) -> Path:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     assert tokenizer.pad_token_id is not None
-    # only now, so that a mistake in the settings leaves nothing behind
+    # after all checks, so that invalid settings leave no files
     if checkpoint is None:
         start_folder(settings)
     trainer = trainer_of(settings, model, rows, tokenizer.pad_token_id, Path(settings.out) / CHECKPOINTS)

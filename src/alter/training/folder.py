@@ -27,13 +27,14 @@ from alter.training.settings import Unlearn
 from alter.training.trunk import TRUNK_FILE, WATCHED_FILE
 
 GRADIENT = "gradient.safetensors"
-"""What a rule for gradients has measured, in a run's folder; what it keeps from step to step, in a checkpoint."""
+"""File of what a rule for gradients has measured, in a run's folder, and of its state between steps, in a checkpoint."""
 
 CODES = "codes.safetensors"
-"""What the base makes of names or prompts, for objectives that ask (`Needs.codes`, `Needs.redirected`), while the run works."""
+"""File of the base's codes of names or prompts, for objectives that need them (`Needs.codes`, `Needs.redirected`),
+while the run works."""
 
 TRACED = "traced.safetensors"
-"""What causal tracing has found, or how much each expert gets, in a run's folder."""
+"""File of the result of causal tracing, or of each expert's share of the forget rows, in a run's folder."""
 
 
 def check_folder(run: Unlearn) -> Path:
@@ -82,7 +83,7 @@ def make_folder(run: RunSettings, inputs: Mapping[str, Any]) -> None:
         UserError: another process has begun in it, or it cannot be made.
     """
     out = Path(run.out)
-    # another process may have begun while the model was loaded
+    # another process may have started while the model was loaded
     check_free(out)
     if run.overwrite:
         remove_run(out)
@@ -114,7 +115,7 @@ def has_ended(out: Path) -> bool:
 
 
 INPUTS = "inputs.json"
-"""File of a run's folder that says what its checkpoints were made from."""
+"""File of a run's folder with the inputs that its checkpoints were made from."""
 
 MARKS = (INPUTS, "run.json", "forget.json", CLAIM_FILE)
 """Files by which a folder is known as one that a run of ours made, and may be deleted with `overwrite`."""
@@ -126,7 +127,7 @@ UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resum
     "report_to",
     "trunk_gib",
 }
-"""Settings that may be others when a run goes on: names of what is compared by content, and what changes no weight."""
+"""Settings that may differ when a run is resumed: names of what is compared by content, and what changes no weight."""
 
 
 class OtherInputs(UserError):
@@ -134,9 +135,10 @@ class OtherInputs(UserError):
 
 
 BASE = "base model"
-"""What the base's fingerprint goes by; it is compared once the model is loaded."""
+"""Name of the base's fingerprint among a run's inputs; compared once the model is loaded."""
 SUB_DOMAINS = "sub-domains"
-"""What the digest of the forget rows' sub-domains goes by; the model has a say in them, so it is compared then too."""
+"""Name of the digest of the forget rows' sub-domains among a run's inputs; clustering reads the model, so it is
+compared then too."""
 
 
 def inputs_of(run: Unlearn, forget: Sequence[Example], retain: Sequence[Example]) -> dict[str, Any]:
@@ -260,7 +262,7 @@ def clean(out: Path, forget_rows: int) -> None:
         out: the run's folder.
         forget_rows: see `frozen.strip`.
     """
-    # what a kill cut off while it was written has a hidden name
+    # temporary files of a killed write have hidden names
     for path in [
         *(
             out / name

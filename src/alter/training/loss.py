@@ -161,7 +161,7 @@ class UnlearnTrainer(Trainer):
         self.codes = codes
         self.split = Split(run.gradient, measured or {})
         self.needs = branch_needs(run)
-        # RMU reads nothing behind its block; trained weights there must still take part, for DDP waits for them
+        # RMU reads nothing after its block, but DDP waits for a gradient of every trained weight
         labels = any(needs.rows and needs.labels for needs in self.needs)
         behind = [weight for block in (depth.behind if depth else ()) for weight in block.parameters()]
         self.only_states = not labels and not any(weight.requires_grad for weight in behind)
@@ -179,7 +179,7 @@ class UnlearnTrainer(Trainer):
         if not self.run.gradient.splits:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        # each process sums its own: DDP would wait for the one backward pass that does not come
+        # each rank sums its own gradients: DDP would wait for a backward pass that never comes
         with self.accelerator.no_sync(model), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         named = [(name, p) for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
@@ -208,7 +208,7 @@ class UnlearnTrainer(Trainer):
                 f"checkpoint stays in {self.args.output_dir}. Lower {self.run.adapter.rate} or max_grad_norm."
             )
         if processes.size() > 1:
-            # DDP waits for the gradient of every weight that took part; what is reported is the loss of all processes
+            # DDP waits for the gradient of every weight that took part; the loss reported is that of all ranks
             loss = loss + 0.0 * values.nan_to_num(0.0, 0.0, 0.0).sum()
             loss = loss + (whole - loss).detach()
         return (loss, values) if return_outputs else loss
@@ -284,7 +284,7 @@ class UnlearnTrainer(Trainer):
         run, parts = self.run, self._terms(batch, places, values, states)
         forgetting, keeping = run.beta * parts["forget"], run.gamma * parts["retain"]
         if run.objective.joint and run.retain_objective.needs.labels:
-            # two means, each weighted by its share of the tokens of all processes, are the one over both
+            # two means weighted by their shares of all ranks' tokens give the mean over both
             *learned, kept = processes.total(values.new_tensor(places.counts)).unbind()
             share = kept / (sum(learned) + kept).clamp_min(1.0)
             forgetting, keeping = (1 - share) * forgetting, share * keeping

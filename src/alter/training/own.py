@@ -22,13 +22,13 @@ from alter.models.scoring import context_length
 OWN = "retain.jsonl"
 """File of a run's folder with these rows."""
 TEXTS = 32
-"""Texts that the model begins itself."""
+"""Number of texts that the model begins itself."""
 ANSWER_TOKENS = 64
-"""Longest answer."""
+"""Longest answer, in tokens."""
 TEXT_TOKENS = 96
-"""Longest text."""
+"""Longest text, in tokens."""
 LEAST_WORDS = 4
-"""Words of a text without which it is no row."""
+"""Fewest words of a sampled text that counts as a row."""
 
 
 def write_rows(path: Path, rows: Sequence[Example]) -> None:

@@ -110,7 +110,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         data = replace(data, retain=rows)
         asked["retain"] = data_hash(list(map(row_hash, rows)))
     loaded = encode_rows(run, data, base, tokenizer, former)
-    # only now, so that a mistake in the settings leaves nothing behind, and deletes nothing
+    # after all checks, so that invalid settings neither leave nor delete files
     processes.from_first(lambda: make_folder(run, inputs))
     if run.retain is None:
         processes.from_first(lambda: write_rows(own, data.retain))

@@ -35,7 +35,7 @@ OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-"""What transformers' Trainer calls them."""
+"""transformers' names of the optimizers."""
 
 
 class Unlearn(BaseModel):

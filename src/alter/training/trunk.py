@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from alter.training.settings import Unlearn
 
 TRUNK_FILE = "trunk.safetensors"
-"""What the states are kept in, in the run's folder."""
+"""File of the states, in the run's folder."""
 
 WATCHED_FILE = "watched.safetensors"
-"""The same of the rows that a watched run looks at."""
+"""File of the states of a watched run's rows."""
 
 ALIGNED = 64
-"""The numbers of the file begin at a multiple of so many bytes."""
+"""Alignment of the numbers in the file, in bytes."""
 
 
 class States:

@@ -25,7 +25,7 @@ FORMAT = (
     "output_type", "description", "doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter", "fewshot_delimiter",
     "num_fewshot", "generation_kwargs", "filter_list", "metric_list",
 )  # fmt: skip
-"""What of a task's settings decides its prompts and its numbers."""
+"""Fields of a task's settings that decide its prompts and its numbers."""
 FEWSHOT_SEED = 1234
 """The harness's own, for tasks that draw their examples."""
 

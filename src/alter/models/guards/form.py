@@ -34,9 +34,9 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
     """
 
     kind: ClassVar[str]
-    """What `inference.json` calls it."""
+    """The kind's name in `inference.json`."""
     decides: ClassVar[bool] = False
-    """Whether it looks at the prompt first (`decide`); what it finds holds for the whole answer."""
+    """Whether it looks at the prompt first (`decide`); the decision holds for the whole answer."""
     tokenizer: Any = None
     """The model's tokenizer, for guards that read text; whoever loads the guard sets it."""
 

@@ -73,7 +73,7 @@ def certificate(settings: Certificate) -> dict[str, Any]:
 
 
 def _issue(settings: Certificate, console: Console) -> dict[str, Any]:
-    # who checks needs none of this
+    # checking needs none of this
     from alter.requests.certificate.issue import Beside, issue_for_request, state_run, write_signed
 
     if settings.key is None:

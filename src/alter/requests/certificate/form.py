@@ -46,7 +46,7 @@ def model_hashes(name: str) -> dict[str, str]:
     Raises:
         UserError: there is no such model on this machine.
     """
-    # what lies here needs nothing that loads models
+    # a local path needs no library that loads models
     if Path(name).expanduser().exists():
         return hashes(name)
     from alter.models.gguf import gguf_place
