@@ -12,7 +12,7 @@ from typing import Any, cast
 class Command:
     """Where a command's settings and its function live, and its help line.
 
-    The module of the settings is imported for every help text: nothing in it may need what takes long to import
+    The module of the settings is imported for every help text: it must import nothing that takes long
     (`alter.core.deferral`). `function` is a name in it, or MODULE:NAME. `presets` is a module whose `expand` fills in what a
     named setting stands for, before flags override it. `together` says that several processes can do it together
     (`alter.core.processes`).

@@ -1,7 +1,7 @@
 """One cell of `alter compare`, in its own process and folder (`cells/KEY`).
 
 It is first trained and measured on validation rows; only the chosen ones are measured on test rows too. A process that
-was killed is started again, here or on another machine, and goes on from what its folder holds.
+was killed is started again, here or on another machine, and resumes from its folder.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def serve_cells(preload: Sequence[str]) -> None:
     """Read one JSON order a line from standard input and answer on standard output, until the other end closes.
 
     `{"arguments", "log", "where", "environment"}` forks a process and is answered with its `pid`; `{"kill": pid}` ends one.
-    Of each that ends, `{"pid", "code"}` is said without being asked.
+    `{"pid", "code"}` is sent unasked when a process ends.
     """
     # an interrupt is handled by the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)

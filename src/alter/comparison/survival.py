@@ -84,7 +84,7 @@ def survival(
 
     Args:
         name: what the records call the model.
-        load: returns model and tokenizer in float32, anew at every call: one is spoiled.
+        load: returns model and tokenizer in float32, anew at every call: one is changed.
         original: the same of the model before.
         rows: forget rows of one part.
         settings: the attacker's.

@@ -43,8 +43,8 @@ class Cached:
 def recall(folder: Path, key: dict[str, Any]) -> Cached | None:
     """Return the result stored under exactly this key (JSON values only), or None.
 
-    The file holds the whole key and a hash of its contents: a file that is broken, edited or of another key is said on
-    stderr and not used.
+    The file holds the whole key and a hash of its contents: a file that is broken, edited or of another key is
+    reported on stderr and ignored.
     """
     path = folder / "results" / f"{digest(key)}.json"
     try:

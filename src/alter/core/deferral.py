@@ -84,7 +84,7 @@ class _Deferring(MetaPathFinder):
 def deferred(names: Sequence[str] = HEAVY) -> Iterator[None]:
     """Inside the block, defer imports of these modules; those imported are loaded when the block ends without an error.
 
-    After an error or an exit (a help text, a flag that is refused) nothing is loaded: nobody goes on to compute.
+    After an error or an exit (a help text, a flag that is refused) nothing is loaded: no computation follows.
     """
     finder = _Deferring([name for name in names if name not in sys.modules])
     sys.meta_path.insert(0, finder)

@@ -246,7 +246,7 @@ def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> s
 
 
 def _write_quietly(path: Path, content: str) -> None:
-    """Write a file of the cache; a cache that cannot be written is said on stderr and costs no result.
+    """Write a file of the cache; a cache that cannot be written is reported on stderr, without an error.
 
     Its folder is for the user alone: results hold what a model said, and data that somebody wanted forgotten.
     """

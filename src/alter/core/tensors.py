@@ -47,7 +47,7 @@ def kept(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | Non
 
     Returns:
         None where there is no such file, it was made from anything else, or it is not what was written: a byte of it was
-        changed, or its end is missing, which is said.
+        changed, or its end is missing; that is reported.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -54,7 +54,7 @@ def mistake(found: Mapping[str, Any], got: str = "") -> str:
 
     Args:
         found: one of an error's `errors()`.
-        got: the value, to be named where the message is pydantic's own; a check of ours names it itself.
+        got: the value, named where the message is pydantic's own; our checks name it themselves.
     """
     said = str(found["msg"])
     own = said.removeprefix("Value error, ")

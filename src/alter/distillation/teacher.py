@@ -26,7 +26,7 @@ def kl_of_logits(teacher: Tensor, student: Tensor) -> Tensor:
 class Teacher:
     """A model whose distribution at chosen tokens is the target.
 
-    What its head reads there, [n, D], says all of the distribution, and is kept in memory where it fits: then each row
+    What its head reads there, [n, D], determines the distribution, and is cached in memory where it fits: then each row
     passes through the teacher once. Of a model without one head (an inference form of two networks) the logits
     themselves are computed anew for every batch.
 

@@ -211,7 +211,7 @@ def train_student(
         teachers: of forget rows, and of all others.
         pad_token_id: fills rows up.
         callbacks: transformers' callbacks.
-        checkpoint: where to go on from, if anywhere.
+        checkpoint: to resume from, or None.
 
     Raises:
         UserError: the divergence is not finite.

@@ -127,8 +127,8 @@ def build_document(
 ) -> Material:
     """Make rows and probes of a document: passages continued from their first words, and questions about names and numbers.
 
-    The zero is the same document with its names and numbers exchanged. What the model goes on with after such a
-    beginning is what the passages' beginnings are to lead to.
+    The zero is the same document with its names and numbers exchanged. The model's continuation of the
+    disguised beginning is the target after the passage's own beginning.
     """
     words = list(dict.fromkeys(word for passage in passages for word in details(passage)))
     masks = [disguise(words, speaker.seed + k) for k in range(twins)]

@@ -68,8 +68,7 @@ class Speaker:
             label: names the file and the progress bar.
             prompts: what is asked.
             sample: draw, by `SAMPLING`.
-            begun: of each prompt the tokens of it and of the answer's beginning, where that is given; what follows it is
-                returned.
+            begun: tokens of each prompt and the beginning of its answer, where one is given; what follows is returned.
             tokens: longest answer, by default the speaker's.
         """
         tokens = tokens or self.tokens

@@ -59,7 +59,7 @@ def faithfulness(knows: npt.ArrayLike, without: npt.ArrayLike) -> float:
 
 
 def faithfulness_interval(knows: Sequence[float], without: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of `faithfulness` over models (`metrics.auc_interval`), which a few that are told apart keep wide."""
+    """Return the 95 % interval of `faithfulness` over models (`metrics.auc_interval`), wide for few models even if separated."""
     return metrics.auc_interval(faithfulness(knows, without), len(without), len(knows))
 
 

@@ -133,7 +133,7 @@ def measure_codes(
         objective: the settings.
         depth: where hidden states are read.
         examples: forget rows.
-        kept: retain rows; the names in them are those that the model shall go on knowing. Without any the forget rows' own.
+        kept: retain rows; their names are those that the model must still know; without any, the forget rows' own.
         given: an autoencoder that is there already.
         seed: of the rows, the invented names and the training.
         max_length: longest sequence.

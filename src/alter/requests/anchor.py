@@ -1,7 +1,7 @@
 """Heads of the history outside the database: a signed file that only grows, and certificates.
 
-A database restored from an old copy, or cut at its end, is whole by itself: its history simply ends earlier. It shows
-beside any later head that was kept elsewhere. The anchor is a file with one signed line per head: number of entries, hash
+A database restored from an old copy, or cut at its end, is consistent in itself: its history just ends earlier. Any
+later head that was kept elsewhere reveals it. The anchor is a file with one signed line per head: number of entries, hash
 of the last one, time, and the hash of the line before, so that no line can be changed or taken out of its middle. Lines
 cut at its end show beside a copy of the file or a certificate; keep it where the database's owner cannot write over it.
 """

@@ -75,8 +75,8 @@ def check_requests(
 ) -> Findings:
     """Check the history, the adapter in force and, with `behaviour`, that nothing of its requests has come back.
 
-    It compares with what was measured when a request took effect, and says no more than that: whether it was forgotten
-    then is in the request's own evidence.
+    It compares with what was measured when a request took effect; whether the request was forgotten then is in its own
+    evidence.
 
     Args:
         heads: heads of the history that were written down elsewhere.

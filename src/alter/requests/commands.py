@@ -87,8 +87,8 @@ class Revoke(Database):
 def revoke(settings: Revoke) -> Request:
     """Run `alter request revoke`: undo an erasure in force, or withdraw one that has not run.
 
-    The other requests are measured again at once, since some of their tokens may have gone by the expert that is empty
-    now.
+    The other requests are measured again at once, since some of their tokens may have been routed to the expert that
+    is empty now.
 
     Raises:
         UserError: there is no such request, it is revoked already, the adapter is not the one in the history, or another

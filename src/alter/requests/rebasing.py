@@ -1,8 +1,8 @@
 """`alter request distill`: write what is in force into the base's own weights; later requests start from these.
 
-Nothing is in force before the weights are written, measured on the requests and, where rows are still there, on those of
-earlier bases. Then one transaction makes the requests `distilled`, which is final. Whatever is killed before has not
-happened; the next command removes what it left.
+Nothing takes effect before the weights are written, measured on the requests and, where rows are still there, on those of
+earlier bases. Then one transaction makes the requests `distilled`, which is final. A process killed before that has
+no effect; the next command removes what it left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class DistillRequests(Database):
-    """Distil the requests in force into plain weights of the base; later ones begin anew on these, revoking ends."""
+    """Distil the requests in force into plain weights of the base; later ones start from these, revoking ends."""
 
     final: bool = False
     """Accept that none of these requests can be revoked any more."""

@@ -46,7 +46,7 @@ def verify(settings: Verify) -> dict[str, Any]:
     """Run `alter request verify`.
 
     Raises:
-        UserError: something is wrong; all of it is said.
+        UserError: something is wrong; the message lists all of it.
     """
     from alter.evaluation.leakage import Leak
     from alter.requests import checking, work

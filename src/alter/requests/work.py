@@ -2,8 +2,8 @@
 
 A project's folder holds one adapter per version (`adapters/0003/`) and a link `adapter` to the one in force. What a run
 trained is loaded, found finite and measured first; only requests that were not found NOT FORGOTTEN or COLLAPSED take
-effect, in the step that moves the link (`alter.requests.versions`). Whatever is killed before has not happened, whatever
-is killed after is finished by the next command. Rows, checkpoints and untaken adapters of a run are removed on every
+effect, in the step that moves the link (`alter.requests.versions`). A run killed before that has no effect; one killed
+after is finished by the next command. Rows, checkpoints and untaken adapters of a run are removed on every
 path; after a kill by the next command. An interrupted run (Ctrl-C) leaves what the next one goes on from.
 """
 

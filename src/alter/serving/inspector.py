@@ -88,7 +88,7 @@ class Inspector:
     def answer(self, prompt: str, max_new_tokens: int, off: Collection[int]) -> Iterator[str]:
         """Yield HTML of both answers as they are generated, then of the whole analysis; or of what is wrong with the prompt.
 
-        The model works in a thread of its own, which ends by itself when nobody reads on.
+        The model works in a thread of its own, which ends when nobody reads on.
         """
         told: queue.Queue[tuple[str, str]] = queue.Queue()
         left = threading.Event()

@@ -76,7 +76,7 @@ class Job:
         """Send what is new in `text`, the beginning of the answer; a restarted job first catches up with what was sent.
 
         Raises:
-            UserError: it does not go on from what was sent already.
+            UserError: it does not continue what was sent.
         """
         if not (text.startswith(self.sent) or (self.sent.startswith(text) and not last)):
             raise UserError("The answer was begun with another text, and what was sent cannot be taken back.")

@@ -23,7 +23,7 @@ from alter.training.settings import BRANCHES
 class RunRows:
     """The encoded rows of a run: forget rows, each with its expert (counted from 1), and retain rows.
 
-    `alternative` holds the forget rows once more in the form that the objective asks for, if it does, `examples` the forget
+    `alternative` holds the forget rows rewritten as the objective asks, if it does, `examples` the forget
     rows before they were encoded; `paired` is how many pairs an epoch has, where that is not one for each forget row.
     """
 
@@ -95,8 +95,8 @@ def schedule(
 class TrainingRow:
     """One row of a step: its tokens, what the frozen base computed for them, and its expert (0: retention).
 
-    `fills` marks a row that only fills up a batch: it goes through the model, and nothing is learned from it. `trunk` [T, D]
-    holds what the blocks below the experts put out for it, if that is kept.
+    `fills` marks a row that only pads a batch: it passes through the model without a loss. `trunk` [T, D]
+    holds the cached output of the blocks below the experts, if any.
     """
 
     encoded: Encoded
@@ -170,12 +170,12 @@ class Known:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of a step side by side, branch after branch: B rows of T tokens.
+    """The rows of a step, branch after branch: B rows of T tokens.
 
     Attributes:
         input_ids, attention_mask, labels: [B, T] long.
         expert: [B] long, the only expert that each row may move; 0 is the retention expert.
-        branch: [B] long, places in `BRANCHES`; -1 for a row that only fills up the batch.
+        branch: [B] long, places in `BRANCHES`; -1 for a row that only pads the batch.
         forget, alternative, retain: what the base knows of the rows of each branch; None where the branch has none.
         gates: [B, T, experts], or None unless the adapter routes.
         entropy: [B, T] of the step that generated each token, likewise; +inf for padding.

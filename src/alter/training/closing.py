@@ -41,8 +41,8 @@ def closing(run: Unlearn, out: Path) -> dict[str, Any] | None:
 
     What an adapter costs on ordinary text joins `run.json` as `ordinary_loss`.
 
-    The records hold figures alone, no question, answer or reply. Of several processes none measures: the command that
-    does is printed.
+    The records hold figures alone, no question, answer or reply. Under several processes nothing is measured: the
+    command for it is printed.
 
     Args:
         run: the settings; `closing_rows` rows of each set are scored and answered.

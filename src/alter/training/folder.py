@@ -309,7 +309,7 @@ def check_checkpoint(checkpoint: Path) -> None:
 def kept_tensors(cache: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors that `make` computes, or those cached in `cache` under the same key.
 
-    Of several processes the first makes them, and the others read them.
+    Rank 0 computes them, and the other ranks read the file.
     """
 
     def read_or_make() -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def trace_run(
 ) -> tuple[Traced, dict[str, Any], KeptStates | None]:
     """Compute all that training needs from the frozen base (router, entropies, gates, references); kept in `cache`.
 
-    Beside `cache` lies what the blocks below the experts put out for the rows, which is the last that is returned.
+    The output of the blocks below the experts, the last value returned, is cached beside `cache`.
     """
     needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
     of_forget, of_retain = {f for f, _ in order}, {r for _, r in order if r is not None}

@@ -25,7 +25,7 @@ class Loaded:
         tokenizer: its tokenizer.
         limit: longest sequence.
         forget, retain: the rows; a long one has become several.
-        alternative: the forget rows once more in the form that the objective asks for, if it does.
+        alternative: the forget rows rewritten as the objective asks, if it does.
         examples: of each forget row the example that it comes from.
         domain: of each forget row its sub-domain.
         former: the earlier adapter that is trained on.

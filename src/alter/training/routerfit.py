@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class RouterFit(BaseModel):
     """How the router learns which expert serves which token: one linear score per expert on hidden states.
 
-    What nobody has shown is ordinary text: a shipped sample of many kinds of text always joins the fit, and the level at
+    Text of unknown kinds counts as ordinary: a shipped sample of many kinds of text always joins the fit, and the level at
     which experts open is set on kinds of text that the fit has not seen.
     """
 

@@ -71,8 +71,8 @@ class Codes:
 
     Attributes:
         encode: gives the code [..., S] of states [..., D].
-        unknown: [S], the mean code of names that nobody has.
-        known: [S], the mean code of names that the base is to go on knowing.
+        unknown: [S], the mean code of invented names.
+        known: [S], the mean code of names that the base must still know.
         scale: mean squared length of the codes of the names to forget.
     """
 
