@@ -213,7 +213,7 @@ def test_what_is_not_in_force_gets_none(made, tmp_path):
     with pytest.raises(UserError, match="R-0001 is received"):
         certificate(Certificate(**given, key=str(folder / "key")))
     assert not (tmp_path / "c.json").exists()
-    with pytest.raises(UserError, match="one thing"):
+    with pytest.raises(UserError, match="exactly one task"):
         certificate(Certificate(**given, verify="x"))
 
 
