@@ -159,16 +159,9 @@ def attack(settings: Attack) -> list[Record]:
     failed: dict[str, str] = {}
     for model, subject in models.items():
         bench = Bench(settings, model, subject, rows, measured, attacker, unrelated)
-        # in the original there is nothing to relearn: it tells how much an attack lets any model say; and from a retrained
-        # model nothing can be taken off
-        here = {
-            "original": [name for name in names if name not in (*TRAINING_ATTACKS, "strip", *COMPARING)],
-            "retrained": [name for name in names if name not in ("strip", *COMPARING)],
-            "unlearned": [name for name in names if name not in COMPARING],
-        }[model]
         found += _measured(bench, PLAIN, identities[model], texts)
         same_tokens(found)
-        for name in here:
+        for name in _applicable(names, model):
             with _if_possible(failed, name, model):
                 found += _measured(bench, name, identities[model], texts)
         if "cka" in names:
@@ -187,15 +180,34 @@ def attack(settings: Attack) -> list[Record]:
     made = [*deep, *alike, *(record for name in names for record in recovered_fractions(found, name))]
     made = stamped(made, settings=settings.model_dump(mode="json"), seed=settings.seed, data=texts.forget)
     everything = [*found, *made]
-    write_records(out / "records.json", everything)
-    show_recovered(everything, names)
-    if any("step" in record.extra for record in found):
-        draw_curves(everything, out / "relearning.png")
-    console.show(f"records: {out}", stderr=True, markup=False, highlight=False)
+    _write(out, everything, names)
     asked = {name.strip() for part in settings.attacks for name in part.split(",")}
     if lost := [why for name, why in failed.items() if name in asked]:
         raise UserError(" ".join([*lost, "All other attacks have run."]))
     return everything
+
+
+def _write(out: Path, records: Sequence[Record], names: Sequence[str]) -> None:
+    """Write the records and the relearning curves, if there are any, and print the tables."""
+    write_records(out / "records.json", records)
+    show_recovered(records, names)
+    if any("step" in record.extra for record in records):
+        draw_curves(records, out / "relearning.png")
+    console.show(f"records: {out}", stderr=True, markup=False, highlight=False)
+
+
+def _applicable(names: Sequence[str], model: str) -> list[str]:
+    """Return the attacks to run on one of the models; those that compare models are run once all are measured.
+
+    The original has nothing to relearn: under other attacks it tells how much any model says. From a retrained model
+    nothing can be stripped.
+    """
+    left_out = {
+        "original": (*TRAINING_ATTACKS, "strip", *COMPARING),
+        "retrained": ("strip", *COMPARING),
+        "unlearned": COMPARING,
+    }
+    return [name for name in names if name not in left_out[model]]
 
 
 @contextmanager
