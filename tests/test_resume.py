@@ -268,7 +268,7 @@ def test_a_run_that_has_ended_has_nothing_to_go_on_with(data, straight, tmp_path
     monkeypatch.setattr("alter.training.loaded.load_model", None)
     before = weights(straight)
     assert unlearn(settings(data, straight, resume=True)) == straight
-    assert "has ended" in capsys.readouterr().err
+    assert "is finished" in capsys.readouterr().err
     assert equal(weights(straight), before)
     with pytest.raises(folder.OtherInputs, match="seed was 0 and is 1"):
         unlearn(settings(data, straight, resume=True, seed=1))
