@@ -16,7 +16,7 @@ from alter.core.errors import UserError
 
 @dataclass(eq=False)
 class Continuation:
-    """What the end of a forward pass needs to route the token that comes next."""
+    """Values at the end of a forward pass that route the next token."""
 
     mask: Tensor
     past: dict[str, Tensor]

@@ -69,7 +69,7 @@ class Products:
 
 @dataclass(eq=False)
 class Plan:
-    """How the layers compute one adapter's update from its route; the result always equals that of all experts for all tokens.
+    """The computation of one adapter's update from its route; the result always equals that of all experts for all tokens.
 
     Attributes:
         shape: [B, T], or whatever leading shape the gates have; of a `rest` [E, m].

@@ -337,7 +337,7 @@ def entropy_router(context: RoutingContext, name: str, entropy: Tensor) -> Tenso
 def _route_each(
     context: RoutingContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
 ) -> ForwardState:
-    """Models without tokens in a row: each row of the host's input is routed by itself, as a high-entropy one."""
+    """Route each row of the host's input by itself, as a high-entropy one, in models without tokens in a row."""
     frozen = ForwardState(frozen=True, grad=torch.is_grad_enabled(), names=tuple(names))
     if isinstance(module, PreTrainedModel):
         args, kwargs = (), frozen_inputs(module, _named(module, args, kwargs))

@@ -39,7 +39,7 @@ class Routing:
 
 @dataclass
 class Trace:
-    """What the frozen base knows about each token, see the convention at the top of this module.
+    """The frozen base's values for each token; see the convention at the top of this module.
 
     Attributes:
         entropy: [B, T] fp32, of the distribution that generated each token; +inf where nothing generated it (the first
@@ -186,7 +186,7 @@ def expert_gates(router_logits: Tensor, high: Tensor, config: AlterConfig, evide
 
 
 def route_tokens(router_logits: Tensor, entropy: Tensor, mask: Tensor, config: AlterConfig) -> tuple[Tensor, Tensor]:
-    """Gates of whole rows from each token's own evidence.
+    """Compute gates of whole rows from each token's own evidence.
 
     Args:
         router_logits: [B, T, N + 1], from the step that generated each token.
@@ -233,7 +233,7 @@ class Running:
     seen: Tensor
 
     def map(self, operation: Callable[[Tensor], Tensor]) -> Running:
-        """The same with every tensor t replaced by operation(t)."""
+        """Apply an operation to every tensor."""
         return Running(operation(self.total), operation(self.last), operation(self.seen))
 
 
@@ -294,7 +294,7 @@ class History:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self._parts[-1].seen) if self._parts else 0
 
     @property
@@ -328,7 +328,7 @@ class History:
 def next_gates(
     router_logits: Tensor, entropy: Tensor, mask: Tensor, past: Tensor, config: AlterConfig
 ) -> tuple[Tensor, Tensor]:
-    """One step of `route_tokens`: gates of the token that a position generates.
+    """Run one step of `route_tokens`: gates of the token that a position generates.
 
     Args:
         router_logits: [B, N + 1] read at the position.

@@ -47,7 +47,7 @@ Chain = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run or chain of runs and its evaluation, or (without setting) the evaluation of a model as it is.
+    """One run or chain of runs and its evaluation, or (without setting) the evaluation of a given model.
 
     `key` is the digest of everything that determines the result; `spec` is the input of the cell's process.
     """
@@ -204,7 +204,7 @@ def check_settings(settings: Compare) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """All cells: those of the models as they are by name and split, and the grid's by name and chain, setting, seed.
+    """All cells: those of the given models by name and split, and the grid's by name and chain, setting, seed.
 
     `lay` gives the cells of one more setting by seed, which belong into `grid`.
     """

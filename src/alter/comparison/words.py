@@ -262,7 +262,7 @@ def latex(said: Text) -> str:
 
 
 def _chart(settings: Compare, rows: Sequence[TableRow], split: str, numbers: Mapping[str, int]) -> Html:
-    """One sentence on what a split's chart shows, and the chart: numbered points, forgetting against utility."""
+    """Describe a split's chart in a sentence, and draw it: numbered points, forgetting against utility."""
     kind = criterion(settings, split)
     points, names = [], []
     for row in (row for row in rows if row.split == split):
@@ -292,7 +292,7 @@ def _chart(settings: Compare, rows: Sequence[TableRow], split: str, numbers: Map
 
 
 def _links(name: str, settings: Compare, rows: Sequence[TableRow]) -> Html:
-    """Where more is to be found about a method: its paper, the run of its first seed, and what its model answered."""
+    """Link to more about a method: its paper, the run of its first seed, and its model's answers."""
     found: list[Html] = []
     preset = METHODS.get(str(settings.settings.get(name, {}).get("method", name)))
     paper = None if preset is None else re.search(r"arXiv:(\d{4}\.\d{4,5})", preset.source)

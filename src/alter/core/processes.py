@@ -95,7 +95,7 @@ def launched() -> int:
 
 
 def launch() -> str:
-    """How the launch divides the model while it trains: fsdp2, zero3, or ddp (not at all), as recipes/accelerate."""
+    """Return how the launch divides the model while training: fsdp2, zero3, or ddp (not at all), as recipes/accelerate."""
     for name, kind in (("FSDP", "fsdp2"), ("DEEPSPEED", "zero3")):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             return kind

@@ -1,4 +1,4 @@
-"""What `alter distill` refuses before it trains: folders, disks, teachers and students that cannot do."""
+"""Checks of `alter distill` before training: output folder, disk space, teacher and student."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Noise(BaseModel):
-    """How far the student's weights are damaged before they learn (UNDO; Lee et al. 2025, "Distillation robustifies unlearning")."""
+    """Noise on the student's weights before it learns (UNDO; Lee et al. 2025, "Distillation robustifies unlearning")."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

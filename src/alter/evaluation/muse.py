@@ -164,7 +164,7 @@ class MuseEvaluation(Evaluation):
 
     @property
     def source(self) -> str:
-        """Where the rows come from."""
+        """Source of the rows."""
         return self.data or MUSE_HUB[self.corpus]
 
     @property
@@ -174,7 +174,7 @@ class MuseEvaluation(Evaluation):
 
     @property
     def text_length(self) -> int | None:
-        """How many tokens of a text of PrivLeak count; None: all."""
+        """Most tokens of a PrivLeak text; None: all."""
         return COMPAT_TEXT if self.compat and self.max_length is None else self.max_length
 
     def title(self) -> str:
@@ -445,6 +445,3 @@ class MuseEvaluation(Evaluation):
         check_rows(model, [row for part in texts.values() for row in part], self._text_names(texts))
         scores = self._min_k(model, tokenizer, texts)
         return self._usable(MuseReference(self.retain_records, metrics.auc(scores["forget"], scores["holdout"])))
-
-
-# Scalability and sustainability --------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer.
+    """A tokenizer in the terms of a GGUF file.
 
     Attributes:
         model: "gpt2" for byte-level BPE, "llama" for pieces with scores (SentencePiece's way).

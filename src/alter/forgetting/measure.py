@@ -28,7 +28,7 @@ DRAWS = 10_000
 
 @dataclass(frozen=True)
 class AgainstZero:
-    """How probable the known facts are on n probes, with the subject in them and with each of m invented ones.
+    """Log-probabilities of the known facts on n probes, with the subject in them and with each of m invented ones.
 
     Attributes:
         real: [n] log-probability of the fact, the subject in the probe.

@@ -305,7 +305,7 @@ def trace_rows(
 
 @dataclass
 class Frozen:
-    """All that a run takes from the frozen base: its rows, the fitted router's parameters, and what the fit found."""
+    """Everything that a run takes from the frozen base: its rows, the fitted router's parameters, and the fit's findings."""
 
     rows: list[FrozenRow]
     router: dict[str, Tensor]

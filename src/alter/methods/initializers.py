@@ -29,7 +29,7 @@ FLOOR = 1e-4
 
 
 class Factors(NamedTuple):
-    """Where the factors of one layer start: A [r, in] and B [out, r]."""
+    """Initial factors of one layer: A [r, in] and B [out, r]."""
 
     A: Tensor
     B: Tensor
@@ -194,7 +194,7 @@ class Reglu(Initializer):
     penalty: float = Field(0.5, ge=0, description="Weight of sum over layers of |B^T P|_F^2.")
 
     def retain_rows(self, forget_rows: int) -> int:
-        """As many as outputs are taken of."""
+        """As many rows as outputs are measured on."""
         return self.rows
 
     @property

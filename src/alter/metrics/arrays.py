@@ -1,4 +1,4 @@
-"""What the metrics take and give: arrays of float64, and ragged lists of them."""
+"""Array types of the metrics: arrays of float64, and ragged lists of them."""
 
 from __future__ import annotations
 

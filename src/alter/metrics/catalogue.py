@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric's name means.
+    """The meaning of a metric's name.
 
     Attributes:
         higher_is_better: which direction is good; None: a target between, see `meaning`.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answers:
-    """How a model's answers to n questions are spread over their k choices.
+    """The spread of a model's answers to n questions over their k choices.
 
     Attributes:
         predicted: the likeliest choice of each question, [n]; the first of those that tie.

@@ -1,4 +1,4 @@
-"""How complete forgetting is, row by row, between a model that knows and models that never saw."""
+"""Completeness of forgetting, row by row, between a model that knows the rows and models that never saw them."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def two_normals(values: npt.ArrayLike, *, seed: int = 0) -> TwoNormals:
 
 @dataclass(frozen=True)
 class Stability:
-    """How many tokens stay on their side of a threshold; see `stability`. NaN where there is nothing to take a share of."""
+    """Shares of tokens that stay on their side of a threshold; see `stability`. NaN where there is nothing to take a share of."""
 
     high_stay: float
     low_stay: float

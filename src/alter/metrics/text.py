@@ -28,7 +28,7 @@ class Rouge:
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """What `rouge_score` asks for words."""
+    """A tokenizer for `rouge_score`."""
 
     stem: bool
 

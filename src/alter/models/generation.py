@@ -93,7 +93,7 @@ OTHERS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 @dataclass(frozen=True)
 class _Decoding:
-    """How replies are decoded.
+    """Decoding of replies: settings, stop tokens, length.
 
     Attributes:
         settings: what `model.generate` is told.

@@ -18,7 +18,7 @@ SMOLLM2 = "builtin:smollm2"
 
 
 class Place(NamedTuple):
-    """Where a GGUF file is: in a local folder, or in a repository of the hub."""
+    """The place of a GGUF file: in a local folder, or in a repository of the hub."""
 
     home: str
     file: str

@@ -130,7 +130,7 @@ def evidence(run: Reported) -> list[Html]:
 
 
 def summary_section(run: Reported, level: int) -> list[Html]:
-    """What was to be forgotten, whether it was, what it cost, whether it can be brought back, and the limits."""
+    """Return the summary: what was to be forgotten, whether it was, what it cost, what recovers it, and the limits."""
     asked: list[object] = []
     if run.settings:
         names = run.parts()

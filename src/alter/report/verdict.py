@@ -74,7 +74,7 @@ def blind(run: Reported) -> list[str]:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of `n` replies of a model `broken` are broken or empty; of the `asked` that can be judged `said` give the answer."""
+    """Counts of a model's `n` replies: `broken` are broken or empty; of the `asked` that can be judged `said` give the answer."""
 
     said: int
     asked: int

@@ -214,7 +214,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 10, 26, 36
 
 @dataclass(frozen=True)
 class _Plane:
-    """Where values of a chart lie on the paper."""
+    """Maps values of a chart to places in the drawing."""
 
     low: float
     high: float

@@ -23,7 +23,7 @@ from alter.requests.versions import adapter_digest, manifest
 
 @dataclass
 class Findings:
-    """What a check found.
+    """Results of a check.
 
     Attributes:
         measured: figures by request and for `utility`.

@@ -129,7 +129,7 @@ class Store:
     # Reading
 
     def requests(self, *states: str) -> list[Request]:
-        """All requests, or those in the given states, oldest first."""
+        """Return all requests, or those in the given states, oldest first."""
         query = sql.select(REQUESTS).order_by(REQUESTS.c.id)
         if states:
             query = query.where(REQUESTS.c.state.in_(states))
@@ -137,7 +137,7 @@ class Store:
             return [Request(**row) for row in connection.execute(query).mappings()]
 
     def get(self, number: int) -> Request:
-        """One request.
+        """Return one request.
 
         Raises:
             UserError: there is none with this id.
@@ -326,7 +326,7 @@ class Store:
 
     @contextmanager
     def _write(self, lock: bool = True) -> Iterator[sql.Connection]:
-        """One transaction that no other writer's overlaps; without `lock` where there are no tables to lock yet."""
+        """Open a transaction that no other writer's overlaps; without `lock` where there are no tables to lock yet."""
         with self.engine.connect() as connection:
             if self.engine.dialect.name == "sqlite":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -14,7 +14,7 @@ Finish = Literal["stop", "length", "timeout", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class Scored:
-    """How likely a token was.
+    """A token's probability.
 
     Attributes:
         token: its id.

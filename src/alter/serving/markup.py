@@ -222,7 +222,7 @@ def taken(tokens: Sequence[Token]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class About:
-    """What the page is about.
+    """What the page says about its model and adapter.
 
     Attributes:
         model, adapter: names.

@@ -1,4 +1,4 @@
-"""What a run starts from: its model, with the adapter that grows on it, and its encoded rows."""
+"""The inputs of a run: its model, with the adapter that grows on it, and its encoded rows."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class UnlearnTrainer(Trainer):
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """One forward for all rows of the step together; see `Unlearn` for the weights of the terms."""
+        """Run one forward for all rows of the step together; see `Unlearn` for the weights of the terms."""
         batch: Batch = inputs["batch"]
         if batch.entropy is None:
             high = torch.zeros_like(batch.labels, dtype=torch.bool)

@@ -64,7 +64,7 @@ def save_run(
 def record(
     run: Unlearn, ready: Prepared, trainer: UnlearnTrainer, seconds: Mapping[str, float], seen: Any
 ) -> dict[str, Any]:
-    """What `run.json` holds: settings, sub-domains, the router's fit, cost, and the log."""
+    """Return the content of `run.json`: settings, sub-domains, the router's fit, cost, and the log."""
     return {
         "settings": run.model_dump(),
         "domains": ready.names,

@@ -28,7 +28,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Kin:
-    """Whom each row is about, and how: forget rows by entity, retain rows by entity and relation.
+    """Each row's entity, and its relation to it: forget rows by entity, retain rows by entity and relation.
 
     Attributes:
         forget: entity of each forget row.

@@ -66,7 +66,7 @@ class MmluEvaluation(HarnessEvaluation):
         return f"MMLU {self.num_fewshot}-shot" if self.num_fewshot else "MMLU zero-shot"
 
     def shots(self) -> int | None:
-        """As asked for; zero by default."""
+        """The number asked for; zero by default."""
         return self.num_fewshot
 
     def specs(self) -> Any:
@@ -114,7 +114,7 @@ class LmEvalEvaluation(HarnessEvaluation):
         return ", ".join(self.tasks)
 
     def shots(self) -> int | None:
-        """As asked for; each task's own by default."""
+        """The number asked for; each task's own by default."""
         return self.num_fewshot
 
     def specs(self) -> Any:

@@ -61,7 +61,7 @@ class Penalty:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """What an adapter of a run starts from.
+    """Inputs that an adapter of a run starts from.
 
     Attributes:
         names: of the sub-domains.
@@ -281,5 +281,5 @@ class Adapter(BaseModel, ABC):
         return None
 
     def card(self, run: Settings, title: str | None, names: Sequence[str]) -> Card:
-        """What the model card says of the result: `title` is the method's, if it has a name; `names` the sub-domains."""
+        """Return the model card's parts for the result: `title` is the method's, if it has a name; `names` the sub-domains."""
         return peft_card("Adapter", run, f"{titled(title)}adapter.kind {self.kind}.")

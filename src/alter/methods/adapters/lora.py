@@ -167,7 +167,7 @@ class Lora(Adapter):
         return tuned
 
     def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]], run: Settings) -> list[dict[str, Any]]:
-        """One group; the frozen halves of initialised factors do not decay."""
+        """Return one group; the frozen halves of initialised factors do not decay."""
         (group,) = super().parameter_groups(named, run)
         return [group | {"weight_decay": 0.0}] if run.initializer.gives_factors else [group]
 

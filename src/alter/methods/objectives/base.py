@@ -33,7 +33,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective with its settings must be given; the trainer computes exactly this and nothing else.
+    """What a run must provide for an objective and its settings; the trainer computes exactly this.
 
     Attributes:
         rows: the rows themselves go through the model.
@@ -93,7 +93,7 @@ class Objective(BaseModel, ABC):
 
     @property
     def needs(self) -> Needs:
-        """What a run must give it: a constant (`needs: ClassVar[Needs] = Needs(...)`) where its settings change nothing."""
+        """What a run must provide: a constant (`needs: ClassVar[Needs] = Needs(...)`) where its settings change nothing."""
         return Needs()
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""How like the forget rows an input is, by its hidden states, and the weight that this gives the adapter (O3)."""
+"""Likeness of an input to the forget rows, by its hidden states, and the adapter's weight that follows from it (O3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mean_states(states: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How like a set of rows an input is, in each of L layers: -1/2 d_Mahalanobis^2 + 1000 max cosine (O3).
+    """Likeness of an input to a set of rows, in each of L layers: -1/2 d_Mahalanobis^2 + 1000 max cosine (O3).
 
     The published code subtracts the cosine; since both terms measure likeness, they are added here (a reading). The
     covariance is shrunk to (1 - a) C + a tr(C) / H I with a = `SHRINKAGE`, another one.
@@ -57,7 +57,7 @@ class Likeness:
         return cls(centre.float(), (axes * share.sqrt()[..., None]).float(), floor.float(), units.float())
 
     def to(self, device: torch.device) -> Likeness:
-        """The same on another device."""
+        """Move all tensors to a device."""
         return Likeness(*(getattr(self, name).to(device) for name in ("centre", "axes", "floor", "units")))
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -114,5 +114,5 @@ class Detector:
         return self.calibration(self.likeness(means))
 
     def to(self, device: torch.device) -> Detector:
-        """The same on another device."""
+        """Move all tensors to a device."""
         return Detector(self.likeness.to(device), self.calibration)

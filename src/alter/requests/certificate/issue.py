@@ -21,7 +21,7 @@ from alter.requests.records import HELD, Request, now
 
 @dataclass(frozen=True)
 class Beside:
-    """What a certificate also names: the form that is handed out, and records of attacks.
+    """What a certificate names besides: the form that is handed out, and records of attacks.
 
     Attributes:
         shipped: a folder of weights or a GGUF file; None: nothing is handed out but the result.
@@ -72,7 +72,7 @@ def _measured(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _attacks(
     paths: Sequence[str], targets: Sequence[Mapping[str, str | None]], data: str | None
 ) -> list[dict[str, Any]]:
-    """What attacks recovered, from their records.
+    """Return what attacks recovered, from their records.
 
     Args:
         paths: files of records.
@@ -176,7 +176,7 @@ def issue_for_request(database: Database, number: int, beside: Beside, key: Key,
 def _request_content(
     beside: Beside, request: Request, inside: Mapping[str, Any], model: str, adapter: Path | None
 ) -> dict[str, Any]:
-    """What is stated of a request that the adapter in force holds on `model`, or with None, `model` itself."""
+    """Return the statement on a request that the adapter in force holds on `model`, or with None, `model` itself."""
     run, after = dict(request.run or {}), dict(request.after or {})
     return {
         "form": FORM,
@@ -216,7 +216,7 @@ def _request_content(
 def _distilled_content(
     beside: Beside, request: Request, inside: Mapping[str, Any], project: Project
 ) -> dict[str, Any]:
-    """What is stated of a distilled request: its base is the model before, its result are the weights in force."""
+    """Return the statement on a distilled request: its base is the model before, its result are the weights in force."""
     run = dict(request.run or {})
     origin = run["distilled"]["origin"]
     return {
