@@ -592,10 +592,14 @@ def test_a_retrained_model_of_another_tokenizer_is_refused(models, tmp_path):
         attacks.attack(settings(models, tmp_path / "out", attacks=["upper_case"], retrained=str(other)))
 
 
-def test_an_attack_that_a_loaded_model_shows_to_be_impossible_does_not_end_the_others(models, tmp_path, monkeypatch, capsys):
+def test_an_attack_that_a_loaded_model_shows_to_be_impossible_does_not_end_the_others(
+    models, tmp_path, monkeypatch, capsys
+):
     some = {name: attacks.ATTACKS[name] for name in ("prefill", "uds", "upper_case")}
     given = {"original": str(models / "original"), "prefill_tokens": 10_000}
-    with pytest.raises(UserError, match=r"'prefill' is not possible on the original model.*All other attacks have run"):
+    with pytest.raises(
+        UserError, match=r"'prefill' is not possible on the original model.*All other attacks have run"
+    ):
         attacks.attack(settings(models, tmp_path / "named", attacks=list(some), **given))
     kept = read_records(tmp_path / "named/records.json")
     assert {record.extra["attack"] for record in kept} == {"none", "uds", "upper_case"}
