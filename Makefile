@@ -2,16 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint docs package sbom audit bench install
+.PHONY: demo test quick long lint docs package sbom audit bench install
 
 demo: install
 	$(BIN)/alter demo
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not long"
 
 quick: install
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not long"
+
+# what the gate leaves out: whole sweeps, of which it runs a part
+long: install
+	$(BIN)/python -m pytest -n 2 -m long
 
 lint: install
 	$(BIN)/ruff check .
