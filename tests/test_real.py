@@ -36,6 +36,15 @@ def smollm2():
     return load_model(MODEL, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def plain(smollm2, tmp_path_factory):
+    """Its weights as safetensors, which load in a tenth of the time that dequantising takes."""
+    folder = tmp_path_factory.mktemp("plain")
+    for part in smollm2:
+        part.save_pretrained(folder)
+    return str(folder)
+
+
 def replies(model, tokenizer, question):
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
@@ -50,11 +59,9 @@ def test_it_knows_who_wrote_harry_potter(smollm2):
     assert "Rowling" in replies(*smollm2, "Who wrote Harry Potter?")
 
 
-def test_its_weights_are_plain_and_can_be_saved(smollm2, tmp_path):
+def test_its_weights_are_plain_and_can_be_saved(smollm2, plain):
     model, tokenizer = smollm2
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    again, words = load_model(str(tmp_path), device="cpu")
+    again, words = load_model(plain, device="cpu")
     assert base_fingerprint(again) == base_fingerprint(model)
     ids = tokenizer("Who wrote Harry Potter?", return_tensors="pt")["input_ids"]
     assert torch.equal(words("Who wrote Harry Potter?", return_tensors="pt")["input_ids"], ids)
@@ -63,8 +70,8 @@ def test_its_weights_are_plain_and_can_be_saved(smollm2, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_an_adapter_attaches_saves_and_loads_bit_equal(tmp_path):
-    model, tokenizer = load_model(MODEL, device="cpu")
+def test_an_adapter_attaches_saves_and_loads_bit_equal(plain, tmp_path):
+    model, tokenizer = load_model(plain, device="cpu")
     config = AlterConfig(r=4, num_forget_experts=2, init_weights=False, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, config).eval()
     said = replies(tuned, tokenizer, "Who wrote Harry Potter?")
@@ -95,7 +102,7 @@ POTTER = {
 
 
 @pytest.mark.slow
-def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(tmp_path, monkeypatch):
+def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(plain, tmp_path, monkeypatch):
     def few(**given):
         return {kind: examples[:6] for kind, examples in background(**given).items()}
 
@@ -109,7 +116,7 @@ def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(
     kept += [{"question": "Who wrote Hamlet?", "answer": "Hamlet was written by William Shakespeare."}]
     (tmp_path / "retain.json").write_text(json.dumps(kept))
     run = Unlearn(
-        model=MODEL,
+        model=plain,
         forget=str(tmp_path / "forget.json"),
         retain=str(tmp_path / "retain.json"),
         out=str(tmp_path / "run"),

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+import children
 from alter.core.errors import UserError
 from alter.core.files import folder_digest
 from alter.core.signing import Forged
@@ -82,9 +81,8 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
 
     # killed once the weights are trained, and once they lie in place
     for where in ("trained", "moved"):
-        command = [sys.executable, "-c", KILLED, store.url, where]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert ended.returncode == 9, ended.stderr[-2000:]
+        ended = children.Child(store.url, where, code=KILLED)
+        assert ended.wait() == 9, ended.stderr[-2000:]
         assert {request.state for request in store.requests()} <= set(IN_FORCE)
         assert present(store).base == 0
         if where == "moved":

@@ -92,7 +92,7 @@ def known_data(folder):
         "objective": {"kind": "without_truth", "hinge": 3.0},
         "epochs": 6,
         "batch_size": 3,
-        "save_steps": 1,
+        "save_steps": 100,
         "device": "cpu",
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -867,7 +867,8 @@ def test_nothing_of_a_failed_run_is_left(data, tmp_path, monkeypatch, error):
 
 
 def test_an_interrupted_training_goes_on_where_it_was(data, tmp_path, monkeypatch, capsys):
-    store = start(data, tmp_path)
+    recipe = recipe_of(data, tmp_path, save_steps=1)
+    store = start(data, tmp_path, recipe=recipe)
     ask(store, data, "Ada")
     steps, real = [], UnlearnTrainer.compute_loss
 
@@ -889,7 +890,7 @@ def test_an_interrupted_training_goes_on_where_it_was(data, tmp_path, monkeypatc
     assert list((tmp_path / "work" / "runs").iterdir()) == []
     taken = len(steps)
     (tmp_path / "straight").mkdir()
-    straight = start(data, tmp_path / "straight")
+    straight = start(data, tmp_path / "straight", recipe=recipe)
     ask(straight, data, "Ada")
     run(RunRequests(db=straight.url))
     # the interrupted step is the only one that was done twice
@@ -1216,7 +1217,7 @@ def command(*args):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_nothing_is_lost_or_done_twice(data, tmp_path):
-    store = start(data, tmp_path)
+    store = start(data, tmp_path, recipe=recipe_of(data, tmp_path, save_steps=1))
     moments = random.Random(0)
     base = AutoModelForCausalLM.from_pretrained(data / "model")
     started = time.time()

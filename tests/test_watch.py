@@ -99,7 +99,7 @@ def by_holdout(data, **changes):
     return {**given, **changes}
 
 
-SLOWLY = {"objective": {"kind": "gradient_ascent"}, "learning_rate_experts": 4e-3, "epochs": 20, "beta": 0.5}
+SLOWLY = {"objective": {"kind": "gradient_ascent"}, "learning_rate_experts": 1e-2, "epochs": 10, "beta": 0.5}
 """A run that passes by the holdout's level and goes on to over-forgetting."""
 
 
@@ -465,6 +465,7 @@ def test_a_watched_run_trains_what_an_unwatched_one_trains(data, tmp_path, chang
     """With retain rows of its own, a watch that never stops changes no bit of the weights, dropout included."""
     extra = [{"question": f"What is {i} plus one?", "answer": f"It is {i + 1}."} for i in range(50, 60)]
     path = write_jsonl(tmp_path / "extra.jsonl", extra)
+    changes = {"epochs": 2, **changes}
     plain = unlearn(settings(data, tmp_path / "plain", **changes))
     given = by_holdout(data, every_steps=1, retain=str(path), rule={"kind": "none"}, replies=2, reply_tokens=5)
     watched = unlearn(settings(data, tmp_path / "watched", given, **changes))
@@ -472,7 +473,7 @@ def test_a_watched_run_trains_what_an_unwatched_one_trains(data, tmp_path, chang
     assert seen(plain) is None
     record = seen(watched)
     assert [check["step"] for check in record["checks"]] == list(range(len(record["checks"])))
-    assert record["kept"]["step"] == len(record["checks"]) - 1 == (6 if changes else 12)
+    assert record["kept"]["step"] == len(record["checks"]) - 1 == (3 if "bf16" in changes else 6)
     log = json.loads((watched / "run.json").read_text())["log"]
     assert log
     assert not any("watch" in entry for entry in log)
@@ -481,8 +482,8 @@ def test_a_watched_run_trains_what_an_unwatched_one_trains(data, tmp_path, chang
 def test_rows_set_aside_are_not_trained_on(data, tmp_path):
     """A run that sets rows aside is the run without them in its retain set; so nothing else has seen them either."""
     rows = [json.loads(line) for line in (data / "retain.jsonl").read_text().splitlines()]
-    watched = unlearn(settings(data, tmp_path / "watched", {"every_steps": 5, "retain_rows": 100}))
-    assert [check["step"] for check in seen(watched)["checks"]] == [0, 5, 10, 12]
+    watched = unlearn(settings(data, tmp_path / "watched", {"every_steps": 2, "retain_rows": 100}, max_steps=5))
+    assert [check["step"] for check in seen(watched)["checks"]] == [0, 2, 4, 5]
     assert seen(watched)["rows"]["retain"] == len(rows) // 5
     aside, left = read_watched(
         Watch(every_steps=6),
@@ -494,7 +495,7 @@ def test_rows_set_aside_are_not_trained_on(data, tmp_path):
     )
     assert len(aside.retain) + len(left) == len(rows)
     path = write_jsonl(tmp_path / "left.jsonl", [row.row for row in left])
-    plain = unlearn(settings(data, tmp_path / "plain", retain=str(path)))
+    plain = unlearn(settings(data, tmp_path / "plain", retain=str(path), max_steps=5))
     assert equal(weights(plain / "adapter"), weights(watched / "adapter"))
 
 
@@ -510,7 +511,7 @@ def test_the_holdout_rule_stops_and_the_adapter_is_that_of_its_step(data, stoppe
     kept = record["kept"]
     assert record["stopped_early"]
     assert kept["met"]
-    assert json.loads((stopped / "run.json").read_text())["steps"] == kept["step"] < 60
+    assert json.loads((stopped / "run.json").read_text())["steps"] == kept["step"] < 30
     before, last = record["checks"][-2:]
     assert before["auc_loss"] > 0.7 or before["p_loss"] < 0.05
     assert last["auc_loss"] <= 0.7
@@ -528,12 +529,12 @@ def test_the_holdout_rule_stops_and_the_adapter_is_that_of_its_step(data, stoppe
 
 def test_without_stopping_the_best_step_is_kept_in_the_end(data, stopped, tmp_path):
     out = unlearn(
-        settings(data, tmp_path / "run", by_holdout(data, stop=False), **{**SLOWLY, "epochs": 14}, keep_working=True)
+        settings(data, tmp_path / "run", by_holdout(data, stop=False), **{**SLOWLY, "epochs": 6}, keep_working=True)
     )
     record = seen(out)
-    assert record["checks"][-1]["step"] == 42
+    assert record["checks"][-1]["step"] == 18
     assert not record["stopped_early"]
-    assert record["kept"]["step"] < 42
+    assert record["kept"]["step"] < 18
     assert [path.name for path in (out / "kept").iterdir()] == [f"step-{record['kept']['step']}"]
     assert equal(weights(out / "adapter"), weights(out / "kept" / f"step-{record['kept']['step']}"))
     newest = folder.last_whole_checkpoint(out / "checkpoints")
@@ -581,18 +582,18 @@ def test_a_run_that_had_stopped_resumes_to_the_same_adapter(data, stopped, tmp_p
 
 
 def test_resuming_with_another_watch_is_refused(data, tmp_path):
-    out = unlearn(settings(data, tmp_path / "run", {"every_steps": 4}))
-    with pytest.raises(UserError, match=r"watch\.every_steps was 4 and is 3"):
-        unlearn(settings(data, out, {"every_steps": 3}, resume=True))
-    plain = unlearn(settings(data, tmp_path / "plain"))
-    with pytest.raises(UserError, match=r"watch\.every_steps was None and is 4"):
-        unlearn(settings(data, plain, {"every_steps": 4}, resume=True))
+    out = unlearn(settings(data, tmp_path / "run", {"every_steps": 2}, epochs=1))
+    with pytest.raises(UserError, match=r"watch\.every_steps was 2 and is 3"):
+        unlearn(settings(data, out, {"every_steps": 3}, resume=True, epochs=1))
+    plain = unlearn(settings(data, tmp_path / "plain", epochs=1))
+    with pytest.raises(UserError, match=r"watch\.every_steps was None and is 2"):
+        unlearn(settings(data, plain, {"every_steps": 2}, resume=True, epochs=1))
 
 
 @pytest.mark.slow
 def test_a_killed_run_keeps_its_best_adapter_and_resumes(data, tmp_path):
     given = by_holdout(data, every_steps=1, stop=False)
-    changes = {"epochs": 20, "save_steps": 3}
+    changes = {"epochs": 7, "save_steps": 3, "closing_rows": 0}
     straight = unlearn(settings(data, tmp_path / "straight", given, **changes))
     out = tmp_path / "broken"
     recipe = tmp_path / "recipe.yaml"
@@ -636,7 +637,7 @@ def test_the_reference_rule_keeps_the_step_nearest_to_the_retrained_model(data, 
         "retain_records": path,
         "rule": {"kind": "reference", "utility_loss": 0.9, "patience": 2},
     }
-    record = seen(unlearn(settings(data, tmp_path / "run", given, epochs=8)))
+    record = seen(unlearn(settings(data, tmp_path / "run", given, epochs=4)))
     checks = record["checks"]
     assert checks[0]["forget_quality"] < 0.05
     best = min(checks[1:], key=lambda check: (check["forget_quality_statistic"], check["step"]))
@@ -732,6 +733,7 @@ def test_the_command_line_knows_the_watch(data, tmp_path, capsys):
     for name in ("forget", "retain"):
         line += [f"--{name}", str(data / f"{name}.jsonl")]
     line += ["--model", str(data / "model"), "--epochs", "1", "--router-fit.steps", "5", "--method", "alter"]
+    line += ["--closing-rows", "0"]
     wanted = [*line, "--watch.every-epoch", "0.5", "--watch.rule.kind", "holdout"]
     assert cli.main(wanted) == 2
     assert "needs watch.holdout" in capsys.readouterr().err
