@@ -13,8 +13,6 @@ import random
 import re
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -28,6 +26,7 @@ from matplotlib.text import Text
 from safetensors.torch import load_file
 from scipy import stats
 
+import children
 from alter import cli, metrics
 from alter.comparison import cell as cell_work
 from alter.comparison import cells, choice, executors, forks, plan, table, words
@@ -1533,9 +1532,8 @@ def test_killed_with_its_parent_and_resumed_to_the_end(data, tmp_path):
     made = plan.lay_out(wanted, out)
     text = wanted.model_dump_json(exclude={"settings"})
     code = f"import json; from alter.comparison.run import *; compare(Compare.model_validate(json.loads({text!r})))"
-    line = [sys.executable, "-c", code]
     first = made.models["original", "forget10"]
-    parent = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = children.Child(code=code)
     wait_until(lambda: finished(out, first, PARTS) is not None, 240)
     parent.kill()
     parent.wait()
@@ -1544,7 +1542,7 @@ def test_killed_with_its_parent_and_resumed_to_the_end(data, tmp_path):
     done = {cell.key: (out / "cells" / cell.key / "cell.json").stat().st_mtime_ns for cell in cells_of(made)
             if finished(out, cell, PARTS) is not None}  # fmt: skip
     assert 1 <= len(done) < len(cells_of(made))
-    subprocess.run(line, check=True, timeout=400, capture_output=True)
+    children.run(code=code)
     assert all(finished(out, cell, ["validation"])["status"] == "done" for cell in cells_of(made))
     assert sorted(len(measured(out, cell)) for cell in runs_of(made)) == [1, 2]
     assert not list(out.glob("cells/*/stage*"))

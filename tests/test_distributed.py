@@ -277,7 +277,9 @@ def test_two_processes_have_the_losses_of_one(together, data, tmp_path, name):
 
 @pytest.mark.slow
 def test_every_method_has_the_losses_of_one_process(data, tmp_path):
-    rest = {method: {"method": method} for method in METHODS if method not in RUNS and method != "seuf"}
+    rest = {
+        method: {"method": method, "save_steps": 100} for method in METHODS if method not in RUNS and method != "seuf"
+    }
     two = tmp_path / "two"
     pair(_several, two, {name: settings(data, two / name, **changes) for name, changes in rest.items()})
     for name, changes in rest.items():
@@ -325,7 +327,7 @@ def flags(data, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_process_ends_the_run_with_one_line_and_a_checkpoint(data, tmp_path, dies):
     out = tmp_path / "out"
     with launched("unlearn", *flags(data, out), "--epochs", 200, "--max-steps", 600) as process:

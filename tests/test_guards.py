@@ -129,8 +129,15 @@ def test_layers_that_an_assistant_shares_are_attacked_once(folder):
     assert [name.removeprefix("base.") for name, _ in base_linears(model)] == [n for n, _ in base_linears(base)]
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """What attacks on the original and the retrained model have left, which are the same for every guard."""
+    return tmp_path_factory.mktemp("others")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_attack_runs_on_a_guard(folder, tmp_path, kind):
+def test_every_attack_runs_on_a_guard(folder, tmp_path, kind, others):
+    shutil.copytree(others, tmp_path / "out")
     settings = attacks.Attack.model_validate(
         {
             "model": str(folder / "model"), "adapter": adapter(folder, kind), "retrained": str(folder / "model"),
@@ -141,6 +148,10 @@ def test_every_attack_runs_on_a_guard(folder, tmp_path, kind):
         }
     )  # fmt: skip
     attacks.attack(settings)
+    for path in (tmp_path / "out").iterdir():
+        if ".original." in path.name or ".retrained." in path.name:
+            shutil.copy(path, others)
+    assert list(others.iterdir())
     found = read_records(tmp_path / "out" / "records.json")
     of = {(r.model, r.extra.get("attack"), r.metric): r for r in found if r.extra.get("part") != "relearned"}
     for name in settings.attacks:

@@ -676,8 +676,14 @@ ENDS = {"light": ((0xF8, 0xFA, 0xFC), (0xFD, 0xBA, 0x74)), "dark": ((0x1B, 0x20,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (390, "dark"),
+        *(pytest.param(width, scheme, marks=pytest.mark.long) for width, scheme in ((1280, "dark"), (390, "light"))),
+    ],
+)
 def test_in_a_browser(browser, site, tmp_path, width, scheme):
     visit = Visit(browser, site, width, scheme)
     page = visit.page
