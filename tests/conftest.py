@@ -16,6 +16,8 @@ import torch
 from alter.data import background, rewording
 
 torch.set_num_threads(1)
+# nothing is cut off from power here, and each flush waits for the disk, of which a run makes dozens
+os.fsync = lambda handle: None
 
 WHOLE_BACKGROUND = {"test_ordinary", "test_real", "test_router"}
 """Test files that look at the shipped sample of ordinary text; it costs every fit seconds."""
@@ -48,7 +50,7 @@ def small_background(tmp_path_factory):
         to.write_text("".join(json.dumps(row) + "\n" for row in rows))
     # what Python runs first in the processes that a test starts
     (folder / "sitecustomize.py").write_text(
-        "import pathlib\nfrom alter.data import background, rewording\n"
+        "import os\nimport pathlib\nfrom alter.data import background, rewording\nos.fsync = lambda handle: None\n"
         f"background.FOLDER = pathlib.Path({str(folder)!r})\nrewording.MEASURED_ROWS, rewording.LONG_TEXT = {FEW_MEASURED}\n"
     )
     return folder
