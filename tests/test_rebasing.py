@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import children
 from alter.core.errors import UserError
 from alter.core.files import folder_digest
 from alter.core.signing import Forged
-from alter.requests import checking, evidence
+from alter.requests import checking, evidence, handout
 from alter.requests.bases import bases, present
 from alter.requests.certificate.command import Certificate, certificate
 from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, run
@@ -34,7 +35,7 @@ from alter.requests.store import Store
 evidence.UTILITY_SHARE = 0.8
 where = {"trained": (handout, "_beside"), "moved": (Store, "move")}[sys.argv[2]]
 setattr(*where, lambda *_, **__: os._exit(9))
-distill_requests(DistillRequests(db=sys.argv[1], final=True))
+distill_requests(DistillRequests(db=sys.argv[1], final=True, recipe=sys.argv[3]))
 """
 
 
@@ -80,8 +81,10 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
     assert bases(store) == []
 
     # killed once the weights are trained, and once they lie in place
-    for where in ("trained", "moved"):
-        ended = children.Child(store.url, where, code=KILLED)
+    short = tmp_path / "short.yaml"
+    short.write_text(yaml.safe_dump(yaml.safe_load((data / "distill.yaml").read_text()) | {"max_steps": 2}))
+    for where, recipe in (("trained", short), ("moved", data / "distill.yaml")):
+        ended = children.Child(store.url, where, recipe, code=KILLED)
         assert ended.wait() == 9, ended.stderr[-2000:]
         assert {request.state for request in store.requests()} <= set(IN_FORCE)
         assert present(store).base == 0
@@ -91,7 +94,17 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
         assert not list((home / "runs").glob("*"))
         assert not list((home / "bases").glob("*"))
 
-    # too little utility would be left: nothing changes
+    # too little utility would be left: nothing changes; the next try, of the same settings, has the same weights
+    real, kept = handout.distill, tmp_path / "kept"
+
+    def once(settings):
+        if not kept.exists():
+            shutil.copytree(real(settings), kept)
+        else:
+            shutil.copytree(kept, settings.out)
+        return Path(settings.out)
+
+    monkeypatch.setattr(handout, "distill", once)
     monkeypatch.setattr(evidence, "UTILITY_SHARE", 1.5)
     with pytest.raises(UserError, match=r"Nothing was changed: the new weights would keep 0\..*below 1.5"):
         distill_requests(DistillRequests(db=store.url, final=True))
@@ -101,6 +114,7 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
         monkeypatch.setattr(module, "UTILITY_SHARE", 0.8)
     before = [request.after for request in store.requests()]
     found = distill_requests(DistillRequests(db=store.url, final=True))
+    monkeypatch.setattr(handout, "distill", real)
     assert [request.state for request in found] == ["distilled"] * 2
     project = present(store)
     assert project.base == 1
