@@ -42,7 +42,14 @@ def run(code, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", sorted((DOCS / "tutorials").glob("*.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        # the page on an objective of one's own compares two methods too
+        pytest.param(path, id=path.stem, marks=[pytest.mark.long] * (path.stem == "compare-two-methods"))
+        for path in sorted((DOCS / "tutorials").glob("*.md"))
+    ],
+)
 def test_a_tutorial_runs_as_it_is_printed(page, tmp_path):
     steps = []
     for language, title, content in BLOCK.findall(page.read_text()):
