@@ -114,6 +114,7 @@ POTTER = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(tmp_path, monkeypatch):
     def few(**given):
         """Of each kind some, of a paragraph at most: this model takes a second for fifty to a hundred tokens."""
