@@ -121,7 +121,7 @@ def test_loss_in_chunks_beside_all_at_once(tmp_path, monkeypatch):
     def run(command, **how):
         if command[command.index("--only") + 1] != "time":
             return real(command, **how)
-        # the times of so much would be half of what the test takes
+        # times at full size are for the benchmark itself
         with contextlib.redirect_stdout(io.StringIO()) as said:
             loss.main([*command[2:], "--vocab", "512", "--tokens", "32"])
         return subprocess.CompletedProcess(command, 0, said.getvalue())

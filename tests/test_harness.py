@@ -131,7 +131,7 @@ def lm_evals_own(monkeypatch, model, tokenizer, task, shots):
 
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    # without reading ten thousand files of its own tasks
+    # without an index of its own tasks
     known = TaskManager(include_defaults=False)
     return simple_evaluate(model=lm, tasks=[task], num_fewshot=shots, log_samples=True, task_manager=known)
 

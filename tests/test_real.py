@@ -36,7 +36,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _dequantised_once():
-    """Dequantising the file takes most of each load: what is loaded again is a copy."""
+    """What is loaded again is a copy of the first load."""
     found, real = {}, gguf.load_file
 
     def load_file(place, **given):
@@ -114,9 +114,10 @@ POTTER = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(tmp_path, monkeypatch):
     def few(**given):
-        """Of each kind some, of a paragraph at most: this model takes a second for fifty to a hundred tokens."""
+        """Of each kind some, of a paragraph at most, so that the test is short."""
         return {
             kind: [replace(e, answer=e.answer[:300]) for e in examples[:4]]
             for kind, examples in background(**given).items()
