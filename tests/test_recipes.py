@@ -246,7 +246,9 @@ def smollm2_tofu():
 
 def requests_mini():
     recipe = yaml.safe_load(RECIPES["requests-mini"].read_text())
-    Path("requests.yaml").write_text(yaml.safe_dump({**recipe, "max_steps": 2, "closing_rows": 0, "router_fit": {"steps": 20}}))
+    Path("requests.yaml").write_text(
+        yaml.safe_dump({**recipe, "max_steps": 2, "closing_rows": 0, "router_fit": {"steps": 20}})
+    )
     [init] = header_commands("requests-mini")
     replaced = {"recipes/requests-mini.yaml": "requests.yaml", "builtin:retain90": "builtin:retain90[:40]"}
     assert cli.main([replaced.get(word, word) for word in init]) == 0
