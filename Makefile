@@ -8,7 +8,7 @@ demo: install
 	$(BIN)/alter demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 -m "not long"
+	$(BIN)/python -m pytest -n 3 -m "not long"
 
 quick: install
 	$(BIN)/python -m pytest -n 2 -m "not slow and not long"

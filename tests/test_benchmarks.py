@@ -110,6 +110,7 @@ def test_decoding_speed_is_the_inverse_of_time(tmp_path, monkeypatch):
     assert found["lora", "tokens_per_s"] == 3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_loss_in_chunks_beside_all_at_once(tmp_path, monkeypatch):
     """At a vocabulary of 128,256, peak memory of head and loss, forward and backward, is at most 0.2 of the other's.
@@ -155,6 +156,7 @@ def test_evaluation_beside_the_straightforward_one(tmp_path):
         assert found["alter", f"{part}_over_straightforward"] == pytest.approx(ratio, rel=1e-3)
 
 
+@pytest.mark.long
 def test_blocks_that_a_router_could_read(capsys):
     given = "--model builtin:tofu-mini/original --forget builtin:forget01[:40] --retain builtin:full[:12] --every 4"
     router_blocks.main([*given.split(), "--expert-column", "author", "--blocks", "1", "3"])
@@ -329,6 +331,7 @@ def test_mistakes(given, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_peak_memory_is_of_a_process_of_its_own(tmp_path):
     step.main([*PICO, "--variants", "alter", "npo_full", "--csv", str(tmp_path / "r.csv")])

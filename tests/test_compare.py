@@ -1526,6 +1526,7 @@ def test_a_chain_of_full_weights_goes_on_with_them(data, tmp_path, monkeypatch):
         assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_with_its_parent_and_resumed_to_the_end(data, tmp_path):
     out = tmp_path / "out"

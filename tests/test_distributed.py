@@ -275,6 +275,7 @@ def test_two_processes_have_the_losses_of_one(together, data, tmp_path, name):
             assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_method_has_the_losses_of_one_process(data, tmp_path):
     rest = {

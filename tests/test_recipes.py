@@ -267,13 +267,21 @@ def table1():
     run("table1-fluency", "--limit", "2", "--samples", "2", "--max-new-tokens", "4", lines=slice(1, 2))
 
 
+def some_methods(name):
+    """Run what a recipe's header begins with and what it ends with, and check the settings of the methods between them."""
+    for arguments in header_commands(name)[1:-1]:
+        settings_of(arguments)
+    run(name, *TEXTS)
+    run(name, *TEXTS, lines=slice(-1, None))
+
+
 def table1_zephyr():
-    run("table1-zephyr-7b", *TEXTS, lines=ALL)
+    some_methods("table1-zephyr-7b")
 
 
 def table2():
     run("table2-original", *TINY)
-    run("table2", *TEXTS, lines=ALL)
+    some_methods("table2")
     few = ("--limit", "1")
     run("table2-evaluate", *few, "--continuation-tokens", "8", lines=slice(3))
     run("table2-evaluate", *few, lines=slice(3, 4))
@@ -389,6 +397,10 @@ SLOW = {
 }
 
 
+LONG = {"figure5"}
+"""Continual comparisons: `continual-tofu-mini` takes the same way in the gate."""
+
+
 def test_every_recipe_is_run_by_one_test():
     assert sorted(name for _, names in EXPERIMENTS.values() for name in names) == sorted(RECIPES)
 
@@ -404,7 +416,11 @@ def test_every_command_of_a_header_is_one(name):
 
 
 @pytest.mark.parametrize(
-    "experiment", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXPERIMENTS]
+    "experiment",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW) + [pytest.mark.long] * (name in LONG))
+        for name in EXPERIMENTS
+    ],
 )
 def test_runs(experiment):
     EXPERIMENTS[experiment][0]()

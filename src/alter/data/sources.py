@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -246,6 +247,21 @@ def _with_authors(split: str, rows: list[dict[str, Any]], total: int) -> list[di
     return [{**row, "author": (first + number) // ROWS_PER_AUTHOR} for number, row in enumerate(rows)]
 
 
+@functools.cache
+def _shipped_text(path: Path) -> tuple[dict[str, Any], ...]:
+    """Rows of a file of this package, which a run reads several times and nothing changes."""
+    return tuple(read_file(path))
+
+
+def _shipped_rows(path: Path) -> list[dict[str, Any]]:
+    """`read_file` of a file of this package; the rows are the caller's own."""
+    # its values are texts and lists of texts
+    return [
+        {name: value[:] if isinstance(value, list) else value for name, value in row.items()}
+        for row in _shipped_text(path)
+    ]
+
+
 def tofu_rows(split: str, data: str | None = None) -> list[dict[str, Any]]:
     """Return one TOFU split (Maini et al. 2024) in its original order.
 
@@ -286,15 +302,16 @@ def tofu_rows(split: str, data: str | None = None) -> list[dict[str, Any]]:
         rows = _hub_rows(repository, split, "train", alternative)
         return _with_authors(split, rows, 4000)
     total = 4000
+    read = _shipped_rows if data == "builtin" else read_file
     for suffix in (".json", ".jsonl"):
         if (folder / f"{split}{suffix}").is_file():
-            rows = read_file(folder / f"{split}{suffix}")
+            rows = read(folder / f"{split}{suffix}")
             return _with_authors(split, rows, len(rows) if split == "full" else total)
     if split in ("real_authors", "world_facts") and (folder / f"{split}_perturbed.json").is_file():
-        rows = read_file(folder / f"{split}_perturbed.json")
+        rows = read(folder / f"{split}_perturbed.json")
         return [{"question": row["question"], "answer": row["answer"]} for row in rows]
     if (folder / "full.json").is_file():
-        full = read_file(folder / "full.json")
+        full = read(folder / "full.json")
         cut = _derived(split, full)
         if cut is not None:
             return _with_authors(split, cut, len(full))
