@@ -10,37 +10,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from alter.core.errors import UserError
 from alter.core.files import check_disk
-from alter.core.running import check_deletable, check_free
 from alter.distillation.settings import Distill
-from alter.training.folder import MARKS
+from alter.training.folder import check_folder
 
 
 def check_out(settings: Distill) -> Path:
     """Return the output folder after checking it; nothing is created or deleted before the models are loaded.
 
     Raises:
-        UserError: it holds something and neither `resume` nor `overwrite` is set, it holds teacher or student, there is
-            nothing to resume, or another process is working in it.
+        UserError: it holds teacher or student, or what `check_folder` raises.
     """
     out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
     for name in ("run", "model", "adapter", "student"):
         value = getattr(settings, name)
         if value is not None and Path(value).exists() and Path(value).resolve().is_relative_to(out.resolve()):
             raise UserError(f"out is {settings.out!r}, which holds the {name} {value}: give another folder.")
-    check_free(out)
-    present = out.is_dir() and any(out.iterdir())
-    if present and not settings.resume and not settings.overwrite:
-        raise UserError(
-            f"The output folder {settings.out} is not empty: add --resume to go on from its last checkpoint, --overwrite "
-            "to delete it, or give another --out."
-        )
-    if settings.overwrite:
-        check_deletable(out, MARKS)
-    if not present and settings.resume:
-        raise UserError(f"Nothing to resume: {settings.out} is empty or missing. Leave --resume out to start.")
-    return out
+    return check_folder(settings)
 
 
 def check_room(out: Path, student: torch.nn.Module, form: str) -> None:

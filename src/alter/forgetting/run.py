@@ -14,7 +14,6 @@ from rich.console import Console
 from alter.core.errors import UserError
 from alter.core.files import digest, read_object, to_json, write_atomic
 from alter.core.heap import give_back
-from alter.core.running import check_deletable, check_free
 from alter.data.examples import load_examples
 from alter.distillation.run import distill
 from alter.distillation.settings import Distill
@@ -32,7 +31,7 @@ from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models.loading import load_model
-from alter.training.folder import MARKS, remove_run
+from alter.training.folder import check_folder, remove_run
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from alter.training.trackers import check_trackers
@@ -62,24 +61,13 @@ def output_folder(settings: Forget) -> Path:
         check_name(settings.subject)
     settings.writer.check()
     check_trackers(settings.report_to)
-    if settings.resume and settings.overwrite:
-        raise UserError("resume and overwrite contradict each other: give one of them.")
     if settings.erasing != Erasing() and not settings.erase:
         raise UserError(
             "erasing says how the knowledge is erased, which --erase asks for: add it, or leave erasing out."
         )
-    out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
-    check_free(out)
-    used = out.is_dir() and any(out.iterdir())
-    if used and not settings.resume and not settings.overwrite:
-        raise UserError(
-            f"The output folder {settings.out} is not empty: add --resume to go on with what it holds, --overwrite to "
-            "delete it, or give another --out."
-        )
-    if settings.overwrite:
-        check_deletable(out, MARKS)
+    used = Path(settings.out).is_dir() and any(Path(settings.out).iterdir())
+    # of a folder without anything --resume begins
+    out = check_folder(settings if used or settings.overwrite else settings.model_copy(update={"resume": False}))
     if used and settings.resume:
         plan = out / "forget.json"
         if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != _key(settings):

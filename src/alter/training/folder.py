@@ -37,11 +37,24 @@ TRACED = "traced.safetensors"
 """File of the result of causal tracing, or of each expert's share of the forget rows, in a run's folder."""
 
 
-def check_folder(run: Unlearn) -> Path:
-    """Return the run's folder after checking it; nothing is created or deleted before the model is loaded.
+class Place(Protocol):
+    """Settings that say where a run works, and whether it goes on there or starts again."""
+
+    out: str
+    resume: bool
+    overwrite: bool
+
+
+def check_folder(run: Place, start_from: str | None = None) -> Path:
+    """Return a run's folder after checking it; nothing is created or deleted before the model is loaded.
+
+    Args:
+        run: settings of the run.
+        start_from: what the run goes on from, which is not deleted.
 
     Raises:
-        UserError: it holds something, and neither `resume` nor `overwrite` is set; or both are.
+        UserError: it is a file, another process is working in it, it holds something and neither `resume` nor `overwrite` is
+            set, or both are, it is not of a run and would be overwritten, or there is nothing to resume.
     """
     out = Path(run.out)
     if run.resume and run.overwrite:
@@ -49,19 +62,17 @@ def check_folder(run: Unlearn) -> Path:
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {run.out!r}, which is a file; give a folder.")
     check_free(out)
-    if out.is_dir() and any(out.iterdir()):
-        if run.overwrite:
-            check_deletable(out, MARKS)
-            if run.start_from is not None and Path(run.start_from).resolve().is_relative_to(out.resolve()):
-                raise UserError(
-                    f"overwrite would delete {run.start_from}, which start_from goes on from: give another out."
-                )
-        elif not run.resume:
-            raise UserError(
-                f"The output folder {run.out} is not empty: add --resume to go on from its last checkpoint, "
-                "--overwrite to delete it, or give another --out."
-            )
-    elif run.resume:
+    used = out.is_dir() and any(out.iterdir())
+    if used and run.overwrite:
+        check_deletable(out, MARKS)
+        if start_from is not None and Path(start_from).resolve().is_relative_to(out.resolve()):
+            raise UserError(f"overwrite would delete {start_from}, which start_from goes on from: give another out.")
+    if used and not run.resume and not run.overwrite:
+        raise UserError(
+            f"The output folder {run.out} is not empty: add --resume to go on with what it holds, --overwrite to delete it, "
+            "or give another --out."
+        )
+    if run.resume and not used:
         raise UserError(f"Nothing to resume: {run.out} is empty or missing. Leave --resume out to start.")
     return out
 

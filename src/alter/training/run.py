@@ -85,7 +85,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     asked = {name: data_hash(list(map(row_hash, getattr(data, name)))) for name in ("forget", "retain")}
     run = lengthened(run, pass_length(run.sampler, data.forget, data.retain))
     data = set_aside(run, data)
-    out = processes.from_first(lambda: check_folder(run))
+    out = processes.from_first(lambda: check_folder(run, run.start_from))
     inputs = inputs_of(run, data.forget, data.retain)
     checkpoint = None
     if run.resume:
