@@ -983,3 +983,12 @@ def test_a_text_of_a_row_is_no_longer_than_can_be_held(tmp_path, monkeypatch):
     # running text is cut into passages, however long
     (tmp_path / "book.txt").write_text("word " * 1000)
     assert read_file(tmp_path / "book.txt")
+
+
+def test_shipped_rows_are_the_callers_own():
+    first = sources.tofu_rows("forget01_perturbed", "builtin")
+    expected = json.dumps(first)
+    first[0]["question"] = "Who?"
+    first[0]["perturbed_answer"].append("Nobody.")
+    first.pop()
+    assert json.dumps(sources.tofu_rows("forget01_perturbed", "builtin")) == expected
