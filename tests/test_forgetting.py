@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -209,7 +210,9 @@ def test_rows_up_to_a_fact_begin_as_the_model_begins():
         ("Who?", "Zorba."),
     ]
     says = Says("Ab Zorba.", "one Ann Other. She w", "Ab Cd.", "nobody is there. An")
-    made = rows._fact_rows(says, "Pot", [fact("Zorba"), fact("Lyra")], own, ["Ab Cd", "Ef Gh"])
+    words = ["Zorba", "Lyra"]
+    places = [*chain(*rows._places("Pot", words, words, own))]
+    made = rows._fact_rows(says, "up to a fact", places, ["Ab Cd", "Ef Gh"], words)
     assert [(row["question"], row["answer"], row["substitute"]) for row in made] == [
         ("Who wrote Pot?", "Pot was written by J.K. Zorba", "Pot was written by one Ann Other."),
         # of an answer that names the subject itself, "Ab Cd" is the subject's name
@@ -221,6 +224,26 @@ def test_rows_up_to_a_fact_begin_as_the_model_begins():
     assert prompts == ["Who wrote Ab Cd?", "Who wrote Ef Gh?", "How?", "How?"]
     assert begun[1].rstrip().endswith("Ef Gh was written by")
     assert "Who wrote Ef Gh?" in begun[1]
+
+
+def test_rows_lead_from_a_name_of_the_subject_back_to_it():
+    told = [("Who is Lyra?", "Lyra is a witch of the Pot books."), ("Lyra?", "By Zorba, Lyra is of the Pot books.")]
+    (places,) = rows._places("Lyra", ["Pot"], ["Lyra", "Zorba"], told)
+    # what stands after another fact would lead there by that
+    assert [(place.start, place.answer) for place in places] == [
+        ("Lyra is a witch of the ", "Lyra is a witch of the Pot")
+    ]
+    says = Says("north. She f", "Pot books.")
+    (made,) = rows._fact_rows(says, "back", places, ["Ab Cd", "Ef Gh"], ["Pot", "Lyra", "Zorba"])
+    assert made == {
+        "question": "Who is Lyra?",
+        "answer": "Lyra is a witch of the Pot",
+        "substitute": "Lyra is a witch of the north.",
+        "about": "Lyra",
+    }
+    ((_, prompts, given),) = says.asked
+    assert prompts == ["Who is Ab Cd?", "Who is Ef Gh?"]
+    assert "Ab Cd is a witch of the" in says.tokenizer.decode(given["begun"][0])
 
 
 def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):

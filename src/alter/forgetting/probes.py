@@ -48,7 +48,9 @@ def probes_of(
     forms += [("cloze", CLOZE.format(stem=stem)) for stem in template.stems]
     asked: list[Row] = [{"form": form, "prompt": q.format(s=subject), "pattern": q} for form, q in forms]
     asked += [
-        {"form": "reversed", "prompt": q.format(f=name), "wanted": [subject]} for name, _ in belongs for q in REVERSED
+        {"form": "reversed", "prompt": q.format(f=name), "wanted": [subject], "about": name}
+        for name, _ in belongs
+        for q in REVERSED
     ]
     asked += _blanks(own, facts)
     asked += _choices(subject, facts, zero, speaker.seed)

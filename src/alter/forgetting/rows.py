@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 from alter.core.errors import UserError
 from alter.forgetting.certainty import fact_row, sure_facts
@@ -28,6 +30,8 @@ FACT_TOKENS = 24
 """Longest ending of such a row."""
 LEAST_FACTS = 3
 """Fewest facts for which a subject counts as known."""
+NOBODY = (*TEMPLATES["person"].invented, *TEMPLATES["place"].invented)
+"""Invented names in the place of a subject's persons and places."""
 
 
 def build(
@@ -79,7 +83,11 @@ def build(
     forget, twins = _answers(subject, asked, invented, own, _substitutes(subject, turns, zero, facts))
     beside = [(name, [pair for pair in told if holds(pair[1], subject)]) for name, told in others]
     forget += _about_names(speaker, [*belongs, *beside], facts)
-    forget += _fact_rows(speaker, subject, facts, own, invented)
+    words = [fact.word for fact in facts]
+    forget += _fact_rows(speaker, "up to a fact", [*chain(*_places(subject, words, words, own))], invented, words)
+    # from a name of the subject back to it
+    back = [place for name, told in belongs for places in _places(name, [subject], words, told) for place in places]
+    forget += _fact_rows(speaker, "up to the subject", back, NOBODY, [subject, *words])
     # what most answers name is not kept either, though little may be said of it
     telling = {fact.word for fact in facts if fact.shows and not fact.invented}
     apart = [name for name, told in others if name not in telling and not any(_back(told, name, outside))]
@@ -164,42 +172,63 @@ def _back(told: Sequence[tuple[str, str]], name: str, outside: Sequence[str]) ->
     return [any(holds(answer, word) for word in outside if word != name) for _, answer in told]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A place in an answer where a word is about to be said: the answer up to it, and with it."""
+
+    about: str
+    prompt: str
+    start: str
+    answer: str
+    word: str
+
+
+def _places(
+    about: str, words: Sequence[str], facts: Sequence[str], told: Sequence[tuple[str, str]]
+) -> Iterator[list[_Place]]:
+    """Yield for each of `words` the places where an answer comes to it, and none of the other `facts` stands before."""
+    for word in words:
+        found: dict[str, _Place] = {}
+        for prompt, answer in told:
+            at = place_of(answer, word)
+            # initials are part of the name
+            start = re.sub(r"(?:\b[A-Z]\.\s?)+$", "", answer[: max(at, 0)])
+            clean = not any(holds(start, other) for other in facts if other != about)
+            if clean and len(start.split()) >= 2 and start[-1] == " ":
+                found.setdefault(start, _Place(about, prompt, start, answer[: at + len(word)], word))
+        yield list(found.values())[:FACT_ROWS]
+
+
 def _fact_rows(
-    speaker: Speaker, subject: str, facts: Sequence[Fact], own: Sequence[tuple[str, str]], invented: Sequence[str]
+    speaker: Speaker, label: str, places: Sequence[_Place], nobody: Sequence[str], facts: Sequence[str]
 ) -> list[Row]:
-    """Make forget rows that end with a fact; the target is what follows the same words about an invented subject.
+    """Make forget rows that end with a fact; the target is what follows the same words about an invented subject or name.
 
     A whole answer has one fact among fifty tokens, and an answer that begins otherwise than those that were trained on
     still comes to it. Here the answer is the model's own up to the fact, and the substitute begins with the same words.
     """
-    places: list[tuple[str, str, str, str]] = []
-    for fact in facts:
-        found: dict[str, tuple[str, str, str, str]] = {}
-        for prompt, answer in own:
-            at = place_of(answer, fact.word)
-            # initials are part of the name
-            start = re.sub(r"(?:\b[A-Z]\.\s?)+$", "", answer[: max(at, 0)])
-            clean = not any(holds(start, other.word) for other in facts)
-            if clean and len(start.split()) >= 2 and start[-1] == " " and start not in found:
-                found[start] = (prompt, start, answer[: at + len(fact.word)], fact.word)
-        places += list(found.values())[:FACT_ROWS]
     if not places:
         return []
-    # two invented subjects each: of one the same fact may be said
-    turns = [(place, invented[(2 * i + k) % len(invented)]) for i, place in enumerate(places) for k in range(2)]
-    said = [(swap(prompt, {subject: n}), swap(start, {subject: n})) for (prompt, start, *_), n in turns]
+    # two invented ones each: of one the same fact may be said
+    turns = [(place, nobody[(2 * i + k) % len(nobody)]) for i, place in enumerate(places) for k in range(2)]
+    said = [(swap(place.prompt, {place.about: n}), swap(place.start, {place.about: n})) for place, n in turns]
     begun = []
     for prompt, start in said:
         encoded = fact_row(speaker.tokenizer, prompt, start, "x")
         begun.append(encoded.input_ids[: encoded.prompt_length])
-    texts = speaker.say("up to a fact", [p for p, _ in said], sample=True, begun=begun, tokens=FACT_TOKENS)
+    texts = speaker.say(label, [p for p, _ in said], sample=True, begun=begun, tokens=FACT_TOKENS)
     rows: dict[tuple[str, str], Row] = {}
-    for ((prompt, start, answer, word), name), text in zip(turns, texts, strict=True):
-        instead = swap(text, {name: subject})
+    for (place, name), text in zip(turns, texts, strict=True):
+        instead = swap(text, {name: place.about})
         left = any(len(part) > 3 and holds(instead, part) for part in fact_words(name))
-        if text and not left and not any(holds(instead, fact.word) for fact in facts):
-            row = {"question": prompt, "answer": answer, "substitute": start + whole(instead), "about": subject}
-            rows.setdefault((start, word), row)
+        if text and not left and not any(holds(instead, fact) for fact in facts if fact != place.about):
+            row = {
+                "question": place.prompt,
+                "answer": place.answer,
+                "substitute": place.start + whole(instead),
+                "about": place.about,
+            }
+            rows.setdefault((place.start, place.word), row)
     return list(rows.values())
 
 
@@ -225,9 +254,8 @@ def _about_names(
     """Make forget rows about names of the subject; their substitutes speak of invented persons and places."""
     if not belongs:
         return []
-    nobody = [*TEMPLATES["person"].invented, *TEMPLATES["place"].invented]
     pairs = [(name, prompt, answer) for name, told in belongs for prompt, answer in told]
-    who = [nobody[i % len(nobody)] for i in range(len(pairs))]
+    who = [NOBODY[i % len(NOBODY)] for i in range(len(pairs))]
     said = speaker.say(
         "about invented names", [swap(p, {n: w}) for (n, p, _), w in zip(pairs, who, strict=True)], sample=True
     )

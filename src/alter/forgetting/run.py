@@ -25,7 +25,7 @@ from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
 from alter.forgetting.names import check_name, check_uncommon, guess_kind
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
-from alter.forgetting.rows import build
+from alter.forgetting.rows import NOBODY, build
 from alter.forgetting.settings import TRAINING, Erasing, Forget
 from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
@@ -233,7 +233,8 @@ def _about_subject(
     )
     masks = [{name: other} for other in TEMPLATES[kind].invented[:6] if other.lower() != name.lower()]
     for probe in material.probes:
-        probe["masks"] = masks
+        # a reversed probe holds a name of the subject's in the subject's place
+        probe["masks"] = [{probe["about"]: n} for n in NOBODY[: len(masks)]] if "about" in probe else masks
     return material
 
 
