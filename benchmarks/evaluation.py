@@ -31,7 +31,7 @@ from sklearn.metrics import roc_auc_score
 import results
 from alter.data.encoding import Encoded, encode, encode_prompt
 from alter.data.examples import Example, examples
-from alter.data.sources import tofu_rows
+from alter.data.tofu import tofu_rows
 from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.evaluation.tofu.results import TofuReference
 from alter.models.loading import load_model

@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace) -> None:
         if variant == "whole":
             loss = straightforward(args.objective, model.lm_head(states).float(), labels, reference)
         else:
-            loss = head.measure(states, [Part(args.tokens, of)]).mean()
+            loss = head.in_chunks(states, [Part(args.tokens, of)]).mean()
         loss.backward()
         if args.device != "cpu":
             torch.cuda.synchronize()

@@ -11,7 +11,7 @@ from alter.attacks.base import Attack, Bench, Budget, make_item
 from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import examples
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from pico import EOS, PAD, byte_tokenizer, pico, save_pico
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Eve", "Flo", "Gus", "Hal"]
@@ -29,7 +29,9 @@ def bench(folder, rows=ROWS, measured=(0, 1), attacker=(2, 3, 4, 5), **given):
     values = {"model": str(folder), "forget": "rows.jsonl", "max_new_tokens": 6, "device": "cpu"}
     values |= {"relearn": {"rows": 4, "steps": [1, 2], "batch_size": 2, "learning_rate": 1e-3}}
     settings = Attack.model_validate(values | given)
-    return Bench(settings, "unlearned", Subject(model=str(folder)), examples(rows), list(measured), list(attacker), [])
+    return Bench(
+        settings, "unlearned", ModelSettings(model=str(folder)), examples(rows), list(measured), list(attacker), []
+    )
 
 
 def text(tokenizer, ids):

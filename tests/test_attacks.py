@@ -21,7 +21,7 @@ from alter.core.errors import UserError
 from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded, encode
 from alter.data.examples import examples, load_examples
-from alter.data.sources import tofu_rows
+from alter.data.tofu import tofu_rows
 from alter.models import loading, scoring
 from pico import PAD, byte_tokenizer, pico, write_jsonl
 
@@ -569,7 +569,9 @@ def test_other_settings_models_and_broken_files_run_again(models, finished, tmp_
 
 def test_a_model_whose_contents_are_unknown_is_measured_each_time(models, finished, tmp_path, monkeypatch):
     chosen = settings(models, tmp_path, attacks=["cka"])
-    monkeypatch.setattr(loading.Subject, "identity", lambda self, memo=None: {"weights": "unknown", "adapter": None})
+    monkeypatch.setattr(
+        loading.ModelSettings, "identity", lambda self, memo=None: {"weights": "unknown", "adapter": None}
+    )
     attacks.attack(chosen)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     attacks.attack(chosen)

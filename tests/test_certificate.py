@@ -16,7 +16,7 @@ from alter.core.errors import UserError
 from alter.core.records import Record, write_records
 from alter.core.signing import Forged, canonical, new_key, read_key, read_public, signed_text
 from alter.data.examples import data_hash, load_examples, row_hash
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.requests.anchor import Anchor, read_heads
 from alter.requests.certificate.check import check_certificate
 from alter.requests.certificate.command import Certificate, certificate
@@ -219,7 +219,7 @@ def test_what_is_not_in_force_gets_none(made, tmp_path):
 
 def test_attacks_must_be_on_what_is_certified(made, tmp_path):
     folder, store, _ = made
-    identity = Subject(model=str(folder / "model"), adapter=str(folder / "work" / "adapter")).identity()
+    identity = ModelSettings(model=str(folder / "model"), adapter=str(folder / "work" / "adapter")).identity()
     identity["rows"] = store.get(1).data_hash
     found = Record("unlearned", "attack_rouge", 0.2, 6, extra={"attack": "prefix", "rows": [0]}, provenance=identity)
     made_of = Record(

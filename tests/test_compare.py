@@ -40,7 +40,8 @@ from alter.comparison.settings import Compare, Retrained
 from alter.comparison.table import TableRow, dominated, table_rows, undominated
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records, write_records
-from alter.data.sources import read_rows, tofu_rows
+from alter.data.sources import read_rows
+from alter.data.tofu import tofu_rows
 from alter.evaluation.tofu import measuring, sets
 from alter.models.loading import load_model
 from alter.reporting import figures as plots
@@ -346,7 +347,7 @@ def test_a_retrained_model_that_is_the_original_is_refused(data, tmp_path, monke
 
 
 def test_a_hub_that_does_not_answer_is_said_at_once(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.Subject, "identity", lambda self: {"weights": "unknown"})
+    monkeypatch.setattr(plan.ModelSettings, "identity", lambda self: {"weights": "unknown"})
     with pytest.raises(UserError, match=r"No model at owner/name: .*does not answer"):
         plan.lay_out(settings(data, tmp_path, model="owner/name"), tmp_path)
 
@@ -1482,7 +1483,7 @@ def test_a_chain_of_lora_merges(data, tmp_path, monkeypatch):
         assert torch.allclose(first[name], wanted, atol=1e-6)
         changed += not torch.equal(first[name], weight)
     assert changed == sum(".lora_A." in name for name in adapter)
-    assert cell_work.subject(folder, json.loads((folder / "spec.json").read_text()), 1) == (
+    assert cell_work.model_at(folder, json.loads((folder / "spec.json").read_text()), 1) == (
         *(str(folder / "base1"), str(folder / "stage1" / "adapter")),
     )
 
@@ -1492,7 +1493,7 @@ def test_a_chain_of_o3_trains_one_lora_on_and_adds_a_detector(data, tmp_path, mo
     first, second = (folder / f"stage{place}" / "adapter" for place in (0, 1))
     assert [run["start_from"] for run in started] == [None, str(first)]
     assert [run["model"] for run in started] == [str(data / "model")] * 2
-    assert cell_work.subject(folder, json.loads((folder / "spec.json").read_text()), 1) == (
+    assert cell_work.model_at(folder, json.loads((folder / "spec.json").read_text()), 1) == (
         *(str(data / "model"), str(second)),
     )
     assert not (folder / "base1").exists()

@@ -19,7 +19,7 @@ from alter.adapter.routing import Routing
 from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import load_examples
-from alter.data.sources import refusals
+from alter.data.tofu import refusals
 from alter.methods import presets
 from alter.models import guards as inference
 from alter.models.loading import load_model

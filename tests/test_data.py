@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from alter.core.errors import UserError
-from alter.data import chat, encoding, files, sources
+from alter.data import chat, encoding, files, hub, sources, tofu
 from alter.data.batching import Collator
 from alter.data.chat import set_template_arguments, share_template_arguments
 from alter.data.domains import domains
@@ -565,40 +565,38 @@ def test_long_paragraphs_are_cut_and_nothing_is_lost(tmp_path, unit):
     [("forget01", 40, 198, 199), ("forget05", 200, 190, 199), ("forget10", 400, 180, 199), ("retain90", 3600, 0, 179)],
 )
 def test_tofu_splits_and_authors(split, count, first, last):
-    rows = sources.tofu_rows(split, "builtin")
+    rows = tofu.tofu_rows(split, "builtin")
     assert (len(rows), rows[0]["author"], rows[-1]["author"]) == (count, first, last)
 
 
 def test_tofu_splits_divide_the_whole():
-    full = sources.tofu_rows("full", "builtin")
+    full = tofu.tofu_rows("full", "builtin")
     for forget, retain in (("01", "99"), ("05", "95"), ("10", "90")):
-        assert (
-            sources.tofu_rows(f"retain{retain}", "builtin") + sources.tofu_rows(f"forget{forget}", "builtin") == full
-        )
-        perturbed = sources.tofu_rows(f"forget{forget}_perturbed", "builtin")
-        kept = sources.tofu_rows(f"forget{forget}", "builtin")
+        assert tofu.tofu_rows(f"retain{retain}", "builtin") + tofu.tofu_rows(f"forget{forget}", "builtin") == full
+        perturbed = tofu.tofu_rows(f"forget{forget}_perturbed", "builtin")
+        kept = tofu.tofu_rows(f"forget{forget}", "builtin")
         assert [(r["question"], r["author"]) for r in perturbed] == [(r["question"], r["author"]) for r in kept]
 
 
 def test_tofu_general_knowledge_and_refusals():
-    assert set(sources.tofu_rows("real_authors", "builtin")[0]) == {"question", "answer"}
+    assert set(tofu.tofu_rows("real_authors", "builtin")[0]) == {"question", "answer"}
     assert len(load_examples("builtin:world_facts_perturbed")) == 117
-    assert len(sources.refusals()) == 100
+    assert len(tofu.refusals()) == 100
 
 
 def test_tofu_folder(tmp_path):
     rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(100)]
     write(tmp_path / "full.json", rows)
     assert [e.prompt for e in load_examples(f"{tmp_path}:forget01")] == ["q99"]
-    assert [r["author"] for r in sources.tofu_rows("forget10", str(tmp_path))] == [4] * 10
+    assert [r["author"] for r in tofu.tofu_rows("forget10", str(tmp_path))] == [4] * 10
     with pytest.raises(UserError, match="say which split"):
         load_examples(str(tmp_path))
     with pytest.raises(UserError, match=r"holdout10.*locuslab/TOFU:holdout10"):
-        sources.tofu_rows("holdout10", str(tmp_path))
+        tofu.tofu_rows("holdout10", str(tmp_path))
     write(tmp_path / "holdout10.json", rows[:3])
-    assert len(sources.tofu_rows("holdout10", str(tmp_path))) == 3
+    assert len(tofu.tofu_rows("holdout10", str(tmp_path))) == 3
     with pytest.raises(UserError, match=r"expected retain_perturbed\.json"):
-        sources.tofu_rows("retain_perturbed", str(tmp_path))
+        tofu.tofu_rows("retain_perturbed", str(tmp_path))
 
 
 def test_unknown_split_names_the_nearest():
@@ -621,7 +619,7 @@ def test_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(load_examples("locuslab/TOFU:forget10", domain_column="author")) == 400
-    assert sources.tofu_rows("forget10")[0]["author"] == 180
+    assert tofu.tofu_rows("forget10")[0]["author"] == 180
     load_examples("org/name:config")
     load_examples("org/name")
     assert asked == [
@@ -861,7 +859,7 @@ def test_files_of_any_content_are_read_or_refused(tmp_path, data, ending):
 @given(source=st.text(max_size=12) | st.text(alphabet="a:/[]@=+ .*?~", max_size=12))
 def test_sources_of_any_name_are_refused_in_a_sentence(source):
     with contextlib.suppress(UserError):
-        if not sources._is_hub_id(source.split(":")[0].split("[")[0].split("@")[0]):
+        if not hub.is_hub_id(source.split(":")[0].split("[")[0].split("@")[0]):
             load_examples(source)
 
 
@@ -986,9 +984,9 @@ def test_a_text_of_a_row_is_no_longer_than_can_be_held(tmp_path, monkeypatch):
 
 
 def test_shipped_rows_are_the_callers_own():
-    first = sources.tofu_rows("forget01_perturbed", "builtin")
+    first = tofu.tofu_rows("forget01_perturbed", "builtin")
     expected = json.dumps(first)
     first[0]["question"] = "Who?"
     first[0]["perturbed_answer"].append("Nobody.")
     first.pop()
-    assert json.dumps(sources.tofu_rows("forget01_perturbed", "builtin")) == expected
+    assert json.dumps(tofu.tofu_rows("forget01_perturbed", "builtin")) == expected

@@ -11,7 +11,7 @@ from alter import metrics
 from alter.attacks import depth
 from alter.attacks.base import Attack, Bench, Item
 from alter.core.errors import UserError
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from pico import byte_tokenizer, pico
 from test_adapter import middle_threshold
 from test_attacks import with_alter
@@ -160,7 +160,7 @@ def test_what_cannot_be_compared_is_refused(trio, tmp_path):
     settings = Attack(model="m", forget="f", retrained="r")
 
     def bench(name, model):
-        made = Bench(settings, name, Subject(model="m"), [], [], [], [])
+        made = Bench(settings, name, ModelSettings(model="m"), [], [], [], [])
         made.model, made.vocabulary = model, byte_tokenizer()
         made.items = lambda numbers: ITEMS
         return made

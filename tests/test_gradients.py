@@ -362,17 +362,17 @@ def test_rules_that_leave_next_to_nothing_say_so(capsys):
             return {"w": self.made, "v": torch.ones(9, 9)}
 
     spread = torch.diag(torch.tensor([4.0, 2.0, 0.002]))
-    NullSpace(relaxation=1e-3).measure(Passes(spread), 0)
+    NullSpace(relaxation=1e-3).statistics(Passes(spread), 0)
     said = " ".join(capsys.readouterr().err.split())
     # of w one direction in three is free, of v, whose inputs are alike in all, none of two
     assert "gradient.relaxation 0.001 leaves 0 of 2 directions of v free (1 of 2 weights are like that)" in said
     assert "such as to 0.01." in said
-    Selective(components=8).measure(Passes(spread), 0)
+    Selective(components=8).statistics(Passes(spread), 0)
     said = " ".join(capsys.readouterr().err.split())
     assert "gradient.components 8 collapses all 3 directions of w (1 of 2 weights are like that)" in said
     assert "such as 1." in said
-    NullSpace(relaxation=0.9999).measure(Passes(spread), 0)
-    Selective(components=2).measure(Passes(spread), 0)
+    NullSpace(relaxation=0.9999).statistics(Passes(spread), 0)
+    Selective(components=2).statistics(Passes(spread), 0)
     assert "of w" not in capsys.readouterr().err
 
 
@@ -382,7 +382,7 @@ def test_what_is_collapsed_is_what_was_elicited():
             assert (r, scaling, learning_rate) == (8, 1.0, 0.01)
             return {"w": torch.diag(torch.tensor([4.0, 2.0]))}
 
-    found = Selective().measure(Passes(), 0)
+    found = Selective().statistics(Passes(), 0)
     torch.testing.assert_close(found["w"], torch.diag(torch.tensor([1.0, 2.0])), atol=1e-5, rtol=0)
     got = Selective().edit(
         {"w": torch.ones(2, 2), "b": torch.ones(2)}, {"w": torch.zeros(2, 2), "b": torch.zeros(2)}, found, {}

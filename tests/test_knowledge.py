@@ -8,7 +8,7 @@ import torch
 
 from alter import metrics
 from alter.core.errors import UserError
-from alter.data.sources import refusals, tofu_rows
+from alter.data.tofu import refusals, tofu_rows
 from alter.evaluation import knowledge
 from alter.evaluation.knowledge import Contradictions, rates
 from alter.evaluation.rows import RowsEvaluation

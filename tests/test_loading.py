@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from alter import AlterConfig
 from alter.core.errors import UserError
 from alter.models.gguf import one_name_map
-from alter.models.loading import Subject, load_model
+from alter.models.loading import ModelSettings, load_model
 from pico import save_pico
 
 WEIGHTS = "adapter_model.safetensors"
@@ -141,7 +141,7 @@ def test_a_model_whose_weights_lack_a_layer_is_refused(base, tmp_path):
 
 
 def test_the_identity_of_an_adapter_is_of_all_its_files(alter_adapter, base):
-    subject = Subject(model=str(base), adapter=str(alter_adapter))
+    subject = ModelSettings(model=str(base), adapter=str(alter_adapter))
     before = subject.identity()["adapter"]
     (alter_adapter / "lora").mkdir()
     (alter_adapter / "lora" / WEIGHTS).write_bytes(b"1")

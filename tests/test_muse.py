@@ -17,7 +17,8 @@ from alter import metrics
 from alter.cli import main
 from alter.core.errors import UserError
 from alter.core.records import read_records, write_records
-from alter.data.sources import muse_rows, read_rows
+from alter.data.hub import muse_rows
+from alter.data.sources import read_rows
 from alter.evaluation import muse
 from alter.evaluation.musecurve import MuseCurve, muse_curve
 from alter.evaluation.replies import cut_reply

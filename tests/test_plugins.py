@@ -106,7 +106,7 @@ class Weights(Evaluation):
 
     def measure(self, model, tokenizer):
         total = sum(parameter.numel() for parameter in model.parameters())
-        return [Record(self.subject, "weights", float(total), total)]
+        return [Record(self.label, "weights", float(total), total)]
 
 
 def shout(bench):

@@ -18,7 +18,7 @@ from alter.data.examples import load_examples
 from alter.methods.presets import merged
 from alter.models import quantized
 from alter.models.generation import generate
-from alter.models.loading import Subject, load_model
+from alter.models.loading import ModelSettings, load_model
 from alter.models.scoring import score
 from alter.training import loss
 from alter.training.run import unlearn
@@ -425,7 +425,7 @@ def test_what_cannot_be_quantised_says_why(data, tmp_path, monkeypatch):
         load_model(str(tmp_path / "packed"), quantization="4bit", device="cpu")
     out = unlearn(settings(data, tmp_path / "run", "lora_gd"))
     with pytest.raises(UserError, match="--merged is not exact on quantised weights"):
-        Subject(model=str(data / "model"), adapter=str(out / "adapter"), merged=True, quantization="8bit").load()
+        ModelSettings(model=str(data / "model"), adapter=str(out / "adapter"), merged=True, quantization="8bit").load()
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'alter-unlearning\[bnb\]'"):
         load_model(str(data / "model"), quantization="4bit", device="cpu")

@@ -17,7 +17,7 @@ from alter.data.background import background
 from alter.data.encoding import encode_all
 from alter.data.examples import load_examples
 from alter.models import gguf
-from alter.models.loading import Subject, load_model
+from alter.models.loading import ModelSettings, load_model
 from alter.training import evidence, rates
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
@@ -98,9 +98,9 @@ def test_an_adapter_attaches_saves_and_loads_bit_equal(tmp_path):
 
 
 def test_its_identity_is_that_of_the_file():
-    first = Subject(model=MODEL).identity()
+    first = ModelSettings(model=MODEL).identity()
     assert first["weights"] not in (None, "unknown")
-    assert first == Subject(model=MODEL).identity()
+    assert first == ModelSettings(model=MODEL).identity()
 
 
 POTTER = {

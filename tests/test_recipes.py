@@ -25,7 +25,7 @@ from alter.comparison.cell import work
 from alter.comparison.plan import lay_out, run_of
 from alter.comparison.settings import Retrained
 from alter.core.files import to_json, write_atomic
-from alter.data.sources import tofu_rows
+from alter.data.tofu import tofu_rows
 from alter.metaevaluation import members
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn

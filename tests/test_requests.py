@@ -34,6 +34,7 @@ from alter.data.examples import load_examples
 from alter.models.loading import load_model
 from alter.requests import concluding, work
 from alter.requests import rows as request_rows
+from alter.requests.chain import entry_hash, record_hash
 from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, run
 from alter.requests.connection import without_password
 from alter.requests.evidence import known_of
@@ -43,7 +44,6 @@ from alter.requests.project import Project
 from alter.requests.records import EDGES, IN_FORCE, parse_id
 from alter.requests.register import List, Show, list_requests, show_request
 from alter.requests.store import Store
-from alter.requests.tables import entry_hash, record_hash
 from alter.requests.verification import Verify, verify
 from alter.requests.versions import clear_expert, manifest
 from alter.training.loss import UnlearnTrainer

@@ -346,7 +346,7 @@ def test_a_check_is_what_separate_passes_give(data, tmp_path, column):
     assert not {row.prompt for row in left} & {row.prompt for row in watched.retain}
     model, tokenizer = load_model(run.model, device="cpu")
     watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
-    got = watcher.measure(model)
+    got = watcher.check(model)
 
     def one(example, answer=None):
         row = encode(tokenizer, example, answer=answer)
@@ -399,7 +399,7 @@ def test_calibration_counts_the_loss_beyond_another_models(data, tmp_path):
     run = settings(data, tmp_path, by_holdout(data, calibrate=str(data / "model")))
     model, tokenizer = load_model(str(data / "unseen"), device="cpu")
     watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
-    got = watcher.measure(model)
+    got = watcher.check(model)
     other, _ = load_model(str(data / "model"), device="cpu")
 
     def logprobs(network, rows):
@@ -441,7 +441,7 @@ def test_a_check_leaves_modes_and_generators_alone(data, tmp_path):
     expected = draw()
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(5)
-    got = watcher.measure(model)
+    got = watcher.check(model)
     assert 0 <= got["forget_rouge"] <= 1
     assert 0 <= got["leak@1"] <= got["leak@2"] <= got["leak@3"] <= 1
     assert draw() == expected
@@ -523,7 +523,7 @@ def test_the_holdout_rule_stops_and_the_adapter_is_that_of_its_step(data, stoppe
     watched, _ = read_watched(run.watch, *sets, domain_column="who", seed=0, steps=12, steps_per_epoch=3)
     model, tokenizer = load_model(run.model, str(stopped / "adapter"), device="cpu")
     watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=stopped, device="cpu")
-    for name, value in watcher.measure(model).items():
+    for name, value in watcher.check(model).items():
         assert value == pytest.approx(last[name], rel=1e-4), name
 
 

@@ -74,7 +74,7 @@ def demo(settings: Demo) -> Path:
     """
     from alter.evaluation.run import show_records
     from alter.evaluation.tofu.measuring import tofu_metrics
-    from alter.models.loading import Subject
+    from alter.models.loading import ModelSettings
     from alter.training.run import unlearn
     from alter.training.settings import Unlearn
 
@@ -96,17 +96,17 @@ def demo(settings: Demo) -> Path:
         ("original", run.model, None),
         ("unlearned", run.model, str(out / "adapter")),
     ):
-        subject = Subject(model=model, adapter=adapter)
-        network, tokenizer = subject.load()
+        chosen = ModelSettings(model=model, adapter=adapter)
+        network, tokenizer = chosen.load()
         results[name] = tofu_metrics(
             network, tokenizer, split, limit=settings.limit, reference=results.get("retrained")
         )
         facts[name] = {
-            "settings": subject.model_dump(mode="json")
+            "settings": chosen.model_dump(mode="json")
             | {"benchmark": "tofu", "split": split, "limit": settings.limit},
-            **subject.identity(cache_folder()),
+            **chosen.identity(cache_folder()),
             "data": digest({key: part.fingerprint for key, part in results[name].sets.items()}),
-            "device": subject.place(),
+            "device": chosen.place(),
         }
     ordered = {name: results[name] for name in ("original", "unlearned", "retrained")}
     records = {

@@ -13,16 +13,16 @@ import numpy.typing as npt
 
 from alter import metrics
 from alter.attacks.settings import Attack
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.data.encoding import Encoded, encode
 from alter.data.examples import Example
-from alter.data.sources import TOFU_SPLITS, tofu_rows
+from alter.data.tofu import TOFU_SPLITS, tofu_rows
 from alter.models.generation import generate
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.models.scoring import context_length, score
 
-Array = npt.NDArray[np.float64]
 PLAIN = "none"
 """Name of the measurement without any attack."""
 
@@ -179,7 +179,7 @@ class Bench:
 
     settings: Attack
     name: str
-    subject: Subject
+    source: ModelSettings
     rows: list[Example]
     measured: list[int]
     attacker: list[int]
@@ -190,14 +190,14 @@ class Bench:
     def shared(self) -> tuple[Any, Any]:
         """Return model and tokenizer for attacks that change no weight; load them on first use."""
         if self.model is None:
-            self.model, self.vocabulary = self.subject.load()
+            self.model, self.vocabulary = self.source.load()
         return self.model, self.vocabulary
 
     def fresh(self, dtype: str | None = None) -> tuple[Any, Any]:
         """Load model and tokenizer anew, unquantised, for an attack that changes weights; drops the shared model first."""
         self.model = None
-        subject = self.subject.model_copy(update={"quantization": None, "dtype": dtype or self.subject.dtype})
-        model, self.vocabulary = subject.load()
+        source = self.source.model_copy(update={"quantization": None, "dtype": dtype or self.source.dtype})
+        model, self.vocabulary = source.load()
         return model, self.vocabulary
 
     @property

@@ -16,7 +16,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from alter.attacks.base import Array, Bench, Impossible, Item, interval
+from alter.attacks.base import Bench, Impossible, Item, interval
+from alter.core.arrays import Array
 from alter.core.console import progress
 from alter.core.records import Record
 from alter.models.scoring import decided, evaluating

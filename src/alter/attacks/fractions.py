@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from alter import metrics
-from alter.attacks.base import PLAIN, Array, interval
+from alter.attacks.base import PLAIN, interval
 from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES
+from alter.core.arrays import Array
 from alter.core.records import Record
 
 NO_RETRAINED = (

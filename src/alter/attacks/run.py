@@ -36,7 +36,7 @@ from alter.core.files import digest, write_atomic
 from alter.core.provenance import code_digest, stamped, versions
 from alter.core.records import VERSION, Record, read_records, write_records
 from alter.data.examples import Example, data_hash, load_examples, row_hash
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 
 COMMON = ("forget", "rows", "seed", "max_new_tokens")
 """Settings that every measurement depends on, beside the rows that are measured."""
@@ -86,9 +86,9 @@ def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[s
     return [name for name in ATTACKS if name in wanted and name not in reasons], reasons
 
 
-def models_attacked(settings: Attack) -> dict[str, Subject]:
+def models_attacked(settings: Attack) -> dict[str, ModelSettings]:
     """Return the models that take part, by their names in the records; the original only if it is known."""
-    found: dict[str, Subject] = {}
+    found: dict[str, ModelSettings] = {}
     if settings.original is not None or settings.adapter is not None:
         found["original"] = settings.alike(settings.original or settings.model)
     if settings.retrained is not None:
@@ -147,7 +147,7 @@ def attack(settings: Attack) -> list[Record]:
     measured, attacker = split_rows(len(rows), settings.rows, taken, settings.seed)
     unrelated = load_examples(settings.relearn.benign) if UNRELATED & set(names) else []
     models = models_attacked(settings)
-    identities = {name: subject.identity(cache_folder()) for name, subject in models.items()}
+    identities = {name: source.identity(cache_folder()) for name, source in models.items()}
     texts = Texts.of(rows, unrelated)
     if settings.retrained is None:
         warn(f"No recovered fractions: {NO_RETRAINED}")
@@ -157,8 +157,8 @@ def attack(settings: Attack) -> list[Record]:
     found: list[Record] = []
     pooled: dict[str, np.ndarray] = {}
     failed: dict[str, str] = {}
-    for model, subject in models.items():
-        bench = Bench(settings, model, subject, rows, measured, attacker, unrelated)
+    for model, source in models.items():
+        bench = Bench(settings, model, source, rows, measured, attacker, unrelated)
         found += _measured(bench, PLAIN, identities[model], texts)
         same_tokens(found)
         for name in _applicable(names, model):
@@ -169,8 +169,7 @@ def attack(settings: Attack) -> list[Record]:
     deep: list[Record] = []
     if "uds" in names:
         benches = {
-            name: Bench(settings, name, subject, rows, measured, attacker, unrelated)
-            for name, subject in models.items()
+            name: Bench(settings, name, source, rows, measured, attacker, unrelated) for name, source in models.items()
         }
         with _if_possible(failed, "uds", "unlearned"):
             deep = _by_depth(settings, benches, identities, texts)
@@ -253,7 +252,7 @@ def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: T
         seconds = round(time.monotonic() - started, 1)
         records = stamped(
             records, key=key, settings=settings.model_dump(mode="json"), seed=settings.seed, seconds=seconds,
-            **identity, data=texts.forget, rows=texts.asked, device=bench.subject.place(),
+            **identity, data=texts.forget, rows=texts.asked, device=bench.source.place(),
         )  # fmt: skip
         write_records(path, records)
         warn(f"{bench.name}: {name}, {seconds:.0f} s")
@@ -301,9 +300,9 @@ def _key(
     """
     if "unknown" in identity.values():
         return ""
-    subject = bench.subject
+    source = bench.source
     own = bench.settings.model_dump(mode="json", include=set(depends))
-    loading = [subject.merged, subject.dtype, subject.quantization, subject.chat_template_kwargs, subject.place()]
+    loading = [source.merged, source.dtype, source.quantization, source.chat_template_kwargs, source.place()]
     rows = [list(bench.measured), list(attacker)]
     return digest([name, own, rows, identity, texts, loading, VERSION, code_digest(), versions()])
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alter.core.numbers import Seed, Temperature
 from alter.core.outputs import OutFolder
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 
 
 class Relearning(BaseModel):
@@ -39,7 +39,7 @@ class Relearning(BaseModel):
         return sorted(set(steps))
 
 
-class Attack(Subject):
+class Attack(ModelSettings):
     """Try to bring the forgotten back: by training, quantising, other wordings, prefilling, sampling, stripping."""
 
     forget: str

@@ -59,7 +59,7 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def subject(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str | None]:
+def model_at(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str | None]:
     """Return model and adapter of a finished stage; the given model if the cell runs nothing."""
     run = spec["stages"][place].get("run")
     if run is None:
@@ -78,7 +78,7 @@ def start_from(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, A
     """
     if place == 0:
         return {}
-    model, adapter = subject(folder, spec, place - 1)
+    model, adapter = model_at(folder, spec, place - 1)
     if adapter is None:
         return {"model": model}
 
@@ -101,7 +101,7 @@ def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequ
     if not left:
         return
     run = stage.get("run", {})
-    model, adapter = subject(folder, spec, place)
+    model, adapter = model_at(folder, spec, place)
     network, tokenizer = load_model(
         model,
         adapter,
@@ -117,14 +117,13 @@ def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequ
             raise UserError("Truth ratios on forget rows are not numbers: the model gives no probabilities.")
         records = found.records(spec["name"])
         if "survival" in spec:
-            records += _survival(spec, part, stage, (model, adapter, run), Path(rows))
+            records += _survival(spec, stage, (model, adapter, run), Path(rows))
         records = [replace(r, extra=r.extra | {"data": part}) for r in records]
         write_records(files[part], stamped(records, seed=run.get("seed")))
 
 
 def _survival(
     spec: Mapping[str, Any],
-    part: str,
     stage: Mapping[str, Any],
     made: tuple[str, str | None, Mapping[str, Any]],
     rows: Path,

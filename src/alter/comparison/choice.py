@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from alter import metrics
 from alter.comparison.cells import is_measured
 from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Compare, Layout, Setting
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records
 from alter.evaluation.giving import broken, gives
-
-Array = npt.NDArray[np.float64]
 
 FIGURES = {
     "forget_quality": "forget quality, log10 p ↑",

@@ -8,7 +8,8 @@ from typing import Any
 
 from alter.comparison.settings import Compare
 from alter.core.errors import UserError
-from alter.data.sources import read_rows, tofu_rows
+from alter.data.sources import read_rows
+from alter.data.tofu import tofu_rows
 from alter.evaluation.tofu.sets import SETS
 
 PARTS = ("validation", "test")

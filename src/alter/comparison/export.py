@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alter.comparison.choice import Choice, cell_figures, chosen_cells, records_of
-from alter.comparison.plan import RETRAINED, Chain, Compare, Layout
+from alter.comparison.plan import RETRAINED, Chain, Layout
 from alter.comparison.table import TableRow
 from alter.core.files import to_csv
 from alter.core.provenance import stamped
@@ -52,9 +52,7 @@ def search_csv(chosen: Mapping[tuple[str, Chain], Choice]) -> str:
     return to_csv(lines)
 
 
-def all_records(
-    settings: Compare, made: Layout, chosen: Mapping[tuple[str, Chain], Choice], out: Path
-) -> list[Record]:
+def all_records(made: Layout, chosen: Mapping[tuple[str, Chain], Choice], out: Path) -> list[Record]:
     """Return the records of the chosen settings and of the given models on test rows, without per-row values.
 
     `extra` says split, seed, rate and epochs, and names the cell's folder, where the single values are.

@@ -26,9 +26,10 @@ from alter.core.files import digest, write_atomic
 from alter.core.plugins import plugins_digest
 from alter.core.provenance import provenance
 from alter.core.validation import mistake
-from alter.data.sources import read_rows, tofu_rows
+from alter.data.sources import read_rows
+from alter.data.tofu import tofu_rows
 from alter.methods.presets import METHODS, merged
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.training.settings import Unlearn, batches_of_step
 
 CELL = 2
@@ -239,7 +240,7 @@ def lay_out(settings: Compare, out: Path) -> Layout:
     """Lay out every cell, and write the evaluation rows, and the new rows of each split, into `out`/rows.
 
     Raises:
-        UserError: see `check_settings`, `run_of`, `check_continual` and `Subject.identity`; a hub that does not answer;
+        UserError: see `check_settings`, `run_of`, `check_continual` and `ModelSettings.identity`; a hub that does not answer;
             data that is missing; or two cells that are the same run.
     """
     check_settings(settings)
@@ -292,7 +293,7 @@ def _weights(settings: Compare) -> dict[str, str | None]:
         UserError: no model of a name.
     """
     names = (settings.model, *settings.retrained.model_dump().values())
-    weights = {name: Subject(model=name).identity()["weights"] for name in names if name is not None}
+    weights = {name: ModelSettings(model=name).identity()["weights"] for name in names if name is not None}
     for name, content in weights.items():
         if content == "unknown":
             raise UserError(f"No model at {name}: no folder has this name, and the hub does not answer for it.")

@@ -127,7 +127,7 @@ def _write(settings: Compare, made: Layout, chosen: Chosen, out: Path) -> tuple[
     write_atomic(out / "search.csv", search_csv(chosen))
     pareto(out / "pareto.png", settings, rows)
     write_atomic(out / "report.html", html_page(said, settings, rows))
-    write_records(out / "records.json", all_records(settings, made, chosen, out))
+    write_records(out / "records.json", all_records(made, chosen, out))
     summary = {
         "settings": settings.model_dump(mode="json"),
         "choices": [{"method": name, "splits": chain, **asdict(c)} for (name, chain), c in chosen.items()],

@@ -95,7 +95,7 @@ def _clustered(
     counts = [n] if n is not None else range(2, most + 1)
     found = [_groups(_by_words(vectors.weights, seed), counts, seed)]
     if states is not None:
-        found.append(_groups(_by_meaning(states, seed), counts, seed))
+        found.append(_groups(_by_meaning(states), counts, seed))
     best = max(found, key=lambda one: one.silhouette).groups
     # number the groups by their first row: k-means' own order means nothing
     order = list(dict.fromkeys(best))
@@ -172,7 +172,7 @@ def _by_words(weights: Any, seed: int) -> npt.NDArray[Any]:
     return points
 
 
-def _by_meaning(states: npt.NDArray[Any], seed: int) -> npt.NDArray[Any]:
+def _by_meaning(states: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Standardise, reduce and scale states [rows, width]: a few dimensions of a model's states dwarf all others."""
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler, normalize

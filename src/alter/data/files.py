@@ -27,7 +27,11 @@ MOST_CHARACTERS = 5_000_000
 """Characters of one text in a row, more than *War and Peace* has: tokens of a longer one would take gigabytes."""
 
 
-class Row(dict[str, Any]):
+Row = dict[str, Any]
+"""A row of data: its columns by name."""
+
+
+class PlacedRow(dict[str, Any]):
     """The columns of one row, and where it was read: `"rows.jsonl line 7"`, or nothing."""
 
     def __init__(self, columns: Mapping[str, Any], place: str = "") -> None:
@@ -35,12 +39,12 @@ class Row(dict[str, Any]):
         self.place = place
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Row, (dict(self), self.place)
+        return PlacedRow, (dict(self), self.place)
 
 
-def with_columns(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Row:
+def with_columns(row: Mapping[str, Any], columns: Mapping[str, Any]) -> PlacedRow:
     """Return the row with more columns, at its place."""
-    return Row({**row, **columns}, getattr(row, "place", ""))
+    return PlacedRow({**row, **columns}, getattr(row, "place", ""))
 
 
 # Running text --------------------------------------------------------------------------------------------------------
@@ -138,7 +142,9 @@ def _table(path: Path) -> list[dict[str, Any]]:
                         f"that holds {signs!r} between quotes."
                     )
                 padded = [*cells, *[""] * (len(names) - len(cells))]
-                rows.append(Row({n: c or None for n, c in zip(names, padded, strict=True)}, f"{path} line {began}"))
+                rows.append(
+                    PlacedRow({n: c or None for n, c in zip(names, padded, strict=True)}, f"{path} line {began}")
+                )
             began = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not CSV: {error}.") from None
@@ -153,7 +159,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         found = parquet.read_table(path).to_pylist()
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a parquet file: {(str(error).splitlines() or ['unreadable'])[0]}") from None
-    return [Row(row, f"{path} row {number}") for number, row in enumerate(found, start=1)]
+    return [PlacedRow(row, f"{path} row {number}") for number, row in enumerate(found, start=1)]
 
 
 def _json(path: Path, text: str, texts: bool) -> list[dict[str, Any]]:
@@ -178,7 +184,7 @@ def _json(path: Path, text: str, texts: bool) -> list[dict[str, Any]]:
     for number, (row, _) in enumerate(found, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number} is a {type(row).__name__}; expected an object with named columns.")
-    return [Row(row, place) for row, place in found]
+    return [PlacedRow(row, place) for row, place in found]
 
 
 def read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
@@ -208,7 +214,7 @@ def read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
         if not text.strip():
             raise UserError(f"{path} is empty; expected at least one row.")
         if ending in TEXT_ENDINGS:
-            return [Row({"text": passage}, f"{path} line {line}") for passage, line in passages(text)]
+            return [PlacedRow({"text": passage}, f"{path} line {line}") for passage, line in passages(text)]
         rows = _json(path, text, texts)
     if not rows:
         raise UserError(f"{path} holds no rows; expected at least one.")
@@ -247,5 +253,5 @@ def rename(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], known: S
     for row in rows:
         kept = {name: value for name, value in row.items() if name not in known and name not in names.values()}
         kept |= {name: row.get(column) for name, column in names.items()}
-        result.append(Row(kept, getattr(row, "place", "")))
+        result.append(PlacedRow(kept, getattr(row, "place", "")))
     return result

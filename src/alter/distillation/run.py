@@ -34,7 +34,7 @@ from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
 from alter.distillation.trainer import DistillTrainer, train_student
 from alter.models.guards import is_form
-from alter.models.loading import Subject, load_model
+from alter.models.loading import ModelSettings, load_model
 from alter.models.scoring import context_length
 from alter.training.folder import (
     check_finite,
@@ -108,16 +108,16 @@ def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
         _clean(out)
         show(f"{out} is finished: nothing is left to do.", stderr=True, markup=False)
         return out
-    subjects = _subjects(settings)
-    identities = {name: subject.identity(cache_folder()) for name, subject in subjects.items()}
+    models = _models(settings)
+    identities = {name: one.identity(cache_folder()) for name, one in models.items()}
     given = _inputs(settings, found, identities)
     if settings.resume:
         check_inputs(out, given)
     if trained:
         claim(out)
-        teacher = subjects["teacher"].load()
+        teacher = models["teacher"].load()
     else:
-        teacher = _train(settings, out, found, subjects, given, callbacks, started)
+        teacher = _train(settings, out, found, models, given, callbacks, started)
     _clean(out)
     if settings.closing_rows:
         measure_distilled(settings, out, found, teacher)
@@ -130,14 +130,14 @@ def _train(
     settings: Distill,
     out: Path,
     found: dict[str, list[Example]],
-    subjects: dict[str, Subject],
+    models: dict[str, ModelSettings],
     given: dict[str, Any],
     callbacks: Sequence[TrainerCallback],
     started: float,
 ) -> tuple[Any, Any]:
     """Train and save the student, then write `run.json`, which marks a run as trained; return the teacher and its tokenizer."""
     checkpoint = last_whole_checkpoint(out / "checkpoints") if settings.resume else None
-    teacher, tokenizer, student = _load(settings, subjects["teacher"])
+    teacher, tokenizer, student = _load(settings, models["teacher"])
     check_room(out, student, settings.form)
     limit = settings.max_length or context_length(student)
     check_lengths(teacher, tokenizer, settings, found, limit)
@@ -146,7 +146,7 @@ def _train(
     if not found["general"]:
         found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])
     taught = lesson(tokenizer, found, settings, limit)
-    teachers, kept = _teachers(settings, taught, (teacher, tokenizer), subjects["student"])
+    teachers, kept = _teachers(settings, taught, (teacher, tokenizer), models["student"])
     prepared = time.time()
     model = _learner(settings, student)
     heard = [*callbacks, *trackers(settings.report_to, out)]
@@ -156,7 +156,7 @@ def _train(
     facts = _facts(settings, found, taught, trainer) | {
         "teacher_passes": "once" if kept else "at every step",
         "seconds": {"prepare": round(prepared - started, 2), "train": round(trained - prepared, 2)},
-        "models": {name: given[name] for name in subjects},
+        "models": {name: given[name] for name in models},
         "provenance": provenance(),
     }
     write_atomic(out / "run.json", to_json(facts))
@@ -178,25 +178,25 @@ def _show_next(settings: Distill, out: Path) -> None:
     )
 
 
-def _subjects(settings: Distill) -> dict[str, Subject]:
-    """Return teacher and student as subjects to load."""
+def _models(settings: Distill) -> dict[str, ModelSettings]:
+    """Return teacher and student as models to load."""
     assert settings.model is not None
     assert settings.student is not None
     common: dict[str, Any] = {"device": settings.device, "chat_template_kwargs": settings.chat_template_kwargs}
     return {
-        "teacher": Subject(model=settings.model, adapter=settings.adapter, **common),
-        "student": Subject(model=settings.student, **common),
+        "teacher": ModelSettings(model=settings.model, adapter=settings.adapter, **common),
+        "student": ModelSettings(model=settings.student, **common),
     }
 
 
-def _load(settings: Distill, subject: Subject) -> tuple[Any, Any, Any]:
+def _load(settings: Distill, chosen: ModelSettings) -> tuple[Any, Any, Any]:
     """Load teacher, its tokenizer and student, and check that they are compatible.
 
     Raises:
         UserError: see `check_teacher` and `check_pair`.
     """
     assert settings.student is not None
-    teacher, tokenizer = subject.load()
+    teacher, tokenizer = chosen.load()
     check_teacher(teacher)
     student, own = load_model(
         settings.student, None, "float32", settings.device, template=settings.chat_template_kwargs
@@ -233,7 +233,7 @@ def _inputs(settings: Distill, found: dict[str, list[Example]], identities: dict
 
 
 def _teachers(
-    settings: Distill, taught: Lesson, teacher: tuple[Any, Any], student: Subject
+    settings: Distill, taught: Lesson, teacher: tuple[Any, Any], student: ModelSettings
 ) -> tuple[tuple[Teacher, Teacher], bool]:
     """Return the teachers of forget rows and of all other rows, and whether their states are cached."""
     model, tokenizer = teacher

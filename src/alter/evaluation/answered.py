@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alter import metrics
+from alter.core.arrays import Array
 from alter.data.encoding import encode_all
 from alter.data.examples import Example
 from alter.evaluation.leakage import Asked, ask
@@ -17,7 +18,7 @@ from alter.models.generation import generate
 from alter.models.scoring import context_length, score
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    pass
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Answered:
     """
 
     measures: Measures
-    exact: npt.NDArray[np.float64]
+    exact: Array
     examples: list[Example]
-    probability: npt.NDArray[np.float64]
+    probability: Array
     questions: list[str]
     truths: list[str]
     replies: list[str]

@@ -13,10 +13,10 @@ from alter.core.console import warn
 from alter.core.numbers import Seed
 from alter.core.outputs import OutFile
 from alter.core.records import Record
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 
 
-class Evaluation(Subject, ABC):
+class Evaluation(ModelSettings, ABC):
     """Settings of one evaluation; a benchmark adds its own and says how it measures a model in memory.
 
     `alter evaluate --benchmark NAME` finds the class by its name in `alter.core.plugins.BENCHMARKS`.
@@ -38,7 +38,7 @@ class Evaluation(Subject, ABC):
     """Folder that keeps results, or "off"; by default that of ALTER_CACHE, else ~/.cache/alter."""
 
     @property
-    def subject(self) -> str:
+    def label(self) -> str:
         """What the records call the model."""
         return self.name or ("unlearned" if self.adapter else "original")
 
@@ -59,7 +59,7 @@ class Evaluation(Subject, ABC):
 
     @abstractmethod
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
-        """Measure a loaded model and return its records, named `self.subject`.
+        """Measure a loaded model and return its records, named `self.label`.
 
         Raises:
             UserError: data or reference results that do not fit, or what scoring and generating raise.

@@ -22,12 +22,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from alter import metrics
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.files import digest, file_digest, folder_digest
 from alter.core.records import Record, read_records
@@ -41,8 +42,6 @@ from alter.models.scoring import Scores, score
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-Array: TypeAlias = "npt.NDArray[np.float64]"
 
 
 @dataclass(frozen=True)
@@ -284,7 +283,7 @@ class BookEvaluation(Evaluation):
             "prefix_tokens": self.prefix_tokens,
             "continuation_tokens": self.continuation_tokens,
         }
-        figures = Figures(self.subject, base)
+        figures = Figures(self.label, base)
         notes = self._add_said(figures, result, reference)
         _add_scored(figures, result)
         empty = sum(not text for text in result.generations)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alter import metrics
 from alter.core import console
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.numbers import Seed
 from alter.core.outputs import Written
@@ -38,8 +39,6 @@ from alter.models.scoring import MAX_LOGITS, evaluating
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-Array: TypeAlias = "npt.NDArray[np.float64]"
 
 
 class Study(BaseModel):

@@ -43,7 +43,7 @@ from alter.evaluation.figures import Figures
 from alter.evaluation.judge import Grades, Judge, judge_replies
 from alter.evaluation.judged import judge_records
 from alter.models.generation import check_prompts, generate
-from alter.models.loading import Subject, load_model
+from alter.models.loading import ModelSettings, load_model
 from alter.models.scoring import score
 
 if TYPE_CHECKING:
@@ -90,17 +90,17 @@ class FluencyEvaluation(Evaluation):
         if self.reference_model is None:
             # `merged` reads with the base, whose weights are in the key as the model's own
             return None if self.judge.wanted else rows
-        identity = Subject(model=self.reference_model).identity()
+        identity = ModelSettings(model=self.reference_model).identity()
         return None if self.judge.wanted or "unknown" in identity.values() else digest(rows, identity)
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
         result = fluency(self, model, tokenizer)
         told = {"benchmark": "fluency", "prompts": self.prompts}
-        records = result.records(self.subject, told)
+        records = result.records(self.label, told)
         if self.judge.wanted:
             grades = self._grades(result)
             if grades is not None:
-                records += judge_records(self.subject, self.judge, grades, told)
+                records += judge_records(self.label, self.judge, grades, told)
         return records
 
     def _grades(self, result: FluencyResult) -> Grades | None:

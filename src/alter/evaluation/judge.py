@@ -24,20 +24,19 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from alter.core.arrays import Array
 from alter.core.cache import cache_folder
 from alter.core.console import progress
 from alter.core.errors import UserError
 from alter.evaluation.grading import PROMPT_VERSION, Graded, Unusable, ask_judge, bound, estimate, grade
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    pass
 
 EMPTY_GRADE = 1
 """An empty reply is the scale's "unreadable": it gets this grade without a call."""
 REFUSED_AT_ONCE = 5
 """So many requests refused as bad before any verdict: the settings are wrong, not the texts."""
-
-Pair = tuple[str, str]
 
 
 class Judge(BaseModel):
@@ -180,7 +179,7 @@ class Grades:
         cost: of them, None without prices.
     """
 
-    grades: npt.NDArray[np.float64]
+    grades: Array
     empty: int = 0
     unparsed: int = 0
     refused: int = 0
@@ -212,7 +211,7 @@ class Grades:
         return notes
 
 
-def judge_replies(judge: Judge, pairs: Sequence[Pair]) -> Grades:
+def judge_replies(judge: Judge, pairs: Sequence[tuple[str, str]]) -> Grades:
     """Have each (prompt, reply) graded, `judge.repeats` times; equal pairs are asked once.
 
     Verdicts are written to the cache as they come in: whatever ends the run, what was received is not asked again. An

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.evaluation.giving import covered
 from alter.evaluation.leakage import entailment_label, label_probabilities
-from alter.metrics.arrays import Array
 
 COVERED = 0.3
 """Coverage up to which an answer counts as forgotten, and from which as retained (ReLearn's c1 and c2)."""

@@ -28,14 +28,15 @@ from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.data.encoding import Encoded, encode_prompt
 from alter.data.examples import Example
-from alter.data.sources import layout_rows
+from alter.data.files import Row
+from alter.data.hub import layout_rows
 from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
 from alter.evaluation.knowledge import Contradictions, rates
-from alter.evaluation.questions import Prompts, Questions, Row, RowsBySet
+from alter.evaluation.questions import Prompts, Questions, RowsBySet
 from alter.evaluation.replies import required, sampled
 from alter.models.generation import generate
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.models.scoring import score
 
 HUB = "zjunlp/KnowUnDo"
@@ -100,7 +101,7 @@ class KnowundoEvaluation(Questions):
 
     def data_digest(self) -> str | None:
         """Hash of all rows, and of the NLI model."""
-        judge = None if self.nli is None else Subject(model=self.nli).identity()["weights"]
+        judge = None if self.nli is None else ModelSettings(model=self.nli).identity()["weights"]
         return None if judge == "unknown" else digest(self.rows(), judge)
 
     def origin(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter import metrics
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.numbers import Temperature
 from alter.core.records import Record
@@ -24,7 +25,7 @@ from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import Example
 from alter.evaluation.giving import ENOUGH, gives, recall_of
 from alter.models.generation import sample
-from alter.models.loading import Subject, load_classifier
+from alter.models.loading import ModelSettings, load_classifier
 from alter.models.scoring import context_length, evaluating
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def entailment_label(labels: dict[int, str], name: str, wanted: str = "entail") 
 
 def label_probabilities(
     classifier: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = 64
-) -> npt.NDArray[np.float64]:
+) -> Array:
     """Return the probability of every label for pairs of premise and hypothesis, [pairs, labels].
 
     A premise that is too long for the classifier loses its end.
@@ -194,7 +195,7 @@ class Leak(BaseModel):
         """Return the digest of an NLI model, which decides the figures besides these settings and the model; else an empty text."""
         if not isinstance(self.hit, EntailmentHit) or not self.samples:
             return ""
-        weights = Subject(model=self.hit.model).identity()["weights"]
+        weights = ModelSettings(model=self.hit.model).identity()["weights"]
         return None if weights == "unknown" else weights
 
 
@@ -251,7 +252,7 @@ class Leaked:
     hits: npt.NDArray[np.int64]
     unknown: int = 0
 
-    def at(self, k: int) -> npt.NDArray[np.float64]:
+    def at(self, k: int) -> Array:
         """Return leak@k of each question, [m]."""
         return metrics.leak_at_k(self.hits, self.settings.samples, k)
 

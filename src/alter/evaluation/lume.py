@@ -29,7 +29,7 @@ from pydantic import Field
 from alter import metrics
 from alter.core.errors import UserError
 from alter.core.files import digest
-from alter.data.sources import layout_rows
+from alter.data.hub import layout_rows
 from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
 from alter.evaluation.questions import Prompts, Questions, RowsBySet

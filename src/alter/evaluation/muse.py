@@ -17,7 +17,7 @@ MUSE's AUC is `metrics.privleak` with ours. -100 is no forgetting, positive is o
 tokens of the raw text but the first, which nothing predicts.
 
 Layout of the data: configurations and splits as on the hub (`muse-bench/MUSE-News`, `muse-bench/MUSE-Books`); locally
-FOLDER/CONFIGURATION/SPLIT.json, .jsonl or .parquet (see `alter.data.sources.muse_rows`), which is also what MUSE's own code
+FOLDER/CONFIGURATION/SPLIT.json, .jsonl or .parquet (see `alter.data.hub.muse_rows`), which is also what MUSE's own code
 reads. Columns: `prompt`, `gt` (verbmem), `question`, `answer` (knowmem), `text` (privleak).
 
 Long texts: MUSE cuts nothing, so a prompt or a text that exceeds the model's context is refused. `max_length` cuts the
@@ -44,28 +44,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from alter import metrics
 from alter.core.cache import cache_folder
-from alter.core.errors import UserError, nearest
+from alter.core.errors import UserError
 from alter.core.files import digest
-from alter.core.records import Record, read_records
+from alter.core.records import Record
 from alter.data.chat import ensure_pad_token
 from alter.data.encoding import Encoded
-from alter.data.sources import MUSE_HUB, muse_rows
+from alter.data.files import Row
+from alter.data.hub import MUSE_HUB, muse_rows
 from alter.evaluation.base import Evaluation, quick_look, say
 from alter.evaluation.figures import metric_record
+from alter.evaluation.musereference import (
+    MuseReference,
+    PrivacySettings,
+    how_to_make_a_reference,
+    is_model,
+    read_reference,
+    usable,
+)
 from alter.evaluation.replies import CutReplies, open_ids, required, sampled
 from alter.models.generation import check_prompts, generate
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.models.scoring import check_rows, score
 
-Row = dict[str, Any]
 Criterion = Literal["verbmem", "knowmem_forget", "privleak", "knowmem_retain"]
 SPLITS: dict[Criterion, tuple[str, ...]] = {
     "verbmem": ("verbmem/forget",),
@@ -83,8 +89,6 @@ COMPAT_TEXT = 2048
 """OpenUnlearning's longest text, VerbMem's reference included, in tokens."""
 COMPAT_QUESTION = 512
 """OpenUnlearning's longest few-shot prompt with its answer, in tokens."""
-PUBLISHED_AUC = {"news": 1 - 0.4772, "books": 1 - 0.5393}
-"""Min-40 % AUC of MUSE's own retrained Llama-2-7b models, as its code has them (there 1 minus this)."""
 
 
 # Prompts and replies -------------------------------------------------------------------------------------------------
@@ -127,17 +131,6 @@ def _checked(split: str, data: str) -> list[Row]:
 
 def _fingerprint(*sets: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps(sets, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:12]
-
-
-# The retrained model -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MuseReference:
-    """The retrained model's Min-40 % AUC (ours: 1 if forgotten rows are known), and its source."""
-
-    source: str
-    auc: float
 
 
 # The benchmark -------------------------------------------------------------------------------------------------------
@@ -197,8 +190,8 @@ class MuseEvaluation(Evaluation):
         source = self.retain_records
         reference: Any = None
         if source is not None and "privleak" in self.criteria:
-            if self._is_model(source):
-                reference = Subject(model=source).identity(cache_folder(self.cache))["weights"]
+            if is_model(source):
+                reference = ModelSettings(model=source).identity(cache_folder(self.cache))["weights"]
                 if reference == "unknown":
                     return None
             else:
@@ -214,7 +207,7 @@ class MuseEvaluation(Evaluation):
                 all of this before anything is generated.
         """
         rows = self.rows()
-        reference = None if self._is_model(self.retain_records) else self._reference(rows)
+        reference = None if is_model(self.retain_records) else self._reference(rows)
         ensure_pad_token(tokenizer)
         prompts = self._prompts(tokenizer, rows)
         for criterion, ids in prompts.items():
@@ -236,7 +229,7 @@ class MuseEvaluation(Evaluation):
 
     def _record(self, metric: str, value: float, n: int, items: Any = None, **extra: Any) -> Record:
         base = {"benchmark": "muse", "corpus": self.corpus, "data": self.source}
-        return metric_record(self.subject, metric, value, n, items, mode=self.mode, extra=base | extra)
+        return metric_record(self.label, metric, value, n, items, mode=self.mode, extra=base | extra)
 
     # C1, C2, C4
 
@@ -347,13 +340,18 @@ class MuseEvaluation(Evaluation):
         lists = {key: part.tolist() for key, part in scores.items()}
         between = metrics.auc_interval(value, *(len(part) for part in lists.values()))
         records = [self._record("mia_min_k", value, n, scores=lists, interval=between, **extra)]
-        if reference is None and self._is_model(self.retain_records):
+        if reference is None and is_model(self.retain_records):
             reference = self._measured(rows)
         if reference is None and not self.compat:
-            say([self._how_to_make_a_reference()])
+            say([how_to_make_a_reference(self._privacy_settings())])
             return records
         if reference is None:
-            say(["privleak takes 0.5 for the retrained model's AUC, as OpenUnlearning does. " + self._remedy()])
+            say(
+                [
+                    "privleak takes 0.5 for the retrained model's AUC, as OpenUnlearning does. "
+                    + self._privacy_settings().remedy()
+                ]
+            )
         auc = None if reference is None else reference.auc
         leak, *ends = (metrics.privleak(each, auc, compat=self.compat) for each in (value, *between))
         source = None if reference is None else reference.source
@@ -366,76 +364,16 @@ class MuseEvaluation(Evaluation):
     def _privacy_fingerprint(self, rows: dict[str, list[Row]]) -> str:
         return _fingerprint(rows["privleak/forget"], rows["privleak/holdout"])
 
-    @staticmethod
-    def _is_model(source: str | None) -> bool:
-        return source is not None and (source.startswith("builtin:") or Path(source).expanduser().is_dir())
-
-    def _remedy(self) -> str:
-        flags = f"--benchmark muse --corpus {self.corpus} --criteria privleak"
-        flags += f" --data {self.data}" if self.data is not None else ""
-        flags += f" --mode {self.mode}" if self.compat else ""
-        flags += f" --max-length {self.max_length}" if self.max_length is not None else ""
-        flags += f" --limit {self.limit} --seed {self.seed}" if self.limit is not None else ""
-        return (
-            f"Measure the retrained model once with `alter evaluate --model RETRAINED {flags} --json retrained.json`, "
-            "then add `--retain-records retrained.json`."
+    def _privacy_settings(self) -> PrivacySettings:
+        return PrivacySettings(
+            self.corpus, self.data, self.mode, self.max_length, self.text_length, self.limit, self.seed
         )
 
-    def _how_to_make_a_reference(self) -> str:
-        return f"No privleak: it compares with a model that never saw the forgotten texts. {self._remedy()}"
-
-    def _usable(self, reference: MuseReference) -> MuseReference:
-        if reference.auc == 1 and not self.compat:
-            raise UserError(
-                f"{reference.source} tells every forgotten text from unseen ones (AUC 1), so PrivLeak, which divides by "
-                "1 - AUC, is not defined: is it really a model that never saw the forgotten texts?"
-            )
-        return reference
-
     def _reference(self, rows: dict[str, list[Row]]) -> MuseReference | None:
-        """Return the retrained model's AUC from a file or as published; None without one or for a model's folder.
-
-        Raises:
-            UserError: the file is none, or was made from other texts, in another mode or with another length.
-        """
-        source = self.retain_records
-        if source is None or "privleak" not in self.criteria or self._is_model(source):
+        """Return the retrained model's AUC from a file or as published; None without one or for a model's folder."""
+        if self.retain_records is None or "privleak" not in self.criteria or is_model(self.retain_records):
             return None
-        if source == "published":
-            if self.source != MUSE_HUB[self.corpus] or self.compat or self.limit or self.max_length:
-                raise UserError(
-                    '--retain-records "published" is for the whole texts of '
-                    f"{MUSE_HUB[self.corpus]} in strict mode (and for Llama-2-7b). {self._remedy()}"
-                )
-            return MuseReference("MUSE's code", PUBLISHED_AUC[self.corpus])
-        if not Path(source).expanduser().is_file():
-            folder = Path(source).expanduser().parent
-            near = nearest(source, [str(path) for path in folder.iterdir()] if folder.is_dir() else [])
-            raise UserError(f"No result file or model at {source}.{near} {self._remedy()}")
-        found = [
-            record
-            for record in read_records(Path(source).expanduser())
-            if record.metric == "mia_min_k" and record.extra.get("benchmark") == "muse" and record.value is not None
-        ]
-        if len(found) != 1:
-            raise UserError(
-                f"{source} holds {len(found)} records of mia_min_k on MUSE; expected one, of the retrained model. "
-                f"{self._remedy()}"
-            )
-        record = found[0]
-        for name, own in (("corpus", self.corpus), ("mode", self.mode), ("max_length", self.text_length)):
-            other = record.mode if name == "mode" else record.extra.get(name)
-            if other != own:
-                raise UserError(
-                    f"{source} was measured with {name} {other}, this run has {name} {own}. {self._remedy()}"
-                )
-        if record.extra.get("fingerprint") != self._privacy_fingerprint(rows):
-            raise UserError(
-                f"{source} was measured on other texts (of {record.extra.get('data')}) than this run's (of "
-                f"{self.source}). {self._remedy()}"
-            )
-        assert record.value is not None
-        return self._usable(MuseReference(source, record.value))
+        return read_reference(self.retain_records, self._privacy_settings(), self._privacy_fingerprint(rows))
 
     def _measured(self, rows: dict[str, list[Row]]) -> MuseReference:
         """Measure the AUC of the retrained model whose folder was given."""
@@ -444,4 +382,4 @@ class MuseEvaluation(Evaluation):
         texts = self._texts(tokenizer, rows)
         check_rows(model, [row for part in texts.values() for row in part], self._text_names(texts))
         scores = self._min_k(model, tokenizer, texts)
-        return self._usable(MuseReference(self.retain_records, metrics.auc(scores["forget"], scores["holdout"])))
+        return usable(MuseReference(self.retain_records, metrics.auc(scores["forget"], scores["holdout"])), self.mode)

@@ -51,7 +51,7 @@ class MuseCurve(MuseEvaluation):
         Raises:
             UserError: a point is not of the form, its number is none, or the numbers do not ascend.
         """
-        found = [CurvePoint(self.subject, 0.0, self.model, self.adapter)]
+        found = [CurvePoint(self.label, 0.0, self.model, self.adapter)]
         for text in self.points:
             label, equals, target = text.partition("=")
             number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMG]?)", label)

@@ -8,11 +8,11 @@ from typing import Any
 
 from alter.core.records import Record
 from alter.data.chat import ensure_pad_token
+from alter.data.files import Row
 from alter.evaluation.base import Evaluation, quick_look, say
 from alter.evaluation.figures import Figures
 from alter.models.generation import check_prompts
 
-Row = dict[str, Any]
 RowsBySet = dict[str, list[Row]]
 """Rows of each set, by its name."""
 Prompts = dict[str, list[list[int]]]
@@ -56,7 +56,7 @@ class Questions(Evaluation):
         ensure_pad_token(tokenizer)
         if self.limit is not None:
             say([quick_look(self.limit)])
-        figures = Figures(self.subject, self.origin())
+        figures = Figures(self.label, self.origin())
         prompts = self.prompts(tokenizer, rows)
         for name, ids in prompts.items():
             check_prompts(model, ids, self.longest_reply(), _called(name, ids))

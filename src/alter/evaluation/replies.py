@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from alter import metrics
+from alter.core.arrays import Array
 from alter.core.errors import UserError, nearest
 from alter.data.encoding import Encoded
+from alter.data.files import Row
 from alter.evaluation.base import Evaluation
 from alter.models.scoring import context_length, score
-
-Row = dict[str, Any]
 
 
 def cut_reply(reply: str, stops: Iterable[str]) -> str:
@@ -83,7 +83,7 @@ def by_group(groups: Sequence[str], values: Any) -> dict[str, float]:
 
 def text_losses(
     settings: Evaluation, model: Any, tokenizer: Any, texts: Sequence[str], label: str
-) -> tuple[metrics.Array, int]:
+) -> tuple[Array, int]:
     """Return the mean loss per token of each text, [n], cut to the model's context, and how many were cut."""
     limit = context_length(model)
     ids = [list(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]) for text in texts]

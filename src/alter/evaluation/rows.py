@@ -27,7 +27,7 @@ from alter.evaluation.figures import metric_record
 from alter.evaluation.knowledge import Contradictions, over_refusal, rates
 from alter.evaluation.leakage import Leak, Leaked, leaked
 from alter.evaluation.verdict import judge, unit_interval
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 
 
 class RowsEvaluation(Evaluation):
@@ -61,7 +61,7 @@ class RowsEvaluation(Evaluation):
     """Leakage over many samples of the rows to forget: leak@k."""
 
     @property
-    def subject(self) -> str:
+    def label(self) -> str:
         """What the records call the model: one that is measured beside `before` is the unlearned one."""
         return self.name or ("unlearned" if self.adapter or self.before else "original")
 
@@ -74,7 +74,7 @@ class RowsEvaluation(Evaluation):
             _apart(sets)
         references = []
         for name in (self.before, self.retrained, self.nli):
-            identity = None if name is None else Subject(model=name).identity()
+            identity = None if name is None else ModelSettings(model=name).identity()
             if identity is not None and "unknown" in identity.values():
                 return None
             references.append(identity)
@@ -176,7 +176,7 @@ class RowsEvaluation(Evaluation):
             if leaks:
                 closed["leak"] = {name: each.summary() for name, each in leaks.items()}
         judged = [] if before is None else self._judged("original", before, told, judge_of)
-        judged += self._judged(self.subject, after, told, judge_of)
+        judged += self._judged(self.label, after, told, judge_of)
         if self.rates and self.retrained is not None and before is not None and reference is not None:
             judged.append(self._completeness(after["forget"], before["forget"], reference, told))
         if closed is not None and judged:
@@ -195,9 +195,9 @@ class RowsEvaluation(Evaluation):
             records += self._records("original", before, told)
         if self.retrained is not None and reference is not None:
             records += self._records("retrained", {"forget": reference}, told)
-        records += self._records(self.subject, after, told | ({} if closed is None else {"closing": closed}))
+        records += self._records(self.label, after, told | ({} if closed is None else {"closing": closed}))
         records += judged
-        for of, name in (("before", "original"), ("retrained", "retrained"), ("after", self.subject)):
+        for of, name in (("before", "original"), ("retrained", "retrained"), ("after", self.label)):
             if of in leaks:
                 records += leaks[of].records(name, told)
         return records
@@ -250,7 +250,7 @@ class RowsEvaluation(Evaluation):
             raise UserError(f"{error}. Leave --rates out, or give more rows.") from None
         interval = metrics.bootstrap_interval(values)
         more = {"interval": None if interval is None else list(interval)}
-        return metric_record(self.subject, "iam", values.mean(), len(values), values, extra=extra | more)
+        return metric_record(self.label, "iam", values.mean(), len(values), values, extra=extra | more)
 
     def _records(self, name: str, found: Mapping[str, Answered], extra: dict[str, Any]) -> list[Record]:
         out: list[Record] = []

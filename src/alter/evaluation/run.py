@@ -25,7 +25,7 @@ from alter.evaluation.base import Evaluation, overheard, say
 from alter.evaluation.closing import closing_of, show_closing
 from alter.evaluation.tofu.logs import Aggregate, aggregate
 from alter.models.generation import generate
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.reporting.terminal import table
 
 
@@ -76,7 +76,7 @@ def evaluate(settings: Evaluation) -> list[Record]:
     share the scoring and the generating, each with a replica of the model; the first prints and writes.
 
     Raises:
-        UserError: see the benchmark's `data_digest` and `measure`, and `Subject.load`.
+        UserError: see the benchmark's `data_digest` and `measure`, and `ModelSettings.load`.
     """
     check_outputs(settings)
     with processes.together("Start the same command again.", settings.device):
@@ -118,13 +118,13 @@ def measured(settings: Evaluation) -> list[Record]:
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         )
         if folder is not None and key is not None and processes.first():
-            remember(folder, key, Cached(records, notes, settings.subject))
+            remember(folder, key, Cached(records, notes, settings.label))
     else:
         measured = found.records[0].provenance.get("measured") if found.records else None
         say([f"A result of {measured}, of the same model, data, settings and code; --cache off measures again."])
         say(found.notes)
         records = [
-            replace(record, model=settings.subject) if record.model == found.subject else record
+            replace(record, model=settings.label) if record.model == found.subject else record
             for record in found.records
         ]
     return records
@@ -162,7 +162,7 @@ def aggregate_logs(settings: AggregateLogs) -> list[Record]:
     return records
 
 
-class Generate(Subject):
+class Generate(ModelSettings):
     """Answer prompts with a model and an adapter, routing active."""
 
     prompt: list[str] = Field(default_factory=list)
@@ -185,7 +185,7 @@ def answer_prompts(settings: Generate) -> list[str]:
     """Run `alter generate`: print, and with --json write, one answer per prompt; several processes share the prompts.
 
     Raises:
-        UserError: no prompt, rows without a question, or what `Subject.load` raises.
+        UserError: no prompt, rows without a question, or what `ModelSettings.load` raises.
     """
     with processes.together("Start the same command again.", settings.device):
         return _generate(settings)

@@ -32,9 +32,10 @@ from alter.core.errors import UserError, nearest
 from alter.core.files import digest
 from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
-from alter.data.sources import layout_rows
+from alter.data.files import Row
+from alter.data.hub import layout_rows
 from alter.evaluation.figures import Figures
-from alter.evaluation.questions import Prompts, Questions, Row, RowsBySet
+from alter.evaluation.questions import Prompts, Questions, RowsBySet
 from alter.evaluation.replies import CutReplies, by_group, open_ids, required, sampled, text_losses
 from alter.models.generation import generate
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from alter import metrics
+from alter.core.arrays import Array
 from alter.evaluation.giving import broken, distinct, gives, recall_of, repeated
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ LEAST = 5
 """Fewest answered rows for a proof."""
 FIRM = 100
 """Answered rows from which a page may colour a verdict green."""
-
-Array: TypeAlias = "npt.NDArray[np.float64]"
 
 
 # Measures ------------------------------------------------------------------------------------------------------------

@@ -25,9 +25,6 @@ from alter.exporting.vocabulary import Vocabulary, vocabulary
 if TYPE_CHECKING:
     from torch import Tensor
 
-TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-"""Number formats that can be written."""
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -236,7 +233,7 @@ def write_gguf(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -
     Args:
         model, tokenizer: plain, no adapter on it.
         out: the file.
-        wanted: one of `TYPES`; see `number_type` for what is kept in another.
+        wanted: a format of the command's `type`; see `number_type` for what is kept in another.
         title: what the file calls the model.
 
     Returns:

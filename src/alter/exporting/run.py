@@ -11,11 +11,11 @@ from alter.core.errors import UserError
 from alter.core.outputs import Written
 from alter.exporting import gguf, loras
 from alter.models.gguf import ENDING, gguf_place
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.models.naming import shipped_model
 
 
-class Export(Subject):
+class Export(ModelSettings):
     """Write a model as a GGUF file for llama.cpp and Ollama, or the experts of an adapter as plain LoRAs."""
 
     out: Annotated[str, Written(folder=None)]

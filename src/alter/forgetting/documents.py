@@ -11,9 +11,9 @@ import numpy as np
 
 from alter.core.errors import UserError, nearest
 from alter.core.files import read_text
-from alter.data.files import ENDINGS, TEXT_ENDINGS, read_file
+from alter.data.files import ENDINGS, TEXT_ENDINGS, Row, read_file
 from alter.forgetting.facts import WORD, holds, named, swap
-from alter.forgetting.material import Material, Row
+from alter.forgetting.material import Material
 from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import GENERAL, TEMPLATES

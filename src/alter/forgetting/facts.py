@@ -138,11 +138,6 @@ def whole(text: str) -> str:
     return text[: ends[-1]] if ends else text
 
 
-def hits(answers: Sequence[str], wanted: Sequence[Sequence[str]]) -> list[bool]:
-    """Tell for each answer whether it holds one of the words expected of it."""
-    return [any(holds(answer, word) for word in each) for answer, each in zip(answers, wanted, strict=True)]
-
-
 def swap(text: str, names: Mapping[str, str]) -> str:
     """Replace names in a text, whatever their case; longer ones first."""
     for old in sorted(names, key=len, reverse=True):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
+from alter.data.files import Row
 
 
 @dataclass(frozen=True)

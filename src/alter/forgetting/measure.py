@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from alter import metrics
+from alter.core.arrays import Array
+from alter.data.files import Row
 from alter.evaluation.fluency import alone
 from alter.forgetting.certainty import fact_row
 from alter.forgetting.facts import fact_words, holds, named, place_of, swap
-from alter.forgetting.material import Row
 from alter.forgetting.probes import answered
 from alter.models.scoring import score
 
@@ -37,15 +37,13 @@ class AgainstZero:
         pvalue: of `permuted`.
     """
 
-    real: npt.NDArray[np.float64]
-    invented: npt.NDArray[np.float64]
+    real: Array
+    invented: Array
     auc: float
     pvalue: float
 
 
-def permuted(
-    real: npt.NDArray[np.float64], invented: npt.NDArray[np.float64], seed: int = 0, draws: int = DRAWS
-) -> float:
+def permuted(real: Array, invented: Array, seed: int = 0, draws: int = DRAWS) -> float:
     """Permutation test of whether the subject's facts are likelier than an invented subject's; return the p-value.
 
     If the model knows nothing of the subject, its name is one among m + 1 of which each could be the real one, in every

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from alter.data.examples import load_examples
+from alter.data.files import Row
 from alter.forgetting.facts import holds
-from alter.forgetting.material import Row
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
     EVERY,

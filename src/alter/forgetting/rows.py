@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 from alter.core.errors import UserError
+from alter.data.files import Row
 from alter.forgetting.certainty import fact_row, sure_facts
 from alter.forgetting.facts import Fact, candidates, fact_words, holds, place_of, swap, whole
-from alter.forgetting.material import Material, Row
+from alter.forgetting.material import Material
 from alter.forgetting.probes import probes_of
 from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from alter.adapter.base import base_fingerprint
+from alter.core.arrays import Array
 from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.data.background import apart_from, background
@@ -23,14 +23,12 @@ from alter.guarding.settings import Eco, MakeGuard
 from alter.models.guards.corruption import CLASSIFIER, Corrupted, PromptClassifier
 from alter.models.guards.form import Form
 from alter.models.guards.likeness import mean_states
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.models.scoring import evaluating, score
 
 FOLDS = 5
 START = [10.0**power for power in range(-1, 6)]
 """Strengths that the search looks at first, in units of the embeddings' root mean square."""
-
-Doubles = npt.NDArray[np.float64]
 
 
 def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -> list[list[int]]:
@@ -45,7 +43,7 @@ def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -
 
 
 @torch.no_grad()
-def prompt_states(model: Any, prompts: Sequence[list[int]], depth: int, pad_token_id: int) -> Doubles:
+def prompt_states(model: Any, prompts: Sequence[list[int]], depth: int, pad_token_id: int) -> Array:
     """Return the mean hidden state of each prompt at one depth, [n, H]."""
     collate, device = Collator(pad_token_id), next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -71,14 +69,14 @@ class Fitted:
         caught, alarms: shares of forget and of benign prompts above it, each scored by a fit without it.
     """
 
-    weight: Doubles
+    weight: Array
     bias: float
     threshold: float
     caught: float
     alarms: float
 
 
-def fit_classifier(forget: Doubles, benign: Doubles, *, false_alarms: float, threshold: float, seed: int) -> Fitted:
+def fit_classifier(forget: Array, benign: Array, *, false_alarms: float, threshold: float, seed: int) -> Fitted:
     """Fit a logistic regression, each class with the same total weight, on standardised states (L2, C = 1).
 
     The threshold is the given one, or higher: the lowest above which at most a share `false_alarms` of the benign prompts lie
@@ -151,7 +149,7 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
     Raises:
         UserError: too few rows, no prompt that the classifier recognises, or models that do not load.
     """
-    model, tokenizer = Subject(
+    model, tokenizer = ModelSettings(
         model=run.model, dtype=run.dtype, device=run.device, chat_template_kwargs=run.chat_template_kwargs
     ).load()
     pad, limit = tokenizer.pad_token_id, getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -214,7 +212,9 @@ def search(
         if how.retrained is None:
             wanted = answer_loss(guarded, swapped(tokenizer, examples), pad)
         else:
-            other, words = Subject(model=run.model, dtype=run.dtype, device=run.device).alike(how.retrained).load()
+            other, words = (
+                ModelSettings(model=run.model, dtype=run.dtype, device=run.device).alike(how.retrained).load()
+            )
             wanted = answer_loss(other, [encode(words, row) for row in examples], words.pad_token_id)
             del other
     losses: dict[float, float] = {}

@@ -19,7 +19,7 @@ from alter.guarding.settings import KeySpace, MakeGuard, NeuronAdjust
 from alter.methods.places import block_at, blocks
 from alter.models.guards.form import Form
 from alter.models.guards.neurons import NEURONS, Abstaining, Adjusted, keys_of
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.models.scoring import evaluating
 
 FIRST = ("gate_proj", "w1", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "up_proj")
@@ -116,7 +116,7 @@ def cube(forget: Tensor, retain: Tensor, share: float | None, false_alarms: floa
 def _rows(
     run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]
 ) -> tuple[Any, Any, list[Encoded], list[Encoded]]:
-    model, tokenizer = Subject(
+    model, tokenizer = ModelSettings(
         model=run.model, dtype=run.dtype, device=run.device, chat_template_kwargs=run.chat_template_kwargs
     ).load()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

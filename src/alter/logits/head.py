@@ -136,7 +136,7 @@ class Head:
         finally:
             handle.remove()
 
-    def measure(self, states: Tensor, parts: Sequence[Part]) -> Tensor:
+    def in_chunks(self, states: Tensor, parts: Sequence[Part]) -> Tensor:
         """[n, m]: what the parts make of the logits of `states` [n, D], of which one chunk at a time exists.
 
         The backward makes the logits again, all but the last chunk's, with which it begins.
@@ -184,7 +184,7 @@ def measuring(model: Any, positions: Tensor, parts: Sequence[Part]) -> Iterator[
     with head.reading(positions) as read:
 
         def replace(_: Any, __: Any, output: Any) -> Any:
-            output.logits = head.measure(read.pop(), parts)
+            output.logits = head.in_chunks(read.pop(), parts)
             return output
 
         handle = head.model.register_forward_hook(replace, prepend=True)

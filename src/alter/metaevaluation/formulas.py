@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alter import metrics
+from alter.core.arrays import Array
 
 SMALL = 1e-6
 """Added to denominators: a metric that does not move at all is robust."""
@@ -111,5 +112,5 @@ def rank_correlation(values: Sequence[float], leaks: Sequence[float]) -> float:
 def _mean(values: Sequence[float]) -> float:
     if not values:
         raise ValueError("there is no model to average over")
-    found: npt.NDArray[np.float64] = np.array(values, dtype=np.float64)
+    found: Array = np.array(values, dtype=np.float64)
     return float(found.mean())

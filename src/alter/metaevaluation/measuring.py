@@ -28,7 +28,7 @@ from alter.evaluation.leakage import Leak, leaked
 from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.evaluation.tofu.results import TofuResult
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.models.scoring import score
 
 OF_REPLIES = ("forget_distinct_2", "forget_repetition", "forget_unusable")
@@ -92,7 +92,7 @@ class Measuring:
 
     def load(self, model: str, adapter: str | None = None) -> tuple[Any, Any]:
         """Load a model in float32, to be measured or changed."""
-        return Subject(model=model, adapter=adapter, dtype="float32", device=self.settings.device).load()
+        return ModelSettings(model=model, adapter=adapter, dtype="float32", device=self.settings.device).load()
 
     @cached_property
     def _original(self) -> tuple[Any, Any]:

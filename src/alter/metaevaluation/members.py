@@ -28,11 +28,12 @@ from alter.core.files import digest, read_object, to_json, write_atomic
 from alter.core.provenance import provenance, versions
 from alter.core.records import VERSION
 from alter.data.examples import Example, examples
-from alter.data.sources import read_rows, tofu_rows
+from alter.data.sources import read_rows
+from alter.data.tofu import tofu_rows
 from alter.evaluation.tofu.sets import SETS
 from alter.metaevaluation.measuring import MeasuredRows, Measuring, train_on
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 
@@ -130,7 +131,7 @@ def members(settings: MetaEvaluate, rows: MeasuredRows) -> list[Member]:
     Raises:
         UserError: no such model or method, settings that do not fit it, or two members that are the same.
     """
-    weights = {name: Subject(model=name).identity()["weights"] for name in (settings.model, settings.retrained)}
+    weights = {name: ModelSettings(model=name).identity()["weights"] for name in (settings.model, settings.retrained)}
     for name, content in weights.items():
         if content == "unknown":
             raise UserError(f"No model at {name}: no folder has this name, and the hub does not answer for it.")
@@ -150,7 +151,7 @@ def members(settings: MetaEvaluate, rows: MeasuredRows) -> list[Member]:
             "seed",
         }
     )
-    place = Subject(model=settings.model, device=settings.device).place()
+    place = ModelSettings(model=settings.model, device=settings.device).place()
     for name in settings.readings:
         why = ATTACKS[name].missing(Attack(model=settings.model, forget="rows"), rows.measured)
         if why is not None:

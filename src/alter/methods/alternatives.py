@@ -16,7 +16,7 @@ from alter.core.errors import UserError
 from alter.data.batching import Collator
 from alter.data.encoding import Encoded, encode
 from alter.data.examples import Example
-from alter.data.sources import refusals
+from alter.data.tofu import refusals
 from alter.methods.frozen import View
 from alter.methods.invented import invented
 from alter.methods.objectives import ForgetObjective

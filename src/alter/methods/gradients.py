@@ -68,7 +68,7 @@ class GradientRule(BaseModel, ABC):
                 f"{run.adapter.kind}"
             )
 
-    def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
+    def statistics(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
         """Return the rule's statistics before the first step, by parameter."""
         return {}
 
@@ -81,7 +81,7 @@ class GradientRule(BaseModel, ABC):
         Args:
             forget: of the forget term.
             rest: of all other terms.
-            known: what `measure` gave.
+            known: what `statistics` gave.
             state: what the rule keeps from step to step, which checkpoints save; changed in place.
         """
 
@@ -150,7 +150,7 @@ class NullSpace(GradientRule):
     )
     measures: ClassVar[bool] = True
 
-    def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
+    def statistics(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
         free = {name: free_directions(found, self.relaxation) for name, found in passes.input_covariances().items()}
         still = [name for name, directions in free.items() if directions.shape[1] < FEWEST * len(directions)]
         if still:
@@ -187,7 +187,7 @@ class Selective(GradientRule):
     learning_rate: float = Field(0.01, gt=0, description="Learning rate of the LoRA.")
     measures: ClassVar[bool] = True
 
-    def measure(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
+    def statistics(self, passes: GradientPasses, seed: int) -> dict[str, Tensor]:
         found = passes.elicited(self.r, self.scaling, self.learning_rate)
         whole = [name for name, gradient in found.items() if self.components >= min(gradient.shape)]
         if whole:

@@ -27,7 +27,7 @@ What takes long to import (SciPy's statistics, ROUGE, BLEU) is imported by the f
 
 from __future__ import annotations
 
-from alter.metrics.arrays import EPSILON, Array, RowArrays
+from alter.metrics.arrays import EPSILON, RowArrays
 from alter.metrics.catalogue import CATALOGUE, Metric
 from alter.metrics.choices import Answers, multiple_choice
 from alter.metrics.completeness import unlearning_completeness
@@ -72,7 +72,6 @@ __all__ = [
     "CATALOGUE",
     "EPSILON",
     "Answers",
-    "Array",
     "ForgetQuality",
     "Metric",
     "Rouge",

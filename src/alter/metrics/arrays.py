@@ -1,4 +1,4 @@
-"""Array types of the metrics: arrays of float64, and ragged lists of them."""
+"""What the metrics take: ragged lists of rows, and values as float64."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from alter.core.arrays import Array
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-Array: TypeAlias = "npt.NDArray[np.float64]"
 RowArrays: TypeAlias = "Sequence[npt.ArrayLike]"
 """A ragged list: one 1-D array per row."""
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alter.metrics.arrays import EPSILON, Array, RowArrays, floats, labelled_row
+from alter.core.arrays import Array
+from alter.metrics.arrays import EPSILON, RowArrays, floats, labelled_row
 
 if TYPE_CHECKING:
     import numpy.typing as npt

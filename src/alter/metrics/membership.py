@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alter.metrics.arrays import EPSILON, Array, RowArrays, floats, labelled_row
+from alter.core.arrays import Array
+from alter.metrics.arrays import EPSILON, RowArrays, floats, labelled_row
 from alter.metrics.likelihood import average_loss
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from alter.metrics.arrays import Array, RowArrays, floats
+from alter.core.arrays import Array
+from alter.metrics.arrays import RowArrays, floats
 
 
 def exact_memorization(correct: RowArrays) -> Array:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alter.metrics.arrays import Array, floats
+from alter.core.arrays import Array
+from alter.metrics.arrays import floats
 
 if TYPE_CHECKING:
     import numpy.typing as npt

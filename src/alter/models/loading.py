@@ -19,7 +19,7 @@ from alter.models.naming import is_local, model_folder, shipped_model
 from alter.models.quantized import Bits
 
 
-class Subject(BaseModel):
+class ModelSettings(BaseModel):
     """The model to look at: settings of every command that loads one."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -38,10 +38,10 @@ class Subject(BaseModel):
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
     chat_template_kwargs: TemplateArguments = []
 
-    def alike(self, model: str, adapter: str | None = None) -> Subject:
+    def alike(self, model: str, adapter: str | None = None) -> ModelSettings:
         """Return another model with the same loading settings."""
         same = self.model_dump(include={"dtype", "quantization", "device", "chat_template_kwargs"})
-        return Subject(model=model, adapter=adapter, **same)
+        return ModelSettings(model=model, adapter=adapter, **same)
 
     def load(self) -> tuple[Any, Any]:
         """Return model and tokenizer.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from alter.core import console, processes
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.data.batching import Collator, batches_by_length
 from alter.data.encoding import Encoded
@@ -276,7 +277,7 @@ def gradient_norms(
     compat: bool = False,
     progress: bool = True,
     label: str = "gradients",
-) -> list[npt.NDArray[np.float64]]:
+) -> list[Array]:
     """Return the L2 norm of the gradient of each row's loss, by parameter tensor: one forward and one backward per row.
 
     The loss is the mean negative log-probability of the row's labelled tokens but the last. The gradient is taken by
@@ -300,7 +301,7 @@ def gradient_norms(
     check_rows(model, encoded)
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
 
-    def norms_of(i: int) -> npt.NDArray[np.float64]:
+    def norms_of(i: int) -> Array:
         found = torch.autograd.grad(
             _loss_but_the_last(model, encoded[i], i, pad_token_id if compat else None), weights, allow_unused=True
         )

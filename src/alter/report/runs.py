@@ -1,4 +1,4 @@
-"""The subjects of a report: runs, with their records and attacks, read from their folders."""
+"""What a report is about: runs with their records and attacks, read from their folders."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from alter.core.arrays import Array
 from alter.core.errors import UserError, nearest
 from alter.core.files import folder_digest, from_json
 from alter.core.records import Record, read_records
 from alter.report.settings import Report
 from alter.reporting.terminal import number
 
-Array = npt.NDArray[np.float64]
 ROLES = ("original", "unlearned", "retrained")
 """What records call the three models; a name given with --name gets a column, and no part in the summary."""
 

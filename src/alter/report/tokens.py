@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from alter.report.runs import Array, Reported, TokenFigures
+from alter.core.arrays import Array
+from alter.report.runs import Reported, TokenFigures
 from alter.reporting.markup import Html, grid, histogram, percent, tag
 
 EXPERTS = 40

@@ -15,16 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from alter.core.arrays import Array
 from alter.core.words import bare, spans
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    pass
 
-Array: TypeAlias = "npt.NDArray[np.float64]"
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report" / "page.html"
 SORT = TEMPLATE.with_name("sort.js")
 

@@ -25,21 +25,10 @@ import sqlalchemy as sql
 from alter.core.errors import UserError
 from alter.core.files import to_json
 from alter.requests.anchor import Anchor
+from alter.requests.chain import append_entry, chain_faults, last_entry
 from alter.requests.connection import database_errors, engine_for, without_password
 from alter.requests.records import EDGES, Entry, Request, default_who, now
-from alter.requests.tables import (
-    APPEND_ONLY,
-    HISTORY,
-    LEASE,
-    META,
-    REQUESTS,
-    TABLES,
-    append_entry,
-    entry_hash,
-    last_entry,
-    record_hash,
-    request_row,
-)
+from alter.requests.tables import APPEND_ONLY, HISTORY, LEASE, META, REQUESTS, TABLES, request_row
 
 SCHEMA = 2
 """Version of the tables; a database of another one is refused."""
@@ -169,41 +158,7 @@ class Store:
             rows = connection.execute(sql.select(HISTORY).order_by(HISTORY.c.number)).mappings().all()
             records = {row["id"]: dict(row) for row in connection.execute(sql.select(REQUESTS)).mappings()}
             meta = dict(connection.execute(sql.select(META.c.key, META.c.value)).tuples().all())
-        wrong, previous = [], ""
-        last: dict[int, str] = {}
-        for expected, row in enumerate(rows, start=1):
-            content = {key: row[key] for key in ("number", "request", "at", "who", "what", "details", "previous")}
-            if row["number"] != expected:
-                wrong.append(f"Entry {expected} of the history is missing.")
-                break
-            if row["previous"] != previous or row["hash"] != entry_hash(**content):
-                wrong.append(f"Entry {expected} of the history ({row['what']}, {row['at']}) was altered.")
-                break
-            previous = row["hash"]
-            if row["request"] is not None:
-                last[row["request"]] = json.loads(row["details"])["record"]
-        else:
-            known = {row["hash"] for row in rows}
-            missing = [head for head in heads if not any(each.startswith(head) for each in known)]
-            if missing:
-                wrong.append(
-                    f"The history was cut or written anew: it once had the head {missing[0][:12]}, which it has no more."
-                )
-        if wrong:
-            return wrong
-        if not rows:
-            return ["The history is gone."]
-        if json.loads(rows[0]["details"]).get("project") != json.loads(meta.get("project", "null")):
-            wrong.append("What all requests share (model, retain set, recipe, folder) is not what it was made with.")
-        for number, record in records.items():
-            if number not in last:
-                wrong.append(f"R-{number:04d} is not in the history.")
-            elif last[number] != record_hash(record):
-                wrong.append(
-                    f"R-{number:04d} (state {record['state']!r}) was altered: state, dates, subject, data, run or evidence "
-                    "are not those of its history."
-                )
-        return wrong + [f"R-{number:04d} was removed." for number in last if number not in records]
+        return chain_faults(rows, records, meta.get("project", "null"), heads)
 
     # Writing
 

@@ -1,16 +1,11 @@
-"""The tables of the database of requests, and the hashes that chain its history and fix every request's columns."""
+"""The tables of the database of requests."""
 
 from __future__ import annotations
-
-import hashlib
-import json
-from collections.abc import Mapping
-from typing import Any
 
 import sqlalchemy as sql
 
 from alter.core.errors import UserError, nearest
-from alter.requests.records import Request, now
+from alter.requests.records import Request
 
 TABLES = sql.MetaData()
 META = sql.Table(
@@ -72,18 +67,6 @@ APPEND_ONLY = {
 }
 
 
-def entry_hash(number: int, request: int | None, at: str, who: str, what: str, details: str, previous: str) -> str:
-    """Return the SHA-256 of a history entry, including the hash of the entry before it."""
-    content = json.dumps([number, request, at, who, what, details, previous], ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def record_hash(columns: Mapping[str, Any]) -> str:
-    """SHA-256 of all columns of a request."""
-    content = {name: columns[name] for name in sorted(column.name for column in REQUESTS.columns)}
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
-
-
 def request_row(connection: sql.Connection, number: int) -> Request:
     """Return one request's row.
 
@@ -96,31 +79,3 @@ def request_row(connection: sql.Connection, number: int) -> Request:
         there = f"there are {known[0]} to {known[-1]}" if known else "there are none yet"
         raise UserError(f"There is no request R-{number:04d}; {there}.{nearest(f'R-{number:04d}', known)}")
     return Request(**row)
-
-
-def last_entry(connection: sql.Connection) -> tuple[int, str]:
-    """Number and hash of the last entry of the history; 0 and "" where there is none."""
-    query = sql.select(HISTORY.c.number, HISTORY.c.hash).order_by(HISTORY.c.number.desc()).limit(1)
-    row = connection.execute(query).one_or_none()
-    return (0, "") if row is None else (row[0], row[1])
-
-
-def append_entry(
-    connection: sql.Connection, request: int | None, who: str, what: str, details: Mapping[str, Any]
-) -> None:
-    """Append to the history; an entry about a request holds the hash of all its columns as they are now."""
-    number, previous = last_entry(connection)
-    if request is not None:
-        request_row(connection, request)
-        columns = connection.execute(sql.select(REQUESTS).where(REQUESTS.c.id == request)).mappings().one()
-        details = {**details, "record": record_hash(dict(columns))}
-    content: dict[str, Any] = {
-        "number": number + 1,
-        "request": request,
-        "at": now(),
-        "who": who,
-        "what": what,
-        "details": json.dumps(dict(details), ensure_ascii=False, sort_keys=True),
-        "previous": previous,
-    }
-    connection.execute(sql.insert(HISTORY).values(**content, hash=entry_hash(**content)))

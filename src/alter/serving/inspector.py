@@ -293,7 +293,7 @@ def inspect(settings: Inspect) -> None:
     """Run `alter inspect` until it is told to stop.
 
     Raises:
-        UserError: Gradio is not installed, the port is taken, the database is not one of requests, or what `Subject.load`
+        UserError: Gradio is not installed, the port is taken, the database is not one of requests, or what `ModelSettings.load`
             and `check_adapted` raise.
     """
     _gradio()

@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 
 from alter.core.errors import UserError
 from alter.core.numbers import Seed, TemperatureOrZero
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 
 LONGEST = 512
 """Most new tokens that the page offers."""
 
 
-class Serve(Subject):
+class Serve(ModelSettings):
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /health."""
 
     host: str = "127.0.0.1"
@@ -106,7 +106,7 @@ def _short(name: str) -> str:
     return path.parent.name if path.name == "adapter" else path.name
 
 
-class Chat(Subject):
+class Chat(ModelSettings):
     """Talk to a model and its adapter in the terminal; /help lists what can be typed besides questions."""
 
     max_tokens: int = Field(200, ge=1)
@@ -121,7 +121,7 @@ class Chat(Subject):
     """System turn before the first question."""
 
 
-class Inspect(Subject):
+class Inspect(ModelSettings):
     """Ask a model on a page: before and after, token entropies and experts; browse erasure requests."""
 
     adapter: str

@@ -97,7 +97,7 @@ def codes_of(
         [[row.prompt, row.answer] for part in (forget, retain) for row in part],
     )
 
-    def measure() -> dict[str, Tensor]:
+    def codes() -> dict[str, Tensor]:
         found, told = measure_codes(
             base,
             tokenizer,
@@ -116,6 +116,6 @@ def codes_of(
             )
         return found
 
-    found = kept_tensors(cache, key, measure)
+    found = kept_tensors(cache, key, codes)
     device = next(base.parameters()).device
     return subjects(objective, forget), codes_from(found, given, objective.sae_active, device)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.data.domains import domains, have_labels
 from alter.data.encoding import encode_all
@@ -90,14 +90,14 @@ def by_meaning(run: Unlearn, data: Data, model: Any, tokenizer: Any) -> Data:
     return replace(data, domain=domain, names=names)
 
 
-def row_states(model: Any, tokenizer: Any, examples: Sequence[Example], limit: int | None) -> npt.NDArray[np.float64]:
+def row_states(model: Any, tokenizer: Any, examples: Sequence[Example], limit: int | None) -> Array:
     """Return the mean last hidden state of each example's tokens, [examples, width].
 
     Args:
         limit: longest piece that an example is read in; the pieces of a long one count alike.
     """
     rows, owner = encode_all(tokenizer, examples, max_length=limit, label="forget")
-    found: dict[int, list[npt.NDArray[np.float64]]] = {}
+    found: dict[int, list[Array]] = {}
     pad = tokenizer.pad_token_id
     for i, states in hidden_states(model, rows, pad_token_id=pad, batch_tokens=STATE_TOKENS, label="sub-domains"):
         found.setdefault(owner[i], []).append(states[:, -1].mean(axis=0, dtype=np.float64))
@@ -109,9 +109,7 @@ def clusters(first: int, count: int) -> list[str]:
     return [f"cluster {first + i}" for i in range(count)]
 
 
-def _sub_domains(
-    run: Unlearn, forget: list[Example], states: npt.NDArray[np.float64] | None = None
-) -> tuple[list[int], list[str]]:
+def _sub_domains(run: Unlearn, forget: list[Example], states: Array | None = None) -> tuple[list[int], list[str]]:
     """Return the sub-domain of each forget row, and the sub-domains' names."""
     if run.num_forget_experts == 1:
         return [0] * len(forget), ["all"]

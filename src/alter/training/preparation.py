@@ -157,7 +157,9 @@ def measured_of(model: Any, tokenizer: Any, run: Unlearn, rows: RunRows, cache: 
         [[row.input_ids for row in part] for part in (rows.forget, rows.retain)],
     )
     passes = MeasuredGradients(model, rows.forget, rows.retain, run.batch_size, run.seed, tokenizer.pad_token_id)
-    found = kept_tensors(cache, key, lambda: {k: v.cpu() for k, v in run.gradient.measure(passes, run.seed).items()})
+    found = kept_tensors(
+        cache, key, lambda: {k: v.cpu() for k, v in run.gradient.statistics(passes, run.seed).items()}
+    )
     return {name: value.to(next(model.parameters()).device) for name, value in found.items()}
 
 

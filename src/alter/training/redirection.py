@@ -36,10 +36,10 @@ def shift_of(
     prompts = [[row.prompt, row.answer] for row in forget]
     key = digest(base_fingerprint(base), objective.model_dump(), run.seed, limit, prompts)
 
-    def measure() -> dict[str, Tensor]:
+    def direction() -> dict[str, Tensor]:
         return {"shift": ignorance(base, tokenizer, objective, depth, forget, seed=run.seed, max_length=limit)}
 
-    return kept_tensors(cache, key, measure)["shift"]
+    return kept_tensors(cache, key, direction)["shift"]
 
 
 def redirect(

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import TrainerCallback
 
 from alter import metrics
 from alter.core import processes
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.data.chat import share_template_arguments
@@ -37,7 +37,6 @@ from alter.training.trunk import WatchedStates
 from alter.training.watch import Watch
 from alter.training.watched import Watched, rated
 
-Array = npt.NDArray[np.float64]
 KEPT_FOLDER = "kept"
 """Folder of a run that holds the adapter of the best step so far."""
 
@@ -139,7 +138,7 @@ class Watcher(TrainerCallback):
             name: {"loss": metrics.mia_loss(part), "min_k": metrics.mia_min_k(part)} for name, part in scores.items()
         }
 
-    def measure(self, model: Any) -> dict[str, float]:
+    def check(self, model: Any) -> dict[str, float]:
         """Return the numbers of one check, from one scoring pass; the model's modes and all generators are as before.
 
         Args:
@@ -261,7 +260,7 @@ class Watcher(TrainerCallback):
     def _check(self, state: Any, model: Any) -> None:
         started = time.time()
         # the inner model: what wraps it for training (autocast) must not change the numbers
-        numbers = self.measure(model.get_base_model())
+        numbers = self.check(model.get_base_model())
         check = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), **numbers}
         state.log_history.append({"step": state.global_step, "watch": {**check, "key": self.key}})
         self.checks.append(check)

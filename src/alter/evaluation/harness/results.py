@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alter import metrics
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.core.records import Record
@@ -19,7 +20,7 @@ from alter.evaluation.harness.model import harness_model
 from alter.models.scoring import evaluating
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    pass
 
 FORMAT = (
     "output_type", "description", "doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter", "fewshot_delimiter",
@@ -30,7 +31,7 @@ FEWSHOT_SEED = 1234
 """The harness's own, for tasks that draw their examples."""
 
 
-def _asked(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], npt.NDArray[np.float64]] | None:
+def _asked(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], Array] | None:
     """Return the choices shared by all questions and their log-probabilities [n, k]; None for other tasks."""
     first = samples[0]["filter"]
     own = [sample for sample in samples if sample["filter"] == first]
@@ -239,7 +240,7 @@ class HarnessEvaluation(Evaluation):
         known = metrics.CATALOGUE.get(metric)
         count = n if n is not None else len(items or [])
         return Record(
-            self.subject,
+            self.label,
             metric,
             float(value),
             count,

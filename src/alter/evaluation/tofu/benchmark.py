@@ -17,7 +17,7 @@ from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.evaluation.tofu.reference import read_reference
 from alter.evaluation.tofu.results import Mode
 from alter.evaluation.tofu.sets import SETS, holdout_rows, rows_fingerprint, set_rows
-from alter.models.loading import Subject
+from alter.models.loading import ModelSettings
 
 
 class TofuEvaluation(Evaluation):
@@ -55,7 +55,7 @@ class TofuEvaluation(Evaluation):
             else digest(rows, unseen and rows_fingerprint(unseen), self._reference_digest(), judge)
         )
 
-    def _retrained(self) -> Subject | None:
+    def _retrained(self) -> ModelSettings | None:
         """Return the retrained model if `retain_records` names a model's folder rather than a result file."""
         source = self.retain_records
         if source is None or not (source.startswith("builtin:") or Path(source).expanduser().is_dir()):
@@ -87,9 +87,9 @@ class TofuEvaluation(Evaluation):
             reference = read_reference(self.retain_records)
         result = tofu_metrics(model, tokenizer, reference=reference, gradnorm=self.gradnorm, **common)
         say(result.notes)
-        records = result.records(self.subject)
+        records = result.records(self.label)
         if self.leak.samples:
             rows = examples(set_rows("forget", self.split, self.data, self.limit, self.seed))
             told = {"benchmark": "tofu", "split": self.split, "data": self.data}
-            records += leaked(model, tokenizer, rows, self.leak, seed=self.seed).records(self.subject, told)
+            records += leaked(model, tokenizer, rows, self.leak, seed=self.seed).records(self.label, told)
         return records

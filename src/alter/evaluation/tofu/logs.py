@@ -8,11 +8,12 @@ import numpy as np
 import pydantic
 import tyro
 
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.evaluation.base import say
 from alter.evaluation.tofu.reference import from_openunlearning, read_json
-from alter.evaluation.tofu.results import Array, Mode, TofuReference, TofuResult, TofuSet
+from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuSet
 
 
 class Aggregate(pydantic.BaseModel, extra="forbid"):

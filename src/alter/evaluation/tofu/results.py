@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from alter import metrics
+from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.records import Record
 from alter.evaluation.figures import Figures
 from alter.evaluation.tofu.sets import PARAPHRASED, UTILITY_SETS
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    pass
 
-Array: TypeAlias = "npt.NDArray[np.float64]"
 Mode = Literal["strict", "compat"]
 
 

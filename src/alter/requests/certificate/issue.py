@@ -76,7 +76,7 @@ def _attacks(
 
     Args:
         paths: files of records.
-        targets: identities (see `Subject.identity`) of what may have been attacked.
+        targets: identities (see `ModelSettings.identity`) of what may have been attacked.
         data: hash of the rows that the attacks must have been after (`alter.data.examples.data_hash`).
 
     Raises:
@@ -131,11 +131,11 @@ def _attack(record: Record, data: str | None) -> dict[str, Any]:
 def _identities(beside: Beside, model: str, adapter: str | None) -> list[dict[str, str | None]]:
     if not beside.attacks:
         return []
-    from alter.models.loading import Subject
+    from alter.models.loading import ModelSettings
 
-    found = [Subject(model=model, adapter=adapter).identity()]
+    found = [ModelSettings(model=model, adapter=adapter).identity()]
     if beside.shipped is not None:
-        found.append(Subject(model=beside.shipped).identity())
+        found.append(ModelSettings(model=beside.shipped).identity())
     return found
 
 
