@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from alter.reporting.figures import AFTER, BEFORE, LINE, figure
+from alter.rendering.figures import AFTER, BEFORE, LINE, figure
 
 COLORS = (AFTER, "#0f766e", "#1d4ed8", "#a16207", "#7e22ce", "#be185d", "#4d7c0f", "#0891b2", "#111827", BEFORE)
 FAMILIES = {

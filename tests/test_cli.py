@@ -33,7 +33,7 @@ from alter.core.validation import validated
 from alter.demo import RECIPE, Demo, free_folder
 from alter.evaluation.book import BookEvaluation
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.reporting.terminal import table
+from alter.rendering.terminal import table
 from alter.training.finetune import Finetune
 from alter.training.settings import Unlearn
 from pico import save_pico

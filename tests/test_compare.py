@@ -44,7 +44,7 @@ from alter.data.sources import read_rows
 from alter.data.tofu import tofu_rows
 from alter.evaluation.tofu import measuring, sets
 from alter.models.loading import load_model
-from alter.reporting import figures as plots
+from alter.rendering import figures as plots
 from alter.training.batches import schedule
 from pico import save_pico, write_jsonl
 

@@ -11,9 +11,9 @@ from alter.comparison.words import _counted, _shown
 from alter.core.records import Record
 from alter.evaluation.figures import metric_record
 from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
+from alter.rendering.terminal import between, half, table
 from alter.report.attacks import _value
 from alter.report.tables import record_tables
-from alter.reporting.terminal import between, half, table
 
 
 def test_an_auc_interval_has_the_score_equation_at_both_ends():

@@ -544,7 +544,7 @@ def test_points_are_adapters_models_or_both(data, tmp_path):
         (3.0, "org/model", "org/adapter"),
         (4e6, "builtin:x/y", None),
     ]
-    assert given.at(given.parsed()[1]).subject == "1"
+    assert given.at(given.parsed()[1]).label == "1"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from alter.core.provenance import provenance
 from alter.core.records import Record, write_records
 from alter.methods import frozen
 from alter.methods.frozen import Frozen, FrozenRow
+from alter.rendering import markup
+from alter.rendering.markup import Html, common, highlighted, tag, text, ticks
 from alter.report import attacks as report_attacks
 from alter.report import page, samples, summary
 from alter.report.runs import Reported, read, read_reported
@@ -33,8 +35,6 @@ from alter.report.settings import Report
 from alter.report.tables import record_tables
 from alter.report.tokens import routed, shares
 from alter.report.verdict import verdict
-from alter.reporting import markup
-from alter.reporting.markup import Html, common, highlighted, tag, text, ticks
 from alter.requests.store import Store
 from alter.training.settings import Unlearn
 from pico import write_jsonl

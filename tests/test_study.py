@@ -23,7 +23,7 @@ from alter.evaluation.entropies import Study, cut_rows, frequent, shares_of_bins
 from alter.evaluation.entropystudy import entropy
 from alter.models.loading import load_model
 from alter.models.scoring import score
-from alter.reporting import figures as plots
+from alter.rendering import figures as plots
 from pico import PAD, byte_tokenizer, pico, save_pico, write_jsonl
 
 

@@ -19,7 +19,7 @@ from alter.data.examples import examples
 from alter.evaluation.run import evaluate
 from alter.evaluation.tofu import benchmark, logs, measuring, sets
 from alter.evaluation.tofu import reference as retrained_reference
-from alter.reporting.terminal import table
+from alter.rendering.terminal import table
 from pico import EOS, PAD, byte_tokenizer, write_jsonl
 from pico import pico as make_pico
 from test_scoring import by_hand

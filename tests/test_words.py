@@ -16,7 +16,7 @@ from alter.core import words
 from alter.data.domains import domains
 from alter.data.examples import examples
 from alter.data.sources import read_rows
-from alter.reporting.markup import common
+from alter.rendering.markup import common
 
 # a sentence, another with a word in common and one with none
 SENTENCES = {

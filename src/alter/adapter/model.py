@@ -30,6 +30,21 @@ class NoLayerFound(UserError, NoMatchingPeftModuleError):
     """No layer of the model matches the configuration's target_modules."""
 
 
+def adapted_layers(model: nn.Module, adapter: str) -> dict[str, AlterLinear]:
+    """Return a model's layers that have this ALTER adapter, by their names in the model as it was."""
+    return {
+        WRAPPERS.sub("", name): module
+        for name, module in model.named_modules()
+        if isinstance(module, AlterLinear) and adapter in module.alter_A
+    }
+
+
+def alter_of(model: Any) -> AlterModel | None:
+    """Return the ALTER tuner of a loaded model; None where it has another adapter, or none."""
+    tuner = getattr(model, "base_model", None)
+    return tuner if isinstance(tuner, AlterModel) else None
+
+
 class AlterModel(BaseTuner):
     """Puts ALTER adapters (arXiv:2603.01792) on a model: shared A, a retention expert and N forget experts per layer.
 
@@ -179,11 +194,7 @@ class AlterModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _place_router(self, model: nn.Module, config: AlterConfig, adapter_name: str) -> None:
-        layers = {
-            WRAPPERS.sub("", name): module
-            for name, module in model.named_modules()
-            if isinstance(module, AlterLinear) and adapter_name in module.alter_A
-        }
+        layers = adapted_layers(model, adapter_name)
         if not layers:
             # PEFT allows an adapter without layers, whose targets are given later
             return
@@ -341,11 +352,10 @@ class AlterModel(BaseTuner):
             raise UserError(
                 f"domains names {len(names)} sub-domains for {num_forget_experts} forget experts; give one name per expert."
             )
-        for module in self.model.modules():
-            if isinstance(module, AlterLinear) and name in module.alter_A:
-                if module.merged:
-                    raise UserError("Adapters are merged into the base weights: call unmerge_adapter() first.")
-                module.resize(name, num_forget_experts + 1)
+        for layer in adapted_layers(self.model, name).values():
+            if layer.merged:
+                raise UserError("Adapters are merged into the base weights: call unmerge_adapter() first.")
+            layer.resize(name, num_forget_experts + 1)
         config.num_forget_experts, config.domains = num_forget_experts, names
 
     # Taking adapters off

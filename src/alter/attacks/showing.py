@@ -15,7 +15,7 @@ from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES, SEARCH
 from alter.core import console
 from alter.core.console import warn
 from alter.core.records import Record
-from alter.reporting.figures import AFTER, BEFORE, LINE, figure
+from alter.rendering.figures import AFTER, BEFORE, LINE, figure
 
 KNOWN = 0.1
 """Rows with a loss below this at the attacker's first step, in nats, are known already."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from alter.comparison.choice import criterion
 from alter.comparison.plan import Compare
 from alter.comparison.table import TableRow, axis, axis_label, axis_name
-from alter.reporting.figures import AFTER, BEFORE, OTHER, figure, name_points
+from alter.rendering.figures import AFTER, BEFORE, OTHER, figure, name_points
 
 
 def pareto(path: Path, settings: Compare, rows: Sequence[TableRow]) -> None:

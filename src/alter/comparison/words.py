@@ -11,7 +11,7 @@ from alter.comparison.choice import CRITERIA, columns, criterion
 from alter.comparison.plan import Compare
 from alter.comparison.table import COSTS, TableRow, axis, axis_label, axis_name
 from alter.methods.presets import METHODS
-from alter.reporting.markup import Html, Point, Style, document, grid, join, scatter, tag
+from alter.rendering.markup import Html, Point, Style, document, grid, join, scatter, tag
 
 
 def _shown(row: TableRow, key: str, form: str, scale: float = 1.0) -> str:

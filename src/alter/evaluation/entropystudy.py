@@ -24,8 +24,8 @@ from alter.evaluation.entropies import (
     study_records,
     thresholds,
 )
-from alter.reporting import figures as plots
-from alter.reporting.terminal import table
+from alter.rendering import figures as plots
+from alter.rendering.terminal import table
 
 if TYPE_CHECKING:
     import numpy.typing as npt

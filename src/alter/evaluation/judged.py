@@ -16,7 +16,7 @@ from alter.core.records import Record, read_records, write_records
 from alter.evaluation.figures import Figures
 from alter.evaluation.grading import PROMPT_VERSION
 from alter.evaluation.judge import Grades, Judge, judge_replies
-from alter.reporting.terminal import table
+from alter.rendering.terminal import table
 
 if TYPE_CHECKING:
     pass

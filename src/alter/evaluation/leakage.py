@@ -43,6 +43,11 @@ JudgeCall = Callable[[str, str, Sequence[str]], "list[bool] | None"]
 class _Hit(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @property
+    def judged_by(self) -> str | None:
+        """The model that decides what a hit is, if one does: the figures depend on its weights."""
+        return None
+
 
 class FactsHit(_Hit):
     """A reply that says the facts of the answer: names and numbers that the question does not say."""
@@ -83,6 +88,10 @@ class EntailmentHit(_Hit):
     """Probability of entailment from which a reply counts."""
     batch_size: int = Field(64, ge=1)
     """Pairs in one batch."""
+
+    @property
+    def judged_by(self) -> str | None:
+        return self.model
 
     def judge(self, device: torch.device) -> JudgeCall:
         """Return the judge by `entailment` of the question with the reply against the question with the answer.
@@ -193,9 +202,9 @@ class Leak(BaseModel):
 
     def content(self) -> str | None:
         """Return the digest of an NLI model, which decides the figures besides these settings and the model; else an empty text."""
-        if not isinstance(self.hit, EntailmentHit) or not self.samples:
+        if self.hit.judged_by is None or not self.samples:
             return ""
-        weights = ModelSettings(model=self.hit.model).identity()["weights"]
+        weights = ModelSettings(model=self.hit.judged_by).identity()["weights"]
         return None if weights == "unknown" else weights
 
 

@@ -17,7 +17,7 @@ from alter.core.outputs import shown
 from alter.core.provenance import stamped
 from alter.core.records import Record, write_records
 from alter.evaluation.muse import MuseEvaluation
-from alter.reporting.terminal import table
+from alter.rendering.terminal import table
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from alter.evaluation.closing import closing_of, show_closing
 from alter.evaluation.tofu.logs import Aggregate, aggregate
 from alter.models.generation import generate
 from alter.models.loading import ModelSettings
-from alter.reporting.terminal import table
+from alter.rendering.terminal import table
 
 
 def show_records(

@@ -179,6 +179,13 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
     return settings, {CLASSIFIER: tensors}
 
 
+def _recognised(guarded: Corrupted, row: Encoded, pad: int) -> bool:
+    """Tell whether the guard's classifier takes a row's prompt (a raw text as a whole) for one to forget."""
+    asked, device = row.prompt_length, next(guarded.parameters()).device
+    batch = Collator(pad)([{"input_ids": row.input_ids[:asked] if asked > 1 else row.input_ids}])
+    return bool(guarded.decide(batch["input_ids"].to(device), batch["attention_mask"].to(device)).any())
+
+
 def search(
     run: MakeGuard, how: Eco, guarded: Corrupted, tokenizer: Any, forget: Sequence[Example]
 ) -> dict[str, float]:
@@ -194,12 +201,7 @@ def search(
     chosen = np.random.default_rng(run.seed).permutation(len(forget))[: how.rows]
     examples = [forget[i] for i in sorted(chosen)]
     rows = [encode(tokenizer, row) for row in examples]
-    collate, device = Collator(pad), next(guarded.parameters()).device
-    seen = []
-    for row in rows:
-        asked = row.prompt_length
-        batch = collate([{"input_ids": row.input_ids[:asked] if asked > 1 else row.input_ids}])
-        seen.append(bool(guarded.decide(batch["input_ids"].to(device), batch["attention_mask"].to(device)).any()))
+    seen = [_recognised(guarded, row, pad) for row in rows]
     if not any(seen):
         raise UserError(
             f"The classifier recognises none of {len(rows)} forget prompts above {guarded.settings['threshold']:.3g}: give more "
@@ -212,9 +214,8 @@ def search(
         if how.retrained is None:
             wanted = answer_loss(guarded, swapped(tokenizer, examples), pad)
         else:
-            other, words = (
-                ModelSettings(model=run.model, dtype=run.dtype, device=run.device).alike(how.retrained).load()
-            )
+            own = ModelSettings(model=run.model, dtype=run.dtype, device=run.device)
+            other, words = own.alike(how.retrained).load()
             wanted = answer_loss(other, [encode(words, row) for row in examples], words.pad_token_id)
             del other
     losses: dict[float, float] = {}

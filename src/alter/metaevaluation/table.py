@@ -21,7 +21,7 @@ from alter.metaevaluation.formulas import (
 from alter.metaevaluation.measuring import untried
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.reporting.markup import document, grid, join, tag
+from alter.rendering.markup import document, grid, join, tag
 
 
 @dataclass(frozen=True)

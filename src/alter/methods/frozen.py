@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from alter.adapter import AlterModel, Trace
+from alter.adapter import Trace, alter_of
 from alter.core import processes
 from alter.core.console import progress
 from alter.core.tensors import keep, kept
@@ -128,8 +128,9 @@ def top_k(logp: Tensor, k: int) -> Reference:
 
 def _frozen_pass(model: Any, ids: Tensor, mask: Tensor) -> Trace:
     """Run the base once, without any adapter; entropies and features only where ALTER routes."""
-    if isinstance(model, PeftModel) and isinstance(model.base_model, AlterModel):
-        return model.base_model.trace(ids, mask)
+    tuner = alter_of(model)
+    if tuner is not None:
+        return tuner.trace(ids, mask)
     head = Head(model)
 
     def off() -> AbstractContextManager[Any]:
@@ -203,7 +204,7 @@ class _Tracing:
     @property
     def routed(self) -> bool:
         """Whether an ALTER adapter reads entropies and features."""
-        return isinstance(self.model, PeftModel) and isinstance(self.model.base_model, AlterModel)
+        return alter_of(self.model) is not None
 
     def run(self, group: Sequence[int]) -> list[FrozenRow]:
         """Run the rows with these numbers as one batch, through the base and through every view."""

@@ -1,1 +1,1 @@
-"""`alter report`: a page about runs, attacks and requests, to hand over."""
+"""`alter report`: one HTML page about runs, their attacks and requests, to hand over; one module a section."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from alter.core.records import Record
+from alter.rendering.markup import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
 from alter.report.runs import Reported
-from alter.reporting.markup import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
 
 RECOVERED = 0.05
 """Share of what was removed from which an attack counts, if its 95 % interval lies above zero."""

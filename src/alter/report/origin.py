@@ -7,8 +7,8 @@ import json
 import yaml
 
 from alter.core.records import Record
+from alter.rendering.markup import Html, folded, grid, tag
 from alter.report.runs import Reported
-from alter.reporting.markup import Html, folded, grid, tag
 
 
 def settings_of(run: Reported) -> list[Html]:

@@ -1,6 +1,6 @@
 """`alter report`: one HTML page about runs, for the engineer and for the person who asked for the erasure.
 
-The page is one file that fetches nothing and runs no script; `alter.reporting.markup` escapes every text that it shows.
+The page is one file that fetches nothing and runs no script; `alter.rendering.markup` escapes every text that it shows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rich.console import Console
 from alter.core.errors import UserError
 from alter.core.files import write_atomic
 from alter.core.provenance import commit, versions
+from alter.rendering.markup import Html, document, join, tag
 from alter.report.attacks import attacks, recovered_records
 from alter.report.origin import provenance_section, settings_of
 from alter.report.requests import requests
@@ -24,7 +25,6 @@ from alter.report.summary import evidence, summary_section
 from alter.report.tables import figures, side_by_side
 from alter.report.tokens import entropies, routing
 from alter.report.training import logged, training_section
-from alter.reporting.markup import Html, document, join, tag
 
 
 def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html]], list[Html]]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from alter.evaluation.told import told
 from alter.evaluation.verdict import FIRM
+from alter.rendering.markup import Html, grid, percent, tag
 from alter.report.summary import ADAPTER
-from alter.reporting.markup import Html, grid, percent, tag
 
 if TYPE_CHECKING:
     from alter.requests.records import Entry, Request

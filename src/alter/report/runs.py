@@ -16,8 +16,8 @@ from alter.core.arrays import Array
 from alter.core.errors import UserError, nearest
 from alter.core.files import folder_digest, from_json
 from alter.core.records import Record, read_records
+from alter.rendering.terminal import number
 from alter.report.settings import Report
-from alter.reporting.terminal import number
 
 ROLES = ("original", "unlearned", "retrained")
 """What records call the three models; a name given with --name gets a column, and no part in the summary."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from alter.rendering.markup import Html, highlighted, tag
 from alter.report.runs import Reported
 from alter.report.tables import by_model
-from alter.reporting.markup import Html, highlighted, tag
 
 SAMPLED = ("forget_rouge", "knowmem_forget", "verbmem", "book_bleu")
 """Metrics whose records hold what the models said."""

@@ -6,12 +6,12 @@ from typing import Any
 
 from alter.evaluation.closing import closing_of, others_named
 from alter.evaluation.verdict import FIRM
+from alter.rendering.markup import Html, duration, grid, join, percent, tag
+from alter.rendering.terminal import number
 from alter.report.attacks import brought_back
 from alter.report.runs import ROLES, Reported
 from alter.report.tables import by_model, with_interval
 from alter.report.verdict import QUALITY, SAID_FIGURES, VERDICTS, blind, reply_counts, rows_behind, verdict
-from alter.reporting.markup import Html, duration, grid, join, percent, tag
-from alter.reporting.terminal import number
 
 UTILITY = 0.97
 """Share of the original's utility below which the page calls the cost noticeable."""

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from alter.core.records import Record
 from alter.metrics.catalogue import CATALOGUE
+from alter.rendering.markup import Html, duration, grid, join, tag
+from alter.rendering.terminal import ARROWS, between, in_order, number
 from alter.report.runs import ROLES, Reported
 from alter.report.verdict import VERDICTS, verdict
-from alter.reporting.markup import Html, duration, grid, join, tag
-from alter.reporting.terminal import ARROWS, between, in_order, number
 
 
 def _counts(rows: Iterable[Record | None]) -> str:

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from alter.core.arrays import Array
+from alter.rendering.markup import Html, grid, histogram, percent, tag
 from alter.report.runs import Reported, TokenFigures
-from alter.reporting.markup import Html, grid, histogram, percent, tag
 
 EXPERTS = 40
 """Experts with a line of their own."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from alter.rendering.markup import Html, lines, tag
 from alter.report.runs import Reported
-from alter.reporting.markup import Html, lines, tag
 
 TERMS = {
     "loss": "weighted sum of the terms, mean since the entry before",

@@ -54,7 +54,7 @@ def append_entry(
 
 
 def chain_faults(
-    rows: Sequence[Mapping[str, Any]], records: Mapping[int, Mapping[str, Any]], project: str, heads: Sequence[str]
+    rows: Sequence[sql.RowMapping], records: Mapping[int, Mapping[str, Any]], project: str, heads: Sequence[str]
 ) -> list[str]:
     """Return what is wrong with a chain, as sentences; empty if it is intact.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from alter.adapter import AlterConfig, AlterLinear, AlterModel
+from alter.adapter import AlterConfig, adapted_layers, alter_of
 from alter.adapter.generation import DecodeState
 from alter.adapter.routing import Routing
 from alter.core.errors import UserError
@@ -146,7 +146,7 @@ def check_adapted(model: Any) -> None:
 
 def expert_names(model: Any) -> tuple[str, ...]:
     """Names of the experts of the active adapter, the retention expert first; empty if it is not ALTER's."""
-    if not isinstance(model.base_model, AlterModel):
+    if alter_of(model) is None:
         return ()
     config = model.active_peft_config
     named = config.domains or [None] * config.num_forget_experts
@@ -173,14 +173,13 @@ def switched_off(model: Any, experts: Collection[int]) -> Iterator[None]:
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
-            for module in model.modules() if experts else ():
+            for layer in adapted_layers(model, model.active_adapter).values() if experts else ():
                 name = model.active_adapter
-                if isinstance(module, AlterLinear) and name in module.alter_B:
-                    r, weight = module.alter_r[name], module.alter_B[name].weight
-                    for expert in set(experts):
-                        columns = weight[:, expert * r : (expert + 1) * r]
-                        kept.append((columns, columns.clone()))
-                        columns.zero_()
+                r, weight = layer.alter_r[name], layer.alter_B[name].weight
+                for expert in set(experts):
+                    columns = weight[:, expert * r : (expert + 1) * r]
+                    kept.append((columns, columns.clone()))
+                    columns.zero_()
         yield
     finally:
         with torch.no_grad():
@@ -236,10 +235,11 @@ def _tokens(
     """Describe the tokens of one row, a prompt and an answer; `gates` are the answer's where generation set them."""
     row = torch.tensor([ids], device=next(model.parameters()).device)
     q, threshold = order
-    if isinstance(model.base_model, AlterModel):
-        trace = model.base_model.trace(row)
+    tuner = alter_of(model)
+    if tuner is not None:
+        trace = tuner.trace(row)
         entropy, base = trace.entropy[0], trace.logits(trace.states[0])
-        routes = model.base_model.route(trace.entropy, trace.features)
+        routes = tuner.route(trace.entropy, trace.features)
         if gates:
             routes[0, len(ids) - len(gates) :] = torch.stack(list(gates)).to(routes)
         adapted = model(input_ids=row, use_cache=False, alter_routing=Routing(routes)).logits
@@ -301,7 +301,7 @@ def analyse(
         raise UserError("The prompt is empty: type a question.")
     ids = encode_prompt(tokenizer, Example(prompt=prompt, answer="", kind="qa"))
     check_prompts(model, [ids], max_new_tokens, ["The prompt"])
-    is_alter = isinstance(model.base_model, AlterModel)
+    is_alter = alter_of(model) is not None
     config = model.active_peft_config if is_alter else AlterConfig()
     order = config.entropy_q, config.threshold
     with evaluating(model), switched_off(model, off):

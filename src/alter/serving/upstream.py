@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 import torch
 
-from alter.adapter import AlterModel
+from alter.adapter import alter_of
 from alter.core.errors import UserError, nearest
 from alter.models.scoring import evaluating
 from alter.serving.openai import Api, Refused, json_response
@@ -42,7 +42,7 @@ class Chooser:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        if not isinstance(getattr(model, "base_model", None), AlterModel):
+        if alter_of(model) is None:
             raise UserError(
                 "--upstream needs the --adapter whose router chooses: one of ALTER's, with forget experts."
             )

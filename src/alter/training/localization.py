@@ -10,7 +10,6 @@ from torch import Tensor
 from alter.adapter.base import base_fingerprint
 from alter.core.console import show
 from alter.core.files import digest
-from alter.methods.adapters import OneExpert
 from alter.methods.adapters.expert import attributed
 from alter.methods.places import blocks
 from alter.methods.tracing import recovered
@@ -30,9 +29,9 @@ def placed(run: Unlearn, loaded: Loaded, out: Path) -> Unlearn:
         UserError: nothing can be traced.
     """
     run = at_autoencoder(run, loaded.base)
-    if isinstance(run.adapter, OneExpert) and run.adapter.target is None:
+    if run.adapter.expert_to_find:
         return _on_expert(run, loaded, out)
-    window = getattr(run.adapter, "traced", None)
+    window = run.adapter.blocks_to_trace
     if window is None:
         return run
     rows = loaded.forget[:TRACED_ROWS]

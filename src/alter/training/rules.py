@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter import metrics
+from alter.core.errors import UserError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,6 +38,21 @@ class _Rule(BaseModel):
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Settings of `Watch` without which the rule cannot decide."""
+
+    def check_rows(self, forget: int, holdout: int, rated: bool) -> None:
+        """Refuse rows that the rule cannot decide with.
+
+        Args:
+            forget, holdout: how many rows are watched.
+            rated: whether all of them have paraphrased and perturbed answers.
+
+        Raises:
+            UserError: they are too few to resolve the margin, or lack the score's answers.
+        """
+
+    def refuse(self, start: Check) -> str | None:
+        """Return why the rule is meaningless for a model that starts like this, or None."""
+        return None
 
 
 class KeepLast(_Rule):
@@ -109,7 +125,6 @@ class LikeRetrained(Guarded):
         return self._choice(checks, rank, [check["forget_quality"] >= self.level for check in checks[1:]])
 
     def refuse(self, start: Check) -> str | None:
-        """Return why the rule is meaningless for a model that starts like this, or None."""
         if start["forget_quality"] < self.level:
             return None
         return (
@@ -168,8 +183,27 @@ class LikeUnseen(Guarded):
             return 2
         return 1 if auc < 0.5 - self.margin else 0
 
+    def check_rows(self, forget: int, holdout: int, rated: bool) -> None:
+        if self.score == "truth_ratio" and not rated:
+            raise UserError(
+                "watch.rule.score truth_ratio needs paraphrased_answer and perturbed_answer in the rows of watch.forget "
+                "and of watch.holdout. Take score loss, min_k or exact_memorization."
+            )
+        from scipy import stats
+
+        needed = rows_needed(forget, self.margin, self.level)
+        if needed is None or holdout < needed:
+            n, m = forget, holdout
+            widest = float(stats.norm.ppf(1 - self.level) * np.sqrt((n + m + 1) / (12 * n * m)))
+            both = next(k for k in range(1, 10**9) if (rows_needed(k, self.margin, self.level) or k + 1) <= k)
+            wanted = f"{both} of each" if needed is None else f"at least {needed} holdout rows"
+            margin = f", or a margin of {np.ceil(100 * widest) / 100:.2f} or more" if widest < 0.49 else ""
+            raise UserError(
+                f"watch.rule.margin {self.margin} cannot be resolved with {n} forget and {m} holdout rows: it takes "
+                f"{wanted} (watch.forget_rows, watch.holdout_rows){margin}."
+            )
+
     def refuse(self, start: Check) -> str | None:
-        """Return why the rule is meaningless for a model that starts like this, or None."""
         if self._state(start) == 2:
             return None
         return (

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from alter.core.errors import UserError
 from alter.data.examples import Example, load_examples, row_key
 from alter.evaluation.tofu.reference import read_reference
 from alter.evaluation.tofu.results import TofuReference
 from alter.evaluation.tofu.sets import rows_fingerprint
-from alter.training.rules import LikeUnseen, rows_needed
 from alter.training.watch import Watch
 
 VALIDATION_SHARE = 5
@@ -103,7 +101,7 @@ def read_watched(
         holdout = [holdout[i] for i in _draw(holdout, watch.holdout_rows, seed)]
     reference = None if watch.retain_records is None else _reference(watch.retain_records, looked)
     looked = [looked[i] for i in _draw(looked, watch.forget_rows, seed)]
-    _enough(watch, looked, holdout)
+    watch.rule.check_rows(len(looked), len(holdout), all(map(rated, [*looked, *holdout])))
     for name, rows in (("forget", looked), ("holdout", holdout)):
         if watch.replies and any(example.kind == "text" for example in rows):
             raise UserError(f"watch.replies needs questions, but the {name} rows are plain text: leave it out.")
@@ -163,25 +161,3 @@ def _reference(path: str, rows: Sequence[Example]) -> TofuReference:
             f"the {len(rows)} rows of watch.forget: {again}."
         )
     return reference
-
-
-def _enough(watch: Watch, forget: Sequence[Example], holdout: Sequence[Example]) -> None:
-    """Refuse a holdout rule with too few rows to resolve its margin, or whose rows lack the score's answers."""
-    if not isinstance(watch.rule, LikeUnseen):
-        return
-    if watch.rule.score == "truth_ratio" and not all(map(rated, [*forget, *holdout])):
-        raise UserError(
-            "watch.rule.score truth_ratio needs paraphrased_answer and perturbed_answer in the rows of watch.forget "
-            "and of watch.holdout. Take score loss, min_k or exact_memorization."
-        )
-    needed = rows_needed(len(forget), watch.rule.margin, watch.rule.level)
-    if needed is None or len(holdout) < needed:
-        n, m = len(forget), len(holdout)
-        widest = float(stats.norm.ppf(1 - watch.rule.level) * np.sqrt((n + m + 1) / (12 * n * m)))
-        both = next(k for k in range(1, 10**9) if (rows_needed(k, watch.rule.margin, watch.rule.level) or k + 1) <= k)
-        wanted = f"{both} of each" if needed is None else f"at least {needed} holdout rows"
-        margin = f", or a margin of {np.ceil(100 * widest) / 100:.2f} or more" if widest < 0.49 else ""
-        raise UserError(
-            f"watch.rule.margin {watch.rule.margin} cannot be resolved with {n} forget and {m} holdout rows: it takes "
-            f"{wanted} (watch.forget_rows, watch.holdout_rows){margin}."
-        )

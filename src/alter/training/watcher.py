@@ -32,7 +32,7 @@ from alter.evaluation.leakage import leaked
 from alter.models.generation import generate
 from alter.models.loading import load_model
 from alter.models.scoring import Scores, score
-from alter.training.rules import Decision, Guarded, told_apart
+from alter.training.rules import Decision, told_apart
 from alter.training.trunk import WatchedStates
 from alter.training.watch import Watch
 from alter.training.watched import Watched, rated
@@ -225,7 +225,7 @@ class Watcher(TrainerCallback):
         self.checks = [{name: value for name, value in check.items() if name != "key"} for check in found]
         if not self.checks:
             self._check(state, model)
-            reason = self.watch.rule.refuse(self.checks[0]) if isinstance(self.watch.rule, Guarded) else None
+            reason = self.watch.rule.refuse(self.checks[0])
             if reason is not None:
                 raise UserError(reason)
 

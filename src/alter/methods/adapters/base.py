@@ -154,6 +154,18 @@ class Adapter(BaseModel, ABC):
         """Name the setting that needs unsharded weights on each rank, or None; sharded launches are refused with it."""
         return None
 
+    # what only the loaded model and the encoded rows show
+
+    @property
+    def blocks_to_trace(self) -> int | None:
+        """Number of neighbouring blocks to train that causal tracing must find; None: none."""
+        return None
+
+    @property
+    def expert_to_find(self) -> bool:
+        """Whether the expert to train must be found, by where the model's own router sends forget rows."""
+        return False
+
     # going on from an earlier adapter
 
     @property

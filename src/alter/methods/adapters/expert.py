@@ -47,6 +47,10 @@ class OneExpert(Adapter):
                 "quantization out"
             )
 
+    @property
+    def expert_to_find(self) -> bool:
+        return self.target is None
+
     def check_model(self, base: Any, run: Settings, former: Former | None) -> None:
         found = mixtures(base)
         if self.target is not None:

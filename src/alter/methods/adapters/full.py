@@ -49,6 +49,10 @@ class FullWeights(Adapter):
                 "lora, or leave quantization out"
             )
 
+    @property
+    def blocks_to_trace(self) -> int | None:
+        return self.traced
+
     def check_continues(self, run: Settings) -> None:
         """Nothing to refuse: the result is a model like any other."""
 

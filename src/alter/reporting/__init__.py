@@ -1,1 +1,0 @@
-"""Presentation of results: tables in the terminal, figures, HTML."""
