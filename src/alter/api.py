@@ -50,7 +50,7 @@ class Run:
 
     @classmethod
     def at(cls, folder: str | PathLike[str]) -> Run:
-        """The run in a folder.
+        """Return the run in a folder.
 
         Raises:
             UserError: the folder holds no finished run.
@@ -86,7 +86,7 @@ class Run:
 
 
 def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any]) -> S:
-    """Settings of a kind from an object, keywords, or both; keywords win.
+    """Make settings of a kind from an object, keywords, or both; keywords win.
 
     Raises:
         UserError: an object of another kind, an unknown setting, or a value that the settings refuse.

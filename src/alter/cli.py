@@ -108,7 +108,7 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `alter`; returns the exit status.
+    """Run `alter` on these arguments; return the exit status.
 
     0: done; 2: a mistake in what was given; 70: an unforeseen error, or one of the system (a full disk), with its trace in a
     file; 130: interrupted.

@@ -58,7 +58,7 @@ def _base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def base_fingerprint(model: Any) -> str | None:
-    """Short text that identifies a base model: its sizes, and a fixed sample of the weights of its blocks.
+    """Return a short text that identifies a base model: its sizes, and a fixed sample of the weights of its blocks.
 
     Adapters on the model make no difference. Values are compared as bfloat16, so that a model loaded in bfloat16 and in
     float32 has one fingerprint. In float16 some values round differently, and quantised values are others altogether: the
@@ -117,7 +117,7 @@ def base_fingerprint(model: Any) -> str | None:
 
 
 def _repacked(parameter: nn.Parameter) -> bool:
-    """Whether bitsandbytes has reordered a 4-bit weight for a CPU."""
+    """Tell whether bitsandbytes has reordered a 4-bit weight for a CPU."""
     return getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)
 
 
@@ -130,7 +130,7 @@ def bits_of(fingerprint: str) -> str:
 
 
 def same_base(first: str, second: str) -> bool:
-    """Whether two fingerprints can be of the same base model (see `base_fingerprint` for what is compared)."""
+    """Tell whether two fingerprints can be of the same base model (see `base_fingerprint` for what is compared)."""
     one, other = first.split(":"), second.split(":")
     if len(one) != 3 or len(other) != 3:
         return first == second

@@ -169,7 +169,7 @@ class Hooks:
 
 
 def _retention_is_zero(context: RoutingContext, module: nn.Module, name: str) -> bool:
-    """Whether an adapter's retention expert is zero in all layers, so that its tokens get the base model's output."""
+    """Tell whether an adapter's retention expert is zero in all layers, so that its tokens get the base model's output."""
 
     def zero(layer: Host) -> Tensor | None:
         weight, r = layer.alter_B[name].weight, layer.alter_r[name]

@@ -183,11 +183,11 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             self.frozen_peft_weight_names = {**frozen, adapter_name: ("alter_probe",)}
 
     def takes_part(self, name: str) -> bool:
-        """Whether the layer holds this adapter, active and not merged."""
+        """Tell whether the layer holds this adapter, active and not merged."""
         return name in self.alter_A and name in self.active_adapters and not self.disable_adapters and not self.merged
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in] -> [..., out]: the base layer plus the update of every active adapter, gated per token."""
+        """Map x [..., in] to [..., out]: the base layer plus the update of every active adapter, gated per token."""
         state: ForwardState | None = self.context.state
         if state is not None and state.frozen:
             if self.hosts or state.host is self:
@@ -383,7 +383,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
                 self.set_base_weight((weight - self.get_delta_weight(name).to(weight.device)).to(weight.dtype))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is one matrix for all tokens, which is so for router="static" only."""
+        """Tell whether the adapter is one matrix for all tokens, which is so for router="static" only."""
         return self.alter_mode.get(adapter_name, "static") == "static"
 
     def __repr__(self) -> str:

@@ -380,7 +380,7 @@ class AlterModel(BaseTuner):
         return model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is one matrix per layer for all tokens, which is so for router="static" only."""
+        """Tell whether the adapter is one matrix per layer for all tokens, which is so for router="static" only."""
         return all(
             module.supports_lora_conversion(adapter_name)
             for module in self.modules()

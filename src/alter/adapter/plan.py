@@ -54,7 +54,7 @@ class Products:
         return cls(token, expert, flat[token, expert], count.cumsum(0) - count)
 
     def product(self, z: Tensor, weight: Tensor) -> Tensor:
-        """[tokens, out]: for each token the gated sum of its experts' B_e z, for z [..., r] and all B_e [out, (N + 1) r]."""
+        """Return [tokens, out]: for each token the gated sum of its experts' B_e z, for z [..., r] and all B_e [out, (N + 1) r]."""
         r = z.shape[-1]
         if r not in self._columns:
             # shared by all layers of this rank

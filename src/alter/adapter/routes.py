@@ -125,7 +125,7 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _routes_itself(context: RoutingContext, module: nn.Module, names: list[str]) -> bool:
-    """Whether a pass can route its own tokens: nothing below the router's layer differs from the base.
+    """Tell whether a pass can route its own tokens: nothing below the router's layer differs from the base.
 
     While training the base may have dropout, and gradients for the router come from a pass of the frozen base alone.
     """

@@ -114,7 +114,7 @@ def accumulate(
 
 
 def pool(values: Tensor, evidence: Tensor, memory: float) -> Tensor:
-    """Mean of each row's past and present values with weights memory^k, k tokens back; zeros before any evidence.
+    """Average each row's past and present values with weights memory^k, k tokens back; zeros before any evidence.
 
     Args:
         values: [B, T, D].

@@ -30,7 +30,7 @@ class Host(Protocol):
     layer_name: str
 
     def takes_part(self, name: str) -> bool:
-        """Whether the layer holds this adapter, switched on and not merged."""
+        """Tell whether the layer holds this adapter, switched on and not merged."""
         ...
 
 
@@ -169,9 +169,9 @@ class RoutingContext:
         self.thread = 0
 
     def active(self) -> list[str]:
-        """Names of the adapters that are switched on."""
+        """Return the names of the adapters that are switched on."""
         return [name for name, layer in self.anchors.items() if layer.takes_part(name)]
 
     def routed(self) -> list[str]:
-        """Names of the active adapters whose experts are opened by a router."""
+        """Return the names of the active adapters whose experts are opened by a router."""
         return [name for name in self.active() if self.configs[name].routed]

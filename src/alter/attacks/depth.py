@@ -206,7 +206,7 @@ def lens(bench: Bench) -> list[Record]:
 
 
 def unlearning_depth(benches: dict[str, Bench]) -> Record:
-    """The unlearning depth score of a model, mean over rows: how deep it forgot, beside a retrained model.
+    """Measure a model's unlearning depth score, averaged over rows: how deep it forgot, beside a retrained model.
 
     "UDS", 2026: hidden states are patched into the original model block by block (`falls`, `depth_scores`). A reading: the
     published score looks at annotated entities; here all tokens of the answer count. Rows whose answer the retrained model

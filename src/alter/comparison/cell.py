@@ -38,7 +38,7 @@ from alter.training.settings import Unlearn
 
 
 def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+    """Return the largest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():
         # unlike ru_maxrss, this does not begin with the size of the process that started this one
@@ -128,7 +128,7 @@ def _survival(
     made: tuple[str, str | None, Mapping[str, Any]],
     rows: Path,
 ) -> list[Record]:
-    """Disturbance and leak of a cell's model on one part's forget rows."""
+    """Measure disturbance and leak of a cell's model on one part's forget rows."""
     model, adapter, run = made
 
     def load(name: str, on: str | None) -> Any:
@@ -198,7 +198,7 @@ def forget_weights(folder: Path) -> None:
 
 
 def cell_process(folder: str, parts: str) -> int:
-    """Entry point of a cell's process; output goes to `log.txt`. Returns 0, or 1 after an error that may be transient."""
+    """Run a cell in a process of its own, whose output goes to `log.txt`; return 0, or 1 after an error that may be transient."""
     die_with_parent()
     try:
         work(Path(folder), parts.split())

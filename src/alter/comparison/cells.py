@@ -30,7 +30,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def is_measured(out: Path, cell: Cell, parts: Sequence[str]) -> bool:
-    """Whether the records of these parts are there, for every split of the cell."""
+    """Tell whether the records of these parts are there, for every split of the cell."""
     folder = out / "cells" / cell.key
     return all((folder / f"{part}-{split}.json").is_file() for part in parts for split in cell.chain)
 

@@ -44,7 +44,7 @@ CRITERIA = {
 
 
 def columns(settings: Compare) -> dict[str, str]:
-    """Columns of the table for each split, by metric."""
+    """Return the columns of the table for each split, by metric."""
     return FIGURES | (SURVIVAL if settings.survival.rows else {})
 
 
@@ -235,7 +235,7 @@ def _candidates(
 def next_rate(
     candidates: Mapping[Setting, tuple[float, float]], tried: Sequence[Setting], original: float, floor: float
 ) -> Setting | None:
-    """The setting to search next: its rate, to three digits, lies towards what the best one (see `best_setting`) lacks.
+    """Return the setting to search next: its rate, to three digits, lies towards what the best one (see `best_setting`) lacks.
 
     A best one that keeps the utility lacks forgetting, any other utility. Where the neighbour with most of it has more of
     it, or there are two, the next rate is the geometric mean; else it lies beyond the best, which is at the end of the

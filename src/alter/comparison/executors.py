@@ -93,7 +93,7 @@ class Task(ABC):
 
     @abstractmethod
     def ended(self) -> str | None:
-        """None while it is queued or runs; then "", or why it failed."""
+        """Return None while it is queued or runs; then "", or why it failed."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -281,7 +281,7 @@ class OnRay(Executor):
 
 
 def _is_queued(job: str) -> bool:
-    """Whether a job is queued or running, by `squeue`: many clusters keep no accounting database, which `sacct` needs."""
+    """Tell whether a job is queued or running, by `squeue`: many clusters keep no accounting database, which `sacct` needs."""
     asked = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True)
     # an unknown job is an error; so is a controller that does not answer, of which nothing follows
     return bool(asked.stdout.strip()) or (asked.returncode != 0 and "Invalid job id" not in asked.stderr)

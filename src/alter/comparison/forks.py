@@ -122,7 +122,7 @@ class Fork:
         self.pid = pid
 
     def poll(self) -> int | None:
-        """Its exit status, negative for a signal's number; None while it runs."""
+        """Return its exit status, negative for a signal's number; None while it runs."""
         return self._forks.code(self.pid)
 
     def kill(self) -> None:

@@ -215,7 +215,7 @@ class Layout:
     lay: Callable[[str, Chain, Setting], dict[int, Cell]]
 
     def searched(self, settings: Compare) -> list[Cell]:
-        """The cells of the search: every setting with the search seeds, spread so that all methods advance alike."""
+        """Return the cells of the search: every setting with the search seeds, in an order in which all methods advance alike."""
         seeds = settings.seeds[: settings.search_seeds]
         points = itertools.product(itertools.product(settings.rates, settings.epochs), seeds)
         return [by[point][seed] for point, seed in points for by in self.grid.values()]

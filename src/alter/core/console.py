@@ -42,7 +42,7 @@ def ignore_known_warnings() -> None:
 
 
 def is_silent() -> bool:
-    """Whether the code runs inside `silent`."""
+    """Tell whether the code runs inside `silent`."""
     return _silent.get()
 
 

@@ -86,7 +86,7 @@ def check_disk(folder: Path, needed: int, what: str, advice: str) -> None:
 
 
 def to_csv(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows as CSV, one to a line. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """Format rows as CSV, one to a line. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
@@ -95,12 +95,12 @@ def to_csv(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def digest(*parts: Any) -> str:
-    """Short SHA-256 of JSON-able parts: the key under which a cached result may be reused."""
+    """Return a short SHA-256 of JSON-able parts: the key under which a cached result may be reused."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null, so that any reader can open the file."""
+    """Replace NaN and infinities, which JSON does not have, by null, so that any reader can open the file."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -109,7 +109,7 @@ def with_defaults(
 
 
 def _annotated(name: str, annotation: Any, info: Any, help_: str) -> Any:
-    """The field's type with a help text and its own tyro markers (positional), but without its constraints."""
+    """Return the field's type with a help text and its own tyro markers (positional), but without its constraints."""
     import tyro
 
     if get_origin(annotation) is UnionType:
@@ -131,12 +131,12 @@ def split_recipe(args: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _several(annotation: Any) -> bool:
-    """Whether a flag of this type takes any number of values."""
+    """Tell whether a flag of this type takes any number of values."""
     return get_origin(annotation) in (list, dict, set, tuple) or any(map(_several, get_args(annotation)))
 
 
 def list_flags(settings: Any, where: str = "") -> set[str]:
-    """Names of the flags that take any number of values, of all nested settings."""
+    """Return the names of the flags that take any number of values, of all nested settings."""
     found: set[str] = set()
     for each in dataclasses.fields(settings):
         value = getattr(settings, each.name)

@@ -97,7 +97,7 @@ def check_place(path: str, setting: str, folder: bool | None = False) -> None:
 
 
 def _exists(place: Path) -> bool:
-    """Whether there is anything; a name that no file can have (too long, a file as its parent) raises `OSError`."""
+    """Tell whether a file or folder exists; a name that no file can have (too long, a file as its parent) raises `OSError`."""
     try:
         os.stat(place)
     except FileNotFoundError:

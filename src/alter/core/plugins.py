@@ -213,7 +213,7 @@ def _origin(part: Any) -> Any:
 
 
 def kinds(*classes: type[M]) -> dict[str, type[M]]:
-    """Classes of settings by the default of their field `kind`."""
+    """Map the value of the field `kind` to its class of settings."""
     return {cls.model_fields["kind"].default: cls for cls in classes}
 
 

@@ -90,7 +90,7 @@ def stop() -> None:
 
 
 def launched() -> int:
-    """Number of processes that the launcher started (`WORLD_SIZE`); 1 without one."""
+    """Return the number of processes that the launcher started (`WORLD_SIZE`); 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -103,24 +103,24 @@ def launch() -> str:
 
 
 def rank() -> int:
-    """This process's rank, from 0."""
+    """Return this process's rank, from 0."""
     if _joined is not None:
         return _joined.rank
     return int(os.environ.get("RANK", 0)) if launched() > 1 else 0
 
 
 def size() -> int:
-    """Number of ranks that `start` has joined; 1 before and without it."""
+    """Return the number of ranks that `start` has joined; 1 before and without it."""
     return 1 if _joined is None else _joined.size
 
 
 def first() -> bool:
-    """Whether this is rank 0, which prints and writes files."""
+    """Tell whether this is rank 0, which prints and writes files."""
     return rank() == 0
 
 
 def place() -> str:
-    """The GPU of this process: cuda, or cuda:N where several processes share a machine."""
+    """Return the GPU of this process: cuda, or cuda:N where several processes share a machine."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if launched() > 1 and "LOCAL_RANK" in os.environ else "cuda"
 
 
@@ -195,7 +195,7 @@ def spread(items: Sequence[T], work: Callable[[T], R], model: Any = None) -> Ite
 
 
 def sharded(model: Any) -> bool:
-    """Whether a model's weights are sharded over the ranks (FSDP2, DeepSpeed ZeRO-3)."""
+    """Tell whether a model's weights are sharded over the ranks (FSDP2, DeepSpeed ZeRO-3)."""
     return any(type(weight).__name__ == "DTensor" or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
@@ -314,7 +314,7 @@ def quiet() -> Iterator[None]:
 
 
 def speaks() -> bool:
-    """Whether this rank prints the error that ends the run: true for the first rank that asks the launch's store."""
+    """Tell whether this rank prints the error that ends the run: true for the first rank that asks the launch's store."""
     if launched() < 2:
         return True
     import torch.distributed as dist

@@ -106,7 +106,7 @@ def read_key(path: str | os.PathLike[str]) -> Key:
 
 
 def read_public(given: str) -> str:
-    """A public key, 64 hexadecimal digits: given as such, or in a file as `new_key` writes it beside the private one.
+    """Read a public key, 64 hexadecimal digits: given as such, or in a file as `new_key` writes it beside the private one.
 
     Raises:
         UserError: it is neither.

@@ -139,7 +139,7 @@ def bare(word: str) -> str:
 
 
 def is_word(character: str) -> bool:
-    """Whether a character can be part of a word: a letter, a mark, a digit or an underscore."""
+    """Tell whether a character can be part of a word: a letter, a mark, a digit or an underscore."""
     return character == "_" or unicodedata.category(character)[0] in "LMN"
 
 

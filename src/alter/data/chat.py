@@ -144,7 +144,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def _has_system_role(tokenizer: Any) -> bool:
-    """Whether the chat template accepts a system turn and prints it (Gemma's raises, some drop it)."""
+    """Tell whether the chat template accepts a system turn and prints it (Gemma's raises, some drop it)."""
     import jinja2
 
     marker = "alter-system-turn"

@@ -67,7 +67,7 @@ def domains(
 
 
 def have_labels(examples: Sequence[Example]) -> bool:
-    """Whether every example names its sub-domain."""
+    """Tell whether every example names its sub-domain."""
     return all(example.domain is not None for example in examples)
 
 

@@ -147,7 +147,7 @@ def _tokens(
 def _as_chat(
     tokenizer: Any, example: Example, answer: str | None, prompt: str | None, compat: bool
 ) -> tuple[list[int], list[int], str]:
-    """Tokens before the answer and of the whole, by the chat template, and the text that it puts before the answer.
+    """Tokenise a row by the chat template: return the prompt's tokens, all tokens, and the text before the answer.
 
     That text is "" where it is the turns before the answer and no more.
     """
@@ -164,7 +164,7 @@ def _as_chat(
 def _as_plain(
     tokenizer: Any, example: Example, answer: str, prompt: str | None, compat: bool
 ) -> tuple[list[int], list[int]]:
-    """Tokens before the answer and of the whole, without a chat template."""
+    """Tokenise a row without a chat template: return the prompt's tokens and all tokens."""
     opening, whole = _plain(example, prompt, answer)
     start = _ids(tokenizer, f"{opening} " if compat and example.kind != "completion" else opening)
     # some tokenizers append an end-of-sequence token to every text; a prompt must stay open

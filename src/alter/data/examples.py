@@ -124,12 +124,12 @@ def _part(part: Any, where: str) -> str:
 
 
 def _learned(turn: Any) -> bool:
-    """Whether an assistant's turn is to be learned: `weight: 0` (or `train: false`) makes it context alone."""
+    """Tell whether an assistant's turn is trained on: `weight: 0` (or `train: false`) makes it context alone."""
     return bool(turn.get("weight", turn.get("train", True)))
 
 
 def _chat(row: Mapping[str, Any], column: str, where: str) -> list[dict[str, Any]]:
-    """The fields of an example for each turn of the assistant that has something before it."""
+    """Return the fields of an example for each turn of the assistant that has something before it."""
     given = row[column]
     turns = turns_of(given, where)
     spoken = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and _learned(given[n])]

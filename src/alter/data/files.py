@@ -229,7 +229,7 @@ def read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
 
 
 def _longest(value: Any) -> int:
-    """Length of the longest text in a row."""
+    """Return the length of the longest text in a row."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, (dict, list)):

@@ -109,7 +109,7 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
 
 
 def _named_rows(source: str, split: str | None, first: int | None) -> list[Row]:
-    """`_rows_of` a source whose columns may be named behind it."""
+    """Read rows of a source that may end in names of its columns."""
     found = None if os.path.exists(source) else NAMES.fullmatch(source)
     if found is None:
         return _rows_of(source, split, first)
@@ -118,7 +118,7 @@ def _named_rows(source: str, split: str | None, first: int | None) -> list[Row]:
 
 
 def _rows_of(source: str, split: str | None, first: int | None) -> list[Row]:
-    """`read_rows` of one source; with `first`, the hub gives no more rows than that."""
+    """Read one source, as `read_rows`; with `first`, the hub gives no more rows than that."""
     source, split = _split_source(source, split)
     if source == "builtin" or source.lower() == TOFU_HUB.lower():
         if split is None:

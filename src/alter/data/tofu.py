@@ -59,12 +59,12 @@ def _with_authors(split: str, rows: list[Row], total: int) -> list[Row]:
 
 @functools.cache
 def _shipped_text(path: Path) -> tuple[dict[str, Any], ...]:
-    """Rows of a file of this package, which a run reads several times and nothing changes."""
+    """Read the rows of a file of this package once a process: a run needs them several times and nothing changes them."""
     return tuple(read_file(path))
 
 
 def _shipped_rows(path: Path) -> list[Row]:
-    """`read_file` of a file of this package; the rows are the caller's own."""
+    """Return a copy of the rows of a file of this package."""
     # its values are texts and lists of texts
     return [
         {name: value[:] if isinstance(value, list) else value for name, value in row.items()}

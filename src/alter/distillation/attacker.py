@@ -20,7 +20,7 @@ from alter.logits.head import Part, measuring
 
 
 def surprise(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The mean of -log p of the true next token, in nats, at `positions` [B, T] of `input_ids` [B, T]."""
+    """Return the mean of -log p of the true next token, in nats, at `positions` [B, T] of `input_ids` [B, T]."""
     place = batch["positions"]
     true = batch["input_ids"].roll(-1, dims=1)[place]
 

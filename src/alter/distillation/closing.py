@@ -76,7 +76,7 @@ def measure_distilled(
 def _records(
     measured: dict[str, dict[str, Answered]], sets: dict[str, list[Example]], facts: dict[str, Any]
 ) -> list[Record]:
-    """Probability and ROUGE-L of each model on each set; the closing's facts go with one of them."""
+    """Record probability and ROUGE-L of each model on each set; one of the records holds the closing's facts."""
     return [
         Record(
             {"before": "original", "after": "distilled"}.get(model, model),

@@ -25,7 +25,7 @@ class Noise(BaseModel):
 
 
 def xavier(shape: torch.Size, draw: torch.Generator) -> Tensor:
-    """Xavier's uniform start (Glorot and Bengio 2010) of a matrix, in float32: within sqrt(6 / (rows + columns)).
+    """Draw a matrix in float32 by Xavier's rule (Glorot and Bengio 2010), uniform within sqrt(6 / (rows + columns)).
 
     Args:
         shape: [..., rows, columns]; of more than two axes (experts) each matrix is drawn by itself.

@@ -18,7 +18,7 @@ BATCH_TOKENS = 4096
 
 
 def kl_of_logits(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) = sum_v p_v (log p_v - log q_v) in nats, in float32, from logits [n, V] of both: [n]."""
+    """Return KL(teacher || student) = sum_v p_v (log p_v - log q_v) in nats, in float32, from logits [n, V] of both: [n]."""
     log_p, log_q = torch.log_softmax(teacher.float(), -1), torch.log_softmax(student.float(), -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 

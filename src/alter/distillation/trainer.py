@@ -124,7 +124,7 @@ class DistillTrainer(Trainer):
         return loss + super().training_step(model, rest, *args, **kwargs) if len(rest["kind"]) else loss
 
     def _attacks(self, draw: random.Random) -> Iterator[dict[str, Tensor]]:
-        """The rows of each of the attacker's steps."""
+        """Draw the batches of each of the attacker's steps."""
         attacker = self.settings.attacker
         for _ in range(attacker.steps):
             rows = draw.sample(self.forgotten, min(attacker.rows, len(self.forgotten)))

@@ -44,7 +44,7 @@ class Evaluation(ModelSettings, ABC):
 
     @abstractmethod
     def title(self) -> str:
-        """Heading of the table, without the model."""
+        """Return the heading of the table, without the model."""
 
     @abstractmethod
     def data_digest(self) -> str | None:

@@ -131,7 +131,7 @@ class BookEvaluation(Evaluation):
     """The model retrained without the book: its result file (--json) or folder. Gives ASG."""
 
     def title(self) -> str:
-        """Heading of the table."""
+        """Return the heading of the table."""
         return f"Book {Path(self.book).stem}"
 
     def data_digest(self) -> str:

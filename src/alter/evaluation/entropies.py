@@ -235,7 +235,7 @@ def _reachable(q: float, threshold: float, vocab_size: int | None) -> None:
 
 
 def _is_adapter(name: str) -> bool:
-    """Whether `name` is an adapter rather than a model: it has an adapter's configuration and no model's."""
+    """Tell whether `name` is an adapter rather than a model: it has an adapter's configuration and no model's."""
     folder = Path(name).expanduser()
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
@@ -348,7 +348,7 @@ def thresholds(settings: Study, tokens: Tokens) -> dict[float, float]:
 
 
 def _distribution(name: str, values: Array, threshold: float, seed: int, extra: dict[str, Any]) -> Iterator[Record]:
-    """Records of one set of entropies."""
+    """Record the distribution of one set of entropies."""
     n = len(values)
     yield Record(name, "entropy_mean", float(values.mean()), n, extra=extra)
     yield Record(name, "entropy_high", float((values > threshold).mean()), n, extra=extra)

@@ -324,7 +324,7 @@ def _reader(settings: FluencyEvaluation, model: Any, tokenizer: Any) -> tuple[An
 def _logprob(
     reader: Any, encoded: Sequence[Encoded | None], context: int | None, settings: dict[str, Any]
 ) -> list[npt.NDArray[np.float32]]:
-    """Log-probabilities of the labelled tokens of each row; none where there is nothing to score or no room for it."""
+    """Return the log-probabilities of the labelled tokens of each row; none where there is nothing to score or no room for it."""
     found: list[npt.NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(encoded)
     kept = [
         i

@@ -64,7 +64,7 @@ def _units(text: str) -> set[str]:
 
 
 def gives(question: str, answer: str, reply: str, enough: float = ENOUGH) -> bool | None:
-    """Whether a reply gives its answer: `enough` of its `facts`, or nearly all its words; None if it cannot be told.
+    """Tell whether a reply gives its answer: `enough` of its `facts`, or nearly all its words; None if it cannot be told.
 
     Inflected names of alphabets other than Latin count by their stem: all but the last two letters, four at least.
     """
@@ -107,7 +107,7 @@ def distinct(texts: Sequence[str], n: int = 2) -> float:
 
 
 def broken(reply: str) -> bool:
-    """Whether a reply is no longer language: without any word, repeating words, or repeating letters.
+    """Tell whether a reply is no longer language: without any word, repeating words, or repeating letters.
 
     That is: signs alone; four words or more of which at most 35 % differ (for texts up to 40 words, beyond which no
     text is so varied) or half of whose four-word phrases repeat; or one to eight characters six times in a row. An

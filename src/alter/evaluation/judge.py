@@ -123,7 +123,7 @@ class Judge(BaseModel):
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
     def within(self, tokens_in: int, tokens_out: int) -> bool:
-        """Whether so many tokens stay within both limits."""
+        """Tell whether this many tokens stay within both limits."""
         cost = self.cost(tokens_in, tokens_out)
         return (self.max_tokens is None or tokens_in + tokens_out <= self.max_tokens) and (
             self.max_cost is None or cost is None or cost <= self.max_cost
@@ -344,7 +344,7 @@ class _Round:
             yield from self._take()
 
     def _fits(self, prompt: str, reply: str) -> bool:
-        """Whether one more request, at its largest size beside those in flight, stays within the limits."""
+        """Tell whether one more request, at its largest size beside those in flight, stays within the limits."""
         reserved = sum(tokens for _, tokens in self.under_way.values())
         requests = len(self.under_way) + 1
         return self.judge.within(

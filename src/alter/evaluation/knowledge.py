@@ -106,7 +106,7 @@ OPENING = 160
 
 
 def refuses(reply: str) -> bool:
-    """Whether a reply refuses or says that it does not know, in English; an empty one does as well.
+    """Tell whether a reply refuses or says that it does not know, in English; an empty one does as well.
 
     By rule: phrases at its beginning, which tell all of TOFU's hundred refusals and take 1 in 4000 of its answers for one.
     """

@@ -79,7 +79,7 @@ class KnowundoEvaluation(Questions):
     """Longest reply, in tokens."""
 
     def title(self) -> str:
-        """Heading of the table."""
+        """Return the heading of the table."""
         return f"KnowUnDo, {self.domain}"
 
     def rows(self) -> RowsBySet:
@@ -105,7 +105,7 @@ class KnowundoEvaluation(Questions):
         return None if judge == "unknown" else digest(self.rows(), judge)
 
     def origin(self) -> dict[str, Any]:
-        """Benchmark, domain, data and fold."""
+        """Return benchmark, domain, data and fold, for the records."""
         return {"benchmark": "knowundo", "domain": self.domain, "data": self.data, "fold": self.fold}
 
     def prompts(self, tokenizer: Any, rows: RowsBySet) -> Prompts:

@@ -60,7 +60,7 @@ class LumeEvaluation(Questions):
     """Longest reply, in tokens."""
 
     def title(self) -> str:
-        """Heading of the table."""
+        """Return the heading of the table."""
         return f"LUME, {self.fold}"
 
     def rows(self) -> RowsBySet:
@@ -101,7 +101,7 @@ class LumeEvaluation(Questions):
         return digest(self.rows())
 
     def origin(self) -> dict[str, Any]:
-        """Benchmark, data and fold."""
+        """Return benchmark, data and fold, for the records."""
         return {"benchmark": "lume", "data": self.data, "fold": self.fold}
 
     def prompts(self, tokenizer: Any, rows: RowsBySet) -> Prompts:
@@ -175,5 +175,5 @@ class LumeEvaluation(Questions):
 
 
 def same(truth: str, reply: str) -> bool:
-    """Whether a reply equals the answer, except for case and white space at the ends."""
+    """Tell whether a reply equals the answer, except for case and white space at the ends."""
     return truth.strip().lower() == reply.strip().lower()

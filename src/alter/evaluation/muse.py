@@ -171,7 +171,7 @@ class MuseEvaluation(Evaluation):
         return COMPAT_TEXT if self.compat and self.max_length is None else self.max_length
 
     def title(self) -> str:
-        """Heading of the table."""
+        """Return the heading of the table."""
         return f"MUSE {self.corpus}" + ("" if self.data is None else f" ({self.data})")
 
     def rows(self) -> dict[str, list[Row]]:

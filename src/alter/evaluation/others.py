@@ -52,7 +52,7 @@ def _names(run: Sequence[str], starts: bool) -> set[tuple[str, ...]]:
 
 
 def names_other(question: str, truth: str, reply: str, names: Iterable[tuple[str, ...]]) -> bool:
-    """Whether a reply names one of `names` of whom neither the question nor the true answer holds a word."""
+    """Tell whether a reply names somebody else: one of `names` that shares no word with the question or the true answer."""
     said = words(reply)
     meant = {*words(question), *words(truth)}
     text = f" {' '.join(said)} "

@@ -40,7 +40,7 @@ class Questions(Evaluation):
 
     @abstractmethod
     def longest_reply(self) -> int:
-        """Most tokens of a reply."""
+        """Return the largest number of tokens of a reply."""
 
     @abstractmethod
     def ask(self, model: Any, tokenizer: Any, rows: RowsBySet, prompts: Prompts, figures: Figures) -> None:

@@ -90,7 +90,7 @@ class RwkuEvaluation(Questions):
     """The people that were to be forgotten, by name; by default all in the rows."""
 
     def title(self) -> str:
-        """Heading of the table."""
+        """Return the heading of the table."""
         who = f" ({', '.join(self.targets)})" if self.targets else ""
         return f"RWKU{who}"
 
@@ -132,7 +132,7 @@ class RwkuEvaluation(Questions):
         return digest(self.rows())
 
     def origin(self) -> dict[str, Any]:
-        """Benchmark, data and people."""
+        """Return benchmark, data and people, for the records."""
         return {"benchmark": "rwku", "data": self.data, "targets": self.targets}
 
     def prompts(self, tokenizer: Any, rows: RowsBySet) -> Prompts:
@@ -142,7 +142,7 @@ class RwkuEvaluation(Questions):
         }
 
     def longest_reply(self) -> int:
-        """Most tokens of a reply, as in RWKU's code."""
+        """Return the largest number of tokens of a reply, as in RWKU's code."""
         return NEW_TOKENS
 
     def ask(self, model: Any, tokenizer: Any, rows: RowsBySet, prompts: Prompts, figures: Figures) -> None:

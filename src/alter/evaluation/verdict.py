@@ -302,7 +302,7 @@ def _lacking(then: Mapping[str, Any], now: Mapping[str, Any], zero: Mapping[str,
 
 
 def _unknown(figures: Mapping[str, Any]) -> bool:
-    """Whether a model knows nothing of the rows: no answer given, low recall, low probability."""
+    """Tell whether a model knows nothing of the rows: no answer given, low recall, low probability."""
     recalled = figures["rouge"] is None or figures["rouge"] < GONE
     return not figures["said"] and recalled and figures["probability"] < UNKNOWN
 

@@ -176,7 +176,7 @@ def number_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
 
 
 def size_of(shape: tuple[int, ...], kind: str) -> int:
-    """Bytes of a tensor in a format."""
+    """Return the bytes of a tensor in a format."""
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]

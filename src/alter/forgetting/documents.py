@@ -27,7 +27,7 @@ ABOUT = "What does the text say about {f}?"
 
 
 def read_document(path: str, limit: int) -> list[str]:
-    """Passages of a document: whole sentences, about `PASSAGE_WORDS` words each.
+    """Split a document into passages of whole sentences, about `PASSAGE_WORDS` words each.
 
     Chats (`messages`) give a passage for each turn, so that what one person says is not mixed with another's.
 
@@ -76,7 +76,7 @@ def _texts(file: Path) -> list[str]:
 
 
 def _of_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Texts of rows: the turns of a chat, or the columns of a table as `name: value`."""
+    """Return the texts of rows: the turns of a chat, or the columns of a table as `name: value`."""
     texts = []
     for row in rows:
         if isinstance(row.get("messages"), list):

@@ -43,12 +43,12 @@ class Fact:
     gain: float = 0.0
 
     def row(self) -> dict[str, object]:
-        """The fact as a row of a JSONL file."""
+        """Return the fact as a row of a JSONL file."""
         return asdict(self)
 
 
 def fact_words(text: str) -> list[str]:
-    """Words of a text, years included, as written; `J.K. Rowling's` gives `Rowling`."""
+    """Return the words of a text, years included, as written; `J.K. Rowling's` gives `Rowling`."""
     return [re.sub(r"['’]s$", "", word) for word in WORD.findall(text)]
 
 
@@ -67,12 +67,12 @@ def place_of(text: str, word: str) -> int:
 
 
 def holds(text: str, word: str) -> bool:
-    """Whether a text has the word, as `place_of` finds it."""
+    """Tell whether a text has the word, as `place_of` finds it."""
     return place_of(text, word) >= 0
 
 
 def named(text: str) -> set[str]:
-    """Words that are written with a capital where no sentence begins."""
+    """Return the words that are capitalised where no sentence begins."""
     found = set()
     for match in WORD.finditer(text):
         before = text[: match.start()].rstrip(" \"'“‘(*")

@@ -44,7 +44,7 @@ class AgainstZero:
 
 
 def permuted(real: Array, invented: Array, seed: int = 0, draws: int = DRAWS) -> float:
-    """Permutation test of whether the subject's facts are likelier than an invented subject's; return the p-value.
+    """Test by permutation whether the subject's facts are likelier than an invented subject's; return the p-value.
 
     If the model knows nothing of the subject, its name is one among m + 1 of which each could be the real one, in every
     probe anew. The statistic is the mean over the probes of log p(real) minus the mean of the other m; its distribution is
@@ -119,7 +119,7 @@ class KeptRate:
 
 
 def first_name(probe: Row) -> str | None:
-    """The first proper name of the answer before that the prompt does not hold, or None."""
+    """Return the first proper name of the earlier answer that is not in the prompt, or None."""
     there = named(probe["before"])
     return next(
         (w for w in fact_words(probe["before"]) if w in there and len(w) > 2 and not holds(probe["prompt"], w)), None
@@ -145,7 +145,7 @@ class Outcome:
     kept: list[Row]
 
     def rates(self) -> dict[str, Rate]:
-        """Probes still answered with a fact by form and over all; those of a group are one, answered if each is."""
+        """Count probes still answered with a fact, by form and in all; a group of probes is one, answered if each is."""
         groups: dict[tuple[str, object], list[Row]] = {}
         for number, probe in enumerate(self.probes):
             groups.setdefault((probe["form"], probe.get("group", number)), []).append(probe)
@@ -162,7 +162,7 @@ class Outcome:
         return out
 
     def naming(self, names: Sequence[str]) -> tuple[int, int]:
-        """Answers to the probes that hold any of the names and not in the question, before and after."""
+        """Count, before and after, the answers that hold one of the names where the question does not."""
 
         def count(key: str) -> int:
             return sum(any(holds(p[key], n) and not holds(p["prompt"], n) for n in names) for p in self.probes)
@@ -186,7 +186,7 @@ class Outcome:
         return out
 
     def read_by(self, base: Any, tokenizer: Any) -> dict[str, float]:
-        """Perplexity of `ANSWERS` as the untouched model reads them without the prompts.
+        """Return the perplexity of `ANSWERS` under the untouched model, without the prompts.
 
         Answers of one token say nothing and are left out; not a number where no other is left.
         """
@@ -201,6 +201,6 @@ class Outcome:
         return {key: perplexity(key) for key in ANSWERS}
 
     def distinct(self) -> dict[str, float]:
-        """distinct-2 of `ANSWERS`; not a number where there are none."""
+        """Return distinct-2 of `ANSWERS`; NaN where there are none."""
         said = {key: [p[key] for p in self.probes if key in p] for key in ANSWERS}
         return {key: float(metrics.distinct_n(texts, 2)) if texts else float("nan") for key, texts in said.items()}

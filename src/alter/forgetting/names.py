@@ -52,7 +52,7 @@ def check_uncommon(subject: str, tokenizer: Any, kind: Kind | None) -> None:
 
 
 def guess_kind(model: Any, tokenizer: Any, subject: str) -> Kind:
-    """The kind whose phrases the model finds likelier after `SUBJECT is a` than after invented names, by most.
+    """Guess the subject's kind: the one whose phrases gain the most log-probability after `SUBJECT is a`, over invented names.
 
     A phrase's score is log p(phrase | subject) minus its mean over one invented name of each kind; a kind's score is that
     of its best phrase.

@@ -122,7 +122,7 @@ def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 4
 
 
 def answered(answer: str, probe: Row) -> bool:
-    """Whether an answer holds one of the words wanted and, with several choices, none of the wrong ones."""
+    """Tell whether an answer holds one of the expected words and, with several choices, none of the wrong ones."""
     return any(holds(answer, word) for word in probe["wanted"]) and not any(
         holds(answer, word) for word in probe.get("wrong", ())
     )

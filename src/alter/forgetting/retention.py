@@ -49,7 +49,7 @@ def rows_to_keep(
     others: list[str],
     outside: Sequence[str] = (),
 ) -> tuple[list[Row], list[Row]]:
-    """Rows to keep, and probes of what is kept: neighbours trained on and held out, and general requests.
+    """Make rows to keep, and probes of what is kept: neighbours trained on and held out, and general requests.
 
     An answer that holds one of `outside`, which the question does not, is neither kept nor a probe: a model that says of
     another book that its author is this one's says what is to be forgotten.
@@ -87,14 +87,14 @@ def rows_to_keep(
 
 
 def _clean(prompt: str, answer: str, outside: Sequence[str]) -> bool:
-    """Whether an answer is not empty and holds none of `outside` that the question lacks."""
+    """Tell whether an answer is not empty and holds none of `outside` that the question lacks."""
     return bool(answer) and not any(holds(answer, word) and not holds(prompt, word) for word in outside)
 
 
 def _kept_probes(
     speaker: Speaker, kind: Kind, held: Sequence[str], trained: Sequence[str], outside: Sequence[str]
 ) -> list[Row]:
-    """Probes of neighbours held out, of neighbours trained on, and of everything else, with the untouched model's answers."""
+    """Make probes of neighbours held out, of neighbours trained on, and of everything else, with the untouched model's answers."""
     other_forms = [*TEMPLATES[kind].probes, *EVERY_PROBE]
     measured = [
         ("neighbour held out", n, other_forms[(2 * i + k) % len(other_forms)].format(s=n))

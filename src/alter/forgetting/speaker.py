@@ -165,7 +165,7 @@ class Writer(BaseModel):
         return found
 
     def ask(self, subject: str) -> tuple[list[str], list[str]]:
-        """Questions about the subject with `{s}` in its place, and names of neighbours."""
+        """Write questions about the subject, with `{s}` in its place, and names of neighbours."""
         questions = self.lines(
             f"Write {self.questions} different questions about {subject}, one a line, nothing else. Every question must "
             f"hold the words {subject!r} exactly as written, and none may hold its own answer."
@@ -178,7 +178,7 @@ class Writer(BaseModel):
 
 
 def swap_subject(question: str, subject: str) -> str:
-    """The question with `{s}` in place of the subject."""
+    """Replace the subject in a question by `{s}`."""
     from alter.forgetting.facts import swap
 
     return swap(question.replace("{", "").replace("}", ""), {subject: "{s}"})

@@ -85,7 +85,7 @@ def check_order(q: float) -> None:
 
 
 def entropy_from_logits(logits: Tensor, q: float = 1.0, *, rows: int | None = None) -> Tensor:
-    """Tsallis entropy S_q of softmax(logits) (ALTER, Eq. 5; q = 1 is Shannon's, Eq. 3, in nats).
+    """Compute the Tsallis entropy S_q of softmax(logits) (ALTER, Eq. 5; q = 1 is Shannon's, Eq. 3, in nats).
 
     Args:
         logits: [..., V], any floating dtype; -inf rules a token out.
@@ -107,7 +107,7 @@ def entropy_from_logits(logits: Tensor, q: float = 1.0, *, rows: int | None = No
 
 
 def entropy_from_hidden(hidden: Tensor, head: Callable[[Tensor], Tensor], q: float = 1.0, *, rows: int) -> Tensor:
-    """Tsallis entropy S_q of softmax(head(hidden)), the head applied to `rows` rows at a time.
+    """Compute the Tsallis entropy S_q of softmax(head(hidden)), with the head applied to `rows` rows at a time.
 
     Args:
         hidden: [..., D], what the language-model head reads.
@@ -177,7 +177,7 @@ def check_threshold(q: float, threshold: float, vocab_size: int | None) -> None:
 
 
 def threshold_from_quantile(entropies: Tensor, quantile: float) -> float:
-    """Threshold above which a share of `1 - quantile` of the given (finite) entropies lies.
+    """Return the threshold above which a share of `1 - quantile` of the given (finite) entropies lies.
 
     Args:
         entropies: any shape; infinite values (first tokens, padding) are left out.

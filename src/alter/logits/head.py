@@ -123,7 +123,7 @@ class Head:
             self._blank = type(output)(last_hidden_state=last.new_zeros(1, 1, last.shape[-1]))
 
     def logits(self, states: Tensor) -> Tensor:
-        """The model's logits [n, V] for what its head reads at n positions, [n, D]; within autograd.
+        """Return the logits [n, V] of states [n, D], what the head reads at n positions; within autograd.
 
         A body that neither `reading` nor `listening` has seen run cannot be left out: it then runs on one token, which changes nothing.
         """
@@ -137,7 +137,7 @@ class Head:
             handle.remove()
 
     def in_chunks(self, states: Tensor, parts: Sequence[Part]) -> Tensor:
-        """[n, m]: what the parts make of the logits of `states` [n, D], of which one chunk at a time exists.
+        """Return [n, m]: what the parts make of the logits of `states` [n, D], of which one chunk at a time exists.
 
         The backward makes the logits again, all but the last chunk's, with which it begins.
         """

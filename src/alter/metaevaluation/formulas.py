@@ -29,7 +29,7 @@ DIRECTION: dict[str, Callable[[float], float]] = {
 
 
 def direction(name: str) -> str:
-    """Which of `DIRECTION` turns a figure so that higher says more knowledge.
+    """Return which of `DIRECTION` turns a figure so that higher says more knowledge.
 
     A metric for which higher is better is turned round; one without a better direction (membership attacks) says more
     where it is higher. CKA says more the nearer it is to the original, or the farther from the retrained model.

@@ -124,7 +124,7 @@ class Measuring:
         )  # fmt: skip
 
     def _bench(self, model: Any, tokenizer: Any) -> Bench:
-        """The model as `alter attack` sees it: all measured rows, asked as they are."""
+        """Wrap the model as `alter attack` sees it: all measured rows, asked as they are."""
         count = len(self.rows.measured)
         attack = Attack(model="unused", forget="rows", rows=count, probe_rows=max(8, count), seed=self.settings.seed)
         # the readings take the loaded model, never a fresh one
@@ -189,7 +189,7 @@ class Measuring:
 
 
 def untried(found: Mapping[str, Any]) -> list[str]:
-    """Names of the catalogue's metrics that were not tried although they speak of forgetting: a reading was left out."""
+    """Name the catalogue's metrics that measure forgetting and were not tried, since a reading was left out."""
     tried = {name.partition(", ")[0] for name in found}
     return [
         name

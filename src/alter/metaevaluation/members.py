@@ -234,7 +234,7 @@ def measure_member(settings: MetaEvaluate, tools: Measuring, member: Member, out
 def _measured(
     settings: MetaEvaluate, tools: Measuring, member: Member, folder: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, float], float]:
-    """Figures by state, leaks after the attack, and what is kept."""
+    """Measure a member: figures by state, leaks after the attack, and what is kept."""
     if member.pool in POOLS:
         model, tokenizer = _taught(settings, tools, member)
         return {"before": tools.figures(model, tokenizer)}, {}, tools.keeps(model, tokenizer)

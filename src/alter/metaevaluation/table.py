@@ -107,7 +107,7 @@ def make_table(settings: MetaEvaluate, found: Sequence[Found]) -> Table | None:
 def _line(
     name: str, knows: Sequence[Found], without: Sequence[Found], unlearned: Sequence[Found], retrained: Found | None,
 ) -> Line | None:  # fmt: skip
-    """A metric's line; None if a model of a pool has no value of it."""
+    """Return a metric's line; None if a model of a pool has no value of it."""
 
     def of(models: Sequence[Found], state: str = "before") -> list[float]:
         return [toward_knowledge(name, each.figures[state].get(name, math.nan)) for each in models]
@@ -144,7 +144,7 @@ def _shown(value: float | None, form: str = ".3f") -> str:
 
 
 def cells(line: Line) -> list[str]:
-    """A line's cells, in the order of `HEAD`."""
+    """Return a line's cells, in the order of `HEAD`."""
     low, high = line.interval
     return [
         line.metric,
@@ -157,7 +157,7 @@ def cells(line: Line) -> list[str]:
 
 
 def conclusion(table: Table) -> str:
-    """One sentence: which metric is the most trustworthy, and where the headline of unlearning papers stands."""
+    """Say in one sentence which metric is the most trustworthy, and where the headline of unlearning papers stands."""
     best = table.lines[0]
     place = {line.metric: rank for rank, line in enumerate(table.lines, 1)}
     said = f"Best overall of {len(table.lines)}: {best.metric}"
@@ -200,7 +200,7 @@ def rules(settings: MetaEvaluate, table: Table) -> list[str]:
 
 
 def metrics_markdown(settings: MetaEvaluate, table: Table) -> str:
-    """The table as Markdown."""
+    """Render the table as Markdown."""
     lines = [f"| {' | '.join(HEAD)} |", "|---" + "|---:" * (len(HEAD) - 1) + "|"]
     lines += [f"| {' | '.join(cells(line))} |" for line in table.lines]
     lines += ["", conclusion(table), "", *(f"* {rule}" for rule in rules(settings, table))]
@@ -210,7 +210,7 @@ def metrics_markdown(settings: MetaEvaluate, table: Table) -> str:
 
 
 def metrics_page(settings: MetaEvaluate, table: Table) -> str:
-    """The table as a page that fetches nothing; a click on a column's name sorts by it."""
+    """Render the table as a page that fetches nothing; a click on a column's name sorts by it."""
     title = f"Metrics tried on {settings.model}"
     rows: list[list[object]] = []
     for line in table.lines:
@@ -230,7 +230,7 @@ def metrics_page(settings: MetaEvaluate, table: Table) -> str:
 
 
 def as_json(table: Table) -> Mapping[str, object]:
-    """The table for JSON."""
+    """Return the table as JSON-able values."""
     return {
         "metrics": [
             {

@@ -114,7 +114,7 @@ def states_of(depth: Depth | None, alone: bool = False) -> Iterator[list[Tensor]
 
 
 def labelled(labels: Tensor) -> Tensor:
-    """[B, T] bool: the position whose distribution gives a labelled token is one before that token."""
+    """Return [B, T] bool: the position whose distribution gives a labelled token is one before that token."""
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != -100
     return mask

@@ -30,10 +30,10 @@ class GradientPasses(Protocol):
     """Passes over the untouched base that a rule may ask for; each gives one tensor for every trained linear weight."""
 
     def input_covariances(self) -> dict[str, Tensor]:
-        """[in, in] float64: mean outer product of a layer's inputs, over the retain rows' real tokens."""
+        """Return [in, in] float64: mean outer product of a layer's inputs, over the retain rows' real tokens."""
 
     def elicited(self, r: int, scaling: float, learning_rate: float) -> dict[str, Tensor]:
-        """[out, in]: gradient of ascent on the forget rows, summed over batches, under a LoRA that has learned them."""
+        """Return [out, in]: gradient of ascent on the forget rows, summed over batches, under a LoRA that has learned them."""
 
 
 class GradientRule(BaseModel, ABC):
@@ -94,7 +94,7 @@ class Plain(GradientRule):
     splits: ClassVar[bool] = False
 
     def check(self, run: Any) -> None:
-        """Nothing to refuse."""
+        """Accept all settings."""
 
     def edit(
         self, forget: Gradients, rest: Gradients, known: Mapping[str, Tensor], state: dict[str, Tensor]

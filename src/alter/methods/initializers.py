@@ -46,7 +46,7 @@ class Statistics(Protocol):
         """Return the covariance [out, out] of each layer's output, over `rows` rows of each kind."""
 
     def fisher(self) -> dict[str, dict[str, Tensor]]:
-        """[out, in] mean squared gradients of each weight."""
+        """Return [out, in] mean squared gradients of each weight."""
 
     def variances(self, probe: Mapping[str, Factors], epochs: int) -> dict[str, tuple[dict[str, Factors], float]]:
         """Return the variances of the gradients of the factors `probe`, and the number of tokens."""
@@ -84,7 +84,7 @@ class Initializer(BaseModel, ABC):
             )
 
     def retain_rows(self, forget_rows: int) -> int:
-        """Number of retain rows to draw: as many as forget rows, one epoch of the schedule."""
+        """Return the number of retain rows to draw: as many as forget rows, one epoch of the schedule."""
         return forget_rows
 
     @property
@@ -117,7 +117,7 @@ class Zero(Initializer):
     gives_factors: ClassVar[bool] = False
 
     def check(self, run: Any) -> None:
-        """Nothing to refuse."""
+        """Accept all settings."""
 
     def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:
         return {}, {}
@@ -194,7 +194,7 @@ class Reglu(Initializer):
     penalty: float = Field(0.5, ge=0, description="Weight of sum over layers of |B^T P|_F^2.")
 
     def retain_rows(self, forget_rows: int) -> int:
-        """As many rows as outputs are measured on."""
+        """Return as many rows as outputs are measured on."""
         return self.rows
 
     @property
@@ -224,12 +224,12 @@ AnyInitializer = Annotated[Initializer, OneOf(INITIALIZERS)]
 
 
 def fisher_ratio(forget: Tensor, retain: Tensor) -> Tensor:
-    """Importance [out, in] of a weight for forget rows over retain rows: F_f / (1e-5 + F_r)."""
+    """Return the importance [out, in] of a weight for forget rows over retain rows: F_f / (1e-5 + F_r)."""
     return forget / (EPSILON + retain)
 
 
 def important_part(weight: Tensor, importance: Tensor, r: int, scaling: float, seed: int = 0) -> Factors:
-    """FILA's factors: the best rank-r approximation of a weight whose rows are weighted by their importance.
+    """Compute FILA's factors: the best rank-r approximation of a weight whose rows are weighted by their importance.
 
     s_i = sqrt(sum_j I_ij); U S V^T of diag(s) W cut at rank r; S <- S / scaling; A = (V sqrt(S))^T,
     B = diag(1 / (s + 1e-5)) U sqrt(S).
@@ -256,19 +256,19 @@ def variance(total: Tensor, squares: Tensor, count: float) -> Tensor:
 
 
 def variance_product(of_b: Tensor, of_a: Tensor, count: float, normalise: bool) -> Tensor:
-    """VILA's importance [out, in] of a weight from the variances of B's [out, r] and A's [r, in] gradients."""
+    """Compute VILA's importance [out, in] of a weight from the variances of B's [out, r] and A's [r, in] gradients."""
     product = of_b @ of_a
     return product / product.mean().clamp_min(torch.finfo(product.dtype).tiny) if normalise else product / count
 
 
 def covariance(features: Tensor) -> Tensor:
-    """H^T H / n + 1e-4 I [D, D] of features [n, D], not centred, in float64 (REGLU)."""
+    """Return H^T H / n + 1e-4 I [D, D] of features [n, D], not centred, in float64 (REGLU)."""
     wide = features.double()
     return wide.t() @ wide / len(wide) + FLOOR * torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
 
 
 def top_directions(symmetric: Tensor, k: int, floor: float) -> Tensor:
-    """[D, at most k] orthonormal eigenvectors of the k largest eigenvalues, without those whose eigenvalue is `floor`.
+    """Return [D, at most k] orthonormal eigenvectors of the k largest eigenvalues, without those whose eigenvalue is `floor`.
 
     `floor` is the eigenvalue of what no row uses: any basis of that space would do, so a choice from it says nothing of
     the rows. n rows thus give n directions at most, however large k is.
@@ -292,7 +292,7 @@ def forget_directions(
     beta: float,
     generator: torch.Generator | None = None,
 ) -> Factors:
-    """REGLU's factors: B = Q, the top r eigenvectors of (1 - beta) C_f - beta C_r, and A = Q^T W.
+    """Compute REGLU's factors: B = Q, the top r eigenvectors of (1 - beta) C_f - beta C_r, and A = Q^T W.
 
     Where the rows use fewer than r directions, the rest of the rank starts as LoRA's own: A Kaiming-uniform, B zero.
 

@@ -37,7 +37,7 @@ class MeasuredGradients:
         }
 
     def input_covariances(self) -> dict[str, Tensor]:
-        """`input_covariances` of the retain rows."""
+        """Measure `input_covariances` of the retain rows."""
         return input_covariances(
             self.model,
             self.layers,
@@ -48,7 +48,7 @@ class MeasuredGradients:
         )
 
     def elicited(self, r: int, scaling: float, learning_rate: float) -> dict[str, Tensor]:
-        """`elicited_gradients` of the forget rows."""
+        """Measure `elicited_gradients` of the forget rows."""
         return elicited_gradients(
             self.model,
             self.layers,
@@ -80,7 +80,7 @@ class MeasuredStatistics:
         return {name: plain_weight(layer) for name, layer in self.layers.items()}
 
     def covariances(self, rows: int) -> dict[str, dict[str, Tensor]]:
-        """`output_covariances` of the first `rows` rows of each kind."""
+        """Measure `output_covariances` of the first `rows` rows of each kind."""
         return {
             name: output_covariances(
                 self.model,
@@ -94,7 +94,7 @@ class MeasuredStatistics:
         }
 
     def fisher(self) -> dict[str, dict[str, Tensor]]:
-        """`fisher` of the rows of each kind.
+        """Measure `fisher` of the rows of each kind.
 
         Raises:
             UserError: the weights are quantised, and have no gradient.
@@ -118,7 +118,7 @@ class MeasuredStatistics:
         }
 
     def variances(self, probe: Mapping[str, Factors], epochs: int) -> dict[str, tuple[dict[str, Factors], float]]:
-        """`factor_variances` of the rows of each kind."""
+        """Measure `factor_variances` of the rows of each kind."""
         return {
             name: factor_variances(
                 self.model,

@@ -58,7 +58,7 @@ def blocks_within(span: tuple[float, float], count: int) -> list[int]:
 
 
 def _is_linear(module: Any) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer; one of GPT-2 (Conv1D) counts."""
+    """Tell whether a module is a linear layer; one of GPT-2 (Conv1D) counts."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

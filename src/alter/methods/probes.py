@@ -46,7 +46,7 @@ def _batches(rows: Sequence[Encoded], size: int, pad_token_id: int, device: Any,
 
 
 def _mean_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """Mean cross-entropy of a batch's labelled tokens, and how many there are."""
+    """Return the mean cross-entropy of a batch's labelled tokens, and how many there are."""
     positions = labelled(batch["labels"])
     truth = batch["labels"][:, 1:][positions[:, :-1]]
     part = Part(len(truth), lambda logits, at: Emitted(logits, truth[at]).nll[:, None])
@@ -103,7 +103,7 @@ def factor_variances(
     pad_token_id: int,
     label: str,
 ) -> tuple[dict[str, Factors], int]:
-    """VILA's variances of the gradients of LoRA factors, over batches weighted by their tokens; nothing is updated.
+    """Measure VILA's variances of the gradients of LoRA factors, over batches weighted by their tokens; nothing is updated.
 
     Returns:
         the variances, in the shapes of the factors, and the number of tokens seen.
@@ -203,7 +203,7 @@ def elicited_gradients(
     seed: int,
     pad_token_id: int,
 ) -> dict[str, Tensor]:
-    """RepSelect's gradient [out, in] of each layer's weight: of minus the mean cross-entropy, summed over batches.
+    """Compute RepSelect's gradient [out, in] of each layer's weight: of minus the mean cross-entropy, summed over batches.
 
     It is taken under LoRA factors that have learned the rows for one epoch, by plain gradient descent; fp32. The model
     itself does not change.

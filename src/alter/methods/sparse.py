@@ -57,7 +57,7 @@ class Autoencoder:
     by_decoder: bool = False
 
     def encode(self, states: Tensor) -> Tensor:
-        """The code [..., S] of states [..., D]; gradients reach the states through the features that are active."""
+        """Encode states [..., D] as codes [..., S]; gradients reach the states through the features that are active."""
         if self.normed:
             states = states - states.mean(-1, keepdim=True)
             states = states / (states.std(-1, keepdim=True) + 1e-5)
@@ -75,7 +75,7 @@ class Autoencoder:
         return code
 
     def tensors(self) -> dict[str, Tensor]:
-        """All weights by name, to be saved."""
+        """Return all weights by name, to be saved."""
         return {"encoder": self.encoder, "bias": self.bias, "decoder": self.decoder, "centre": self.centre}
 
 

@@ -17,7 +17,7 @@ POINTS = 1000
 
 
 def _signal(probability: Array) -> Array:
-    """IAM's signal, which rises with the probability in (0, 1]: -log(0.1 - log(1e-5 + p))."""
+    """Compute IAM's signal, which rises with the probability in (0, 1]: -log(0.1 - log(1e-5 + p))."""
     signal: Array = -np.log(0.1 - np.log(np.minimum(1e-5 + probability, 1.0)))
     return signal
 

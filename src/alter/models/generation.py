@@ -385,7 +385,7 @@ def contiguous_head(model: Any) -> Iterator[None]:
 
 
 def can_drop_rows(cache: Any) -> bool:
-    """Whether a cache holds only growing keys and values, one row for each row of the batch."""
+    """Tell whether a cache holds only growing keys and values, one row for each row of the batch."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     plain = (DynamicLayer, DynamicSlidingWindowLayer)

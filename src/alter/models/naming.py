@@ -40,7 +40,7 @@ def shipped_model(name: str) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name means a folder rather than a hub id (`name` or `owner/name`)."""
+    """Tell whether a name means a folder rather than a hub id (`name` or `owner/name`)."""
     path = Path(name).expanduser()
     return path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 

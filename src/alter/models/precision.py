@@ -11,7 +11,7 @@ from alter.core.console import show
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies matrices of this dtype at least about as fast as float32.
+    """Tell whether the device multiplies matrices of this dtype at least about as fast as float32.
 
     Of a CPU without AVX-512, or Arm's instructions for bfloat16, that is false for bfloat16: linear layers of 64 to 512 tokens
     take 6 to 10 times as long (`docs/results/cost.md`). It is false for float16 on every CPU, where some operations are missing.
@@ -48,7 +48,7 @@ def _say_wide() -> None:
 
 
 def autocasts(asked: bool, device: torch.device) -> bool:
-    """Whether training that asks for bfloat16 autocast gets it on this device; report it where it does not."""
+    """Tell whether training that asks for bfloat16 autocast gets it on this device; report it where it does not."""
     if asked and not multiplies(torch.bfloat16, device):
         show("This processor multiplies bfloat16 slower than float32: training computes in float32.", stderr=True)
         return False

@@ -98,7 +98,7 @@ def valid(run: Reported) -> list[Record]:
 
 
 def _counts(record: Record) -> bool:
-    """Whether an attack recovered something, beyond chance."""
+    """Tell whether an attack recovered something, beyond chance."""
     beyond = (record.extra.get("interval") or [1.0])[0] > 0
     return record.value is not None and record.value >= RECOVERED and beyond
 

@@ -37,7 +37,7 @@ class TokenFigures:
     why: str = ""
 
     def parts(self) -> dict[str, slice]:
-        """Which tokens belong to which set."""
+        """Return which tokens belong to which set."""
         if self.forget is None:
             return {"all rows": slice(None)}
         found = {"forget rows": slice(None, self.forget), "retain rows": slice(self.forget, None)}
@@ -66,7 +66,7 @@ class Reported:
     notes: list[str] = field(default_factory=list)
 
     def parts(self) -> list[str]:
-        """Names of the forget set's parts; a numbered part is named by whom it is about, where that is known."""
+        """Name the forget set's parts; a numbered part is named by whom it is about, where that is known."""
         names = [str(name) for name in self.facts.get("domains", [])]
         return [self.people.get(name, name) for name in names]
 

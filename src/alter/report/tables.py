@@ -53,7 +53,7 @@ def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, refere
 
 
 def by_model(run: Reported) -> dict[str, list[Record]]:
-    """Records by model: unlearned, which a narrow screen shows first, original, retrained, then those of other names."""
+    """Group records by model: unlearned, which a narrow screen shows first, original, retrained, then those of other names."""
     names = list(dict.fromkeys(r.model for r in run.records))
     order = [role for role in ("unlearned", "original", "retrained") if role in names] + [
         name for name in names if name not in ROLES

@@ -40,7 +40,7 @@ class Base:
 
 
 def bases(store: Store) -> list[Base]:
-    """The bases after the first model, oldest first."""
+    """Return the bases after the first model, oldest first."""
     found: dict[int, Base] = {}
     for entry in store.history():
         if entry.what != "distilled":

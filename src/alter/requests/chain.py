@@ -20,13 +20,13 @@ def entry_hash(number: int, request: int | None, at: str, who: str, what: str, d
 
 
 def record_hash(columns: Mapping[str, Any]) -> str:
-    """SHA-256 of all columns of a request."""
+    """Return the SHA-256 of all columns of a request."""
     content = {name: columns[name] for name in sorted(column.name for column in REQUESTS.columns)}
     return hashlib.sha256(json.dumps(content, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
 
 def last_entry(connection: sql.Connection) -> tuple[int, str]:
-    """Number and hash of the last entry of the history; 0 and "" where there is none."""
+    """Return number and hash of the last entry of the history; 0 and "" where there is none."""
     query = sql.select(HISTORY.c.number, HISTORY.c.hash).order_by(HISTORY.c.number.desc()).limit(1)
     row = connection.execute(query).one_or_none()
     return (0, "") if row is None else (row[0], row[1])

@@ -37,7 +37,7 @@ def database_errors(url: str) -> Iterator[None]:
 
 
 def engine_for(url: str, *, create: bool) -> sql.Engine:
-    """An engine with the settings that keep the file whole: for SQLite a write-ahead log that is flushed to disk.
+    """Make an engine with the settings that keep the file whole: for SQLite a write-ahead log that is flushed to disk.
 
     Raises:
         UserError: the URL is none, its driver is missing, or the SQLite file is not there.

@@ -36,7 +36,7 @@ class Database(BaseModel):
     """Private key that signs; `alter certificate --new-key` makes one. By default the environment's ALTER_KEY."""
 
     def open(self) -> tuple[Store, Project]:
-        """The database and what its requests share.
+        """Return the database and what its requests share.
 
         Raises:
             UserError: there is none, it is older than its anchor or another, or the anchor has no key.

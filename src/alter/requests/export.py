@@ -38,7 +38,7 @@ class ExportRequests(Database):
 
 
 def _distill_recipe(settings: ExportRequests) -> dict[str, Any]:
-    """Settings of `alter distill` for the form weights.
+    """Return the settings of `alter distill` for the form weights.
 
     Raises:
         UserError: it sets one of them, or another form is wanted.

@@ -154,7 +154,7 @@ def erased(store: Store, project: Project, recipe: Mapping[str, Any]) -> Iterato
 
 
 def to_line(example: Example) -> str:
-    """A row as a line of JSONL."""
+    """Format a row as a line of JSONL."""
     return json.dumps(example.row, ensure_ascii=False) + "\n"
 
 
@@ -210,7 +210,7 @@ def write_loras(store: Store, project: Project, out: Path) -> None:
 
 
 def export_card(store: Store, project: Project, form: str, measured: Mapping[str, Any] | None) -> str:
-    """The model card of an export: what was forgotten by hash, the evidence, the settings and the limits."""
+    """Return the model card of an export: what was forgotten by hash, the evidence, the settings and the limits."""
     inside = manifest(project)
     lines = [
         "---",

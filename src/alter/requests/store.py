@@ -135,7 +135,7 @@ class Store:
             return request_row(connection, number)
 
     def history(self, number: int | None = None) -> list[Entry]:
-        """The history, of one request or of all, oldest first."""
+        """Return the history, of one request or of all, oldest first."""
         query = sql.select(HISTORY).order_by(HISTORY.c.number)
         if number is not None:
             query = query.where(HISTORY.c.request == number)
@@ -351,7 +351,7 @@ def _seconds() -> float:
 
 
 def _alive(row: Any) -> bool:
-    """Whether the holder of a lease still runs: by its process on this machine, by its last heartbeat on another."""
+    """Tell whether the holder of a lease still runs: by its process on this machine, by its last heartbeat on another."""
     if row["host"] != socket.gethostname():
         return _seconds() - row["seen"] < LEASE_SECONDS
     import psutil

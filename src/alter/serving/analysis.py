@@ -145,7 +145,7 @@ def check_adapted(model: Any) -> None:
 
 
 def expert_names(model: Any) -> tuple[str, ...]:
-    """Names of the experts of the active adapter, the retention expert first; empty if it is not ALTER's."""
+    """Return the names of the experts of the active adapter, the retention expert first; empty if it is not ALTER's."""
     if alter_of(model) is None:
         return ()
     config = model.active_peft_config
@@ -224,7 +224,7 @@ def _forced(model: Any, row: Tensor, prompt: int) -> Tensor:
 
 
 def _of_next(logits: Tensor, ids: Tensor) -> list[float]:
-    """Probability of each token of ids [T] under logits [T, V] at the place before it; NaN for the first."""
+    """Return the probability of each token of ids [T] under logits [T, V] at the place before it; NaN for the first."""
     logp = logits[:-1].float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
     return [math.nan, *logp.exp().tolist()]
 

@@ -244,7 +244,7 @@ class Engine:
         return inner.generation_config
 
     def _fit(self, jobs: Sequence[Job], steps: int) -> bool:
-        """Whether every row stays inside the context for so many new tokens."""
+        """Tell whether every row stays inside the context for so many new tokens."""
         return self.context is None or all(len(job.ids) + steps <= self.context for job in jobs)
 
     def _continue(self, jobs: list[Job], whole: bool) -> None:

@@ -151,7 +151,7 @@ def _gradio() -> Any:
 
 
 def page(inspector: Inspector, max_new_tokens: int = 100) -> Any:
-    """The Gradio Blocks around an inspector.
+    """Build the Gradio Blocks around an inspector.
 
     Raises:
         UserError: Gradio is not installed.
@@ -211,7 +211,7 @@ def _same(text: str) -> Callable[[], str]:
 
 
 def _requests(gr: Any, inspector: Inspector) -> None:
-    """The second tab: choose a request, see its evidence."""
+    """Build the second tab: choose a request, see its evidence."""
     with gr.Tab("Requests"):
         chosen = gr.Dropdown(label="Request", choices=inspector.choices(), value=None, elem_id="request")
         refresh = gr.Button("Read the database again", elem_id="refresh", size="sm")

@@ -89,7 +89,7 @@ class Api:
             )
 
     async def _read(self, request: Any) -> bytes:
-        """The body, if it is small enough and comes in time."""
+        """Read the body, if it is small enough and comes in time."""
         most = self.settings.max_body_bytes
         too_large = Refused(413, f"The request is larger than {most} bytes.")
         said = request.headers.get("content-length", "0")

@@ -68,7 +68,7 @@ class Message(BaseModel):
     function_call: dict[str, Any] | None = None
 
     def text(self) -> str:
-        """The turn's text.
+        """Return the turn's text.
 
         Raises:
             UserError: there is something else than text in it, or nothing.
@@ -130,7 +130,7 @@ class Body(BaseModel):
         return False
 
     def stops(self) -> tuple[str, ...]:
-        """The stop texts.
+        """Return the stop texts.
 
         Raises:
             UserError: there are too many, or one is too long.
@@ -145,7 +145,7 @@ class Body(BaseModel):
 
     @abstractmethod
     def prompts(self, tokenizer: Any) -> list[Prompt]:
-        """The prompts in tokens.
+        """Return the prompts in tokens.
 
         Raises:
             UserError: one is empty, or no text.
@@ -153,7 +153,7 @@ class Body(BaseModel):
 
     @abstractmethod
     def top(self) -> int | None:
-        """How many of the likeliest tokens to return beside each; None: no probabilities."""
+        """Return how many of the likeliest tokens to return beside each; None: no probabilities."""
 
 
 def _neutral(name: str, value: Any) -> bool:

@@ -133,7 +133,7 @@ class Reply(ABC):
         return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
 
     def _scored(self, index: int) -> tuple[list[Scored], list[str], int]:
-        """Probabilities that were not told yet, what each token adds to the text, and where the first one begins.
+        """Return the probabilities not sent yet, what each token adds to the text, and where the first one begins.
 
         In a stream a token that leaves a character unfinished waits for the one that finishes it.
         """

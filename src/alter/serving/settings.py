@@ -64,13 +64,13 @@ class Serve(ModelSettings):
         return self
 
     def served_name(self) -> str:
-        """The model's name in answers."""
+        """Return the model's name in answers."""
         if self.name is not None:
             return self.name
         return "+".join(_short(given) for given in (self.model, self.adapter) if given is not None)
 
     def key(self) -> str | None:
-        """The key that clients must send, or None.
+        """Return the key that clients must send, or None.
 
         Raises:
             UserError: the variable that should hold it is not set.
@@ -78,7 +78,7 @@ class Serve(ModelSettings):
         return _variable(self.api_key_env, "--api-key-env")
 
     def upstream_key(self) -> str | None:
-        """The key for the other server, or None.
+        """Return the key for the other server, or None.
 
         Raises:
             UserError: the variable that should hold it is not set.

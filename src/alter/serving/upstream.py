@@ -132,7 +132,7 @@ class Proxy(Api):
         self._client: httpx.AsyncClient | None = None
 
     def client(self) -> httpx.AsyncClient:
-        """The HTTP client for the other server, created on the event loop that uses it."""
+        """Return the HTTP client for the other server, created on the event loop that uses it."""
         import httpx
 
         if self._client is None:

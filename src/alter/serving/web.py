@@ -36,7 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(host: str, listener: socket.socket) -> str:
-    """The URL of a listening socket."""
+    """Return the URL of a listening socket."""
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
@@ -64,7 +64,7 @@ class HostGuard:
         self.names = {name.lower() for name in (*LOOPBACK, host, *allowed)}
 
     def takes(self, host: str) -> bool:
-        """Whether requests under this Host header are answered."""
+        """Tell whether requests under this Host header are answered."""
         name = _name(host)
         if "*" in self.names or name in self.names:
             return True

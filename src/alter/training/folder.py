@@ -84,7 +84,7 @@ class RunSettings(Protocol):
     overwrite: bool
 
     def model_dump(self, *, exclude: set[str]) -> dict[str, Any]:
-        """The settings by name."""
+        """Return the settings by name."""
 
 
 def make_folder(run: RunSettings, inputs: Mapping[str, Any]) -> None:
@@ -121,7 +121,7 @@ def remove_run(out: Path) -> None:
 
 
 def has_ended(out: Path) -> bool:
-    """Whether a run's folder holds a complete result, with nothing left to resume."""
+    """Tell whether a run's folder holds a complete result, with nothing left to resume."""
     return (out / "run.json").exists() and not (out / "checkpoints").exists()
 
 

@@ -228,7 +228,7 @@ class UnlearnTrainer(Trainer):
         return values, hidden[0] if hidden else None
 
     def _routing(self, batch: Batch, gates: Tensor, high: Tensor) -> Routing:
-        """Row b may move only its own expert, and A only through high-entropy tokens (strict gradient isolation)."""
+        """Let row b move only its own expert, and A only through high-entropy tokens (strict gradient isolation)."""
         if not self.run.adapter.isolates:
             return Routing(gates.float(), None, None)
         allowed = torch.nn.functional.one_hot(batch.expert, self.num_experts).bool()
@@ -311,7 +311,7 @@ class UnlearnTrainer(Trainer):
         return loss, whole
 
     def _terms(self, batch: Batch, places: Places, values: Tensor, states: Tensor | None) -> dict[str, Tensor]:
-        """The unweighted terms of Eq. 8: forget, retain and structure."""
+        """Compute the unweighted terms of Eq. 8: forget, retain and structure."""
         run, step = self.run, self.state.global_step
         forget, retain = (self._labelled(name, batch, places, values, states) for name in ("forget", "retain"))
         # labels that an alternative makes up are no structure
@@ -357,7 +357,7 @@ class UnlearnTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW, with the learning rates and the weight decay that the adapter wants."""
+        """Make AdamW with the learning rates and the weight decay that the adapter gives."""
         if getattr(self, "optimizer", None) is None:
             named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)

@@ -151,7 +151,7 @@ OWN_SPREAD = 0.2
 
 
 def discriminant(x: Tensor, y: Tensor, new: Sequence[int], shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Fisher's linear discriminant of each new expert's tokens against ordinary ones, with one covariance for all.
+    """Compute Fisher's linear discriminant of each new expert's tokens against ordinary ones, with one covariance for all.
 
     With the means m_e of expert e's tokens and m_0 of the ordinary ones, and the shrunken covariance S, the score of x is
     half the difference of its squared Mahalanobis distances to m_0 and to m_e: w_e = S^-1 (m_e - m_0),

@@ -77,7 +77,7 @@ def _longest(model: Any, wanted: int) -> int:
 
 
 def _answers(model: Any, tokenizer: Any, asked: Sequence[Example]) -> list[Example]:
-    """The model's greedy answers to questions that fit its context; empty ones are left out."""
+    """Generate the model's greedy answers to questions that fit its context; leave empty ones out."""
     limit, longest = context_length(model), _longest(model, ANSWER_TOKENS)
     prompts = [encode_prompt(tokenizer, Example(e.prompt, "a", "qa")) for e in asked]
     fitting = [i for i, ids in enumerate(prompts) if limit is None or len(ids) + longest <= limit]

@@ -156,7 +156,7 @@ def _draw_gate(router: Any, first: int, generator: np.random.Generator) -> None:
 
 
 def _accuracy(router: Any, data: Sequence[Evidence]) -> dict[str, float | None]:
-    """Share of the forget and of the ordinary tokens whose highest logit is that of their row's expert."""
+    """Return the share of the forget and of the ordinary tokens whose highest logit is that of their row's expert."""
     x, y = torch.cat([tokens.x for tokens in data]), torch.cat([tokens.y for tokens in data])
     fitted = torch.nn.functional.linear(x, router.weight.to(x), router.bias.to(x))
     right = fitted.argmax(-1) == y

@@ -78,7 +78,7 @@ class Guarded(_Rule, ABC):
     """Stop after so many further checks without a better one."""
 
     def allows(self, check: Check, start: Check) -> bool:
-        """Whether the check's utility is close enough to the untouched model's."""
+        """Tell whether the check's utility is close enough to the untouched model's."""
         return check["retain_probability"] >= (1 - self.utility_loss) * start["retain_probability"]
 
     def _choice(self, checks: Sequence[Check], rank: Sequence[tuple[float, ...]], met: Sequence[bool]) -> Decision:
@@ -101,7 +101,7 @@ class Guarded(_Rule, ABC):
 
     @abstractmethod
     def _why(self, best: Check, good: bool) -> str:
-        """Why the kept check is the best one, in words."""
+        """Say in words why the kept check is the best one."""
 
 
 class LikeRetrained(Guarded):
@@ -177,7 +177,7 @@ class LikeUnseen(Guarded):
         return self._choice(checks, rank, [rest == 0 for rest in state])
 
     def _state(self, check: Check) -> int:
-        """0 for a satisfied check, 1 for an over-forgotten one, 2 for one that still knows the forget rows."""
+        """Return 0 for a satisfied check, 1 for an over-forgotten one, 2 for one that still knows the forget rows."""
         auc = check[f"auc_{self.score}"]
         if auc > 0.5 + self.margin or check[f"p_{self.score}"] < self.level:
             return 2

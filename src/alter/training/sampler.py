@@ -168,7 +168,7 @@ class Sampler(BaseModel):
         return pairs
 
     def _taken(self, kin: Kin | None, retain: int, seed: int) -> list[int]:
-        """The retain rows that a cyclic kind takes, in their order."""
+        """Return the retain rows that a cyclic kind takes, in their order."""
         if kin is None or self.order == "melu":
             return list(range(retain))
         if self.order == "balanced":
@@ -208,7 +208,7 @@ def _as_many(kin: Kin, draw: random.Random) -> list[int]:
 
 
 def _modules(kin: Kin, draw: random.Random) -> list[Pair]:
-    """MELU: each entity's forget rows with its own neighbours, then each general row with a forget row that is drawn.
+    """Pair each entity's forget rows with its own neighbours, then each general row with a forget row that is drawn (MELU).
 
     (The authors leave out an entity without neighbours, whose rows would then never be forgotten: here they meet
     general rows, or any where there are none.)

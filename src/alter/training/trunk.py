@@ -65,7 +65,7 @@ class States:
         self._start = 0
 
     def __getitem__(self, row: int) -> Tensor:
-        """[T, D] states of a row, read from the file when they are used."""
+        """Return [T, D] states of a row, read from the file when they are used."""
         assert self._all is not None
         return self._all[self._places[row]]
 
@@ -196,7 +196,7 @@ class Trunk:
 
 
 def trunk_of(model: Any) -> Trunk | None:
-    """The trunk of a model with an ALTER adapter; None where there is no block below its experts."""
+    """Return the trunk of a model with an ALTER adapter; None where there is no block below its experts."""
     config = model.peft_config["default"]
     if config.from_layer is None:
         return None
@@ -207,7 +207,7 @@ def trunk_of(model: Any) -> Trunk | None:
 
 
 def _dropout(model: Any, trunk: Trunk) -> bool:
-    """Whether the trunk applies dropout in training mode, which makes its output random."""
+    """Tell whether the trunk applies dropout in training mode, which makes its output random."""
     config = model.config.get_text_config()
     names = (
         "attention_dropout",
@@ -271,14 +271,14 @@ class KeptStates:
         return self.states[self.place[branch, row]]
 
     def read(self) -> bool:
-        """Whether the file exists and is complete."""
+        """Tell whether the file exists and is complete."""
         found = self.states.read()
         if found:
             self.trunk.tuple_length = self.states.tuple_length
         return found
 
     def agrees(self, model: Any, branch: str, row: int, ids: Sequence[int]) -> bool:
-        """Whether the base gives the same output from the cached states; false where later blocks read more than the
+        """Tell whether the base gives the same output from the cached states; not where later blocks read more than the
         trunk's output.
         """
         tokens = torch.tensor([ids], device=model.device)

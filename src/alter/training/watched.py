@@ -48,7 +48,7 @@ def _apart(name: str, rows: Sequence[Example], other: str, others: Sequence[Exam
 
 
 def rated(example: Example) -> bool:
-    """Whether a row has the paraphrased and perturbed answers that a truth ratio needs."""
+    """Tell whether a row has the paraphrased and perturbed answers that a truth ratio needs."""
     return bool(example.row.get("paraphrased_answer")) and bool(example.row.get("perturbed_answer"))
 
 

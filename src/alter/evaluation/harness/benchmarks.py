@@ -27,15 +27,15 @@ class WmdpEvaluation(HarnessEvaluation):
     """bio, cyber, chem, or the names of local files; by default bio and cyber from the hub, or all local files."""
 
     def title(self) -> str:
-        """Heading of the table."""
+        """Return the heading of the table."""
         return "WMDP"
 
     def shots(self) -> int | None:
-        """WMDP has no examples."""
+        """Return None: WMDP has no examples."""
         return None
 
     def specs(self) -> Any:
-        """The subjects as tasks, each for itself."""
+        """Return one task for each subject."""
         from lm_eval.tasks import TaskManager
 
         if self.data != "hub":
@@ -62,15 +62,15 @@ class MmluEvaluation(HarnessEvaluation):
     """Examples before each question, the first of the subject's dev split."""
 
     def title(self) -> str:
-        """Heading of the table."""
+        """Return the heading of the table."""
         return f"MMLU {self.num_fewshot}-shot" if self.num_fewshot else "MMLU zero-shot"
 
     def shots(self) -> int | None:
-        """The number asked for; zero by default."""
+        """Return the number asked for; zero by default."""
         return self.num_fewshot
 
     def specs(self) -> Any:
-        """The subjects as the group "mmlu", whose accuracy weighs them by size."""
+        """Return the subjects as the group "mmlu", whose accuracy weighs them by size."""
         from lm_eval.api.group import AggMetricConfig, Group
         from lm_eval.tasks import TaskManager
 
@@ -110,15 +110,15 @@ class LmEvalEvaluation(HarnessEvaluation):
     """Examples before each question; by default as each task says."""
 
     def title(self) -> str:
-        """Heading of the table."""
+        """Return the heading of the table."""
         return ", ".join(self.tasks)
 
     def shots(self) -> int | None:
-        """The number asked for; each task's own by default."""
+        """Return the number asked for; None, each task's own, by default."""
         return self.num_fewshot
 
     def specs(self) -> Any:
-        """The tasks by name."""
+        """Return the tasks asked for."""
         if not self.tasks:
             raise UserError("No tasks: name some, for example --tasks arc_easy hellaswag.")
         manager = manager_of_tasks()

@@ -172,7 +172,7 @@ def local_task(name: str, about: str, files: Mapping[str, Path], num_fewshot: in
 def local_tasks(
     data: str, subjects: Sequence[str], prefix: str, about: Mapping[str, str], num_fewshot: int
 ) -> list[Any]:
-    """Tasks of the harness over the local files of the subjects asked for, or of all that are there."""
+    """Make harness tasks from the local files of the subjects asked for, or of all that are there."""
     files = local_files(data)
     for subject in subjects:
         if subject not in files:

@@ -43,7 +43,7 @@ def quiet_harness() -> Iterator[None]:
 
 @functools.cache
 def manager_of_tasks() -> Any:
-    """The harness's index of its tasks, which takes seconds to read."""
+    """Return the harness's index of its tasks, which takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()

@@ -66,7 +66,7 @@ class HarnessEvaluation(Evaluation):
 
     @abstractmethod
     def specs(self) -> Any:
-        """The harness's tasks and groups, loaded: what its `TaskManager.load` returns.
+        """Return the harness's tasks and groups, loaded, as its `TaskManager.load` returns them.
 
         Raises:
             UserError: no such task, or data that is missing or of another form.
@@ -74,7 +74,7 @@ class HarnessEvaluation(Evaluation):
 
     @abstractmethod
     def shots(self) -> int | None:
-        """Examples before each question; None: as the task says."""
+        """Return the number of examples before each question; None: as the task says."""
 
     @cached_property
     def loaded(self) -> Any:
@@ -209,7 +209,7 @@ class HarnessEvaluation(Evaluation):
         return records, notes
 
     def _metric_records(self, name: str, results: Any, samples: Any, more: dict[str, Any]) -> list[Record]:
-        """Every metric that the harness reports of a task or group, with its standard error."""
+        """Record every metric that the harness reports of a task or group, with its standard error."""
         found = results["results"][name]
         out = []
         for key, value in found.items():
@@ -251,5 +251,5 @@ class HarnessEvaluation(Evaluation):
 
 
 def task_groups(loaded: Any) -> dict[str, list[str]]:
-    """The names of the members of each group, as the harness loaded them."""
+    """Return the names of the members of each group, as the harness loaded them."""
     return {name: list(group.child_names) for name, group in loaded.get("groups", {}).items()}

@@ -41,7 +41,7 @@ class TofuEvaluation(Evaluation):
     """Leakage over many samples of the forget set: leak@k."""
 
     def title(self) -> str:
-        """Heading of the table."""
+        """Return the heading of the table."""
         return f"TOFU {self.split}"
 
     def data_digest(self) -> str | None:

@@ -51,7 +51,7 @@ AnyAdapter = Annotated[Adapter, OneOf(ADAPTERS)]
 
 
 def adapter_of(settings: Mapping[str, Any]) -> Adapter:
-    """The adapter whose settings these are, with its `kind`.
+    """Return the adapter whose settings these are, with its `kind`.
 
     Raises:
         UserError: no adapter has that name.

@@ -51,7 +51,7 @@ class Penalty:
     r: int
 
     def __call__(self) -> Tensor:
-        """The penalty now; M is lora_B's first r columns, or lora_A's first r rows transposed."""
+        """Compute the penalty now; M is lora_B's first r columns, or lora_A's first r rows transposed."""
         parts = [
             (constant @ (parameter[: self.r].t() if transposed else parameter[:, : self.r])).square().sum()
             for constant, parameter, transposed in self.terms
@@ -209,7 +209,7 @@ class Adapter(BaseModel, ABC):
     # the run
 
     def dtype(self, given: str) -> str:
-        """Dtype in which the model is loaded."""
+        """Return the dtype in which the model is loaded."""
         return given
 
     @abstractmethod
@@ -226,7 +226,7 @@ class Adapter(BaseModel, ABC):
         """
 
     def routed_experts(self, model: Any) -> int:
-        """Number of experts that tokens are routed to, with the retention expert; 0 for a kind that does not route."""
+        """Return the number of experts that tokens are routed to, with the retention expert; 0 for a kind that does not route."""
         return 0
 
     @property
@@ -235,11 +235,11 @@ class Adapter(BaseModel, ABC):
         return False
 
     def learning_rate(self, run: Settings) -> float:
-        """Peak learning rate of the schedule."""
+        """Return the peak learning rate of the schedule."""
         return float(getattr(run, self.rate))
 
     def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]], run: Settings) -> list[dict[str, Any]]:
-        """The optimizer's groups of the parameters that train, each with learning rate and weight decay."""
+        """Return the optimizer's groups of the parameters that train, each with learning rate and weight decay."""
         return [
             {"params": [p for _, p in named], "lr": self.learning_rate(run), "weight_decay": run.weight_decay},
         ]

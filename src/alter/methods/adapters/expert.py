@@ -62,7 +62,7 @@ class OneExpert(Adapter):
                 )
 
     def check_continues(self, run: Settings) -> None:
-        """Nothing to refuse: the result is a model like any other."""
+        """Accept all settings: the result is a model like any other."""
 
     def needs_whole_model(self) -> str | None:
         return "adapter.kind expert"
@@ -98,7 +98,7 @@ class OneExpert(Adapter):
         ]
 
     def term(self, forget: Tensor) -> Tensor | None:
-        """alpha times the mean over forget tokens of |g - e|^2: this process's share of the mean over all."""
+        """Return alpha times the mean over forget tokens of |g - e|^2: this process's share of the mean over all."""
         import torch
 
         from alter.methods.objectives import mean_or_zero

@@ -54,7 +54,7 @@ class FullWeights(Adapter):
         return self.traced
 
     def check_continues(self, run: Settings) -> None:
-        """Nothing to refuse: the result is a model like any other."""
+        """Accept all settings: the result is a model like any other."""
 
     def dtype(self, given: str) -> str:
         # small steps would be lost in the rounding of 16-bit weights

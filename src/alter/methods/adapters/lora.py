@@ -117,7 +117,7 @@ class Lora(Adapter):
         return not self.detector
 
     def check_continues(self, run: Settings) -> None:
-        """Nothing to refuse: it is merged or trained on."""
+        """Accept all settings: the adapter is merged or trained on."""
 
     def continued(self, adapter: str, merged: Callable[[], str]) -> dict[str, Any]:
         return {"start_from": adapter} if self.detector else super().continued(adapter, merged)
@@ -179,7 +179,9 @@ class Lora(Adapter):
             optimizer.register_step_pre_hook(FirstHalves(named, self.r, run.weight_decay))
 
     def penalty(self, model: Any, run: Settings, away: Mapping[str, Tensor], former: Former | None) -> Penalty | None:
-        """REGLU's |B^T P|^2 over all layers, or O3's |A_earlier A^T|^2 over all earlier requests, averaged over the blocks."""
+        """Return REGLU's |B^T P|^2 over all layers, or O3's |A_earlier A^T|^2 over all earlier requests, averaged over
+        the blocks.
+        """
         by_layer: dict[str, dict[str, nn.Parameter]] = {"lora_A": {}, "lora_B": {}}
         for name, parameter in model.named_parameters():
             for kind, found in by_layer.items():

@@ -167,7 +167,7 @@ class AlterAdapter(Adapter):
         return self.isolation
 
     def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]], run: Settings) -> list[dict[str, Any]]:
-        """eta_A for the shared A and eta_B for the experts, without weight decay.
+        """Give the shared A the rate eta_A and the experts eta_B, without weight decay.
 
         Weight decay would move the columns of experts that the gradient masks protect.
         """

@@ -98,7 +98,7 @@ class Objective(BaseModel, ABC):
 
     @abstractmethod
     def __call__(self, tokens: Labelled) -> Tensor:
-        """The loss, a scalar, of a batch's labelled tokens, whose values are those of `per_token`."""
+        """Return the loss, a scalar, of a batch's labelled tokens, whose values are those of `per_token`."""
 
     def target(self, views: Mapping[str, Tensor], along: Tensor) -> Tensor:
         """Return the reference's log-probabilities [n, V].
@@ -110,7 +110,7 @@ class Objective(BaseModel, ABC):
         return torch.log_softmax(views["base"], dim=-1)
 
     def per_token(self, emitted: Emitted) -> Tensor:
-        """[n], one number for each token: its negative log-likelihood, unless the objective says otherwise."""
+        """Return [n], one number for each token: its negative log-likelihood, unless the objective says otherwise."""
         return emitted.nll
 
     def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:

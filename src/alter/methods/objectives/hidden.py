@@ -32,7 +32,7 @@ class Misdirect(Objective):
         return Needs(labels=False, depth=self.depth)
 
     def direction(self, width: int) -> Tensor:
-        """[D] fp32: the random direction, of length 1, all of its entries positive."""
+        """Return [D] fp32: the random direction, of length 1, all of its entries positive."""
         u = torch.rand(width, generator=torch.Generator().manual_seed(self.seed))
         return u / u.norm()
 
@@ -62,7 +62,7 @@ class Deviate(Objective):
         return Needs(labels=False, depth=self.depth, base_hidden=True)
 
     def direction(self, width: int) -> Tensor:
-        """[D] fp32: the random direction, of length 1."""
+        """Return [D] fp32: the random direction, of length 1."""
         u = torch.randn(width, generator=torch.Generator().manual_seed(self.seed))
         return u / u.norm()
 

@@ -99,7 +99,7 @@ class Adaptive(Objective):
     needs: ClassVar[Needs] = Needs(state=True)
 
     def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:
-        """The `multiplier`; `state` holds sum and number of the first epoch's losses."""
+        """Return the `multiplier`; `state` holds sum and number of the first epoch's losses."""
         if epochs < 1:
             state |= {"total": state.get("total", 0.0) + loss, "count": state.get("count", 0) + 1}
             return self.multiplier(0.0)
@@ -107,7 +107,7 @@ class Adaptive(Objective):
 
     @staticmethod
     def multiplier(rise: float) -> float:
-        """clip(round(0.3 * 6^rise + 0.8, 1), 1.2, 2.3); `rise` is in nats."""
+        """Return clip(round(0.3 * 6^rise + 0.8, 1), 1.2, 2.3); `rise` is in nats."""
         if rise <= 0:
             return 1.2
         return min(max(round(0.3 * 6.0 ** min(rise, 2.0) + 0.8, 1), 1.2), 2.3)
@@ -133,7 +133,7 @@ class Constrained(Objective):
     needs: ClassVar[Needs] = Needs(state=True)
 
     def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:
-        """The constraint's weight, which `state` holds; after the warm-up the next batch's follows from this one's loss."""
+        """Return the constraint's weight, which `state` holds; after the warm-up the next batch's follows from this one's loss."""
         weight = state.get("weight", self.start)
         state["weight"] = (
             max(0.0, weight + self.step * (loss - self.epsilon)) if epochs >= self.warmup_epochs else weight

@@ -185,7 +185,7 @@ def wide(logits: Tensor) -> Tensor:
 
 
 def mean_or_zero(values: Tensor) -> Tensor:
-    """Mean of `values` [n]; for n = 0 a zero that still carries a graph (a batch without such tokens).
+    """Average `values` [n]; for n = 0 return a zero that still carries a graph (a batch without such tokens).
 
     Under several processes (`alter.core.processes`) it is this one's share of the mean over all: the sum here over the count
     everywhere. All of them must call it.
@@ -201,13 +201,13 @@ def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
 
 
 def true_and_runner_up(emitted: Emitted) -> tuple[Tensor, Tensor]:
-    """Probability of the label, and the largest probability of any other token, [n] each."""
+    """Return the probability of the label, and the largest probability of any other token, [n] each."""
     assert emitted.other is not None
     return (-emitted.nll).exp(), emitted.other.exp()
 
 
 def divergence(target: Tensor, emitted: Emitted) -> Tensor:
-    """KL(target || model) at each position over the reference's k tokens and one bucket for all others.
+    """Compute KL(target || model) at each position over the reference's k tokens and one bucket for all others.
 
     Merging the others into one bucket can only lower the divergence, and with k = V it is the exact one.
 
@@ -231,7 +231,7 @@ def divergence(target: Tensor, emitted: Emitted) -> Tensor:
 
 
 def soft_cross_entropy(target: Tensor, emitted: Emitted) -> Tensor:
-    """H(target, model) at each position, over the reference's k tokens and one bucket for all others.
+    """Compute H(target, model) at each position, over the reference's k tokens and one bucket for all others.
 
     Args:
         target: [n, k] log-probabilities of the reference's tokens; -inf rules one out.

@@ -79,7 +79,7 @@ def guard(cls: G) -> G:
 
 
 def load_form(base: Any, folder: str, tokenizer: Any = None) -> Guard:
-    """The unlearned model: a loaded base and the guard in `folder`; `tokenizer` is for those that read text.
+    """Put the guard in `folder` on a loaded base, which gives the unlearned model; `tokenizer` is for guards that read text.
 
     Raises:
         UserError: the form was made for another base, by another version, or by a plugin that is not installed.

@@ -91,7 +91,7 @@ def looked_over(
 
 
 def endpoint(settings: Mapping[str, Any]) -> Ask:
-    """A language model behind an OpenAI-compatible endpoint: `url`, `model`, and `key_variable`, which holds its key.
+    """Connect to a language model behind an OpenAI-compatible endpoint: `url`, `model`, and `key_variable`, which holds its key.
 
     Raises:
         UserError: no `openai` library, or no key.

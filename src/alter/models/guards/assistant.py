@@ -27,7 +27,7 @@ def first_blocks(model: Any, name: str, count: int) -> Any:
 
 
 def difference(base: Tensor, assistant: Tensor, weight: float, plausible: float) -> Tensor:
-    """ULD: return z_base - weight * log p_assistant where p_base is at least `plausible` times its largest value, else z_base.
+    """Return z_base - weight * log p_assistant where p_base is at least `plausible` times its largest value, else z_base (ULD).
 
     (A reading: the authors subtract logits and mask implausible tokens out. The assistant's log-probabilities differ
     from its logits by a constant, and this way every token keeps a probability above 0.)
@@ -42,7 +42,7 @@ def difference(base: Tensor, assistant: Tensor, weight: float, plausible: float)
 
 
 def without_rise(base: Tensor, reinforced: Tensor, weight: float) -> Tensor:
-    """WHP: return v_base - weight * relu(v_reinforced - v_base), of [..., V] logits."""
+    """Return v_base - weight * relu(v_reinforced - v_base), of [..., V] logits (WHP)."""
     wide = base.float()
     return (wide - weight * torch.relu(reinforced.float() - wide)).to(base.dtype)
 

@@ -67,7 +67,7 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
 
     @abstractmethod
     def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None, decision: Tensor | None) -> Any:
-        """The guarded model's output, with `logits` and, if `inputs` ask for them, `hidden_states`.
+        """Return the guarded model's output, with `logits` and, if `inputs` ask for them, `hidden_states`.
 
         Args:
             inputs: of the base's forward pass.
@@ -76,7 +76,7 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         """
 
     def untouched(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Any:
-        """The base's output."""
+        """Return the base's output."""
         return self.base(**inputs, past_key_values=cache)
 
     def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
@@ -90,15 +90,15 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not look at prompts")
 
     def get_input_embeddings(self) -> nn.Module:
-        """The base's."""
+        """Return the base's."""
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> Any:
-        """The base's."""
+        """Return the base's."""
         return self.base.get_output_embeddings()
 
     def get_decoder(self) -> Any:
-        """The base's."""
+        """Return the base's."""
         return self.base.get_decoder()
 
     @contextmanager
@@ -122,7 +122,7 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         decision: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits at the positions that `logits_to_keep` names, as transformers' models give them.
+        """Compute logits at the positions that `logits_to_keep` names, as transformers' models give them.
 
         Args:
             decision: what `decide` gave for these rows; None: that of the first call with this cache, or what it gives now.
@@ -175,7 +175,7 @@ def layers_behind(cache: DynamicCache, blocks: int, count: int) -> list[Any]:
 
 
 def is_form(folder: str) -> bool:
-    """Whether an adapter's folder holds an inference form."""
+    """Tell whether an adapter's folder holds an inference form."""
     return (Path(folder).expanduser() / FORM_FILE).is_file()
 
 

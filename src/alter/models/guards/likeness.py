@@ -61,7 +61,7 @@ class Likeness:
         return Likeness(*(getattr(self, name).to(device) for name in ("centre", "axes", "floor", "units")))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """[m, L] of rows [m, L, H]."""
+        """Return the likenesses [m, L] of rows [m, L, H]."""
         rows = rows.float().transpose(0, 1)
         away = rows - self.centre[:, None]
         inside = (away @ self.axes.transpose(1, 2)).square().sum(-1)
@@ -87,7 +87,7 @@ class Calibration:
         return cls(middle.tolist(), spread.tolist(), max(float(joint.std(correction=0)), 1e-6))
 
     def __call__(self, likeness: Tensor) -> Tensor:
-        """The adapter's weight [m] for likenesses [m, L]: 0 for inputs that are unlike the forget rows, up to 1.2.
+        """Return the adapter's weight [m] for likenesses [m, L]: 0 for inputs that are unlike the forget rows, up to 1.2.
 
         The joint score is the mean of the layers' standardised likenesses, over its spread; c = min(1, 2 Phi(score)) is its
         tail probability, and w = sigmoid(10 c - 2); w <= 0.3 counts as 0 and w > 0.9 as 1.2. Readings: O3 fits its Gaussian to a batch of
@@ -110,7 +110,7 @@ class Detector:
     calibration: Callable[[Tensor], Tensor]
 
     def __call__(self, means: Tensor) -> Tensor:
-        """The weights."""
+        """Return the weights."""
         return self.calibration(self.likeness(means))
 
     def to(self, device: torch.device) -> Detector:

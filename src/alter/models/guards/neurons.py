@@ -24,7 +24,7 @@ REFUSED = 20.0
 
 
 def moved(x: Tensor, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor], drawn: Tensor) -> Tensor:
-    """Neuron Adjust: move pre-activations that look like forget rows' to the other side of the retain rows' mean.
+    """Move pre-activations that look like forget rows' to the other side of the retain rows' mean (Neuron Adjust).
 
     With means m and deviations s of both kinds, and normal densities p: where p_f(x) >= p_r(x) and u >= p_r / (p_r + p_f),
     x becomes 2 m_r - ((x - m_f) / s_f s_r + m_r); all else stays. (The authors' code takes m_f for s_f; ours does not.)
@@ -43,7 +43,7 @@ def moved(x: Tensor, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor
 
 
 def inside(x: Tensor, mean: Tensor, std: Tensor, half: float) -> Tensor:
-    """Whether keys [B, D] lie within `half` deviations of the mean in every dimension, [B]."""
+    """Tell which keys [B, D] lie within `half` deviations of the mean in every dimension, [B]."""
     return ((x.float() - mean).abs() <= half * std).all(-1)
 
 

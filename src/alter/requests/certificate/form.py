@@ -41,7 +41,7 @@ def hashes(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def model_hashes(name: str) -> dict[str, str]:
-    """`hashes` of a model by name: a folder, a GGUF file, builtin:NAME, or a hub id as it lies in the local cache.
+    """Return the `hashes` of a model by name: a folder, a GGUF file, builtin:NAME, or a hub id as it lies in the local cache.
 
     Raises:
         UserError: there is no such model on this machine.

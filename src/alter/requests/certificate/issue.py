@@ -32,7 +32,7 @@ class Beside:
     attacks: Sequence[str] = ()
 
     def files(self) -> dict[str, Any] | None:
-        """Hashes of what is handed out."""
+        """Hash what is handed out."""
         return None if self.shipped is None else {"files": hashes(self.shipped)}
 
 
