@@ -246,7 +246,7 @@ def distill(
 
 
 def _subject(model: Any, tokenizer: Any, keywords: dict[str, Any], stack: contextlib.ExitStack) -> None:
-    """Add the model to look at to the keywords: a run stands for its model and adapter."""
+    """Add the model to the keywords; a run gives its model and adapter."""
     if isinstance(model, Run):
         keywords.setdefault("adapter", None if model.adapter is None else str(model.adapter))
         model = model.model

@@ -283,7 +283,7 @@ def _emitted_entropies(
 ) -> dict[float, Tensor]:
     """Run the frozen base; return the entropies [B, T] of its distributions by order, empty if it emits none.
 
-    Of more positions than go through the head at a time the logits never exist at once.
+    The logits of a long batch never exist at once: the head takes so many positions at a time as `chunk_rows` says.
     """
     given = frozen_inputs(module, inputs)
     at_once = (

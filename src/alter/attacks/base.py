@@ -128,7 +128,7 @@ def paraphrases(forget: str, rows: Sequence[Example]) -> list[str] | None:
 
 
 class Impossible(UserError):
-    """An attack cannot be run on this model, which is known only once the model is there: the other attacks go on."""
+    """Raised where only the loaded model shows that an attack cannot be run on it; the other attacks go on."""
 
 
 # What a search may cost ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`alter attack`: can what was forgotten be recovered, and by whom?
 
-Every attack is run on the unlearned model and, as the honest zero, on a model retrained without the forget rows: what it
-brings out of that one was never forgotten knowledge. Two figures per row tell it: ROUGE-L recall of the greedy reply
+Every attack is run on the unlearned model and, as a baseline, on a model retrained without the forget rows: what it
+recovers from that one is no forgotten knowledge. It is measured by two figures per row: ROUGE-L recall of the greedy reply
 against the true answer, and the probability of the true answer (TOFU's, per token). Of both, the recovered fraction is
 
     (unlearned under attack - retrained under attack) / (original - retrained)      (`alter.metrics.recovered_fraction`)

@@ -147,7 +147,7 @@ def work(folder: Path, parts: Sequence[str]) -> None:
 
     `cell.json` says what the runs cost and, with `status` "failed", why a run or a metric refused its values (as it would
     again: a loss that is not finite, say); `PART-SPLIT.json` holds the records of one part. The weights stay until the
-    test rows are measured, since only the chosen cells come to that.
+    test rows are measured, which happens for chosen cells alone.
     """
     spec = json.loads((folder / "spec.json").read_text())
     on_gpu = spec["device"] in (None, "cuda") and torch.cuda.is_available()

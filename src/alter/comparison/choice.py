@@ -237,17 +237,18 @@ def next_rate(
 ) -> Setting | None:
     """Return the setting to search next: its rate, to three digits, lies towards what the best one (see `best_setting`) lacks.
 
-    A best one that keeps the utility lacks forgetting, any other utility. Where the neighbour with most of it has more of
-    it, or there are two, the next rate is the geometric mean; else it lies beyond the best, which is at the end of the
-    rates, by the step before. A neighbour that did not finish was too fast: it counts as forgetting all and keeping
-    nothing. If no setting has finished, the next lies below all.
+    If the best setting keeps the utility, it lacks forgetting; otherwise it lacks utility. Of its neighbouring rates, take the
+    one with more of what is lacking. The next rate is the geometric mean of the two if that neighbour has more of it than the
+    best, or if there are neighbours on both sides; else the best is at the end of the rates, and the next lies beyond it, by
+    the same factor as the last step. A neighbour that did not finish was too fast: it counts as forgetting all and keeping
+    nothing. If no setting has finished, the next rate lies below all.
 
     Args:
         candidates: of `best_setting`.
         tried: all settings searched so far, with at least two rates for each length.
 
     Returns:
-        None if the rate has been tried: three digits tell no more rates apart.
+        None if that rate, rounded to three digits, has been tried.
     """
     (best, epochs), keeps = best_setting(candidates, original, floor) if candidates else (min(tried), False)
     rates = sorted(rate for rate, length in tried if length == epochs)

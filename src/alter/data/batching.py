@@ -75,7 +75,7 @@ class LengthBatches:
     """Batches of rows of similar length; their order is a function of seed and epoch.
 
     The rows are shuffled, stretches of 50 batches sorted by length, and the batches shuffled again: little padding, and
-    the same number of batches in every epoch. Given a Trainer, each pass is of the epoch that it has come to.
+    the same number of batches in every epoch. With a Trainer, the epoch is the Trainer's.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, trainer: Any = None) -> None:

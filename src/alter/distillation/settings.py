@@ -19,8 +19,8 @@ from alter.training.trackers import ReportTo
 class Shares(BaseModel):
     """Shares of the loss; those of kinds without rows fall to the others.
 
-    Of forget rows the answers alone count, of all others every token: by tokens alone what is to be forgotten would have a
-    small part of the loss.
+    In forget rows only the answers count, in all other rows every token: weighted by tokens, forgetting would be a small part
+    of the loss.
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)

@@ -27,7 +27,7 @@ from alter.training.progress import Steps
 def weights_of(shares: Shares, tokens: Sequence[int]) -> list[float]:
     """Return each kind's weight per token, so that kinds have their shares of the loss and the mean weight is 1.
 
-    With N_k tokens of kind k, N in all, and shares s_k of the kinds that there are: (s_k / sum of s) (N / N_k); 0 where
+    With N_k tokens of kind k, N in all, and shares s_k of the kinds that have rows: (s_k / sum of s) (N / N_k); 0 where
     there are none.
 
     Args:
@@ -35,14 +35,14 @@ def weights_of(shares: Shares, tokens: Sequence[int]) -> list[float]:
         tokens: how many tokens of each of `KINDS` count in an epoch.
 
     Raises:
-        UserError: the kinds that there are have no share.
+        UserError: no kind that has rows has a share.
     """
     given = [getattr(shares, name) if count else 0.0 for name, count in zip(KINDS, tokens, strict=True)]
     whole = sum(given)
     if not whole:
         raise UserError(
-            f"shares is {shares.model_dump()}, and there are tokens of {dict(zip(KINDS, tokens, strict=True))} alone: give a "
-            "share to rows that there are."
+            f"shares is {shares.model_dump()}, but all tokens are of kinds without a share ({dict(zip(KINDS, tokens, strict=True))}): "
+            "give a share to one of these kinds."
         )
     return [share / whole * sum(tokens) / count if count else 0.0 for share, count in zip(given, tokens, strict=True)]
 

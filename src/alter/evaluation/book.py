@@ -135,7 +135,7 @@ class BookEvaluation(Evaluation):
         return f"Book {Path(self.book).stem}"
 
     def data_digest(self) -> str:
-        """Hash of all texts and of the retrained model or its results."""
+        """Hash all texts and of the retrained model or its results."""
         texts = [self.book, *([] if self.holdout is None else [self.holdout]), *self.retain]
         digests = [_text_digest(path) for path in texts]
         for i, found in enumerate(digests):

@@ -100,7 +100,7 @@ class KnowundoEvaluation(Questions):
         return found
 
     def data_digest(self) -> str | None:
-        """Hash of all rows, and of the NLI model."""
+        """Hash all rows, and of the NLI model."""
         judge = None if self.nli is None else ModelSettings(model=self.nli).identity()["weights"]
         return None if judge == "unknown" else digest(self.rows(), judge)
 

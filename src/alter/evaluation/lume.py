@@ -97,7 +97,7 @@ class LumeEvaluation(Questions):
         return found
 
     def data_digest(self) -> str | None:
-        """Hash of all rows."""
+        """Hash all rows."""
         return digest(self.rows())
 
     def origin(self) -> dict[str, Any]:

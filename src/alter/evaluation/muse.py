@@ -185,7 +185,7 @@ class MuseEvaluation(Evaluation):
         return {k: v if k.endswith("_icl") else sampled(v, self.limit, self.seed) for k, v in found.items()}
 
     def data_digest(self) -> str | None:
-        """Hash of all rows and of the reference: the AUC that a file holds, or a model's weights."""
+        """Hash all rows and of the reference: the AUC that a file holds, or a model's weights."""
         found = self.rows()
         source = self.retain_records
         reference: Any = None

@@ -49,7 +49,7 @@ class MuseCurve(MuseEvaluation):
         """Return the points, --model itself at 0 first.
 
         Raises:
-            UserError: a point is not of the form, its number is none, or the numbers do not ascend.
+            UserError: a point does not have the form, its number is not a number, or the numbers do not ascend.
         """
         found = [CurvePoint(self.label, 0.0, self.model, self.adapter)]
         for text in self.points:

@@ -106,7 +106,11 @@ def measured(settings: Evaluation) -> list[Record]:
         with overheard() as notes:
             records = settings.measure(model, tokenizer)
         if not processes.from_first(lambda: _is_still(settings, identity, folder)):
-            say(["The model's files changed while it was measured: which of them gave these numbers is not known."])
+            say(
+                [
+                    "The model's files changed while it was measured: these numbers may be of the old files or of the new ones."
+                ]
+            )
             identity, key = dict.fromkeys(identity, "unknown"), None
         records = stamped(
             records,

@@ -128,7 +128,7 @@ class RwkuEvaluation(Questions):
         return [row for row in rows if row["subject"] in self.targets]
 
     def data_digest(self) -> str | None:
-        """Hash of all rows."""
+        """Hash all rows."""
         return digest(self.rows())
 
     def origin(self) -> dict[str, Any]:

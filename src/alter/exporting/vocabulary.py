@@ -94,8 +94,8 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     split = "default" if pieces else _split_name(content.get("pre_tokenizer"))
     if split is None or (not pieces and content.get("normalizer") not in (None, {"type": "NFC"})):
         raise UserError(
-            "The tokenizer prepares text in a way that llama.cpp has no name for, so it would be cut into other tokens there; "
-            "known are those of GPT-2, SmolLM, Llama 3 and Qwen2. Serve the folder of safetensors with vLLM or transformers."
+            "The tokenizer splits text in a way that llama.cpp has no name for, so llama.cpp would cut it into other tokens; it knows "
+            "those of GPT-2, SmolLM, Llama 3 and Qwen2. Serve the folder of safetensors with vLLM or transformers."
         )
     numbers = {**model["vocab"], **{each["content"]: each["id"] for each in content["added_tokens"]}}
     if max(numbers.values()) >= rows:

@@ -96,7 +96,7 @@ def fit_classifier(forget: Array, benign: Array, *, false_alarms: float, thresho
     fewest = min(len(forget), len(benign))
     if fewest < 2:
         raise UserError(
-            f"The classifier needs two rows to forget and two to keep at least; there are {len(forget)} and {len(benign)}."
+            f"The classifier needs at least two rows to forget and two to keep; there are {len(forget)} and {len(benign)}."
         )
     x, y = np.concatenate([forget, benign]), np.repeat([1, 0], [len(forget), len(benign)])
     made = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))

@@ -130,7 +130,7 @@ def _rows(
         others.append(Encoded(whole.input_ids[:limit], whole.labels[:limit], asked))
     if len(rows) < 2 or len(others) < 2:
         raise UserError(
-            f"This guard needs two rows to forget and two to keep at least; there are {len(rows)} and {len(others)}."
+            f"This guard needs at least two rows to forget and two to keep; there are {len(rows)} and {len(others)}."
         )
     return model, tokenizer, rows, others
 

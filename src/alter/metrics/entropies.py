@@ -39,7 +39,7 @@ class TwoNormals:
 
     Attributes:
         weights, means, deviations: of the two.
-        bic_gain: (BIC of one normal - BIC of the two) / n; above 0 the data pay for the second one.
+        bic_gain: (BIC of one normal - BIC of the two) / n; above 0 the second one improves the fit by more than its parameters cost.
         ashman: Ashman's D = sqrt(2) |m1 - m2| / sqrt(s1^2 + s2^2); above 2 the two are cleanly apart.
         valley: where the mixture's density is lowest between its two modes; None if it has one mode.
         depth: how far it falls there below the lower mode, between 0 (one mode) and 1 (to nothing).

@@ -191,7 +191,7 @@ def decided(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence
     """Return the extra arguments of a forward pass over rows [B, T] with answers: a guard's decision on their prompts.
 
     Args:
-        model: any; it is told nothing unless it is a guard that `decides` (`alter.models.guards.Guard`).
+        model: any; only a guard that `decides` gets arguments (`alter.models.guards.Guard`).
         ids, mask: the rows, and the attention mask.
         prompts: how many of each row's tokens are the prompt; a row with none, or one only, is asked as a whole.
     """

@@ -72,7 +72,7 @@ def _final(held: Sequence[Request]) -> str:
 
 
 def check_final(final: bool, project: Project) -> None:
-    """Refuse `final` where nothing was said about when to distil.
+    """Refuse `final` in a project that does not set when to distil.
 
     Raises:
         UserError: the project has no `distill_every`.

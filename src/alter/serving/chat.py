@@ -28,7 +28,7 @@ class Conversation:
 
     Args:
         settings: of the command.
-        model, tokenizer: what is talked to.
+        model, tokenizer: of the model that answers.
     """
 
     def __init__(self, settings: Chat, model: Any, tokenizer: Any) -> None:
@@ -124,7 +124,7 @@ def _obey(talk: Conversation, line: str, command: str, rest: str) -> None:
         _say("\n".join(f"{name:6} {told}" for name, told in COMMANDS.items()))
     elif command == "/base":
         if not rest:
-            raise UserError("/base needs a question behind it.")
+            raise UserError("/base needs a question after it, as in /base Who wrote it?")
         talk.ask(rest, base=True)
     elif command.startswith("/"):
         raise UserError(f"No command {command}.{nearest(command, COMMANDS)} /help lists them.")

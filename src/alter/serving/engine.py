@@ -162,7 +162,7 @@ class Engine:
 
         Raises:
             UserError: see `check`; or there are more than may ever wait.
-            queue.Full: too many wait at present.
+            queue.Full: the queue is full at present.
         """
         for job in jobs:
             self.check(job)

@@ -63,8 +63,8 @@ def own_rows(model: Any, tokenizer: Any, forget: Sequence[Example], seed: int) -
         )
     told = sum(example.kind == "qa" for example in kept)
     show(
-        f"No retain rows are given: what must not change are {told} of the model's own answers to ordinary questions and "
-        f"{len(kept) - told} texts of its own, in retain.jsonl. Rows of your own keep more.",
+        f"No retain rows are given: {told} of the model's answers to ordinary questions and {len(kept) - told} texts that it "
+        "wrote take their place (retain.jsonl). Rows of your own keep more.",
         stderr=True,
     )
     return [replace(example, index=i) for i, example in enumerate(kept)]

@@ -216,7 +216,7 @@ class Unlearn(BaseModel):
     def _related_rows(self) -> Unlearn:
         if self.sampler.related and self.retain is None:
             raise ValueError(
-                f"sampler.order {self.sampler.order} goes by what retain rows are to forget rows: give retain, or sampler.order "
+                f"sampler.order {self.sampler.order} needs each retain row's relation to a forget row: give retain, or sampler.order "
                 "mixed, sequential, random or cyclic"
             )
         return self
