@@ -1,4 +1,10 @@
-"""The folder of a run: what may be overwritten, checkpoints to resume from, and the tensors and adapters kept in it."""
+"""The folder of a run: what may be overwritten, checkpoints to resume from, and the tensors and adapters kept in it.
+
+While a run trains, `inputs.json`, `frozen.safetensors`, `trunk.safetensors`, `watched.safetensors`, `start.safetensors`
+(initializers), `codes.safetensors`, `reinforced.safetensors` and `checkpoints/` let an interrupted run resume; they are for
+their owner alone, and rows can be read from them. At the end they are removed, but for each token's entropy and gates, unless
+`keep_working` is set.
+"""
 
 from __future__ import annotations
 

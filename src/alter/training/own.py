@@ -15,7 +15,7 @@ from alter.core.errors import UserError
 from alter.core.files import write_atomic
 from alter.data.background import apart_from, background
 from alter.data.encoding import encode_prompt
-from alter.data.examples import Example, row_key
+from alter.data.examples import Example, load_examples, row_key
 from alter.models.generation import generate
 from alter.models.scoring import context_length
 
@@ -34,6 +34,13 @@ LEAST_WORDS = 4
 def write_rows(path: Path, rows: Sequence[Example]) -> None:
     """Write rows as JSON lines that `alter unlearn` reads, whole or not at all."""
     write_atomic(path, "".join(json.dumps(example.row, ensure_ascii=False) + "\n" for example in rows))
+
+
+def own_or_written(
+    path: Path, resume: bool, model: Any, tokenizer: Any, forget: Sequence[Example], seed: int
+) -> list[Example]:
+    """Return the retain rows of a run that is given none: those that it wrote before an interruption, or `own_rows`."""
+    return load_examples(str(path)) if resume and path.is_file() else own_rows(model, tokenizer, forget, seed)
 
 
 def own_rows(model: Any, tokenizer: Any, forget: Sequence[Example], seed: int) -> list[Example]:
@@ -63,8 +70,8 @@ def own_rows(model: Any, tokenizer: Any, forget: Sequence[Example], seed: int) -
         )
     told = sum(example.kind == "qa" for example in kept)
     show(
-        f"No retain rows are given: {told} of the model's answers to ordinary questions and {len(kept) - told} texts that it "
-        "wrote take their place (retain.jsonl). Rows of your own keep more.",
+        f"No retain rows are given: {told} of the model's answers to ordinary questions and {len(kept) - told} texts of its own "
+        "take their place (retain.jsonl). Rows of your own keep more.",
         stderr=True,
     )
     return [replace(example, index=i) for i, example in enumerate(kept)]

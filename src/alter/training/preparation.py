@@ -20,7 +20,7 @@ from alter.methods.passes import MeasuredGradients
 from alter.methods.places import block_at, blocks
 from alter.methods.recognition import marked
 from alter.models.guards import Form
-from alter.training.batches import Order, RunRows, Traced, schedule
+from alter.training.batches import Order, Pairs, RunRows, Traced, schedule
 from alter.training.codes import codes_of
 from alter.training.data import Data, clusters
 from alter.training.factors import start_of
@@ -72,6 +72,10 @@ class Prepared:
     kept: KeptStates | None = None
     measured: dict[str, Tensor] = field(default_factory=dict)
     codes: Codes | None = None
+
+    def dataset(self, at_once: int) -> Pairs:
+        """Return the training rows in their order; each process must get a share of a last batch, of `at_once` pairs when whole."""
+        return Pairs(self.order, self.rows, self.traced, at_once, None if self.kept is None else self.kept.of)
 
 
 def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:

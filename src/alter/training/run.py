@@ -20,9 +20,9 @@ from alter.core import processes
 from alter.core.console import show
 from alter.core.files import digest
 from alter.core.running import release
-from alter.data.examples import data_hash, load_examples, row_hash
+from alter.data.examples import data_hash, row_hash
 from alter.training.attention import attention_for_training
-from alter.training.batches import PairCollator, Pairs
+from alter.training.batches import PairCollator
 from alter.training.data import by_meaning, read_data, set_aside
 from alter.training.folder import (
     BASE,
@@ -38,7 +38,7 @@ from alter.training.folder import (
 from alter.training.loaded import encode_rows, load_for_run
 from alter.training.localization import placed
 from alter.training.loss import OwnState, UnlearnTrainer, training_arguments
-from alter.training.own import OWN, own_rows, write_rows
+from alter.training.own import OWN, own_or_written, write_rows
 from alter.training.preparation import Prepared, prepare
 from alter.training.progress import Steps
 from alter.training.result import save_run
@@ -59,11 +59,8 @@ def unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 
     Returns:
         the run's folder: `adapter/` loads with `PeftModel.from_pretrained`, or `model/` (adapter.kind full) with
-        `AutoModelForCausalLM.from_pretrained`; `run.yaml` repeats the run, `run.json` records what happened. While it
-        trains, `inputs.json`, `frozen.safetensors`, `trunk.safetensors`, `watched.safetensors`, `start.safetensors` (initializers),
-        `codes.safetensors`, `reinforced.safetensors` and
-        `checkpoints/` let an interrupted run resume; they are for their owner alone, and rows can be read from them. At the
-        end they are removed, but for each token's entropy and gates, unless `keep_working` is set.
+        `AutoModelForCausalLM.from_pretrained`; `run.yaml` repeats the run, `run.json` records what happened. For what lies in
+        it meanwhile see `alter.training.folder`.
 
     Raises:
         UserError: bad settings or data, a folder that is in use, a loss that is not finite, or a process that was lost.
@@ -105,10 +102,8 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
         processes.from_first(lambda: check_inputs(out, inputs))
     own = out / OWN
     if run.retain is None:
-        given = run.resume and own.is_file()
-        rows = load_examples(str(own)) if given else own_rows(base, tokenizer, data.forget, run.seed)
-        data = replace(data, retain=rows)
-        asked["retain"] = data_hash(list(map(row_hash, rows)))
+        data = replace(data, retain=own_or_written(own, run.resume, base, tokenizer, data.forget, run.seed))
+        asked["retain"] = data_hash(list(map(row_hash, data.retain)))
     loaded = encode_rows(run, data, base, tokenizer, former)
     # after all checks, so that invalid settings neither leave nor delete files
     processes.from_first(lambda: make_folder(run, inputs))
@@ -142,14 +137,7 @@ def train(
         codes=ready.codes,
         model=ready.model,
         args=training_arguments(run, ready.model, ready.rows.epoch, checkpoints),
-        # of a short last batch each process must have a share
-        train_dataset=Pairs(
-            ready.order,
-            ready.rows,
-            ready.traced,
-            run.batch_size if processes.size() > 1 else 1,
-            None if ready.kept is None else ready.kept.of,
-        ),
+        train_dataset=ready.dataset(run.batch_size if processes.size() > 1 else 1),
         data_collator=PairCollator(ready.tokenizer.pad_token_id),
         callbacks=[OwnState(), bar, *([ready.watcher] if ready.watcher else []), *sent, *callbacks],
     )
