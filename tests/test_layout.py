@@ -24,7 +24,7 @@ LAYERS = {
     "guarding": {"core", "data", "adapter", "models", "methods"},
     "forgetting": {"core", "metrics", "data", "models", "evaluation", "training", "distillation"},
     "distillation": {"core", "logits", "data", "models", "evaluation", "training"},
-    "exporting": {"core", "data", "models"},
+    "exporting": {"core", "data", "adapter", "models"},
     "attacks": {"core", "metrics", "data", "rendering", "models"},
     "comparison": {"core", "metrics", "data", "rendering", "models", "methods", "evaluation", "training", "attacks"},
     "metaevaluation": {

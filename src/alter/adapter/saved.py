@@ -15,6 +15,12 @@ from alter.adapter.layers import WRAPPERS
 from alter.core.errors import UserError
 
 
+def expert_columns(weight: Tensor, expert: int, experts: int) -> Tensor:
+    """Return a view of one expert's columns [out, r] of `alter_B` [out, (experts + 1) r]; expert 0 is the retention expert."""
+    r = weight.shape[1] // (experts + 1)
+    return weight[:, expert * r : (expert + 1) * r]
+
+
 def check_keys(what: str, kind: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
     """Refuse weights with missing or extra tensors: a partly loaded adapter would forget less than it was trained to.
 

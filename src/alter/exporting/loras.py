@@ -26,13 +26,14 @@ def expert_weights(tensors: dict[str, Tensor], experts: int, expert: int) -> dic
         experts: N.
         expert: d, from 1 on.
     """
+    from alter.adapter.saved import expert_columns
+
     found = {}
     for name, value in tensors.items():
         if ".alter_A." in name:
             found[name.replace(".alter_A.", ".lora_A.")] = value.contiguous()
         elif ".alter_B." in name:
-            r = value.shape[1] // (experts + 1)
-            own = value[:, :r].float() + value[:, expert * r : (expert + 1) * r].float()
+            own = expert_columns(value, 0, experts).float() + expert_columns(value, expert, experts).float()
             found[name.replace(".alter_B.", ".lora_B.")] = own.to(value.dtype).contiguous()
     return found
 

@@ -100,6 +100,8 @@ def clear_expert(adapter: Path, expert: int) -> bytes:
     Raises:
         UserError: the adapter has no such expert.
     """
+    from alter.adapter.saved import expert_columns
+
     config = read_object(adapter / "adapter_config.json", "the settings of an adapter")
     experts = config["num_forget_experts"]
     if not 1 <= expert <= experts:
@@ -107,8 +109,7 @@ def clear_expert(adapter: Path, expert: int) -> bytes:
     tensors = load_file(str(adapter / "adapter_model.safetensors"))
     for name, value in tensors.items():
         if ".alter_B." in name:
-            r = value.shape[1] // (experts + 1)
-            value[:, expert * r : (expert + 1) * r] = 0.0
+            expert_columns(value, expert, experts)[:] = 0.0
         elif ".alter_router." in name and config["router"] != "dense":
             value[expert] = CLOSED if name.endswith("bias") else 0.0
     return save(tensors, metadata={"format": "pt"})

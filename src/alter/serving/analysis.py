@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from alter.adapter import AlterConfig, adapted_layers, alter_of
 from alter.adapter.generation import DecodeState
 from alter.adapter.routing import Routing
+from alter.adapter.saved import expert_columns
 from alter.core.errors import UserError
 from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
@@ -174,10 +175,9 @@ def switched_off(model: Any, experts: Collection[int]) -> Iterator[None]:
     try:
         with torch.no_grad():
             for layer in adapted_layers(model, model.active_adapter).values() if experts else ():
-                name = model.active_adapter
-                r, weight = layer.alter_r[name], layer.alter_B[name].weight
+                weight = layer.alter_B[model.active_adapter].weight
                 for expert in set(experts):
-                    columns = weight[:, expert * r : (expert + 1) * r]
+                    columns = expert_columns(weight, expert, len(names) - 1)
                     kept.append((columns, columns.clone()))
                     columns.zero_()
         yield
