@@ -17,7 +17,7 @@ SMOLLM2 = "builtin:smollm2"
 """SmolLM2-135M-Instruct, which lies in a package of its own."""
 
 
-class Place(NamedTuple):
+class GgufPlace(NamedTuple):
     """The place of a GGUF file: in a local folder, or in a repository of the hub."""
 
     home: str
@@ -29,7 +29,7 @@ class Place(NamedTuple):
         return Path(self.home) / self.file if Path(self.home).is_dir() else None
 
 
-def gguf_place(name: str) -> Place | None:
+def gguf_place(name: str) -> GgufPlace | None:
     """Return where a model's name says its GGUF file is, `file.gguf` or `hub-id:file.gguf`; None for other names.
 
     Raises:
@@ -40,14 +40,14 @@ def gguf_place(name: str) -> Place | None:
     path = Path(name).expanduser()
     home, colon, file = name.rpartition(":")
     if colon and not path.exists():
-        return Place(str(Path(home).expanduser()) if Path(home).expanduser().is_dir() else home, file)
+        return GgufPlace(str(Path(home).expanduser()) if Path(home).expanduser().is_dir() else home, file)
     if not path.is_file():
         beside = sorted(entry.name for entry in path.parent.glob(f"*{ENDING}")) if path.parent.is_dir() else []
         there = f" In that folder there are: {', '.join(beside)}." if beside else ""
         raise UserError(
             f"No model at {name}: the file does not exist.{there} Expected file.gguf, or hub-id:file.gguf for one on the hub."
         )
-    return Place(str(path.parent), path.name)
+    return GgufPlace(str(path.parent), path.name)
 
 
 def smollm2(name: str = SMOLLM2) -> str:
@@ -69,7 +69,7 @@ def smollm2(name: str = SMOLLM2) -> str:
     return str(found[0])
 
 
-def check_file(place: Place) -> None:
+def check_file(place: GgufPlace) -> None:
     """Refuse a GGUF file that cannot be read, before anything large is made of it.
 
     Raises:
@@ -132,7 +132,7 @@ def without_bar() -> Iterator[None]:
         reading.tqdm = made
 
 
-def load_file(place: Place, **options: Any) -> tuple[Any, Any]:
+def load_file(place: GgufPlace, **options: Any) -> tuple[Any, Any]:
     """Load model and tokenizer, with its chat template, from a GGUF file; the weights are dequantised.
 
     Raises:

@@ -181,7 +181,7 @@ def _check_finite(network: Any, what: str) -> None:
             )
 
 
-def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.Place | None]:
+def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.GgufPlace | None]:
     """Return a model's name or folder, and the place of its GGUF file if it is one.
 
     Raises:
@@ -200,7 +200,7 @@ def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.Place | N
     return model, packed_file
 
 
-def _read(model: str, packed_file: gguf.Place | None, options: dict[str, Any]) -> tuple[Any, Any]:
+def _read(model: str, packed_file: gguf.GgufPlace | None, options: dict[str, Any]) -> tuple[Any, Any]:
     """Return a model and its tokenizer from memory, a GGUF file, a folder or the hub.
 
     Args:

@@ -18,7 +18,7 @@ from alter.core.outputs import OutFolder
 from alter.core.provenance import provenance
 from alter.data.chat import TemplateArguments
 from alter.training.corpora import training_rows
-from alter.training.finetuned import CHECKPOINTS, check_out, finish, start_folder
+from alter.training.finetuned import CHECKPOINTS, finish, resumed_from, start_folder
 from alter.training.starting import add_dropout, divide_logits, set_attention_dropout, starting_model
 from alter.training.trackers import ReportTo, check_trackers, trackers
 
@@ -136,7 +136,7 @@ def finetune(settings: Finetune) -> Path:
     from alter.training.fitting import trainer_of
 
     check_trackers(settings.report_to)
-    checkpoint = check_out(settings)
+    checkpoint = resumed_from(settings)
     started = time.monotonic()
     model, tokenizer = starting_model(settings)
     if settings.lora_rank is not None:

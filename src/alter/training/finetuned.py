@@ -39,7 +39,7 @@ def _comparable(settings: Finetune) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=free)
 
 
-def check_out(settings: Finetune) -> Path | None:
+def resumed_from(settings: Finetune) -> Path | None:
     """Check the output folder and return the checkpoint to resume from, if any.
 
     Raises:
