@@ -76,7 +76,7 @@ def chains(settings: Compare) -> list[Chain]:
 
 
 def source_digest() -> str:
-    """Hash of the code that decides a cell's numbers: training, evaluation and all modules of this package they import."""
+    """Hash the code that decides a cell's numbers: training, evaluation and all modules of this package they import."""
     package = Path(__file__).parent.parent
     waiting, seen = ["alter.training.run", "alter.evaluation.tofu.measuring", "alter.comparison.survival"], set()
     files: list[Path] = []

@@ -48,7 +48,7 @@ class Evaluation(ModelSettings, ABC):
 
     @abstractmethod
     def data_digest(self) -> str | None:
-        """Hash of the contents of everything that is read beside the model, reference results and models included.
+        """Hash the contents of everything that is read beside the model, reference results and models included.
 
         None if the numbers also depend on what cannot be known by its contents (a judge behind a network): then the
         result is not cached.

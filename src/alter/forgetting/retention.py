@@ -51,8 +51,8 @@ def rows_to_keep(
 ) -> tuple[list[Row], list[Row]]:
     """Make rows to keep, and probes of what is kept: neighbours trained on and held out, and general requests.
 
-    An answer that holds one of `outside`, which the question does not, is neither kept nor a probe: a model that says of
-    another book that its author is this one's says what is to be forgotten.
+    An answer that holds one of `outside`, which the question does not, is neither kept nor a probe: an answer that names
+    this book's author as another book's would keep what is to be forgotten.
     """
 
     def apart(name: str) -> bool:

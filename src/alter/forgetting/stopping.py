@@ -24,8 +24,9 @@ TWINS = 3
 class UntilZero(TrainerCallback):
     """Checks every few steps, writes the checks to `path`, and ends the training when a check's p-value reaches `LEVEL`.
 
-    Not before `least` steps: with few probes the test finds no difference while answers still hold facts. A check takes the first `LOOKED` probes with `TWINS` invented names each; all of them count in the final table. Random
-    number generators are as before after it.
+    It does not end before `least` steps: with few probes the test finds no difference while answers still hold facts. A check takes
+    the first `LOOKED` probes with `TWINS` invented names each; the final table counts all. The state of random number generators
+    is restored after a check.
     """
 
     def __init__(self, tokenizer: Any, probes: Sequence[Row], path: Path, every: int, least: int = 0) -> None:

@@ -238,6 +238,7 @@ def search(
     )
     if off > max(how.enough, 0.1 * abs(wanted - before)):
         warn(
-            "No strength comes closer: with more --guard.dims the noise does more, with a --guard.retrained the aim is measured."
+            "No strength comes closer to the wanted loss: raise --guard.dims, so that the noise acts on more, or give a "
+            "--guard.retrained model, whose loss is then the wanted one."
         )
     return {"strength": 10.0**found, "wanted": wanted, "reached": losses[found], "before": before}

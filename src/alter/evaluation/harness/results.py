@@ -116,7 +116,7 @@ class HarnessEvaluation(Evaluation):
         return sorted(np.random.default_rng(self.seed).choice(n, size=self.limit, replace=False).tolist())
 
     def data_digest(self) -> str:
-        """Hash of the questions, the examples and the prompt format of all tasks, wherever they come from."""
+        """Hash the questions, the examples and the prompt format of all tasks, wherever they come from."""
         loaded, parts = self.loaded, []
         for name, task in loaded["tasks"].items():
             config = task.dump_config()

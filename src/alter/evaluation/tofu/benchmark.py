@@ -45,7 +45,7 @@ class TofuEvaluation(Evaluation):
         return f"TOFU {self.split}"
 
     def data_digest(self) -> str | None:
-        """Hash of the rows of all sets, of the holdout rows, and of the retrained model or its results."""
+        """Hash the rows of all sets, of the holdout rows, and of the retrained model or its results."""
         judge = self.leak.content()
         rows = [rows_fingerprint(set_rows(key, self.split, self.data, self.limit, self.seed)) for key in SETS]
         unseen, _ = holdout_rows(self.split, self.data, self.holdout, self.limit, self.seed)

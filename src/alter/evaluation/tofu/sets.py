@@ -29,7 +29,7 @@ def _sample(rows: list[dict[str, Any]], limit: int | None, seed: int) -> list[di
 
 
 def rows_fingerprint(rows: Sequence[dict[str, Any]]) -> str:
-    """Hash of the rows' questions and answers: what two results must share to be compared item by item."""
+    """Hash the rows' questions and answers: what two results must share to be compared item by item."""
     keys = ("question", "answer", "paraphrased_answer", "perturbed_answer")
     text = json.dumps([[row.get(key) for key in keys] for row in rows], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
