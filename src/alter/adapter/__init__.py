@@ -5,7 +5,8 @@ from __future__ import annotations
 from alter.adapter.base import base_fingerprint
 from alter.adapter.config import AlterConfig
 from alter.adapter.layer import AlterLinear
-from alter.adapter.model import AlterModel, adapted_layers, alter_of
+from alter.adapter.layers import adapted_layers
+from alter.adapter.model import AlterModel, alter_of
 from alter.adapter.routing import Routing, Trace, expert_gates
 from alter.core.registration import register
 

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from alter.adapter.layer import AlterLinear
 from alter.core.errors import UserError
 
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -108,3 +109,12 @@ def first_to_run(names: list[str]) -> str:
     """
     own = [name for name in names if block_of(name) == block_of(names[0])]
     return next((name for name in own if name.rpartition(".")[2] in FIRST_TO_RUN), own[0])
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> dict[str, AlterLinear]:
+    """Return a model's layers that have this ALTER adapter, by their names in the model as it was."""
+    return {
+        WRAPPERS.sub("", name): module
+        for name, module in model.named_modules()
+        if isinstance(module, AlterLinear) and adapter in module.alter_A
+    }

@@ -17,7 +17,16 @@ from alter.adapter.base import base_fingerprint, bits_of, same_base
 from alter.adapter.config import AlterConfig
 from alter.adapter.hooks import connect, disconnect
 from alter.adapter.layer import AlterLinear, NotMergeable
-from alter.adapter.layers import TARGETS, WRAPPERS, block_of, default_host, first_block, first_to_run, linear_layers
+from alter.adapter.layers import (
+    TARGETS,
+    WRAPPERS,
+    adapted_layers,
+    block_of,
+    default_host,
+    first_block,
+    first_to_run,
+    linear_layers,
+)
 from alter.adapter.routing import Trace
 from alter.adapter.saved import placed_tensors, stored_tensors, without_wrappers
 from alter.adapter.state import RoutingContext
@@ -28,15 +37,6 @@ from alter.logits.entropy import check_threshold
 
 class NoLayerFound(UserError, NoMatchingPeftModuleError):
     """No layer of the model matches the configuration's target_modules."""
-
-
-def adapted_layers(model: nn.Module, adapter: str) -> dict[str, AlterLinear]:
-    """Return a model's layers that have this ALTER adapter, by their names in the model as it was."""
-    return {
-        WRAPPERS.sub("", name): module
-        for name, module in model.named_modules()
-        if isinstance(module, AlterLinear) and adapter in module.alter_A
-    }
 
 
 def alter_of(model: Any) -> AlterModel | None:
