@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from alter.adapter.config import AlterConfig
 from alter.adapter.layer import AlterLinear
-from alter.core.errors import UserError
+from alter.core.errors import UserError, nearest
 
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -56,7 +57,7 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 def block_of(name: str) -> tuple[str, int] | None:
     """Return a layer's list of blocks, as a prefix of its name, and the block's number; None outside of blocks."""
-    match = re.match(r"(.*?\.)?(\d+)\.", name)
+    match = re.match(r"(.*?\.)?(\d+)\.", WRAPPERS.sub("", name))
     return (match[1] or "", int(match[2])) if match else None
 
 
@@ -68,7 +69,7 @@ def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
     """
     found: dict[str, set[int]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)) and (place := block_of(WRAPPERS.sub("", name))):
+        if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)) and (place := block_of(name)):
             found.setdefault(place[0], set()).add(place[1])
     if not found:
         raise UserError(
@@ -92,7 +93,7 @@ def default_host(names: list[str]) -> str:
     """
     blocks: dict[str, dict[int, str]] = {}
     for name in names:
-        match = re.match(r"(.*?\.)?(\d+)\.", name)
+        match = re.match(r"(.*?\.)?(\d+)\.", WRAPPERS.sub("", name))
         if match:
             blocks.setdefault(match[1] or "", {}).setdefault(int(match[2]), name)
     if not blocks:
@@ -118,3 +119,29 @@ def adapted_layers(model: nn.Module, adapter: str) -> dict[str, AlterLinear]:
         for name, module in model.named_modules()
         if isinstance(module, AlterLinear) and adapter in module.alter_A
     }
+
+
+def router_layer(names: list[str], config: AlterConfig) -> str:
+    """Return the name of the adapted layer that holds the router, among `names` in the order of the model.
+
+    Raises:
+        UserError: `router_layer` is not one of them, or lies behind the first experts of a pass that routes itself.
+    """
+    if not config.routed:
+        host = names[0]
+    elif config.router_layer is None:
+        host = first_to_run(names) if config.one_pass else default_host(names)
+    else:
+        wanted = config.router_layer
+        host = wanted if wanted in names else next((n for n in names if n.endswith(f".{wanted}")), "")
+        if not host:
+            raise UserError(
+                f"router_layer {wanted!r} is not among the {len(names)} adapted layers.{nearest(wanted, names)} "
+                f"Give one of them, for example {default_host(names)!r}, or leave router_layer out."
+            )
+    if config.one_pass and block_of(host) != block_of(names[0]):
+        raise UserError(
+            f"router_layer is {config.router_layer!r}, but from_layer={config.from_layer!r} puts the first experts in "
+            f"{names[0]!r}, and the router must read what no expert has changed: leave router_layer out."
+        )
+    return host

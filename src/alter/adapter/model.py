@@ -17,16 +17,7 @@ from alter.adapter.base import base_fingerprint, bits_of, same_base
 from alter.adapter.config import AlterConfig
 from alter.adapter.hooks import connect, disconnect
 from alter.adapter.layer import AlterLinear, NotMergeable
-from alter.adapter.layers import (
-    TARGETS,
-    WRAPPERS,
-    adapted_layers,
-    block_of,
-    default_host,
-    first_block,
-    first_to_run,
-    linear_layers,
-)
+from alter.adapter.layers import TARGETS, adapted_layers, block_of, first_block, linear_layers, router_layer
 from alter.adapter.routing import Trace
 from alter.adapter.saved import placed_tensors, stored_tensors, without_wrappers
 from alter.adapter.state import RoutingContext
@@ -140,7 +131,7 @@ class AlterModel(BaseTuner):
     def _check_target_module_exists(peft_config: AlterConfig, key: str) -> bool | re.Match[str] | None:
         if peft_config.from_layer is not None:
             prefix, first = peft_config.__dict__["_first_block"]
-            place = block_of(WRAPPERS.sub("", key))
+            place = block_of(key)
             if place is None or place[0] != prefix or place[1] < first:
                 return False
         return BaseTuner._check_target_module_exists(peft_config, key)
@@ -199,23 +190,7 @@ class AlterModel(BaseTuner):
             # PEFT allows an adapter without layers, whose targets are given later
             return
         names = list(layers)
-        if not config.routed:
-            host = names[0]
-        elif config.router_layer is None:
-            host = first_to_run(names) if config.one_pass else default_host(names)
-        else:
-            wanted = config.router_layer
-            host = wanted if wanted in layers else next((n for n in names if n.endswith(f".{wanted}")), "")
-            if not host:
-                raise UserError(
-                    f"router_layer {wanted!r} is not among the {len(names)} adapted layers.{nearest(wanted, names)} "
-                    f"Give one of them, for example {default_host(names)!r}, or leave router_layer out."
-                )
-        if config.one_pass and block_of(host) != block_of(names[0]):
-            raise UserError(
-                f"router_layer is {config.router_layer!r}, but from_layer={config.from_layer!r} puts the first experts in "
-                f"{names[0]!r}, and the router must read what no expert has changed: leave router_layer out."
-            )
+        host = router_layer(names, config)
         layer = layers[host]
         if config.routed:
             features = layer.in_features if config.router == "learned" else 1
