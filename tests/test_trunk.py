@@ -228,7 +228,7 @@ def test_an_architecture_that_needs_more_of_its_trunk_is_noticed(data, tmp_path,
 
 def test_later_checks_begin_with_the_states_of_the_first(data, tmp_path, monkeypatch):
     """A watched run's checks give the same numbers from kept states, and after the first no lower block runs for them."""
-    found, real = [], Watcher.measure
+    found, real = [], Watcher.check
 
     def measure(self, model):
         ran, blocks = set(), model.model.layers
@@ -242,7 +242,7 @@ def test_later_checks_begin_with_the_states_of_the_first(data, tmp_path, monkeyp
         self.below = below
         return numbers
 
-    monkeypatch.setattr(Watcher, "measure", measure)
+    monkeypatch.setattr(Watcher, "check", measure)
     watch = {"every_steps": 1, "retain_rows": 2, "rule": {"kind": "none"}}
     unlearn(settings(data, tmp_path / "run", watch=watch, max_steps=3))
     assert not (tmp_path / "run" / WATCHED_FILE).exists()
