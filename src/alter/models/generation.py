@@ -143,7 +143,7 @@ class _Decoding:
         return self.new_tokens if self.whole else SEGMENT
 
 
-def _padded(
+def left_padded(
     prompts: Sequence[list[int]], pad_token_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return left-padded prompts [B, T] and their attention mask."""
@@ -200,7 +200,7 @@ def generate(
     devices = [device] if device.type == "cuda" else []
 
     def run(number: int) -> list[str]:
-        ids, mask = _padded([prompts[i] for i in batches[number]], tokenizer.pad_token_id, device)
+        ids, mask = left_padded([prompts[i] for i in batches[number]], tokenizer.pad_token_id, device)
         if compat:
             mask = (ids != tokenizer.pad_token_id).long()
         with torch.random.fork_rng(devices=devices, enabled=seed is not None):
@@ -263,7 +263,7 @@ def sample(
 
     def run(number: int) -> list[list[str]]:
         batch, copies = batches[number]
-        ids, mask = _padded([prompts[i] for i in batch], tokenizer.pad_token_id, device)
+        ids, mask = left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, device)
         texts = _decoded(tokenizer, _drawn(model, ids, mask, copies, decoding, seed * 1_000_003 + number))
         return [texts[k * copies : (k + 1) * copies] for k in range(len(batch))]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from alter.core.errors import UserError
-from alter.models.generation import SEGMENT, can_drop_rows, contiguous_head, stop_ids
+from alter.models.generation import SEGMENT, can_drop_rows, contiguous_head, left_padded, stop_ids
 from alter.models.scoring import context_length, evaluating
 from alter.serving.jobs import Job, Scored
 from alter.serving.text import settled
@@ -251,13 +251,7 @@ class Engine:
         """Decode until all rows have ended; unless `whole`, those that have ended leave after every `SEGMENT` tokens."""
         device = next(self.model.parameters()).device
         pad = self.tokenizer.pad_token_id
-        width = max(len(job.ids) for job in jobs)
-        ids = torch.full((len(jobs), width), pad)
-        mask = torch.zeros((len(jobs), width), dtype=torch.long)
-        for row, job in enumerate(jobs):
-            ids[row, width - len(job.ids) :] = torch.tensor(job.ids)
-            mask[row, width - len(job.ids) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
+        ids, mask = left_padded([job.ids for job in jobs], pad, device)
         rows = _Rows(jobs)
         watch = _Watch(rows, self.tokenizer, self.stop)
         done = 0
