@@ -64,7 +64,7 @@ from alter.evaluation.musereference import (
     PrivacySettings,
     how_to_make_a_reference,
     is_model,
-    read_reference,
+    read_muse_reference,
     usable,
 )
 from alter.evaluation.replies import CutReplies, open_ids, required, sampled
@@ -373,7 +373,7 @@ class MuseEvaluation(Evaluation):
         """Return the retrained model's AUC from a file or as published; None without one or for a model's folder."""
         if self.retain_records is None or "privleak" not in self.criteria or is_model(self.retain_records):
             return None
-        return read_reference(self.retain_records, self._privacy_settings(), self._privacy_fingerprint(rows))
+        return read_muse_reference(self.retain_records, self._privacy_settings(), self._privacy_fingerprint(rows))
 
     def _measured(self, rows: dict[str, list[Row]]) -> MuseReference:
         """Measure the AUC of the retrained model whose folder was given."""

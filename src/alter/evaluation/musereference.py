@@ -80,7 +80,7 @@ def usable(reference: MuseReference, mode: str) -> MuseReference:
     return reference
 
 
-def read_reference(source: str, run: PrivacySettings, fingerprint: str) -> MuseReference:
+def read_muse_reference(source: str, run: PrivacySettings, fingerprint: str) -> MuseReference:
     """Return the retrained model's AUC from a file of results, or MUSE's own for `source` "published".
 
     Args:
