@@ -25,8 +25,8 @@ from alter.core.records import read_run
 from alter.core.validation import mistake
 
 if TYPE_CHECKING:
-    from alter.attacks.base import Attack
-    from alter.comparison.plan import Compare
+    from alter.attacks.settings import Attack
+    from alter.comparison.settings import Compare
     from alter.core.records import Record
     from alter.distillation.settings import Distill
     from alter.evaluation.base import Evaluation
@@ -319,8 +319,8 @@ def attack(
     Raises:
         UserError: an unknown or impossible attack, bad settings, models or rows.
     """
-    from alter.attacks.base import Attack as Kind
     from alter.attacks.run import attack as run
+    from alter.attacks.settings import Attack as Kind
 
     with contextlib.ExitStack() as stack:
         if isinstance(model, Run):
@@ -347,8 +347,8 @@ def compare(settings: Compare | None = None, **keywords: Any) -> list[Any]:
     Raises:
         UserError: bad settings or models.
     """
-    from alter.comparison.plan import Compare as Kind
     from alter.comparison.run import compare as run
+    from alter.comparison.settings import Compare as Kind
 
     chosen = _settings(Kind, settings, keywords)
     with _as_library():

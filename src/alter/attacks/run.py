@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from alter.attacks import depth, states
-from alter.attacks.base import PLAIN, Attack, Bench, Impossible, split_rows
+from alter.attacks.base import PLAIN, Bench, Impossible, split_rows
 from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
+from alter.attacks.settings import Attack
 from alter.attacks.showing import draw_curves, show_recovered
 from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING_ATTACKS, UNRELATED
 from alter.core import console

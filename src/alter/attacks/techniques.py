@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from alter.attacks import depth, pruning, searching, states, talking, weights, wording
-from alter.attacks.base import Attack, Bench, paraphrases, too_few
+from alter.attacks.base import Bench, paraphrases, too_few
+from alter.attacks.settings import Attack
 from alter.core.plugins import Registry
 from alter.core.records import Record
 from alter.data.examples import Example

@@ -12,7 +12,8 @@ import numpy as np
 
 from alter import metrics
 from alter.comparison.cells import is_measured
-from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Compare, Layout, Setting
+from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Layout, Setting
+from alter.comparison.settings import Compare
 from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records

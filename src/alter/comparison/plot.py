@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alter.comparison.choice import criterion
-from alter.comparison.plan import Compare
+from alter.comparison.settings import Compare
 from alter.comparison.table import TableRow, axis, axis_label, axis_name
 from alter.rendering.figures import AFTER, BEFORE, OTHER, figure, name_points
 

@@ -17,8 +17,9 @@ from alter.comparison.choice import Choice, choices, chosen_cells, refined
 from alter.comparison.division import PARTS, evaluation_rows
 from alter.comparison.executors import Executor, executor_of
 from alter.comparison.export import all_records, search_csv, table_csv
-from alter.comparison.plan import ORIGINAL, RETRAINED, Chain, Compare, Layout, check_settings, lay_out
+from alter.comparison.plan import ORIGINAL, RETRAINED, Chain, Layout, check_settings, lay_out
 from alter.comparison.plot import pareto
+from alter.comparison.settings import Compare
 from alter.comparison.table import TableRow, table_rows
 from alter.comparison.words import described, html_page, latex, markdown
 from alter.core.console import show, warn

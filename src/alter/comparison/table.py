@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from alter.comparison.cells import finished
 from alter.comparison.choice import Choice, cell_figures, criterion, forgetting, intervals, records_of
-from alter.comparison.plan import RETRAINED, Cell, Chain, Compare, Layout, Setting, chains
+from alter.comparison.plan import RETRAINED, Cell, Chain, Layout, Setting, chains
+from alter.comparison.settings import Compare
 from alter.core.records import Record
 
 COSTS = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from alter.comparison.choice import CRITERIA, columns, criterion
-from alter.comparison.plan import Compare
+from alter.comparison.settings import Compare
 from alter.comparison.table import COSTS, TableRow, axis, axis_label, axis_name
 from alter.methods.presets import METHODS
 from alter.rendering.markup import Html, Point, Style, document, grid, join, scatter, tag

@@ -320,7 +320,8 @@ def speaks() -> bool:
     import torch.distributed as dist
 
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
         return store.add("alter/said", 1) == 1
     except (KeyError, RuntimeError):
         # no store, or the rank that served it is gone

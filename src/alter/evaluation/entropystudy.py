@@ -11,10 +11,10 @@ from rich.table import Table
 
 from alter import metrics
 from alter.core import files, records
+from alter.core.arrays import Array
 from alter.core.console import show
 from alter.core.records import Record
 from alter.evaluation.entropies import (
-    Array,
     Study,
     Tokens,
     frequent,

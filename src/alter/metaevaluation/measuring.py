@@ -18,7 +18,8 @@ import numpy as np
 
 from alter import metrics
 from alter.attacks import depth, states
-from alter.attacks.base import Attack, Bench, Item
+from alter.attacks.base import Bench, Item
+from alter.attacks.settings import Attack
 from alter.attacks.techniques import ATTACKS
 from alter.attacks.weights import train_steps
 from alter.data.encoding import encode

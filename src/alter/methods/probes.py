@@ -37,7 +37,9 @@ def low_rank(layers: Mapping[str, nn.Linear], factors: Mapping[str, Factors], sc
             handle.remove()
 
 
-def _batches(rows: Sequence[Encoded], size: int, pad_token_id: int, device: Any, order: Sequence[int]) -> Iterator:
+def _batches(
+    rows: Sequence[Encoded], size: int, pad_token_id: int, device: Any, order: Sequence[int]
+) -> Iterator[Any]:
     collate = Collator(pad_token_id)
     for start in range(0, len(order), size):
         members = [rows[i] for i in order[start : start + size]]

@@ -267,7 +267,7 @@ class PairCollator:
         return gates, entropy
 
 
-class Pairs(torch.utils.data.Dataset):
+class Pairs(torch.utils.data.Dataset[dict[str, TrainingRow]]):
     """The schedule as a dataset: item i is the i-th pair of a forget and a retain row, in the branches that are traced.
 
     A pair without a retain row has no such branch. The last pairs fill up a multiple of `whole` and count for nothing.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alter.adapter.model import base_fingerprint
+from alter.adapter.base import base_fingerprint
 from alter.core.console import show
 from alter.core.errors import UserError
 from alter.core.files import digest

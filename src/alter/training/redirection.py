@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alter.adapter.model import base_fingerprint
+from alter.adapter.base import base_fingerprint
 from alter.core.files import digest
 from alter.data.encoding import Encoded
 from alter.data.examples import Example
