@@ -337,6 +337,18 @@ def test_a_failed_save_leaves_the_old_adapter(data, tmp_path, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
 
 
+@pytest.mark.parametrize("kind", ["alter", "lora"])
+def test_names_of_layers_are_saved_in_order(data, tmp_path, kind):
+    run = settings(data, tmp_path, adapter={"kind": kind, "r": 2}, objective={"kind": "npo", "only_low": False})
+    model = run.adapter.attach(pico(), run, Beginning(NAMES))
+    # a set has the order of its hashes, which differ from process to process
+    layers = ["v_proj", "k_proj", "q_proj"]
+    model.peft_config["default"].target_modules = type("Unordered", (set,), {"__iter__": lambda self: iter(layers)})()
+    folder.save_adapter(model, tmp_path)
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert said["target_modules"] == sorted(layers)
+
+
 def refused(data, out, capsys, *args):
     base = {"model": data / "model", "forget": data / "forget.jsonl", "retain": data / "retain.jsonl", "out": out}
     own = {key: value for key, value in base.items() if f"--{key}" not in args}

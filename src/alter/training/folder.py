@@ -8,6 +8,7 @@ their owner alone, and rows can be read from them. At the end they are removed, 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -358,6 +359,15 @@ def check_finite(weights: Mapping[str, Tensor], rate: str) -> None:
             )
 
 
+def _in_order(config: Path) -> None:
+    """Sort the names of layers that PEFT keeps as a set, so that equal runs write equal files."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(said.get(name), list):
+            said[name] = sorted(said[name])
+    write_atomic(config, json.dumps(said, indent=2, sort_keys=True))
+
+
 def save_adapter(
     model: Any,
     out: Path,
@@ -377,6 +387,8 @@ def save_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     given = {} if weights is None else {"state_dict": weights}
     model.save_pretrained(str(partial if form is None else partial / "lora"), **given)
+    for config in partial.rglob("adapter_config.json"):
+        _in_order(config)
     if form is not None:
         settings, files = form
         write_atomic(partial / FORM_FILE, to_json(settings))
