@@ -339,7 +339,7 @@ def test_a_failed_save_leaves_the_old_adapter(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["alter", "lora"])
 def test_names_of_layers_are_saved_in_order(data, tmp_path, kind):
-    run = settings(data, tmp_path, adapter={"kind": kind, "r": 2}, objective={"kind": "npo", "only_low": False})
+    run = settings(data, tmp_path, adapter={"kind": kind, "r": 2}, objective={"kind": "npo"})
     model = run.adapter.attach(pico(), run, Beginning(NAMES))
     # a set has the order of its hashes, which differ from process to process
     layers = ["v_proj", "k_proj", "q_proj"]
