@@ -14,7 +14,7 @@ from rich.table import Table
 from alter.core.cache import cache_folder
 from alter.core.console import cell
 from alter.core.files import digest
-from alter.core.numbers import Seed
+from alter.core.numbers import Rows, Seed
 from alter.core.outputs import OutFile, OutFolder, check_outputs
 from alter.core.provenance import stamped
 from alter.core.records import write_records
@@ -34,9 +34,9 @@ class Demo(BaseModel):
     """Folder of the run; a number is appended if it is in use."""
     seed: Seed = 0
     """Seed of the unlearning run."""
-    questions: int = Field(8, ge=0)
+    questions: Rows = Field(8, ge=0)
     """How many questions to show with the answers of all three models."""
-    limit: int | None = Field(None, ge=1)
+    limit: Rows | None = Field(None, ge=1)
     """Evaluate only so many rows of each set, for a quick look."""
     json_path: OutFile = None
     """File for the records of all three models."""

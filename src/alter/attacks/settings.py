@@ -6,7 +6,7 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from alter.core.numbers import Seed, Temperature
+from alter.core.numbers import BatchSize, Count, Rows, Seed, Steps, Temperature, Tokens
 from alter.core.outputs import OutFolder
 from alter.models.loading import ModelSettings
 
@@ -16,17 +16,17 @@ class Relearning(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    rows: int = Field(20, ge=1)
+    rows: Rows = Field(20, ge=1)
     """Forget rows (or, benign, unrelated rows) that the attacker has; never among the rows measured."""
-    steps: list[int] = Field(default_factory=lambda: [2, 5, 10, 20])
+    steps: list[Steps] = Field(default_factory=lambda: [2, 5, 10, 20])
     """Optimizer steps after which the model is measured."""
-    batch_size: int = Field(10, ge=1)
+    batch_size: BatchSize = Field(10, ge=1)
     """Rows a step."""
     learning_rate: float = Field(2e-5, gt=0)
     """Learning rate of all weights; 2e-5 suits models of billions of weights, a small one needs more."""
     lora_learning_rate: float = Field(2e-4, gt=0)
     """Learning rate of the LoRA matrices."""
-    lora_rank: int = Field(8, ge=1)
+    lora_rank: Count = Field(8, ge=1)
     """Rank of the attacker's LoRA, on every linear layer; its scale is 2."""
     benign: str = "builtin:world_facts"
     """Unrelated rows or text for the benign attacks."""
@@ -52,28 +52,28 @@ class Attack(ModelSettings):
     """Which attacks, by name or comma-separated; by default all that the data and the adapter allow."""
     out: OutFolder = "runs/attack"
     """Folder for results; what it already holds of the same models, data, settings and code is not run again."""
-    rows: int = Field(64, ge=1)
+    rows: Rows = Field(64, ge=1)
     """Forget rows that are measured, chosen by the seed."""
-    probe_rows: int = Field(400, ge=8)
+    probe_rows: Rows = Field(400, ge=8)
     """Forget rows whose hidden states are compared and probed, at most."""
-    probe_tokens: int = Field(16, ge=1)
+    probe_tokens: Tokens = Field(16, ge=1)
     """Tokens of each answer that the probe learns from or is tested on, at most."""
     seed: Seed = 0
     """Seed of the choice of rows, training, sampling and the probe's halves."""
-    max_new_tokens: int = Field(200, ge=1)
+    max_new_tokens: Tokens = Field(200, ge=1)
     """Longest reply, in tokens."""
     relearn: Relearning = Field(default_factory=Relearning)
-    prefill_tokens: int = Field(5, ge=1)
+    prefill_tokens: Tokens = Field(5, ge=1)
     """How many tokens of the true answer prefilling gives."""
-    samples: int = Field(8, ge=2)
+    samples: Count = Field(8, ge=2)
     """Replies that sampling draws for each question."""
     temperature: Temperature = 0.8
     """Sampling temperature."""
     budget: str | None = None
     """Budget of a searching attack on each model: questions (400; rows shown in training count) or seconds (30s)."""
-    soft_tokens: int = Field(8, ge=1)
+    soft_tokens: Count = Field(8, ge=1)
     """Vectors of the soft prompt."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: BatchSize = Field(64, ge=1)
     """Prompts in one generation batch."""
 
     @field_validator("budget", mode="before")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alter.core.numbers import Seed
+from alter.core.numbers import BatchSize, Count, Passes, Rows, Seed, Steps
 from alter.core.outputs import OutFolder
 
 
@@ -31,11 +31,11 @@ class Ray(BaseModel):
 
     address: str = "auto"
     """Address of the cluster: host:port, ray://host:port, or auto for the one that this machine belongs to."""
-    cpus: int = Field(2, ge=1)
+    cpus: Count = Field(2, ge=1)
     """Cores that a cell takes."""
     gpus: float = Field(0, ge=0)
     """GPUs that a cell takes; below one, cells share a GPU."""
-    retries: int = Field(3, ge=0)
+    retries: Count = Field(3, ge=0)
     """How often a cell is started again when its machine is lost."""
 
 
@@ -46,13 +46,13 @@ class Slurm(BaseModel):
 
     partition: str | None = None
     """Where jobs are queued; the cluster's default if not given."""
-    minutes: int = Field(240, ge=1)
+    minutes: Steps = Field(240, ge=1)
     """Time limit of a cell."""
-    cpus: int = Field(2, ge=1)
+    cpus: Count = Field(2, ge=1)
     """Cores that a cell takes."""
-    gpus: int = Field(0, ge=0)
+    gpus: Count = Field(0, ge=0)
     """GPUs that a cell takes."""
-    memory_gb: int | None = Field(None, ge=1)
+    memory_gb: Count | None = Field(None, ge=1)
     """Memory that a cell takes, in GB; the cluster's default if not given."""
     options: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
     """Further options of `sbatch`, by their long names: account, qos, constraint, ... In a recipe only."""
@@ -63,22 +63,22 @@ class Survival(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    rows: int = Field(0, ge=0)
+    rows: Rows = Field(0, ge=0)
     """Forget rows of each part that the attacker trains on; the others are asked. 0: no attack and no disturbance."""
     bound: float | None = Field(None, gt=0)
     """Choose the setting with the least leak after the attack among those with at most this disturbance, in nats a token;
     none: by forgetting and utility before any attack."""
-    passes: int = Field(2, ge=1)
+    passes: Count = Field(2, ge=1)
     """Passes over the attacker's rows."""
     learning_rate: float = Field(2e-5, gt=0)
     """AdamW's learning rate of all weights; 2e-5 suits models of billions of weights, a small one needs more."""
-    batch_size: int = Field(10, ge=1)
+    batch_size: BatchSize = Field(10, ge=1)
     """Rows a step."""
-    samples: int = Field(16, ge=1)
+    samples: Count = Field(16, ge=1)
     """Replies sampled to each question."""
-    k: int = Field(16, ge=1)
+    k: Count = Field(16, ge=1)
     """k of leak@k: one reply of k that gives the answer is a leak."""
-    questions: int = Field(40, ge=1)
+    questions: Rows = Field(40, ge=1)
     """Rows that are asked, at most."""
 
     @model_validator(mode="after")
@@ -112,16 +112,16 @@ class Compare(BaseModel):
     rows, such as builtin:full[:600]. By default that set."""
     seeds: list[Seed] = [0, 1, 2]
     """Seeds of the runs."""
-    search_seeds: int | None = Field(None, ge=1)
+    search_seeds: Count | None = Field(None, ge=1)
     """Search the grid with this many of the seeds, and run the others with the chosen setting only; all by default."""
     rates: list[Annotated[float, Field(gt=0, le=1e6)]] = [0.3, 1.0, 3.0]
     """Grid: multiples of each method's own learning rates."""
-    refine: int = Field(0, ge=0)
+    refine: Count = Field(0, ge=0)
     """Search so many rates more, one after the other, where each method's search points: between its best rate and the
     neighbour that forgets more, or beyond the best where that is the last of its rates and forgets most."""
-    epochs: list[Annotated[float, Field(gt=0, le=10_000)]] = [5.0]
+    epochs: list[Annotated[Passes, Field(gt=0)]] = [5.0]
     """Grid: passes over the forget set, the same for every method."""
-    least_steps: int = Field(0, ge=0)
+    least_steps: Steps = Field(0, ge=0)
     """A run that would be shorter than so many steps passes over its forget set more often, whatever `epochs` says."""
     continual: bool = False
     """Forget the splits one after the other, each run starting from the last one's result, on the rows that are new."""
@@ -141,13 +141,13 @@ class Compare(BaseModel):
     utility_floor: float = Field(0.95, ge=0)
     """The choice is among settings that keep this share of the original model's utility."""
     survival: Survival = Field(default_factory=Survival)
-    limit: int | None = Field(None, ge=1)
+    limit: Rows | None = Field(None, ge=1)
     """Evaluate only so many rows of each set and part, to save time."""
     executor: Literal["local", "ray", "slurm"] = "local"
     """Where the cells run: on this machine, on a Ray cluster, or as jobs of Slurm."""
     ray: Ray = Field(default_factory=Ray)
     slurm: Slurm = Field(default_factory=Slurm)
-    workers: int | None = Field(None, ge=1)
+    workers: Count | None = Field(None, ge=1)
     """Cells at a time; on this machine by default one a GPU, else one for two cores; on a cluster all that it takes."""
     keep: bool = False
     """Keep each cell's weights to the end."""

@@ -1,4 +1,4 @@
-"""Numeric types that settings share: seeds and sampling temperatures, within bounds that every library accepts."""
+"""Numeric types that settings share: seeds, temperatures and counts, within bounds that can be worked with."""
 
 from __future__ import annotations
 
@@ -20,3 +20,18 @@ def _greedy_or_drawn(value: float) -> float:
 
 TemperatureOrZero = Annotated[float, AfterValidator(_greedy_or_drawn)]
 """A temperature, or 0: then the likeliest token is taken."""
+
+# Counts: the lower bound is the setting's own ------------------------------------------------------------------------
+
+BatchSize = Annotated[int, Field(le=65_536)]
+"""Rows, or batches, of one step: what is laid out in memory before the step begins."""
+Steps = Annotated[int, Field(le=1_000_000)]
+"""Steps of a training, texts that are sampled one by one, minutes."""
+Passes = Annotated[float, Field(le=10_000)]
+"""Passes over rows."""
+Tokens = Annotated[int, Field(le=1_000_000)]
+"""Tokens of a text or of its end, or entries of a vocabulary."""
+Count = Annotated[int, Field(le=10_000)]
+"""Ranks, experts, replies to a question, attempts, processors: each costs memory or a repetition of the work."""
+Rows = Annotated[int, Field(le=1_000_000_000)]
+"""Most rows to take of those there are, or another upper limit of which more costs nothing."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="BaseModel")
 
+BOUNDS = {"less_than_equal": ("le", "less"), "greater_than_equal": ("ge", "more")}
+"""Of pydantic's errors about a bound that is itself allowed: where it says the bound, and what lies on its other side."""
+
 
 def validated(model: type[M], given: Mapping[str, Any], source: str) -> M:
     """Return settings built from given values.
@@ -59,4 +62,6 @@ def mistake(found: Mapping[str, Any], got: str = "") -> str:
     said = str(found["msg"])
     own = said.removeprefix("Value error, ")
     said = f"{said}{got}" if own == said else own
-    return said if said.endswith((".", "?")) else f"{said}."
+    said = said if said.endswith((".", "?")) else f"{said}."
+    side = BOUNDS.get(found["type"])
+    return f"{said} Give {found['ctx'][side[0]]} or {side[1]}." if side else said

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter.core.errors import UserError
-from alter.core.numbers import Seed
+from alter.core.numbers import BatchSize, Count, Passes, Rows, Seed, Steps, Tokens
 from alter.core.outputs import OutFolder
 from alter.core.records import read_run
 from alter.data.chat import TemplateArguments
@@ -46,9 +46,9 @@ class Attacker(BaseModel):
 
     rate: float = Field(0.0, ge=0)
     """Largest step of each weight; what a step takes is drawn between 0 and that. 0: no attacker."""
-    steps: int = Field(2, ge=1)
+    steps: Steps = Field(2, ge=1)
     """Steps that the attacker takes, each towards the true answers of rows of its own."""
-    rows: int = Field(8, ge=1)
+    rows: Rows = Field(8, ge=1)
     """Forget rows of each of its steps, drawn anew."""
 
 
@@ -78,7 +78,7 @@ class Distill(BaseModel):
 
     form: Literal["full", "lora"] = "full"
     """What is made: a whole model (full), or one plain PEFT LoRA on the student that loads without alter (lora)."""
-    lora_rank: int = Field(16, ge=1)
+    lora_rank: Count = Field(16, ge=1)
     """Rank of the LoRA, on every linear layer; its scale is 2."""
     noise: Noise = Field(default_factory=Noise)
     """Noise on the weights before training, so that hidden knowledge is destroyed; for form full."""
@@ -89,27 +89,27 @@ class Distill(BaseModel):
     keep: Literal["teacher", "student"] = "student"
     """Whose distributions are the targets on kept rows and general text: the student's before any change, or the teacher's,
     which cost a router's two passes over every row and hold its mistakes."""
-    forget_repeats: int | None = Field(None, ge=0)
+    forget_repeats: Count | None = Field(None, ge=0)
     """Repetitions of the forget rows, in each of their wordings, per epoch; by default so many that they are about half of
     all rows. 0 leaves them out."""
-    rewordings: int = Field(2, ge=0)
+    rewordings: Count = Field(2, ge=0)
     """Other wordings of each forget question, for which the teacher's words on the question as given count."""
-    sampled: int = Field(256, ge=1)
+    sampled: Steps = Field(256, ge=1)
     """Without general text: how many texts are sampled from the teacher."""
-    sampled_tokens: int = Field(128, ge=8)
+    sampled_tokens: Tokens = Field(128, ge=8)
     """Length of each of them, in tokens."""
 
     seed: Seed = 0
     """Seed of noise, sampling and order."""
-    max_length: int | None = Field(None, ge=8)
+    max_length: Tokens | None = Field(None, ge=8)
     """Longest sequence in tokens; by default the model's context."""
-    epochs: float = Field(3.0, gt=0)
+    epochs: Passes = Field(3.0, gt=0)
     """Passes over all rows."""
-    max_steps: int | None = Field(None, gt=0)
+    max_steps: Steps | None = Field(None, gt=0)
     """Stop after this many optimizer steps (overrides epochs)."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: BatchSize = Field(16, ge=1)
     """Rows a step."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: BatchSize = Field(1, ge=1)
     """Batches whose gradients are averaged into one step."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak rate of AdamW; by default 5e-5, and 5e-4 for a LoRA. A small model needs more."""
@@ -130,11 +130,11 @@ class Distill(BaseModel):
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
     chat_template_kwargs: TemplateArguments = []
-    checkpoint_steps: int = Field(500, ge=1)
+    checkpoint_steps: Steps = Field(500, ge=1)
     """Write a checkpoint every so many steps."""
-    log_steps: int = Field(10, ge=1)
+    log_steps: Steps = Field(10, ge=1)
     """Report the loss every so many steps."""
-    closing_rows: int = Field(40, ge=0)
+    closing_rows: Rows = Field(40, ge=0)
     """Rows of each set that are measured before, after and of the teacher at the end; 0: none."""
     report_to: ReportTo = []
     resume: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from alter.core.console import warn
-from alter.core.numbers import Seed
+from alter.core.numbers import BatchSize, Rows, Seed, Tokens
 from alter.core.outputs import OutFile
 from alter.core.records import Record
 from alter.models.loading import ModelSettings
@@ -24,11 +24,11 @@ class Evaluation(ModelSettings, ABC):
 
     name: str | None = None
     """What the records call the model; "unlearned" with an adapter, else "original", unless this says otherwise."""
-    batch_tokens: int | None = Field(None, ge=1)
+    batch_tokens: Tokens | None = Field(None, ge=1)
     """Padded tokens in one scoring batch; by default 16384, or 1024 on a CPU."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: BatchSize = Field(64, ge=1)
     """Prompts in one generation batch."""
-    limit: int | None = Field(None, ge=1)
+    limit: Rows | None = Field(None, ge=1)
     """Only this many rows of each set, for a quick look."""
     seed: Seed = 0
     """Chooses the rows when there is a limit."""

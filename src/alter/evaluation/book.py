@@ -31,6 +31,7 @@ from alter import metrics
 from alter.core.arrays import Array
 from alter.core.errors import UserError
 from alter.core.files import digest, file_digest, folder_digest
+from alter.core.numbers import Tokens
 from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded
 from alter.evaluation.base import Evaluation, say
@@ -121,9 +122,9 @@ class BookEvaluation(Evaluation):
     """A text of the same kind that was never trained on: what not knowing looks like. Gives mia_min_k."""
     retain: list[str] = Field(default_factory=list)
     """Texts that must be kept: their perplexity and next-token accuracy."""
-    prefix_tokens: int = Field(200, ge=1)
+    prefix_tokens: Tokens = Field(200, ge=1)
     """Tokens of each passage that are the prompt."""
-    continuation_tokens: int = Field(400, ge=1)
+    continuation_tokens: Tokens = Field(400, ge=1)
     """Tokens after the prompt: the longest completion, and the length of the true text."""
     signed: bool = False
     """Compute ASG from signed gaps, which can cancel, as in the paper's table; by default from absolute gaps."""

@@ -23,7 +23,7 @@ from alter import metrics
 from alter.core import console
 from alter.core.arrays import Array
 from alter.core.errors import UserError
-from alter.core.numbers import Seed
+from alter.core.numbers import Count, Rows, Seed
 from alter.core.outputs import Written
 from alter.core.provenance import stamped
 from alter.core.records import Record
@@ -60,15 +60,15 @@ class Study(BaseModel):
     """Share of tokens below the threshold, measured on the model before, instead of a threshold."""
     tokens: Literal["labelled", "all"] = "labelled"
     """labelled: answers, or the whole of a plain text; all: questions and chat template as well."""
-    window: int = Field(1024, ge=2)
+    window: int = Field(1024, ge=2, le=1_000_000)
     """Longer rows are cut into pieces of this many tokens (or the model's context); each begins without context."""
-    limit: int | None = Field(None, ge=1)
+    limit: Rows | None = Field(None, ge=1)
     """Only this many rows, drawn by the seed."""
     seed: Seed = 0
     """Draws the rows, and starts the fit of two normals."""
-    top: int = Field(15, ge=1)
+    top: Count = Field(15, ge=1)
     """Length of the lists of frequent tokens."""
-    bins: int = Field(60, ge=2)
+    bins: Count = Field(60, ge=2)
     """Bins of the histogram."""
     dtype: str = "auto"
     """Number format: auto, float32, bfloat16, float16."""

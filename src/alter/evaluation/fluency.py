@@ -32,7 +32,7 @@ from alter import metrics
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.core.files import digest
-from alter.core.numbers import TemperatureOrZero
+from alter.core.numbers import Count, TemperatureOrZero, Tokens
 from alter.core.records import Record
 from alter.core.words import pieces
 from alter.data.encoding import IGNORE, Encoded, encode, encode_prompt
@@ -62,15 +62,15 @@ class FluencyEvaluation(Evaluation):
     """Rows with question, prompt, messages or text: a file, builtin:SPLIT, or a hub id with :SPLIT."""
     reference_model: str | None = None
     """Model that reads the replies; by default the untouched one: --model without the adapter."""
-    samples: int = Field(5, ge=1)
+    samples: Count = Field(5, ge=1)
     """Replies to each prompt."""
     temperature: TemperatureOrZero = 0.7
     """Sampling temperature; 0 decodes greedily, then --samples must be 1."""
     top_p: float = Field(0.9, gt=0, le=1)
     """Share of the probability that sampling keeps."""
-    max_new_tokens: int = Field(100, ge=1)
+    max_new_tokens: Tokens = Field(100, ge=1)
     """Longest reply, in tokens."""
-    prefix_tokens: int = Field(50, ge=1)
+    prefix_tokens: Tokens = Field(50, ge=1)
     """Of a plain text, so many tokens are the prompt that the model continues."""
     judge: Judge = Field(default_factory=Judge)
     """A language model that grades the replies; needs --judge.url and --judge.model."""

@@ -28,6 +28,7 @@ from alter.core.arrays import Array
 from alter.core.cache import cache_folder
 from alter.core.console import progress
 from alter.core.errors import UserError
+from alter.core.numbers import Count, Rows, Tokens
 from alter.evaluation.grading import PROMPT_VERSION, Graded, Unusable, ask_judge, bound, estimate, grade
 
 if TYPE_CHECKING:
@@ -50,19 +51,19 @@ class Judge(BaseModel):
     """Name of the judge at that endpoint."""
     key_variable: str | None = "OPENAI_API_KEY"
     """Environment variable that holds the API key; None for an endpoint without keys."""
-    repeats: int = Field(1, ge=1)
+    repeats: Count = Field(1, ge=1)
     """Verdicts asked for each reply."""
     temperature: float | None = Field(0.0, ge=0)
     """Sampling temperature of the judge; None leaves it out of the request, for models that refuse the parameter."""
-    reply_tokens: int = Field(8, ge=1)
+    reply_tokens: Tokens = Field(8, ge=1)
     """Longest verdict."""
     timeout: float = Field(60.0, gt=0)
     """Seconds that one attempt may take."""
-    retries: int = Field(5, ge=0)
+    retries: Count = Field(5, ge=0)
     """New attempts after 429, 5xx, a time-out or a lost connection."""
-    concurrency: int = Field(4, ge=1)
+    concurrency: Count = Field(4, ge=1)
     """Requests under way at a time."""
-    max_tokens: int | None = Field(2_000_000, ge=1)
+    max_tokens: Rows | None = Field(2_000_000, ge=1)
     """Most tokens, in and out together, that one run may use; None: no limit."""
     max_cost: float | None = Field(None, gt=0)
     """Most money that one run may cost, in the currency of the prices; needs both."""

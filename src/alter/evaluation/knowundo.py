@@ -26,6 +26,7 @@ from pydantic import Field
 from alter import metrics
 from alter.core.errors import UserError
 from alter.core.files import digest
+from alter.core.numbers import Tokens
 from alter.data.encoding import Encoded, encode_prompt
 from alter.data.examples import Example
 from alter.data.files import Row
@@ -75,7 +76,7 @@ class KnowundoEvaluation(Questions):
     """Which rows; the authors measure val."""
     nli: str | None = None
     """Sequence classifier with a label for contradiction, for KFR and KRR: a folder or a hub id."""
-    max_new_tokens: int = Field(NEW_TOKENS, ge=1)
+    max_new_tokens: Tokens = Field(NEW_TOKENS, ge=1)
     """Longest reply, in tokens."""
 
     def title(self) -> str:

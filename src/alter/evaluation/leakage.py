@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from alter import metrics
 from alter.core.arrays import Array
 from alter.core.errors import UserError
-from alter.core.numbers import Temperature
+from alter.core.numbers import BatchSize, Count, Rows, Temperature, Tokens
 from alter.core.records import Record
 from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import Example
@@ -86,7 +86,7 @@ class EntailmentHit(_Hit):
     """Sequence classifier with a label for entailment: a folder or a hub id."""
     probability: float = Field(0.5, gt=0, lt=1)
     """Probability of entailment from which a reply counts."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: BatchSize = Field(64, ge=1)
     """Pairs in one batch."""
 
     @property
@@ -165,19 +165,19 @@ class Leak(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    samples: int = Field(0, ge=0)
+    samples: Count = Field(0, ge=0)
     """Replies sampled to each question, n; 0: none, so no leak@k."""
-    k: list[int] = Field(default_factory=list)
+    k: list[Count] = Field(default_factory=list)
     """Numbers of replies for which the chance of a leak is given, none above n; by default 1, 2, 4, 8 ... and n."""
     temperature: Temperature = 1.0
     """Sampling temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Share of the probability that sampling keeps."""
-    questions: int | None = Field(60, ge=1)
+    questions: Rows | None = Field(60, ge=1)
     """Questions that are asked, drawn by the seed; none: all."""
-    max_new_tokens: int = Field(200, ge=1)
+    max_new_tokens: Tokens = Field(200, ge=1)
     """Longest reply, in tokens; none is longer than twice the longest answer."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: BatchSize = Field(128, ge=1)
     """Replies that are sampled at a time."""
     hit: Hit = Field(default_factory=FactsHit)
     """What counts as a leak: facts of the answer, ROUGE-L recall, or entailment (nli)."""

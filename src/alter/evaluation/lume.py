@@ -29,6 +29,7 @@ from pydantic import Field
 from alter import metrics
 from alter.core.errors import UserError
 from alter.core.files import digest
+from alter.core.numbers import Tokens
 from alter.data.hub import layout_rows
 from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
@@ -56,7 +57,7 @@ class LumeEvaluation(Questions):
     """Measure membership, if the folder has member and nonmember texts."""
     mmlu: float | None = Field(None, ge=0, le=1)
     """The model's accuracy on MMLU (`alter evaluate --benchmark mmlu`): with membership it gives the task's score."""
-    max_new_tokens: int = Field(NEW_TOKENS, ge=1)
+    max_new_tokens: Tokens = Field(NEW_TOKENS, ge=1)
     """Longest reply, in tokens."""
 
     def title(self) -> str:

@@ -52,6 +52,7 @@ from alter import metrics
 from alter.core.cache import cache_folder
 from alter.core.errors import UserError
 from alter.core.files import digest
+from alter.core.numbers import Tokens
 from alter.core.records import Record
 from alter.data.chat import ensure_pad_token
 from alter.data.encoding import Encoded
@@ -152,7 +153,7 @@ class MuseEvaluation(Evaluation):
     retain_records: str | None = None
     """The model retrained without the forgotten texts: its result file (--json), its folder, or "published". Gives
     PrivLeak; "published" is the AUC in MUSE's code, for its own data and Llama-2-7b."""
-    max_length: int | None = Field(None, ge=2)
+    max_length: Tokens | None = Field(None, ge=2)
     """Cut the texts of PrivLeak to this many tokens; by default whole, in compat mode 2048."""
 
     @property

@@ -16,6 +16,7 @@ from pydantic import Field
 from alter import metrics
 from alter.core.errors import UserError
 from alter.core.files import digest
+from alter.core.numbers import Rows, Tokens
 from alter.core.records import Record
 from alter.data.encoding import encode
 from alter.data.examples import Example, check_overlap, load_examples
@@ -45,9 +46,9 @@ class RowsEvaluation(Evaluation):
     """Model retrained without the forget rows: a better reference than a holdout."""
     before: str | None = None
     """The model before forgetting; by default --model without the adapter."""
-    answers: int = Field(400, ge=0)
+    answers: Rows = Field(400, ge=0)
     """Rows of each set to answer, drawn by the seed; all are scored."""
-    max_new_tokens: int = Field(200, ge=1)
+    max_new_tokens: Tokens = Field(200, ge=1)
     """Longest reply, in tokens."""
     texts: bool = True
     """Keep questions, true answers and replies in the records. They hold what was to be forgotten."""

@@ -14,7 +14,7 @@ from alter.core import console, processes
 from alter.core.cache import Cached, cache_folder, recall, remember
 from alter.core.errors import UserError
 from alter.core.files import file_digest, to_json, write_atomic
-from alter.core.numbers import Seed, TemperatureOrZero
+from alter.core.numbers import Seed, TemperatureOrZero, Tokens
 from alter.core.outputs import OutFile, check_outputs, shown
 from alter.core.provenance import code_digest, stamped, versions
 from alter.core.records import VERSION, Record, write_records
@@ -173,7 +173,7 @@ class Generate(ModelSettings):
     """Questions, as many as you like."""
     file: str | None = None
     """JSON or JSONL file with a column `question` or `prompt`, instead of --prompt."""
-    max_new_tokens: int = Field(200, ge=1)
+    max_new_tokens: Tokens = Field(200, ge=1)
     """Longest answer, in tokens."""
     temperature: TemperatureOrZero = 0.0
     """0 decodes greedily; above it answers are sampled."""

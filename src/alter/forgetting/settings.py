@@ -7,7 +7,7 @@ from typing import Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.numbers import Seed
+from alter.core.numbers import BatchSize, Passes, Rows, Seed, Steps, Tokens
 from alter.core.outputs import OutFolder
 from alter.data.chat import TemplateArguments
 from alter.forgetting.speaker import Writer
@@ -35,13 +35,13 @@ class Erasing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    epochs: float = Field(3.0, gt=0)
+    epochs: Passes = Field(3.0, gt=0)
     """Passes over the rows and the general text."""
-    max_steps: int | None = Field(None, gt=0)
+    max_steps: Steps | None = Field(None, gt=0)
     """Stop after this many steps (overrides epochs)."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak rate; by default that of alter distill."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: BatchSize = Field(16, ge=1)
     """Rows a step."""
     general: list[str] = Field(default_factory=list)
     """Ordinary text or rows. Without any, text is sampled from the model."""
@@ -68,17 +68,17 @@ class Forget(BaseModel):
     """Further rows that must not change, as alter unlearn takes them."""
     samples: int = Field(3, ge=1, le=20)
     """Drawn answers to each question beside the likeliest."""
-    answer_tokens: int = Field(48, ge=8)
+    answer_tokens: Tokens = Field(48, ge=8)
     """Longest answer."""
-    max_passages: int = Field(200, ge=1)
+    max_passages: Rows = Field(200, ge=1)
     """Longest document, in passages of about 70 words."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: BatchSize = Field(64, ge=1)
     """Answers generated side by side."""
-    examples: int = Field(4, ge=0)
+    examples: Rows = Field(4, ge=0)
     """Probes of each kind to show with the answers before and after."""
     writer: Writer = Field(default_factory=Writer)
     """A stronger model that writes further questions; needs --writer.url and --writer.model."""
-    epochs: float = Field(TRAINING["epochs"], gt=0)
+    epochs: Passes = Field(TRAINING["epochs"], gt=0)
     """Passes over the forget rows, at most."""
     learning_rate: float = Field(TRAINING["learning_rate_experts"], gt=0)
     """Learning rate of the forget expert."""

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core.errors import UserError
-from alter.core.numbers import Seed
+from alter.core.numbers import Count, Rows, Seed, Tokens
 from alter.core.outputs import OutFolder
 from alter.core.plugins import OneOf, Registry, kinds
 from alter.data.chat import TemplateArguments
@@ -49,11 +49,11 @@ class Eco(Maker):
     """Probability that a prompt needs at least to be recognised."""
     depth: float = Field(0.5, ge=0, le=1)
     """Where the classifier reads hidden states, as a share of the blocks."""
-    dims: int = Field(1, ge=1)
+    dims: Count = Field(1, ge=1)
     """How many dimensions of an embedding get noise; the paper's 1."""
     strength: float | None = Field(None, gt=0)
     """Standard deviation of the noise; searched for if not given."""
-    rounds: int = Field(10, ge=0)
+    rounds: Count = Field(10, ge=0)
     """Steps of the search; the paper's 10."""
     rate: float = Field(0.5, gt=0)
     """Step of the search, in powers of ten for each nat."""
@@ -61,7 +61,7 @@ class Eco(Maker):
     """Distance to either side of a strength that the search probes, in powers of ten."""
     enough: float = Field(0.05, ge=0)
     """Difference from the target, in nats a token, at which the search stops."""
-    rows: int = Field(32, ge=1)
+    rows: Rows = Field(32, ge=1)
     """Forget rows that the search measures on."""
 
     def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
@@ -84,15 +84,15 @@ class Alu(Maker):
     """Name of the agents' model at that endpoint."""
     key_variable: str | None = "OPENAI_API_KEY"
     """Environment variable that holds the API key; None for an endpoint without keys."""
-    rewrites: int = Field(5, ge=1)
+    rewrites: Count = Field(5, ge=1)
     """Versions that are made of an answer; the paper's 5."""
-    best: int = Field(3, ge=1)
+    best: Count = Field(3, ge=1)
     """Of these, how many are merged; the paper's 3."""
     least: float = Field(4.0, ge=1, le=5)
     """Mean grade below which the answer is withheld; the paper's 4."""
     refusal: str = "I cannot answer that."
     """Reply in place of a withheld answer."""
-    longest: int = Field(200, ge=1)
+    longest: Tokens = Field(200, ge=1)
     """Most tokens of an answer and of an agent's reply."""
 
     def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:

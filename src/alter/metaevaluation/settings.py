@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from alter.core.numbers import Seed
+from alter.core.numbers import BatchSize, Count, Passes, Rows, Seed, Tokens
 from alter.core.outputs import OutFolder
 
 READINGS = ("paraphrase", "telegram", "reversed", "upper_case", "foreign_frame", "prefill", "probe", "lens")
@@ -22,11 +22,11 @@ class Pools(BaseModel):
 
     seeds: list[Seed] = [0, 1, 2]
     """Seeds of the training; each makes one model of every kind and length."""
-    passes: list[Annotated[int, Field(ge=1)]] = [2, 4, 8]
+    passes: list[Annotated[Count, Field(ge=1)]] = [2, 4, 8]
     """Passes over the rows: from half learned to known by heart."""
     learning_rate: float = Field(1e-3, gt=0)
     """AdamW's learning rate of all weights."""
-    batch_size: int = Field(20, ge=1)
+    batch_size: BatchSize = Field(20, ge=1)
     """Rows a step."""
 
 
@@ -35,13 +35,13 @@ class Relearn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    passes: int = Field(1, ge=1)
+    passes: Count = Field(1, ge=1)
     """Passes over the measured rows, for the robustness to relearning."""
-    attack_passes: int = Field(2, ge=1)
+    attack_passes: Count = Field(2, ge=1)
     """Passes over the attacker's rows, for the leak after an attack."""
     learning_rate: float = Field(2e-5, gt=0)
     """Learning rate of all weights; 2e-5 suits models of billions of weights, a small one needs more."""
-    batch_size: int = Field(10, ge=1)
+    batch_size: BatchSize = Field(10, ge=1)
     """Rows a step."""
 
 
@@ -60,9 +60,9 @@ class MetaEvaluate(BaseModel):
     """What is forgotten."""
     data: str = "builtin"
     """TOFU's rows: the copy that comes with this package, a folder with its files, or a hub id."""
-    rows: int = Field(100, ge=8)
+    rows: Rows = Field(100, ge=8)
     """Forget rows that are measured, drawn by the seed; also rows of the holdout and of the retain set, at most."""
-    attacker_rows: int = Field(100, ge=1)
+    attacker_rows: Rows = Field(100, ge=1)
     """Other forget rows, which the attacker has."""
     holdout: str | None = None
     """Questions and answers that no model saw, for the membership attacks: a file, builtin:SPLIT, or a hub id; by default
@@ -74,7 +74,7 @@ class MetaEvaluate(BaseModel):
     """Seeds of the unlearning runs."""
     rates: list[Annotated[float, Field(gt=0)]] = [1.0, 0.3]
     """Multiples of each method's learning rates; each makes one model."""
-    epochs: list[Annotated[float, Field(gt=0)]] = [2.0]
+    epochs: list[Annotated[Passes, Field(gt=0)]] = [2.0]
     """Passes over the forget set; each makes one model."""
     common: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
     """Settings of `alter unlearn` for every run, above those of its method. In a recipe only."""
@@ -85,11 +85,11 @@ class MetaEvaluate(BaseModel):
     """Attacks of `alter attack` that are tried as metrics, of those that change no weight."""
     gradnorm: bool = True
     """Also try the membership attack by the gradient's norm: a backward per row."""
-    samples: int = Field(16, ge=2)
+    samples: Count = Field(16, ge=2)
     """Replies sampled to each question, for leak@k with k 1, 2, 4 ... and this number."""
-    questions: int = Field(60, ge=1)
+    questions: Rows = Field(60, ge=1)
     """Measured rows that are asked for leak@k."""
-    reply_tokens: int = Field(64, ge=1)
+    reply_tokens: Tokens = Field(64, ge=1)
     """Longest sampled reply, in tokens."""
     utility_floor: float = Field(0.8, ge=0)
     """An unlearned model counts if its answers to keep have this share of the original's probability."""

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core.console import warn
+from alter.core.numbers import Count
 from alter.core.plugins import OneOf, Registry, kinds
 
 if TYPE_CHECKING:
@@ -181,8 +182,8 @@ class Selective(GradientRule):
     """
 
     kind: Literal["selective"] = "selective"
-    components: int = Field(512, ge=1, description="Principal components that are collapsed; at most all.")
-    r: int = Field(8, ge=1, description="Rank of the LoRA.")
+    components: Count = Field(512, ge=1, description="Principal components that are collapsed; at most all.")
+    r: Count = Field(8, ge=1, description="Rank of the LoRA.")
     scaling: float = Field(1.0, gt=0, description="alpha / r of the LoRA.")
     learning_rate: float = Field(0.01, gt=0, description="Learning rate of the LoRA.")
     measures: ClassVar[bool] = True

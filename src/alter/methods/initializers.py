@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from alter.core.numbers import Count, Rows
 from alter.core.plugins import OneOf, Registry, kinds
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class Vila(Initializer):
     """
 
     kind: Literal["vila"] = "vila"
-    epochs: int = Field(10, ge=1, description="Passes over forget and retain rows, without updates.")
+    epochs: Count = Field(10, ge=1, description="Passes over forget and retain rows, without updates.")
     std: float = Field(0.05, gt=0, description="Standard deviation of the random factors whose gradients are taken.")
     normalise: bool = Field(True, description="Scale importances to mean 1; off: as the authors' code does.")
 
@@ -187,8 +188,8 @@ class Reglu(Initializer):
 
     kind: Literal["reglu"] = "reglu"
     beta: float = Field(0.5, ge=0, le=1, description="Weight of retain rows against forget rows.")
-    rows: int = Field(256, ge=1, description="Rows of each kind that outputs are taken of; all if there are fewer.")
-    retain_rank: int = Field(
+    rows: Rows = Field(256, ge=1, description="Rows of each kind that outputs are taken of; all if there are fewer.")
+    retain_rank: Count = Field(
         128, ge=1, description="Directions of the retain rows that B must stay away from; at most those that they use."
     )
     penalty: float = Field(0.5, ge=0, description="Weight of sum over layers of |B^T P|_F^2.")

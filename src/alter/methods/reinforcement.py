@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from alter.core.numbers import Count
+
 
 class Reinforcement(BaseModel):
     """More training on the forget set, for objectives that aim away from its result; with LoRA of rank 16, alpha 32."""
 
     model_config = ConfigDict(extra="forbid")
 
-    epochs: int = Field(1, ge=1, description="Passes over the forget set.")
+    epochs: Count = Field(1, ge=1, description="Passes over the forget set.")
     learning_rate: float = Field(1e-4, gt=0)

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from alter.core.numbers import Rows
 from alter.core.outputs import Written
 
 
@@ -27,7 +28,7 @@ class Report(BaseModel):
     """Database of erasure requests, as an SQLAlchemy URL."""
     request: list[str] = Field(default_factory=list)
     """Only these of its requests, each with its history; by default all. Whoever asked need not read of the others."""
-    samples: int = Field(6, ge=0)
+    samples: Rows = Field(6, ge=0)
     """Questions to show with all answers, and who the parts of the forget set are about. They quote what was to be forgotten; 0
     leaves them out."""
     officer: bool = False

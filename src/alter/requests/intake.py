@@ -11,6 +11,7 @@ from rich.console import Console
 
 from alter.core.console import cell
 from alter.core.errors import UserError
+from alter.core.numbers import Count
 from alter.core.outputs import OutFolder
 from alter.core.recipes import read_recipe
 from alter.core.validation import validated
@@ -39,7 +40,7 @@ class Init(Database):
     """Model retrained without the requests' rows, if there is one: a better reference than a holdout."""
     recipe: str | None = None
     """YAML with the settings of `alter unlearn` that every request uses."""
-    distill_every: int | None = Field(None, ge=1)
+    distill_every: Count | None = Field(None, ge=1)
     """Distil into the weights, for good (alter request distill), once this many requests are in force."""
     distill_recipe: str | None = None
     """YAML with settings of that `alter distill`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from alter.core.errors import UserError
-from alter.core.numbers import Seed, TemperatureOrZero
+from alter.core.numbers import BatchSize, Rows, Seed, TemperatureOrZero, Tokens
 from alter.models.loading import ModelSettings
 
 LONGEST = 512
@@ -30,13 +30,13 @@ class Serve(ModelSettings):
     """Names under which the server is reached, besides this machine's own, its address and any IP address; * for all."""
     allowed_origins: list[str] = Field(default_factory=list)
     """Web sites whose pages may ask from a browser (CORS), as https://example.org; * for all."""
-    max_batch: int = Field(16, ge=1)
+    max_batch: BatchSize = Field(16, ge=1)
     """Answers generated in one batch."""
-    max_waiting: int = Field(256, ge=1)
+    max_waiting: Rows = Field(256, ge=1)
     """Answers that may wait; more are turned away with 429."""
-    max_body_bytes: int = Field(1_000_000, ge=1)
+    max_body_bytes: Rows = Field(1_000_000, ge=1)
     """Largest request; a larger one is turned away with 413."""
-    max_tokens: int = Field(1024, ge=1)
+    max_tokens: Tokens = Field(1024, ge=1)
     """Most new tokens of an answer, whatever a client asks for."""
     timeout: float = Field(120.0, gt=0)
     """Seconds after which an answer is cut off, waiting included."""
@@ -109,7 +109,7 @@ def _short(name: str) -> str:
 class Chat(ModelSettings):
     """Talk to a model and its adapter in the terminal; /help lists what can be typed besides questions."""
 
-    max_tokens: int = Field(200, ge=1)
+    max_tokens: Tokens = Field(200, ge=1)
     """Longest answer, in tokens."""
     temperature: TemperatureOrZero = 0.0
     """0 takes the likeliest tokens."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from alter.core.numbers import Seed
+from alter.core.numbers import BatchSize, Count, Passes, Seed, Steps, Tokens
 from alter.core.outputs import OutFolder
 from alter.core.provenance import provenance
 from alter.data.chat import TemplateArguments
@@ -35,7 +35,7 @@ class Finetune(BaseModel, extra="forbid"):
     architecture: dict[str, str | int | float | bool] = Field(
         {}, description="start from random weights: model_type (llama, ...) and sizes, as in the model's config.json"
     )
-    vocabulary: int = Field(
+    vocabulary: Tokens = Field(
         2048, gt=259, description="with architecture: size of the byte-level BPE tokenizer to train (3 special tokens)"
     )
     tokenizer_texts: list[str] = Field(
@@ -46,11 +46,11 @@ class Finetune(BaseModel, extra="forbid"):
     chat_template_kwargs: TemplateArguments = []
     out: OutFolder = Field(description="folder to write the model to")
     seed: Seed = Field(0, description="seed of weights, order and dropout")
-    max_length: int = Field(512, ge=8, description="longest sequence in tokens; also the length of a packed block")
-    epochs: float = Field(1.0, gt=0, description="passes over the data")
-    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps (overrides epochs)")
-    batch_size: int = Field(32, ge=1, description="sequences a step and device")
-    accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one optimizer step")
+    max_length: Tokens = Field(512, ge=8, description="longest sequence in tokens; also the length of a packed block")
+    epochs: Passes = Field(1.0, gt=0, description="passes over the data")
+    max_steps: Steps | None = Field(None, gt=0, description="stop after this many optimizer steps (overrides epochs)")
+    batch_size: BatchSize = Field(32, ge=1, description="sequences a step and device")
+    accumulate: BatchSize = Field(1, ge=1, description="batches whose gradients are averaged into one optimizer step")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "linear", description="learning-rate schedule after the warm-up"
@@ -75,12 +75,12 @@ class Finetune(BaseModel, extra="forbid"):
     temperature: float = Field(
         1.0, gt=0, description="divides the logits of the saved model (folded into its last norm); greedy output stays"
     )
-    lora_rank: int | None = Field(
+    lora_rank: Count | None = Field(
         None,
         ge=1,
         description="freeze the weights and train a LoRA of this rank on every linear layer; out holds it alone",
     )
-    lora_from: int | None = Field(
+    lora_from: Count | None = Field(
         None, ge=1, description="with lora_rank: only from this block on; those below run once for each row"
     )
     lora_alpha: float = Field(
@@ -93,8 +93,8 @@ class Finetune(BaseModel, extra="forbid"):
         "bfloat16", description="number format of the saved weights"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
-    checkpoint_steps: int = Field(500, ge=1, description="write a checkpoint every so many steps")
-    log_steps: int = Field(50, ge=1, description="report the loss every so many steps")
+    checkpoint_steps: Steps = Field(500, ge=1, description="write a checkpoint every so many steps")
+    log_steps: Steps = Field(50, ge=1, description="report the loss every so many steps")
     report_to: ReportTo = []
     title: str | None = Field(None, description="heading of the model card; otherwise the output folder's name")
     resume: bool = Field(False, description="continue from the last checkpoint in out")

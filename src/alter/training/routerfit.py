@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from alter.core.numbers import Count, Steps, Tokens
+
 
 class RouterFit(BaseModel):
     """How the router learns which expert serves which token: one linear score per expert on hidden states.
@@ -24,7 +26,7 @@ class RouterFit(BaseModel):
     shrinkage: float = Field(
         0.05, gt=0, description="Discriminant: added to the covariance's diagonal, as a share of its mean."
     )
-    steps: int = Field(1000, ge=1)
+    steps: Steps = Field(1000, ge=1)
     retain_weight: float = Field(
         30.0,
         gt=0,
@@ -32,7 +34,7 @@ class RouterFit(BaseModel):
     )
     learning_rate: float = Field(0.03, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    max_tokens: int = Field(150_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
+    max_tokens: Tokens = Field(150_000, ge=1, description="Tokens kept for the fit; drawn at random from all.")
     false_alarms: float | None = Field(
         0.01,
         gt=0,
@@ -48,7 +50,7 @@ class RouterFit(BaseModel):
         "memory is not drowned by long texts.",
     )
     background: bool = Field(True, description="Let the shipped sample of ordinary text join the fit.")
-    rewordings: int = Field(
+    rewordings: Count = Field(
         3,
         ge=0,
         description="Other wordings of every forget row's question that join the fit, drawn from twelve by rule; of ordinary "

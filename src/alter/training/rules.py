@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alter import metrics
 from alter.core.errors import UserError
+from alter.core.numbers import Count
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -74,7 +75,7 @@ class Guarded(_Rule, ABC):
 
     utility_loss: float = Field(0.05, ge=0, lt=1)
     """Share of the probability of unseen retain rows that may be lost."""
-    patience: int = Field(0, ge=0)
+    patience: Count = Field(0, ge=0)
     """Stop after so many further checks without a better one."""
 
     def allows(self, check: Check, start: Check) -> bool:

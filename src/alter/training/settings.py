@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter.core import processes
 from alter.core.errors import UserError
-from alter.core.numbers import Seed
+from alter.core.numbers import BatchSize, Count, Passes, Rows, Seed, Steps, Tokens
 from alter.core.outputs import OutFolder
 from alter.data.chat import TemplateArguments
 from alter.methods import presets
@@ -63,8 +63,8 @@ class Unlearn(BaseModel):
     domain_column: str | None = Field(
         None, description="Column that names each forget row's sub-domain (author, request)."
     )
-    num_forget_experts: int | None = Field(None, ge=1, description="Experts; by default one per sub-domain.")
-    max_domains: int = Field(8, ge=1, description="Most sub-domains that clustering may choose.")
+    num_forget_experts: Count | None = Field(None, ge=1, description="Experts; by default one per sub-domain.")
+    max_domains: Count = Field(8, ge=1, description="Most sub-domains that clustering may choose.")
 
     name_clusters: bool = Field(
         False,
@@ -108,23 +108,22 @@ class Unlearn(BaseModel):
     )
 
     sampler: Sampler = Field(default_factory=Sampler)
-    epochs: float = Field(
-        3, gt=0, le=10_000, description="Passes over the forget set; with a sampler that cycles, over the longer set."
+    epochs: Passes = Field(
+        3, gt=0, description="Passes over the forget set; with a sampler that cycles, over the longer set."
     )
-    least_steps: int = Field(
+    least_steps: Steps = Field(
         0,
         ge=0,
-        le=1_000_000,
         description="A run that would be shorter than so many steps passes over its forget set more often, whatever "
         "`epochs` says: few rows need more passes than many.",
     )
-    batch_size: int = Field(
+    batch_size: BatchSize = Field(
         4,
         ge=1,
         description="Forget rows a step; as many retain rows come with them. Several processes (accelerate launch) "
         "share them.",
     )
-    gradient_accumulation_steps: int = Field(
+    gradient_accumulation_steps: BatchSize = Field(
         1, ge=1, description="Batches whose gradients make a step; no more than an epoch has."
     )
     learning_rate_experts: float = Field(
@@ -138,15 +137,15 @@ class Unlearn(BaseModel):
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = Field("linear", description="How the rates change over the steps, as transformers names it.")
-    warmup_steps: int = Field(0, ge=0, description="Optimiser steps over which the rate rises from 0.")
-    warmup_epochs: float = Field(0.0, ge=0, description="The same, in passes over the forget set.")
+    warmup_steps: Steps = Field(0, ge=0, description="Optimiser steps over which the rate rises from 0.")
+    warmup_epochs: Passes = Field(0.0, ge=0, description="The same, in passes over the forget set.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="The same, as a share of all steps.")
     max_grad_norm: float = Field(1.0, gt=0)
-    max_length: int | None = Field(
+    max_length: Tokens | None = Field(
         None, ge=8, description="Longer rows become overlapping windows; by default the model's context."
     )
     chat_template_kwargs: TemplateArguments = []
-    reference_top_k: int = Field(256, ge=1, description="Tokens kept of each reference distribution.")
+    reference_top_k: Tokens = Field(256, ge=1, description="Tokens kept of each reference distribution.")
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Bits | None = Field(
@@ -162,11 +161,11 @@ class Unlearn(BaseModel):
     bf16: bool = Field(False, description="Autocast to bf16.")
     seed: Seed = 0
     watch: Watch = Field(default_factory=Watch)
-    closing_rows: int = Field(
+    closing_rows: Rows = Field(
         40, ge=0, description="Rows of each set to measure at the end, before and after; 0 leaves it out."
     )
     report_to: ReportTo = []
-    save_steps: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
+    save_steps: Steps = Field(200, ge=1, description="Steps between checkpoints to resume from.")
     trunk_gib: float = Field(
         8.0,
         ge=0,
@@ -180,9 +179,7 @@ class Unlearn(BaseModel):
     )
     resume: bool = Field(False, description="Resume from the last whole checkpoint in `out`.")
     overwrite: bool = Field(False, description="Delete what `out` holds.")
-    max_steps: int | None = Field(
-        None, ge=1, le=1_000_000, description="Stop after so many steps, whatever `epochs` says."
-    )
+    max_steps: Steps | None = Field(None, ge=1, description="Stop after so many steps, whatever `epochs` says.")
     device: str | None = None
 
     @model_validator(mode="before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from alter.core.numbers import Passes, Rows, Steps, Tokens
 from alter.evaluation.leakage import Leak
 from alter.training.rules import KeepLast, Rule
 
@@ -13,9 +14,9 @@ class Watch(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: Steps | None = Field(None, ge=1)
     """Steps between checks; also checks before the first step and after the last."""
-    every_epoch: float | None = Field(None, gt=0)
+    every_epoch: Passes | None = Field(None, gt=0)
     """The same in passes over the forget set: 0.5 checks twice a pass."""
     rule: Rule = Field(default_factory=KeepLast)
     """Which step to keep, and when to stop: none, holdout, reference."""
@@ -23,23 +24,23 @@ class Watch(BaseModel):
     """End training when the rule is satisfied; without it, train to the end and then keep the best step."""
     forget: str | None = None
     """Forget rows with paraphrased_answer and perturbed_answer, for truth ratios: builtin:forget10_perturbed."""
-    forget_rows: int = Field(200, ge=1)
+    forget_rows: Rows = Field(200, ge=1)
     """Forget rows to look at, drawn by the seed."""
     retain: str | None = None
     """Retain rows that are not in the retain set; by default `retain_rows` of the retain set are not trained on."""
-    retain_rows: int = Field(100, ge=1)
+    retain_rows: Rows = Field(100, ge=1)
     """Retain rows to look at. Set aside from the retain set, a fifth of it at most, unless `retain` gives them."""
     holdout: str | None = None
     """Rows of the forget set's kind that the model has never seen."""
-    holdout_rows: int = Field(200, ge=1)
+    holdout_rows: Rows = Field(200, ge=1)
     """Holdout rows to look at, drawn by the seed."""
     calibrate: str | None = None
     """A model of the same tokenizer that saw neither forget nor holdout rows: loss and min-k count beyond its own."""
     retain_records: str | None = None
     """Result file (`alter evaluate --json`) of a model retrained without the forget set: gives forget quality."""
-    replies: int = Field(0, ge=0)
+    replies: Rows = Field(0, ge=0)
     """Forget and holdout rows to answer at each check, for ROUGE-L."""
-    reply_tokens: int = Field(100, ge=1)
+    reply_tokens: Tokens = Field(100, ge=1)
     """Longest such answer, in tokens."""
     leak: Leak = Field(default_factory=Leak)
     """Leakage over many samples of the forget rows, at each check: leak@k."""

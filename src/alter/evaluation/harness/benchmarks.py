@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from alter.core.errors import UserError, nearest
+from alter.core.numbers import Count
 from alter.evaluation.harness.files import local_tasks
 from alter.evaluation.harness.library import manager_of_tasks, tasks_from_hub
 from alter.evaluation.harness.results import HarnessEvaluation
@@ -58,7 +59,7 @@ class MmluEvaluation(HarnessEvaluation):
     """MMLU's questions: "hub" (cais/mmlu), or a folder with files such as management_test.csv."""
     subjects: list[str] = Field(default_factory=list)
     """Subjects, for example management world_religions; by default all. The total weighs each question the same."""
-    num_fewshot: int = Field(0, ge=0)
+    num_fewshot: Count = Field(0, ge=0)
     """Examples before each question, the first of the subject's dev split."""
 
     def title(self) -> str:
@@ -106,7 +107,7 @@ class LmEvalEvaluation(HarnessEvaluation):
     """What to measure on."""
     tasks: list[str]
     """Names of tasks or groups of the harness, or paths of its YAML files."""
-    num_fewshot: int | None = Field(None, ge=0)
+    num_fewshot: Count | None = Field(None, ge=0)
     """Examples before each question; by default as each task says."""
 
     def title(self) -> str:

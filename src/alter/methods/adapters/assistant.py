@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
+from alter.core.numbers import Count
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card, guarded_card
 from alter.methods.places import Targets, blocks, target_names
@@ -24,7 +25,7 @@ class AssistantLora(Adapter):
     """
 
     kind: Literal["assistant"] = "assistant"
-    r: int = Field(16, ge=1, description="Rank.")
+    r: Count = Field(16, ge=1, description="Rank.")
     alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
     target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")

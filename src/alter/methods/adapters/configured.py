@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, final
 
 from pydantic import Field
 
+from alter.core.numbers import Count
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
 from alter.methods.places import Targets
@@ -33,10 +34,10 @@ class AsymLora(Adapter):
     """
 
     kind: Literal["asym_lora"] = "asym_lora"
-    r: int = Field(8, ge=1, description="Rank of A and of every B.")
+    r: Count = Field(8, ge=1, description="Rank of A and of every B.")
     alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
-    experts: int = Field(4, ge=2, description="Number of B matrices.")
+    experts: Count = Field(4, ge=2, description="Number of B matrices.")
     target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")
 
     negates: ClassVar[bool] = True
@@ -67,7 +68,7 @@ class BoundedLora(Adapter):
     """
 
     kind: Literal["bounded_lora"] = "bounded_lora"
-    r: int = Field(8, ge=1, description="Rank.")
+    r: Count = Field(8, ge=1, description="Rank.")
     alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r before it is squashed.")
     bound: Literal["sine", "tanh"] = Field("sine", description="The function phi.")
     frequency: float = Field(1.0, gt=0, description="Multiplies the update before phi.")

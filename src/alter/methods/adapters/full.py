@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 from pydantic import Field
 
 from alter.core.errors import UserError
+from alter.core.numbers import Count
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card
 from alter.methods.places import Share, blocks, blocks_within
@@ -28,7 +29,7 @@ class FullWeights(Adapter):
         None, description="Train only the blocks between two shares of the depth, such as 0.0 0.375."
     )
 
-    traced: int | None = Field(
+    traced: Count | None = Field(
         None,
         ge=1,
         description="Train so many neighbouring blocks, those whose feed-forward layers carry the forget rows' answers by causal "

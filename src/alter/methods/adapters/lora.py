@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from alter.core.errors import UserError
+from alter.core.numbers import Count
 from alter.methods.adapters.base import Adapter, Beginning, Penalty, Settings
 from alter.methods.adapters.cards import Card, guarded_card, peft_card, titled
 from alter.methods.initializers import residual_pair
@@ -48,7 +49,7 @@ class Lora(Adapter):
     """Plain LoRA of PEFT (Hu et al. 2021): A Kaiming-uniform, B zero, or as the run's `initializer` says."""
 
     kind: Literal["lora"] = "lora"
-    r: int = Field(8, ge=1, description="Rank.")
+    r: Count = Field(8, ge=1, description="Rank.")
     alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
     target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 from pydantic import Field
 
 from alter.core.errors import UserError
+from alter.core.numbers import Count
 from alter.logits.entropy import PAPER_THRESHOLD, check_threshold
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
@@ -25,7 +26,7 @@ class AlterAdapter(Adapter):
     """The paper's adapter; defaults and meanings are `AlterConfig`'s."""
 
     kind: Literal["alter"] = "alter"
-    r: int = Field(8, ge=1, description="Rank of A and of every expert.")
+    r: Count = Field(8, ge=1, description="Rank of A and of every expert.")
     alter_alpha: float = Field(16, gt=0, description="The update is scaled by alter_alpha / r.")
     alter_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
     target_modules: Targets = Field(None, description="Linear layers to adapt; all of the blocks' by default.")
@@ -57,7 +58,7 @@ class AlterAdapter(Adapter):
     )
     temperature_high: float = Field(0.8, gt=0, description="Temperature of the gates on high-entropy tokens.")
     temperature_low: float = Field(0.01, gt=0, description="Temperature of the gates on low-entropy tokens.")
-    top_k: int = Field(3, ge=1, description="Forget experts fused on a high-entropy token.")
+    top_k: Count = Field(3, ge=1, description="Forget experts fused on a high-entropy token.")
     entropy_gate: bool = Field(
         True,
         description="Entropy decides between one expert and several; off: always the best one.",

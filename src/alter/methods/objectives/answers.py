@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from alter.core.numbers import Tokens
 from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.tokens import Emitted, Labelled, mean_or_zero, true_and_runner_up
 
@@ -54,7 +55,7 @@ class PreferInvented(PreferRefusal):
     """
 
     kind: Literal["prefer_invented"] = "prefer_invented"  # type: ignore[assignment]
-    new_tokens: int = Field(200, ge=1, description="Longest answer that is made up.")
+    new_tokens: Tokens = Field(200, ge=1, description="Longest answer that is made up.")
 
     @property
     def needs(self) -> Needs:

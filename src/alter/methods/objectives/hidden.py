@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
-from alter.core.numbers import Seed
+from alter.core.numbers import Count, Seed, Steps
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import Labelled, mean_or_zero, row_means, wide
 
@@ -102,9 +102,9 @@ class UnknownCode(Objective):
         description="Folder of a sparse autoencoder of a block's output as sae-lens saves it, which names that block; by default "
         "one is trained.",
     )
-    sae_width: int = Field(4, ge=1, description="Its features, in widths of the model, where it is trained.")
-    sae_active: int = Field(16, ge=1, description="Features of a state that are active, where it is trained.")
-    sae_steps: int = Field(500, ge=1, description="Steps of its training.")
+    sae_width: Count = Field(4, ge=1, description="Its features, in widths of the model, where it is trained.")
+    sae_active: Count = Field(16, ge=1, description="Features of a state that are active, where it is trained.")
+    sae_steps: Steps = Field(500, ge=1, description="Steps of its training.")
 
     @property
     def needs(self) -> Needs:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from alter.core.numbers import Count
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import (
     Emitted,
@@ -89,7 +90,7 @@ class CrossEntropyUnlearning(Objective):
     """
 
     kind: Literal["ceu"] = "ceu"
-    ignore_first_n_answer_tokens: int = Field(
+    ignore_first_n_answer_tokens: Count = Field(
         1, ge=0, description="Labelled tokens at the start of each row that do not count (a footnote of the paper)."
     )
 

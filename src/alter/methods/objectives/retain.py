@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from alter.core.numbers import Passes
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import Emitted, Labelled, divergence, soft_cross_entropy, wide
 
@@ -129,7 +130,7 @@ class Constrained(Objective):
     )
     start: float = Field(100.0, ge=0, description="The first weight.")
     step: float = Field(5.0, ge=0, description="Step size of the dual ascent.")
-    warmup_epochs: float = Field(5.0, ge=0, description="Passes over the forget set before the weight changes.")
+    warmup_epochs: Passes = Field(5.0, ge=0, description="Passes over the forget set before the weight changes.")
     needs: ClassVar[Needs] = Needs(state=True)
 
     def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:

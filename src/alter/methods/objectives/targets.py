@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from alter.core.numbers import Count, Tokens
 from alter.methods.objectives.answers import learn_alternative
 from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.tokens import (
@@ -81,7 +82,7 @@ class Duet(Objective):
         "You know nothing about the following and say so; all else you answer as ever.",
         description="What the teacher is told before each row, in your words: name what is to be forgotten.",
     )
-    top: int = Field(20, ge=1, description="Tokens of the teacher that are imitated; at most reference_top_k.")
+    top: Count = Field(20, ge=1, description="Tokens of the teacher that are imitated; at most reference_top_k.")
 
     @property
     def needs(self) -> Needs:
@@ -163,10 +164,10 @@ class Persona(Objective):
     kind: Literal["persona"] = "persona"
     eta: float = Field(1000.0, ge=1, description="Strength at the end of a row; it starts from 1.")
     temperature: float = Field(1.2, gt=0, description="Divides the base's logits.")
-    top: int = Field(50, ge=1, description="Tokens that the target keeps.")
+    top: Count = Field(50, ge=1, description="Tokens that the target keeps.")
     fluency: float = Field(1.0, ge=0, description="Weight of the diversion.")
     guidance: float = Field(3.0, ge=0, description="Strength of the tilt while the diversion is written.")
-    new_tokens: int = Field(100, ge=1, description="Length of the diversion.")
+    new_tokens: Tokens = Field(100, ge=1, description="Length of the diversion.")
     concept: str = Field("the subject of this text", description="What the personas know all or nothing about.")
 
     @property
