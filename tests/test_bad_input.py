@@ -24,6 +24,7 @@ from alter.core import flags
 from alter.core.errors import UserError
 from alter.core.outputs import Written, check_place
 from alter.core.plugins import BENCHMARKS
+from alter.training.settings import Unlearn
 from pico import pico, save_pico, write_jsonl
 
 ALL = os.environ.get("ALTER_BAD_INPUT") == "all"
@@ -185,6 +186,75 @@ def test_every_number_has_bounds():
                 continue
             taken += [] if refused(info, name, given) else [(command, option, value)]
     assert taken == []
+
+
+LIMITS = {
+    "unlearn": ["closing_rows", "watch.forget_rows", "watch.retain_rows", "watch.holdout_rows"],
+    "evaluate rows": ["limit", "answers"],
+    "entropy": ["limit"],
+    "attack": ["rows", "probe_rows", "relearn.rows"],
+}
+"""Upper limits of what there is, tried together on each command: a thousand million of them is all, and costs nothing."""
+SLICES = {
+    *(
+        "questions",
+        "watch.leak.questions",
+        "leak.questions",
+        "survival.questions",
+        "watch.replies",
+        "initializer.rows",
+    ),
+    *("guard.rows", "attacker.rows", "max_passages", "examples", "samples", "judge.max_tokens", "max_waiting"),
+    *("max_body_bytes", "survival.rows", "attacker_rows"),
+}
+"""Upper limits that end a slice, a budget or a queue."""
+PLACES = {"adapter.from_layer", "adapter.target"}
+"""Numbers of a block, looked up in the model."""
+
+
+def counts():
+    """Options that hold a whole number, with whether a thousand million of it is refused."""
+    for name, option, info, kinds in OPTIONS:
+        if has(info.annotation, int) and not has(info.annotation, bool, dict) and option not in PLACES:
+            several = "list" in str(info.annotation)
+            yield name, option, kinds, refused(info, option, [10**9] if several else 10**9)
+
+
+def test_no_count_is_so_large_that_it_cannot_be_worked_with():
+    taken = {(name, option) for name, option, _, no in counts() if not no and not option.endswith(("seed", "seeds"))}
+    assert len(list(counts())) - len(taken) > 80
+    assert {option for _, option in taken} == {option for own in LIMITS.values() for option in own} | SLICES
+    for name, option, info, _ in OPTIONS:
+        if option.rpartition(".")[2] in ("epochs", "passes", "warmup_epochs", "every_epoch"):
+            several = "list" in str(info.annotation)
+            assert refused(info, option, [1e9] if several else 1e9), (name, option)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_an_upper_limit_beyond_what_there_is_takes_all(run, place, name):
+    command, base = name, BASES[name]
+    if name == "unlearn":
+        base = [part for part in base if part not in ("--closing-rows", "0")]
+        base += ["--watch.every-steps", "1", "--watch.retain", "other.jsonl", "--watch.holdout", "other.jsonl"]
+    if name == "attack":
+        base = [*base[: base.index("--attacks")], "--attacks", "upper_case"]
+    if name.startswith("evaluate "):
+        command, base = "evaluate", ["--benchmark", name.removeprefix("evaluate "), *base]
+        base = [*base[: base.index("--limit")], *base[base.index("--limit") + 2 :]]
+    huge = [f"--{option.replace('_', '-')}={10**9}" for option in LIMITS[name]]
+    status, said = run([command, *base, *huge])
+    shutil.rmtree(place / "new", ignore_errors=True)
+    assert status == 0, said
+
+
+def test_a_count_that_is_refused_says_the_nearest_that_is_not(run, place):
+    for option, value, near in (("batch_size", 10**9, 4096), ("adapter.r", 10**9, 10_000), ("max_steps", 0, 1)):
+        status, said = run(arguments("unlearn", option, str(value), Unlearn.model_fields[option.partition(".")[0]]))
+        assert status == 2
+        assert said.startswith(f"alter: {option}: ")
+        assert f"(got {value}). Give {near} or " in said
+        assert said.count("\n") == 1
+        assert not (place / "new").exists()
 
 
 def test_a_value_that_is_no_choice_names_those_there_are():

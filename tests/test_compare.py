@@ -38,6 +38,7 @@ from alter.comparison.executors import Local
 from alter.comparison.plan import run_of
 from alter.comparison.settings import Compare, Retrained
 from alter.comparison.table import TableRow, dominated, table_rows, undominated
+from alter.core import numbers
 from alter.core.errors import UserError
 from alter.core.records import Record, read_records, write_records
 from alter.data.sources import read_rows
@@ -332,6 +333,7 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
         ({"data": "/nowhere"}, "/nowhere"),
         ({"holdout": "/nowhere.jsonl"}, "/nowhere.jsonl"),
         ({"retain": "/nowhere.jsonl"}, "/nowhere.jsonl"),
+        ({"survival": {"rows": 10**9}}, "survival.rows is 1000000000, but a part of .* has .*: give"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(data, tmp_path, changes, says, monkeypatch):
@@ -735,6 +737,39 @@ def test_the_page_shows_what_the_table_shows(data, tmp_path, monkeypatch):
         lines = (tmp_path / "table.md").read_text().splitlines()
         assert len({line.replace("\\|", "").count("|") for line in lines[:6]}) == 1
         assert any(line.startswith("| " + name.replace("|", "\\|") + " |") for line in lines)
+
+
+def test_the_page_s_head_and_figures_read_well(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "run_cells", lambda *_: iter(()))
+    wanted = settings(data, tmp_path, methods=["npo"], model=str(data / "model"))
+    write_all(tmp_path, plan.lay_out(wanted, tmp_path), 0)
+    rows = compare.compare(wanted)
+    shown = [replace(row, mean=row.mean | {"forget_quality": -0.01}, spread={}, interval={}) for row in rows]
+    said = words.described(wanted, shown, {"forget10": {"validation": 1, "test": 2}})
+    text = words.html_page(said, wanted, shown)
+    # the name in the title, the whole path where the mouse rests and where the page says how it was made
+    assert "<title>Comparison on model</title>" in text
+    assert f'<h1>Comparison on <span title="{data / "model"}">model</span></h1>' in text
+    assert f"Model {data / 'model'}, seeds 0;" in text
+    assert "<p>1 method, 1 seed, forget10.</p>" in text
+    assert said.results[1][1] == "0.0"
+    assert "-0.0<" not in text
+    named = words.html_page(said, wanted.model_copy(update={"model": "builtin:tofu-mini/original"}), shown)
+    assert "<title>Comparison on builtin:tofu-mini/original</title>" in named
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    for value, form, shown in (
+        *(
+            (-0.04, ".1f", "0.0"),
+            (-0.06, ".1f", "-0.1"),
+            (0.0, ".3f", "0.000"),
+            (-0.0, ".0f", "0"),
+            (-1e-9, "+.2%", "0.00%"),
+        ),
+        *((1.5, "+.2f", "+1.50"), (-12345.6, ",.0f", "-12,346"), (math.nan, ".1f", "nan"), (-math.inf, ".1f", "-inf")),
+    ):
+        assert numbers.rounded(value, form) == shown
 
 
 def test_bold_is_what_lies_beyond_the_spread_of_the_seeds():

@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 
 from alter import AlterConfig
+from alter.core.numbers import rounded
 from alter.data.background import background
 from alter.data.encoding import encode
 from alter.data.examples import Example
@@ -58,7 +59,7 @@ def test_the_loss_is_that_of_each_kind_with_the_adapter_and_without(adapted):
         sum(kind["after"] * kind["tokens"] for name, kind in found.items() if name != ALL),
         rel_tol=1e-6,
     )
-    assert f"{found['verse']['change']:+.2%}" in ordinary_sentence(found)
+    assert rounded(found["verse"]["change"], "+.2%") in ordinary_sentence(found)
 
 
 def test_what_was_to_be_forgotten_is_not_ordinary(adapted):

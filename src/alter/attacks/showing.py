@@ -14,6 +14,7 @@ from alter.attacks.fractions import NO_RETRAINED, _select
 from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES, SEARCHING
 from alter.core import console
 from alter.core.console import warn
+from alter.core.numbers import rounded
 from alter.core.records import Record
 from alter.rendering.figures import AFTER, BEFORE, LINE, figure
 
@@ -25,7 +26,7 @@ def _figure(value: float | None, interval: Sequence[float] | None = None, betwee
     """Format a figure and ± half its 95 % interval, by default on a line of its own: the tables have many columns."""
     if value is None:
         return "-"
-    return f"{value:.3f}" + (f"{between}±{(interval[1] - interval[0]) / 2:.3f}" if interval else "")
+    return rounded(value, ".3f") + (f"{between}±{(interval[1] - interval[0]) / 2:.3f}" if interval else "")
 
 
 def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
@@ -49,7 +50,7 @@ def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
             share = "-"
             if record.value is not None:
                 low, high = extra["interval"]
-                share = f"{record.value:.2f}\n±{(high - low) / 2:.2f}"
+                share = f"{rounded(record.value, '.2f')}\n±{(high - low) / 2:.2f}"
             label = MEASURES[record.metric.replace("recovered_", "")]
             step = "".join(f"\n@{extra[key]}" for key in PLACES if key in extra)
             figures = (

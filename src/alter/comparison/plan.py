@@ -313,6 +313,12 @@ def _lay_chain(
     known: list[Any] = []
     for split in chain:
         rows = evaluation_rows(settings, split)
+        fewest = min(len(own[f"{split}_perturbed"]) for own in rows.values())
+        if settings.survival.rows >= fewest:
+            raise UserError(
+                f"survival.rows is {settings.survival.rows}, but a part of {split} has {fewest} forget rows, of which some must "
+                f"be left to ask: give {fewest - 1} or less."
+            )
         trained = {
             name: read_rows(source)
             for name, source in (

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from alter.comparison.choice import CRITERIA, columns, criterion
 from alter.comparison.settings import Compare
 from alter.comparison.table import COSTS, TableRow, axis, axis_label, axis_name
+from alter.core.numbers import rounded
 from alter.methods.presets import METHODS
 from alter.rendering.markup import Html, Point, Style, document, grid, join, scatter, tag
 
@@ -17,10 +20,10 @@ from alter.rendering.markup import Html, Point, Style, document, grid, join, sca
 def _shown(row: TableRow, key: str, form: str, scale: float = 1.0) -> str:
     if not math.isfinite(row.mean.get(key, math.nan)):
         return "-"
-    text = format(row.mean[key] * scale, form)
+    text = rounded(row.mean[key] * scale, form)
     if key in row.spread:
-        return f"{text} ± {format(row.spread[key] * scale, form)}"
-    ends = ", ".join(format(end * scale, form) for end in row.interval.get(key, ()))
+        return f"{text} ± {rounded(row.spread[key] * scale, form)}"
+    ends = ", ".join(rounded(end * scale, form) for end in row.interval.get(key, ()))
     return f"{text} [{ends}]" if ends else text
 
 
@@ -196,7 +199,11 @@ def _searched(rows: Sequence[TableRow]) -> list[list[str]]:
         for each in row.choice.searched:
             length = f", {each.epochs:g} epochs" if several else ""
             star = "★ " if (each.rate, each.epochs) == row.choice.setting else ""
-            found = "not finished" if math.isnan(each.forgetting) else f"{each.forgetting:.2f} / {each.utility:.3f}"
+            found = (
+                "not finished"
+                if math.isnan(each.forgetting)
+                else f"{rounded(each.forgetting, '.2f')} / {rounded(each.utility, '.3f')}"
+            )
             cells.append(f"{star}× {each.rate:g}{length}: {found}")
         lines.append([row.name, row.split, *cells])
     width = max((len(line) for line in lines), default=2)
@@ -279,7 +286,10 @@ def _chart(settings: Compare, rows: Sequence[TableRow], split: str, numbers: Map
     )
     if not points:
         return tag("p", sentence)
-    told = "; ".join(f"{point.name}: utility {point.x:.2f}, {axis_label(kind)} {point.y:.2f}" for point in points)
+    told = "; ".join(
+        f"{point.name}: utility {rounded(point.x, '.2f')}, {axis_label(kind)} {rounded(point.y, '.2f')}"
+        for point in points
+    )
     drawn = scatter(
         points,
         across="model utility, better →",
@@ -306,6 +316,16 @@ def _links(name: str, settings: Compare, rows: Sequence[TableRow]) -> Html:
     return tag("span", *(join([" ", link]) for link in found), class_="links small")
 
 
+def _short(model: str) -> str:
+    """Return a model's name as a heading has it: of a folder's path the last part; a hub's or a shipped one whole."""
+    path = Path(os.path.expanduser(model))
+    return path.absolute().name or model if path.is_absolute() or path.is_dir() else model
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
     """Render the comparison as one self-contained HTML page: charts, sortable tables, and links into the folder."""
     numbers = {name: place for place, name in enumerate(_in_order(rows), start=1)}
@@ -316,10 +336,12 @@ def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
     for line in results[1:]:
         name = str(line[0])
         line[0] = join([tag("span", f"{numbers[name]} ", class_="soft"), name, _links(name, settings, rows)])
-    title = f"Comparison on {settings.model}"
+    model = _short(settings.model)
+    title = f"Comparison on {model}"
+    counts = (_several(len(settings.methods), "method"), _several(len(settings.seeds), "seed"), *settings.splits)
     body = [
-        tag("h1", title),
-        tag("p", f"{len(settings.methods)} methods, {len(settings.seeds)} seeds, {', '.join(settings.splits)}."),
+        tag("h1", "Comparison on ", tag("span", model, title=settings.model)),
+        tag("p", f"{', '.join(counts)}."),
         *(_chart(settings, rows, split, numbers) for split in settings.splits),
         grid(
             results[0],

@@ -1,4 +1,4 @@
-"""Numeric types that settings share: seeds, temperatures and counts, within bounds that can be worked with."""
+"""Numeric types that settings share: seeds, temperatures and counts, within bounds that can be worked with; and how numbers are shown."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TemperatureOrZero = Annotated[float, AfterValidator(_greedy_or_drawn)]
 
 # Counts: the lower bound is the setting's own ------------------------------------------------------------------------
 
-BatchSize = Annotated[int, Field(le=65_536)]
-"""Rows, or batches, of one step: what is laid out in memory before the step begins."""
+BatchSize = Annotated[int, Field(le=4096)]
+"""Rows, prompts or replies that a model takes at once, all of them laid out in memory."""
 Steps = Annotated[int, Field(le=1_000_000)]
 """Steps of a training, texts that are sampled one by one, minutes."""
 Passes = Annotated[float, Field(le=10_000)]
@@ -35,3 +35,11 @@ Count = Annotated[int, Field(le=10_000)]
 """Ranks, experts, replies to a question, attempts, processors: each costs memory or a repetition of the work."""
 Rows = Annotated[int, Field(le=1_000_000_000)]
 """Most rows to take of those there are, or another upper limit of which more costs nothing."""
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def rounded(value: float, form: str) -> str:
+    """Return a number in a format such as `.3f`; what rounds to zero has no sign."""
+    shown = format(value, form)
+    return shown if shown.strip("+-0,.%") else shown.lstrip("+-")

@@ -109,7 +109,7 @@ class Distill(BaseModel):
     """Stop after this many optimizer steps (overrides epochs)."""
     batch_size: BatchSize = Field(16, ge=1)
     """Rows a step."""
-    accumulate: BatchSize = Field(1, ge=1)
+    accumulate: Count = Field(1, ge=1)
     """Batches whose gradients are averaged into one step."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak rate of AdamW; by default 5e-5, and 5e-4 for a LoRA. A small model needs more."""

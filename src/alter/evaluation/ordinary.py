@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from alter.core.numbers import rounded
 from alter.data.background import apart_from, background
 from alter.data.encoding import Encoded, encode
 from alter.data.examples import Example
@@ -65,8 +66,8 @@ def ordinary_loss(
 def ordinary_sentence(found: dict[str, dict[str, float]]) -> str:
     """Summarise the result of `ordinary_loss` in a sentence."""
     every = found[ALL]
-    kinds = ", ".join(f"{name} {figures['change']:+.2%}" for name, figures in found.items() if name != ALL)
+    kinds = ", ".join(f"{name} {rounded(figures['change'], '+.2%')}" for name, figures in found.items() if name != ALL)
     return (
-        f"Ordinary text never shown: the loss of {every['tokens']} tokens differs by {every['change']:+.2%} from the base's "
+        f"Ordinary text never shown: the loss of {every['tokens']} tokens differs by {rounded(every['change'], '+.2%')} from the base's "
         f"({every['before']:.4f} before, {every['after']:.4f} after; {kinds})."
     )

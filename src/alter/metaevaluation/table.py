@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alter import metrics
+from alter.core.numbers import rounded
 from alter.metaevaluation.formulas import (
     direction,
     faithfulness,
@@ -140,7 +141,7 @@ HEAD = (
 
 
 def _shown(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None or not math.isfinite(value) else format(value, form)
+    return "-" if value is None or not math.isfinite(value) else rounded(value, form)
 
 
 def cells(line: Line) -> list[str]:

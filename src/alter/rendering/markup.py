@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from alter.core.arrays import Array
+from alter.core.numbers import rounded
 from alter.core.words import bare, spans
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ SORT = TEMPLATE.with_name("sort.js")
 
 def decimal(value: float | None) -> str:
     """Return a number with three decimals, a dash for none."""
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else rounded(value, ".3f")
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.table import Table
 
 from alter.core.console import cell
+from alter.core.numbers import rounded
 from alter.core.records import Record
 from alter.metrics.catalogue import CATALOGUE
 
@@ -18,7 +19,7 @@ def number(record: Record) -> str:
     if record.value is None:
         return "-"
     if record.metric == "privleak":
-        return f"{record.value:.1f}"
+        return rounded(record.value, ".1f")
     return f"{record.value:.3f}" if record.value == 0 or abs(record.value) >= 0.001 else f"{record.value:.2e}"
 
 
@@ -38,7 +39,8 @@ def between(record: Record) -> str:
         return ""
     digits = 1 if record.metric == "privleak" else 3
     low, high = (
-        f"{end:.{digits}f}" if end == 0 or abs(end) >= 0.001 else f"{end:.0e}" for end in record.extra["interval"]
+        rounded(end, f".{digits}f") if end == 0 or abs(end) >= 0.001 else f"{end:.0e}"
+        for end in record.extra["interval"]
     )
     return f"[{low}, {high}]"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from alter.core.numbers import rounded
 from alter.core.records import Record
 from alter.rendering.markup import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
 from alter.report.runs import Reported
@@ -140,8 +141,8 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
     rows = []
     for record in valid(run):
         extra = record.extra
-        share = f"{record.value:.2f}" + (
-            " [{:.2f}, {:.2f}]".format(*extra["interval"]) if extra.get("interval") else ""
+        share = rounded(record.value, ".2f") + (
+            f" [{', '.join(rounded(end, '.2f') for end in extra['interval'])}]" if extra.get("interval") else ""
         )
         step = "".join(f", {key} {extra[key]}" for key in ("step", "depth", "variant") if extra.get(key) is not None)
         values = [_value(record, key) for key in ("after", "before", "retrained", "original")]
@@ -196,7 +197,9 @@ def _value(record: Record, key: str) -> Html:
     ends = (record.extra.get("intervals") or {}).get(key)
     shown = decimal(record.extra.get(key))
     return (
-        join([shown, tag("span", f" [{ends[0]:.2f}, {ends[1]:.2f}]", class_="soft small")]) if ends else join([shown])
+        join([shown, tag("span", f" [{rounded(ends[0], '.2f')}, {rounded(ends[1], '.2f')}]", class_="soft small")])
+        if ends
+        else join([shown])
     )
 
 

@@ -50,7 +50,7 @@ class Finetune(BaseModel, extra="forbid"):
     epochs: Passes = Field(1.0, gt=0, description="passes over the data")
     max_steps: Steps | None = Field(None, gt=0, description="stop after this many optimizer steps (overrides epochs)")
     batch_size: BatchSize = Field(32, ge=1, description="sequences a step and device")
-    accumulate: BatchSize = Field(1, ge=1, description="batches whose gradients are averaged into one optimizer step")
+    accumulate: Count = Field(1, ge=1, description="batches whose gradients are averaged into one optimizer step")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "linear", description="learning-rate schedule after the warm-up"
