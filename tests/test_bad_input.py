@@ -237,7 +237,7 @@ def test_an_upper_limit_beyond_what_there_is_takes_all(run, place, name):
         base = [part for part in base if part not in ("--closing-rows", "0")]
         base += ["--watch.every-steps", "1", "--watch.retain", "other.jsonl", "--watch.holdout", "other.jsonl"]
     if name == "attack":
-        base = [*base[: base.index("--attacks")], "--attacks", "upper_case"]
+        base = [*base[: base.index("--attacks")], "--attacks", "upper_case", "--max-new-tokens", "4"]
     if name.startswith("evaluate "):
         command, base = "evaluate", ["--benchmark", name.removeprefix("evaluate "), *base]
         base = [*base[: base.index("--limit")], *base[base.index("--limit") + 2 :]]

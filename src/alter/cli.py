@@ -11,8 +11,10 @@ import importlib
 import inspect
 import logging
 import os
+import shutil
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from alter.core.errors import UserError, nearest
 from alter.core.flags import check_numbers, given_once, kinds_of, list_flags, split_recipe, value_of, with_defaults
 from alter.core.outputs import as_standard_output, check_outputs
 from alter.core.plugins import BENCHMARKS, add_files
+from alter.core.streams import lasting
 from alter.core.validation import refusal
 
 if TYPE_CHECKING:
@@ -34,23 +37,32 @@ if TYPE_CHECKING:
 
 def _listed(names: Sequence[str]) -> list[str]:
     width = max(map(len, names))
-    return [f"  {name:<{width}}  {COMMANDS[name].help}" for name in names]
+    return [_wrapped(f"  {name:<{width}}  {COMMANDS[name].help}", width + 4) for name in names]
+
+
+def _wrapped(line: str, indent: int = 0) -> str:
+    """Break a line of the help at the terminal's width; what follows is indented."""
+    wide = max(shutil.get_terminal_size().columns, indent + 20)
+    return textwrap.fill(line, wide, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _help() -> str:
     lines = _listed(list(COMMANDS))
+    more = [
+        "`alter COMMAND --help` lists a command's options (`--help-all`: also those that few need); a recipe gives them in "
+        "YAML, flags override it.",
+        "A part of your own, such as an objective, lies in a Python file: `alter COMMAND --plugin FILE.py`.",
+        f"Benchmarks: {', '.join(BENCHMARKS.known())} (`alter evaluate --benchmark NAME --help`).",
+    ]
     return "\n".join(
         [
             "usage: alter COMMAND [RECIPE.yaml] [--OPTION VALUE ...]",
             "",
-            "Make a language model forget, with ALTER (arXiv:2603.01792), and measure that it did.",
+            _wrapped("Make a language model forget, with ALTER (arXiv:2603.01792), and measure that it did."),
             "",
             *lines,
             "",
-            "`alter COMMAND --help` lists a command's options (`--help-all`: also those that few need); a recipe gives them in "
-            "YAML, flags override it.",
-            "A part of your own, such as an objective, lies in a Python file: `alter COMMAND --plugin FILE.py`.",
-            f"Benchmarks: {', '.join(BENCHMARKS.known())} (`alter evaluate --benchmark NAME --help`).",
+            *map(_wrapped, more),
         ]
     )
 
@@ -113,11 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: a mistake in what was given; 70: an unforeseen error, or one of the system (a full disk), with its trace in a
     file; 130: interrupted.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
-    if argv is None:
-        # imported modules live as long as the process: collecting them takes a quarter of a short command's time
-        gc.disable()
-        atexit.register(gc.freeze)
+    if argv is not None:
+        return _main(list(argv))
+    # imported modules live as long as the process: collecting them takes a quarter of a short command's time
+    gc.disable()
+    atexit.register(gc.freeze)
+    return lasting(lambda: _main(sys.argv[1:]))
+
+
+def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -141,10 +157,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             # a progress bar may be left on the line
             print(f"{'' if processes.size() == 1 else chr(10)}alter: {plain(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # the reader has closed the pipe (alter … | head); Python would report it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print("alter: interrupted", file=sys.stderr)
         return 130
@@ -235,7 +247,13 @@ def _call(function: Callable[[Any], Any], settings: Any) -> None:
         with contextlib.redirect_stdout(sys.stderr), as_standard_output(str(path)):
             function(settings.model_copy(update={"json_path": str(path)}))
         if path.exists():
-            sys.stdout.write(path.read_text(encoding="utf-8"))
+            # JSON is UTF-8, whatever the terminal shows
+            sys.stdout.flush()
+            binary = getattr(sys.stdout, "buffer", None)
+            if binary is None:
+                sys.stdout.write(path.read_text(encoding="utf-8"))
+            else:
+                binary.write(path.read_bytes())
             sys.stdout.flush()
 
 

@@ -273,9 +273,8 @@ def _facts(settings: Compare) -> dict[str, Any]:
     Raises:
         UserError: a device that is not there.
     """
+    Subject(model=settings.model, device=settings.device).place()
     place = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if place == "cuda" and not torch.cuda.is_available():
-        raise UserError("Device 'cuda' was asked for, but there is no CUDA here: use --device cpu.")
     return {
         "cell": CELL,
         "code": source_digest(),

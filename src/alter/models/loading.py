@@ -388,13 +388,25 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+KINDS = ("cpu", "cuda", "mps", "xpu")
+"""Kinds of device that a model runs on."""
+
+
 def _place(device: str | None) -> torch.device:
     if device in (None, "cuda"):
         device = processes.place() if device == "cuda" or torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise UserError(f"No device {device!r}: expected cpu, cuda, cuda:0 or mps.") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"Device {device!r} was asked for, but there is no CUDA here: use --device cpu.")
+        place = torch.device("meta")  # without data: no model can run there
+    if place.type not in KINDS:
+        raise UserError(f"No device {device!r}: expected cpu, cuda, cuda:0 or mps.")
+    there = {"cuda": torch.cuda.device_count, "mps": torch.mps.device_count, "xpu": torch.xpu.device_count}
+    count = there[place.type]() if place.type in there else 1
+    if not count:
+        raise UserError(
+            f"Device {device!r} was asked for, but there is no {place.type.upper()} here: use --device cpu."
+        )
+    if (place.index or 0) >= count:
+        raise UserError(f"Device {device!r} was asked for, but the last one here is {place.type}:{count - 1}.")
     return place

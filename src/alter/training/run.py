@@ -6,6 +6,7 @@ does on forget and on retain rows (`objectives`). `alter.methods.presets` names 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from transformers import PrinterCallback, TrainerCallback
 from alter.adapter.base import base_fingerprint
 from alter.core import processes
 from alter.core.console import show
+from alter.core.errors import UserError
 from alter.core.files import digest
 from alter.core.running import release
 from alter.data.examples import data_hash, row_hash
@@ -34,6 +36,7 @@ from alter.training.folder import (
     inputs_of,
     last_whole_checkpoint,
     make_folder,
+    remove_run,
 )
 from alter.training.loaded import encode_rows, load_for_run
 from alter.training.localization import placed
@@ -110,7 +113,14 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     if run.retain is None:
         processes.from_first(lambda: write_rows(own, data.retain))
     run = placed(run, loaded, out)
-    ready = prepare(run, data, loaded, out)
+    try:
+        ready = prepare(run, data, loaded, out)
+    except UserError:
+        # a folder of settings that cannot begin would be in the way of the corrected command
+        if processes.first() and not run.resume:
+            with contextlib.suppress(UserError):
+                remove_run(out)
+        raise
     prepared = time.time()
     trainer = train(run, ready, out, checkpoint, callbacks)
     save_run(run, ready, trainer, out, started, prepared, asked)
