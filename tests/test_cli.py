@@ -97,6 +97,8 @@ def test_flags_override_a_recipe_and_the_dump_reads_back(tmp_path):
         ("objective: {kind: {a: b}}", REQUIRED, "objective.kind is"),
         ("adapter: {r: 0}", REQUIRED, "adapter.r: Input should be greater than or equal to 1 (got 0)"),
         ("objective: {kind: stopped_hinge, margin: 7}", REQUIRED, "objective.margin"),
+        ("adapter: {target_modules: '('}", REQUIRED, "adapter.target_modules: '(' is no regular expression"),
+        ("adapter: {target_modules: ['[']}", REQUIRED, "adapter.target_modules: '[' is no regular expression"),
     ],
 )
 def test_recipe_mistakes_name_the_setting(tmp_path, content, args, says):
@@ -107,7 +109,7 @@ def test_recipe_mistakes_name_the_setting(tmp_path, content, args, says):
 
 
 def test_a_value_of_another_kind_in_a_recipe_is_one_line(tmp_path, capsys):
-    (tmp_path / "r.yaml").write_text("epochs: [1, 2]\nbatch_size: many\nlearning_rate: {a: b}")
+    (tmp_path / "r.yaml").write_text("epochs: [1, 2]\nbatch_size: many\nlearning_rate: {a: b}\ndomain_column: 3")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert cli.main(["unlearn", str(tmp_path / "r.yaml"), *REQUIRED]) == 2

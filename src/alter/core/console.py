@@ -35,6 +35,7 @@ def ignore_known_warnings() -> None:
     """Ignore, from here on, what libraries warn of that is no news for a user."""
     # of a wrong value in a recipe, which is refused in a line of our own
     warnings.filterwarnings("ignore", "The field `", UserWarning, r"tyro\.")
+    warnings.filterwarnings("ignore", ".* does not match any type in Union", UserWarning, r"tyro\.")
     # the former names are those of every release since 5.0
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     # PEFT looks for the configuration of the base in a folder, and a GGUF file holds its own: no vocabulary was changed

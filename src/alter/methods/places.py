@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 def _one_pattern(given: Any) -> Any:
     """Unwrap a list of one that cannot be a layer's name: `all-linear`, or a pattern, which the command line made a list."""
     if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str):
-        return given if re.fullmatch(r"[\w.]+", given[0]) else given[0]
+        given = given if re.fullmatch(r"[\w.]+", given[0]) else given[0]
+    if isinstance(given, str):
+        try:
+            re.compile(given)
+        except re.error as error:
+            raise ValueError(
+                f"{given!r} is no regular expression ({error}): give one that whole names of layers match, such as "
+                r"'.*\.(q|v)_proj', or the names' endings, such as q_proj v_proj"
+            ) from None
     return given
 
 
