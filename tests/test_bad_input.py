@@ -4,17 +4,20 @@ Whatever an option is given, the command does it or says in one line why not, an
 half done. One value in turn for each option that is read; all of them for all with ALTER_BAD_INPUT=all.
 """
 
+import contextlib
 import importlib
 import io
 import math
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
+import torch
 from peft import get_peft_model
 from pydantic import TypeAdapter, ValidationError
 
@@ -444,6 +447,46 @@ def test_whatever_is_read_is_taken_or_refused_in_one_line(run, place, name, opti
     assert "secret" not in said or option != "db"
     # the corrected command must not find a folder in use; these go on in theirs
     assert status == 0 or not left or name in ("compare", "forget", "meta-evaluate"), left
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("unlearn", "--adapter.r=33", "Rank 33 is larger than layer"),
+        ("unlearn", "--adapter.target-modules=(", "'(' is no regular expression"),
+        ("unlearn", "--device=meta", "No device 'meta'"),
+        ("unlearn", "--device=cpu:9", "the last one here is cpu:0"),
+        *([] if torch.backends.mps.is_available() else [("generate", "--device=mps", "there is no MPS here")]),
+        ("guard", "--guard.dims=33", "guard.dims is 33, but an embedding of model has 32 dimensions"),
+        ("attack", "--retrained=missing", "No retrained model at missing"),
+        ("meta-evaluate", "--rates=nan", "rates is nan"),
+        ("compare", "--data=missing", "No folder of TOFU files at 'missing'"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(run, place, monkeypatch, name, given, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = BASES[name]
+    if name == "attack":
+        base = [*base[: base.index("--attacks")], "--attacks", "upper_case"]
+    status, said = run([name, *base, given])
+    assert status == 2, said
+    assert says in said
+    assert not (place / "new").exists()
+
+
+def test_a_database_of_another_program_is_left_as_it_is(run, place):
+    with contextlib.closing(sqlite3.connect(place / "theirs.db")) as connection:
+        connection.execute("CREATE TABLE things (name TEXT)")
+        connection.commit()
+    (place / "nothing.db").write_bytes(b"")
+    before = {file.name: file.read_bytes() for file in place.glob("*.db")}
+    for file in ("theirs.db", "nothing.db"):
+        status, said = run(["request", "list", "--db", f"sqlite:///{file}"])
+        assert status == 2
+        assert "holds no erasure requests" in said
+    assert {file.name: file.read_bytes() for file in place.glob("*.db")} == before
+    assert not list(place.glob("theirs.db-*"))
+    assert not list(place.glob("nothing.db-*"))
 
 
 BROKEN = {

@@ -408,7 +408,7 @@ def test_a_refusal_is_one_sentence():
     said = str(refused.value)
     assert said.startswith("r.yaml: objective: kind is 'marign'; expected one of")
     assert not said.endswith(("..", "?."))
-    with pytest.raises(UserError, match=r"batch_size: .* equal to 1 \(got 0\)\.$"):
+    with pytest.raises(UserError, match=r"batch_size: .* equal to 1 \(got 0\)\. Give 1 or more\.$"):
         cli.parse("unlearn", Unlearn, [*REQUIRED, "--batch-size", "0"])
 
 

@@ -340,6 +340,7 @@ def test_mistakes_are_refused_before_anything_runs(data, tmp_path, changes, says
     monkeypatch.setattr(cells, "run_cells", lambda *_: pytest.fail("something was run"))
     with pytest.raises(UserError, match=says):
         compare.compare(settings(data, tmp_path / "out", **{"model": str(data / "model"), **changes}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_retrained_model_that_is_the_original_is_refused(data, tmp_path, monkeypatch):

@@ -34,10 +34,12 @@ from alter.core.cache import cache_folder
 from alter.core.console import warn
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest, write_atomic
+from alter.core.memory import held
 from alter.core.provenance import code_digest, stamped, versions
 from alter.core.records import VERSION, Record, read_records, write_records
 from alter.data.examples import Example, data_hash, load_examples, row_hash
 from alter.models.loading import ModelSettings
+from alter.models.naming import is_local
 
 COMMON = ("forget", "rows", "seed", "max_new_tokens")
 """Settings that every measurement depends on, beside the rows that are measured."""
@@ -149,6 +151,12 @@ def attack(settings: Attack) -> list[Record]:
     unrelated = load_examples(settings.relearn.benign) if UNRELATED & set(names) else []
     models = models_attacked(settings)
     identities = {name: source.identity(cache_folder()) for name, source in models.items()}
+    for name, source in models.items():
+        unknown = identities[name]["weights"] == "unknown"
+        if unknown and held(source.model) is None and not is_local(source.model):
+            raise UserError(
+                f"No {name} model at {source.model}: no folder has this name, and the hub does not answer for it."
+            )
     texts = Texts.of(rows, unrelated)
     if settings.retrained is None:
         warn(f"No recovered fractions: {NO_RETRAINED}")

@@ -27,6 +27,7 @@ from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.core.records import write_records
+from alter.core.running import undone_if_refused
 
 Chosen = Mapping[tuple[str, Chain], Choice]
 
@@ -47,10 +48,12 @@ def compare(settings: Compare) -> list[TableRow]:
         raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
     check_settings(settings)
     executor = executor_of(settings) if settings.run else None
-    # what only writes tables disturbs nobody, and may look at a comparison that is at work
-    lock = None if executor is None else hold(out)
+    lock = None
     try:
-        made = lay_out(settings, out)
+        with undone_if_refused(out):
+            # what only writes tables disturbs nobody, and may look at a comparison that is at work
+            lock = None if executor is None else hold(out)
+            made = lay_out(settings, out)
         chosen, lost = _run_all(settings, made, out, executor, lock)
         rows, text = _write(settings, made, chosen, out)
     finally:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from alter.core.errors import UserError
@@ -56,6 +58,21 @@ def check_free(folder: Path) -> None:
         return
     if alive:
         raise UserError(f"Process {pid} is working in {folder}: wait until it is done, end it, or give another --out.")
+
+
+@contextmanager
+def undone_if_refused(folder: Path) -> Iterator[None]:
+    """Delete the folder if it was not there before the block and the block refuses what the user gave.
+
+    Then nothing is left in the way of the corrected command.
+    """
+    there = folder.exists() or folder.is_symlink()
+    try:
+        yield
+    except UserError:
+        if not there and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        raise
 
 
 def check_deletable(folder: Path, marks: Sequence[str]) -> None:

@@ -152,6 +152,11 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
     model, tokenizer = ModelSettings(
         model=run.model, dtype=run.dtype, device=run.device, chat_template_kwargs=run.chat_template_kwargs
     ).load()
+    width = model.get_input_embeddings().embedding_dim
+    if how.dims > width:
+        raise UserError(
+            f"guard.dims is {how.dims}, but an embedding of {run.model} has {width} dimensions: give {width} or less."
+        )
     pad, limit = tokenizer.pad_token_id, getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ordinary = apart_from(background(), [f"{row.prompt or ''} {row.answer}" for row in forget])
     kept = [*retain, *(row for rows in ordinary.values() for row in rows)]

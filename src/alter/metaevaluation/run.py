@@ -10,7 +10,7 @@ from alter.core.console import progress, show, silent, warn
 from alter.core.errors import UserError
 from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
-from alter.core.running import check_free, claim, release
+from alter.core.running import check_free, claim, release, undone_if_refused
 from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found, Member, chosen_rows, measure_member, members, stored
 from alter.metaevaluation.settings import MetaEvaluate
@@ -34,8 +34,9 @@ def meta_evaluate(settings: MetaEvaluate) -> Table:
     if not settings.run:
         return _told(settings, out, members(settings, chosen_rows(settings, out)))
     check_free(out)
-    rows = chosen_rows(settings, out)
-    laid = members(settings, rows)
+    with undone_if_refused(out):
+        rows = chosen_rows(settings, out)
+        laid = members(settings, rows)
     claim(out)
     try:
         _run(settings, Measuring(settings, rows), laid, out)

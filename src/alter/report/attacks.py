@@ -141,6 +141,7 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
     rows = []
     for record in valid(run):
         extra = record.extra
+        assert record.value is not None
         share = rounded(record.value, ".2f") + (
             f" [{', '.join(rounded(end, '.2f') for end in extra['interval'])}]" if extra.get("interval") else ""
         )

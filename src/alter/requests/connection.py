@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ def engine_for(url: str, *, create: bool) -> sql.Engine:
                 Path(file).touch(mode=0o600)
             elif not Path(file).is_file():
                 raise UserError(f"No database at {file}: make it with `alter request init`, or give its --db.")
+            elif not _may_hold_requests(file):
+                raise UserError(
+                    f"{without_password(url)} holds no erasure requests; make them with `alter request init`, or give their --db."
+                )
             engine = sql.create_engine(parsed, connect_args={"timeout": 60}, isolation_level="AUTOCOMMIT")
             event.listen(engine, "connect", _durable)
             return engine
@@ -68,6 +73,18 @@ def engine_for(url: str, *, create: bool) -> sql.Engine:
             f"--db is {without_password(url)!r}, which is no database URL; expected for example sqlite:///requests.db or "
             "postgresql://user@host/name."
         ) from None
+
+
+def _may_hold_requests(file: str) -> bool:
+    """Whether a file has a table of ours, or cannot be read as a database, which connecting will say; nothing is written.
+
+    Another program's database would be changed by connecting: its journal is another one afterwards.
+    """
+    try:
+        with closing(sqlite3.connect(f"{Path(file).resolve().as_uri()}?mode=ro", uri=True, timeout=60)) as connection:
+            return connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alter_meta'").fetchone() is not None
+    except sqlite3.Error:
+        return True
 
 
 def _durable(connection: Any, _: Any) -> None:

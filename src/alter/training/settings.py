@@ -123,7 +123,7 @@ class Unlearn(BaseModel):
         description="Forget rows a step; as many retain rows come with them. Several processes (accelerate launch) "
         "share them.",
     )
-    gradient_accumulation_steps: Count = Field(
+    gradient_accumulation_steps: Steps = Field(
         1, ge=1, description="Batches whose gradients make a step; no more than an epoch has."
     )
     learning_rate_experts: float = Field(
