@@ -273,11 +273,22 @@ def _given(error: OSError, args: Sequence[str]) -> str | None:
     return None
 
 
+def _behind(error: Exception) -> Exception:
+    """Return the system's refusal (no space left, a broken disk) that a library's own error hides, else the error."""
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            return each
+        each = each.__cause__ or each.__context__
+    return error
+
+
 def _report(error: Exception) -> None:
     """Report an error in one line, and keep its trace in a file that only the user can read."""
+    trace = "".join(traceback.format_exception(error))
+    error = _behind(error)
     reason = " ".join(str(error).split())[:300]
     said = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-    trace = "".join(traceback.format_exception(error))
     try:
         handle, path = tempfile.mkstemp(prefix="alter-trace-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
