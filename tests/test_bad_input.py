@@ -530,6 +530,22 @@ def test_the_system_s_own_trouble_keeps_its_trace(monkeypatch, capsys):
         finally:
             raise RuntimeError("unexpected pos 8384 vs 8278")  # as torch.save does
 
+    def unsaid(*_):
+        try:
+            raise RuntimeError("basic_ios::clear: iostream error")
+        finally:
+            hidden()
+
+    monkeypatch.setattr(cli, "_run", unsaid)
+    assert cli.main(["list"]) == 70
+    assert capsys.readouterr().err.startswith("alter: the system refused: OSError: [Errno 28]")
+
+    def nothing_more(*_):
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(cli, "_run", nothing_more)
+    assert cli.main(["list"]) == 70
+    assert "the system refused: OSError: [Errno 5] a file could not be written" in capsys.readouterr().err
     for fails in (full, hidden):
         monkeypatch.setattr(cli, "_run", fails)
         assert cli.main(["list"]) == 70

@@ -279,6 +279,9 @@ def _behind(error: Exception) -> Exception:
     while each is not None:
         if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
             return each
+        if isinstance(each, RuntimeError) and "iostream error" in str(each):
+            # torch.save writes through C++, which does not say why it could not
+            return OSError(errno.EIO, "a file could not be written: is the disk full?")
         each = each.__cause__ or each.__context__
     return error
 
