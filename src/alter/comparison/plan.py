@@ -273,7 +273,7 @@ def _facts(settings: Compare) -> dict[str, Any]:
     Raises:
         UserError: a device that is not there.
     """
-    Subject(model=settings.model, device=settings.device).place()
+    ModelSettings(model=settings.model, device=settings.device).place()
     place = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "cell": CELL,
