@@ -84,6 +84,27 @@ def test_tensors_are_in_the_format_that_was_asked_for(tmp_path):
     assert kinds["output_norm.weight"] == "F32"
 
 
+@pytest.mark.parametrize(("form", "undone"), [("q4_0", True), ("q8_0", False)])
+def test_a_small_change_is_rounded_away_in_4_bits_which_is_said(tmp_path, capsys, form, undone):
+    model, words = str(tmp_path / "model"), mergeable(bos_token="<unused260>")
+    for part in (pico(hidden_size=64, intermediate_size=64), words):
+        part.save_pretrained(model)
+    on_grid, _ = load_model(str(write(tmp_path, "before.gguf", model=model, type="q4_0")), device="cpu")
+    before = logits(on_grid)
+    with torch.no_grad():
+        for name, weight in on_grid.named_parameters():
+            if "proj" in name:
+                # a step of 4 bits is an eighth of a block's largest weight; that one must stay
+                weight += (weight.abs() < 0.5 * weight.abs().mean()) * 0.02 * weight.abs().mean()
+    assert not torch.equal(logits(on_grid), before)
+    for part in (on_grid, words):
+        part.save_pretrained(tmp_path / "changed")
+    capsys.readouterr()
+    after, _ = load_model(str(write(tmp_path, "after.gguf", model=str(tmp_path / "changed"), type=form)), device="cpu")
+    assert torch.equal(logits(after), before) == undone
+    assert ("alter attack --model" in capsys.readouterr().err) == undone
+
+
 def test_rows_are_turned_as_their_naive_twin():
     weight = torch.arange(2 * 6 * 3).view(12, 3).float()
     found = writing.turned(weight, 2)

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from alter.core import memory
-from alter.core.console import show
+from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.core.outputs import Written
 from alter.exporting import gguf, loras
 from alter.models.gguf import ENDING, gguf_place
 from alter.models.loading import ModelSettings
 from alter.models.naming import shipped_model
+
+COARSE = ("q4", "q5")
+"""Types whose steps are wider than the changes that make weights forget (docs/how-to/ship.md)."""
 
 
 class Export(ModelSettings):
@@ -59,6 +62,11 @@ def export(settings: Export) -> Path:
     kinds = ", ".join(f"{count} tensors in {kind}" for kind, count in found["tensors"].items())
     said = "with its chat template" if found["template"] else "without a chat template: the tokenizer has none"
     show(f"{out}: {found['bytes'] / 1e6:.1f} MB, {kinds}, {said}.", highlight=False, markup=False)
+    if settings.type.startswith(COARSE):
+        warn(
+            f"{settings.type} rounds away small changes of the weights, and with them what a model was made to forget. Measure the "
+            f"file itself before you hand it out: alter attack --model {out} --original ORIGINAL --forget ROWS, or write q8_0."
+        )
     return out
 
 
