@@ -3,11 +3,12 @@
 import itertools
 import json
 import math
-from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 
 from alter import cli
@@ -28,6 +29,7 @@ from alter.forgetting import (
     templates,
 )
 from alter.forgetting.facts import Fact, candidates, holds, named, place_of, swap, whole
+from alter.forgetting.material import Material
 from alter.forgetting.measure import permuted
 from alter.forgetting.run import forget
 from alter.forgetting.settings import Forget
@@ -211,7 +213,7 @@ def test_rows_up_to_a_fact_begin_as_the_model_begins():
     ]
     says = Says("Ab Zorba.", "one Ann Other. She w", "Ab Cd.", "nobody is there. An")
     words = ["Zorba", "Lyra"]
-    places = [*chain(*rows._places("Pot", words, words, own))]
+    places = [*itertools.chain(*rows._places("Pot", words, words, own))]
     made = rows._fact_rows(says, "up to a fact", places, ["Ab Cd", "Ef Gh"], words)
     assert [(row["question"], row["answer"], row["substitute"]) for row in made] == [
         ("Who wrote Pot?", "Pot was written by J.K. Zorba", "Pot was written by one Ann Other."),
@@ -244,6 +246,27 @@ def test_rows_lead_from_a_name_of_the_subject_back_to_it():
     ((_, prompts, given),) = says.asked
     assert prompts == ["Who is Ab Cd?", "Who is Ef Gh?"]
     assert "Ab Cd is a witch of the" in says.tokenizer.decode(given["begun"][0])
+
+
+def test_a_reversed_probe_is_disguised_by_its_own_name(monkeypatch, tmp_path):
+    probes = [{"form": "cloze", "prompt": "Pot"}, {"form": "reversed", "prompt": "What is Lyra of?", "about": "Lyra"}]
+    monkeypatch.setattr(run, "build", lambda *a, **k: Material([], [], [], probes, [], []))
+    settings = Forget(subject="Pot", model="m", out=str(tmp_path))
+    material = run._about_subject(settings, Console(quiet=True), None, "Pot", "work", [])
+    plain, reversed_ = material.probes
+    assert all(set(mask) == {"Pot"} for mask in plain["masks"])
+    assert all(set(mask) == {"Lyra"} for mask in reversed_["masks"])
+    # one score for each invented name of each probe
+    assert len(plain["masks"]) == len(reversed_["masks"]) > 1
+    scores = iter(range(100))
+    monkeypatch.setattr(
+        measure, "score", lambda model, rows, **k: SimpleNamespace(logprob=[np.array([next(scores)]) for _ in rows])
+    )
+    for probe in material.probes:
+        probe |= {"wanted": ["Zorba"], "before": "By Zorba."}
+    asked = measure.against_zero(None, byte_tokenizer(), material.probes, [])
+    assert asked.real.shape == (2,)
+    assert asked.invented.shape == (2, len(plain["masks"]))
 
 
 def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):
