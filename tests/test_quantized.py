@@ -400,7 +400,6 @@ def test_a_run_with_an_8_bit_optimiser_resumes(data, tmp_path, monkeypatch):
     [
         (["--method", "ga", "--quantization", "4bit"], "freezes the weights, which adapter.kind full trains"),
         (["--method", "loku", "--quantization", "8bit"], "fila takes gradients of the weights themselves"),
-        (["--quantization", "4bit", "--device", "mps"], "runs on cuda and cpu, not on mps"),
         (["--method", "o3", "--watch.every-steps", "1"], "watch looks at an adapter that is always on"),
     ],
 )

@@ -297,6 +297,8 @@ def comparison(name):
     few = {"max_steps": 2, "router_fit": {"steps": 20, "max_tokens": 4000}}
     shape = "meta-llama/Llama-2-7b-chat-hf" if settings.model.startswith("builtin:") else settings.model
     given = {"model": shape, "data": "tofu", "limit": 2, "common": settings.common | few}
+    if settings.survival.rows:
+        given |= {"limit": 4, "survival": settings.survival.model_copy(update={"rows": 1})}
     if settings.retain is not None:
         given["retain"] = "tofu:retain95"
     if settings.model.startswith("builtin:smollm2"):

@@ -264,7 +264,7 @@ def test_without_retain_rows_the_models_own_words_are_kept_and_set_no_level(data
     said = " ".join(capsys.readouterr().err.split())
     kept = load_examples(str(out / "retain.jsonl"))
     texts = [example for example in kept if example.prompt is None]
-    assert f"{len(kept) - len(texts)} of the model's own answers" in said
+    assert f"{len(kept) - len(texts)} of the model's answers" in said
     assert f"{len(texts)} texts of its own" in said
     assert texts
     record = json.loads((out / "run.json").read_text())

@@ -21,6 +21,8 @@ def local_path(name: str) -> Path:
         raise UserError(
             f"{name!r} begins with the name of a user who is not here; write ./{name} for a file."
         ) from None
+    except ValueError as error:
+        raise UserError(f"{name!r} is no path: {error}.") from None
 
 
 def is_hub_id(source: str) -> bool:
