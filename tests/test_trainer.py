@@ -18,7 +18,7 @@ from alter.core.errors import UserError
 from alter.logits import entropy
 from alter.methods import frozen, objectives
 from alter.methods.adapters import Beginning
-from alter.training import folder, loss
+from alter.training import folder, loss, saving
 from alter.training.batches import Batch, schedule
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
@@ -333,7 +333,7 @@ def test_a_failed_save_leaves_the_old_adapter(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "save_pretrained", full)
     with pytest.raises(OSError, match="No space"):
-        folder.save_adapter(model, out)
+        saving.save_adapter(model, out)
     assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
 
 
@@ -344,7 +344,7 @@ def test_names_of_layers_are_saved_in_order(data, tmp_path, kind):
     # a set has the order of its hashes, which differ from process to process
     layers = ["v_proj", "k_proj", "q_proj"]
     model.peft_config["default"].target_modules = type("Unordered", (set,), {"__iter__": lambda self: iter(layers)})()
-    folder.save_adapter(model, tmp_path)
+    saving.save_adapter(model, tmp_path)
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert said["target_modules"] == sorted(layers)
 

@@ -32,8 +32,8 @@ from alter.data.examples import load_examples
 from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.methods.adapters import adapter_of
 from alter.models.loading import load_model
-from alter.training.folder import save_adapter
 from alter.training.run import unlearn
+from alter.training.saving import save_adapter
 from alter.training.settings import Unlearn
 
 

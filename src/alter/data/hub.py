@@ -78,6 +78,16 @@ def _files_of(place: Path) -> list[Path]:
     return shards or found
 
 
+def _check_hub_id(data: str, of: str, wanted: str) -> None:
+    """Refuse what is no folder of a benchmark's files and no hub id either."""
+    folder = local_path(data)
+    if not is_hub_id(data):
+        siblings = [str(sibling) for sibling in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UserError(
+            f"No folder of {of}'s files at {data!r}.{nearest(str(folder), siblings)} Give a folder or {wanted}."
+        )
+
+
 def muse_rows(split: str, data: str, first: int | None = None) -> list[Row]:
     """Return one split of MUSE (Shi et al. 2024) or of any hub data set with configurations, in its order.
 
@@ -93,12 +103,7 @@ def muse_rows(split: str, data: str, first: int | None = None) -> list[Row]:
     config, _, name = split.partition("/")
     folder = local_path(data)
     if not folder.is_dir():
-        if not is_hub_id(data):
-            siblings = [str(sibling) for sibling in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise UserError(
-                f"No folder of MUSE's files at {data!r}.{nearest(str(folder), siblings)} Give a folder or a hub id "
-                f"like {MUSE_HUB['news']!r}."
-            )
+        _check_hub_id(data, "MUSE", f"a hub id like {MUSE_HUB['news']!r}")
         return hub_rows(data, config, name, "Download the data set and give its folder instead.", first)
     files = _files_of(folder / config / name)
     if not files:
@@ -127,11 +132,7 @@ def layout_rows(data: str, config: str | None, split: str, stems: Sequence[str],
     """
     folder = local_path(data)
     if not folder.is_dir():
-        if not is_hub_id(data):
-            siblings = [str(sibling) for sibling in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise UserError(
-                f"No folder of {of}'s files at {data!r}.{nearest(str(folder), siblings)} Give a folder or a hub id."
-            )
+        _check_hub_id(data, of, "a hub id")
         return hub_rows(data, config, split, "Download the data set and give its folder instead.")
     for stem in stems:
         files = _files_of(folder / stem)

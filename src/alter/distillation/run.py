@@ -37,12 +37,11 @@ from alter.models.guards import is_form
 from alter.models.loading import ModelSettings, load_model
 from alter.models.scoring import context_length
 from alter.training.folder import (
-    check_finite,
     check_inputs,
     last_whole_checkpoint,
     make_folder,
-    save_adapter,
 )
+from alter.training.saving import check_finite, save_adapter
 from alter.training.trackers import check_trackers, trackers
 
 UNCOMPARED = {

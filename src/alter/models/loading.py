@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from alter.core import files, memory, processes
+from alter.core import files, memory
 from alter.core.errors import UserError, nearest
 from alter.data.chat import TemplateArguments, ensure_pad_token, set_template_arguments
-from alter.models import gguf, precision, quantized
+from alter.models import devices, gguf, precision, quantized
 from alter.models.naming import is_local, model_folder, shipped_model
 from alter.models.quantized import Bits
 
@@ -88,7 +88,7 @@ class ModelSettings(BaseModel):
 
     def place(self) -> str:
         """Return the type of device that the model is loaded to: results of one type do not stand for another's."""
-        place = _place(self.device)
+        place = devices.device_of(self.device)
         if place.type == "cuda":
             return f"cuda {torch.cuda.get_device_name(place)}"
         return f"{place.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -145,7 +145,7 @@ def load_model(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         choices = ["auto", "float32", "bfloat16", "float16"]
         raise UserError(f"No number format {dtype!r}: expected one of {', '.join(choices)}.{nearest(dtype, choices)}")
-    place = _place(device)
+    place = devices.device_of(device)
     model, packed_file = _located(model, quantization)
     form = adapter is not None and is_form(adapter)
     if adapter is not None and is_local(adapter) and not form:
@@ -326,7 +326,7 @@ def load_classifier(model: str, device: torch.device | str | None = None) -> tup
         raise UserError(
             f"Cannot load the classifier {model!r}: {_first_line(error)} Expected a local folder or a hub id."
         ) from error
-    return network.to(_place(None if device is None else str(device))).eval(), tokenizer
+    return network.to(devices.device_of(None if device is None else str(device))).eval(), tokenizer
 
 
 def _check_whole(network: Any, name: str, found: Mapping[str, Any]) -> None:
@@ -386,27 +386,3 @@ def _copied(inside: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-KINDS = ("cpu", "cuda", "mps", "xpu")
-"""Kinds of device that a model runs on."""
-
-
-def _place(device: str | None) -> torch.device:
-    if device in (None, "cuda"):
-        device = processes.place() if device == "cuda" or torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        place = torch.device("meta")  # without data: no model can run there
-    if place.type not in KINDS:
-        raise UserError(f"No device {device!r}: expected cpu, cuda, cuda:0 or mps.")
-    there = {"cuda": torch.cuda.device_count, "mps": torch.mps.device_count, "xpu": torch.xpu.device_count}
-    count = there[place.type]() if place.type in there else 1
-    if not count:
-        raise UserError(
-            f"Device {device!r} was asked for, but there is no {place.type.upper()} here: use --device cpu."
-        )
-    if (place.index or 0) >= count:
-        raise UserError(f"Device {device!r} was asked for, but the last one here is {place.type}:{count - 1}.")
-    return place

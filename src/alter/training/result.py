@@ -15,9 +15,10 @@ from alter.core.files import to_json, write_atomic
 from alter.core.provenance import provenance
 from alter.models.loading import load_model
 from alter.training.card import model_card
-from alter.training.folder import check_finite, clean, save_adapter
+from alter.training.folder import clean
 from alter.training.loss import UnlearnTrainer
 from alter.training.preparation import Prepared
+from alter.training.saving import check_finite, save_adapter
 from alter.training.settings import Unlearn
 
 
