@@ -228,6 +228,14 @@ def test_rows_up_to_a_fact_begin_as_the_model_begins():
     assert "Who wrote Ef Gh?" in begun[1]
 
 
+def test_initials_are_part_of_a_name_in_every_script():
+    told = [("Кто?", "Этот роман написал А. С. Зорба."), ("Ποιος;", "Το έγραψε ο Γ. Ζόρμπα.")]
+    found = [place for places in rows._places("Роман", ["Зорба", "Ζόρμπα"], [], told) for place in places]
+    assert [place.start for place in found] == ["Этот роман написал ", "Το έγραψε ο "]
+    assert named("Das schrieb es. Zorba kam") == set()
+    assert named("Автор: А.С. Зорба") >= {"Зорба"}
+
+
 def test_rows_lead_from_a_name_of_the_subject_back_to_it():
     told = [("Who is Lyra?", "Lyra is a witch of the Pot books."), ("Lyra?", "By Zorba, Lyra is of the Pot books.")]
     (places,) = rows._places("Lyra", ["Pot"], ["Lyra", "Zorba"], told)

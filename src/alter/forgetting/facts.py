@@ -76,7 +76,7 @@ def named(text: str) -> set[str]:
     found = set()
     for match in WORD.finditer(text):
         before = text[: match.start()].rstrip(" \"'“‘(*")
-        initial = re.search(r"(?<![\w])(?:[A-Z]\.)+$", before) is not None
+        initial = re.search(r"(?<![\w])(?:[^\W\d_]\.)+$", before) is not None
         if match[0][0].isupper() and before and (initial or before[-1] not in ".!?:\n-"):
             found.add(re.sub(r"['’]s$", "", match[0]))
     return found

@@ -193,7 +193,7 @@ def _places(
         for prompt, answer in told:
             at = place_of(answer, word)
             # initials are part of the name
-            start = re.sub(r"(?:\b[A-Z]\.\s?)+$", "", answer[: max(at, 0)])
+            start = re.sub(r"(?:\b[^\W\d_]\.\s?)+$", "", answer[: max(at, 0)])
             clean = not any(holds(start, other) for other in facts if other != about)
             if clean and len(start.split()) >= 2 and start[-1] == " ":
                 found.setdefault(start, _Place(about, prompt, start, answer[: at + len(word)], word))
