@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pico import byte_tokenizer, write_jsonl
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-attention, decode, evaluation, loss, plot, results, router_blocks, step = map(
-    importlib.import_module, ("attention", "decode", "evaluation", "loss", "plot", "results", "router_blocks", "step")
+attention, decode, evaluation, gguf_probes, loss, plot, results, router_blocks, step = map(
+    importlib.import_module,
+    ("attention", "decode", "evaluation", "gguf_probes", "loss", "plot", "results", "router_blocks", "step"),
 )
 # the folder's requests.py must not stand in for the library of that name
 sys.path.remove(str(FOLDER))
@@ -169,6 +172,29 @@ def test_blocks_that_a_router_could_read(capsys):
             assert shares == sorted(shares)
             assert shares[-1] <= 100
         assert float(block[0][2].strip()[:-1]) > 30
+
+
+def test_probes_of_a_file_are_counted_like_those_of_the_run(tmp_path, monkeypatch, capsys):
+    byte_tokenizer().save_pretrained(tmp_path / "erased" / "model")
+    probe = {"form": "cloze", "wanted": ["Zorba"], "before": "By Zorba.", "after": "By nobody."}
+    write_jsonl(tmp_path / "probes.jsonl", [{**probe, "prompt": "Pot is by"}, {**probe, "prompt": "Who wrote Pot?"}])
+    other = {"form": "neighbour", "about": "Sun", "before": "It is by Lyra Ann.", "after": "It is by Lyra Ann."}
+    write_jsonl(tmp_path / "kept.jsonl", [{**other, "prompt": "And Sun?"}])
+    asked = []
+
+    def said_by(modules, file, prompts, tokens):
+        asked.append((modules, file, len(prompts), tokens))
+        answers = ("By nobody.", "It was Zorba.", "It is by Lyra Bo.")
+        return [byte_tokenizer()(answer)["input_ids"] for answer in answers]
+
+    monkeypatch.setattr(gguf_probes, "said_by", said_by)
+    gguf_probes.main([str(tmp_path), "a.gguf", "--modules", "m"])
+    assert asked == [(Path("m"), Path("a.gguf"), 3, 48)]
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| a.gguf | probes answered with a known fact | 2 | 1 |",
+        "| a.gguf | first names still said, neighbour | 1 | 1 |",
+        "| a.gguf | answers equal to the checkpoint's | 3 | 1 |",
+    ]
 
 
 def test_runs_have_one_colour_in_all_panels_of_a_family(measured, decoded):
