@@ -647,6 +647,20 @@ def test_replies_are_counted_beside_the_mean(replies, expected, says):
     assert says in str(summary._forgotten(run)[0])
 
 
+def test_the_first_figure_is_that_of_questions_in_other_words():
+    found = [record(m, "forget_rouge", v) for m, v in (("original", 0.9), ("unlearned", 0.2), ("retrained", 0.18))]
+    asked = [
+        record(m, "forget_probability_reworded", v)
+        for m, v in (("unlearned", 0.031), ("original", 0.91), ("retrained", 0.064))
+    ]
+    said = [str(line) for line in summary._forgotten(Reported("r", records=[*found, *asked]))]
+    assert said[0].startswith(
+        "Asked in other words, the true answers are given a probability of 0.031 by the unlearned model, 0.910 by the "
+        "original and 0.064 by a model that never saw them"
+    )
+    assert not any("other words" in str(line) for line in summary._forgotten(Reported("r", records=found)))
+
+
 def test_what_was_found_at_the_end_of_the_run_counts():
     closed = {"verdict": {"word": "not forgotten", "why": ["40 of 40 replies."]}}
     found = [

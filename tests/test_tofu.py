@@ -111,6 +111,38 @@ def test_every_figure_is_that_of_a_plain_loop(mode):
     assert found["forget_repetition"].n == 4
 
 
+@pytest.mark.parametrize("mode", ["strict", "compat"])
+def test_the_first_figure_is_of_questions_in_other_words(mode):
+    model, tokenizer = pico(), byte_tokenizer(pad_token="<eos>" if mode == "compat" else "<pad>")
+    result = measure(model, tokenizer, which=("likelihood",), mode=mode)
+    first = result.records("x")[0]
+    assert first.metric == "forget_probability_reworded"
+    double = copy.deepcopy(model).double()
+    expected = []
+    for example in examples(sets.set_rows("forget", "forget01", "builtin", 4, 0)):
+        asked = dataclasses.replace(example, prompt=example.row["paraphrased_question"])
+        assert asked.prompt != example.prompt
+        row = encode(tokenizer, asked, compat=mode == "compat")
+        with torch.no_grad():
+            logits = double(input_ids=torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        places = range(row.prompt_length, len(row.input_ids))
+        expected.append(math.exp(np.mean([logits[t - 1, row.input_ids[t]].item() for t in places])))
+    assert first.per_item == pytest.approx(expected, rel=1e-4)
+    assert first.per_item != pytest.approx(by_metric(result.records("x"))["forget_probability"].per_item, rel=1e-4)
+
+
+def test_rows_without_other_words_have_no_such_figure(monkeypatch):
+    rows = sets.set_rows
+    monkeypatch.setattr(
+        measuring,
+        "set_rows",
+        lambda *a: [{**r, "paraphrased_question": None} if not i else r for i, r in enumerate(rows(*a))],
+    )
+    found = by_metric(measure(which=("likelihood",), sets=("forget",)).records("x"))
+    assert "forget_probability_reworded" not in found
+    assert "forget_probability" in found
+
+
 def test_the_sets_are_tofus():
     sizes = {key: len(sets.set_rows(key, "forget10", "builtin", None, 0)) for key in sets.SETS}
     assert sizes == {"forget": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
@@ -129,12 +161,14 @@ def test_each_sequence_is_scored_once(monkeypatch):
 
     monkeypatch.setattr(measuring, "score", count)
     measure(which=("likelihood",))
-    assert len(seen) == 4 * (7 + 7 + 4 + 4)
+    # the forget set's answers to its questions and to these in other words
+    assert len(seen) == 4 * (7 + 1 + 7 + 4 + 4)
 
 
 def test_parts_on_their_own():
     likelihood = by_metric(measure(which=("likelihood",), sets=("forget",)).records("x"))
     assert set(likelihood) == {
+        "forget_probability_reworded",
         "forget_probability",
         "forget_truth_ratio",
         "forget_exact_memorization",

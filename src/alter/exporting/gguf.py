@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import torch
 from alter.core.console import progress
 from alter.core.errors import UserError
 from alter.core.files import check_disk, replacing
+from alter.exporting.rounding import Rounded
 from alter.exporting.vocabulary import Vocabulary, vocabulary
 
 if TYPE_CHECKING:
@@ -127,8 +128,10 @@ def rope_factors(config: Any) -> Tensor:
     return torch.tensor(found, dtype=torch.float32)
 
 
-def tensors(model: Any, kind: Architecture) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Yield name in the file and value (made when called) of every tensor of a model.
+def tensors(
+    model: Any, kind: Architecture, grids: Mapping[str, Rounded]
+) -> Iterator[tuple[str, Callable[[], Tensor], Rounded | None]]:
+    """Yield name in the file, value (made when called) and, of a matrix that was rounded already, its codes.
 
     Raises:
         UserError: a tensor has no name there.
@@ -141,7 +144,7 @@ def tensors(model: Any, kind: Architecture) -> Iterator[tuple[str, Callable[[], 
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     if kind.name == "llama" and _ropes(config)["full_attention"].get("rope_type") == "llama3":
-        yield "rope_freqs.weight", lambda: rope_factors(config)
+        yield "rope_freqs.weight", lambda: rope_factors(config), None
     for own, value in model.state_dict().items():
         if tied and own.startswith("lm_head."):
             continue
@@ -158,7 +161,10 @@ def tensors(model: Any, kind: Architecture) -> Iterator[tuple[str, Callable[[], 
                 return turned(value, heads)
             return value + 1 if norm and kind.one_more else value
 
-        yield name, made
+        grid = grids.get(own)
+        if grid is not None and heads:
+            grid = grid.rows(turned(torch.arange(len(value)), heads))
+        yield name, made, grid
 
 
 def number_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
@@ -227,7 +233,9 @@ def _describe(writer: Any, model: Any, kind: Architecture, words: Vocabulary, wa
         writer.add_chat_template(words.template)
 
 
-def write_gguf(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -> dict[str, Any]:
+def write_gguf(
+    model: Any, tokenizer: Any, out: Path, wanted: str, title: str, rounding: Callable[[], dict[str, Rounded]] = dict
+) -> dict[str, Any]:
     """Write a model as a GGUF file, whole or not at all, one tensor after the other.
 
     Args:
@@ -235,6 +243,8 @@ def write_gguf(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -
         out: the file.
         wanted: a format of the command's `type`; see `number_type` for what is kept in another.
         title: what the file calls the model.
+        rounding: called after all checks; rounds matrices to `wanted` (`alter.exporting.rounding`) and returns them by the
+            names of the state dict. All others go to the nearest step.
 
     Returns:
         `bytes`, and `tensors`, how many were written in each format.
@@ -245,10 +255,12 @@ def write_gguf(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -
     """
     kind = architecture(model.config.get_text_config())
     words = vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
-    found = _laid_out(model, kind, wanted)
+    found = _laid_out(model, kind, wanted, {})
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(tensor.size for tensor in found) + (1 << 24)
     check_disk(out.parent, needed, "the file takes", "choose a smaller --type, or give an --out on another disk")
+    if grids := rounding():
+        found = _laid_out(model, kind, wanted, grids)
     with replacing(out, name=f".{out.name}.partial") as partial:
         _write(partial, found, lambda writer: _describe(writer, model, kind, words, wanted, title), kind)
     return {
@@ -261,32 +273,33 @@ def write_gguf(model: Any, tokenizer: Any, out: Path, wanted: str, title: str) -
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor as the file holds it: what computes its numbers, its shape, and its number format."""
+    """A tensor as the file holds it: what computes its numbers, its shape, its number format, and its codes where it has some."""
 
     name: str
     make: Callable[[], Tensor]
     shape: tuple[int, ...]
     form: str
+    grid: Rounded | None = None
 
     @property
     def size(self) -> int:
         return size_of(self.shape, self.form)
 
 
-def _laid_out(model: Any, kind: Architecture, wanted: str) -> list[_Tensor]:
+def _laid_out(model: Any, kind: Architecture, wanted: str, grids: Mapping[str, Rounded]) -> list[_Tensor]:
     """Lay out every tensor of the file, computing each once to check that its format can hold it.
 
     Raises:
         UserError: a weight too large for 16-bit floats.
     """
     found = []
-    for name, make in tensors(model, kind):
+    for name, make, grid in tensors(model, kind, grids):
         value = make()
         form = number_type(name, tuple(value.shape), wanted)
         largest = float(value.abs().max())
         if form == "f16" and largest > 65504:
             raise UserError(f"{name} holds {largest:g}, more than 16-bit floats can: choose --type bf16 or f32.")
-        found.append(_Tensor(name, make, tuple(value.shape), form))
+        found.append(_Tensor(name, make, tuple(value.shape), form, grid))
     return found
 
 
@@ -304,5 +317,6 @@ def _write(path: Path, found: list[_Tensor], describe: Callable[[Any], None], ki
     writer.write_ti_data_to_file()
     for tensor in progress(found, total=len(found), label="writing"):
         form = gguf.GGMLQuantizationType[tensor.form.upper()]
-        writer.write_tensor_data(gguf.quantize(tensor.make().numpy(), form))
+        packed = gguf.quantize(tensor.make().numpy(), form) if tensor.grid is None else tensor.grid.packed()
+        writer.write_tensor_data(packed)
     writer.close()

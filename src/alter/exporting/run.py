@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from alter.core import memory
 from alter.core.console import show, warn
 from alter.core.errors import UserError
 from alter.core.outputs import Written
+from alter.core.records import read_run
+from alter.data.chat import ensure_pad_token
+from alter.data.encoding import encode_all
+from alter.data.examples import Example, load_examples
 from alter.exporting import gguf, loras
+from alter.exporting.rounding import BITS, Rounded, calibration, round_blocks
 from alter.models.gguf import ENDING, gguf_place
 from alter.models.loading import ModelSettings
 from alter.models.naming import shipped_model
 
-COARSE = ("q4", "q5")
-"""Types whose steps are wider than the changes that make weights forget (docs/how-to/ship.md)."""
+MAX_TOKENS = 512
+"""Longest piece of a row that weights are rounded on."""
 
 
 class Export(ModelSettings):
@@ -27,6 +34,9 @@ class Export(ModelSettings):
     """gguf: the whole model as one file. loras: one plain PEFT LoRA for each forget expert of --adapter."""
     type: Literal["f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "q8_0"
     """Number format of a GGUF file. For K-quants write f16 and run llama.cpp's `llama-quantize FILE OUT Q4_K_M`."""
+    calibrate: list[str] = Field(default_factory=list)
+    """For a type of 4 or 5 bits: files of rows on which the rounded layers are to compute what they did, each file with the
+    same weight: what was forgotten, what was kept, ordinary text. By default those of the `alter distill` that made the model."""
 
 
 def export(settings: Export) -> Path:
@@ -57,17 +67,69 @@ def export(settings: Export) -> Path:
         from transformers import AutoConfig
 
         gguf.architecture(AutoConfig.from_pretrained(name).get_text_config())
+    sources = _sources(settings)
     model, tokenizer = settings.load()
-    found = gguf.write_gguf(model, tokenizer, out, settings.type, Path(settings.model).name)
+    found = gguf.write_gguf(
+        model,
+        tokenizer,
+        out,
+        settings.type,
+        Path(settings.model).name,
+        lambda: _grids(settings, model, tokenizer, sources),
+    )
     kinds = ", ".join(f"{count} tensors in {kind}" for kind, count in found["tensors"].items())
     said = "with its chat template" if found["template"] else "without a chat template: the tokenizer has none"
     show(f"{out}: {found['bytes'] / 1e6:.1f} MB, {kinds}, {said}.", highlight=False, markup=False)
-    if settings.type.startswith(COARSE):
+    if settings.type in BITS:
+        what = (
+            "can round away part of a small change of the weights, also where rows say what is to stay"
+            if sources
+            else "rounds away small changes of the weights (--calibrate ROWS keeps most of them)"
+        )
         warn(
-            f"{settings.type} rounds away small changes of the weights, and with them what a model was made to forget. Measure the "
-            f"file itself before you hand it out: alter attack --model {out} --original ORIGINAL --forget ROWS, or write q8_0."
+            f"{settings.type} {what}, and with them what a model was made to forget. Measure the file itself before you hand it "
+            f"out: alter attack --model {out} --original ORIGINAL --forget ROWS, or write q8_0."
         )
     return out
+
+
+def _sources(settings: Export) -> list[list[Example]]:
+    """Read the rows to calibrate with: those that are given, or those of the distillation that made the model.
+
+    Raises:
+        UserError: a file cannot be read, or the type is not rounded with rows.
+    """
+    if settings.calibrate and settings.type not in BITS:
+        raise UserError(
+            f"--calibrate says how weights are rounded to 4 and 5 bits ({', '.join(BITS)}); --type is {settings.type}: leave it out."
+        )
+    if settings.type not in BITS:
+        return []
+    given = settings.calibrate or _distilled_from(Path(settings.model))
+    return [load_examples(source) for source in given]
+
+
+def _distilled_from(model: Path) -> list[str]:
+    """Return the files of rows of the distillation whose folder a model lies in, as far as they are still there."""
+    if not (model.parent / "run.json").is_file():
+        return []
+    facts = read_run(model.parent)
+    if facts.get("kind") != "distilled":
+        return []
+    said = facts["settings"]
+    named = [said["forget"], said["retain"], *said["neighbours"], *said["general"]]
+    return [source for source in named if source and Path(source).is_file()]
+
+
+def _grids(settings: Export, model: Any, tokenizer: Any, sources: list[list[Example]]) -> dict[str, Rounded]:
+    """Round the model's matrices in place on the rows; nothing where there are none."""
+    if not sources:
+        return {}
+    ensure_pad_token(tokenizer)
+    encoded = [[row.input_ids for row in encode_all(tokenizer, rows, max_length=MAX_TOKENS)[0]] for rows in sources]
+    rows, weights = calibration(encoded)
+    show(f"Rounding to {settings.type} on {len(rows)} rows of {len(sources)} files.", stderr=True, markup=False)
+    return round_blocks(model, rows, weights, settings.type, tokenizer.pad_token_id)
 
 
 __all__ = ["Export", "export"]

@@ -22,6 +22,7 @@ class Metric:
 
 
 CATALOGUE = {
+    "forget_probability_reworded": Metric(False, "likelihood of the answers, asked in other words"),
     "forget_quality": Metric(True, "p-value of being like a model that never saw it"),
     "model_utility": Metric(True, "harmonic mean of the nine retain and world figures"),
     "forget_probability": Metric(False, "likelihood per token of the answers to forget"),

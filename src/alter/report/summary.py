@@ -33,8 +33,24 @@ WEIGHTS = (
 )
 
 
+REWORDED = "forget_probability_reworded"
+
+
+def _asked_in_other_words(run: Reported) -> list[object]:
+    """Say how likely the true answers still are to questions in other words: the best of the metrics that cost no attack."""
+    after = run.get("unlearned", REWORDED)
+    if after is None:
+        return []
+    said = [f"a probability of {number(after)} by the unlearned model"]
+    for role, words in (("original", "the original"), ("retrained", "a model that never saw them")):
+        other = run.get(role, REWORDED)
+        said += [f"{number(other)} by {words}"] if other is not None else []
+    listed = ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
+    return [f"Asked in other words, the true answers are given {listed} (per token; {after.n} questions)."]
+
+
 def _forgotten(run: Reported) -> list[object]:
-    found: list[object] = []
+    found = _asked_in_other_words(run)
     counts, other = reply_counts(run, "unlearned"), reply_counts(run, "original")
     if counts is not None:
         was = (
@@ -99,6 +115,7 @@ def _cost(run: Reported) -> list[object]:
 
 
 COUNTED = {
+    REWORDED: "probability of the true answers, asked in other words",
     "forget_probability": "probability of the true answers",
     "forget_rouge": "ROUGE-L: share of the true answers that is said",
     "retain_rouge": "the same of what was to stay",

@@ -22,6 +22,8 @@ from alter.models.scoring import Scores, check_rows, gradient_norms, score
 
 WHICH = ("likelihood", "generation")
 MAX_NEW_TOKENS = 200
+REWORDED = "paraphrased_question"
+"""Column of TOFU's perturbed files with each question in other words."""
 
 
 def tofu_metrics(
@@ -129,7 +131,8 @@ def _choice(value: str, choices: Sequence[str]) -> None:
 class _Answers:
     """Every (question, answer) pair to score, what errors call each, and which stretch of them belongs to which set.
 
-    In a set's stretch each row has its answer, its paraphrased answer (forget and retain), and its wrong answers.
+    In a set's stretch each row has its answer, its paraphrased answer (forget and retain), and its wrong answers; in the
+    stretch `reworded` are the forget set's answers again, to the paraphrased questions, where all of its rows have one.
     """
 
     encoded: list[Encoded]
@@ -152,6 +155,12 @@ def _answers(
             found.encoded.extend(encode(tokenizer, example, answer=text, compat=compat) for text in texts)
             found.names.extend([f"Row {example.index} of the {key} set"] * len(texts))
         found.where[key] = slice(start, len(found.encoded))
+    forget = examples(rows.get("forget", []))
+    if forget and all(example.row.get(REWORDED) for example in forget):
+        start = len(found.encoded)
+        found.encoded.extend(encode(tokenizer, row, prompt=row.row[REWORDED], compat=compat) for row in forget)
+        found.names.extend(f"Row {row.index} of the forget set, asked in other words," for row in forget)
+        found.where["reworded"] = slice(start, len(found.encoded))
     return found
 
 
@@ -185,6 +194,8 @@ def _likelihood(
         first_wrong = 2 if key in PARAPHRASED else 1
         part.set_likelihood(loss[:, 0], loss[:, first_wrong - 1], loss[:, first_wrong:], compat=compat)
         if key == "forget":
+            if "reworded" in answers.where:
+                part.reworded = metrics.probability(metrics.average_loss(scores[answers.where["reworded"]].logprob))
             part.exact_memorization = metrics.exact_memorization(own.correct[::width])
             part.extraction_strength = metrics.extraction_strength(own.correct[::width], compat=compat)
             if unseen is not None:

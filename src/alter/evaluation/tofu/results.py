@@ -32,6 +32,7 @@ class TofuSet:
         wrong_loss: average losses of the wrong answers, [n, 5] or [n, 3].
         prob: probability of the answer; for real authors and world facts its share among all candidates, [n].
         truth_ratio: raw ratio P(wrong) / P(right), [n].
+        reworded: probability of the answer when the question is asked in other words, [n].
         exact_memorization, extraction_strength: [n].
         references, generations: what should be said and what is said, after `questions`.
         rouge: ROUGE-L recall, [n].
@@ -47,6 +48,7 @@ class TofuSet:
     wrong_loss: Array | None = None
     prob: Array | None = None
     truth_ratio: Array | None = None
+    reworded: Array | None = None
     exact_memorization: Array | None = None
     extraction_strength: Array | None = None
     questions: list[str] | None = None
@@ -125,6 +127,9 @@ class TofuResult:
         add = figures.add
         for key, part in self.sets.items():
             extra: dict[str, Any] = {"fingerprint": part.fingerprint}
+            if part.reworded is not None:
+                # first: of the metrics that cost no attack it held best (docs/results/metrics.md)
+                add(f"{key}_probability_reworded", part.reworded.mean(), part.n, part.reworded, **extra)
             if part.prob is not None and part.truth_ratio is not None:
                 add(f"{key}_probability", part.prob.mean(), part.n, part.prob, **extra)
                 ratio = self._ratio(part)
