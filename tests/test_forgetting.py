@@ -293,11 +293,20 @@ def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):
     assert [row["before"] for row in measured] == ["Grey.", *["Grey."] * 3, "It is round.", "Zorba did."]
 
 
-def test_a_name_is_part_of_the_subject_where_others_of_its_names_come_up():
-    says = Says(*(["Lyra by Zorba."] * 2 + ["A tool."] * 2) * 2)
-    own, others = rows._owned(says, ["Pot", "Zorba"], ["Lyra", "Ron"])
-    assert [name for name, _ in own] == ["Lyra"]
-    assert [name for name, _ in others] == ["Ron"]
+def test_a_name_is_part_of_the_subject_where_it_or_a_name_of_its_own_comes_up():
+    # Zorba's answers come back to Pot, Lyra's to Zorba, those of the country and of its language to each other alone
+    about = {
+        "Zorba": "Of Pot.",
+        "Lyra": "Lyra by Zorba.",
+        "Land": "They speak Landish.",
+        "Landish": "Of Land.",
+        "Ron": "A tool.",
+    }
+    says = Says(*[answer for answer in about.values() for _ in templates.NAMED] * 2)
+    own, others = rows._owned(says, "Pot", ["Pot", *about], list(about))
+    assert [name for name, _ in own] == ["Zorba", "Lyra"]
+    assert [name for name, _ in others] == ["Land", "Landish", "Ron"]
+    assert {answer for _, told in own for _, answer in told} == {"Of Pot.", "Lyra by Zorba."}
 
 
 def test_an_answer_goes_on_where_it_was_begun(tmp_path):

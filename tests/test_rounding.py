@@ -93,7 +93,10 @@ def test_outputs_change_less_than_by_the_nearest_steps(form):
     nearest = gguf.dequantize(
         gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType[form.upper()]), gguf.GGMLQuantizationType[form.upper()]
     )
-    apart = [float(((v.double() - weight.double()) @ inputs.T).norm()) for v in (rounded(weight, moments, form).values(), torch.tensor(nearest))]
+    apart = [
+        float(((v.double() - weight.double()) @ inputs.T).norm())
+        for v in (rounded(weight, moments, form).values(), torch.tensor(nearest))
+    ]
     assert apart[0] < 0.5 * apart[1]
 
 
@@ -147,7 +150,9 @@ def test_blocks_are_rounded_one_after_the_other():
     for k, block in enumerate(two.model.layers):
         seen = {}
         hooks = [
-            layer.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0][0]))
+            layer.register_forward_pre_hook(
+                lambda _, args, name=name, seen=seen: seen.setdefault(name, []).append(args[0][0])
+            )
             for name, layer in block.named_modules()
             if isinstance(layer, torch.nn.Linear)
         ]

@@ -24,7 +24,7 @@ from alter.forgetting.templates import (
 )
 
 OWNED = 0.5
-"""Share of the answers about a name that must mention the subject or its other names, for the name to be forgotten as well."""
+"""Share of the answers about a name that must mention the subject or a name of its own, for the name to be forgotten as well."""
 FACT_ROWS = 4
 """Rows that lead up to each fact, at most."""
 FACT_TOKENS = 24
@@ -80,7 +80,7 @@ def build(
     # names that no invented subject brings up: an answer with one of them is about the subject, whatever was asked
     outside = [subject, *(fact.word for fact in names if not fact.invented)]
     # a name whose answers come back to the subject is part of it; of another what is said beside the subject is kept
-    belongs, others = _owned(speaker, outside, [fact.word for fact in names[:8]])
+    belongs, others = _owned(speaker, subject, outside, [fact.word for fact in names[:8]])
     forget, twins = _answers(subject, asked, invented, own, _substitutes(subject, turns, zero, facts))
     beside = [(name, [pair for pair in told if holds(pair[1], subject)]) for name, told in others]
     forget += _about_names(speaker, [*belongs, *beside], facts)
@@ -234,19 +234,25 @@ def _fact_rows(
 
 
 def _owned(
-    speaker: Speaker, outside: Sequence[str], names: list[str]
+    speaker: Speaker, subject: str, outside: Sequence[str], names: list[str]
 ) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[tuple[str, list[tuple[str, str]]]]]:
-    """Split names by whether what is said about them comes back to the subject or its names."""
+    """Split names by whether what is said about them comes back to the subject, or to a name that comes back to it itself.
+
+    To any name of its answers would be too much: a city's country and the country's language come back to each other, and
+    would be forgotten with the city. `outside` are the names that no invented subject brings up.
+    """
     prompts = [question.format(f=name) for name in names for question in NAMED]
     drawn = speaker.say("about its names", prompts * 2, sample=True) if names else []
-    own: list[tuple[str, list[tuple[str, str]]]] = []
-    others: list[tuple[str, list[tuple[str, str]]]] = []
-    for i, name in enumerate(names):
-        pairs = [
-            (prompts[k % len(prompts)], drawn[k]) for k in range(len(drawn)) if k % len(prompts) // len(NAMED) == i
-        ]
-        (own if sum(_back(pairs, name, outside)) >= OWNED * len(pairs) else others).append((name, pairs))
-    return own, others
+    told = {
+        name: [(prompts[k % len(prompts)], drawn[k]) for k in range(len(drawn)) if k % len(prompts) // len(NAMED) == i]
+        for i, name in enumerate(names)
+    }
+
+    def back_to(words: Sequence[str]) -> list[str]:
+        return [name for name, pairs in told.items() if sum(_back(pairs, name, words)) >= OWNED * len(pairs)]
+
+    own = back_to([subject, *(name for name in back_to([subject]) if name in outside)])
+    return [(name, told[name]) for name in own], [(name, told[name]) for name in names if name not in own]
 
 
 def _about_names(
