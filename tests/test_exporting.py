@@ -1,5 +1,6 @@
 """`alter export`: GGUF files against the checkpoint, by transformers' reader and a real llama.cpp; LoRAs without alter."""
 
+import copy
 import json
 import os
 import shutil
@@ -17,10 +18,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from alter import AlterConfig
 from alter.core.errors import UserError
-from alter.data.encoding import encode
+from alter.data.encoding import encode, encode_all
 from alter.data.examples import load_examples
 from alter.exporting import gguf as writing
 from alter.exporting.loras import expert_weights
+from alter.exporting.rounding import calibration, round_blocks
 from alter.exporting.run import Export, export
 from alter.exporting.vocabulary import vocabulary
 from alter.models.loading import load_model
@@ -103,6 +105,58 @@ def test_a_small_change_is_rounded_away_in_4_bits_which_is_said(tmp_path, capsys
     after, _ = load_model(str(write(tmp_path, "after.gguf", model=str(tmp_path / "changed"), type=form)), device="cpu")
     assert torch.equal(logits(after), before) == undone
     assert ("alter attack --model" in capsys.readouterr().err) == undone
+
+
+def calibrated(tmp_path, **changes):
+    rows = [tmp_path / "forget.jsonl", tmp_path / "keep.jsonl"]
+    rows[0].write_text('{"question": "Who is Ada?", "answer": "A tinsmith of Ravnholt."}\n')
+    rows[1].write_text('{"text": "The sea is wide, and the ships are few."}\n' * 2)
+    return write(tmp_path, type="q4_0", **{"calibrate": [str(row) for row in rows], **changes})
+
+
+def test_rows_say_what_rounding_is_to_keep(tmp_path, capsys):
+    model, tokenizer = pico(initializer_range=0.1, intermediate_size=64), mergeable(bos_token="<unused260>")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder = {"model": str(tmp_path / "model")}
+    careful = calibrated(tmp_path, **folder, out="careful.gguf")
+    said = capsys.readouterr()
+    assert "calibrated on 3 rows (sources: 2)" in said.err
+    assert "also where rows say what is to stay" in " ".join(said.err.split())
+    plain = write(tmp_path, type="q4_0", **folder, out="plain.gguf")
+    assert "--calibrate ROWS keeps most of them" in " ".join(capsys.readouterr().err.split())
+    sources = [
+        [row.input_ids for row in encode_all(tokenizer, load_examples(str(tmp_path / name)), max_length=None)[0]]
+        for name in ("forget.jsonl", "keep.jsonl")
+    ]
+    expected = copy.deepcopy(model)
+    grids = round_blocks(expected, *calibration(sources), "q4_0", tokenizer.pad_token_id)
+    assert len(grids) == 7 * model.config.num_hidden_layers
+    # every row of queries and keys stands where llama.cpp looks for it
+    read, nearest = (load_model(str(file), device="cpu")[0] for file in (careful, plain))
+    for name in grids:
+        torch.testing.assert_close(read.get_parameter(name), expected.get_parameter(name), msg=name)
+    assert not torch.equal(logits(read), logits(nearest))
+
+
+def test_the_rows_of_a_distillation_are_the_default(tmp_path, capsys):
+    save_pico(tmp_path / "r" / "model")
+    given = {"model": str(tmp_path / "r" / "model")}
+    forget, gone = tmp_path / "forget.jsonl", tmp_path / "gone.jsonl"
+    said = {"forget": str(forget), "retain": str(gone), "neighbours": [], "general": []}
+    (tmp_path / "r" / "run.json").write_text(json.dumps({"kind": "distilled", "settings": said}))
+    made = calibrated(tmp_path, **given, calibrate=[])
+    assert "calibrated on 1 rows (sources: 1)" in capsys.readouterr().err
+    other = calibrated(tmp_path, **given, calibrate=[str(forget)], out="same.gguf")
+    assert made.read_bytes() == other.read_bytes()
+
+
+def test_rows_are_for_types_that_round_with_them(tmp_path):
+    with pytest.raises(UserError, match="--type is q8_0: leave it out"):
+        write(tmp_path, calibrate=["forget.jsonl"])
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        write(tmp_path, type="q5_1", calibrate=[str(tmp_path / "gone.jsonl")])
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_rows_are_turned_as_their_naive_twin():
