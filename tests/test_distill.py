@@ -359,6 +359,38 @@ def test_the_students_own_words_can_be_kept(data, run, tmp_path):
     assert log.get("general", 0.0) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_what_is_kept_is_protected(data, run, tmp_path, form):
+    common = {"max_steps": 20, "learning_rate": 1e-2, "schedule": "constant", "form": form}
+    means = []
+    for leeway in (None, 0.2):
+        out = distill(settings(data, run, tmp_path / f"{leeway}", leeway=leeway, **common))
+        log = [entry for entry in json.loads((out / "run.json").read_text())["log"] if "loss" in entry]
+        halves = [
+            [entry[kind] for entry in part if kind in entry]
+            for kind in ("keep", "forget")
+            for part in (log[:10], log[10:])
+        ]
+        means.append([sum(values) / len(values) for values in halves])
+    assert means[1][1] < 0.5 * means[0][1]
+    # and yet it learns what the teacher says of the forgotten
+    assert means[1][3] < means[1][2]
+    if form == "full":
+        made = load_file(out / "model" / "model.safetensors")
+        for name, value in load_file(data / "model" / "model.safetensors").items():
+            assert torch.equal(made[name], value) == ("_proj" not in name), name
+
+
+def test_a_protected_run_resumes_to_the_same_weights(data, run, tmp_path):
+    common = {"max_steps": 5, "checkpoint_steps": 2, "leeway": 0.1}
+    straight = distill(settings(data, run, tmp_path / "a", **common))
+    with pytest.raises(_Killed):
+        distill(settings(data, run, tmp_path / "b", **common), [_Kill()])
+    resumed = distill(settings(data, run, tmp_path / "b", resume=True, **common))
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (straight, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_an_attacker_makes_another_student(data, run, tmp_path):
     plain = distill(settings(data, run, tmp_path / "a", max_steps=3))
     hard = distill(settings(data, run, tmp_path / "b", max_steps=3, attacker={"rate": 5e-3, "rows": 2}))

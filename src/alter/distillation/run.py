@@ -18,6 +18,7 @@ import psutil
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import TrainerCallback
 
 from alter.core.cache import cache_folder
@@ -29,6 +30,7 @@ from alter.data.examples import Example, data_hash, row_hash
 from alter.distillation.checks import check_out, check_pair, check_room, check_teacher
 from alter.distillation.closing import measure_distilled
 from alter.distillation.noise import add_noise
+from alter.distillation.protection import Protection, blocks_linears, measured_shares
 from alter.distillation.rows import KINDS, Lesson, check_lengths, lesson, read_sets, sample_text
 from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
@@ -147,8 +149,9 @@ def _train(
     taught = lesson(tokenizer, found, settings, limit)
     teachers, kept = _teachers(settings, taught, (teacher, tokenizer), models["student"])
     prepared = time.time()
+    shares = _shares(settings, student, taught, tokenizer.pad_token_id)
     model = _learner(settings, student)
-    heard = [*callbacks, *trackers(settings.report_to, out)]
+    heard = [*callbacks, *([Protection(model, shares)] if shares else []), *trackers(settings.report_to, out)]
     trainer = train_student(settings, out, model, taught, teachers, tokenizer.pad_token_id, heard, checkpoint)
     trained = time.time()
     _save(settings, out, model, tokenizer)
@@ -249,6 +252,14 @@ def _teachers(
     if not kept:
         warn("The teacher's states do not fit into memory: the teacher runs at every step.")
     return (first, second), kept
+
+
+def _shares(settings: Distill, student: Any, taught: Lesson, pad_token_id: int) -> dict[str, Tensor]:
+    """Return which share of a step each layer may take (`alter.distillation.protection`); nothing without `leeway`."""
+    if settings.leeway is None:
+        return {}
+    rows = [taught.teacher[i] for i in sorted({row.source for row in taught.rows if row.kind})]
+    return measured_shares(student, blocks_linears(student), rows, settings.leeway, pad_token_id)
 
 
 def _learner(settings: Distill, student: Any) -> Any:

@@ -86,6 +86,9 @@ class Distill(BaseModel):
     """Share of the loss of each kind of rows."""
     attacker: Attacker = Field(default_factory=Attacker)
     """A simulated relearning attacker that the forgotten must withstand during training."""
+    leeway: float | None = Field(None, gt=0)
+    """Steps keep out of what kept rows and general text use: how large a direction of a layer's inputs may be there, beside the
+    median one, for half of a step to be left in it. Smaller keeps more and forgets slower. Only matrices of blocks then train."""
     keep: Literal["teacher", "student"] = "student"
     """Whose distributions are the targets on kept rows and general text: the student's before any change, or the teacher's,
     which cost a router's two passes over every row and hold its mistakes."""
@@ -150,6 +153,10 @@ class Distill(BaseModel):
             raise ValueError("give run (the folder of an unlearning run), or model, forget and retain")
         if self.form == "lora" and self.noise.alpha:
             raise ValueError("noise.alpha damages all weights, which a LoRA leaves as they are: give --form full")
+        if self.leeway is not None and self.noise.alpha:
+            raise ValueError(
+                "leeway keeps weights from what kept text uses, which has to be mended after noise.alpha: give one"
+            )
         return self
 
     @property

@@ -7,8 +7,7 @@ together (GPTQ: Frantar et al. 2023, arXiv:2210.17323), on the grids of llama.cp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from alter.core.console import progress
 from alter.data.batching import Collator, batches_by_length
+from alter.models.moments import InputMoments
 from alter.models.scoring import evaluating
 
 BLOCK = 32
@@ -164,12 +164,12 @@ def round_blocks(
                 for own, layer in block.named_modules()
                 if isinstance(layer, nn.Linear) and layer.weight.shape[1] % BLOCK == 0
             }
-            with _moments(layers) as (counted, moments):
-                for (_, share), call, state in zip(batches, calls, states, strict=True):
-                    counted[0] = share.to(device)
+            moments = InputMoments(layers)
+            for (_, share), call, state in zip(batches, calls, states, strict=True):
+                with moments.listening(share):
                     block(state, **call[1][k])
             for own, layer in layers.items():
-                found[own] = rounded(layer.weight.cpu(), moments[own], form)
+                found[own] = rounded(layer.weight.cpu(), moments.sums[own].cpu(), form)
                 layer.weight.copy_(found[own].values())
             states = [_hidden(block(state, **call[1][k])) for call, state in zip(calls, states, strict=True)]
     return found
@@ -208,30 +208,6 @@ def _calls(
         for handle in handles:
             handle.remove()
     return first[0], others
-
-
-@contextmanager
-def _moments(layers: dict[str, nn.Linear]) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
-    """Yield a place for the tokens' weights [B, T] and the layers' sums of weighted x x^T, which grow with every pass."""
-    counted = [torch.empty(0)]
-    found = {
-        name: torch.zeros(layer.weight.shape[1], layer.weight.shape[1], dtype=torch.float64)
-        for name, layer in layers.items()
-    }
-
-    def hook(name: str) -> Any:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            read = args[0].flatten(0, -2).float()
-            found[name] += (read.T @ (counted[0].reshape(-1, 1) * read)).double().cpu()
-
-        return add
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield counted, found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 __all__ = ["BITS", "Rounded", "calibration", "round_blocks", "rounded"]

@@ -128,7 +128,11 @@ def _grids(settings: Export, model: Any, tokenizer: Any, sources: list[list[Exam
     ensure_pad_token(tokenizer)
     encoded = [[row.input_ids for row in encode_all(tokenizer, rows, max_length=MAX_TOKENS)[0]] for rows in sources]
     rows, weights = calibration(encoded)
-    show(f"Rounding to {settings.type}, calibrated on {len(rows)} rows (sources: {len(sources)}).", stderr=True, markup=False)
+    show(
+        f"Rounding to {settings.type}, calibrated on {len(rows)} rows (sources: {len(sources)}).",
+        stderr=True,
+        markup=False,
+    )
     return round_blocks(model, rows, weights, settings.type, tokenizer.pad_token_id)
 
 

@@ -20,6 +20,7 @@ from alter.logits.head import Part, head_on, measuring
 from alter.methods.frozen import labelled
 from alter.methods.initializers import Factors, covariance, variance
 from alter.methods.objectives import Emitted
+from alter.models.moments import InputMoments
 
 
 @contextmanager
@@ -165,32 +166,13 @@ def input_covariances(
 ) -> dict[str, Tensor]:
     """Compute the mean outer product [in, in] of each layer's inputs over the rows' real tokens; float64."""
     device = next(model.parameters()).device
-    total = {
-        name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=device)
-        for name, layer in layers.items()
-    }
-    real: list[Tensor] = []
-
-    def hook(name: str) -> Any:
-        def add(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            states = inputs[0][real[-1]].double()
-            total[name] += states.t() @ states
-
-        return add
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    tokens = 0
-    try:
-        source = _batches(rows, batch, pad_token_id, device, range(len(rows)))
-        for inputs in progress(source, total=-(-len(rows) // batch), label=label):
-            real.append(inputs["attention_mask"].bool())
-            tokens += int(real[-1].sum())
-            with head_on(model, torch.zeros_like(inputs["labels"], dtype=torch.bool)):
-                model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: value / tokens for name, value in total.items()}
+    found = InputMoments(layers)
+    source = _batches(rows, batch, pad_token_id, device, range(len(rows)))
+    for inputs in progress(source, total=-(-len(rows) // batch), label=label):
+        nowhere = torch.zeros_like(inputs["labels"], dtype=torch.bool)
+        with found.listening(inputs["attention_mask"]), head_on(model, nowhere):
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    return {name: value / found.total for name, value in found.sums.items()}
 
 
 def elicited_gradients(
