@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from alter.core.console import progress
 from alter.data.batching import Collator, batches_by_length
 from alter.models.moments import InputMoments
 from alter.models.scoring import evaluating
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 BLOCK = 32
 """Neighbouring weights of a row that share a scale, in all of these formats."""
@@ -162,7 +164,7 @@ def round_blocks(
             layers = {
                 f"{name}.{own}.weight": layer
                 for own, layer in block.named_modules()
-                if isinstance(layer, nn.Linear) and layer.weight.shape[1] % BLOCK == 0
+                if isinstance(layer, torch.nn.Linear) and layer.weight.shape[1] % BLOCK == 0
             }
             moments = InputMoments(layers)
             for (_, share), call, state in zip(batches, calls, states, strict=True):
