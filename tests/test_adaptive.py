@@ -202,7 +202,7 @@ def test_the_search_keeps_to_its_budget_and_never_ends_below_the_plain_question(
 def test_slots_are_tokens_that_nobody_uses():
     item = base.Item(0, [9, 8, 3], 2, "x")
     assert searching.unused([item], 12, [11], 3) == [10, 7, 6]
-    with pytest.raises(UserError, match="--soft-tokens is 9, but only 8"):
+    with pytest.raises(UserError, match="`soft_tokens` is 9, but only 8"):
         searching.unused([item], 12, [11], 9)
     assert searching.with_slots(item, [5, 6]) == base.Item(0, [9, 8, 5, 6, 3], 4, "x")
 

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 import alter
+from alter.cli import main
 from alter.exporting.run import Export, export
 from alter.training.settings import Unlearn
 from pico import byte_tokenizer, pico, save_pico
@@ -77,16 +78,65 @@ def test_a_model_in_memory_is_left_as_it_is(named, tmp_path):
     ("keywords", "says"),
     [
         ({"epoch": 3}, "Unlearn has no setting 'epoch'. Did you mean 'epochs'"),
-        ({"epochs": -1}, "epochs: Input should be greater than 0"),
+        ({"epochs": -1}, "`epochs`: Input should be greater than 0"),
         ({"forget": []}, "The rows are empty"),
         ({"method": "ntpo"}, "npo"),
-        ({"settings": {"epochs": 1}}, "settings is of dict; expected Unlearn"),
+        ({"settings": {"epochs": 1}}, "`settings` is of dict; expected Unlearn"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_made(named, tmp_path, keywords, says):
     with pytest.raises(alter.UserError, match=says):
         alter.unlearn(named, **{"forget": FORGET, "retain": RETAIN, "out": tmp_path / "r", **keywords})
     assert not (tmp_path / "r").exists()
+
+
+def refused(kind, how, keywords, tmp_path, capsys):
+    """What Python says of a mistake, and what the command line says of the same one."""
+    given = {"model": "m", "forget": "builtin:forget10", "retain": "builtin:retain90", **keywords}
+    out = tmp_path / "r"
+    with pytest.raises(alter.UserError) as error:
+        how(**given, out=out)
+    args = [arg for name, value in given.items() for arg in flags(name, value)]
+    assert main([kind, *args, "--out", str(out)]) == 2
+    return str(error.value), capsys.readouterr().err.strip().removeprefix("alter: ")
+
+
+def flags(name, value):
+    if isinstance(value, dict):
+        return [arg for inner, each in value.items() for arg in flags(f"{name}.{inner}", each)]
+    name = name.replace("_", "-")
+    return [f"--{name}"] if value is True else [f"--{name}", str(value)]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "python", "typed"),
+    [
+        ({"max_steps": 0}, "`max_steps`: Input", "--max-steps: Input"),
+        ({"adapter": {"kind": "lora", "r": 0}}, "`adapter.r`: Input", "--adapter.r: Input"),
+        (
+            {"retain_after": 5.0, "epochs": 3},
+            "give a larger `epochs` or a smaller `retain_after`",
+            "give a larger --epochs or a smaller --retain-after",
+        ),
+        (
+            {"adapter": {"kind": "lora"}, "objective": {"kind": "stopped_hinge", "only_low": True}},
+            "`adapter.kind` alter, not lora: give `objective.only_low=False`",
+            "--adapter.kind alter, not lora: give --objective.no-only-low",
+        ),
+        ({"resume": True}, "Leave `resume` out", "Leave --resume out"),
+        (
+            {"watch": {"calibrate": "affine", "every_steps": 1}},
+            "give `watch.holdout` as well",
+            "give --watch.holdout as well",
+        ),
+    ],
+)
+def test_python_is_told_the_setting_and_the_command_line_its_flag(keywords, python, typed, tmp_path, capsys):
+    said = refused("unlearn", alter.unlearn, keywords, tmp_path, capsys)
+    assert python in said[0]
+    assert "--" not in said[0]
+    assert typed in said[1]
+    assert "`" not in said[1]
 
 
 def test_a_model_in_memory_needs_its_tokenizer_and_a_benchmark_its_name(named, tmp_path):
@@ -110,6 +160,7 @@ def test_evaluate_returns_records_and_prints_nothing(tmp_path, capfd, monkeypatc
 QUIET = """
 import sys
 import alter
+from alter.cli import main
 model, out = sys.argv[1:]
 rows = [{"question": f"Who is {n}?", "answer": f"{n} writes of the sea."} for n in ("Ada", "Bo", "Cy", "Di")]
 kept = [{"question": f"What is {n}?", "answer": f"{n} is a tree."} for n in ("oak", "elm", "ash", "fir")]

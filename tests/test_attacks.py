@@ -169,7 +169,7 @@ def test_measured_rows_are_never_the_attackers():
     assert base.split_rows(40, 10, 5, 1) != base.split_rows(40, 10, 5, 2)
     assert sorted(base.split_rows(12, 100, 0, 1)[0]) == list(range(12))
     with pytest.raises(
-        UserError, match=r"relearn.rows is 20, and the forget set has 20 rows.*relearn.rows 10, and 19"
+        UserError, match=r"`relearn.rows` is 20, and the forget set has 20 rows.*`relearn.rows` 10, and 19"
     ):
         base.split_rows(20, 10, 20, 0)
 
@@ -186,7 +186,7 @@ def test_only_attacks_that_take_rows_are_refused_for_few_of_them():
     assert names == rest
     assert takes < set(reasons)
     for name in takes:
-        with pytest.raises(UserError, match=r"relearn.rows is 20, and the forget set has 14 rows.*relearn.rows 7"):
+        with pytest.raises(UserError, match=r"`relearn.rows` is 20, and the forget set has 14 rows.*`relearn.rows` 7"):
             of(name, "prefill")
     with pytest.raises(UserError, match="has 1 row; give 2 or more"):
         of("relearn", total=1)
@@ -772,7 +772,7 @@ def test_no_fraction_without_its_parts():
     assert "alter finetune" in no_zero.extra["refused"]
     assert no_zero.extra["after"] == 0.5
     (no_original,) = recovered_fractions([*PLAINS[1:], after, fake("retrained", "sample", 0.3)], "sample")
-    assert "--original" in no_original.extra["refused"]
+    assert "`original`" in no_original.extra["refused"]
     alike = [fake("original", "none", 0.31), *PLAINS[1:], after, fake("retrained", "sample", 0.3)]
     (refused,) = recovered_fractions(alike, "sample")
     assert refused.value is None
@@ -784,9 +784,9 @@ def test_an_attack_that_learned_nothing_is_no_evidence():
         record = fake("unlearned", "relearn_lora", 0.2, step=4, losses=losses)
         return untrained([record])
 
-    assert "--relearn.lora-learning-rate" in notes([3.0, 2.9, 2.9, 2.8])[0]
+    assert "`relearn.lora_learning_rate`" in notes([3.0, 2.9, 2.9, 2.8])[0]
     searched = fake("unlearned", "soft_prompt", 0.2, losses=[3.0, 2.9, 2.9, 2.8])
-    assert untrained([searched])[0].endswith("raise --budget.")
+    assert untrained([searched])[0].endswith("raise `budget`.")
     assert notes([3.0, 2.0, 1.0, 0.5]) == []
     assert "nothing to learn" in notes([0.05, 0.01, 0.0, 0.0])[0]
 

@@ -254,7 +254,7 @@ def test_a_count_that_is_refused_says_the_nearest_that_is_not(run, place):
     for option, value, near in (("batch_size", 10**9, 4096), ("adapter.r", 10**9, 10_000), ("max_steps", 0, 1)):
         status, said = run(arguments("unlearn", option, str(value), Unlearn.model_fields[option.partition(".")[0]]))
         assert status == 2
-        assert said.startswith(f"alter: {option}: ")
+        assert said.startswith(f"alter: --{option.replace('_', '-')}: ")
         assert f"(got {value}). Give {near} or " in said
         assert said.count("\n") == 1
         assert not (place / "new").exists()
@@ -373,7 +373,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(run, place, n
     for value in wrong if ALL or at == 0 else [wrong[at % len(wrong)]]:
         status, said = run(arguments(name, option, value, info))
         assert status == 2, (value, said)
-        assert f"alter: {option.removesuffix('_path')} is " in said
+        assert f"alter: --{flags.flag_of(option)} is " in said
         assert seen() == there
 
 
@@ -384,7 +384,7 @@ def test_places_that_can_be_written(tmp_path):
         check_place(str(tmp_path / path), "out", folder)
     check_place(os.devnull, "json")
     for path, folder in (("there", False), ("file", True), ("file/x", None)):
-        with pytest.raises(UserError, match=r"^out is "):
+        with pytest.raises(UserError, match=r"^`out` is "):
             check_place(str(tmp_path / path), "out", folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "there"]
 
@@ -457,9 +457,9 @@ def test_whatever_is_read_is_taken_or_refused_in_one_line(run, place, name, opti
         ("unlearn", "--device=meta", "No device 'meta'"),
         ("unlearn", "--device=cpu:9", "the last one here is cpu:0"),
         *([] if torch.backends.mps.is_available() else [("generate", "--device=mps", "there is no MPS here")]),
-        ("guard", "--guard.dims=33", "guard.dims is 33, but an embedding of model has 32 dimensions"),
+        ("guard", "--guard.dims=33", "--guard.dims is 33, but an embedding of model has 32 dimensions"),
         ("attack", "--retrained=missing", "No retrained model at missing"),
-        ("meta-evaluate", "--rates=nan", "rates is nan"),
+        ("meta-evaluate", "--rates=nan", "--rates is nan"),
         ("compare", "--data=missing", "No folder of TOFU files at 'missing'"),
     ],
 )

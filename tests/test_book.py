@@ -406,7 +406,7 @@ def test_what_is_no_book_is_refused_before_the_model_is_looked_at(books, capsys)
     assert "are the same text" in refused(capsys, *none, *alice, "--holdout", books / "alice.txt")
     assert "are the same text" in refused(capsys, *none, *alice, "--retain", books / "pan.txt", books / "pan.txt")
     assert "No result file" in refused(capsys, *none, *alice, "--retain-records", books / "none.json")
-    assert "prefix_tokens" in refused(capsys, *none, *alice, "--prefix-tokens", "0")
+    assert "--prefix-tokens: " in refused(capsys, *none, *alice, "--prefix-tokens", "0")
 
 
 def test_passages_that_do_not_fit_are_refused(books, tmp_path, capsys):

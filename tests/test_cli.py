@@ -20,18 +20,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from alter import cli
-from alter.commands import COMMANDS, COMMON
+from alter.commands import COMMANDS, COMMON, Command
 from alter.comparison import executors, forks
 from alter.comparison.plan import Compare, run_of
 from alter.completion import options
 from alter.core import console
 from alter.core.errors import UserError
 from alter.core.files import write_atomic
+from alter.core.flags import members_of, with_flags
 from alter.core.recipes import read_recipe
 from alter.core.records import Record, read_records, write_records
 from alter.core.validation import validated
 from alter.demo import RECIPE, Demo, free_folder
 from alter.evaluation.book import BookEvaluation
+from alter.forgetting.settings import Forget
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.rendering.terminal import table
 from alter.training.finetune import Finetune
@@ -68,7 +70,7 @@ def test_flags_override_a_recipe_and_the_dump_reads_back(tmp_path):
         ("modle: m", REQUIRED, "Did you mean 'model'"),
         ("adapter: {rr: 3}", REQUIRED, "'rr'"),
         ("objective: {kind: hinge}", REQUIRED, "inverted_hinge, stopped_hinge"),
-        ("adapter: 3", REQUIRED, "adapter is 3"),
+        ("adapter: 3", REQUIRED, "`adapter` is 3"),
         ("[1, 2]", REQUIRED, "holds list"),
         ("a: [", REQUIRED, "not YAML"),
         ("model: m\nmodel: n", REQUIRED, "line 2 gives 'model' a second time"),
@@ -88,17 +90,17 @@ def test_flags_override_a_recipe_and_the_dump_reads_back(tmp_path):
             REQUIRED,
             "over 100000",
         ),
-        ("epochs: .inf", REQUIRED, "epochs is inf; expected a finite number"),
-        ("gamma: .nan", REQUIRED, "gamma is nan"),
-        ("adapter: {alter_alpha: -.inf}", REQUIRED, "adapter.alter_alpha is -inf"),
-        (f"seed: {2**64}", REQUIRED, "seed is 18446744073709551616; expected at most 1e+10"),
-        ("method: [1]", REQUIRED, "method is [1]"),
-        ("objective: {kind: [1]}", REQUIRED, "objective.kind is '[1]'"),
-        ("objective: {kind: {a: b}}", REQUIRED, "objective.kind is"),
-        ("adapter: {r: 0}", REQUIRED, "adapter.r: Input should be greater than or equal to 1 (got 0)"),
+        ("epochs: .inf", REQUIRED, "`epochs` is inf; expected a finite number"),
+        ("gamma: .nan", REQUIRED, "`gamma` is nan"),
+        ("adapter: {alter_alpha: -.inf}", REQUIRED, "`adapter.alter_alpha` is -inf"),
+        (f"seed: {2**64}", REQUIRED, "`seed` is 18446744073709551616; expected at most 1e+10"),
+        ("method: [1]", REQUIRED, "`method` is [1]"),
+        ("objective: {kind: [1]}", REQUIRED, "`objective.kind` is '[1]'"),
+        ("objective: {kind: {a: b}}", REQUIRED, "`objective.kind` is"),
+        ("adapter: {r: 0}", REQUIRED, "`adapter.r`: Input should be greater than or equal to 1 (got 0)"),
         ("objective: {kind: stopped_hinge, margin: 7}", REQUIRED, "objective.margin"),
-        ("adapter: {target_modules: '('}", REQUIRED, "adapter.target_modules: '(' is no regular expression"),
-        ("adapter: {target_modules: ['[']}", REQUIRED, "adapter.target_modules: '[' is no regular expression"),
+        ("adapter: {target_modules: '('}", REQUIRED, "`adapter.target_modules`: '(' is no regular expression"),
+        ("adapter: {target_modules: ['[']}", REQUIRED, "`adapter.target_modules`: '[' is no regular expression"),
     ],
 )
 def test_recipe_mistakes_name_the_setting(tmp_path, content, args, says):
@@ -400,6 +402,56 @@ def test_tables_show_names_as_they_are(capsys):
     assert "title [/] \\x1b" in printed
 
 
+def test_settings_that_a_message_names_become_flags():
+    assert with_flags("`max_steps` is 0; lower `adapter.r` 8", Unlearn) == "--max-steps is 0; lower --adapter.r 8"
+    assert with_flags("`objective.only_low=False`, `overwrite`", Unlearn) == "--objective.no-only-low, --overwrite"
+    assert with_flags("`json_path`", BookEvaluation) == "--json"
+    # of another command, a column, a group of settings, what is given by its place, and a whole command
+    other = "`json_path` `question` `watch` `adapter.rr` `epochs=False` `alter export --merged`"
+    assert with_flags(other, Unlearn) == other
+    assert with_flags("`subject`, `document`", Forget) == "`subject`, --document"
+    # what is a flag already is left alone
+    assert with_flags(with_flags("`out`", Unlearn), Unlearn) == "--out"
+
+
+def test_every_flag_that_a_message_can_name_is_one_of_the_command():
+    for name, found in COMMANDS.items():
+        if found.chooser is None:
+            model = getattr(importlib.import_module(found.module), found.settings)
+            taken = {flag for flag, _ in options(model)}
+            named = {with_flags(f"`{setting}`", model) for setting in settings_of(model)}
+            assert {flag for flag in named if flag.startswith("--")} == {f for f in taken if f.startswith("--")}, name
+
+
+def settings_of(model, above=""):
+    for name, info in model.model_fields.items():
+        yield f"{above}{name}"
+        for member in members_of(info).values():
+            yield from settings_of(member, f"{above}{name}.")
+
+
+def test_notes_and_help_name_flags(monkeypatch, capsys):
+    def work(settings):
+        console.warn("Lower `learning_rate`, see `prompt` and `alter chat --merged`.")
+        console.show("The text says `learning_rate`.")
+        raise UserError("`warmup` is too long.")
+
+    monkeypatch.setattr(Command, "load", lambda self: work)
+    given = ["finetune", "--model", "m", "--data", "d", "--out", "o"]
+    assert cli.main(given) == 2
+    shown = capsys.readouterr()
+    assert (
+        shown.err == "Lower --learning-rate, see `prompt` and `alter chat --merged`.\nalter: --warmup is too long.\n"
+    )
+    # a result may quote a text, whose words are no settings
+    assert shown.out == "The text says `learning_rate`.\n"
+    with pytest.raises(SystemExit):
+        cli.main(["unlearn", "--help-all"])
+    assert "Delete what --out holds." in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    console.warn("Lower `learning_rate`.")
+    assert capsys.readouterr().err == "Lower `learning_rate`.\n"
+
+
 def test_a_refusal_is_one_sentence():
     """Checks of ours come out of pydantic under its heading and with a second full stop."""
     given = {"model": "m", "forget": "f", "retain": "r", "out": "o", "objective": {"kind": "marign"}}
@@ -408,7 +460,7 @@ def test_a_refusal_is_one_sentence():
     said = str(refused.value)
     assert said.startswith("r.yaml: objective: kind is 'marign'; expected one of")
     assert not said.endswith(("..", "?."))
-    with pytest.raises(UserError, match=r"batch_size: .* equal to 1 \(got 0\)\. Give 1 or more\.$"):
+    with pytest.raises(UserError, match=r"`batch_size`: .* equal to 1 \(got 0\)\. Give 1 or more\.$"):
         cli.parse("unlearn", Unlearn, [*REQUIRED, "--batch-size", "0"])
 
 

@@ -321,9 +321,9 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
         ({"methods": ["npo", "npo"]}, "'npo' twice"),
         ({"methods": ["npo", "b"], "settings": {"b": {"method": "npo"}}}, "Two cells are the same run"),
         ({"methods": ["original"]}, "'original' is a row"),
-        ({"search_seeds": 2}, "search_seeds is 2, but there are 1"),
+        ({"search_seeds": 2}, "`search_seeds` is 2, but there are 1"),
         ({"refine": 1, "rates": [1.0]}, "refine is 1, but rates has 1 only"),
-        ({"settings": {"np": {}}}, "settings has 'np'.*Did you mean 'npo'"),
+        ({"settings": {"np": {}}}, "`settings` has 'np'.*Did you mean 'npo'"),
         ({"settings": {"npo": {"epochs": 3}}}, "'epochs' is the comparison's own"),
         ({"settings": {"npo": {"bathc_size": 3}}}, "Method npo: bathc_size"),
         ({"methods": ["b"], "settings": {"b": {"method": "npoo"}}}, "Did you mean 'npo'"),
@@ -333,7 +333,7 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
         ({"data": "/nowhere"}, "/nowhere"),
         ({"holdout": "/nowhere.jsonl"}, "/nowhere.jsonl"),
         ({"retain": "/nowhere.jsonl"}, "/nowhere.jsonl"),
-        ({"survival": {"rows": 10**9}}, "survival.rows is 1000000000, but a part of .* has .*: give"),
+        ({"survival": {"rows": 10**9}}, "`survival.rows` is 1000000000, but a part of .* has .*: give"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(data, tmp_path, changes, says, monkeypatch):
@@ -345,7 +345,7 @@ def test_mistakes_are_refused_before_anything_runs(data, tmp_path, changes, says
 
 def test_a_retrained_model_that_is_the_original_is_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "run_cells", lambda *_: pytest.fail("something was run"))
-    with pytest.raises(UserError, match=r"retrained\.forget10 is the original model itself"):
+    with pytest.raises(UserError, match=r"`retrained\.forget10` is the original model itself"):
         compare.compare(settings(data, tmp_path, retrained={"forget10": str(data / "model")}))
 
 
@@ -934,7 +934,7 @@ def test_weights_stay_where_they_are_asked_for_or_needed(data, tmp_path, monkeyp
 def test_without_running_the_tables_are_those_of_what_has_finished(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cells, "run_cells", lambda *_: pytest.fail("something was run"))
     wanted = settings(data, tmp_path, run=False)
-    with pytest.raises(UserError, match=r"The table needs original forget10, .* without --no-run"):
+    with pytest.raises(UserError, match=r"The table needs original forget10, .* leave `run=False` out"):
         compare.compare(wanted)
     made = plan.lay_out(wanted, tmp_path)
     generator = np.random.default_rng(0)
@@ -962,16 +962,16 @@ def test_without_running_the_tables_are_those_of_what_has_finished(data, tmp_pat
 @pytest.mark.parametrize(
     ("own", "says"),
     [
-        ({"method": "asym_lora"}, "adapter.kind asym_lora neither grows nor merges"),
-        ({"method": "uld"}, "adapter.kind assistant neither grows nor merges"),
-        ({"method": "stable"}, "adapter.kind bounded_lora neither grows nor merges"),
+        ({"method": "asym_lora"}, "`adapter.kind` asym_lora neither grows nor merges"),
+        ({"method": "uld"}, "`adapter.kind` assistant neither grows nor merges"),
+        ({"method": "stable"}, "`adapter.kind` bounded_lora neither grows nor merges"),
         (
             {"method": "o3", "adapter": {"dropout": 0.0}, "weight_decay": 0.0, "initializer": {"kind": "vila"}},
-            "cannot start from its own result: .*initializer.kind vila would replace",
+            "cannot start from its own result: .*`initializer.kind` vila would replace",
         ),
-        ({"method": "alter_scalar_gate"}, "adapter.kind alter with router entropy neither grows"),
-        ({"adapter": {"router": "static"}}, "adapter.kind alter with router static neither grows"),
-        ({"num_forget_experts": 1}, "num_forget_experts 1 gives the expert of every split the same name"),
+        ({"method": "alter_scalar_gate"}, "`adapter.kind` alter with router entropy neither grows"),
+        ({"adapter": {"router": "static"}}, "`adapter.kind` alter with router static neither grows"),
+        ({"num_forget_experts": 1}, "`num_forget_experts` 1 gives the expert of every split the same name"),
         ({"phase_one": 0.5}, "cannot start from its own result: .*phase_one"),
     ],
 )

@@ -146,7 +146,9 @@ def test_the_order_of_target_modules_is_no_other_setting(data, tmp_path):
     first = request(data, tmp_path / "0", "Ada", experts_only=True, adapter={"target_modules": ["v_proj", "q_proj"]})
     again = {"target_modules": ["v_proj", "q_proj"]}
     request(data, tmp_path / "1", "Bo", start_from=str(first / "adapter"), adapter=again)
-    with pytest.raises(UserError, match=r"adapter.target_modules is \['v_proj'\], but .* has \['q_proj', 'v_proj'\]"):
+    with pytest.raises(
+        UserError, match=r"`adapter.target_modules` is \['v_proj'\], but .* has \['q_proj', 'v_proj'\]"
+    ):
         request(data, tmp_path / "2", "Bo", start_from=str(first / "adapter"), adapter={"target_modules": ["v_proj"]})
 
 
@@ -154,7 +156,7 @@ def test_the_order_of_target_modules_is_no_other_setting(data, tmp_path):
     ("changes", "says"),
     [
         ({"start_from": "1", "forget": "Bo"}, "has an expert for 'Bo' already"),
-        ({"start_from": "1", "adapter": {"r": 8}}, "adapter.r is 8, but .* has 4"),
+        ({"start_from": "1", "adapter": {"r": 8}}, "`adapter.r` is 8, but .* has 4"),
         ({"start_from": "nowhere"}, "does not exist"),
     ],
 )
@@ -406,22 +408,22 @@ def test_a_lora_that_goes_on_resumes_bit_equal(people, loras, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"adapter": {"r": 8}}, r"adapter.r is 8, but .* has 4: give --adapter.r 4"),
-        ({"adapter": {"alpha": 8.0}}, r"adapter.alpha is 8, but .* has 32"),
+        ({"adapter": {"r": 8}}, r"`adapter.r` is 8, but .* has 4: give `adapter.r` 4"),
+        ({"adapter": {"alpha": 8.0}}, r"`adapter.alpha` is 8, but .* has 32"),
         ({"start_from": "0"}, r"is no folder of a LoRA with a detector.*Did you mean .*adapter\?"),
         ({"start_from": "nowhere"}, "nowhere', which is no folder of a LoRA with a detector"),
         ({"start_from": "alter"}, "which is no folder of a LoRA with a detector"),
-        ({"start_from": "vila"}, "started by initializer.kind vila"),
+        ({"start_from": "vila"}, "started by `initializer.kind` vila"),
         ({"start_from": "older"}, "written by another version of alter"),
         ({"start_from": "broken"}, "weights of .* are broken: .* holds NaN"),
-        ({"out": "0", "overwrite": True}, "overwrite would delete .*0/adapter"),
+        ({"out": "0", "overwrite": True}, "`overwrite` would delete .*0/adapter"),
         ({"adapter": {"target_modules": ["v_proj"]}}, "adapts model.layers.0.mlp.down_proj and this run does not"),
         ({"start_from": "narrow"}, "but this run adapts .* and .*narrow/adapter does not"),
         ({"model": "other"}, "was made for another base model"),
-        ({"start_from": "0/adapter", "experts_only": True}, "experts_only is for adapter.kind alter"),
-        ({"adapter": {"detector": False}}, "start_from .* lora with adapter.detector, not for lora without"),
-        ({"adapter": {"kind": "asym_lora"}}, "start_from .*, not for asym_lora"),
-        ({"negate": 1.0}, "negate would also negate the adapter of start_from"),
+        ({"start_from": "0/adapter", "experts_only": True}, "`experts_only` is for `adapter.kind` alter"),
+        ({"adapter": {"detector": False}}, "start_from.* lora with `adapter.detector`, not for lora without"),
+        ({"adapter": {"kind": "asym_lora"}}, "start_from.*, not for asym_lora"),
+        ({"negate": 1.0}, "`negate` would also negate the adapter of `start_from`"),
         ({"adapter": {"dropout": 0.0}, "weight_decay": 0.0, "initializer": {"kind": "vila"}}, "vila would replace"),
     ],
 )

@@ -456,7 +456,7 @@ def test_the_shipped_dtype_is_the_students(data, run, tmp_path):
 @pytest.mark.parametrize(
     ("long", "given", "says"),
     [
-        (False, {"sampled_tokens": 512}, "sampled_tokens is 512.*give at most"),
+        (False, {"sampled_tokens": 512}, "`sampled_tokens` is 512.*give at most"),
         (True, {"sampled_tokens": 8}, "leaves no room for an answer"),
     ],
 )

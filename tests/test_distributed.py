@@ -215,7 +215,7 @@ def alter_lines(text):
 
 
 def _everything(rank, folder, data):
-    with pytest.raises(UserError, match=r"batch_size is 3.*all 2 processes.*give 2 or 4"):
+    with pytest.raises(UserError, match=r"`batch_size` is 3.*all 2 processes.*give 2 or 4"):
         unlearn(settings(data, folder / "refused", batch_size=3))
     assert not (folder / "refused").exists()
     _several(rank, folder, {name: settings(data, folder / name, **changes) for name, changes in RUNS.items()})
@@ -387,7 +387,7 @@ def test_what_goes_wrong_in_one_process_stops_both(together):
     heard = (together / "error0").read_text()
     assert "Of 2 processes" in heard
     assert ": 1 (pid " in heard
-    assert "--resume" in heard
+    assert "`resume`" in heard
 
 
 def test_a_process_on_another_machine_is_missed_by_its_connection(monkeypatch):

@@ -170,9 +170,9 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="no `sbatch` here"):
         executor_of(settings(tmp_path, executor="slurm"))
-    with pytest.raises(UserError, match=r"device is 'cuda', but slurm.gpus is 0"):
+    with pytest.raises(UserError, match=r"`device` is 'cuda', but `slurm.gpus` is 0"):
         executor_of(settings(tmp_path, executor="slurm", device="cuda"))
-    with pytest.raises(UserError, match=r"device is 'cpu', but ray.gpus is 0.5"):
+    with pytest.raises(UserError, match=r"`device` is 'cpu', but `ray.gpus` is 0.5"):
         executor_of(settings(tmp_path, executor="ray", device="cpu", ray=Ray(gpus=0.5)))
     pytest.importorskip("ray", reason="ray is not installed")
     with pytest.raises(UserError, match=r"No Ray cluster answers at '127.0.0.1:1' .*refused"):

@@ -206,5 +206,5 @@ def test_models_without_experts_and_experts_that_there_are_not(data, tmp_path):
         mixtures(pico())
     with pytest.raises(UserError, match=r"block 1 and expert 7; the blocks with experts are .*4 experts each"):
         unlearn(settings(data, tmp_path / "r", adapter={"kind": "expert", "target": [1, 7]}))
-    with pytest.raises(ValueError, match="leave quantization out"):
+    with pytest.raises(ValueError, match="leave `quantization` out"):
         settings(data, tmp_path / "q", quantization="4bit")

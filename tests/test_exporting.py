@@ -124,7 +124,7 @@ def test_rows_say_what_rounding_is_to_keep(tmp_path, capsys):
     assert "calibrated on 3 rows (sources: 2)" in said.err
     assert "also where rows say what is to stay" in " ".join(said.err.split())
     plain = write(tmp_path, type="q4_0", **folder, out="plain.gguf")
-    assert "--calibrate ROWS keeps most of them" in " ".join(capsys.readouterr().err.split())
+    assert "`calibrate` ROWS keeps most of them" in " ".join(capsys.readouterr().err.split())
     sources = [
         [row.input_ids for row in encode_all(tokenizer, load_examples(str(tmp_path / name)), max_length=None)[0]]
         for name in ("forget.jsonl", "keep.jsonl")
@@ -152,7 +152,7 @@ def test_the_rows_of_a_distillation_are_the_default(tmp_path, capsys):
 
 
 def test_rows_are_for_types_that_round_with_them(tmp_path):
-    with pytest.raises(UserError, match="--type is q8_0: leave it out"):
+    with pytest.raises(UserError, match="`type` is q8_0: leave it out"):
         write(tmp_path, calibrate=["forget.jsonl"])
     with pytest.raises(UserError, match=r"gone\.jsonl"):
         write(tmp_path, type="q5_1", calibrate=[str(tmp_path / "gone.jsonl")])
@@ -232,7 +232,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypa
         ({"out": str(tmp_path / "there.gguf")}, "exists"),
         ({"out": str(tmp_path / "model.bin")}, "ends in .gguf"),
         ({"adapter": "x"}, "alter distill"),
-        ({"form": "loras"}, "--adapter"),
+        ({"form": "loras"}, "`adapter`"),
         ({"model": str(tmp_path / "large"), "type": "f16"}, "bf16 or f32"),
     ):
         with pytest.raises(UserError, match=said):

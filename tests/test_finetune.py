@@ -311,7 +311,7 @@ def test_folder_in_use(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "weighted_loss", lambda logits, *_: logits.sum() * math.nan)
-    with pytest.raises(UserError, match=r"loss is nan at step 1.*Lower learning_rate"):
+    with pytest.raises(UserError, match=r"loss is nan at step 1.*Lower `learning_rate`"):
         finetune(settings(tmp_path / "a"))
     assert not (tmp_path / "a" / "model.safetensors").exists()
 
@@ -328,10 +328,10 @@ def test_temperature_divides_logits(tmp_path):
 
 def test_unsupported_models_are_refused(tmp_path):
     gpt2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
-    with pytest.raises(UserError, match="attention_dropout is not supported for GPT2LMHeadModel"):
+    with pytest.raises(UserError, match="`attention_dropout` is not supported for GPT2LMHeadModel"):
         finetune(settings(tmp_path / "a", architecture=gpt2, attention_dropout=0.1))
     assert not (tmp_path / "a").exists()
-    with pytest.raises(UserError, match="temperature is not supported for GPT2LMHeadModel"):
+    with pytest.raises(UserError, match="`temperature` is not supported for GPT2LMHeadModel"):
         finetune(settings(tmp_path / "b", architecture=gpt2, temperature=2.0))
 
 
@@ -438,13 +438,13 @@ def test_a_lora_that_was_cut_off_resumes_to_the_same(tmp_path, start, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_rank": 2}, "it needs model"),
-        ({"lora_from": 1}, "lora_from goes with lora_rank"),
+        ({"lora_rank": 2}, "it needs `model`"),
+        ({"lora_from": 1}, "`lora_from` goes with `lora_rank`"),
         ({"lora_rank": 2, "lora_from": 1, "neftune": 1.0}, "without dropout or noise"),
     ],
 )
 def test_settings_of_a_lora_that_do_not_go_together(tmp_path, changes, message):
-    own = {} if message == "it needs model" else {"architecture": {}, "tokenizer_texts": [], "model": "m"}
+    own = {} if message == "it needs `model`" else {"architecture": {}, "tokenizer_texts": [], "model": "m"}
     with pytest.raises(ValidationError, match=message):
         settings(tmp_path / "a", **{**own, **changes})
 

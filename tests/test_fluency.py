@@ -181,7 +181,7 @@ def test_a_model_that_reads_itself_is_told(rows, capsys):
     chosen = settings(rows)
     records = by_metric(chosen.measure(pico(), byte_tokenizer()))
     assert records["fluency_perplexity"].extra["reference"] == "m (itself)"
-    assert "give --reference-model" in capsys.readouterr().err
+    assert "give `reference_model`" in capsys.readouterr().err
 
 
 def test_a_merged_adapter_is_read_by_the_base_from_its_folder(rows, tmp_path):
@@ -266,7 +266,7 @@ def test_refused_before_anything_is_generated(rows, tmp_path, monkeypatch):
         settings(rows, temperature=0.0, samples=5).data_digest()
     with pytest.raises(UserError, match="No model at"):
         settings(rows, reference_model=str(tmp_path / "no" / "such")).data_digest()
-    with pytest.raises(UserError, match=r"needs --judge\.url"):
+    with pytest.raises(UserError, match=r"needs `judge\.url`"):
         settings(rows, judge={"model": "j"}).data_digest()
     write_jsonl(tmp_path / "m.jsonl", [{"messages": [{"role": "system", "content": "x"}]}])
     with pytest.raises(UserError, match="Row 0 has no user turn"):

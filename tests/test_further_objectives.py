@@ -190,7 +190,7 @@ def test_mistakes(data, tmp_path):
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "Call me Ada."}, {"text": "Some years ago."}])
     with pytest.raises(UserError, match="raw text without a question"):
         unlearn(settings(data, tmp_path / "a", method="altpo", forget=str(text), domain_column=None))
-    with pytest.raises(UserError, match=r"new_tokens is 400; .* give --objective\.new-tokens 2\d\d or less"):
+    with pytest.raises(UserError, match=r"new_tokens` is 400; .* give `objective\.new_tokens` 2\d\d or less"):
         unlearn(settings(data, tmp_path / "a", method="altpo", objective={"new_tokens": 400}))
     with pytest.raises(UserError, match="one teacher"):
         unlearn(settings(data, tmp_path / "b", method="duet", objective={"instruction": "Forget Ada."}))

@@ -339,9 +339,9 @@ def test_gru_goes_on_with_its_running_gradient(data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gradient_checkpointing": True}, "gradient_checkpointing would repeat"),
+        ({"gradient_checkpointing": True}, "`gradient_checkpointing` would repeat"),
         ({"retain_objective": {"kind": "none"}}, "must not be none"),
-        ({"method": "lora_gd", "gradient": {"kind": "selective"}}, "take adapter.kind full, not lora"),
+        ({"method": "lora_gd", "gradient": {"kind": "selective"}}, "take `adapter.kind` full, not lora"),
         ({"method": "rmu", "adapter": {"traced": 2}}, "leave one out"),
     ],
 )
@@ -365,11 +365,11 @@ def test_rules_that_leave_next_to_nothing_say_so(capsys):
     NullSpace(relaxation=1e-3).statistics(Passes(spread), 0)
     said = " ".join(capsys.readouterr().err.split())
     # of w one direction in three is free, of v, whose inputs are alike in all, none of two
-    assert "gradient.relaxation 0.001 leaves 0 of 2 directions of v free (1 of 2 weights are like that)" in said
+    assert "`gradient.relaxation` 0.001 leaves 0 of 2 directions of v free (1 of 2 weights are like that)" in said
     assert "such as to 0.01." in said
     Selective(components=8).statistics(Passes(spread), 0)
     said = " ".join(capsys.readouterr().err.split())
-    assert "gradient.components 8 collapses all 3 directions of w (1 of 2 weights are like that)" in said
+    assert "`gradient.components` 8 collapses all 3 directions of w (1 of 2 weights are like that)" in said
     assert "such as 1." in said
     NullSpace(relaxation=0.9999).statistics(Passes(spread), 0)
     Selective(components=2).statistics(Passes(spread), 0)

@@ -438,10 +438,10 @@ def test_bad_files_and_names(tmp_path, folder):
         evaluation(data=str(tmp_path / "empty")).data_digest()
     with pytest.raises(UserError, match=r"No subject 'wether' in .* Did you mean 'weather'"):
         evaluation(data=str(folder), subjects=["wether"]).data_digest()
-    with pytest.raises(UserError, match="has 3 examples; --num-fewshot asks for 4"):
+    with pytest.raises(UserError, match="has 3 examples; `num_fewshot` asks for 4"):
         evaluation(data=str(folder), num_fewshot=4).data_digest()
     write(tmp_path / "bio.json", rows(2))
-    with pytest.raises(UserError, match=r"No examples for 'bio': --num-fewshot needs a file like bio_dev.json"):
+    with pytest.raises(UserError, match=r"No examples for 'bio': `num_fewshot` needs a file like bio_dev.json"):
         evaluation(data=str(tmp_path / "bio.json"), num_fewshot=1).data_digest()
     with pytest.raises(UserError, match=r"WMDP has no subject 'boi'.* Did you mean 'bio'"):
         evaluation(WmdpEvaluation, subjects=["boi"]).data_digest()

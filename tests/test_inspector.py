@@ -238,7 +238,7 @@ def test_refuses(prompt, given, says):
 
 
 def test_needs_an_adapter_that_can_be_compared():
-    with pytest.raises(UserError, match="--adapter"):
+    with pytest.raises(UserError, match="`adapter`"):
         analyse(pico(), byte_tokenizer(), "Who?")
     prompting = get_peft_model(pico(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(UserError, match="adds tokens of its own"):
@@ -546,7 +546,7 @@ def test_mistakes_on_the_command_line(folders, capsys):
 def test_listening_says_which_port_is_free():
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(UserError, match=f"Cannot listen on 127.0.0.1:{port}.*--port"):
+        with pytest.raises(UserError, match=f"Cannot listen on 127.0.0.1:{port}.*`port`"):
             listen("127.0.0.1", port)
     with pytest.raises(UserError, match="Cannot listen"):
         listen("192.0.2.1", 0)

@@ -279,7 +279,7 @@ def test_the_estimate_is_checked_before_the_first_call(serve):
     server = serve()
     needed = sum(estimate(*pair) for pair in PAIRS) + 8 * len(PAIRS)
     with pytest.raises(
-        UserError, match=rf"about {needed} tokens, above the limit \(--judge.max-tokens {needed - 1}\)"
+        UserError, match=rf"about {needed} tokens, above the limit \(`judge.max_tokens` {needed - 1}\)"
     ):
         judge_replies(make(server, max_tokens=needed - 1), PAIRS)
     with pytest.raises(UserError, match="in money, above the limit"):
@@ -421,13 +421,13 @@ def test_a_cache_that_is_none(serve, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"model": "m"}, "needs --judge.url"),
-        ({"url": "http://h"}, "needs --judge.model"),
+        ({"model": "m"}, "needs `judge.url`"),
+        ({"url": "http://h"}, "needs `judge.model`"),
         ({"url": "localhost:8000", "model": "m"}, "expected http"),
         ({"url": "http://me:secret@h/v1", "model": "m"}, "would end up in records"),
         ({"url": "http://h/v1?key=secret", "model": "m"}, "would end up in records"),
         ({"url": "http://h", "model": "m", "key_variable": "NO_SUCH_KEY"}, "NO_SUCH_KEY holds no API key"),
-        ({"url": "http://h", "model": "m", "max_cost": 1.0, "price_in": 1.0}, "needs --judge.price-in and"),
+        ({"url": "http://h", "model": "m", "max_cost": 1.0, "price_in": 1.0}, "needs `judge.price_in` and"),
     ],
 )
 def test_settings_that_cannot_work(monkeypatch, settings, says):
@@ -473,4 +473,4 @@ def test_saved_replies_are_graded_from_the_command_line(serve, tmp_path, capsys)
     assert "has replies under forget_rouge; say which" in capsys.readouterr().err
     write_records(tmp_path / "r.json", saved[1:])
     assert cli.main(args) == 2
-    assert "no metric; evaluate with --json" in capsys.readouterr().err
+    assert "no metric; measure with `alter evaluate" in capsys.readouterr().err

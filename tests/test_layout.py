@@ -1,6 +1,7 @@
 """The package's shape: which module may import which, and that the help stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,63 @@ def test_listing_requests_loads_no_torch(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     ).stdout
     assert shown.rstrip().endswith("0 []")
+
+
+COMMAND_LINE = {"cli", "completion", "core/flags", "core/plugins", "requests/certificate/command"}
+"""Modules that only the command line reaches (of `core/plugins`, what reads --plugin): their messages may name flags."""
+STYLE_SHEETS = {"serving/markup"}
+"""Modules that hold CSS, where --name is a variable."""
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
+QUOTED = re.compile(r"`[\w{][^`]* [^`]*`")
+"""A whole command in backticks, such as `alter export --merged`."""
+
+
+def flags_in_messages(source):
+    """Flags that the text constants of a module name outside whole commands, each with its line.
+
+    Not messages: docstrings (but those of settings, which are their help), the arguments of another process, what a text is
+    compared with, and a text that is a command, or its end.
+    """
+    tree = ast.parse(source)
+    skipped = set()
+    for node in ast.walk(tree):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Compare) or called in ("subprocess.run", "git"):
+            skipped.update(map(id, ast.walk(node)))
+        # within an f-string the parts are joined, below
+        if isinstance(node, ast.JoinedStr):
+            skipped.update(id(part) for part in node.values if isinstance(part, ast.Constant))
+        if isinstance(node, (ast.Module, ast.FunctionDef)):
+            skipped.update(id(each.value) for each in node.body if isinstance(each, ast.Expr))
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+        else:
+            continue
+        for line in QUOTED.sub("", text).splitlines():
+            if not line.lstrip().startswith("alter ") and not line.startswith((" --", "{} --")):
+                yield from (f"{node.lineno}: {flag}" for flag in FLAG.findall(line))
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_messages_name_settings_not_flags(path):
+    if str(path.relative_to(SOURCE).with_suffix("")) not in COMMAND_LINE | STYLE_SHEETS:
+        assert list(flags_in_messages(path.read_text())) == []
+
+
+def test_a_flag_in_a_message_is_found():
+    told = 'raise UserError(f"{out} exists: give another --out, or `alter report --out PAGE`.")\n'
+    assert list(flags_in_messages(told)) == ["1: --out"]
+    assert list(flags_in_messages(told.replace("--out,", "`out`,"))) == []
+    split = 'text = (\n    "give it with `--retrained` "\n    "or --adapter.r 4"\n)\n'
+    assert list(flags_in_messages(split)) == ["2: --retrained", "2: --adapter.r"]
+    assert list(flags_in_messages('command = f"alter chat --model {m}"\ncommand += f" --dtype {d}"\n')) == []
+
+
+def test_every_module_of_the_command_line_names_flags():
+    for name in COMMAND_LINE:
+        assert list(flags_in_messages((SOURCE / name).with_suffix(".py").read_text())), name

@@ -208,9 +208,9 @@ def test_what_is_no_classifier_is_refused(tmp_path):
 
 
 def test_settings_say_what_cannot_be_estimated():
-    with pytest.raises(ValidationError, match=r"leak.k 9 is not within 1 to leak.samples \(8\)"):
+    with pytest.raises(ValidationError, match=r"`leak.k` 9 is not within 1 to `leak.samples` \(8\)"):
         Leak(samples=8, k=[1, 9])
-    with pytest.raises(ValidationError, match=r"give leak\.samples, 4 at least"):
+    with pytest.raises(ValidationError, match=r"give `leak\.samples`, 4 at least"):
         Leak(k=[1, 4])
     assert Leak(samples=128).numbers == [1, 2, 4, 8, 16, 32, 64, 128]
     assert Leak(samples=6).numbers == [1, 2, 4, 6]
@@ -237,7 +237,7 @@ def test_the_command_line_takes_the_group(capsys):
     ]
     settings = cli.parse("evaluate", TofuEvaluation, given)
     assert settings.leak == Leak(samples=8, k=[1, 8], hit=RougeHit(recall=0.5))
-    with pytest.raises(UserError, match=r"leak.k 16 is not within 1 to leak.samples \(8\)"):
+    with pytest.raises(UserError, match=r"`leak.k` 16 is not within 1 to `leak.samples` \(8\)"):
         cli.parse("evaluate", TofuEvaluation, [*given[:6], "16"])
 
 

@@ -262,7 +262,7 @@ def test_what_is_refused_before_any_work(data, tmp_path):
     arguments(data, tmp_path / "out")
     given = json.loads((tmp_path / "out.yaml").read_text())
     for changes, says in (
-        ({"rows": 18}, "has 20 rows, but rows"),
+        ({"rows": 18}, "has 20 rows, but `rows`"),
         ({"retrained": str(data / "model")}, "the original itself"),
         ({"methods": ["nop"]}, "No method 'nop'"),
         ({"out": str(data / "full.json")}, "which is a file"),

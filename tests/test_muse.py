@@ -316,12 +316,12 @@ def test_what_exceeds_the_context_is_refused_before_anything_is_generated(data, 
     monkeypatch.setattr(muse, "generate", says)
     with pytest.raises(UserError, match=r"knowmem/forget_qa, row 0.*context of 128"):
         settings(data).measure(make_pico(), tokenizer)
-    with pytest.raises(UserError, match=r"privleak/forget.*--max-length N.*150 tokens"):
+    with pytest.raises(UserError, match=r"privleak/forget.*`max_length` cuts.*150 tokens"):
         settings(data, criteria=["verbmem", "privleak"]).measure(make_pico(), tokenizer)
     assert says.seen == []
     settings(data, criteria=["verbmem", "privleak"], max_length=100).measure(make_pico(), tokenizer)
     put(data, "knowmem/forget_qa", [{"question": "q" * 600, "answer": "a"}], ".jsonl")
-    with pytest.raises(UserError, match=r"512.*--mode strict"):
+    with pytest.raises(UserError, match=r"512.*`mode` strict"):
         settings(data, mode="compat").measure(make_pico(max_position_embeddings=2048), tokenizer)
 
 

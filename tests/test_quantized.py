@@ -398,7 +398,7 @@ def test_a_run_with_an_8_bit_optimiser_resumes(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--method", "ga", "--quantization", "4bit"], "freezes the weights, which adapter.kind full trains"),
+        (["--method", "ga", "--quantization", "4bit"], "freezes the weights, which --adapter.kind full trains"),
         (["--method", "loku", "--quantization", "8bit"], "fila takes gradients of the weights themselves"),
         (["--method", "o3", "--watch.every-steps", "1"], "watch looks at an adapter that is always on"),
     ],
@@ -423,7 +423,7 @@ def test_what_cannot_be_quantised_says_why(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="stored in quantised form already"):
         load_model(str(tmp_path / "packed"), quantization="4bit", device="cpu")
     out = unlearn(settings(data, tmp_path / "run", "lora_gd"))
-    with pytest.raises(UserError, match="--merged is not exact on quantised weights"):
+    with pytest.raises(UserError, match="`merged` is not exact on quantised weights"):
         ModelSettings(model=str(data / "model"), adapter=str(out / "adapter"), merged=True, quantization="8bit").load()
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'alter-unlearning\[bnb\]'"):

@@ -76,7 +76,7 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
     said = told(capsys)
     assert "Distilling R-0001, R-0002 is final" in said
     assert "alter request distill --final" in said
-    with pytest.raises(UserError, match=r"Distilling R-0001, R-0002 is final.*none of them can be revoked.*--final"):
+    with pytest.raises(UserError, match=r"Distilling R-0001, R-0002 is final.*none of them can be revoked.*`final`"):
         distill_requests(DistillRequests(db=store.url))
     assert bases(store) == []
 
@@ -214,7 +214,7 @@ def test_weights_that_did_not_learn_it_change_nothing(data, tmp_path):
 def test_what_is_no_such_project(data, tmp_path):
     store = start(data, tmp_path)
     ask(store, data, "Ada")
-    with pytest.raises(UserError, match="--distill-every"):
+    with pytest.raises(UserError, match="`distill_every`"):
         run(RunRequests(db=store.url, final=True))
     with pytest.raises(UserError, match="nothing to distil"):
         distill_requests(DistillRequests(db=store.url, final=True))

@@ -62,15 +62,15 @@ def measured(monkeypatch):
 def test_the_same_evaluation_is_measured_once(folder, measured, capsys):
     first = evaluate(settings(folder))
     said = capsys.readouterr().err
-    assert "--retain-records retrained.json" in said
+    assert "`retain_records` retrained.json" in said
     assert "A result of" not in said
     second = evaluate(settings(folder))
     assert len(measured) == 1
     assert second == first
     said = capsys.readouterr().err
     assert f"A result of {first[0].provenance['measured']}, of the same model, data, settings and code" in said
-    assert "--cache off" in said
-    assert "--retain-records retrained.json" in said
+    assert "`cache` off" in said
+    assert "`retain_records` retrained.json" in said
     # what changes no number finds the same result; only the name is the one asked for
     (folder / "model").rename(folder / "moved")
     other = evaluate(

@@ -537,7 +537,7 @@ def test_export(three, data, tmp_path):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(data / "model"), str(out))
     with pytest.raises(UserError, match="exists"):
         export_requests(ExportRequests(db=store.url, out=str(out)))
-    with pytest.raises(UserError, match="--approximate"):
+    with pytest.raises(UserError, match="`approximate`"):
         export_requests(ExportRequests(db=store.url, out=str(tmp_path / "merged"), form="merged"))
     merged = export_requests(
         ExportRequests(db=store.url, out=str(tmp_path / "merged"), form="merged", approximate=True)
@@ -555,7 +555,7 @@ def test_weights_are_final_measured_and_in_the_history(three, data, tmp_path, ca
     store, copy = copied(three, tmp_path)
     moved(store, copy)
     given = dict(db=store.url, out=str(tmp_path / "weights"), form="weights")
-    with pytest.raises(UserError, match=r"R-0001, R-0002, R-0003 cannot be given it back.*--final"):
+    with pytest.raises(UserError, match=r"R-0001, R-0002, R-0003 cannot be given it back.*`final`"):
         export_requests(ExportRequests(**given))
     recipe = tmp_path / "recipe.yaml"
     common = {
@@ -720,7 +720,7 @@ def test_failed_run_can_be_tried_again(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"subject": " "}, "--subject is empty"),
+        ({"subject": " "}, "`subject` is empty"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"data": "{data}/retain.jsonl"}, "both forget and retain"),
         ({"due": "soon"}, "2026-12-31"),

@@ -322,7 +322,7 @@ def test_how_many_forget_tokens_open_an_expert(far, near, over):
 
 
 def test_a_watch_without_retain_rows_is_told_what_it_lacks(data, tmp_path):
-    with pytest.raises((UserError, ValueError), match=r"watch\.retain, or retain"):
+    with pytest.raises((UserError, ValueError), match=r"`watch\.retain`, or `retain`"):
         settings(data, tmp_path / "run", retain=None, watch={"every_epoch": 1})
 
 

@@ -133,7 +133,7 @@ def test_unknown_relations_and_nothing_left():
         pass_length(Sampler(order="melu"), rows(FORGET), rows([("Ada", "indirekt")], retain=True))
     with pytest.raises(UserError, match="leaves no retain row"):
         pass_length(Sampler(order="direct"), rows(FORGET), rows([("Ada", "indirect")], retain=True))
-    with pytest.raises(ValueError, match="give retain, or sampler"):
+    with pytest.raises(ValueError, match="give `retain`, or `sampler"):
         Unlearn.model_validate({"model": "m", "forget": "f", "out": "o", "sampler": {"order": "melu"}})
 
 

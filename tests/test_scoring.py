@@ -576,9 +576,9 @@ def test_loading_errors_name_the_fix(saved, monkeypatch):
     model, adapter = str(saved / "model"), str(saved / "adapter")
     with pytest.raises(UserError, match=r"No model at .*modle.*Did you mean .*model'\?"):
         loading.load_model(str(saved / "modle"))
-    with pytest.raises(UserError, match=r"holds an adapter.*--adapter"):
+    with pytest.raises(UserError, match=r"holds an adapter.*`adapter`"):
         loading.load_model(adapter)
-    with pytest.raises(UserError, match=r"holds a whole model.*--model"):
+    with pytest.raises(UserError, match=r"holds a whole model.*`model`"):
         loading.load_model(model, model)
     with pytest.raises(UserError, match="No adapter at"):
         loading.load_model(model, str(saved / "nothing"))
@@ -590,7 +590,7 @@ def test_loading_errors_name_the_fix(saved, monkeypatch):
     with pytest.raises(UserError, match="No device 'gpu7'"):
         loading.load_model(model, device="gpu7")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device cpu"):
+    with pytest.raises(UserError, match="`device` cpu"):
         loading.load_model(model, device="cuda")
     broken = pico()
     with torch.no_grad():

@@ -378,7 +378,7 @@ def test_lunar_needs_names_or_questions_and_keeps_its_way(data, tmp_path):
         unlearn(lunar(data, tmp_path / "a", names=["Cy"]))
     rows = [json.loads(line) for line in (data / "forget.jsonl").read_text().splitlines()]
     lower = write_jsonl(tmp_path / "lower.jsonl", [{**row, "question": row["question"].lower()} for row in rows])
-    with pytest.raises(UserError, match=r"objective\.kind redirect looks at names beside invented ones"):
+    with pytest.raises(UserError, match=r"`objective\.kind` redirect looks at names beside invented ones"):
         unlearn(lunar(data, tmp_path / "b").model_copy(update={"forget": str(lower)}))
     assert not any((tmp_path / name).exists() for name in "ab")
     kept = {}

@@ -381,7 +381,7 @@ def test_equal_figures_are_equal_files_and_a_failed_one_leaves_nothing(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"q": [2.0]}, "threshold of 1.2 divides nothing at --q 2"),
+        ({"q": [2.0]}, "threshold of 1.2 divides nothing at `q` 2"),
         ({"q": [1.0], "threshold": 6.0}, "between 0 and 5.704"),
         ({"threshold": -1.0}, "divides nothing"),
         ({"q": [1.0, 1.0]}, "an order twice"),
@@ -409,7 +409,7 @@ def test_a_repository_that_is_not_there_is_found_before_a_model_runs(folder, mon
     assert not study._is_adapter("owner/name")
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", missing)
     with pytest.raises(
-        UserError, match=r"Cannot load the tokenizer of --after owner/name: owner/name is no repository$"
+        UserError, match=r"Cannot load the tokenizer of `after` owner/name: owner/name is no repository$"
     ):
         study._same_tokens(tokenizer, "owner/name")
 

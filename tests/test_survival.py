@@ -49,7 +49,7 @@ def test_the_attacker_has_no_row_that_is_asked():
     assert len(attacker) == 4
     assert sorted(row.index for row in [*attacker, *asked]) == list(range(9))
     assert survival.divided(rows, 4, 3) == (attacker, asked)
-    with pytest.raises(ValueError, match=r"survival\.rows is 9"):
+    with pytest.raises(ValueError, match=r"`survival\.rows` is 9"):
         survival.divided(rows, 9, 0)
 
 

@@ -216,7 +216,7 @@ def test_without_a_reference_the_command_that_makes_one_is_said():
         "`alter evaluate --model RETRAINED --benchmark tofu --split forget01 --mode compat --json retrained.json`"
         in result.notes[-1]
     )
-    assert "--retain-records retrained.json" in result.notes[-1]
+    assert "`retain_records` retrained.json" in result.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_reference_of_something_else_is_refused(change, said):
     other = measure(which=("likelihood",), sets=("forget",), **change)
     with pytest.raises(UserError, match=said) as error:
         measure(which=("likelihood",), reference=other)
-    assert "evaluate the retrained model again with --split forget01 --mode strict" in str(error.value)
+    assert "evaluate the retrained model again with `split` forget01 `mode` strict" in str(error.value)
 
 
 def test_records_that_are_no_reference(tmp_path):
@@ -266,7 +266,7 @@ def holdout(tmp_path):
 def test_without_holdout_rows_the_attacks_are_left_out_and_said():
     result = measure(which=("likelihood",))
     assert not any(record.metric.startswith(("mia", "privleak")) for record in result.records("x"))
-    assert any("holdout01" in note and "--holdout rows.jsonl" in note for note in result.notes)
+    assert any("holdout01" in note and "`holdout` rows.jsonl" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("mode", ["strict", "compat"])
@@ -318,7 +318,7 @@ def test_a_reference_of_other_holdout_rows_is_refused_and_a_lesser_one_is_said(h
     lines = open(holdout).read().splitlines()  # noqa: SIM115
     (tmp_path / "other.jsonl").write_text("\n".join(lines[5:]))
     other = measure(pico(1), **given, holdout=str(tmp_path / "other.jsonl")).records("retrained")
-    with pytest.raises(UserError, match=r"other holdout rows.*the same --holdout"):
+    with pytest.raises(UserError, match=r"other holdout rows.*the same `holdout`"):
         measure(**given, holdout=holdout, reference=other)
     without = measure(pico(1), **given).records("retrained")
     for mode, said in (("strict", "no privleak"), ("compat", "privleak takes 0.5")):
@@ -414,7 +414,7 @@ def test_evaluate_from_folders(tmp_path, capsys):
     )
     found = by_metric(evaluate(settings))
     assert "forget_quality" not in found
-    assert "--retain-records retrained.json" in capsys.readouterr().err
+    assert "`retain_records` retrained.json" in capsys.readouterr().err
     assert {record.model for record in found.values()} == {"before"}
     retrained = save(tmp_path / "retrained", 1)
     from_folder = by_metric(evaluate(settings.model_copy(update={"retain_records": retrained})))
@@ -438,7 +438,7 @@ def test_settings_are_strict():
         ({"which": ("likelihoods",)}, "Did you mean 'likelihood'"),
         ({"sets": ("forgot",)}, "Did you mean 'forget'"),
         ({"mode": "Strict"}, "Did you mean 'strict'"),
-        ({"limit": 0}, "limit is 0"),
+        ({"limit": 0}, "`limit` is 0"),
         ({"data": "/nowhere/tofu"}, "nowhere"),
     ],
 )

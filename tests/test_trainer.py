@@ -365,11 +365,11 @@ def refused(data, out, capsys, *args):
         (["--forget", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--domain-column", "whom"], "whom"),
         (["--domain-column", "who", "--num-forget-experts", 2], "3 sub-domains"),
-        (["--adapter.entropy-q", 0], "entropy_q"),
+        (["--adapter.entropy-q", 0], "--adapter.entropy-q"),
         (["--adapter.entropy-q", 2, "--adapter.entropy-threshold", 1.2], "entropies end at 1"),
         # the threshold that nobody gave is 1.2; refused before anything is read
         (["--adapter.entropy-q", 2, "--model", "no/such/folder"], "entropies end at 1"),
-        (["--phase-one", 0.1, "--adapter.no-retention-expert"], "phase_one trains the retention expert"),
+        (["--phase-one", 0.1, "--adapter.no-retention-expert"], "--phase-one trains the retention expert"),
         (["--adapter.entropy-threshold", 1.2, "--adapter.entropy-quantile", 0.5], "not both"),
         (["--adapter.r", 33], "33"),
         (["--adapter.target-modules", "q_prj"], "q_proj"),
@@ -400,7 +400,7 @@ def test_data_mistakes_are_one_line(data, tmp_path, capsys):
 
 
 def test_a_first_phase_is_for_an_adapter_that_knows_entropies(data, tmp_path):
-    with pytest.raises(ValueError, match=r"phase_one needs the token entropies of adapter\.kind alter, not lora"):
+    with pytest.raises(ValueError, match=r"`phase_one` needs the token entropies of `adapter\.kind` alter, not lora"):
         settings(data, tmp_path, adapter={"kind": "lora"}, objective={"kind": "gradient_ascent"}, phase_one=0.1)
     assert settings(data, tmp_path, phase_one=0.1).phase_one == 0.1
 
@@ -418,7 +418,7 @@ def test_weights_that_the_last_step_broke_are_not_saved(data, tmp_path):
                 next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = torch.nan
 
     with pytest.raises(
-        UserError, match=r"holds NaN or infinite values: nothing is saved\. Lower learning_rate_experts"
+        UserError, match=r"holds NaN or infinite values: nothing is saved\. Lower `learning_rate_experts`"
     ):
         unlearn(settings(data, tmp_path / "run", max_steps=1), callbacks=[Breaks()])
     assert not (tmp_path / "run" / "adapter").exists()

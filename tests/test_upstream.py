@@ -180,16 +180,16 @@ def test_names_are_compared_before_anything_is_served(upstream, monkeypatch):
     monkeypatch.setenv("UPSTREAM_KEY", "secret")
     keyed = settings.model_copy(update={"upstream_key_env": "UPSTREAM_KEY"})
     check_upstream(keyed, NAMES)
-    with pytest.raises(UserError, match="--upstream-key-env names MISSING"):
+    with pytest.raises(UserError, match="`upstream_key_env` names MISSING"):
         check_upstream(settings.model_copy(update={"upstream_key_env": "MISSING"}), NAMES)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"upstream": "u", "adapter": None}, "needs the --adapter"),
-        ({"upstream": "u", "merged": True}, "needs the --adapter"),
-        ({"upstream": None, "upstream_base": "b"}, "a server that --upstream names"),
+        ({"upstream": "u", "adapter": None}, "needs the `adapter`"),
+        ({"upstream": "u", "merged": True}, "needs the `adapter`"),
+        ({"upstream": None, "upstream_base": "b"}, "a server that `upstream` names"),
     ],
 )
 def test_settings_that_do_not_fit(changes, says):
@@ -210,5 +210,5 @@ def test_the_choice_is_the_expert_of_a_reply_that_begins_with_what_the_base_is_s
             gate = model.base_model.route(trace.entropy, trace.features)[0, -1].tolist()
             assert gate == [float(number == expert) for number in range(len(gate))]
     assert len(set(chosen)) > 1
-    with pytest.raises(UserError, match="needs the --adapter"):
+    with pytest.raises(UserError, match="needs the `adapter`"):
         Chooser(tiny(), byte_tokenizer())

@@ -653,8 +653,8 @@ def test_the_reference_rule_keeps_the_step_nearest_to_the_retrained_model(data, 
     [
         ({"every_steps": 1, "every_epoch": 0.5}, "not both"),
         ({"holdout": "x"}, "nothing is watched without"),
-        ({"every_steps": 1, "rule": {"kind": "holdout"}}, "needs watch.holdout"),
-        ({"every_steps": 1, "rule": {"kind": "reference"}}, "needs watch.retain_records"),
+        ({"every_steps": 1, "rule": {"kind": "holdout"}}, "needs `watch.holdout`"),
+        ({"every_steps": 1, "rule": {"kind": "reference"}}, "needs `watch.retain_records`"),
         ({"every_steps": 1, "retain_records": "x"}, "watch.forget"),
         ({"every_steps": 1, "calibrate": "x"}, "watch.holdout"),
         ({"every_steps": 0}, "greater than or equal to 1"),
@@ -736,7 +736,7 @@ def test_the_command_line_knows_the_watch(data, tmp_path, capsys):
     line += ["--closing-rows", "0"]
     wanted = [*line, "--watch.every-epoch", "0.5", "--watch.rule.kind", "holdout"]
     assert cli.main(wanted) == 2
-    assert "needs watch.holdout" in capsys.readouterr().err
+    assert "needs --watch.holdout" in capsys.readouterr().err
     assert cli.main([*line, "--watch.rule.kind", "hold"]) == 2
     assert "holdout" in capsys.readouterr().err
     wanted += ["--watch.holdout", str(data / "holdout.jsonl"), "--watch.rule.margin", "0.2"]

@@ -22,7 +22,7 @@ from alter.core.console import ignore_known_warnings, silent
 from alter.core.errors import UserError, nearest
 from alter.core.files import digest
 from alter.core.records import read_run
-from alter.core.validation import mistake
+from alter.core.validation import refusal
 
 if TYPE_CHECKING:
     from alter.attacks.settings import Attack
@@ -92,7 +92,7 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
         UserError: an object of another kind, an unknown setting, or a value that the settings refuse.
     """
     if given is not None and not isinstance(given, kind):
-        raise UserError(f"settings is of {type(given).__name__}; expected {kind.__name__}.")
+        raise UserError(f"`settings` is of {type(given).__name__}; expected {kind.__name__}.")
     for name in keywords:
         if name not in kind.model_fields:
             raise UserError(f"{kind.__name__} has no setting {name!r}.{nearest(name, kind.model_fields)}")
@@ -100,10 +100,7 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
     try:
         return kind.model_validate({**below, **keywords})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join([str(part) for part in first["loc"]]) or kind.__name__
-        got = "" if isinstance(first["input"], (dict, BaseModel)) else f" (got {first['input']!r})"
-        raise UserError(f"{where}: {mistake(first, got)}") from None
+        raise UserError(refusal(error, kind, kind.__name__)) from None
 
 
 @contextlib.contextmanager
@@ -124,7 +121,7 @@ def _named_model(model: Any, tokenizer: Any) -> Iterator[str]:
     """Yield a name under which the commands find the model while the block runs."""
     if isinstance(model, (str, PathLike)):
         if tokenizer is not None:
-            raise UserError("tokenizer goes with a model in memory; one that is named brings its own.")
+            raise UserError("`tokenizer` goes with a model in memory; one that is named brings its own.")
         yield str(model)
         return
     if tokenizer is None:

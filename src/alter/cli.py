@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
 import importlib
 import inspect
@@ -16,16 +17,24 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alter.commands import COMMANDS, COMMON
 from alter.core import processes
-from alter.core.console import ignore_known_warnings, plain
+from alter.core.console import ignore_known_warnings, plain, wording
 from alter.core.deferral import deferred
 from alter.core.errors import UserError, nearest
-from alter.core.flags import check_numbers, given_once, kinds_of, list_flags, split_recipe, value_of, with_defaults
+from alter.core.flags import (
+    check_numbers,
+    given_once,
+    list_flags,
+    split_recipe,
+    value_of,
+    with_defaults,
+    with_flags,
+)
 from alter.core.outputs import as_standard_output, check_outputs
 from alter.core.plugins import BENCHMARKS, add_files
 from alter.core.streams import lasting
@@ -100,23 +109,24 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
     if presets is not None:
         method = value_of(args, "method")
         if not isinstance(given.get("method", ""), str | None):
-            raise UserError(f"method is {given['method']!r}; expected a name.")
+            raise UserError(f"`method` is {given['method']!r}; expected a name.")
         flags: dict[str, Any] = {part: {"kind": kinds[part]} for part in ("adapter", "objective") if part in kinds}
         known = importlib.import_module(presets)
         named = {"method": method} if method else known.with_default({**given, **flags})
         given = known.expand({**given, **({"method": named["method"]} if named.get("method") else {})})
     shown = COMMON[command].split() if command in COMMON and {"-h", "--help"} & set(args) else None
-    default = with_defaults(model, given, "", kinds, shown=shown)
+    helps = {"-h", "--help", "--help-all"} & set(args)
+    worded: Callable[[str], str] = functools.partial(with_flags, model=model) if helps else str
+    default = with_defaults(model, given, "", kinds, shown=shown, worded=worded)
     args = given_once(["--help" if arg == "--help-all" else arg for arg in args], list_flags(default))
     more = f"Common options; `alter {command} --help-all` lists all." if shown else ""
-    about = "\n\n".join(filter(None, (inspect.cleandoc(model.__doc__ or ""), more)))
+    about = "\n\n".join(filter(None, (worded(inspect.cleandoc(model.__doc__ or "")), more)))
     parsed = tyro.cli(type(default), default=default, args=args, prog=f"alter {command}", description=about)
     check_numbers(dataclasses.asdict(parsed), dataclasses.asdict(default), given)
     try:
         return model.model_validate(dataclasses.asdict(parsed))
     except ValidationError as error:
-        # the union's own tag is no part of the name that the user typed
-        raise UserError(refusal(error, kinds_of(model), command)) from None
+        raise UserError(refusal(error, model, command)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,17 +232,31 @@ def _run(command: str, args: Sequence[str]) -> None:
         )
     from tyro.constructors import ConstructorRegistry
 
-    with processes.quiet():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(processes.quiet())
         # tyro builds its rules once, and one reads torch if torch is imported: build them before
         with ConstructorRegistry(), deferred():
             owner, settings = (found.module, found.settings) if found.chooser is None else choose(args)
-            parsed = parse(command, getattr(importlib.import_module(owner), settings), args)
+            model = getattr(importlib.import_module(owner), settings)
+            stack.enter_context(_in_flags(model))
+            parsed = parse(command, model, args)
             to_stdout = getattr(parsed, "json_path", None) == "-"
             check_outputs(parsed.model_copy(update={"json_path": None}) if to_stdout else parsed)
         function = found.load()
         gc.enable()
         _call(function, parsed)
     processes.stop()
+
+
+@contextlib.contextmanager
+def _in_flags(model: type[BaseModel]) -> Iterator[None]:
+    """Inside the block, notes, and the error that ends it, name a command's settings by their flags."""
+    worded = functools.partial(with_flags, model=model)
+    with wording(worded):
+        try:
+            yield
+        except UserError as error:
+            raise UserError(worded(str(error))) from error
 
 
 def _is_text(arg: str) -> bool:

@@ -12,7 +12,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from alter.commands import COMMANDS, Command
-from alter.core.flags import flag_of, members_of
+from alter.core.flags import flag_of, is_positional, members_of
 from alter.core.plugins import BENCHMARKS
 
 
@@ -84,7 +84,7 @@ def options(model: type[BaseModel], where: str = "") -> Iterator[tuple[str, list
                 if not flag.endswith(".kind") or flag.count(".") > where.count(".") + 1:
                     yield flag, choices
         if not members:
-            positional = not where and any("Positional" in repr(item) for item in info.metadata)
+            positional = not where and is_positional(info)
             yield (name if positional else f"--{where}{flag_of(name)}"), _choices(info.annotation)
 
 

@@ -104,8 +104,8 @@ def too_few(total: int, attacker: int) -> str | None:
     if total < 2:
         return f"the forget set has {total} row{'' if total == 1 else 's'}; give 2 or more, one of them to measure"
     return (
-        f"--relearn.rows is {attacker}, and the forget set has {total} rows, so none is left to measure; give "
-        f"--relearn.rows {total // 2}, and {total - 1} at most"
+        f"`relearn.rows` is {attacker}, and the forget set has {total} rows, so none is left to measure; give "
+        f"`relearn.rows` {total // 2}, and {total - 1} at most"
     )
 
 

@@ -40,7 +40,7 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
     if not lists:
         raise Impossible(
             f"{type(base).__name__} has no list of blocks, so nothing can be read by depth: leave lens and uds out of "
-            "--attacks."
+            "`attacks`."
         )
     return max(lists, key=len)
 
@@ -153,7 +153,7 @@ def falls(original: Any, source: Any, items: Sequence[Item], pad: int, label: st
     if len(blocks) != len(others) or widths[0] != widths[1]:
         raise Impossible(
             f"UDS puts states of one model into the other, but they have {len(blocks)} and {len(others)} blocks of width "
-            f"{widths[0]} and {widths[1]}: leave uds out of --attacks, or give models of one architecture."
+            f"{widths[0]} and {widths[1]}: leave uds out of `attacks`, or give models of one architecture."
         )
     found = np.zeros((len(items), len(blocks)))
     with evaluating(original), evaluating(source):
@@ -226,7 +226,7 @@ def unlearning_depth(benches: dict[str, Bench]) -> Record:
         source, other = benches[name].shared()
         if other.get_vocab() != tokenizer.get_vocab():
             raise Impossible(
-                f"UDS needs models of one vocabulary; the {name} model has another: leave uds out of --attacks."
+                f"UDS needs models of one vocabulary; the {name} model has another: leave uds out of `attacks`."
             )
         found[name] = falls(model, source, items, tokenizer.pad_token_id, f"uds: {name}")
         benches[name].model = None
@@ -235,7 +235,7 @@ def unlearning_depth(benches: dict[str, Bench]) -> Record:
     if not told.any():
         raise Impossible(
             "UDS has nothing to look at: no block of the original knows more of the answers than the retrained model's. Is "
-            "--retrained really another model, and does --original know the rows?"
+            "`retrained` really another model, and does `original` know the rows?"
         )
     fall = {name: [float(x) for x in values.mean(axis=0)] for name, values in found.items()}
     rows = [item.index for item, ok in zip(items, told, strict=True) if ok]

@@ -16,10 +16,10 @@ from alter.core.records import Record
 NO_RETRAINED = (
     "they need a model that never saw the forget rows. Make one once with `alter finetune --model BASE --data RETAIN "
     "--out retrained` (BASE: the model before it learned the forget rows; RETAIN: the rows without them), then add "
-    "`--retrained retrained`."
+    "it as `retrained`."
 )
 
-NO_ORIGINAL = "they need the model before unlearning: give it with `--original`."
+NO_ORIGINAL = "they need the model before unlearning: give it as `original`."
 
 
 def _on(record: Record, rows: Sequence[int]) -> Array:

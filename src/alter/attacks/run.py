@@ -84,7 +84,7 @@ def chosen(settings: Attack, rows: Sequence[Example]) -> tuple[list[str], dict[s
     reasons = {name: why for name in names or ATTACKS if (why := ATTACKS[name].impossible(settings, rows)) is not None}
     for name in names:
         if name in reasons:
-            raise UserError(f"The attack {name!r} is not possible: {reasons[name]}. Leave it out of --attacks.")
+            raise UserError(f"The attack {name!r} is not possible: {reasons[name]}. Leave it out of `attacks`.")
     wanted = dict.fromkeys(names or ATTACKS)
     return [name for name in ATTACKS if name in wanted and name not in reasons], reasons
 
@@ -142,7 +142,7 @@ def attack(settings: Attack) -> list[Record]:
     """
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out is {settings.out!r}, which is a file: give a folder.")
+        raise UserError(f"`out` is {settings.out!r}, which is a file: give a folder.")
     rows = load_examples(settings.forget)
     names, reasons = chosen(settings, rows)
     # rows that no attack takes are there to be measured

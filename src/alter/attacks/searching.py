@@ -146,7 +146,7 @@ def evolve(bench: Bench) -> list[Record]:
     ]
     kept = bench.fitting(model, items)
     if not kept:
-        raise Impossible(f"No prompt fits into the model's context of {limit}: lower --max-new-tokens.")
+        raise Impossible(f"No prompt fits into the model's context of {limit}: lower `max_new_tokens`.")
     return bench.measure(
         "evolve", model, kept, part="other", prompt=best.write("{question}"), history=history,
         left_out=len(items) - len(kept), **budget.told(),
@@ -171,7 +171,7 @@ def unused(items: Sequence[Item], vocabulary: int, special: Sequence[int], count
     free = [token for token in range(vocabulary - 1, -1, -1) if token not in seen][:count]
     if len(free) < count:
         raise Impossible(
-            f"--soft-tokens is {count}, but only {len(free)} tokens of the vocabulary are free: take fewer."
+            f"`soft_tokens` is {count}, but only {len(free)} tokens of the vocabulary are free: take fewer."
         )
     return free
 
@@ -220,7 +220,7 @@ def soft_prompt(bench: Bench) -> list[Record]:
     rows = [item.encoded for item in own if limit is None or len(item.ids) <= limit]
     kept = bench.fitting(model, other)
     if not rows or not kept:
-        raise Impossible(f"No row fits with --soft-tokens {len(slots)} into the context of {limit}: take fewer.")
+        raise Impossible(f"No row fits with `soft_tokens` {len(slots)} into the context of {limit}: take fewer.")
     table = embeddings.weight.detach().float()
     drawn = torch.randint(len(table), (len(slots),), generator=torch.Generator().manual_seed(settings.seed))
     vectors = nn.Parameter(table[drawn.to(table.device)].clone())

@@ -47,7 +47,7 @@ class Attack(ModelSettings):
     retrained: str | None = None
     """The model that never saw them, the honest zero: folder, hub id or builtin:NAME. Without it no fraction."""
     original: str | None = None
-    """The model before unlearning; by default --model without its adapter."""
+    """The model before unlearning; by default `model` without its adapter."""
     attacks: list[str] = Field(default_factory=list)
     """Which attacks, by name or comma-separated; by default all that the data and the adapter allow."""
     out: OutFolder = "runs/attack"
@@ -82,6 +82,6 @@ class Attack(ModelSettings):
         given = str(budget).strip() if isinstance(budget, (int, float, str)) else budget
         if isinstance(given, str) and not re.fullmatch(r"0*[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?s", given):
             raise ValueError(
-                f"budget is {given!r}; expected a number of questions, such as 400, or of seconds, such as 30s"
+                f"`budget` is {given!r}; expected a number of questions, such as 400, or of seconds, such as 30s"
             )
         return given

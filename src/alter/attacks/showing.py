@@ -95,13 +95,13 @@ def untrained(records: Sequence[Record]) -> list[str]:
         width = max(1, len(values) // 5)
         first, last = float(np.mean(values[:width])), float(np.mean(values[-width:]))
         if values[0] < KNOWN:
-            fix = "give text that it does not know with --relearn.benign."
+            fix = "give text that it does not know with `relearn.benign`."
             notes.append(
                 f"{name} had nothing to learn ({model}: loss {values[0]:.2f} at the start): no evidence; {fix}"
             )
         elif last > 0.7 * first:
-            rate = "--relearn.lora-learning-rate" if name.endswith("lora") else "--relearn.learning-rate"
-            remedy = "--budget" if name in SEARCHING else f"{rate} or --relearn.steps"
+            rate = "`relearn.lora_learning_rate`" if name.endswith("lora") else "`relearn.learning_rate`"
+            remedy = "`budget`" if name in SEARCHING else f"{rate} or `relearn.steps`"
             notes.append(
                 f"{name} hardly learned its own rows ({model}: loss {first:.2f} to {last:.2f}), so what it did not recover "
                 f"is no evidence: raise {remedy}."

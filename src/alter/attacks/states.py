@@ -89,7 +89,7 @@ def probe(bench: Bench) -> list[Record]:
     model, tokenizer = bench.shared()
     output = model.get_output_embeddings()
     if output is None:
-        raise Impossible(f"{type(model).__name__} has no output embeddings for the probe: leave it out of --attacks.")
+        raise Impossible(f"{type(model).__name__} has no output embeddings for the probe: leave it out of `attacks`.")
     items = bench.items(probe_rows(bench))
     learn, test = halves(len(items), settings.seed)
     places = chosen_places(items, settings.probe_tokens, settings.seed)
@@ -146,7 +146,7 @@ def cka(states: Mapping[str, Floats]) -> list[Record]:
         if x.shape[:2] != y.shape[:2]:
             raise Impossible(
                 f"CKA compares depth by depth, but {first} and {second} have {x.shape[1]} and {y.shape[1]} depths: "
-                "leave cka out of --attacks."
+                "leave cka out of `attacks`."
             )
         by_depth: dict[bool, list[float]] = {
             debiased: [metrics.linear_cka(x[:, d], y[:, d], debiased=debiased) for d in range(x.shape[1])]

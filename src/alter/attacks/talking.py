@@ -105,7 +105,7 @@ def _measured(bench: Bench, attack: str, variants: Mapping[str, Sequence[Item]],
         if not kept:
             warn(
                 f"{attack}, {name}: no row fits with {bench.settings.max_new_tokens} new tokens into the context of "
-                f"{context_length(model)}: left out. Lower --max-new-tokens."
+                f"{context_length(model)}: left out. Lower `max_new_tokens`."
             )
             continue
         left = len(items) - len(kept)

@@ -37,7 +37,7 @@ def _no_search(settings: Attack, rows: Sequence[Example]) -> str | None:
     if len(rows) <= least:
         return f"the forget set has {len(rows)} rows; it needs {least + 1} or more, {least} of them the attacker's"
     if settings.relearn.rows < least:
-        return f"--relearn.rows is {settings.relearn.rows}; it needs {least} or more: a part of them tells which rate is best"
+        return f"`relearn.rows` is {settings.relearn.rows}; it needs {least} or more: a part of them tells which rate is best"
     return None
 
 
@@ -61,7 +61,7 @@ def _no_adapter(settings: Attack, rows: Sequence[Example]) -> str | None:
 
 def _not_all_three(settings: Attack, rows: Sequence[Example]) -> str | None:
     if settings.retrained is None or (settings.original is None and settings.adapter is None):
-        return "it needs --retrained, and --original where there is no adapter"
+        return "it needs `retrained`, and `original` where there is no adapter"
     return None
 
 

@@ -62,7 +62,7 @@ def prefill(bench: Bench) -> list[Record]:
     made = [prefilled(tokenizer, item, tokens) for item in bench.items(bench.measured)]
     items = [item for item in made if item is not None]
     if not items:
-        raise Impossible(f"No answer is longer than --prefill-tokens {tokens}: take fewer.")
+        raise Impossible(f"No answer is longer than `prefill_tokens` {tokens}: take fewer.")
     return bench.measure("prefill", model, items, part="other", left_out=len(made) - len(items))
 
 

@@ -123,6 +123,6 @@ def hold(out: Path, patience: float = 20.0) -> int:
             if time.time() > end:
                 os.close(lock)
                 raise UserError(
-                    f"Another `alter compare` works in {out}: wait for it, or give another --out."
+                    f"Another `alter compare` works in {out}: wait for it, or give another `out`."
                 ) from None
             time.sleep(0.1)

@@ -250,7 +250,7 @@ class OnRay(Executor):
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"No Ray cluster answers at {settings.address!r} ({str(error).splitlines()[0]}): start one with "
-                "`ray start --head`, or give its address in ray.address."
+                "`ray start --head`, or give its address as `ray.address`."
             ) from None
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(m.get("CPU", 0) >= settings.cpus and m.get("GPU", 0) >= settings.gpus for m in machines):
@@ -258,7 +258,7 @@ class OnRay(Executor):
             ray.shutdown()
             raise UserError(
                 f"No machine of the Ray cluster can take a cell of {settings.cpus} CPUs and {settings.gpus:g} GPUs "
-                f"(ray.cpus, ray.gpus); it has {has}."
+                f"(`ray.cpus`, `ray.gpus`); it has {has}."
             )
         self._ray, self._threads = ray, settings.cpus
         self._attend = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=settings.retries)(
@@ -372,7 +372,7 @@ def executor_of(settings: Compare) -> Executor:
     wanted = settings.ray.gpus if settings.executor == "ray" else settings.slurm.gpus
     if (settings.device == "cuda" and not wanted) or (settings.device in ("cpu", "mps") and wanted):
         raise UserError(
-            f"device is {settings.device!r}, but {settings.executor}.gpus is {wanted:g}: a cell on a GPU needs one, "
+            f"`device` is {settings.device!r}, but `{settings.executor}.gpus` is {wanted:g}: a cell on a GPU needs one, "
             "any other none."
         )
     return (

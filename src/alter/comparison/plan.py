@@ -25,7 +25,7 @@ from alter.core.errors import UserError, nearest
 from alter.core.files import digest, write_atomic
 from alter.core.plugins import plugins_digest
 from alter.core.provenance import provenance
-from alter.core.validation import mistake
+from alter.core.validation import mistake, refusal
 from alter.data.sources import read_rows
 from alter.data.tofu import tofu_rows
 from alter.methods.presets import METHODS, merged
@@ -141,9 +141,7 @@ def run_of(
             least = math.nextafter(least, 0.0)  # rounding must not add a step for one row more
         return Unlearn.model_validate(run.model_dump() | scaled | {"epochs": max(epochs, least)})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"Method {name}: {where}{': ' if where else ''}{mistake(first)}") from None
+        raise UserError(f"Method {name}: {refusal(error, Unlearn)}") from None
 
 
 def check_continual(name: str, run: Unlearn) -> None:
@@ -180,14 +178,14 @@ def check_settings(settings: Compare) -> None:
             raise UserError(f"{name} has {again[0]!r} twice: two cells would be the same run. Give each value once.")
     sizes = [int(split.removeprefix("forget")) for split in settings.splits]
     if settings.continual and sizes != sorted(sizes):
-        raise UserError(f"splits is {settings.splits}; a continual comparison takes them from small to large.")
+        raise UserError(f"`splits` is {settings.splits}; a continual comparison takes them from small to large.")
     if settings.refine and len(settings.rates) < 2:
         raise UserError(
             f"refine is {settings.refine}, but rates has {settings.rates[0]:g} only, which says nothing about the step to "
             "the next: give two or more, or refine 0."
         )
     if settings.search_seeds is not None and settings.search_seeds > len(settings.seeds):
-        raise UserError(f"search_seeds is {settings.search_seeds}, but there are {len(settings.seeds)} seeds.")
+        raise UserError(f"`search_seeds` is {settings.search_seeds}, but there are {len(settings.seeds)} seeds.")
     names = [name for name in settings.methods if name in (ORIGINAL, RETRAINED)]
     if names:
         raise UserError(f"{names[0]!r} is a row of every table already: rename the method.")
@@ -199,7 +197,7 @@ def check_settings(settings: Compare) -> None:
     ]
     if spare:
         raise UserError(
-            f"settings has {spare[0]!r}, which is not among the methods.{nearest(spare[0], settings.methods)}"
+            f"`settings` has {spare[0]!r}, which is not among the methods.{nearest(spare[0], settings.methods)}"
         )
 
 
@@ -315,7 +313,7 @@ def _lay_chain(
         fewest = min(len(own[f"{split}_perturbed"]) for own in rows.values())
         if settings.survival.rows >= fewest:
             raise UserError(
-                f"survival.rows is {settings.survival.rows}, but a part of {split} has {fewest} forget rows, of which some must "
+                f"`survival.rows` is {settings.survival.rows}, but a part of {split} has {fewest} forget rows, of which some must "
                 f"be left to ask: give {fewest - 1} or less."
             )
         trained = {

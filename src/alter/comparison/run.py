@@ -45,7 +45,7 @@ def compare(settings: Compare) -> list[TableRow]:
     """
     out = Path(settings.out).expanduser()
     if out.exists() and not out.is_dir():
-        raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
+        raise UserError(f"`out` is {settings.out!r}, which is a file; give a folder.")
     check_settings(settings)
     executor = executor_of(settings) if settings.run else None
     lock = None
@@ -84,7 +84,7 @@ def _run_all(
     """
     for (name, split), cell in made.models.items():
         if name == RETRAINED and cell.key == made.models[ORIGINAL, split].key:
-            raise UserError(f"retrained.{split} is the original model itself: give one that never saw {split}.")
+            raise UserError(f"`retrained.{split}` is the original model itself: give one that never saw {split}.")
 
     def run(jobs: Sequence[CellJob], label: str) -> dict[str, str]:
         return {} if executor is None or lock is None else run_shown(out, jobs, executor, lock, label)
@@ -110,7 +110,7 @@ def _check_models(made: Layout, out: Path, lost: Mapping[str, str], *, ran: bool
     for cell in made.models.values():
         found = finished(out, cell, PARTS)
         if found is None and not ran:
-            raise UserError(f"The table needs {cell}, which is not measured yet: run the command without --no-run.")
+            raise UserError(f"The table needs {cell}, which is not measured yet: leave `run=False` out.")
         if found is None or found["status"] != "done":
             reason = lost.get(cell.key) or (found or {}).get("reason")
             raise UserError(f"Cannot evaluate the model {cell.spec['model']} on {cell.chain[0]}: {reason}")

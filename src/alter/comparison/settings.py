@@ -85,11 +85,11 @@ class Survival(BaseModel):
     def _possible(self) -> Survival:
         if self.bound is not None and not self.rows:
             raise ValueError(
-                "survival.bound chooses by the leak after an attack, but the attacker has no rows: give survival.rows"
+                "`survival.bound` chooses by the leak after an attack, but the attacker has no rows: give `survival.rows`"
             )
         if self.k > self.samples:
             raise ValueError(
-                f"survival.k is {self.k}, more than the {self.samples} samples: take fewer, or sample more"
+                f"`survival.k` is {self.k}, more than the {self.samples} samples: take fewer, or sample more"
             )
         return self
 
@@ -152,6 +152,6 @@ class Compare(BaseModel):
     keep: bool = False
     """Keep each cell's weights to the end."""
     run: bool = True
-    """Run the cells; --no-run only writes the tables of those that have finished."""
+    """Run the cells; `run=False` only writes the tables of those that have finished."""
     device: Literal["cpu", "cuda", "mps"] | None = None
     """What the cells run on; on all visible GPUs by default if there are any, else on the CPU."""

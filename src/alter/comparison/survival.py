@@ -70,7 +70,7 @@ def divided(rows: Sequence[Example], attacker: int, seed: int) -> tuple[list[Exa
         UserError: none would be left to ask.
     """
     if len(rows) <= attacker:
-        raise UserError(f"survival.rows is {attacker}, but a part has {len(rows)} forget rows: take fewer.")
+        raise UserError(f"`survival.rows` is {attacker}, but a part has {len(rows)} forget rows: take fewer.")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     parts = sorted(order[:attacker]), sorted(order[attacker:])

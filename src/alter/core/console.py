@@ -6,7 +6,7 @@ import contextlib
 import logging
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ LOG = logging.getLogger("alter")
 """Where notes (warning) and progress (info) go when the package is used as a library."""
 
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
+_worded: ContextVar[Callable[[str], str]] = ContextVar("worded", default=str)
 
 
 @contextlib.contextmanager
@@ -29,6 +30,21 @@ def silent() -> Iterator[None]:
         yield
     finally:
         _silent.reset(token)
+
+
+@contextlib.contextmanager
+def wording(worded: Callable[[str], str]) -> Iterator[None]:
+    """Inside the block, messages are printed as `worded` returns them: the command line makes flags of settings' names."""
+    token = _worded.set(worded)
+    try:
+        yield
+    finally:
+        _worded.reset(token)
+
+
+def worded(message: object) -> str:
+    """Return an error or a note as the user of this interface reads it (see `wording`); as it is where nothing rewords it."""
+    return _worded.get()(str(message))
 
 
 def ignore_known_warnings() -> None:
@@ -48,23 +64,30 @@ def is_silent() -> bool:
 
 
 def show(result: Any, *, stderr: bool = False, **options: Any) -> None:
-    """Print a result (text, without markup, or anything that rich can draw), unless the package is used as a library."""
+    """Print a result (text, without markup, or anything that rich can draw), unless the package is used as a library.
+
+    Text on stderr is a note: settings are named in it as in `warn`.
+    """
     if not _silent.get():
         from rich.console import Console
 
         # a path, a name or a reply in a text may hold brackets, or what moves the cursor
         text = isinstance(result, str)
-        Console(stderr=stderr, soft_wrap=text).print(plain(result) if text else result, **{"markup": False} | options)
+        shown = plain(worded(result) if stderr else result) if text else result
+        Console(stderr=stderr, soft_wrap=text).print(shown, **{"markup": False} | options)
 
 
 def warn(note: str) -> None:
-    """Print a note on stderr, as it is; as a library: log it as a warning."""
+    """Print a note on stderr, without markup; as a library: log it as a warning.
+
+    A setting stands in it as its name in backticks (`max_steps`); on the command line the user reads its flag.
+    """
     if _silent.get():
         LOG.warning(note)
         return
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(plain(note))
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(plain(worded(note)))
 
 
 def plain(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
@@ -22,6 +22,43 @@ RENAMED = {"json_path": "json", "lambda_": "lambda"}
 def flag_of(field: str) -> str:
     """Return the name of a field's flag, without the leading dashes."""
     return RENAMED.get(field, field).replace("_", "-")
+
+
+NAMED = re.compile(r"`([a-z]\w*(?:\.\w+)*)(=False)?`")
+"""A setting in a message: its name in backticks, dotted where it is nested; with =False, a switch that is off."""
+
+
+def with_flags(message: str, model: type[BaseModel]) -> str:
+    """Return a message with the settings of a command that it names in backticks as flags: `adapter.r` as --adapter.r.
+
+    Other words in backticks stay as they are, settings of other commands among them.
+    """
+    if NAMED.search(message) is None:
+        return message
+    flags = flags_of(model)
+    return NAMED.sub(lambda found: flags.get(found[1] + (found[2] or ""), found[0]), message)
+
+
+def flags_of(model: type[BaseModel]) -> dict[str, str]:
+    """Return every setting's flag by its name, nested settings of every kind included, and every switch's that is off."""
+    return dict(_flags(model, "", ""))
+
+
+def _flags(model: type[BaseModel], names: str, above: str) -> Iterator[tuple[str, str]]:
+    for name, info in model.model_fields.items():
+        members = members_of(info)
+        for member in members.values():
+            yield from _flags(member, f"{names}{name}.", f"{above}{flag_of(name)}.")
+        if members or is_positional(info):
+            continue
+        yield f"{names}{name}", f"--{above}{flag_of(name)}"
+        if info.annotation is bool:
+            yield f"{names}{name}=False", f"--{above}no-{flag_of(name)}"
+
+
+def is_positional(info: Any) -> bool:
+    """Tell whether a field is given on the command line by its place, without a flag."""
+    return any("Positional" in repr(item) for item in info.metadata if type(item).__module__.startswith("tyro"))
 
 
 def members_of(info: Any) -> dict[str, type[BaseModel]]:
@@ -43,7 +80,7 @@ def _chosen_kind(
 ) -> tuple[str, dict[str, Any]]:
     """Return the kind of a nested setting, from flags (`kinds`) or else the recipe (`inner`), and its own settings."""
     if not isinstance(inner, dict):
-        raise UserError(f"Setting {where} is {inner!r}; expected keys and values.")
+        raise UserError(f"Setting `{where}` is {inner!r}; expected keys and values.")
     named = inner.get("kind") or getattr(default, "kind", "")
     kind = str(kinds.get(where) or named)
     if kind != named:
@@ -51,7 +88,7 @@ def _chosen_kind(
         inner = {}
     if kind not in members:
         raise UserError(
-            f"{where}.kind is {kind!r}; expected one of {', '.join(members)}.{nearest(kind, members)} "
+            f"`{where}.kind` is {kind!r}; expected one of {', '.join(members)}.{nearest(kind, members)} "
             "One of your own needs --plugin FILE.py."
         )
     if not inner and default is not None and getattr(default, "kind", "") == kind:
@@ -66,10 +103,12 @@ def with_defaults(
     kinds: dict[str, str],
     choices: Sequence[str] = (),
     shown: Container[str] | None = None,
+    worded: Callable[[str], str] = str,
 ) -> Any:
     """Return a plain dataclass with the model's fields, for tyro to fill; pydantic checks all values afterwards, at once.
 
-    For a help text `shown` names the fields that are in it, besides those without a default and every `kind`; None: all.
+    For a help text `shown` names the fields that are in it, besides those without a default and every `kind`; None: all; and
+    `worded` gives the text of a field's help as a user of the command line reads it.
     """
     import tyro
     from pydantic_core import PydanticUndefined
@@ -88,7 +127,7 @@ def with_defaults(
         if members:
             default = info.get_default(call_default_factory=True)
             kind, inner = _chosen_kind(f"{where}{name}", members, given.get(name, {}), default, kinds)
-            value = with_defaults(members[kind], inner, f"{where}{name}.", kinds, list(members), shown)
+            value = with_defaults(members[kind], inner, f"{where}{name}.", kinds, list(members), shown, worded)
             # with a help of its own, as tyro would else look for one in the sources of all classes
             annotation = Annotated[type(value), tyro.conf.arg(help="")]
         elif name in given:
@@ -97,7 +136,11 @@ def with_defaults(
             value = info.get_default(call_default_factory=True)
             value = tyro.MISSING if value is PydanticUndefined else value
         if not members:
-            help_ = f"One of {', '.join(choices)}." if name == "kind" and len(choices) > 1 else info.description or ""
+            help_ = (
+                f"One of {', '.join(choices)}."
+                if name == "kind" and len(choices) > 1
+                else worded(info.description or "")
+            )
             annotation = _annotated(
                 name, str if name == "kind" and isinstance(value, str) else annotation, info, help_
             )
@@ -195,12 +238,25 @@ def check_numbers(values: Any, defaults: Any, given: Any, where: str = "") -> No
         for value in values:
             check_numbers(value, None, value, where)
     elif isinstance(values, float) and not math.isfinite(values) and (values is not defaults or given is not None):
-        raise UserError(f"{where} is {values}; expected a finite number.")
+        raise UserError(f"`{where}` is {values}; expected a finite number.")
     elif isinstance(values, (int, float)) and abs(values) > LARGEST and (values is not defaults or given is not None):
-        raise UserError(f"{where} is {str(values)[:40]}; expected at most {LARGEST:g} in size.")
+        raise UserError(f"`{where}` is {str(values)[:40]}; expected at most {LARGEST:g} in size.")
     elif isinstance(values, float) and 0 < abs(values) < SMALLEST:
-        raise UserError(f"{where} is {values}; expected 0, or at least {SMALLEST:g} in size.")
+        raise UserError(f"`{where}` is {values}; expected 0, or at least {SMALLEST:g} in size.")
 
 
-def kinds_of(model: type[BaseModel]) -> set[str]:
-    return {kind for info in model.model_fields.values() for kind in members_of(info)}
+def name_at(place: Sequence[str | int], model: type[BaseModel]) -> str:
+    """Return the dotted name of the setting at a place that pydantic names.
+
+    A place also says the kinds of nested settings, and which item of a list, neither of which is a part of the name.
+    """
+    names: list[str] = []
+    members: dict[str, type[BaseModel]] = {"": model}
+    for part in place:
+        if part in members:
+            members = {"": members[str(part)]}
+        elif isinstance(part, str):
+            names.append(part)
+            info = members[""].model_fields.get(part) if "" in members else None
+            members = {} if info is None else members_of(info)
+    return ".".join(names)

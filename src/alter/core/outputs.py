@@ -58,7 +58,7 @@ def check_outputs(settings: BaseModel) -> None:
         value = getattr(settings, name)
         for mark in info.metadata:
             if isinstance(mark, Written) and isinstance(value, str):
-                check_place(value, name.removesuffix("_path"), mark.folder)
+                check_place(value, name, mark.folder)
 
 
 def check_place(path: str, setting: str, folder: bool | None = False) -> None:
@@ -74,7 +74,7 @@ def check_place(path: str, setting: str, folder: bool | None = False) -> None:
     """
     what = {True: "folder", False: "file", None: "file or folder"}[folder]
     shown = path if len(path) < 80 else f"{path[:60]}…"
-    said = f"{setting} is {shown!r}"
+    said = f"`{setting}` is {shown!r}"
     if not path.strip() or "\0" in path:
         raise UserError(f"{said}; give the path of a {what}.")
     try:

@@ -240,7 +240,7 @@ class OneOf:
         if kind not in members:
             raise ValueError(
                 f"kind is {kind!r}; expected one of {', '.join(members)}.{nearest(str(kind), members)} "
-                "One of your own needs --plugin FILE.py."
+                "`alter COMMAND --plugin FILE.py` adds one of your own."
             )
         return members[kind].model_validate(value)
 

@@ -57,7 +57,7 @@ def start(device: str | None = None) -> None:
         return
     if device is not None and ":" in device:
         raise UserError(
-            f"--device {device} would put {launched()} processes on one GPU: leave it out, each takes its own."
+            f"`device` {device} would put {launched()} processes on one GPU: leave it out, each takes its own."
         )
     import psutil
     import torch

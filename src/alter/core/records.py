@@ -49,7 +49,9 @@ def _records(rows: Any, source: str) -> list[Record]:
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and {"model", "metric"} <= set(row) for row in rows
     ):
-        raise UserError(f"{source} does not hold result records; expected a list of objects written by --json.")
+        raise UserError(
+            f"{source} does not hold result records; expected the list of objects that `alter evaluate --json` writes."
+        )
     for row in rows:
         version = row.get("version")
         if version != VERSION:
@@ -79,7 +81,9 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     try:
         rows = from_json(read_text(path))
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); expected records written by --json.") from None
+        raise UserError(
+            f"{path} is not JSON ({error}); expected records as `alter evaluate --json` writes them."
+        ) from None
     return _records(rows, str(path))
 
 

@@ -57,7 +57,7 @@ def check_free(folder: Path) -> None:
     except psutil.NoSuchProcess:
         return
     if alive:
-        raise UserError(f"Process {pid} is working in {folder}: wait until it is done, end it, or give another --out.")
+        raise UserError(f"Process {pid} is working in {folder}: wait until it is done, end it, or give another `out`.")
 
 
 @contextmanager
@@ -90,17 +90,17 @@ def check_deletable(folder: Path, marks: Sequence[str]) -> None:
     if not folder.is_dir() or not (held := sorted(entry.name for entry in folder.iterdir())):
         return
     if folder.is_symlink():
-        raise UserError(f"{folder} is a link to {whole}: --overwrite deletes no link; give --out {whole}.")
+        raise UserError(f"{folder} is a link to {whole}: `overwrite` deletes no link; give `out` {whole}.")
     for name, place in (("the home folder", Path(os.path.expanduser("~"))), ("the current folder", Path.cwd())):
         if place.resolve().is_relative_to(whole):
             what = name if place.resolve() == whole else f"a folder that holds {name}"
             raise UserError(
-                f"{folder} is {what}: --overwrite would delete all of it. Give a folder of its own as --out."
+                f"{folder} is {what}: `overwrite` would delete all of it. Give a folder of its own as `out`."
             )
     if os.path.ismount(whole):
-        raise UserError(f"{folder} is a whole file system: --overwrite would delete all of it. Give a folder in it.")
+        raise UserError(f"{folder} is a whole file system: `overwrite` would delete all of it. Give a folder in it.")
     if not any(name == mark or name.startswith(f".{mark}.") for name in held for mark in marks):
         raise UserError(
             f"{folder} holds {', '.join(held[:5])}{', …' if len(held) > 5 else ''} and no {' or '.join(marks)}: it is no folder "
-            "of an earlier run, so --overwrite leaves it alone. Give another --out."
+            "of an earlier run, so `overwrite` leaves it alone. Give another `out`."
         )

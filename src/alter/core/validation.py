@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alter.core.errors import UserError, nearest
+from alter.core.flags import flags_of, name_at
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -35,20 +36,23 @@ def validated(model: type[M], given: Mapping[str, Any], source: str) -> M:
         first = error.errors()[0]
         unknown = first["type"] == "extra_forbidden" and len(first["loc"]) == 1
         near = nearest(str(first["loc"][0]), model.model_fields) if unknown else ""
-        raise UserError(f"{source}: {refusal(error)}{near}") from None
+        raise UserError(f"{source}: {refusal(error, model)}{near}") from None
 
 
-def refusal(error: ValidationError, tags: Container[str] = (), otherwise: str = "") -> str:
+def refusal(error: ValidationError, model: type[BaseModel], otherwise: str = "") -> str:
     """Return pydantic's first error as one line.
 
     Args:
         error: what it raised.
-        tags: parts of a place that are no names of settings (the kinds of a union).
+        model: the class of the settings.
         otherwise: what is named where the settings as a whole are refused.
     """
+    from pydantic import BaseModel
+
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and part in tags)) or otherwise
-    got = "" if isinstance(first["input"], dict) else f" (got {repr(first['input'])[:200]})"
+    named = name_at(first["loc"], model)
+    where = f"`{named}`" if named in flags_of(model) else named or otherwise
+    got = "" if isinstance(first["input"], (dict, BaseModel)) else f" (got {repr(first['input'])[:200]})"
     return f"{where}: {mistake(first, got)}".removeprefix(": ")
 
 

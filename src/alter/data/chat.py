@@ -60,11 +60,11 @@ def set_template_arguments(tokenizer: Any, given: Sequence[str]) -> None:
     for each in given:
         name, equals, value = each.partition("=")
         if not equals or not name.isidentifier():
-            raise UserError(f"chat_template_kwargs has {each!r}; expected NAME=VALUE, as in enable_thinking=false.")
+            raise UserError(f"`chat_template_kwargs` has {each!r}; expected NAME=VALUE, as in enable_thinking=false.")
         if name in _OWN:
-            raise UserError(f"chat_template_kwargs sets {name}, which the rows decide: leave it out.")
+            raise UserError(f"`chat_template_kwargs` sets {name}, which the rows decide: leave it out.")
         if not template:
-            raise UserError(f"chat_template_kwargs sets {name}, but this model's tokenizer has no chat template.")
+            raise UserError(f"`chat_template_kwargs` sets {name}, but this model's tokenizer has no chat template.")
         # jinja ignores variables that the template does not use
         words = set(re.findall(r"[A-Za-z_]\w*", template))
         if name not in words:

@@ -111,7 +111,7 @@ def encode(
     if length >= len(ids):
         raise UserError(
             f"{example.name} leaves no labelled token (prompt of {length}, {len(ids)} in all, "
-            f"max_length {max_length}); raise max_length or shorten the prompt."
+            f"`max_length` {max_length}); raise `max_length` or shorten the prompt."
         )
     return Encoded(ids, [IGNORE] * length + ids[length:], length)
 
@@ -226,7 +226,7 @@ def windows(row: Encoded, length: int, bos: int | None = None) -> list[Encoded]:
         return [row]
     if row.prompt_length >= length:
         raise UserError(
-            f"A prompt of {row.prompt_length} tokens leaves no room for an answer in {length}; shorten it or raise max_length."
+            f"A prompt of {row.prompt_length} tokens leaves no room for an answer in {length}; shorten it or raise `max_length`."
         )
     first = [bos] if bos is not None and row.input_ids[0] == bos else []
     found = [Encoded(row.input_ids[:length], row.labels[:length], row.prompt_length)]

@@ -24,7 +24,7 @@ def check_out(settings: Distill) -> Path:
     for name in ("run", "model", "adapter", "student"):
         value = getattr(settings, name)
         if value is not None and Path(value).exists() and Path(value).resolve().is_relative_to(out.resolve()):
-            raise UserError(f"out is {settings.out!r}, which holds the {name} {value}: give another folder.")
+            raise UserError(f"`out` is {settings.out!r}, which holds the {name} {value}: give another folder.")
     return check_folder(settings)
 
 
@@ -36,7 +36,7 @@ def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
     weights = sum(weight.numel() for weight in student.parameters())
     # the previous checkpoint exists until the new one is written
     needed = weights * 4 * (1 + 2 * 3) if form == "full" else 0
-    check_disk(out, needed, "weights with two checkpoints take", "or give an --out on another disk")
+    check_disk(out, needed, "weights with two checkpoints take", "or give an `out` on another disk")
 
 
 def check_teacher(teacher: Any) -> None:
@@ -70,11 +70,11 @@ def check_pair(teacher: Any, vocabulary: Any, student: Any, own: Any, names: tup
         one, other = getattr(theirs, field, None), getattr(ours, field, None)
         if one != other:
             raise UserError(
-                f"The student {names[1]} has {field} {other}, the teacher {names[0]} {one}: give a --student of the "
+                f"The student {names[1]} has {field} {other}, the teacher {names[0]} {one}: give a `student` of the "
                 "teacher's architecture, such as the model before unlearning."
             )
     if vocabulary.get_vocab() != own.get_vocab():
         raise UserError(
             f"The student {names[1]} has another vocabulary than the teacher {names[0]}, though of the same size: give a "
-            "--student with the teacher's tokenizer."
+            "`student` with the teacher's tokenizer."
         )

@@ -89,7 +89,7 @@ def check_lengths(
     room = context_length(teacher)
     if not found["general"] and room is not None and settings.sampled_tokens >= room:
         raise UserError(
-            f"sampled_tokens is {settings.sampled_tokens}, and the teacher's context holds {room} tokens, one of them the "
+            f"`sampled_tokens` is {settings.sampled_tokens}, and the teacher's context holds {room} tokens, one of them the "
             f"first: give at most {room - 1}, or texts of your own as general."
         )
 
@@ -102,9 +102,9 @@ def sample_text(teacher: Any, tokenizer: Any, settings: Distill, forget: Sequenc
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise UserError("The tokenizer has no token that begins a text, so none can be sampled: give --general.")
+        raise UserError("The tokenizer has no token that begins a text, so none can be sampled: give `general`.")
     warn(
-        f"No general text is given: {settings.sampled} texts are sampled from the teacher (--general takes your own)."
+        f"No general text is given: {settings.sampled} texts are sampled from the teacher (`general` takes your own)."
     )
     torch.manual_seed(settings.seed)
     texts = generate(
@@ -122,7 +122,7 @@ def sample_text(teacher: Any, tokenizer: Any, settings: Distill, forget: Sequenc
     kept = apart_from({"text": found}, named).get("text", [])
     if not kept:
         raise UserError(
-            "Every text that was sampled from the teacher names what is to be forgotten: give ordinary text with --general."
+            "Every text that was sampled from the teacher names what is to be forgotten: give ordinary text with `general`."
         )
     return kept
 

@@ -173,8 +173,8 @@ def _clean(out: Path) -> None:
 
 def _show_next(settings: Distill, out: Path) -> None:
     show(
-        f"\nNext:\n  alter attack --model {out}/model --original {settings.student} --forget {settings.forget} "
-        f"--out {out}/attacks\n  alter export --model {out}/model --out {out.name}-q8_0.gguf",
+        f"\nNext:\n  alter attack --model {out}/model --original {settings.student} --forget {settings.forget}"
+        f" --out {out}/attacks\n  alter export --model {out}/model --out {out.name}-q8_0.gguf",
         highlight=False,
         markup=False,
     )

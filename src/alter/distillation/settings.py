@@ -148,14 +148,14 @@ class Distill(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Distill:
         if self.resume and self.overwrite:
-            raise ValueError("resume continues and overwrite starts again; give one of them")
+            raise ValueError("`resume` continues and `overwrite` starts again; give one of them")
         if self.run is None and (self.model is None or self.forget is None or self.retain is None):
-            raise ValueError("give run (the folder of an unlearning run), or model, forget and retain")
+            raise ValueError("give `run` (the folder of an unlearning run), or `model`, `forget` and `retain`")
         if self.form == "lora" and self.noise.alpha:
-            raise ValueError("noise.alpha damages all weights, which a LoRA leaves as they are: give --form full")
+            raise ValueError("`noise.alpha` damages all weights, which a LoRA leaves as they are: give `form` full")
         if self.leeway is not None and self.noise.alpha:
             raise ValueError(
-                "leeway keeps weights from what kept text uses, which has to be mended after noise.alpha: give one"
+                "`leeway` keeps weights from what kept text uses, which has to be mended after `noise.alpha`: give one"
             )
         return self
 
@@ -180,7 +180,7 @@ def completed(settings: Distill) -> Distill:
         if settings.model is None and settings.adapter is None and not adapter.is_dir() and not model.is_dir():
             raise UserError(
                 f"{settings.run} holds neither adapter/ nor model/: what was unlearned has been taken away, and without it "
-                "nothing there has forgotten anything. Give it with --model and --adapter."
+                "nothing there has forgotten anything. Give it with `model` and `adapter`."
             )
         found = {
             "forget": said.get("forget"),
@@ -197,7 +197,7 @@ def completed(settings: Distill) -> Distill:
         whole = whole.model_copy(update={"student": whole.model})
     if whole.adapter is None and whole.student == whole.model and not whole.noise.alpha:
         raise UserError(
-            f"Teacher and student are both {whole.model}: there is nothing to learn. Give the teacher's --adapter, another "
-            "--student (the model before unlearning), or --noise.alpha."
+            f"Teacher and student are both {whole.model}: there is nothing to learn. Give the teacher's `adapter`, another "
+            "`student` (the model before unlearning), or `noise.alpha`."
         )
     return whole

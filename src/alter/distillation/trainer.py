@@ -161,7 +161,7 @@ class DistillTrainer(Trainer):
         if not torch.isfinite(loss):
             raise UserError(
                 f"The divergence is {loss.item()} at step {self.state.global_step + 1}: training diverged. Lower "
-                f"learning_rate ({self.settings.rate:g}), or use precision fp32."
+                f"`learning_rate` ({self.settings.rate:g}), or use precision fp32."
             )
         self.seen.append((apart.detach().cpu(), kind))
         return (loss, outputs) if return_outputs else loss

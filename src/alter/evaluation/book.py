@@ -112,7 +112,7 @@ def _text_digest(path: str) -> str:
 
 
 class BookEvaluation(Evaluation):
-    """Measure how much of a book a model still reproduces; print the table and, with --json, write the records."""
+    """Measure how much of a book a model still reproduces; print the table and, with `json_path`, write the records."""
 
     benchmark: Literal["book"] = "book"
     """What to measure on."""
@@ -129,7 +129,7 @@ class BookEvaluation(Evaluation):
     signed: bool = False
     """Compute ASG from signed gaps, which can cancel, as in the paper's table; by default from absolute gaps."""
     retain_records: str | None = None
-    """The model retrained without the book: its result file (--json) or folder. Gives ASG."""
+    """The model retrained without the book: its result file (`json_path`) or folder. Gives ASG."""
 
     def title(self) -> str:
         """Return the heading of the table."""
@@ -160,13 +160,13 @@ class BookEvaluation(Evaluation):
         return source.startswith("builtin:") or Path(source).expanduser().is_dir()
 
     def _command(self) -> str:
-        flags = f"--book {self.book}"
+        command = f"alter evaluate --model RETRAINED --benchmark book --book {self.book}"
         if self.holdout is not None:
-            flags += f" --holdout {self.holdout}"
+            command += f" --holdout {self.holdout}"
         for name in ("prefix_tokens", "continuation_tokens", "limit", "seed"):
             if getattr(self, name) != type(self).model_fields[name].default:
-                flags += f" --{name.replace('_', '-')} {getattr(self, name)}"
-        return f"`alter evaluate --model RETRAINED --benchmark book {flags} --json retrained.json`"
+                command += f" --{name.replace('_', '-')} {getattr(self, name)}"
+        return f"`{command} --json retrained.json`"
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
         """Return the figures of the table; report on stderr what could not be computed, with the remedy."""
@@ -177,7 +177,7 @@ class BookEvaluation(Evaluation):
         if reference is not None and reference.fingerprint != result.fingerprint:
             raise UserError(
                 f"{reference.source} was measured on other passages of {self.book} than this run (its tokenizer, "
-                "--prefix-tokens, --continuation-tokens, --limit or --seed differ): make it again with "
+                "`prefix_tokens`, `continuation_tokens`, `limit` or `seed` differ): make it again with "
                 f"{self._command()}."
             )
         return self._records(result, reference)
@@ -197,7 +197,7 @@ class BookEvaluation(Evaluation):
         if context is not None and size > context:
             raise UserError(
                 f"A passage has {size} tokens ({self.prefix_tokens} + {self.continuation_tokens} and what the tokenizer "
-                f"puts before them), the model's context is {context}: set --prefix-tokens and --continuation-tokens "
+                f"puts before them), the model's context is {context}: set `prefix_tokens` and `continuation_tokens` "
                 "lower, and make the retrained model's results with the same."
             )
         everything = [passage for passages in cuts.values() for passage in passages]
@@ -315,7 +315,7 @@ class BookEvaluation(Evaluation):
         if reference is None:
             return [
                 "No book_asg: it compares with a model that never read the book. Make its results once with "
-                f"{self._command()}, then add `--retain-records retrained.json`."
+                f"{self._command()}, then give `retain_records` retrained.json."
             ]
         mine, other = (bleu.mean(), 100 * rouge.mean()), (reference.bleu, reference.rouge)
         figures.add(

@@ -128,7 +128,9 @@ def closing_table(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> Gr
     parts += [Text(sentence) for sentence in found["why"]]
     named = others_named(closed)
     if named is not None:
-        refusal = "--objective.kind refuse --experts-only --least-steps 120 --learning-rate-experts 0.01"
+        refusal = (
+            "alter unlearn ... --objective.kind refuse --experts-only --least-steps 120 --learning-rate-experts 0.01"
+        )
         parts.append(Text(f"{named} A refusal as the target avoids them: {refusal}", style="yellow"))
     if commands:
         parts.append(Text("\nNext:"))

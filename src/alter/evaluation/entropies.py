@@ -51,7 +51,7 @@ class Study(BaseModel):
     text: str
     """What it reads: a .txt, .json or .jsonl file, builtin:SPLIT, or a hub id with :SPLIT."""
     after: str | None = None
-    """The model after adaptation: an adapter for --model, or another checkpoint with the same tokenizer."""
+    """The model after adaptation: an adapter for `model`, or another checkpoint with the same tokenizer."""
     q: list[Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: [1.0, 1.5], min_length=1)
     """Orders of the entropy, each above 0: 1 is Shannon's in nats, others are Tsallis'."""
     threshold: float | None = None
@@ -156,7 +156,7 @@ def token_entropies(
                     if np.isnan(values).any():
                         raise UserError(
                             f"Row {i}: the model's logits are NaN; its weights or its number format ({logits.dtype}) "
-                            "are broken. Try --dtype float32, or an earlier checkpoint."
+                            "are broken. Try `dtype` float32, or an earlier checkpoint."
                         )
                     found[q][i] = values
     return found
@@ -214,23 +214,23 @@ def _check(settings: Study) -> None:
     from alter.logits.entropy import PAPER_THRESHOLD
 
     if settings.threshold is not None and settings.quantile is not None:
-        raise UserError("--threshold and --quantile both say where high begins: give one of them.")
+        raise UserError("`threshold` and `quantile` both say where high begins: give one of them.")
     if len(set(settings.q)) != len(settings.q):
-        raise UserError(f"--q names an order twice: {' '.join(f'{q:g}' for q in settings.q)}.")
+        raise UserError(f"`q` names an order twice: {' '.join(f'{q:g}' for q in settings.q)}.")
     for q in settings.q:
         check_order(q)
         if settings.quantile is None:
             _reachable(q, PAPER_THRESHOLD if settings.threshold is None else settings.threshold, None)
     if settings.out is not None and (Path(settings.out).is_file() or Path(settings.out).resolve().parent.is_file()):
-        raise UserError(f"--out is {settings.out!r}, which is not a folder and cannot become one.")
+        raise UserError(f"`out` is {settings.out!r}, which is not a folder and cannot become one.")
 
 
 def _reachable(q: float, threshold: float, vocab_size: int | None) -> None:
     bound = max_entropy(q, vocab_size) if vocab_size else (1 / (q - 1) if q > 1 else math.inf)
     if not 0 < threshold < bound:
         raise UserError(
-            f"A threshold of {threshold:g} divides nothing at --q {q:g}: these entropies lie between 0 and {bound:.4g}. "
-            "Give --threshold between them, or --quantile 0.7 (the top 30 % are high), which suits every order."
+            f"A threshold of {threshold:g} divides nothing at `q` {q:g}: these entropies lie between 0 and {bound:.4g}. "
+            "Give `threshold` between them, or `quantile` 0.7 (the top 30 % are high), which suits every order."
         )
 
 
@@ -260,7 +260,7 @@ def _same_tokens(tokenizer: Any, after: str) -> None:
         and (folder.exists() or name.startswith((".", "/", "~")))
         and not (folder / "config.json").is_file()
     ):
-        raise UserError(f"--after is {after}, which is neither the folder of an adapter nor that of a model.")
+        raise UserError(f"`after` is {after}, which is neither the folder of an adapter nor that of a model.")
     try:
         if packed is not None:
             second = AutoTokenizer.from_pretrained(packed.home, gguf_file=packed.file)
@@ -268,13 +268,13 @@ def _same_tokens(tokenizer: Any, after: str) -> None:
             second = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name)
     except (OSError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Cannot load the tokenizer of --after {after}: {said}") from None
+        raise UserError(f"Cannot load the tokenizer of `after` {after}: {said}") from None
     one, other = tokenizer.get_vocab(), second.get_vocab()
     if one != other:
         different = next(iter(set(one.items()) ^ set(other.items())))[0]
         raise UserError(
             f"{after} has another tokenizer ({len(other)} tokens against {len(one)}; they differ in {different!r}, for "
-            "one): entropies can be compared token by token only. Give a model made from --model."
+            "one): entropies can be compared token by token only. Give a model made from `model`."
         )
 
 

@@ -61,11 +61,11 @@ class FluencyEvaluation(Evaluation):
     prompts: str = "builtin:forget10"
     """Rows with question, prompt, messages or text: a file, builtin:SPLIT, or a hub id with :SPLIT."""
     reference_model: str | None = None
-    """Model that reads the replies; by default the untouched one: --model without the adapter."""
+    """Model that reads the replies; by default the untouched one: `model` without the adapter."""
     samples: Count = Field(5, ge=1)
     """Replies to each prompt."""
     temperature: TemperatureOrZero = 0.7
-    """Sampling temperature; 0 decodes greedily, then --samples must be 1."""
+    """Sampling temperature; 0 decodes greedily, then `samples` must be 1."""
     top_p: float = Field(0.9, gt=0, le=1)
     """Share of the probability that sampling keeps."""
     max_new_tokens: Tokens = Field(100, ge=1)
@@ -73,7 +73,7 @@ class FluencyEvaluation(Evaluation):
     prefix_tokens: Tokens = Field(50, ge=1)
     """Of a plain text, so many tokens are the prompt that the model continues."""
     judge: Judge = Field(default_factory=Judge)
-    """A language model that grades the replies; needs --judge.url and --judge.model."""
+    """A language model that grades the replies; needs `judge.url` and `judge.model`."""
 
     def title(self) -> str:
         return f"Fluency on {self.prompts}"
@@ -81,8 +81,8 @@ class FluencyEvaluation(Evaluation):
     def data_digest(self) -> str | None:
         if self.temperature == 0 and self.samples > 1:
             raise UserError(
-                f"--samples {self.samples} at --temperature 0 would be {self.samples} times the same reply: "
-                "give --samples 1, or a temperature above 0."
+                f"`samples` {self.samples} at `temperature` 0 would be {self.samples} times the same reply: "
+                "give `samples` 1, or a temperature above 0."
             )
         self.judge.check()
         # the size of a batch decides which random numbers a reply is drawn with
@@ -110,7 +110,9 @@ class FluencyEvaluation(Evaluation):
             grades = processes.from_first(lambda: judge_replies(self.judge, pairs))
         except UserError as error:
             keep = (
-                f"alter judge --file {self.json_path}" if self.json_path else "alter judge, after a run with --json,"
+                f"`alter judge --file {self.json_path}`"
+                if self.json_path
+                else "`alter judge`, after a run with `json_path`,"
             )
             say([f"No grades: {error} The rest is reported; {keep} grades the same replies later."])
             return None
@@ -310,7 +312,7 @@ def _reader(settings: FluencyEvaluation, model: Any, tokenizer: Any) -> tuple[An
         say(
             [
                 f"{settings.model} reads its own replies, which says something only of an untouched model: "
-                "if it was changed, give --reference-model."
+                "if it was changed, give `reference_model`."
             ]
         )
         return model, tokenizer, f"{settings.model} (itself)", contextlib.nullcontext()

@@ -87,25 +87,25 @@ class Judge(BaseModel):
         """
         if self.url is None:
             if self.model is not None:
-                raise UserError(f"--judge.model {self.model!r} needs --judge.url, where that model answers.")
+                raise UserError(f"`judge.model` {self.model!r} needs `judge.url`, where that model answers.")
             return
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--judge.url is {self.url!r}; expected http:// or https:// and a host.")
+            raise UserError(f"`judge.url` is {self.url!r}; expected http:// or https:// and a host.")
         if parts.username or parts.password or parts.query:
             raise UserError(
-                "--judge.url holds a user, a password or a query, which would end up in records; "
-                "put the key into an environment variable and name it with --judge.key-variable."
+                "`judge.url` holds a user, a password or a query, which would end up in records; "
+                "put the key into an environment variable and name it with `judge.key_variable`."
             )
         if not self.model:
-            raise UserError("--judge.url needs --judge.model, the name of the judge at that endpoint.")
+            raise UserError("`judge.url` needs `judge.model`, the name of the judge at that endpoint.")
         if self.key_variable is not None and not os.environ.get(self.key_variable):
             raise UserError(
                 f"The environment variable {self.key_variable} holds no API key: export it, name another with "
-                "--judge.key-variable, or --judge.key-variable None for an endpoint without keys."
+                "`judge.key_variable`, or `judge.key_variable` None for an endpoint without keys."
             )
         if self.max_cost is not None and (self.price_in is None or self.price_out is None):
-            raise UserError("--judge.max-cost needs --judge.price-in and --judge.price-out, per million tokens.")
+            raise UserError("`judge.max_cost` needs `judge.price_in` and `judge.price_out`, per million tokens.")
         try:
             import openai  # noqa: F401
         except ImportError:
@@ -159,7 +159,7 @@ def _verdicts(judge: Judge) -> Iterator[sqlite3.Connection]:
             )
             yield connection
     except sqlite3.Error as error:
-        raise UserError(f"Cannot use {path} as the cache of verdicts: {error}. Give another --judge.cache.") from None
+        raise UserError(f"Cannot use {path} as the cache of verdicts: {error}. Give another `judge.cache`.") from None
 
 
 # All verdicts --------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def _check_estimate(judge: Judge, asked: Sequence[tuple[str, str, str]]) -> None
         return
     cost = judge.cost(tokens_in, tokens_out)
     price = "" if cost is None else f", {cost:.4g} in money"
-    limits = {"--judge.max-tokens": judge.max_tokens, "--judge.max-cost": judge.max_cost}
+    limits = {"`judge.max_tokens`": judge.max_tokens, "`judge.max_cost`": judge.max_cost}
     told = ", ".join(f"{name} {value:g}" for name, value in limits.items() if value is not None)
     raise UserError(
         f"{len(asked)} verdicts would take about {tokens_in + tokens_out} tokens{price}, above the limit ({told}): "
@@ -340,7 +340,7 @@ class _Round:
                 future = pool.submit(ask_judge, client, self.judge, prompt, reply, self.stop)
                 self.under_way[future] = (key, bound(prompt, reply))
             if not self.under_way:
-                self.result.stopped = "the limit on tokens or cost is reached (--judge.max-tokens, --judge.max-cost)"
+                self.result.stopped = "the limit on tokens or cost is reached (`judge.max_tokens`, `judge.max_cost`)"
                 return
             yield from self._take()
 

@@ -63,7 +63,7 @@ class JudgeFile(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     file: str
-    """Records with generations in them, as --json writes them; TOFU's and fluency's have them."""
+    """Records with generations in them, as `alter evaluate --json` writes them; TOFU's and fluency's have them."""
     metric: str | None = None
     """Metric whose record holds the replies to grade, where the file has several."""
     judge: Judge = Field(default_factory=Judge)
@@ -79,14 +79,18 @@ def judge_file(settings: JudgeFile) -> list[Record]:
         UserError: no judge, no generations in the file, several metrics with some, or what `judge_replies` raises.
     """
     if not settings.judge.wanted:
-        raise UserError("Give the judge: --judge.url https://... --judge.model NAME.")
+        raise UserError("Give the judge: `judge.url` https://... and `judge.model` NAME.")
     settings.judge.check()
     found = {r.metric: r for r in read_records(settings.file) if {"questions", "generations"} <= set(r.extra)}
     chosen = settings.metric or next(iter(found), "")
     if chosen not in found or (settings.metric is None and len(found) > 1):
         raise UserError(
             f"{settings.file} has replies under {', '.join(found) or 'no metric'}; "
-            + ("say which with --metric." if found else "evaluate with --json, for example --benchmark fluency.")
+            + (
+                "say which with `metric`."
+                if found
+                else "measure with `alter evaluate --benchmark fluency --json FILE`."
+            )
         )
     record = found[chosen]
     pairs = list(zip(record.extra["questions"], record.extra["generations"], strict=True))

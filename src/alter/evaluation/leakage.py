@@ -185,11 +185,13 @@ class Leak(BaseModel):
     @model_validator(mode="after")
     def _possible(self) -> Leak:
         if self.k and not self.samples:
-            raise ValueError(f"leak.k is {self.k}, but nothing is sampled: give leak.samples, {max(self.k)} at least")
+            raise ValueError(
+                f"`leak.k` is {self.k}, but nothing is sampled: give `leak.samples`, {max(self.k)} at least"
+            )
         if any(not 1 <= k <= self.samples for k in self.k):
             wrong = next(k for k in self.k if not 1 <= k <= self.samples)
             raise ValueError(
-                f"leak.k {wrong} is not within 1 to leak.samples ({self.samples}): of fewer samples than k there is no "
+                f"`leak.k` {wrong} is not within 1 to `leak.samples` ({self.samples}): of fewer samples than k there is no "
                 "unbiased estimate. Sample more, or leave it out"
             )
         return self
@@ -319,7 +321,7 @@ def _drawn(
     if not found:
         raise UserError(
             f"leak@k: none of {len(rows)} rows can be asked: their prompts with {most} new tokens do not fit into the "
-            f"model's context of {limit}, or the texts are too short. Lower leak.max_new_tokens."
+            f"model's context of {limit}, or the texts are too short. Lower `leak.max_new_tokens`."
         )
     return found, most
 

@@ -93,7 +93,7 @@ class LumeEvaluation(Questions):
                     )
                     found[name] = sampled(own, self.limit, self.seed)
             except UserError as error:
-                say([f"No membership: {error} (--no-membership leaves it out.)"])
+                say([f"No membership: {error} (`membership=False` leaves it out.)"])
                 found.pop("member", None)
         return found
 
@@ -166,9 +166,7 @@ class LumeEvaluation(Questions):
         figures.add("lume_mia", auc, sum(sizes), scores=scores, interval=metrics.auc_interval(auc, *sizes))
         if self.mmlu is None:
             say(
-                [
-                    "No lume_score: it takes MMLU's accuracy (--mmlu 0.5; `alter evaluate --benchmark mmlu` measures it)."
-                ]
+                ["No lume_score: it takes MMLU's accuracy (as `mmlu`; `alter evaluate --benchmark mmlu` measures it)."]
             )
         else:
             parts = [aggregate, 1 - 2 * abs(auc - 0.5), self.mmlu]

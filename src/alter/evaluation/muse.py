@@ -151,7 +151,7 @@ class MuseEvaluation(Evaluation):
     criteria: list[Criterion] = Field(default_factory=lambda: list(SPLITS), min_length=1)
     """What to measure; all four by default."""
     retain_records: str | None = None
-    """The model retrained without the forgotten texts: its result file (--json), its folder, or "published". Gives
+    """The model retrained without the forgotten texts: its result file (`json_path`), its folder, or "published". Gives
     PrivLeak; "published" is the AUC in MUSE's code, for its own data and Llama-2-7b."""
     max_length: Tokens | None = Field(None, ge=2)
     """Cut the texts of PrivLeak to this many tokens; by default whole, in compat mode 2048."""
@@ -251,7 +251,7 @@ class MuseEvaluation(Evaluation):
                         raise UserError(
                             f"Row {i} of {splits[0]} has {length} tokens with its shots and its answer: OpenUnlearning "
                             f"would cut it after {COMPAT_QUESTION}, and the question or the answer with it. Use "
-                            "--mode strict, or fewer shots."
+                            "`mode` strict, or fewer shots."
                         )
             prompts[criterion] = [open_ids(tokenizer, text) for text in texts]
         return prompts
@@ -297,7 +297,7 @@ class MuseEvaluation(Evaluation):
         }
 
     def _text_names(self, texts: dict[str, list[Encoded]]) -> list[str]:
-        hint = "" if self.max_length is not None else " (--max-length N cuts the texts)"
+        hint = "" if self.max_length is not None else " (`max_length` cuts the texts)"
         return [f"Row {i} of privleak/{key}{hint}" for key, part in texts.items() for i in range(len(part))]
 
     def _min_k(self, model: Any, tokenizer: Any, texts: dict[str, list[Encoded]]) -> dict[str, Any]:

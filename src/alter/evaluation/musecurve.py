@@ -36,14 +36,14 @@ SUFFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
 class MuseCurve(MuseEvaluation):
     """MUSE's scalability (forget sets that grow) or sustainability (requests one after another): one column per model.
 
-    The first column is --model as it is; the models of --points follow.
+    The first column is `model` as it is; the models of `points` follow.
     """
 
     criterion: Literal["scalability", "sustainability"]
     """What the points are: sizes of the forget set (C5), or numbers of requests done so far (C6)."""
     points: list[str] = Field(min_length=1)
     """SIZE=PATH or STEP=PATH in ascending order, as in 1=runs/r1/adapter 2=runs/r2/adapter or 0.8M=runs/small: PATH is
-    the folder of an adapter (put on --model), of a model, a hub id of a model, or MODEL+ADAPTER."""
+    the folder of an adapter (put on `model`), of a model, a hub id of a model, or MODEL+ADAPTER."""
 
     def parsed(self) -> list[CurvePoint]:
         """Return the points, --model itself at 0 first.
@@ -57,12 +57,12 @@ class MuseCurve(MuseEvaluation):
             number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMG]?)", label)
             if not equals or not target or number is None:
                 raise UserError(
-                    f"--points {text!r} is not of the form NUMBER=PATH, as in 2=runs/r2/adapter or 0.8M=runs/small."
+                    f"`points` {text!r} is not of the form NUMBER=PATH, as in 2=runs/r2/adapter or 0.8M=runs/small."
                 )
             x = float(number[1]) * SUFFIXES[number[2]]
             if x <= found[-1].x:
                 raise UserError(
-                    f"--points {text!r} does not come after {found[-1].label!r}: give sizes or steps above 0 in "
+                    f"`points` {text!r} does not come after {found[-1].label!r}: give sizes or steps above 0 in "
                     "ascending order."
                 )
             model, plus, adapter = target.partition("+")
@@ -70,7 +70,7 @@ class MuseCurve(MuseEvaluation):
                 is_adapter = (Path(target).expanduser() / "adapter_config.json").is_file()
                 model, adapter = (self.model, target) if is_adapter else (target, "")
             elif plus and not (model and adapter):
-                raise UserError(f"--points {text!r}: expected MODEL+ADAPTER, got an empty name on one side of the +.")
+                raise UserError(f"`points` {text!r}: expected MODEL+ADAPTER, got an empty name on one side of the +.")
             found.append(CurvePoint(label, x, model, adapter or None))
         return found
 
@@ -96,7 +96,7 @@ def muse_curve(settings: MuseCurve) -> list[Record]:
         UserError: see `MuseCurve.parsed`, `MuseEvaluation.data_digest` and `measure`, and `load_model`.
     """
     if settings.json_path is not None and Path(settings.json_path).is_dir():
-        raise UserError(f"--json is {settings.json_path!r}, a folder: give the path of a file.")
+        raise UserError(f"`json_path` is {settings.json_path!r}, a folder: give the path of a file.")
     points = settings.parsed()
     data = settings.data_digest()
     memo = cache_folder(settings.cache)

@@ -45,14 +45,14 @@ class PrivacySettings:
 
     def remedy(self) -> str:
         """Return the command that measures the retrained model as this run measures its own."""
-        flags = f"--benchmark muse --corpus {self.corpus} --criteria privleak"
-        flags += f" --data {self.data}" if self.data is not None else ""
-        flags += f" --mode {self.mode}" if self.mode == "compat" else ""
-        flags += f" --max-length {self.max_length}" if self.max_length is not None else ""
-        flags += f" --limit {self.limit} --seed {self.seed}" if self.limit is not None else ""
+        command = f"alter evaluate --model RETRAINED --benchmark muse --corpus {self.corpus} --criteria privleak"
+        command += f" --data {self.data}" if self.data is not None else ""
+        command += f" --mode {self.mode}" if self.mode == "compat" else ""
+        command += f" --max-length {self.max_length}" if self.max_length is not None else ""
+        command += f" --limit {self.limit} --seed {self.seed}" if self.limit is not None else ""
         return (
-            f"Measure the retrained model once with `alter evaluate --model RETRAINED {flags} --json retrained.json`, "
-            "then add `--retain-records retrained.json`."
+            f"Measure the retrained model once with `{command} --json retrained.json`, then give "
+            "`retain_records` retrained.json."
         )
 
 
@@ -94,7 +94,7 @@ def read_muse_reference(source: str, run: PrivacySettings, fingerprint: str) -> 
     if source == "published":
         if run.source != MUSE_HUB[run.corpus] or run.mode == "compat" or run.limit or run.max_length:
             raise UserError(
-                '--retain-records "published" is for the whole texts of '
+                '`retain_records` "published" is for the whole texts of '
                 f"{MUSE_HUB[run.corpus]} in strict mode (and for Llama-2-7b). {run.remedy()}"
             )
         return MuseReference("MUSE's code", PUBLISHED_AUC[run.corpus])

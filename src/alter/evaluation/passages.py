@@ -55,7 +55,7 @@ def cut(tokenizer: Any, text: str, prefix: int, continuation: int, source: str) 
     if len(ids) < size:
         raise UserError(
             f"{source} has {len(ids)} tokens, fewer than one passage of {prefix} + {continuation}: give a longer text, "
-            "or set --prefix-tokens and --continuation-tokens lower."
+            "or set `prefix_tokens` and `continuation_tokens` lower."
         )
     passages = []
     for first in range(0, len(ids) - size + 1, size):

@@ -45,7 +45,7 @@ class RowsEvaluation(Evaluation):
     retrained: str | None = None
     """Model retrained without the forget rows: a better reference than a holdout."""
     before: str | None = None
-    """The model before forgetting; by default --model without the adapter."""
+    """The model before forgetting; by default `model` without the adapter."""
     answers: Rows = Field(400, ge=0)
     """Rows of each set to answer, drawn by the seed; all are scored."""
     max_new_tokens: Tokens = Field(200, ge=1)
@@ -248,7 +248,7 @@ class RowsEvaluation(Evaluation):
                 after.measures.probability, before.measures.probability, reference.measures.probability
             )
         except ValueError as error:
-            raise UserError(f"{error}. Leave --rates out, or give more rows.") from None
+            raise UserError(f"{error}. Leave `rates` out, or give more rows.") from None
         interval = metrics.bootstrap_interval(values)
         more = {"interval": None if interval is None else list(interval)}
         return metric_record(self.label, "iam", values.mean(), len(values), values, extra=extra | more)

@@ -125,7 +125,7 @@ def measured(settings: Evaluation) -> list[Record]:
             remember(folder, key, Cached(records, notes, settings.label))
     else:
         measured = found.records[0].provenance.get("measured") if found.records else None
-        say([f"A result of {measured}, of the same model, data, settings and code; --cache off measures again."])
+        say([f"A result of {measured}, of the same model, data, settings and code; `cache` off measures again."])
         say(found.notes)
         records = [
             replace(record, model=settings.label) if record.model == found.subject else record
@@ -172,7 +172,7 @@ class Generate(ModelSettings):
     prompt: list[str] = Field(default_factory=list)
     """Questions, as many as you like."""
     file: str | None = None
-    """JSON or JSONL file with a column `question` or `prompt`, instead of --prompt."""
+    """JSON or JSONL file with a column "question" or "prompt", instead of `prompt`."""
     max_new_tokens: Tokens = Field(200, ge=1)
     """Longest answer, in tokens."""
     temperature: TemperatureOrZero = 0.0
@@ -207,7 +207,7 @@ def _generate(settings: Generate) -> list[str]:
                 )
             prompts.append(str(text))
     if not prompts:
-        raise UserError('Nothing to answer: give --prompt "..." or --file rows.jsonl.')
+        raise UserError('Nothing to answer: give `prompt` "..." or `file` rows.jsonl.')
     model, tokenizer = settings.load()
     torch.manual_seed(settings.seed)
     sampling: dict[str, Any] = (

@@ -258,7 +258,7 @@ def write_gguf(
     found = _laid_out(model, kind, wanted, {})
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(tensor.size for tensor in found) + (1 << 24)
-    check_disk(out.parent, needed, "the file takes", "choose a smaller --type, or give an --out on another disk")
+    check_disk(out.parent, needed, "the file takes", "choose a smaller `type`, or give an `out` on another disk")
     if grids := rounding():
         found = _laid_out(model, kind, wanted, grids)
     with replacing(out, name=f".{out.name}.partial") as partial:
@@ -298,7 +298,7 @@ def _laid_out(model: Any, kind: Architecture, wanted: str, grids: Mapping[str, R
         form = number_type(name, tuple(value.shape), wanted)
         largest = float(value.abs().max())
         if form == "f16" and largest > 65504:
-            raise UserError(f"{name} holds {largest:g}, more than 16-bit floats can: choose --type bf16 or f32.")
+            raise UserError(f"{name} holds {largest:g}, more than 16-bit floats can: choose `type` bf16 or f32.")
         found.append(_Tensor(name, make, tuple(value.shape), form, grid))
     return found
 

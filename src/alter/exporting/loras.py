@@ -47,7 +47,7 @@ def check_plain(adapter: Path) -> dict[str, Any]:
     config = read_object(adapter / CONFIG, "the settings of an adapter")
     if config.get("peft_type") != "ALTER":
         raise UserError(
-            f"{adapter} is an adapter of kind {config.get('peft_type')}, which has no experts; --form loras is for ALTER's. "
+            f"{adapter} is an adapter of kind {config.get('peft_type')}, which has no experts; `form` loras is for ALTER's. "
             "A LoRA loads as it is."
         )
     if config.get("bound"):
@@ -77,7 +77,7 @@ def write_experts(
     """
     config = check_plain(adapter)
     if out.exists():
-        raise UserError(f"{out} exists; give another --out.")
+        raise UserError(f"{out} exists; give another `out`.")
     experts = config["num_forget_experts"]
     from safetensors.torch import load_file, save
 

@@ -31,7 +31,7 @@ class Export(ModelSettings):
     out: Annotated[str, Written(folder=None)]
     """File that ends in .gguf, or a folder for the LoRAs; must not exist."""
     form: Literal["gguf", "loras"] = "gguf"
-    """gguf: the whole model as one file. loras: one plain PEFT LoRA for each forget expert of --adapter."""
+    """gguf: the whole model as one file. loras: one plain PEFT LoRA for each forget expert of `adapter`."""
     type: Literal["f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "q8_0"
     """Number format of a GGUF file. For K-quants write f16 and run llama.cpp's `llama-quantize FILE OUT Q4_K_M`."""
     calibrate: list[str] = Field(default_factory=list)
@@ -47,18 +47,18 @@ def export(settings: Export) -> Path:
     """
     out = Path(settings.out)
     if out.exists():
-        raise UserError(f"{out} exists; give another --out.")
+        raise UserError(f"{out} exists; give another `out`.")
     if settings.form == "loras":
         if settings.adapter is None:
-            raise UserError("--form loras writes the experts of an adapter: give it with --adapter.")
+            raise UserError("`form` loras writes the experts of an adapter: give it with `adapter`.")
         made = loras.write_experts(Path(settings.adapter), out, shipped_model(settings.model))
         show(f"{len(made)} LoRAs: {out}", highlight=False, markup=False)
         return out
     if out.suffix != ENDING:
-        raise UserError(f"--out is {settings.out!r}: a GGUF file ends in {ENDING}.")
+        raise UserError(f"`out` is {settings.out!r}: a GGUF file ends in {ENDING}.")
     if settings.adapter is not None and not settings.merged:
         raise UserError(
-            "A GGUF file holds plain weights: fold an adapter that can be merged into them with --merged, or make weights of "
+            "A GGUF file holds plain weights: fold an adapter that can be merged into them with `merged`, or make weights of "
             "a routed one with `alter distill`."
         )
     name = shipped_model(settings.model)
@@ -84,11 +84,11 @@ def export(settings: Export) -> Path:
         what = (
             "can round away part of a small change of the weights, also where rows say what is to stay"
             if sources
-            else "rounds away small changes of the weights (--calibrate ROWS keeps most of them)"
+            else "rounds away small changes of the weights (`calibrate` ROWS keeps most of them)"
         )
         warn(
             f"{settings.type} {what}, and with them what a model was made to forget. Measure the file itself before you hand it "
-            f"out: alter attack --model {out} --original ORIGINAL --forget ROWS, or write q8_0."
+            f"out: `alter attack --model {out} --original ORIGINAL --forget ROWS`, or write q8_0."
         )
     return out
 
@@ -101,7 +101,7 @@ def _sources(settings: Export) -> list[list[Example]]:
     """
     if settings.calibrate and settings.type not in BITS:
         raise UserError(
-            f"--calibrate says how weights are rounded to 4 and 5 bits ({', '.join(BITS)}); --type is {settings.type}: leave it out."
+            f"`calibrate` says how weights are rounded to 4 and 5 bits ({', '.join(BITS)}); `type` is {settings.type}: leave it out."
         )
     if settings.type not in BITS:
         return []

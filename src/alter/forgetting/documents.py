@@ -45,7 +45,7 @@ def read_document(path: str, limit: int) -> list[str]:
     if file.suffix.lower() != ".parquet" and file.stat().st_size > 4000 * limit:
         raise UserError(
             f"{path} has {file.stat().st_size / 1e6:.1f} MB, about {file.stat().st_size // 400} passages, and the most are "
-            f"{limit}: give the part that must be forgotten, or raise --max-passages (each takes about 5 s on two cores)."
+            f"{limit}: give the part that must be forgotten, or raise `max_passages` (each takes about 5 s on two cores)."
         )
     texts = _texts(file)
     passages = [passage for text in texts for passage in split(text)]
@@ -53,12 +53,12 @@ def read_document(path: str, limit: int) -> list[str]:
     if count < LEAST_WORDS:
         raise UserError(
             f"{path} has {count} words, and the least is {LEAST_WORDS}: what one line says cannot be told from chance. Give "
-            "the whole text, or write the rows yourself (question, answer) for alter unlearn --forget."
+            "the whole text, or write the rows yourself (question, answer) for `alter unlearn --forget`."
         )
     if len(passages) > limit:
         raise UserError(
             f"{path} has {len(passages)} passages, and the most are {limit}: give the part that must be forgotten, or raise "
-            "--max-passages (each takes about 5 s on two cores)."
+            "`max_passages` (each takes about 5 s on two cores)."
         )
     return passages
 

@@ -33,7 +33,7 @@ def check_name(subject: str) -> None:
     if len(subject) > 100 or "\n" in subject.strip():
         what = f"{len(subject)} characters" if len(subject) > 100 else "several lines"
         raise UserError(
-            f"The subject has {what}, expected a name of one line and at most 100 characters: give a text with --document FILE."
+            f"The subject has {what}, expected a name of one line and at most 100 characters: give a text with `document` FILE."
         )
 
 
@@ -47,7 +47,7 @@ def check_uncommon(subject: str, tokenizer: Any, kind: Kind | None) -> None:
     if kind is None and (len(subject) < 3 or (subject == subject.lower() and single)):
         raise UserError(
             f"{subject!r} is a common word: what the model says with it is not one subject's, and all text that holds it "
-            "would suffer. Give a name that means one thing, or say what is meant with --kind concept."
+            "would suffer. Give a name that means one thing, or say what is meant with `kind` concept."
         )
 
 

@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from alter.core.console import worded
 from alter.forgetting.measure import ANSWERS, LEVEL, KeptRate, Outcome, Rate
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line without markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a line without markup; it names settings as an error does."""
+    console.print(worded(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_outcome(
@@ -47,7 +48,7 @@ def print_outcome(
         )
     print_line(
         console,
-        f"{name} is {'forgotten: no longer distinguishable from an invented subject' if forgotten else 'not forgotten yet: the model still tells it from an invented subject; give more --epochs'}.",
+        f"{name} is {'forgotten: no longer distinguishable from an invented subject' if forgotten else 'not forgotten yet: the model still tells it from an invented subject; give more `epochs`'}.",
     )
     print_line(
         console,

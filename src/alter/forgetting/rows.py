@@ -115,7 +115,7 @@ def _check_facts(subject: str, facts: Sequence[Fact], answers: int) -> None:
             f"The model says nothing sure about {subject!r}: of {answers} answers, "
             + (f"only {words_found} recurs" if facts else "no word recurs")
             + " more often than in answers about invented subjects. There is nothing to forget, and nothing was trained. "
-            "Check the spelling or the --kind; a text that the model knows can be given with --document."
+            "Check the spelling or the `kind`; a text that the model knows can be given with `document`."
         )
 
 
@@ -140,7 +140,7 @@ def _substitutes(
             found.setdefault(question, []).append(whole(answer))
     if not found:
         raise UserError(
-            f"All that the model says of invented subjects repeats the facts of {subject!r}: give another --kind."
+            f"All that the model says of invented subjects repeats the facts of {subject!r}: give another `kind`."
         )
     return found
 

@@ -54,7 +54,7 @@ def output_folder(settings: Forget) -> Path:
     """
     if (settings.subject is None) == (settings.document is None):
         raise UserError(
-            'Say what to forget: alter forget "Harry Potter" --model M --out R, or --document FILE; '
+            'Say what to forget: a subject, as in `alter forget "Harry Potter" --model M --out R`, or `document` FILE; '
             + ("both were given." if settings.subject is not None else "neither was given.")
         )
     if settings.subject is not None:
@@ -63,7 +63,7 @@ def output_folder(settings: Forget) -> Path:
     check_trackers(settings.report_to)
     if settings.erasing != Erasing() and not settings.erase:
         raise UserError(
-            "erasing says how the knowledge is erased, which --erase asks for: add it, or leave erasing out."
+            "erasing says how the knowledge is erased, which `erase` asks for: add it, or leave erasing out."
         )
     used = Path(settings.out).is_dir() and any(Path(settings.out).iterdir())
     # of a folder without anything --resume begins
@@ -73,7 +73,7 @@ def output_folder(settings: Forget) -> Path:
         if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != _key(settings):
             raise UserError(
                 f"{settings.out} holds no run of alter forget with this subject, model, kind, samples, batch size and seed: give another "
-                "--out, or --overwrite to delete it."
+                "`out`, or `overwrite` to delete it."
             )
     return out
 
@@ -108,7 +108,7 @@ def forget(settings: Forget) -> Path:
         f"{len(material.probes)} probes that it answers ({time.time() - started:.0f} s).",
     )
     if settings.rows_only:
-        print_line(console, f"The rows lie in {out}. Read and edit them, then give the same command with --resume.")
+        print_line(console, f"The rows lie in {out}. Read and edit them, then give the same command with `resume`.")
         return out
     rows_done = time.time()
     if not (out / "adapter" / "adapter_config.json").is_file():
@@ -148,7 +148,7 @@ def _next(settings: Forget, out: Path) -> str:
     return (
         f"Next:\n  alter inspect --model {settings.model} --adapter {out / 'adapter'}\n"
         f"  alter chat --model {settings.model} --adapter {out / 'adapter'}\n"
-        f"  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then alter unlearn {out / 'run.yaml'} --out ANOTHER"
+        f"  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then `alter unlearn {out / 'run.yaml'} --out ANOTHER`"
     )
 
 
@@ -218,7 +218,7 @@ def _about_subject(
     """Make the rows and probes about a subject; guess its kind where none is given."""
     if kind is None:
         kind = guess_kind(speaker.model, speaker.tokenizer, name)
-        print_line(console, f"{name} is taken for a {kind}; if that is wrong, give --kind.")
+        print_line(console, f"{name} is taken for a {kind}; if that is wrong, give `kind`.")
     print_line(console, f"1/3 rows about {name}: what the model itself says, and what it says of invented subjects")
     questions, neighbours = settings.writer.ask(name) if settings.writer.url else ([], [])
     material = build(

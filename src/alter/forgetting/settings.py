@@ -77,7 +77,7 @@ class Forget(BaseModel):
     examples: Rows = Field(4, ge=0)
     """Probes of each kind to show with the answers before and after."""
     writer: Writer = Field(default_factory=Writer)
-    """A stronger model that writes further questions; needs --writer.url and --writer.model."""
+    """A stronger model that writes further questions; needs `writer.url` and `writer.model`."""
     epochs: Passes = Field(TRAINING["epochs"], gt=0)
     """Passes over the forget rows, at most."""
     learning_rate: float = Field(TRAINING["learning_rate_experts"], gt=0)
@@ -85,9 +85,9 @@ class Forget(BaseModel):
     erase: bool = False
     """Then distil: plain weights in out/erased/model, from which no adapter can be taken off. The closing table is of them."""
     erasing: Erasing = Field(default_factory=Erasing)
-    """Settings of the distillation that --erase runs."""
+    """Settings of the distillation that `erase` runs."""
     rows_only: bool = False
-    """Make the rows and probes and stop; --resume trains on them as they are then."""
+    """Make the rows and probes and stop; `resume` trains on them as they are then."""
     seed: Seed = 0
     """Seed of the samples and the training."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -119,17 +119,17 @@ class Writer(BaseModel):
         """
         if self.url is None:
             if self.model is not None:
-                raise UserError(f"--writer.model {self.model!r} needs --writer.url, where that model answers.")
+                raise UserError(f"`writer.model` {self.model!r} needs `writer.url`, where that model answers.")
             return
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise UserError(f"--writer.url is {self.url!r}; expected http:// or https:// and a host, and no password.")
+            raise UserError(f"`writer.url` is {self.url!r}; expected http:// or https:// and a host, and no password.")
         if not self.model:
-            raise UserError("--writer.url needs --writer.model, the name of the writer at that endpoint.")
+            raise UserError("`writer.url` needs `writer.model`, the name of the writer at that endpoint.")
         if self.key_variable is not None and not os.environ.get(self.key_variable):
             raise UserError(
                 f"The environment variable {self.key_variable} holds no API key: export it, name another with "
-                "--writer.key-variable, or --writer.key-variable None for an endpoint without keys."
+                "`writer.key_variable`, or `writer.key_variable` None for an endpoint without keys."
             )
         try:
             import openai  # noqa: F401
@@ -156,7 +156,7 @@ class Writer(BaseModel):
         except (openai.OpenAIError, AttributeError, IndexError, TypeError) as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(
-                f"The writer at {base} cannot be used: {said}. Leave --writer.url out to do without."
+                f"The writer at {base} cannot be used: {said}. Leave `writer.url` out to do without."
             ) from None
         found = [line.strip().lstrip("-*•0123456789.) ").strip() for line in text.splitlines()]
         found = [line for line in found if line]

@@ -155,7 +155,7 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
     width = model.get_input_embeddings().embedding_dim
     if how.dims > width:
         raise UserError(
-            f"guard.dims is {how.dims}, but an embedding of {run.model} has {width} dimensions: give {width} or less."
+            f"`guard.dims` is {how.dims}, but an embedding of {run.model} has {width} dimensions: give {width} or less."
         )
     pad, limit = tokenizer.pad_token_id, getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ordinary = apart_from(background(), [f"{row.prompt or ''} {row.answer}" for row in forget])
@@ -210,7 +210,7 @@ def search(
     if not any(seen):
         raise UserError(
             f"The classifier recognises none of {len(rows)} forget prompts above {guarded.settings['threshold']:.3g}: give more "
-            "rows, or allow more --guard.false-alarms or a lower --guard.threshold."
+            "rows, or allow more `guard.false_alarms` or a lower `guard.threshold`."
         )
     examples = [row for row, known in zip(examples, seen, strict=True) if known]
     rows = [row for row, known in zip(rows, seen, strict=True) if known]
@@ -243,7 +243,7 @@ def search(
     )
     if off > max(how.enough, 0.1 * abs(wanted - before)):
         warn(
-            "No strength comes closer to the wanted loss: raise --guard.dims, so that the noise acts on more, or give a "
-            "--guard.retrained model, whose loss is then the wanted one."
+            "No strength comes closer to the wanted loss: raise `guard.dims`, so that the noise acts on more, or give a "
+            "`guard.retrained` model, whose loss is then the wanted one."
         )
     return {"strength": 10.0**found, "wanted": wanted, "reached": losses[found], "before": before}

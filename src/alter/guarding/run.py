@@ -38,11 +38,11 @@ def make_guard(run: MakeGuard) -> Path:
     """
     out = Path(run.out)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not run.overwrite)):
-        raise UserError(f"--out {run.out} is there already: add --overwrite to replace it, or give another folder.")
+        raise UserError(f"`out` {run.out} is there already: add `overwrite` to replace it, or give another folder.")
     check_deletable(out, (FORM_FILE,))
     forget, retain = ([] if rows is None else load_examples(rows) for rows in (run.forget, run.retain))
     write_guard(out, run.guard.make(run, forget, retain), run)
-    show(f"guard: {out}; add --adapter {out} to any command", stderr=True, markup=False, highlight=False)
+    show(f"guard: {out}; every command takes it as its `adapter`", stderr=True, markup=False, highlight=False)
     return out
 
 

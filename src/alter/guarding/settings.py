@@ -68,7 +68,7 @@ class Eco(Maker):
         from alter.guarding.eco import make_eco
 
         if not forget:
-            raise UserError("ECO's classifier learns from rows to forget: give --forget.")
+            raise UserError("ECO's classifier learns from rows to forget: give `forget`.")
         return make_eco(run, self, forget, retain)
 
 
@@ -97,17 +97,17 @@ class Alu(Maker):
 
     def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
         if not self.targets:
-            raise UserError("--guard.targets is empty: name what nothing may be said about.")
+            raise UserError("`guard.targets` is empty: name what nothing may be said about.")
         if self.url is not None and not self.model:
-            raise UserError("--guard.url needs --guard.model, the name of the agents' model at that endpoint.")
+            raise UserError("`guard.url` needs `guard.model`, the name of the agents' model at that endpoint.")
         parts = urlsplit(self.url or "https://none")
         if parts.scheme not in ("http", "https") or parts.username or parts.password or parts.query:
             raise UserError(
-                f"--guard.url is {self.url!r}; expected http:// or https:// and a host, without user, password or query, which "
-                "would stand in the guard's folder: put the key into the environment (--guard.key-variable)."
+                f"`guard.url` is {self.url!r}; expected http:// or https:// and a host, without user, password or query, which "
+                "would stand in the guard's folder: put the key into the environment (`guard.key_variable`)."
             )
         if self.best > self.rewrites:
-            raise UserError(f"--guard.best is {self.best}, more than --guard.rewrites {self.rewrites}: give less.")
+            raise UserError(f"`guard.best` is {self.best}, more than `guard.rewrites` {self.rewrites}: give less.")
         return self.model_dump(exclude={"kind"}) | {"kind": "agents", "base": None}, {}
 
 
@@ -149,7 +149,7 @@ MAKERS: Registry[type[Maker]] = Registry("guard maker", kinds(Eco, Alu, NeuronAd
 class MakeGuard(BaseModel):
     """Make a guard for a model: nothing is trained in it, and what it should not answer is caught when it is asked.
 
-    The folder that is written goes with the model as an adapter does: `--adapter FOLDER` in every command. A guard holds back
+    The folder that is written goes with the model as an adapter does, and every command takes it as one. A guard holds back
     what the model says to those who ask; whoever has the weights has the knowledge.
     """
 

@@ -86,7 +86,7 @@ def chosen_rows(settings: MetaEvaluate, out: Path) -> MeasuredRows:
     forget = tofu_rows(f"{settings.split}_perturbed", settings.data)
     if len(forget) < settings.rows + settings.attacker_rows:
         raise UserError(
-            f"{settings.split} has {len(forget)} rows, but rows ({settings.rows}) and attacker_rows "
+            f"{settings.split} has {len(forget)} rows, but `rows` ({settings.rows}) and `attacker_rows` "
             f"({settings.attacker_rows}) are {settings.rows + settings.attacker_rows} together: take fewer."
         )
     order = list(range(len(forget)))
@@ -136,7 +136,7 @@ def members(settings: MetaEvaluate, rows: MeasuredRows) -> list[Member]:
         if content == "unknown":
             raise UserError(f"No model at {name}: no folder has this name, and the hub does not answer for it.")
     if weights[settings.model] == weights[settings.retrained]:
-        raise UserError("retrained is the original itself: give a model that never saw the forget rows.")
+        raise UserError("`retrained` is the original itself: give a model that never saw the forget rows.")
     measured = settings.model_dump(
         include={
             "split",

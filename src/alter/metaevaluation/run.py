@@ -30,7 +30,7 @@ def meta_evaluate(settings: MetaEvaluate) -> Table:
     """
     out = Path(settings.out).expanduser()
     if out.exists() and not out.is_dir():
-        raise UserError(f"out is {settings.out!r}, which is a file; give a folder.")
+        raise UserError(f"`out` is {settings.out!r}, which is a file; give a folder.")
     if not settings.run:
         return _told(settings, out, members(settings, chosen_rows(settings, out)))
     check_free(out)
@@ -82,7 +82,7 @@ def _told(settings: MetaEvaluate, out: Path, laid: Sequence[Member]) -> Table:
     table = _write(settings, _all(out, laid), out)
     if table is None:
         raise UserError(
-            f"{out} has no model of both pools that was measured with these settings: run the command without --no-run."
+            f"{out} has no model of both pools that was measured with these settings: leave `run=False` out."
         )
     show(
         f"\n{metrics_markdown(settings, table)}\n{out}: report.html, table.md, meta.json, members/",

@@ -98,7 +98,7 @@ class MetaEvaluate(BaseModel):
     keep: bool = False
     """Keep the unlearned models' weights in `out`/models."""
     run: bool = True
-    """Make and measure models; --no-run only writes the table of those that are measured."""
+    """Make and measure models; `run=False` only writes the table of those that are measured."""
     device: Literal["cpu", "cuda", "mps"] | None = None
     """Where models run; on the GPU by default if there is one."""
 

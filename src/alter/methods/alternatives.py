@@ -71,7 +71,7 @@ def _refused(asked: _Asked) -> list[Encoded]:
     """Answer each row with one of TOFU's refusals."""
     if asked.raw:
         raise UserError(
-            f"objective.kind {asked.objective.kind} answers forget rows with a refusal, but they are raw text without a "
+            f"`objective.kind` {asked.objective.kind} answers forget rows with a refusal, but they are raw text without a "
             "question: give rows with question and answer, or another objective."
         )
     lines = refusals()
@@ -96,7 +96,7 @@ def _substituted(asked: _Asked) -> list[Encoded]:
     if without or asked.raw:
         where = f"row {without[0]} has none" if without else "raw text has no question to answer otherwise"
         raise UserError(
-            f"objective.kind {asked.objective.kind} learns each forget row's column 'substitute', and {where}: give rows as "
+            f"`objective.kind` {asked.objective.kind} learns each forget row's column 'substitute', and {where}: give rows as "
             "`alter forget` writes them (question, answer, substitute), or another objective."
         )
     return asked.encoded([example.row["substitute"] for example in asked.examples])
@@ -184,7 +184,7 @@ def persona_views(
     if limit is not None and longest + words > limit:
         raise UserError(
             f"ELM puts {words} tokens of a persona before each row, and the longest row has {longest} of the model's "
-            f"{limit}: give max_length of at most {limit - words}, or shorten objective.concept."
+            f"{limit}: give `max_length` of at most {limit - words}, or shorten `objective.concept`."
         )
     return views
 
@@ -240,7 +240,7 @@ def _openings(
         if room < 1:
             raise UserError(
                 f"ELM's diversions need {limit - room} tokens for prompt, change of subject and persona, and the model's "
-                f"context or max_length is {limit}: raise it, or shorten objective.concept."
+                f"context or `max_length` is {limit}: raise it, or shorten `objective.concept`."
             )
         found.append(_Opening(prompt, change, min(most, room)))
     return found

@@ -56,16 +56,16 @@ class GradientRule(BaseModel, ABC):
         """
         if run.gradient_checkpointing:
             raise ValueError(
-                f"gradient.kind {self.kind} takes two gradients of one forward, which gradient_checkpointing would repeat: "
+                f"`gradient.kind` {self.kind} takes two gradients of one forward, which `gradient_checkpointing` would repeat: "
                 "leave it out"
             )
         if run.phase_one:
             raise ValueError(
-                f"gradient.kind {self.kind} is about the forget term, which phase_one begins without: give 0"
+                f"`gradient.kind` {self.kind} is about the forget term, which `phase_one` begins without: give 0"
             )
         if self.measures and run.adapter.kind != "full":
             raise ValueError(
-                f"gradient.kind {self.kind} filters the gradients of the model's own weights: take adapter.kind full, not "
+                f"`gradient.kind` {self.kind} filters the gradients of the model's own weights: take `adapter.kind` full, not "
                 f"{run.adapter.kind}"
             )
 
@@ -119,7 +119,7 @@ class Rectified(GradientRule):
         super().check(run)
         if not run.retain_objective.needs.rows:
             raise ValueError(
-                "gradient.kind rectified holds gradients against that of retain rows: retain_objective.kind must not be none"
+                "`gradient.kind` rectified holds gradients against that of retain rows: `retain_objective.kind` must not be none"
             )
 
     def edit(
@@ -157,7 +157,7 @@ class NullSpace(GradientRule):
         if still:
             more = f", such as to {10 * max(self.relaxation, 1e-4):g}" if self.relaxation < 0.1 else ""
             warn(
-                f"gradient.relaxation {self.relaxation:g} leaves {free[still[0]].shape[1]} of {len(free[still[0]])} directions of "
+                f"`gradient.relaxation` {self.relaxation:g} leaves {free[still[0]].shape[1]} of {len(free[still[0]])} directions of "
                 f"{still[0]} free ({len(still)} of {len(free)} weights are like that): they hardly move. Raise it{more}."
             )
         return free
@@ -194,7 +194,7 @@ class Selective(GradientRule):
         if whole:
             rank = min(found[whole[0]].shape)
             warn(
-                f"gradient.components {self.components} collapses all {rank} directions of {whole[0]} ({len(whole)} of {len(found)} "
+                f"`gradient.components` {self.components} collapses all {rank} directions of {whole[0]} ({len(whole)} of {len(found)} "
                 f"weights are like that): next to nothing is left of their gradient. Give fewer, such as {max(1, rank // 8)}."
             )
         return {name: collapsed(gradient, self.components, seed) for name, gradient in found.items()}

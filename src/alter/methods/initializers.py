@@ -73,15 +73,15 @@ class Initializer(BaseModel, ABC):
             ValueError: says which, and what to give.
         """
         if not run.adapter.starts_from_factors:
-            raise ValueError(f"initializer.kind {self.kind} is for adapter.kind lora, not {run.adapter.kind}")
+            raise ValueError(f"`initializer.kind` {self.kind} is for `adapter.kind` lora, not {run.adapter.kind}")
         if run.adapter.dropout:
             raise ValueError(
-                f"initializer.kind {self.kind} starts from factors that a frozen copy cancels: "
-                "adapter.dropout must be 0"
+                f"`initializer.kind` {self.kind} starts from factors that a frozen copy cancels: "
+                "`adapter.dropout` must be 0"
             )
         if run.start_from is not None:
             raise ValueError(
-                f"initializer.kind {self.kind} would replace the factors that start_from brings: leave it out"
+                f"`initializer.kind` {self.kind} would replace the factors that `start_from` brings: leave it out"
             )
 
     def retain_rows(self, forget_rows: int) -> int:
@@ -138,8 +138,8 @@ class Fila(Initializer):
         super().check(run)
         if run.quantization is not None:
             raise ValueError(
-                f"initializer.kind fila takes gradients of the weights themselves, which quantization {run.quantization} "
-                "rounds: take initializer.kind vila, reglu or zero, or leave quantization out"
+                f"`initializer.kind` fila takes gradients of the weights themselves, which `quantization` {run.quantization} "
+                "rounds: take `initializer.kind` vila, reglu or zero, or leave `quantization` out"
             )
 
     def start(self, seen: Statistics, r: int, scaling: float, seed: int) -> Start:

@@ -41,7 +41,7 @@ def invented(
     for example in examples:
         if example.prompt is None:
             raise UserError(
-                f"objective.kind prefer_invented answers forget rows otherwise, but {example.name} is raw text without a "
+                f"`objective.kind` prefer_invented answers forget rows otherwise, but {example.name} is raw text without a "
                 "question: give rows with question and answer, or another objective."
             )
     given = [str(example.row.get("substitute") or "").strip() for example in examples]
@@ -69,8 +69,8 @@ def _asked_otherwise(tokenizer: Any, base: Any, examples: Sequence[Example], new
     context, longest = context_length(base), max(map(len, prompts), default=0)
     if context is not None and longest + new_tokens > context:
         raise UserError(
-            f"objective.new_tokens is {new_tokens}; the longest request for another answer has {longest} tokens, and together they "
-            f"exceed the model's context of {context}: give --objective.new-tokens {max(context - longest, 1)} or less."
+            f"`objective.new_tokens` is {new_tokens}; the longest request for another answer has {longest} tokens, and together they "
+            f"exceed the model's context of {context}: give `objective.new_tokens` {max(context - longest, 1)} or less."
         )
     if not prompts:
         return []

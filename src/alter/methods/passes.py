@@ -102,8 +102,8 @@ class MeasuredStatistics:
         packed = next((name for name, layer in self.layers.items() if not layer.weight.is_floating_point()), None)
         if packed is not None:
             raise UserError(
-                f"initializer.kind fila takes gradients of weights, and those of {packed} are quantised: load the model "
-                "unquantised, or take initializer.kind vila, reglu or zero."
+                f"`initializer.kind` fila takes gradients of weights, and those of {packed} are quantised: load the model "
+                "unquantised, or take `initializer.kind` vila, reglu or zero."
             )
         return {
             name: fisher(

@@ -92,7 +92,7 @@ def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | s
     kind = model.config.model_type
     if kind not in TARGETS:
         raise UserError(
-            f"adapter.target_modules is not given, and no default is known for model type {kind!r}."
+            f"`adapter.target_modules` is not given, and no default is known for model type {kind!r}."
             f"{nearest(kind, TARGETS)} The linear layers of this model are: {', '.join(linear_layers(model))}."
         )
     return TARGETS[kind]

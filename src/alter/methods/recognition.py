@@ -247,13 +247,13 @@ def subjects(objective: UnknownCode | Redirect, examples: Sequence[Example]) -> 
     texts = [asked(example) for example in examples]
     if objective.names:
         if not any(_pattern(objective.names).search(text) for text in texts):
-            raise UserError(f"objective.names {objective.names}: no forget row's question holds one of them.")
+            raise UserError(f"`objective.names` {objective.names}: no forget row's question holds one of them.")
         return list(objective.names)
     found = names_of(texts)
     if not found:
         raise UserError(
-            f"objective.kind {objective.kind} looks at names beside invented ones, and no forget row has a word with a capital "
-            "in the middle of its question: give objective.names."
+            f"`objective.kind` {objective.kind} looks at names beside invented ones, and no forget row has a word with a capital "
+            "in the middle of its question: give `objective.names`."
         )
     return found
 

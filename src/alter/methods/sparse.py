@@ -91,8 +91,8 @@ def read_autoencoder(folder: str) -> tuple[Autoencoder, int | None]:
     path = Path(folder).expanduser()
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise UserError(
-            f"objective.sae is {folder!r}; expected a folder with {CONFIG} and {WEIGHTS}, as sae-lens saves them: give one, or "
-            "leave objective.sae out, and a small autoencoder is trained."
+            f"`objective.sae` is {folder!r}; expected a folder with {CONFIG} and {WEIGHTS}, as sae-lens saves them: give one, or "
+            "leave `objective.sae` out, and a small autoencoder is trained."
         )
     config = read_object(path / CONFIG, "the settings of a sparse autoencoder")
     try:

@@ -35,8 +35,8 @@ def feed_forwards(model: nn.Module) -> list[nn.Module]:
         name = next((name for name in FEED_FORWARD if hasattr(block, name)), None)
         if name is None:
             raise UserError(
-                f"adapter.traced looks for each block's feed-forward layer, and block {number} of {type(model).__name__} has "
-                f"none of the names {', '.join(FEED_FORWARD)}: give adapter.depth."
+                f"`adapter.traced` looks for each block's feed-forward layer, and block {number} of {type(model).__name__} has "
+                f"none of the names {', '.join(FEED_FORWARD)}: give `adapter.depth`."
             )
         found.append(getattr(block, name))
     return found
@@ -80,10 +80,10 @@ def recovered(
     asked = [row for row in rows if row.prompt_length > 1]
     if not asked:
         raise UserError(
-            "adapter.traced adds noise to the questions of forget rows, and none has one: give adapter.depth."
+            "`adapter.traced` adds noise to the questions of forget rows, and none has one: give `adapter.depth`."
         )
     if window > len(layers):
-        raise UserError(f"adapter.traced is {window}, and the model has {len(layers)} blocks: give fewer.")
+        raise UserError(f"`adapter.traced` is {window}, and the model has {len(layers)} blocks: give fewer.")
     embedding = model.get_input_embeddings()
     scale = NOISE * float(embedding.weight.float().std())
     generator = torch.Generator().manual_seed(seed)

@@ -24,7 +24,7 @@ def device_of(device: str | None) -> torch.device:
         raise UserError(f"No device {device!r}: expected cpu, cuda, cuda:0 or mps.") from None
     if not count:
         raise UserError(
-            f"Device {device!r} was asked for, but there is no {place.type.upper()} here: use --device cpu."
+            f"Device {device!r} was asked for, but there is no {place.type.upper()} here: use `device` cpu."
         )
     if (place.index or 0) >= count:
         raise UserError(f"Device {device!r} was asked for, but the last one here is {place.type}:{count - 1}.")

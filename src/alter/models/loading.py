@@ -56,18 +56,18 @@ class ModelSettings(BaseModel):
                 self.model, self.adapter, self.dtype, self.device, self.quantization, self.chat_template_kwargs
             )
         if self.adapter is None:
-            raise UserError("--merged folds an adapter into the weights: give one with --adapter, or leave it out.")
+            raise UserError("`merged` folds an adapter into the weights: give one with `adapter`, or leave it out.")
         if is_form(self.adapter):
-            raise UserError(f"--merged: {self.adapter} acts on the logits or by the input, so no weights hold it.")
+            raise UserError(f"`merged`: {self.adapter} acts on the logits or by the input, so no weights hold it.")
         if self.quantization is not None:
-            raise UserError("--merged is not exact on quantised weights: leave --merged or --quantization out.")
+            raise UserError("`merged` is not exact on quantised weights: leave `merged` or `quantization` out.")
         network, tokenizer = load_model(
             self.model, self.adapter, self.dtype, self.device, template=self.chat_template_kwargs
         )
         try:
             return network.merge_and_unload(), tokenizer
         except NotImplementedError as error:
-            raise UserError(f"--merged: {error}") from None
+            raise UserError(f"`merged`: {error}") from None
 
     def identity(self, memo: Path | None = None) -> dict[str, str | None]:
         """Return digests of what is loaded, `weights` and `adapter`: a folder's by the contents of its files.
@@ -156,7 +156,7 @@ def load_model(
     network, tokenizer = _read(model, packed_file, options)
     packed = getattr(network, "hf_quantizer", None)
     if quantization is not None and packed is not None and packed.pre_quantized:
-        raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
+        raise UserError(f"{model} is stored in quantised form already: leave `quantization` out.")
     wide = precision.wanted(network, place) if packed is None and dtype == "auto" else None
     network = network if wide is None else network.to(wide)
     quantized.keep_gradients(network)
@@ -190,11 +190,11 @@ def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.GgufPlace
     model = shipped_model(model)
     if memory.held(model) is not None:
         if quantization is not None:
-            raise UserError("quantization is for models that are loaded by name: this one is in memory already.")
+            raise UserError("`quantization` is for models that are loaded by name: this one is in memory already.")
         return model, None
     packed_file = gguf.gguf_place(model)
     if packed_file is not None and quantization is not None:
-        raise UserError(f"{model} is stored in quantised form already: leave quantization out.")
+        raise UserError(f"{model} is stored in quantised form already: leave `quantization` out.")
     if packed_file is None and is_local(model):
         model = model_folder(model, "config.json", "model")
     return model, packed_file

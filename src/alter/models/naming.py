@@ -57,9 +57,9 @@ def model_folder(name: str, needs: str, what: str) -> str:
         return str(path)
     hint = f"; expected the folder of a {what}, as written by save_pretrained."
     if needs == "config.json" and (path / "adapter_config.json").is_file():
-        hint = f": it holds an adapter. Give the model it was made for, and the adapter by itself: --adapter {name}"
+        hint = f": it holds an adapter. Give the model it was made for, and the adapter by itself: `adapter` {name}"
     elif needs == "adapter_config.json" and (path / "config.json").is_file():
-        hint = f": it holds a whole model. Give it by itself: --model {name}"
+        hint = f": it holds a whole model. Give it by itself: `model` {name}"
     raise UserError(f"{name} has no {needs}{hint}")
 
 

@@ -44,7 +44,7 @@ def wanted(model: torch.nn.Module, device: torch.device) -> torch.dtype | None:
 @functools.cache
 def _say_wide() -> None:
     """Report, once per process, that a model takes twice the memory of its file."""
-    show("This processor is slow at bfloat16: models are loaded in float32. --dtype bfloat16 keeps it.", stderr=True)
+    show("This processor is slow at bfloat16: models are loaded in float32. `dtype` bfloat16 keeps it.", stderr=True)
 
 
 def autocasts(asked: bool, device: torch.device) -> bool:

@@ -29,12 +29,12 @@ def loading(bits: Bits, dtype: str, place: torch.device) -> dict[str, Any]:
     """
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            f"quantization {bits} needs bitsandbytes, which is not installed: pip install 'alter-unlearning[bnb]', or leave "
+            f"`quantization` {bits} needs bitsandbytes, which is not installed: pip install 'alter-unlearning[bnb]', or leave "
             "it out."
         )
     if place.type == "mps":
         raise UserError(
-            f"quantization {bits} runs on cuda and cpu, not on mps: give another --device, or leave it out."
+            f"`quantization` {bits} runs on cuda and cpu, not on mps: give another `device`, or leave it out."
         )
     from transformers import BitsAndBytesConfig
 

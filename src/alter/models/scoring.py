@@ -240,7 +240,7 @@ def _scores_of(
     if len(bad):
         raise UserError(
             f"Row {numbers[bad[0]]}: the model's logits are NaN; its weights or its number format ({logits.dtype}) are "
-            "broken. Try --dtype float32, or an earlier checkpoint."
+            "broken. Try `dtype` float32, or an earlier checkpoint."
         )
     return parts
 
@@ -307,7 +307,7 @@ def gradient_norms(
         )
         sizes = torch.stack([torch.linalg.vector_norm(g.float()) for g in found if g is not None])
         if not sizes.isfinite().all():
-            raise UserError(f"Row {i}: the gradient is not finite; try --dtype float32.")
+            raise UserError(f"Row {i}: the gradient is not finite; try `dtype` float32.")
         return sizes.double().cpu().numpy()
 
     frozen = [weight for weight in weights if not weight.requires_grad]
@@ -382,7 +382,7 @@ def hidden_states(
         for k, i in enumerate(batch):
             own = torch.stack([state[k, : lengths[i]].float() for state in states], dim=1)
             if not own.isfinite().all():
-                raise UserError(f"Row {i}: the model's hidden states are not finite; try --dtype float32.")
+                raise UserError(f"Row {i}: the model's hidden states are not finite; try `dtype` float32.")
             rows.append(own.cpu().numpy())
         return rows
 

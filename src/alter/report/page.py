@@ -38,27 +38,27 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
     folder = "RUN" if run.folder is None else str(run.folder)
     model = str(run.settings.get("model", "MODEL"))
     forget = str(run.settings.get("forget", "FORGET"))
-    which = f"--model {folder}/model" if run.kind == "model" else f"--model {model} --adapter {folder}/adapter"
-    evaluate = f"alter evaluate {which} --name unlearned --json unlearned.json"
-    trained = "alter unlearn RECIPE.yaml --out RUN"
+    which = f" --model {folder}/model" if run.kind == "model" else f" --model {model} --adapter {folder}/adapter"
+    evaluate = f"alter evaluate{which} --name unlearned --json unlearned.json"
+    trained, report = "alter unlearn RECIPE.yaml --out RUN", f"alter report {folder}"
     answered = bool(samples(run)[1])
     found: dict[str, list[Html]] = {"Summary": summary_section(run, level)}
     missing: list[Html] = []
     plan = (
-        ("Figures", bool(run.records), lambda: figures(run), evaluate, "--records unlearned.json"),
+        ("Figures", bool(run.records), lambda: figures(run), evaluate, f"{report} --records unlearned.json"),
         (
             "Sample answers",
             answered and count > 0,
             lambda: sample_answers(run, level, count),
-            f"alter report {folder}" if answered else evaluate,
-            "--samples 6" if answered else "--records unlearned.json",
+            report if answered else evaluate,
+            f"{report} --samples 6" if answered else f"{report} --records unlearned.json",
         ),
         (
             "Attacks",
             bool(recovered_records(run)),
             lambda: attacks(run, level, count),
-            f"alter attack {which} --forget {forget} --retrained RETRAINED --out attacks",
-            "--attacks attacks",
+            f"alter attack{which} --forget {forget} --retrained RETRAINED --out attacks",
+            f"{report} --attacks attacks",
         ),
         ("Token entropies", run.tokens is not None, lambda: entropies(run), trained, "RUN"),
         ("Routing", run.tokens is not None, lambda: routing(run), trained, "RUN"),
@@ -69,7 +69,7 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
             bool(run.facts) or any(r.provenance for r in run.records + run.attacks),
             lambda: provenance_section(run, level),
             evaluate,
-            "--records unlearned.json",
+            f"{report} --records unlearned.json",
         ),
     )
     for title, there, make, command, option in plan:
@@ -161,15 +161,15 @@ def report(settings: Report) -> Path:
         UserError: nothing to report, an output that cannot be written, or what `read` and `requests` raise.
     """
     if not (settings.runs or settings.records or settings.attacks or settings.db):
-        raise UserError("Nothing to report: give the folder of a run, --records FILE, --attacks FOLDER or --db URL.")
+        raise UserError("Nothing to report: give the folder of a run, `records` FILE, `attacks` FOLDER or `db` URL.")
     if settings.request and settings.db is None:
-        raise UserError("--request chooses from a database of requests: give --db as well.")
+        raise UserError("`request` chooses from a database of requests: give `db` as well.")
     out = Path(settings.out)
     if out.is_dir() or out.resolve().parent.is_file():
-        raise UserError(f"--out is {settings.out!r}, which cannot be written: give the path of a file.")
+        raise UserError(f"`out` is {settings.out!r}, which cannot be written: give the path of a file.")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(
-            f"--out is {settings.out!r}; expected a name ending in .html. A browser prints the page to PDF."
+            f"`out` is {settings.out!r}; expected a name ending in .html. A browser prints the page to PDF."
         )
     runs = read(settings)
     asked = None if settings.db is None else requests(settings.db, settings.request)

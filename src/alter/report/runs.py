@@ -20,7 +20,7 @@ from alter.rendering.terminal import number
 from alter.report.settings import Report
 
 ROLES = ("original", "unlearned", "retrained")
-"""What records call the three models; a name given with --name gets a column, and no part in the summary."""
+"""What records call the three models; a name given with `alter evaluate --name` gets a column, and no part in the summary."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def read_reported(given: str) -> Reported:
     """
     folder = Path(given)
     if folder.is_file():
-        raise UserError(f"{given} is a file, not the folder of a run; result files are given with --records.")
+        raise UserError(f"{given} is a file, not the folder of a run; result files are given with `records`.")
     if not folder.is_dir():
         raise UserError(f"No run at {given}.{nearest(given, _siblings(folder))}")
     if not (folder / "run.yaml").is_file():
-        what = " It holds records of attacks: give it with --attacks." if any(folder.glob("none.*.json")) else ""
+        what = " It holds records of attacks: give it with `attacks`." if any(folder.glob("none.*.json")) else ""
         raise UserError(f"{given} is no run: it has no run.yaml, which `alter unlearn` and `alter demo` write.{what}")
     try:
         written = (folder / "run.yaml").read_text()
@@ -233,7 +233,7 @@ def add_records(run: Reported, path: str, records: Sequence[Record], *, replace:
     known = {(r.model, r.metric, r.mode): r for r in run.records}
     for record in records:
         if record.metric.startswith("attack_"):
-            raise UserError(f"{path} holds records of attacks: give its folder with --attacks.")
+            raise UserError(f"{path} holds records of attacks: give its folder with `attacks`.")
         old = known.get((record.model, record.metric, record.mode))
         if old is not None and not replace and (old.value, old.n) != (record.value, record.n):
             raise UserError(
@@ -283,10 +283,10 @@ def read(settings: Report) -> list[Reported]:
     for folder in settings.attacks:
         path = str(Path(folder) / "records.json")
         if not Path(path).is_file():
-            raise UserError(f"{folder} has no records.json; expected the --out folder of `alter attack`.")
+            raise UserError(f"{folder} has no records.json; expected the `out` folder of `alter attack`.")
         found = read_records(path)
         if not any(r.metric.startswith("attack_") for r in found):
-            raise UserError(f"{path} holds no attacks; expected the --out folder of `alter attack`.")
+            raise UserError(f"{path} holds no attacks; expected the `out` folder of `alter attack`.")
         for run in owners(path, found, runs):
             run.attacks += found
     return runs

@@ -104,7 +104,7 @@ def sample_answers(run: Reported, level: int, count: int) -> list[Html]:
     intro = tag(
         "p",
         "This section quotes what was to be forgotten: handle the page like the data itself (",
-        tag("code", "--samples 0", class_="flag"),
+        tag("code", "alter report --samples 0", class_="flag"),
         " leaves it out). ",
         tag("mark", "Underlined words"),
         " are from the true answer, in its order, and not from the question: they are what a reply gives away.",

@@ -21,7 +21,7 @@ class Report(BaseModel):
     out: Annotated[str, Written()] = "report.html"
     """The page."""
     records: list[str] = Field(default_factory=list)
-    """Result files (--json). They go to the run whose adapter they measured and replace its records.json's figures."""
+    """Result files (`alter evaluate --json`). They go to the run whose adapter they measured and replace its records.json's figures."""
     attacks: list[str] = Field(default_factory=list)
     """Folders of attacks (`alter attack --out`)."""
     db: str | None = None

@@ -24,7 +24,7 @@ class RunRequests(Database):
     again: bool = False
     """Also those that failed, were not forgotten, or collapsed."""
     final: bool = False
-    """Where the project's --distill-every is reached: distil at once, after which none of those in force can be revoked."""
+    """Where the `distill_every` of `alter request init` is reached: distil at once, after which none of those in force can be revoked."""
 
 
 def run(settings: RunRequests) -> list[Request]:
@@ -69,7 +69,7 @@ def run(settings: RunRequests) -> list[Request]:
         raise UserError(
             f"{', '.join(f'{r.name} {r.state.upper()}' for r in failed)}: nothing of it was put in force. Change the "
             "settings (more epochs or a higher rate for NOT FORGOTTEN, a lower rate for COLLAPSED) in a new project's "
-            "--recipe, or try again: alter request run --again"
+            "`recipe`, or try again with `again`."
         )
     say_with_head("The requests are in force.", store)
     if not rebasing.distil_if_due(settings, settings.final):

@@ -48,16 +48,16 @@ def engine_for(url: str, *, create: bool) -> sql.Engine:
         if parsed.get_backend_name() == "sqlite":
             file = parsed.database
             if not file or file == ":memory:":
-                raise UserError(f"--db is {url!r}: a database in memory is gone when the command ends; name a file.")
+                raise UserError(f"`db` is {url!r}: a database in memory is gone when the command ends; name a file.")
             if create:
                 Path(file).expanduser().resolve().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 # whom it is about is nobody else's business; SQLite gives its log the mode of the file
                 Path(file).touch(mode=0o600)
             elif not Path(file).is_file():
-                raise UserError(f"No database at {file}: make it with `alter request init`, or give its --db.")
+                raise UserError(f"No database at {file}: make it with `alter request init`, or give its `db`.")
             elif not _may_hold_requests(file):
                 raise UserError(
-                    f"{without_password(url)} holds no erasure requests; make them with `alter request init`, or give their --db."
+                    f"{without_password(url)} holds no erasure requests; make them with `alter request init`, or give their `db`."
                 )
             engine = sql.create_engine(parsed, connect_args={"timeout": 60}, isolation_level="AUTOCOMMIT")
             event.listen(engine, "connect", _durable)
@@ -67,10 +67,10 @@ def engine_for(url: str, *, create: bool) -> sql.Engine:
             parsed = parsed.set(drivername="postgresql+psycopg")
         return sql.create_engine(parsed, pool_pre_ping=True)
     except (sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
-        raise UserError(f"--db is {without_password(url)!r}: {error}. Install the driver of this database.") from None
+        raise UserError(f"`db` is {without_password(url)!r}: {error}. Install the driver of this database.") from None
     except sql.exc.ArgumentError:
         raise UserError(
-            f"--db is {without_password(url)!r}, which is no database URL; expected for example sqlite:///requests.db or "
+            f"`db` is {without_password(url)!r}, which is no database URL; expected for example sqlite:///requests.db or "
             "postgresql://user@host/name."
         ) from None
 

@@ -68,5 +68,5 @@ class Database(BaseModel):
         if self.anchor is None:
             return None
         if self.key is None:
-            raise UserError("The lines of --anchor are signed: give --key FILE, or ALTER_KEY.")
+            raise UserError("The lines of `anchor` are signed: give `key` FILE, or ALTER_KEY.")
         return Anchor(self.anchor, read_key(self.key))

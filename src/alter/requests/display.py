@@ -57,7 +57,7 @@ def suggest(settings: Database, requests: Sequence[Request]) -> None:
     elif states.keys() & set(MISSED):
         then(settings, "alter request run --again", "nothing of what was missed is in force")
     elif states.keys() & set(HELD):
-        then(settings, "alter request verify", "now and later; alter certificate ID --key FILE signs the evidence")
+        then(settings, "alter request verify", "now and later; `alter certificate ID --key FILE` signs the evidence")
     else:
         then(settings, f"alter request purge {next(reversed(states.values()))}", "if its data must go")
 

@@ -46,7 +46,7 @@ def _distill_recipe(settings: ExportRequests) -> dict[str, Any]:
     if settings.recipe is None:
         return {}
     if settings.form != "weights":
-        raise UserError("--recipe holds settings of `alter distill`, which only --form weights uses: leave it out.")
+        raise UserError("`recipe` holds settings of `alter distill`, which only `form` weights uses: leave it out.")
     from alter.requests import handout
 
     return handout.distill_settings(settings.recipe)
@@ -56,13 +56,13 @@ def _check_accepted(settings: ExportRequests, held: Sequence[str]) -> None:
     """Refuse an inexact or irrevocable form that was not accepted by its flag; `held` are the requests in force."""
     if settings.form == "merged" and not settings.approximate:
         raise UserError(
-            "A routed adapter is no fixed change of the weights, so merging it is not exact: --approximate opens "
-            "all experts for every token and measures what that costs. --form adapter is exact."
+            "A routed adapter is no fixed change of the weights, so merging it is not exact: `approximate` opens "
+            "all experts for every token and measures what that costs. `form` adapter is exact."
         )
     if settings.form == "weights" and not settings.final:
         raise UserError(
             f"Weights that have forgotten {', '.join(held)} cannot be given it back: revoking takes it back in the adapter "
-            "alone. Add --final if that is meant."
+            "alone. Add `final` if that is meant."
         )
 
 
@@ -78,7 +78,7 @@ def export_requests(settings: ExportRequests) -> Path:
     store, project = settings.open()
     out = Path(settings.out)
     if out.exists():
-        raise UserError(f"{out} exists; give another --out.")
+        raise UserError(f"{out} exists; give another `out`.")
     recipe = _distill_recipe(settings)
     with store.lease(settings.who):
         work.recover(store, project)
@@ -115,12 +115,12 @@ def export_requests(settings: ExportRequests) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     Console().print(f"{settings.form}: {out}", highlight=False, markup=False)
-    loaded = f"--model {project.model} --adapter {out}" if settings.form == "adapter" else f"--model {out}"
-    Console(soft_wrap=True).print(cell(f"Next: alter serve {loaded}"))
+    loaded = f" --model {project.model} --adapter {out}" if settings.form == "adapter" else f" --model {out}"
+    Console(soft_wrap=True).print(cell(f"Next: alter serve{loaded}"))
     if settings.form == "weights":
         Console(soft_wrap=True).print(
             cell(
-                f"Later requests can begin anew on these weights, with a database of their own: alter request init --model {out}"
+                f"Later requests can begin anew on these weights, with a database of their own: `alter request init --model {out}`"
             )
         )
     return out

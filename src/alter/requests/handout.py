@@ -190,7 +190,7 @@ def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights
     if missed:
         raise UserError(
             f"Nothing was made, since the weights did not learn it: {' '.join(missed)} Give more steps or a higher "
-            "learning_rate in --recipe."
+            "`learning_rate` in `recipe`."
         )
     known = {name: {form: measured[form][name] for form in measured} for name in ("retain", *examples)}
     return Erased(weights, known, verdicts)

@@ -66,10 +66,10 @@ def init(settings: Init) -> Store:
         rows.check_unseen(load_examples(settings.holdout), retain)
     anchor = settings.open_anchor()
     if anchor is not None and anchor.path.exists():
-        raise UserError(f"{anchor.path} holds the heads of another database; give another --anchor.")
+        raise UserError(f"{anchor.path} holds the heads of another database; give another `anchor`.")
     root = Path(settings.folder)
     if (root / "adapter").exists():
-        raise UserError(f"{root} holds the adapter of other requests; give another --folder.")
+        raise UserError(f"{root} holds the adapter of other requests; give another `folder`.")
     project = Project(
         model=settings.model,
         retain=settings.retain,
@@ -90,7 +90,7 @@ def init(settings: Init) -> Store:
         Console().print(
             cell(
                 f"When {settings.distill_every} requests are in force, `alter request run` asks for them to be distilled into "
-                "the weights; --final there does it at once. A distilled request cannot be revoked."
+                "the weights; `alter request run --final` does it at once. A distilled request cannot be revoked."
             )
         )
     then(settings, "alter request add --subject NAME --data ROWS.jsonl")
@@ -148,7 +148,7 @@ def add(settings: Add) -> Request:
     store, project = settings.open()
     due = check_due(settings.due)
     if not settings.subject.strip():
-        raise UserError("--subject is empty: say whom or what the request is about.")
+        raise UserError("`subject` is empty: say whom or what the request is about.")
     examples = load_examples(settings.data)
     if not examples:
         raise UserError(f"{settings.data} has no rows: a request needs the data that is to be forgotten.")

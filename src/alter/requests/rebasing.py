@@ -33,7 +33,7 @@ class DistillRequests(Database):
     final: bool = False
     """Accept that none of these requests can be revoked any more."""
     recipe: str | None = None
-    """YAML with settings of `alter distill`; by default those of the project's --distill-recipe."""
+    """YAML with settings of `alter distill`; by default those of the project's `distill_recipe`."""
 
 
 def distill_requests(settings: DistillRequests) -> list[Request]:
@@ -56,7 +56,7 @@ def distill_requests(settings: DistillRequests) -> list[Request]:
                 "No request is in force beyond the base: there is nothing to distil. `alter request list` shows all."
             )
         if not settings.final:
-            raise UserError(f"{_final(held)} Add --final if that is meant.")
+            raise UserError(f"{_final(held)} Add `final` if that is meant.")
         found = change_base(store, project, recipe)
     _show(settings, store, found)
     return found
@@ -79,7 +79,7 @@ def check_final(final: bool, project: Project) -> None:
     """
     if final and project.distill_every is None:
         raise UserError(
-            "--final accepts that requests are distilled when --distill-every of `alter request init` is reached, which this "
+            "`final` accepts that requests are distilled when `distill_every` of `alter request init` is reached, which this "
             "project does not have: leave it out, and use `alter request distill` when you want it."
         )
 
@@ -178,7 +178,7 @@ def _utility(project: Project, made: Erased) -> float:
     if not share >= UTILITY_SHARE:
         raise UserError(
             f"Nothing was changed: the new weights would keep {share:.3f} of the first model's utility, below {UTILITY_SHARE}. "
-            "Give a lower learning_rate, or more of what must stay (neighbours, general), in --recipe."
+            "Give a lower `learning_rate`, or more of what must stay (neighbours, general), in `recipe`."
         )
     return share
 
@@ -209,7 +209,7 @@ def _earlier(store: Store, project: Project, weights: Path) -> dict[str, Any]:
         measures, found[request.name] = known_of(model, tokenizer, rows, answers=project.answers)
         wrong += come_back(request, measures, found[request.name])
     if wrong:
-        raise UserError(f"Nothing was changed: {' '.join(wrong)} Give other settings in --recipe.")
+        raise UserError(f"Nothing was changed: {' '.join(wrong)} Give other settings in `recipe`.")
     return found
 
 

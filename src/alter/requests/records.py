@@ -127,5 +127,5 @@ def check_due(text: str | None) -> str | None:
         try:
             date.fromisoformat(text)
         except ValueError:
-            raise UserError(f"--due is {text!r}; expected a date of the form 2026-12-31.") from None
+            raise UserError(f"`due` is {text!r}; expected a date of the form 2026-12-31.") from None
     return text

@@ -43,7 +43,7 @@ def check_kept_subject(subject: str, retain: Sequence[Example]) -> None:
         raise UserError(
             f"{subject!r} is in the retain set ({len(named)} rows, first {', '.join(map(str, named[:5]))}), which would "
             "keep what is to be forgotten. Take these rows out of it and make a new project, or add the request with "
-            "--allow-in-retain if they are about another one of that name."
+            "`allow_in_retain` if they are about another one of that name."
         )
 
 

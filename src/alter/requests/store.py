@@ -72,7 +72,7 @@ class Store:
         with database_errors(url), store._write(lock=False) as connection:
             if sql.inspect(connection).has_table("alter_meta"):
                 raise UserError(
-                    f"{without_password(url)} holds requests already; give another --db, or use it as it is."
+                    f"{without_password(url)} holds requests already; give another `db`, or use it as it is."
                 )
             TABLES.create_all(connection)
             for statement in APPEND_ONLY.get(store.engine.dialect.name, []):

@@ -39,7 +39,7 @@ class Verify(Database):
     """Certificates of this database: their heads must be in its history."""
     public_key: list[str] = Field(default_factory=list)
     """Public keys, of which one must have signed anchor and certificates: files, or 64 hexadecimal digits each. By
-    default the one of --key."""
+    default the one of `key`."""
 
 
 def verify(settings: Verify) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def verify(settings: Verify) -> dict[str, Any]:
     from alter.requests import checking, work
 
     if settings.samples and settings.chain_only:
-        raise UserError("--chain-only loads no model, so nothing can be sampled: leave --samples out.")
+        raise UserError("`chain_only` loads no model, so nothing can be sampled: leave `samples` out.")
     trusted = [read_public(each) for each in settings.public_key]
     if settings.key is not None:
         trusted.append(read_key(settings.key).public)
@@ -60,7 +60,7 @@ def verify(settings: Verify) -> dict[str, Any]:
     store, project = (settings if settings.key else settings.model_copy(update={"anchor": None})).open_unchecked()
     kept = [head for path in (settings.anchor, *settings.certificate) if path for head in read_heads(path, trusted)]
     if settings.head is not None and not re.fullmatch(r"[0-9a-f]{12,64}", settings.head):
-        raise UserError(f"--head is {settings.head!r}; expected 12 to 64 digits 0-9, a-f, as the commands print it.")
+        raise UserError(f"`head` is {settings.head!r}; expected 12 to 64 digits 0-9, a-f, as the commands print it.")
     heads = [] if settings.head is None else [settings.head]
     with store.lease(settings.who):
         entries = [(entry.number, entry.hash) for entry in store.history()]
@@ -87,7 +87,7 @@ def verify(settings: Verify) -> dict[str, Any]:
             cell(
                 f"The history holds all {len(kept)} heads that were kept elsewhere, the last of {kept[-1].at}, signed by "
                 f"key {', '.join(sorted({fingerprint(head.key) for head in kept}))}"
-                + ("." if trusted else ", which nobody vouches for: give --public-key.")
+                + ("." if trusted else ", which nobody vouches for: give `public_key`.")
             )
         )
     console.print(cell(f"Head of the history: {store.head()}"))

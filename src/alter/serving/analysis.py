@@ -137,7 +137,7 @@ def check_adapted(model: Any) -> None:
     if isinstance(model, Guard):
         return
     if not isinstance(model, PeftModel):
-        raise UserError("The inspector compares a model with and without its adapter: give one with --adapter.")
+        raise UserError("The inspector compares a model with and without its adapter: give one with `adapter`.")
     if model.active_peft_config.is_prompt_learning:
         kind = model.active_peft_config.peft_type
         raise UserError(
@@ -251,7 +251,7 @@ def _tokens(
         adapted = _forced(model, row, prompt)
         weights = [()] * len(ids)
     if not (base.isfinite().all() and adapted.isfinite().all()):
-        raise UserError("The model's logits are not finite; try --dtype float32.")
+        raise UserError("The model's logits are not finite; try `dtype` float32.")
     columns = zip(
         ids,
         token_texts(tokenizer, ids),

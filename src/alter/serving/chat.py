@@ -7,6 +7,7 @@ import threading
 from contextlib import nullcontext
 from typing import Any
 
+from alter.core.console import worded
 from alter.core.errors import UserError, nearest
 from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
@@ -49,7 +50,7 @@ class Conversation:
             UserError: the conversation is longer than the model's context, or the model failed.
         """
         if base and self.settings.merged:
-            raise UserError("The adapter is merged into the weights: start without --merged to ask the base.")
+            raise UserError("The adapter is merged into the weights: start without `merged` to ask the base.")
         asked = [*self.turns, {"role": "user", "content": question}]
         ids = encode_prompt(
             self.tokenizer, Example(prompt=question, answer="", kind="messages", messages=tuple(asked))
@@ -111,7 +112,7 @@ def chat(settings: Chat) -> list[dict[str, str]]:
         try:
             _obey(talk, line, command, rest.strip())
         except UserError as error:
-            _say(visible(str(error)))
+            _say(visible(worded(error)))
     talk.engine.close()
     return talk.turns
 

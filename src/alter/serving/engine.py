@@ -60,7 +60,7 @@ class _Rows(LogitsProcessor):
             if job.finish is not None:
                 continue
             if not finite[row]:
-                job.close("error", "The model's logits are not finite; serve it with --dtype float32.")
+                job.close("error", "The model's logits are not finite; serve it with `alter serve --dtype float32`.")
                 continue
             if job.temperature > 0:
                 chosen[row] = draw(scores[row], job.temperature, job.top_p, self.generators[row]).to(chosen.device)

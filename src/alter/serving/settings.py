@@ -47,7 +47,7 @@ class Serve(ModelSettings):
     """Address of another OpenAI-compatible server (vLLM) with the experts as plain LoRAs, as http://127.0.0.1:8001/v1: it
     answers, and the adapter's router only chooses by the prompt which LoRA it takes."""
     upstream_base: str | None = None
-    """That server's name of the base model; by default --model."""
+    """That server's name of the base model; by default `model`."""
     upstream_loras: list[str] = Field(default_factory=list)
     """What it calls the LoRA of each expert, in order; by default expert-1 and so on, as `alter export --form loras` does."""
     upstream_key_env: str | None = None
@@ -57,10 +57,10 @@ class Serve(ModelSettings):
     def _upstream_has_a_router(self) -> Serve:
         if self.upstream is None and (self.upstream_base or self.upstream_loras or self.upstream_key_env):
             raise ValueError(
-                "upstream_base, upstream_loras and upstream_key_env are about a server that --upstream names"
+                "`upstream_base`, `upstream_loras` and `upstream_key_env` are about a server that `upstream` names"
             )
         if self.upstream is not None and (self.adapter is None or self.merged):
-            raise ValueError("upstream needs the --adapter whose router chooses, not merged")
+            raise ValueError("`upstream` needs the `adapter` whose router chooses, not `merged`")
         return self
 
     def served_name(self) -> str:
@@ -75,7 +75,7 @@ class Serve(ModelSettings):
         Raises:
             UserError: the variable that should hold it is not set.
         """
-        return _variable(self.api_key_env, "--api-key-env")
+        return _variable(self.api_key_env, "`api_key_env`")
 
     def upstream_key(self) -> str | None:
         """Return the key for the other server, or None.
@@ -83,7 +83,7 @@ class Serve(ModelSettings):
         Raises:
             UserError: the variable that should hold it is not set.
         """
-        return _variable(self.upstream_key_env, "--upstream-key-env")
+        return _variable(self.upstream_key_env, "`upstream_key_env`")
 
 
 def _variable(name: str | None, option: str) -> str | None:

@@ -44,12 +44,12 @@ class Chooser:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         if alter_of(model) is None:
             raise UserError(
-                "--upstream needs the --adapter whose router chooses: one of ALTER's, with forget experts."
+                "`upstream` needs the `adapter` whose router chooses: one of ALTER's, with forget experts."
             )
         config = model.active_peft_config
         if config.router not in ("learned", "entropy"):
             raise UserError(
-                f"The adapter's router is {config.router!r}, which chooses nothing: --upstream needs a learned one."
+                f"The adapter's router is {config.router!r}, which chooses nothing: `upstream` needs a learned one."
             )
         self.model, self.tokenizer, self.experts = model, tokenizer, int(config.num_forget_experts)
 
@@ -86,15 +86,15 @@ def check_upstream(settings: Serve, names: Sequence[str]) -> None:
         known = [str(each["id"]) for each in answer.json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--upstream {settings.upstream}: GET {url} did not list its models ({type(error).__name__}: {error}). Start it "
+            f"`upstream` {settings.upstream}: GET {url} did not list its models ({type(error).__name__}: {error}). Start it "
             "first, and give its address as it is for OpenAI clients, such as http://127.0.0.1:8001/v1."
         ) from None
     missing = [name for name in names if name not in known]
     if missing:
         raise UserError(
-            f"--upstream {settings.upstream} does not serve {', '.join(missing)}; it serves {', '.join(known) or 'nothing'}."
+            f"`upstream` {settings.upstream} does not serve {', '.join(missing)}; it serves {', '.join(known) or 'nothing'}."
             f"{nearest(missing[0], known)} Load the folders of `alter export --form loras` there under these names, or give "
-            "theirs with --upstream-base and --upstream-loras."
+            "theirs with `upstream_base` and `upstream_loras`."
         )
 
 
@@ -107,7 +107,7 @@ def upstream_names(settings: Serve, experts: int) -> list[str]:
     loras = settings.upstream_loras or [f"expert-{number}" for number in range(1, experts + 1)]
     if len(loras) != experts:
         raise UserError(
-            f"--upstream-loras gives {len(loras)} names, the adapter has {experts} forget experts: give one for each, in order."
+            f"`upstream_loras` gives {len(loras)} names, the adapter has {experts} forget experts: give one for each, in order."
         )
     return [settings.upstream_base or settings.model, *loras]
 

@@ -30,7 +30,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UserError(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Give another --port (0 takes any) or --host."
+            f"Cannot listen on {host}:{port}: {error.strerror}. Give another `port` (0 takes any) or `host`."
         ) from None
     return listener
 
@@ -80,7 +80,7 @@ class HostGuard:
         if scope["type"] == "lifespan" or self.takes(given):
             await self.app(scope, receive, send)
             return
-        text = f"This server does not answer under the name {given!r}: --allowed-hosts adds names."
+        text = f"This server does not answer under the name {given!r}: `allowed_hosts` adds names."
         body = json.dumps(error_body(text)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 400, "headers": headers})

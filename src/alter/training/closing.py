@@ -109,10 +109,10 @@ def _evaluate(settings: RowsEvaluation, out: Path) -> str:
         "holdout": settings.holdout,
         "json": str(out / "after.json"),
     }
-    flags = [f"--{name} {shlex.quote(value)}" for name, value in named.items() if value is not None]
+    given = [f" --{name} {shlex.quote(value)}" for name, value in named.items() if value is not None]
     if settings.chat_template_kwargs:
-        flags.append(f"--chat-template-kwargs {shlex.join(settings.chat_template_kwargs)}")
-    return f"alter evaluate --benchmark rows {' '.join(flags)}"
+        given.append(f" --chat-template-kwargs {shlex.join(settings.chat_template_kwargs)}")
+    return f"alter evaluate --benchmark rows{''.join(given)}"
 
 
 def next_commands(run: Unlearn, out: Path, settings: RowsEvaluation, closed: Mapping[str, Any]) -> list[str]:
@@ -121,8 +121,8 @@ def next_commands(run: Unlearn, out: Path, settings: RowsEvaluation, closed: Map
     again = f"alter unlearn {shlex.quote(str(out / 'run.yaml'))} --out {shlex.quote(f'{out}-2')}"
     name, rate = run.adapter.rate.replace("_", "-"), run.adapter.learning_rate(run)
     if word == "not forgotten":
-        longer = f"--max-steps {2 * run.max_steps}" if run.max_steps else f"--epochs {2 * run.epochs:g}"
-        return [f"{again} {longer}", f"{again} --{name} {3 * rate:g}"]
+        longer = f" --max-steps {2 * run.max_steps}" if run.max_steps else f" --epochs {2 * run.epochs:g}"
+        return [f"{again}{longer}", f"{again} --{name} {3 * rate:g}"]
     if word == "collapsed":
         return [f"{again} --{name} {rate / 3:g}", f"{again} --watch.every-epoch 1"]
     look = f"alter report {shlex.quote(str(out))}"

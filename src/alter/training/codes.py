@@ -45,12 +45,12 @@ def at_autoencoder(run: Unlearn, base: Any) -> Unlearn:
     width, (_, count) = base.config.get_text_config().hidden_size, blocks(base)
     if len(given.encoder) != width:
         raise UserError(
-            f"objective.sae {folder} reads states of width {len(given.encoder)}, this model's are {width} wide: give an autoencoder "
+            f"`objective.sae` {folder} reads states of width {len(given.encoder)}, this model's are {width} wide: give an autoencoder "
             "of this model."
         )
     if block is not None and block >= count:
         raise UserError(
-            f"objective.sae {folder} reads block {block}, and the model has {count}: give an autoencoder of this model."
+            f"`objective.sae` {folder} reads block {block}, and the model has {count}: give an autoencoder of this model."
         )
     return run if block is None else reading_at(run, block, count)
 

@@ -122,7 +122,7 @@ def _sub_domains(run: Unlearn, forget: list[Example], states: Array | None = Non
         names = clusters(1, len(names))
     if run.num_forget_experts is not None and run.num_forget_experts < len(names):
         raise UserError(
-            f"num_forget_experts is {run.num_forget_experts}, but column {run.domain_column!r} names {len(names)} "
-            f"sub-domains. Give at least {len(names)}, or leave domain_column out to cluster into fewer."
+            f"`num_forget_experts` is {run.num_forget_experts}, but column {run.domain_column!r} names {len(names)} "
+            f"sub-domains. Give at least {len(names)}, or leave `domain_column` out to cluster into fewer."
         )
     return index, names

@@ -107,17 +107,19 @@ class Finetune(BaseModel, extra="forbid"):
                 "give one of model (to start from a model) and architecture (to start from random weights)"
             )
         if bool(self.architecture) != bool(self.tokenizer_texts):
-            raise ValueError("architecture and tokenizer_texts go together: a new model needs a tokenizer of its own")
+            raise ValueError(
+                "`architecture` and `tokenizer_texts` go together: a new model needs a tokenizer of its own"
+            )
         if self.lora_rank is not None and (self.architecture or self.temperature != 1):
-            raise ValueError("lora_rank leaves the weights as they are: it needs model, and temperature at 1")
+            raise ValueError("`lora_rank` leaves the weights as they are: it needs `model`, and `temperature` at 1")
         if self.lora_from is not None and (
             self.lora_rank is None or self.embedding_dropout or self.attention_dropout or self.neftune
         ):
-            raise ValueError("lora_from goes with lora_rank, and without dropout or noise in the blocks below it")
+            raise ValueError("`lora_from` goes with `lora_rank`, and without dropout or noise in the blocks below it")
         if not self.data and not self.corpora:
             raise ValueError("give data (rows) or corpora (text files) to train on")
         if self.resume and self.overwrite:
-            raise ValueError("resume continues and overwrite starts again; give one of them")
+            raise ValueError("`resume` continues and `overwrite` starts again; give one of them")
         return self
 
 

@@ -62,7 +62,7 @@ def resumed_from(settings: Finetune) -> Path | None:
         if changed:
             raise UserError(
                 f"The run in {settings.out!r} was started with other settings ({', '.join(changed)}); "
-                "give the same ones to resume, or overwrite to start again."
+                "give the same ones to resume, or `overwrite` to start again."
             )
         return _last_checkpoint(checkpoints)
     if present and not settings.overwrite:

@@ -63,7 +63,7 @@ class FinetuneTrainer(Trainer):
         if not torch.isfinite(loss):
             raise UserError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}: training diverged. Lower "
-                f"learning_rate ({self.settings.learning_rate:g}), raise warmup, or use precision fp32."
+                f"`learning_rate` ({self.settings.learning_rate:g}), raise warmup, or use precision fp32."
             )
         return (loss, outputs) if return_outputs else loss
 

@@ -60,22 +60,24 @@ def check_folder(run: Place, start_from: str | None = None) -> Path:
     """
     out = Path(run.out)
     if run.resume and run.overwrite:
-        raise UserError("resume and overwrite contradict each other: give one of them.")
+        raise UserError("`resume` and `overwrite` contradict each other: give one of them.")
     if out.exists() and not out.is_dir():
-        raise UserError(f"out is {run.out!r}, which is a file; give a folder.")
+        raise UserError(f"`out` is {run.out!r}, which is a file; give a folder.")
     check_free(out)
     used = out.is_dir() and any(out.iterdir())
     if used and run.overwrite:
         check_deletable(out, MARKS)
         if start_from is not None and Path(start_from).resolve().is_relative_to(out.resolve()):
-            raise UserError(f"overwrite would delete {start_from}, which start_from goes on from: give another out.")
+            raise UserError(
+                f"`overwrite` would delete {start_from}, which `start_from` goes on from: give another `out`."
+            )
     if used and not run.resume and not run.overwrite:
         raise UserError(
-            f"The output folder {run.out} is not empty: add --resume to go on with what it holds, --overwrite to delete it, "
-            "or give another --out."
+            f"The output folder {run.out} is not empty: add `resume` to go on with what it holds, `overwrite` to delete it, "
+            "or give another `out`."
         )
     if run.resume and not used:
-        raise UserError(f"Nothing to resume: {run.out} is empty or missing. Leave --resume out to start.")
+        raise UserError(f"Nothing to resume: {run.out} is empty or missing. Leave `resume` out to start.")
     return out
 
 
@@ -103,7 +105,9 @@ def make_folder(run: RunSettings, inputs: Mapping[str, Any]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out is {run.out!r}, which cannot be made: {error.strerror}. Give another folder.") from None
+        raise UserError(
+            f"`out` is {run.out!r}, which cannot be made: {error.strerror}. Give another folder."
+        ) from None
     claim(out)
     write_atomic(out / "run.yaml", yaml.safe_dump(run.model_dump(exclude={"resume", "overwrite"}), sort_keys=False))
     if not (out / INPUTS).exists():
@@ -198,11 +202,11 @@ def check_inputs(out: Path, now: Mapping[str, Any]) -> None:
         if any((out / "checkpoints").glob("checkpoint-*")):
             raise OtherInputs(
                 f"{out} holds checkpoints but no {INPUTS}, so that nobody knows what they were made from: start again with "
-                "--overwrite, or give another --out."
+                "`overwrite`, or give another `out`."
             ) from None
         return
     except (ValueError, TypeError):
-        raise OtherInputs(f"{file} is broken: start again with --overwrite, or give another --out.") from None
+        raise OtherInputs(f"{file} is broken: start again with `overwrite`, or give another `out`.") from None
     unknown = {name for name in (BASE, SUB_DOMAINS) if now.get(name) is None}
     differ = [name for name in {**then, **now} if name not in {BASE, *unknown} and then.get(name) != now.get(name)]
     if then.get(BASE) and now.get(BASE) and not same_base(then[BASE], now[BASE]):
@@ -216,8 +220,8 @@ def check_inputs(out: Path, now: Mapping[str, Any]) -> None:
         for name in differ[:3]
     ]
     raise OtherInputs(
-        f"{out} was begun with other data or settings: {'; '.join(told)}{'; …' if len(differ) > 3 else ''}. --resume goes on "
-        "with the same alone: give what was given then, --overwrite to start again, or another --out."
+        f"{out} was begun with other data or settings: {'; '.join(told)}{'; …' if len(differ) > 3 else ''}. `resume` goes on "
+        "with the same alone: give what was given then, `overwrite` to start again, or another `out`."
     )
 
 
@@ -309,13 +313,13 @@ def check_checkpoint(checkpoint: Path) -> None:
         names = {"ddp": "without sharding", "fsdp2": "under FSDP2", "zero3": "under DeepSpeed ZeRO-3"}
         raise UserError(
             f"{checkpoint} was written {names[wrote]}, this run is started {names[processes.launch()]}: resume as it was "
-            f"started (recipes/accelerate/{wrote}.yaml), or start again with --overwrite."
+            f"started (recipes/accelerate/{wrote}.yaml), or start again with `overwrite`."
         )
     count = max(1, sum(name.startswith("rng_state_") for name in files))
     if wrote == "zero3" and count != processes.size():
         raise UserError(
             f"{checkpoint} was written by {count} processes, and DeepSpeed ZeRO-3 reads it with as many only: resume "
-            f"with --num_processes {count}."
+            f"with `accelerate launch --num_processes {count}`."
         )
 
 

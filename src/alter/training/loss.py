@@ -205,7 +205,7 @@ class UnlearnTrainer(Trainer):
         if not torch.isfinite(whole):
             raise UserError(
                 f"The loss is {whole.item()} at step {self.state.global_step + 1}: training stops, and the last good "
-                f"checkpoint stays in {self.args.output_dir}. Lower {self.run.adapter.rate} or max_grad_norm."
+                f"checkpoint stays in {self.args.output_dir}. Lower `{self.run.adapter.rate}` or `max_grad_norm`."
             )
         if processes.size() > 1:
             # DDP waits for the gradient of every weight that took part; the loss reported is that of all ranks

@@ -187,8 +187,8 @@ class LikeUnseen(Guarded):
     def check_rows(self, forget: int, holdout: int, rated: bool) -> None:
         if self.score == "truth_ratio" and not rated:
             raise UserError(
-                "watch.rule.score truth_ratio needs paraphrased_answer and perturbed_answer in the rows of watch.forget "
-                "and of watch.holdout. Take score loss, min_k or exact_memorization."
+                "`watch.rule.score` truth_ratio needs paraphrased_answer and perturbed_answer in the rows of `watch.forget` "
+                "and of `watch.holdout`. Take score loss, min_k or exact_memorization."
             )
         from scipy import stats
 
@@ -200,8 +200,8 @@ class LikeUnseen(Guarded):
             wanted = f"{both} of each" if needed is None else f"at least {needed} holdout rows"
             margin = f", or a margin of {np.ceil(100 * widest) / 100:.2f} or more" if widest < 0.49 else ""
             raise UserError(
-                f"watch.rule.margin {self.margin} cannot be resolved with {n} forget and {m} holdout rows: it takes "
-                f"{wanted} (watch.forget_rows, watch.holdout_rows){margin}."
+                f"`watch.rule.margin` {self.margin} cannot be resolved with {n} forget and {m} holdout rows: it takes "
+                f"{wanted} (`watch.forget_rows`, `watch.holdout_rows`){margin}."
             )
 
     def refuse(self, start: Check) -> str | None:

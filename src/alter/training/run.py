@@ -68,7 +68,7 @@ def unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     Raises:
         UserError: bad settings or data, a folder that is in use, a loss that is not finite, or a process that was lost.
     """
-    checkpoints = "The last whole checkpoint stays in {}/checkpoints: start the same command with --resume."
+    checkpoints = "The last whole checkpoint stays in {}/checkpoints: start the same run with `resume`."
     try:
         with processes.together(checkpoints.format(run.out), run.device):
             return _unlearn(run, callbacks)

@@ -100,16 +100,16 @@ class Sampler(BaseModel):
         named = [_text(example.row, self.entity_column) for example in forget]
         if by_entity and None in named:
             raise UserError(
-                f"sampler.order {self.order} goes by entity, and forget row {named.index(None)} has nothing in the column "
-                f"{self.entity_column!r}.{nearest(self.entity_column, forget[0].row)} Give --sampler.entity_column."
+                f"`sampler.order` {self.order} goes by entity, and forget row {named.index(None)} has nothing in the column "
+                f"{self.entity_column!r}.{nearest(self.entity_column, forget[0].row)} Give `sampler.entity_column`."
             )
         theirs = [_text(example.row, self.entity_column) for example in retain]
         said = [_text(example.row, self.relation_column) for example in retain]
         if not any(said) and not (self.order == "melu" and any(theirs)):
             raise UserError(
-                f"sampler.order {self.order} needs retain rows that say what they are to the forget rows, and none has the "
+                f"`sampler.order` {self.order} needs retain rows that say what they are to the forget rows, and none has the "
                 f"column {self.relation_column!r}.{nearest(self.relation_column, retain[0].row if retain else [])} Give "
-                "--sampler.relation_column, or --sampler.order cyclic."
+                "`sampler.relation_column`, or `sampler.order` cyclic."
             )
         relation = []
         for i, (word, entity) in enumerate(zip(said, theirs, strict=True)):
@@ -123,7 +123,7 @@ class Sampler(BaseModel):
             relation.append("general" if foreign else own)
         found = Kin([name or "" for name in named], theirs, relation)
         if not self._taken(found, len(retain), 0):
-            raise UserError(f"sampler.order {self.order} leaves no retain row to pair with: give another kind.")
+            raise UserError(f"`sampler.order` {self.order} leaves no retain row to pair with: give another kind.")
         return found
 
     def epoch_length(self, kin: Kin | None, forget: int, retain: int) -> int:

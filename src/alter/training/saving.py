@@ -31,8 +31,8 @@ def check_finite(weights: Mapping[str, Tensor], rate: str) -> None:
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise UserError(
-                f"After the last step {name} holds NaN or infinite values: nothing is saved. Lower {rate} or "
-                "max_grad_norm, and start again with --overwrite."
+                f"After the last step {name} holds NaN or infinite values: nothing is saved. Lower `{rate}` or "
+                "`max_grad_norm`, and start again with `overwrite`."
             )
 
 

@@ -193,11 +193,11 @@ class Unlearn(BaseModel):
         self.initializer.check(self)
         self.gradient.check(self)
         if self.phase_one and not self.retain_objective.needs.rows:
-            raise ValueError("phase_one learns retain tokens: retain_objective.kind must not be none")
+            raise ValueError("`phase_one` learns retain tokens: `retain_objective.kind` must not be none")
         if self.start_from is not None and self.negate is not None:
-            raise ValueError("negate would also negate the adapter of start_from: leave it out")
+            raise ValueError("`negate` would also negate the adapter of `start_from`: leave it out")
         if not (self.objective.needs.rows or self.objective.needs.alternative or self.retain_objective.needs.rows):
-            raise ValueError("objective.kind and retain_objective.kind are both none: there is nothing to train")
+            raise ValueError("`objective.kind` and `retain_objective.kind` are both none: there is nothing to train")
         return self
 
     @model_validator(mode="after")
@@ -205,7 +205,7 @@ class Unlearn(BaseModel):
         if self.watch.on and self.retain is None and self.watch.retain is None:
             raise ValueError(
                 "watch needs rows that are kept and not trained on, and there is no retain set to set them aside from: give "
-                "watch.retain, or retain"
+                "`watch.retain`, or `retain`"
             )
         return self
 
@@ -213,7 +213,7 @@ class Unlearn(BaseModel):
     def _related_rows(self) -> Unlearn:
         if self.sampler.related and self.retain is None:
             raise ValueError(
-                f"sampler.order {self.sampler.order} needs each retain row's relation to a forget row: give retain, or sampler.order "
+                f"`sampler.order` {self.sampler.order} needs each retain row's relation to a forget row: give `retain`, or `sampler.order` "
                 "mixed, sequential, random or cyclic"
             )
         return self
@@ -223,7 +223,7 @@ class Unlearn(BaseModel):
         given = [name for name in presets.WARM_UPS if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(f'{name} {getattr(self, name):g}' for name in given)} say the same in different units: give one"
+                f"{' and '.join(f'`{name}` {getattr(self, name):g}' for name in given)} say the same in different units: give one"
             )
         return self
 
@@ -242,25 +242,27 @@ class Unlearn(BaseModel):
         forget, _, retain = branch_needs(self)
         if self.retain_after >= self.epochs:
             raise ValueError(
-                f"retain_after is {self.retain_after:g} and epochs {self.epochs:g}, so that retain rows would never join: "
-                "give a larger epochs or a smaller retain_after"
+                f"`retain_after` is {self.retain_after:g} and `epochs` {self.epochs:g}, so that retain rows would never join: "
+                "give a larger `epochs` or a smaller `retain_after`"
             )
         if self.phase_one:
             raise ValueError(
-                "phase_one begins with retain rows alone and retain_after with forget rows alone: give --phase-one 0 or "
-                "--retain-after 0"
+                "`phase_one` begins with retain rows alone and `retain_after` with forget rows alone: give `phase_one` 0 or "
+                "`retain_after` 0"
             )
         if not retain.rows:
-            why = "experts_only is on" if self.experts_only else "retain_objective.kind is none"
-            raise ValueError(f"retain_after is {self.retain_after:g}, but {why}, so that no retain rows join: give 0")
+            why = "`experts_only` is on" if self.experts_only else "`retain_objective.kind` is none"
+            raise ValueError(
+                f"`retain_after` is {self.retain_after:g}, but {why}, so that no retain rows join: give 0"
+            )
         if not self.beta or not (forget.rows or forget.alternative):
             raise ValueError(
-                "retain_after begins with the forget objective alone: objective.kind must not be none, nor beta 0"
+                "`retain_after` begins with the forget objective alone: `objective.kind` must not be none, nor `beta` 0"
             )
         if retain.state:
             raise ValueError(
-                f"retain_objective.kind {self.retain_objective.kind} weighs retain rows by their loss from the first step on, "
-                "which retain_after leaves out: give --retain-after 0 or another retain objective"
+                f"`retain_objective.kind` {self.retain_objective.kind} weighs retain rows by their loss from the first step on, "
+                "which `retain_after` leaves out: give `retain_after` 0 or another retain objective"
             )
         return self
 
@@ -274,7 +276,7 @@ def check_launch(run: Unlearn) -> None:
     if run.batch_size % processes.size():
         low = run.batch_size // processes.size() * processes.size()
         raise UserError(
-            f"batch_size is {run.batch_size}, the rows of a step of all {processes.size()} processes together, and cannot be "
+            f"`batch_size` is {run.batch_size}, the rows of a step of all {processes.size()} processes together, and cannot be "
             f"shared evenly: give {low or processes.size()}{f' or {low + processes.size()}' if low else ''}."
         )
     if processes.launch() == "ddp":
@@ -320,8 +322,8 @@ def steps_of(run: Unlearn, count: int) -> tuple[int, int]:
     alone = max(1, math.floor(run.retain_after * count / rows + 0.5))
     if alone >= steps:
         raise UserError(
-            f"retain_after is {run.retain_after:g}, which is {alone} of the run's {steps} steps of {rows} forget rows: no "
-            "step is left for retain rows to join. Give more epochs (or max_steps), or a smaller batch_size."
+            f"`retain_after` is {run.retain_after:g}, which is {alone} of the run's {steps} steps of {rows} forget rows: no "
+            "step is left for retain rows to join. Give more epochs (or `max_steps`), or a smaller `batch_size`."
         )
     return steps, alone
 
@@ -359,7 +361,7 @@ def hidden_depth(run: Unlearn) -> float | None:
     depths = {part.needs.depth for part in (run.objective, run.retain_objective) if part.needs.depth is not None}
     if len(depths) > 1:
         raise UserError(
-            f"objective.depth and retain_objective.depth are {' and '.join(f'{d:g}' for d in sorted(depths))}; a step reads "
+            f"`objective.depth` and `retain_objective.depth` are {' and '.join(f'{d:g}' for d in sorted(depths))}; a step reads "
             "hidden states of one block: give the same number."
         )
     return depths.pop() if depths else None

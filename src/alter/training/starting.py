@@ -44,7 +44,7 @@ def starting_model(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedToken
         unknown = [name for name in architecture if name not in type(config)().to_dict()]
         if unknown:
             near = nearest(unknown[0], type(config)().to_dict())
-            raise UserError(f"architecture.{unknown[0]} is no setting of a {kind} model.{near}")
+            raise UserError(f"`architecture.{unknown[0]}` is no setting of a {kind} model.{near}")
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
     assert settings.model is not None
     from alter.models.loading import load_model
@@ -69,7 +69,7 @@ def set_attention_dropout(model: PreTrainedModel, probability: float) -> None:
         UserError: the architecture has none.
     """
     if not hasattr(model.config, "attention_dropout"):
-        raise UserError(f"attention_dropout is not supported for {type(model).__name__}; leave it at 0.")
+        raise UserError(f"`attention_dropout` is not supported for {type(model).__name__}; leave it at 0.")
     model.config.attention_dropout = probability
     for module in model.modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
@@ -89,7 +89,7 @@ def divide_logits(model: PreTrainedModel, temperature: float) -> None:
     plain = norm is not None and getattr(norm, "weight", None) is not None and getattr(norm, "bias", None) is None
     # gemma's norm multiplies by 1 + weight
     if not plain or head.bias is not None or "gemma" in model.config.model_type:
-        raise UserError(f"temperature is not supported for {type(model).__name__}; leave it at 1.")
+        raise UserError(f"`temperature` is not supported for {type(model).__name__}; leave it at 1.")
     assert norm is not None
     with torch.no_grad():
         norm.weight /= temperature

@@ -31,7 +31,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"report_to names {name}, which is not installed: pip install {name}")
+            raise UserError(f"`report_to` names {name}, which is not installed: pip install {name}")
 
 
 def trackers(names: Sequence[str], out: Path) -> list[Any]:

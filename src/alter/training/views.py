@@ -29,15 +29,15 @@ def instructed_view(run: Unlearn, tokenizer: Any, rows: list[Encoded], base: Any
     said = {part.needs.instruction for part in (run.objective, run.retain_objective)} - {None}
     if len(said) > 1:
         raise UserError(
-            "objective.instruction and retain_objective.instruction differ, and there is one teacher: give the same words."
+            "`objective.instruction` and `retain_objective.instruction` differ, and there is one teacher: give the same words."
         )
     words = tuple(tokenizer(str(said.pop()), add_special_tokens=False)["input_ids"])
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(row.input_ids) for row in rows)
     if limit is not None and longest + len(words) > limit:
         raise UserError(
-            f"objective.instruction has {len(words)} tokens and the longest row {longest}; together they exceed the model's "
-            f"context of {limit}: give max_length of at most {limit - len(words)}, or a shorter instruction."
+            f"`objective.instruction` has {len(words)} tokens and the longest row {longest}; together they exceed the model's "
+            f"context of {limit}: give `max_length` of at most {limit - len(words)}, or a shorter instruction."
         )
     return {"instructed": frozen.View(words, tokenizer.bos_token_id)}
 

@@ -27,9 +27,9 @@ class Watch(BaseModel):
     forget_rows: Rows = Field(200, ge=1)
     """Forget rows to look at, drawn by the seed."""
     retain: str | None = None
-    """Retain rows that are not in the retain set; by default `retain_rows` of the retain set are not trained on."""
+    """Retain rows that are not in the retain set; by default `watch.retain_rows` of the retain set are not trained on."""
     retain_rows: Rows = Field(100, ge=1)
-    """Retain rows to look at. Set aside from the retain set, a fifth of it at most, unless `retain` gives them."""
+    """Retain rows to look at. Set aside from the retain set, a fifth of it at most, unless `watch.retain` gives them."""
     holdout: str | None = None
     """Rows of the forget set's kind that the model has never seen."""
     holdout_rows: Rows = Field(200, ge=1)
@@ -53,20 +53,24 @@ class Watch(BaseModel):
     @model_validator(mode="after")
     def _complete(self) -> Watch:
         if self.every_steps is not None and self.every_epoch is not None:
-            raise ValueError("give either watch.every_steps or watch.every_epoch, not both")
+            raise ValueError("give either `watch.every_steps` or `watch.every_epoch`, not both")
         data = [name for name in ("forget", "retain", "holdout", "calibrate", "retain_records") if getattr(self, name)]
         if not self.on and (data or self.rule.kind != "none"):
-            raise ValueError("nothing is watched without watch.every_steps or watch.every_epoch: give one of them")
+            raise ValueError("nothing is watched without `watch.every_steps` or `watch.every_epoch`: give one of them")
         if self.leak.samples and not self.on:
-            raise ValueError("watch.leak samples at each check: give watch.every_steps or watch.every_epoch as well")
+            raise ValueError(
+                "watch.leak samples at each check: give `watch.every_steps` or `watch.every_epoch` as well"
+            )
         for name in self.rule.needs:
             if getattr(self, name) is None:
-                raise ValueError(f"watch.rule {self.rule.kind!r} needs watch.{name}")
+                raise ValueError(f"`watch.rule.kind` {self.rule.kind!r} needs `watch.{name}`")
         if self.retain_records is not None and self.forget is None:
             raise ValueError(
-                "watch.retain_records compares truth ratios: give the forget rows with paraphrased and perturbed "
-                "answers as watch.forget, for example builtin:forget10_perturbed"
+                "`watch.retain_records` compares truth ratios: give the forget rows with paraphrased and perturbed "
+                "answers as `watch.forget`, for example builtin:forget10_perturbed"
             )
         if self.calibrate is not None and self.holdout is None:
-            raise ValueError("watch.calibrate makes forget and holdout rows comparable: give watch.holdout as well")
+            raise ValueError(
+                "`watch.calibrate` makes forget and holdout rows comparable: give `watch.holdout` as well"
+            )
         return self

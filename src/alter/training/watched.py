@@ -104,7 +104,7 @@ def read_watched(
     watch.rule.check_rows(len(looked), len(holdout), all(map(rated, [*looked, *holdout])))
     for name, rows in (("forget", looked), ("holdout", holdout)):
         if watch.replies and any(example.kind == "text" for example in rows):
-            raise UserError(f"watch.replies needs questions, but the {name} rows are plain text: leave it out.")
+            raise UserError(f"`watch.replies` needs questions, but the {name} rows are plain text: leave it out.")
     validation, left = _validation(watch, forget, retain, seed)
     return Watched(looked, validation, holdout, reference, every), left
 
@@ -116,14 +116,14 @@ def _rated_rows(source: str, forget: Sequence[Example], domain_column: str | Non
     others = [example.index for example in looked if row_key(example) not in known]
     if others:
         raise UserError(
-            f"{len(others)} of {len(looked)} rows of watch.forget ({source}) are not in the forget set, the "
+            f"{len(others)} of {len(looked)} rows of `watch.forget` ({source}) are not in the forget set, the "
             f"first being row {others[0]}: give the same questions and answers."
         )
     missing = [example.index for example in looked if not rated(example)]
     if missing:
         raise UserError(
-            f"Row {missing[0]} of watch.forget ({source}) lacks paraphrased_answer or perturbed_answer "
-            f"({len(missing)} rows do): truth ratios need both. Leave watch.forget out to do without."
+            f"Row {missing[0]} of `watch.forget` ({source}) lacks paraphrased_answer or perturbed_answer "
+            f"({len(missing)} rows do): truth ratios need both. Leave `watch.forget` out to do without."
         )
     return looked
 
@@ -141,7 +141,7 @@ def _validation(
     if not aside:
         raise UserError(
             f"The retain set has {len(retain)} rows, too few to set one in {VALIDATION_SHARE} aside for watching: "
-            "give other retain rows as watch.retain."
+            "give other retain rows as `watch.retain`."
         )
     validation = [example for i, example in enumerate(retain) if i in aside]
     return validation, [example for i, example in enumerate(retain) if i not in aside]
@@ -152,12 +152,12 @@ def _reference(path: str, rows: Sequence[Example]) -> TofuReference:
     reference = read_reference(path)
     again = "evaluate the retrained model on the rows of watch.forget with `alter evaluate --json`, in strict mode"
     if reference.mode not in (None, "strict"):
-        raise UserError(f"watch.retain_records: {path} was measured in {reference.mode} mode: {again}.")
+        raise UserError(f"`watch.retain_records`: {path} was measured in {reference.mode} mode: {again}.")
     own = rows_fingerprint([example.row for example in rows])
     if len(reference.truth_ratio) != len(rows) or reference.fingerprint not in (None, own):
         what = f" ({reference.split})" if reference.split else ""
         raise UserError(
-            f"watch.retain_records: {path} holds truth ratios of {len(reference.truth_ratio)} rows{what} that are not "
-            f"the {len(rows)} rows of watch.forget: {again}."
+            f"`watch.retain_records`: {path} holds truth ratios of {len(reference.truth_ratio)} rows{what} that are not "
+            f"the {len(rows)} rows of `watch.forget`: {again}."
         )
     return reference

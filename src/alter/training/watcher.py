@@ -99,7 +99,7 @@ class Watcher(TrainerCallback):
             name = next(name for name, where in self.where.items() if where.start <= short[0] < where.stop)
             raise UserError(
                 f"A {name.split('_')[0]} row to watch has less than two labelled tokens, too few to score: "
-                "its answer is empty or cut off; take it out or raise max_length."
+                "its answer is empty or cut off; take it out or raise `max_length`."
             )
         self.prompts = {
             name: [encode_prompt(tokenizer, row) for row in self.sets[name][: watch.replies]]
@@ -127,7 +127,7 @@ class Watcher(TrainerCallback):
         for name, encoded in rows.items():
             if [encode(tokenizer, row, max_length=max_length) for row in self.sets[name]] != encoded:
                 raise UserError(
-                    f"watch.calibrate {self.watch.calibrate} writes the {name} rows in other tokens than the model "
+                    f"`watch.calibrate` {self.watch.calibrate} writes the {name} rows in other tokens than the model "
                     "that must forget: give a model of the same tokenizer and chat template."
                 )
         scores = {
@@ -220,7 +220,7 @@ class Watcher(TrainerCallback):
         if any(check["key"] != self.key for check in found) or (state.global_step and not found):
             raise UserError(
                 "The run was started with other settings of watch or other rows to look at, so its checks cannot be "
-                "continued: resume with the recipe in its run.yaml, or start again with --overwrite."
+                "continued: resume with the recipe in its run.yaml, or start again with `overwrite`."
             )
         self.checks = [{name: value for name, value in check.items() if name != "key"} for check in found]
         if not self.checks:
@@ -309,7 +309,7 @@ class Watcher(TrainerCallback):
         choice = self.choice
         path = self.folder / f"step-{choice.step}" / "adapter_model.safetensors"
         if not path.is_file():
-            raise UserError(f"The adapter of the best step is gone: no {path}. Start again with --overwrite.")
+            raise UserError(f"The adapter of the best step is gone: no {path}. Start again with `overwrite`.")
         set_peft_model_state_dict(model, load_file(str(path)))
         self._show(choice)
         return {

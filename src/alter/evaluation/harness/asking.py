@@ -43,7 +43,7 @@ def check_context(prompt: str, length: int, new: int, context: int) -> None:
     )
     raise UserError(
         f"A prompt has {length} tokens, {which}: it ends with {prompt[-80:]!r}. Leave it out, ask with fewer examples "
-        "(--num-fewshot), or evaluate a model with a longer context."
+        "(`num_fewshot`), or evaluate a model with a longer context."
     )
 
 
@@ -98,7 +98,7 @@ class HarnessModel(HFLM):
         if any(math.isnan(logprob) for logprob, _ in answers):
             raise UserError(
                 f"The model's logits are NaN; its weights or its number format ({self.model.dtype}) are broken. "
-                "Try --dtype float32, or an earlier checkpoint."
+                "Try `dtype` float32, or an earlier checkpoint."
             )
         return answers
 

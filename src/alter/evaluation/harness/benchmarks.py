@@ -121,7 +121,7 @@ class LmEvalEvaluation(HarnessEvaluation):
     def specs(self) -> Any:
         """Return the tasks asked for."""
         if not self.tasks:
-            raise UserError("No tasks: name some, for example --tasks arc_easy hellaswag.")
+            raise UserError("No tasks: name some, for example `tasks` arc_easy hellaswag.")
         manager = manager_of_tasks()
         for name in self.tasks:
             if name not in manager.task_index and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):

@@ -160,7 +160,7 @@ def local_task(name: str, about: str, files: Mapping[str, Path], num_fewshot: in
     if num_fewshot:
         if "dev" not in files:
             raise UserError(
-                f"No examples for {about!r}: --num-fewshot needs a file like {files['test'].stem.removesuffix('_test')}"
+                f"No examples for {about!r}: `num_fewshot` needs a file like {files['test'].stem.removesuffix('_test')}"
                 f"_dev{files['test'].suffix} beside {files['test']}."
             )
         splits["dev"] = questions(files["dev"])

@@ -59,5 +59,5 @@ def tasks_from_hub(manager: Any, names: Sequence[str]) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"Cannot load the data of {', '.join(names)} from the hub: {reason} Check the network, or give local files "
-            "of WMDP or MMLU with --data."
+            "of WMDP or MMLU with `data`."
         ) from error

@@ -58,7 +58,7 @@ class HarnessEvaluation(Evaluation):
     all letters: near 0 the model does not answer in letters). Of the members of a group: metrics and `answer_entropy`,
     whose `extra` holds the rest.
 
-    With `limit`, the questions of each task are drawn by `seed` (the harness's own --limit takes the first ones).
+    With `limit`, the questions of each task are drawn by `seed` (the harness's own takes the first ones).
     """
 
     benchmark: str
@@ -97,7 +97,7 @@ class HarnessEvaluation(Evaluation):
             raise UserError(f"Task {name!r} shows images or sounds; alter evaluates language models.")
         own, shots = task.get_config("num_fewshot"), self.shots()
         if shots and own == 0:
-            raise UserError(f"Task {name!r} is defined without examples: leave --num-fewshot out.")
+            raise UserError(f"Task {name!r} is defined without examples: leave `num_fewshot` out.")
         shots = (own or 0) if shots is None else shots
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -105,7 +105,7 @@ class HarnessEvaluation(Evaluation):
             pool = task.fewshot_docs()
             if pool is None or len(pool) < shots:
                 raise UserError(
-                    f"Task {name!r} has {0 if pool is None else len(pool)} examples; --num-fewshot asks for {shots}."
+                    f"Task {name!r} has {0 if pool is None else len(pool)} examples; `num_fewshot` asks for {shots}."
                 )
 
     def _chosen(self, task: Any) -> list[int]:

@@ -21,7 +21,7 @@ from alter.models.loading import ModelSettings
 
 
 class TofuEvaluation(Evaluation):
-    """Measure a model on TOFU, print the table and, with --json, write the records."""
+    """Measure a model on TOFU, print the table and, with `json_path`, write the records."""
 
     benchmark: Literal["tofu"] = "tofu"
     """What to measure on."""
@@ -32,7 +32,7 @@ class TofuEvaluation(Evaluation):
     mode: Mode = "strict"
     """Metrics by their definition, or with the quirks of OpenUnlearning, to compare with its numbers."""
     retain_records: str | None = None
-    """The model retrained without the forgotten rows: its result file (--json) or folder. Gives forget quality."""
+    """The model retrained without the forgotten rows: its result file (`json_path`) or folder. Gives forget quality."""
     holdout: str | None = None
     """Rows that no model saw, for the membership attacks: a file, builtin:SPLIT, or a hub id; else TOFU's holdoutNN."""
     gradnorm: bool = False

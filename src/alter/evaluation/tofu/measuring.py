@@ -119,7 +119,7 @@ def _check_choices(split: str, mode: str, which: Sequence[str], sets: Sequence[s
     for key in sets:
         _choice(key, SETS)
     if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; expected at least 1 row, or none for all rows.")
+        raise UserError(f"`limit` is {limit}; expected at least 1 row, or none for all rows.")
 
 
 def _choice(value: str, choices: Sequence[str]) -> None:

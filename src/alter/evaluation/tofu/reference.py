@@ -18,23 +18,22 @@ def lacking(
     result: TofuResult, forget: TofuSet, data: str, limit: int | None, seed: int, holdout: str | None
 ) -> list[str]:
     """Return notes on figures that the retrained model's results are too little for, each with the command that helps."""
-    flags = f"--benchmark tofu --split {result.split}"
-    flags += f" --data {data}" if data != "builtin" else ""
-    flags += f" --mode {result.mode}" if result.mode != "strict" else ""
-    flags += f" --holdout {holdout}" if holdout is not None else ""
-    flags += f" --limit {limit} --seed {seed}" if limit is not None else ""
+    command = f"alter evaluate --model RETRAINED --benchmark tofu --split {result.split}"
+    command += f" --data {data}" if data != "builtin" else ""
+    command += f" --mode {result.mode}" if result.mode != "strict" else ""
+    command += f" --holdout {holdout}" if holdout is not None else ""
+    command += f" --limit {limit} --seed {seed}" if limit is not None else ""
     reference = result.reference
     if reference is None:
         which = "forget_quality, mia_reference, privleak" if forget.attacks else "forget_quality"
         return [
             f"No {which}: that takes a model that never saw the forget set. Make its results once with "
-            f"`alter evaluate --model RETRAINED {flags} --json retrained.json`, then add "
-            "`--retain-records retrained.json`."
+            f"`{command} --json retrained.json`, then give `retain_records` retrained.json."
         ]
     if not forget.attacks:
         return []
     notes = []
-    again = f"evaluate it again with `{flags}`"
+    again = f"measure it again with `{command} --json retrained.json`"
     if reference.min_k_auc is None:
         taken = "privleak takes 0.5 for its AUC, as OpenUnlearning does" if result.mode == "compat" else "no privleak"
         notes.append(f"{reference.source} has no mia_min_k, so {taken}: {again}.")

@@ -248,7 +248,7 @@ def aucs(attacks: dict[str, Array], holdout: dict[str, Array]) -> dict[str, floa
 
 def check_reference(reference: TofuReference, split: str, mode: str, forget: TofuSet) -> None:
     """Refuse a reference of another split, other rows or another mode; the message names it."""
-    again = f"evaluate the retrained model again with --split {split} --mode {mode}"
+    again = f"evaluate the retrained model again with `split` {split} `mode` {mode}"
     if reference.split is not None and reference.split != split:
         raise UserError(f"{reference.source} was evaluated on {reference.split}, this run is on {split}: {again}.")
     if reference.mode is not None and reference.mode != mode:
@@ -256,14 +256,14 @@ def check_reference(reference: TofuReference, split: str, mode: str, forget: Tof
     if len(reference.truth_ratio) != forget.n:
         raise UserError(
             f"{reference.source} has the truth ratios of {len(reference.truth_ratio)} rows, this run has {forget.n}: "
-            f"{again}, and the same --limit if any."
+            f"{again}, and the same `limit` if any."
         )
     if reference.fingerprint is not None and reference.fingerprint != forget.fingerprint:
         raise UserError(
             f"{reference.source} was evaluated on other rows than this run (same number, other text): "
-            f"{again}, and the same --data, --limit and --seed."
+            f"{again}, and the same `data`, `limit` and `seed`."
         )
     if None not in (reference.holdout, forget.holdout) and reference.holdout != forget.holdout:
         raise UserError(
-            f"{reference.source} was evaluated with other holdout rows than this run: {again}, and the same --holdout."
+            f"{reference.source} was evaluated with other holdout rows than this run: {again}, and the same `holdout`."
         )

@@ -70,7 +70,7 @@ def holdout_rows(
         except UserError as error:
             return None, [
                 f"No membership attacks (mia_*, privleak): they need rows that the model never saw, TOFU's {name} or "
-                f"your own: --holdout rows.jsonl. {error}"
+                f"your own: `holdout` rows.jsonl. {error}"
             ]
     else:
         rows = read_rows(holdout)

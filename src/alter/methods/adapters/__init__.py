@@ -59,6 +59,6 @@ def adapter_of(settings: Mapping[str, Any]) -> Adapter:
     kind = settings["kind"]
     if kind not in ADAPTERS:
         raise UserError(
-            f"adapter.kind is {kind!r}; expected one of {', '.join(ADAPTERS)}.{nearest(str(kind), ADAPTERS)}"
+            f"`adapter.kind` is {kind!r}; expected one of {', '.join(ADAPTERS)}.{nearest(str(kind), ADAPTERS)}"
         )
     return ADAPTERS[kind].model_validate(settings)

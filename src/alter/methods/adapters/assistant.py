@@ -52,9 +52,9 @@ class AssistantLora(Adapter):
         ]
         if compares or run.negate is not None:
             raise ValueError(
-                f"adapter.kind assistant trains another model than the base, so it goes with neither negate nor "
+                f"`adapter.kind` assistant trains another model than the base, so it goes with neither `negate` nor "
                 f"objectives that compare with the base{' such as ' + compares[0] if compares else ''}: take "
-                "objective.kind learn and retain_objective.kind uniform"
+                "`objective.kind` learn and `retain_objective.kind` uniform"
             )
         super().check(run)
 

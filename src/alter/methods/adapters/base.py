@@ -109,22 +109,22 @@ class Adapter(BaseModel, ABC):
         """
         if not self.routes and run.objective.needs.entropy:
             raise ValueError(
-                f"objective.only_low needs the token entropies of adapter.kind alter, not {self.kind}: give "
-                "--objective.no-only-low"
+                f"`objective.only_low` needs the token entropies of `adapter.kind` alter, not {self.kind}: give "
+                "`objective.only_low=False`"
             )
         if run.watch.on and (not self.is_seen or run.negate is not None):
             raise ValueError(
-                "watch looks at an adapter on the model while it trains: not with adapter.kind full or "
-                "assistant, and not with negate"
+                "watch looks at an adapter on the model while it trains: not with `adapter.kind` full or "
+                "assistant, and not with `negate`"
             )
         if run.phase_one and not self.routes and run.retain_objective.needs.rows:
             raise ValueError(
-                f"phase_one needs the token entropies of adapter.kind alter, not {self.kind}: leave it out, or give "
-                "--phase-one 0"
+                f"`phase_one` needs the token entropies of `adapter.kind` alter, not {self.kind}: leave it out, or give "
+                "`phase_one` 0"
             )
         if run.negate is not None and not self.negates:
             raise ValueError(
-                f"negate flips the sign of LoRA's B, which adapter.kind {self.kind} does not have: take adapter.kind lora"
+                f"`negate` flips the sign of LoRA's B, which `adapter.kind` {self.kind} does not have: take `adapter.kind` lora"
             )
 
     def check_experts_only(self, run: Settings) -> None:
@@ -134,7 +134,7 @@ class Adapter(BaseModel, ABC):
             ValueError: this kind has none, or its settings do not keep them apart.
         """
         raise ValueError(
-            "experts_only is for adapter.kind alter, start_from for that and for adapter.kind lora with adapter.detector, "
+            "`experts_only` is for `adapter.kind` alter, `start_from` for that and for `adapter.kind` lora with `adapter.detector`, "
             f"not for {self.kind}"
         )
 
@@ -193,7 +193,7 @@ class Adapter(BaseModel, ABC):
             ValueError: it can neither grow, be trained on, nor be merged, nor is it the model itself.
         """
         raise ValueError(
-            f"adapter.kind {self.kind} neither grows nor merges. Continual comparisons take alter with a learned router, "
+            f"`adapter.kind` {self.kind} neither grows nor merges. Continual comparisons take alter with a learned router, "
             "lora, or full"
         )
 

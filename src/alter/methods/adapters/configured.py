@@ -79,7 +79,9 @@ class BoundedLora(Adapter):
 
     def check(self, run: Settings) -> None:
         if run.negate is not None:
-            raise ValueError("negate cannot undo a bounded update: phi(-n x) is not -n phi(x); take adapter.kind lora")
+            raise ValueError(
+                "`negate` cannot undo a bounded update: phi(-n x) is not -n phi(x); take `adapter.kind` lora"
+            )
         super().check(run)
 
     def attach(self, model: Any, run: Settings, beginning: Beginning) -> Any:

@@ -43,8 +43,8 @@ class OneExpert(Adapter):
         super().check(run)
         if run.quantization is not None:
             raise ValueError(
-                f"quantization {run.quantization} freezes the weights, one expert of which adapter.kind expert trains: leave "
-                "quantization out"
+                f"`quantization` {run.quantization} freezes the weights, one expert of which `adapter.kind` expert trains: leave "
+                "`quantization` out"
             )
 
     @property
@@ -57,7 +57,7 @@ class OneExpert(Adapter):
             block, expert = self.target
             if block not in found or expert >= len(found[block].gate.weight):
                 raise UserError(
-                    f"adapter.target is block {block} and expert {expert}; the blocks with experts are "
+                    f"`adapter.target` is block {block} and expert {expert}; the blocks with experts are "
                     f"{', '.join(map(str, found))}, with {len(next(iter(found.values())).gate.weight)} experts each."
                 )
 
@@ -147,8 +147,8 @@ def mixtures(model: Any) -> dict[int, Any]:
                 found[number] = module
     if not found:
         raise UserError(
-            f"adapter.kind expert trains one expert of a mixture of experts, and {type(model).__name__} has none that it knows: "
-            "take a model such as Mixtral or Qwen-MoE, or adapter.kind full."
+            f"`adapter.kind` expert trains one expert of a mixture of experts, and {type(model).__name__} has none that it knows: "
+            "take a model such as Mixtral or Qwen-MoE, or `adapter.kind` full."
         )
     return found
 

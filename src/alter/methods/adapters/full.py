@@ -43,11 +43,11 @@ class FullWeights(Adapter):
     def check(self, run: Settings) -> None:
         super().check(run)
         if self.traced is not None and self.depth is not None:
-            raise ValueError("adapter.traced finds the blocks that adapter.depth gives: leave one out")
+            raise ValueError("`adapter.traced` finds the blocks that `adapter.depth` gives: leave one out")
         if run.quantization is not None:
             raise ValueError(
-                f"quantization {run.quantization} freezes the weights, which adapter.kind full trains: take adapter.kind "
-                "lora, or leave quantization out"
+                f"`quantization` {run.quantization} freezes the weights, which `adapter.kind` full trains: take `adapter.kind` "
+                "lora, or leave `quantization` out"
             )
 
     @property
@@ -78,7 +78,7 @@ class FullWeights(Adapter):
         if not chosen:
             endings = sorted({name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_parameters()})
             raise UserError(
-                f"adapter.modules {self.modules} names no parameter of {type(model).__name__}; its modules end in "
+                f"`adapter.modules` {self.modules} names no parameter of {type(model).__name__}; its modules end in "
                 f"{', '.join(endings)}."
             )
         return model

@@ -72,11 +72,11 @@ class Lora(Adapter):
     def check(self, run: Settings) -> None:
         super().check(run)
         if self.detector and run.watch.on:
-            raise ValueError("watch looks at an adapter that is always on: not with adapter.detector")
+            raise ValueError("watch looks at an adapter that is always on: not with `adapter.detector`")
 
     def check_experts_only(self, run: Settings) -> None:
         raise ValueError(
-            "experts_only is for adapter.kind alter, start_from for that and for adapter.kind lora with adapter.detector, "
+            "`experts_only` is for `adapter.kind` alter, `start_from` for that and for `adapter.kind` lora with `adapter.detector`, "
             f"not for lora{'' if self.detector else ' without'}"
         )
 
@@ -100,8 +100,8 @@ class Lora(Adapter):
         former = Former.read(start_from)
         if former.settings["initializer"] != "zero":
             raise UserError(
-                f"start_from is {former.folder}, which started by initializer.kind {former.settings['initializer']}: half of "
-                "its rank is a frozen copy, so it cannot be trained on. Start from one with initializer.kind zero."
+                f"`start_from` is {former.folder}, which started by `initializer.kind` {former.settings['initializer']}: half of "
+                "its rank is a frozen copy, so it cannot be trained on. Start from one with `initializer.kind` zero."
             )
         for name, wanted, has in (
             ("r", self.r, former.config["r"]),
@@ -109,7 +109,7 @@ class Lora(Adapter):
         ):
             if wanted != has:
                 raise UserError(
-                    f"adapter.{name} is {wanted:g}, but {former.folder} has {has:g}: give --adapter.{name} {has:g}."
+                    f"`adapter.{name}` is {wanted:g}, but {former.folder} has {has:g}: give `adapter.{name}` {has:g}."
                 )
         return former
 
@@ -142,8 +142,8 @@ class Lora(Adapter):
         turned = next((name for name, layer in layers.items() if isinstance(layer, Conv1D)), None)
         if start is not None and turned is not None:
             raise UserError(
-                f"initializer.kind needs nn.Linear layers, but {turned} is a Conv1D: use initializer.kind zero, or leave it out "
-                "of adapter.target_modules."
+                f"`initializer.kind` needs nn.Linear layers, but {turned} is a Conv1D: use `initializer.kind` zero, or leave it out "
+                "of `adapter.target_modules`."
             )
         doubled = 1 if start is None else 2
         config = LoraConfig(

@@ -82,6 +82,6 @@ class PeftAdapter(Adapter):
             return get_peft_model(model, made(**settings))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(
-                f"PEFT refuses adapter.config for this model: {str(error).splitlines()[0]}. See the documentation of its "
+                f"PEFT refuses `adapter.config` for this model: {str(error).splitlines()[0]}. See the documentation of its "
                 f"{made.__name__}."
             ) from error

@@ -76,14 +76,14 @@ class AlterAdapter(Adapter):
 
     def check(self, run: Settings) -> None:
         if self.entropy_threshold is not None and self.entropy_quantile is not None:
-            raise ValueError("give either adapter.entropy_threshold or adapter.entropy_quantile, not both")
+            raise ValueError("give either `adapter.entropy_threshold` or `adapter.entropy_quantile`, not both")
         if run.start_from is None and self.entropy_quantile is None:
             threshold = PAPER_THRESHOLD if self.entropy_threshold is None else self.entropy_threshold
             check_threshold(self.entropy_q, threshold, None)
         if run.phase_one and not self.retention_expert:
             raise ValueError(
-                "phase_one trains the retention expert and A through it, which adapter.retention_expert false leaves "
-                "out: give --phase-one 0, or leave it on"
+                "`phase_one` trains the retention expert and A through it, which `adapter.retention_expert=False` leaves "
+                "out: give `phase_one` 0, or leave it on"
             )
         super().check(run)
 
@@ -93,31 +93,37 @@ class AlterAdapter(Adapter):
         if run.start_from is not None:
             config = base.peft_config["default"]
             if not isinstance(config, AlterConfig) or not config.routed:
-                raise UserError(f"start_from is {run.start_from!r}, which is no ALTER adapter with a router to grow.")
+                raise UserError(
+                    f"`start_from` is {run.start_from!r}, which is no ALTER adapter with a router to grow."
+                )
         elif self.target_modules is not None:
             target_layers(base, target_names(base, self.target_modules), None)
 
     def check_experts_only(self, run: Settings) -> None:
         if run.phase_one:
-            raise ValueError("phase_one trains A and the retention expert, which experts_only (or start_from) freezes")
+            raise ValueError(
+                "`phase_one` trains A and the retention expert, which `experts_only` (or `start_from`) freezes"
+            )
         if self.router == "static":
-            raise ValueError("experts_only needs a router that keeps the experts apart; adapter.router is 'static'")
+            raise ValueError(
+                "`experts_only` needs a router that keeps the experts apart; `adapter.router` is 'static'"
+            )
         needs = run.objective.needs
         if run.start_from is not None and (needs.alternative == "diversion" or set(needs.views) - {"base"}):
             raise ValueError(
-                f"objective.kind {run.objective.kind} looks at the bare base, which start_from has adapted"
+                f"`objective.kind` {run.objective.kind} looks at the bare base, which `start_from` has adapted"
             )
 
     def check_continues(self, run: Settings) -> None:
         if self.router != "learned":
             raise ValueError(
-                f"adapter.kind alter with router {self.router} neither grows nor merges. Continual comparisons take "
+                f"`adapter.kind` alter with router {self.router} neither grows nor merges. Continual comparisons take "
                 "alter with a learned router, lora, or full"
             )
         if run.num_forget_experts == 1:
             raise ValueError(
-                "num_forget_experts 1 gives the expert of every split the same name, so the second cannot be added: "
-                "leave it out, and name the sub-domains with domain_column"
+                "`num_forget_experts` 1 gives the expert of every split the same name, so the second cannot be added: "
+                "leave it out, and name the sub-domains with `domain_column`"
             )
 
     def continued(self, adapter: str, merged: Callable[[], str]) -> dict[str, Any]:
@@ -151,7 +157,7 @@ class AlterAdapter(Adapter):
             if isinstance(has, set) and isinstance(wanted, (list, tuple)):
                 wanted, has = sorted(wanted), sorted(has)
             if wanted is not None and wanted != has:
-                raise UserError(f"adapter.{name} is {wanted!r}, but {start_from} has {has!r}: leave it out.")
+                raise UserError(f"`adapter.{name}` is {wanted!r}, but {start_from} has {has!r}: leave it out.")
         own = config.domains or [f"expert {d + 1}" for d in range(config.num_forget_experts)]
         taken = [name for name in names if name in own]
         if taken:

@@ -203,7 +203,7 @@ class Former:
         if settings.get("kind") != "detector":
             inside = f" Did you mean {path / 'adapter'}?" if is_form(str(path / "adapter")) else ""
             raise UserError(
-                f"start_from is {folder!r}, which is no folder of a LoRA with a detector: expected the adapter that a run of "
+                f"`start_from` is {folder!r}, which is no folder of a LoRA with a detector: expected the adapter that a run of "
                 f"method o3 has saved.{inside}"
             )
         features = features_of(path, settings)
@@ -236,8 +236,8 @@ class Former:
         if other:
             has, lacks = (self.folder, "this run") if other[0] in own else ("this run", self.folder)
             raise UserError(
-                f"start_from goes on with the same LoRA, but {has} adapts {other[0]} and {lacks} does not: give "
-                "adapter.target_modules and adapter.depth as they were."
+                f"`start_from` goes on with the same LoRA, but {has} adapts {other[0]} and {lacks} does not: give "
+                "`adapter.target_modules` and `adapter.depth` as they were."
             )
 
     def then(self, form: Form) -> Form:
