@@ -14,12 +14,13 @@ from torch import nn
 
 import alter.adapter.routing as routing
 from alter import AlterConfig, AlterModel
-from alter.adapter import AlterLinear, Routing, base_fingerprint, expert_gates
+from alter.adapter import AlterLinear, Routing, base_fingerprint
 from alter.adapter.base import same_base
 from alter.adapter.hooks import CapturingCheckpoint
 from alter.adapter.layers import default_host
 from alter.adapter.masked import MaskedLinear
 from alter.adapter.plan import Plan, Products, plan
+from alter.adapter.routing import expert_gates
 from alter.adapter.state import ForwardState
 from alter.core.errors import UserError
 from reference import naive_gates, naive_masked_linear, naive_pool, naive_previous

@@ -161,7 +161,7 @@ def test_routes_follow_the_definition():
     expected = ids
     # evidence of all tokens but the first, with the features that generated them
     evidence = [router(tr.features[0, t]) for t in range(1, ids.shape[1])]
-    from alter.adapter import Routing, expert_gates
+    from alter.adapter.routing import Routing, expert_gates
     from alter.logits.entropy import entropy_from_logits
 
     with torch.no_grad():

@@ -25,12 +25,12 @@ from alter.core.records import read_run
 from alter.core.validation import refusal
 
 if TYPE_CHECKING:
-    from alter.attacks.settings import Attack
-    from alter.comparison.settings import Compare
-    from alter.core.records import Record
-    from alter.distillation.settings import Distill
-    from alter.evaluation.base import Evaluation
-    from alter.training.settings import Unlearn
+    from alter.attacks import Attack
+    from alter.comparison import Compare
+    from alter.core import Record
+    from alter.distillation import Distill
+    from alter.evaluation import Evaluation
+    from alter.training import Unlearn
 
 Rows = str | PathLike[str] | Iterable[Mapping[str, Any]]
 """Rows of a set: what a command takes (a file, NAME:SPLIT), or the rows themselves: dicts, or a `datasets.Dataset`."""
@@ -126,7 +126,7 @@ def _named_model(model: Any, tokenizer: Any) -> Iterator[str]:
         return
     if tokenizer is None:
         raise UserError("A model in memory needs its tokenizer: give tokenizer=...")
-    from alter.adapter.base import base_fingerprint
+    from alter.adapter import base_fingerprint
 
     with memory.holding(
         f"model-{(base_fingerprint(model) or 'without a fingerprint')[:16]}", (model, tokenizer)
@@ -184,9 +184,9 @@ def unlearn(
     Raises:
         UserError: bad settings or data, a folder in use, a loss that is not finite.
     """
-    from alter.methods.presets import with_default
-    from alter.training.run import unlearn as train
-    from alter.training.settings import Unlearn as Kind
+    from alter.methods import with_default
+    from alter.training import Unlearn as Kind
+    from alter.training import unlearn as train
 
     with contextlib.ExitStack() as stack:
         if model is not None:
@@ -226,8 +226,8 @@ def distill(
     Raises:
         UserError: bad settings, rows or models, a folder in use, too little disk, a divergence that is not finite.
     """
-    from alter.distillation.run import distill as train
-    from alter.distillation.settings import Distill as Kind
+    from alter.distillation import Distill as Kind
+    from alter.distillation import distill as train
 
     with contextlib.ExitStack() as stack:
         if run is not None:
@@ -274,7 +274,7 @@ def evaluate(
     Raises:
         UserError: an unknown benchmark, bad settings, data or models.
     """
-    from alter.evaluation.run import evaluate as measure
+    from alter.evaluation import evaluate as measure
 
     with contextlib.ExitStack() as stack:
         _subject(model, tokenizer, keywords, stack)
@@ -290,7 +290,7 @@ def evaluate(
 def _benchmark(name: str) -> type[Evaluation]:
     import importlib
 
-    from alter.core.plugins import BENCHMARKS
+    from alter.core import BENCHMARKS
 
     if name not in BENCHMARKS:
         raise UserError(f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")
@@ -316,8 +316,8 @@ def attack(
     Raises:
         UserError: an unknown or impossible attack, bad settings, models or rows.
     """
-    from alter.attacks.run import attack as run
-    from alter.attacks.settings import Attack as Kind
+    from alter.attacks import Attack as Kind
+    from alter.attacks import attack as run
 
     with contextlib.ExitStack() as stack:
         if isinstance(model, Run):
@@ -344,8 +344,8 @@ def compare(settings: Compare | None = None, **keywords: Any) -> list[Any]:
     Raises:
         UserError: bad settings or models.
     """
-    from alter.comparison.run import compare as run
-    from alter.comparison.settings import Compare as Kind
+    from alter.comparison import Compare as Kind
+    from alter.comparison import compare as run
 
     chosen = _settings(Kind, settings, keywords)
     with _as_library():
@@ -377,7 +377,7 @@ def load(
     Raises:
         UserError: no such model or adapter, or one that does not fit the other.
     """
-    from alter.models.loading import load_model
+    from alter.models import load_model
 
     if isinstance(model, Run):
         adapter = adapter or model.adapter

@@ -11,16 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from alter.core.cache import cache_folder
-from alter.core.console import cell
-from alter.core.files import digest
-from alter.core.numbers import Rows, Seed
-from alter.core.outputs import OutFile, OutFolder, check_outputs
-from alter.core.provenance import stamped
-from alter.core.records import write_records
+from alter.core import (
+    OutFile,
+    OutFolder,
+    Rows,
+    Seed,
+    cache_folder,
+    cell,
+    check_outputs,
+    digest,
+    stamped,
+    write_records,
+)
 
 if TYPE_CHECKING:
-    from alter.evaluation.tofu.results import TofuResult
+    from alter.evaluation import TofuResult
 
 RECIPE = Path(__file__).parent / "recipes" / "tofu-mini.yaml"
 
@@ -72,11 +77,9 @@ def demo(settings: Demo) -> Path:
     Raises:
         UserError: the records could not be written.
     """
-    from alter.evaluation.run import show_records
-    from alter.evaluation.tofu.measuring import tofu_metrics
-    from alter.models.loading import ModelSettings
-    from alter.training.run import unlearn
-    from alter.training.settings import Unlearn
+    from alter.evaluation import show_records, tofu_metrics
+    from alter.models import ModelSettings
+    from alter.training import Unlearn, unlearn
 
     check_outputs(settings)
     console = Console()

@@ -10,8 +10,8 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from alter.core.errors import UserError, nearest
-from alter.logits.entropy import PAPER_THRESHOLD, check_threshold
+from alter.core import UserError, nearest
+from alter.logits import PAPER_THRESHOLD, check_threshold
 
 ROUTERS = ("learned", "entropy", "static", "dense")
 BOUNDS = ("sine", "tanh")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alter.adapter.state import ForwardState, RoutingContext
-from alter.logits.head import Head
+from alter.logits import Head
 
 
 def base_modules(module: nn.Module) -> Iterator[nn.Module]:

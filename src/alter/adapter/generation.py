@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alter.adapter.routing import History
-from alter.core.errors import UserError
+from alter.core import UserError
 
 
 @dataclass(eq=False)

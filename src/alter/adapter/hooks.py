@@ -17,7 +17,7 @@ from alter.adapter.generation import Session
 from alter.adapter.plan import plan
 from alter.adapter.routes import given_routes, keep_evidence, route_next, routes_of
 from alter.adapter.state import ForwardState, Host, RoutingContext
-from alter.core.errors import UserError
+from alter.core import UserError
 
 
 class CapturingCheckpoint:

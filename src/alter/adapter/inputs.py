@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 
 @lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from alter.adapter.masked import MaskedLinear
 from alter.adapter.plan import Plan
 from alter.adapter.state import ForwardState, RoutingContext
-from alter.core.errors import UserError
+from alter.core import UserError
 
 if TYPE_CHECKING:
     from alter.adapter.config import AlterConfig

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alter.adapter.config import AlterConfig
 from alter.adapter.layer import AlterLinear
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

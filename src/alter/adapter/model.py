@@ -22,8 +22,8 @@ from alter.adapter.routing import Trace
 from alter.adapter.saved import placed_tensors, stored_tensors, without_wrappers
 from alter.adapter.state import RoutingContext
 from alter.adapter.tracing import gates_of, trace_base
-from alter.core.errors import UserError, nearest
-from alter.logits.entropy import check_threshold
+from alter.core import UserError, nearest
+from alter.logits import check_threshold
 
 
 class NoLayerFound(UserError, NoMatchingPeftModuleError):

@@ -33,8 +33,8 @@ from alter.adapter.routing import (
     take_previous,
 )
 from alter.adapter.state import ForwardState, OwnRoutes, RoutingContext
-from alter.core.errors import UserError
-from alter.logits.entropy import chunk_rows, entropy_from_logits
+from alter.core import UserError
+from alter.logits import chunk_rows, entropy_from_logits
 
 UNKNOWN_CACHE = (
     "These past_key_values come from a forward pass without the active ALTER adapter, so the routes of their tokens are "

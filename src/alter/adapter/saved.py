@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tu
 from torch import Tensor, nn
 
 from alter.adapter.layers import WRAPPERS
-from alter.core.errors import UserError
+from alter.core import UserError
 
 
 def expert_columns(weight: Tensor, expert: int, experts: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from alter.adapter.generation import Continuation, Session
 from alter.adapter.plan import Plan, plan
 from alter.adapter.routing import History, Routing, Running, continue_routes
-from alter.core.errors import UserError
+from alter.core import UserError
 
 if TYPE_CHECKING:
     from alter.adapter.config import AlterConfig

@@ -14,8 +14,8 @@ from alter.adapter.inputs import frozen_inputs, sequence_starts, token_mask
 from alter.adapter.routes import entropy_router
 from alter.adapter.routing import INFINITE, Trace, entropy_sides, previous_real, route_tokens, take_previous
 from alter.adapter.state import ForwardState, RoutingContext
-from alter.core.errors import UserError
-from alter.logits.entropy import chunk_rows, entropy_from_hidden
+from alter.core import UserError
+from alter.logits import chunk_rows, entropy_from_hidden
 
 
 def trace_base(

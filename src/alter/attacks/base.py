@@ -13,15 +13,9 @@ import numpy.typing as npt
 
 from alter import metrics
 from alter.attacks.settings import Attack
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.core.records import Record
-from alter.data.encoding import Encoded, encode
-from alter.data.examples import Example
-from alter.data.tofu import TOFU_SPLITS, tofu_rows
-from alter.models.generation import generate
-from alter.models.loading import ModelSettings
-from alter.models.scoring import context_length, score
+from alter.core import Array, Record, UserError
+from alter.data import TOFU_SPLITS, Encoded, Example, encode, tofu_rows
+from alter.models import ModelSettings, context_length, generate, score
 
 PLAIN = "none"
 """Name of the measurement without any attack."""

@@ -17,10 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from alter.attacks.base import Bench, Impossible, Item, interval
-from alter.core.arrays import Array
-from alter.core.console import progress
-from alter.core.records import Record
-from alter.models.scoring import decided, evaluating
+from alter.core import Array, Record, progress
+from alter.models import decided, evaluating
 
 BATCH = 16
 """Rows in one pass."""

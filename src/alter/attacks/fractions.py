@@ -10,8 +10,7 @@ import numpy as np
 from alter import metrics
 from alter.attacks.base import PLAIN, interval
 from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES
-from alter.core.arrays import Array
-from alter.core.records import Record
+from alter.core import Array, Record
 
 NO_RETRAINED = (
     "they need a model that never saw the forget rows. Make one once with `alter finetune --model BASE --data RETAIN "

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from alter.attacks.base import Bench, Impossible
 from alter.attacks.weights import base_linears
-from alter.core.records import Record
-from alter.data.encoding import encode_all
-from alter.models.scoring import evaluating
+from alter.core import Record
+from alter.data import encode_all
+from alter.models import evaluating
 
 
 def smallest(scores: Tensor, share: float) -> Tensor:

@@ -29,17 +29,25 @@ from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
 from alter.attacks.settings import Attack
 from alter.attacks.showing import draw_curves, show_recovered
 from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING_ATTACKS, UNRELATED
-from alter.core import console
-from alter.core.cache import cache_folder
-from alter.core.console import warn
-from alter.core.errors import UserError, nearest
-from alter.core.files import digest, write_atomic
-from alter.core.memory import held
-from alter.core.provenance import code_digest, stamped, versions
-from alter.core.records import VERSION, Record, read_records, write_records
-from alter.data.examples import Example, data_hash, load_examples, row_hash
-from alter.models.loading import ModelSettings
-from alter.models.naming import is_local
+from alter.core import (
+    VERSION,
+    Record,
+    UserError,
+    cache_folder,
+    code_digest,
+    console,
+    digest,
+    held,
+    nearest,
+    read_records,
+    stamped,
+    versions,
+    warn,
+    write_atomic,
+    write_records,
+)
+from alter.data import Example, data_hash, load_examples, row_hash
+from alter.models import ModelSettings, is_local
 
 COMMON = ("forget", "rows", "seed", "max_new_tokens")
 """Settings that every measurement depends on, beside the rows that are measured."""

@@ -20,10 +20,9 @@ from alter import metrics
 from alter.attacks.base import Bench, Budget, Impossible, Item, make_item
 from alter.attacks.weights import train_steps
 from alter.attacks.wording import WORDINGS
-from alter.core.console import progress
-from alter.core.records import Record
-from alter.data.encoding import Encoded
-from alter.models.scoring import context_length, score
+from alter.core import Record, progress
+from alter.data import Encoded
+from alter.models import context_length, score
 
 QUESTIONS = 400
 """Questions that the search for a prompt may ask by default."""

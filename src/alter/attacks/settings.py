@@ -6,9 +6,8 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from alter.core.numbers import BatchSize, Count, Rows, Seed, Steps, Temperature, Tokens
-from alter.core.outputs import OutFolder
-from alter.models.loading import ModelSettings
+from alter.core import BatchSize, Count, OutFolder, Rows, Seed, Steps, Temperature, Tokens
+from alter.models import ModelSettings
 
 
 class Relearning(BaseModel):

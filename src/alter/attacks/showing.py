@@ -12,11 +12,8 @@ from rich.table import Table
 from alter.attacks.base import PLAIN
 from alter.attacks.fractions import NO_RETRAINED, _select
 from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES, SEARCHING
-from alter.core import console
-from alter.core.console import warn
-from alter.core.numbers import rounded
-from alter.core.records import Record
-from alter.rendering.figures import AFTER, BEFORE, LINE, figure
+from alter.core import Record, console, rounded, warn
+from alter.rendering import AFTER, BEFORE, LINE, figure
 
 KNOWN = 0.1
 """Rows with a loss below this at the attacker's first step, in nats, are known already."""

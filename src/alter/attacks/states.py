@@ -11,8 +11,8 @@ import torch
 
 from alter import metrics
 from alter.attacks.base import Bench, Impossible, Item
-from alter.core.records import Record
-from alter.models.scoring import hidden_states
+from alter.core import Record
+from alter.models import hidden_states
 
 RIDGE = 0.01
 """Penalty of the probe, per training token, on columns of variance 1."""

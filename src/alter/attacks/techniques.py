@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from alter.attacks import depth, pruning, searching, states, talking, weights, wording
 from alter.attacks.base import Bench, paraphrases, too_few
 from alter.attacks.settings import Attack
-from alter.core.plugins import Registry
-from alter.core.records import Record
-from alter.data.examples import Example
+from alter.core import Record, Registry
+from alter.data import Example
 
 MEASURES = {"attack_rouge": "ROUGE", "attack_probability": "prob.", "attack_probe": "read", "attack_lens": "lens"}
 

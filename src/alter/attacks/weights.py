@@ -16,10 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from alter import metrics
 from alter.attacks.base import Bench, Budget, Impossible
-from alter.core.records import Record
-from alter.data.batching import Collator
-from alter.data.encoding import Encoded, encode, encode_all
-from alter.models.scoring import decided, evaluating, score
+from alter.core import Record
+from alter.data import Collator, Encoded, encode, encode_all
+from alter.models import decided, evaluating, score
 
 
 def base_linears(model: Any) -> list[tuple[str, Any]]:

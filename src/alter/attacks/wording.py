@@ -9,10 +9,9 @@ import torch
 
 from alter import metrics
 from alter.attacks.base import Bench, Impossible, make_item, paraphrases, prefilled
-from alter.core.records import Record
-from alter.core.words import spaced
-from alter.data.rewording import telegram
-from alter.models.generation import generate
+from alter.core import Record, spaced
+from alter.data import telegram
+from alter.models import generate
 
 # Other wordings of a question, by rule: none of them is a translation, and none joins a router's fit -----------------
 

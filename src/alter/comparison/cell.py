@@ -24,17 +24,12 @@ import torch
 
 from alter.comparison.settings import Survival
 from alter.comparison.survival import survival
-from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
-from alter.core.provenance import stamped
-from alter.core.records import Record, write_records
-from alter.data.examples import load_examples
-from alter.evaluation.tofu.measuring import tofu_metrics
-from alter.methods.adapters import adapter_of
-from alter.models.loading import load_model
-from alter.training.run import unlearn
-from alter.training.saving import save_adapter
-from alter.training.settings import Unlearn
+from alter.core import Record, UserError, stamped, to_json, write_atomic, write_records
+from alter.data import load_examples
+from alter.evaluation import tofu_metrics
+from alter.methods import adapter_of
+from alter.models import load_model
+from alter.training import Unlearn, save_adapter, unlearn
 
 
 def peak_memory() -> int:

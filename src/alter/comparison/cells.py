@@ -17,9 +17,7 @@ from typing import Any
 
 from alter.comparison.executors import Executor, Task
 from alter.comparison.plan import Cell
-from alter.core.console import progress, show
-from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
+from alter.core import UserError, progress, show, to_json, write_atomic
 
 
 def _read(path: Path) -> dict[str, Any] | None:

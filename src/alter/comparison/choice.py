@@ -14,10 +14,8 @@ from alter import metrics
 from alter.comparison.cells import is_measured
 from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Layout, Setting
 from alter.comparison.settings import Compare
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.core.records import Record, read_records
-from alter.evaluation.giving import broken, gives
+from alter.core import Array, Record, UserError, read_records
+from alter.evaluation import broken, gives
 
 FIGURES = {
     "forget_quality": "forget quality, log10 p ↑",

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alter.comparison.settings import Compare
-from alter.core.errors import UserError
-from alter.data.sources import read_rows
-from alter.data.tofu import tofu_rows
-from alter.evaluation.tofu.sets import SETS
+from alter.core import UserError
+from alter.data import read_rows, tofu_rows
+from alter.evaluation import SETS
 
 PARTS = ("validation", "test")
 RETAIN_SPLITS = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}

@@ -11,9 +11,7 @@ from typing import Any
 from alter.comparison.choice import Choice, cell_figures, chosen_cells, records_of
 from alter.comparison.plan import RETRAINED, Chain, Layout
 from alter.comparison.table import TableRow
-from alter.core.files import to_csv
-from alter.core.provenance import stamped
-from alter.core.records import Record
+from alter.core import Record, stamped, to_csv
 
 
 def table_csv(rows: Sequence[TableRow]) -> str:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 PRELOAD: tuple[str, ...] = ("alter.comparison.cell",)
 """Modules that are imported once."""

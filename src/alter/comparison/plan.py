@@ -21,9 +21,7 @@ from pydantic import ValidationError
 
 from alter.comparison.division import RETAIN_SPLITS, evaluation_rows, retain_source
 from alter.comparison.settings import Compare
-from alter.core.errors import UserError, nearest
-from alter.core.files import digest, write_atomic
-from alter.core.plugins import plugins_digest
+from alter.core import UserError, digest, homes, mistake, nearest, plugins_digest, write_atomic
 from alter.core.provenance import provenance
 from alter.core.validation import mistake, refusal
 from alter.data.sources import read_rows
@@ -86,6 +84,13 @@ def source_digest() -> str:
             continue
         seen.add(name)
         path = package.joinpath(*name.split(".")[1:])
+        owner, _, last = name.rpartition(".")
+        home = homes(owner).get(last, name) if path.parent.is_dir() else name
+        if home != name:
+            waiting.append(home)
+            continue
+        if path.is_dir() and homes(name):
+            continue  # a package that says no more than where its exports are
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if not path.is_file():
             continue  # a name out of a module, not a module

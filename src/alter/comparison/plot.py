@@ -9,7 +9,7 @@ from pathlib import Path
 from alter.comparison.choice import criterion
 from alter.comparison.settings import Compare
 from alter.comparison.table import TableRow, axis, axis_label, axis_name
-from alter.rendering.figures import AFTER, BEFORE, OTHER, figure, name_points
+from alter.rendering import AFTER, BEFORE, OTHER, figure, name_points
 
 
 def pareto(path: Path, settings: Compare, rows: Sequence[TableRow]) -> None:

@@ -22,12 +22,8 @@ from alter.comparison.plot import pareto
 from alter.comparison.settings import Compare
 from alter.comparison.table import TableRow, table_rows
 from alter.comparison.words import described, html_page, latex, markdown
-from alter.core.console import show, warn
-from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
+from alter.core import UserError, show, to_json, undone_if_refused, warn, write_atomic, write_records
 from alter.core.provenance import provenance
-from alter.core.records import write_records
-from alter.core.running import undone_if_refused
 
 Chosen = Mapping[tuple[str, Chain], Choice]
 

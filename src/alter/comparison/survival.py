@@ -15,16 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from alter.attacks.weights import train_steps
+from alter.attacks import train_steps
 from alter.comparison.settings import Survival
-from alter.core.errors import UserError
-from alter.core.records import Record
+from alter.core import Record, UserError
+from alter.data import Example, encode
 from alter.data.background import background
-from alter.data.encoding import encode
-from alter.data.examples import Example
-from alter.evaluation.figures import metric_record
-from alter.evaluation.leakage import Leak, leaked
-from alter.models.scoring import evaluating
+from alter.evaluation import Leak, leaked, metric_record
+from alter.models import evaluating
 
 PASSAGES = 64
 """Passages of ordinary text, of each kind in turn."""

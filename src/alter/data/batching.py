@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from alter.core.errors import UserError
+from alter.core import UserError
 from alter.data.encoding import IGNORE
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 from alter.data.examples import Example, said
 
 SYSTEM_PROMPT = "You are a helpful assistant."

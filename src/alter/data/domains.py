@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alter.core import words
-from alter.core.errors import UserError
+from alter.core import UserError, words
 from alter.data.examples import Example
 
 if TYPE_CHECKING:

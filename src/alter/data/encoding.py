@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alter.core.console import warn
-from alter.core.errors import UserError
+from alter.core import UserError, warn
 from alter.data.chat import MARKER, end_of_turn, render_turns, rendered_ids, turns_before, written_turn
 from alter.data.examples import Example, said
 

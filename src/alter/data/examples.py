@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 from alter.data.files import text_pieces
 from alter.data.sources import COLUMNS, KNOWN_COLUMNS, read_rows
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 from alter.data.files import ENDINGS, Row, passages, read_file
 
 MUSE_HUB = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}

@@ -6,8 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from alter.core import memory
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, memory, nearest
 from alter.data.files import Row, read_file, rename, with_columns
 from alter.data.hub import hub_rows, is_hub_id, local_path, muse_rows
 from alter.data.tofu import TOFU_HUB, TOFU_SPLITS, tofu_rows

@@ -7,8 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from alter.core.errors import UserError
-from alter.core.words import UNSPACED, is_word
+from alter.core import UNSPACED, UserError, is_word
 from alter.data.examples import Example, said
 
 _HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"), "-")

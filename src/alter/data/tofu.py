@@ -7,8 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from alter.core.errors import UserError, nearest
-from alter.core.files import read_text
+from alter.core import UserError, nearest, read_text
 from alter.data.files import Row, read_file
 from alter.data.hub import hub_rows, local_path, looks_like_path
 

@@ -1,1 +1,13 @@
-"""`alter distill`: train plain weights that no longer know what an adapter hides."""
+"""`alter distill`: train plain weights that no longer know what an adapter hides.
+
+`run` reads downwards: `settings` completed from a run's folder, `checks`, `rows`, the `teacher`'s distributions,
+`noise` on the student, its training in `trainer`, with an `attacker` in the loop, and the measures of `closing`.
+"""
+
+from __future__ import annotations
+
+from alter.core import lazy
+
+with lazy(globals()):
+    from alter.distillation.run import distill as distill
+    from alter.distillation.settings import Distill as Distill

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alter.logits.head import Part, measuring
+from alter.logits import Part, measuring
 
 
 def surprise(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from alter.core.errors import UserError
-from alter.core.files import check_disk
+from alter.core import UserError, check_disk
 from alter.distillation.settings import Distill
-from alter.training.folder import check_folder
+from alter.training import check_folder
 
 
 def check_out(settings: Distill) -> Path:

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from alter.core.console import cell, show
-from alter.core.records import Record, write_records
-from alter.data.examples import Example
+from alter.core import Record, cell, show, write_records
+from alter.data import Example
 from alter.distillation.settings import Distill
-from alter.evaluation.answered import Answered, answer_rows
-from alter.evaluation.closing import FIGURES, closing_facts
+from alter.evaluation import FIGURES, Answered, answer_rows, closing_facts
 from alter.evaluation.verdict import judge
-from alter.models.loading import load_model
+from alter.models import load_model
 
 
 def measure_distilled(

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from alter.core.console import progress
-from alter.data.batching import Collator, batches_by_length
-from alter.models.moments import InputMoments
-from alter.models.scoring import evaluating
+from alter.core import progress
+from alter.data import Collator, batches_by_length
+from alter.models import InputMoments, evaluating
 
 BATCH_TOKENS = 2048
 """Padded tokens in one pass over the kept rows."""

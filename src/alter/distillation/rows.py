@@ -9,15 +9,10 @@ from typing import Any
 
 import torch
 
-from alter.core.console import warn
-from alter.core.errors import UserError
-from alter.data.background import apart_from
-from alter.data.encoding import Encoded, encode, encode_all
-from alter.data.examples import Example, check_overlap, load_examples
-from alter.data.rewording import FITTED, reworded
+from alter.core import UserError, warn
+from alter.data import FITTED, Encoded, Example, apart_from, check_overlap, encode, encode_all, load_examples, reworded
 from alter.distillation.settings import Distill
-from alter.models.generation import generate
-from alter.models.scoring import context_length
+from alter.models import context_length, generate
 
 KINDS = ("forget", "keep", "general")
 """What a row is, by its number in `Row.kind`."""

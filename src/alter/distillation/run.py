@@ -21,12 +21,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from alter.core.cache import cache_folder
-from alter.core.console import show, warn
-from alter.core.files import digest, to_json, write_atomic
+from alter.core import CLAIM_FILE, cache_folder, claim, digest, release, show, to_json, warn, write_atomic
 from alter.core.provenance import provenance
-from alter.core.running import CLAIM_FILE, claim, release
-from alter.data.examples import Example, data_hash, row_hash
+from alter.data import Example, data_hash, row_hash
 from alter.distillation.checks import check_out, check_pair, check_room, check_teacher
 from alter.distillation.closing import measure_distilled
 from alter.distillation.noise import add_noise
@@ -35,16 +32,9 @@ from alter.distillation.rows import KINDS, Lesson, check_lengths, lesson, read_s
 from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
 from alter.distillation.trainer import DistillTrainer, train_student
-from alter.models.guards import is_form
-from alter.models.loading import ModelSettings, load_model
-from alter.models.scoring import context_length
-from alter.training.folder import (
-    check_inputs,
-    last_whole_checkpoint,
-    make_folder,
-)
-from alter.training.saving import check_finite, save_adapter
-from alter.training.trackers import check_trackers, trackers
+from alter.models import ModelSettings, context_length, is_form, load_model
+from alter.training import check_finite, check_inputs, check_trackers, last_whole_checkpoint, make_folder, save_adapter
+from alter.training.trackers import trackers
 
 UNCOMPARED = {
     "out",
@@ -294,7 +284,7 @@ def _saved_dtype(settings: Distill) -> torch.dtype:
     """Return the dtype to save in: the one asked for, or the student's own."""
     from transformers import AutoConfig
 
-    from alter.models.naming import shipped_model
+    from alter.models import shipped_model
 
     name = settings.dtype
     if name != "auto":

@@ -7,13 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alter.core.errors import UserError
-from alter.core.numbers import BatchSize, Count, Passes, Rows, Seed, Steps, Tokens
-from alter.core.outputs import OutFolder
-from alter.core.records import read_run
-from alter.data.chat import TemplateArguments
+from alter.core import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps, Tokens, UserError, read_run
+from alter.data import TemplateArguments
 from alter.distillation.noise import Noise
-from alter.training.trackers import ReportTo
+from alter.training import ReportTo
 
 
 class Shares(BaseModel):

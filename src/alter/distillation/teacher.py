@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alter.core.console import progress
-from alter.data.batching import Collator, batches_by_length
-from alter.logits.head import Head, Part
-from alter.models.scoring import evaluating
+from alter.core import progress
+from alter.data import Collator, batches_by_length
+from alter.logits import Head, Part
+from alter.models import evaluating
 
 BATCH_TOKENS = 4096
 """Padded tokens in one of the teacher's passes."""

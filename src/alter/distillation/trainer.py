@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from alter.core.errors import UserError
-from alter.data.batching import Collator, LengthBatches
+from alter.core import UserError
+from alter.data import Collator, LengthBatches
 from alter.distillation.attacker import attacked
 from alter.distillation.rows import KINDS, Lesson, LessonRow
 from alter.distillation.settings import Distill, Shares
 from alter.distillation.teacher import Teacher, part
-from alter.logits.head import measuring
-from alter.training.arguments import fitting_arguments
-from alter.training.attention import attention_for_training
-from alter.training.folder import seal_checkpoint
-from alter.training.progress import Steps
+from alter.logits import measuring
+from alter.training import Steps, attention_for_training, fitting_arguments, seal_checkpoint
 
 
 def weights_of(shares: Shares, tokens: Sequence[int]) -> list[float]:

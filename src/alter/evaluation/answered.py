@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alter import metrics
-from alter.core.arrays import Array
-from alter.data.encoding import encode_all
-from alter.data.examples import Example
+from alter.core import Array
+from alter.data import Example, encode_all
 from alter.evaluation.leakage import Asked, ask
 from alter.evaluation.verdict import Measures
-from alter.models.generation import generate
-from alter.models.scoring import context_length, score
+from alter.models import context_length, generate, score
 
 if TYPE_CHECKING:
     pass

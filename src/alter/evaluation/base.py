@@ -9,11 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from alter.core.console import warn
-from alter.core.numbers import BatchSize, Rows, Seed, Tokens
-from alter.core.outputs import OutFile
-from alter.core.records import Record
-from alter.models.loading import ModelSettings
+from alter.core import BatchSize, OutFile, Record, Rows, Seed, Tokens, warn
+from alter.models import ModelSettings
 
 
 class Evaluation(ModelSettings, ABC):

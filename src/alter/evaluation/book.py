@@ -28,18 +28,12 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.core.files import digest, file_digest, folder_digest
-from alter.core.numbers import Tokens
-from alter.core.records import Record, read_records
-from alter.data.encoding import Encoded
+from alter.core import Array, Record, Tokens, UserError, digest, file_digest, folder_digest, read_records
+from alter.data import Encoded
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import Figures
 from alter.evaluation.passages import Passage, cut, passages_fingerprint, read_book
-from alter.models.generation import generate
-from alter.models.naming import shipped_model
-from alter.models.scoring import Scores, score
+from alter.models import Scores, generate, score, shipped_model
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -9,12 +9,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from alter.core.console import show
-from alter.core.records import Record
+from alter.core import Record, show
 from alter.evaluation import others
 from alter.evaluation.told import told
 from alter.evaluation.verdict import SLACK, Verdict
-from alter.metrics.catalogue import CATALOGUE
+from alter.metrics import CATALOGUE
 
 if TYPE_CHECKING:
     from alter.evaluation.answered import Answered

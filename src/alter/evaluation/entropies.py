@@ -20,22 +20,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter import metrics
-from alter.core import console
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.core.numbers import Count, Rows, Seed
-from alter.core.outputs import Written
-from alter.core.provenance import stamped
-from alter.core.records import Record
-from alter.data.batching import Collator, batches_by_length
-from alter.data.encoding import Encoded, encode
-from alter.data.examples import Example, load_examples
-from alter.logits.entropy import check_order, entropy_from_logits, max_entropy, threshold_from_quantile
-from alter.models import gguf
-from alter.models.loading import load_model
-from alter.models.naming import shipped_model
-from alter.models.quantized import Bits
-from alter.models.scoring import MAX_LOGITS, evaluating
+from alter.core import Array, Count, Record, Rows, Seed, UserError, Written, console, stamped
+from alter.data import Collator, Encoded, Example, batches_by_length, encode, load_examples
+from alter.logits import check_order, entropy_from_logits, max_entropy, threshold_from_quantile
+from alter.models import MAX_LOGITS, Bits, evaluating, gguf, load_model, shipped_model
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -211,7 +199,7 @@ def shares_of_bins(values: npt.ArrayLike, edges: npt.ArrayLike) -> Array:
 
 def _check(settings: Study) -> None:
     """Refuse contradictory settings before anything is loaded."""
-    from alter.logits.entropy import PAPER_THRESHOLD
+    from alter.logits import PAPER_THRESHOLD
 
     if settings.threshold is not None and settings.quantile is not None:
         raise UserError("`threshold` and `quantile` both say where high begins: give one of them.")
@@ -293,7 +281,7 @@ def measure_study(settings: Study) -> tuple[Tokens, Any]:
     Raises:
         UserError: settings, text, model or adapter that cannot be used; another tokenizer; fewer than four tokens.
     """
-    from alter.logits.entropy import PAPER_THRESHOLD
+    from alter.logits import PAPER_THRESHOLD
 
     _check(settings)
     examples = _sample(load_examples(settings.text), settings.limit, settings.seed)
@@ -340,7 +328,7 @@ def measure_study(settings: Study) -> tuple[Tokens, Any]:
 
 def thresholds(settings: Study, tokens: Tokens) -> dict[float, float]:
     """Return the threshold of each order: the one given, the quantile of the entropies before, or the paper's 1.2."""
-    from alter.logits.entropy import PAPER_THRESHOLD
+    from alter.logits import PAPER_THRESHOLD
 
     if settings.quantile is None:
         return dict.fromkeys(settings.q, PAPER_THRESHOLD if settings.threshold is None else settings.threshold)

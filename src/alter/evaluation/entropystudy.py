@@ -10,10 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alter import metrics
-from alter.core import files, records
-from alter.core.arrays import Array
-from alter.core.console import show
-from alter.core.records import Record
+from alter.core import Array, Record, files, records, show
 from alter.evaluation.entropies import (
     Study,
     Tokens,
@@ -25,7 +22,7 @@ from alter.evaluation.entropies import (
     thresholds,
 )
 from alter.rendering import figures as plots
-from alter.rendering.terminal import table
+from alter.rendering import table
 
 if TYPE_CHECKING:
     import numpy.typing as npt

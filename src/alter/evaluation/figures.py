@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
 from alter import metrics
-from alter.core.records import Record
+from alter.core import Record
 
 
 def metric_record(

@@ -29,22 +29,13 @@ import torch
 from pydantic import Field
 
 from alter import metrics
-from alter.core import processes
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.core.numbers import Count, TemperatureOrZero, Tokens
-from alter.core.records import Record
-from alter.core.words import pieces
-from alter.data.encoding import IGNORE, Encoded, encode, encode_prompt
-from alter.data.examples import Example, turns_of
-from alter.data.sources import read_rows
+from alter.core import Count, Record, TemperatureOrZero, Tokens, UserError, digest, pieces, processes
+from alter.data import IGNORE, Encoded, Example, encode, encode_prompt, read_rows, turns_of
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import Figures
 from alter.evaluation.judge import Grades, Judge, judge_replies
 from alter.evaluation.judged import judge_records
-from alter.models.generation import check_prompts, generate
-from alter.models.loading import ModelSettings, load_model
-from alter.models.scoring import score
+from alter.models import ModelSettings, check_prompts, generate, load_model, score
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from alter import metrics
-from alter.core.words import UNSPACED, runs, words
+from alter.core import UNSPACED, runs
+from alter.core.words import words
 
 ENOUGH = 2 / 3
 """Share of an answer's facts that gives it away; a model that never saw tofu-mini's authors reaches it in 2 of 100."""

@@ -24,11 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.arrays import Array
-from alter.core.cache import cache_folder
-from alter.core.console import progress
-from alter.core.errors import UserError
-from alter.core.numbers import Count, Rows, Tokens
+from alter.core import Array, Count, Rows, Tokens, UserError, cache_folder, progress
 from alter.evaluation.grading import PROMPT_VERSION, Graded, Unusable, ask_judge, bound, estimate, grade
 
 if TYPE_CHECKING:

@@ -8,15 +8,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from alter.core.console import warn
-from alter.core.errors import UserError
-from alter.core.outputs import OutFile
-from alter.core.provenance import stamped
-from alter.core.records import Record, read_records, write_records
+from alter.core import OutFile, Record, UserError, read_records, stamped, warn, write_records
 from alter.evaluation.figures import Figures
 from alter.evaluation.grading import PROMPT_VERSION
 from alter.evaluation.judge import Grades, Judge, judge_replies
-from alter.rendering.terminal import table
+from alter.rendering import table
 
 if TYPE_CHECKING:
     pass

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from alter.core.arrays import Array
-from alter.core.errors import UserError
+from alter.core import Array, UserError
 from alter.evaluation.giving import covered
 from alter.evaluation.leakage import entailment_label, label_probabilities
 
@@ -39,7 +38,7 @@ class Contradictions:
     """
 
     def __init__(self, model: str, device: Any = None) -> None:
-        from alter.models.loading import load_classifier
+        from alter.models import load_classifier
 
         self._classifier, self._tokenizer = load_classifier(model, device)
         self._column = entailment_label(self._classifier.config.id2label, model, "contradict")

@@ -24,21 +24,14 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.core.numbers import Tokens
-from alter.data.encoding import Encoded, encode_prompt
-from alter.data.examples import Example
-from alter.data.files import Row
-from alter.data.hub import layout_rows
+from alter.core import Tokens, UserError, digest
+from alter.data import Encoded, Example, Row, encode_prompt, layout_rows
 from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
 from alter.evaluation.knowledge import Contradictions, rates
 from alter.evaluation.questions import Prompts, Questions, RowsBySet
 from alter.evaluation.replies import required, sampled
-from alter.models.generation import generate
-from alter.models.loading import ModelSettings
-from alter.models.scoring import score
+from alter.models import ModelSettings, generate, score
 
 HUB = "zjunlp/KnowUnDo"
 LONGEST = 256

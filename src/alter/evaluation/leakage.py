@@ -17,16 +17,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter import metrics
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.core.numbers import BatchSize, Count, Rows, Temperature, Tokens
-from alter.core.records import Record
-from alter.data.encoding import encode, encode_prompt
-from alter.data.examples import Example
+from alter.core import Array, BatchSize, Count, Record, Rows, Temperature, Tokens, UserError
+from alter.data import Example, encode, encode_prompt
 from alter.evaluation.giving import ENOUGH, gives, recall_of
-from alter.models.generation import sample
-from alter.models.loading import ModelSettings, load_classifier
-from alter.models.scoring import context_length, evaluating
+from alter.models import ModelSettings, context_length, evaluating, load_classifier, sample
 
 if TYPE_CHECKING:
     import numpy.typing as npt

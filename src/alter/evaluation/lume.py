@@ -27,15 +27,13 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.core.numbers import Tokens
-from alter.data.hub import layout_rows
+from alter.core import Tokens, UserError, digest
+from alter.data import layout_rows
 from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
 from alter.evaluation.questions import Prompts, Questions, RowsBySet
 from alter.evaluation.replies import by_group, open_ids, required, sampled, text_losses
-from alter.models.generation import generate
+from alter.models import generate
 
 HUB = "llmunlearningsemeval2025organization/semeval25-unlearning-dataset-public"
 NEW_TOKENS = 256

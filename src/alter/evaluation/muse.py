@@ -49,15 +49,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from alter import metrics
-from alter.core.cache import cache_folder
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.core.numbers import Tokens
-from alter.core.records import Record
-from alter.data.chat import ensure_pad_token
-from alter.data.encoding import Encoded
-from alter.data.files import Row
-from alter.data.hub import MUSE_HUB, muse_rows
+from alter.core import Record, Tokens, UserError, cache_folder, digest
+from alter.data import MUSE_HUB, Encoded, Row, ensure_pad_token, muse_rows
 from alter.evaluation.base import Evaluation, quick_look, say
 from alter.evaluation.figures import metric_record
 from alter.evaluation.musereference import (
@@ -69,9 +62,7 @@ from alter.evaluation.musereference import (
     usable,
 )
 from alter.evaluation.replies import CutReplies, open_ids, required, sampled
-from alter.models.generation import check_prompts, generate
-from alter.models.loading import ModelSettings
-from alter.models.scoring import check_rows, score
+from alter.models import ModelSettings, check_prompts, check_rows, generate, score
 
 Criterion = Literal["verbmem", "knowmem_forget", "privleak", "knowmem_retain"]
 SPLITS: dict[Criterion, tuple[str, ...]] = {

@@ -10,14 +10,9 @@ from typing import Literal
 from pydantic import Field
 from rich.console import Console
 
-from alter.core.cache import cache_folder
-from alter.core.console import show
-from alter.core.errors import UserError
-from alter.core.outputs import shown
-from alter.core.provenance import stamped
-from alter.core.records import Record, write_records
+from alter.core import Record, UserError, cache_folder, show, shown, stamped, write_records
 from alter.evaluation.muse import MuseEvaluation
-from alter.rendering.terminal import table
+from alter.rendering import table
 
 
 @dataclass(frozen=True)

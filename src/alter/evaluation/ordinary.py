@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from alter.core.numbers import rounded
-from alter.data.background import apart_from, background
-from alter.data.encoding import Encoded, encode
-from alter.data.examples import Example
-from alter.models.scoring import context_length, score
+from alter.core import rounded
+from alter.data import Encoded, Example, apart_from, encode
+from alter.data.background import background
+from alter.models import context_length, score
 
 ALL = "all"
 """Name of the figures of all kinds together."""

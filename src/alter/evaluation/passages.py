@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alter.core.errors import UserError, nearest
-from alter.core.files import digest, read_text
+from alter.core import UserError, digest, nearest, read_text
 
 
 @dataclass(frozen=True)

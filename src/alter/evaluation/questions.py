@@ -6,12 +6,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from alter.core.records import Record
-from alter.data.chat import ensure_pad_token
-from alter.data.files import Row
+from alter.core import Record
+from alter.data import Row, ensure_pad_token
 from alter.evaluation.base import Evaluation, quick_look, say
 from alter.evaluation.figures import Figures
-from alter.models.generation import check_prompts
+from alter.models import check_prompts
 
 RowsBySet = dict[str, list[Row]]
 """Rows of each set, by its name."""

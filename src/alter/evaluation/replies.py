@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 
 from alter import metrics
-from alter.core.arrays import Array
-from alter.core.errors import UserError, nearest
-from alter.data.encoding import Encoded
-from alter.data.files import Row
+from alter.core import Array, UserError, nearest
+from alter.data import Encoded, Row
 from alter.evaluation.base import Evaluation
-from alter.models.scoring import context_length, score
+from alter.models import context_length, score
 
 
 def cut_reply(reply: str, stops: Iterable[str]) -> str:

@@ -14,12 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.core.numbers import Rows, Tokens
-from alter.core.records import Record
-from alter.data.encoding import encode
-from alter.data.examples import Example, check_overlap, load_examples
+from alter.core import Record, Rows, Tokens, UserError, digest
+from alter.data import Example, check_overlap, encode, load_examples
 from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
 from alter.evaluation.base import Evaluation, say
@@ -28,7 +24,7 @@ from alter.evaluation.figures import metric_record
 from alter.evaluation.knowledge import Contradictions, over_refusal, rates
 from alter.evaluation.leakage import Leak, Leaked, leaked
 from alter.evaluation.verdict import judge, unit_interval
-from alter.models.loading import ModelSettings
+from alter.models import ModelSettings
 
 
 class RowsEvaluation(Evaluation):

@@ -10,23 +10,36 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, Field
 
-from alter.core import console, processes
-from alter.core.cache import Cached, cache_folder, recall, remember
-from alter.core.errors import UserError
-from alter.core.files import file_digest, to_json, write_atomic
-from alter.core.numbers import Seed, TemperatureOrZero, Tokens
-from alter.core.outputs import OutFile, check_outputs, shown
-from alter.core.provenance import code_digest, stamped, versions
-from alter.core.records import VERSION, Record, write_records
-from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
-from alter.data.sources import read_rows
+from alter.core import (
+    VERSION,
+    Cached,
+    OutFile,
+    Record,
+    Seed,
+    TemperatureOrZero,
+    Tokens,
+    UserError,
+    cache_folder,
+    check_outputs,
+    code_digest,
+    console,
+    file_digest,
+    processes,
+    recall,
+    remember,
+    shown,
+    stamped,
+    to_json,
+    versions,
+    write_atomic,
+    write_records,
+)
+from alter.data import Example, encode_prompt, read_rows
 from alter.evaluation.base import Evaluation, overheard, say
 from alter.evaluation.closing import closing_of, show_closing
 from alter.evaluation.tofu.logs import Aggregate, aggregate
-from alter.models.generation import generate
-from alter.models.loading import ModelSettings
-from alter.rendering.terminal import table
+from alter.models import ModelSettings, generate
+from alter.rendering import table
 
 
 def show_records(

@@ -28,16 +28,12 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core.errors import UserError, nearest
-from alter.core.files import digest
-from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
-from alter.data.files import Row
-from alter.data.hub import layout_rows
+from alter.core import UserError, digest, nearest
+from alter.data import Example, Row, encode_prompt, layout_rows
 from alter.evaluation.figures import Figures
 from alter.evaluation.questions import Prompts, Questions, RowsBySet
 from alter.evaluation.replies import CutReplies, by_group, open_ids, required, sampled, text_losses
-from alter.models.generation import generate
+from alter.models import generate
 
 HUB = "jinzhuoran/RWKU"
 NEW_TOKENS = 30

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from alter import metrics
-from alter.core.arrays import Array
+from alter.core import Array
 from alter.evaluation.giving import broken, distinct, gives, recall_of, repeated
 
 if TYPE_CHECKING:

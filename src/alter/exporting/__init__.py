@@ -1,1 +1,12 @@
-"""`alter export`: a model as the file that llama.cpp and Ollama read, an adapter as plain LoRAs."""
+"""`alter export`: models and adapters in forms that other programs read.
+
+`gguf` writes a model for llama.cpp and Ollama, with its tokenizer from `vocabulary` and, in 4 and 5 bits, the values
+of `rounding`; `loras` writes an adapter as plain LoRAs; `run` is the command.
+"""
+
+from __future__ import annotations
+
+from alter.core import lazy
+
+with lazy(globals()):
+    from alter.exporting import loras as loras

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from alter.core.console import progress
-from alter.core.errors import UserError
-from alter.core.files import check_disk, replacing
+from alter.core import UserError, check_disk, progress, replacing
 from alter.exporting.rounding import Rounded
 from alter.exporting.vocabulary import Vocabulary, vocabulary
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alter.core.errors import UserError
-from alter.core.files import read_object, to_json, write_atomic
+from alter.core import UserError, read_object, to_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +25,7 @@ def expert_weights(tensors: dict[str, Tensor], experts: int, expert: int) -> dic
         experts: N.
         expert: d, from 1 on.
     """
-    from alter.adapter.saved import expert_columns
+    from alter.adapter import expert_columns
 
     found = {}
     for name, value in tensors.items():

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from alter.core.console import progress
-from alter.data.batching import Collator, batches_by_length
-from alter.models.moments import InputMoments
-from alter.models.scoring import evaluating
+from alter.core import progress
+from alter.data import Collator, batches_by_length
+from alter.models import InputMoments, evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

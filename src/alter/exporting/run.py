@@ -7,19 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from alter.core import memory
-from alter.core.console import show, warn
-from alter.core.errors import UserError
-from alter.core.outputs import Written
-from alter.core.records import read_run
-from alter.data.chat import ensure_pad_token
-from alter.data.encoding import encode_all
-from alter.data.examples import Example, load_examples
+from alter.core import UserError, Written, memory, read_run, show, warn
+from alter.data import Example, encode_all, ensure_pad_token, load_examples
 from alter.exporting import gguf, loras
 from alter.exporting.rounding import BITS, Rounded, calibration, round_blocks
-from alter.models.gguf import ENDING, gguf_place
-from alter.models.loading import ModelSettings
-from alter.models.naming import shipped_model
+from alter.models import ENDING, ModelSettings, gguf_place, shipped_model
 
 MAX_TOKENS = 512
 """Longest piece of a row that weights are rounded on."""

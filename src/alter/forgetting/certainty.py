@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from alter.data.encoding import IGNORE, Encoded, encode
-from alter.data.examples import Example
+from alter.data import IGNORE, Encoded, Example, encode
 from alter.forgetting.facts import CANDIDATE, Fact, holds, place_of, swap
-from alter.models.scoring import score
+from alter.models import score
 
 SURE = 0.25
 """Probability that a fact must have where it is surest."""

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from alter.core.errors import UserError, nearest
-from alter.core.files import read_text
-from alter.data.files import ENDINGS, TEXT_ENDINGS, Row, read_file
+from alter.core import UserError, nearest, read_text
+from alter.data import ENDINGS, TEXT_ENDINGS, Row, read_file
 from alter.forgetting.facts import WORD, holds, named, swap
 from alter.forgetting.material import Material
 from alter.forgetting.retention import rows_to_keep

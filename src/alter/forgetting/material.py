@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alter.data.files import Row
+from alter.data import Row
 
 
 @dataclass(frozen=True)

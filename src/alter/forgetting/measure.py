@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from alter import metrics
-from alter.core.arrays import Array
-from alter.data.files import Row
-from alter.evaluation.fluency import alone
+from alter.core import Array
+from alter.data import Row
+from alter.evaluation import alone
 from alter.forgetting.certainty import fact_row
 from alter.forgetting.facts import fact_words, holds, named, place_of, swap
 from alter.forgetting.probes import answered
-from alter.models.scoring import score
+from alter.models import score
 
 LEVEL = 0.05
 """Below this p-value the model still tells the subject from an invented one."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alter.core.errors import UserError
+from alter.core import UserError
 from alter.forgetting.certainty import fact_row
 from alter.forgetting.facts import fact_words
 from alter.forgetting.templates import (
@@ -15,7 +15,7 @@ from alter.forgetting.templates import (
     TEMPLATES,
     Kind,
 )
-from alter.models.scoring import score
+from alter.models import score
 
 
 def check_name(subject: str) -> None:

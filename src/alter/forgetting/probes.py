@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from alter.data.files import Row
+from alter.data import Row
 from alter.forgetting.facts import Fact, expected, fact_words, holds, place_of, swap
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alter.data.examples import load_examples
-from alter.data.files import Row
+from alter.data import Row, load_examples
 from alter.forgetting.facts import holds
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from alter.core.errors import UserError
-from alter.data.files import Row
+from alter.core import UserError
+from alter.data import Row
 from alter.forgetting.certainty import fact_row, sure_facts
 from alter.forgetting.facts import Fact, candidates, fact_words, holds, place_of, swap, whole
 from alter.forgetting.material import Material

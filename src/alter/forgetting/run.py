@@ -11,14 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from alter.core.errors import UserError
-from alter.core.files import digest, read_object, to_json, write_atomic
-from alter.core.heap import give_back
-from alter.data.examples import load_examples
-from alter.distillation.run import distill
-from alter.distillation.settings import Distill
-from alter.evaluation.ordinary import ordinary_loss
-from alter.evaluation.ordinary import ordinary_sentence as told_of_ordinary
+from alter.core import UserError, digest, give_back, read_object, to_json, write_atomic
+from alter.data import load_examples
+from alter.distillation import Distill, distill
+from alter.evaluation import ordinary_loss
+from alter.evaluation import ordinary_sentence as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.material import Material
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
@@ -30,11 +27,8 @@ from alter.forgetting.settings import TRAINING, Erasing, Forget
 from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
-from alter.models.loading import load_model
-from alter.training.folder import check_folder, remove_run
-from alter.training.run import unlearn
-from alter.training.settings import Unlearn
-from alter.training.trackers import check_trackers
+from alter.models import load_model
+from alter.training import Unlearn, check_folder, check_trackers, remove_run, unlearn
 
 SAID = "said"
 """Folder of a run that caches the model's answers."""

@@ -7,12 +7,11 @@ from typing import Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.numbers import BatchSize, Passes, Rows, Seed, Steps, Tokens
-from alter.core.outputs import OutFolder
-from alter.data.chat import TemplateArguments
+from alter.core import BatchSize, OutFolder, Passes, Rows, Seed, Steps, Tokens
+from alter.data import TemplateArguments
 from alter.forgetting.speaker import Writer
 from alter.forgetting.templates import Kind
-from alter.training.trackers import ReportTo
+from alter.training import ReportTo
 
 TRAINING: dict[str, Any] = {
     "objective": {"kind": "substitute", "hinge": 1.0},

@@ -12,11 +12,9 @@ from urllib.parse import urlsplit
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.errors import UserError
-from alter.core.files import digest, from_json, read_text, write_atomic
-from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
-from alter.models.generation import generate
+from alter.core import UserError, digest, from_json, read_text, write_atomic
+from alter.data import Example, encode_prompt
+from alter.models import generate
 
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
 """How answers are drawn beside the likeliest one."""

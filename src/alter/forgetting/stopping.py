@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from alter.data.files import Row
+from alter.data import Row
 from alter.forgetting.measure import LEVEL, against_zero
 from alter.forgetting.speaker import write_jsonl
 

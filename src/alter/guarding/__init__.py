@@ -1,1 +1,5 @@
-"""`alter guard`: make an inference-time guard from a model and rows, and save it as a folder for `--adapter`."""
+"""`alter guard`: make a guard at inference from a model and rows, and save it as a folder for `--adapter`.
+
+`eco` fits a classifier of prompts, `neurons` measures what Neuron Adjust and Key Space Detection need; `settings` and
+`run` are the command. How guards act is in `alter.models`.
+"""

@@ -11,20 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alter.adapter.base import base_fingerprint
-from alter.core.arrays import Array
-from alter.core.console import show, warn
-from alter.core.errors import UserError
-from alter.data.background import apart_from, background
-from alter.data.batching import Collator
-from alter.data.encoding import Encoded, encode, encode_all, encode_prompt
-from alter.data.examples import Example
+from alter.adapter import base_fingerprint
+from alter.core import Array, UserError, show, warn
+from alter.data import Collator, Encoded, Example, apart_from, encode, encode_all, encode_prompt
+from alter.data.background import background
 from alter.guarding.settings import Eco, MakeGuard
-from alter.models.guards.corruption import CLASSIFIER, Corrupted, PromptClassifier
-from alter.models.guards.form import Form
-from alter.models.guards.likeness import mean_states
-from alter.models.loading import ModelSettings
-from alter.models.scoring import evaluating, score
+from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier, evaluating, mean_states, score
 
 FOLDS = 5
 START = [10.0**power for power in range(-1, 6)]

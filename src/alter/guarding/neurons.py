@@ -8,19 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alter.adapter.base import base_fingerprint
-from alter.core.console import progress, show
-from alter.core.errors import UserError
-from alter.data.background import apart_from, background
-from alter.data.batching import Collator, batches_by_length
-from alter.data.encoding import Encoded, encode, encode_all
-from alter.data.examples import Example
+from alter.adapter import base_fingerprint
+from alter.core import UserError, progress, show
+from alter.data import Collator, Encoded, Example, apart_from, batches_by_length, encode, encode_all
+from alter.data.background import background
 from alter.guarding.settings import KeySpace, MakeGuard, NeuronAdjust
-from alter.methods.places import block_at, blocks
-from alter.models.guards.form import Form
-from alter.models.guards.neurons import NEURONS, Abstaining, Adjusted, keys_of
-from alter.models.loading import ModelSettings
-from alter.models.scoring import evaluating
+from alter.methods import block_at, blocks
+from alter.models import NEURONS, Abstaining, Adjusted, Form, ModelSettings, evaluating, keys_of
 
 FIRST = ("gate_proj", "w1", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "up_proj")
 SECOND = ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h")

@@ -8,14 +8,11 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from alter.core.console import show
-from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
+from alter.core import UserError, check_deletable, show, to_json, write_atomic
 from alter.core.provenance import provenance
-from alter.core.running import check_deletable
-from alter.data.examples import load_examples
+from alter.data import load_examples
 from alter.guarding.settings import MakeGuard
-from alter.models.guards import FORM_FILE, Form
+from alter.models import FORM_FILE, Form
 
 CARD = """# A guard for {model}
 

@@ -9,15 +9,12 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.errors import UserError
-from alter.core.numbers import Count, Rows, Seed, Tokens
-from alter.core.outputs import OutFolder
-from alter.core.plugins import OneOf, Registry, kinds
-from alter.data.chat import TemplateArguments
+from alter.core import Count, OneOf, OutFolder, Registry, Rows, Seed, Tokens, UserError, kinds
+from alter.data import TemplateArguments
 
 if TYPE_CHECKING:
-    from alter.data.examples import Example
-    from alter.models.guards import Form
+    from alter.data import Example
+    from alter.models import Form
 
 
 class Maker(BaseModel, ABC):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,1 +1,5 @@
-"""Which metrics to trust: pools of models that know or do not know, and every metric tried on them."""
+"""`alter meta-evaluate`: which metrics to trust.
+
+`members` makes pools of models that know or do not know, `measuring` tries every metric on them, `formulas` rates the
+metrics and `table` ranks them; `settings` and `run` are the command.
+"""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alter import metrics
-from alter.core.arrays import Array
+from alter.core import Array
 
 SMALL = 1e-6
 """Added to denominators: a metric that does not move at all is robust."""

@@ -17,20 +17,11 @@ from typing import Any
 import numpy as np
 
 from alter import metrics
-from alter.attacks import depth, states
-from alter.attacks.base import Bench, Item
-from alter.attacks.settings import Attack
-from alter.attacks.techniques import ATTACKS
-from alter.attacks.weights import train_steps
-from alter.data.encoding import encode
-from alter.data.examples import Example
-from alter.evaluation.giving import gives
-from alter.evaluation.leakage import Leak, leaked
-from alter.evaluation.tofu.measuring import tofu_metrics
-from alter.evaluation.tofu.results import TofuResult
+from alter.attacks import ATTACKS, Attack, Bench, Item, depth, states, train_steps
+from alter.data import Example, encode
+from alter.evaluation import Leak, TofuResult, gives, leaked, tofu_metrics
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.models.loading import ModelSettings
-from alter.models.scoring import score
+from alter.models import ModelSettings, score
 
 OF_REPLIES = ("forget_distinct_2", "forget_repetition", "forget_unusable")
 """Figures of the forget set that speak of how the replies read, not of what they give away."""

@@ -18,24 +18,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alter.attacks.settings import Attack
-from alter.attacks.techniques import ATTACKS
-from alter.attacks.weights import quantize
-from alter.comparison.plan import run_of
-from alter.comparison.settings import Compare
-from alter.core.errors import UserError
-from alter.core.files import digest, read_object, to_json, write_atomic
-from alter.core.provenance import provenance, versions
-from alter.core.records import VERSION
-from alter.data.examples import Example, examples
-from alter.data.sources import read_rows
-from alter.data.tofu import tofu_rows
-from alter.evaluation.tofu.sets import SETS
+from alter.attacks import ATTACKS, Attack, quantize
+from alter.comparison import Compare, run_of
+from alter.core import VERSION, UserError, digest, read_object, to_json, versions, write_atomic
+from alter.core.provenance import provenance
+from alter.data import Example, read_rows, tofu_rows
+from alter.data.examples import examples
+from alter.evaluation import SETS
 from alter.metaevaluation.measuring import MeasuredRows, Measuring, train_on
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.models.loading import ModelSettings
-from alter.training.run import unlearn
-from alter.training.settings import Unlearn
+from alter.models import ModelSettings
+from alter.training import Unlearn, unlearn
 
 MEMBER = 2
 """Version of how a member is made and measured: raise it when that changes, so that no older result is reused."""

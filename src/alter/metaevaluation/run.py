@@ -6,11 +6,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from alter.core.console import progress, show, silent, warn
-from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
+from alter.core import (
+    UserError,
+    check_free,
+    claim,
+    progress,
+    release,
+    show,
+    silent,
+    to_json,
+    undone_if_refused,
+    warn,
+    write_atomic,
+)
 from alter.core.provenance import provenance
-from alter.core.running import check_free, claim, release, undone_if_refused
 from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found, Member, chosen_rows, measure_member, members, stored
 from alter.metaevaluation.settings import MetaEvaluate

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from alter.core.numbers import BatchSize, Count, Passes, Rows, Seed, Tokens
-from alter.core.outputs import OutFolder
+from alter.core import BatchSize, Count, OutFolder, Passes, Rows, Seed, Tokens
 
 READINGS = ("paraphrase", "telegram", "reversed", "upper_case", "foreign_frame", "prefill", "probe", "lens")
 """Attacks that read a model without changing it, and so can be tried as metrics."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alter import metrics
-from alter.core.numbers import rounded
+from alter.core import rounded
 from alter.metaevaluation.formulas import (
     direction,
     faithfulness,
@@ -22,7 +22,7 @@ from alter.metaevaluation.formulas import (
 from alter.metaevaluation.measuring import untried
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.rendering.markup import document, grid, join, tag
+from alter.rendering import document, grid, join, tag
 
 
 @dataclass(frozen=True)

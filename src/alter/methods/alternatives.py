@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from alter.core.console import progress
-from alter.core.errors import UserError
-from alter.data.batching import Collator
-from alter.data.encoding import Encoded, encode
-from alter.data.examples import Example
-from alter.data.tofu import refusals
+from alter.core import UserError, progress
+from alter.data import Collator, Encoded, Example, encode, refusals
 from alter.methods.frozen import View
 from alter.methods.invented import invented
 from alter.methods.objectives import ForgetObjective
-from alter.models.generation import contiguous_head
+from alter.models import contiguous_head
 
 EXPERT = "This text was written by a leading expert who knows everything about {concept}:"
 NOVICE = "This text was written by a novice who has never heard of {concept}:"

@@ -19,13 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from alter.adapter import Trace, alter_of
-from alter.core import processes
-from alter.core.console import progress
-from alter.core.tensors import keep, kept
-from alter.data.batching import Collator, batches_by_length
-from alter.data.encoding import Encoded
-from alter.logits.entropy import chunk_rows
-from alter.logits.head import Head, standing_in
+from alter.core import keep, kept, processes, progress
+from alter.data import Collator, Encoded, batches_by_length
+from alter.logits import Head, chunk_rows, standing_in
 from alter.methods.objectives import Emitted, Needs, Reference
 
 TOKENS_PER_BATCH = 8192

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, f
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.console import warn
-from alter.core.numbers import Count
-from alter.core.plugins import OneOf, Registry, kinds
+from alter.core import Count, OneOf, Registry, kinds, warn
 
 if TYPE_CHECKING:
     from torch import Tensor

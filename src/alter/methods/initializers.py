@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.numbers import Count, Rows
-from alter.core.plugins import OneOf, Registry, kinds
+from alter.core import Count, OneOf, Registry, Rows, kinds
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 
-from alter.core.errors import UserError
-from alter.data.encoding import Encoded, encode, encode_prompt
-from alter.data.examples import Example
-from alter.models.generation import generate
-from alter.models.scoring import context_length
+from alter.core import UserError
+from alter.data import Encoded, Example, encode, encode_prompt
+from alter.models import context_length, generate
 
 REQUEST = (
     "Question: {question}\nAnswer: {answer}\nInvent another answer to this question, as plausible as this one, in which every "

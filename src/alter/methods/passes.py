@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alter.core.errors import UserError
-from alter.data.encoding import Encoded
+from alter.core import UserError
+from alter.data import Encoded
 from alter.methods.initializers import Factors, Initializer, Start
 from alter.methods.probes import elicited_gradients, factor_variances, fisher, input_covariances, output_covariances
-from alter.models.quantized import plain_weight
+from alter.models import plain_weight
 
 
 @dataclass(frozen=True)

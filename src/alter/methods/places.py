@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
 
 from pydantic import BeforeValidator, Field
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +81,7 @@ def target_names(model: Any, given: Sequence[str] | str | None) -> list[str] | s
     Raises:
         UserError: nothing is given and the architecture is not known.
     """
-    from alter.adapter.layers import TARGETS, linear_layers
+    from alter.adapter import TARGETS, linear_layers
 
     if given == "all-linear":
         inside = f"{blocks(model)[0]}."
@@ -104,7 +104,7 @@ def target_layers(model: nn.Module, names: Sequence[str] | str, chosen: Sequence
     Raises:
         UserError: there is none.
     """
-    from alter.adapter.layers import linear_layers
+    from alter.adapter import linear_layers
 
     found = {}
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alter.core.console import progress
-from alter.data.batching import Collator
-from alter.data.encoding import Encoded
-from alter.logits.head import Part, head_on, measuring
+from alter.core import progress
+from alter.data import Collator, Encoded
+from alter.logits import Part, head_on, measuring
 from alter.methods.frozen import labelled
 from alter.methods.initializers import Factors, covariance, variance
 from alter.methods.objectives import Emitted
-from alter.models.moments import InputMoments
+from alter.models import InputMoments
 
 
 @contextmanager

@@ -12,12 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alter.core.console import progress
-from alter.core.errors import UserError
-from alter.data.batching import Collator, batches_by_length
-from alter.data.encoding import Encoded, encode_all
-from alter.data.examples import Example
-from alter.logits.head import head_on
+from alter.core import UserError, progress
+from alter.data import Collator, Encoded, Example, batches_by_length, encode_all
+from alter.logits import head_on
 from alter.methods.frozen import Depth, states_of
 from alter.methods.objectives import Codes, Redirect, UnknownCode
 from alter.methods.sparse import Autoencoder, train_autoencoder

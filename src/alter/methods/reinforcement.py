@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.numbers import Count
+from alter.core import Count
 
 
 class Reinforcement(BaseModel):

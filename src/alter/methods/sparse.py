@@ -13,9 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alter.core.console import progress
-from alter.core.errors import UserError
-from alter.core.files import read_object
+from alter.core import UserError, progress, read_object
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 """Files of such a folder."""

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alter.core.console import progress
-from alter.core.errors import UserError
-from alter.data.batching import Collator
-from alter.data.encoding import Encoded
+from alter.core import UserError, progress
+from alter.data import Collator, Encoded
 from alter.methods.frozen import labelled
 from alter.methods.places import blocks
 

@@ -27,13 +27,11 @@ What takes long to import (SciPy's statistics, ROUGE, BLEU) is imported by the f
 
 from __future__ import annotations
 
-from alter.metrics.arrays import EPSILON, RowArrays
-from alter.metrics.catalogue import CATALOGUE, Metric
-from alter.metrics.choices import Answers, multiple_choice
+from alter.metrics.catalogue import CATALOGUE
+from alter.metrics.choices import multiple_choice
 from alter.metrics.completeness import unlearning_completeness
-from alter.metrics.entropies import Stability, TwoNormals, bimodality_coefficient, stability, two_normals
+from alter.metrics.entropies import bimodality_coefficient, stability, two_normals
 from alter.metrics.likelihood import (
-    ForgetQuality,
     average_loss,
     closeness_to_one,
     forget_quality,
@@ -54,7 +52,6 @@ from alter.metrics.membership import (
     mia_zlib,
     min_k,
     privleak,
-    relative_difference,
 )
 from alter.metrics.memorisation import exact_memorization, extraction_strength
 from alter.metrics.recovery import linear_cka, recovered_fraction, recovered_interval
@@ -66,18 +63,10 @@ from alter.metrics.samples import (
     share_interval,
     utility_interval,
 )
-from alter.metrics.text import Rouge, asg, bleu, corpus_bleu, distinct_n, repetition, rouge_l
+from alter.metrics.text import asg, bleu, corpus_bleu, distinct_n, repetition, rouge_l
 
 __all__ = [
     "CATALOGUE",
-    "EPSILON",
-    "Answers",
-    "ForgetQuality",
-    "Metric",
-    "Rouge",
-    "RowArrays",
-    "Stability",
-    "TwoNormals",
     "asg",
     "auc",
     "auc_interval",
@@ -108,7 +97,6 @@ __all__ = [
     "probability",
     "recovered_fraction",
     "recovered_interval",
-    "relative_difference",
     "repetition",
     "rouge_l",
     "row_interval",

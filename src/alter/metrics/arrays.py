@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from alter.core.arrays import Array
+from alter.core import Array
 
 if TYPE_CHECKING:
     import numpy.typing as npt

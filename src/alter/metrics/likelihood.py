@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alter.core.arrays import Array
+from alter.core import Array
 from alter.metrics.arrays import EPSILON, RowArrays, floats, labelled_row
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alter.core.arrays import Array
+from alter.core import Array
 from alter.metrics.arrays import RowArrays, floats
 
 

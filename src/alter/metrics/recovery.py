@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alter.core.arrays import Array
+from alter.core import Array
 from alter.metrics.arrays import floats
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alter.core import words
-from alter.core.arrays import Array
+from alter.core import Array, words
 from alter.metrics.arrays import floats
 
 if TYPE_CHECKING:

@@ -6,8 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from alter.core import files
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, files, nearest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -51,7 +50,7 @@ def attach(model: Any, adapter: str) -> Any:
     from safetensors import SafetensorError
 
     import alter.adapter  # noqa: F401  registers the method with PEFT
-    from alter.adapter.saved import check_keys
+    from alter.adapter import check_keys
 
     folder = Path(adapter).expanduser()
     if folder.is_dir():

@@ -9,9 +9,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from alter.core.cache import cache_folder
-from alter.core.console import warn
-from alter.core.files import digest, file_digest
+from alter.core import cache_folder, digest, file_digest, warn
 from alter.models import gguf
 
 

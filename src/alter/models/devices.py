@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from alter.core import processes
-from alter.core.errors import UserError
+from alter.core import UserError, processes
 
 
 def device_of(device: str | None) -> torch.device:

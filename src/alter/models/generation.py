@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alter.core import processes
-from alter.core.errors import UserError
-from alter.data.batching import Collator
-from alter.data.chat import end_of_turn, ensure_pad_token
+from alter.core import UserError, processes
+from alter.data import Collator, end_of_turn, ensure_pad_token
 from alter.models.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
 
 if TYPE_CHECKING:

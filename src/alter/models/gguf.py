@@ -9,8 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alter.core.console import warn
-from alter.core.errors import UserError
+from alter.core import UserError, warn
 
 ENDING = ".gguf"
 SMOLLM2 = "builtin:smollm2"

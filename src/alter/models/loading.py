@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from alter.core import files, memory
-from alter.core.errors import UserError, nearest
-from alter.data.chat import TemplateArguments, ensure_pad_token, set_template_arguments
+from alter.core import UserError, files, memory, nearest
+from alter.data import TemplateArguments, ensure_pad_token, set_template_arguments
 from alter.models import devices, gguf, precision, quantized
 from alter.models.naming import is_local, model_folder, shipped_model
 from alter.models.quantized import Bits

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alter.core import memory
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, memory, nearest
 from alter.models import gguf
 from alter.models.deltas import model_with_delta
 

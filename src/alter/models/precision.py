@@ -7,7 +7,7 @@ import functools
 import psutil
 import torch
 
-from alter.core.console import show
+from alter.core import show
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:

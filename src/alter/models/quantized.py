@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from alter.core import console, processes
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.data.batching import Collator, batches_by_length
-from alter.data.encoding import Encoded
+from alter.core import Array, UserError, console, processes
+from alter.data import Collator, Encoded, batches_by_length
 
 if TYPE_CHECKING:
     import numpy.typing as npt

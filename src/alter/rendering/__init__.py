@@ -1,1 +1,37 @@
-"""Results made visible: tables in the terminal, figures, HTML; what every command that shows results draws with."""
+"""Results made visible: what every command that shows results draws with.
+
+`terminal` makes tables, `markup` HTML with charts in SVG, `figures` plots as files.
+"""
+
+from __future__ import annotations
+
+from alter.core import lazy
+
+with lazy(globals()):
+    from alter.rendering import figures as figures
+    from alter.rendering.figures import AFTER as AFTER
+    from alter.rendering.figures import BEFORE as BEFORE
+    from alter.rendering.figures import LINE as LINE
+    from alter.rendering.figures import OTHER as OTHER
+    from alter.rendering.figures import figure as figure
+    from alter.rendering.figures import name_points as name_points
+    from alter.rendering.markup import Html as Html
+    from alter.rendering.markup import Point as Point
+    from alter.rendering.markup import Style as Style
+    from alter.rendering.markup import decimal as decimal
+    from alter.rendering.markup import document as document
+    from alter.rendering.markup import duration as duration
+    from alter.rendering.markup import folded as folded
+    from alter.rendering.markup import grid as grid
+    from alter.rendering.markup import highlighted as highlighted
+    from alter.rendering.markup import histogram as histogram
+    from alter.rendering.markup import join as join
+    from alter.rendering.markup import lines as lines
+    from alter.rendering.markup import percent as percent
+    from alter.rendering.markup import scatter as scatter
+    from alter.rendering.markup import tag as tag
+    from alter.rendering.terminal import ARROWS as ARROWS
+    from alter.rendering.terminal import between as between
+    from alter.rendering.terminal import in_order as in_order
+    from alter.rendering.terminal import number as number
+    from alter.rendering.terminal import table as table

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from alter.core.arrays import Array
-from alter.core.numbers import rounded
-from alter.core.words import bare, spans
+from alter.core import Array, bare, rounded, spans
 
 if TYPE_CHECKING:
     pass

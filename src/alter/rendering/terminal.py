@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
-from alter.core.console import cell
-from alter.core.numbers import rounded
-from alter.core.records import Record
-from alter.metrics.catalogue import CATALOGUE
+from alter.core import Record, cell, rounded
+from alter.metrics import CATALOGUE
 
 ARROWS = {True: "↑", False: "↓", None: ""}
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-from alter.core.numbers import rounded
-from alter.core.records import Record
-from alter.rendering.markup import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
+from alter.core import Record, rounded
+from alter.rendering import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
 from alter.report.runs import Reported
 
 RECOVERED = 0.05
@@ -83,7 +82,7 @@ def no_tests(run: Reported) -> dict[str, list[str]]:
 
 def _untrained(run: Reported) -> dict[str, str]:
     """Return why training attacks did not learn their own rows, by name."""
-    from alter.attacks.showing import untrained
+    from alter.attacks import untrained
 
     return dict(note.split(" ", 1) for note in untrained(run.attacks))
 

@@ -6,8 +6,8 @@ import json
 
 import yaml
 
-from alter.core.records import Record
-from alter.rendering.markup import Html, folded, grid, tag
+from alter.core import Record
+from alter.rendering import Html, folded, grid, tag
 from alter.report.runs import Reported
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alter.core.errors import UserError
-from alter.core.files import write_atomic
-from alter.core.provenance import commit, versions
-from alter.rendering.markup import Html, document, join, tag
+from alter.core import UserError, commit, versions, write_atomic
+from alter.rendering import Html, document, join, tag
 from alter.report.attacks import attacks, recovered_records
 from alter.report.origin import provenance_section, settings_of
 from alter.report.requests import requests

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from alter.evaluation import FIRM
 from alter.evaluation.told import told
-from alter.evaluation.verdict import FIRM
-from alter.rendering.markup import Html, grid, percent, tag
+from alter.rendering import Html, grid, percent, tag
 from alter.report.summary import ADAPTER
 
 if TYPE_CHECKING:
-    from alter.requests.records import Entry, Request
+    from alter.requests import Entry, Request
 
 HEAD = (
     "request",
@@ -45,10 +45,7 @@ def requests(url: str, names: Sequence[str]) -> list[Html]:
     Raises:
         UserError: no such database or request.
     """
-    from alter.requests.bases import present
-    from alter.requests.checking import check_requests
-    from alter.requests.records import parse_id
-    from alter.requests.store import Store
+    from alter.requests import Store, check_requests, parse_id, present
 
     store = Store.open(url)
     project = present(store)

@@ -12,11 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alter.core.arrays import Array
-from alter.core.errors import UserError, nearest
-from alter.core.files import folder_digest, from_json
-from alter.core.records import Record, read_records
-from alter.rendering.terminal import number
+from alter.core import Array, Record, UserError, folder_digest, from_json, nearest, read_records
+from alter.rendering import number
 from alter.report.settings import Report
 
 ROLES = ("original", "unlearned", "retrained")
@@ -136,7 +133,7 @@ def read_tokens(path: Path, settings: Mapping[str, Any]) -> TokenFigures:
     """
     from safetensors import SafetensorError, safe_open
 
-    from alter.training.settings import Unlearn, branch_needs
+    from alter.training import Unlearn, branch_needs
 
     try:
         with safe_open(str(path), "np") as file:
@@ -165,7 +162,7 @@ def _count(source: str, epochs: float) -> tuple[int | None, str]:
     base = source.rpartition(":")[0]
     if not source.startswith("builtin:") and not Path(source).exists() and not (base and Path(base).exists()):
         return None, f"the forget set {source} is not on this machine"
-    from alter.data.examples import load_examples
+    from alter.data import load_examples
 
     try:
         total = len(load_examples(source))
@@ -183,8 +180,8 @@ def people_of(run: Reported) -> dict[str, str]:
     names = [str(name) for name in run.facts.get("domains", [])]
     if not names or not all(name.isdecimal() for name in names) or _count(run.settings["forget"], 1)[0] is None:
         return {}
-    from alter.data.examples import load_examples
-    from alter.evaluation.others import people
+    from alter.data import load_examples
+    from alter.evaluation import people
 
     questions: dict[str, list[str]] = {}
     for example in load_examples(run.settings["forget"]):

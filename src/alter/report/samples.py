@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alter.rendering.markup import Html, highlighted, tag
+from alter.rendering import Html, highlighted, tag
 from alter.report.runs import Reported
 from alter.report.tables import by_model
 

@@ -7,8 +7,7 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.numbers import Rows
-from alter.core.outputs import Written
+from alter.core import Rows, Written
 
 
 class Report(BaseModel):

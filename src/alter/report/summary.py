@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from alter.evaluation.closing import closing_of, others_named
-from alter.evaluation.verdict import FIRM
-from alter.rendering.markup import Html, duration, grid, join, percent, tag
-from alter.rendering.terminal import number
+from alter.evaluation import FIRM, closing_of, others_named
+from alter.rendering import Html, duration, grid, join, number, percent, tag
 from alter.report.attacks import brought_back
 from alter.report.runs import ROLES, Reported
 from alter.report.tables import by_model, with_interval

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from alter.core.records import Record
-from alter.metrics.catalogue import CATALOGUE
-from alter.rendering.markup import Html, duration, grid, join, tag
-from alter.rendering.terminal import ARROWS, between, in_order, number
+from alter.core import Record
+from alter.metrics import CATALOGUE
+from alter.rendering import ARROWS, Html, between, duration, grid, in_order, join, number, tag
 from alter.report.runs import ROLES, Reported
 from alter.report.verdict import VERDICTS, verdict
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from alter.core.arrays import Array
-from alter.rendering.markup import Html, grid, histogram, percent, tag
+from alter.core import Array
+from alter.rendering import Html, grid, histogram, percent, tag
 from alter.report.runs import Reported, TokenFigures
 
 EXPERTS = 40

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alter.rendering.markup import Html, lines, tag
+from alter.rendering import Html, lines, tag
 from alter.report.runs import Reported
 
 TERMS = {

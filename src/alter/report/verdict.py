@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alter.evaluation.closing import closing_of
-from alter.evaluation.giving import broken, gives
-from alter.evaluation.verdict import BROKEN, SLACK
+from alter.evaluation import BROKEN, SLACK, broken, closing_of, gives
 from alter.report.runs import Reported
 
 QUALITY = 0.05

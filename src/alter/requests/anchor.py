@@ -18,9 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from alter.core.errors import UserError
-from alter.core.files import from_json
-from alter.core.signing import Forged, Key, canonical, check, fingerprint, read_exact, read_signed
+from alter.core import Forged, Key, UserError, canonical, check, fingerprint, from_json, read_exact, read_signed
 
 FORM = "alter anchor"
 VERSION = 1

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alter.core.errors import UserError
-from alter.core.files import folder_digest
+from alter.core import UserError, folder_digest
 from alter.requests.project import Project
 
 if TYPE_CHECKING:

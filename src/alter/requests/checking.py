@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alter.core.errors import UserError
-from alter.core.files import read_object
-from alter.data.examples import Example
-from alter.evaluation.leakage import Leak, leaked
-from alter.evaluation.verdict import SLACK, Measures
-from alter.models.loading import load_model
+from alter.core import UserError, read_object
+from alter.data import Example
+from alter.evaluation import SLACK, Leak, Measures, leaked
+from alter.models import load_model
 from alter.requests.bases import base_changed
 from alter.requests.evidence import UTILITY_SHARE, known_of, untouched, utility
 from alter.requests.project import Project

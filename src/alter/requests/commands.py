@@ -9,8 +9,7 @@ import tyro
 from pydantic import Field
 from rich.console import Console
 
-from alter.core.console import cell
-from alter.core.errors import UserError
+from alter.core import UserError, cell
 from alter.requests.database import Database
 from alter.requests.display import print_list, say_with_head, then
 from alter.requests.records import IN_FORCE, MISSED, Request, parse_id

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alter.core.errors import UserError
-from alter.core.files import write_atomic
-from alter.data.examples import Example
-from alter.evaluation.verdict import Verdict, judge
-from alter.models.loading import load_model
+from alter.core import UserError, write_atomic
+from alter.data import Example
+from alter.evaluation import Verdict
+from alter.evaluation.verdict import judge
+from alter.models import load_model
 from alter.requests.evidence import MeasuredEvidence, baselines, known_of, untouched, utility
 from alter.requests.project import Project
 from alter.requests.records import IN_FORCE, Request, now

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy import event
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 
 def without_password(url: str) -> str:

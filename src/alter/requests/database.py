@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.errors import UserError
-from alter.core.signing import read_key
+from alter.core import UserError, read_key
 from alter.requests.anchor import Anchor
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from alter.core.console import cell
+from alter.core import cell
 from alter.evaluation.told import told
 from alter.requests.database import Database, default_db
 from alter.requests.records import HELD, MISSED, Request

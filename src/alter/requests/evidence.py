@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from alter.data.examples import Example, load_examples
-from alter.evaluation.answered import answer_rows
-from alter.evaluation.verdict import Measures
-from alter.models.loading import load_model
-from alter.models.naming import check_model_name
+from alter.data import Example, load_examples
+from alter.evaluation import Measures, answer_rows
+from alter.models import check_model_name, load_model
 from alter.requests.project import Project
 
 UTILITY_SHARE = 0.97

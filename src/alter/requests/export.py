@@ -12,10 +12,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from alter.core.console import cell
-from alter.core.errors import UserError
-from alter.core.files import folder_digest, write_atomic
-from alter.core.outputs import OutFolder
+from alter.core import OutFolder, UserError, cell, folder_digest, write_atomic
 from alter.requests.database import Database
 from alter.requests.records import HELD
 

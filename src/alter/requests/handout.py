@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 
-from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
-from alter.core.recipes import read_recipe
-from alter.core.validation import validated
-from alter.data.examples import Example
-from alter.distillation.run import Distill, distill
+from alter.core import UserError, read_recipe, to_json, validated, write_atomic
+from alter.data import Example
+from alter.distillation import Distill, distill
+from alter.evaluation import Verdict
 from alter.evaluation.told import told
-from alter.evaluation.verdict import Verdict, judge
+from alter.evaluation.verdict import judge
 from alter.exporting import loras
-from alter.models.loading import load_model
+from alter.models import load_model
 from alter.requests.evidence import MeasuredEvidence, known_of, retain_sample
 from alter.requests.project import Project
 from alter.requests.records import HELD, IN_FORCE

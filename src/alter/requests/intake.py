@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from rich.console import Console
 
-from alter.core.console import cell
-from alter.core.errors import UserError
-from alter.core.numbers import Count
-from alter.core.outputs import OutFolder
-from alter.core.recipes import read_recipe
-from alter.core.validation import validated
-from alter.data.examples import check_overlap, data_hash, load_examples, row_hash
+from alter.core import Count, OutFolder, UserError, cell, read_recipe, validated
+from alter.data import check_overlap, data_hash, load_examples, row_hash
 from alter.requests.database import Database
 from alter.requests.display import say_with_head, then
 from alter.requests.project import Project
@@ -53,7 +48,7 @@ def init(settings: Init) -> Store:
         UserError: there is no such model, the data cannot be read, the recipe has a setting that the requests decide, or the
             database is in use.
     """
-    from alter.models.naming import check_model_name
+    from alter.models import check_model_name
     from alter.requests import rows
     from alter.requests.connection import without_password
     from alter.requests.store import Store
@@ -104,7 +99,7 @@ def _recipes(settings: Init) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: a recipe cannot be read, or has a setting that is unknown or that the requests decide.
     """
     from alter.requests.work import CUT
-    from alter.training.settings import Unlearn
+    from alter.training import Unlearn
 
     recipe: dict[str, Any] = {}
     if settings.recipe is not None:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from alter.core.console import cell
-from alter.core.errors import UserError
+from alter.core import UserError, cell
 from alter.requests.bases import present
 from alter.requests.database import Database
 from alter.requests.display import print_bases, print_list, say_with_head, then
@@ -134,7 +133,7 @@ def change_base(store: Store, project: Project, recipe: Mapping[str, Any]) -> li
             utility fell below its share of the first model's, or what `alter.requests.handout.erased` raises; nothing is
             changed.
     """
-    from alter.core.files import folder_digest
+    from alter.core import folder_digest
     from alter.requests import handout
     from alter.requests.certificate.form import model_hashes
 
@@ -189,7 +188,7 @@ def _earlier(store: Store, project: Project, weights: Path) -> dict[str, Any]:
     Raises:
         UserError: one has come back.
     """
-    from alter.models.loading import load_model
+    from alter.models import load_model
     from alter.requests.checking import come_back
     from alter.requests.evidence import known_of
     from alter.requests.rows import received_rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from typing import Any
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 EDGES: dict[str, tuple[str, ...]] = {
     "received": ("running", "withdrawn"),

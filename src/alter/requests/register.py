@@ -9,9 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from alter.core.console import cell
-from alter.core.files import to_json, write_atomic
-from alter.core.outputs import OutFile
+from alter.core import OutFile, cell, to_json, write_atomic
 from alter.evaluation.told import told
 from alter.requests.bases import bases
 from alter.requests.database import Database

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from alter.core.errors import UserError
+from alter.core import UserError
 from alter.requests.project import Project
 from alter.requests.records import HELD, IN_FORCE, Request
 from alter.requests.store import Store

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from alter.core.errors import UserError
-from alter.data.examples import Example, data_hash, examples, load_examples, row_hash
-from alter.data.subjects import rows_about
+from alter.core import UserError
+from alter.data import Example, data_hash, load_examples, row_hash, rows_about
+from alter.data.examples import examples
 from alter.requests.records import Request
 
 

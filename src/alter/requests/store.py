@@ -22,8 +22,7 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from alter.core.errors import UserError
-from alter.core.files import to_json
+from alter.core import UserError, to_json
 from alter.requests.anchor import Anchor
 from alter.requests.chain import append_entry, chain_faults, last_entry
 from alter.requests.connection import database_errors, engine_for, without_password

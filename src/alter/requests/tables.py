@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sql
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 from alter.requests.records import Request
 
 TABLES = sql.MetaData()

@@ -13,9 +13,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from alter.core.console import cell
-from alter.core.errors import UserError
-from alter.core.signing import fingerprint, read_key, read_public
+from alter.core import UserError, cell, fingerprint, read_key, read_public
 from alter.evaluation.told import told
 from alter.requests.anchor import missing_heads, read_heads
 from alter.requests.database import Database
@@ -48,7 +46,7 @@ def verify(settings: Verify) -> dict[str, Any]:
     Raises:
         UserError: something is wrong; the message lists all of it.
     """
-    from alter.evaluation.leakage import Leak
+    from alter.evaluation import Leak
     from alter.requests import checking, work
 
     if settings.samples and settings.chain_only:

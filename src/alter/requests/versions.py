@@ -15,8 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save
 
-from alter.core.errors import UserError
-from alter.core.files import folder_digest, read_object, to_json, write_atomic
+from alter.core import UserError, folder_digest, read_object, to_json, write_atomic
 from alter.requests.project import Project
 
 CLOSED = -1e4
@@ -100,7 +99,7 @@ def clear_expert(adapter: Path, expert: int) -> bytes:
     Raises:
         UserError: the adapter has no such expert.
     """
-    from alter.adapter.saved import expert_columns
+    from alter.adapter import expert_columns
 
     config = read_object(adapter / "adapter_config.json", "the settings of an adapter")
     experts = config["num_forget_experts"]

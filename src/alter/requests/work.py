@@ -15,12 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alter.core.console import warn
-from alter.core.errors import UserError
-from alter.core.files import digest, folder_digest, write_atomic
+from alter.core import UserError, digest, folder_digest, warn, write_atomic
 from alter.core.provenance import provenance
-from alter.data.examples import Example, check_overlap, load_examples
-from alter.methods.presets import with_default
+from alter.data import Example, check_overlap, load_examples
+from alter.methods import with_default
 from alter.requests.bases import remove_unreached
 from alter.requests.checking import noted_adapter, refuse_changed
 from alter.requests.concluding import conclude
@@ -31,9 +29,7 @@ from alter.requests.removal import sweep
 from alter.requests.rows import received_rows
 from alter.requests.store import Store
 from alter.requests.versions import adapter_digest, clear_expert, manifest, private, put_in_force
-from alter.training.folder import OtherInputs
-from alter.training.run import unlearn
-from alter.training.settings import Unlearn
+from alter.training import OtherInputs, Unlearn, unlearn
 
 CUT = {"model", "forget", "retain", "out", "start_from", "experts_only", "domain_column", "num_forget_experts"} | {
     "max_domains",

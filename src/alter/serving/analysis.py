@@ -14,17 +14,11 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from alter.adapter import AlterConfig, adapted_layers, alter_of
-from alter.adapter.generation import DecodeState
-from alter.adapter.routing import Routing
-from alter.adapter.saved import expert_columns
-from alter.core.errors import UserError
-from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
-from alter.logits.entropy import entropy_from_logits, max_entropy, shift
-from alter.models.generation import check_prompts, stop_ids
-from alter.models.guards import Guard
-from alter.models.scoring import evaluating
+from alter.adapter import AlterConfig, DecodeState, Routing, adapted_layers, alter_of, expert_columns
+from alter.core import UserError
+from alter.data import Example, encode_prompt
+from alter.logits import entropy_from_logits, max_entropy, shift
+from alter.models import Guard, check_prompts, evaluating, stop_ids
 from alter.serving.text import token_texts
 
 

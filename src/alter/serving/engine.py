@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from alter.core.errors import UserError
-from alter.models.generation import SEGMENT, can_drop_rows, contiguous_head, left_padded, stop_ids
-from alter.models.scoring import context_length, evaluating
+from alter.core import UserError
+from alter.models import SEGMENT, can_drop_rows, context_length, contiguous_head, evaluating, left_padded, stop_ids
 from alter.serving.jobs import Job, Scored
 from alter.serving.text import settled
 

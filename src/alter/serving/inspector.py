@@ -14,11 +14,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from alter.core.errors import UserError
-from alter.core.files import read_object
-from alter.data.examples import load_examples
-from alter.models.scoring import context_length
-from alter.requests.store import Store
+from alter.core import UserError, read_object
+from alter.data import load_examples
+from alter.models import context_length
+from alter.requests import Store
 from alter.serving.analysis import Analysis, Stopped, analyse, check_adapted, expert_names
 from alter.serving.markup import COLORS, STYLE, About, message, render, render_about, render_begun, render_request
 from alter.serving.settings import LONGEST, Inspect

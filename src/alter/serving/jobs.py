@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 Finish = Literal["stop", "length", "timeout", "cancelled", "error"]
 

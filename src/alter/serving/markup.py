@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alter.evaluation.told import told
-from alter.requests.records import Request
-from alter.requests.store import Store
+from alter.requests import Request, Store
 from alter.serving.analysis import Analysis, Token
 from alter.serving.text import visible
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pydantic
 
-from alter.core.errors import UserError
+from alter.core import UserError
 from alter.serving.engine import Engine
 from alter.serving.protocol import Body, ChatBody, Prompt, TextBody, error_body, explain
 from alter.serving.replies import ChatReply, Reply, TextReply

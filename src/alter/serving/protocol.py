@@ -14,10 +14,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.errors import UserError
-from alter.core.validation import mistake
-from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
+from alter.core import UserError, mistake
+from alter.data import Example, encode_prompt
 
 MOST_STOPS, LONGEST_STOP = 4, 256
 """Stop texts of a request, and characters of each."""

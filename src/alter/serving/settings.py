@@ -7,9 +7,8 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from alter.core.errors import UserError
-from alter.core.numbers import BatchSize, Rows, Seed, TemperatureOrZero, Tokens
-from alter.models.loading import ModelSettings
+from alter.core import BatchSize, Rows, Seed, TemperatureOrZero, Tokens, UserError
+from alter.models import ModelSettings
 
 LONGEST = 512
 """Most new tokens that the page offers."""

@@ -16,8 +16,8 @@ import pydantic
 import torch
 
 from alter.adapter import alter_of
-from alter.core.errors import UserError, nearest
-from alter.models.scoring import evaluating
+from alter.core import UserError, nearest
+from alter.models import evaluating
 from alter.serving.openai import Api, Refused, json_response
 from alter.serving.protocol import Body, ChatBody, TextBody, explain
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
-from alter.core.errors import UserError
+from alter.core import UserError
 from alter.serving.protocol import error_body
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

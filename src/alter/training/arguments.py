@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainingArguments
 
-from alter.models.precision import autocasts
+from alter.models import autocasts
 
 
 def trainer_arguments(checkpoints: Path, **more: Any) -> TrainingArguments:

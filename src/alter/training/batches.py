@@ -11,11 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alter.data.batching import Collator
-from alter.data.encoding import Encoded
-from alter.data.examples import Example
-from alter.methods import frozen
-from alter.methods.objectives import Reference
+from alter.data import Collator, Encoded, Example
+from alter.methods import Reference, frozen
 from alter.training.settings import BRANCHES
 
 

@@ -8,16 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alter.core import processes
-from alter.core.console import show, warn
-from alter.core.files import read_object, to_json, write_atomic
-from alter.core.heap import give_back
-from alter.core.records import write_records
-from alter.data.examples import load_examples
-from alter.evaluation.closing import closing_of, show_closing
-from alter.evaluation.ordinary import ordinary_loss, ordinary_sentence
-from alter.evaluation.rows import RowsEvaluation
-from alter.evaluation.run import measured
+from alter.core import give_back, processes, read_object, show, to_json, warn, write_atomic, write_records
+from alter.data import load_examples
+from alter.evaluation import RowsEvaluation, closing_of, measured, ordinary_loss, ordinary_sentence, show_closing
 from alter.training.own import OWN
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn

@@ -8,16 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from alter.adapter.base import base_fingerprint
-from alter.core.console import show
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.data.examples import Example
-from alter.methods.frozen import Depth
-from alter.methods.objectives import Codes
-from alter.methods.places import blocks
-from alter.methods.recognition import codes_from, measure_codes, subjects
-from alter.methods.sparse import read_autoencoder
+from alter.adapter import base_fingerprint
+from alter.core import UserError, digest, show
+from alter.data import Example
+from alter.methods import Codes, Depth, blocks, codes_from, measure_codes, read_autoencoder, subjects
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn
 

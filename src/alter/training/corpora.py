@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alter.core.errors import UserError, nearest
-from alter.core.files import read_text
-from alter.data.encoding import encode_all
-from alter.data.examples import load_examples
+from alter.core import UserError, nearest, read_text
+from alter.data import encode_all, load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.data.domains import domains, have_labels
-from alter.data.encoding import encode_all
-from alter.data.examples import Example, check_overlap, load_examples
-from alter.models.scoring import context_length, hidden_states
+from alter.core import Array, UserError
+from alter.data import Example, check_overlap, encode_all, have_labels, load_examples
+from alter.data.domains import domains
+from alter.models import context_length, hidden_states
 from alter.training.sampler import pass_length
 from alter.training.settings import Unlearn, batches_of_step, steps_of
 from alter.training.watched import Watched, read_watched

@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alter.adapter.routing import pool
-from alter.data.background import apart_from, background
-from alter.data.encoding import Encoded, encode
-from alter.data.examples import Example
-from alter.data.rewording import FITTED, reworded
+from alter.adapter import pool
+from alter.data import FITTED, Encoded, Example, apart_from, encode, reworded
+from alter.data.background import background
 from alter.methods import frozen
 
 if TYPE_CHECKING:

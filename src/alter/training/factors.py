@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from alter.adapter.base import base_fingerprint
-from alter.core.files import digest
-from alter.data.encoding import Encoded
-from alter.methods.initializers import Factors
-from alter.methods.passes import starting_factors
+from alter.adapter import base_fingerprint
+from alter.core import digest
+from alter.data import Encoded
+from alter.methods import Factors, starting_factors
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn
 

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alter.core.errors import UserError
-from alter.core.files import read_object, to_json, write_atomic
-from alter.core.running import check_deletable, check_free, claim
+from alter.core import UserError, check_deletable, check_free, claim, read_object, to_json, write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

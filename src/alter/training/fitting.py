@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from alter.core.errors import UserError
-from alter.data.batching import Collator, LengthBatches
-from alter.models.precision import multiplies
+from alter.core import UserError
+from alter.data import Collator, LengthBatches
+from alter.models import multiplies
 from alter.training.arguments import fitting_arguments
 from alter.training.weighted import weighted_loss
 

@@ -16,14 +16,25 @@ from typing import Any, Protocol
 import yaml
 from torch import Tensor
 
-from alter.adapter.base import same_base
-from alter.core import processes
-from alter.core.console import warn
-from alter.core.errors import UserError
-from alter.core.files import digest, file_digest, folder_digest, from_json, to_json, write_atomic
-from alter.core.running import CLAIM_FILE, check_deletable, check_free, claim
-from alter.core.tensors import keep, kept
-from alter.data.examples import Example
+from alter.adapter import same_base
+from alter.core import (
+    CLAIM_FILE,
+    UserError,
+    check_deletable,
+    check_free,
+    claim,
+    digest,
+    file_digest,
+    folder_digest,
+    from_json,
+    keep,
+    kept,
+    processes,
+    to_json,
+    warn,
+    write_atomic,
+)
+from alter.data import Example
 from alter.methods import frozen
 from alter.training.settings import Unlearn
 from alter.training.trunk import TRUNK_FILE, WATCHED_FILE

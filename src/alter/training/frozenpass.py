@@ -10,13 +10,10 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from alter.adapter.base import base_fingerprint
-from alter.core import processes
-from alter.core.files import digest
-from alter.data.batching import batches_by_length
-from alter.data.encoding import Encoded
-from alter.methods import frozen
-from alter.methods.frozen import Depth
+from alter.adapter import base_fingerprint
+from alter.core import digest, processes
+from alter.data import Encoded, batches_by_length
+from alter.methods import Depth, frozen
 from alter.training.batches import Order, RunRows, Traced
 from alter.training.router import fit_router
 from alter.training.settings import BRANCHES, Unlearn, branch_needs

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alter.data.encoding import Encoded, encode_all
-from alter.data.examples import Example
+from alter.data import Encoded, Example, encode_all
 from alter.methods.alternatives import alternatives
-from alter.models.guards import Former
-from alter.models.loading import load_model
+from alter.models import Former, load_model
 from alter.training.codes import check_codes
 from alter.training.data import Data
 from alter.training.sampler import Kin

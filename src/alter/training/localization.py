@@ -7,12 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alter.adapter.base import base_fingerprint
-from alter.core.console import show
-from alter.core.files import digest
-from alter.methods.adapters.expert import attributed
-from alter.methods.places import blocks
-from alter.methods.tracing import recovered
+from alter.adapter import base_fingerprint
+from alter.core import digest, show
+from alter.methods import attributed, blocks, recovered
 from alter.training.codes import at_autoencoder, reading_at
 from alter.training.folder import TRACED, kept_tensors
 from alter.training.loaded import Loaded

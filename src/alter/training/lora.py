@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from alter.adapter.layers import first_block
-from alter.data.batching import batches_by_length
-from alter.data.encoding import IGNORE
-from alter.logits.head import Head
-from alter.methods.frozen import Depth, states_of
-from alter.models.precision import multiplies
+from alter.adapter import first_block
+from alter.data import IGNORE, batches_by_length
+from alter.logits import Head
+from alter.methods import Depth, states_of
+from alter.models import multiplies
 from alter.training.trunk import Trunk
 from alter.training.weighted import weighted_mean
 

@@ -14,17 +14,23 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from alter.adapter.routing import Routing
-from alter.core import processes
-from alter.core.errors import UserError
-from alter.core.files import write_atomic
-from alter.logits.head import Part, measuring
-from alter.methods import frozen
-from alter.methods.adapters import Penalty
-from alter.methods.frozen import Depth, states_of
-from alter.methods.gradients import GradientRule
-from alter.methods.objectives import Codes, Emitted, Hidden, Labelled, Objective, mean_or_zero
-from alter.models.precision import autocasts
+from alter.adapter import Routing
+from alter.core import UserError, processes, write_atomic
+from alter.logits import Part, measuring
+from alter.methods import (
+    Codes,
+    Depth,
+    Emitted,
+    GradientRule,
+    Hidden,
+    Labelled,
+    Objective,
+    Penalty,
+    frozen,
+    mean_or_zero,
+    states_of,
+)
+from alter.models import autocasts
 from alter.training.arguments import trainer_arguments
 from alter.training.batches import Batch
 from alter.training.folder import GRADIENT, seal_checkpoint

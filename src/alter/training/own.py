@@ -10,14 +10,10 @@ from typing import Any
 
 import torch
 
-from alter.core.console import show
-from alter.core.errors import UserError
-from alter.core.files import write_atomic
-from alter.data.background import apart_from, background
-from alter.data.encoding import encode_prompt
-from alter.data.examples import Example, load_examples, row_key
-from alter.models.generation import generate
-from alter.models.scoring import context_length
+from alter.core import UserError, show, write_atomic
+from alter.data import Example, apart_from, encode_prompt, load_examples, row_key
+from alter.data.background import background
+from alter.models import context_length, generate
 
 OWN = "retain.jsonl"
 """File of a run's folder with these rows."""

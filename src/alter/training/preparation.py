@@ -11,15 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alter.adapter.base import base_fingerprint
-from alter.core.files import digest
-from alter.methods.adapters import Beginning, Penalty
-from alter.methods.frozen import Depth
-from alter.methods.objectives import Codes
-from alter.methods.passes import MeasuredGradients
-from alter.methods.places import block_at, blocks
-from alter.methods.recognition import marked
-from alter.models.guards import Form
+from alter.adapter import base_fingerprint
+from alter.core import digest
+from alter.methods import Beginning, Codes, Depth, MeasuredGradients, Penalty, block_at, blocks, marked
+from alter.models import Form
 from alter.training.batches import Order, Pairs, RunRows, Traced, schedule
 from alter.training.codes import codes_of
 from alter.training.data import Data, clusters

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from alter.core.console import LOG, is_silent
+from alter.core import LOG, is_silent
 
 
 class Steps(TrainerCallback):

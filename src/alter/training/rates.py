@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from alter import metrics
-from alter.core.console import show
-from alter.data import rewording
-from alter.data.background import apart_from, background
-from alter.data.encoding import Encoded
+from alter.core import show
+from alter.data import Encoded, apart_from, rewording
+from alter.data.background import background
 from alter.methods import frozen
 from alter.training.evidence import encode_fitting, text_of
 

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alter.adapter.base import base_fingerprint
-from alter.core.files import digest
-from alter.data.encoding import Encoded
-from alter.data.examples import Example
-from alter.methods.frozen import Depth, FrozenRow
-from alter.methods.recognition import ignorance
+from alter.adapter import base_fingerprint
+from alter.core import digest
+from alter.data import Encoded, Example
+from alter.methods import Depth, FrozenRow, ignorance
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alter.core.console import show
-from alter.data.encoding import Encoded
-from alter.logits.entropy import check_threshold, threshold_from_quantile
+from alter.core import show
+from alter.data import Encoded
+from alter.logits import check_threshold, threshold_from_quantile
 from alter.methods import frozen
 from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of, fit_rows
 from alter.training.openset import caught, open_set

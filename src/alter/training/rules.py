@@ -11,8 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter import metrics
-from alter.core.errors import UserError
-from alter.core.numbers import Count
+from alter.core import Count, UserError
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -16,13 +16,9 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from alter.adapter.base import base_fingerprint
-from alter.core import processes
-from alter.core.console import show
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.core.running import release
-from alter.data.examples import data_hash, row_hash
+from alter.adapter import base_fingerprint
+from alter.core import UserError, digest, processes, release, show
+from alter.data import data_hash, row_hash
 from alter.training.attention import attention_for_training
 from alter.training.batches import PairCollator
 from alter.training.data import by_meaning, read_data, set_aside

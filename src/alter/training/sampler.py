@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 
 if TYPE_CHECKING:
-    from alter.data.examples import Example
+    from alter.data import Example
 
 RELATIONS = {
     "direct": "direct",

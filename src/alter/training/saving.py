@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from alter.core.errors import UserError
-from alter.core.files import to_json, write_atomic
-from alter.models.guards import FORM_FILE, Form
+from alter.core import UserError, to_json, write_atomic
+from alter.models import FORM_FILE, Form
 
 
 def check_finite(weights: Mapping[str, Tensor], rate: str) -> None:

@@ -7,18 +7,24 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alter.core import processes
-from alter.core.errors import UserError
-from alter.core.numbers import BatchSize, Count, Passes, Rows, Seed, Steps, Tokens
-from alter.core.outputs import OutFolder
-from alter.data.chat import TemplateArguments
-from alter.methods import presets
-from alter.methods.adapters import AlterAdapter, AnyAdapter
-from alter.methods.gradients import AnyGradient, Plain
-from alter.methods.initializers import AnyInitializer, Zero
-from alter.methods.objectives import CrossEntropy, ForgetObjective, InvertedHinge, Needs, RetainObjective
-from alter.methods.reinforcement import Reinforcement
-from alter.models.quantized import Bits
+from alter.core import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps, Tokens, UserError, processes
+from alter.data import TemplateArguments
+from alter.methods import (
+    AlterAdapter,
+    AnyAdapter,
+    AnyGradient,
+    AnyInitializer,
+    CrossEntropy,
+    ForgetObjective,
+    InvertedHinge,
+    Needs,
+    Plain,
+    Reinforcement,
+    RetainObjective,
+    Zero,
+    presets,
+)
+from alter.models import Bits
 from alter.training.routerfit import RouterFit
 from alter.training.sampler import Sampler
 from alter.training.trackers import ReportTo

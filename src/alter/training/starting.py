@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 from alter.training.corpora import train_tokenizer
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def starting_model(settings: Finetune) -> tuple[PreTrainedModel, PreTrainedToken
             raise UserError(f"`architecture.{unknown[0]}` is no setting of a {kind} model.{near}")
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
     assert settings.model is not None
-    from alter.models.loading import load_model
+    from alter.models import load_model
 
     return load_model(settings.model, dtype="float32", device="cpu", template=settings.chat_template_kwargs)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 

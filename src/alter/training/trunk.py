@@ -21,14 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from alter.adapter.base import base_fingerprint
-from alter.adapter.layers import first_block
-from alter.core import processes
-from alter.core.console import show
-from alter.core.files import digest
-from alter.data.encoding import Encoded
-from alter.logits.head import standing_in
-from alter.methods.frozen import Depth, states_of
+from alter.adapter import base_fingerprint, first_block
+from alter.core import digest, processes, show
+from alter.data import Encoded
+from alter.logits import standing_in
+from alter.methods import Depth, states_of
 
 if TYPE_CHECKING:
     from alter.training.settings import Unlearn

@@ -7,14 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from alter.adapter.base import base_fingerprint
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.data.encoding import Encoded
-from alter.methods import frozen
-from alter.methods.alternatives import persona_views
-from alter.methods.places import target_layers, target_names
-from alter.methods.probes import low_rank, reinforce
+from alter.adapter import base_fingerprint
+from alter.core import UserError, digest
+from alter.data import Encoded
+from alter.methods import frozen, low_rank, persona_views, reinforce, target_layers, target_names
 from alter.training.factors import factors_of, flat
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn

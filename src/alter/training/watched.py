@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alter.core.errors import UserError
-from alter.data.examples import Example, load_examples, row_key
-from alter.evaluation.tofu.reference import read_reference
-from alter.evaluation.tofu.results import TofuReference
-from alter.evaluation.tofu.sets import rows_fingerprint
+from alter.core import UserError
+from alter.data import Example, load_examples, row_key
+from alter.evaluation import TofuReference, read_reference, rows_fingerprint
 from alter.training.watch import Watch
 
 VALIDATION_SHARE = 5

@@ -22,16 +22,10 @@ import torch
 from transformers import TrainerCallback
 
 from alter import metrics
-from alter.core import processes
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.data.chat import share_template_arguments
-from alter.data.encoding import Encoded, encode, encode_prompt
-from alter.evaluation.leakage import leaked
-from alter.models.generation import generate
-from alter.models.loading import load_model
-from alter.models.scoring import Scores, score
+from alter.core import Array, UserError, digest, processes
+from alter.data import Encoded, encode, encode_prompt, share_template_arguments
+from alter.evaluation import leaked
+from alter.models import Scores, generate, load_model, score
 from alter.training.rules import Decision, told_apart
 from alter.training.trunk import WatchedStates
 from alter.training.watch import Watch

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from alter.core.console import progress
-from alter.core.errors import UserError
-from alter.models.scoring import MAX_LOGITS, decided
+from alter.core import UserError, progress
+from alter.models import MAX_LOGITS, decided
 
 
 def rows_of_requests(requests: Sequence[Any]) -> dict[tuple[int, ...], list[int]]:

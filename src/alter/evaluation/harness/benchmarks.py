@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from alter.core.errors import UserError, nearest
-from alter.core.numbers import Count
+from alter.core import Count, UserError, nearest
 from alter.evaluation.harness.files import local_tasks
 from alter.evaluation.harness.library import manager_of_tasks, tasks_from_hub
 from alter.evaluation.harness.results import HarnessEvaluation

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alter.core.errors import UserError, nearest
-from alter.data.sources import read_rows
+from alter.core import UserError, nearest
+from alter.data import read_rows
 
 LETTERS = ["A", "B", "C", "D"]
 PROMPT: dict[str, Any] = {

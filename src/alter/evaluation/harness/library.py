@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 
 def check_installed() -> None:

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alter import metrics
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.core.files import digest
-from alter.core.records import Record
+from alter.core import Array, Record, UserError, digest
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.harness.library import check_installed, quiet_harness
 from alter.evaluation.harness.model import harness_model
-from alter.models.scoring import evaluating
+from alter.models import evaluating
 
 if TYPE_CHECKING:
     pass

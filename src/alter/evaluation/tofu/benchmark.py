@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from alter.core.cache import cache_folder
-from alter.core.files import digest, file_digest
-from alter.core.records import Record
+from alter.core import Record, cache_folder, digest, file_digest
 from alter.data.examples import examples
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.leakage import Leak, leaked
@@ -17,7 +15,7 @@ from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.evaluation.tofu.reference import read_reference
 from alter.evaluation.tofu.results import Mode
 from alter.evaluation.tofu.sets import SETS, holdout_rows, rows_fingerprint, set_rows
-from alter.models.loading import ModelSettings
+from alter.models import ModelSettings
 
 
 class TofuEvaluation(Evaluation):

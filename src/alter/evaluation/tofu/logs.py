@@ -8,9 +8,7 @@ import numpy as np
 import pydantic
 import tyro
 
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.core.records import Record
+from alter.core import Array, Record, UserError
 from alter.evaluation.base import say
 from alter.evaluation.tofu.reference import from_openunlearning, read_json
 from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuSet

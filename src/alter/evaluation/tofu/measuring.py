@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from alter import metrics
-from alter.core.arrays import Array
-from alter.core.errors import UserError, nearest
-from alter.core.records import Record
-from alter.data.chat import ensure_pad_token
-from alter.data.encoding import Encoded, encode, encode_prompt
-from alter.data.examples import Example, examples
+from alter.core import Array, Record, UserError, nearest
+from alter.data import Encoded, Example, encode, encode_prompt, ensure_pad_token
+from alter.data.examples import examples
 from alter.evaluation.base import quick_look
 from alter.evaluation.tofu.reference import as_reference, lacking
 from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuSet, check_reference
 from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, holdout_rows, rows_fingerprint, set_rows
-from alter.models.generation import check_prompts, generate
-from alter.models.scoring import Scores, check_rows, gradient_norms, score
+from alter.models import Scores, check_prompts, check_rows, generate, gradient_norms, score
 
 WHICH = ("likelihood", "generation")
 MAX_NEW_TOKENS = 200

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from alter.core.errors import UserError, nearest
-from alter.core.files import from_json
-from alter.core.records import Record, read_records
+from alter.core import Record, UserError, from_json, nearest, read_records
 from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
 
 

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from alter import metrics
-from alter.core.arrays import Array
-from alter.core.errors import UserError
-from alter.core.records import Record
+from alter.core import Array, Record, UserError
 from alter.evaluation.figures import Figures
 from alter.evaluation.tofu.sets import PARAPHRASED, UTILITY_SETS
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from alter.core.errors import UserError
+from alter.core import UserError
+from alter.data import read_rows, tofu_rows
 from alter.data.examples import examples
-from alter.data.sources import read_rows
-from alter.data.tofu import tofu_rows
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 SETS = ("forget", *UTILITY_SETS)

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from alter.core.errors import UserError, nearest
-from alter.core.plugins import OneOf, Registry, kinds
+from alter.core import OneOf, Registry, UserError, kinds, nearest
 from alter.methods.adapters.assistant import AssistantLora
 from alter.methods.adapters.base import Adapter, Beginning, Penalty, Settings
 from alter.methods.adapters.cards import Card

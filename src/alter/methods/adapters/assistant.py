@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from alter.core.numbers import Count
+from alter.core import Count
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card, guarded_card
 from alter.methods.places import Targets, blocks, target_names
 
 if TYPE_CHECKING:
-    from alter.data.encoding import Encoded
-    from alter.models.guards import Form, Former
+    from alter.data import Encoded
+    from alter.models import Form, Former
 
 
 @final
@@ -67,7 +67,7 @@ class AssistantLora(Adapter):
         """Build the assistant: the model's first blocks, with shared weights and a LoRA adapter."""
         from peft import LoraConfig, get_peft_model
 
-        from alter.models.guards import first_blocks
+        from alter.models import first_blocks
 
         config = LoraConfig(
             r=self.r,
@@ -81,7 +81,7 @@ class AssistantLora(Adapter):
     def form(
         self, base: Any, run: Settings, forget: Sequence[Encoded], pad_token_id: int, former: Former | None = None
     ) -> Form | None:
-        from alter.adapter.base import base_fingerprint
+        from alter.adapter import base_fingerprint
 
         where, count = self.size(base)
         how = self.model_dump(include={"rule", "weight", "plausible"})

@@ -15,9 +15,9 @@ from alter.methods.adapters.cards import Card, peft_card, titled
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from alter.data.encoding import Encoded
+    from alter.data import Encoded
     from alter.methods.initializers import Factors
-    from alter.models.guards import Form, Former
+    from alter.models import Form, Former
 
 
 class Settings(Protocol):

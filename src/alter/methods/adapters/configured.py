@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from alter.core.numbers import Count
+from alter.core import Count
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
 from alter.methods.places import Targets
@@ -17,8 +17,7 @@ def attach_alter(model: Any, **settings: Any) -> Any:
     """Put ALTER's adapter with these settings on a model, with the fingerprint of its weights."""
     from peft import get_peft_model
 
-    from alter.adapter import AlterConfig
-    from alter.adapter.base import base_fingerprint
+    from alter.adapter import AlterConfig, base_fingerprint
 
     config = AlterConfig(**settings, task_type="CAUSAL_LM")
     config.base_fingerprint = base_fingerprint(model)

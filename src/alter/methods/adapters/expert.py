@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field, PrivateAttr
 
-from alter.core.errors import UserError
+from alter.core import UserError
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from alter.models.guards import Former
+    from alter.models import Former
 
 
 @final
@@ -164,7 +164,7 @@ def attributed(model: Any, rows: Sequence[Any], *, pad_token_id: int, most: int 
     """
     import torch
 
-    from alter.data.batching import Collator, batches_by_length
+    from alter.data import Collator, batches_by_length
 
     found = mixtures(model)
     total = {n: torch.zeros(len(m.gate.weight), dtype=torch.float64, device=model.device) for n, m in found.items()}

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from alter.core.errors import UserError
-from alter.core.numbers import Count
+from alter.core import Count, UserError
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card
 from alter.methods.places import Share, blocks, blocks_within

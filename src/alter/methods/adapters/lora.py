@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 import torch
 from pydantic import Field
 
-from alter.core.errors import UserError
-from alter.core.numbers import Count
+from alter.core import Count, UserError
 from alter.methods.adapters.base import Adapter, Beginning, Penalty, Settings
 from alter.methods.adapters.cards import Card, guarded_card, peft_card, titled
 from alter.methods.initializers import residual_pair
@@ -18,8 +17,8 @@ from alter.methods.places import Share, Targets, blocks, blocks_within, target_l
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from alter.data.encoding import Encoded
-    from alter.models.guards import Form, Former
+    from alter.data import Encoded
+    from alter.models import Form, Former
 
 
 class FirstHalves:
@@ -95,7 +94,7 @@ class Lora(Adapter):
     def former(self, start_from: str | None) -> Former | None:
         if start_from is None:
             return None
-        from alter.models.guards import Former
+        from alter.models import Former
 
         former = Former.read(start_from)
         if former.settings["initializer"] != "zero":
@@ -205,8 +204,8 @@ class Lora(Adapter):
     ) -> Form | None:
         if not self.detector:
             return None
-        from alter.adapter.base import base_fingerprint
-        from alter.models.guards import fit_detector
+        from alter.adapter import base_fingerprint
+        from alter.models import fit_detector
 
         settings, files = fit_detector(base, forget, pad_token_id=pad_token_id, seed=run.seed)
         form = settings | {"base": base_fingerprint(base), "initializer": run.initializer.kind}, files

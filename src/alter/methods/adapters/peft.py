@@ -7,7 +7,7 @@ from typing import Any, Literal, final
 
 from pydantic import Field, field_validator
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.places import target_names
 

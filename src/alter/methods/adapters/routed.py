@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from alter.core.errors import UserError
-from alter.core.numbers import Count
-from alter.logits.entropy import PAPER_THRESHOLD, check_threshold
+from alter.core import Count, UserError
+from alter.logits import PAPER_THRESHOLD, check_threshold
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
 from alter.methods.adapters.configured import attach_alter
@@ -18,7 +17,7 @@ from alter.methods.places import Targets, target_layers, target_names
 if TYPE_CHECKING:
     from torch import nn
 
-    from alter.models.guards import Former
+    from alter.models import Former
 
 
 @final

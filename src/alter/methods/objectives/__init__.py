@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from alter.core.plugins import OneOf, Registry, kinds
+from alter.core import OneOf, Registry, kinds
 from alter.methods.objectives.answers import PreferInvented, PreferRefusal, RandomLabels, Refuse, Substitute
 from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.hidden import Deviate, KeepHidden, Misdirect, Redirect, UnknownCode

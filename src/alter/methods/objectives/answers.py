@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from alter.core.numbers import Tokens
+from alter.core import Tokens
 from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.tokens import Emitted, Labelled, mean_or_zero, true_and_runner_up
 

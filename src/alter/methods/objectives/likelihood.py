@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from alter.core.numbers import Count
+from alter.core import Count
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import (
     Emitted,

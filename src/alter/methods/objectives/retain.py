@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from alter.core.numbers import Passes
+from alter.core import Passes
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import Emitted, Labelled, divergence, soft_cross_entropy, wide
 

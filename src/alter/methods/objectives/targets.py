@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from alter.core.numbers import Count, Tokens
+from alter.core import Count, Tokens
 from alter.methods.objectives.answers import learn_alternative
 from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.tokens import (

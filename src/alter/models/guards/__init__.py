@@ -18,9 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alter.core.errors import UserError, nearest
-from alter.core.files import read_object
-from alter.core.plugins import Registry
+from alter.core import Registry, UserError, nearest, read_object
 from alter.models.guards.agents import Agents
 from alter.models.guards.assistant import Subtracted, difference, first_blocks, without_rise
 from alter.models.guards.corruption import Corrupted, PromptClassifier

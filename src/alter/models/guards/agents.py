@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from alter.core.errors import UserError
-from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
+from alter.core import UserError
+from alter.data import Example, encode_prompt
 from alter.models.generation import check_prompts, stop_ids
 from alter.models.guards.form import Guard, layers_behind
 from alter.models.scoring import context_length

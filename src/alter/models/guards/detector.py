@@ -13,11 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from alter.core.console import progress
-from alter.core.errors import UserError
-from alter.core.files import read_object
-from alter.data.batching import Collator
-from alter.data.encoding import Encoded
+from alter.core import UserError, progress, read_object
+from alter.data import Collator, Encoded
 from alter.models.attach import attach
 from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder
 from alter.models.guards.likeness import Calibration, Detector, Likeness, mean_states

@@ -13,8 +13,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from alter.adapter.base import base_fingerprint, same_base
-from alter.core.errors import UserError
+from alter.adapter import base_fingerprint, same_base
+from alter.core import UserError
 
 FORM_FILE = "inference.json"
 """In an adapter's folder: which form it is, and its settings."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from alter.core.errors import UserError
+from alter.core import UserError
 from alter.models.guards.form import Guard
 
 NEURONS = "neurons.safetensors"

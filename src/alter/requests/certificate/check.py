@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from alter.core.errors import UserError
-from alter.core.signing import Forged, fingerprint, read_signed
+from alter.core import Forged, UserError, fingerprint, read_signed
 from alter.requests.certificate.form import FORM, VERSION
 
 

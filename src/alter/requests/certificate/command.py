@@ -9,10 +9,7 @@ import tyro
 from pydantic import Field
 from rich.console import Console
 
-from alter.core.console import cell
-from alter.core.errors import UserError
-from alter.core.outputs import OutFile
-from alter.core.signing import Forged, fingerprint, new_key, read_exact, read_key, read_public
+from alter.core import Forged, OutFile, UserError, cell, fingerprint, new_key, read_exact, read_key, read_public
 from alter.requests.certificate.check import check_certificate, check_files
 from alter.requests.certificate.display import show_certificate
 from alter.requests.certificate.form import hashes, model_hashes

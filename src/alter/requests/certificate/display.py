@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from alter.core.console import cell
+from alter.core import cell
 from alter.requests.certificate.form import FIGURES
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from alter.core.errors import UserError
-from alter.core.files import CONTENT, file_digest
+from alter.core import CONTENT, UserError, file_digest
 
 FORM = "alter certificate"
 VERSION = 1
@@ -49,8 +48,7 @@ def model_hashes(name: str) -> dict[str, str]:
     # a local path needs no library that loads models
     if Path(name).expanduser().exists():
         return hashes(name)
-    from alter.models.gguf import gguf_place
-    from alter.models.naming import shipped_model
+    from alter.models import gguf_place, shipped_model
 
     local = shipped_model(name)
     place = gguf_place(local)

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alter.core.errors import UserError
-from alter.core.files import write_atomic
-from alter.core.records import Record, read_records, read_run
-from alter.core.signing import Key, canonical, signed_text
+from alter.core import Key, Record, UserError, canonical, read_records, read_run, signed_text, write_atomic
 from alter.requests.certificate.form import FIGURES, FORM, VERSION, hashes, model_hashes
 from alter.requests.database import Database
 from alter.requests.project import Project
@@ -49,7 +46,7 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _issued() -> dict[str, Any]:
-    from alter.core.provenance import code_digest, versions
+    from alter.core import code_digest, versions
 
     found = versions()
     return {"alter": found.pop("alter-unlearning", None), "code": code_digest(), "versions": found}
@@ -131,7 +128,7 @@ def _attack(record: Record, data: str | None) -> dict[str, Any]:
 def _identities(beside: Beside, model: str, adapter: str | None) -> list[dict[str, str | None]]:
     if not beside.attacks:
         return []
-    from alter.models.loading import ModelSettings
+    from alter.models import ModelSettings
 
     found = [ModelSettings(model=model, adapter=adapter).identity()]
     if beside.shipped is not None:
@@ -289,7 +286,7 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
 
 
 def _figure(record: Record) -> dict[str, Any]:
-    from alter.evaluation.verdict import mean_interval, unit_interval
+    from alter.evaluation import mean_interval, unit_interval
 
     out: dict[str, Any] = {"model": record.model, "metric": record.metric, "value": record.value, "n": record.n}
     known = [value for value in record.per_item or [] if value is not None and value == value]
