@@ -3,7 +3,7 @@
 import tempfile
 
 import alter
-from alter.data.sources import read_rows
+from alter.data import read_rows
 
 model, tokenizer = alter.load("builtin:tofu-mini/original", device="cpu")
 author = read_rows("builtin:forget10")[:10]

@@ -1,7 +1,7 @@
 """Computations on logits that are never held whole.
 
-`entropy`: Shannon and Tsallis entropies of tokens, and the threshold between high and low ones. `head`: the language-
-model head on selected rows, in chunks.
+`entropy`: Shannon and Tsallis entropies of tokens, and the threshold between high and low ones. `head`: the language-model
+head on selected rows, in chunks.
 """
 
 from __future__ import annotations

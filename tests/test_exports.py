@@ -1,0 +1,133 @@
+"""Packages export what others use: no import goes past an `__init__`, no export is unused, and none costs an import."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "alter"
+PACKAGES = sorted(path.parent.name for path in SOURCE.glob("*/__init__.py"))
+FILES = sorted(SOURCE.rglob("*.py"))
+EAGER = {"adapter", "metrics"}
+"""`adapter` registers with PEFT when it is imported; `metrics` needs no more than numpy."""
+
+DEEP = {
+    "alter.core.provenance.provenance",
+    "alter.core.words.words",
+    "alter.data.background.background",
+    "alter.data.domains.domains",
+    "alter.data.examples.examples",
+    "alter.evaluation.told.told",
+    "alter.evaluation.verdict.judge",
+    "alter.methods.alternatives.alternatives",
+    "alter.training.trackers.trackers",
+}
+"""Functions that a package cannot export: a module of it has their name, and Python binds the module there."""
+
+PUBLIC = {"adapter.AlterLinear"}
+"""Exports for users alone: the layer class of the PEFT method, beside its configuration and its tuner."""
+
+
+def owner(path):
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def modules_of(package):
+    return {
+        path.stem for path in (SOURCE / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+
+
+def foreign(path):
+    """Each import in a file from another package: the package, the rest of the module's name, the name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            named = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            named = [(node.module, alias.name) for alias in node.names]
+        else:
+            continue
+        for module, name in named:
+            root, _, rest = module.partition(".")
+            package, _, deeper = rest.partition(".")
+            if root == "alter" and package in PACKAGES and package != owner(path):
+                yield package, deeper, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_import_goes_past_the_init_of_another_package(path):
+    if path == SOURCE / "__init__.py":
+        pytest.skip("says where its own exports are")
+    past = {f"alter.{package}.{deeper}.{name}" for package, deeper, name in foreign(path) if deeper}
+    assert past <= DEEP
+
+
+def test_no_exception_is_out_of_date():
+    past = {f"alter.{package}.{deeper}.{name}" for path in FILES for package, deeper, name in foreign(path) if deeper}
+    assert past >= DEEP
+    for name in DEEP:
+        _, package, *_, last = name.split(".")
+        assert last in modules_of(package)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_exports_exist_and_another_package_uses_them(package):
+    module = importlib.import_module(f"alter.{package}")
+    exports = set(getattr(module, "__all__", ()))
+    assert exports <= set(dir(module))
+    assert all(getattr(module, name) is not None for name in exports)
+    used = {name for path in FILES for taken, _, name in foreign(path) if taken == package}
+    # read as attributes of the package
+    used |= {
+        node.attr
+        for path in FILES
+        if owner(path) != package
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == package
+    } & (exports if package == "metrics" else set())
+    assert exports - used == {name for place, name in (one.split(".") for one in PUBLIC) if place == package}
+
+
+@pytest.mark.parametrize("package", sorted(set(PACKAGES) - EAGER))
+def test_no_export_has_the_name_of_a_module(package):
+    homes = importlib.import_module("alter.core").homes(f"alter.{package}")
+    assert {name for name, home in homes.items() if name in modules_of(package)} == {
+        name for name, home in homes.items() if home == f"alter.{package}.{name}"
+    }
+
+
+def test_packages_import_none_of_their_modules_before_it_is_asked_for():
+    lazy = sorted(f"alter.{package}" for package in set(PACKAGES) - EAGER)
+    code = (
+        # tests of this suite start with some of `alter.data` loaded
+        "import alter, importlib, sys\nbefore = set(sys.modules)\n"
+        f"for name in {lazy}: importlib.import_module(name)\n"
+        f"print(*sorted(set(sys.modules) - before - set({lazy})))\n"
+        "from alter.rendering import table\n"
+        "print('alter.rendering.terminal' in sys.modules, 'alter.rendering.markup' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == ["", "True False"]
+
+
+def test_names_that_are_no_export_are_refused():
+    module = importlib.import_module("alter.data")
+    with pytest.raises(AttributeError, match=r"'alter\.data' has no attribute 'encod'"):
+        _ = module.encod
+    with pytest.raises(ImportError, match="cannot import name 'encod'"):
+        exec("from alter.data import encod")
+
+
+def test_what_replaces_a_name_where_it_is_defined_is_what_is_exported(monkeypatch):
+    import alter.data
+    from alter.data import encoding
+
+    before = alter.data.encode
+    monkeypatch.setattr(encoding, "encode", "another")
+    assert alter.data.encode == "another"
+    monkeypatch.undo()
+    assert alter.data.encode is before
