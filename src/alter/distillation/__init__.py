@@ -1,7 +1,8 @@
 """`alter distill`: train plain weights that no longer know what an adapter hides.
 
 `run` reads downwards: `settings` completed from a run's folder, `checks`, `rows`, the `teacher`'s distributions,
-`noise` on the student, its training in `trainer`, with an `attacker` in the loop, and the measures of `closing`.
+`noise` on the student, its training in `trainer`, with an `attacker` in the loop and `protection` of what must stay,
+and the measures of `closing`.
 """
 
 from __future__ import annotations

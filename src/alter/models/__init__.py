@@ -1,7 +1,7 @@
 """Models from outside: loaded by name, scored, asked, quantised, guarded.
 
 `naming` resolves a name and `loading` loads it (`gguf`, `quantized`, `deltas`, `devices`, `precision`), with an
-adapter by `attach`; `scoring` and `generation` are what is asked of a model. `guards` are unlearned models that an
+adapter by `attach`; `scoring`, `generation` and `moments` are what is asked of a model. `guards` are unlearned models that an
 adapter inside one network cannot express.
 """
 
@@ -39,6 +39,7 @@ with lazy(globals()):
     from alter.models.loading import ModelSettings as ModelSettings
     from alter.models.loading import load_classifier as load_classifier
     from alter.models.loading import load_model as load_model
+    from alter.models.moments import InputMoments as InputMoments
     from alter.models.naming import check_model_name as check_model_name
     from alter.models.naming import is_local as is_local
     from alter.models.naming import shipped_model as shipped_model
