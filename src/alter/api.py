@@ -17,12 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from alter.core import memory
-from alter.core.console import ignore_known_warnings, silent
-from alter.core.errors import UserError, nearest
-from alter.core.files import digest
-from alter.core.records import read_run
-from alter.core.validation import refusal
+from alter.core import UserError, digest, ignore_known_warnings, memory, nearest, read_run, refusal, silent
 
 if TYPE_CHECKING:
     from alter.attacks import Attack

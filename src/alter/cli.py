@@ -22,23 +22,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alter.commands import COMMANDS, COMMON
-from alter.core import processes
-from alter.core.console import ignore_known_warnings, plain, wording
-from alter.core.deferral import deferred
-from alter.core.errors import UserError, nearest
-from alter.core.flags import (
+from alter.core import (
+    BENCHMARKS,
+    UserError,
+    add_files,
+    as_standard_output,
     check_numbers,
+    check_outputs,
+    deferred,
     given_once,
+    ignore_known_warnings,
+    lasting,
     list_flags,
+    nearest,
+    plain,
+    processes,
+    refusal,
     split_recipe,
     value_of,
     with_defaults,
     with_flags,
+    wording,
 )
-from alter.core.outputs import as_standard_output, check_outputs
-from alter.core.plugins import BENCHMARKS, add_files
-from alter.core.streams import lasting
-from alter.core.validation import refusal
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -12,8 +12,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from alter.commands import COMMANDS, Command
-from alter.core.flags import flag_of, is_positional, members_of
-from alter.core.plugins import BENCHMARKS
+from alter.core import BENCHMARKS, flag_of, is_positional, members_of
 
 
 class Completion(BaseModel):

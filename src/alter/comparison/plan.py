@@ -21,14 +21,12 @@ from pydantic import ValidationError
 
 from alter.comparison.division import RETAIN_SPLITS, evaluation_rows, retain_source
 from alter.comparison.settings import Compare
-from alter.core import UserError, digest, homes, mistake, nearest, plugins_digest, write_atomic
+from alter.core import UserError, digest, homes, mistake, nearest, plugins_digest, refusal, write_atomic
 from alter.core.provenance import provenance
-from alter.core.validation import mistake, refusal
-from alter.data.sources import read_rows
-from alter.data.tofu import tofu_rows
-from alter.methods.presets import METHODS, merged
-from alter.models.loading import ModelSettings
-from alter.training.settings import Unlearn, batches_of_step
+from alter.data import read_rows, tofu_rows
+from alter.methods import METHODS, merged
+from alter.models import ModelSettings
+from alter.training import Unlearn, batches_of_step
 
 CELL = 2
 """Version of `cells.work`: raise it when what a cell does changes, so that no older result is reused."""

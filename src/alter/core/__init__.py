@@ -31,6 +31,8 @@ with lazy(globals()):
     from alter.core.console import show as show
     from alter.core.console import silent as silent
     from alter.core.console import warn as warn
+    from alter.core.console import worded as worded
+    from alter.core.console import wording as wording
     from alter.core.deferral import deferred as deferred
     from alter.core.errors import UserError as UserError
     from alter.core.errors import nearest as nearest
@@ -50,12 +52,13 @@ with lazy(globals()):
     from alter.core.flags import check_numbers as check_numbers
     from alter.core.flags import flag_of as flag_of
     from alter.core.flags import given_once as given_once
-    from alter.core.flags import kinds_of as kinds_of
+    from alter.core.flags import is_positional as is_positional
     from alter.core.flags import list_flags as list_flags
     from alter.core.flags import members_of as members_of
     from alter.core.flags import split_recipe as split_recipe
     from alter.core.flags import value_of as value_of
     from alter.core.flags import with_defaults as with_defaults
+    from alter.core.flags import with_flags as with_flags
     from alter.core.heap import give_back as give_back
     from alter.core.memory import held as held
     from alter.core.numbers import BatchSize as BatchSize

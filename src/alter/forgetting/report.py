@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from alter.core.console import worded
+from alter.core import worded
 from alter.forgetting.measure import ANSWERS, LEVEL, KeptRate, Outcome, Rate
 
 

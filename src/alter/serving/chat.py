@@ -7,10 +7,8 @@ import threading
 from contextlib import nullcontext
 from typing import Any
 
-from alter.core.console import worded
-from alter.core.errors import UserError, nearest
-from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
+from alter.core import UserError, nearest, worded
+from alter.data import Example, encode_prompt
 from alter.serving.engine import Engine
 from alter.serving.jobs import Job
 from alter.serving.settings import Chat
