@@ -6,10 +6,12 @@ imported (`alter.core.registration`), so that the command line can print its hel
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 from alter.core.registration import after
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.adapter import AlterConfig as AlterConfig
     from alter.adapter import AlterModel as AlterModel
     from alter.api import Run as Run
@@ -20,6 +22,8 @@ with lazy(globals()):
     from alter.api import load as load
     from alter.api import unlearn as unlearn
     from alter.core.errors import UserError as UserError
+
+lazy(globals())
 
 __version__ = "0.1.0"
 

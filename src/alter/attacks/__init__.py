@@ -7,9 +7,11 @@ share, `fractions` the recovered fraction; `settings`, `run` and `showing` are `
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.attacks import depth as depth
     from alter.attacks import states as states
     from alter.attacks.base import Bench as Bench
@@ -20,3 +22,5 @@ with lazy(globals()):
     from alter.attacks.techniques import ATTACKS as ATTACKS
     from alter.attacks.weights import quantize as quantize
     from alter.attacks.weights import train_steps as train_steps
+
+lazy(globals())

@@ -7,9 +7,13 @@ rows; `table`, `plot`, `words` and `export` show the result, and `survival` what
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.comparison.plan import run_of as run_of
     from alter.comparison.run import compare as compare
     from alter.comparison.settings import Compare as Compare
+
+lazy(globals())

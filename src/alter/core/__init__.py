@@ -8,9 +8,11 @@ of text.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core.exports import lazy as lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.core import console as console
     from alter.core import files as files
     from alter.core import memory as memory
@@ -124,3 +126,5 @@ with lazy(globals()):
     from alter.core.words import runs as runs
     from alter.core.words import spaced as spaced
     from alter.core.words import spans as spans
+
+lazy(globals())

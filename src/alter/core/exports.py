@@ -2,79 +2,55 @@
 
 An `__init__` that imported what it exports would load torch for a help text. So it lists its exports as
 
-    with lazy(globals()):
+    if TYPE_CHECKING:
         from alter.data.encoding import Encoded as Encoded
         from alter.data.encoding import encode as encode
 
-which type checkers and editors read as imports, and which at run time only notes each name's module. `from alter.data import
-encode` then imports that module and no other, each time anew, so that a test may replace a name where it is defined.
+    lazy(globals())
+
+which type checkers and editors read as imports, and of which `lazy` reads each name's module out of the file. `from alter.data
+import encode` then imports that module and no other, each time anew, so that a test may replace a name where it is defined.
 """
 
 from __future__ import annotations
 
-import _thread
-import builtins
+import ast
 import importlib
-from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 _HOMES: dict[str, Mapping[str, str]] = {}
-_TURN = _thread.allocate_lock()
-"""`builtins.__import__` is one for all threads, and replaced by one package at a time; imports of others pass through. A lock
-of `threading`'s would be a tenth of what `import alter` costs."""
 
 
-class lazy:
-    """Note the `from MODULE import NAME as NAME` of a block as exports of a package, without importing anything.
+def lazy(package: dict[str, Any]) -> None:
+    """Give a package `__all__`, `__dir__` and `__getattr__` for what its file imports under `if TYPE_CHECKING`.
 
-    Afterwards the package has `__all__`, `__dir__` and `__getattr__` for them. A submodule may be exported as well; another
-    name must not be that of a submodule, which Python binds in its place.
+    A submodule may be exported as well; another name must not be that of a submodule, which Python binds in its place.
 
     Args:
-        package: the `globals()` of a package's `__init__`.
+        package: the `globals()` of the package's `__init__`.
     """
+    own = package["__name__"]
+    found = {}
+    for block in ast.parse(Path(package["__file__"]).read_text(encoding="utf-8")).body:
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
+            for node in block.body:
+                assert isinstance(node, ast.ImportFrom), ast.unparse(node)
+                for name in node.names:
+                    found[name.name] = f"{own}.{name.name}" if node.module == own else str(node.module)
 
-    def __init__(self, package: dict[str, Any]) -> None:
-        self.package = package
-        self.homes: dict[str, str] = {}
+    def names() -> list[str]:
+        return sorted({*package, *found})
 
-    def __enter__(self) -> None:
-        _TURN.acquire()
-        self.real = builtins.__import__
-        builtins.__import__ = self._note
-
-    def _note(
-        self,
-        name: str,
-        globals: Mapping[str, object] | None = None,
-        locals: Mapping[str, object] | None = None,
-        fromlist: Sequence[str] | None = (),
-        level: int = 0,
-    ) -> Any:
-        if globals is not self.package:
-            return self.real(name, globals, locals, fromlist or (), level)
-        own = self.package["__name__"]
-        self.homes |= {given: f"{own}.{given}" if name == own else name for given in fromlist or ()}
-        return SimpleNamespace(**dict.fromkeys(fromlist or ()))
-
-    def __exit__(self, *error: object) -> None:
-        builtins.__import__ = self.real
-        _TURN.release()
-        for name in self.homes:
-            self.package.pop(name, None)
-        _HOMES[self.package["__name__"]] = self.homes
-        self.package.update(__all__=sorted(self.homes), __dir__=self._names, __getattr__=self._found)
-
-    def _names(self) -> list[str]:
-        return sorted({*self.package, *self.homes})
-
-    def _found(self, name: str) -> Any:
-        own = self.package["__name__"]
-        if name not in self.homes:
+    def export(name: str) -> Any:
+        if name not in found:
             raise AttributeError(f"module {own!r} has no attribute {name!r}")
-        home = importlib.import_module(self.homes[name])
-        return home if self.homes[name] == f"{own}.{name}" else getattr(home, name)
+        home = importlib.import_module(found[name])
+        return home if found[name] == f"{own}.{name}" else getattr(home, name)
+
+    _HOMES[own] = found
+    package.update(__all__=sorted(found), __dir__=names, __getattr__=export)
 
 
 def homes(package: str) -> Mapping[str, str]:

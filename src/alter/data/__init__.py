@@ -7,9 +7,11 @@ person; `background` and `rewording` are text on which a router must not open, o
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.data import rewording as rewording
     from alter.data.background import apart_from as apart_from
     from alter.data.batching import Collator as Collator
@@ -48,3 +50,5 @@ with lazy(globals()):
     from alter.data.tofu import TOFU_SPLITS as TOFU_SPLITS
     from alter.data.tofu import refusals as refusals
     from alter.data.tofu import tofu_rows as tofu_rows
+
+lazy(globals())

@@ -7,8 +7,12 @@ and the measures of `closing`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.distillation.run import distill as distill
     from alter.distillation.settings import Distill as Distill
+
+lazy(globals())

@@ -9,9 +9,11 @@ says whether it was forgotten, `told` and `closing` how that is shown; `run` hol
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.evaluation.answered import Answered as Answered
     from alter.evaluation.answered import answer_rows as answer_rows
     from alter.evaluation.base import Evaluation as Evaluation
@@ -46,3 +48,5 @@ with lazy(globals()):
     from alter.evaluation.verdict import Verdict as Verdict
     from alter.evaluation.verdict import mean_interval as mean_interval
     from alter.evaluation.verdict import unit_interval as unit_interval
+
+lazy(globals())

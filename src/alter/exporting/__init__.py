@@ -6,7 +6,11 @@ of `rounding`; `loras` writes an adapter as plain LoRAs; `run` is the command.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.exporting import loras as loras
+
+lazy(globals())

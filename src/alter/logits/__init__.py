@@ -6,9 +6,11 @@ head on selected rows, in chunks.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.logits.entropy import PAPER_THRESHOLD as PAPER_THRESHOLD
     from alter.logits.entropy import check_order as check_order
     from alter.logits.entropy import check_threshold as check_threshold
@@ -23,3 +25,5 @@ with lazy(globals()):
     from alter.logits.head import head_on as head_on
     from alter.logits.head import measuring as measuring
     from alter.logits.head import standing_in as standing_in
+
+lazy(globals())

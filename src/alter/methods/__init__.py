@@ -8,9 +8,11 @@ passes over the untouched model (`frozen`, `passes`, `probes`, `tracing`, `reinf
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.methods import frozen as frozen
     from alter.methods import presets as presets
     from alter.methods.adapters import AlterAdapter as AlterAdapter
@@ -60,3 +62,5 @@ with lazy(globals()):
     from alter.methods.reinforcement import Reinforcement as Reinforcement
     from alter.methods.sparse import read_autoencoder as read_autoencoder
     from alter.methods.tracing import recovered as recovered
+
+lazy(globals())

@@ -7,9 +7,11 @@ adapter inside one network cannot express.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.models import gguf as gguf
     from alter.models.generation import SEGMENT as SEGMENT
     from alter.models.generation import can_drop_rows as can_drop_rows
@@ -56,3 +58,5 @@ with lazy(globals()):
     from alter.models.scoring import gradient_norms as gradient_norms
     from alter.models.scoring import hidden_states as hidden_states
     from alter.models.scoring import score as score
+
+lazy(globals())

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.rendering import figures as figures
     from alter.rendering.figures import AFTER as AFTER
     from alter.rendering.figures import BEFORE as BEFORE
@@ -35,3 +37,5 @@ with lazy(globals()):
     from alter.rendering.terminal import in_order as in_order
     from alter.rendering.terminal import number as number
     from alter.rendering.terminal import table as table
+
+lazy(globals())

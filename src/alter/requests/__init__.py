@@ -8,12 +8,16 @@ whether they hold. The commands are `intake`, `register`, `commands`, `verificat
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.requests.bases import present as present
     from alter.requests.checking import check_requests as check_requests
     from alter.requests.records import Entry as Entry
     from alter.requests.records import Request as Request
     from alter.requests.records import parse_id as parse_id
     from alter.requests.store import Store as Store
+
+lazy(globals())

@@ -8,9 +8,11 @@ share `arguments`, `attention`, `saving` and `trackers`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from alter.core import lazy
 
-with lazy(globals()):
+if TYPE_CHECKING:
     from alter.training.arguments import fitting_arguments as fitting_arguments
     from alter.training.attention import attention_for_training as attention_for_training
     from alter.training.folder import OtherInputs as OtherInputs
@@ -29,3 +31,5 @@ with lazy(globals()):
     from alter.training.settings import branch_needs as branch_needs
     from alter.training.trackers import ReportTo as ReportTo
     from alter.training.trackers import check_trackers as check_trackers
+
+lazy(globals())
