@@ -381,8 +381,34 @@ def test_what_is_kept_is_protected(data, run, tmp_path, form):
             assert torch.equal(made[name], value) == ("_proj" not in name), name
 
 
-def test_a_protected_run_resumes_to_the_same_weights(data, run, tmp_path):
-    common = {"max_steps": 5, "checkpoint_steps": 2, "leeway": 0.1}
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_with_names_only_the_first_feed_forwards_change(data, run, tmp_path, form):
+    common = {"max_steps": 12, "learning_rate": 1e-2, "depth": 0.5, "form": form}
+    out = distill(settings(data, run, tmp_path / "out", names=["Ada", "Bo"], leeway=1.0, **common))
+    facts = json.loads((out / "run.json").read_text())
+    log = [entry for entry in facts["log"] if "loss" in entry]
+    assert not any("keep" in entry for entry in log)
+    means = [sum(entry["forget"] for entry in part) / 6 for part in (log[:6], log[6:])]
+    assert means[1] < means[0]
+    assert facts["rows"]["keep"] > 0
+    if form == "full":
+        made = load_file(out / "model" / "model.safetensors")
+        for name, value in load_file(data / "model" / "model.safetensors").items():
+            assert torch.equal(made[name], value) == ("layers.0.mlp." not in name), name
+    else:
+        made = load_file(out / "adapter" / "adapter_model.safetensors")
+        assert all("layers.0.mlp." in name for name in made)
+
+
+def test_names_that_stand_in_no_row_are_refused(data, run, tmp_path):
+    with pytest.raises(UserError, match="None of the forget rows has one of the `names` Zorba"):
+        distill(settings(data, run, tmp_path / "out", names=["Zorba"]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [{"leeway": 0.1}, {"leeway": 0.1, "names": ["Ada"]}])
+def test_a_protected_run_resumes_to_the_same_weights(data, run, tmp_path, more):
+    common = {"max_steps": 5, "checkpoint_steps": 2, **more}
     straight = distill(settings(data, run, tmp_path / "a", **common))
     with pytest.raises(_Killed):
         distill(settings(data, run, tmp_path / "b", **common), [_Kill()])

@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from alter.distillation import naming
 from alter.distillation.protection import Protection, blocks_linears, measured_shares, shares_left
 from alter.models.moments import InputMoments
-from pico import PAD, pico
+from pico import PAD, byte_tokenizer, pico
 
 DRAW = np.random.default_rng(0)
 ROWS = [DRAW.integers(1, 250, int(DRAW.integers(2, 12))).tolist() for _ in range(40)]
@@ -144,3 +145,68 @@ def test_of_a_lora_the_product_is_within():
             trained += 1
         assert now.requires_grad == (".lora_" in name)
     assert trained == len(shares)
+
+
+# Where names stand ----------------------------------------------------------------------------------------------------
+
+
+def test_tokens_of_names_are_found_in_any_case_and_by_their_beginning():
+    tokenizer = byte_tokenizer()
+    text = "Adam met ada, ADA's owl and Bo Lee; Lee left."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = naming.named_tokens(tokenizer, ids, ["Ada", "Bo Lee"])
+    assert tokenizer.decode(ids) == text
+    expected = [False] * len(text)
+    for begin, length in ((0, 3), (text.index("ada,"), 3), (text.index("ADA"), 3), (text.index("Bo Lee"), 6)):
+        expected[begin : begin + length] = [True] * length
+    assert found == expected
+
+
+def test_only_the_tokens_of_names_have_gradients_and_nothing_else_differs():
+    model, plain = pico(0), pico(0)
+    layers = naming.first_feed_forwards(model, 0.5)
+    assert {name.split(".")[2] for name in layers} == {str(k) for k in range(model.config.num_hidden_layers // 2)}
+    assert {name.rsplit(".", 1)[1] for name in layers} == {"gate_proj", "up_proj", "down_proj"}
+    place = torch.tensor([[False, True, True, False], [False, False, False, True]])
+    ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 1]])
+    # by hand: what each layer reads and the gradient of what it puts out
+    reads, said = {}, {}
+    for name in layers:
+        plain.get_submodule(name).register_forward_hook(
+            lambda _, args, out, name=name: (
+                reads.update({name: args[0]}),
+                said.update({name: out}),
+                out.retain_grad(),
+            )[-1]
+        )
+    plain(input_ids=ids).logits.square().sum().backward()
+    at = naming.AtNames(layers)
+    at.on(place)
+    logits = model(input_ids=ids).logits
+    logits.square().sum().backward()
+    torch.testing.assert_close(logits, plain(input_ids=ids).logits)
+    for name, layer in layers.items():
+        expected = sum(
+            torch.outer(said[name].grad[b, t], reads[name][b, t]) for b in range(2) for t in range(4) if place[b, t]
+        )
+        assert layer.weight.grad.numpy() == pytest.approx(expected.detach().numpy(), rel=1e-3, abs=1e-6), name
+    other = model.model.layers[-1].mlp.up_proj.weight.grad
+    assert other.numpy() == pytest.approx(plain.model.layers[-1].mlp.up_proj.weight.grad.numpy(), rel=1e-4, abs=1e-7)
+    at.off()
+    assert all("forward" not in vars(layer) for layer in layers.values())
+
+
+def test_a_repeated_pass_has_the_same_gradients():
+    found = []
+    for again in (False, True):
+        model = pico(0)
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        layers = naming.first_feed_forwards(model, 0.5)
+        at = naming.AtNames(layers)
+        at.on(torch.tensor([[False, True, False]]))
+        model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False).logits.square().sum().backward()
+        found.append([layer.weight.grad for layer in layers.values()])
+    for one, other in zip(*found, strict=True):
+        assert one.numpy() == pytest.approx(other.numpy(), rel=1e-4, abs=1e-7)

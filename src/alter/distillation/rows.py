@@ -27,12 +27,14 @@ class LessonRow:
         counted: number of its last tokens that count, each predicted from those before it.
         kind: its place in `KINDS`.
         source: the number of the row, in the teacher's list, whose last `counted` tokens are the same.
+        named: of each token, whether it is part of a name of the forgotten (`alter.distillation.naming`); None: not asked.
     """
 
     ids: list[int]
     counted: int
     kind: int
     source: int
+    named: list[bool] | None = None
 
 
 @dataclass(frozen=True)

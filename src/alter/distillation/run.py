@@ -26,6 +26,7 @@ from alter.core.provenance import provenance
 from alter.data import Example, data_hash, row_hash
 from alter.distillation.checks import check_out, check_pair, check_room, check_teacher
 from alter.distillation.closing import measure_distilled
+from alter.distillation.naming import AtNames, check_named, first_feed_forwards, named_rows, trained_layers
 from alter.distillation.noise import add_noise
 from alter.distillation.protection import Protection, blocks_linears, measured_shares
 from alter.distillation.rows import KINDS, Lesson, check_lengths, lesson, read_sets, sample_text
@@ -93,6 +94,8 @@ def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
     check_trackers(settings.report_to)
     settings = completed(settings)
     found = read_sets(settings)
+    if settings.names:
+        check_named(found["forget"], settings.names)
     out = check_out(settings)
     trained = settings.resume and (out / "run.json").exists()
     if trained and (not settings.closing_rows or (out / "records.json").exists()):
@@ -139,10 +142,15 @@ def _train(
     taught = lesson(tokenizer, found, settings, limit)
     teachers, kept = _teachers(settings, taught, (teacher, tokenizer), models["student"])
     prepared = time.time()
-    shares = _shares(settings, student, taught, tokenizer.pad_token_id)
-    model = _learner(settings, student)
+    layers = first_feed_forwards(student, settings.depth) if settings.names else blocks_linears(student)
+    shares = _shares(settings, student, layers, taught, tokenizer.pad_token_id)
+    model = _learner(settings, student, layers)
     heard = [*callbacks, *([Protection(model, shares)] if shares else []), *trackers(settings.report_to, out)]
-    trainer = train_student(settings, out, model, taught, teachers, tokenizer.pad_token_id, heard, checkpoint)
+    at_names = AtNames(trained_layers(model, layers)) if settings.names else None
+    trained_on = named_rows(tokenizer, taught, settings.names) if settings.names else taught
+    trainer = train_student(
+        settings, out, model, trained_on, teachers, tokenizer.pad_token_id, heard, checkpoint, at_names
+    )
     trained = time.time()
     _save(settings, out, model, tokenizer)
     facts = _facts(settings, found, taught, trainer) | {
@@ -231,7 +239,10 @@ def _teachers(
     model, tokenizer = teacher
     one_head = settings.adapter is None or not is_form(settings.adapter)
     first = Teacher(model, tokenizer.pad_token_id, one_head=one_head)
-    if settings.keep == "student":
+    if settings.names:
+        # rows to keep are in the moments alone
+        second, kept = first, _keep(first, taught, sorted({row.source for row in taught.rows if row.kind == 0}))
+    elif settings.keep == "student":
         second = Teacher(student.load()[0], tokenizer.pad_token_id)
         forgetting = sorted({row.source for row in taught.rows if row.kind == 0})
         keeping = sorted({row.source for row in taught.rows if row.kind})
@@ -244,24 +255,31 @@ def _teachers(
     return (first, second), kept
 
 
-def _shares(settings: Distill, student: Any, taught: Lesson, pad_token_id: int) -> dict[str, Tensor]:
+def _shares(
+    settings: Distill, student: Any, layers: dict[str, Any], taught: Lesson, pad_token_id: int
+) -> dict[str, Tensor]:
     """Return which share of a step each layer may take (`alter.distillation.protection`); nothing without `leeway`."""
     if settings.leeway is None:
         return {}
     rows = [taught.teacher[i] for i in sorted({row.source for row in taught.rows if row.kind})]
-    return measured_shares(student, blocks_linears(student), rows, settings.leeway, pad_token_id)
+    return measured_shares(student, layers, rows, settings.leeway, pad_token_id)
 
 
-def _learner(settings: Distill, student: Any) -> Any:
-    """Return the model to train: the student with noise added to all its weights, or a LoRA on it."""
+def _learner(settings: Distill, student: Any, layers: dict[str, Any]) -> Any:
+    """Return the model to train: the student with noise added to all its weights, or a LoRA on it; with `names`, on `layers`."""
     torch.manual_seed(settings.seed)
     if settings.form == "full":
         add_noise(student, settings.noise, settings.seed)
         model: Any = student
+        if settings.names:
+            chosen = {id(layer.weight) for layer in layers.values()}
+            for parameter in student.parameters():
+                parameter.requires_grad_(id(parameter) in chosen)
     else:
         rank = settings.lora_rank
+        places = list(layers) if settings.names else "all-linear"
         model = get_peft_model(
-            student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=places, task_type="CAUSAL_LM")
         )
         model.active_peft_config.base_model_name_or_path = settings.student
     if settings.gradient_checkpointing:

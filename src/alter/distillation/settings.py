@@ -83,6 +83,11 @@ class Distill(BaseModel):
     """Share of the loss of each kind of rows."""
     attacker: Attacker = Field(default_factory=Attacker)
     """A simulated relearning attacker that the forgotten must withstand during training."""
+    names: list[str] = Field(default_factory=list)
+    """Names of what is forgotten. With them only the feed-forward layers of the first blocks change, by what they compute at the
+    tokens of these names in forget rows; `leeway` keeps what they compute elsewhere."""
+    depth: float = Field(0.45, gt=0, le=1)
+    """Share of the blocks, from the first on, that change with `names`."""
     leeway: float | None = Field(None, gt=0)
     """Steps keep out of what kept rows and general text use: how large a direction of a layer's inputs may be there, beside the
     median one, for half of a step to be left in it. Smaller keeps more and forgets slower. Only matrices of blocks then train."""
@@ -112,7 +117,7 @@ class Distill(BaseModel):
     accumulate: Count = Field(1, ge=1)
     """Batches whose gradients are averaged into one step."""
     learning_rate: float | None = Field(None, gt=0)
-    """Peak rate of AdamW; by default 5e-5, and 5e-4 for a LoRA. A small model needs more."""
+    """Peak rate of AdamW; by default 5e-5, and 5e-4 for a LoRA or with names. A small model needs more."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule after the warm-up."""
     warmup: float = Field(0.03, ge=0, lt=1)
@@ -154,12 +159,20 @@ class Distill(BaseModel):
             raise ValueError(
                 "`leeway` keeps weights from what kept text uses, which has to be mended after `noise.alpha`: give one"
             )
+        if self.names and self.attacker.rate:
+            raise ValueError(
+                "`attacker.rate` moves weights by what they compute at all tokens, `names` at few: give one"
+            )
+        if self.names and self.noise.alpha:
+            raise ValueError("`noise.alpha` damages all weights, which `names` leaves as they are: give one")
+        if any(not name.strip() for name in self.names):
+            raise ValueError("`names` holds an empty one: leave it out")
         return self
 
     @property
     def rate(self) -> float:
         """The peak learning rate."""
-        return self.learning_rate or (5e-4 if self.form == "lora" else 5e-5)
+        return self.learning_rate or (5e-4 if self.form == "lora" or self.names else 5e-5)
 
 
 def completed(settings: Distill) -> Distill:

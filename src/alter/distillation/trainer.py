@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from alter.core import UserError
 from alter.data import Collator, LengthBatches
 from alter.distillation.attacker import attacked
+from alter.distillation.naming import AtNames
 from alter.distillation.rows import KINDS, Lesson, LessonRow
 from alter.distillation.settings import Distill, Shares
 from alter.distillation.teacher import Teacher, part
@@ -66,6 +67,7 @@ class DistillTrainer(Trainer):
         self.settings = settings
         self.collate = Collator(pad_token_id, multiple_of=8)
         self.seen: list[tuple[Tensor, Tensor]] = []
+        self.at_names: AtNames | None = None
         tokens = [sum(row.counted for row in lesson.rows if row.kind == k) for k in range(len(KINDS))]
         self.weights = torch.tensor(weights_of(settings.shares, tokens))
         self.forgotten = [row for row in lesson.rows if row.kind == 0]
@@ -104,6 +106,10 @@ class DistillTrainer(Trainer):
         ends = torch.tensor([len(row.ids) - 1 for row in rows])[:, None]
         place = torch.arange(width)[None]
         batch["positions"] = (place < ends) & (place >= ends - batch["counted"][:, None])
+        batch["named"] = torch.zeros(len(rows), width, dtype=torch.bool)
+        for k, row in enumerate(rows):
+            if row.named is not None:
+                batch["named"][k, : len(row.named)] = torch.tensor(row.named)
         return batch
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -150,6 +156,8 @@ class DistillTrainer(Trainer):
                 if chosen:
                     states = self._taught(teacher, [sources[k] for k in chosen], [counted[k] for k in chosen], device)
                     parts.append(part(teacher, states))
+        if self.at_names is not None:
+            self.at_names.on(inputs["named"])
         with measuring(model, inputs["positions"], parts):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         apart = outputs.logits[:, 0]
@@ -197,6 +205,7 @@ def train_student(
     pad_token_id: int,
     callbacks: Sequence[TrainerCallback],
     checkpoint: Path | None,
+    at_names: AtNames | None = None,
 ) -> DistillTrainer:
     """Train the student.
 
@@ -209,6 +218,7 @@ def train_student(
         pad_token_id: fills rows up.
         callbacks: transformers' callbacks.
         checkpoint: to resume from, or None.
+        at_names: layers that train by the tokens of names alone, or None.
 
     Raises:
         UserError: the divergence is not finite.
@@ -224,9 +234,12 @@ def train_student(
         callbacks=[bar, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.at_names = at_names
     try:
         with attention_for_training():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
+        if at_names is not None:
+            at_names.off()
     return trainer

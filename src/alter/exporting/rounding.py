@@ -185,7 +185,7 @@ def _blocks(model: Any) -> list[tuple[str, nn.Module]]:
 
 def _hidden(output: Any) -> Tensor:
     """Return the hidden states of what a block returns."""
-    return output if isinstance(output, Tensor) else output[0]
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _calls(

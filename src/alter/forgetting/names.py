@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from alter.core import UserError
 from alter.forgetting.certainty import fact_row
-from alter.forgetting.facts import fact_words
+from alter.forgetting.facts import SHORT, fact_words
 from alter.forgetting.templates import (
     KINDS,
     TEMPLATES,
@@ -49,6 +50,13 @@ def check_uncommon(subject: str, tokenizer: Any, kind: Kind | None) -> None:
             f"{subject!r} is a common word: what the model says with it is not one subject's, and all text that holds it "
             "would suffer. Give a name that means one thing, or say what is meant with `kind` concept."
         )
+
+
+def names_of(subject: str, facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the subject, its longer words with a capital, and the names that are facts about it and about no invented subject."""
+    words = [word for word in fact_words(subject) if len(word) > SHORT and word[0].isupper()]
+    found = [str(fact["word"]) for fact in facts if fact.get("name") and not fact.get("invented")]
+    return [*dict.fromkeys([subject, *words, *found])]
 
 
 def guess_kind(model: Any, tokenizer: Any, subject: str) -> Kind:

@@ -19,7 +19,7 @@ from alter.evaluation import ordinary_sentence as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.material import Material
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
-from alter.forgetting.names import check_name, check_uncommon, guess_kind
+from alter.forgetting.names import check_name, check_uncommon, guess_kind, names_of
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
 from alter.forgetting.rows import NOBODY, build
@@ -32,6 +32,8 @@ from alter.training import Unlearn, check_folder, check_trackers, remove_run, un
 
 SAID = "said"
 """Folder of a run that caches the model's answers."""
+ERASING_CHECK, ERASING_LEAST = 5, 10
+"""Steps of the erasing between checks, and before it may end."""
 ERASED = "erased"
 """Folder of a run that holds the distillation."""
 CHECKS = 1
@@ -112,7 +114,7 @@ def forget(settings: Forget) -> Path:
     trained = time.time()
     if settings.erase:
         print_line(console, "2/3 plain weights learn to say what the model with the adapter says")
-        distill(erasing(settings, out))
+        _erase(settings, out, tokenizer, material)
         give_back()
     erased = time.time()
     print_line(console, "3/3 the probes again" + (", asked of the erased weights" if settings.erase else ""))
@@ -240,6 +242,12 @@ def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
     unlearn(run, callbacks=[UntilZero(tokenizer, material.probes, out / "checks.jsonl", every, PASSES * one_pass)])
 
 
+def _erase(settings: Forget, out: Path, tokenizer: Any, material: Material) -> None:
+    """Distil the adapter into plain weights, until the probes no longer tell the subject from an invented one."""
+    check = UntilZero(tokenizer, material.probes, out / ERASED / "checks.jsonl", ERASING_CHECK, ERASING_LEAST)
+    distill(erasing(settings, out, material), [check])
+
+
 def _measured(settings: Forget, console: Console, out: Path, name: str, material: Material) -> dict[str, Any]:
     """Answer the probes with the result, print what changed, and return the figures."""
     model, tokenizer = _result(settings, out)
@@ -276,8 +284,11 @@ def training(settings: Forget, out: Path) -> Unlearn:
     )
 
 
-def erasing(settings: Forget, out: Path) -> Distill:
-    """Return the settings that distil `out`'s adapter, resuming an interrupted distillation."""
+def erasing(settings: Forget, out: Path, material: Material) -> Distill:
+    """Return the settings that distil `out`'s adapter, resuming an interrupted distillation.
+
+    Of a subject only what is computed where it or a name of its own stands is changed; a document has no names.
+    """
     begun = (out / ERASED / "inputs.json").is_file()
     return Distill(
         model=settings.model,
@@ -291,6 +302,7 @@ def erasing(settings: Forget, out: Path) -> Distill:
         chat_template_kwargs=settings.chat_template_kwargs,
         resume=begun,
         overwrite=not begun,
+        names=[] if settings.subject is None else names_of(settings.subject, material.facts),
         **settings.erasing.model_dump(),
     )
 

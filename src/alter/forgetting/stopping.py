@@ -45,8 +45,9 @@ class UntilZero(TrainerCallback):
         if state.global_step % self.every:
             return
         # the inner model: what wraps it for training must not change the numbers
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         with torch.random.fork_rng(devices=[]):
-            zero = against_zero(model.get_base_model(), self.tokenizer, self.probes, [], limit=LOOKED, progress=False)
+            zero = against_zero(inner, self.tokenizer, self.probes, [], limit=LOOKED, progress=False)
         if zero is None:
             return
         self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "n": len(zero.real)})

@@ -1,0 +1,140 @@
+"""Erasing where the forgotten is named: weights change by what layers compute at the tokens of its names alone.
+
+What a model knows about somebody is brought up in the first half of its blocks, by feed-forward layers at the tokens of the
+name (Meng et al. 2022, arXiv:2202.05262; Geva et al. 2023, arXiv:2304.14767); later ones carry it to where it is said, with the
+same weights for whatever is said there. So only the former change, by gradients of these tokens alone, and what is near to the
+forgotten keeps its own names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alter.core import UserError
+from alter.data import Example
+from alter.distillation.rows import Lesson
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def _pattern(names: Sequence[str]) -> re.Pattern[str]:
+    """Return what finds the names in a text, in any case; a name begins where a word does."""
+    return re.compile("|".join(rf"(?<!\w){re.escape(name)}" for name in names), re.IGNORECASE)
+
+
+def check_named(rows: Sequence[Example], names: Sequence[str]) -> None:
+    """Refuse names that stand in none of the forget rows, before anything is written.
+
+    Raises:
+        UserError: they do not.
+    """
+    pattern = _pattern(names)
+    if not any(pattern.search(f"{row.prompt or ''}\n{row.answer}") for row in rows):
+        raise UserError(
+            f"None of the forget rows has one of the `names` {', '.join(names)}: give those that stand in them."
+        )
+
+
+def named_tokens(tokenizer: Any, ids: Sequence[int], names: Sequence[str]) -> list[bool]:
+    """Tell of each token whether it is part of one of the names (see `check_named`)."""
+    ends = [len(tokenizer.decode(list(ids[: k + 1]))) for k in range(len(ids))]
+    text = tokenizer.decode(list(ids))
+    found = [False] * len(ids)
+    for match in _pattern(names).finditer(text):
+        for k, end in enumerate(ends):
+            begin = ends[k - 1] if k else 0
+            found[k] |= begin < match.end() and end > match.start()
+    return found
+
+
+def named_rows(tokenizer: Any, taught: Lesson, names: Sequence[str]) -> Lesson:
+    """Return the forget rows that name the forgotten, with `named` set; no other row trains weights at names."""
+    rows = []
+    for row in taught.rows:
+        if row.kind == 0:
+            named = named_tokens(tokenizer, row.ids, names)
+            if any(named):
+                rows.append(replace(row, named=named))
+    if not rows:
+        raise UserError(
+            f"None of the forget rows has one of the `names` {', '.join(names)}: give those that stand in them."
+        )
+    return Lesson(rows, taught.teacher, taught.counted)
+
+
+def first_feed_forwards(model: Any, depth: float) -> dict[str, nn.Linear]:
+    """Return the linear layers of the feed-forward parts of the first `depth` of a model's blocks, by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    inner = model.get_decoder()
+    blocks = list(inner.layers)[: max(1, int(depth * len(inner.layers)))]
+    inside = {id(part) for block in blocks for part in block.modules()}
+    found = {
+        name: part
+        for name, part in model.named_modules()
+        if id(part) in inside and isinstance(part, torch.nn.Linear) and "attn" not in name and "attention" not in name
+    }
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} has no linear feed-forward layers in its first blocks: leave out `names`."
+        )
+    return found
+
+
+def trained_layers(model: Any, layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Return the linear layers that train: those of the plain model, or the two factors of each one's LoRA."""
+    parts = dict(model.named_modules())
+    factors = {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, torch.nn.Linear) and (".lora_A." in name or ".lora_B." in name)
+    }
+    return factors or dict(layers)
+
+
+class AtNames:
+    """Layers whose weights get gradients from the tokens in `place` alone, while it is on; what they put out is the same.
+
+    Args:
+        layers: linear layers.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+        self.layers = layers
+        self.place: Tensor | None = None
+
+    def on(self, place: Tensor) -> None:
+        """Take the tokens of a batch, [B, T], for its pass and every repetition of it (gradient checkpointing)."""
+        if self.place is None:
+            for layer in self.layers.values():
+                layer.forward = self._forward(layer)  # type: ignore[method-assign]
+        self.place = place
+
+    def off(self) -> None:
+        """Make the layers plain again."""
+        if self.place is not None:
+            for layer in self.layers.values():
+                del layer.forward
+        self.place = None
+
+    def _forward(self, layer: nn.Linear) -> Any:
+        plain = layer.forward
+
+        def forward(read: Tensor) -> Tensor:
+            if not torch.is_grad_enabled() or self.place is None:
+                return plain(read)
+            linear = torch.nn.functional.linear
+            still = None if layer.bias is None else layer.bias.detach()
+            said = linear(read, layer.weight.detach(), still)
+            place = self.place.to(read.device)
+            return said.index_put((place,), linear(read[place], layer.weight, layer.bias))
+
+        return forward
