@@ -490,7 +490,7 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
     forget(
         settings(
             small, out, epochs=8, learning_rate=2e-2, resume=True, erase=True,
-            erasing={"max_steps": 240, "learning_rate": 2e-3, "general": [str(plain)]},
+            erasing={"max_steps": 240, "learning_rate": 5e-3, "general": [str(plain)], "leeway": 1.0, "depth": 1.0},
         )
     )  # fmt: skip
     erased = json.loads((out / "report.json").read_text())

@@ -179,17 +179,18 @@ def test_only_the_tokens_of_names_have_gradients_and_nothing_else_differs():
                 out.retain_grad(),
             )[-1]
         )
-    plain(input_ids=ids).logits.square().sum().backward()
+    expected_logits = plain(input_ids=ids).logits
+    expected_logits.square().sum().backward()
     at = naming.AtNames(layers)
     at.on(place)
     logits = model(input_ids=ids).logits
     logits.square().sum().backward()
-    torch.testing.assert_close(logits, plain(input_ids=ids).logits)
+    torch.testing.assert_close(logits, expected_logits)
     for name, layer in layers.items():
         expected = sum(
             torch.outer(said[name].grad[b, t], reads[name][b, t]) for b in range(2) for t in range(4) if place[b, t]
         )
-        assert layer.weight.grad.numpy() == pytest.approx(expected.detach().numpy(), rel=1e-3, abs=1e-6), name
+        assert layer.weight.grad.numpy() == pytest.approx(expected.detach().numpy(), rel=1e-3, abs=1e-4), name
     other = model.model.layers[-1].mlp.up_proj.weight.grad
     assert other.numpy() == pytest.approx(plain.model.layers[-1].mlp.up_proj.weight.grad.numpy(), rel=1e-4, abs=1e-7)
     at.off()

@@ -32,8 +32,8 @@ from alter.training import Unlearn, check_folder, check_trackers, remove_run, un
 
 SAID = "said"
 """Folder of a run that caches the model's answers."""
-ERASING_CHECK, ERASING_LEAST = 5, 10
-"""Steps of the erasing between checks, and before it may end."""
+ERASING_CHECKS = 4
+"""Checks in a pass of the erasing over the forget rows, before whose end it does not stop."""
 ERASED = "erased"
 """Folder of a run that holds the distillation."""
 CHECKS = 1
@@ -244,8 +244,10 @@ def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
 
 def _erase(settings: Forget, out: Path, tokenizer: Any, material: Material) -> None:
     """Distil the adapter into plain weights, until the probes no longer tell the subject from an invented one."""
-    check = UntilZero(tokenizer, material.probes, out / ERASED / "checks.jsonl", ERASING_CHECK, ERASING_LEAST)
-    distill(erasing(settings, out, material), [check])
+    student = erasing(settings, out, material)
+    one_pass = math.ceil(len(material.forget) * (1 + student.rewordings) / student.batch_size)
+    every = max(1, one_pass // ERASING_CHECKS)
+    distill(student, [UntilZero(tokenizer, material.probes, out / ERASED / "checks.jsonl", every, one_pass)])
 
 
 def _measured(settings: Forget, console: Console, out: Path, name: str, material: Material) -> dict[str, Any]:
