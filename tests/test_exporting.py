@@ -124,7 +124,7 @@ def test_rows_say_what_rounding_is_to_keep(tmp_path, capsys):
     assert "calibrated on 3 rows (sources: 2)" in said.err
     assert "also where rows say what is to stay" in " ".join(said.err.split())
     plain = write(tmp_path, type="q4_0", **folder, out="plain.gguf")
-    assert "`calibrate` ROWS keeps most of them" in " ".join(capsys.readouterr().err.split())
+    assert "(`original` MODEL keeps 8 bits where there are any)" in " ".join(capsys.readouterr().err.split())
     sources = [
         [row.input_ids for row in encode_all(tokenizer, load_examples(str(tmp_path / name)), max_length=None)[0]]
         for name in ("forget.jsonl", "keep.jsonl")
@@ -139,21 +139,37 @@ def test_rows_say_what_rounding_is_to_keep(tmp_path, capsys):
     assert not torch.equal(logits(read), logits(nearest))
 
 
-def test_the_rows_of_a_distillation_are_the_default(tmp_path, capsys):
-    save_pico(tmp_path / "r" / "model")
-    given = {"model": str(tmp_path / "r" / "model")}
-    forget, gone = tmp_path / "forget.jsonl", tmp_path / "gone.jsonl"
-    said = {"forget": str(forget), "retain": str(gone), "neighbours": [], "general": []}
-    (tmp_path / "r" / "run.json").write_text(json.dumps({"kind": "distilled", "settings": said}))
-    made = calibrated(tmp_path, **given, calibrate=[])
-    assert "calibrated on 1 rows (sources: 1)" in capsys.readouterr().err
-    other = calibrated(tmp_path, **given, calibrate=[str(forget)], out="same.gguf")
-    assert made.read_bytes() == other.read_bytes()
+@pytest.mark.parametrize("said", ["original", "run.json"])
+def test_what_differs_from_the_model_before_keeps_8_bits(tmp_path, capsys, said):
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    before, words = pico(**sizes), mergeable(bos_token="<unused260>")
+    for part in (before, words):
+        part.save_pretrained(tmp_path / "before")
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+        after.model.norm.weight[0] += 1
+    for part in (after, words):
+        part.save_pretrained(tmp_path / "r" / "model")
+    given = {"model": str(tmp_path / "r" / "model"), "type": "q4_1"}
+    if said == "original":
+        given["original"] = str(tmp_path / "before")
+    else:
+        told = {"kind": "distilled", "settings": {"student": str(tmp_path / "before")}}
+        (tmp_path / "r" / "run.json").write_text(json.dumps(told))
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(write(tmp_path, **given)).tensors}
+    assert kinds.pop("blk.0.ffn_up.weight") == kinds.pop("token_embd.weight") == kinds.pop("output.weight") == "Q8_0"
+    assert {kind for name, kind in kinds.items() if "norm" not in name} == {"Q4_1"}
+    assert "keeps 8 bits for the 1 matrices that differ" in " ".join(capsys.readouterr().err.split())
 
 
-def test_rows_are_for_types_that_round_with_them(tmp_path):
-    with pytest.raises(UserError, match="`type` is q8_0: leave it out"):
-        write(tmp_path, calibrate=["forget.jsonl"])
+def test_another_model_before_is_refused(tmp_path):
+    other = str(save_pico(tmp_path / "other", hidden_size=64))
+    with pytest.raises(UserError, match=r"`original` .*other has other weights"):
+        write(tmp_path, type="q4_0", original=other)
+    for given in ({"original": other}, {"calibrate": ["forget.jsonl"]}):
+        with pytest.raises(UserError, match="`type` is q8_0: leave it out"):
+            write(tmp_path, **given)
     with pytest.raises(UserError, match=r"gone\.jsonl"):
         write(tmp_path, type="q5_1", calibrate=[str(tmp_path / "gone.jsonl")])
     assert not (tmp_path / "model.gguf").exists()

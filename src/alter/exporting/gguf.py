@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,8 +128,8 @@ def rope_factors(config: Any) -> Tensor:
 
 def tensors(
     model: Any, kind: Architecture, grids: Mapping[str, Rounded]
-) -> Iterator[tuple[str, Callable[[], Tensor], Rounded | None]]:
-    """Yield name in the file, value (made when called) and, of a matrix that was rounded already, its codes.
+) -> Iterator[tuple[str, str, Callable[[], Tensor], Rounded | None]]:
+    """Yield name in the file and in the model, value (made when called) and, of a matrix that was rounded already, its codes.
 
     Raises:
         UserError: a tensor has no name there.
@@ -142,7 +142,7 @@ def tensors(
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     if kind.name == "llama" and _ropes(config)["full_attention"].get("rope_type") == "llama3":
-        yield "rope_freqs.weight", lambda: rope_factors(config), None
+        yield "rope_freqs.weight", "", lambda: rope_factors(config), None
     for own, value in model.state_dict().items():
         if tied and own.startswith("lm_head."):
             continue
@@ -162,13 +162,13 @@ def tensors(
         grid = grids.get(own)
         if grid is not None and heads:
             grid = grid.rows(turned(torch.arange(len(value)), heads))
-        yield name, made, grid
+        yield name, own, made, grid
 
 
-def number_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
+def number_type(name: str, shape: tuple[int, ...], wanted: str, fine: bool = False) -> str:
     """Return the format of one tensor: vectors in f32, rows that do not divide into blocks in f16.
 
-    Embeddings and head, of which small models consist to a good part, keep 8 bits where the rest has 4 or 5.
+    Embeddings and head, of which small models consist to a good part, keep 8 bits where the rest has 4 or 5; so does a `fine` one.
     """
     if len(shape) < 2:
         return "f32"
@@ -176,7 +176,7 @@ def number_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
         return wanted
     if shape[-1] % 32:
         return "f16"
-    return "q8_0" if name in ("token_embd.weight", "output.weight") else wanted
+    return "q8_0" if fine or name in ("token_embd.weight", "output.weight") else wanted
 
 
 def size_of(shape: tuple[int, ...], kind: str) -> int:
@@ -232,7 +232,13 @@ def _describe(writer: Any, model: Any, kind: Architecture, words: Vocabulary, wa
 
 
 def write_gguf(
-    model: Any, tokenizer: Any, out: Path, wanted: str, title: str, rounding: Callable[[], dict[str, Rounded]] = dict
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    wanted: str,
+    title: str,
+    rounding: Callable[[], dict[str, Rounded]] = dict,
+    fine: Container[str] = (),
 ) -> dict[str, Any]:
     """Write a model as a GGUF file, whole or not at all, one tensor after the other.
 
@@ -243,6 +249,7 @@ def write_gguf(
         title: what the file calls the model.
         rounding: called after all checks; rounds matrices to `wanted` (`alter.exporting.rounding`) and returns them by the
             names of the state dict. All others go to the nearest step.
+        fine: names of matrices that keep 8 bits where the rest has 4 or 5.
 
     Returns:
         `bytes`, and `tensors`, how many were written in each format.
@@ -253,12 +260,12 @@ def write_gguf(
     """
     kind = architecture(model.config.get_text_config())
     words = vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
-    found = _laid_out(model, kind, wanted, {})
+    found = _laid_out(model, kind, wanted, {}, fine)
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(tensor.size for tensor in found) + (1 << 24)
     check_disk(out.parent, needed, "the file takes", "choose a smaller `type`, or give an `out` on another disk")
     if grids := rounding():
-        found = _laid_out(model, kind, wanted, grids)
+        found = _laid_out(model, kind, wanted, grids, fine)
     with replacing(out, name=f".{out.name}.partial") as partial:
         _write(partial, found, lambda writer: _describe(writer, model, kind, words, wanted, title), kind)
     return {
@@ -284,20 +291,22 @@ class _Tensor:
         return size_of(self.shape, self.form)
 
 
-def _laid_out(model: Any, kind: Architecture, wanted: str, grids: Mapping[str, Rounded]) -> list[_Tensor]:
+def _laid_out(
+    model: Any, kind: Architecture, wanted: str, grids: Mapping[str, Rounded], fine: Container[str]
+) -> list[_Tensor]:
     """Lay out every tensor of the file, computing each once to check that its format can hold it.
 
     Raises:
         UserError: a weight too large for 16-bit floats.
     """
     found = []
-    for name, make, grid in tensors(model, kind, grids):
+    for name, own, make, grid in tensors(model, kind, grids):
         value = make()
-        form = number_type(name, tuple(value.shape), wanted)
+        form = number_type(name, tuple(value.shape), wanted, own in fine)
         largest = float(value.abs().max())
         if form == "f16" and largest > 65504:
             raise UserError(f"{name} holds {largest:g}, more than 16-bit floats can: choose `type` bf16 or f32.")
-        found.append(_Tensor(name, make, tuple(value.shape), form, grid))
+        found.append(_Tensor(name, make, tuple(value.shape), form, grid if form == wanted else None))
     return found
 
 

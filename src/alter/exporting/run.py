@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 
 from alter.core import UserError, Written, memory, read_run, show, warn
@@ -26,9 +27,12 @@ class Export(ModelSettings):
     """gguf: the whole model as one file. loras: one plain PEFT LoRA for each forget expert of `adapter`."""
     type: Literal["f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "q8_0"
     """Number format of a GGUF file. For K-quants write f16 and run llama.cpp's `llama-quantize FILE OUT Q4_K_M`."""
+    original: str | None = None
+    """For a type of 4 or 5 bits: the model before it forgot. Matrices that differ from it keep 8 bits, since steps that wide take
+    the difference back. By default the student of the `alter distill` that made the model."""
     calibrate: list[str] = Field(default_factory=list)
     """For a type of 4 or 5 bits: files of rows on which the rounded layers are to compute what they did, each file with the
-    same weight: what was forgotten, what was kept, ordinary text. By default those of the `alter distill` that made the model."""
+    same weight: what was forgotten, what was kept, ordinary text."""
 
 
 def export(settings: Export) -> Path:
@@ -61,6 +65,7 @@ def export(settings: Export) -> Path:
         gguf.architecture(AutoConfig.from_pretrained(name).get_text_config())
     sources = _sources(settings)
     model, tokenizer = settings.load()
+    fine = _changed(settings, model)
     found = gguf.write_gguf(
         model,
         tokenizer,
@@ -68,49 +73,66 @@ def export(settings: Export) -> Path:
         settings.type,
         Path(settings.model).name,
         lambda: _grids(settings, model, tokenizer, sources),
+        fine,
     )
     kinds = ", ".join(f"{count} tensors in {kind}" for kind, count in found["tensors"].items())
     said = "with its chat template" if found["template"] else "without a chat template: the tokenizer has none"
     show(f"{out}: {found['bytes'] / 1e6:.1f} MB, {kinds}, {said}.", highlight=False, markup=False)
     if settings.type in BITS:
         what = (
-            "can round away part of a small change of the weights, also where rows say what is to stay"
+            f"keeps 8 bits for the {len(fine)} matrices that differ from the model before, and rounds all others"
+            if fine
+            else "can round away part of a small change of the weights, also where rows say what is to stay"
             if sources
-            else "rounds away small changes of the weights (`calibrate` ROWS keeps most of them)"
+            else "rounds away small changes of the weights (`original` MODEL keeps 8 bits where there are any)"
         )
         warn(
-            f"{settings.type} {what}, and with them what a model was made to forget. Measure the file itself before you hand it "
+            f"{settings.type} {what}. What a model was made to forget can come back by it: measure the file itself before you hand it "
             f"out: `alter attack --model {out} --original ORIGINAL --forget ROWS`, or write q8_0."
         )
     return out
 
 
 def _sources(settings: Export) -> list[list[Example]]:
-    """Read the rows to calibrate with: those that are given, or those of the distillation that made the model.
+    """Read the rows to calibrate with.
 
     Raises:
-        UserError: a file cannot be read, or the type is not rounded with rows.
+        UserError: a file cannot be read, or the type is not one of 4 or 5 bits.
     """
-    if settings.calibrate and settings.type not in BITS:
+    for name in ("calibrate", "original"):
+        if getattr(settings, name) and settings.type not in BITS:
+            raise UserError(
+                f"`{name}` is for the types of 4 and 5 bits ({', '.join(BITS)}); `type` is {settings.type}: leave it out."
+            )
+    return [load_examples(source) for source in settings.calibrate]
+
+
+def _changed(settings: Export, model: Any) -> set[str]:
+    """Return the matrices that differ from those of the model before, for a type of 4 or 5 bits; none where no such model is known.
+
+    Raises:
+        UserError: it cannot be loaded, or is of another architecture.
+    """
+    original = settings.original or _distilled_from(Path(settings.model))
+    if settings.type not in BITS or original is None:
+        return set()
+    before = settings.alike(original).load()[0].state_dict()
+    now = model.state_dict()
+    if any(name not in before or before[name].shape != value.shape for name, value in now.items()):
         raise UserError(
-            f"`calibrate` says how weights are rounded to 4 and 5 bits ({', '.join(BITS)}); `type` is {settings.type}: leave it out."
+            f"`original` {original} has other weights than {settings.model}: give the model that it was made of."
         )
-    if settings.type not in BITS:
-        return []
-    given = settings.calibrate or _distilled_from(Path(settings.model))
-    return [load_examples(source) for source in given]
+    return {
+        name for name, value in now.items() if value.dim() > 1 and not torch.equal(value.float(), before[name].float())
+    }
 
 
-def _distilled_from(model: Path) -> list[str]:
-    """Return the files of rows of the distillation whose folder a model lies in, as far as they are still there."""
+def _distilled_from(model: Path) -> str | None:
+    """Return the student of the distillation whose folder a model lies in."""
     if not (model.parent / "run.json").is_file():
-        return []
+        return None
     facts = read_run(model.parent)
-    if facts.get("kind") != "distilled":
-        return []
-    said = facts["settings"]
-    named = [said["forget"], said["retain"], *said["neighbours"], *said["general"]]
-    return [source for source in named if source and Path(source).is_file()]
+    return str(facts["settings"]["student"]) if facts.get("kind") == "distilled" else None
 
 
 def _grids(settings: Export, model: Any, tokenizer: Any, sources: list[list[Example]]) -> dict[str, Rounded]:
