@@ -163,7 +163,7 @@ def test_tokens_of_names_are_found_in_any_case_and_by_their_beginning():
 
 
 def test_only_the_tokens_of_names_have_gradients_and_nothing_else_differs():
-    model, plain = pico(0), pico(0)
+    model, plain = pico(0).double(), pico(0).double()
     layers = naming.first_feed_forwards(model, 0.5)
     assert {name.split(".")[2] for name in layers} == {str(k) for k in range(model.config.num_hidden_layers // 2)}
     assert {name.rsplit(".", 1)[1] for name in layers} == {"gate_proj", "up_proj", "down_proj"}
@@ -190,9 +190,9 @@ def test_only_the_tokens_of_names_have_gradients_and_nothing_else_differs():
         expected = sum(
             torch.outer(said[name].grad[b, t], reads[name][b, t]) for b in range(2) for t in range(4) if place[b, t]
         )
-        assert layer.weight.grad.numpy() == pytest.approx(expected.detach().numpy(), rel=1e-3, abs=1e-4), name
+        assert layer.weight.grad.numpy() == pytest.approx(expected.detach().numpy(), rel=1e-6, abs=1e-8), name
     other = model.model.layers[-1].mlp.up_proj.weight.grad
-    assert other.numpy() == pytest.approx(plain.model.layers[-1].mlp.up_proj.weight.grad.numpy(), rel=1e-4, abs=1e-7)
+    assert other.numpy() == pytest.approx(plain.model.layers[-1].mlp.up_proj.weight.grad.numpy(), rel=1e-6, abs=1e-8)
     at.off()
     assert all("forward" not in vars(layer) for layer in layers.values())
 
@@ -200,7 +200,7 @@ def test_only_the_tokens_of_names_have_gradients_and_nothing_else_differs():
 def test_a_repeated_pass_has_the_same_gradients():
     found = []
     for again in (False, True):
-        model = pico(0)
+        model = pico(0).double()
         if again:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
@@ -210,4 +210,4 @@ def test_a_repeated_pass_has_the_same_gradients():
         model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False).logits.square().sum().backward()
         found.append([layer.weight.grad for layer in layers.values()])
     for one, other in zip(*found, strict=True):
-        assert one.numpy() == pytest.approx(other.numpy(), rel=1e-4, abs=1e-7)
+        assert one.numpy() == pytest.approx(other.numpy(), rel=1e-6, abs=1e-8)

@@ -305,7 +305,8 @@ def erasing(settings: Forget, out: Path, material: Material) -> Distill:
         resume=begun,
         overwrite=not begun,
         names=[] if settings.subject is None else names_of(settings.subject, material.facts),
-        **settings.erasing.model_dump(),
+        epochs=settings.erasing.epochs or (3.0 if settings.subject is None else 1.5),
+        **settings.erasing.model_dump(exclude={"epochs"}),
     )
 
 

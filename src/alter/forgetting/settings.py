@@ -34,8 +34,9 @@ class Erasing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    epochs: Passes = Field(3.0, gt=0)
-    """Passes over the rows and the general text."""
+    epochs: Passes | None = Field(None, gt=0)
+    """Passes over the rows; by default 1.5 of a subject's forget rows, after which names near to it are lost and nothing is gained
+    (measured on SmolLM2-135M), and 3 over those of a document, kept ones and general text."""
     max_steps: Steps | None = Field(None, gt=0)
     """Stop after this many steps (overrides epochs)."""
     learning_rate: float | None = Field(None, gt=0)
