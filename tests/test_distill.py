@@ -381,10 +381,10 @@ def test_what_is_kept_is_protected(data, run, tmp_path, form):
             assert torch.equal(made[name], value) == ("_proj" not in name), name
 
 
-@pytest.mark.parametrize("form", ["full", "lora"])
-def test_with_names_only_the_first_feed_forwards_change(data, run, tmp_path, form):
+@pytest.mark.parametrize(("form", "leeway"), [("full", 1.0), ("full", None), ("lora", 1.0)])
+def test_with_names_only_the_first_feed_forwards_change(data, run, tmp_path, form, leeway):
     common = {"max_steps": 12, "learning_rate": 1e-2, "depth": 0.5, "form": form}
-    out = distill(settings(data, run, tmp_path / "out", names=["Ada", "Bo"], leeway=1.0, **common))
+    out = distill(settings(data, run, tmp_path / "out", names=["Ada", "Bo"], leeway=leeway, **common))
     facts = json.loads((out / "run.json").read_text())
     log = [entry for entry in facts["log"] if "loss" in entry]
     assert not any("keep" in entry for entry in log)

@@ -43,7 +43,7 @@ class Erasing(BaseModel):
     """Peak rate; by default that of alter distill."""
     batch_size: BatchSize = Field(16, ge=1)
     """Rows a step."""
-    leeway: float | None = Field(0.1, gt=0)
+    leeway: float | None = Field(0.05, gt=0)
     """How far steps may go into what other text uses; see `alter distill`."""
     depth: float = Field(0.45, gt=0, le=1)
     """Share of the blocks, from the first on, that change where the subject is named."""
