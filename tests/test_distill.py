@@ -391,6 +391,9 @@ def test_with_names_only_the_first_feed_forwards_change(data, run, tmp_path, for
     means = [sum(entry["forget"] for entry in part) / 6 for part in (log[:6], log[6:])]
     assert means[1] < means[0]
     assert facts["rows"]["keep"] > 0
+    # every forget row in its three wordings, once, however much is kept
+    rows = len((data / "forget.jsonl").read_text().splitlines())
+    assert facts["rows"]["forget"] <= 3 * rows
     if form == "full":
         made = load_file(out / "model" / "model.safetensors")
         for name, value in load_file(data / "model" / "model.safetensors").items():

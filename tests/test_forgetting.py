@@ -293,6 +293,13 @@ def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):
     assert [row["before"] for row in measured] == ["Grey.", *["Grey."] * 3, "It is round.", "Zorba did."]
 
 
+def test_a_word_stands_anywhere_where_no_spaces_are_set():
+    assert place_of("我认识哈利波特吗", "哈利波特") == 3
+    assert place_of("Ronald met Ron's owl", "Ron") == 11
+    assert place_of("Кирон и Рон", "Рон") == 8
+    assert not holds("Annex", "Ann")
+
+
 def test_a_name_is_part_of_the_subject_where_it_or_a_name_of_its_own_comes_up():
     # Zorba's answers come back to Pot, Lyra's to Zorba, those of the country and of its language to each other alone
     about = {

@@ -162,6 +162,21 @@ def test_tokens_of_names_are_found_in_any_case_and_by_their_beginning():
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "start"),
+    [("Кто такая Анна?", "анна", "Анна"), ("我认识哈利波特吗", "哈利波特", "哈利"), ("ราชาธิราชคือใคร", "ธิราช", "ธิราช")],
+)
+def test_all_bytes_of_a_name_are_found_in_any_script(text, name, start):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    raw = text.encode()
+    assert len(ids) == len(raw)
+    place = raw.index(start.encode())
+    found = naming.named_tokens(tokenizer, ids, [name])
+    assert [k for k, here in enumerate(found) if here] == list(range(place, place + len(name.encode())))
+    assert not any(naming.named_tokens(tokenizer, ids, ["Ада"]))
+
+
 def test_only_the_tokens_of_names_have_gradients_and_nothing_else_differs():
     model, plain = pico(0).double(), pico(0).double()
     layers = naming.first_feed_forwards(model, 0.5)

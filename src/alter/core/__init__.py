@@ -121,6 +121,7 @@ if TYPE_CHECKING:
     from alter.core.validation import validated as validated
     from alter.core.words import UNSPACED as UNSPACED
     from alter.core.words import bare as bare
+    from alter.core.words import edges as edges
     from alter.core.words import is_word as is_word
     from alter.core.words import pieces as pieces
     from alter.core.words import runs as runs

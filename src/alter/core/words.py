@@ -19,6 +19,12 @@ UNSPACED = re.compile(
 )
 """One character of a script that writes words without spaces."""
 
+
+def edges(word: str) -> tuple[str, str]:
+    """Return what must stand before and after a word in a text, as patterns: no letter or digit, where words are set apart."""
+    return "" if UNSPACED.match(word[0]) else r"(?<!\w)", "" if UNSPACED.match(word[-1]) else r"(?!\w)"
+
+
 _LATIN = re.compile(r"[\u0080-\u036f\u1d00-\u1eff\u2c60-\u2c7f\ua720-\ua7ff\uab30-\uab6f]+")
 _PLAIN = re.compile(r"[a-z0-9]+|[^\x00-\x7f]+")
 _SIGN = re.compile(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alter.core import UserError
+from alter.core import UserError, edges
 from alter.data import Example
 from alter.distillation.rows import Lesson
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def _pattern(names: Sequence[str]) -> re.Pattern[str]:
-    """Return what finds the names in a text, in any case; a name begins where a word does."""
-    return re.compile("|".join(rf"(?<!\w){re.escape(name)}" for name in names), re.IGNORECASE)
+    """Return what finds the names in a text, in any case; a name begins where a word does, if its script sets words apart."""
+    return re.compile("|".join(edges(name)[0] + re.escape(name) for name in names), re.IGNORECASE)
 
 
 def check_named(rows: Sequence[Example], names: Sequence[str]) -> None:
@@ -42,19 +42,26 @@ def check_named(rows: Sequence[Example], names: Sequence[str]) -> None:
 
 
 def named_tokens(tokenizer: Any, ids: Sequence[int], names: Sequence[str]) -> list[bool]:
-    """Tell of each token whether it is part of one of the names (see `check_named`)."""
-    ends = [len(tokenizer.decode(list(ids[: k + 1]))) for k in range(len(ids))]
-    text = tokenizer.decode(list(ids))
+    """Tell of each token whether it is part of one of the names (see `check_named`), and so of tokens that share a character."""
+    matches = list(_pattern(names).finditer(tokenizer.decode(list(ids))))
     found = [False] * len(ids)
-    for match in _pattern(names).finditer(text):
-        for k, end in enumerate(ends):
-            begin = ends[k - 1] if k else 0
-            found[k] |= begin < match.end() and end > match.start()
+    first, begin = 0, 0
+    for k in range(len(ids) if matches else 0):
+        text = tokenizer.decode(list(ids[: k + 1]))
+        if text.endswith("\ufffd") and k + 1 < len(ids):
+            continue  # the bytes of a character that the next token goes on with
+        here = any(begin < match.end() and len(text) > match.start() for match in matches)
+        found[first : k + 1] = [here] * (k + 1 - first)
+        first, begin = k + 1, len(text)
     return found
 
 
 def named_rows(tokenizer: Any, taught: Lesson, names: Sequence[str]) -> Lesson:
-    """Return the forget rows that name the forgotten, with `named` set; no other row trains weights at names."""
+    """Return the forget rows that name the forgotten, with `named` set; no other row trains weights at names.
+
+    Raises:
+        UserError: of none a token is left of a name.
+    """
     rows = []
     for row in taught.rows:
         if row.kind == 0:
@@ -62,9 +69,7 @@ def named_rows(tokenizer: Any, taught: Lesson, names: Sequence[str]) -> Lesson:
             if any(named):
                 rows.append(replace(row, named=named))
     if not rows:
-        raise UserError(
-            f"None of the forget rows has one of the `names` {', '.join(names)}: give those that stand in them."
-        )
+        raise UserError(f"The `names` {', '.join(names)} are cut off all forget rows: raise `max_length`.")
     return Lesson(rows, taught.teacher, taught.counted)
 
 

@@ -182,5 +182,6 @@ def lesson(tokenizer: Any, found: dict[str, list[Example]], settings: Distill, l
     forgotten, rest = rows[:learned], rows[learned:]
     repeats = settings.forget_repeats
     if repeats is None:
-        repeats = max(1, round(len(rest) / learned))
+        # with names no other rows train, so none has to be kept in balance
+        repeats = 1 if settings.names else max(1, round(len(rest) / learned))
     return Lesson(forgotten * repeats + rest, made.teacher, made.counted)

@@ -80,7 +80,7 @@ def export(settings: Export) -> Path:
     show(f"{out}: {found['bytes'] / 1e6:.1f} MB, {kinds}, {said}.", highlight=False, markup=False)
     if settings.type in BITS:
         what = (
-            f"keeps 8 bits for the {len(fine)} matrices that differ from the model before, and rounds all others"
+            f"keeps 8 bits where a matrix differs from the model before ({len(fine)} do), and rounds all others"
             if fine
             else "can round away part of a small change of the weights, also where rows say what is to stay"
             if sources

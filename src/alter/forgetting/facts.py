@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 
 from scipy import stats
 
+from alter.core import edges
+
 WORD = re.compile(r"[^\W\d_][\w'’-]*[^\W_]|\d{3,4}")
 LEVEL = 0.05
 """False discovery rate at which a word shows that the model knows the subject."""
@@ -59,10 +61,12 @@ SHORT = 4
 def place_of(text: str, word: str) -> int:
     """Return where a text first has the word, in any case, or -1; a plural or a genitive counts.
 
-    A word of at most `SHORT` letters may be followed by an `s` alone: Ron is not in Ronald.
+    A word of at most `SHORT` letters may be followed by an `s` alone: Ron is not in Ronald. In scripts without spaces a word may
+    stand anywhere.
     """
-    end = r"(?:['’]?s)?(?!\w)" if len(word) <= SHORT else ""
-    found = re.search(rf"(?<!\w){re.escape(word)}{end}", text, re.IGNORECASE)
+    before, after = edges(word)
+    end = rf"(?:['’]?s)?{after}" if after and len(word) <= SHORT else ""
+    found = re.search(f"{before}{re.escape(word)}{end}", text, re.IGNORECASE)
     return -1 if found is None else found.start()
 
 
