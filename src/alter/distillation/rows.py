@@ -12,7 +12,7 @@ import torch
 from alter.core import UserError, warn
 from alter.data import FITTED, Encoded, Example, apart_from, check_overlap, encode, encode_all, load_examples, reworded
 from alter.distillation.settings import Distill
-from alter.models import context_length, generate
+from alter.inference import context_length, generate
 
 KINDS = ("forget", "keep", "general")
 """What a row is, by its number in `Row.kind`."""

@@ -13,7 +13,7 @@ from alter.core import Array
 from alter.data import Example, encode_all
 from alter.evaluation.leakage import Asked, ask
 from alter.evaluation.verdict import Measures
-from alter.models import context_length, generate, score
+from alter.inference import context_length, generate, score
 
 if TYPE_CHECKING:
     pass
@@ -59,7 +59,7 @@ def answer_rows(
     """Measure what a model knows of rows: one forward for each, and greedy replies to some of them.
 
     Args:
-        model, tokenizer: as in `alter.models.scoring.score`.
+        model, tokenizer: as in `alter.inference.scoring.score`.
         rows: one or more; those longer than the model's context are scored in overlapping windows, and answered or
             continued where prompt and reply fit into it.
         answers: number of rows that are answered, drawn by `seed`; None: all, 0: none.
@@ -81,7 +81,7 @@ def answer_rows(
         parts[number].append(k)
     logprob = [np.concatenate([scores.logprob[k] for k in own]) for own in parts]
     correct = [np.concatenate([scores.correct[k] for k in own]) for own in parts]
-    probability = metrics.probability(metrics.average_loss(logprob))
+    probability = metrics.likelihood.probability(metrics.likelihood.average_loss(logprob))
     chosen = np.random.default_rng(seed).permutation(len(rows))[: len(rows) if answers is None else answers]
     asked = {
         i: found
@@ -95,7 +95,7 @@ def answer_rows(
     replies = _replies(model, tokenizer, list(asked.values()), tokens, batch_size, label) if asked else []
     return Answered(
         Measures.of(probability, questions, truths, replies),
-        metrics.exact_memorization(correct),
+        metrics.memorisation.exact_memorization(correct),
         [rows[i] for i in asked],
         probability[list(asked)],
         questions,
