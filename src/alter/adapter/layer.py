@@ -196,8 +196,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+            return self._base(x, *args, **kwargs)
+        result = self._base(x, *args, **kwargs)
         if self.merged:
             return result
         if self.hosts and state is not None and state.trunk is not None and state.trunk.host is self:
@@ -218,7 +218,11 @@ class AlterLinear(nn.Module, BaseTunerLayer):
                 f"Layer {self.layer_name!r} holds merged adapters ({', '.join(self.merged_adapters)}), so the frozen base "
                 "that another adapter's router reads is gone: call unmerge_adapter() first."
             )
-        return self.base_layer(x, *args, **kwargs)
+        return self._base(x, *args, **kwargs)
+
+    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        return result
 
     def _updated(self, name: str, x: Tensor, result: Tensor, state: ForwardState | None) -> Tensor:
         """Add one adapter's update of x [..., in] to `result` [..., out]."""
@@ -244,7 +248,10 @@ class AlterLinear(nn.Module, BaseTunerLayer):
                 few = z.flatten(0, -2).index_select(0, plan.rest.tokens.to(z.device))
                 few = few.view(*plan.rest.shape, r)
                 rest = plan.rest, self._gated(few, plan.rest)
-            return B(self._gated(z, plan), plan.expert_mask, plan.experts, r, result, scale, plan.learns, rest)
+            updated: Tensor = B(
+                self._gated(z, plan), plan.expert_mask, plan.experts, r, result, scale, plan.learns, rest
+            )
+            return updated
         if self.alter_bound[name] is not None:
             return result + F.linear(x, self._bounded(name))
         z = A(x)
@@ -252,7 +259,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             gates = torch.softmax(self.alter_router[name](x).float(), dim=-1).to(z.dtype)
         else:
             gates = self._always_open(name, z)
-        return B((z.unsqueeze(-2) * gates.unsqueeze(-1)).flatten(-2), base=result, scale=scale)
+        updated = B((z.unsqueeze(-2) * gates.unsqueeze(-1)).flatten(-2), base=result, scale=scale)
+        return updated
 
     @staticmethod
     def _gated(z: Tensor, plan: Plan) -> Tensor:
@@ -390,4 +398,5 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         return "alter." + super().__repr__()
 
     def extra_repr(self) -> str:
-        return quantization_extra_repr(self)
+        said: str = quantization_extra_repr(self)
+        return said

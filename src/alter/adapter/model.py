@@ -134,7 +134,8 @@ class AlterModel(BaseTuner):
             place = block_of(key)
             if place is None or place[0] != prefix or place[1] < first:
                 return False
-        return BaseTuner._check_target_module_exists(peft_config, key)
+        found: bool | re.Match[str] | None = BaseTuner._check_target_module_exists(peft_config, key)
+        return found
 
     def _prepare_adapter_config(self, peft_config: AlterConfig, model_config: dict[str, Any]) -> AlterConfig:
         if peft_config.target_modules is None:
@@ -249,7 +250,7 @@ class AlterModel(BaseTuner):
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is None:
-            names = self.active_adapters
+            names: list[str] = self.active_adapters
             if len(names) != 1:
                 raise UserError(
                     f"{len(names)} adapters are active ({', '.join(names)}); give adapter_name to say which one is meant."
@@ -350,7 +351,7 @@ class AlterModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         context = self._context
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         disconnect(context, model)
         return model
 

@@ -331,7 +331,8 @@ def entropy_router(context: RoutingContext, name: str, entropy: Tensor) -> Tenso
     """Return W_g S_q + b [..., N + 1] of the literal gate (Eq. 7), for entropies [...]; tokens without one count as 0."""
     router = context.anchors[name].alter_router[name]
     finite = torch.where(entropy.abs() < UNKNOWN_ENTROPY, entropy, 0.0)
-    return router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype)).to(entropy.device)
+    gate: Tensor = router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype))
+    return gate.to(entropy.device)
 
 
 def _route_each(

@@ -72,7 +72,8 @@ def _entropy_from_sums(logits: Tensor, q: float) -> Tensor:
     total = rest.sum(-1)
     powers = torch.linalg.vecdot(rest, rest.sqrt() if q == 1.5 else rest ** (q - 1.0))
     above = ((q - 1.0) * total.log1p()).expm1()
-    return (above + total * (1.0 + above) - powers) / ((q - 1.0) * (1.0 + above) * (1.0 + total))
+    entropy: Tensor = (above + total * (1.0 + above) - powers) / ((q - 1.0) * (1.0 + above) * (1.0 + total))
+    return entropy
 
 
 def check_order(q: float) -> None:

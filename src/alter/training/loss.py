@@ -168,22 +168,25 @@ class UnlearnTrainer(Trainer):
     @property
     def in_phase_one(self) -> bool:
         """Whether this step trains on high-entropy retain tokens alone."""
-        return self.state.global_step < self.run.phase_one * self.state.max_steps
+        step, steps = int(self.state.global_step), int(self.state.max_steps)
+        return step < self.run.phase_one * steps
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Compute the gradient; under a rule for gradients, those of the forget term and of the others separately."""
         if not self.run.gradient.splits:
-            return super().training_step(model, inputs, num_items_in_batch)
+            plain: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return plain
         model.train()
         # each rank sums its own gradients: DDP would wait for a backward pass that never comes
         with self.accelerator.no_sync(model), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
         named = [(name, p) for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
         self.split.add(named, self.current_gradient_accumulation_steps)
         if self.accelerator.sync_gradients:
             before = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / GRADIENT
             self.split.apply(named, before)
-        return loss.detach() / self.current_gradient_accumulation_steps
+        micro_steps: int = self.current_gradient_accumulation_steps
+        return loss.detach() / micro_steps
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """Run one forward for all rows of the step together; see `Unlearn` for the weights of the terms."""
@@ -329,7 +332,8 @@ class UnlearnTrainer(Trainer):
         """Gather a sharded model's weights into rank 0; None if every rank holds them all."""
         if not processes.sharded(self.model):
             return None
-        return self.accelerator.get_state_dict(self.model_wrapped)
+        whole: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return whole
 
     @property
     def own_state(self) -> OwnState:
@@ -359,7 +363,8 @@ class UnlearnTrainer(Trainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = cls(self.run.adapter.parameter_groups(named, self.run), **options)
             self.run.adapter.hook_optimizer(self.optimizer, named, self.run)
-        return self.optimizer
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
 
 def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -> TrainingArguments:

@@ -92,6 +92,6 @@ def load_form(base: Any, folder: str, tokenizer: Any = None) -> Guard:
             f"{path / FORM_FILE} is of kind {settings['kind']!r}; expected one of {', '.join(GUARDS)}."
             f"{nearest(settings['kind'], GUARDS)} Install the plugin that it was made with."
         )
-    made = GUARDS[settings["kind"]].read(base, path, settings).eval()
+    made: Guard = GUARDS[settings["kind"]].read(base, path, settings).eval()
     made.tokenizer = tokenizer
     return made
