@@ -118,7 +118,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         if r > limit:
             raise UserError(
                 f"Rank {r} is larger than layer {self.layer_name!r} allows ({self.in_features} -> {self.out_features}): "
-                f"give r of at most {limit}, or set rank_pattern for this layer, or exclude it with exclude_modules."
+                f"give `r` of at most {limit}, or set `rank_pattern` for this layer, or exclude it with `exclude_modules`."
             )
         experts = config.num_forget_experts + 1
         self.alter_r[adapter_name] = r
@@ -299,8 +299,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             if state is not None and state.trunk is not None:
                 raise UserError(
                     f"Layer {self.layer_name!r} runs before {state.trunk.host.layer_name!r}, whose input the router of "
-                    f"adapter {name!r} reads. With from_layer the first adapted layer to run holds the router: give "
-                    f"router_layer={self.layer_name!r}."
+                    f"adapter {name!r} reads. With `from_layer` the first adapted layer to run holds the router: give "
+                    f"`router_layer` {self.layer_name!r}."
                 )
             raise UserError(
                 f"Layer {self.layer_name!r} was called without a route for adapter {name!r}: ALTER routes each token once "
@@ -311,7 +311,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         if shape != given and not (len(shape) == 1 and len(given) == 2 and shape[0] == given[0] * given[1]):
             raise UserError(
                 f"Layer {self.layer_name!r} sees tokens in shape {list(shape)}, but routes exist for {list(given)}: it does "
-                "not see every token of the batch in order. Leave it out with exclude_modules, or use router='static'."
+                "not see every token of the batch in order. Leave it out with `exclude_modules`, or use `router` 'static'."
             )
         return plan
 

@@ -164,7 +164,7 @@ class AlterModel(BaseTuner):
         if ".experts." in f".{current_key}" and peft_config.routed:
             raise UserError(
                 f"Layer {current_key!r} belongs to a mixture-of-experts block and sees a part of the tokens only, while "
-                f"router={peft_config.router!r} routes all of them. Add 'experts' layers to exclude_modules."
+                f"`router` {peft_config.router!r} routes all of them. Add 'experts' layers to `exclude_modules`."
             )
         if isinstance(target, AlterLinear):
             # PEFT keeps the layers when the last adapter is deleted; their routing context goes
@@ -237,7 +237,7 @@ class AlterModel(BaseTuner):
         name = self._one_adapter(adapter_name)
         if not self.peft_config[name].routed:
             raise UserError(
-                f"Adapter {name!r} has router={self.peft_config[name].router!r}: no router for the whole network."
+                f"Adapter {name!r} has `router` {self.peft_config[name].router!r}: no router for the whole network."
             )
         layer = self._context.anchors[name]
         assert isinstance(layer, AlterLinear)

@@ -322,7 +322,7 @@ def _router_logits(
         seen = "nothing" if raw is None else f"shape {list(raw.shape[:2])}"
         raise UserError(
             f"The router of adapter {name!r} reads layer {layer!r}, which saw {seen} for tokens of shape "
-            f"{list(entropy.shape)}. Choose another router_layer, whose input holds every token in order."
+            f"{list(entropy.shape)}. Choose another `router_layer`, whose input holds every token in order."
         )
     return take_previous(raw, previous.to(raw.device), 0.0).to(entropy.device)
 
