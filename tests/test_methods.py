@@ -1034,8 +1034,8 @@ def refused(data, out, capsys, *args):
         # what the adapter's own configuration refuses, whose fields have other names
         (["--adapter.from-layer", 9], "--adapter.from-layer is 9, but the model has 2 blocks"),
         (["--adapter.entropy-q", 2], "with --adapter.entropy-q 2 and any vocabulary"),
-        (["--method", "alter", "--adapter.r", 400], "give --adapter.r of at most 16, or set `rank_pattern`"),
-        (["--method", "asym_lora", "--adapter.r", 400], "give --adapter.r of at most 16"),
+        (["--method", "alter", "--adapter.r", 400], "give --adapter.r of at most 32, or set `rank_pattern`"),
+        (["--method", "asym_lora", "--adapter.r", 400], "give --adapter.r of at most 32"),
     ],
 )
 def test_mistakes_are_one_line(data, tmp_path, capsys, args, says):

@@ -14,7 +14,7 @@ from alter.core import UserError, nearest
 from alter.logits import PAPER_THRESHOLD, check_threshold
 
 ROUTERS = ("learned", "entropy", "static", "dense")
-BOUNDS = ("sine", "tanh")
+SQUASHES = ("sine", "tanh")
 BIASES = ("none", "all", "alter_only")
 ENTROPY_SOURCES = ("probe", "exact")
 
@@ -252,9 +252,9 @@ class AlterConfig(PeftConfig):
                 raise UserError(
                     f"`rank_pattern` gives {pattern!r} the rank {rank!r}; it must be a whole number of at least 1."
                 )
-        if self.bound is not None and self.bound not in BOUNDS:
+        if self.bound is not None and self.bound not in SQUASHES:
             raise UserError(
-                f"`bound` is {self.bound!r}; expected one of {', '.join(BOUNDS)}.{nearest(self.bound, BOUNDS)}"
+                f"`bound` is {self.bound!r}; expected one of {', '.join(SQUASHES)}.{nearest(self.bound, SQUASHES)}"
             )
         if self.bound is not None and self.router != "static":
             raise UserError(f"`bound` needs `router` 'static', one matrix for all tokens; it is {self.router!r}.")

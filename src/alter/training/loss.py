@@ -27,7 +27,7 @@ from alter.training.folder import GRADIENT, seal_checkpoint
 from alter.training.settings import BRANCHES, OPTIMIZERS, Unlearn, batches_of_step, branch_needs, steps_of, warmup_of
 from alter.training.trunk import Trunk
 
-ALTERNATIVE, RETAIN = BRANCHES.index("alternative"), BRANCHES.index("retain")
+ALTERNATIVE_BRANCH, RETAIN_BRANCH = BRANCHES.index("alternative"), BRANCHES.index("retain")
 
 
 class OwnState(TrainerCallback, ExportableState):
@@ -271,7 +271,7 @@ class UnlearnTrainer(Trainer):
 
     def _structure_alone(self, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """Compute phase one's loss over high-entropy retain tokens."""
-        loss = self.run.gamma * mean_or_zero(values[:, 0][(places.branch == RETAIN) & places.high])
+        loss = self.run.gamma * mean_or_zero(values[:, 0][(places.branch == RETAIN_BRANCH) & places.high])
         loss = loss + 0.0 * values.sum()
         self.parts = {}
         return processes.size() * loss, processes.total(loss)
@@ -314,7 +314,7 @@ class UnlearnTrainer(Trainer):
         run, step = self.run, self.state.global_step
         forget, retain = (self._labelled(name, batch, places, values, states) for name in ("forget", "retain"))
         # labels that an alternative makes up are no structure
-        structure = mean_or_zero(values[:, 0][places.high & (places.branch != ALTERNATIVE)])
+        structure = mean_or_zero(values[:, 0][places.high & (places.branch != ALTERNATIVE_BRANCH)])
         joined = self.needs[-1].rows and step >= self.alone
         parts = {
             "forget": run.objective(forget),

@@ -12,7 +12,7 @@ from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card,
 from alter.methods.places import Targets
 from alter.settings import Count, nested
 
-SAME = {"r": "r", "alter_alpha": "alpha", "target_modules": "target_modules"}
+OWN_FIELDS = {"r": "r", "alter_alpha": "alpha", "target_modules": "target_modules"}
 """Fields of both adapters by the field of `AlterConfig` that each fills."""
 
 
@@ -58,7 +58,7 @@ class AsymLora(Adapter):
         """Put the adapter on a loaded model: an `AlterConfig` with router="dense"."""
         return attach_alter(
             model,
-            SAME | {"alter_dropout": "dropout"},
+            OWN_FIELDS | {"alter_dropout": "dropout"},
             r=self.r,
             alter_alpha=self.alpha,
             alter_dropout=self.dropout,
@@ -102,7 +102,7 @@ class BoundedLora(Adapter):
         # without the retention expert, one expert is left: a plain LoRA
         return attach_alter(
             model,
-            SAME | {"bound": "bound", "bound_frequency": "frequency", "bound_gain": "gain"},
+            OWN_FIELDS | {"bound": "bound", "bound_frequency": "frequency", "bound_gain": "gain"},
             r=self.r,
             alter_alpha=self.alpha,
             num_forget_experts=1,
