@@ -465,7 +465,7 @@ def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
 def test_diversions_follow_the_tilt_token_by_token(data):
     from alter.data.encoding import Encoded
     from alter.groundwork.alternatives import CHANGES_OF_SUBJECT, diversions, persona_views
-    from alter.methods.objectives import Persona
+    from alter.methods.objectives.targets import Persona
     from pico import byte_tokenizer
 
     base, tokenizer = AutoModelForCausalLM.from_pretrained(data / "model").eval(), byte_tokenizer()
