@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +53,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
     alter_B: Any
     alter_router: Any
     alter_dropout: Any
-    base_layer: Any
+    base_layer: Callable[..., Tensor]
 
     adapter_layer_names: tuple[str, ...] = ("alter_A", "alter_B", "alter_router", "alter_probe")
     other_param_names: tuple[str, ...] = (
@@ -196,8 +197,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self._base(x, *args, **kwargs)
-        result = self._base(x, *args, **kwargs)
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
         if self.hosts and state is not None and state.trunk is not None and state.trunk.host is self:
@@ -218,11 +219,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
                 f"Layer {self.layer_name!r} holds merged adapters ({', '.join(self.merged_adapters)}), so the frozen base "
                 "that another adapter's router reads is gone: call unmerge_adapter() first."
             )
-        return self._base(x, *args, **kwargs)
-
-    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        return result
+        return self.base_layer(x, *args, **kwargs)
 
     def _updated(self, name: str, x: Tensor, result: Tensor, state: ForwardState | None) -> Tensor:
         """Add one adapter's update of x [..., in] to `result` [..., out]."""
@@ -398,5 +395,4 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         return "alter." + super().__repr__()
 
     def extra_repr(self) -> str:
-        said: str = quantization_extra_repr(self)
-        return said
+        return str(quantization_extra_repr(self))

@@ -168,8 +168,7 @@ class UnlearnTrainer(Trainer):
     @property
     def in_phase_one(self) -> bool:
         """Whether this step trains on high-entropy retain tokens alone."""
-        step, steps = int(self.state.global_step), int(self.state.max_steps)
-        return step < self.run.phase_one * steps
+        return bool(self.state.global_step < self.run.phase_one * self.state.max_steps)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Compute the gradient; under a rule for gradients, those of the forget term and of the others separately."""
@@ -185,8 +184,7 @@ class UnlearnTrainer(Trainer):
         if self.accelerator.sync_gradients:
             before = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / GRADIENT
             self.split.apply(named, before)
-        micro_steps: int = self.current_gradient_accumulation_steps
-        return loss.detach() / micro_steps
+        return loss.detach() / int(self.current_gradient_accumulation_steps)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """Run one forward for all rows of the step together; see `Unlearn` for the weights of the terms."""
