@@ -29,7 +29,7 @@ from alter.distillation.closing import measure_distilled
 from alter.distillation.naming import AtNames, check_named, first_feed_forwards, named_rows, trained_layers
 from alter.distillation.noise import add_noise
 from alter.distillation.protection import Protection, blocks_linears, measured_shares
-from alter.distillation.rows import KINDS, Lesson, check_lengths, lesson, read_sets, sample_text
+from alter.distillation.rows import KINDS, Lesson, check_lengths, general_text, lesson, read_sets
 from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
 from alter.distillation.trainer import DistillTrainer, train_student
@@ -138,7 +138,7 @@ def _train(
     # after all checks, so that invalid settings neither leave nor delete files
     make_folder(settings, given)
     if not found["general"]:
-        found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])
+        found["general"] = general_text(teacher, tokenizer, settings, found["forget"])
     taught = lesson(tokenizer, found, settings, limit)
     teachers, kept = _teachers(settings, taught, (teacher, tokenizer), models["student"])
     prepared = time.time()

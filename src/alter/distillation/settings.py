@@ -69,7 +69,8 @@ class Distill(BaseModel):
     neighbours: list[str] = Field(default_factory=list)
     """Further rows that must not change: what is near to the forgotten."""
     general: list[str] = Field(default_factory=list)
-    """Ordinary text or rows. Without any, text is sampled from the teacher."""
+    """Ordinary text or rows. Without any, text is sampled from the teacher; with `names`, which only measure on it, text that
+    comes with the package is read."""
     out: OutFolder
     """Folder of this run; must be empty or missing."""
 
