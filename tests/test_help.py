@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from alter.commands import COMMANDS
-from alter.core.plugins import BENCHMARKS
+from alter.plugins import BENCHMARKS
 
 COMPUTES = ("torch._C", "numpy._core", "transformers.utils", "peft.utils", "pandas", "scipy.stats", "nltk", "sklearn")
 READ = [

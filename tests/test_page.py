@@ -20,11 +20,8 @@ import yaml
 from alter import cli
 from alter.attacks.techniques import ATTACKS, COMPARING
 from alter.core.errors import UserError
-from alter.core.files import folder_digest, to_json
-from alter.core.provenance import provenance
-from alter.core.records import Record, write_records
-from alter.methods import frozen
-from alter.methods.frozen import Frozen, FrozenRow
+from alter.groundwork import frozen
+from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.rendering import markup
 from alter.rendering.markup import Html, common, highlighted, tag, text, ticks
 from alter.report import attacks as report_attacks
@@ -36,6 +33,9 @@ from alter.report.tables import record_tables
 from alter.report.tokens import routed, shares
 from alter.report.verdict import verdict
 from alter.requests.store import Store
+from alter.storage.files import folder_digest, to_json
+from alter.storage.provenance import provenance
+from alter.storage.records import Record, write_records
 from alter.training.settings import Unlearn
 from pico import write_jsonl
 

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from alter import cli
 from alter.core.errors import UserError
-from alter.core.records import read_records
 from alter.data.batching import Collator
 from alter.data.encoding import encode, encode_all
 from alter.data.examples import load_examples
@@ -19,7 +18,8 @@ from alter.evaluation.answered import answer_rows
 from alter.evaluation.closing import closing_of, closing_table
 from alter.evaluation.rows import RowsEvaluation
 from alter.evaluation.run import measured
-from alter.models.scoring import score
+from alter.inference.scoring import score
+from alter.storage.records import read_records
 from pico import byte_tokenizer, pico, write_jsonl
 
 FORGET = [

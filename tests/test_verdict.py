@@ -258,8 +258,8 @@ def test_what_was_never_known_is_unproven_not_unforgotten():
 
 
 def test_intervals_are_wilsons_and_students():
-    assert metrics.share_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
-    assert metrics.share_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
+    assert metrics.samples.share_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
+    assert metrics.samples.share_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
     low, high = verdict.mean_interval([0.1, 0.2, 0.3])
     assert (low, high) == pytest.approx((0.2 - 4.3027 * 0.1 / 3**0.5, 0.2 + 4.3027 * 0.1 / 3**0.5), abs=1e-4)
 
@@ -270,4 +270,4 @@ def test_an_interval_of_shares_holds_only_shares(values):
     assert 0 <= low <= sum(values) / len(values) <= high <= 1
     assert low < high
     if set(values) <= {0.0, 1.0}:
-        assert (low, high) == metrics.share_interval(int(sum(values)), len(values))
+        assert (low, high) == metrics.samples.share_interval(int(sum(values)), len(values))

@@ -11,18 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from alter.core import (
-    OutFile,
-    OutFolder,
-    Rows,
-    Seed,
-    cache_folder,
-    cell,
-    check_outputs,
-    digest,
-    stamped,
-    write_records,
-)
+from alter.core import cell
+from alter.settings import OutFile, OutFolder, Rows, Seed, check_outputs
+from alter.storage import cache_folder, digest, stamped, write_records
 
 if TYPE_CHECKING:
     from alter.evaluation import TofuResult

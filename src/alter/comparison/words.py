@@ -12,9 +12,9 @@ from pathlib import Path
 from alter.comparison.choice import CRITERIA, columns, criterion
 from alter.comparison.settings import Compare
 from alter.comparison.table import COSTS, TableRow, axis, axis_label, axis_name
-from alter.core import rounded
 from alter.methods import METHODS
 from alter.rendering import Html, Point, Style, document, grid, join, scatter, tag
+from alter.settings import rounded
 
 
 def _shown(row: TableRow, key: str, form: str, scale: float = 1.0) -> str:

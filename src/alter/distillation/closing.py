@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from alter.core import Record, cell, show, write_records
+from alter.core import cell, show
 from alter.data import Example
 from alter.distillation.settings import Distill
 from alter.evaluation import FIGURES, Answered, answer_rows, closing_facts
 from alter.evaluation.verdict import WORDINGS, judge
 from alter.models import load_model
+from alter.storage import Record, write_records
 
 
 def measure_distilled(

@@ -23,7 +23,7 @@ from alter.data import (
 )
 from alter.data.background import background
 from alter.distillation.settings import Distill
-from alter.models import context_length, generate
+from alter.inference import context_length, generate
 
 KINDS = ("forget", "keep", "general")
 """What a row is, by its number in `Row.kind`."""

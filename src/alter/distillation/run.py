@@ -21,8 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from alter.core import CLAIM_FILE, cache_folder, claim, digest, release, show, to_json, warn, write_atomic
-from alter.core.provenance import provenance
+from alter.core import show, warn
 from alter.data import Example, data_hash, row_hash
 from alter.distillation.checks import check_out, check_pair, check_room, check_teacher
 from alter.distillation.closing import measure_distilled
@@ -33,7 +32,10 @@ from alter.distillation.rows import KINDS, Lesson, check_lengths, general_text, 
 from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
 from alter.distillation.trainer import DistillTrainer, train_student
-from alter.models import ModelSettings, context_length, is_form, load_model
+from alter.inference import context_length
+from alter.models import ModelSettings, is_form, load_model
+from alter.storage import CLAIM_FILE, cache_folder, claim, digest, release, to_json, write_atomic
+from alter.storage.provenance import provenance
 from alter.training import check_finite, check_inputs, check_trackers, last_whole_checkpoint, make_folder, save_adapter
 from alter.training.trackers import trackers
 

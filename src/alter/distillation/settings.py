@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alter.core import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps, Tokens, UserError, read_run
+from alter.core import UserError
 from alter.data import TemplateArguments
 from alter.distillation.noise import Noise
+from alter.settings import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps, Tokens
+from alter.storage import read_run
 from alter.training import ReportTo
 
 

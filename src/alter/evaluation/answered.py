@@ -13,7 +13,7 @@ from alter.core import Array
 from alter.data import Encoded, Example, encode, encode_all, reworded, rewording
 from alter.evaluation.leakage import Asked, ask
 from alter.evaluation.verdict import WORDED, Measures
-from alter.models import context_length, generate, score
+from alter.inference import context_length, generate, score
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def answer_rows(
     """Measure what a model knows of rows: one forward for each, and greedy replies to some of them.
 
     Args:
-        model, tokenizer: as in `alter.models.scoring.score`.
+        model, tokenizer: as in `alter.inference.scoring.score`.
         rows: one or more; those longer than the model's context are scored in overlapping windows, and answered or
             continued where prompt and reply fit into it.
         answers: number of rows that are answered, drawn by `seed`; None: all, 0: none.
@@ -80,7 +80,7 @@ def answer_rows(
         parts[number].append(k)
     logprob = [np.concatenate([scores.logprob[k] for k in own]) for own in parts]
     correct = [np.concatenate([scores.correct[k] for k in own]) for own in parts]
-    probability = metrics.probability(metrics.average_loss(logprob))
+    probability = metrics.likelihood.probability(metrics.likelihood.average_loss(logprob))
     chosen = np.random.default_rng(seed).permutation(len(rows))[: len(rows) if answers is None else answers]
     asked = {
         i: found
@@ -100,7 +100,7 @@ def answer_rows(
             replies,
             in_other_words(model, tokenizer, rows, wordings, batch_tokens=batch_tokens, label=label),
         ),
-        metrics.exact_memorization(correct),
+        metrics.memorisation.exact_memorization(correct),
         [rows[i] for i in asked],
         probability[list(asked)],
         questions,
@@ -121,7 +121,7 @@ def in_other_words(
     """Return the length-normalised probability of answers to questions put in other words, [k] for each wording.
 
     Args:
-        model, tokenizer: as in `alter.models.scoring.score`.
+        model, tokenizer: as in `alter.inference.scoring.score`.
         rows: those with a question are asked again, `WORDED` at most, spread from the first to the last; what is then longer
             than the model's context is left out.
         wordings: names of `alter.data.rewording.MEASURED`; one in which no row can be asked is left out.
@@ -148,7 +148,7 @@ def in_other_words(
         batch_tokens=batch_tokens,
         label=f"{label}: in other words",
     )
-    probability = metrics.probability(metrics.average_loss(scores.logprob))
+    probability = metrics.likelihood.probability(metrics.likelihood.average_loss(scores.logprob))
     return {name: probability[[own == name for own in names]] for name in dict.fromkeys(names)}
 
 

@@ -9,11 +9,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from alter.core import Record, show
+from alter.core import show
 from alter.evaluation import others
 from alter.evaluation.told import told
 from alter.evaluation.verdict import SLACK, Verdict
 from alter.metrics import CATALOGUE
+from alter.storage import Record
 
 if TYPE_CHECKING:
     from alter.evaluation.answered import Answered

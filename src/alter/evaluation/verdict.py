@@ -71,7 +71,7 @@ def unit_interval(values: npt.ArrayLike) -> tuple[float, float]:
     """
     x = np.asarray(values, dtype=np.float64)
     if ((x == 0) | (x == 1)).all():
-        return metrics.share_interval(int(x.sum()), x.size)
+        return metrics.samples.share_interval(int(x.sum()), x.size)
     low, high = mean_interval(x)
     return max(low, 0.0), min(high, 1.0)
 
@@ -148,7 +148,7 @@ class Measures:
             "n_answers": len(self.recall),
             "said": self.given,
             "n_said": self.asked,
-            "said_interval": list(metrics.share_interval(self.given, self.asked)),
+            "said_interval": list(metrics.samples.share_interval(self.given, self.asked)),
             "broken": sum(self.broken),
             "empty": sum(self.empty),
             "repetition": float(self.repetition.mean()) if some else None,

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import BatchSize, OutFolder, Passes, Rows, Seed, Steps, Tokens
 from alter.data import TemplateArguments
 from alter.forgetting.speaker import Writer
 from alter.forgetting.templates import Kind
+from alter.settings import BatchSize, OutFolder, Passes, Rows, Seed, Steps, Tokens
 from alter.training import ReportTo
 
 TRAINING: dict[str, Any] = {

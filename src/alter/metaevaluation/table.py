@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alter import metrics
-from alter.core import rounded
 from alter.metaevaluation.formulas import (
     direction,
     faithfulness,
@@ -23,6 +22,7 @@ from alter.metaevaluation.measuring import untried
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.rendering import document, grid, join, tag
+from alter.settings import rounded
 
 
 @dataclass(frozen=True)

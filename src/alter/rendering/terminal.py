@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
-from alter.core import Record, cell, rounded
+from alter.core import cell
 from alter.metrics import CATALOGUE
+from alter.settings import rounded
+from alter.storage import Record
 
 ARROWS = {True: "↑", False: "↓", None: ""}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError, write_atomic
+from alter.core import UserError
 from alter.data import Example
 from alter.evaluation import Verdict
 from alter.evaluation.verdict import WORDINGS, judge
@@ -20,6 +20,7 @@ from alter.requests.records import IN_FORCE, Request, now
 from alter.requests.rows import received_rows
 from alter.requests.store import Store
 from alter.requests.versions import adapter_digest, clear_expert, manifest, private, put_in_force
+from alter.storage import write_atomic
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from alter.core import UserError, read_recipe, to_json, validated, write_atomic
+from alter.core import UserError
 from alter.data import Example
 from alter.distillation import Distill, distill
 from alter.evaluation import Verdict
@@ -28,6 +28,8 @@ from alter.requests.removal import sweep
 from alter.requests.rows import received_rows
 from alter.requests.store import Store
 from alter.requests.versions import manifest, private
+from alter.settings import read_recipe, validated
+from alter.storage import to_json, write_atomic
 
 DECIDED = {"run", "model", "adapter", "student", "forget", "retain", "out", "form", "resume", "overwrite"}
 """Settings of `alter distill` that the requests decide."""

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alter.core import give_back, processes, read_object, show, to_json, warn, write_atomic, write_records
+from alter.core import give_back, processes, show, warn
 from alter.data import load_examples
 from alter.evaluation import RowsEvaluation, closing_of, measured, ordinary_loss, ordinary_sentence, show_closing
+from alter.storage import read_object, to_json, write_atomic, write_records
 from alter.training.own import OWN
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
