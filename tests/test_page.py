@@ -285,6 +285,25 @@ def test_verdict(unlearned, retrained, quality, expected):
     assert verdict(Reported("r", records=found)) == expected
 
 
+@pytest.mark.parametrize(
+    ("original", "unlearned", "retrained", "expected"),
+    [
+        (0.7, 0.36, 0.1, "yes"),
+        (0.7, 0.41, 0.1, "no"),
+        (0.7, 0.36, None, "no"),
+        (0.7, 0.34, None, "yes"),
+        (0.1, 0.1, 0.4, "yes"),
+        (None, 0.6, 0.1, "yes"),
+    ],
+)
+def test_verdict_asks_in_other_words(original, unlearned, retrained, expected):
+    found = [record("unlearned", "forget_rouge", 0.2), record("retrained", "forget_rouge", 0.18)]
+    for model, value in (("original", original), ("unlearned", unlearned), ("retrained", retrained)):
+        if value is not None:
+            found.append(record(model, "forget_probability_reworded", value))
+    assert verdict(Reported("r", records=found)) == expected
+
+
 # Escaping ------------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from alter.evaluation.closing import closing_facts
 from alter.evaluation.figures import metric_record
 from alter.evaluation.knowledge import Contradictions, over_refusal, rates
 from alter.evaluation.leakage import Leak, Leaked, leaked
-from alter.evaluation.verdict import judge, unit_interval
+from alter.evaluation.verdict import WORDINGS, judge, unit_interval
 from alter.models import ModelSettings
 from alter.settings import Rows, Tokens
 from alter.storage import Record, digest
@@ -124,6 +124,7 @@ class RowsEvaluation(Evaluation):
                 batch_tokens=self.batch_tokens,
                 batch_size=self.batch_size,
                 label=f"{of}, {name}",
+                wordings=WORDINGS if name == "forget" else (),
             )
             for name, rows in sets.items()
         }

@@ -18,7 +18,7 @@ from alter.data import Example
 from alter.distillation import Distill, distill
 from alter.evaluation import Verdict
 from alter.evaluation.told import told
-from alter.evaluation.verdict import judge
+from alter.evaluation.verdict import WORDINGS, judge
 from alter.exporting import loras
 from alter.models import load_model
 from alter.requests.evidence import MeasuredEvidence, known_of, retain_sample
@@ -169,7 +169,8 @@ def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights
         model, tokenizer = load_model(name, adapter, template=project.template)
         measured[form] = {"retain": known_of(model, tokenizer, retain_sample(project), answers=project.answers)}
         measured[form] |= {
-            name: known_of(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()
+            name: known_of(model, tokenizer, rows, answers=project.answers, wordings=WORDINGS)
+            for name, rows in examples.items()
         }
     kept = (measured["base"]["retain"][0], measured["weights"]["retain"][0])
     verdicts = {
