@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alter.evaluation import BROKEN, SLACK, broken, closing_of, gives
-from alter.evaluation.verdict import GONE
+from alter.evaluation import BROKEN, GONE, SLACK, broken, closing_of, gives
 from alter.report.runs import Reported
 
 REWORDED_METRIC = "forget_probability_reworded"
