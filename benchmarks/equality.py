@@ -338,7 +338,7 @@ def main() -> int:
         status = [json.loads((side / "status.json").read_text()) for side in sides]
         total = Found()
         print(f"{'job':<28} {'files':>6} {'tensors':>8} {'values':>8} {'differences':>12}")
-        for name in dict.fromkeys([*status[0], *status[1]]):
+        for name in arguments.jobs or dict.fromkeys([*status[0], *status[1]]):
             found = compare(name, *sides, status)
             print(f"{name:<28} {found.files:>6} {found.tensors:>8} {found.values:>8} {len(found.differences):>12}")
             for difference in found.differences[: arguments.most]:
