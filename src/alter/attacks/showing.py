@@ -17,7 +17,7 @@ from alter.rendering import AFTER, BEFORE, LINE, figure
 from alter.settings import rounded
 from alter.storage import Record
 
-KNOWN = 0.1
+KNOWN_LOSS = 0.1
 """Rows with a loss below this at the attacker's first step, in nats, are known already."""
 
 
@@ -93,7 +93,7 @@ def untrained(records: Sequence[Record]) -> list[str]:
     for (name, model), values in losses.items():
         width = max(1, len(values) // 5)
         first, last = float(np.mean(values[:width])), float(np.mean(values[-width:]))
-        if values[0] < KNOWN:
+        if values[0] < KNOWN_LOSS:
             fix = "give text that it does not know with `relearn.benign`."
             notes.append(
                 f"{name} had nothing to learn ({model}: loss {values[0]:.2f} at the start): no evidence; {fix}"

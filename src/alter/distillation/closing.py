@@ -12,8 +12,8 @@ from rich.table import Table
 from alter.core import cell, show
 from alter.data import Example
 from alter.distillation.settings import Distill
-from alter.evaluation import FIGURES, Answered, answer_rows, closing_facts
-from alter.evaluation.verdict import WORDINGS, judge
+from alter.evaluation import FIGURES, WORDINGS, Answered, answer_rows, closing_facts
+from alter.evaluation.verdict import judge
 from alter.models import load_model
 from alter.storage import Record, write_records
 

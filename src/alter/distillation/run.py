@@ -307,7 +307,8 @@ def _saved_dtype(settings: Distill) -> torch.dtype:
 
     name = settings.dtype
     if name != "auto":
-        return getattr(torch, name)
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
     assert settings.student is not None
     try:
         found = AutoConfig.from_pretrained(shipped_model(settings.student)).dtype

@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from alter.evaluation.tofu.sets import rows_fingerprint as rows_fingerprint
     from alter.evaluation.verdict import BROKEN as BROKEN
     from alter.evaluation.verdict import FIRM as FIRM
+    from alter.evaluation.verdict import GONE as GONE
     from alter.evaluation.verdict import SLACK as SLACK
+    from alter.evaluation.verdict import WORDINGS as WORDINGS
     from alter.evaluation.verdict import Measures as Measures
     from alter.evaluation.verdict import Verdict as Verdict
     from alter.evaluation.verdict import mean_interval as mean_interval

@@ -32,7 +32,7 @@ from alter.models import load_model
 from alter.storage import digest, read_object, to_json, write_atomic
 from alter.training import Unlearn, check_folder, check_trackers, remove_run, unlearn
 
-SAID = "said"
+SAID_FOLDER = "said"
 """Folder of a run that caches the model's answers."""
 ERASING_CHECKS = 4
 """Checks in a pass of the erasing over the forget rows, before whose end it does not stop."""
@@ -181,7 +181,7 @@ def _material(
     speaker = Speaker(
         model,
         tokenizer,
-        out / SAID,
+        out / SAID_FOLDER,
         tokens=settings.answer_tokens,
         batch=settings.batch_size,
         seed=settings.seed,
@@ -389,7 +389,7 @@ def _again(
     speaker = Speaker(
         model,
         tokenizer,
-        out / SAID / (ERASED if settings.erase else "after"),
+        out / SAID_FOLDER / (ERASED if settings.erase else "after"),
         tokens=settings.answer_tokens,
         batch=settings.batch_size,
         seed=settings.seed,

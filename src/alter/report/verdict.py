@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alter.evaluation import BROKEN, SLACK, broken, closing_of, gives
-from alter.evaluation.verdict import GONE
+from alter.evaluation import BROKEN, GONE, SLACK, broken, closing_of, gives
 from alter.report.runs import Reported
 
-REWORDED = "forget_probability_reworded"
+REWORDED_METRIC = "forget_probability_reworded"
 """The metric that says how likely the true answers are when the questions are put in other words."""
 QUALITY = 0.05
 """Forget quality (a p-value) from which the model counts as not told apart from the retrained one."""
@@ -36,7 +35,7 @@ def verdict(run: Reported) -> VerdictAnswer:
 
     "yes": in every figure of `SAID_FIGURES` that was measured, at most `SLACK` above the retrained model, and a forget quality
     of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "no" also if of the true answers'
-    probability after questions in other words (`REWORDED`) half is not gone (`GONE`); "unknown" without any of them, and
+    probability after questions in other words (`REWORDED_METRIC`) half is not gone (`GONE`); "unknown" without any of them, and
     where the original model is as near to the retrained one (`blind`). What `alter.evaluation.verdict` found of the same
     adapter, or counts of the replies themselves, can make it worse, never better: "no" if it found NOT FORGOTTEN,
     "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
@@ -65,7 +64,7 @@ def verdict(run: Reported) -> VerdictAnswer:
 
 
 def _known_in_other_words(run: Reported) -> bool:
-    before, after, honest = (run.value(model, REWORDED) for model in ("original", "unlearned", "retrained"))
+    before, after, honest = (run.value(model, REWORDED_METRIC) for model in ("original", "unlearned", "retrained"))
     if before is None or after is None:
         return False
     floor = min(honest or 0.0, before)
