@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
-from rich.table import Table
 
 from alter.core import (
     OutFile,
@@ -23,6 +22,7 @@ from alter.core import (
     stamped,
     write_records,
 )
+from alter.rendering import FittedTable
 
 if TYPE_CHECKING:
     from alter.evaluation import TofuResult
@@ -56,12 +56,12 @@ def free_folder(wanted: str) -> Path:
     return path
 
 
-def answers_table(results: dict[str, TofuResult], count: int) -> Table:
+def answers_table(results: dict[str, TofuResult], count: int) -> FittedTable:
     """Return a table of forget-set questions, spread over its authors, with the true answer and each model's."""
     first = next(iter(results.values())).sets["forget"]
     assert first.questions is not None
     assert first.references is not None
-    shown = Table(title="Questions about the forgotten authors", show_lines=True)
+    shown = FittedTable(title="Questions about the forgotten authors", show_lines=True)
     for column in ("question", "truth", *results):
         shown.add_column(column, ratio=1, overflow="fold")
     for i in range(0, first.n, max(1, first.n // max(count, 1)))[:count]:

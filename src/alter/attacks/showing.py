@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from rich import box
-from rich.table import Table
 
 from alter.attacks.base import PLAIN
 from alter.attacks.fractions import NO_RETRAINED, _select
 from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES, SEARCHING
 from alter.core import Record, console, rounded, warn
-from alter.rendering import AFTER, BEFORE, LINE, figure
+from alter.rendering import AFTER, BEFORE, LINE, FittedTable, figure
 
 KNOWN = 0.1
 """Rows with a loss below this at the attacker's first step, in nats, are known already."""
@@ -28,7 +27,7 @@ def _figure(value: float | None, interval: Sequence[float] | None = None, betwee
 
 def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
     """Print what each attack recovered, and the hidden states by depth; report on stderr what was refused or poorly trained."""
-    table = Table(
+    table = FittedTable(
         title="What can be brought back",
         caption="after, original, retrained: under the attack; recovered: 1 all, 0 no more than from the retrained model; "
         "± half the 95 % interval over rows; @ step, depth or variant",
@@ -106,7 +105,7 @@ def untrained(records: Sequence[Record]) -> list[str]:
     return notes
 
 
-def _depths(records: Sequence[Record]) -> Table | None:
+def _depths(records: Sequence[Record]) -> FittedTable | None:
     """Return the table of hidden states: a row for each depth, 0 the embeddings, d what the d-th block gives."""
     columns: dict[str, dict[int, tuple[float | None, Sequence[float] | None]]] = {}
     for record in records:
@@ -126,7 +125,7 @@ def _depths(records: Sequence[Record]) -> Table | None:
             }
     if not columns:
         return None
-    table = Table(
+    table = FittedTable(
         title="Hidden states by depth",
         caption="read: next tokens of answers that a probe reads right; lens: probability of the answer that the model's own "
         "head reads; fall: of the original's log-probability with these states in it (UDS); CKA: alike (1) or not, no "

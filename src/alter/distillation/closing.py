@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from alter.core import Record, cell, show, write_records
 from alter.data import Example
@@ -15,6 +14,7 @@ from alter.distillation.settings import Distill
 from alter.evaluation import FIGURES, Answered, answer_rows, closing_facts
 from alter.evaluation.verdict import judge
 from alter.models import load_model
+from alter.rendering import FittedTable
 
 
 def measure_distilled(
@@ -95,8 +95,8 @@ def _drawn(rows: Sequence[Example], count: int, seed: int) -> list[Example]:
     return [rows[i] for i in sorted(order.tolist())]
 
 
-def _table(facts: dict[str, Any]) -> Table:
-    table = Table(title="Before, the teacher, and the distilled")
+def _table(facts: dict[str, Any]) -> FittedTable:
+    table = FittedTable(title="Before, the teacher, and the distilled")
     for column in ("", "before", "teacher", "distilled"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name_of, title in (("forget", "to forget"), ("retain", "to keep")):

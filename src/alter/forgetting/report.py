@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from alter.core import worded
 from alter.forgetting.measure import ANSWERS, LEVEL, KeptRate, Outcome, Rate
+from alter.rendering import FittedTable
 
 
 def print_line(console: Console, text: str) -> None:
@@ -76,9 +76,9 @@ def _told(figures: Mapping[str, float], digits: int) -> str:
     return told if math.isnan(figures["invented"]) else f"{told}, {invented} about an invented subject"
 
 
-def _answered(name: str, rates: Mapping[str, Rate]) -> Table:
+def _answered(name: str, rates: Mapping[str, Rate]) -> FittedTable:
     """Format how many probes of each form are answered with a fact."""
-    table = Table(title=f"Probes about {name}: answered with a fact (forms that were not trained on)")
+    table = FittedTable(title=f"Probes about {name}: answered with a fact (forms that were not trained on)")
     for column in ("form", "before", "after", "an invented subject"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for form, rate in rates.items():
@@ -87,9 +87,9 @@ def _answered(name: str, rates: Mapping[str, Rate]) -> Table:
     return table
 
 
-def _kept(rates: Mapping[str, KeptRate]) -> Table:
+def _kept(rates: Mapping[str, KeptRate]) -> FittedTable:
     """Format how similar the answers about other subjects are to those before."""
-    table = Table(title="What must not change")
+    table = FittedTable(title="What must not change")
     for column in ("", "n", "first name still said", "same answer", "ROUGE-L with the answer before"):
         table.add_column(column, justify="right" if column else "left")
     for form, same in rates.items():
@@ -98,9 +98,9 @@ def _kept(rates: Mapping[str, KeptRate]) -> Table:
     return table
 
 
-def _examples(outcome: Outcome, count: int) -> Table:
+def _examples(outcome: Outcome, count: int) -> FittedTable:
     """Print some probes with both answers: of the subject, of neighbours, and general ones."""
-    table = Table(title="Examples", show_lines=True)
+    table = FittedTable(title="Examples", show_lines=True)
     for column in ("prompt", "before", "after"):
         table.add_column(column, ratio=1, overflow="fold")
     for rows in (

@@ -23,7 +23,7 @@ from alter.core.provenance import provenance
 from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found, Member, chosen_rows, measure_member, members, stored
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.metaevaluation.table import Table, as_json, make_table, metrics_markdown, metrics_page
+from alter.metaevaluation.table import Table, as_json, make_table, metrics_drawn, metrics_markdown, metrics_page
 
 
 def meta_evaluate(settings: MetaEvaluate) -> Table:
@@ -93,8 +93,9 @@ def _told(settings: MetaEvaluate, out: Path, laid: Sequence[Member]) -> Table:
         raise UserError(
             f"{out} has no model of both pools that was measured with these settings: leave `run=False` out."
         )
+    show(metrics_drawn(settings, table), highlight=False)
     show(
-        f"\n{metrics_markdown(settings, table)}\n{out}: report.html, table.md, meta.json, members/",
+        f"\n{out}: report.html, table.md, meta.json, members/",
         markup=False,
         highlight=False,
     )
