@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alter.core.files import write_atomic
+from alter.storage.files import write_atomic
 
 FILE = Path(__file__).parent / "results.csv"
 COLUMNS = (

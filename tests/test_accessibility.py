@@ -11,9 +11,9 @@ import pytest
 
 from alter.comparison import cells, plan
 from alter.comparison import run as comparison
-from alter.core.files import folder_digest
 from alter.report import page as reporting
 from alter.report.settings import Report
+from alter.storage.files import folder_digest
 from test_compare import data, settings, write_all  # noqa: F401
 from test_inspector import Visit, browser, site  # noqa: F401
 from test_page import attacked, evaluated, make_run, write_records

@@ -19,7 +19,7 @@ from alter.adapter.routing import (
     take_previous,
 )
 from alter.core.errors import UserError
-from alter.methods.frozen import FrozenRow
+from alter.groundwork.frozen import FrozenRow
 from alter.training.probe import fit_entropy_probe
 from test_adapter import ARCHITECTURES, adapted, counted, rows, tiny
 from test_adapter_generation import WAYS, generated, left_padded

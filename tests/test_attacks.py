@@ -18,11 +18,12 @@ from alter.attacks import run as attacks
 from alter.attacks.fractions import recovered_fractions
 from alter.attacks.showing import show_recovered, untrained
 from alter.core.errors import UserError
-from alter.core.records import Record, read_records
 from alter.data.encoding import Encoded, encode
 from alter.data.examples import examples, load_examples
 from alter.data.tofu import tofu_rows
-from alter.models import loading, scoring
+from alter.inference import scoring
+from alter.models import loading
+from alter.storage.records import Record, read_records
 from pico import PAD, byte_tokenizer, pico, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lu", "Max", "Ned"]
@@ -60,7 +61,7 @@ def test_cka_is_its_naive_twin(n, p, q, debiased):
     rng = np.random.default_rng(n)
     x, y = rng.normal(size=(n, p)) + 3, rng.normal(size=(n, q))
     y[:, 0] += x[:, 0]
-    assert metrics.linear_cka(x, y, debiased=debiased) == pytest.approx(naive_cka(x, y, debiased), abs=1e-10)
+    assert metrics.recovery.linear_cka(x, y, debiased=debiased) == pytest.approx(naive_cka(x, y, debiased), abs=1e-10)
 
 
 def test_cka_of_rotated_states_is_one_and_of_unrelated_ones_zero_if_debiased():
@@ -68,10 +69,10 @@ def test_cka_of_rotated_states_is_one_and_of_unrelated_ones_zero_if_debiased():
     x = rng.normal(size=(60, 80))
     turn = np.linalg.qr(rng.normal(size=(80, 80)))[0]
     for debiased in (True, False):
-        assert metrics.linear_cka(x, 5 * x @ turn + 2, debiased=debiased) == pytest.approx(1)
+        assert metrics.recovery.linear_cka(x, 5 * x @ turn + 2, debiased=debiased) == pytest.approx(1)
     other = rng.normal(size=(60, 80))
-    assert abs(metrics.linear_cka(x, other)) < 0.05
-    assert metrics.linear_cka(x, other, debiased=False) > 0.4
+    assert abs(metrics.recovery.linear_cka(x, other)) < 0.05
+    assert metrics.recovery.linear_cka(x, other, debiased=False) > 0.4
 
 
 @pytest.mark.parametrize(
@@ -85,32 +86,32 @@ def test_cka_of_rotated_states_is_one_and_of_unrelated_ones_zero_if_debiased():
 )
 def test_cka_refuses(x, y, says):
     with pytest.raises(ValueError, match=says):
-        metrics.linear_cka(x, y)
+        metrics.recovery.linear_cka(x, y)
 
 
 def test_recovered_fraction():
-    assert metrics.recovered_fraction(0.5, 0.3, 0.9, 0.4) == pytest.approx(0.4)
-    assert metrics.recovered_fraction(0.2, 0.3, 0.9, 0.4) == pytest.approx(-0.2)
-    assert metrics.recovered_fraction(0.9, 0.4, 0.9, 0.4) == 1
+    assert metrics.recovery.recovered_fraction(0.5, 0.3, 0.9, 0.4) == pytest.approx(0.4)
+    assert metrics.recovery.recovered_fraction(0.2, 0.3, 0.9, 0.4) == pytest.approx(-0.2)
+    assert metrics.recovery.recovered_fraction(0.9, 0.4, 0.9, 0.4) == 1
     for original, retrained in ((0.4, 0.4), (0.44, 0.4), (0.3, 0.6)):
         with pytest.raises(ValueError, match="no forgotten knowledge"):
-            metrics.recovered_fraction(0.5, 0.3, original, retrained)
+            metrics.recovery.recovered_fraction(0.5, 0.3, original, retrained)
     with pytest.raises(ValueError, match="not finite"):
-        metrics.recovered_fraction(math.nan, 0.3, 0.9, 0.4)
+        metrics.recovery.recovered_fraction(math.nan, 0.3, 0.9, 0.4)
 
 
 def test_recovered_interval_is_a_bootstrap_over_rows():
     rng = np.random.default_rng(3)
     a, b = rng.random(40), rng.random(40)
-    low, high = metrics.recovered_interval(a, b, 0.5, seed=1)
+    low, high = metrics.recovery.recovered_interval(a, b, 0.5, seed=1)
     draw = np.random.default_rng(1).integers(0, 40, (2000, 40))
     means = sorted(math.fsum(a[i] - b[i] for i in rows) / 40 / 0.5 for rows in draw)
     assert low == pytest.approx(np.percentile(means, 2.5))
     assert high == pytest.approx(np.percentile(means, 97.5))
     assert low < (a - b).mean() / 0.5 < high
-    assert metrics.recovered_interval([0.3], [0.1], 0.5) == pytest.approx((0.4, 0.4))
+    assert metrics.recovery.recovered_interval([0.3], [0.1], 0.5) == pytest.approx((0.4, 0.4))
     with pytest.raises(ValueError, match="equal length"):
-        metrics.recovered_interval([0.3, 0.1], [0.1], 0.5)
+        metrics.recovery.recovered_interval([0.3, 0.1], [0.1], 0.5)
 
 
 def naive_round_trip(weight, bits):

@@ -23,10 +23,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from alter import AlterConfig, cli
 from alter.commands import COMMANDS
-from alter.core import flags
 from alter.core.errors import UserError
-from alter.core.outputs import Written, check_place
-from alter.core.plugins import BENCHMARKS
+from alter.plugins import BENCHMARKS
+from alter.settings import flags
+from alter.settings.outputs import Written, check_place
 from alter.training.settings import Unlearn
 from pico import pico, save_pico, write_jsonl
 

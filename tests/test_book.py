@@ -18,10 +18,10 @@ import reference
 from alter import metrics
 from alter.cli import main
 from alter.core.errors import UserError
-from alter.core.records import read_records, write_records
 from alter.data.examples import load_examples
 from alter.evaluation import book, passages
-from alter.models.scoring import Scores
+from alter.inference.scoring import Scores
+from alter.storage.records import read_records, write_records
 from pico import EOS, byte_tokenizer, pico, save_pico
 
 # the paper's Harry Potter table (Llama2-7B): BLEU, ROUGE-L, ASG, in points
@@ -74,26 +74,30 @@ def test_asg_of_the_papers_rows():
     for name, (bleu, rouge, reported) in PAPER.items():
         for signed in (True, False):
             # the paper prints one decimal
-            if abs(metrics.asg((bleu, rouge), RETAIN, signed=signed) - reported) <= 0.05 + 1e-9:
+            if abs(metrics.text.asg((bleu, rouge), RETAIN, signed=signed) - reported) <= 0.05 + 1e-9:
                 explained[signed].add(name)
     assert explained[True] == set(PAPER) - {"GA", "AsymLoRA"}
     assert explained[False] == explained[True] - {"ELM", "ALTER"}
-    assert metrics.asg((0, 0), RETAIN) == metrics.asg((0, 0), RETAIN, signed=True) == pytest.approx(5.85)
-    assert metrics.asg((5.9, 10.4), RETAIN) == metrics.asg((5.9, 10.4), RETAIN, signed=True) == pytest.approx(2.3)
+    assert metrics.text.asg((0, 0), RETAIN) == metrics.text.asg((0, 0), RETAIN, signed=True) == pytest.approx(5.85)
+    assert (
+        metrics.text.asg((5.9, 10.4), RETAIN)
+        == metrics.text.asg((5.9, 10.4), RETAIN, signed=True)
+        == pytest.approx(2.3)
+    )
     # gaps of opposite sign cancel
-    assert metrics.asg((4.7, 9.6), RETAIN) == pytest.approx(1.5)
-    assert metrics.asg((4.7, 9.6), RETAIN, signed=True) == pytest.approx(1.3)
+    assert metrics.text.asg((4.7, 9.6), RETAIN) == pytest.approx(1.5)
+    assert metrics.text.asg((4.7, 9.6), RETAIN, signed=True) == pytest.approx(1.3)
 
 
 def test_asg_is_a_mean_of_gaps():
     rng = np.random.default_rng(0)
     for k in (1, 2, 5):
         a, b = rng.normal(size=k), rng.normal(size=k)
-        assert metrics.asg(a, b) == pytest.approx(math.fsum(abs(x - y) for x, y in zip(a, b, strict=True)) / k)
-        assert metrics.asg(a, b, signed=True) == pytest.approx(abs(math.fsum(a) - math.fsum(b)) / k)
+        assert metrics.text.asg(a, b) == pytest.approx(math.fsum(abs(x - y) for x, y in zip(a, b, strict=True)) / k)
+        assert metrics.text.asg(a, b, signed=True) == pytest.approx(abs(math.fsum(a) - math.fsum(b)) / k)
     for bad in (([], []), ([1.0], [1.0, 2.0])):
         with pytest.raises(ValueError, match="ASG"):
-            metrics.asg(*bad)
+            metrics.text.asg(*bad)
 
 
 # ---- BLEU and ROUGE
@@ -136,14 +140,14 @@ def test_bleu_per_passage_and_of_the_corpus():
         "",
     ]
     generations[2] = f"{references[2]} and (or) why?"
-    each = metrics.bleu(references, generations)
+    each = metrics.text.bleu(references, generations)
     pairs = list(zip(references, generations, strict=True))
     np.testing.assert_allclose(each, [naive_bleu([pair]) for pair in pairs], rtol=1e-9)
     np.testing.assert_array_equal(each, [sacrebleu.corpus_bleu([g], [[r]]).score for r, g in pairs])
     assert each[6] == pytest.approx(100)
     # fewer than four tokens, or an empty side
     assert each[7:].tolist() == [0, 0, 0]
-    whole = metrics.corpus_bleu(references, generations)
+    whole = metrics.text.corpus_bleu(references, generations)
     assert whole == pytest.approx(naive_bleu(pairs), rel=1e-9)
     assert whole == sacrebleu.corpus_bleu(generations, [references]).score
     assert abs(whole - each.mean()) > 1
@@ -151,10 +155,10 @@ def test_bleu_per_passage_and_of_the_corpus():
 
 def test_bleu_refuses_what_does_not_match():
     with pytest.raises(ValueError, match="argument 2 is shorter"):
-        metrics.bleu(["a", "b"], ["a"])
+        metrics.text.bleu(["a", "b"], ["a"])
     for pair in ((["a"], []), ([], [])):
         with pytest.raises(ValueError, match="corpus BLEU"):
-            metrics.corpus_bleu(*pair)
+            metrics.text.corpus_bleu(*pair)
 
 
 # ---- passages
@@ -290,8 +294,8 @@ def test_every_figure_is_that_of_a_plain_loop(books, beginning, capsys):
             assert found["book_exact_memorization"].per_item == pytest.approx([np.mean(row) for row in right])
             strengths = [reference.naive_extraction_strength([*row, True], False) for row in right]
             assert found["book_extraction_strength"].per_item == pytest.approx(strengths)
-            assert found["book_distinct_2"].value == metrics.distinct_n(said, 2)
-            assert found["book_repetition"].per_item == pytest.approx(metrics.repetition(said))
+            assert found["book_distinct_2"].value == metrics.text.distinct_n(said, 2)
+            assert found["book_repetition"].per_item == pytest.approx(metrics.text.repetition(said))
             assert found["book_bleu"].extra["references"] == [
                 text[i + 20 : i + 50].strip() for i in range(0, 50 * len(said), 50)
             ]

@@ -11,12 +11,10 @@ import sys
 import pytest
 
 from alter import cli
-from alter.core import signing
 from alter.core.errors import UserError
-from alter.core.records import Record, write_records
-from alter.core.signing import Forged, canonical, new_key, read_key, read_public, signed_text
 from alter.data.examples import data_hash, load_examples, row_hash
 from alter.models.loading import ModelSettings
+from alter.requests import signing
 from alter.requests.anchor import Anchor, read_heads
 from alter.requests.certificate.check import check_certificate
 from alter.requests.certificate.command import Certificate, certificate
@@ -24,8 +22,10 @@ from alter.requests.certificate.form import VERSION
 from alter.requests.certificate.issue import Beside, limits
 from alter.requests.commands import RunRequests, run
 from alter.requests.register import List, list_requests
+from alter.requests.signing import Forged, canonical, new_key, read_key, read_public, signed_text
 from alter.requests.store import Store
 from alter.requests.verification import Verify, verify
+from alter.storage.records import Record, write_records
 from test_requests import ask, memorise, rows, start, write_jsonl
 
 

@@ -26,16 +26,16 @@ from alter.comparison.plan import Compare, run_of
 from alter.completion import options
 from alter.core import console
 from alter.core.errors import UserError
-from alter.core.files import write_atomic
-from alter.core.flags import members_of, with_flags
-from alter.core.recipes import read_recipe
-from alter.core.records import Record, read_records, write_records
-from alter.core.validation import validated
 from alter.demo import RECIPE, Demo, free_folder
 from alter.evaluation.book import BookEvaluation
 from alter.forgetting.settings import Forget
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.rendering.terminal import table
+from alter.settings.flags import members_of, with_flags
+from alter.settings.recipes import read_recipe
+from alter.settings.validation import validated
+from alter.storage.files import write_atomic
+from alter.storage.records import Record, read_records, write_records
 from alter.training.finetune import Finetune
 from alter.training.settings import Unlearn
 from pico import save_pico

@@ -38,14 +38,14 @@ from alter.comparison.executors import Local
 from alter.comparison.plan import run_of
 from alter.comparison.settings import Compare, Retrained
 from alter.comparison.table import TableRow, dominated, table_rows, undominated
-from alter.core import numbers
 from alter.core.errors import UserError
-from alter.core.records import Record, read_records, write_records
 from alter.data.sources import read_rows
 from alter.data.tofu import tofu_rows
 from alter.evaluation.tofu import measuring, sets
 from alter.models.loading import load_model
 from alter.rendering import figures as plots
+from alter.settings import numbers
+from alter.storage.records import Record, read_records, write_records
 from alter.training.batches import schedule
 from pico import save_pico, write_jsonl
 
@@ -294,7 +294,7 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
     assert {
         "training/run.py",
         "methods/objectives/likelihood.py",
-        "models/scoring.py",
+        "inference/scoring.py",
         "metrics/likelihood.py",
         "evaluation/tofu/measuring.py",
         "adapter/layer.py",
@@ -303,7 +303,7 @@ def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
     assert not {
         # what packages export is no computation
         "data/__init__.py",
-        "core/signing.py",
+        "requests/signing.py",
         "cli.py",
         "comparison/plan.py",
         "comparison/choice.py",
@@ -549,7 +549,7 @@ def test_the_table_is_that_of_a_loop_over_the_records(data, tmp_path, monkeypatc
             if split == "forget10":
                 twin = read_records(tmp_path / "cells" / made.models["retrained", split].key / f"test-{split}.json")
                 ratios = next(r for r in twin if r.metric == "forget_truth_ratio").per_item
-                quality = metrics.forget_quality(own["forget_truth_ratio"].per_item, ratios)
+                quality = metrics.likelihood.forget_quality(own["forget_truth_ratio"].per_item, ratios)
                 per_seed["forget_quality"].append(quality.log10)
         for metric, values in per_seed.items():
             if not values:

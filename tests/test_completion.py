@@ -9,8 +9,8 @@ import pytest
 from alter import cli
 from alter.commands import COMMANDS
 from alter.completion import parser
-from alter.core.flags import flag_of
 from alter.evaluation.rows import RowsEvaluation
+from alter.settings.flags import flag_of
 from alter.training.settings import Unlearn
 
 

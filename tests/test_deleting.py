@@ -6,7 +6,7 @@ import pytest
 
 from alter import cli
 from alter.core.errors import UserError
-from alter.core.running import check_deletable
+from alter.storage.running import check_deletable
 from pico import byte_tokenizer, pico, write_jsonl
 
 

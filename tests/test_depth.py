@@ -177,7 +177,7 @@ def test_what_cannot_be_compared_is_refused(trio, tmp_path):
     assert found.per_item == pytest.approx(scores[told].tolist())
     assert found.extra["falls"]["unlearned"] == pytest.approx(d2.mean(axis=0).tolist())
     ends = found.extra["fall_intervals"]["unlearned"]
-    assert ends == [None if (each := metrics.row_interval(block)) is None else list(each) for block in d2.T]
+    assert ends == [None if (each := metrics.samples.row_interval(block)) is None else list(each) for block in d2.T]
     assert any(ends)
-    assert found.extra["interval"] == list(metrics.row_interval(scores))
+    assert found.extra["interval"] == list(metrics.samples.row_interval(scores))
     assert (found.n, found.extra["left_out"]) == (told.sum(), (~told).sum())

@@ -413,6 +413,19 @@ def test_with_names_only_the_first_feed_forwards_change(data, run, tmp_path, for
         assert all("layers.0.mlp." in name for name in made)
 
 
+@pytest.mark.parametrize("leeway", [0.1, None])
+def test_with_names_no_text_is_sampled(data, run, tmp_path, monkeypatch, capsys, leeway):
+    def never(*_, **__):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("alter.distillation.rows.generate", never)
+    out = distill(settings(data, run, tmp_path / "out", names=["Ada"], leeway=leeway, general=[], max_steps=1))
+    rows = json.loads((out / "run.json").read_text())["rows"]
+    # what leeway measures on is the package's; without it no general text is read at all
+    assert (rows["general"] > 10) == (leeway is not None)
+    assert ("passages of the package's ordinary text" in capsys.readouterr().err) == (leeway is not None)
+
+
 def test_names_that_stand_in_no_row_are_refused(data, run, tmp_path):
     with pytest.raises(UserError, match="None of the forget rows has one of the `names` Zorba"):
         distill(settings(data, run, tmp_path / "out", names=["Zorba"]))

@@ -28,12 +28,12 @@ from alter import cli
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
+from alter.groundwork.frozen import Depth, trace_rows
+from alter.inference.generation import generate
+from alter.inference.scoring import gradient_norms, hidden_states, score
 from alter.methods import objectives, presets
-from alter.methods.frozen import Depth, trace_rows
 from alter.methods.objectives import Needs
 from alter.methods.presets import METHODS
-from alter.models.generation import generate
-from alter.models.scoring import gradient_norms, hidden_states, score
 from alter.training import loss
 from alter.training.folder import last_whole_checkpoint
 from alter.training.run import unlearn

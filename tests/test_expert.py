@@ -11,10 +11,10 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded, encode_all
 from alter.data.examples import load_examples
+from alter.inference.scoring import score
 from alter.methods.adapters import OneExpert
 from alter.methods.adapters.expert import attributed, mixtures
 from alter.models.loading import load_model
-from alter.models.scoring import score
 from alter.training import loss
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn

@@ -15,14 +15,14 @@ EAGER = {"adapter", "metrics"}
 """`adapter` registers with PEFT when it is imported; `metrics` needs no more than numpy."""
 
 DEEP = {
-    "alter.core.provenance.provenance",
+    "alter.storage.provenance.provenance",
     "alter.core.words.words",
     "alter.data.background.background",
     "alter.data.domains.domains",
     "alter.data.examples.examples",
     "alter.evaluation.told.told",
     "alter.evaluation.verdict.judge",
-    "alter.methods.alternatives.alternatives",
+    "alter.groundwork.alternatives.alternatives",
     "alter.training.trackers.trackers",
 }
 """Functions that a package cannot export: a module of it has their name, and Python binds the module there."""

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from alter.core.errors import UserError
-from alter.core.signing import new_key
 from alter.distillation import closing
 from alter.distillation.run import distill
 from alter.distillation.settings import Distill
@@ -39,6 +38,7 @@ from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, r
 from alter.requests.export import ExportRequests, export_requests
 from alter.requests.intake import Add, Init, add, init
 from alter.requests.project import Project
+from alter.requests.signing import new_key
 from alter.requests.store import Store
 from alter.requests.verification import Verify, verify
 from alter.training.run import unlearn

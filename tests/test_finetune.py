@@ -19,7 +19,7 @@ from alter.core.errors import UserError
 from alter.data.batching import LengthBatches
 from alter.data.encoding import encode_prompt
 from alter.data.examples import load_examples
-from alter.models.generation import generate
+from alter.inference.generation import generate
 from alter.models.loading import load_model
 from alter.training import fitting as module
 from alter.training.corpora import pack, train_tokenizer, training_rows

@@ -11,11 +11,11 @@ from peft import get_peft_model
 
 from alter import AlterConfig, cli, metrics
 from alter.core.errors import UserError
-from alter.core.records import read_records
 from alter.evaluation import fluency
 from alter.evaluation.fluency import FluencyEvaluation, FluencyResult, after_prompt, alone, prompt_rows
 from alter.evaluation.run import evaluate
 from alter.models.loading import load_model
+from alter.storage.records import read_records
 from pico import EOS, PAD, byte_tokenizer, pico, save_pico, write_jsonl
 from test_judge import Server
 
@@ -99,10 +99,10 @@ def test_a_model_that_says_nothing_has_no_numbers():
 
 def test_perplexity_of_nothing_is_refused_and_is_pooled_over_tokens():
     with pytest.raises(ValueError, match="no row has a token"):
-        metrics.perplexity([[], []])
+        metrics.likelihood.perplexity([[], []])
     with pytest.raises(ValueError, match="no row has a token"):
-        metrics.perplexity([])
-    assert metrics.perplexity([[-1.0], [], [-3.0, -5.0]]) == pytest.approx(math.exp(3.0))
+        metrics.likelihood.perplexity([])
+    assert metrics.likelihood.perplexity([[-1.0], [], [-3.0, -5.0]]) == pytest.approx(math.exp(3.0))
 
 
 # ---- who reads what

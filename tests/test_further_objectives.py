@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alter.core.errors import UserError
-from alter.methods import frozen
+from alter.groundwork import frozen
 from alter.methods.objectives import Catnip, Constrained, Duet, Emitted, FlattenLogits, PushPull, Reference
 from alter.training import loss, preparation
 from alter.training.run import unlearn

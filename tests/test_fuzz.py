@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from alter.cli import parse
 from alter.core.errors import UserError
-from alter.core.files import from_json, to_csv, to_json
-from alter.core.records import read_records
 from alter.data.encoding import encode_all
 from alter.data.examples import check_overlap, load_examples
 from alter.data.subjects import rows_about
@@ -22,6 +20,8 @@ from alter.evaluation.others import people
 from alter.evaluation.verdict import Measures, judge
 from alter.requests.records import check_due, parse_id
 from alter.requests.store import Store
+from alter.storage.files import from_json, to_csv, to_json
+from alter.storage.records import read_records
 from alter.training.settings import Unlearn
 from pico import byte_tokenizer
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.methods import probes, tracing
+from alter.groundwork import probes, tracing
 from alter.methods.gradients import NullSpace, Rectified, Selective, collapsed, free_directions
 from alter.methods.objectives import Deviate, Hidden, Labelled
 from alter.training import loss

@@ -15,19 +15,20 @@ from alter import cli
 from alter.attacks import run as attacks
 from alter.attacks.weights import base_linears
 from alter.core.errors import UserError
-from alter.core.records import read_records
 from alter.data.encoding import encode, encode_all, encode_prompt
 from alter.data.examples import Example, load_examples
 from alter.guarding import eco
 from alter.guarding.run import make_guard
 from alter.guarding.settings import MakeGuard
+from alter.inference import scoring
+from alter.inference.generation import generate, sample
 from alter.methods import presets
-from alter.models import guards, scoring
-from alter.models.generation import generate, sample
+from alter.models import guards
 from alter.models.guards import agents
 from alter.models.loading import load_model
 from alter.serving.engine import Engine
 from alter.serving.jobs import Job
+from alter.storage.records import read_records
 from alter.training.run import Unlearn, unlearn
 from pico import PAD, pico, run_on, save_pico, write_jsonl, write_people
 

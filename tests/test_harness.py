@@ -19,7 +19,7 @@ from alter.evaluation.harness import files as local
 from alter.evaluation.harness.benchmarks import HAZARDS, LmEvalEvaluation, MmluEvaluation, WmdpEvaluation
 from alter.evaluation.harness.files import local_task
 from alter.evaluation.harness.model import harness_model
-from alter.models.scoring import score
+from alter.inference.scoring import score
 from pico import byte_tokenizer, pico, save_pico
 
 pytest.importorskip("lm_eval")
@@ -257,7 +257,7 @@ def test_the_spread_of_answers_against_a_loop():
     rng = np.random.default_rng(0)
     for n, k in ((1, 2), (7, 4), (50, 3)):
         logprob = np.log(rng.dirichlet(np.ones(k + 2), size=n))[:, :k]
-        found = metrics.multiple_choice(logprob)
+        found = metrics.choices.multiple_choice(logprob)
         counts = {}
         for line in logprob.tolist():
             best = max(range(k), key=lambda i: (line[i], -i))
@@ -272,16 +272,16 @@ def test_the_spread_of_answers_against_a_loop():
 
 
 def test_ties_extremes_and_refusals_of_the_spread():
-    found = metrics.multiple_choice([[-1, -1, -2], [-3, -2, -1], [-2, -1, -1], [-5, -5, -4]])
+    found = metrics.choices.multiple_choice([[-1, -1, -2], [-3, -2, -1], [-2, -1, -1], [-5, -5, -4]])
     assert found.predicted.tolist() == [0, 2, 1, 2]
     assert found.ties.tolist() == [True, False, True, False]
-    one = metrics.multiple_choice([[-0.1, -9.0, -math.inf]] * 5)
+    one = metrics.choices.multiple_choice([[-0.1, -9.0, -math.inf]] * 5)
     assert (one.entropy, one.evenness, one.top_share) == (0.0, 0.0, 1.0)
-    even = metrics.multiple_choice(-1.0 + np.eye(4))
+    even = metrics.choices.multiple_choice(-1.0 + np.eye(4))
     assert (even.entropy, even.evenness) == (pytest.approx(math.log(4)), pytest.approx(1))
     for bad in ([], [[-1.0]], [[-1.0, math.nan]], [-1.0, -2.0]):
         with pytest.raises(ValueError, match="multiple choice"):
-            metrics.multiple_choice(bad)
+            metrics.choices.multiple_choice(bad)
 
 
 def test_a_model_that_always_says_a_is_seen(tokenizer, folder, capsys):

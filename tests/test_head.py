@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import children
+from alter.groundwork.frozen import labelled, top_k
 from alter.logits import entropy
 from alter.logits.head import Head, Part, head_on, measuring
-from alter.methods.frozen import labelled, top_k
 from alter.methods.objectives import FORGET, RETAIN, Emitted, Labelled, Reference
 from pico import VOCAB, pico
 

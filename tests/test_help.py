@@ -7,7 +7,7 @@ import pytest
 
 from alter.cli import main
 from alter.commands import COMMANDS
-from alter.core.plugins import BENCHMARKS
+from alter.plugins import BENCHMARKS
 
 COMPUTES = ("torch._C", "numpy._core", "transformers.utils", "peft.utils", "pandas", "scipy.stats", "nltk", "sklearn")
 READ = [

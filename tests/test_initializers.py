@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from alter.data.encoding import Encoded
+from alter.groundwork.passes import starting_factors
+from alter.groundwork.probes import factor_variances, fisher, low_rank, output_covariances, reinforce
 from alter.methods.adapters import Beginning, Lora
 from alter.methods.initializers import (
     FLOOR,
@@ -24,9 +26,7 @@ from alter.methods.initializers import (
     variance,
     variance_product,
 )
-from alter.methods.passes import starting_factors
 from alter.methods.places import block_at, blocks, blocks_within
-from alter.methods.probes import factor_variances, fisher, low_rank, output_covariances, reinforce
 from pico import PAD, pico
 
 

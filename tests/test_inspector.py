@@ -22,7 +22,7 @@ from alter.adapter.layer import AlterLinear
 from alter.core.errors import UserError
 from alter.data.encoding import encode_prompt
 from alter.data.examples import Example
-from alter.models.generation import generate
+from alter.inference.generation import generate
 from alter.models.guards import Subtracted
 from alter.requests.store import Store
 from alter.serving.analysis import Analysis, Answer, Stopped, Token, analyse, expert_names, switched_off

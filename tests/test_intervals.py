@@ -8,26 +8,26 @@ from alter import metrics
 from alter.comparison.choice import cell_figures, intervals
 from alter.comparison.table import TableRow
 from alter.comparison.words import _counted, _shown
-from alter.core.records import Record
 from alter.evaluation.figures import metric_record
 from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
 from alter.rendering.terminal import between, half, table
 from alter.report.attacks import _value
 from alter.report.tables import record_tables
+from alter.storage.records import Record
 
 
 def test_an_auc_interval_has_the_score_equation_at_both_ends():
     z = stats.norm.ppf(0.975)
     for value, m, n in ((0.5, 8, 8), (0.93, 12, 7), (0.21, 40, 100)):
-        for end in metrics.auc_interval(value, m, n):
+        for end in metrics.samples.auc_interval(value, m, n):
             more = ((m + n) / 2 - 1) * ((1 - end) / (2 - end) + end / (1 + end))
             assert abs(value - end) == pytest.approx(z * np.sqrt(end * (1 - end) * (1 + more) / (m * n)), abs=1e-9)
-    low, high = metrics.auc_interval(1.0, 8, 8)
+    low, high = metrics.samples.auc_interval(1.0, 8, 8)
     assert high == 1
     assert 0.6 < low < 0.9
-    assert metrics.auc_interval(0.0, 8, 8) == pytest.approx((1 - high, 1 - low))
+    assert metrics.samples.auc_interval(0.0, 8, 8) == pytest.approx((1 - high, 1 - low))
     with pytest.raises(ValueError, match="between 0 and 1"):
-        metrics.auc_interval(1.2, 8, 8)
+        metrics.samples.auc_interval(1.2, 8, 8)
 
 
 @pytest.mark.parametrize(("gap", "m", "n"), [(0.0, 10, 10), (1.2, 8, 8), (2.0, 8, 16)])
@@ -35,7 +35,9 @@ def test_an_auc_interval_holds_the_true_auc_about_95_times_in_100(gap, m, n):
     draw, true = np.random.default_rng(0), stats.norm.cdf(gap / np.sqrt(2))
     held = 0
     for _ in range(600):
-        low, high = metrics.auc_interval(metrics.auc(draw.normal(size=m), gap + draw.normal(size=n)), m, n)
+        low, high = metrics.samples.auc_interval(
+            metrics.membership.auc(draw.normal(size=m), gap + draw.normal(size=n)), m, n
+        )
         held += low <= true <= high
     assert 0.92 < held / 600 <= 0.995
 
@@ -52,23 +54,25 @@ def test_the_interval_of_utility_is_that_of_a_loop():
             for figure_rows in each:
                 total += 1 / (sum(figure_rows[i] for i in picked[d]) / len(picked[d]))
         found.append(9 / total)
-    assert metrics.utility_interval(sets, seed=2, draws=400) == pytest.approx(np.quantile(found, [0.025, 0.975]))
-    assert metrics.utility_interval([np.full((3, 4), 0.5)] * 3) is None
+    assert metrics.samples.utility_interval(sets, seed=2, draws=400) == pytest.approx(
+        np.quantile(found, [0.025, 0.975])
+    )
+    assert metrics.samples.utility_interval([np.full((3, 4), 0.5)] * 3) is None
     with pytest.raises(ValueError, match="one row at least"):
-        metrics.utility_interval([np.zeros((3, 0))])
+        metrics.samples.utility_interval([np.zeros((3, 0))])
 
 
 def test_rows_of_shares_have_wilsons_interval_and_others_a_bootstrap():
-    assert metrics.row_interval([0, 0, np.nan, 0]) == metrics.share_interval(0, 3)
+    assert metrics.samples.row_interval([0, 0, np.nan, 0]) == metrics.samples.share_interval(0, 3)
     values = [0.1, 0.4, 0.4, 0.9]
-    assert metrics.row_interval(values) == metrics.bootstrap_interval(values)
-    assert metrics.row_interval([]) is None
+    assert metrics.samples.row_interval(values) == metrics.samples.bootstrap_interval(values)
+    assert metrics.samples.row_interval([]) is None
 
 
 def test_a_figure_has_an_interval_where_the_catalogue_calls_it_the_mean_of_its_items():
     items = [0.1, 0.5, 0.6, float("nan")]
     made = metric_record("m", "forget_rouge", 0.4, 3, items)
-    assert made.extra["interval"] == list(metrics.bootstrap_interval(items))
+    assert made.extra["interval"] == list(metrics.samples.bootstrap_interval(items))
     # the same numbers by chance: a perplexity is of all tokens at once
     assert "interval" not in metric_record("m", "book_perplexity", 0.4, 3, items).extra
     assert "interval" not in metric_record("m", "forget_distinct_2", 0.5, 3).extra
@@ -101,9 +105,9 @@ def test_every_figure_of_tofu_but_a_p_value_has_an_interval_around_it():
             assert low < record.value < high
         if record.per_item is not None and metrics.CATALOGUE[record.metric].averages:
             assert record.value == pytest.approx(np.nanmean(record.per_item))
-    ratio = metrics.closeness_to_one(np.array(found["forget_truth_ratio"].per_item))
-    assert found["forget_truth_ratio"].extra["interval"] == list(metrics.bootstrap_interval(ratio))
-    assert found["mia_min_k"].extra["interval"] == list(metrics.auc_interval(found["mia_min_k"].value, 12, 10))
+    ratio = metrics.likelihood.closeness_to_one(np.array(found["forget_truth_ratio"].per_item))
+    assert found["forget_truth_ratio"].extra["interval"] == list(metrics.samples.bootstrap_interval(ratio))
+    assert found["mia_min_k"].extra["interval"] == list(metrics.samples.auc_interval(found["mia_min_k"].value, 12, 10))
 
 
 def test_tables_show_intervals_and_say_what_they_are():
@@ -132,14 +136,14 @@ def test_a_comparison_of_one_run_shows_intervals_over_rows():
     ]
     found = cell_figures(records, None)
     told = intervals(records, found)
-    assert told["forget_rouge"] == metrics.bootstrap_interval([0.1, 0.5, 0.6])
-    assert told["forget_unusable"] == metrics.share_interval(1, 4)
-    assert told["forget_said"] == metrics.share_interval(1, 4)
+    assert told["forget_rouge"] == metrics.samples.bootstrap_interval([0.1, 0.5, 0.6])
+    assert told["forget_unusable"] == metrics.samples.share_interval(1, 4)
+    assert told["forget_said"] == metrics.samples.share_interval(1, 4)
     # a model that gives no replies has no shares of them
     assert intervals(records[1:], cell_figures(records[1:], None)) == {"model_utility": (0.6, 0.75)}
     row = TableRow("npo", "forget10", 1, found, {}, interval=told)
     assert _shown(row, "model_utility", ".2f") == "0.70 [0.60, 0.75]"
-    low, high = metrics.share_interval(1, 4)
+    low, high = metrics.samples.share_interval(1, 4)
     assert _counted(row, "forget_said") == f"1 [{4 * low:.0f}, {4 * high:.0f}] of 4"
     assert (
         _shown(TableRow("npo", "forget10", 2, found, {"model_utility": 0.1}), "model_utility", ".2f") == "0.70 ± 0.10"

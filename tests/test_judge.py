@@ -13,11 +13,11 @@ import pytest
 
 from alter import cli
 from alter.core.errors import UserError
-from alter.core.records import Record, read_records, write_records
 from alter.evaluation import grading, judge
 from alter.evaluation.grading import bound, estimate, grade
 from alter.evaluation.judge import Judge, judge_replies
 from alter.evaluation.judged import judge_records
+from alter.storage.records import Record, read_records, write_records
 
 KEY = "sk-test-1234"
 PAIRS = [(f"Who is {i}?", f"She is number {i}, a writer.") for i in range(6)]

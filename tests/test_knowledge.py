@@ -122,14 +122,14 @@ def test_iam_is_its_naive_twin(models):
     known, out = 0.8 + 0.2 * rng.random(5), 0.2 * rng.random((models, 5))
     own = rng.random(5)
     expected = naive_iam(own.tolist(), known.tolist(), out.tolist(), 50)
-    found = metrics.unlearning_completeness(own, known, out if models > 1 else out[0], points=50)
+    found = metrics.completeness.unlearning_completeness(own, known, out if models > 1 else out[0], points=50)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_iam_is_high_for_the_retrained_model_low_for_the_original_and_between_for_one_between():
     rng = np.random.default_rng(0)
     known, out = 0.8 + 0.2 * rng.random(40), 0.05 + 0.1 * rng.random(40)
-    at = [metrics.unlearning_completeness(p, known, out).mean() for p in (out, (known + out) / 2, known)]
+    at = [metrics.completeness.unlearning_completeness(p, known, out).mean() for p in (out, (known + out) / 2, known)]
     assert at[0] > 0.9
     assert at[2] < 0.5
     assert at[0] > at[1] > at[2]
@@ -137,9 +137,9 @@ def test_iam_is_high_for_the_retrained_model_low_for_the_original_and_between_fo
 
 def test_iam_refuses_rows_without_spread():
     with pytest.raises(ValueError, match="no spread"):
-        metrics.unlearning_completeness([0.5], [0.9], [0.1])
+        metrics.completeness.unlearning_completeness([0.5], [0.9], [0.1])
     with pytest.raises(ValueError, match="shadow models"):
-        metrics.unlearning_completeness([0.5, 0.4], [0.9, 0.8], [0.1])
+        metrics.completeness.unlearning_completeness([0.5, 0.4], [0.9, 0.8], [0.1])
 
 
 # ---- in the benchmark of own rows
@@ -169,7 +169,7 @@ def test_rows_gives_rates_refusals_and_iam(tmp_path, capsys, monkeypatch):
     assert judged["unlearned", "kfr"].n == 4
     assert judged["unlearned", "sarr"].n == 1
     probability = {r.model: r.per_item for r in found if r.metric == "forget_probability"}
-    expected = metrics.unlearning_completeness(
+    expected = metrics.completeness.unlearning_completeness(
         probability["unlearned"], probability["original"], probability["retrained"]
     )
     assert judged["unlearned", "iam"].per_item == pytest.approx(expected.tolist())

@@ -16,7 +16,7 @@ from alter.data.encoding import encode
 from alter.data.examples import Example
 from alter.evaluation import leakage
 from alter.evaluation.leakage import EntailmentHit, FactsHit, Leak, Leaked, RougeHit, leaked
-from alter.models import generation
+from alter.inference import generation
 from alter.models.loading import load_classifier
 from pico import PAD, VOCAB, byte_tokenizer, pico
 from test_scoring import adapted, gpt2, prompts, sliding
@@ -31,32 +31,32 @@ def test_leak_at_k_is_the_share_of_all_sets_of_k_samples_that_hold_a_hit(n):
         for c in range(n + 1):
             sets = list(itertools.combinations([True] * c + [False] * (n - c), k))
             expected.append(sum(map(any, sets)) / len(sets))
-        assert metrics.leak_at_k(range(n + 1), n, k) == pytest.approx(expected, abs=1e-12)
+        assert metrics.samples.leak_at_k(range(n + 1), n, k) == pytest.approx(expected, abs=1e-12)
 
 
 def test_leak_at_k_of_many_samples_stays_exact():
-    assert metrics.leak_at_k([0, 1, 5000], 5000, 1000) == pytest.approx([0, 0.2, 1])
+    assert metrics.samples.leak_at_k([0, 1, 5000], 5000, 1000) == pytest.approx([0, 0.2, 1])
 
 
 @pytest.mark.parametrize(("hits", "n", "k"), [([1], 4, 5), ([1], 4, 0), ([5], 4, 2), ([-1], 4, 2), ([1.5], 4, 2)])
 def test_leak_at_k_refuses_what_has_no_estimate(hits, n, k):
     with pytest.raises(ValueError, match="leak@"):
-        metrics.leak_at_k(hits, n, k)
+        metrics.samples.leak_at_k(hits, n, k)
 
 
 def test_the_interval_is_that_of_a_bootstrap_in_a_loop():
     values = np.random.default_rng(0).random(40) ** 3
     rng = np.random.default_rng(1)
     means = sorted(float(np.mean([values[rng.integers(40)] for _ in range(40)])) for _ in range(4000))
-    low, high = metrics.bootstrap_interval([*values, np.nan], draws=4000)
+    low, high = metrics.samples.bootstrap_interval([*values, np.nan], draws=4000)
     assert (low, high) == pytest.approx((means[100], means[3899]), abs=0.012)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 40**0.5, rel=0.1)
 
 
 def test_equal_values_have_no_interval():
-    assert metrics.bootstrap_interval([0.0] * 50) is None
-    assert metrics.bootstrap_interval([0.3]) is None
-    assert metrics.bootstrap_interval([np.nan, 0.1, 0.3]) is not None
+    assert metrics.samples.bootstrap_interval([0.0] * 50) is None
+    assert metrics.samples.bootstrap_interval([0.3]) is None
+    assert metrics.samples.bootstrap_interval([np.nan, 0.1, 0.3]) is not None
 
 
 # ---- the sampling
@@ -278,7 +278,7 @@ def test_hits_are_counted_by_question(monkeypatch):
 
 def test_none_of_many_is_not_known_exactly():
     none = Leaked(Leak(samples=4, k=[1, 4]), list(range(20)), np.zeros(20, dtype=np.int64))
-    assert none.interval(4) == metrics.share_interval(0, 20)
+    assert none.interval(4) == metrics.samples.share_interval(0, 20)
     assert none.summary()["at"]["1"]["interval"][1] > 0.1
 
 

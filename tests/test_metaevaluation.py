@@ -13,13 +13,13 @@ from alter.attacks import base as wording_bench
 from alter.comparison import plan
 from alter.core.errors import UserError
 from alter.evaluation.tofu import measuring as tofu
+from alter.inference.generation import generate as whole_generate
 from alter.metaevaluation import formulas, members
 from alter.metaevaluation import run as meta
 from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.metaevaluation.table import make_table
-from alter.models.generation import generate as whole_generate
 from pico import save_pico, write_jsonl
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "max_position_embeddings": 512}

@@ -17,12 +17,13 @@ from alter import AlterConfig, cli
 from alter.adapter.routing import Routing
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.methods import frozen, places, presets
+from alter.groundwork import frozen
+from alter.groundwork.frozen import Depth, states_of
+from alter.inference.generation import generate
+from alter.methods import places, presets
 from alter.methods.adapters import AlterAdapter
-from alter.methods.frozen import Depth, states_of
 from alter.methods.presets import METHODS
 from alter.models import guards as inference
-from alter.models.generation import generate
 from alter.models.loading import load_model
 from alter.training import factors, loss
 from alter.training import settings as run_settings
@@ -433,7 +434,7 @@ def test_states_alone_are_those_of_a_whole_pass_in_every_architecture(kind):
 
 def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
     """The cached target of each row is that of the row alone behind each persona's words."""
-    from alter.methods.alternatives import EXPERT, NOVICE
+    from alter.groundwork.alternatives import EXPERT, NOVICE
     from pico import byte_tokenizer
 
     base = AutoModelForCausalLM.from_pretrained(data / "model").eval()
@@ -463,7 +464,7 @@ def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
 
 def test_diversions_follow_the_tilt_token_by_token(data):
     from alter.data.encoding import Encoded
-    from alter.methods.alternatives import CHANGES_OF_SUBJECT, diversions, persona_views
+    from alter.groundwork.alternatives import CHANGES_OF_SUBJECT, diversions, persona_views
     from alter.methods.objectives import Persona
     from pico import byte_tokenizer
 

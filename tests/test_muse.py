@@ -16,13 +16,13 @@ import reference
 from alter import metrics
 from alter.cli import main
 from alter.core.errors import UserError
-from alter.core.records import read_records, write_records
 from alter.data.hub import muse_rows
 from alter.data.sources import read_rows
 from alter.evaluation import muse
 from alter.evaluation.musecurve import MuseCurve, muse_curve
 from alter.evaluation.replies import cut_reply
 from alter.evaluation.run import evaluate
+from alter.storage.records import read_records, write_records
 from pico import byte_tokenizer, save_pico
 from pico import pico as make_pico
 from test_scoring import by_hand
@@ -196,10 +196,10 @@ def test_every_figure_is_that_of_a_plain_loop(data, mode):
 def test_min_k_is_over_all_tokens():
     rows = [[-1.0], [-3.0, -1.0], [-1.0, -5.0, -2.0, -4.0, -3.0], np.float32([-0.5] * 9 + [-9])]
     expected = [reference.naive_min_k(list(row), 0.4) for row in rows]
-    np.testing.assert_allclose(metrics.min_k(rows), expected)
-    np.testing.assert_allclose(metrics.min_k(rows), [1, 3, 4.5, (9 + 1.5) / 4])
+    np.testing.assert_allclose(metrics.membership.min_k(rows), expected)
+    np.testing.assert_allclose(metrics.membership.min_k(rows), [1, 3, 4.5, (9 + 1.5) / 4])
     with pytest.raises(ValueError, match="row 1"):
-        metrics.min_k([[-1.0], []])
+        metrics.membership.min_k([[-1.0], []])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_min_k_is_over_all_tokens():
 )
 def test_privleak_is_that_of_muse(target, retrained, printed):
     """The AUCs are from MUSE's published logs of its target and retrained models, the result from its table 3."""
-    assert metrics.privleak(1 - target, 1 - retrained) == pytest.approx(printed, abs=0.05)
+    assert metrics.membership.privleak(1 - target, 1 - retrained) == pytest.approx(printed, abs=0.05)
 
 
 # ---- prompts and replies

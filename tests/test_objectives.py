@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from alter.methods.frozen import top_k
+from alter.groundwork.frozen import top_k
 from alter.methods.objectives import (
     NPO,
     Adaptive,

@@ -20,11 +20,8 @@ import yaml
 from alter import cli
 from alter.attacks.techniques import ATTACKS, COMPARING
 from alter.core.errors import UserError
-from alter.core.files import folder_digest, to_json
-from alter.core.provenance import provenance
-from alter.core.records import Record, write_records
-from alter.methods import frozen
-from alter.methods.frozen import Frozen, FrozenRow
+from alter.groundwork import frozen
+from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.rendering import markup
 from alter.rendering.markup import Html, common, highlighted, tag, text, ticks
 from alter.report import attacks as report_attacks
@@ -36,6 +33,9 @@ from alter.report.tables import record_tables
 from alter.report.tokens import routed, shares
 from alter.report.verdict import verdict
 from alter.requests.store import Store
+from alter.storage.files import folder_digest, to_json
+from alter.storage.provenance import provenance
+from alter.storage.records import Record, write_records
 from alter.training.settings import Unlearn
 from pico import write_jsonl
 
@@ -282,6 +282,25 @@ def test_verdict(unlearned, retrained, quality, expected):
         record("retrained", "forget_rouge", retrained),
         record("unlearned", "forget_quality", quality),
     ]
+    assert verdict(Reported("r", records=found)) == expected
+
+
+@pytest.mark.parametrize(
+    ("original", "unlearned", "retrained", "expected"),
+    [
+        (0.7, 0.36, 0.1, "yes"),
+        (0.7, 0.41, 0.1, "no"),
+        (0.7, 0.36, None, "no"),
+        (0.7, 0.34, None, "yes"),
+        (0.1, 0.1, 0.4, "yes"),
+        (None, 0.6, 0.1, "yes"),
+    ],
+)
+def test_verdict_asks_in_other_words(original, unlearned, retrained, expected):
+    found = [record("unlearned", "forget_rouge", 0.2), record("retrained", "forget_rouge", 0.18)]
+    for model, value in (("original", original), ("unlearned", unlearned), ("retrained", retrained)):
+        if value is not None:
+            found.append(record(model, "forget_probability_reworded", value))
     assert verdict(Reported("r", records=found)) == expected
 
 

@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 import children
-from alter.core import plugins
+from alter import plugins
 from alter.core.errors import UserError
 from alter.methods.objectives import FORGET, NPO, Labelled, Objective
 from alter.training.settings import Unlearn
@@ -27,8 +27,8 @@ from pydantic import Field
 from torch import Tensor
 
 from alter.attacks.techniques import ATTACKS, Technique
-from alter.core.plugins import benchmark
-from alter.core.records import Record
+from alter.plugins import benchmark
+from alter.storage.records import Record
 from alter.evaluation.base import Evaluation
 from alter.methods.adapters import ADAPTERS, Adapter
 from alter.methods.initializers import INITIALIZERS, Factors, Initializer
@@ -191,7 +191,7 @@ assert not alter.load({model!r}, adapter="bare")[0].config.use_cache
 
 
 def test_caches_know_the_code_of_plugins(installed):
-    code = "from alter.core.provenance import code_digest; print(code_digest())"
+    code = "from alter.storage.provenance import code_digest; print(code_digest())"
     path = installed / "alter_mine.py"
     before = path.read_text()
     first = python(installed, code)
@@ -252,8 +252,8 @@ def test_a_plain_file_is_a_plugin_of_a_command_and_of_what_it_starts(tmp_path):
         "from alter.cli import main\n"
         f"unlearn = ['unlearn', *{given!r}]\n"
         "print(main(unlearn))\n"
-        "from alter.core.plugins import plugins_digest\n"
-        "child = 'from alter.core.plugins import plugins_digest; print(plugins_digest())'\n"
+        "from alter.plugins import plugins_digest\n"
+        "child = 'from alter.plugins import plugins_digest; print(plugins_digest())'\n"
         "found = subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout.strip()\n"
         "print('same code:', found == plugins_digest())\n"
         "print(main(['unlearn', '--plugin', 'broken.py', '--help']))\n"

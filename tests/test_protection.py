@@ -10,7 +10,7 @@ from torch import nn
 
 from alter.distillation import naming
 from alter.distillation.protection import Protection, blocks_linears, measured_shares, shares_left
-from alter.models.moments import InputMoments
+from alter.inference.moments import InputMoments
 from pico import PAD, byte_tokenizer, pico
 
 DRAW = np.random.default_rng(0)

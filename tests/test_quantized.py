@@ -15,11 +15,11 @@ from alter.adapter.base import base_fingerprint, same_base
 from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import load_examples
+from alter.inference.generation import generate
+from alter.inference.scoring import score
 from alter.methods.presets import merged
 from alter.models import quantized
-from alter.models.generation import generate
 from alter.models.loading import ModelSettings, load_model
-from alter.models.scoring import score
 from alter.training import loss
 from alter.training.run import unlearn
 from alter.training.settings import OPTIMIZERS, Unlearn

@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import children
 from alter.core.errors import UserError
-from alter.core.files import folder_digest
-from alter.core.signing import Forged
 from alter.requests import checking, evidence, handout
 from alter.requests.bases import bases, present
 from alter.requests.certificate.command import Certificate, certificate
@@ -22,9 +20,11 @@ from alter.requests.intake import Init, init
 from alter.requests.rebasing import DistillRequests, distill_requests
 from alter.requests.records import IN_FORCE
 from alter.requests.register import List, list_requests
+from alter.requests.signing import Forged
 from alter.requests.store import Store
 from alter.requests.verification import Verify, verify
 from alter.requests.versions import manifest
+from alter.storage.files import folder_digest
 from test_requests import ask, known_data, start
 
 KILLED = """

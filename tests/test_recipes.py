@@ -24,9 +24,9 @@ from alter.commands import COMMANDS
 from alter.comparison.cell import work
 from alter.comparison.plan import lay_out, run_of
 from alter.comparison.settings import Retrained
-from alter.core.files import to_json, write_atomic
 from alter.data.tofu import tofu_rows
 from alter.metaevaluation import members
+from alter.storage.files import to_json, write_atomic
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import byte_tokenizer, write_jsonl

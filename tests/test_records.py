@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alter import AlterConfig
-from alter.core import cache, files, provenance, records
-from alter.core.cache import Cached, recall, remember
 from alter.core.errors import UserError
-from alter.core.records import Record, read_records, write_records
 from alter.data.sources import read_rows
 from alter.evaluation import run as evaluation
 from alter.evaluation.run import evaluate
 from alter.evaluation.tofu import benchmark, measuring
+from alter.storage import cache, files, provenance, records
+from alter.storage.cache import Cached, recall, remember
+from alter.storage.records import Record, read_records, write_records
 from pico import byte_tokenizer, write_jsonl
 from pico import pico as make_pico
 
@@ -360,11 +360,11 @@ def test_the_commit_is_that_of_this_package_or_none(tmp_path, monkeypatch):
         ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-m", "x"],
     ):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
-    monkeypatch.setattr(provenance, "__file__", str(package / "core" / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "storage" / "provenance.py"))
     assert provenance.commit() is None
     source = tmp_path / "src" / "alter"
     source.mkdir(parents=True)
-    monkeypatch.setattr(provenance, "__file__", str(source / "core" / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(source / "storage" / "provenance.py"))
     assert len(provenance.commit()) >= 7
     assert not provenance.commit().endswith("+")
     (source / "x.py").touch()

@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM
 import children
 from alter import cli
 from alter.core.errors import UserError
-from alter.core.files import folder_digest
 from alter.data.batching import Collator
 from alter.data.encoding import encode
 from alter.data.examples import load_examples
@@ -46,6 +45,7 @@ from alter.requests.register import List, Show, list_requests, show_request
 from alter.requests.store import Store
 from alter.requests.verification import Verify, verify
 from alter.requests.versions import clear_expert, manifest
+from alter.storage.files import folder_digest
 from alter.training.loss import UnlearnTrainer
 from pico import byte_tokenizer, pico, write_jsonl
 

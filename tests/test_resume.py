@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from alter.core.errors import UserError
-from alter.core.files import to_csv
-from alter.core.running import check_free, claim
-from alter.core.tensors import keep, kept
 from alter.data.encoding import encode
-from alter.methods import frozen
+from alter.groundwork import frozen
 from alter.models.loading import load_model
+from alter.storage.files import to_csv
+from alter.storage.running import check_free, claim
+from alter.storage.tensors import keep, kept
 from alter.training import data as training_data
 from alter.training import folder, loss
 from alter.training import run as training_run

@@ -147,7 +147,7 @@ def test_every_ordinary_token_is_scored_once_and_kinds_stay_whole():
 
 def test_forget_rows_teach_by_their_answers_and_ordinary_rows_by_all_they_have(data):
     from alter.data.encoding import Encoded
-    from alter.methods.frozen import FrozenRow
+    from alter.groundwork.frozen import FrozenRow
 
     features = torch.arange(12.0).view(6, 2)
     entropy = torch.tensor([math.inf, 0.5, 2.0, 0.1, 0.2, 3.0])

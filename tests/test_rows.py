@@ -11,7 +11,6 @@ from rich.console import Console
 
 from alter import cli
 from alter.core.errors import UserError
-from alter.core.records import read_records
 from alter.data.batching import Collator
 from alter.data.encoding import encode, encode_all
 from alter.data.examples import load_examples
@@ -19,7 +18,8 @@ from alter.evaluation.answered import answer_rows
 from alter.evaluation.closing import closing_of, closing_table
 from alter.evaluation.rows import RowsEvaluation
 from alter.evaluation.run import measured
-from alter.models.scoring import score
+from alter.inference.scoring import score
+from alter.storage.records import read_records
 from pico import byte_tokenizer, pico, write_jsonl
 
 FORGET = [
@@ -193,3 +193,34 @@ def test_long_rows_are_scored_whole(tmp_path):
     naive = np.exp(np.mean(np.concatenate([s for s, o in zip(scores, owner, strict=True) if o == 0])))
     assert found.measures.probability[0] == pytest.approx(naive, rel=1e-6)
     assert len(found.exact) == 2
+
+
+def test_questions_are_asked_in_other_words_again(tmp_path):
+    model, tokenizer = pico(0), byte_tokenizer()
+    rows = [{"question": f"Where is town {i} of the list?", "answer": f"By river {i}."} for i in range(3)]
+    rows += [{"text": "no question"}, {"question": "Which " + "very " * 15 + "long river?", "answer": "None."}]
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    examples = load_examples(str(tmp_path / "t.jsonl"))
+    names = ("capitals", "German frame")
+    found = answer_rows(model, tokenizer, examples, answers=0, wordings=names).measures
+    assert list(found.worded) == list(names)
+    # in the long frame the long question is beyond the context of 128
+    assert [len(values) for values in found.worded.values()] == [4, 3]
+    for name, asked in (
+        ("capitals", str.upper),
+        ("German frame", "Bitte beantworte die folgende Frage kurz und auf Englisch: {}".format),
+    ):
+        for value, row in zip(found.worded[name], [rows[0], rows[1], rows[2], rows[4]], strict=False):
+            again = write_jsonl(tmp_path / "again.jsonl", [{**row, "question": asked(row["question"])}])
+            ids = encode(tokenizer, load_examples(str(again))[0])
+            with torch.no_grad():
+                logits = model(torch.tensor([ids.input_ids])).logits[0].double().log_softmax(-1)
+            places = [k for k in range(1, len(ids.labels)) if ids.labels[k] >= 0]
+            naive = np.exp(np.mean([float(logits[k - 1, ids.labels[k]]) for k in places]))
+            assert value == pytest.approx(naive, rel=1e-5)
+    # as asked, nothing changes
+    plain = answer_rows(model, tokenizer, examples, answers=0).measures
+    assert plain.worded == {}
+    assert (plain.probability == found.probability).all()
+    assert found.summary()["worded"] == pytest.approx(np.mean([v.mean() for v in found.worded.values()]))
+    assert plain.summary()["worded"] is None

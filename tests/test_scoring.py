@@ -21,7 +21,8 @@ import reference
 from alter import AlterConfig
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.models import generation, loading, naming, scoring
+from alter.inference import generation, scoring
+from alter.models import loading, naming
 from alter.models.precision import multiplies
 from pico import EOS, PAD, VOCAB, byte_tokenizer, pico
 

@@ -21,8 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded, encode_prompt
 from alter.data.examples import Example
-from alter.models.generation import generate
-from alter.models.scoring import score
+from alter.inference.generation import generate
+from alter.inference.scoring import score
 from alter.serving import engine as engines
 from alter.serving.chat import Chat, chat
 from alter.serving.engine import Engine, draw

@@ -11,10 +11,10 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.examples import Example, load_examples
-from alter.methods import recognition
-from alter.methods.frozen import FrozenRow
+from alter.groundwork import recognition
+from alter.groundwork.frozen import FrozenRow
+from alter.groundwork.sparse import Autoencoder, read_autoencoder, train_autoencoder
 from alter.methods.objectives import Codes, Hidden, Labelled, Redirect, UnknownCode
-from alter.methods.sparse import Autoencoder, read_autoencoder, train_autoencoder
 from alter.training import loss, redirection
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn

@@ -15,15 +15,15 @@ from safetensors.numpy import load_file
 import reference
 from alter import AlterConfig, cli, metrics
 from alter.core.errors import UserError
-from alter.core.records import read_records
 from alter.data.encoding import Encoded
 from alter.data.examples import examples
 from alter.evaluation import entropies as study
 from alter.evaluation.entropies import Study, cut_rows, frequent, shares_of_bins, sides, token_entropies
 from alter.evaluation.entropystudy import entropy
+from alter.inference.scoring import score
 from alter.models.loading import load_model
-from alter.models.scoring import score
 from alter.rendering import figures as plots
+from alter.storage.records import read_records
 from pico import PAD, byte_tokenizer, pico, save_pico, write_jsonl
 
 
@@ -108,14 +108,14 @@ def test_sarles_coefficient_by_its_definition(values):
     g = math.sqrt(n * (n - 1)) / (n - 2) * m3 / m2**1.5
     k = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * (m4 / m2**2 - 3) + 6)
     naive = (g**2 + 1) / (k + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3)))
-    assert metrics.bimodality_coefficient(values) == pytest.approx(naive, rel=1e-9)
+    assert metrics.entropies.bimodality_coefficient(values) == pytest.approx(naive, rel=1e-9)
 
 
 def test_sarles_landmarks():
     rng = np.random.default_rng(0)
-    assert metrics.bimodality_coefficient(rng.uniform(size=200_000)) == pytest.approx(5 / 9, abs=0.005)
-    assert metrics.bimodality_coefficient(rng.normal(size=200_000)) == pytest.approx(1 / 3, abs=0.005)
-    assert metrics.bimodality_coefficient([0, 1] * 5000) == pytest.approx(1, abs=1e-3)
+    assert metrics.entropies.bimodality_coefficient(rng.uniform(size=200_000)) == pytest.approx(5 / 9, abs=0.005)
+    assert metrics.entropies.bimodality_coefficient(rng.normal(size=200_000)) == pytest.approx(1 / 3, abs=0.005)
+    assert metrics.entropies.bimodality_coefficient([0, 1] * 5000) == pytest.approx(1, abs=1e-3)
 
 
 def normal(x, mean, deviation):
@@ -145,7 +145,7 @@ def naive_two_normals(values, floor, rounds=3000):
 def test_two_normals_by_naive_expectation_maximisation():
     rng = np.random.default_rng(1)
     values = np.concatenate([rng.normal(0.2, 0.1, 60), rng.normal(2.5, 0.5, 40)])
-    fit = metrics.two_normals(values)
+    fit = metrics.entropies.two_normals(values)
     weights, means, deviations = naive_two_normals(values, 1e-4 * values.var(), rounds=100)
     np.testing.assert_allclose(fit.weights, weights, atol=1e-3)
     np.testing.assert_allclose(fit.means, means, atol=1e-3)
@@ -153,7 +153,7 @@ def test_two_normals_by_naive_expectation_maximisation():
 
 
 def test_what_follows_from_the_two_normals(values):
-    fit = metrics.two_normals(values)
+    fit = metrics.entropies.two_normals(values)
     n = len(values)
     floor = 1e-4 * values.var()
     (w1, w2), (m1, m2), (s1, s2) = fit.weights, fit.means, fit.deviations
@@ -178,8 +178,8 @@ def test_what_follows_from_the_two_normals(values):
 
 def test_one_hump_has_no_valley_and_two_have_one():
     rng = np.random.default_rng(0)
-    assert metrics.two_normals(rng.normal(size=3000)).depth < 0.02
-    fit = metrics.two_normals(np.concatenate([rng.normal(0, 0.3, 500), rng.normal(4, 0.3, 500)]))
+    assert metrics.entropies.two_normals(rng.normal(size=3000)).depth < 0.02
+    fit = metrics.entropies.two_normals(np.concatenate([rng.normal(0, 0.3, 500), rng.normal(4, 0.3, 500)]))
     assert fit.valley == pytest.approx(2, abs=0.3)
     assert fit.depth > 0.99
     assert fit.bic_gain > 0
@@ -189,9 +189,9 @@ def test_one_hump_has_no_valley_and_two_have_one():
 @pytest.mark.parametrize("values", [[], [1.0, 2.0, 3.0], [2.0] * 9])
 def test_too_little_to_have_a_shape(values):
     with pytest.raises(ValueError, match="four values"):
-        metrics.bimodality_coefficient(values)
+        metrics.entropies.bimodality_coefficient(values)
     with pytest.raises(ValueError, match="four values"):
-        metrics.two_normals(values)
+        metrics.entropies.two_normals(values)
 
 
 def naive_stability(before, after, threshold):
@@ -222,7 +222,7 @@ def test_stability_by_counting(threshold):
     before = rng.exponential(1.0, 200)
     before[:3] = [0.5, 1.2, 1.2]  # on the threshold: low
     after = before + rng.normal(0, 0.5, 200)
-    found = metrics.stability(before, after, threshold)
+    found = metrics.entropies.stability(before, after, threshold)
     mine = [
         found.high_stay,
         found.low_stay,
@@ -236,13 +236,13 @@ def test_stability_by_counting(threshold):
 
 
 def test_stability_without_change_and_without_tokens():
-    same = metrics.stability([0.0, 2.0, 3.0], [0.0, 2.0, 3.0], 1.0)
+    same = metrics.entropies.stability([0.0, 2.0, 3.0], [0.0, 2.0, 3.0], 1.0)
     assert (same.high_stay, same.low_stay, same.kappa, same.correlation) == pytest.approx((1, 1, 1, 1))
-    assert math.isnan(metrics.stability([1.0, 1.0], [0.0, 2.0], 1.5).correlation)
+    assert math.isnan(metrics.entropies.stability([1.0, 1.0], [0.0, 2.0], 1.5).correlation)
     with pytest.raises(ValueError, match="same number"):
-        metrics.stability([1.0], [1.0, 2.0], 1.0)
+        metrics.entropies.stability([1.0], [1.0, 2.0], 1.0)
     with pytest.raises(ValueError, match="above 0"):
-        metrics.stability([], [], 1.0)
+        metrics.entropies.stability([], [], 1.0)
 
 
 def test_frequent_tokens_and_their_sides_by_counting():

@@ -13,9 +13,9 @@ from alter.comparison import cell as one
 from alter.comparison import cells, choice, plan, survival, words
 from alter.comparison import run as compare
 from alter.comparison.settings import Survival
-from alter.core.records import Record, read_records
 from alter.data.examples import Example
 from alter.evaluation.tofu import measuring
+from alter.storage.records import Record, read_records
 from pico import byte_tokenizer, pico
 from test_compare import cells_of, data, settings, source_digest, write_cell, write_records  # noqa: F401
 

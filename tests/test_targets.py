@@ -9,8 +9,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
+from alter.inference.scoring import score
 from alter.methods.adapters import AlterAdapter, Beginning, Lora
-from alter.models.scoring import score
 from pico import PAD, pico
 
 

@@ -12,7 +12,6 @@ import torch
 
 import reference
 from alter import metrics
-from alter.core import records
 from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import examples
@@ -20,6 +19,7 @@ from alter.evaluation.run import evaluate
 from alter.evaluation.tofu import benchmark, logs, measuring, sets
 from alter.evaluation.tofu import reference as retrained_reference
 from alter.rendering.terminal import table
+from alter.storage import records
 from pico import EOS, PAD, byte_tokenizer, write_jsonl
 from pico import pico as make_pico
 from test_scoring import by_hand
@@ -83,7 +83,7 @@ def test_every_figure_is_that_of_a_plain_loop(mode):
             wrong.append(losses[2:])
             reply = by_hand(model, encode_prompt(tokenizer, example, compat=compat), 12, {EOS})
             text = tokenizer.decode(reply, skip_special_tokens=True).strip()
-            recall.append(metrics.rouge_l([example.answer], [text]).recall[0])
+            recall.append(metrics.text.rouge_l([example.answer], [text]).recall[0])
         ratio = reference.naive_truth_ratio(right, wrong, eps)
         if key in ("forget", "retain"):
             probability = [math.exp(-x) for x in loss]
@@ -107,7 +107,7 @@ def test_every_figure_is_that_of_a_plain_loop(mode):
     expected = 0.0 if 0.0 in nine else 9 / sum(1 / x for x in nine)
     assert found["model_utility"].value == pytest.approx(expected)
     assert found["model_utility"].n == 12
-    assert found["forget_distinct_2"].value == metrics.distinct_n(result.sets["forget"].generations, 2)
+    assert found["forget_distinct_2"].value == metrics.text.distinct_n(result.sets["forget"].generations, 2)
     assert found["forget_repetition"].n == 4
 
 
@@ -194,7 +194,9 @@ def test_forget_quality_against_a_retrained_model(tmp_path):
     retrained = measure(pico(1), which=("likelihood",), limit=30)
     result = measure(pico(0), which=("likelihood",), limit=30, reference=retrained)
     record = by_metric(result.records("x"))["forget_quality"]
-    expected = metrics.forget_quality(result.sets["forget"].truth_ratio, retrained.sets["forget"].truth_ratio)
+    expected = metrics.likelihood.forget_quality(
+        result.sets["forget"].truth_ratio, retrained.sets["forget"].truth_ratio
+    )
     assert (record.value, record.extra["log10"], record.extra["statistic"]) == dataclasses.astuple(expected)
     assert record.value < 1
     assert record.extra["n_reference"] == record.n == 30
@@ -290,16 +292,16 @@ def test_attacks_on_holdout_rows(holdout, mode):
             for model in (pico(0), pico(1))
         )
         norms = measuring.gradient_norms(pico(), encoded, pad_token_id=PAD, compat=compat, progress=False)
-        loss = metrics.mia_loss(scores.logprob, compat=compat)
+        loss = metrics.membership.mia_loss(scores.logprob, compat=compat)
         # strict encodings keep the space before the answer, which belongs to the prompt in compat
         texts = [row["answer"] if compat else f" {row['answer']}" for row in rows]
         expected[key] = {
             "mia_loss": loss,
-            "mia_zlib": metrics.mia_zlib(scores.logprob, texts, compat=compat),
-            "mia_min_k": metrics.mia_min_k(scores.logprob),
-            "mia_min_k_plus_plus": metrics.mia_min_k_plus_plus(scores.logprob, scores.mean, scores.var),
+            "mia_zlib": metrics.membership.mia_zlib(scores.logprob, texts, compat=compat),
+            "mia_min_k": metrics.membership.mia_min_k(scores.logprob),
+            "mia_min_k_plus_plus": metrics.membership.mia_min_k_plus_plus(scores.logprob, scores.mean, scores.var),
             "mia_gradnorm": [reference.naive_mean(row) for row in norms],
-            "mia_reference": loss - metrics.mia_loss(other.logprob, compat=compat),
+            "mia_reference": loss - metrics.membership.mia_loss(other.logprob, compat=compat),
         }
     for name in expected["forget"]:
         scores = found[name].extra["scores"]
@@ -310,7 +312,7 @@ def test_attacks_on_holdout_rows(holdout, mode):
         assert found[name].higher_is_better is None
         assert found[name].extra["holdout"] == forget.holdout
     other = by_metric(retrained.records("retrained"))["mia_min_k"].value
-    assert found["privleak"].value == metrics.privleak(found["mia_min_k"].value, other, compat=compat)
+    assert found["privleak"].value == metrics.membership.privleak(found["mia_min_k"].value, other, compat=compat)
 
 
 def test_a_reference_of_other_holdout_rows_is_refused_and_a_lesser_one_is_said(holdout, tmp_path):

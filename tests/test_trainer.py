@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import children
 from alter import cli
 from alter.core.errors import UserError
+from alter.groundwork import frozen
 from alter.logits import entropy
-from alter.methods import frozen, objectives
+from alter.methods import objectives
 from alter.methods.adapters import Beginning
 from alter.training import folder, loss, saving
 from alter.training.batches import Batch, schedule

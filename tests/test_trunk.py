@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from alter.methods import frozen
+from alter.groundwork import frozen
 from alter.models import precision
 from alter.training import frozenpass, trunk
 from alter.training.loss import UnlearnTrainer

@@ -147,6 +147,33 @@ def test_a_trusted_reference_sets_the_bounds():
     assert judge(before, of(0.6, english(False))).word == "not forgotten"
 
 
+def worded(p, rows, **asked):
+    found = of(p, rows)
+    return Measures(**{**vars(found), "worded": {name: np.array(values) for name, values in asked.items()}})
+
+
+def test_what_is_still_known_in_other_words_is_not_forgotten():
+    before = worded(0.95, english(True), capitals=[0.3, 0.3], telegram=[0.9, 0.7], role=[0.6, 0.4])
+    after = worded(0.02, english(False), capitals=[0.3, 0.3], telegram=[0.5, 0.4], role=[0.3, 0.22])
+    found = judge(before, after)
+    assert found.word == "not forgotten"
+    # capitals are passed over, since the untouched model hardly knows the answers there itself; the worst comes first
+    assert found.wordings == ("telegram", "role")
+    assert "telegram 0.450, 0.800 before; role 0.260, 0.500 before" in found.why[0]
+    assert "0 of 10 replies still give the answer" in found.text
+    half = worded(0.02, english(False), telegram=[0.4, 0.4], role=[0.25, 0.25])
+    assert judge(before, half).word == "forgotten"
+    # a model that never saw the rows gives that much in these words as well
+    never = worded(0.05, english(False), telegram=[0.5, 0.5], role=[0.1, 0.1])
+    assert judge(before, worded(0.02, english(False), telegram=[0.6, 0.7]), reference=never).word == "forgotten"
+    assert judge(before, worded(0.02, english(False), telegram=[0.66, 0.7]), reference=never).word == "not forgotten"
+    # where more speaks against it, it is one reason of several
+    said = judge(before, worded(0.9, english(True), telegram=[0.8, 0.8]))
+    assert said.word == "not forgotten"
+    assert said.wordings == ()
+    assert "Asked in other words" in said.text
+
+
 @pytest.mark.parametrize("reply", ["aaaaaaaaaa Bao", "K K K K", ""])
 def test_collapsed(reply):
     questions, truths, _ = english(True)
@@ -231,8 +258,8 @@ def test_what_was_never_known_is_unproven_not_unforgotten():
 
 
 def test_intervals_are_wilsons_and_students():
-    assert metrics.share_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
-    assert metrics.share_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
+    assert metrics.samples.share_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
+    assert metrics.samples.share_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
     low, high = verdict.mean_interval([0.1, 0.2, 0.3])
     assert (low, high) == pytest.approx((0.2 - 4.3027 * 0.1 / 3**0.5, 0.2 + 4.3027 * 0.1 / 3**0.5), abs=1e-4)
 
@@ -243,4 +270,4 @@ def test_an_interval_of_shares_holds_only_shares(values):
     assert 0 <= low <= sum(values) / len(values) <= high <= 1
     assert low < high
     if set(values) <= {0.0, 1.0}:
-        assert (low, high) == metrics.share_interval(int(sum(values)), len(values))
+        assert (low, high) == metrics.samples.share_interval(int(sum(values)), len(values))

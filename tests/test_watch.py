@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 import children
 from alter import cli
 from alter.core.errors import UserError
-from alter.core.records import Record, write_records
 from alter.data.encoding import encode
 from alter.data.examples import examples, load_examples
 from alter.evaluation.tofu.sets import rows_fingerprint
 from alter.models.loading import load_model
+from alter.storage.records import Record, write_records
 from alter.training import folder, loaded, loss
 from alter.training import watcher as watching
 from alter.training.rules import KeepLast, LikeRetrained, LikeUnseen, rows_needed, told_apart

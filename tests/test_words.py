@@ -35,17 +35,17 @@ SENTENCES = {
 @pytest.mark.parametrize("script", SENTENCES)
 def test_every_script_has_words(script):
     true, near, far = SENTENCES[script]
-    found = metrics.rouge_l([true, true, true], [true, near, far])
+    found = metrics.text.rouge_l([true, true, true], [true, near, far])
     assert found.recall[0] == 1
     assert 0 < found.recall[1] < 1
     assert found.recall[2] == 0
     # another normal form is the same text
-    assert metrics.rouge_l([true], [unicodedata.normalize("NFD", true)]).recall[0] == 1
-    assert metrics.bleu([true * 2], [true * 2])[0] > 99
-    assert metrics.bleu([true * 2], [f"{far} {near} {true}"])[0] > 0
-    assert metrics.distinct_n([" ".join([near] * 5)], 2) < 0.5
-    assert metrics.repetition([" ".join([near] * 5)])[0] > 0.5
-    assert metrics.repetition([true])[0] == 0
+    assert metrics.text.rouge_l([true], [unicodedata.normalize("NFD", true)]).recall[0] == 1
+    assert metrics.text.bleu([true * 2], [true * 2])[0] > 99
+    assert metrics.text.bleu([true * 2], [f"{far} {near} {true}"])[0] > 0
+    assert metrics.text.distinct_n([" ".join([near] * 5)], 2) < 0.5
+    assert metrics.text.repetition([" ".join([near] * 5)])[0] > 0.5
+    assert metrics.text.repetition([true])[0] == 0
     assert all(common(true, true))
     assert any(common(true, near))
     assert not all(common(true, near))
@@ -93,7 +93,7 @@ def test_english_numbers_are_those_of_the_tools():
     for stem in (True, False):
         scorer = RougeScorer(["rougeL"], use_stemmer=stem)
         naive = [scorer.score(a, q)["rougeL"] for a, q in zip(answers, questions, strict=True)]
-        found = metrics.rouge_l(answers, questions, stem=stem)
+        found = metrics.text.rouge_l(answers, questions, stem=stem)
         latin = [
             all("LATIN" in unicodedata.name(c) for c in a + q if c.isalpha())
             for a, q in zip(answers, questions, strict=True)
@@ -102,7 +102,7 @@ def test_english_numbers_are_those_of_the_tools():
         for part in ("precision", "recall", "fmeasure"):
             mine = getattr(found, part.replace("fmeasure", "f1"))
             assert mine[latin].tolist() == np.array([getattr(s, part) for s in naive])[latin].tolist()
-    assert metrics.corpus_bleu(answers, questions) == sacrebleu.corpus_bleu(questions, [answers]).score
+    assert metrics.text.corpus_bleu(answers, questions) == sacrebleu.corpus_bleu(questions, [answers]).score
     for text in answers:
         assert words.pieces(text) == text.lower().split()
         assert words.terms(text.lower()) == TfidfVectorizer().build_tokenizer()(text.lower())
@@ -129,4 +129,4 @@ def test_no_text_of_letters_is_without_words(text):
     assert "".join(text[slice(*span)] for span in words.spans(text)) == "".join(text.split())
     words.terms(text)
     words.bare(text)
-    metrics.rouge_l([text], [text])
+    metrics.text.rouge_l([text], [text])

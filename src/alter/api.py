@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from alter.core import UserError, digest, ignore_known_warnings, memory, nearest, read_run, refusal, silent
+from alter.core import UserError, ignore_known_warnings, memory, nearest, silent
+from alter.settings import refusal
+from alter.storage import digest, read_run
 
 if TYPE_CHECKING:
     from alter.attacks import Attack
     from alter.comparison import Compare
-    from alter.core import Record
     from alter.distillation import Distill
     from alter.evaluation import Evaluation
+    from alter.storage import Record
     from alter.training import Unlearn
 
 Rows = str | PathLike[str] | Iterable[Mapping[str, Any]]
@@ -285,7 +287,7 @@ def evaluate(
 def _benchmark(name: str) -> type[Evaluation]:
     import importlib
 
-    from alter.core import BENCHMARKS
+    from alter.plugins import BENCHMARKS
 
     if name not in BENCHMARKS:
         raise UserError(f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")

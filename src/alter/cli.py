@@ -22,27 +22,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alter.commands import COMMANDS, COMMON
-from alter.core import (
-    BENCHMARKS,
-    UserError,
-    add_files,
+from alter.core import UserError, deferred, ignore_known_warnings, lasting, nearest, plain, processes, wording
+from alter.plugins import BENCHMARKS, add_files
+from alter.settings import (
     as_standard_output,
     check_numbers,
     check_outputs,
-    deferred,
     given_once,
-    ignore_known_warnings,
-    lasting,
     list_flags,
-    nearest,
-    plain,
-    processes,
     refusal,
     split_recipe,
     value_of,
     with_defaults,
     with_flags,
-    wording,
 )
 
 if TYPE_CHECKING:

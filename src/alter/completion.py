@@ -12,7 +12,8 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from alter.commands import COMMANDS, Command
-from alter.core import BENCHMARKS, flag_of, is_positional, members_of
+from alter.plugins import BENCHMARKS
+from alter.settings import flag_of, is_positional, members_of
 
 
 class Completion(BaseModel):

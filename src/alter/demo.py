@@ -10,19 +10,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from alter.core import (
-    OutFile,
-    OutFolder,
-    Rows,
-    Seed,
-    cache_folder,
-    cell,
-    check_outputs,
-    digest,
-    stamped,
-    write_records,
-)
+from alter.core import cell
 from alter.rendering import FittedTable
+from alter.settings import OutFile, OutFolder, Rows, Seed, check_outputs
+from alter.storage import cache_folder, digest, stamped, write_records
 
 if TYPE_CHECKING:
     from alter.evaluation import TofuResult

@@ -13,17 +13,19 @@ import numpy.typing as npt
 
 from alter import metrics
 from alter.attacks.settings import Attack
-from alter.core import Array, Record, UserError
+from alter.core import Array, UserError
 from alter.data import TOFU_SPLITS, Encoded, Example, encode, tofu_rows
-from alter.models import ModelSettings, context_length, generate, score
+from alter.inference import context_length, generate, score
+from alter.models import ModelSettings
+from alter.storage import Record
 
 PLAIN = "none"
 """Name of the measurement without any attack."""
 
 
 def interval(values: npt.ArrayLike) -> list[float] | None:
-    """Return the 95 % interval of a mean over rows (`metrics.row_interval`) as a record holds it; None where there is none."""
-    found = metrics.row_interval(values)
+    """Return the 95 % interval of a mean over rows (`metrics.samples.row_interval`) as a record holds it; None where there is none."""
+    found = metrics.samples.row_interval(values)
     return None if found is None else list(found)
 
 
@@ -213,7 +215,7 @@ class Bench:
         settings = self.settings
         pad = self.tokenizer.pad_token_id
         found = score(model, [item.encoded for item in items], pad_token_id=pad, label=f"{attack}: scoring")
-        likelihood = metrics.probability(metrics.average_loss(found.logprob))
+        likelihood = metrics.likelihood.probability(metrics.likelihood.average_loss(found.logprob))
         replies = generate(
             model,
             self.tokenizer,
@@ -224,7 +226,7 @@ class Bench:
             label=f"{attack}: answering",
         )
         references = [item.reference for item in items]
-        rouge = metrics.rouge_l(references, replies).recall
+        rouge = metrics.text.rouge_l(references, replies).recall
         common = {"attack": attack, "rows": [item.index for item in items], **extra}
         return [
             self.record("attack_rouge", rouge, **common, references=references, replies=replies),
@@ -232,7 +234,7 @@ class Bench:
         ]
 
     def record(self, metric: str, values: Array, **extra: Any) -> Record:
-        """Return the mean of per-row values as a record of this model, with its 95 % interval (`metrics.row_interval`)."""
+        """Return the mean of per-row values as a record of this model, with its 95 % interval (`metrics.samples.row_interval`)."""
         better = metrics.CATALOGUE[metric].higher_is_better
         extra["interval"] = interval(values)
         per_item = [float(value) for value in values]

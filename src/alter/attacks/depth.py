@@ -17,8 +17,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from alter.attacks.base import Bench, Impossible, Item, interval
-from alter.core import Array, Record, progress
-from alter.models import decided, evaluating
+from alter.core import Array, progress
+from alter.inference import decided, evaluating
+from alter.storage import Record
 
 BATCH = 16
 """Rows in one pass."""

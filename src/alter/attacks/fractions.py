@@ -10,7 +10,8 @@ import numpy as np
 from alter import metrics
 from alter.attacks.base import PLAIN, interval
 from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES
-from alter.core import Array, Record
+from alter.core import Array
+from alter.storage import Record
 
 NO_RETRAINED = (
     "they need a model that never saw the forget rows. Make one once with `alter finetune --model BASE --data RETAIN "
@@ -108,9 +109,11 @@ def _fraction(after: Record, zero: Record | None, plains: dict[str, Record], sam
         extra["refused"] = NO_ORIGINAL
     else:
         try:
-            value = metrics.recovered_fraction(extra["after"], extra["retrained"], mean["original"], mean["retrained"])
+            value = metrics.recovery.recovered_fraction(
+                extra["after"], extra["retrained"], mean["original"], mean["retrained"]
+            )
             gap = mean["original"] - mean["retrained"]
-            extra["interval"] = list(metrics.recovered_interval(attacked, attacked_retrained, gap))
+            extra["interval"] = list(metrics.recovery.recovered_interval(attacked, attacked_retrained, gap))
         except ValueError as error:
             extra["refused"] = str(error)
     metric = after.metric.replace("attack_", "attack_recovered_")

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from alter.attacks.base import Bench, Impossible
 from alter.attacks.weights import base_linears
-from alter.core import Record
 from alter.data import encode_all
-from alter.models import evaluating
+from alter.inference import evaluating
+from alter.storage import Record
 
 
 def smallest(scores: Tensor, share: float) -> Tensor:

@@ -4,7 +4,7 @@ Every attack is run on the unlearned model and, as a baseline, on a model retrai
 recovers from that one is no forgotten knowledge. It is measured by two figures per row: ROUGE-L recall of the greedy reply
 against the true answer, and the probability of the true answer (TOFU's, per token). Of both, the recovered fraction is
 
-    (unlearned under attack - retrained under attack) / (original - retrained)      (`alter.metrics.recovered_fraction`)
+    (unlearned under attack - retrained under attack) / (original - retrained)      (`alter.metrics.recovery.recovered_fraction`)
 
 with the original and the retrained model not under attack, all on the same rows.
 
@@ -29,25 +29,21 @@ from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
 from alter.attacks.settings import Attack
 from alter.attacks.showing import draw_curves, show_recovered
 from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING_ATTACKS, UNRELATED
-from alter.core import (
+from alter.core import UserError, console, held, nearest, warn
+from alter.data import Example, data_hash, load_examples, row_hash
+from alter.models import ModelSettings, is_local
+from alter.storage import (
     VERSION,
     Record,
-    UserError,
     cache_folder,
     code_digest,
-    console,
     digest,
-    held,
-    nearest,
     read_records,
     stamped,
     versions,
-    warn,
     write_atomic,
     write_records,
 )
-from alter.data import Example, data_hash, load_examples, row_hash
-from alter.models import ModelSettings, is_local
 
 COMMON = ("forget", "rows", "seed", "max_new_tokens")
 """Settings that every measurement depends on, beside the rows that are measured."""

@@ -20,9 +20,10 @@ from alter import metrics
 from alter.attacks.base import Bench, Budget, Impossible, Item, make_item
 from alter.attacks.weights import train_steps
 from alter.attacks.wording import WORDINGS
-from alter.core import Record, progress
+from alter.core import progress
 from alter.data import Encoded
-from alter.models import context_length, score
+from alter.inference import context_length, score
+from alter.storage import Record
 
 QUESTIONS = 400
 """Questions that the search for a prompt may ask by default."""
@@ -123,7 +124,7 @@ def evolve(bench: Bench) -> list[Record]:
             found = score(
                 model, [item.encoded for item in items], pad_token_id=tokenizer.pad_token_id, progress=False
             ).logprob
-            known[prompt] = -float(np.mean(metrics.average_loss(found)))
+            known[prompt] = -float(np.mean(metrics.likelihood.average_loss(found)))
         return known[prompt]
 
     alive = [Framing()]

@@ -6,8 +6,8 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from alter.core import BatchSize, Count, OutFolder, Rows, Seed, Steps, Temperature, Tokens
 from alter.models import ModelSettings
+from alter.settings import BatchSize, Count, OutFolder, Rows, Seed, Steps, Temperature, Tokens
 
 
 class Relearning(BaseModel):

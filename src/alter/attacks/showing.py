@@ -11,8 +11,10 @@ from rich import box
 from alter.attacks.base import PLAIN
 from alter.attacks.fractions import NO_RETRAINED, _select
 from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES, SEARCHING
-from alter.core import Record, console, rounded, warn
+from alter.core import console, warn
 from alter.rendering import AFTER, BEFORE, LINE, FittedTable, figure
+from alter.settings import rounded
+from alter.storage import Record
 
 KNOWN = 0.1
 """Rows with a loss below this at the attacker's first step, in nats, are known already."""

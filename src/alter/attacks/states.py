@@ -11,8 +11,8 @@ import torch
 
 from alter import metrics
 from alter.attacks.base import Bench, Impossible, Item
-from alter.core import Record
-from alter.models import hidden_states
+from alter.inference import hidden_states
+from alter.storage import Record
 
 RIDGE = 0.01
 """Penalty of the probe, per training token, on columns of variance 1."""
@@ -80,7 +80,7 @@ def probe(bench: Bench) -> list[Record]:
     At each depth a ridge regression from the state that generates a token to that token's (normalised) output embedding
     is fitted on answers of half the rows, given the true tokens before; it is tested on the other half, whose facts it
     never saw: what it reads there about them is in the model. The record's per-row value is the share of a row's chosen
-    tokens that it reads right. Depths are those of `alter.models.scoring.hidden_states`.
+    tokens that it reads right. Depths are those of `alter.inference.scoring.hidden_states`.
 
     Raises:
         Impossible: the model has no output embeddings, or there are fewer than 4 rows.
@@ -149,7 +149,7 @@ def cka(states: Mapping[str, Floats]) -> list[Record]:
                 "leave cka out of `attacks`."
             )
         by_depth: dict[bool, list[float]] = {
-            debiased: [metrics.linear_cka(x[:, d], y[:, d], debiased=debiased) for d in range(x.shape[1])]
+            debiased: [metrics.recovery.linear_cka(x[:, d], y[:, d], debiased=debiased) for d in range(x.shape[1])]
             for debiased in (True, False)
         }
         extra = {"attack": "cka", "pair": f"{first} ~ {second}", "depths": by_depth[True], "plain": by_depth[False]}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from alter.attacks import depth, pruning, searching, states, talking, weights, wording
 from alter.attacks.base import Bench, paraphrases, too_few
 from alter.attacks.settings import Attack
-from alter.core import Record, Registry
 from alter.data import Example
+from alter.plugins import Registry
+from alter.storage import Record
 
 MEASURES = {"attack_rouge": "ROUGE", "attack_probability": "prob.", "attack_probe": "read", "attack_lens": "lens"}
 

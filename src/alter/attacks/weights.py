@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from alter import metrics
 from alter.attacks.base import Bench, Budget, Impossible
-from alter.core import Record
 from alter.data import Collator, Encoded, encode, encode_all
-from alter.models import decided, evaluating, score
+from alter.inference import decided, evaluating, score
+from alter.storage import Record
 
 
 def base_linears(model: Any) -> list[tuple[str, Any]]:
@@ -299,7 +299,7 @@ def relearn_searched(bench: Bench) -> list[Record]:
                         pad_token_id=bench.tokenizer.pad_token_id,
                         progress=False,
                     ).logprob
-                    mean = -float(np.mean(metrics.average_loss(found)))
+                    mean = -float(np.mean(metrics.likelihood.average_loss(found)))
                     reached[rate] = max(reached[rate], (mean, step))
         except Diverged:
             # a rate that breaks the model is none for the attacker

@@ -9,9 +9,10 @@ import torch
 
 from alter import metrics
 from alter.attacks.base import Bench, Impossible, make_item, paraphrases, prefilled
-from alter.core import Record, spaced
+from alter.core import spaced
 from alter.data import telegram
-from alter.models import generate
+from alter.inference import generate
+from alter.storage import Record
 
 # Other wordings of a question, by rule: none of them is a translation, and none joins a router's fit -----------------
 
@@ -88,7 +89,7 @@ def sampled_replies(bench: Bench) -> list[Record]:
         top_p=1.0,
     )
     references = [item.reference for item in items for _ in range(settings.samples)]
-    rouge = metrics.rouge_l(references, replies).recall.reshape(len(items), settings.samples)
+    rouge = metrics.text.rouge_l(references, replies).recall.reshape(len(items), settings.samples)
     best = rouge.argmax(axis=1)
     kept = [replies[row * settings.samples + int(draw)] for row, draw in enumerate(best)]
     extra: dict[str, Any] = {

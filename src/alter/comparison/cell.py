@@ -24,11 +24,12 @@ import torch
 
 from alter.comparison.settings import Survival
 from alter.comparison.survival import survival
-from alter.core import Record, UserError, stamped, to_json, write_atomic, write_records
+from alter.core import UserError
 from alter.data import load_examples
 from alter.evaluation import tofu_metrics
 from alter.methods import adapter_of
 from alter.models import load_model
+from alter.storage import Record, stamped, to_json, write_atomic, write_records
 from alter.training import Unlearn, save_adapter, unlearn
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from alter.comparison.executors import Executor, Task
 from alter.comparison.plan import Cell
-from alter.core import UserError, progress, show, to_json, write_atomic
+from alter.core import UserError, progress, show
+from alter.storage import to_json, write_atomic
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -14,8 +14,9 @@ from alter import metrics
 from alter.comparison.cells import is_measured
 from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Layout, Setting
 from alter.comparison.settings import Compare
-from alter.core import Array, Record, UserError, read_records
+from alter.core import Array, UserError
 from alter.evaluation import broken, gives
+from alter.storage import Record, read_records
 
 FIGURES = {
     "forget_quality": "forget quality, log10 p ↑",
@@ -82,7 +83,7 @@ def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) 
         )
         if own.extra["fingerprint"] != other.extra["fingerprint"]:
             raise UserError("The retrained model was evaluated on other rows than a cell: delete its folder in cells.")
-        quality = metrics.forget_quality(_floats(own.per_item), _floats(other.per_item))
+        quality = metrics.likelihood.forget_quality(_floats(own.per_item), _floats(other.per_item))
         found |= {"forget_quality": quality.log10, "distance": quality.statistic}
     return found
 
@@ -99,7 +100,7 @@ def intervals(records: Sequence[Record], found: Mapping[str, float]) -> dict[str
     for name in ("forget_said", "forget_unusable"):
         if f"{name}_of" in found:
             of = round(found[f"{name}_of"])
-            told[name] = metrics.share_interval(round(found[name] * of), of)
+            told[name] = metrics.samples.share_interval(round(found[name] * of), of)
     return told
 
 

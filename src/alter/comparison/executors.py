@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 
 from alter.comparison.forks import OWN_PATH, Fork, Forks
 from alter.comparison.settings import Compare, Ray, Slurm
-from alter.core import UserError, to_json, write_atomic
+from alter.core import UserError
+from alter.storage import to_json, write_atomic
 
 UNBOUNDED = sys.maxsize
 """A cluster has its own queue: all cells are submitted at once."""

@@ -11,7 +11,7 @@ from typing import Any
 from alter.comparison.choice import Choice, cell_figures, chosen_cells, records_of
 from alter.comparison.plan import RETRAINED, Chain, Layout
 from alter.comparison.table import TableRow
-from alter.core import Record, stamped, to_csv
+from alter.storage import Record, stamped, to_csv
 
 
 def table_csv(rows: Sequence[TableRow]) -> str:

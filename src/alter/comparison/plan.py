@@ -21,11 +21,14 @@ from pydantic import ValidationError
 
 from alter.comparison.division import RETAIN_SPLITS, evaluation_rows, retain_source
 from alter.comparison.settings import Compare
-from alter.core import UserError, digest, homes, mistake, nearest, plugins_digest, refusal, write_atomic
-from alter.core.provenance import provenance
+from alter.core import UserError, homes, nearest
 from alter.data import read_rows, tofu_rows
 from alter.methods import METHODS, merged
 from alter.models import ModelSettings
+from alter.plugins import plugins_digest
+from alter.settings import mistake, refusal
+from alter.storage import digest, write_atomic
+from alter.storage.provenance import provenance
 from alter.training import Unlearn, batches_of_step
 
 CELL = 2

@@ -22,8 +22,9 @@ from alter.comparison.plot import pareto
 from alter.comparison.settings import Compare
 from alter.comparison.table import TableRow, table_rows
 from alter.comparison.words import Text, described, drawn, html_page, latex, markdown
-from alter.core import UserError, show, to_json, undone_if_refused, warn, write_atomic, write_records
-from alter.core.provenance import provenance
+from alter.core import UserError, show, warn
+from alter.storage import to_json, undone_if_refused, write_atomic, write_records
+from alter.storage.provenance import provenance
 
 Chosen = Mapping[tuple[str, Chain], Choice]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alter.core import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps
+from alter.settings import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps
 
 
 class Retrained(BaseModel):

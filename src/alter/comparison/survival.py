@@ -17,11 +17,12 @@ import torch
 
 from alter.attacks import train_steps
 from alter.comparison.settings import Survival
-from alter.core import Record, UserError
+from alter.core import UserError
 from alter.data import Example, encode
 from alter.data.background import background
 from alter.evaluation import Leak, leaked, metric_record
-from alter.models import evaluating
+from alter.inference import evaluating
+from alter.storage import Record
 
 PASSAGES = 64
 """Passages of ordinary text, of each kind in turn."""

@@ -15,7 +15,7 @@ from alter.comparison.cells import finished
 from alter.comparison.choice import Choice, cell_figures, criterion, forgetting, intervals, records_of
 from alter.comparison.plan import RETRAINED, Cell, Chain, Layout, Setting, chains
 from alter.comparison.settings import Compare
-from alter.core import Record
+from alter.storage import Record
 
 COSTS = {
     "seconds": "wall time, s",

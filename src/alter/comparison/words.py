@@ -14,9 +14,10 @@ from rich.console import Group
 from alter.comparison.choice import CRITERIA, columns, criterion
 from alter.comparison.settings import Compare
 from alter.comparison.table import COSTS, TableRow, axis, axis_label, axis_name
-from alter.core import cell, rounded
+from alter.core import cell
 from alter.methods import METHODS
 from alter.rendering import Html, Point, Style, document, fitted_rows, grid, join, scatter, tag
+from alter.settings import rounded
 
 
 def _shown(row: TableRow, key: str, form: str, scale: float = 1.0) -> str:

@@ -10,7 +10,7 @@ class UserError(ValueError):
     """A mistake in what the user gave: one line that names the value, what was expected and the fix.
 
     A setting stands in it as its name in backticks (`max_steps`, `adapter.r`, or `run=False` for a switch that is off); the
-    command line makes its flag of it (`alter.core.flags.with_flags`).
+    command line makes its flag of it (`alter.settings.flags.with_flags`).
     The command line prints it without a traceback and exits with status 2.
     """
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError, from_json, nearest, read_text
+from alter.core import UserError, nearest
+from alter.storage import from_json, read_text
 
 PASSAGE_CHARACTERS = 1000
 """A running text becomes passages: whole paragraphs, joined until a passage has at least this many characters."""

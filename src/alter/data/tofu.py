@@ -7,9 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError, nearest, read_text
+from alter.core import UserError, nearest
 from alter.data.files import Row, read_file
 from alter.data.hub import hub_rows, local_path, looks_like_path
+from alter.storage import read_text
 
 TOFU_HUB = "locuslab/TOFU"
 """Hub id that TOFU splits are loaded from when no folder is given."""

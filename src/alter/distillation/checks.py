@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from alter.core import UserError, check_disk
+from alter.core import UserError
 from alter.distillation.settings import Distill
+from alter.storage import check_disk
 from alter.training import check_folder
 
 
@@ -28,7 +29,7 @@ def check_out(settings: Distill) -> Path:
 
 
 def check_room(out: Path, student: torch.nn.Module, form: str) -> None:
-    """Refuse to start where the disk cannot hold the result and two checkpoints (`alter.core.files.check_disk`).
+    """Refuse to start where the disk cannot hold the result and two checkpoints (`alter.storage.files.check_disk`).
 
     Of full weights a checkpoint holds them and both moments of AdamW in float32; of a LoRA next to nothing.
     """

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from alter.core import Record, cell, show, write_records
+from alter.core import cell, show
 from alter.data import Example
 from alter.distillation.settings import Distill
 from alter.evaluation import FIGURES, Answered, answer_rows, closing_facts
-from alter.evaluation.verdict import judge
+from alter.evaluation.verdict import WORDINGS, judge
 from alter.models import load_model
 from alter.rendering import FittedTable
+from alter.storage import Record, write_records
 
 
 def measure_distilled(
@@ -49,7 +50,14 @@ def measure_distilled(
 
     def look(name: str, pair: tuple[Any, Any]) -> None:
         measured[name] = {
-            part: answer_rows(*pair, rows, seed=settings.seed, max_new_tokens=100, label=f"{name}, {part}")
+            part: answer_rows(
+                *pair,
+                rows,
+                seed=settings.seed,
+                max_new_tokens=100,
+                label=f"{name}, {part}",
+                wordings=WORDINGS if part == "forget" else (),
+            )
             for part, rows in sets.items()
         }
 
@@ -104,6 +112,8 @@ def _table(facts: dict[str, Any]) -> FittedTable:
         table.add_row(cell(f"{title} ({three[0]['n']} rows, {three[0]['n_answers']} answered)", "bold"))
         for name, meaning in FIGURES.items():
             figures = [figure.get(name) for figure in three]
+            if name == "worded" and figures[0] is None:
+                continue
             shown = [
                 "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
                 for value in figures

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from alter.core import progress
 from alter.data import Collator, batches_by_length
-from alter.models import InputMoments, evaluating
+from alter.inference import InputMoments, evaluating
 
 BATCH_TOKENS = 2048
 """Padded tokens in one pass over the kept rows."""

@@ -10,9 +10,20 @@ from typing import Any
 import torch
 
 from alter.core import UserError, warn
-from alter.data import FITTED, Encoded, Example, apart_from, check_overlap, encode, encode_all, load_examples, reworded
+from alter.data import (
+    FITTED,
+    Encoded,
+    Example,
+    apart_from,
+    check_overlap,
+    encode,
+    encode_all,
+    load_examples,
+    reworded,
+)
+from alter.data.background import background
 from alter.distillation.settings import Distill
-from alter.models import context_length, generate
+from alter.inference import context_length, generate
 
 KINDS = ("forget", "keep", "general")
 """What a row is, by its number in `Row.kind`."""
@@ -84,11 +95,40 @@ def check_lengths(
     for rows in (found["forget"], found["keep"]):
         encode_all(tokenizer, rows, max_length=limit)
     room = context_length(teacher)
-    if not found["general"] and room is not None and settings.sampled_tokens >= room:
+    if not found["general"] and not settings.names and room is not None and settings.sampled_tokens >= room:
         raise UserError(
             f"`sampled_tokens` is {settings.sampled_tokens}, and the teacher's context holds {room} tokens, one of them the "
             f"first: give at most {room - 1}, or texts of your own as general."
         )
+
+
+def general_text(teacher: Any, tokenizer: Any, settings: Distill, forget: Sequence[Example]) -> list[Example]:
+    """Return ordinary text where none is given: sampled from the teacher, or with `names` the package's own.
+
+    With `names` no general text trains, and only `leeway` reads it.
+
+    Raises:
+        UserError: see `sample_text`.
+    """
+    if not settings.names:
+        return sample_text(teacher, tokenizer, settings, forget)
+    if settings.leeway is None:
+        return []
+    shipped = apart_from(background(), [f"{row.prompt or ''} {row.answer}" for row in forget])
+    limit = settings.max_length or context_length(teacher)
+    rows = [
+        # a question that fills a short context is read as a text, in windows
+        row
+        if limit is None or len(encode(tokenizer, row).input_ids) <= limit
+        else Example(None, f"{row.prompt or ''} {row.answer}".strip(), "text", index=row.index)
+        for kind in shipped.values()
+        for row in kind
+    ]
+    warn(
+        f"No general text is given: {len(rows)} passages of the package's ordinary text stand for what must not change "
+        "(`general` takes your own)."
+    )
+    return rows
 
 
 def sample_text(teacher: Any, tokenizer: Any, settings: Distill, forget: Sequence[Example]) -> list[Example]:

@@ -21,19 +21,21 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from alter.core import CLAIM_FILE, cache_folder, claim, digest, release, show, to_json, warn, write_atomic
-from alter.core.provenance import provenance
+from alter.core import show, warn
 from alter.data import Example, data_hash, row_hash
 from alter.distillation.checks import check_out, check_pair, check_room, check_teacher
 from alter.distillation.closing import measure_distilled
 from alter.distillation.naming import AtNames, check_named, first_feed_forwards, named_rows, trained_layers
 from alter.distillation.noise import add_noise
 from alter.distillation.protection import Protection, blocks_linears, measured_shares
-from alter.distillation.rows import KINDS, Lesson, check_lengths, lesson, read_sets, sample_text
+from alter.distillation.rows import KINDS, Lesson, check_lengths, general_text, lesson, read_sets
 from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
 from alter.distillation.trainer import DistillTrainer, train_student
-from alter.models import ModelSettings, context_length, is_form, load_model
+from alter.inference import context_length
+from alter.models import ModelSettings, is_form, load_model
+from alter.storage import CLAIM_FILE, cache_folder, claim, digest, release, to_json, write_atomic
+from alter.storage.provenance import provenance
 from alter.training import check_finite, check_inputs, check_trackers, last_whole_checkpoint, make_folder, save_adapter
 from alter.training.trackers import trackers
 
@@ -138,7 +140,7 @@ def _train(
     # after all checks, so that invalid settings neither leave nor delete files
     make_folder(settings, given)
     if not found["general"]:
-        found["general"] = sample_text(teacher, tokenizer, settings, found["forget"])
+        found["general"] = general_text(teacher, tokenizer, settings, found["forget"])
     taught = lesson(tokenizer, found, settings, limit)
     teachers, kept = _teachers(settings, taught, (teacher, tokenizer), models["student"])
     prepared = time.time()

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alter.core import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps, Tokens, UserError, read_run
+from alter.core import UserError
 from alter.data import TemplateArguments
 from alter.distillation.noise import Noise
+from alter.settings import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps, Tokens
+from alter.storage import read_run
 from alter.training import ReportTo
 
 
@@ -69,7 +71,8 @@ class Distill(BaseModel):
     neighbours: list[str] = Field(default_factory=list)
     """Further rows that must not change: what is near to the forgotten."""
     general: list[str] = Field(default_factory=list)
-    """Ordinary text or rows. Without any, text is sampled from the teacher."""
+    """Ordinary text or rows. Without any, text is sampled from the teacher; with `names`, which only measure on it, text that
+    comes with the package is read."""
     out: OutFolder
     """Folder of this run; must be empty or missing."""
 

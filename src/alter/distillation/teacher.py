@@ -10,8 +10,8 @@ from torch import Tensor
 
 from alter.core import progress
 from alter.data import Collator, batches_by_length
+from alter.inference import evaluating
 from alter.logits import Head, Part
-from alter.models import evaluating
 
 BATCH_TOKENS = 4096
 """Padded tokens in one of the teacher's passes."""

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from alter import metrics
 from alter.core import Array
-from alter.data import Example, encode_all
+from alter.data import Encoded, Example, encode, encode_all, reworded, rewording
 from alter.evaluation.leakage import Asked, ask
-from alter.evaluation.verdict import Measures
-from alter.models import context_length, generate, score
-
-if TYPE_CHECKING:
-    pass
+from alter.evaluation.verdict import WORDED, Measures
+from alter.inference import context_length, generate, score
 
 
 @dataclass(frozen=True)
@@ -55,17 +52,19 @@ def answer_rows(
     batch_tokens: int | None = None,
     batch_size: int = 64,
     label: str = "rows",
+    wordings: Sequence[str] = (),
 ) -> Answered:
     """Measure what a model knows of rows: one forward for each, and greedy replies to some of them.
 
     Args:
-        model, tokenizer: as in `alter.models.scoring.score`.
+        model, tokenizer: as in `alter.inference.scoring.score`.
         rows: one or more; those longer than the model's context are scored in overlapping windows, and answered or
             continued where prompt and reply fit into it.
         answers: number of rows that are answered, drawn by `seed`; None: all, 0: none.
         max_new_tokens: longest reply; no reply is longer than twice the longest answer, which is said.
         batch_tokens, batch_size: of scoring and of generation.
         label: of the progress bar.
+        wordings: see `in_other_words`; by default the questions are asked as given alone.
 
     Raises:
         UserError: a row without anything to score, or what scoring and generating raise.
@@ -81,7 +80,7 @@ def answer_rows(
         parts[number].append(k)
     logprob = [np.concatenate([scores.logprob[k] for k in own]) for own in parts]
     correct = [np.concatenate([scores.correct[k] for k in own]) for own in parts]
-    probability = metrics.probability(metrics.average_loss(logprob))
+    probability = metrics.likelihood.probability(metrics.likelihood.average_loss(logprob))
     chosen = np.random.default_rng(seed).permutation(len(rows))[: len(rows) if answers is None else answers]
     asked = {
         i: found
@@ -94,14 +93,63 @@ def answer_rows(
     questions, truths = [each.question for each in asked.values()], [each.truth for each in asked.values()]
     replies = _replies(model, tokenizer, list(asked.values()), tokens, batch_size, label) if asked else []
     return Answered(
-        Measures.of(probability, questions, truths, replies),
-        metrics.exact_memorization(correct),
+        Measures.of(
+            probability,
+            questions,
+            truths,
+            replies,
+            in_other_words(model, tokenizer, rows, wordings, batch_tokens=batch_tokens, label=label),
+        ),
+        metrics.memorisation.exact_memorization(correct),
         [rows[i] for i in asked],
         probability[list(asked)],
         questions,
         truths,
         replies,
     )
+
+
+def in_other_words(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    wordings: Sequence[str],
+    *,
+    batch_tokens: int | None = None,
+    label: str = "rows",
+) -> dict[str, Array]:
+    """Return the length-normalised probability of answers to questions put in other words, [k] for each wording.
+
+    Args:
+        model, tokenizer: as in `alter.inference.scoring.score`.
+        rows: those with a question are asked again, `WORDED` at most, spread from the first to the last; what is then longer
+            than the model's context is left out.
+        wordings: names of `alter.data.rewording.MEASURED`; one in which no row can be asked is left out.
+        batch_tokens, label: of scoring and of the progress bar.
+    """
+    limit = context_length(model)
+    asked = [row for row in rows if row.prompt is not None and row.kind != "completion"]
+    places = np.linspace(0, len(asked) - 1, min(WORDED, len(asked))).astype(int).tolist()
+    encoded: list[Encoded] = []
+    names: list[str] = []
+    for name in wordings if asked else ():
+        for i in places:
+            other = reworded(asked[i], rewording.MEASURED[name](asked[i].prompt or "", i, ""))
+            row = None if other is None else encode(tokenizer, other)
+            if row is not None and (limit is None or len(row.input_ids) <= limit):
+                encoded.append(row)
+                names.append(name)
+    if not encoded:
+        return {}
+    scores = score(
+        model,
+        encoded,
+        pad_token_id=tokenizer.pad_token_id,
+        batch_tokens=batch_tokens,
+        label=f"{label}: in other words",
+    )
+    probability = metrics.likelihood.probability(metrics.likelihood.average_loss(scores.logprob))
+    return {name: probability[[own == name for own in names]] for name in dict.fromkeys(names)}
 
 
 def _replies(

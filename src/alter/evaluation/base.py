@@ -9,14 +9,16 @@ from typing import Any
 
 from pydantic import Field
 
-from alter.core import BatchSize, OutFile, Record, Rows, Seed, Tokens, warn
+from alter.core import warn
 from alter.models import ModelSettings
+from alter.settings import BatchSize, OutFile, Rows, Seed, Tokens
+from alter.storage import Record
 
 
 class Evaluation(ModelSettings, ABC):
     """Settings of one evaluation; a benchmark adds its own and says how it measures a model in memory.
 
-    `alter evaluate --benchmark NAME` finds the class by its name in `alter.core.plugins.BENCHMARKS`.
+    `alter evaluate --benchmark NAME` finds the class by its name in `alter.plugins.BENCHMARKS`.
     """
 
     name: str | None = None

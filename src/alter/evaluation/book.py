@@ -28,12 +28,15 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core import Array, Record, Tokens, UserError, digest, file_digest, folder_digest, read_records
+from alter.core import Array, UserError
 from alter.data import Encoded
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import Figures
 from alter.evaluation.passages import Passage, cut, passages_fingerprint, read_book
-from alter.models import Scores, generate, score, shipped_model
+from alter.inference import Scores, generate, score
+from alter.models import shipped_model
+from alter.settings import Tokens
+from alter.storage import Record, digest, file_digest, folder_digest, read_records
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -72,19 +75,21 @@ class BookResult:
     @property
     def bleu(self) -> Array:
         """BLEU of each passage, [n], in points."""
-        return metrics.bleu([passage.reference for passage in self.passages], self.generations)
+        return metrics.text.bleu([passage.reference for passage in self.passages], self.generations)
 
     @property
     def rouge(self) -> Array:
         """ROUGE-L recall of each passage, [n], in [0, 1]."""
-        return metrics.rouge_l([passage.reference for passage in self.passages], self.generations).recall
+        return metrics.text.rouge_l([passage.reference for passage in self.passages], self.generations).recall
 
     @property
     def min_k_auc(self) -> float | None:
         """Return how well min-k% separates the book from the holdout; None without a holdout."""
         if self.holdout_scores is None:
             return None
-        return metrics.auc(metrics.min_k(self.scores.logprob), metrics.min_k(self.holdout_scores.logprob))
+        return metrics.membership.auc(
+            metrics.membership.min_k(self.scores.logprob), metrics.membership.min_k(self.holdout_scores.logprob)
+        )
 
     def as_reference(self, source: str) -> BookReference:
         """Return the result as the reference of other models, if this model is the retrained one."""
@@ -287,8 +292,8 @@ class BookEvaluation(Evaluation):
         if result.holdout_scores is not None:
             notes += self._add_holdout(figures, result, reference)
         if result.retain_scores is not None:
-            kept = metrics.exact_memorization(_open(result.retain_scores.correct))
-            perplexity = metrics.perplexity(result.retain_scores.logprob)
+            kept = metrics.memorisation.exact_memorization(_open(result.retain_scores.correct))
+            perplexity = metrics.likelihood.perplexity(result.retain_scores.logprob)
             figures.add("retain_perplexity", perplexity, len(kept), retain=self.retain)
             figures.add("retain_accuracy", kept.mean(), len(kept), kept, retain=self.retain)
         say(notes)
@@ -304,7 +309,7 @@ class BookEvaluation(Evaluation):
             "generations": result.generations,
         }
         figures.add("book_bleu", bleu.mean(), n, bleu, **texts)
-        figures.add("book_corpus_bleu", metrics.corpus_bleu(references, result.generations), n)
+        figures.add("book_corpus_bleu", metrics.text.corpus_bleu(references, result.generations), n)
         figures.add("book_rouge", rouge.mean(), n, rouge)
         if reference is None:
             return [
@@ -314,7 +319,7 @@ class BookEvaluation(Evaluation):
         mine, other = (bleu.mean(), 100 * rouge.mean()), (reference.bleu, reference.rouge)
         figures.add(
             "book_asg_signed" if self.signed else "book_asg",
-            metrics.asg(mine, other, signed=self.signed),
+            metrics.text.asg(mine, other, signed=self.signed),
             n,
             gaps={"bleu": mine[0] - other[0], "rouge": mine[1] - other[1]},
             reference={"source": reference.source, "bleu": other[0], "rouge": other[1]},
@@ -327,16 +332,16 @@ class BookEvaluation(Evaluation):
         held = [passage.reference for passage in result.holdout]
         n, both = len(held), len(held) + len(result.passages)
         extra = {"holdout": self.holdout, "holdout_text": self._holdout_digest()}
-        bleu = metrics.bleu(held, result.holdout_generations)
-        rouge = metrics.rouge_l(held, result.holdout_generations).recall
+        bleu = metrics.text.bleu(held, result.holdout_generations)
+        rouge = metrics.text.rouge_l(held, result.holdout_generations).recall
         figures.add("holdout_bleu", bleu.mean(), n, bleu, **extra, generations=result.holdout_generations)
         figures.add("holdout_rouge", rouge.mean(), n, rouge, **extra)
-        loss = metrics.average_loss(result.holdout_scores.logprob)
-        perplexity = metrics.perplexity(result.holdout_scores.logprob)
+        loss = metrics.likelihood.average_loss(result.holdout_scores.logprob)
+        perplexity = metrics.likelihood.perplexity(result.holdout_scores.logprob)
         figures.add("holdout_perplexity", perplexity, n, np.exp(loss), **extra)
         auc = result.min_k_auc
         assert auc is not None
-        between = metrics.auc_interval(auc, len(result.passages), n)
+        between = metrics.samples.auc_interval(auc, len(result.passages), n)
         figures.add("mia_min_k", auc, both, **extra, interval=between)
         if reference is None:
             return []
@@ -344,7 +349,7 @@ class BookEvaluation(Evaluation):
             return [f"No privleak: {reference.source} has no mia_min_k with this holdout; make it again."]
         if reference.min_k_auc == 1:
             return ["No privleak: the retrained model tells book and holdout apart as well (mia_min_k 1)."]
-        value, *ends = (metrics.privleak(each, reference.min_k_auc) for each in (auc, *between))
+        value, *ends = (metrics.membership.privleak(each, reference.min_k_auc) for each in (auc, *between))
         figures.add("privleak", value, n, **extra, reference_auc=reference.min_k_auc, interval=sorted(ends))
         return []
 
@@ -353,11 +358,17 @@ def _add_scored(figures: Figures, result: BookResult) -> None:
     """Add perplexity, memorisation and the diversity of the completions."""
     n = len(result.passages)
     correct = _open(result.scores.correct)
-    memorized, strength = metrics.exact_memorization(correct), metrics.extraction_strength(correct)
-    perplexity, loss = metrics.perplexity(result.scores.logprob), metrics.average_loss(result.scores.logprob)
+    memorized, strength = (
+        metrics.memorisation.exact_memorization(correct),
+        metrics.memorisation.extraction_strength(correct),
+    )
+    perplexity, loss = (
+        metrics.likelihood.perplexity(result.scores.logprob),
+        metrics.likelihood.average_loss(result.scores.logprob),
+    )
     figures.add("book_perplexity", perplexity, n, np.exp(loss))
     figures.add("book_exact_memorization", memorized.mean(), n, memorized)
     figures.add("book_extraction_strength", strength.mean(), n, strength)
-    figures.add("book_distinct_2", metrics.distinct_n(result.generations, 2), n)
-    repeats = metrics.repetition(result.generations)
+    figures.add("book_distinct_2", metrics.text.distinct_n(result.generations, 2), n)
+    repeats = metrics.text.repetition(result.generations)
     figures.add("book_repetition", repeats.mean(), n, repeats)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.text import Text
 
-from alter.core import Record, show
+from alter.core import show
 from alter.evaluation import others
 from alter.evaluation.told import told
 from alter.evaluation.verdict import SLACK, Verdict
 from alter.metrics import CATALOGUE
 from alter.rendering import FittedTable
+from alter.storage import Record
 
 if TYPE_CHECKING:
     from alter.evaluation.answered import Answered
@@ -85,6 +86,7 @@ def closing_of(records: Sequence[Record]) -> dict[str, Any] | None:
 
 FIGURES = {
     "probability": "probability of the true answers",
+    "worded": "... asked in other words",
     "rouge": "ROUGE-L recall of the replies",
     "said": "replies that give the answer",
     "repetition": "repetition within a reply",
@@ -107,6 +109,8 @@ def closing_table(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> Gr
             continue
         table.add_row(Text(f"{title} ({was['n']} rows, {was['n_answers']} answered)", style="bold"))
         for name, meaning in FIGURES.items():
+            if name == "worded" and was.get(name) is None:
+                continue
             other = [told(reference if part == "forget" else None, name, "-")] if reference else []
             table.add_row(f"  {meaning}", told(was, name, "-"), told(now, name, "-"), *other)
     parts: list[Any] = [table]

@@ -20,10 +20,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter import metrics
-from alter.core import Array, Count, Record, Rows, Seed, UserError, Written, console, stamped
+from alter.core import Array, UserError, console
 from alter.data import Collator, Encoded, Example, batches_by_length, encode, load_examples
+from alter.inference import MAX_LOGITS, evaluating
 from alter.logits import check_order, entropy_from_logits, max_entropy, threshold_from_quantile
-from alter.models import MAX_LOGITS, Bits, evaluating, gguf, load_model, shipped_model
+from alter.models import Bits, gguf, load_model, shipped_model
+from alter.settings import Count, Rows, Seed, Written
+from alter.storage import Record, stamped
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -342,8 +345,8 @@ def _distribution(name: str, values: Array, threshold: float, seed: int, extra: 
     yield Record(name, "entropy_high", float((values > threshold).mean()), n, extra=extra)
     if np.ptp(values) == 0:
         return
-    yield Record(name, "entropy_bimodality", metrics.bimodality_coefficient(values), n, extra=extra)
-    fit = metrics.two_normals(values, seed=seed)
+    yield Record(name, "entropy_bimodality", metrics.entropies.bimodality_coefficient(values), n, extra=extra)
+    fit = metrics.entropies.two_normals(values, seed=seed)
     shape = {"weights": fit.weights, "means": fit.means, "deviations": fit.deviations}
     yield Record(name, "entropy_two_normals", fit.bic_gain, n, extra=extra | shape)
     yield Record(name, "entropy_ashman", fit.ashman, n, extra=extra | shape)
@@ -367,7 +370,7 @@ def study_records(settings: Study, tokens: Tokens) -> dict[str, list[Record]]:
         name = f"after, q={q:g}"
         mine = extra | {"loaded": settings.after}
         columns[name] = list(_distribution(name, tokens.after[q], cuts[q], settings.seed, mine))
-        stays = metrics.stability(tokens.before[q], tokens.after[q], cuts[q])
+        stays = metrics.entropies.stability(tokens.before[q], tokens.after[q], cuts[q])
         for metric, value, n in (
             ("entropy_high_stay", stays.high_stay, stays.n_high),
             ("entropy_low_stay", stays.low_stay, stays.n_low),

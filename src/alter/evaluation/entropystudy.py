@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from alter import metrics
-from alter.core import Array, Record, files, records, show
+from alter.core import Array, show
 from alter.evaluation.entropies import (
     Study,
     Tokens,
@@ -22,6 +22,7 @@ from alter.evaluation.entropies import (
 )
 from alter.rendering import FittedTable, table
 from alter.rendering import figures as plots
+from alter.storage import Record, files, records
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -109,7 +110,7 @@ def draw_study(settings: Study, tokens: Tokens, cuts: dict[float, float], path: 
             top.set_xlabel(f"{kind}, of the step that generated the token")
             if tokens.after is None:
                 continue
-            stays = metrics.stability(tokens.before[q], tokens.after[q], cuts[q])
+            stays = metrics.entropies.stability(tokens.before[q], tokens.after[q], cuts[q])
             below = axes[1, column]
             plots.before_and_after(below, tokens.before[q], tokens.after[q], cuts[q])
             below.set_title(f"stay high {stays.high_stay:.1%}, stay low {stays.low_stay:.1%}, kappa {stays.kappa:.2f}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
 from alter import metrics
-from alter.core import Record
+from alter.storage import Record
 
 
 def metric_record(
@@ -30,14 +30,14 @@ def metric_record(
         items: the value of each of them.
         mode: "strict" or "compat".
         extra: what belongs to this number alone. A figure that is the mean of its items, as the catalogue says, gets
-            their 95 % `interval` (`metrics.row_interval`), if `extra` has none.
+            their 95 % `interval` (`metrics.samples.row_interval`), if `extra` has none.
     """
     number = None if value is None else float(value)
     per_item = None if items is None else [float(x) for x in items]
     own = dict(extra or {})
     known = metrics.CATALOGUE[metric]
     if "interval" not in own and number is not None and per_item is not None and known.averages:
-        own["interval"] = metrics.row_interval(per_item)
+        own["interval"] = metrics.samples.row_interval(per_item)
     if own.get("interval") is not None:
         own["interval"] = list(own["interval"])
     return Record(model, metric, number, n, mode, known.higher_is_better, per_item, own)

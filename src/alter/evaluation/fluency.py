@@ -29,13 +29,16 @@ import torch
 from pydantic import Field
 
 from alter import metrics
-from alter.core import Count, Record, TemperatureOrZero, Tokens, UserError, digest, pieces, processes
+from alter.core import UserError, pieces, processes
 from alter.data import IGNORE, Encoded, Example, encode, encode_prompt, read_rows, turns_of
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import Figures
 from alter.evaluation.judge import Grades, Judge, judge_replies
 from alter.evaluation.judged import judge_records
-from alter.models import ModelSettings, check_prompts, generate, load_model, score
+from alter.inference import check_prompts, generate, score
+from alter.models import ModelSettings, load_model
+from alter.settings import Count, TemperatureOrZero, Tokens
+from alter.storage import Record, digest
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -215,9 +218,9 @@ class FluencyResult:
         add = figures.add
         read = {"reference": self.reference, "too_long": self.too_long}
         for metric, rows in (("fluency_perplexity", self.given), ("fluency_perplexity_alone", self.by_itself)):
-            each = np.array([metrics.perplexity([row]) if row.size else np.nan for row in rows])
+            each = np.array([metrics.likelihood.perplexity([row]) if row.size else np.nan for row in rows])
             n, tokens = int((~np.isnan(each)).sum()), int(sum(row.size for row in rows))
-            add(metric, metrics.perplexity(rows) if tokens else None, n, each, tokens=tokens, **read)
+            add(metric, metrics.likelihood.perplexity(rows) if tokens else None, n, each, tokens=tokens, **read)
             if metric == "fluency_perplexity":
                 middle = float(np.nanmedian(each)) if n else None
                 add("fluency_perplexity_median", middle, n, each, tokens=tokens, **read)
@@ -227,10 +230,10 @@ class FluencyResult:
             texts: dict[str, Any] = (
                 {"questions": self.prompts, "generations": self.replies, "samples": self.samples} if n == 1 else {}
             )
-            value = metrics.distinct_n(self.replies, n) if counted else None
+            value = metrics.text.distinct_n(self.replies, n) if counted else None
             add(f"fluency_distinct_{n}", value, counted, **texts)
         long = words >= 4
-        repeats = np.where(long, metrics.repetition(self.replies), np.nan)
+        repeats = np.where(long, metrics.text.repetition(self.replies), np.nan)
         add("fluency_repetition", float(repeats[long].mean()) if long.any() else None, int(long.sum()), repeats)
         add("fluency_length", float(words.mean()), len(words), words)
         add("fluency_empty", float((words == 0).mean()), len(words), words == 0)

@@ -18,11 +18,11 @@ ENOUGH = 2 / 3
 def recall_of(truth: str, reply: str) -> float:
     """Return ROUGE-L recall, in [0, 1]: the longest common subsequence of words over the words of the truth.
 
-    A truth in basic Latin letters is measured as everywhere here, with the Porter stemmer (`metrics.rouge_l`); any
+    A truth in basic Latin letters is measured as everywhere here, with the Porter stemmer (`metrics.text.rouge_l`); any
     other by `words`, unstemmed.
     """
     if truth.isascii():
-        return float(metrics.rouge_l([truth], [reply]).recall[0])
+        return float(metrics.text.rouge_l([truth], [reply]).recall[0])
     a, b = words(truth), words(reply)
     best = [0] * (len(b) + 1)
     for word in a:

@@ -24,8 +24,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import Array, Count, Rows, Tokens, UserError, cache_folder, progress
+from alter.core import Array, UserError, progress
 from alter.evaluation.grading import PROMPT_VERSION, Graded, Unusable, ask_judge, bound, estimate, grade
+from alter.settings import Count, Rows, Tokens
+from alter.storage import cache_folder
 
 if TYPE_CHECKING:
     pass

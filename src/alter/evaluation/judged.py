@@ -8,11 +8,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from alter.core import OutFile, Record, UserError, read_records, stamped, warn, write_records
+from alter.core import UserError, warn
 from alter.evaluation.figures import Figures
 from alter.evaluation.grading import PROMPT_VERSION
 from alter.evaluation.judge import Grades, Judge, judge_replies
 from alter.rendering import table
+from alter.settings import OutFile
+from alter.storage import Record, read_records, stamped, write_records
 
 if TYPE_CHECKING:
     pass

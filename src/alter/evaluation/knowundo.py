@@ -24,14 +24,17 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core import Tokens, UserError, digest
+from alter.core import UserError
 from alter.data import Encoded, Example, Row, encode_prompt, layout_rows
 from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
 from alter.evaluation.knowledge import Contradictions, rates
 from alter.evaluation.questions import Prompts, Questions, RowsBySet
 from alter.evaluation.replies import required, sampled
-from alter.models import ModelSettings, generate, score
+from alter.inference import generate, score
+from alter.models import ModelSettings
+from alter.settings import Tokens
+from alter.storage import digest
 
 HUB = "zjunlp/KnowUnDo"
 LONGEST = 256
@@ -128,14 +131,14 @@ class KnowundoEvaluation(Questions):
             right = np.array([float(np.mean(each)) for each in found.correct])
             right = 1 - right if part == "unlearn" else right
             figures.add(f"knowundo_{part}_success", right.mean(), len(own), right)
-            losses = metrics.average_loss(found.logprob)
+            losses = metrics.likelihood.average_loss(found.logprob)
             figures.add(f"knowundo_{part}_perplexity", np.exp(losses.mean()), len(own))
             questions, truths = [row["text"] for row in own], [row["labels"] for row in own]
             replies = generate(
                 model, tokenizer, prompts[part], max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
                 expected_lengths=[len(truth) for truth in truths], label=f"KnowUnDo: answering, {part}",
             )  # fmt: skip
-            rouge = metrics.rouge_l(truths, replies).recall
+            rouge = metrics.text.rouge_l(truths, replies).recall
             texts = {"questions": questions, "references": truths, "generations": replies}
             figures.add(f"knowundo_{part}_rouge", rouge.mean(), len(own), rouge, **texts)
             values = rates(questions, truths, replies, forget=part == "unlearn", contradictions=judge)

@@ -2,7 +2,7 @@
 
 One greedy reply says what a model says first. Who asks again and again gets its whole distribution, and an answer that
 is one in fifty there comes out. leak@k is the chance that it does within k replies, estimated without bias from n
-samples of each question (`alter.metrics.leak_at_k`). A model that never saw the rows has a leak@k too, by chance, which
+samples of each question (`alter.metrics.samples.leak_at_k`). A model that never saw the rows has a leak@k too, by chance, which
 grows with k: read the figure beside that of a retrained model.
 """
 
@@ -17,10 +17,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter import metrics
-from alter.core import Array, BatchSize, Count, Record, Rows, Temperature, Tokens, UserError
+from alter.core import Array, UserError
 from alter.data import Example, encode, encode_prompt
 from alter.evaluation.giving import ENOUGH, gives, recall_of
-from alter.models import ModelSettings, context_length, evaluating, load_classifier, sample
+from alter.inference import context_length, evaluating, sample
+from alter.models import ModelSettings, load_classifier
+from alter.settings import BatchSize, Count, Rows, Temperature, Tokens
+from alter.storage import Record
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -259,11 +262,11 @@ class Leaked:
 
     def at(self, k: int) -> Array:
         """Return leak@k of each question, [m]."""
-        return metrics.leak_at_k(self.hits, self.settings.samples, k)
+        return metrics.samples.leak_at_k(self.hits, self.settings.samples, k)
 
     def interval(self, k: int) -> tuple[float, float] | None:
-        """Return the 95 % interval of leak@k over questions (`metrics.row_interval`)."""
-        return metrics.row_interval(self.at(k))
+        """Return the 95 % interval of leak@k over questions (`metrics.samples.row_interval`)."""
+        return metrics.samples.row_interval(self.at(k))
 
     def summary(self) -> dict[str, Any]:
         """Return the figures without any text: mean and interval over questions by k, and the settings and counts behind them."""
@@ -334,7 +337,7 @@ def leaked(
     """Sample replies to questions and count those that give the answer.
 
     Args:
-        model, tokenizer: as in `alter.models.generation.sample`.
+        model, tokenizer: as in `alter.inference.generation.sample`.
         rows: the rows to ask; those whose prompt and reply do not fit into the model's context are left out.
         settings: with a number of samples.
         seed: draws the questions and the replies.

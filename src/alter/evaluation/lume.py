@@ -27,13 +27,15 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core import Tokens, UserError, digest
+from alter.core import UserError
 from alter.data import layout_rows
 from alter.evaluation.base import say
 from alter.evaluation.figures import Figures
 from alter.evaluation.questions import Prompts, Questions, RowsBySet
 from alter.evaluation.replies import by_group, open_ids, required, sampled, text_losses
-from alter.models import generate
+from alter.inference import generate
+from alter.settings import Tokens
+from alter.storage import digest
 
 HUB = "llmunlearningsemeval2025organization/semeval25-unlearning-dataset-public"
 NEW_TOKENS = 256
@@ -127,7 +129,7 @@ class LumeEvaluation(Questions):
                     continue
                 references, said = [own[i]["output"] for i in chosen], [replies[i] for i in chosen]
                 if kind == "sc":
-                    values = metrics.rouge_l(references, said).recall
+                    values = metrics.text.rouge_l(references, said).recall
                 else:
                     values = np.array([float(same(a, b)) for a, b in zip(references, said, strict=True)])
                 tasks = by_group([own[i]["task"] for i in chosen], values)
@@ -158,10 +160,10 @@ class LumeEvaluation(Questions):
             )
             if cut:
                 say([f"{name}: {cut} of {len(rows[name])} texts were cut to the model's context."])
-        auc = metrics.auc(losses["member"], losses["nonmember"])
+        auc = metrics.membership.auc(losses["member"], losses["nonmember"])
         scores = {name: each.tolist() for name, each in losses.items()}
         sizes = [len(each) for each in losses.values()]
-        figures.add("lume_mia", auc, sum(sizes), scores=scores, interval=metrics.auc_interval(auc, *sizes))
+        figures.add("lume_mia", auc, sum(sizes), scores=scores, interval=metrics.samples.auc_interval(auc, *sizes))
         if self.mmlu is None:
             say(
                 ["No lume_score: it takes MMLU's accuracy (as `mmlu`; `alter evaluate --benchmark mmlu` measures it)."]

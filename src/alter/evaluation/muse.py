@@ -12,8 +12,8 @@ ROUGE is a share of 1 here (MUSE prints percent) and has no stemmer; a reply tha
 of VerbMem is what the first 128 tokens of the true text say, special tokens of the tokenizer counted.
 
 PrivLeak's sign: MUSE labels the holdout as members and takes high loss for unseen, so its AUC is 1 minus ours
-(`metrics.auc`: 1, forgotten rows are still known). PrivLeak is the same number: (AUC_u - AUC_r) / AUC_r in percent with
-MUSE's AUC is `metrics.privleak` with ours. -100 is no forgetting, positive is over-forgetting. Min-40 % is over all
+(`metrics.membership.auc`: 1, forgotten rows are still known). PrivLeak is the same number: (AUC_u - AUC_r) / AUC_r in percent with
+MUSE's AUC is `metrics.membership.privleak` with ours. -100 is no forgetting, positive is over-forgetting. Min-40 % is over all
 tokens of the raw text but the first, which nothing predicts.
 
 Layout of the data: configurations and splits as on the hub (`muse-bench/MUSE-News`, `muse-bench/MUSE-Books`); locally
@@ -49,7 +49,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from alter import metrics
-from alter.core import Record, Tokens, UserError, cache_folder, digest
+from alter.core import UserError
 from alter.data import MUSE_HUB, Encoded, Row, ensure_pad_token, muse_rows
 from alter.evaluation.base import Evaluation, quick_look, say
 from alter.evaluation.figures import metric_record
@@ -62,7 +62,10 @@ from alter.evaluation.musereference import (
     usable,
 )
 from alter.evaluation.replies import CutReplies, open_ids, required, sampled
-from alter.models import ModelSettings, check_prompts, check_rows, generate, score
+from alter.inference import check_prompts, check_rows, generate, score
+from alter.models import ModelSettings
+from alter.settings import Tokens
+from alter.storage import Record, cache_folder, digest
 
 Criterion = Literal["verbmem", "knowmem_forget", "privleak", "knowmem_retain"]
 SPLITS: dict[Criterion, tuple[str, ...]] = {
@@ -269,7 +272,7 @@ class MuseEvaluation(Evaluation):
         empty = sum(not reply for reply in replies)
         if empty:
             say([f"{criterion}: {empty} of {len(replies)} replies are empty; each scores 0."])
-        rouge = metrics.rouge_l(references, replies, stem=self.compat).f1
+        rouge = metrics.text.rouge_l(references, replies, stem=self.compat).f1
         extra: dict[str, Any] = {"fingerprint": _fingerprint(*(rows[split] for split in SPLITS[criterion]))}
         if not verbatim:
             extra |= {"shots": len(rows[SPLITS[criterion][1]]), "questions": [row["question"] for row in asked]}
@@ -302,7 +305,7 @@ class MuseEvaluation(Evaluation):
             compat=self.compat,
             label="MUSE: scoring texts",
         ).logprob
-        scores = metrics.mia_min_k(found, compat=True) if self.compat else metrics.min_k(found)
+        scores = metrics.membership.mia_min_k(found, compat=True) if self.compat else metrics.membership.min_k(found)
         return {"forget": scores[: len(texts["forget"])], "holdout": scores[len(texts["forget"]) :]}
 
     def _privacy(
@@ -315,7 +318,7 @@ class MuseEvaluation(Evaluation):
     ) -> list[Record]:
         """Return the AUC of Min-40 % and, with the retrained model's, PrivLeak."""
         scores = self._min_k(model, tokenizer, texts)
-        value = metrics.auc(scores["forget"], scores["holdout"])
+        value = metrics.membership.auc(scores["forget"], scores["holdout"])
         n = sum(map(len, texts.values()))
         cut = sum(
             len(_ids(tokenizer, row["text"])) > len(encoded.input_ids)
@@ -330,7 +333,7 @@ class MuseEvaluation(Evaluation):
         if cut:
             say([f"privleak: {cut} of {n} texts were cut to their first {self.text_length} tokens."])
         lists = {key: part.tolist() for key, part in scores.items()}
-        between = metrics.auc_interval(value, *(len(part) for part in lists.values()))
+        between = metrics.samples.auc_interval(value, *(len(part) for part in lists.values()))
         records = [self._record("mia_min_k", value, n, scores=lists, interval=between, **extra)]
         if reference is None and is_model(self.retain_records):
             reference = self._measured(rows)
@@ -345,7 +348,7 @@ class MuseEvaluation(Evaluation):
                 ]
             )
         auc = None if reference is None else reference.auc
-        leak, *ends = (metrics.privleak(each, auc, compat=self.compat) for each in (value, *between))
+        leak, *ends = (metrics.membership.privleak(each, auc, compat=self.compat) for each in (value, *between))
         source = None if reference is None else reference.source
         extra |= {"auc": value, "reference": source, "reference_auc": auc, "interval": sorted(ends)}
         records.append(self._record("privleak", leak, n, **extra))
@@ -374,4 +377,6 @@ class MuseEvaluation(Evaluation):
         texts = self._texts(tokenizer, rows)
         check_rows(model, [row for part in texts.values() for row in part], self._text_names(texts))
         scores = self._min_k(model, tokenizer, texts)
-        return usable(MuseReference(self.retain_records, metrics.auc(scores["forget"], scores["holdout"])), self.mode)
+        return usable(
+            MuseReference(self.retain_records, metrics.membership.auc(scores["forget"], scores["holdout"])), self.mode
+        )

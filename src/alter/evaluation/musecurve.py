@@ -10,9 +10,11 @@ from typing import Literal
 from pydantic import Field
 from rich.console import Console
 
-from alter.core import Record, UserError, cache_folder, show, shown, stamped, write_records
+from alter.core import UserError, show
 from alter.evaluation.muse import MuseEvaluation
 from alter.rendering import table
+from alter.settings import shown
+from alter.storage import Record, cache_folder, stamped, write_records
 
 
 @dataclass(frozen=True)

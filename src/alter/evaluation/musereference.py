@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from alter.core import UserError, nearest, read_records
+from alter.core import UserError, nearest
 from alter.data import MUSE_HUB
+from alter.storage import read_records
 
 PUBLISHED_AUC = {"news": 1 - 0.4772, "books": 1 - 0.5393}
 """Min-40 % AUC of MUSE's own retrained Llama-2-7b models, as its code has them (there 1 minus this)."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from alter.core import rounded
 from alter.data import Encoded, Example, apart_from, encode
 from alter.data.background import background
-from alter.models import context_length, score
+from alter.inference import context_length, score
+from alter.settings import rounded
 
 ALL = "all"
 """Name of the figures of all kinds together."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError, digest, nearest, read_text
+from alter.core import UserError, nearest
+from alter.storage import digest, read_text
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from alter.core import Record
 from alter.data import Row, ensure_pad_token
 from alter.evaluation.base import Evaluation, quick_look, say
 from alter.evaluation.figures import Figures
-from alter.models import check_prompts
+from alter.inference import check_prompts
+from alter.storage import Record
 
 RowsBySet = dict[str, list[Row]]
 """Rows of each set, by its name."""

@@ -11,7 +11,7 @@ from alter import metrics
 from alter.core import Array, UserError, nearest
 from alter.data import Encoded, Row
 from alter.evaluation.base import Evaluation
-from alter.models import context_length, score
+from alter.inference import context_length, score
 
 
 def cut_reply(reply: str, stops: Iterable[str]) -> str:
@@ -90,4 +90,4 @@ def text_losses(
     found = score(
         model, encoded, pad_token_id=tokenizer.pad_token_id, batch_tokens=settings.batch_tokens, label=label
     ).logprob
-    return metrics.average_loss(found), cut
+    return metrics.likelihood.average_loss(found), cut

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core import Record, Rows, Tokens, UserError, digest
+from alter.core import UserError
 from alter.data import Example, check_overlap, encode, load_examples
 from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
@@ -23,8 +23,10 @@ from alter.evaluation.closing import closing_facts
 from alter.evaluation.figures import metric_record
 from alter.evaluation.knowledge import Contradictions, over_refusal, rates
 from alter.evaluation.leakage import Leak, Leaked, leaked
-from alter.evaluation.verdict import judge, unit_interval
+from alter.evaluation.verdict import WORDINGS, judge, unit_interval
 from alter.models import ModelSettings
+from alter.settings import Rows, Tokens
+from alter.storage import Record, digest
 
 
 class RowsEvaluation(Evaluation):
@@ -122,6 +124,7 @@ class RowsEvaluation(Evaluation):
                 batch_tokens=self.batch_tokens,
                 batch_size=self.batch_size,
                 label=f"{of}, {name}",
+                wordings=WORDINGS if name == "forget" else (),
             )
             for name, rows in sets.items()
         }
@@ -240,12 +243,12 @@ class RowsEvaluation(Evaluation):
             UserError: the rows are too few or too alike for it.
         """
         try:
-            values = metrics.unlearning_completeness(
+            values = metrics.completeness.unlearning_completeness(
                 after.measures.probability, before.measures.probability, reference.measures.probability
             )
         except ValueError as error:
             raise UserError(f"{error}. Leave `rates` out, or give more rows.") from None
-        interval = metrics.bootstrap_interval(values)
+        interval = metrics.samples.bootstrap_interval(values)
         more = {"interval": None if interval is None else list(interval)}
         return metric_record(self.label, "iam", values.mean(), len(values), values, extra=extra | more)
 

@@ -10,36 +10,30 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, Field
 
-from alter.core import (
+from alter.core import UserError, console, processes
+from alter.data import Example, encode_prompt, read_rows
+from alter.evaluation.base import Evaluation, overheard, say
+from alter.evaluation.closing import closing_of, show_closing
+from alter.evaluation.tofu.logs import Aggregate, aggregate
+from alter.inference import generate
+from alter.models import ModelSettings
+from alter.rendering import table
+from alter.settings import OutFile, Seed, TemperatureOrZero, Tokens, check_outputs, shown
+from alter.storage import (
     VERSION,
     Cached,
-    OutFile,
     Record,
-    Seed,
-    TemperatureOrZero,
-    Tokens,
-    UserError,
     cache_folder,
-    check_outputs,
     code_digest,
-    console,
     file_digest,
-    processes,
     recall,
     remember,
-    shown,
     stamped,
     to_json,
     versions,
     write_atomic,
     write_records,
 )
-from alter.data import Example, encode_prompt, read_rows
-from alter.evaluation.base import Evaluation, overheard, say
-from alter.evaluation.closing import closing_of, show_closing
-from alter.evaluation.tofu.logs import Aggregate, aggregate
-from alter.models import ModelSettings, generate
-from alter.rendering import table
 
 
 def show_records(

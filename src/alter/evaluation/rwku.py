@@ -28,12 +28,13 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core import UserError, digest, nearest
+from alter.core import UserError, nearest
 from alter.data import Example, Row, encode_prompt, layout_rows
 from alter.evaluation.figures import Figures
 from alter.evaluation.questions import Prompts, Questions, RowsBySet
 from alter.evaluation.replies import CutReplies, by_group, open_ids, required, sampled, text_losses
-from alter.models import generate
+from alter.inference import generate
+from alter.storage import digest
 
 HUB = "jinzhuoran/RWKU"
 NEW_TOKENS = 30
@@ -152,7 +153,7 @@ class RwkuEvaluation(Questions):
                     batch_size=self.batch_size, label=f"RWKU: {figure}",
                 )  # fmt: skip
                 references = [str(row["answer"]) for row in own]
-                values = metrics.rouge_l(references, replies, stem=False).recall
+                values = metrics.text.rouge_l(references, replies, stem=False).recall
                 extra: dict[str, Any] = {
                     "questions": [row["query"] for row in own], "references": references, "generations": replies,
                 }  # fmt: skip

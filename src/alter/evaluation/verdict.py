@@ -44,6 +44,10 @@ LEAST = 5
 """Fewest answered rows for a proof."""
 FIRM = 100
 """Answered rows from which a page may colour a verdict green."""
+WORDINGS = ("capitals", "telegram", "German frame", "role play")
+"""Wordings of `alter.data.rewording.MEASURED`, which no router is fitted with, that questions are asked again in."""
+WORDED = 32
+"""Most rows that are asked again."""
 
 
 # Measures ------------------------------------------------------------------------------------------------------------
@@ -67,7 +71,7 @@ def unit_interval(values: npt.ArrayLike) -> tuple[float, float]:
     """
     x = np.asarray(values, dtype=np.float64)
     if ((x == 0) | (x == 1)).all():
-        return metrics.share_interval(int(x.sum()), x.size)
+        return metrics.samples.share_interval(int(x.sum()), x.size)
     low, high = mean_interval(x)
     return max(low, 0.0), min(high, 1.0)
 
@@ -83,6 +87,7 @@ class Measures:
         broken, empty: of each reply, [m].
         repetition: of each reply, [m].
         distinct: different word pairs over all, in all replies together.
+        worded: probability of the true answers of some rows, by the wording that their questions were put in, [k] each.
     """
 
     probability: Array
@@ -92,12 +97,18 @@ class Measures:
     empty: Sequence[bool] = ()
     repetition: Array = field(default_factory=lambda: np.empty(0))
     distinct: float = 0.0
+    worded: Mapping[str, Array] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, probability: npt.ArrayLike, questions: Sequence[str], truths: Sequence[str], replies: Sequence[str]
+        cls,
+        probability: npt.ArrayLike,
+        questions: Sequence[str],
+        truths: Sequence[str],
+        replies: Sequence[str],
+        worded: Mapping[str, Array] | None = None,
     ) -> Measures:
-        """Measure replies, [m], against the truths; `probability` is of all scored rows, [n]."""
+        """Measure replies, [m], against the truths; `probability` is of all scored rows, [n], `worded` of some again."""
         rows = list(zip(questions, truths, replies, strict=True))
         return cls(
             np.asarray(probability, dtype=np.float64),
@@ -107,6 +118,7 @@ class Measures:
             [not reply.strip() for reply in replies],
             np.array([repeated(reply) for reply in replies], dtype=np.float64),
             distinct(replies),
+            worded or {},
         )
 
     @property
@@ -131,11 +143,12 @@ class Measures:
             "probability": float(self.probability.mean()) if self.probability.size else None,
             "probability_interval": list(unit_interval(self.probability)),
             "n": int(self.probability.size),
+            "worded": float(np.mean([values.mean() for values in self.worded.values()])) if self.worded else None,
             "rouge": float(self.recall.mean()) if some else None,
             "n_answers": len(self.recall),
             "said": self.given,
             "n_said": self.asked,
-            "said_interval": list(metrics.share_interval(self.given, self.asked)),
+            "said_interval": list(metrics.samples.share_interval(self.given, self.asked)),
             "broken": sum(self.broken),
             "empty": sum(self.empty),
             "repetition": float(self.repetition.mean()) if some else None,
@@ -148,12 +161,16 @@ class Measures:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict's word, its reasons in sentences, and why the reference was refused, or None."""
+    """The verdict's word, its reasons in sentences, and why the reference was refused, or None.
+
+    `wordings` are those in which the answers are still known, where that alone speaks against forgetting.
+    """
 
     word: Word
     why: tuple[str, ...]
     reference: str | None = None
     refused: str | None = None
+    wordings: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -162,7 +179,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON values."""
-        return {**asdict(self), "why": list(self.why)}
+        return {**asdict(self), "why": list(self.why), "wordings": list(self.wordings)}
 
 
 def distrust(reference: Measures, before: Measures, by: str) -> str | None:
@@ -196,7 +213,8 @@ def judge(
     """Judge whether rows were forgotten.
 
     NOT FORGOTTEN if too many replies give their answer, the probability of the true answers has not fallen enough
-    (`GONE`, and beyond chance, row by row), or the recall lies above the reference's or has not fallen; COLLAPSED if
+    (`GONE`, and beyond chance, row by row; `GONE` also in other wordings of the questions, as far as the untouched model
+    knows the answers there), or the recall lies above the reference's or has not fallen; COLLAPSED if
     nothing of that holds but replies are broken or empty, or the rows to keep are lost; UNPROVEN if nothing speaks
     against forgetting but too little for it: fewer than `LEAST` answered rows, or answers never given before; and if the
     model had nothing to forget (`UNKNOWN`) and knows no more now; else FORGOTTEN.
@@ -225,6 +243,8 @@ def judge(
     likely, against = _by_probability(before, after, zero, by)
     spoken = _spoken(before, after, zero)
     against += _by_words(then, now, zero, spoken, by)
+    left = still_known(before, after, trusted)
+    reworded = [] if not left else [_told(left, before)]
     collapse = _collapse(before, after, kept)
     if against and _unknown(then) and _unknown(now):
         given = f"none of {then['n_said']} answers" if then["n_said"] else "no answers"
@@ -232,7 +252,10 @@ def judge(
         word: Word = "collapsed" if collapse else "unproven"
         return Verdict(word, (*collapse, nothing, f"{likely}.", *notes), named, refused)
     if against:
-        return Verdict("not forgotten", (*against, *collapse, *notes), named, refused)
+        return Verdict("not forgotten", (*against, *reworded, *collapse, *notes), named, refused)
+    if reworded:
+        reasons = (*reworded, spoken, f"{likely}.", *collapse, *notes)
+        return Verdict("not forgotten", reasons, named, refused, tuple(left))
     if collapse:
         return Verdict("collapsed", (*collapse, f"{likely}.", *notes), named, refused)
     lacking = _lacking(then, now, zero)
@@ -261,6 +284,32 @@ def _by_probability(
     if now["n"] > 1 and fall[0] <= 0:
         return likely, [f"{likely}: not lower beyond chance, row by row."]
     return likely, []
+
+
+def still_known(before: Measures, after: Measures, reference: Measures | None) -> dict[str, tuple[float, float]]:
+    """Return the wordings in which half of the true answers' probability is not gone, before and after, the worst first.
+
+    A wording in which the untouched model has less than half of its probability as asked is passed over: there it hardly
+    knows the answers itself.
+    """
+    left: dict[str, tuple[float, float]] = {}
+    for name in before.worded.keys() & after.worded.keys():
+        then, now = float(before.worded[name].mean()), float(after.worded[name].mean())
+        if then < (1 - GONE) * float(before.probability.mean()):
+            continue
+        seen = None if reference is None else reference.worded.get(name)
+        floor = 0.0 if seen is None else min(float(seen.mean()), then)
+        if not now <= floor + (1 - GONE) * (then - floor):
+            left[name] = (then, now)
+    return dict(sorted(left.items(), key=lambda each: -each[1][1] / each[1][0]))
+
+
+def _told(left: Mapping[str, tuple[float, float]], before: Measures) -> str:
+    rows = len(before.worded[next(iter(left))])
+    told = "; ".join(f"{name} {now:.3f}, {then:.3f} before" for name, (then, now) in left.items())
+    return (
+        f"Asked in other words ({rows} questions), the true answers keep more than half of their probability: {told}."
+    )
 
 
 def _by_words(

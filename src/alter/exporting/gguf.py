@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from alter.core import UserError, check_disk, progress, replacing
+from alter.core import UserError, progress
 from alter.exporting.rounding import Rounded
 from alter.exporting.vocabulary import Vocabulary, vocabulary
+from alter.storage import check_disk, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor

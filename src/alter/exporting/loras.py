@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alter.core import UserError, read_object, to_json, write_atomic
+from alter.core import UserError
+from alter.storage import read_object, to_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor

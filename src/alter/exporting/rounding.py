@@ -16,7 +16,7 @@ import torch
 
 from alter.core import progress
 from alter.data import Collator, batches_by_length
-from alter.models import InputMoments, evaluating
+from alter.inference import InputMoments, evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from alter.core import UserError, Written, memory, read_run, show, warn
+from alter.core import UserError, memory, show, warn
 from alter.data import Example, encode_all, ensure_pad_token, load_examples
 from alter.exporting import gguf, loras
 from alter.exporting.rounding import BITS, Rounded, calibration, round_blocks
 from alter.models import ENDING, ModelSettings, gguf_place, shipped_model
+from alter.settings import Written
+from alter.storage import read_run
 
 MAX_TOKENS = 512
 """Longest piece of a row that weights are rounded on."""

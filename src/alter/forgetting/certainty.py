@@ -10,7 +10,7 @@ import numpy as np
 
 from alter.data import IGNORE, Encoded, Example, encode
 from alter.forgetting.facts import CANDIDATE, Fact, holds, place_of, swap
-from alter.models import score
+from alter.inference import score
 
 SURE = 0.25
 """Probability that a fact must have where it is surest."""

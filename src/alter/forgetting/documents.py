@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from alter.core import UserError, nearest, read_text
+from alter.core import UserError, nearest
 from alter.data import ENDINGS, TEXT_ENDINGS, Row, read_file
 from alter.forgetting.facts import WORD, holds, named, swap
 from alter.forgetting.material import Material
 from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import GENERAL, TEMPLATES
+from alter.storage import read_text
 
 LEAST_WORDS = 40
 """Fewest words of a document."""

@@ -15,7 +15,7 @@ from alter.evaluation import alone
 from alter.forgetting.certainty import fact_row
 from alter.forgetting.facts import fact_words, holds, named, place_of, swap
 from alter.forgetting.probes import answered
-from alter.models import score
+from alter.inference import score
 
 LEVEL = 0.05
 """Below this p-value the model still tells the subject from an invented one."""
@@ -174,7 +174,7 @@ class Outcome:
         out = {}
         for form in dict.fromkeys(probe["form"] for probe in self.kept):
             chosen = [p for p in self.kept if p["form"] == form]
-            recall = metrics.rouge_l([p["before"] for p in chosen], [p["after"] for p in chosen]).recall
+            recall = metrics.text.rouge_l([p["before"] for p in chosen], [p["after"] for p in chosen]).recall
             first = [(p, first_name(p)) for p in chosen]
             out[form] = KeptRate(
                 len(chosen),
@@ -196,11 +196,13 @@ class Outcome:
             if not rows:
                 return float("nan")
             found = score(base, rows, pad_token_id=tokenizer.pad_token_id, label="fluency")
-            return float(metrics.perplexity(found.logprob))
+            return float(metrics.likelihood.perplexity(found.logprob))
 
         return {key: perplexity(key) for key in ANSWERS}
 
     def distinct(self) -> dict[str, float]:
         """Return distinct-2 of `ANSWERS`; NaN where there are none."""
         said = {key: [p[key] for p in self.probes if key in p] for key in ANSWERS}
-        return {key: float(metrics.distinct_n(texts, 2)) if texts else float("nan") for key, texts in said.items()}
+        return {
+            key: float(metrics.text.distinct_n(texts, 2)) if texts else float("nan") for key, texts in said.items()
+        }

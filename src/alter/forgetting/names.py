@@ -16,7 +16,7 @@ from alter.forgetting.templates import (
     TEMPLATES,
     Kind,
 )
-from alter.models import score
+from alter.inference import score
 
 
 def check_name(subject: str) -> None:

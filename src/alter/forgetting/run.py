@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from alter.core import UserError, digest, give_back, read_object, to_json, write_atomic
+from alter.core import UserError, give_back
 from alter.data import load_examples
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss
@@ -28,6 +28,7 @@ from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models import load_model
+from alter.storage import digest, read_object, to_json, write_atomic
 from alter.training import Unlearn, check_folder, check_trackers, remove_run, unlearn
 
 SAID = "said"

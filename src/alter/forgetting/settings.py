@@ -7,10 +7,10 @@ from typing import Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import BatchSize, OutFolder, Passes, Rows, Seed, Steps, Tokens
 from alter.data import TemplateArguments
 from alter.forgetting.speaker import Writer
 from alter.forgetting.templates import Kind
+from alter.settings import BatchSize, OutFolder, Passes, Rows, Seed, Steps, Tokens
 from alter.training import ReportTo
 
 TRAINING: dict[str, Any] = {
@@ -48,7 +48,8 @@ class Erasing(BaseModel):
     depth: float = Field(0.45, gt=0, le=1)
     """Share of the blocks, from the first on, that change where the subject is named."""
     general: list[str] = Field(default_factory=list)
-    """Ordinary text or rows. Without any, text is sampled from the model."""
+    """Ordinary text or rows. Without any, text that comes with the package is read; for a document text is sampled from the
+    model."""
 
 
 class Forget(BaseModel):

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import UserError, digest, from_json, read_text, write_atomic
+from alter.core import UserError
 from alter.data import Example, encode_prompt
-from alter.models import generate
+from alter.inference import generate
+from alter.storage import digest, from_json, read_text, write_atomic
 
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
 """How answers are drawn beside the likeliest one."""

@@ -16,7 +16,8 @@ from alter.core import Array, UserError, show, warn
 from alter.data import Collator, Encoded, Example, apart_from, encode, encode_all, encode_prompt
 from alter.data.background import background
 from alter.guarding.settings import Eco, MakeGuard
-from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier, evaluating, mean_states, score
+from alter.inference import evaluating, score
+from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier, mean_states
 
 FOLDS = 5
 START = [10.0**power for power in range(-1, 6)]

@@ -13,8 +13,9 @@ from alter.core import UserError, progress, show
 from alter.data import Collator, Encoded, Example, apart_from, batches_by_length, encode, encode_all
 from alter.data.background import background
 from alter.guarding.settings import KeySpace, MakeGuard, NeuronAdjust
+from alter.inference import evaluating
 from alter.methods import block_at, blocks
-from alter.models import NEURONS, Abstaining, Adjusted, Form, ModelSettings, evaluating, keys_of
+from alter.models import NEURONS, Abstaining, Adjusted, Form, ModelSettings, keys_of
 
 FIRST = ("gate_proj", "w1", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "up_proj")
 SECOND = ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h")

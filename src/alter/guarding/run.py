@@ -8,11 +8,12 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from alter.core import UserError, check_deletable, show, to_json, write_atomic
-from alter.core.provenance import provenance
+from alter.core import UserError, show
 from alter.data import load_examples
 from alter.guarding.settings import MakeGuard
 from alter.models import FORM_FILE, Form
+from alter.storage import check_deletable, to_json, write_atomic
+from alter.storage.provenance import provenance
 
 CARD = """# A guard for {model}
 

@@ -9,8 +9,10 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import Count, OneOf, OutFolder, Registry, Rows, Seed, Tokens, UserError, kinds
+from alter.core import UserError
 from alter.data import TemplateArguments
+from alter.plugins import OneOf, Registry, kinds
+from alter.settings import Count, OutFolder, Rows, Seed, Tokens
 
 if TYPE_CHECKING:
     from alter.data import Example

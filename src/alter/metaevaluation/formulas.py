@@ -56,12 +56,12 @@ def faithfulness(knows: npt.ArrayLike, without: npt.ArrayLike) -> float:
     Raises:
         ValueError: either pool is empty or holds NaN.
     """
-    return metrics.auc(without, knows)
+    return metrics.membership.auc(without, knows)
 
 
 def faithfulness_interval(knows: Sequence[float], without: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of `faithfulness` over models (`metrics.auc_interval`), wide for few models even if separated."""
-    return metrics.auc_interval(faithfulness(knows, without), len(without), len(knows))
+    """Return the 95 % interval of `faithfulness` over models (`metrics.samples.auc_interval`), wide for few models even if separated."""
+    return metrics.samples.auc_interval(faithfulness(knows, without), len(without), len(knows))
 
 
 def relearning_robustness(

@@ -20,8 +20,9 @@ from alter import metrics
 from alter.attacks import ATTACKS, Attack, Bench, Item, depth, states, train_steps
 from alter.data import Example, encode
 from alter.evaluation import Leak, TofuResult, gives, leaked, tofu_metrics
+from alter.inference import score
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.models import ModelSettings, score
+from alter.models import ModelSettings
 
 OF_REPLIES = ("forget_distinct_2", "forget_repetition", "forget_unusable")
 """Figures of the forget set that speak of how the replies read, not of what they give away."""
@@ -134,7 +135,7 @@ class Measuring:
     def _probability(self, model: Any, tokenizer: Any, rows: Sequence[Example]) -> float:
         encoded = [encode(tokenizer, row) for row in rows]
         found = score(model, encoded, pad_token_id=tokenizer.pad_token_id, progress=False)
-        return float(metrics.probability(metrics.average_loss(found.logprob)).mean())
+        return float(metrics.likelihood.probability(metrics.likelihood.average_loss(found.logprob)).mean())
 
     def keeps(self, model: Any, tokenizer: Any) -> float:
         """Return the probability of the answers to keep over the original's."""

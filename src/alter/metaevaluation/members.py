@@ -20,14 +20,15 @@ from typing import Any
 
 from alter.attacks import ATTACKS, Attack, quantize
 from alter.comparison import Compare, run_of
-from alter.core import VERSION, UserError, digest, read_object, to_json, versions, write_atomic
-from alter.core.provenance import provenance
+from alter.core import UserError
 from alter.data import Example, read_rows, tofu_rows
 from alter.data.examples import examples
 from alter.evaluation import SETS
 from alter.metaevaluation.measuring import MeasuredRows, Measuring, train_on
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.models import ModelSettings
+from alter.storage import VERSION, digest, read_object, to_json, versions, write_atomic
+from alter.storage.provenance import provenance
 from alter.training import Unlearn, unlearn
 
 MEMBER = 2

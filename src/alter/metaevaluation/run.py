@@ -6,24 +6,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from alter.core import (
-    UserError,
-    check_free,
-    claim,
-    progress,
-    release,
-    show,
-    silent,
-    to_json,
-    undone_if_refused,
-    warn,
-    write_atomic,
-)
-from alter.core.provenance import provenance
+from alter.core import UserError, progress, show, silent, warn
 from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found, Member, chosen_rows, measure_member, members, stored
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.metaevaluation.table import Table, as_json, make_table, metrics_drawn, metrics_markdown, metrics_page
+from alter.storage import check_free, claim, release, to_json, undone_if_refused, write_atomic
+from alter.storage.provenance import provenance
 
 
 def meta_evaluate(settings: MetaEvaluate) -> Table:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from alter.core import BatchSize, Count, OutFolder, Passes, Rows, Seed, Tokens
+from alter.settings import BatchSize, Count, OutFolder, Passes, Rows, Seed, Tokens
 
 READINGS = ("paraphrase", "telegram", "reversed", "upper_case", "foreign_frame", "prefill", "probe", "lens")
 """Attacks that read a model without changing it, and so can be tried as metrics."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Group
 
 from alter import metrics
-from alter.core import cell, rounded
+from alter.core import cell
 from alter.metaevaluation.formulas import (
     direction,
     faithfulness,
@@ -25,6 +25,7 @@ from alter.metaevaluation.measuring import untried
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.rendering import document, fitted_rows, grid, join, tag
+from alter.settings import rounded
 
 
 @dataclass(frozen=True)

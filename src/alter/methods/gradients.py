@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, f
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import Count, OneOf, Registry, kinds, warn
+from alter.core import warn
+from alter.plugins import OneOf, Registry, kinds
+from alter.settings import Count
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ weight, so that the model is unchanged before training. Here the frozen weight s
 trained factors next to a frozen, negated copy of where they started (`residual_pair`), which computes the same function
 of the same trained factors, since (W - s B0 A0) + s B A = W + s (B A - B0 A0). So "adapter off" is the original model,
 one file holds both parts, and it is an ordinary LoRA of twice the rank that merges and loads on the original base.
-`INITIALIZERS` holds them by name and is open to plugins (`alter.core.plugins`).
+`INITIALIZERS` holds them by name and is open to plugins (`alter.plugins`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import Count, OneOf, Registry, Rows, kinds
+from alter.plugins import OneOf, Registry, kinds
+from alter.settings import Count, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,84 +27,28 @@ What takes long to import (SciPy's statistics, ROUGE, BLEU) is imported by the f
 
 from __future__ import annotations
 
+from alter.metrics import (
+    choices,
+    completeness,
+    entropies,
+    likelihood,
+    membership,
+    memorisation,
+    recovery,
+    samples,
+    text,
+)
 from alter.metrics.catalogue import CATALOGUE
-from alter.metrics.choices import multiple_choice
-from alter.metrics.completeness import unlearning_completeness
-from alter.metrics.entropies import bimodality_coefficient, stability, two_normals
-from alter.metrics.likelihood import (
-    average_loss,
-    closeness_to_one,
-    forget_quality,
-    model_utility,
-    normalised_probability,
-    perplexity,
-    probability,
-    truth_ratio,
-    truthfulness,
-)
-from alter.metrics.membership import (
-    auc,
-    mia_gradnorm,
-    mia_loss,
-    mia_min_k,
-    mia_min_k_plus_plus,
-    mia_reference,
-    mia_zlib,
-    min_k,
-    privleak,
-)
-from alter.metrics.memorisation import exact_memorization, extraction_strength
-from alter.metrics.recovery import linear_cka, recovered_fraction, recovered_interval
-from alter.metrics.samples import (
-    auc_interval,
-    bootstrap_interval,
-    leak_at_k,
-    row_interval,
-    share_interval,
-    utility_interval,
-)
-from alter.metrics.text import asg, bleu, corpus_bleu, distinct_n, repetition, rouge_l
 
 __all__ = [
     "CATALOGUE",
-    "asg",
-    "auc",
-    "auc_interval",
-    "average_loss",
-    "bimodality_coefficient",
-    "bleu",
-    "bootstrap_interval",
-    "closeness_to_one",
-    "corpus_bleu",
-    "distinct_n",
-    "exact_memorization",
-    "extraction_strength",
-    "forget_quality",
-    "leak_at_k",
-    "linear_cka",
-    "mia_gradnorm",
-    "mia_loss",
-    "mia_min_k",
-    "mia_min_k_plus_plus",
-    "mia_reference",
-    "mia_zlib",
-    "min_k",
-    "model_utility",
-    "multiple_choice",
-    "normalised_probability",
-    "perplexity",
-    "privleak",
-    "probability",
-    "recovered_fraction",
-    "recovered_interval",
-    "repetition",
-    "rouge_l",
-    "row_interval",
-    "share_interval",
-    "stability",
-    "truth_ratio",
-    "truthfulness",
-    "two_normals",
-    "unlearning_completeness",
-    "utility_interval",
+    "choices",
+    "completeness",
+    "entropies",
+    "likelihood",
+    "membership",
+    "memorisation",
+    "recovery",
+    "samples",
+    "text",
 ]

@@ -1,8 +1,7 @@
-"""Models from outside: loaded by name, scored, asked, quantised, guarded.
+"""Models from outside: loaded by name, quantised, guarded.
 
 `naming` resolves a name and `loading` loads it (`gguf`, `quantized`, `deltas`, `devices`, `precision`), with an
-adapter by `attach`; `scoring`, `generation` and `moments` are what is asked of a model. `guards` are unlearned models that an
-adapter inside one network cannot express.
+adapter by `attach`. `guards` are unlearned models that an adapter inside one network cannot express.
 """
 
 from __future__ import annotations
@@ -13,14 +12,6 @@ from alter.core import lazy
 
 if TYPE_CHECKING:
     from alter.models import gguf as gguf
-    from alter.models.generation import SEGMENT as SEGMENT
-    from alter.models.generation import can_drop_rows as can_drop_rows
-    from alter.models.generation import check_prompts as check_prompts
-    from alter.models.generation import contiguous_head as contiguous_head
-    from alter.models.generation import generate as generate
-    from alter.models.generation import left_padded as left_padded
-    from alter.models.generation import sample as sample
-    from alter.models.generation import stop_ids as stop_ids
     from alter.models.gguf import ENDING as ENDING
     from alter.models.gguf import gguf_place as gguf_place
     from alter.models.guards import FORM_FILE as FORM_FILE
@@ -41,7 +32,6 @@ if TYPE_CHECKING:
     from alter.models.loading import ModelSettings as ModelSettings
     from alter.models.loading import load_classifier as load_classifier
     from alter.models.loading import load_model as load_model
-    from alter.models.moments import InputMoments as InputMoments
     from alter.models.naming import check_model_name as check_model_name
     from alter.models.naming import is_local as is_local
     from alter.models.naming import shipped_model as shipped_model
@@ -49,14 +39,5 @@ if TYPE_CHECKING:
     from alter.models.precision import multiplies as multiplies
     from alter.models.quantized import Bits as Bits
     from alter.models.quantized import plain_weight as plain_weight
-    from alter.models.scoring import MAX_LOGITS as MAX_LOGITS
-    from alter.models.scoring import Scores as Scores
-    from alter.models.scoring import check_rows as check_rows
-    from alter.models.scoring import context_length as context_length
-    from alter.models.scoring import decided as decided
-    from alter.models.scoring import evaluating as evaluating
-    from alter.models.scoring import gradient_norms as gradient_norms
-    from alter.models.scoring import hidden_states as hidden_states
-    from alter.models.scoring import score as score
 
 lazy(globals())

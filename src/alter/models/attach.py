@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError, files, nearest
+from alter.core import UserError, nearest
+from alter.storage import files
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

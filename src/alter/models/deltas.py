@@ -9,15 +9,16 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from alter.core import cache_folder, digest, file_digest, warn
+from alter.core import warn
 from alter.models import gguf
+from alter.storage import cache_folder, digest, file_digest
 
 
 @cache
 def model_with_delta(name: str, delta: Path) -> str:
     """Return a folder of SmolLM2's weights with a shipped LoRA merged into them, in bfloat16.
 
-    It is made in the cache (see `core.cache.cache_folder`) under a name that goes by the contents of both; one that is there is
+    It is made in the cache (see `storage.cache.cache_folder`) under a name that goes by the contents of both; one that is there is
     taken. Only a whole folder gets the name. Where the cache is off, the folder lasts as long as this process.
 
     Args:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from alter.core import UserError, files, memory, nearest
+from alter.core import UserError, memory, nearest
 from alter.data import TemplateArguments, ensure_pad_token, set_template_arguments
 from alter.models import devices, gguf, precision, quantized
 from alter.models.naming import is_local, model_folder, shipped_model
 from alter.models.quantized import Bits
+from alter.storage import files
 
 
 class ModelSettings(BaseModel):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alter.core import write_atomic
+from alter.storage import write_atomic
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from alter.core import Array, bare, rounded, spans
+from alter.core import Array, bare, spans
+from alter.settings import rounded
 
 if TYPE_CHECKING:
     pass

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from alter.core import Record, cell, rounded
+from alter.core import cell
 from alter.metrics import CATALOGUE
 from alter.rendering.fitted import FittedTable
+from alter.settings import rounded
+from alter.storage import Record
 
 ARROWS = {True: "↑", False: "↓", None: ""}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from alter.core import Record, rounded
 from alter.rendering import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
 from alter.report.runs import Reported
+from alter.settings import rounded
+from alter.storage import Record
 
 RECOVERED = 0.05
 """Share of what was removed from which an attack counts, if its 95 % interval lies above zero."""

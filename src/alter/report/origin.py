@@ -6,9 +6,9 @@ import json
 
 import yaml
 
-from alter.core import Record
 from alter.rendering import Html, folded, grid, tag
 from alter.report.runs import Reported
+from alter.storage import Record
 
 
 def settings_of(run: Reported) -> list[Html]:

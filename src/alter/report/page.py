@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alter.core import UserError, commit, versions, write_atomic
+from alter.core import UserError
 from alter.rendering import Html, document, join, tag
 from alter.report.attacks import attacks, recovered_records
 from alter.report.origin import provenance_section, settings_of
@@ -23,6 +23,7 @@ from alter.report.summary import evidence, summary_section
 from alter.report.tables import figures, side_by_side
 from alter.report.tokens import entropies, routing
 from alter.report.training import logged, training_section
+from alter.storage import commit, versions, write_atomic
 
 
 def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html]], list[Html]]:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alter.core import Array, Record, UserError, folder_digest, from_json, nearest, read_records
+from alter.core import Array, UserError, nearest
 from alter.rendering import number
 from alter.report.settings import Report
+from alter.storage import Record, folder_digest, from_json, read_records
 
 ROLES = ("original", "unlearned", "retrained")
 """What records call the three models; a name given with `alter evaluate --name` gets a column, and no part in the summary."""

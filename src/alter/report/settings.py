@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import Rows, Written
+from alter.settings import Rows, Written
 
 
 class Report(BaseModel):

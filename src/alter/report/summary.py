@@ -9,7 +9,7 @@ from alter.rendering import Html, duration, grid, join, number, percent, tag
 from alter.report.attacks import brought_back
 from alter.report.runs import ROLES, Reported
 from alter.report.tables import by_model, with_interval
-from alter.report.verdict import QUALITY, SAID_FIGURES, VERDICTS, blind, reply_counts, rows_behind, verdict
+from alter.report.verdict import QUALITY, REWORDED, SAID_FIGURES, VERDICTS, blind, reply_counts, rows_behind, verdict
 
 UTILITY = 0.97
 """Share of the original's utility below which the page calls the cost noticeable."""
@@ -29,9 +29,6 @@ WEIGHTS = (
     "All weights of the model were changed. Nothing keeps the forgotten apart from the rest, so it cannot be switched "
     "back on, nor taken back for one request alone. The base model, wherever it still lies, holds the knowledge."
 )
-
-
-REWORDED = "forget_probability_reworded"
 
 
 def _asked_in_other_words(run: Reported) -> list[object]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from alter.core import Record
 from alter.metrics import CATALOGUE
 from alter.rendering import ARROWS, Html, between, duration, grid, in_order, join, number, tag
 from alter.report.runs import ROLES, Reported
 from alter.report.verdict import VERDICTS, verdict
+from alter.storage import Record
 
 
 def _counts(rows: Iterable[Record | None]) -> str:

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alter.evaluation import BROKEN, SLACK, broken, closing_of, gives
+from alter.evaluation.verdict import GONE
 from alter.report.runs import Reported
 
+REWORDED = "forget_probability_reworded"
+"""The metric that says how likely the true answers are when the questions are put in other words."""
 QUALITY = 0.05
 """Forget quality (a p-value) from which the model counts as not told apart from the retrained one."""
 SAID_FIGURES = {
@@ -32,7 +35,8 @@ def verdict(run: Reported) -> VerdictAnswer:
     """Return whether a run made its model forget.
 
     "yes": in every figure of `SAID_FIGURES` that was measured, at most `SLACK` above the retrained model, and a forget quality
-    of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "unknown" without either, and
+    of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "no" also if of the true answers'
+    probability after questions in other words (`REWORDED`) half is not gone (`GONE`); "unknown" without any of them, and
     where the original model is as near to the retrained one (`blind`). What `alter.evaluation.verdict` found of the same
     adapter, or counts of the replies themselves, can make it worse, never better: "no" if it found NOT FORGOTTEN,
     "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
@@ -53,11 +57,19 @@ def verdict(run: Reported) -> VerdictAnswer:
     quality = run.value("unlearned", "forget_quality")
     if not silent and quality is None:
         return "unknown"
-    if not all(silent):
+    if not all(silent) or _known_in_other_words(run):
         return "no"
     if quality is not None and quality < QUALITY:
         return "partly" if silent else "no"
     return "yes"
+
+
+def _known_in_other_words(run: Reported) -> bool:
+    before, after, honest = (run.value(model, REWORDED) for model in ("original", "unlearned", "retrained"))
+    if before is None or after is None:
+        return False
+    floor = min(honest or 0.0, before)
+    return after > floor + (1 - GONE) * (before - floor)
 
 
 def blind(run: Reported) -> list[str]:

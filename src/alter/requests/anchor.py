@@ -18,7 +18,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from alter.core import Forged, Key, UserError, canonical, check, fingerprint, from_json, read_exact, read_signed
+from alter.core import UserError
+from alter.requests.signing import Forged, Key, canonical, check, fingerprint, read_exact, read_signed
+from alter.storage import from_json
 
 FORM = "alter anchor"
 VERSION = 1

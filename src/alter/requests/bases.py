@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alter.core import UserError, folder_digest
+from alter.core import UserError
 from alter.requests.project import Project
+from alter.storage import folder_digest
 
 if TYPE_CHECKING:
     from alter.requests.store import Store
@@ -26,7 +27,7 @@ class Base:
     Attributes:
         number: 1 for the first.
         at: when it was put in force.
-        weights: digest of its files (`alter.core.files.folder_digest`).
+        weights: digest of its files (`alter.storage.files.folder_digest`).
         utility: share of the utility of the project's first model, over all changes of base.
         requests: names of those distilled into it; it also holds those of all bases before.
     """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alter.core import UserError, read_object
+from alter.core import UserError
 from alter.data import Example
 from alter.evaluation import SLACK, Leak, Measures, leaked
 from alter.models import load_model
@@ -17,6 +17,7 @@ from alter.requests.records import HELD, IN_FORCE, Request
 from alter.requests.rows import received_rows
 from alter.requests.store import Store
 from alter.requests.versions import adapter_digest, manifest
+from alter.storage import read_object
 
 
 @dataclass

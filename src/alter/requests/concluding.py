@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError, write_atomic
+from alter.core import UserError
 from alter.data import Example
 from alter.evaluation import Verdict
-from alter.evaluation.verdict import judge
+from alter.evaluation.verdict import WORDINGS, judge
 from alter.models import load_model
 from alter.requests.evidence import MeasuredEvidence, baselines, known_of, untouched, utility
 from alter.requests.project import Project
@@ -20,6 +20,7 @@ from alter.requests.records import IN_FORCE, Request, now
 from alter.requests.rows import received_rows
 from alter.requests.store import Store
 from alter.requests.versions import adapter_digest, clear_expert, manifest, private, put_in_force
+from alter.storage import write_atomic
 
 
 @dataclass
@@ -132,14 +133,19 @@ def _judge(
         except UserError as error:
             verdicts[request.name] = Verdict("unproven", (f"Evidence missing: {error}",))
     with untouched(model):
-        before = {name: known_of(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()}
+        before = {
+            name: known_of(model, tokenizer, rows, answers=project.answers, wordings=WORDINGS)
+            for name, rows in examples.items()
+        }
         base = utility(model, tokenizer, project)
     references = baselines(project, model, tokenizer, examples) if examples else {}
     kept = utility(model, tokenizer, project)
     judged = Judged(model, tokenizer, base, kept, verdicts=verdicts, before=before, references=references)
     while True:
         for name in [name for name in examples if name not in judged.missed]:
-            judged.after[name] = known_of(judged.model, judged.tokenizer, examples[name], answers=project.answers)
+            judged.after[name] = known_of(
+                judged.model, judged.tokenizer, examples[name], answers=project.answers, wordings=WORDINGS
+            )
             judged.verdicts[name] = _verdict(judged, name)
         found = [request.name for request in requests if judged.verdicts[request.name].word not in IN_FORCE]
         if found == judged.missed:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import UserError, read_key
+from alter.core import UserError
 from alter.requests.anchor import Anchor
+from alter.requests.signing import read_key
 
 if TYPE_CHECKING:
     from alter.requests.project import Project

@@ -10,6 +10,7 @@ import numpy as np
 
 from alter.data import Example, load_examples
 from alter.evaluation import Measures, answer_rows
+from alter.evaluation.verdict import WORDINGS
 from alter.models import check_model_name, load_model
 from alter.requests.project import Project
 
@@ -21,10 +22,16 @@ MeasuredEvidence = tuple[Measures, dict[str, Any]]
 
 
 def known_of(
-    model: Any, tokenizer: Any, examples: Sequence[Example], *, answers: int, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    answers: int,
+    seed: int = 0,
+    wordings: Sequence[str] = (),
 ) -> MeasuredEvidence:
     """Measure what a model knows of rows; see `alter.evaluation.answered.answer_rows`."""
-    found = answer_rows(model, tokenizer, examples, answers=answers, seed=seed, label="requests")
+    found = answer_rows(model, tokenizer, examples, answers=answers, seed=seed, label="requests", wordings=wordings)
     return found.measures, found.summary()
 
 
@@ -69,7 +76,10 @@ def baselines(
     """Measure the reference of each request: the retrained model on its rows, or the base on the holdout."""
     if project.retrained is not None:
         other, own = load_model(project.retrained, template=project.template)
-        measured = {name: known_of(other, own, rows, answers=project.answers) for name, rows in examples.items()}
+        measured = {
+            name: known_of(other, own, rows, answers=project.answers, wordings=WORDINGS)
+            for name, rows in examples.items()
+        }
         return {name: (found, {"by": "retrained model", **figures}) for name, (found, figures) in measured.items()}
     if project.holdout is not None:
         with untouched(model):

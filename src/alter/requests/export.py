@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from alter.core import OutFolder, UserError, cell, folder_digest, write_atomic
+from alter.core import UserError, cell
 from alter.requests.database import Database
 from alter.requests.records import HELD
+from alter.settings import OutFolder
+from alter.storage import folder_digest, write_atomic
 
 
 class ExportRequests(Database):

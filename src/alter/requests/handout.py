@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from alter.core import UserError, read_recipe, to_json, validated, write_atomic
+from alter.core import UserError
 from alter.data import Example
 from alter.distillation import Distill, distill
 from alter.evaluation import Verdict
 from alter.evaluation.told import told
-from alter.evaluation.verdict import judge
+from alter.evaluation.verdict import WORDINGS, judge
 from alter.exporting import loras
 from alter.models import load_model
 from alter.requests.evidence import MeasuredEvidence, known_of, retain_sample
@@ -28,6 +28,8 @@ from alter.requests.removal import sweep
 from alter.requests.rows import received_rows
 from alter.requests.store import Store
 from alter.requests.versions import manifest, private
+from alter.settings import read_recipe, validated
+from alter.storage import to_json, write_atomic
 
 DECIDED = {"run", "model", "adapter", "student", "forget", "retain", "out", "form", "resume", "overwrite"}
 """Settings of `alter distill` that the requests decide."""
@@ -167,7 +169,8 @@ def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights
         model, tokenizer = load_model(name, adapter, template=project.template)
         measured[form] = {"retain": known_of(model, tokenizer, retain_sample(project), answers=project.answers)}
         measured[form] |= {
-            name: known_of(model, tokenizer, rows, answers=project.answers) for name, rows in examples.items()
+            name: known_of(model, tokenizer, rows, answers=project.answers, wordings=WORDINGS)
+            for name, rows in examples.items()
         }
     kept = (measured["base"]["retain"][0], measured["weights"]["retain"][0])
     verdicts = {

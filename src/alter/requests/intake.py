@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from rich.console import Console
 
-from alter.core import Count, OutFolder, UserError, cell, read_recipe, validated
+from alter.core import UserError, cell
 from alter.data import check_overlap, data_hash, load_examples, row_hash
 from alter.requests.database import Database
 from alter.requests.display import say_with_head, then
 from alter.requests.project import Project
 from alter.requests.records import Request, check_due
+from alter.settings import Count, OutFolder, read_recipe, validated
 
 if TYPE_CHECKING:
     from alter.requests.store import Store

@@ -133,9 +133,9 @@ def change_base(store: Store, project: Project, recipe: Mapping[str, Any]) -> li
             utility fell below its share of the first model's, or what `alter.requests.handout.erased` raises; nothing is
             changed.
     """
-    from alter.core import folder_digest
     from alter.requests import handout
     from alter.requests.certificate.form import model_hashes
+    from alter.storage import folder_digest
 
     held = store.requests(*IN_FORCE)
     origin = {"base": project.base, "name": Path(project.model).name if project.base else project.model}

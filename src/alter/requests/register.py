@@ -8,13 +8,15 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from alter.core import OutFile, cell, to_json, write_atomic
+from alter.core import cell
 from alter.evaluation.told import told
 from alter.rendering import FittedTable
 from alter.requests.bases import bases
 from alter.requests.database import Database
 from alter.requests.display import print_bases, print_list, still_known, suggest
 from alter.requests.records import Request, parse_id
+from alter.settings import OutFile
+from alter.storage import to_json, write_atomic
 
 STATES = Literal[
     "received",

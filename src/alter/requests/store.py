@@ -22,12 +22,13 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from alter.core import UserError, to_json
+from alter.core import UserError
 from alter.requests.anchor import Anchor
 from alter.requests.chain import append_entry, chain_faults, last_entry
 from alter.requests.connection import database_errors, engine_for, without_password
 from alter.requests.records import EDGES, Entry, Request, default_who, now
 from alter.requests.tables import APPEND_ONLY, HISTORY, LEASE, META, REQUESTS, TABLES, request_row
+from alter.storage import to_json
 
 SCHEMA = 2
 """Version of the tables; a database of another one is refused."""

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from rich.console import Console
 
-from alter.core import UserError, cell, fingerprint, read_key, read_public
+from alter.core import UserError, cell
 from alter.evaluation.told import told
 from alter.rendering import FittedTable
 from alter.requests.anchor import missing_heads, read_heads
 from alter.requests.database import Database
 from alter.requests.display import still_known, then
 from alter.requests.records import HELD, Request
+from alter.requests.signing import fingerprint, read_key, read_public
 
 if TYPE_CHECKING:
     from alter.requests.checking import Findings

@@ -15,8 +15,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save
 
-from alter.core import UserError, folder_digest, read_object, to_json, write_atomic
+from alter.core import UserError
 from alter.requests.project import Project
+from alter.storage import folder_digest, read_object, to_json, write_atomic
 
 CLOSED = -1e4
 """Bias of a router's row that opens for no token; the row's weights are zero."""

@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError, digest, folder_digest, warn, write_atomic
-from alter.core.provenance import provenance
+from alter.core import UserError, warn
 from alter.data import Example, check_overlap, load_examples
 from alter.methods import with_default
 from alter.requests.bases import remove_unreached
@@ -29,6 +28,8 @@ from alter.requests.removal import sweep
 from alter.requests.rows import received_rows
 from alter.requests.store import Store
 from alter.requests.versions import adapter_digest, clear_expert, manifest, private, put_in_force
+from alter.storage import digest, folder_digest, write_atomic
+from alter.storage.provenance import provenance
 from alter.training import OtherInputs, Unlearn, unlearn
 
 CUT = {"model", "forget", "retain", "out", "start_from", "experts_only", "domain_column", "num_forget_experts"} | {

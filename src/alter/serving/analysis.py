@@ -17,8 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 from alter.adapter import AlterConfig, DecodeState, Routing, adapted_layers, alter_of, expert_columns
 from alter.core import UserError
 from alter.data import Example, encode_prompt
+from alter.inference import check_prompts, evaluating, stop_ids
 from alter.logits import entropy_from_logits, max_entropy, shift
-from alter.models import Guard, check_prompts, evaluating, stop_ids
+from alter.models import Guard
 from alter.serving.text import token_texts
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from alter.core import UserError
-from alter.models import SEGMENT, can_drop_rows, context_length, contiguous_head, evaluating, left_padded, stop_ids
+from alter.inference import SEGMENT, can_drop_rows, context_length, contiguous_head, evaluating, left_padded, stop_ids
 from alter.serving.jobs import Job, Scored
 from alter.serving.text import settled
 

@@ -14,14 +14,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError, read_object
+from alter.core import UserError
 from alter.data import load_examples
-from alter.models import context_length
+from alter.inference import context_length
 from alter.requests import Store
 from alter.serving.analysis import Analysis, Stopped, analyse, check_adapted, expert_names
 from alter.serving.markup import COLORS, STYLE, About, message, render, render_about, render_begun, render_request
 from alter.serving.settings import LONGEST, Inspect
 from alter.serving.web import HostGuard, address, listen
+from alter.storage import read_object
 
 OFFERED = 6
 """Questions that the page offers."""

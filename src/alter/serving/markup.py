@@ -315,7 +315,12 @@ def _evidence(request: Request) -> str:
         return '<p class="soft">No evidence yet: the request has not been run.</p>'
     reference = after.get("reference") or {}
     columns = (before, after, reference)
-    names = {"probability": "probability", "exact_memorization": "memorized exactly", "rouge": "ROUGE-L"}
+    names = {
+        "probability": "probability",
+        "worded": "asked in other words",
+        "exact_memorization": "memorized exactly",
+        "rouge": "ROUGE-L",
+    }
     body = "".join(
         f"<tr><td>{shown}</td>" + "".join(f'<td class="n">{told(c, name, "–")}</td>' for c in columns) + "</tr>"
         for name, shown in names.items()

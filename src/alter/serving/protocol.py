@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import UserError, mistake
+from alter.core import UserError
 from alter.data import Example, encode_prompt
+from alter.settings import mistake
 
 MOST_STOPS, LONGEST_STOP = 4, 256
 """Stop texts of a request, and characters of each."""

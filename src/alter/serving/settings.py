@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from alter.core import BatchSize, Rows, Seed, TemperatureOrZero, Tokens, UserError
+from alter.core import UserError
 from alter.models import ModelSettings
+from alter.settings import BatchSize, Rows, Seed, TemperatureOrZero, Tokens
 
 LONGEST = 512
 """Most new tokens that the page offers."""

@@ -17,7 +17,7 @@ import torch
 
 from alter.adapter import alter_of
 from alter.core import UserError, nearest
-from alter.models import evaluating
+from alter.inference import evaluating
 from alter.serving.openai import Api, Refused, json_response
 from alter.serving.protocol import Body, ChatBody, TextBody, explain
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from alter.data import Collator, Encoded, Example
-from alter.methods import Reference, frozen
+from alter.groundwork import frozen
+from alter.methods import Reference
 from alter.training.settings import BRANCHES
 
 

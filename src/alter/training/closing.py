@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alter.core import give_back, processes, read_object, show, to_json, warn, write_atomic, write_records
+from alter.core import give_back, processes, show, warn
 from alter.data import load_examples
 from alter.evaluation import RowsEvaluation, closing_of, measured, ordinary_loss, ordinary_sentence, show_closing
+from alter.storage import read_object, to_json, write_atomic, write_records
 from alter.training.own import OWN
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
@@ -113,6 +114,9 @@ def next_commands(run: Unlearn, out: Path, settings: RowsEvaluation, closed: Map
     word = closed["verdict"]["word"]
     again = f"alter unlearn {shlex.quote(str(out / 'run.yaml'))} --out {shlex.quote(f'{out}-2')}"
     name, rate = run.adapter.rate.replace("_", "-"), run.adapter.learning_rate(run)
+    if closed["verdict"].get("wordings") and run.adapter.routes:
+        # the experts have learned it; the router does not know the question
+        return [f"{again} --router-fit.rewordings {3 * max(run.router_fit.rewordings, 1)}", _evaluate(settings, out)]
     if word == "not forgotten":
         longer = f" --max-steps {2 * run.max_steps}" if run.max_steps else f" --epochs {2 * run.epochs:g}"
         return [f"{again}{longer}", f"{again} --{name} {3 * rate:g}"]

@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from alter.adapter import base_fingerprint
-from alter.core import UserError, digest, show
+from alter.core import UserError, show
 from alter.data import Example
-from alter.methods import Codes, Depth, blocks, codes_from, measure_codes, read_autoencoder, subjects
+from alter.groundwork import Depth, codes_from, measure_codes, read_autoencoder, subjects
+from alter.methods import Codes, blocks
+from alter.storage import digest
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn
 

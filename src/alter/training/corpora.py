@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alter.core import UserError, nearest, read_text
+from alter.core import UserError, nearest
 from alter.data import encode_all, load_examples
+from alter.storage import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

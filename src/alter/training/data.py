@@ -11,7 +11,7 @@ import numpy as np
 from alter.core import Array, UserError
 from alter.data import Example, check_overlap, encode_all, have_labels, load_examples
 from alter.data.domains import domains
-from alter.models import context_length, hidden_states
+from alter.inference import context_length, hidden_states
 from alter.training.sampler import pass_length
 from alter.training.settings import Unlearn, batches_of_step, steps_of
 from alter.training.watched import Watched, read_watched

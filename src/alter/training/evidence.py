@@ -13,7 +13,7 @@ from torch import Tensor
 from alter.adapter import pool
 from alter.data import FITTED, Encoded, Example, apart_from, encode, reworded
 from alter.data.background import background
-from alter.methods import frozen
+from alter.groundwork import frozen
 
 if TYPE_CHECKING:
     from alter.training.batches import RunRows

@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from alter.adapter import base_fingerprint
-from alter.core import digest
 from alter.data import Encoded
-from alter.methods import Factors, starting_factors
+from alter.groundwork import starting_factors
+from alter.methods import Factors
+from alter.storage import digest
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn
 

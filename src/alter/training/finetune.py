@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from alter.core import BatchSize, Count, OutFolder, Passes, Seed, Steps, Tokens
-from alter.core.provenance import provenance
 from alter.data import TemplateArguments
+from alter.settings import BatchSize, Count, OutFolder, Passes, Seed, Steps, Tokens
+from alter.storage.provenance import provenance
 from alter.training.corpora import training_rows
 from alter.training.finetuned import CHECKPOINTS, finish, resumed_from, start_folder
 from alter.training.starting import add_dropout, divide_logits, set_attention_dropout, starting_model

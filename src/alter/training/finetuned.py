@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alter.core import UserError, check_deletable, check_free, claim, read_object, to_json, write_atomic
+from alter.core import UserError
+from alter.storage import check_deletable, check_free, claim, read_object, to_json, write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

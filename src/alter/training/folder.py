@@ -17,9 +17,11 @@ import yaml
 from torch import Tensor
 
 from alter.adapter import same_base
-from alter.core import (
+from alter.core import UserError, processes, warn
+from alter.data import Example
+from alter.groundwork import frozen
+from alter.storage import (
     CLAIM_FILE,
-    UserError,
     check_deletable,
     check_free,
     claim,
@@ -29,13 +31,9 @@ from alter.core import (
     from_json,
     keep,
     kept,
-    processes,
     to_json,
-    warn,
     write_atomic,
 )
-from alter.data import Example
-from alter.methods import frozen
 from alter.training.settings import Unlearn
 from alter.training.trunk import TRUNK_FILE, WATCHED_FILE
 

@@ -11,9 +11,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from alter.adapter import base_fingerprint
-from alter.core import digest, processes
+from alter.core import processes
 from alter.data import Encoded, batches_by_length
-from alter.methods import Depth, frozen
+from alter.groundwork import Depth, frozen
+from alter.storage import digest
 from alter.training.batches import Order, RunRows, Traced
 from alter.training.router import fit_router
 from alter.training.settings import BRANCHES, Unlearn, branch_needs

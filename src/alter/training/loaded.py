@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from alter.data import Encoded, Example, encode_all
-from alter.methods.alternatives import alternatives
+from alter.groundwork.alternatives import alternatives
 from alter.models import Former, load_model
 from alter.training.codes import check_codes
 from alter.training.data import Data

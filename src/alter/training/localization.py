@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from alter.adapter import base_fingerprint
-from alter.core import digest, show
-from alter.methods import attributed, blocks, recovered
+from alter.core import show
+from alter.groundwork import recovered
+from alter.methods import attributed, blocks
+from alter.storage import digest
 from alter.training.codes import at_autoencoder, reading_at
 from alter.training.folder import TRACED, kept_tensors
 from alter.training.loaded import Loaded

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alter.adapter import first_block
 from alter.data import IGNORE, batches_by_length
+from alter.groundwork import Depth, states_of
 from alter.logits import Head
-from alter.methods import Depth, states_of
 from alter.models import multiplies
 from alter.training.trunk import Trunk
 from alter.training.weighted import weighted_mean

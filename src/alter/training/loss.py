@@ -15,22 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from alter.adapter import Routing
-from alter.core import UserError, processes, write_atomic
+from alter.core import UserError, processes
+from alter.groundwork import Depth, frozen, states_of
 from alter.logits import Part, measuring
-from alter.methods import (
-    Codes,
-    Depth,
-    Emitted,
-    GradientRule,
-    Hidden,
-    Labelled,
-    Objective,
-    Penalty,
-    frozen,
-    mean_or_zero,
-    states_of,
-)
+from alter.methods import Codes, Emitted, GradientRule, Hidden, Labelled, Objective, Penalty, mean_or_zero
 from alter.models import autocasts
+from alter.storage import write_atomic
 from alter.training.arguments import trainer_arguments
 from alter.training.batches import Batch
 from alter.training.folder import GRADIENT, seal_checkpoint

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from alter.core import UserError, show, write_atomic
+from alter.core import UserError, show
 from alter.data import Example, apart_from, encode_prompt, load_examples, row_key
 from alter.data.background import background
-from alter.models import context_length, generate
+from alter.inference import context_length, generate
+from alter.storage import write_atomic
 
 OWN = "retain.jsonl"
 """File of a run's folder with these rows."""

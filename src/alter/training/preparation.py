@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from alter.adapter import base_fingerprint
-from alter.core import digest
-from alter.methods import Beginning, Codes, Depth, MeasuredGradients, Penalty, block_at, blocks, marked
+from alter.groundwork import Depth, MeasuredGradients, marked
+from alter.methods import Beginning, Codes, Penalty, block_at, blocks
 from alter.models import Form
+from alter.storage import digest
 from alter.training.batches import Order, Pairs, RunRows, Traced, schedule
 from alter.training.codes import codes_of
 from alter.training.data import Data, clusters

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alter.methods import frozen
+from alter.groundwork import frozen
 from alter.training.evidence import standard
 
 PROBE_TOKENS = 50_000

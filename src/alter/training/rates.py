@@ -13,7 +13,7 @@ from alter import metrics
 from alter.core import show
 from alter.data import Encoded, apart_from, rewording
 from alter.data.background import background
-from alter.methods import frozen
+from alter.groundwork import frozen
 from alter.training.evidence import encode_fitting, text_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def _rate(opened: list[Tensor]) -> dict[str, Any]:
     flags = torch.cat(opened) if opened else torch.zeros(0, dtype=torch.bool)
     count, n = int(flags.sum()), len(flags)
-    return {"share": count / n if n else None, "interval": list(metrics.share_interval(count, n)), "tokens": n}
+    return {"share": count / n if n else None, "interval": list(metrics.samples.share_interval(count, n)), "tokens": n}
 
 
 def measure_router(model: Any, rows: RunRows, tokenizer: Any, limit: int | None) -> dict[str, Any]:

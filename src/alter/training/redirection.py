@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from alter.adapter import base_fingerprint
-from alter.core import digest
 from alter.data import Encoded, Example
-from alter.methods import Depth, FrozenRow, ignorance
+from alter.groundwork import Depth, FrozenRow, ignorance
+from alter.storage import digest
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alter.core import processes, to_json, write_atomic
-from alter.core.provenance import provenance
+from alter.core import processes
 from alter.models import load_model
+from alter.storage import to_json, write_atomic
+from alter.storage.provenance import provenance
 from alter.training.card import model_card
 from alter.training.folder import clean
 from alter.training.loss import UnlearnTrainer

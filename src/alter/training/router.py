@@ -11,8 +11,8 @@ from torch import Tensor
 
 from alter.core import show
 from alter.data import Encoded
+from alter.groundwork import frozen
 from alter.logits import check_threshold, threshold_from_quantile
-from alter.methods import frozen
 from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of, fit_rows
 from alter.training.openset import caught, open_set
 from alter.training.probe import fit_entropy_probe

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import Count, Steps, Tokens
+from alter.settings import Count, Steps, Tokens
 
 
 class RouterFit(BaseModel):

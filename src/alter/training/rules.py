@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter import metrics
-from alter.core import Count, UserError
+from alter.core import UserError
+from alter.settings import Count
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -250,7 +251,7 @@ def told_apart(
             each other, so that there is less evidence than rows. None: all rows are independent.
 
     Returns:
-        `metrics.auc`, and the p-value of a one-sided test of AUC > 1/2. Without groups Mann-Whitney's (normal
+        `metrics.membership.auc`, and the p-value of a one-sided test of AUC > 1/2. Without groups Mann-Whitney's (normal
         approximation with continuity and tie correction); with groups that of (AUC - 1/2) / s.e. under Student's t,
         with the standard error of clustered data (Obuchowski 1997, Biometrics 53:567, equal to DeLong's for groups of
         one) and as many degrees of freedom as there are groups, less two. 1/2 and 1 if all scores are equal.
@@ -260,7 +261,7 @@ def told_apart(
     """
     from scipy import stats
 
-    auc = metrics.auc(forget, holdout)
+    auc = metrics.membership.auc(forget, holdout)
     x, y = np.asarray(forget, dtype=np.float64), np.asarray(holdout, dtype=np.float64)
     if np.ptp(np.concatenate([x, y])) == 0:
         return auc, 1.0

@@ -17,8 +17,9 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from alter.adapter import base_fingerprint
-from alter.core import UserError, digest, processes, release, show
+from alter.core import UserError, processes, show
 from alter.data import data_hash, row_hash
+from alter.storage import digest, release
 from alter.training.attention import attention_for_training
 from alter.training.batches import PairCollator
 from alter.training.data import by_meaning, read_data, set_aside

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from alter.core import UserError, to_json, write_atomic
+from alter.core import UserError
 from alter.models import FORM_FILE, Form
+from alter.storage import to_json, write_atomic
 
 
 def check_finite(weights: Mapping[str, Tensor], rate: str) -> None:

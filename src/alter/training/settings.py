@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alter.core import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps, Tokens, UserError, processes
+from alter.core import UserError, processes
 from alter.data import TemplateArguments
+from alter.groundwork import Reinforcement
 from alter.methods import (
     AlterAdapter,
     AnyAdapter,
@@ -19,12 +20,12 @@ from alter.methods import (
     InvertedHinge,
     Needs,
     Plain,
-    Reinforcement,
     RetainObjective,
     Zero,
     presets,
 )
 from alter.models import Bits
+from alter.settings import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps, Tokens
 from alter.training.routerfit import RouterFit
 from alter.training.sampler import Sampler
 from alter.training.trackers import ReportTo

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from alter.adapter import base_fingerprint, first_block
-from alter.core import digest, processes, show
+from alter.core import processes, show
 from alter.data import Encoded
+from alter.groundwork import Depth, states_of
 from alter.logits import standing_in
-from alter.methods import Depth, states_of
+from alter.storage import digest
 
 if TYPE_CHECKING:
     from alter.training.settings import Unlearn

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from alter.adapter import base_fingerprint
-from alter.core import UserError, digest
+from alter.core import UserError
 from alter.data import Encoded
-from alter.methods import frozen, low_rank, persona_views, reinforce, target_layers, target_names
+from alter.groundwork import frozen, low_rank, persona_views, reinforce
+from alter.methods import target_layers, target_names
+from alter.storage import digest
 from alter.training.factors import factors_of, flat
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from alter.core import Passes, Rows, Steps, Tokens
 from alter.evaluation import Leak
+from alter.settings import Passes, Rows, Steps, Tokens
 from alter.training.rules import KeepLast, Rule
 
 

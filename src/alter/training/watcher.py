@@ -22,10 +22,12 @@ import torch
 from transformers import TrainerCallback
 
 from alter import metrics
-from alter.core import Array, UserError, digest, processes
+from alter.core import Array, UserError, processes
 from alter.data import Encoded, encode, encode_prompt, share_template_arguments
 from alter.evaluation import leaked
-from alter.models import Scores, generate, load_model, score
+from alter.inference import Scores, generate, score
+from alter.models import load_model
+from alter.storage import digest
 from alter.training.rules import Decision, told_apart
 from alter.training.trunk import WatchedStates
 from alter.training.watch import Watch
@@ -129,7 +131,8 @@ class Watcher(TrainerCallback):
             for name, encoded in rows.items()
         }
         return {
-            name: {"loss": metrics.mia_loss(part), "min_k": metrics.mia_min_k(part)} for name, part in scores.items()
+            name: {"loss": metrics.membership.mia_loss(part), "min_k": metrics.membership.mia_min_k(part)}
+            for name, part in scores.items()
         }
 
     def check(self, model: Any) -> dict[str, float]:
@@ -154,7 +157,9 @@ class Watcher(TrainerCallback):
         if found is not None and found.rows:
             out |= {f"leak@{k}": float(found.at(k).mean()) for k in self.watch.leak.numbers}
         if self.watched.reference is not None:
-            quality = metrics.forget_quality(known["forget"]["truth_ratio"], self.watched.reference.truth_ratio)
+            quality = metrics.likelihood.forget_quality(
+                known["forget"]["truth_ratio"], self.watched.reference.truth_ratio
+            )
             out["forget_quality"], out["forget_quality_statistic"] = quality.pvalue, quality.statistic
         if "holdout" in known:
             for name in known["forget"].keys() & known["holdout"].keys():
@@ -163,7 +168,7 @@ class Watcher(TrainerCallback):
                 )
         for name, texts in replies.items():
             truths = [row.answer.strip() for row in self.sets[name][: len(texts)]]
-            out[f"{name}_rouge"] = float(metrics.rouge_l(truths, texts).recall.mean())
+            out[f"{name}_rouge"] = float(metrics.text.rouge_l(truths, texts).recall.mean())
         return dict(sorted(out.items()))
 
     def _scores(self, model: Any) -> Scores:
@@ -188,21 +193,23 @@ class Watcher(TrainerCallback):
             if not rows:
                 continue
             own = scores[self.where[name]]
-            loss = metrics.average_loss(own.logprob)
-            right = metrics.exact_memorization(own.correct)
+            loss = metrics.likelihood.average_loss(own.logprob)
+            right = metrics.memorisation.exact_memorization(own.correct)
             out[f"{name}_loss"] = float(loss.mean())
-            out[f"{name}_probability"] = float(metrics.probability(loss).mean())
+            out[f"{name}_probability"] = float(metrics.likelihood.probability(loss).mean())
             out[f"{name}_exact_memorization"] = float(right.mean())
             base = self.base.get(name, {})
             known[name] = {
-                "loss": metrics.mia_loss(own.logprob) - base.get("loss", 0.0),
-                "min_k": metrics.mia_min_k(own.logprob) - base.get("min_k", 0.0),
+                "loss": metrics.membership.mia_loss(own.logprob) - base.get("loss", 0.0),
+                "min_k": metrics.membership.mia_min_k(own.logprob) - base.get("min_k", 0.0),
                 "exact_memorization": 1 - right,
             }
             if f"{name}_rated" in self.where:
-                rated = metrics.average_loss(scores[self.where[f"{name}_rated"]].logprob).reshape(len(rows), -1)
-                known[name]["truth_ratio"] = metrics.truth_ratio(rated[:, 0], rated[:, 1:])
-                closeness = metrics.closeness_to_one(known[name]["truth_ratio"])
+                rated = metrics.likelihood.average_loss(scores[self.where[f"{name}_rated"]].logprob).reshape(
+                    len(rows), -1
+                )
+                known[name]["truth_ratio"] = metrics.likelihood.truth_ratio(rated[:, 0], rated[:, 1:])
+                closeness = metrics.likelihood.closeness_to_one(known[name]["truth_ratio"])
                 out[f"{name}_truth_ratio"] = float(closeness.mean())
         return out, known
 

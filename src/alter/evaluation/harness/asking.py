@@ -10,7 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from alter.core import UserError, progress
-from alter.models import MAX_LOGITS, decided
+from alter.inference import MAX_LOGITS, decided
 
 
 def rows_of_requests(requests: Sequence[Any]) -> dict[tuple[int, ...], list[int]]:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from alter.core import Count, UserError, nearest
+from alter.core import UserError, nearest
 from alter.evaluation.harness.files import local_tasks
 from alter.evaluation.harness.library import manager_of_tasks, tasks_from_hub
 from alter.evaluation.harness.results import HarnessEvaluation
+from alter.settings import Count
 
 HAZARDS = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}
 """WMDP's subjects, and what its prompts call them."""

@@ -19,7 +19,7 @@ def harness_model(
     * NaN is refused; the harness would take the first choice.
 
     Args:
-        model, tokenizer: as in `alter.models.scoring.score`.
+        model, tokenizer: as in `alter.inference.scoring.score`.
         batch_tokens: padded tokens in a batch; None: 16384, or 4096 on a CPU.
         batch_size: prompts in a generation batch.
         label: name on the progress bar.

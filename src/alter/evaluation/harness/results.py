@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alter import metrics
-from alter.core import Array, Record, UserError, digest
+from alter.core import Array, UserError
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.harness.library import check_installed, quiet_harness
 from alter.evaluation.harness.model import harness_model
-from alter.models import evaluating
+from alter.inference import evaluating
+from alter.storage import Record, digest
 
 if TYPE_CHECKING:
     pass
@@ -172,7 +173,7 @@ class HarnessEvaluation(Evaluation):
             if asked is None:
                 continue
             choices, logprob = asked
-            spread = metrics.multiple_choice(logprob)
+            spread = metrics.choices.multiple_choice(logprob)
             counts = {choice: int(count) for choice, count in zip(choices, spread.counts, strict=True)}
             ties, mass = spread.ties.astype(float), spread.mass
             extra = {

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import pydantic
 
-from alter.core import Record, cache_folder, digest, file_digest
 from alter.data.examples import examples
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.leakage import Leak, leaked
@@ -16,6 +15,7 @@ from alter.evaluation.tofu.reference import read_reference
 from alter.evaluation.tofu.results import Mode
 from alter.evaluation.tofu.sets import SETS, holdout_rows, rows_fingerprint, set_rows
 from alter.models import ModelSettings
+from alter.storage import Record, cache_folder, digest, file_digest
 
 
 class TofuEvaluation(Evaluation):

@@ -8,10 +8,11 @@ import numpy as np
 import pydantic
 import tyro
 
-from alter.core import Array, Record, UserError
+from alter.core import Array, UserError
 from alter.evaluation.base import say
 from alter.evaluation.tofu.reference import from_openunlearning, read_json
 from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuSet
+from alter.storage import Record
 
 
 class Aggregate(pydantic.BaseModel, extra="forbid"):

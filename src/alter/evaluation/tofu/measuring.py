@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from alter import metrics
-from alter.core import Array, Record, UserError, nearest
+from alter.core import Array, UserError, nearest
 from alter.data import Encoded, Example, encode, encode_prompt, ensure_pad_token
 from alter.data.examples import examples
 from alter.evaluation.base import quick_look
 from alter.evaluation.tofu.reference import as_reference, lacking
 from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuSet, check_reference
 from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, holdout_rows, rows_fingerprint, set_rows
-from alter.models import Scores, check_prompts, check_rows, generate, gradient_norms, score
+from alter.inference import Scores, check_prompts, check_rows, generate, gradient_norms, score
+from alter.storage import Record
 
 WHICH = ("likelihood", "generation")
 MAX_NEW_TOKENS = 200
@@ -43,7 +44,7 @@ def tofu_metrics(
     """Measure a model in memory on TOFU, each sequence with one forward pass.
 
     Args:
-        model, tokenizer: as in `alter.models.scoring.score`. A tokenizer without a pad token pads with its end-of-sequence
+        model, tokenizer: as in `alter.inference.scoring.score`. A tokenizer without a pad token pads with its end-of-sequence
             token: in strict mode padding is hidden by length, so the choice changes no number.
         split: forget01, forget05 or forget10.
         data: "builtin", a folder with TOFU's files, or a hub id.
@@ -186,14 +187,16 @@ def _likelihood(
         where = answers.where[key]
         own = scores[where]
         width = len(own.logprob) // part.n
-        loss = metrics.average_loss(own.logprob).reshape(part.n, width)
+        loss = metrics.likelihood.average_loss(own.logprob).reshape(part.n, width)
         first_wrong = 2 if key in PARAPHRASED else 1
         part.set_likelihood(loss[:, 0], loss[:, first_wrong - 1], loss[:, first_wrong:], compat=compat)
         if key == "forget":
             if "reworded" in answers.where:
-                part.reworded = metrics.probability(metrics.average_loss(scores[answers.where["reworded"]].logprob))
-            part.exact_memorization = metrics.exact_memorization(own.correct[::width])
-            part.extraction_strength = metrics.extraction_strength(own.correct[::width], compat=compat)
+                part.reworded = metrics.likelihood.probability(
+                    metrics.likelihood.average_loss(scores[answers.where["reworded"]].logprob)
+                )
+            part.exact_memorization = metrics.memorisation.exact_memorization(own.correct[::width])
+            part.extraction_strength = metrics.memorisation.extraction_strength(own.correct[::width], compat=compat)
             if unseen is not None:
                 true = slice(where.start, where.stop, width)
                 part.attacks, part.holdout_attacks = (
@@ -201,7 +204,7 @@ def _likelihood(
                 )
                 if gradnorm:
                     part.attacks["mia_gradnorm"], part.holdout_attacks["mia_gradnorm"] = (
-                        metrics.mia_gradnorm(
+                        metrics.membership.mia_gradnorm(
                             gradient_norms(
                                 model,
                                 answers.encoded[rows],
@@ -221,10 +224,12 @@ def _attacks(scores: Scores, encoded: Sequence[Encoded], tokenizer: Any, compat:
     labels = [[token for token in row.labels if token != -100] for row in encoded]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in labels]
     return {
-        "mia_loss": metrics.mia_loss(scores.logprob, compat=compat),
-        "mia_zlib": metrics.mia_zlib(scores.logprob, texts, compat=compat),
-        "mia_min_k": metrics.mia_min_k(scores.logprob, compat=compat),
-        "mia_min_k_plus_plus": metrics.mia_min_k_plus_plus(scores.logprob, scores.mean, scores.var, compat=compat),
+        "mia_loss": metrics.membership.mia_loss(scores.logprob, compat=compat),
+        "mia_zlib": metrics.membership.mia_zlib(scores.logprob, texts, compat=compat),
+        "mia_min_k": metrics.membership.mia_min_k(scores.logprob, compat=compat),
+        "mia_min_k_plus_plus": metrics.membership.mia_min_k_plus_plus(
+            scores.logprob, scores.mean, scores.var, compat=compat
+        ),
     }
 
 
@@ -267,7 +272,7 @@ def _generation(
         part.references = [
             _expected(tokenizer, example) if compat else example.answer.strip() for example in found[key]
         ]
-        part.rouge = metrics.rouge_l(part.references, part.generations).recall
+        part.rouge = metrics.text.rouge_l(part.references, part.generations).recall
         empty = sum(not text for text in part.generations)
         if empty:
             result.notes.append(

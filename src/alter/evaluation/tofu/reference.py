@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from alter.core import Record, UserError, from_json, nearest, read_records
+from alter.core import UserError, nearest
 from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
+from alter.storage import Record, from_json, read_records
 
 
 def lacking(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from alter import metrics
-from alter.core import Array, Record, UserError
+from alter.core import Array, UserError
 from alter.evaluation.figures import Figures
 from alter.evaluation.tofu.sets import PARAPHRASED, UTILITY_SETS
+from alter.storage import Record
 
 if TYPE_CHECKING:
     pass
@@ -61,10 +62,10 @@ class TofuSet:
         """Fill in the losses and what follows from them: probability and truth ratio."""
         self.loss, self.right_loss, self.wrong_loss = loss, right_loss, wrong_loss
         if self.name in PARAPHRASED:
-            self.prob = metrics.probability(loss)
+            self.prob = metrics.likelihood.probability(loss)
         else:
-            self.prob = metrics.normalised_probability(loss, wrong_loss, compat=compat)
-        self.truth_ratio = metrics.truth_ratio(right_loss, wrong_loss, compat=compat)
+            self.prob = metrics.likelihood.normalised_probability(loss, wrong_loss, compat=compat)
+        self.truth_ratio = metrics.likelihood.truth_ratio(right_loss, wrong_loss, compat=compat)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class TofuResult:
                 add(f"{key}_probability", part.prob.mean(), part.n, part.prob, **extra)
                 ratio = self._ratio(part)
                 add(
-                    f"{key}_truth_ratio", ratio.mean(), part.n, part.truth_ratio, interval=metrics.row_interval(ratio), **extra
+                    f"{key}_truth_ratio", ratio.mean(), part.n, part.truth_ratio, interval=metrics.samples.row_interval(ratio), **extra
                 )  # fmt: skip
             if part.rouge is not None:
                 texts = {"questions": part.questions, "references": part.references, "generations": part.generations}
@@ -149,8 +150,8 @@ class TofuResult:
                 strength = forget.extraction_strength
                 add("forget_extraction_strength", strength.mean(), forget.n, strength, **extra)
             if forget.generations is not None:
-                add("forget_distinct_2", metrics.distinct_n(forget.generations, 2), forget.n, **extra)
-                repeats = metrics.repetition(forget.generations)
+                add("forget_distinct_2", metrics.text.distinct_n(forget.generations, 2), forget.n, **extra)
+                repeats = metrics.text.repetition(forget.generations)
                 add("forget_repetition", repeats.mean(), forget.n, repeats, **extra)
             if self.reference is not None:
                 check_reference(self.reference, self.split, self.mode, forget)
@@ -161,22 +162,28 @@ class TofuResult:
                 sizes = [len(each) for each in scores.values()]
                 add(
                     attack, value, sum(sizes), scores=scores, holdout=forget.holdout,
-                    interval=metrics.auc_interval(value, *sizes), **extra,
+                    interval=metrics.samples.auc_interval(value, *sizes), **extra,
                 )  # fmt: skip
             self._add_compared(forget, found, add)
         parts = self._utility_parts()
         if parts is not None:
             rows = sum(self.sets[key].n for key in UTILITY_SETS)
-            interval = metrics.utility_interval(self._utility_rows())
-            add("model_utility", metrics.model_utility(list(parts.values())), rows, parts=parts, interval=interval)
+            interval = metrics.samples.utility_interval(self._utility_rows())
+            add(
+                "model_utility",
+                metrics.likelihood.model_utility(list(parts.values())),
+                rows,
+                parts=parts,
+                interval=interval,
+            )
         return figures.records
 
     def _ratio(self, part: TofuSet) -> Array:
         """Return the truth ratio per row as the set's figure averages it."""
         assert part.truth_ratio is not None
         if part.name == "forget":
-            return metrics.closeness_to_one(part.truth_ratio, compat=self.mode == "compat")
-        return metrics.truthfulness(part.truth_ratio)
+            return metrics.likelihood.closeness_to_one(part.truth_ratio, compat=self.mode == "compat")
+        return metrics.likelihood.truthfulness(part.truth_ratio)
 
     def _utility_parts(self) -> dict[str, float] | None:
         """Return the nine figures of model utility by name, or None if one of them was not measured."""
@@ -202,15 +209,15 @@ class TofuResult:
         attacks, unseen = dict(forget.attacks), dict(forget.holdout_attacks)
         if "mia_loss" in attacks and self.reference is not None and self.reference.losses is not None:
             own, other = self.reference.losses
-            attacks["mia_reference"] = metrics.mia_reference(attacks["mia_loss"], own)
-            unseen["mia_reference"] = metrics.mia_reference(unseen["mia_loss"], other)
+            attacks["mia_reference"] = metrics.membership.mia_reference(attacks["mia_loss"], own)
+            unseen["mia_reference"] = metrics.membership.mia_reference(unseen["mia_loss"], other)
         return attacks, unseen
 
     def _add_compared(self, forget: TofuSet, found: dict[str, float], add: Callable[..., None]) -> None:
         """Add what needs the retrained model: forget quality, and PrivLeak where there is a holdout set."""
         if self.reference is None or forget.truth_ratio is None:
             return
-        quality = metrics.forget_quality(forget.truth_ratio, self.reference.truth_ratio)
+        quality = metrics.likelihood.forget_quality(forget.truth_ratio, self.reference.truth_ratio)
         add(
             "forget_quality",
             quality.pvalue,
@@ -226,8 +233,8 @@ class TofuResult:
         if "mia_min_k" in found and (compat or (reference_auc is not None and reference_auc < 1)):
             sizes = forget.n, len(forget.holdout_attacks["mia_min_k"])
             value, *ends = (
-                metrics.privleak(auc, reference_auc, compat=compat)
-                for auc in (found["mia_min_k"], *metrics.auc_interval(found["mia_min_k"], *sizes))
+                metrics.membership.privleak(auc, reference_auc, compat=compat)
+                for auc in (found["mia_min_k"], *metrics.samples.auc_interval(found["mia_min_k"], *sizes))
             )
             add(
                 "privleak",
@@ -241,7 +248,7 @@ class TofuResult:
 
 
 def aucs(attacks: dict[str, Array], holdout: dict[str, Array]) -> dict[str, float]:
-    return {name: metrics.auc(attacks[name], scores) for name, scores in holdout.items()}
+    return {name: metrics.membership.auc(attacks[name], scores) for name, scores in holdout.items()}
 
 
 def check_reference(reference: TofuReference, split: str, mode: str, forget: TofuSet) -> None:

@@ -1,7 +1,7 @@
 """Adapters, that is, what a run trains: ALTER's adapter, LoRA and its variants, an assistant, or the model's own weights.
 
 `Adapter` says what a kind is asked by a run; each final class is the settings of one kind (`kind` names it in a recipe)
-and its answers. `ADAPTERS` holds them by name and is open to plugins (`alter.core.plugins`). Everything but `FullWeights` is
+and its answers. `ADAPTERS` holds them by name and is open to plugins (`alter.plugins`). Everything but `FullWeights` is
 a PEFT adapter; an assistant, and LoRA with a detector, act through `alter.models.guards`, all others load with
 `PeftModel.from_pretrained`.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from alter.core import OneOf, Registry, UserError, kinds, nearest
+from alter.core import UserError, nearest
 from alter.methods.adapters.assistant import AssistantLora
 from alter.methods.adapters.base import Adapter, Beginning, Penalty, Settings
 from alter.methods.adapters.cards import Card
@@ -21,6 +21,7 @@ from alter.methods.adapters.full import FullWeights
 from alter.methods.adapters.lora import FirstHalves, Lora
 from alter.methods.adapters.peft import PeftAdapter
 from alter.methods.adapters.routed import AlterAdapter
+from alter.plugins import OneOf, Registry, kinds
 
 __all__ = [
     "ADAPTERS",

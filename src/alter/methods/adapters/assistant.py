@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from alter.core import Count
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card, guarded_card
 from alter.methods.places import Targets, blocks, target_names
+from alter.settings import Count
 
 if TYPE_CHECKING:
     from alter.data import Encoded

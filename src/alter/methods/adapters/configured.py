@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from alter.core import Count
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
 from alter.methods.places import Targets
+from alter.settings import Count
 
 
 def attach_alter(model: Any, **settings: Any) -> Any:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from alter.core import Count, UserError
+from alter.core import UserError
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card
 from alter.methods.places import Share, blocks, blocks_within
+from alter.settings import Count
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 import torch
 from pydantic import Field
 
-from alter.core import Count, UserError
+from alter.core import UserError
 from alter.methods.adapters.base import Adapter, Beginning, Penalty, Settings
 from alter.methods.adapters.cards import Card, guarded_card, peft_card, titled
 from alter.methods.initializers import residual_pair
 from alter.methods.places import Share, Targets, blocks, blocks_within, target_layers, target_names
+from alter.settings import Count
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

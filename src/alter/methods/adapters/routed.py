@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from alter.core import Count, UserError
+from alter.core import UserError
 from alter.logits import PAPER_THRESHOLD, check_threshold
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
 from alter.methods.adapters.configured import attach_alter
 from alter.methods.places import Targets, target_layers, target_names
+from alter.settings import Count
 
 if TYPE_CHECKING:
     from torch import nn

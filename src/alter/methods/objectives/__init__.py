@@ -3,14 +3,13 @@
 Each class is at once the settings of the objective (a pydantic model whose `kind` names it in a recipe), what it needs
 besides the model's logits (`needs`), and the two functions that compute it: `per_token` makes one number of each token's
 logits, which exist for a few tokens at a time; the objective itself makes the loss of these numbers. `FORGET`
-and `RETAIN` are the registries of what a recipe may name, open to plugins (`alter.core.plugins`).
+and `RETAIN` are the registries of what a recipe may name, open to plugins (`alter.plugins`).
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from alter.core import OneOf, Registry, kinds
 from alter.methods.objectives.answers import PreferInvented, PreferRefusal, RandomLabels, Refuse, Substitute
 from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.hidden import Deviate, KeepHidden, Misdirect, Redirect, UnknownCode
@@ -51,6 +50,7 @@ from alter.methods.objectives.tokens import (
     soft_cross_entropy,
     true_and_runner_up,
 )
+from alter.plugins import OneOf, Registry, kinds
 
 __all__ = [
     "FORGET",

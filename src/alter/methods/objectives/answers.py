@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from alter.core import Tokens
 from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.tokens import Emitted, Labelled, mean_or_zero, true_and_runner_up
+from alter.settings import Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class PreferInvented(PreferRefusal):
     """AltPO (Mekala et al. 2024, arXiv:2409.13474, Eq. 3): DPO with an answer that the model itself has made up.
 
     The loss is `PreferRefusal`'s; instead of a refusal, the preferred answer is another plausible one: the row's own column
-    `substitute`, else what the base samples when it is asked to change all facts (`alter.methods.invented`). One for each
+    `substitute`, else what the base samples when it is asked to change all facts (`alter.groundwork.invented`). One for each
     row (the authors draw five and pass over each of them).
     """
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
-from alter.core import Count, Seed, Steps
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import Labelled, mean_or_zero, row_means, wide
+from alter.settings import Count, Seed, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor

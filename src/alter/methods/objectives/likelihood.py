@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from alter.core import Count
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import (
     Emitted,
@@ -18,6 +17,7 @@ from alter.methods.objectives.tokens import (
     true_and_runner_up,
     wide,
 )
+from alter.settings import Count
 
 if TYPE_CHECKING:
     from torch import Tensor

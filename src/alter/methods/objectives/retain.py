@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from alter.core import Passes
 from alter.methods.objectives.base import Needs, Objective
 from alter.methods.objectives.tokens import Emitted, Labelled, divergence, soft_cross_entropy, wide
+from alter.settings import Passes
 
 if TYPE_CHECKING:
     from torch import Tensor

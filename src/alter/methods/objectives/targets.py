@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from alter.core import Count, Tokens
 from alter.methods.objectives.answers import learn_alternative
 from alter.methods.objectives.base import Needs, Objective, Writing
 from alter.methods.objectives.tokens import (
@@ -19,6 +18,7 @@ from alter.methods.objectives.tokens import (
     true_and_runner_up,
     wide,
 )
+from alter.settings import Count, Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor

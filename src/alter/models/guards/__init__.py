@@ -18,7 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alter.core import Registry, UserError, nearest, read_object
+from alter.core import UserError, nearest
 from alter.models.guards.agents import Agents
 from alter.models.guards.assistant import Subtracted, difference, first_blocks, without_rise
 from alter.models.guards.corruption import Corrupted, PromptClassifier
@@ -26,6 +26,8 @@ from alter.models.guards.detector import EARLIER, FEATURES, Detected, Former, de
 from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder
 from alter.models.guards.likeness import SHRINKAGE, Calibration, Detector, Likeness, mean_states
 from alter.models.guards.neurons import Abstaining, Adjusted
+from alter.plugins import Registry
+from alter.storage import read_object
 
 __all__ = [
     "EARLIER",

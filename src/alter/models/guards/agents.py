@@ -14,9 +14,8 @@ from transformers import DynamicCache
 
 from alter.core import UserError
 from alter.data import Example, encode_prompt
-from alter.models.generation import check_prompts, stop_ids
+from alter.inference import check_prompts, context_length, stop_ids
 from alter.models.guards.form import Guard, layers_behind
-from alter.models.scoring import context_length
 
 Ask = Callable[[str, str], str]
 """What a language model replies to an instruction and a message."""

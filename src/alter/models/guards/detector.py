@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from alter.core import UserError, progress, read_object
+from alter.core import UserError, progress
 from alter.data import Collator, Encoded
 from alter.models.attach import attach
 from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder
 from alter.models.guards.likeness import Calibration, Detector, Likeness, mean_states
+from alter.storage import read_object
 
 FEATURES = "detector.safetensors"
 """Beside it, for detectors: what each compares inputs with; "0" is the first request's."""

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from alter.core import Forged, UserError, fingerprint, read_signed
+from alter.core import UserError
 from alter.requests.certificate.form import FORM, VERSION
+from alter.requests.signing import Forged, fingerprint, read_signed
 
 
 def check_certificate(text: str, what: str, trusted: str | None = None) -> dict[str, Any]:

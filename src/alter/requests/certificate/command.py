@@ -9,12 +9,14 @@ import tyro
 from pydantic import Field
 from rich.console import Console
 
-from alter.core import Forged, OutFile, UserError, cell, fingerprint, new_key, read_exact, read_key, read_public
+from alter.core import UserError, cell
 from alter.requests.certificate.check import check_certificate, check_files
 from alter.requests.certificate.display import show_certificate
 from alter.requests.certificate.form import hashes, model_hashes
 from alter.requests.database import Database
 from alter.requests.records import parse_id
+from alter.requests.signing import Forged, fingerprint, new_key, read_exact, read_key, read_public
+from alter.settings import OutFile
 
 
 class Certificate(Database):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from alter.core import CONTENT, UserError, file_digest
+from alter.core import UserError
+from alter.storage import CONTENT, file_digest
 
 FORM = "alter certificate"
 VERSION = 1

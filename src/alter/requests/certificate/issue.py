@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alter.core import Key, Record, UserError, canonical, read_records, read_run, signed_text, write_atomic
+from alter.core import UserError
 from alter.requests.certificate.form import FIGURES, FORM, VERSION, hashes, model_hashes
 from alter.requests.database import Database
 from alter.requests.project import Project
 from alter.requests.records import HELD, Request, now
+from alter.requests.signing import Key, canonical, signed_text
+from alter.storage import Record, read_records, read_run, write_atomic
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _issued() -> dict[str, Any]:
-    from alter.core import code_digest, versions
+    from alter.storage import code_digest, versions
 
     found = versions()
     return {"alter": found.pop("alter-unlearning", None), "code": code_digest(), "versions": found}

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alter.core.errors import UserError
-from alter.core.files import _finite, from_json, write_atomic
+from alter.core import UserError
+from alter.storage import finite, from_json, write_atomic
 
 NEW_KEY = "`alter certificate --new-key FILE` makes one"
 
@@ -29,7 +29,7 @@ class Forged(UserError):
 def canonical(content: Mapping[str, Any]) -> bytes:
     """Return the bytes of a JSON document to sign: keys sorted, no spaces, UTF-8; NaN and infinity are null."""
     text = json.dumps(
-        _finite(dict(content)), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        finite(dict(content)), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
     return text.encode()
 

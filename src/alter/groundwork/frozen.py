@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from alter.adapter import Trace, alter_of
-from alter.core import keep, kept, processes, progress
+from alter.core import processes, progress
 from alter.data import Collator, Encoded, batches_by_length
 from alter.logits import Head, chunk_rows, standing_in
-from alter.methods.objectives import Emitted, Needs, Reference
+from alter.methods import Emitted, Needs, Reference
+from alter.storage import keep, kept
 
 TOKENS_PER_BATCH = 8192
 
@@ -34,7 +35,7 @@ class FrozenRow:
     `entropy` [T], `features` [T, D] and `gates` [T, N + 1] belong to each token's generating step (see
     `AlterModel.trace`); `reference` holds the distributions an objective compares with, and `base_logp` [n] the
     log-probabilities of the labels, at the n labelled tokens; `hidden` [T, H] the hidden states after one block; `named` [T]
-    whether a token is part of a name (`alter.methods.recognition`), which no pass is needed for.
+    whether a token is part of a name (`alter.groundwork.recognition`), which no pass is needed for.
     """
 
     entropy: Tensor | None = None

@@ -1,10 +1,10 @@
-"""Settings of a base that is trained further on the forget set (`alter.methods.probes`)."""
+"""Settings of a base that is trained further on the forget set (`alter.groundwork.probes`)."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import Count
+from alter.settings import Count
 
 
 class Reinforcement(BaseModel):

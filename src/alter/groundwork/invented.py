@@ -9,7 +9,7 @@ import torch
 
 from alter.core import UserError
 from alter.data import Encoded, Example, encode, encode_prompt
-from alter.models import context_length, generate
+from alter.inference import context_length, generate
 
 REQUEST = (
     "Question: {question}\nAnswer: {answer}\nInvent another answer to this question, as plausible as this one, in which every "

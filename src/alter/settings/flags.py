@@ -9,8 +9,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
-from alter.core.errors import UserError, nearest
-from alter.core.plugins import OneOf
+from alter.core import UserError, nearest
+from alter.plugins import OneOf
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -170,7 +170,7 @@ def split_recipe(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Split arguments into the settings of the recipe that comes first, if one does, and the flags."""
     if not args or args[0].startswith("-") or not args[0].endswith((".yaml", ".yml")):
         return {}, args
-    from alter.core.recipes import read_recipe
+    from alter.settings.recipes import read_recipe
 
     return read_recipe(args[0]), args[1:]
 

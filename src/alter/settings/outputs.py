@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from alter.core.errors import UserError
+from alter.core import UserError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from alter.core import progress
 from alter.data import Collator, Encoded
+from alter.groundwork.frozen import labelled
+from alter.inference import InputMoments
 from alter.logits import Part, head_on, measuring
-from alter.methods.frozen import labelled
-from alter.methods.initializers import Factors, covariance, variance
-from alter.methods.objectives import Emitted
-from alter.models import InputMoments
+from alter.methods import Emitted, Factors, covariance, variance
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from alter.plugins import plugins_digest
+
 # Provenance ----------------------------------------------------------------------------------------------------------
-from alter.core.files import digest, file_digest
-from alter.core.plugins import plugins_digest
-from alter.core.records import VERSION, Record
+from alter.storage.files import digest, file_digest
+from alter.storage.records import VERSION, Record
 
 LIBRARIES = (
     "torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy", "scipy",

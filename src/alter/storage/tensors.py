@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alter.core.console import warn
-from alter.core.files import write_atomic
+from alter.core import warn
+from alter.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,10 +13,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from alter.core import UserError, progress
 from alter.data import Collator, Encoded, Example, encode, refusals
-from alter.methods.frozen import View
-from alter.methods.invented import invented
-from alter.methods.objectives import ForgetObjective
-from alter.models import contiguous_head
+from alter.groundwork.frozen import View
+from alter.groundwork.invented import invented
+from alter.inference import contiguous_head
+from alter.methods import ForgetObjective
 
 EXPERT = "This text was written by a leading expert who knows everything about {concept}:"
 NOVICE = "This text was written by a novice who has never heard of {concept}:"

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from alter.core.errors import UserError
-from alter.core.files import write_atomic
+from alter.core import UserError
+from alter.storage.files import write_atomic
 
 CLAIM_FILE = ".running"
 """File in a run's folder while a process works there."""

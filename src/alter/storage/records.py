@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from alter.core.errors import UserError
-from alter.core.files import from_json, read_object, read_text, to_json, write_atomic
+from alter.core import UserError
+from alter.storage.files import from_json, read_object, read_text, to_json, write_atomic
 
 VERSION = 1
 """Version of the metric definitions; a record of another version is refused when records are read."""

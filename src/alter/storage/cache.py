@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alter.core.console import warn
-from alter.core.files import _finite, _write_quietly, digest
-from alter.core.records import Record, _records
+from alter.core import warn
+from alter.storage.files import _write_quietly, digest, finite
+from alter.storage.records import Record, _records
 
 
 def cache_folder(chosen: str | None = None) -> Path | None:
@@ -62,6 +62,6 @@ def recall(folder: Path, key: dict[str, Any]) -> Cached | None:
 
 def remember(folder: Path, key: dict[str, Any], result: Cached) -> None:
     """Store a result under its key; a folder that cannot be written is reported on stderr, without an error."""
-    content = json.loads(json.dumps(_finite(asdict(result)), allow_nan=False))
+    content = json.loads(json.dumps(finite(asdict(result)), allow_nan=False))
     stored = {"key": key, "sha256": digest(content), "content": content}
     _write_quietly(folder / "results" / f"{digest(key)}.json", json.dumps(stored))

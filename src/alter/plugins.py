@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar, cast
 from pydantic import BaseModel, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from alter.core.errors import UserError, nearest
+from alter.core import UserError, nearest
 
 GROUP = "alter.plugins"
 FILES_VARIABLE = "ALTER_PLUGINS"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from alter.core.errors import UserError, nearest
-from alter.core.flags import flags_of, name_at
+from alter.core import UserError, nearest
+from alter.settings.flags import flags_of, name_at
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError

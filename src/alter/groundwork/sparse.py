@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alter.core import UserError, progress, read_object
+from alter.core import UserError, progress
+from alter.storage import read_object
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 """Files of such a folder."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from alter.core import UserError, progress
 from alter.data import Collator, Encoded
-from alter.methods.frozen import labelled
-from alter.methods.places import blocks
+from alter.groundwork.frozen import labelled
+from alter.methods import blocks
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 """What architectures call a block's feed-forward layer."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from alter.core import UserError
 from alter.data import Encoded
-from alter.methods.initializers import Factors, Initializer, Start
-from alter.methods.probes import elicited_gradients, factor_variances, fisher, input_covariances, output_covariances
+from alter.groundwork.probes import elicited_gradients, factor_variances, fisher, input_covariances, output_covariances
+from alter.methods import Factors, Initializer, Start
 from alter.models import plain_weight
 
 

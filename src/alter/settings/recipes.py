@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from alter.core.errors import UserError, nearest
-from alter.core.files import read_text
+from alter.core import UserError, nearest
+from alter.storage import read_text
 
 LARGEST = 100_000
 """Most values of a recipe, an anchored one (&a) counted at each of its uses (*a)."""

@@ -11,7 +11,7 @@ import torch
 
 from alter.core import UserError, processes
 from alter.data import Collator, end_of_turn, ensure_pad_token
-from alter.models.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
+from alter.inference.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
 
 if TYPE_CHECKING:
     from torch import nn
