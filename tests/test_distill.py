@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from alter import api
+from alter.core import console
 from alter.core.errors import UserError
 from alter.data.examples import load_examples
 from alter.distillation import rows as lessons
@@ -231,6 +233,20 @@ def test_a_run_comes_nearer_to_its_teacher_and_loads_without_alter(data, run, tm
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "LlamaForCausalLM"
     assert api.Run.at(out).model == str(out / "model")
+
+
+def test_a_log_shows_how_far_the_training_is_and_only_the_command_says_what_is_next(
+    data, run, tmp_path, capsys, monkeypatch
+):
+    """A redirected log got nothing until training had ended; and in another command, what was not next there."""
+    monkeypatch.setattr(console, "BEAT", 0.0)
+    wanted = settings(data, run, tmp_path / "out")
+    distill(wanted)
+    said = capsys.readouterr()
+    assert re.search(r"^training: 1 of 2.*, about \d+ s left$", said.err, re.MULTILINE), said.err
+    assert "Next:" not in said.out + said.err
+    module.command(wanted.model_copy(update={"resume": True}))
+    assert f"alter export --model {tmp_path}/out/model" in capsys.readouterr().out.partition("Next:")[2]
 
 
 def test_a_lora_is_plain(data, run, tmp_path):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from alter.core import streams
+from alter.core import console, streams
 from pico import save_pico, write_jsonl
 
 ALTER = [sys.executable, "-m", "alter"]
@@ -92,3 +92,13 @@ def test_a_file_that_fails_takes_no_more(tmp_path):
     assert file.write(b"x") == 1
     file.close()
     assert (tmp_path / "x").read_bytes() == b"one"
+
+
+def test_progress_is_told_in_lines_where_no_bar_can_be_drawn(capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 40.0, 41.0, 240.0, 250.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    assert list(console.progress("abcde", total=5, label="reading")) == list("abcde")
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 2 of 5, about 60 s left",
+        "reading: 4 of 5, about 60 s left",
+    ]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from alter.core import words as words
     from alter.core.arrays import Array as Array
     from alter.core.console import LOG as LOG
+    from alter.core.console import Beats as Beats
     from alter.core.console import cell as cell
     from alter.core.console import ignore_known_warnings as ignore_known_warnings
     from alter.core.console import is_silent as is_silent

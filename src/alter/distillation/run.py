@@ -117,8 +117,6 @@ def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
     _clean(out)
     if settings.closing_rows:
         measure_distilled(settings, out, found, teacher)
-    if settings.form == "full":
-        _show_next(settings, out)
     return out
 
 
@@ -171,13 +169,22 @@ def _clean(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _show_next(settings: Distill, out: Path) -> None:
-    show(
-        f"\nNext:\n  alter attack --model {out}/model --original {settings.student} --forget {settings.forget}"
-        f" --out {out}/attacks\n  alter export --model {out}/model --out {out.name}-q8_0.gguf",
-        highlight=False,
-        markup=False,
-    )
+def command(settings: Distill) -> Path:
+    """Run `alter distill`: distil, and show what is next, which inside another command is another thing.
+
+    Raises:
+        UserError: see `distill`.
+    """
+    out = distill(settings)
+    if settings.form == "full":
+        whole = completed(settings)
+        show(
+            f"\nNext:\n  alter attack --model {out}/model --original {whole.student} --forget {whole.forget}"
+            f" --out {out}/attacks\n  alter export --model {out}/model --out {out.name}-q8_0.gguf",
+            highlight=False,
+            markup=False,
+        )
+    return out
 
 
 def _models(settings: Distill) -> dict[str, ModelSettings]:
