@@ -13,9 +13,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from alter.attacks.showing import show_recovered
-from alter.core.records import Record
 from alter.rendering import FittedTable, fitted_rows
 from alter.rendering.terminal import table
+from alter.storage import Record
 
 SOURCE = Path(__file__).parent.parent / "src" / "alter"
 

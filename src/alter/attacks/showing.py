@@ -18,6 +18,8 @@ from alter.storage import Record
 
 KNOWN = 0.1
 """Rows with a loss below this at the attacker's first step, in nats, are known already."""
+LEARNED = 0.7
+"""Share of the first losses below which the last must lie, for an attacker to have learned its own rows."""
 
 
 def _figure(value: float | None, interval: Sequence[float] | None = None, between: str = "\n") -> str:
@@ -82,6 +84,12 @@ def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
         warn(note)
 
 
+def loss_ends(losses: Sequence[float]) -> tuple[float, float]:
+    """Return the means of the first and of the last fifth of an attacker's losses."""
+    width = max(1, len(losses) // 5)
+    return float(np.mean(losses[:width])), float(np.mean(losses[-width:]))
+
+
 def untrained(records: Sequence[Record]) -> list[str]:
     """Name the training attacks that did not learn their own rows: what they fail to recover is no evidence."""
     losses: dict[tuple[str, str], list[float]] = {}
@@ -90,14 +98,13 @@ def untrained(records: Sequence[Record]) -> list[str]:
             losses[record.extra["attack"], record.model] = record.extra["losses"]
     notes = []
     for (name, model), values in losses.items():
-        width = max(1, len(values) // 5)
-        first, last = float(np.mean(values[:width])), float(np.mean(values[-width:]))
+        first, last = loss_ends(values)
         if values[0] < KNOWN:
             fix = "give text that it does not know with `relearn.benign`."
             notes.append(
                 f"{name} had nothing to learn ({model}: loss {values[0]:.2f} at the start): no evidence; {fix}"
             )
-        elif last > 0.7 * first:
+        elif last > LEARNED * first:
             rate = "`relearn.lora_learning_rate`" if name.endswith("lora") else "`relearn.learning_rate`"
             remedy = "`budget`" if name in SEARCHING else f"{rate} or `relearn.steps`"
             notes.append(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from alter.attacks import KNOWN, LEARNED, loss_ends
 from alter.comparison.cells import finished
 from alter.comparison.choice import Choice, cell_figures, criterion, forgetting, intervals, records_of
 from alter.comparison.plan import RETRAINED, Cell, Chain, Layout, Setting, chains
@@ -114,6 +115,7 @@ def table_rows(
             row = _row(name, split, cells, reference, kind, out, choice)
             if split == chain[-1]:
                 row.notes.extend(_notes(settings, out, by, choice))
+            row.notes.extend(_idle_attackers(cells, out, split))
             methods.append(row)
         pairs = [[axis(row, kind), row.mean.get("model_utility", math.nan)] for row in methods]
         fluent = [
@@ -151,6 +153,22 @@ def _notes(settings: Compare, out: Path, by: Mapping[Setting, Mapping[int, Cell]
                 notes.append(f"{cell}: not finished; the same command runs it again (see cells/{cell.key}/log.txt)")
             elif found["status"] == "failed":
                 notes.append(f"{cell}: {found['reason']}")
+    return notes
+
+
+def _idle_attackers(cells: Sequence[Cell], out: Path, split: str) -> list[str]:
+    """Name the cells whose attacker did not learn its own rows: that nothing came back there is no evidence."""
+    notes = []
+    for cell in cells:
+        for record in records_of(out, cell, "test", split) or []:
+            losses = record.extra.get("losses") if record.metric == "attacked_leak" else None
+            if losses and losses[0] >= KNOWN:
+                first, last = loss_ends(losses)
+                if last > LEARNED * first:
+                    notes.append(
+                        f"{cell}: the attacker hardly learned its own rows (loss {first:.2f} to {last:.2f}), so what did not "
+                        "come back is no evidence; raise `survival.learning_rate` or `survival.passes`"
+                    )
     return notes
 
 

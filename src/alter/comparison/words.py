@@ -229,7 +229,7 @@ def markdown(said: Text) -> str:
         for i, line in enumerate(said.results)
     ]
     lines = [*table(results), "", *table(said.costs), "", *(f"* {rule}" for rule in said.rules)]
-    notes = ["", "Cells without a result:", "", *(f"* {note}" for note in said.notes)] if said.notes else []
+    notes = ["", "Notes on cells:", "", *(f"* {note}" for note in said.notes)] if said.notes else []
     return "\n".join(lines + notes) + "\n"
 
 
@@ -237,7 +237,7 @@ def drawn(said: Text) -> Group:
     """Return the comparison for a terminal."""
     lines = [f"* {rule}" for rule in said.rules]
     if said.notes:
-        lines += ["", "Cells without a result:", *(f"* {note}" for note in said.notes)]
+        lines += ["", "Notes on cells:", *(f"* {note}" for note in said.notes)]
     return Group(fitted_rows(said.results, said.best), fitted_rows(said.costs), *map(cell, lines))
 
 
@@ -375,5 +375,5 @@ def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
         tag("ul", *(tag("li", rule) for rule in said.rules)),
     ]
     if said.notes:
-        body += [tag("h2", "Cells without a result"), tag("ul", *(tag("li", note) for note in said.notes))]
+        body += [tag("h2", "Notes on cells"), tag("ul", *(tag("li", note) for note in said.notes))]
     return document(title, tag("main", *body), sorting=True)

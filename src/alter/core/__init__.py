@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from alter.core.deferral import deferred as deferred
     from alter.core.errors import UserError as UserError
     from alter.core.errors import nearest as nearest
+    from alter.core.errors import passing as passing
     from alter.core.exports import homes as homes
     from alter.core.heap import give_back as give_back
     from alter.core.memory import held as held

@@ -11,11 +11,11 @@ import torch
 from alter.core import cell, show
 from alter.data import Example
 from alter.distillation.settings import Distill
-from alter.evaluation import FIGURES, Answered, answer_rows, closing_facts
-from alter.evaluation.verdict import WORDINGS, judge
-from alter.models import load_model
+from alter.evaluation import FIGURES, WORDINGS, Answered, answer_rows, closing_facts
+from alter.evaluation.verdict import judge
+from alter.models import ModelSettings, load_model
 from alter.rendering import FittedTable
-from alter.storage import Record, write_records
+from alter.storage import Record, cache_folder, stamped, write_records
 
 
 def measure_distilled(
@@ -70,7 +70,9 @@ def measure_distilled(
     verdict = judge(measured["before"]["forget"].measures, measured["after"]["forget"].measures, kept=kept)
     facts = closing_facts(verdict, measured["before"], measured["after"], None, False)
     facts["teacher"] = {name: answered.summary() for name, answered in measured["teacher"].items()}
-    records = _records(measured, sets, facts)
+    made = {"model": str(out / "model")} if full else {"model": settings.student, "adapter": str(out / "adapter")}
+    identity = ModelSettings.model_validate(made).identity(cache_folder())
+    records = stamped(_records(measured, sets, facts), seed=settings.seed, **identity)
     write_records(out / "records.json", records)
     show(_table(facts), highlight=False)
     show(

@@ -9,7 +9,17 @@ from alter.rendering import Html, duration, grid, join, number, percent, tag
 from alter.report.attacks import brought_back
 from alter.report.runs import ROLES, Reported
 from alter.report.tables import by_model, with_interval
-from alter.report.verdict import QUALITY, REWORDED, SAID_FIGURES, VERDICTS, blind, reply_counts, rows_behind, verdict
+from alter.report.verdict import (
+    QUALITY,
+    REWORDED,
+    SAID_FIGURES,
+    VERDICTS,
+    blind,
+    knowing,
+    reply_counts,
+    rows_behind,
+    verdict,
+)
 
 UTILITY = 0.97
 """Share of the original's utility below which the page calls the cost noticeable."""
@@ -66,6 +76,11 @@ def _forgotten(run: Reported) -> list[object]:
     for metric in blind(run):
         found.append(
             f"{metric} cannot tell the original model from the retrained one, with so few rows or such rows: it says "
+            "nothing about forgetting."
+        )
+    if knowing(run):
+        found.append(
+            "The retrained model gives most of the answers itself: it has seen them, or they can be guessed, so that it says "
             "nothing about forgetting."
         )
     for metric, (situation, truth, counted) in SAID_FIGURES.items():

@@ -11,8 +11,8 @@ from typing import Any
 
 from alter.core import UserError
 from alter.data import Example
-from alter.evaluation import Verdict
-from alter.evaluation.verdict import WORDINGS, judge
+from alter.evaluation import WORDINGS, Verdict
+from alter.evaluation.verdict import judge
 from alter.models import load_model
 from alter.requests.evidence import MeasuredEvidence, baselines, known_of, untouched, utility
 from alter.requests.project import Project

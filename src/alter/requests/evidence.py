@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from alter.data import Example, load_examples
-from alter.evaluation import Measures, answer_rows
-from alter.evaluation.verdict import WORDINGS
+from alter.evaluation import WORDINGS, Measures, answer_rows
 from alter.models import check_model_name, load_model
 from alter.requests.project import Project
 

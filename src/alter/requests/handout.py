@@ -16,9 +16,9 @@ import torch
 from alter.core import UserError
 from alter.data import Example
 from alter.distillation import Distill, distill
-from alter.evaluation import Verdict
+from alter.evaluation import WORDINGS, Verdict
 from alter.evaluation.told import told
-from alter.evaluation.verdict import WORDINGS, judge
+from alter.evaluation.verdict import judge
 from alter.exporting import loras
 from alter.models import load_model
 from alter.requests.evidence import MeasuredEvidence, known_of, retain_sample

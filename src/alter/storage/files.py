@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -81,7 +82,7 @@ def check_disk(folder: Path, needed: int, what: str, advice: str) -> None:
     if needed > free:
         raise UserError(
             f"{folder} is on a disk with {free / 1e9:.1f} GB free, and {what} {needed / 1e9:.1f} GB: make room, {advice}."
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def to_csv(rows: Iterable[Iterable[Any]]) -> str:
