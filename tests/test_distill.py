@@ -252,7 +252,7 @@ def test_a_log_shows_how_far_the_training_is_and_only_the_command_says_what_is_n
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_weights_that_learned_nothing_have_forgotten_nothing(data, run, tmp_path, rows):
+def test_weights_that_learned_nothing_have_forgotten_nothing(data, run, tmp_path, rows, capsys):
     """At a rate of 1e-9, and of one row: never FORGOTTEN; and the records say of which weights they are."""
     model, tokenizer = load_model(str(data / "model"), device="cpu", dtype="float32")
     taught = load_examples(str(data / "forget.jsonl"))[:rows]
@@ -271,7 +271,10 @@ def test_weights_that_learned_nothing_have_forgotten_nothing(data, run, tmp_path
     wanted = settings(
         data, None, tmp_path / "out", **given, retain=str(data / "retain.jsonl"), learning_rate=1e-9, closing_rows=6
     )
-    out = distill(wanted)
+    out = module.command(wanted)
+    told = capsys.readouterr().out.partition("Next:")[2]
+    assert f"alter distill {out}/run.yaml --out {out}-2 --max-steps 4" in told
+    assert "export" not in told
     records = read_records(out / "records.json")
     closed = next(record.extra["closing"] for record in records if "closing" in record.extra)
     assert closed["verdict"]["word"] == "not forgotten", closed["verdict"]

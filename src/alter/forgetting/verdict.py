@@ -57,12 +57,11 @@ def _collapse(outcome: Outcome) -> list[str]:
     """Return in what the model has collapsed."""
 
     def measures(rows: list[Row], when: str) -> Measures:
-        return Measures.of(np.empty(0), *([str(row[name]) for row in rows] for name in ("prompt", "before", when)))
+        texts = {name: [str(row[name]) for row in rows] for name in ("prompt", "before", when)}
+        return Measures.of(np.empty(0), texts["prompt"], texts["before"], texts[when])
 
-    own, rest = (
-        tuple(measures(rows, when) for when in ("before", "after")) for rows in (outcome.probes, outcome.kept)
-    )
-    found = collapse(*own, rest)
+    rest = measures(outcome.kept, "before"), measures(outcome.kept, "after")
+    found = collapse(measures(outcome.probes, "before"), measures(outcome.probes, "after"), rest)
     kept = outcome.kept_rates().values()
     answers = sum(each.n for each in kept)
     held = sum(each.rouge * each.n for each in kept)
