@@ -426,3 +426,4 @@ def test_the_limits_are_those_of_what_is_shipped(tmp_path, made, shipped, attack
     said = " ".join(limits(Beside(place, attacks), adapter=made))
     assert ("base weights still know" in said) == (made if shipped is None else shipped == "adapter")
     assert ("No attack was made" in said) == (not attacks)
+    assert ("fewer bits can bring back" in said) == (shipped is not None)

@@ -115,6 +115,22 @@ def test_an_attacker_that_learned_nothing_proves_nothing(data, tmp_path, monkeyp
     assert "is no evidence" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.parametrize(("retrained", "doubted"), [(0.88, True), (0.2, False)])
+def test_a_retrained_model_that_knows_is_doubted(data, tmp_path, monkeypatch, retrained, doubted):  # noqa: F811
+    """The original, saved anew in its place, is another file: what changed nothing was then the best method."""
+    wanted = settings(data, tmp_path, rates=[1.0])
+    made = plan.lay_out(wanted, tmp_path)
+    for cell in cells_of(made):
+        write_cell(tmp_path, cell, np.random.default_rng(0))
+        for path in (tmp_path / "cells" / cell.key).glob("*-*.json"):
+            known = {"original": 0.9, "retrained": retrained}.get(cell.name, 0.1)
+            rest = [record for record in read_records(path) if record.metric != "forget_probability"]
+            write_records(path, [*rest, Record("x", "forget_probability", known, 3)])
+    monkeypatch.setattr(cells, "run_cells", lambda *_: iter(()))
+    notes = {row.name: row.notes for row in compare.compare(wanted)}
+    assert any("retrained forget10 is no reference" in note for note in notes["retrained"]) is doubted
+
+
 def test_the_bound_alone_runs_no_cell_again(data, tmp_path):  # noqa: F811
     keys = [
         {cell.key for cell in cells_of(plan.lay_out(settings(data, tmp_path, survival=how), tmp_path))}

@@ -57,7 +57,7 @@ def test_a_stacked_row_names_its_figures_and_leaves_out_what_is_empty():
         "to forget (20 rows)",
         "  probability of the ",
         "true answers",
-        "  before: 0.001",
+        "    before: 0.001",
         "",
     ]
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from alter.attacks import KNOWN, LEARNED, loss_ends
 from alter.comparison.cells import finished
 from alter.comparison.choice import Choice, cell_figures, criterion, forgetting, intervals, records_of
-from alter.comparison.plan import RETRAINED, Cell, Chain, Layout, Setting, chains
+from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Layout, Setting, chains
 from alter.comparison.settings import Compare
+from alter.evaluation import SLACK, UNKNOWN
 from alter.storage import Record
 
 COSTS = {
@@ -108,6 +109,7 @@ def table_rows(
         for (name, where), cell in made.models.items():
             if where == split:
                 rows.append(_row(name, split, [cell], reference, kind, out, None))
+        rows[-1].notes.extend(_doubts(rows, split))
         methods = []
         for name in settings.methods:
             choice, by = chosen[name, chain], made.grid[name, chain]
@@ -154,6 +156,18 @@ def _notes(settings: Compare, out: Path, by: Mapping[Setting, Mapping[int, Cell]
             elif found["status"] == "failed":
                 notes.append(f"{cell}: {found['reason']}")
     return notes
+
+
+def _doubts(rows: Sequence[TableRow], split: str) -> list[str]:
+    """Say so where the retrained model knows the answers nearly as well as the original: forgetting is measured by it."""
+    by = {row.name: row.mean.get("forget_probability", math.nan) for row in rows if row.split == split}
+    before, honest = by.get(ORIGINAL, math.nan), by.get(RETRAINED, math.nan)
+    if not (before > UNKNOWN and honest >= before - SLACK):
+        return []
+    return [
+        f"{RETRAINED} {split} is no reference: it gives the true answers a probability of {honest:.3f}, the original {before:.3f}, "
+        "so what comes near to it has forgotten nothing"
+    ]
 
 
 def _idle_attackers(cells: Sequence[Cell], out: Path, split: str) -> list[str]:

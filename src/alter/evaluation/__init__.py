@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from alter.evaluation.verdict import LEAST as LEAST
     from alter.evaluation.verdict import SAID as SAID
     from alter.evaluation.verdict import SLACK as SLACK
+    from alter.evaluation.verdict import UNKNOWN as UNKNOWN
     from alter.evaluation.verdict import WORDINGS as WORDINGS
     from alter.evaluation.verdict import Measures as Measures
     from alter.evaluation.verdict import Verdict as Verdict

@@ -80,14 +80,15 @@ class FittedTable(Table):
             if not self.show_header:
                 yield Text(": ").join(each for each in shown if each.plain)
                 continue
-            if shown[0].plain:
+            label = shown[0].plain
+            if label:
                 shown[0].stylize("bold")
                 yield shown[0]
             for header, value in zip(headers[1:], shown[1:], strict=True):
                 if value.plain.strip():
                     named = Text.assemble(header, ": ", value) if header.plain else value
                     named.overflow = "fold"
-                    yield Padding(named, (0, 0, 0, 2), expand=False)
+                    yield Padding(named, (0, 0, 0, 2 + len(label) - len(label.lstrip())), expand=False)
         if self.caption:
             yield _folded(self.caption)
 

@@ -234,6 +234,10 @@ def limits(beside: Beside, *, adapter: bool) -> list[str]:
         "It states what was measured on the rows and the attacks named here, and nothing of other wordings or attacks."
     ]
     if beside.shipped is not None:
+        found.append(
+            "The figures are of the result. What is shipped was made from it, and is measured by the attacks alone that name it: "
+            "fewer bits can bring back what was forgotten."
+        )
         adapter = (Path(beside.shipped).expanduser() / "adapter_config.json").is_file()
     if adapter:
         found.append(
