@@ -136,10 +136,10 @@ class Beats:
         show(", ".join(parts), stderr=True, highlight=False)
 
 
-def progress(iterable: Iterable[T], *, total: int, label: str) -> Iterator[T]:
+def progress(iterable: Iterable[T], *, total: int, label: str, lines: bool = True) -> Iterator[T]:
     """Yield the items while a progress bar with time left is shown on stderr; in a file or pipe, lines (see `Beats`).
 
-    As a library: log each step as info.
+    As a library: log each step as info. Without `lines` the caller tells of each item itself.
     """
     if _silent.get():
         for done, item in enumerate(iterable, 1):
@@ -161,7 +161,8 @@ def progress(iterable: Iterable[T], *, total: int, label: str) -> Iterator[T]:
         tell = Beats(label, total)
         for done, item in enumerate(iterable, 1):
             yield item
-            tell(done)
+            if lines:
+                tell(done)
         return
     with Progress(*columns, console=console, transient=True) as bar:
         yield from bar.track(iterable, total=total, description=label)

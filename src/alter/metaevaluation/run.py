@@ -47,7 +47,7 @@ def _run(settings: MetaEvaluate, tools: Measuring, laid: Sequence[Member], out: 
     todo = [member for member in laid if stored(out, member) is None]
     show(f"{len(laid)} models, {len(laid) - len(todo)} of them measured before", stderr=True)
     started = time.time()
-    for count, member in enumerate(progress(todo, total=len(todo), label="models"), 1):
+    for count, member in enumerate(progress(todo, total=len(todo), label="models", lines=False), 1):
         with silent():
             found = measure_member(settings, tools, member, out)
         left = (time.time() - started) / count * (len(todo) - count)
