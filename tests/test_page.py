@@ -293,7 +293,8 @@ def test_verdict(unlearned, retrained, quality, expected):
         (0.7, 0.36, None, "no"),
         (0.7, 0.34, None, "yes"),
         (0.1, 0.1, 0.4, "yes"),
-        (None, 0.6, 0.1, "yes"),
+        (None, 0.6, 0.1, "no"),
+        (None, 0.5, 0.1, "yes"),
     ],
 )
 def test_verdict_asks_in_other_words(original, unlearned, retrained, expected):

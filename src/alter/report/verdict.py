@@ -73,10 +73,12 @@ def _still_said(run: Reported) -> bool:
 
 def _known_in_other_words(run: Reported) -> bool:
     before, after, honest = (run.value(model, REWORDED) for model in ("original", "unlearned", "retrained"))
-    if before is None or after is None:
+    if after is None:
         return False
-    floor = min(honest or 0.0, before)
-    return after > floor + (1 - GONE) * (before - floor)
+    # where the original was not measured, it knew them all
+    known = 1.0 if before is None else before
+    floor = min(honest or 0.0, known)
+    return after > floor + (1 - GONE) * (known - floor)
 
 
 def blind(run: Reported) -> list[str]:
