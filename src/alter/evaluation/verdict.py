@@ -245,19 +245,19 @@ def judge(
     against += _by_words(then, now, zero, spoken, by)
     left = still_known(before, after, trusted)
     reworded = [] if not left else [_told(left, before)]
-    collapse = _collapse(before, after, kept)
+    lost = collapse(before, after, kept)
     if against and _unknown(then) and _unknown(now):
         given = f"none of {then['n_said']} answers" if then["n_said"] else "no answers"
         nothing = f"The untouched model gives {given}: there is nothing to forget, which proves nothing."
-        word: Word = "collapsed" if collapse else "unproven"
-        return Verdict(word, (*collapse, nothing, f"{likely}.", *notes), named, refused)
+        word: Word = "collapsed" if lost else "unproven"
+        return Verdict(word, (*lost, nothing, f"{likely}.", *notes), named, refused)
     if against:
-        return Verdict("not forgotten", (*against, *reworded, *collapse, *notes), named, refused)
+        return Verdict("not forgotten", (*against, *reworded, *lost, *notes), named, refused)
     if reworded:
-        reasons = (*reworded, spoken, f"{likely}.", *collapse, *notes)
+        reasons = (*reworded, spoken, f"{likely}.", *lost, *notes)
         return Verdict("not forgotten", reasons, named, refused, tuple(left))
-    if collapse:
-        return Verdict("collapsed", (*collapse, f"{likely}.", *notes), named, refused)
+    if lost:
+        return Verdict("collapsed", (*lost, f"{likely}.", *notes), named, refused)
     lacking = _lacking(then, now, zero)
     if lacking:
         return Verdict("unproven", (*lacking, f"{likely}.", *notes), named, refused)
@@ -367,7 +367,8 @@ def _spoken(before: Measures, after: Measures, zero: Mapping[str, Any] | None) -
     return f"{told}."
 
 
-def _collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures] | None) -> list[str]:
+def collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures] | None) -> list[str]:
+    """Return in what a model has collapsed: broken or empty replies, replies that go round, rows to keep that are lost."""
     found = []
     # a model without a chat's turns goes round by habit: what it does on other rows is no harm on these
     habit = float(kept[0].repetition.mean()) if kept is not None and len(kept[0].recall) else 0.0
