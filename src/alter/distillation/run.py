@@ -185,8 +185,8 @@ def command(settings: Distill) -> Path:
     ]
     if closed is not None and closed["verdict"]["word"] == "not forgotten":
         # what still knows is not for handing out
-        longer = f"--max-steps {2 * whole.max_steps}" if whole.max_steps else f"--epochs {2 * whole.epochs:g}"
-        commands = [f"alter distill {out}/run.yaml --out {out}-2 {longer}"]
+        longer = f" --max-steps {2 * whole.max_steps}" if whole.max_steps else f" --epochs {2 * whole.epochs:g}"
+        commands = [f"alter distill {out}/run.yaml --out {out}-2{longer}"]
     if settings.form == "full":
         show("\nNext:\n" + "\n".join(f"  {each}" for each in commands), highlight=False, markup=False)
     return out
