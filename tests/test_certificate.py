@@ -364,6 +364,25 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
         check(made, verify=str(out))
     with pytest.raises(UserError, match=r"no run\.json"):
         certificate(Certificate(**{**given, "what": str(folder)}))
+    # a step of one row forgets nothing, and the certificate says so in its first lines
+    assert signed["state"] in ("not forgotten", "unproven", "collapsed")
+    assert signed["why"]
+    again = {**given, "out": str(tmp_path / "d.json")}
+    kept = (run_folder / "records.json").read_text()
+    said = json.loads(kept)
+    # weights that were put in the place of those that were measured, and figures that do not say of which they are
+    weights = next((run_folder / result).glob("*.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="measured of other weights"):
+        certificate(Certificate(**again))
+    weights.write_bytes(whole)
+    (run_folder / "records.json").write_text(json.dumps([{**record, "provenance": {}} for record in said]))
+    with pytest.raises(UserError, match="does not say which weights"):
+        certificate(Certificate(**again))
+    (run_folder / "records.json").unlink()
+    assert certificate(Certificate(**again))["state"] == "not measured"
+    (run_folder / "records.json").write_text(kept)
 
 
 def test_command_line(made, tmp_path, capsys):
@@ -407,3 +426,4 @@ def test_the_limits_are_those_of_what_is_shipped(tmp_path, made, shipped, attack
     said = " ".join(limits(Beside(place, attacks), adapter=made))
     assert ("base weights still know" in said) == (made if shipped is None else shipped == "adapter")
     assert ("No attack was made" in said) == (not attacks)
+    assert ("fewer bits can bring back" in said) == (shipped is not None)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from alter import api
+from alter.core import console
 from alter.core.errors import UserError
+from alter.data.encoding import encode
 from alter.data.examples import load_examples
 from alter.distillation import rows as lessons
 from alter.distillation import run as module
@@ -26,7 +29,8 @@ from alter.distillation.settings import Distill, Shares, completed
 from alter.distillation.teacher import Teacher, kl_of_logits, part
 from alter.distillation.trainer import weights_of
 from alter.logits.head import measuring
-from alter.models.loading import load_model
+from alter.models.loading import ModelSettings, load_model
+from alter.storage.records import read_records
 from alter.training import folder
 from pico import PAD, byte_tokenizer, pico, save_pico, write_jsonl, write_people
 
@@ -232,6 +236,53 @@ def test_a_run_comes_nearer_to_its_teacher_and_loads_without_alter(data, run, tm
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "LlamaForCausalLM"
     assert api.Run.at(out).model == str(out / "model")
+
+
+def test_a_log_shows_how_far_the_training_is_and_only_the_command_says_what_is_next(
+    data, run, tmp_path, capsys, monkeypatch
+):
+    """A redirected log got nothing until training had ended; and in another command, what was not next there."""
+    monkeypatch.setattr(console, "BEAT", 0.0)
+    wanted = settings(data, run, tmp_path / "out")
+    distill(wanted)
+    said = capsys.readouterr()
+    assert re.search(r"^training: 1 of 2.*, about \d+ s left$", said.err, re.MULTILINE), said.err
+    assert "Next:" not in said.out + said.err
+    module.command(wanted.model_copy(update={"resume": True}))
+    assert f"alter export --model {tmp_path}/out/model" in capsys.readouterr().out.partition("Next:")[2]
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_weights_that_learned_nothing_have_forgotten_nothing(data, run, tmp_path, rows, capsys):
+    """At a rate of 1e-9, and of one row: never FORGOTTEN; and the records say of which weights they are."""
+    model, tokenizer = load_model(str(data / "model"), device="cpu", dtype="float32")
+    taught = load_examples(str(data / "forget.jsonl"))[:rows]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        for example in taught:
+            row = encode(tokenizer, example)
+            loss = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.save_pretrained(tmp_path / "knows")
+    tokenizer.save_pretrained(tmp_path / "knows")
+    forget = write_jsonl(tmp_path / "forget.jsonl", [example.row for example in taught])
+    given = {"model": str(data / "model"), "adapter": None, "student": str(tmp_path / "knows"), "forget": str(forget)}
+    wanted = settings(
+        data, None, tmp_path / "out", **given, retain=str(data / "retain.jsonl"), learning_rate=1e-9, closing_rows=6
+    )
+    out = module.command(wanted)
+    told = capsys.readouterr().out.partition("Next:")[2]
+    assert f"alter distill {out}/run.yaml --out {out}-2 --max-steps 4" in told
+    assert "export" not in told
+    records = read_records(out / "records.json")
+    closed = next(record.extra["closing"] for record in records if "closing" in record.extra)
+    assert closed["verdict"]["word"] == "not forgotten", closed["verdict"]
+    assert closed["before"]["forget"]["said"] == closed["after"]["forget"]["said"] == rows
+    assert {record.provenance["weights"] for record in records} == {
+        ModelSettings(model=str(out / "model")).identity()["weights"]
+    }
 
 
 def test_a_lora_is_plain(data, run, tmp_path):

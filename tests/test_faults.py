@@ -165,12 +165,13 @@ def check(url, place, states, fault):
             assert path.stat().st_mode & 0o077 == 0 or path.parent.stat().st_mode & 0o077 == 0, (fault, path)
 
 
-def each(template, place, action, every):
-    """Faults of an action; yields after each. `every`: "all" at every point, "one" at every point, or else a few."""
+def each(template, place, action, every, least=6):
+    """Faults of an action, which has `least` points; yields after each. `every`: "all" at every point, "one" at every point, or
+    else a few."""
     seen = points(template, place, action)
     again = points(template, place, action)
     assert [what.split()[0] for what in seen] == [what.split()[0] for what in again]
-    assert len(seen) > 5
+    assert len(seen) >= least
     chosen = []
     for at, what in enumerate(seen, start=1):
         kinds = [kind for kind in KINDS if differs(kind, what)]

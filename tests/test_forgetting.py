@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +28,7 @@ from alter.forgetting import (
     run,
     speaker,
     templates,
+    verdict,
 )
 from alter.forgetting.facts import Fact, candidates, holds, named, place_of, swap, whole
 from alter.forgetting.material import Material
@@ -147,6 +149,65 @@ def test_answers_that_name_something_known_are_counted_beside_the_question():
     assert measure.Outcome(rows_of, []).naming(["Ada", "Cy"]) == (1, 2)
 
 
+def outcome_of(answered, n=12, *, zero=0, after=None, kept="It rains in May."):
+    """Answers to n probes, of which some still hold the fact, and one kept answer that was `It rains in May.`"""
+    said = [f"It is Ada, number {i}." if i < answered else f"Nobody knows number {i}." for i in range(n)]
+    probes_of = [
+        {"form": "cloze", "prompt": f"Who {i}?", "before": f"It is Ada, number {i}.", "after": after or text}
+        | {"wanted": ["Ada"], "zero": i < zero}
+        for i, text in enumerate(said)
+    ]
+    rest = [{"form": "general", "prompt": "When?", "before": "It rains in May.", "after": kept}]
+    return measure.Outcome(probes_of, rest)
+
+
+def against(p, gap, n=12):
+    return {"n": n, "p": p, "logprob": -3.0, "logprob_invented": -3.0 - gap}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "after", "word", "said"),
+    [
+        (outcome_of(1), against(0.4, 0.1), "forgotten", "1 of 12 probes"),
+        # invented subjects have learned its facts, so nothing tells them apart; it is still said
+        (outcome_of(12), against(0.6, 0.0), "not forgotten", "12 of 12 probes are answered with a fact. At most 10%"),
+        # as often as of an invented subject
+        (outcome_of(5, zero=5), against(0.4, 0.1), "forgotten", "5 of 12"),
+        # hardly known, and hardly moved across the level: at a learning rate of 1e-9 for instance
+        (outcome_of(0), against(0.051, 1.99), "not forgotten", "1.99 nats more probable .* 2.00 before"),
+        (outcome_of(0), against(0.01, 0.1), "not forgotten", "still tells it from an invented subject"),
+        (outcome_of(0), against(float("nan"), float("nan")), "not forgotten", "p nan"),
+        (outcome_of(0, 3), against(0.4, 0.1, 3), "unproven", "Only 3 probes"),
+        (outcome_of(0), {}, "unproven", "Only 0 probes"),
+        (outcome_of(0, after="aaaaaaaaaa"), against(0.4, 0.1), "collapsed", "12 of 12 replies"),
+        (outcome_of(0, kept="x"), against(0.4, 0.1), "collapsed", "hold 0% of their words"),
+        (outcome_of(9, kept="x"), against(0.4, 0.1), "not forgotten", "9 of 12"),
+    ],
+)
+def test_a_subject_is_forgotten_only_if_everything_says_so(outcome, after, word, said):
+    found = verdict.judge_subject(outcome, against(0.001, 2.0), after)
+    assert found.word == word
+    assert re.search(said, " ".join(found.why)), found.why
+
+
+def test_answers_are_kept_for_the_very_same_weights(tmp_path):
+    """After other training in the same folder the answers before it were told again, and the verdict was of those."""
+    tokenizer = byte_tokenizer()
+
+    def said(seed, identity):
+        ask = speaker.Speaker(pico(seed), tokenizer, tmp_path, tokens=6, batch=2, seed=0, identity=identity)
+        return ask.say("probes", ["ab", "cd"])
+
+    one = said(0, "one")
+    assert said(1, "one") == one
+    other = said(1, "other")
+    assert other != one
+    assert said(0, "other") == other
+    # what has no identity may be anything
+    assert said(0, None) == one
+    assert said(1, None) == other
+
+
 def test_rare_names_are_looked_at_and_rare_words_are_not():
     own = ["A foe called Gorm waits, and gold.", "So says Gorm of gold."] + ["It is a thing."] * 20
     other = ["It is a thing."] * 22
@@ -170,7 +231,7 @@ def test_no_row_leaves_its_batch_when_it_has_ended(tmp_path, monkeypatch):
     model, tokenizer = pico(), byte_tokenizer()
     model.register_forward_pre_hook(lambda _, __, given: shapes.append(len(given["input_ids"])), with_kwargs=True)
     model.generation_config.eos_token_id = [*range(0, 256, 3)]
-    said = speaker.Speaker(model, tokenizer, tmp_path, tokens=40, batch=3, seed=0)
+    said = speaker.Speaker(model, tokenizer, tmp_path, tokens=40, batch=3, seed=0, identity=None)
     said.say("whole", ["a", "bb", "c"])
     assert set(shapes) == {3}
 
@@ -318,7 +379,7 @@ def test_a_name_is_part_of_the_subject_where_it_or_a_name_of_its_own_comes_up():
 
 def test_an_answer_goes_on_where_it_was_begun(tmp_path):
     model, tokenizer = pico(3), byte_tokenizer()
-    said = speaker.Speaker(model, tokenizer, tmp_path, tokens=6, batch=2, seed=0)
+    said = speaker.Speaker(model, tokenizer, tmp_path, tokens=6, batch=2, seed=0, identity=None)
     begun = encode(tokenizer, Example("ab", "cd", "qa")).input_ids[:-1]
     with torch.no_grad():
         reply = model.generate(torch.tensor([begun]), max_new_tokens=4, do_sample=False, pad_token_id=0)[

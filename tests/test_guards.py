@@ -18,7 +18,7 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_all, encode_prompt
 from alter.data.examples import Example, load_examples
 from alter.guarding import eco
-from alter.guarding.run import make_guard
+from alter.guarding.run import make_guard, write_guard
 from alter.guarding.settings import MakeGuard
 from alter.inference import scoring
 from alter.inference.generation import generate, sample
@@ -477,6 +477,21 @@ def test_a_guard_is_not_written_over_anything(folder, tmp_path, capsys):
     (tmp_path / "cut" / "classifier.safetensors").unlink()
     with pytest.raises(UserError, match="copy the guard's whole folder"):
         load_model(str(folder / "model"), str(tmp_path / "cut"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("made", "card"),
+    [
+        ({"cross_validation": {"recognised": 0.0}}, "recognised 0% of its prompts"),
+        ({"inside": {"forget": 0.75}}, "recognised 75% of its prompts"),
+        ({}, "`eco`). It changes"),
+    ],
+)
+def test_a_guard_that_recognises_nothing_says_so(tmp_path, capsys, made, card):
+    given = MakeGuard(model="m", forget="f", out=str(tmp_path / "guard"))
+    write_guard(tmp_path / "guard", ({"kind": "eco", **made}, {}), given)
+    assert ("holds nothing back" in capsys.readouterr().err) is ("recognised 0%" in card)
+    assert card in (tmp_path / "guard" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["o3", "eco"])

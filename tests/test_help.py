@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from alter.cli import main
 from alter.commands import COMMANDS
 from alter.plugins import BENCHMARKS
 
@@ -37,6 +38,23 @@ def loaded():
 @pytest.mark.parametrize("words", [" ".join(words) for words in READ])
 def test_help_imports_nothing_that_computes(loaded, words):
     assert not loaded[words].strip()
+
+
+def test_common_options_are_read_without_the_checker_of_types():
+    """tyro imports typeguard, and with it asyncio, for lists that have a default; options that are not shown have no turn."""
+    code = "import sys\nfrom alter.cli import main\ntry: main(['unlearn', '--help'])\nexcept SystemExit: print('typeguard' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_help_text_is_the_same_whatever_else_is_given(capsys):
+    shown = []
+    for words in (["unlearn"], ["unlearn", "--batch-size", "3", "--weight-decay", "x"], ["unlearn", "--not-a-flag"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--help"])
+        assert not ended.value.code
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1
 
 
 def test_flags_that_are_refused_cost_no_import(tmp_path):

@@ -37,7 +37,18 @@ LAYERS = {
     "groundwork": BASE | {"logits", "adapter", "data", "inference", "models", "methods"},
     "guarding": BASE | {"plugins", "adapter", "data", "inference", "models", "methods"},
     "training": BASE
-    | {"logits", "metrics", "adapter", "data", "inference", "models", "evaluation", "methods", "groundwork"},
+    | {
+        "logits",
+        "metrics",
+        "adapter",
+        "data",
+        "inference",
+        "rendering",
+        "models",
+        "evaluation",
+        "methods",
+        "groundwork",
+    },
     "comparison": BASE
     | {
         "metrics",
@@ -51,14 +62,16 @@ LAYERS = {
         "methods",
         "training",
     },
-    "demo": BASE | {"models", "evaluation", "training"},
-    "distillation": BASE | {"logits", "data", "inference", "models", "evaluation", "training"},
+    "demo": BASE | {"rendering", "models", "evaluation", "training"},
+    "distillation": BASE | {"logits", "data", "inference", "rendering", "models", "evaluation", "training"},
     "metaevaluation": BASE
     | {"metrics", "data", "inference", "rendering", "models", "attacks", "evaluation", "training", "comparison"},
     "api": BASE
     | {"plugins", "adapter", "models", "attacks", "evaluation", "methods", "training", "comparison", "distillation"},
-    "forgetting": BASE | {"metrics", "data", "inference", "models", "evaluation", "training", "distillation"},
-    "requests": BASE | {"adapter", "data", "models", "evaluation", "exporting", "methods", "training", "distillation"},
+    "forgetting": BASE
+    | {"metrics", "data", "inference", "rendering", "models", "evaluation", "training", "distillation"},
+    "requests": BASE
+    | {"adapter", "data", "rendering", "models", "evaluation", "exporting", "methods", "training", "distillation"},
     "__init__": {"core", "adapter", "api"},
     "report": BASE | {"metrics", "data", "rendering", "attacks", "evaluation", "training", "requests"},
     "serving": BASE | {"logits", "adapter", "data", "inference", "models", "evaluation", "requests"},

@@ -293,7 +293,8 @@ def test_verdict(unlearned, retrained, quality, expected):
         (0.7, 0.36, None, "no"),
         (0.7, 0.34, None, "yes"),
         (0.1, 0.1, 0.4, "yes"),
-        (None, 0.6, 0.1, "yes"),
+        (None, 0.6, 0.1, "no"),
+        (None, 0.5, 0.1, "yes"),
     ],
 )
 def test_verdict_asks_in_other_words(original, unlearned, retrained, expected):
@@ -646,12 +647,36 @@ def test_a_figure_that_tells_nothing_apart_is_no_verdict():
     assert any("cannot tell the original" in str(line) for line in summary._forgotten(run))
 
 
+@pytest.mark.parametrize(("said", "expected"), [(3, "unknown"), (2, "yes")])
+def test_a_retrained_model_that_answers_is_no_reference(said, expected):
+    """The original in its place, without figures of the original by its own name, made everything as good as retrained."""
+    texts = {"questions": QUESTIONS, "references": [f"Ada was born in town T{i}." for i in range(4)]}
+    replies = [f"In town T{i}." if i < said else "Somewhere else." for i in range(4)]
+    found = [record(model, "forget_rouge", 0.6, **texts, generations=replies) for model in ("unlearned", "retrained")]
+    run = Reported("r", records=found)
+    assert verdict(run) == expected
+    assert ("it has seen them" in str(summary._forgotten(run))) is (said == 3)
+
+
+def test_figures_of_other_weights_are_refused(tmp_path, run):
+    """A model that was put in the place of the measured one, or figures of a base without the adapter."""
+    out = str(tmp_path / "out.html")
+    write_records(tmp_path / "base.json", [record("unlearned", "forget_rouge", 0.1)])
+    refused("measured other weights", out=out, runs=[str(run)], records=[str(tmp_path / "base.json")])
+    whole = make_run(tmp_path / "whole")
+    shutil.move(whole / "adapter", whole / "model")
+    facts = json.loads((whole / "run.json").read_text())
+    (whole / "run.json").write_text(json.dumps(facts | {"router": {}}))
+    refused("measured other weights", out=out, runs=[str(whole)], records=[str(tmp_path / "base.json")])
+
+
 @pytest.mark.parametrize(
     ("replies", "expected", "says"),
     [
         (["K K K K"] * 4, "collapsed", "4 of 4 are broken or empty"),
         (["Somewhere else, I think."] * 4, "yes", "0 of 4 answers still give"),
-        (["She was born in town 0, town 1, town 2, town 3."] * 4, "yes", "4 of 4 answers still give"),
+        # a mean of words as low as the retrained model's, and every answer in it
+        (["She was born in town 0, town 1, town 2, town 3."] * 4, "no", "4 of 4 answers still give"),
     ],
 )
 def test_replies_are_counted_beside_the_mean(replies, expected, says):

@@ -1,15 +1,18 @@
 """Output that nobody reads, that has no room, or that is in another encoding: the work goes on, the exit status is true."""
 
 import errno
+import io
 import json
 import os
 import subprocess
 import sys
+import traceback
 
 import pytest
 
-from alter.core import streams
-from pico import save_pico, write_jsonl
+from alter import cli
+from alter.core import console, streams
+from pico import save_pico, write_jsonl, write_people
 
 ALTER = [sys.executable, "-m", "alter"]
 
@@ -81,6 +84,68 @@ def test_what_the_encoding_lacks_is_written_in_numbers(place):
     assert json.loads(done.stdout)
 
 
+def forked(args, folder, *, condition):
+    """Run the command line in a fork, whose streams are as a shell would have made them; return its status, and all it said."""
+    out, err = folder / "out", folder / "err"
+    fork = os.fork()
+    if fork == 0:
+        os.environ.update({"COLUMNS": "40", "TERM": "dumb", "NO_COLOR": "1"} if condition == "ascii" else {})
+        given = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in (out, err)]
+        gone, full = os.pipe(), os.open("/dev/full", os.O_WRONLY)
+        os.close(gone[0])
+        for number, place in zip((0, 1, 2), (os.open(os.devnull, os.O_RDONLY), *given), strict=True):
+            os.dup2(place, number)
+        if condition == "closed":
+            os.closerange(0, 3)
+        elif condition in ("full", "gone"):
+            os.dup2(full if condition == "full" else gone[1], 1)
+        encoding = "ascii" if condition == "ascii" else "utf-8"
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            file = io.BufferedWriter(io.FileIO(number, "w", closefd=False)) if condition != "closed" else None
+            setattr(sys, name, file and io.TextIOWrapper(file, encoding))
+        sys.argv = ["alter", *map(str, args)]
+        try:
+            status = cli.main()
+        except BaseException:
+            err.write_text("Traceback: " + traceback.format_exc())
+            status = 1
+        os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+    return status, out.read_text() + err.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["closed", "full", "gone", "ascii"])
+def test_results_are_written_whoever_reads_of_them(tmp_path, condition):
+    """Attack, report, distillation and export: their files are whole, and the status is true."""
+    here = write_people(tmp_path, ["Ada"], 8, 8)
+    save_pico(here / "model")
+    save_pico(here / "other", seed=1)
+    model, rows, cpu = here / "model", here / "forget.jsonl", ("--device", "cpu")
+    small = ("--rows", 4, "--max-new-tokens", 4, "--relearn.rows", 2, "--relearn.steps", 1)
+    taught = ("--forget", rows, "--retain", here / "retain.jsonl", "--general", here / "retain.jsonl")
+    told = ("--max-steps", 1, "--batch-size", 4, "--closing-rows", 2)
+    commands = {
+        "attack": (["--model", model, "--forget", rows, "--attacks", "relearn", *small, *cpu], "records.json"),
+        "distill": (["--model", here / "other", "--student", model, *taught, *told, *cpu], "records.json"),
+        "export": (["--model", model], "out.gguf"),
+    }
+    for name, (args, made) in commands.items():
+        out = here / "out.gguf" if made == "out.gguf" else here / name
+        status, said = forked([name, *args, "--out", out], here, condition=condition)
+        assert "Traceback" not in said, said
+        assert (out / made if out.is_dir() else out).stat().st_size > 100
+        assert status == (70 if condition == "full" else 0), said
+        assert said.isascii() or condition != "ascii"
+        if condition == "ascii":
+            boxes = [line for line in said.splitlines() if line.startswith(("+", "|"))]
+            assert all(len(line) <= 40 for line in boxes)
+    records = here / "distill" / "records.json"
+    status, said = forked(["report", "--records", records, "--out", here / "r.html"], here, condition=condition)
+    assert (status, "Traceback" in said) == (0, False), said
+    assert (here / "r.html").read_text().rstrip().endswith("</html>")
+
+
 def test_a_file_that_fails_takes_no_more(tmp_path):
     file = streams._Lasting(os.open(tmp_path / "x", os.O_WRONLY | os.O_CREAT), "w")
     assert file.write(b"one") == 3
@@ -92,3 +157,13 @@ def test_a_file_that_fails_takes_no_more(tmp_path):
     assert file.write(b"x") == 1
     file.close()
     assert (tmp_path / "x").read_bytes() == b"one"
+
+
+def test_progress_is_told_in_lines_where_no_bar_can_be_drawn(capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 40.0, 41.0, 240.0, 250.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    assert list(console.progress("abcde", total=5, label="reading")) == list("abcde")
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 2 of 5, about 60 s left",
+        "reading: 4 of 5, about 60 s left",
+    ]

@@ -60,10 +60,11 @@ def test_settings_that_cannot_be():
         Survival(rows=2, samples=2, k=4)
 
 
-def made_up(out, cell, kl, leak):
+def made_up(out, cell, kl, leak, losses=(2.0, 1.0)):
     write_cell(out, cell, np.random.default_rng(0))
     for path in (out / "cells" / cell.key).glob("*-*.json"):
         own = [Record("x", n, v, 3) for n, v in (("disturbance", kl), ("leak", 0.1), ("attacked_leak", leak))]
+        own[-1].extra["losses"] = list(losses)
         write_records(path, [*read_records(path), *own])
 
 
@@ -101,6 +102,35 @@ def test_the_choice_is_the_least_leak_within_the_bound(data, tmp_path, monkeypat
     assert "Bold utility" in " ".join(words._rules(plainly, {"forget10": {"validation": 1, "test": 1}}))
 
 
+def test_an_attacker_that_learned_nothing_proves_nothing(data, tmp_path, monkeypatch):  # noqa: F811
+    """At a rate of 1e-9 nothing comes back of anything, which looked like the best method."""
+    wanted = settings(data, tmp_path, rates=[1.0], survival=HOW | {"bound": 0.2, "learning_rate": 1e-9})
+    made = plan.lay_out(wanted, tmp_path)
+    for cell in cells_of(made):
+        made_up(tmp_path, cell, 0.1, 0.0, (2.0, 2.0) if cell.name == "npo" else (2.0, 1.0))
+    monkeypatch.setattr(cells, "run_cells", lambda *_: iter(()))
+    notes = {row.name: row.notes for row in compare.compare(wanted)}
+    assert notes["graddiff"] == []
+    assert "hardly learned its own rows (loss 2.00 to 2.00)" in notes["npo"][0]
+    assert "is no evidence" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(("retrained", "doubted"), [(0.88, True), (0.2, False)])
+def test_a_retrained_model_that_knows_is_doubted(data, tmp_path, monkeypatch, retrained, doubted):  # noqa: F811
+    """The original, saved anew in its place, is another file: what changed nothing was then the best method."""
+    wanted = settings(data, tmp_path, rates=[1.0])
+    made = plan.lay_out(wanted, tmp_path)
+    for cell in cells_of(made):
+        write_cell(tmp_path, cell, np.random.default_rng(0))
+        for path in (tmp_path / "cells" / cell.key).glob("*-*.json"):
+            known = {"original": 0.9, "retrained": retrained}.get(cell.name, 0.1)
+            rest = [record for record in read_records(path) if record.metric != "forget_probability"]
+            write_records(path, [*rest, Record("x", "forget_probability", known, 3)])
+    monkeypatch.setattr(cells, "run_cells", lambda *_: iter(()))
+    notes = {row.name: row.notes for row in compare.compare(wanted)}
+    assert any("retrained forget10 is no reference" in note for note in notes["retrained"]) is doubted
+
+
 def test_the_bound_alone_runs_no_cell_again(data, tmp_path):  # noqa: F811
     keys = [
         {cell.key for cell in cells_of(plan.lay_out(settings(data, tmp_path, survival=how), tmp_path))}
@@ -127,7 +157,7 @@ def test_a_cell_measures_what_survives(data, tmp_path, monkeypatch):  # noqa: F8
         found = {record.metric: record for record in read_records(folder / "validation-forget10.json")}
         assert (found["disturbance"].value < 1e-6) == (cell.name == "original")
         assert found["leak"].extra["data"] == "validation"
-        assert found["attacked_leak"].extra["steps"] == 1
+        assert found["attacked_leak"].extra["steps"] == len(found["attacked_leak"].extra["losses"]) == 1
         assert 0 <= found["leak"].value <= 1
     assert [(len(rows), steps) for rows, steps in seen] == [(2, 1), (2, 1)]
 

@@ -115,7 +115,8 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
     helps = {"-h", "--help", "--help-all"} & set(args)
     worded: Callable[[str], str] = functools.partial(with_flags, model=model) if helps else str
     default = with_defaults(model, given, "", kinds, shown=shown, worded=worded)
-    args = given_once(["--help" if arg == "--help-all" else arg for arg in args], list_flags(default))
+    # a help text is the same whatever else is given, and may lack what else is given
+    args = ["--help"] if helps else given_once(args, list_flags(default))
     more = f"Common options; `alter {command} --help-all` lists all." if shown else ""
     about = "\n\n".join(filter(None, (worded(inspect.cleandoc(model.__doc__ or "")), more)))
     parsed = tyro.cli(type(default), default=default, args=args, prog=f"alter {command}", description=about)

@@ -59,7 +59,7 @@ COMMANDS = {
     "distill": Command(
         "alter.distillation.settings",
         "Distill",
-        "alter.distillation.run:distill",
+        "alter.distillation.run:command",
         "plain weights that no longer know, from an unlearned model",
     ),
     "export": Command(

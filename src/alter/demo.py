@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
-from rich.table import Table
 
 from alter.core import cell
+from alter.rendering import FittedTable
 from alter.settings import OutFile, OutFolder, Rows, Seed, check_outputs
 from alter.storage import cache_folder, digest, stamped, write_records
 
@@ -47,12 +47,12 @@ def free_folder(wanted: str) -> Path:
     return path
 
 
-def answers_table(results: dict[str, TofuResult], count: int) -> Table:
+def answers_table(results: dict[str, TofuResult], count: int) -> FittedTable:
     """Return a table of forget-set questions, spread over its authors, with the true answer and each model's."""
     first = next(iter(results.values())).sets["forget"]
     assert first.questions is not None
     assert first.references is not None
-    shown = Table(title="Questions about the forgotten authors", show_lines=True)
+    shown = FittedTable(title="Questions about the forgotten authors", show_lines=True)
     for column in ("question", "truth", *results):
         shown.add_column(column, ratio=1, overflow="fold")
     for i in range(0, first.n, max(1, first.n // max(count, 1)))[:count]:

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import numpy as np
 from rich import box
-from rich.table import Table
 
 from alter.attacks.base import PLAIN
 from alter.attacks.fractions import NO_RETRAINED, _select
 from alter.attacks.techniques import ATTACKS, BY_DEPTH, MEASURES, PLACES, SEARCHING
 from alter.core import console, warn
-from alter.rendering import AFTER, BEFORE, LINE, figure
+from alter.rendering import AFTER, BEFORE, LINE, FittedTable, figure
 from alter.settings import rounded
 from alter.storage import Record
 
 KNOWN_LOSS = 0.1
 """Rows with a loss below this at the attacker's first step, in nats, are known already."""
+LEARNED = 0.7
+"""Share of the first losses below which the last must lie, for an attacker to have learned its own rows."""
 
 
 def _figure(value: float | None, interval: Sequence[float] | None = None, between: str = "\n") -> str:
@@ -30,7 +31,7 @@ def _figure(value: float | None, interval: Sequence[float] | None = None, betwee
 
 def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
     """Print what each attack recovered, and the hidden states by depth; report on stderr what was refused or poorly trained."""
-    table = Table(
+    table = FittedTable(
         title="What can be brought back",
         caption="after, original, retrained: under the attack; recovered: 1 all, 0 no more than from the retrained model; "
         "± half the 95 % interval over rows; @ step, depth or variant",
@@ -83,6 +84,12 @@ def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
         warn(note)
 
 
+def loss_ends(losses: Sequence[float]) -> tuple[float, float]:
+    """Return the means of the first and of the last fifth of an attacker's losses."""
+    width = max(1, len(losses) // 5)
+    return float(np.mean(losses[:width])), float(np.mean(losses[-width:]))
+
+
 def untrained(records: Sequence[Record]) -> list[str]:
     """Name the training attacks that did not learn their own rows: what they fail to recover is no evidence."""
     losses: dict[tuple[str, str], list[float]] = {}
@@ -91,14 +98,13 @@ def untrained(records: Sequence[Record]) -> list[str]:
             losses[record.extra["attack"], record.model] = record.extra["losses"]
     notes = []
     for (name, model), values in losses.items():
-        width = max(1, len(values) // 5)
-        first, last = float(np.mean(values[:width])), float(np.mean(values[-width:]))
+        first, last = loss_ends(values)
         if values[0] < KNOWN_LOSS:
             fix = "give text that it does not know with `relearn.benign`."
             notes.append(
                 f"{name} had nothing to learn ({model}: loss {values[0]:.2f} at the start): no evidence; {fix}"
             )
-        elif last > 0.7 * first:
+        elif last > LEARNED * first:
             rate = "`relearn.lora_learning_rate`" if name.endswith("lora") else "`relearn.learning_rate`"
             remedy = "`budget`" if name in SEARCHING else f"{rate} or `relearn.steps`"
             notes.append(
@@ -108,7 +114,7 @@ def untrained(records: Sequence[Record]) -> list[str]:
     return notes
 
 
-def _depths(records: Sequence[Record]) -> Table | None:
+def _depths(records: Sequence[Record]) -> FittedTable | None:
     """Return the table of hidden states: a row for each depth, 0 the embeddings, d what the d-th block gives."""
     columns: dict[str, dict[int, tuple[float | None, Sequence[float] | None]]] = {}
     for record in records:
@@ -128,7 +134,7 @@ def _depths(records: Sequence[Record]) -> Table | None:
             }
     if not columns:
         return None
-    table = Table(
+    table = FittedTable(
         title="Hidden states by depth",
         caption="read: next tokens of answers that a probe reads right; lens: probability of the answer that the model's own "
         "head reads; fall: of the original's log-probability with these states in it (UDS); CKA: alike (1) or not, no "

@@ -24,7 +24,7 @@ import torch
 
 from alter.comparison.settings import Survival
 from alter.comparison.survival import survival
-from alter.core import UserError
+from alter.core import UserError, passing
 from alter.data import load_examples
 from alter.evaluation import tofu_metrics
 from alter.methods import adapter_of
@@ -142,7 +142,7 @@ def work(folder: Path, parts: Sequence[str]) -> None:
     """Run the cell specified by `spec.json` in `folder`: unlearn unless that is done, evaluate, and write.
 
     `cell.json` says what the runs cost and, with `status` "failed", why a run or a metric refused its values (as it would
-    again: a loss that is not finite, say); `PART-SPLIT.json` holds the records of one part. The weights stay until the
+    again: a loss that is not finite, say; what the system refused, a full disk, is no result, and the cell is run again); `PART-SPLIT.json` holds the records of one part. The weights stay until the
     test rows are measured, which happens for chosen cells alone.
     """
     spec = json.loads((folder / "spec.json").read_text())
@@ -174,6 +174,8 @@ def work(folder: Path, parts: Sequence[str]) -> None:
         for place in range(len(spec["stages"])):
             measure_stage(folder, spec, place, parts)
     except ValueError as error:  # a UserError, or figures that the metrics refuse
+        if passing(error):
+            raise
         # tables are handed on, and paths of this machine mean nothing elsewhere
         reason = str(error).replace(str(folder), folder.name).replace(f"{root}{os.sep}", "")
         result |= {"status": "failed", "reason": " ".join(reason.split())}

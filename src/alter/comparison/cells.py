@@ -92,7 +92,7 @@ def run_shown(out: Path, jobs: Sequence[CellJob], executor: Executor, lock: int,
     lost: dict[str, str] = {}
     started = time.time()
     for count, (cell, reason) in enumerate(
-        progress(run_cells(out, todo, executor, lock), total=len(todo), label=label), start=1
+        progress(run_cells(out, todo, executor, lock), total=len(todo), label=label, lines=False), start=1
     ):
         found = finished(out, cell, parts[cell.key]) or {"status": "not finished", "reason": reason}
         said = (

@@ -21,7 +21,7 @@ from alter.comparison.plan import ORIGINAL, RETRAINED, Chain, Layout, check_sett
 from alter.comparison.plot import pareto
 from alter.comparison.settings import Compare
 from alter.comparison.table import TableRow, table_rows
-from alter.comparison.words import described, html_page, latex, markdown
+from alter.comparison.words import Text, described, drawn, html_page, latex, markdown
 from alter.core import UserError, show, warn
 from alter.storage import to_json, undone_if_refused, write_atomic, write_records
 from alter.storage.provenance import provenance
@@ -52,14 +52,15 @@ def compare(settings: Compare) -> list[TableRow]:
             lock = None if executor is None else hold(out)
             made = lay_out(settings, out)
         chosen, lost = _run_all(settings, made, out, executor, lock)
-        rows, text = _write(settings, made, chosen, out)
+        rows, said = _write(settings, made, chosen, out)
     finally:
         if executor is not None:
             executor.close()
         if lock is not None:
             os.close(lock)
+    show(drawn(said), highlight=False)
     show(
-        f"\n{text}\n{out}: report.html, table.md, table.tex, table.csv, search.csv, pareto.png, records.json, compare.json, cells/",
+        f"\n{out}: report.html, table.md, table.tex, table.csv, search.csv, pareto.png, records.json, compare.json, cells/",
         markup=False,
         highlight=False,
     )
@@ -113,16 +114,15 @@ def _check_models(made: Layout, out: Path, lost: Mapping[str, str], *, ran: bool
             raise UserError(f"Cannot evaluate the model {cell.spec['model']} on {cell.chain[0]}: {reason}")
 
 
-def _write(settings: Compare, made: Layout, chosen: Chosen, out: Path) -> tuple[list[TableRow], str]:
-    """Write all files of the comparison; return the rows of the table, and the table as Markdown."""
+def _write(settings: Compare, made: Layout, chosen: Chosen, out: Path) -> tuple[list[TableRow], Text]:
+    """Write all files of the comparison; return the rows of the table, and what is said of them."""
     rows = table_rows(settings, made, chosen, out)
     divided: dict[str, dict[str, int]] = {
         split: {part: len(own[f"{split}_perturbed"]) for part, own in evaluation_rows(settings, split).items()}
         for split in settings.splits
     }
     said = described(settings, rows, divided)
-    text = markdown(said)
-    write_atomic(out / "table.md", text)
+    write_atomic(out / "table.md", markdown(said))
     write_atomic(out / "table.tex", latex(said))
     write_atomic(out / "table.csv", table_csv(rows))
     write_atomic(out / "search.csv", search_csv(chosen))
@@ -135,4 +135,4 @@ def _write(settings: Compare, made: Layout, chosen: Chosen, out: Path) -> tuple[
         "provenance": provenance(),
     }
     write_atomic(out / "compare.json", to_json(summary))
-    return rows, text
+    return rows, said

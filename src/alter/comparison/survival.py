@@ -101,15 +101,18 @@ def survival(
         weight.requires_grad_(True)
     steps = math.ceil(settings.rows / settings.batch_size) * settings.passes
     encoded = [encode(tokenizer, row) for row in attacker]
-    for _ in train_steps(
-        model, encoded, weights, rate=settings.learning_rate, steps=steps, batch_size=settings.batch_size,
-        pad_token_id=tokenizer.pad_token_id, seed=seed,
-    ):  # fmt: skip
-        pass
+    losses = [
+        loss
+        for _, loss in train_steps(
+            model, encoded, weights, rate=settings.learning_rate, steps=steps, batch_size=settings.batch_size,
+            pad_token_id=tokenizer.pad_token_id, seed=seed,
+        )
+    ]  # fmt: skip
     after = leaked(model, tokenizer, asked, leak, seed=seed, progress=False)
     told = {"k": settings.k, "samples": settings.samples, "attacker_rows": len(attacker), "steps": steps}
     out = [metric_record(name, "disturbance", kl.mean(), len(kl), kl)]
     for metric, found in (("leak", before), ("attacked_leak", after)):
         values = found.at(settings.k)
         out.append(metric_record(name, metric, values.mean(), len(values), values, extra=told))
+    out[-1].extra["losses"] = losses
     return out

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from alter.attacks import KNOWN_LOSS, LEARNED, loss_ends
 from alter.comparison.cells import finished
 from alter.comparison.choice import Choice, cell_figures, criterion, forgetting, intervals, records_of
-from alter.comparison.plan import RETRAINED, Cell, Chain, Layout, Setting, chains
+from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Layout, Setting, chains
 from alter.comparison.settings import Compare
+from alter.evaluation import SLACK, UNKNOWN
 from alter.storage import Record
 
 COSTS = {
@@ -107,6 +109,7 @@ def table_rows(
         for (name, where), cell in made.models.items():
             if where == split:
                 rows.append(_row(name, split, [cell], reference, kind, out, None))
+        rows[-1].notes.extend(_doubts(rows, split))
         methods = []
         for name in settings.methods:
             choice, by = chosen[name, chain], made.grid[name, chain]
@@ -114,6 +117,7 @@ def table_rows(
             row = _row(name, split, cells, reference, kind, out, choice)
             if split == chain[-1]:
                 row.notes.extend(_notes(settings, out, by, choice))
+            row.notes.extend(_idle_attackers(cells, out, split))
             methods.append(row)
         pairs = [[axis(row, kind), row.mean.get("model_utility", math.nan)] for row in methods]
         fluent = [
@@ -151,6 +155,34 @@ def _notes(settings: Compare, out: Path, by: Mapping[Setting, Mapping[int, Cell]
                 notes.append(f"{cell}: not finished; the same command runs it again (see cells/{cell.key}/log.txt)")
             elif found["status"] == "failed":
                 notes.append(f"{cell}: {found['reason']}")
+    return notes
+
+
+def _doubts(rows: Sequence[TableRow], split: str) -> list[str]:
+    """Say so where the retrained model knows the answers nearly as well as the original: forgetting is measured by it."""
+    by = {row.name: row.mean.get("forget_probability", math.nan) for row in rows if row.split == split}
+    before, honest = by.get(ORIGINAL, math.nan), by.get(RETRAINED, math.nan)
+    if not (before > UNKNOWN and honest >= before - SLACK):
+        return []
+    return [
+        f"{RETRAINED} {split} is no reference: it gives the true answers a probability of {honest:.3f}, the original {before:.3f}, "
+        "so what comes near to it has forgotten nothing"
+    ]
+
+
+def _idle_attackers(cells: Sequence[Cell], out: Path, split: str) -> list[str]:
+    """Name the cells whose attacker did not learn its own rows: that nothing came back there is no evidence."""
+    notes = []
+    for cell in cells:
+        for record in records_of(out, cell, "test", split) or []:
+            losses = record.extra.get("losses") if record.metric == "attacked_leak" else None
+            if losses and losses[0] >= KNOWN_LOSS:
+                first, last = loss_ends(losses)
+                if last > LEARNED * first:
+                    notes.append(
+                        f"{cell}: the attacker hardly learned its own rows (loss {first:.2f} to {last:.2f}), so what did not "
+                        "come back is no evidence; raise `survival.learning_rate` or `survival.passes`"
+                    )
     return notes
 
 

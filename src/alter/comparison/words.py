@@ -1,4 +1,4 @@
-"""A comparison for readers: its tables and rules in words, as Markdown and as a page."""
+"""A comparison for readers: its tables and rules in words, for a terminal, as Markdown and as a page."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.console import Group
+
 from alter.comparison.choice import CRITERIA, columns, criterion
 from alter.comparison.settings import Compare
 from alter.comparison.table import COSTS, TableRow, axis, axis_label, axis_name
+from alter.core import cell
 from alter.methods import METHODS
-from alter.rendering import Html, Point, Style, document, grid, join, scatter, tag
+from alter.rendering import Html, Point, Style, document, fitted_rows, grid, join, scatter, tag
 from alter.settings import rounded
 
 
@@ -226,8 +229,16 @@ def markdown(said: Text) -> str:
         for i, line in enumerate(said.results)
     ]
     lines = [*table(results), "", *table(said.costs), "", *(f"* {rule}" for rule in said.rules)]
-    notes = ["", "Cells without a result:", "", *(f"* {note}" for note in said.notes)] if said.notes else []
+    notes = ["", "Notes on cells:", "", *(f"* {note}" for note in said.notes)] if said.notes else []
     return "\n".join(lines + notes) + "\n"
+
+
+def drawn(said: Text) -> Group:
+    """Return the comparison for a terminal."""
+    lines = [f"* {rule}" for rule in said.rules]
+    if said.notes:
+        lines += ["", "Notes on cells:", *(f"* {note}" for note in said.notes)]
+    return Group(fitted_rows(said.results, said.best), fitted_rows(said.costs), *map(cell, lines))
 
 
 _LATEX = {
@@ -364,5 +375,5 @@ def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
         tag("ul", *(tag("li", rule) for rule in said.rules)),
     ]
     if said.notes:
-        body += [tag("h2", "Cells without a result"), tag("ul", *(tag("li", note) for note in said.notes))]
+        body += [tag("h2", "Notes on cells"), tag("ul", *(tag("li", note) for note in said.notes))]
     return document(title, tag("main", *body), sorting=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from alter.core import words as words
     from alter.core.arrays import Array as Array
     from alter.core.console import LOG as LOG
+    from alter.core.console import Beats as Beats
     from alter.core.console import cell as cell
     from alter.core.console import ignore_known_warnings as ignore_known_warnings
     from alter.core.console import is_silent as is_silent
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from alter.core.deferral import deferred as deferred
     from alter.core.errors import UserError as UserError
     from alter.core.errors import nearest as nearest
+    from alter.core.errors import passing as passing
     from alter.core.exports import homes as homes
     from alter.core.heap import give_back as give_back
     from alter.core.memory import held as held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -111,8 +112,35 @@ def cell(value: object, style: str = "") -> Any:
     return Text(plain(value), style=style, overflow="fold")
 
 
-def progress(iterable: Iterable[T], *, total: int, label: str) -> Iterator[T]:
-    """Yield the items while a progress bar with time left is shown on stderr; as a library: log each step as info."""
+BEAT = 30.0
+"""Seconds between two lines of progress where no bar can be drawn: in a file or a pipe."""
+
+
+class Beats:
+    """Tells on stderr how far work is, for a log: a line whenever `BEAT` seconds have passed since the last one."""
+
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self.label, self.total = label, total
+        self.begun = self.told = time.monotonic()
+        self.first = done
+
+    def __call__(self, done: int, more: str = "") -> None:
+        """Tell that `done` of all steps are done, and `more` (a loss) behind it, if it is time to."""
+        now = time.monotonic()
+        if now - self.told < BEAT or done <= self.first:
+            return
+        self.told = now
+        left = (now - self.begun) / (done - self.first) * (self.total - done)
+        about = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        parts = [f"{self.label}: {done} of {self.total}", *([more] if more else []), f"about {about} left"]
+        show(", ".join(parts), stderr=True, highlight=False)
+
+
+def progress(iterable: Iterable[T], *, total: int, label: str, lines: bool = True) -> Iterator[T]:
+    """Yield the items while a progress bar with time left is shown on stderr; in a file or pipe, lines (see `Beats`).
+
+    As a library: log each step as info. Without `lines` the caller tells of each item itself.
+    """
     if _silent.get():
         for done, item in enumerate(iterable, 1):
             yield item
@@ -130,7 +158,11 @@ def progress(iterable: Iterable[T], *, total: int, label: str) -> Iterator[T]:
     console = Console(stderr=True)
     if not console.is_interactive:
         # rich would leave an empty line in the file or log for every bar
-        yield from iterable
+        tell = Beats(label, total)
+        for done, item in enumerate(iterable, 1):
+            yield item
+            if lines:
+                tell(done)
         return
     with Progress(*columns, console=console, transient=True) as bar:
         yield from bar.track(iterable, total=total, description=label)

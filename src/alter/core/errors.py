@@ -15,6 +15,16 @@ class UserError(ValueError):
     """
 
 
+def passing(error: BaseException) -> bool:
+    """Tell whether an error comes from the system (a full disk, a file that cannot be read): it may be gone the next time."""
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, OSError):
+            return True
+        each = each.__cause__ or each.__context__
+    return False
+
+
 def nearest(value: str, choices: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the choice nearest to `value`, or an empty string if none is near."""
     match = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)

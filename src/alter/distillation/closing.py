@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from alter.core import cell, show
 from alter.data import Example
 from alter.distillation.settings import Distill
 from alter.evaluation import FIGURES, WORDINGS, Answered, answer_rows, closing_facts
 from alter.evaluation.verdict import judge
-from alter.models import load_model
-from alter.storage import Record, write_records
+from alter.models import ModelSettings, load_model
+from alter.rendering import FittedTable
+from alter.storage import Record, cache_folder, stamped, write_records
 
 
 def measure_distilled(
@@ -70,7 +70,9 @@ def measure_distilled(
     verdict = judge(measured["before"]["forget"].measures, measured["after"]["forget"].measures, kept=kept)
     facts = closing_facts(verdict, measured["before"], measured["after"], None, False)
     facts["teacher"] = {name: answered.summary() for name, answered in measured["teacher"].items()}
-    records = _records(measured, sets, facts)
+    made = {"model": str(out / "model")} if full else {"model": settings.student, "adapter": str(out / "adapter")}
+    identity = ModelSettings.model_validate(made).identity(cache_folder())
+    records = stamped(_records(measured, sets, facts), seed=settings.seed, **identity)
     write_records(out / "records.json", records)
     show(_table(facts), highlight=False)
     show(
@@ -103,8 +105,8 @@ def _drawn(rows: Sequence[Example], count: int, seed: int) -> list[Example]:
     return [rows[i] for i in sorted(order.tolist())]
 
 
-def _table(facts: dict[str, Any]) -> Table:
-    table = Table(title="Before, the teacher, and the distilled")
+def _table(facts: dict[str, Any]) -> FittedTable:
+    table = FittedTable(title="Before, the teacher, and the distilled")
     for column in ("", "before", "teacher", "distilled"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name_of, title in (("forget", "to forget"), ("retain", "to keep")):

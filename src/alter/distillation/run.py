@@ -32,9 +32,10 @@ from alter.distillation.rows import KINDS, Lesson, check_lengths, general_text, 
 from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
 from alter.distillation.trainer import DistillTrainer, train_student
+from alter.evaluation import closing_of
 from alter.inference import context_length
 from alter.models import ModelSettings, is_form, load_model
-from alter.storage import CLAIM_FILE, cache_folder, claim, digest, release, to_json, write_atomic
+from alter.storage import CLAIM_FILE, cache_folder, claim, digest, read_records, release, to_json, write_atomic
 from alter.storage.provenance import provenance
 from alter.training import check_finite, check_inputs, check_trackers, last_whole_checkpoint, make_folder, save_adapter
 from alter.training.trackers import trackers
@@ -117,8 +118,6 @@ def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
     _clean(out)
     if settings.closing_rows:
         measure_distilled(settings, out, found, teacher)
-    if settings.form == "full":
-        _show_next(settings, out)
     return out
 
 
@@ -171,13 +170,26 @@ def _clean(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _show_next(settings: Distill, out: Path) -> None:
-    show(
-        f"\nNext:\n  alter attack --model {out}/model --original {settings.student} --forget {settings.forget}"
-        f" --out {out}/attacks\n  alter export --model {out}/model --out {out.name}-q8_0.gguf",
-        highlight=False,
-        markup=False,
-    )
+def command(settings: Distill) -> Path:
+    """Run `alter distill`: distil, and show what is next, which inside another command is another thing.
+
+    Raises:
+        UserError: see `distill`.
+    """
+    out = distill(settings)
+    whole = completed(settings)
+    closed = closing_of(read_records(out / "records.json")) if (out / "records.json").is_file() else None
+    commands = [
+        f"alter attack --model {out}/model --original {whole.student} --forget {whole.forget} --out {out}/attacks",
+        f"alter export --model {out}/model --out {out.name}-q8_0.gguf",
+    ]
+    if closed is not None and closed["verdict"]["word"] == "not forgotten":
+        # what still knows is not for handing out
+        longer = f" --max-steps {2 * whole.max_steps}" if whole.max_steps else f" --epochs {2 * whole.epochs:g}"
+        commands = [f"alter distill {out}/run.yaml --out {out}-2{longer}"]
+    if settings.form == "full":
+        show("\nNext:\n" + "\n".join(f"  {each}" for each in commands), highlight=False, markup=False)
+    return out
 
 
 def _models(settings: Distill) -> dict[str, ModelSettings]:

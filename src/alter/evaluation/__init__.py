@@ -44,10 +44,16 @@ if TYPE_CHECKING:
     from alter.evaluation.verdict import BROKEN as BROKEN
     from alter.evaluation.verdict import FIRM as FIRM
     from alter.evaluation.verdict import GONE as GONE
+    from alter.evaluation.verdict import KEPT as KEPT
+    from alter.evaluation.verdict import LEAST as LEAST
+    from alter.evaluation.verdict import SAID as SAID
     from alter.evaluation.verdict import SLACK as SLACK
+    from alter.evaluation.verdict import UNKNOWN as UNKNOWN
     from alter.evaluation.verdict import WORDINGS as WORDINGS
     from alter.evaluation.verdict import Measures as Measures
     from alter.evaluation.verdict import Verdict as Verdict
+    from alter.evaluation.verdict import Word as Word
+    from alter.evaluation.verdict import collapse as collapse
     from alter.evaluation.verdict import mean_interval as mean_interval
     from alter.evaluation.verdict import unit_interval as unit_interval
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from alter.core import show
@@ -14,6 +13,7 @@ from alter.evaluation import others
 from alter.evaluation.told import told
 from alter.evaluation.verdict import SLACK, Verdict
 from alter.metrics import CATALOGUE
+from alter.rendering import FittedTable
 from alter.storage import Record
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ STYLES = {"forgotten": "bold green", "not forgotten": "bold red", "collapsed": "
 
 def closing_table(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> Group:
     """Return the end of a run for a terminal of 80 columns: figures before and after, worst rows, verdict, what is next."""
-    table = Table(title="Before and after")
+    table = FittedTable(title="Before and after")
     reference = closed["reference"]
     for column in ("", "before", "after", *(["reference"] if reference else [])):
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
@@ -141,11 +141,11 @@ def closing_table(closed: Mapping[str, Any], commands: Sequence[str] = ()) -> Gr
     return Group(*parts)
 
 
-def leak_table(leaks: Mapping[str, Any]) -> Table:
+def leak_table(leaks: Mapping[str, Any]) -> FittedTable:
     """Return leak@k with its 95 % intervals, a row for each k and a column for each model."""
     names = [name for name in ("before", "after", "retrained") if name in leaks]
     settings, asked = leaks[names[0]]["settings"], leaks[names[0]]["questions"]
-    table = Table(title=f"leak@k: one of k samples gives the answer (by {settings['hit']['kind']})")
+    table = FittedTable(title=f"leak@k: one of k samples gives the answer (by {settings['hit']['kind']})")
     table.add_column("k", justify="right")
     for name in names:
         table.add_column(name, justify="right")
@@ -163,9 +163,9 @@ def leak_table(leaks: Mapping[str, Any]) -> Table:
     return table
 
 
-def judged_table(judged: Sequence[Mapping[str, Any]]) -> Table:
+def judged_table(judged: Sequence[Mapping[str, Any]]) -> FittedTable:
     """Return the rates of replies and IAM with their 95 % intervals, a row for each figure of each model."""
-    table = Table(title="Answers judged by facts", caption="in brackets the 95 % interval")
+    table = FittedTable(title="Answers judged by facts", caption="in brackets the 95 % interval")
     for column in ("figure", "model", "value", "rows", "what it says"):
         table.add_column(column, justify="right" if column in ("value", "rows") else "left", overflow="fold")
     for each in judged:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from alter import metrics
 from alter.core import Array, show
@@ -21,8 +20,8 @@ from alter.evaluation.entropies import (
     study_records,
     thresholds,
 )
+from alter.rendering import FittedTable, table
 from alter.rendering import figures as plots
-from alter.rendering import table
 from alter.storage import Record, files, records
 
 if TYPE_CHECKING:
@@ -35,9 +34,9 @@ def _text(tokenizer: Any, token: int) -> str:
     return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
 
 
-def _token_table(settings: Study, tokens: Tokens, tokenizer: Any, q: float, threshold: float) -> Table:
+def _token_table(settings: Study, tokens: Tokens, tokenizer: Any, q: float, threshold: float) -> FittedTable:
     high, low = sides(frequent(tokens.ids, tokens.before[q], threshold, len(tokenizer)), threshold)
-    shown = Table(title=f"most frequent tokens before, q={q:g}: mean entropy above and below {threshold:.3g}")
+    shown = FittedTable(title=f"most frequent tokens before, q={q:g}: mean entropy above and below {threshold:.3g}")
     for side in ("high", "low"):
         shown.add_column(side, no_wrap=True)
         shown.add_column("count", justify="right")
@@ -47,7 +46,7 @@ def _token_table(settings: Study, tokens: Tokens, tokenizer: Any, q: float, thre
         for side_tokens in (high, low):
             if place < len(side_tokens):
                 token = side_tokens[place]
-                text = repr(_text(tokenizer, token.token)).replace("[", r"\[")
+                text = repr(_text(tokenizer, token.token))
                 cells += [text, str(token.count), f"{token.mean:.2f}"]
             else:
                 cells += ["", "", ""]

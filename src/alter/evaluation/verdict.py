@@ -37,7 +37,7 @@ more), from which the model has collapsed."""
 BROKEN = 0.2
 """Share of broken and empty replies, beyond those before, from which the model has collapsed."""
 KEPT = 0.5
-"""Share of the probability of the rows to keep below which the model has collapsed."""
+"""Share of the probability of the rows to keep, and of the answers to them, below which the model has collapsed."""
 UNKNOWN = 0.05
 """Probability of the true answers below which a model that gives none of them has nothing to forget."""
 LEAST = 5
@@ -245,23 +245,23 @@ def judge(
     against += _by_words(then, now, zero, spoken, by)
     left = still_known(before, after, trusted)
     reworded = [] if not left else [_told(left, before)]
-    collapse = _collapse(before, after, kept)
+    lost = collapse(before, after, kept)
     if against and _unknown(then) and _unknown(now):
         given = f"none of {then['n_said']} answers" if then["n_said"] else "no answers"
         nothing = f"The untouched model gives {given}: there is nothing to forget, which proves nothing."
-        word: Word = "collapsed" if collapse else "unproven"
-        return Verdict(word, (*collapse, nothing, f"{likely}.", *notes), named, refused)
+        word: Word = "collapsed" if lost else "unproven"
+        return Verdict(word, (*lost, nothing, f"{likely}.", *notes), named, refused)
     if against:
-        return Verdict("not forgotten", (*against, *reworded, *collapse, *notes), named, refused)
+        return Verdict("not forgotten", (*against, *reworded, *lost, *notes), named, refused)
     if reworded:
-        reasons = (*reworded, spoken, f"{likely}.", *collapse, *notes)
+        reasons = (*reworded, spoken, f"{likely}.", *lost, *notes)
         return Verdict("not forgotten", reasons, named, refused, tuple(left))
-    if collapse:
-        return Verdict("collapsed", (*collapse, f"{likely}.", *notes), named, refused)
+    if lost:
+        return Verdict("collapsed", (*lost, f"{likely}.", *notes), named, refused)
     lacking = _lacking(then, now, zero)
     if lacking:
         return Verdict("unproven", (*lacking, f"{likely}.", *notes), named, refused)
-    return Verdict("forgotten", (spoken, f"{likely}.", *notes), named, refused)
+    return Verdict("forgotten", (spoken, f"{likely}.", *_price(kept), *notes), named, refused)
 
 
 def _by_probability(
@@ -367,7 +367,8 @@ def _spoken(before: Measures, after: Measures, zero: Mapping[str, Any] | None) -
     return f"{told}."
 
 
-def _collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures] | None) -> list[str]:
+def collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures] | None) -> list[str]:
+    """Return in what a model has collapsed: broken or empty replies, replies that go round, rows to keep that are lost."""
     found = []
     # a model without a chat's turns goes round by habit: what it does on other rows is no harm on these
     habit = float(kept[0].repetition.mean()) if kept is not None and len(kept[0].recall) else 0.0
@@ -387,4 +388,17 @@ def _collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures]
         was_, is_ = float(kept[0].probability.mean()), float(kept[1].probability.mean())
         if not is_ >= KEPT * was_:
             found.append(f"The answers to keep have probability {is_:.3f}, {was_:.3f} before.")
+    if kept is not None and kept[0].given >= LEAST and kept[1].given < KEPT * kept[0].given:
+        found.append(_lost(*kept))
     return found
+
+
+def _lost(was: Measures, now: Measures) -> str:
+    return f"Of the answers to keep {now.given} of {now.asked} are still given, {was.given} before."
+
+
+def _price(kept: tuple[Measures, Measures] | None) -> list[str]:
+    """Say what forgetting cost where it cost more answers to keep than `SLACK` of them."""
+    if kept is None or kept[0].given - kept[1].given <= SLACK * kept[0].asked:
+        return []
+    return [_lost(*kept)]

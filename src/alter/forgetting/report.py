@@ -8,10 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from alter.core import worded
-from alter.forgetting.measure import ANSWERS, LEVEL, KeptRate, Outcome, Rate
+from alter.evaluation import Word
+from alter.forgetting.measure import ANSWERS, KeptRate, Outcome, Rate
+from alter.forgetting.verdict import judge_subject
+from alter.rendering import FittedTable
+
+WORDS: Mapping[Word, str] = {"not forgotten": "not forgotten yet", "unproven": "not proven to be forgotten"}
+"""How the verdict's words stand in a sentence, where they do not stand as they are."""
 
 
 def print_line(console: Console, text: str) -> None:
@@ -39,17 +44,15 @@ def print_outcome(
     if examples:
         console.print(_examples(outcome, examples))
     distinct = outcome.distinct()
-    forgotten = after.get("p", 0.0) >= LEVEL
+    found = judge_subject(outcome, before, after)
     if after:
         print_line(
             console,
             f"Against {after['invented']} invented subjects, {after['n']} probes: the known facts are more probable for {name} with "
             f"AUC {before['auc']:.2f} before (p {before['p']:.2g}) and {after['auc']:.2f} now (p {after['p']:.2g}; 0.5 is chance).",
         )
-    print_line(
-        console,
-        f"{name} is {'forgotten: no longer distinguishable from an invented subject' if forgotten else 'not forgotten yet: the model still tells it from an invented subject; give more `epochs`'}.",
-    )
+    more = " Give more `epochs`." if found.word == "not forgotten" else ""
+    print_line(console, f"{name} is {WORDS.get(found.word, found.word)}: {' '.join(found.why)}{more}")
     print_line(
         console,
         f"Answers to the probes: distinct-2 {_told(distinct, 2)}; perplexity, as the untouched model reads them, "
@@ -63,7 +66,8 @@ def print_outcome(
         "naming": dict(zip(("before", "after"), outcome.naming(names), strict=True)) if names else None,
         "kept": {form: asdict(rate) for form, rate in kept_rates.items()},
         "zero": {"before": before, "after": after},
-        "forgotten": forgotten,
+        "forgotten": found.word == "forgotten",
+        "verdict": {"word": found.word, "why": list(found.why)},
         "distinct_2": distinct,
         "perplexity": dict(perplexity),
     }
@@ -76,9 +80,9 @@ def _told(figures: Mapping[str, float], digits: int) -> str:
     return told if math.isnan(figures["invented"]) else f"{told}, {invented} about an invented subject"
 
 
-def _answered(name: str, rates: Mapping[str, Rate]) -> Table:
+def _answered(name: str, rates: Mapping[str, Rate]) -> FittedTable:
     """Format how many probes of each form are answered with a fact."""
-    table = Table(title=f"Probes about {name}: answered with a fact (forms that were not trained on)")
+    table = FittedTable(title=f"Probes about {name}: answered with a fact (forms that were not trained on)")
     for column in ("form", "before", "after", "an invented subject"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for form, rate in rates.items():
@@ -87,9 +91,9 @@ def _answered(name: str, rates: Mapping[str, Rate]) -> Table:
     return table
 
 
-def _kept(rates: Mapping[str, KeptRate]) -> Table:
+def _kept(rates: Mapping[str, KeptRate]) -> FittedTable:
     """Format how similar the answers about other subjects are to those before."""
-    table = Table(title="What must not change")
+    table = FittedTable(title="What must not change")
     for column in ("", "n", "first name still said", "same answer", "ROUGE-L with the answer before"):
         table.add_column(column, justify="right" if column else "left")
     for form, same in rates.items():
@@ -98,9 +102,9 @@ def _kept(rates: Mapping[str, KeptRate]) -> Table:
     return table
 
 
-def _examples(outcome: Outcome, count: int) -> Table:
+def _examples(outcome: Outcome, count: int) -> FittedTable:
     """Print some probes with both answers: of the subject, of neighbours, and general ones."""
-    table = Table(title="Examples", show_lines=True)
+    table = FittedTable(title="Examples", show_lines=True)
     for column in ("prompt", "before", "after"):
         table.add_column(column, ratio=1, overflow="fold")
     for rows in (

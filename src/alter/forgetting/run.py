@@ -28,8 +28,8 @@ from alter.forgetting.settings import TRAINING, Erasing, Forget
 from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
-from alter.models import load_model
-from alter.storage import digest, read_object, to_json, write_atomic
+from alter.models import ModelSettings, load_model
+from alter.storage import cache_folder, digest, read_object, to_json, write_atomic
 from alter.training import Unlearn, check_folder, check_trackers, remove_run, unlearn
 
 SAID_FOLDER = "said"
@@ -185,6 +185,7 @@ def _material(
         tokens=settings.answer_tokens,
         batch=settings.batch_size,
         seed=settings.seed,
+        identity=_identity(settings, settings.model),
     )
     said = {"key": _key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"})}
     write_atomic(out / "forget.json", to_json(said))
@@ -345,6 +346,12 @@ def _result(settings: Forget, out: Path) -> tuple[Any, Any]:
     return load_model(plain, None, settings.dtype, settings.device, template=settings.chat_template_kwargs)
 
 
+def _identity(settings: Forget, model: str, adapter: str | None = None) -> str | None:
+    """Return a key of the weights that answer and of how they are loaded; None if they have no identity."""
+    found = ModelSettings(model=model, adapter=adapter).identity(cache_folder())
+    return None if "unknown" in found.values() else digest(found, settings.dtype, settings.chat_template_kwargs)
+
+
 def _load(settings: Forget, adapter: str | None = None) -> tuple[Any, Any]:
     return load_model(settings.model, adapter, settings.dtype, settings.device, template=settings.chat_template_kwargs)
 
@@ -393,6 +400,9 @@ def _again(
         tokens=settings.answer_tokens,
         batch=settings.batch_size,
         seed=settings.seed,
+        identity=_identity(settings, str(out / ERASED / "model"))
+        if settings.erase
+        else _identity(settings, settings.model, str(out / "adapter")),
     )
     for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
         answers = speaker.say(label, [row["prompt"] for row in rows])

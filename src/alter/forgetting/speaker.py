@@ -46,11 +46,17 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 class Speaker:
-    """The model that answers. Every batch of answers is cached in `folder` and reused."""
+    """The model that answers. Every batch of answers is cached in `folder`, and reused for the very same weights.
 
-    def __init__(self, model: Any, tokenizer: Any, folder: Path, *, tokens: int, batch: int, seed: int) -> None:
+    `identity` says which weights answer, and how they are loaded; of those that have none, None, answers are not reused.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, folder: Path, *, tokens: int, batch: int, seed: int, identity: str | None
+    ) -> None:
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
         self.tokens, self.batch, self.seed = tokens, batch, seed
+        self.identity = identity
 
     def say(
         self,
@@ -72,9 +78,9 @@ class Speaker:
         """
         tokens = tokens or self.tokens
         # in 16 bits an answer depends on the shape of its batch: before and after must be of equal ones
-        key = digest(list(prompts), sample, tokens, self.seed, self.batch, "whole", begun)
+        key = digest(list(prompts), sample, tokens, self.seed, self.batch, "whole", begun, self.identity)
         path = self.folder / f"{label.replace(' ', '-')}.jsonl"
-        if path.exists():
+        if path.exists() and self.identity is not None:
             kept = read_jsonl(path)
             if kept and kept[0].get("key") == key:
                 return [row["answer"] for row in kept[1:]]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 
-from alter.core import UserError, show
+from alter.core import UserError, show, warn
 from alter.data import load_examples
 from alter.guarding.settings import MakeGuard
 from alter.models import FORM_FILE, Form
@@ -17,7 +19,7 @@ from alter.storage.provenance import provenance
 
 CARD = """# A guard for {model}
 
-It holds back {what} (`{kind}`). It changes no weight: whoever has the model has the knowledge.
+It is to hold back {what} (`{kind}`){share}. It changes no weight: whoever has the model has the knowledge.
 
 ```python
 import alter
@@ -47,6 +49,12 @@ def make_guard(run: MakeGuard) -> Path:
 def write_guard(out: Path, form: Form, run: MakeGuard) -> None:
     """Write a guard's folder atomically: a folder beside it, renamed."""
     settings, files = form
+    caught = _caught(settings)
+    if caught == 0:
+        warn(
+            "The guard recognises none of the forget prompts: it holds nothing back. Give more rows, or allow more "
+            "`guard.false_alarms`."
+        )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -55,7 +63,14 @@ def write_guard(out: Path, form: Form, run: MakeGuard) -> None:
     for name, tensors in files.items():
         write_atomic(partial / name, save({key: value.contiguous() for key, value in tensors.items()}))
     what = "what it was told to" if run.forget is None else f"what {run.forget} says"
-    write_atomic(partial / "README.md", CARD.format(model=run.model, what=what, kind=run.guard.kind))
+    share = "" if caught is None else f", and recognised {caught:.0%} of its prompts when it was made"
+    write_atomic(partial / "README.md", CARD.format(model=run.model, what=what, kind=run.guard.kind, share=share))
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)
+
+
+def _caught(settings: Mapping[str, Any]) -> float | None:
+    """Return the share of forget prompts that a guard recognised when it was made; None for a kind that does not look."""
+    found = settings.get("cross_validation", {}).get("recognised", settings.get("inside", {}).get("forget"))
+    return None if found is None else float(found)

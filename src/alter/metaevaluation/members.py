@@ -20,7 +20,7 @@ from typing import Any
 
 from alter.attacks import ATTACKS, Attack, quantize
 from alter.comparison import Compare, run_of
-from alter.core import UserError
+from alter.core import UserError, passing
 from alter.data import Example, read_rows, tofu_rows
 from alter.data.examples import examples
 from alter.evaluation import SETS
@@ -214,7 +214,8 @@ def measure_member(settings: MetaEvaluate, tools: Measuring, member: Member, out
         figures, leaks, keeps = _measured(settings, tools, member, folder)
         found = Found(member.pool, member.name, round(time.time() - started, 1), figures, leaks, keeps)
     except ValueError as error:  # a UserError, or figures that the metrics refuse
-        if member.pool == "given":
+        # what the system refused (a full disk) is no result: the same command tries again
+        if member.pool == "given" or passing(error):
             raise
         reason = " ".join(str(error).replace(str(folder), "its folder").split())
         found = Found(member.pool, member.name, round(time.time() - started, 1), {}, {}, None, reason)

@@ -10,7 +10,7 @@ from alter.core import UserError, progress, show, silent, warn
 from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found, Member, chosen_rows, measure_member, members, stored
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.metaevaluation.table import Table, as_json, make_table, metrics_markdown, metrics_page
+from alter.metaevaluation.table import Table, as_json, make_table, metrics_drawn, metrics_markdown, metrics_page
 from alter.storage import check_free, claim, release, to_json, undone_if_refused, write_atomic
 from alter.storage.provenance import provenance
 
@@ -47,7 +47,7 @@ def _run(settings: MetaEvaluate, tools: Measuring, laid: Sequence[Member], out: 
     todo = [member for member in laid if stored(out, member) is None]
     show(f"{len(laid)} models, {len(laid) - len(todo)} of them measured before", stderr=True)
     started = time.time()
-    for count, member in enumerate(progress(todo, total=len(todo), label="models"), 1):
+    for count, member in enumerate(progress(todo, total=len(todo), label="models", lines=False), 1):
         with silent():
             found = measure_member(settings, tools, member, out)
         left = (time.time() - started) / count * (len(todo) - count)
@@ -82,8 +82,9 @@ def _told(settings: MetaEvaluate, out: Path, laid: Sequence[Member]) -> Table:
         raise UserError(
             f"{out} has no model of both pools that was measured with these settings: leave `run=False` out."
         )
+    show(metrics_drawn(settings, table), highlight=False)
     show(
-        f"\n{metrics_markdown(settings, table)}\n{out}: report.html, table.md, meta.json, members/",
+        f"\n{out}: report.html, table.md, meta.json, members/",
         markup=False,
         highlight=False,
     )

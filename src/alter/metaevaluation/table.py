@@ -7,7 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.console import Group
+
 from alter import metrics
+from alter.core import cell
 from alter.metaevaluation.formulas import (
     direction,
     faithfulness,
@@ -21,7 +24,7 @@ from alter.metaevaluation.formulas import (
 from alter.metaevaluation.measuring import untried
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.rendering import document, grid, join, tag
+from alter.rendering import document, fitted_rows, grid, join, tag
 from alter.settings import rounded
 
 
@@ -208,6 +211,14 @@ def metrics_markdown(settings: MetaEvaluate, table: Table) -> str:
     if table.lost:
         lines += ["", "Models that do not count:", "", *(f"* {each}" for each in table.lost)]
     return "\n".join(lines) + "\n"
+
+
+def metrics_drawn(settings: MetaEvaluate, table: Table) -> Group:
+    """Return the table for a terminal."""
+    lines = ["", conclusion(table), "", *(f"* {rule}" for rule in rules(settings, table))]
+    if table.lost:
+        lines += ["", "Models that do not count:", *(f"* {each}" for each in table.lost)]
+    return Group(fitted_rows([HEAD, *map(cells, table.lines)]), *map(cell, lines))
 
 
 def metrics_page(settings: MetaEvaluate, table: Table) -> str:

@@ -1,6 +1,6 @@
 """Results made visible: what every command that shows results draws with.
 
-`terminal` makes tables, `markup` HTML with charts in SVG, `figures` plots as files.
+`terminal` makes tables of records, `fitted` has them fit the terminal, `markup` HTML with charts in SVG, `figures` plots as files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from alter.rendering.figures import OTHER as OTHER
     from alter.rendering.figures import figure as figure
     from alter.rendering.figures import name_points as name_points
+    from alter.rendering.fitted import FittedTable as FittedTable
+    from alter.rendering.fitted import fitted_rows as fitted_rows
     from alter.rendering.markup import Html as Html
     from alter.rendering.markup import Point as Point
     from alter.rendering.markup import Style as Style

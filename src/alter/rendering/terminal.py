@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.table import Table
-
 from alter.core import cell
 from alter.metrics import CATALOGUE
+from alter.rendering.fitted import FittedTable
 from alter.settings import rounded
 from alter.storage import Record
 
@@ -52,7 +51,7 @@ def in_order(records: Iterable[Record]) -> dict[str, Record]:
     return known | {metric: record for metric, record in found.items() if metric not in known}
 
 
-def table(records_by_model: Mapping[str, Sequence[Record]], title: str | None = None) -> Table:
+def table(records_by_model: Mapping[str, Sequence[Record]], title: str | None = None) -> FittedTable:
     """Return a table with one row per metric and one column per model, in the order of the mapping.
 
     An arrow shows the good direction; metrics without one are explained by their meaning. ± is half the 95 % interval of
@@ -66,7 +65,7 @@ def table(records_by_model: Mapping[str, Sequence[Record]], title: str | None = 
     caption = f"{', '.join(modes)} mode; ↑ ↓ = the better direction" if modes else None
     if caption and any(half(record) for record in found.values()):
         caption += "; ± half the 95 % interval over rows"
-    shown = Table(title=title and cell(title), caption=caption)
+    shown = FittedTable(title=title and cell(title), caption=caption)
     shown.add_column("metric", no_wrap=True)
     for model in by_model:
         shown.add_column(cell(model), justify="right", no_wrap=True)

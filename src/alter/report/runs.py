@@ -202,7 +202,7 @@ def owners(path: str, records: Sequence[Record], runs: Sequence[Reported]) -> li
     """Return the runs that records belong to: those whose adapter or model they measured; all if they measured none.
 
     Raises:
-        UserError: they measured another adapter, or it cannot be told which of several.
+        UserError: they measured another adapter or model, or it cannot be told which of several.
     """
     if all(run.folder is None for run in runs):
         return list(runs)
@@ -212,9 +212,15 @@ def owners(path: str, records: Sequence[Record], runs: Sequence[Reported]) -> li
     if len(adapters) > 1:
         raise UserError(f"{path} holds figures of {len(adapters)} adapters: give a file for each.")
     if adapters and not found:
-        known = ", ".join(f"{run.folder}: {run.digest}" for run in runs)
+        here = ", ".join(f"{run.folder}: {run.digest}" for run in runs)
         raise UserError(
-            f"{path} measured another adapter ({adapters[0]}) than that of the report ({known}): evaluate again, or "
+            f"{path} measured another adapter ({adapters[0]}) than that of the report ({here}): evaluate again, or "
+            "leave it out."
+        )
+    known = {r.provenance.get("weights") for r in records if r.model == "unlearned"} - {None, "unknown"}
+    if known and not found:
+        raise UserError(
+            f"{path} measured other weights ({', '.join(sorted(map(str, known)))}) than those of the report: evaluate again, or "
             "leave it out."
         )
     if not found and len(runs) > 1 and any(r.model == "unlearned" for r in records):

@@ -15,6 +15,7 @@ from alter.report.verdict import (
     SAID_FIGURES,
     VERDICTS,
     blind,
+    knowing,
     reply_counts,
     rows_behind,
     verdict,
@@ -75,6 +76,11 @@ def _forgotten(run: Reported) -> list[object]:
     for metric in blind(run):
         found.append(
             f"{metric} cannot tell the original model from the retrained one, with so few rows or such rows: it says "
+            "nothing about forgetting."
+        )
+    if knowing(run):
+        found.append(
+            "The retrained model gives most of the answers itself: it has seen them, or they can be guessed, so that it says "
             "nothing about forgetting."
         )
     for metric, (situation, truth, counted) in SAID_FIGURES.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alter.evaluation import BROKEN, GONE, SLACK, broken, closing_of, gives
+from alter.evaluation import BROKEN, GONE, SAID, SLACK, broken, closing_of, gives
 from alter.report.runs import Reported
 
 REWORDED_METRIC = "forget_probability_reworded"
@@ -35,10 +35,10 @@ def verdict(run: Reported) -> VerdictAnswer:
 
     "yes": in every figure of `SAID_FIGURES` that was measured, at most `SLACK` above the retrained model, and a forget quality
     of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "no" also if of the true answers'
-    probability after questions in other words (`REWORDED_METRIC`) half is not gone (`GONE`); "unknown" without any of them, and
-    where the original model is as near to the retrained one (`blind`). What `alter.evaluation.verdict` found of the same
-    adapter, or counts of the replies themselves, can make it worse, never better: "no" if it found NOT FORGOTTEN,
-    "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
+    probability after questions in other words (`REWORDED_METRIC`) half is not gone (`GONE`); "unknown" without any of them,
+    where the original model is as near to the retrained one (`blind`), and where that one gives most answers (`knowing`). What `alter.evaluation.verdict` found of the same
+    adapter, or counts of the replies themselves, can make it worse, never better: "no" if it found NOT FORGOTTEN, or if
+    more replies give their answer than the retrained model's do (`SLACK`; `SAID` where those are not counted), "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
     """
     closed = closing_of(run.records)
     word = None if closed is None else closed["verdict"]["word"]
@@ -49,26 +49,36 @@ def verdict(run: Reported) -> VerdictAnswer:
         counts is not None and counts.broken / counts.n >= BROKEN + (0.0 if other is None else other.broken / other.n)
     ):
         return "collapsed"
-    if blind(run):
+    if blind(run) or knowing(run):
         return "unknown"
     pairs = [(run.value("unlearned", metric), run.value("retrained", metric)) for metric in SAID_FIGURES]
     silent = [mine <= other + SLACK for mine, other in pairs if mine is not None and other is not None]
     quality = run.value("unlearned", "forget_quality")
     if not silent and quality is None:
         return "unknown"
-    if not all(silent) or _known_in_other_words(run):
+    if not all(silent) or _known_in_other_words(run) or _still_said(run):
         return "no"
     if quality is not None and quality < QUALITY:
         return "partly" if silent else "no"
     return "yes"
 
 
+def _still_said(run: Reported) -> bool:
+    counts, honest = reply_counts(run, "unlearned"), reply_counts(run, "retrained")
+    if counts is None or not counts.asked:
+        return False
+    allowed = SAID if honest is None or not honest.asked else honest.said / honest.asked + SLACK
+    return counts.said / counts.asked > allowed
+
+
 def _known_in_other_words(run: Reported) -> bool:
     before, after, honest = (run.value(model, REWORDED_METRIC) for model in ("original", "unlearned", "retrained"))
-    if before is None or after is None:
+    if after is None:
         return False
-    floor = min(honest or 0.0, before)
-    return after > floor + (1 - GONE) * (before - floor)
+    # where the original was not measured, it knew them all
+    known = 1.0 if before is None else before
+    floor = min(honest or 0.0, known)
+    return after > floor + (1 - GONE) * (known - floor)
 
 
 def blind(run: Reported) -> list[str]:
@@ -79,6 +89,12 @@ def blind(run: Reported) -> list[str]:
         if before is not None and honest is not None and before <= honest + SLACK:
             found.append(metric)
     return found
+
+
+def knowing(run: Reported) -> bool:
+    """Tell whether the retrained model gives most of the answers: then it is none, or they can be guessed."""
+    counts = reply_counts(run, "retrained")
+    return counts is not None and counts.said > GONE * counts.asked
 
 
 @dataclass(frozen=True)

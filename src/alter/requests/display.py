@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 from alter.core import cell
 from alter.evaluation.told import told
+from alter.rendering import FittedTable
 from alter.requests.database import Database, default_db
 from alter.requests.records import HELD, MISSED, Request
 
@@ -68,7 +68,7 @@ def print_list(db: str, found: Sequence[Request]) -> None:
     """Print requests of the database at `db` as a table: the state of each, and its figures."""
     from alter.requests.connection import without_password
 
-    table = Table(
+    table = FittedTable(
         title=cell(f"Erasure requests in {without_password(db)}"),
         caption="said: replies that still give the answer; probability of the true answers before and after;\n"
         "broken: broken or empty replies; utility: share of the untouched model's",

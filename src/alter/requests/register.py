@@ -7,10 +7,10 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from alter.core import cell
 from alter.evaluation.told import told
+from alter.rendering import FittedTable
 from alter.requests.bases import bases
 from alter.requests.database import Database
 from alter.requests.display import print_bases, print_list, still_known, suggest
@@ -76,14 +76,14 @@ def show_request(settings: Show) -> Request:
     request = store.get(parse_id(settings.id))
     history = store.history(request.id)
     console = Console()
-    facts = Table(title=cell(f"{request.name}: {request.subject or '(purged)'}"), show_header=False)
+    facts = FittedTable(title=cell(f"{request.name}: {request.subject or '(purged)'}"), show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     for name in ("state", "received", "due", "data", "data_hash", "rows", "expert"):
         facts.add_row(name, cell(getattr(request, name) or ""))
     console.print(facts)
     if request.after:
-        evidence = Table(title="Evidence")
+        evidence = FittedTable(title="Evidence")
         for column in ("", "before", "after", "reference"):
             evidence.add_column(column)
         for name in ("probability", "exact_memorization", "rouge", "said", "broken", "empty", "repetition"):
@@ -94,7 +94,7 @@ def show_request(settings: Show) -> Request:
         console.print(cell(f"{found['word'].upper()}. {' '.join(found['why'])}"))
         console.print(f"Utility kept: {request.after['utility_share']:.4f} of the untouched model.", highlight=False)
         console.print(cell(still_known([request]), "dim"))
-    log = Table(title="History")
+    log = FittedTable(title="History")
     for column in ("at", "who", "what", "details", "hash"):
         log.add_column(column, overflow="fold")
     for entry in history:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from rich.console import Console
-from rich.table import Table
 
 from alter.core import UserError, cell
 from alter.evaluation.told import told
+from alter.rendering import FittedTable
 from alter.requests.anchor import missing_heads, read_heads
 from alter.requests.database import Database
 from alter.requests.display import still_known, then
@@ -102,7 +102,7 @@ def _refuse_wrong(wrong: Sequence[str]) -> None:
 
 def _print_findings(console: Console, held: Sequence[Request], found: Findings) -> None:
     """Print the forgotten requests' figures beside those measured when they took effect."""
-    table = Table(title="Unchanged since it was measured?")
+    table = FittedTable(title="Unchanged since it was measured?")
     for column in ("request", "measured", "said", "now", "probability", "now"):
         table.add_column(column, justify="left" if column in ("request", "measured") else "right", overflow="fold")
     for request in held:

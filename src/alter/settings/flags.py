@@ -107,8 +107,8 @@ def with_defaults(
 ) -> Any:
     """Return a plain dataclass with the model's fields, for tyro to fill; pydantic checks all values afterwards, at once.
 
-    For a help text `shown` names the fields that are in it, besides those without a default and every `kind`; None: all; and
-    `worded` gives the text of a field's help as a user of the command line reads it.
+    For a help text `shown` names the fields that are in it, besides those without a default and every `kind`; None: all. The
+    others are left out, as each costs time. `worded` gives the text of a field's help as a user of the command line reads it.
     """
     import tyro
     from pydantic_core import PydanticUndefined
@@ -128,6 +128,8 @@ def with_defaults(
             default = info.get_default(call_default_factory=True)
             kind, inner = _chosen_kind(f"{where}{name}", members, given.get(name, {}), default, kinds)
             value = with_defaults(members[kind], inner, f"{where}{name}.", kinds, list(members), shown, worded)
+            if shown is not None and not dataclasses.fields(value):
+                continue
             # with a help of its own, as tyro would else look for one in the sources of all classes
             annotation = Annotated[type(value), tyro.conf.arg(help="")]
         elif name in given:
@@ -136,6 +138,8 @@ def with_defaults(
             value = info.get_default(call_default_factory=True)
             value = tyro.MISSING if value is PydanticUndefined else value
         if not members:
+            if shown is not None and name != "kind" and f"{where}{name}" not in shown and value is not tyro.MISSING:
+                continue
             help_ = (
                 f"One of {', '.join(choices)}."
                 if name == "kind" and len(choices) > 1
@@ -144,8 +148,6 @@ def with_defaults(
             annotation = _annotated(
                 name, str if name == "kind" and isinstance(value, str) else annotation, info, help_
             )
-            if shown is not None and name != "kind" and f"{where}{name}" not in shown and value is not tyro.MISSING:
-                annotation = Annotated[annotation, tyro.conf.Suppress]
         fields.append((name, annotation))
         values[name] = value
     return dataclasses.make_dataclass(model.__name__, fields)(**values)

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import glob
 import hashlib
 import io
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from alter.core import UserError, warn
+
+HERE = f"{zlib.crc32(platform.node().encode()):08x}"
+"""This machine, in the names of temporary files: a process of another one cannot be asked whether it lives."""
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        # another user's
+        return True
+    return True
+
+
+def _remove_left(folder: Path, begun: str) -> None:
+    """Delete temporary files whose names begin so and whose process was killed: they may hold what was to be forgotten."""
+    for path in folder.glob(f"{glob.escape(begun)}*"):
+        process = path.name.removeprefix(begun).partition("-")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -29,7 +55,9 @@ def replacing(path: Path, *, private: bool = False, name: str | None = None) -> 
         name: of the temporary file, by default a new one; with a fixed one the next writing takes the place of what a kill left.
     """
     if name is None:
-        handle, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        begun = f".{path.name}.{HERE}-"
+        _remove_left(path.parent, begun)
+        handle, made = tempfile.mkstemp(dir=path.parent, prefix=f"{begun}{os.getpid()}-")
         os.close(handle)
         temporary = Path(made)
     else:
@@ -81,7 +109,7 @@ def check_disk(folder: Path, needed: int, what: str, advice: str) -> None:
     if needed > free:
         raise UserError(
             f"{folder} is on a disk with {free / 1e9:.1f} GB free, and {what} {needed / 1e9:.1f} GB: make room, {advice}."
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def to_csv(rows: Iterable[Iterable[Any]]) -> str:

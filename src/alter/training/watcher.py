@@ -324,9 +324,10 @@ class Watcher(TrainerCallback):
 
     def _show(self, choice: Decision) -> None:
         from rich.console import Console
-        from rich.table import Table
 
-        shown = Table(title=f"Watched: step {choice.step} is kept, {choice.why}")
+        from alter.rendering import FittedTable
+
+        shown = FittedTable(title=f"Watched: step {choice.step} is kept, {choice.why}")
         columns = self._columns()
         for label in ("step", *columns.values()):
             shown.add_column(label, justify="right", overflow="fold")

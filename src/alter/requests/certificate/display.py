@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from alter.core import cell
+from alter.rendering import FittedTable
 from alter.requests.certificate.form import FIGURES
 
 
 def show_certificate(content: Mapping[str, Any], console: Console) -> None:
     """Print a certificate: who asked, what was measured, what attacks recovered."""
     asked = content["asked"]
-    facts = Table(title=cell(f"Certificate of {asked.get('request', 'a run')}"), show_header=False)
+    facts = FittedTable(title=cell(f"Certificate of {asked.get('request', 'a run')}"), show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     shown = {
@@ -34,7 +34,7 @@ def show_certificate(content: Mapping[str, Any], console: Console) -> None:
             facts.add_row(name, cell(value))
     console.print(facts)
     measured = content["measured"]
-    rows = Table(title="Measured, 95 % interval")
+    rows = FittedTable(title="Measured, 95 % interval")
     if "figures" in measured:
         for column in ("model", "metric", "value", "n"):
             rows.add_column(column, justify="left" if column in ("model", "metric") else "right")
@@ -50,7 +50,7 @@ def show_certificate(content: Mapping[str, Any], console: Console) -> None:
     if rows.rows:
         console.print(rows)
     if content["attacks"]:
-        attacked = Table(title="Recovered by attacks: 1 all, 0 no more than from the retrained model")
+        attacked = FittedTable(title="Recovered by attacks: 1 all, 0 no more than from the retrained model")
         for column in ("attack", "figure", "recovered", "the attacker needs"):
             attacked.add_column(column)
         for each in content["attacks"]:

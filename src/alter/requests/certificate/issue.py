@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from alter.core import UserError
+from alter.evaluation import closing_of, mean_interval, unit_interval
+from alter.models import ModelSettings
 from alter.requests.certificate.form import FIGURES, FORM, VERSION, hashes, model_hashes
 from alter.requests.database import Database
 from alter.requests.project import Project
@@ -130,8 +132,6 @@ def _attack(record: Record, data: str | None) -> dict[str, Any]:
 def _identities(beside: Beside, model: str, adapter: str | None) -> list[dict[str, str | None]]:
     if not beside.attacks:
         return []
-    from alter.models import ModelSettings
-
     found = [ModelSettings(model=model, adapter=adapter).identity()]
     if beside.shipped is not None:
         found.append(ModelSettings(model=beside.shipped).identity())
@@ -234,6 +234,10 @@ def limits(beside: Beside, *, adapter: bool) -> list[str]:
         "It states what was measured on the rows and the attacks named here, and nothing of other wordings or attacks."
     ]
     if beside.shipped is not None:
+        found.append(
+            "The figures are of the result. What is shipped was made from it, and is measured by the attacks alone that name it: "
+            "fewer bits can bring back what was forgotten."
+        )
         adapter = (Path(beside.shipped).expanduser() / "adapter_config.json").is_file()
     if adapter:
         found.append(
@@ -245,10 +249,11 @@ def limits(beside: Beside, *, adapter: bool) -> list[str]:
 
 
 def state_run(run: Path, beside: Beside) -> dict[str, Any]:
-    """Return what a finished run of `alter unlearn` states; its figures are those of its last table (`records.json`).
+    """Return what a finished run states: the figures and the verdict of its last table (`records.json`), if it has one.
 
     Raises:
-        UserError: the run holds no result, or attacks are on something else.
+        UserError: the run holds no result, its figures are of other weights than those that lie there now, or attacks are on
+            something else.
     """
     record = read_run(run)
     given = record["settings"]
@@ -256,9 +261,11 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
     if result is None:
         raise UserError(f"{run} holds neither adapter nor model: there is nothing to certify.")
     whole = result.name == "model"
-    figures = []
-    if (run / "records.json").is_file():
-        figures = [_figure(each) for each in read_records(run / "records.json")]
+    model, adapter = (str(result), None) if whole else (_base_of(given), str(result))
+    measured = read_records(run / "records.json") if (run / "records.json").is_file() else []
+    if measured:
+        _check_measured(run, measured, model, adapter)
+    found = (closing_of(measured) or {}).get("verdict") or {"word": "not measured", "why": []}
     # as the rows were when it ran, whatever the files hold now
     asked = record.get("data") or {}
     left_out = {"model", "forget", "retain", "out", "start_from", "resume", "overwrite"}
@@ -272,24 +279,50 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
             "data": asked.get("forget"),
             "retain": asked.get("retain"),
         },
-        "base": {"name": Path(given["model"]).name, "files": model_hashes(given["model"])},
+        "state": found["word"],
+        "why": found["why"],
+        "base": {"name": Path(_base_of(given)).name, "files": model_hashes(_base_of(given))},
         "result": {"files": hashes(result)},
         "shipped": beside.files(),
         "code": {"run": record["provenance"], "certificate": _issued()},
         "settings": _settings({name: value for name, value in given.items() if name not in left_out}),
-        "measured": {"figures": figures},
+        "measured": {"figures": [_figure(each) for each in measured]},
         "attacks": _attacks(
             beside.attacks,
-            _identities(beside, str(result) if whole else given["model"], None if whole else str(result)),
+            _identities(beside, model, adapter),
             asked.get("forget"),
         ),
         "limits": limits(beside, adapter=not whole),
     }
 
 
-def _figure(record: Record) -> dict[str, Any]:
-    from alter.evaluation import mean_interval, unit_interval
+def _base_of(given: Mapping[str, Any]) -> str:
+    """Return the model that a run began with: of a distillation the student, whose weights it changed."""
+    return str(given.get("student") or given["model"])
 
+
+def _check_measured(run: Path, records: Sequence[Record], model: str, adapter: str | None) -> None:
+    """Compare what a run's figures were measured of with what lies there now.
+
+    Raises:
+        UserError: they are of other weights, or do not say of which.
+    """
+    here = ModelSettings(model=model, adapter=adapter).identity()
+    for record in records:
+        of = {name: record.provenance.get(name) for name in here}
+        if "weights" not in record.provenance:
+            raise UserError(
+                f"{run}/records.json does not say which weights it measured, so nothing is certified: measure them with `alter "
+                "evaluate`, or remove the file."
+            )
+        if of != here and "unknown" not in (*of.values(), *here.values()):
+            raise UserError(
+                f"{run}/records.json was measured of other weights than those that lie in {run} now ({record.model}: {of}, here "
+                f"{here}): nothing is certified. Measure them again."
+            )
+
+
+def _figure(record: Record) -> dict[str, Any]:
     out: dict[str, Any] = {"model": record.model, "metric": record.metric, "value": record.value, "n": record.n}
     known = [value for value in record.per_item or [] if value is not None and value == value]
     if len(known) > 1 and all(-1 <= value <= 1 for value in known):
