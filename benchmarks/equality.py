@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -166,10 +167,25 @@ class Found:
     differences: list[str] = field(default_factory=list)
 
 
+def names_of(items: list[Any]) -> list[str]:
+    """Return names for the items of a list: records have their model and metric, so that a new one moves no other."""
+    if not all(isinstance(item, dict) and {"model", "metric"} <= set(item) for item in items):
+        return [str(place) for place in range(len(items))]
+    known: Counter[str] = Counter()
+    found = []
+    for item in items:
+        name = "/".join(
+            str(part) for part in (item["model"], item["metric"], item.get("extra", {}).get("part")) if part
+        )
+        known[name] += 1
+        found.append(name if known[name] == 1 else f"{name} #{known[name]}")
+    return found
+
+
 def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the place and the value of everything in a JSON value, but for times and what made it."""
     if isinstance(value, (dict, list)):
-        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+        for name, part in value.items() if isinstance(value, dict) else zip(names_of(value), value, strict=True):
             if name not in TIMES | MADE_BY:
                 yield from leaves(part, f"{where}.{name}" if where else str(name))
         if not value:
@@ -270,15 +286,23 @@ def run_side(wanted: str, work: Path, data: Path, arguments: argparse.Namespace)
     side = work / "results"
     side.mkdir(parents=True)
     shutil.copytree(data, side / "data")
+    # a model that comes with the package is named by its place, which must be the same on both sides
+    place = Path(tempfile.gettempdir()) / "alter-equality"
+    if place.is_symlink():
+        sys.exit(f"{place} is there: another comparison runs, or was killed. Wait for it, or delete the link.")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ALTER_")}
     environment |= {
-        "PYTHONPATH": str(tree / "src"),
+        "PYTHONPATH": str(place / "src"),
         "ALTER_CACHE": "off",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, __file__, "--side", "--steps", str(arguments.steps), "--jobs", *arguments.jobs]
-    subprocess.run(command, cwd=side, env=environment, check=True)
+    place.symlink_to(tree)
+    try:
+        subprocess.run(command, cwd=side, env=environment, check=True)
+    finally:
+        place.unlink()
     return side
 
 
@@ -314,7 +338,7 @@ def main() -> int:
         status = [json.loads((side / "status.json").read_text()) for side in sides]
         total = Found()
         print(f"{'job':<28} {'files':>6} {'tensors':>8} {'values':>8} {'differences':>12}")
-        for name in dict.fromkeys([*status[0], *status[1]]):
+        for name in arguments.jobs or dict.fromkeys([*status[0], *status[1]]):
             found = compare(name, *sides, status)
             print(f"{name:<28} {found.files:>6} {found.tensors:>8} {found.values:>8} {len(found.differences):>12}")
             for difference in found.differences[: arguments.most]:

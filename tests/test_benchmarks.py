@@ -425,6 +425,15 @@ def test_equality_compares_every_value_but_times_and_who_made_it(tmp_path):
     ]
 
 
+def test_equality_knows_records_by_their_names(tmp_path):
+    records = [{"model": "m", "metric": metric, "value": 1.0} for metric in ("a", "b", "b")]
+    more = [{"model": "m", "metric": "new", "value": 2.0}, *records[:2], records[2] | {"value": 3.0}]
+    assert sides(tmp_path, "rows", ("r.json", records), ("r.json", more)) == [
+        "rows/r.json: m/b #2.value '1.0' -> '3.0'",
+        *(f"rows/r.json: m/new.{name} only after" for name in ("metric", "model", "value")),
+    ]
+
+
 def test_equality_counts_a_job_that_fails_as_a_difference(tmp_path):
     for status in ([{"npo": [2]}, {"npo": [2]}], [{"npo": [0]}, {}], [{}, {"npo": [0]}]):
         assert len(equality.compare("npo", tmp_path, tmp_path, status).differences) == 1
