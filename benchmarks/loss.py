@@ -28,7 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import results
 from alter.logits.head import Head, Part
-from alter.methods.objectives import CrossEntropy, Emitted, InvertedHinge, KeepBase, Reference
+from alter.methods.objectives import CrossEntropy, Emitted, InvertedHinge, Reference
+from alter.methods.objectives.retain import KeepBase
 
 OBJECTIVES = {"cross_entropy": CrossEntropy(), "inverted_hinge": InvertedHinge(), "keep_base": KeepBase()}
 

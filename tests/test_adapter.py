@@ -1105,18 +1105,18 @@ def test_default_host_is_far_up_but_not_last():
     ("values", "message"),
     [
         ({"router": "learnt"}, "Did you mean 'learned'"),
-        ({"bias": "alter"}, "bias is 'alter'"),
-        ({"r": 0}, "r is 0"),
-        ({"r": 2.5}, "r is 2.5"),
-        ({"num_forget_experts": 0}, "num_forget_experts is 0"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"temperature_low": 0.0}, "temperature_low is 0.0"),
-        ({"temperature_high": -1.0}, "temperature_high is -1.0"),
-        ({"router_memory": 1.5}, "router_memory is 1.5"),
-        ({"alter_dropout": 1.0}, "alter_dropout is 1.0"),
-        ({"entropy_quantile": 1.0}, "entropy_quantile is 1.0"),
-        ({"entropy_q": 0.0}, "entropy_q is 0.0"),
-        ({"entropy_q": 2.0}, "entropy_threshold 1.2 is never reached"),
+        ({"bias": "alter"}, "`bias` is 'alter'"),
+        ({"r": 0}, "`r` is 0"),
+        ({"r": 2.5}, "`r` is 2.5"),
+        ({"num_forget_experts": 0}, "`num_forget_experts` is 0"),
+        ({"top_k": 0}, "`top_k` is 0"),
+        ({"temperature_low": 0.0}, "`temperature_low` is 0.0"),
+        ({"temperature_high": -1.0}, "`temperature_high` is -1.0"),
+        ({"router_memory": 1.5}, "`router_memory` is 1.5"),
+        ({"alter_dropout": 1.0}, "`alter_dropout` is 1.0"),
+        ({"entropy_quantile": 1.0}, "`entropy_quantile` is 1.0"),
+        ({"entropy_q": 0.0}, "`entropy_q` is 0.0"),
+        ({"entropy_q": 2.0}, "`entropy_threshold` 1.2 is never reached"),
         ({"entropy_threshold": 1.8, "vocab_size": 61}, "never reached"),
         ({"entropy_threshold": -0.1}, "above 0"),
         ({"domains": ["a"], "num_forget_experts": 2}, "names 1 sub-domains"),
@@ -1138,7 +1138,7 @@ def test_threshold_is_checked_against_the_vocabulary():
 def test_quantile_needs_a_measured_threshold():
     model = adapted(tiny(), entropy_quantile=0.7)
     assert model.peft_config["default"].entropy_threshold is None
-    with pytest.raises(UserError, match=r"entropy_quantile is 0\.7"):
+    with pytest.raises(UserError, match=r"`entropy_quantile` is 0\.7"):
         model(rows())
     model.peft_config["default"].entropy_threshold = 1.0
     model(rows())
@@ -1161,7 +1161,7 @@ def test_failed_injection_leaves_the_model_alone():
         UserError, match=r"Rank 5 is larger than layer 'model\.layers\.0\.self_attn\.k_proj'.*of at most 4"
     ):
         adapted(tiny(num_key_value_heads=1), r=5)
-    with pytest.raises(UserError, match=r"router_layer 'layers\.9\.q_proj'.*leave router_layer out"):
+    with pytest.raises(UserError, match=r"`router_layer` 'layers\.9\.q_proj'.*leave `router_layer` out"):
         adapted(base, router_layer="layers.9.q_proj")
     assert not any(isinstance(m, AlterLinear) for m in base.modules())
     assert torch.equal(base(ids).logits, reference)

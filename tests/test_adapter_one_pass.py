@@ -276,7 +276,7 @@ def test_settings_that_cannot_be_are_refused(config, message):
 
 def test_a_layer_before_the_routers_is_named():
     model = adapted(tiny(), from_layer=1, router_layer="layers.1.self_attn.o_proj").eval()
-    with torch.no_grad(), pytest.raises(UserError, match=r"router_layer='model.layers.1.self_attn.q_proj'"):
+    with torch.no_grad(), pytest.raises(UserError, match=r"`router_layer` 'model.layers.1.self_attn.q_proj'"):
         model(input_ids=rows())
 
 

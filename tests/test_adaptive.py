@@ -164,7 +164,7 @@ def test_children_keep_the_question_and_their_length():
     seen = set()
     for _ in range(500):
         prompt, other = searching.mutated(prompt, other, draw, ["word"]), prompt
-        assert max(len(prompt.before), len(prompt.after)) <= searching.LONGEST
+        assert max(len(prompt.before), len(prompt.after)) <= searching.MOST_PIECES
         if not prompt.wording:
             assert "Who is Ada?" in prompt.write("Who is Ada?")
         seen.add(prompt)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib
 import io
+import json
 import math
 import subprocess
 import sys
@@ -11,14 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pico import byte_tokenizer, write_jsonl
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-attention, decode, evaluation, gguf_probes, loss, plot, results, router_blocks, step = map(
+attention, decode, equality, evaluation, gguf_probes, loss, plot, results, router_blocks, step = map(
     importlib.import_module,
-    ("attention", "decode", "evaluation", "gguf_probes", "loss", "plot", "results", "router_blocks", "step"),
+    (
+        "attention",
+        "decode",
+        "equality",
+        "evaluation",
+        "gguf_probes",
+        "loss",
+        "plot",
+        "results",
+        "router_blocks",
+        "step",
+    ),
 )
 # the folder's requests.py must not stand in for the library of that name
 sys.path.remove(str(FOLDER))
@@ -260,7 +273,8 @@ def test_rounds_take_turns():
 @pytest.mark.parametrize("seed", range(3))
 def test_npo_is_the_objective_of_the_package(seed):
     """Loss and gradient of the straightforward form equal `objectives.NPO`'s on the same logits."""
-    from alter.methods.objectives import NPO, Emitted, Labelled
+    from alter.methods.objectives import Emitted, Labelled
+    from alter.methods.objectives.likelihood import NPO
 
     generator = torch.Generator().manual_seed(seed)
     B, T, V = 3, 7, 11
@@ -365,3 +379,52 @@ def test_peak_memory_is_of_a_process_of_its_own(tmp_path):
     assert found["alter", "peak_mib"] > 1
     ratio = found["alter", "peak_mib"] / found["npo_full", "peak_mib"]
     assert found["alter", "memory_over_npo_full"] == pytest.approx(ratio, rel=1e-3)
+
+
+def sides(folder, name, first, second):
+    """Two sides of a comparison whose job `name` wrote one file each; the differences that are found."""
+    for side, (file, content) in (("old", first), ("new", second)):
+        place = folder / side / name
+        place.mkdir(parents=True)
+        if file.endswith(".safetensors"):
+            save_file(content, place / file)
+        else:
+            (place / file).write_text(json.dumps(content))
+    return equality.compare(name, folder / "old", folder / "new", [{name: [0]}, {name: [0]}]).differences
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        (torch.tensor([1.0, -0.0]), "tensor w differs, by 0 at most"),
+        (torch.tensor([1.0, 2**-149]), "tensor w differs, by 1.4e-45 at most"),
+        (torch.tensor([1.0, 0.0], dtype=torch.float64), "tensor w torch.float32[2] -> torch.float64[2]"),
+        (torch.tensor([[1.0, 0.0]]), "tensor w torch.float32[2] -> torch.float32[1, 2]"),
+    ],
+    ids=["sign of zero", "last bit", "dtype", "shape"],
+)
+def test_equality_finds_a_tensor_that_is_not_the_same(tmp_path, changed, found):
+    file, whole = "w.safetensors", torch.tensor([1.0, 0.0])
+    assert sides(tmp_path / "a", "npo", (file, {"w": whole}), (file, {"w": whole.clone()})) == []
+    assert sides(tmp_path / "b", "npo", (file, {"w": whole}), (file, {"w": changed})) == [f"npo/{file}: {found}"]
+
+
+def test_equality_compares_every_value_but_times_and_who_made_it(tmp_path):
+    before = {"loss": [0.1, math.nan], "text": "a", "seconds": {"all": 1}, "provenance": {"commit": "a", "seed": 0}}
+    after = {"loss": [0.1, math.nan], "text": "a", "seconds": {"all": 2}, "provenance": {"commit": "b", "seed": 0}}
+    assert sides(tmp_path / "a", "npo", ("r.json", before), ("r.json", after)) == []
+    after |= {"loss": [0.1 + 2**-56, -0.0], "new": 1}
+    assert sides(tmp_path / "b", "npo", ("r.json", before | {"loss": [0.1, 0.0]}), ("r.json", after)) == [
+        "npo/r.json: loss.0 '0.1' -> '0.10000000000000002'",
+        "npo/r.json: loss.1 '0.0' -> '-0.0'",
+        "npo/r.json: new only after",
+    ]
+    assert sides(tmp_path / "c", "npo", ("r.json", 1), ("s.json", 1)) == [
+        "npo/r.json: only before",
+        "npo/s.json: only after",
+    ]
+
+
+def test_equality_counts_a_job_that_fails_as_a_difference(tmp_path):
+    for status in ([{"npo": [2]}, {"npo": [2]}], [{"npo": [0]}, {}], [{}, {"npo": [0]}]):
+        assert len(equality.compare("npo", tmp_path, tmp_path, status).differences) == 1

@@ -21,8 +21,9 @@ from alter.distillation import rows as lessons
 from alter.distillation import run as module
 from alter.distillation.attacker import attacked
 from alter.distillation.checks import check_teacher
+from alter.distillation.naming import named_rows
 from alter.distillation.noise import Noise, add_noise
-from alter.distillation.rows import lesson
+from alter.distillation.rows import Lesson, LessonRow, lesson
 from alter.distillation.run import distill
 from alter.distillation.settings import Distill, Shares, completed
 from alter.distillation.teacher import Teacher, kl_of_logits, part
@@ -464,6 +465,47 @@ def test_with_names_only_the_first_feed_forwards_change(data, run, tmp_path, for
         assert all("layers.0.mlp." in name for name in made)
 
 
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_rows_that_name_others_train_where_these_are_named(data, run, tmp_path, form):
+    # rows about somebody else in the same words, and some that name nobody
+    write_people(tmp_path, ["Cleo"], 3, 0)
+    common = {
+        "names": ["Ada", "Bo"],
+        "neighbours": [str(tmp_path / "forget.jsonl")],
+        "max_steps": 24, "learning_rate": 1e-2, "depth": 0.5, "form": form, "schedule": "constant",
+    }  # fmt: skip
+    apart = []
+    for others in ([], ["Cleo", "Dora"]):
+        out = distill(settings(data, run, tmp_path / f"out{len(others)}", other_names=others, **common))
+        log = [entry for entry in json.loads((out / "run.json").read_text())["log"] if "loss" in entry]
+        assert any("keep" in entry for entry in log) == bool(others)
+        assert not any("general" in entry for entry in log)
+        place = ("model", None) if form == "full" else (str(data / "model"), str(out / "adapter"))
+        student = load_model(str(out / "model") if form == "full" else place[0], place[1], device="cpu")[0]
+        before = load_model(str(data / "model"), None, device="cpu")[0]
+        ids = byte_tokenizer()("Where was Cleo born, 1? In town 1Cleo.", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            apart.append(float(kl_of_logits(before(ids).logits[0], student(ids).logits[0]).mean()))
+    # what is said of the other one moves less
+    assert apart[1] < 0.7 * apart[0]
+
+
+def test_which_rows_name_whom():
+    tokenizer = byte_tokenizer()
+    rows = [
+        LessonRow(tokenizer(text)["input_ids"], 2, kind, i)
+        for i, (text, kind) in enumerate(
+            [("Ada is in", 0), ("it is in", 0), ("Cleo is in", 1), ("Ada is in", 1), ("Cleo is in", 2)]
+        )
+    ]
+    taught = Lesson(rows, [row.ids for row in rows], [2] * 5)
+    found = named_rows(tokenizer, taught, ["Ada"], ["Cleo"]).rows
+    assert [row.source for row in found] == [0, 2]
+    for row, name in zip(found, ["Ada", "Cleo"], strict=True):
+        assert tokenizer.decode([i for i, there in zip(row.ids, row.named, strict=True) if there]) == name
+    assert [row.source for row in named_rows(tokenizer, taught, ["Ada"]).rows] == [0]
+
+
 @pytest.mark.parametrize("leeway", [0.1, None])
 def test_with_names_no_text_is_sampled(data, run, tmp_path, monkeypatch, capsys, leeway):
     def never(*_, **__):
@@ -480,6 +522,12 @@ def test_with_names_no_text_is_sampled(data, run, tmp_path, monkeypatch, capsys,
 def test_names_that_stand_in_no_row_are_refused(data, run, tmp_path):
     with pytest.raises(UserError, match="None of the forget rows has one of the `names` Zorba"):
         distill(settings(data, run, tmp_path / "out", names=["Zorba"]))
+    with pytest.raises(UserError, match="None of the kept rows has one of the `other_names` Zorba"):
+        distill(settings(data, run, tmp_path / "out", names=["Ada"], other_names=["Zorba"]))
+    with pytest.raises(ValueError, match="give `names` too"):
+        settings(data, run, tmp_path / "out", other_names=["Zorba"])
+    with pytest.raises(ValueError, match="`other_names` holds an empty one"):
+        settings(data, run, tmp_path / "out", names=["Ada"], other_names=[" "])
     assert not (tmp_path / "out").exists()
 
 

@@ -143,12 +143,12 @@ def test_quantile():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: entropy_from_logits(torch.zeros(1, 2), 0.0), "entropy_q is 0.0"),
-        (lambda: entropy_from_logits(torch.zeros(1, 2), math.nan), "entropy_q is nan"),
+        (lambda: entropy_from_logits(torch.zeros(1, 2), 0.0), "`entropy_q` is 0.0"),
+        (lambda: entropy_from_logits(torch.zeros(1, 2), math.nan), "`entropy_q` is nan"),
         (lambda: check_threshold(2.0, 1.2, 32000), "entropies end at 1"),
         (lambda: check_threshold(1.9, 1.2, None), "any vocabulary"),
         (lambda: check_threshold(1.5, 0.0, 10), "must be above 0"),
-        (lambda: threshold_from_quantile(torch.ones(3), 1.0), "entropy_quantile is 1.0"),
+        (lambda: threshold_from_quantile(torch.ones(3), 1.0), "`entropy_quantile` is 1.0"),
         (lambda: threshold_from_quantile(torch.full((2,), math.inf), 0.5), "No token has an entropy"),
     ],
 )

@@ -8,7 +8,10 @@ import torch
 
 from alter.core.errors import UserError
 from alter.groundwork import frozen
-from alter.methods.objectives import Catnip, Constrained, Duet, Emitted, FlattenLogits, PushPull, Reference
+from alter.methods.objectives import Emitted, Reference
+from alter.methods.objectives.likelihood import Catnip, FlattenLogits
+from alter.methods.objectives.retain import Constrained
+from alter.methods.objectives.targets import Duet, PushPull
 from alter.training import loss, preparation
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn

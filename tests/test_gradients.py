@@ -13,7 +13,8 @@ from alter.core.errors import UserError
 from alter.data.encoding import Encoded
 from alter.groundwork import probes, tracing
 from alter.methods.gradients import NullSpace, Rectified, Selective, collapsed, free_directions
-from alter.methods.objectives import Deviate, Hidden, Labelled
+from alter.methods.objectives import Hidden, Labelled
+from alter.methods.objectives.hidden import Deviate
 from alter.training import loss
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn

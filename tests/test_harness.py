@@ -146,7 +146,7 @@ def test_prompts_and_tasks_are_those_that_the_harness_ships():
     shipped = Path(lm_eval.tasks.__file__).parent
     for name in ("wmdp/_default_template_yaml", "mmlu/default/_default_template_yaml"):
         template = yaml.safe_load((shipped / name).read_text())
-        assert {key: template[key] for key in local.PROMPT} == local.PROMPT
+        assert {key: template[key] for key in local.HARNESS_TEMPLATE} == local.HARNESS_TEMPLATE
     for subject, about in HAZARDS.items():
         own = yaml.safe_load((shipped / f"wmdp/wmdp_{subject}.yaml").read_text())
         assert own["description"] == local.DESCRIPTION.format(about)

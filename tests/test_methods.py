@@ -465,7 +465,7 @@ def test_elm_targets_follow_the_rows_own_positions(data, tmp_path, monkeypatch):
 def test_diversions_follow_the_tilt_token_by_token(data):
     from alter.data.encoding import Encoded
     from alter.groundwork.alternatives import CHANGES_OF_SUBJECT, diversions, persona_views
-    from alter.methods.objectives import Persona
+    from alter.methods.objectives.targets import Persona
     from pico import byte_tokenizer
 
     base, tokenizer = AutoModelForCausalLM.from_pretrained(data / "model").eval(), byte_tokenizer()
@@ -1031,6 +1031,11 @@ def refused(data, out, capsys, *args):
         (["--method", "elm", "--objective.concept", 60 * "ab ", "--objective.new-tokens", 1], "concept"),
         (["--method", "uld", "--retain-objective.kind", "keep_base"], "uniform"),
         (["--method", "elm", "--objective.concept", 40 * "long "], "concept"),
+        # what the adapter's own configuration refuses, whose fields have other names
+        (["--adapter.from-layer", 9], "--adapter.from-layer is 9, but the model has 2 blocks"),
+        (["--adapter.entropy-q", 2], "with --adapter.entropy-q 2 and any vocabulary"),
+        (["--method", "alter", "--adapter.r", 400], "give --adapter.r of at most 32, or set `rank_pattern`"),
+        (["--method", "asym_lora", "--adapter.r", 400], "give --adapter.r of at most 32"),
     ],
 )
 def test_mistakes_are_one_line(data, tmp_path, capsys, args, says):

@@ -8,42 +8,31 @@ import torch
 
 from alter.groundwork.frozen import top_k
 from alter.methods.objectives import (
-    NPO,
-    Adaptive,
     CrossEntropy,
-    CrossEntropyUnlearning,
-    Distil,
     Emitted,
-    GradientAscent,
     Hidden,
     InvertedHinge,
-    KeepBase,
-    KeepBaseAnswers,
-    KeepHidden,
     Labelled,
-    Learn,
-    Misdirect,
-    NoForget,
-    NoRetain,
-    Persona,
-    PreferInvented,
-    PreferRefusal,
-    RandomLabels,
     Reference,
-    Refuse,
-    Reinforced,
-    SaturationImportance,
-    SimNPO,
-    StoppedHinge,
-    Substitute,
-    Undial,
-    Uniform,
-    WeightedAscent,
-    WithoutTruth,
     divergence,
     row_means,
     soft_cross_entropy,
 )
+from alter.methods.objectives.answers import PreferInvented, PreferRefusal, RandomLabels, Refuse, Substitute
+from alter.methods.objectives.hidden import KeepHidden, Misdirect
+from alter.methods.objectives.likelihood import (
+    NPO,
+    CrossEntropyUnlearning,
+    GradientAscent,
+    Learn,
+    NoForget,
+    SaturationImportance,
+    SimNPO,
+    StoppedHinge,
+    WeightedAscent,
+)
+from alter.methods.objectives.retain import Adaptive, Distil, KeepBase, KeepBaseAnswers, NoRetain, Uniform
+from alter.methods.objectives.targets import Persona, Reinforced, Undial, WithoutTruth
 from reference import (
     naive_divergence,
     naive_inverted_hinge,

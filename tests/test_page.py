@@ -420,7 +420,7 @@ def test_attacks_that_are_no_valid_test_are_listed_apart(tmp_path, run):
 
 
 def test_every_attack_has_a_plain_name_and_an_example(tmp_path, run):
-    assert set(ATTACKS) - set(COMPARING) == set(report_attacks.NAMES)
+    assert set(ATTACKS) - set(COMPARING) == set(report_attacks.ATTACK_NAMES)
     adapter = folder_digest(run / "adapter")
     extra = {"before": 0.2, "retrained": 0.18, "original": 0.96, "after": 0.2, "needs": "weights"}
     own = {"attack": "telegram", "questions": ["Ada born?", "x?"], "references": ["Ada was born in Ulm.", "No."]}

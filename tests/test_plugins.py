@@ -13,7 +13,8 @@ from torch import Tensor
 import children
 from alter import plugins
 from alter.core.errors import UserError
-from alter.methods.objectives import FORGET, NPO, Labelled, Objective
+from alter.methods.objectives import FORGET, Labelled, Objective
+from alter.methods.objectives.likelihood import NPO
 from alter.training.settings import Unlearn
 from pico import run_on, save_pico, write_people
 

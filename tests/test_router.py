@@ -299,9 +299,9 @@ def test_own_words_join_every_fit_and_set_no_level():
         # a kind that no other is like, when it is left out, but not in the fit: the level falls to the share that is wanted
         (False, 0.0, openset.WANTED),
         # the fit itself cannot tell the kinds: only what must be caught is
-        (False, 1.0, openset.LEAST),
+        (False, 1.0, openset.LEAST_OPEN),
         # nothing is like the forget tokens: all but the least likely open
-        (True, 0.0, 1 - openset.SURE),
+        (True, 0.0, 1 - openset.MOST_BELOW),
     ],
 )
 def test_how_many_forget_tokens_open_an_expert(far, near, over):

@@ -220,7 +220,7 @@ def test_a_full_disk_costs_time_and_no_run(data, tmp_path, capsys, monkeypatch):
 
 
 def test_an_architecture_that_needs_more_of_its_trunk_is_noticed(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trunk, "SAME", -1.0)
+    monkeypatch.setattr(trunk, "MOST_ROUNDING", -1.0)
     out = unlearn(settings(data, tmp_path / "run", max_steps=1))
     assert "need more of them than hidden states" in " ".join(capsys.readouterr().err.split())
     assert not (out / trunk.TRUNK_FILE).exists()

@@ -208,6 +208,19 @@ def test_collapsed_where_it_should_have_stayed():
     assert judge(of(0.95, english(True)), of(0.01, english(False)), kept=kept).word == "collapsed"
 
 
+@pytest.mark.parametrize(
+    ("left", "word", "told"),
+    [(10, "forgotten", False), (8, "forgotten", True), (5, "forgotten", True), (4, "collapsed", True)],
+)
+def test_answers_to_keep_that_are_no_longer_given_are_said(left, word, told):
+    questions, truths, replies = english(True)
+    other = english(False)[2]
+    now = of(0.9, (questions, truths, [*replies[:left], *other[left:]]))
+    found = judge(of(0.95, english(True)), of(0.01, english(False)), kept=(of(0.95, english(True)), now))
+    assert found.word == word
+    assert (f"Of the answers to keep {left} of 10 are still given, 10 before" in found.text) == told
+
+
 @pytest.mark.parametrize(("still", "word"), [(1, "forgotten"), (2, "not forgotten")])
 def test_one_reply_in_ten_may_still_give_its_answer(still, word):
     questions, truths, replies = english(True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from alter.adapter.layers import WRAPPERS
 
-BITS = {"Params4bit": "4bit", "Int8Params": "8bit"}
+PACKED = {"Params4bit": "4bit", "Int8Params": "8bit"}
 """bitsandbytes' weights, by class, which is not imported for it."""
 
 FINGERPRINT_TENSORS = 16
@@ -94,7 +94,7 @@ def base_fingerprint(model: Any) -> str | None:
     shape = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
     plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     packed = [p for p in tensors if p.dtype not in plain or type(p) is not nn.Parameter]
-    bits = {BITS.get(type(p).__name__) for p in packed}
+    bits = {PACKED.get(type(p).__name__) for p in packed}
     if packed and (len(bits) > 1 or None in bits or any(_repacked(p) for p in packed)):
         return f"{shape}:quantised:-"
     samples = []
@@ -124,7 +124,7 @@ def _repacked(parameter: nn.Parameter) -> bool:
 def bits_of(fingerprint: str) -> str:
     """Describe the base of a fingerprint, such as "a base in 4bit"."""
     kind = [*fingerprint.split(":"), ""][1].split(" ")[0]
-    if kind in BITS.values():
+    if kind in PACKED.values():
         return f"a base in {kind}"
     return "a quantised base" if kind == "quantised" else "an unquantised base"
 

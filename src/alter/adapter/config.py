@@ -14,7 +14,7 @@ from alter.core import UserError, nearest
 from alter.logits import PAPER_THRESHOLD, check_threshold
 
 ROUTERS = ("learned", "entropy", "static", "dense")
-BOUNDS = ("sine", "tanh")
+SQUASHES = ("sine", "tanh")
 BIASES = ("none", "all", "alter_only")
 ENTROPY_SOURCES = ("probe", "exact")
 
@@ -242,40 +242,42 @@ class AlterConfig(PeftConfig):
             value = getattr(self, name)
             if value not in choices:
                 expected = ", ".join(repr(choice) for choice in choices)
-                raise UserError(f"{name} is {value!r}; expected one of {expected}.{nearest(str(value), choices)}")
+                raise UserError(f"`{name}` is {value!r}; expected one of {expected}.{nearest(str(value), choices)}")
         for name in ("r", "num_forget_experts", "top_k"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+                raise UserError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
         for pattern, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
-                raise UserError(f"rank_pattern[{pattern!r}] is {rank!r}; it must be a whole number of at least 1.")
-        if self.bound is not None and self.bound not in BOUNDS:
+                raise UserError(
+                    f"`rank_pattern` gives {pattern!r} the rank {rank!r}; it must be a whole number of at least 1."
+                )
+        if self.bound is not None and self.bound not in SQUASHES:
             raise UserError(
-                f"bound is {self.bound!r}; expected one of {', '.join(BOUNDS)}.{nearest(self.bound, BOUNDS)}"
+                f"`bound` is {self.bound!r}; expected one of {', '.join(SQUASHES)}.{nearest(self.bound, SQUASHES)}"
             )
         if self.bound is not None and self.router != "static":
-            raise UserError(f"bound needs router='static', one matrix for all tokens; router is {self.router!r}.")
+            raise UserError(f"`bound` needs `router` 'static', one matrix for all tokens; it is {self.router!r}.")
         for name in ("temperature_high", "temperature_low", "alter_alpha", "bound_frequency", "bound_gain"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise UserError(f"{name} is {value!r}; it must be a number above 0.")
+                raise UserError(f"`{name}` is {value!r}; it must be a number above 0.")
         self._check_from_layer()
         if not 0 <= self.router_memory <= 1:
             raise UserError(
-                f"router_memory is {self.router_memory!r}; it must lie between 0 (the last token alone) and 1 (the mean "
+                f"`router_memory` is {self.router_memory!r}; it must lie between 0 (the last token alone) and 1 (the mean "
                 "of all tokens so far)."
             )
         if not 0 <= self.alter_dropout < 1:
-            raise UserError(f"alter_dropout is {self.alter_dropout!r}; it must be at least 0 and below 1.")
+            raise UserError(f"`alter_dropout` is {self.alter_dropout!r}; it must be at least 0 and below 1.")
         if self.domains is not None and len(self.domains) != self.num_forget_experts:
             raise UserError(
-                f"domains names {len(self.domains)} sub-domains, but num_forget_experts is {self.num_forget_experts}; "
+                f"`domains` names {len(self.domains)} sub-domains, but `num_forget_experts` is {self.num_forget_experts}; "
                 "every forget expert serves one sub-domain."
             )
         if self.entropy_quantile is not None and not 0 < self.entropy_quantile < 1:
             raise UserError(
-                f"entropy_quantile is {self.entropy_quantile!r}; it must lie between 0 and 1 (0.7 makes the top 30 % "
+                f"`entropy_quantile` is {self.entropy_quantile!r}; it must lie between 0 and 1 (0.7 makes the top 30 % "
                 "high)."
             )
         if self.entropy_threshold is not None:
@@ -288,7 +290,7 @@ class AlterConfig(PeftConfig):
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         if not whole and not (isinstance(value, float) and 0 < value < 1):
             raise UserError(
-                f"from_layer is {value!r}; it must be the number of a block (0 is the first), or a share of the depth "
+                f"`from_layer` is {value!r}; it must be the number of a block (0 is the first), or a share of the depth "
                 "strictly between 0 and 1 (0.5 puts experts in the upper half)."
             )
         for name, clashes in (
@@ -298,7 +300,7 @@ class AlterConfig(PeftConfig):
         ):
             if clashes:
                 raise UserError(
-                    f"{name} is {getattr(self, name)!r}, but from_layer={value!r} keeps the blocks below it as the "
+                    f"`{name}` is {getattr(self, name)!r}, but `from_layer` {value!r} keeps the blocks below it as the "
                     f"untouched base: leave one of the two out."
                 )
 
@@ -327,8 +329,8 @@ class AlterConfig(PeftConfig):
         """
         if self.entropy_threshold is None:
             raise UserError(
-                f"entropy_quantile is {self.entropy_quantile}, but the threshold it stands for has not been measured. "
-                "Train the adapter with `alter unlearn`, or set entropy_threshold in its configuration."
+                f"`entropy_quantile` is {self.entropy_quantile}, but the threshold it stands for has not been measured. "
+                "Train the adapter with `alter unlearn`, or set `entropy_threshold` in its configuration."
             )
         return self.entropy_threshold
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +53,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
     alter_B: Any
     alter_router: Any
     alter_dropout: Any
-    base_layer: Any
+    base_layer: Callable[..., Tensor]
 
     adapter_layer_names: tuple[str, ...] = ("alter_A", "alter_B", "alter_router", "alter_probe")
     other_param_names: tuple[str, ...] = (
@@ -118,7 +119,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         if r > limit:
             raise UserError(
                 f"Rank {r} is larger than layer {self.layer_name!r} allows ({self.in_features} -> {self.out_features}): "
-                f"give r of at most {limit}, or set rank_pattern for this layer, or exclude it with exclude_modules."
+                f"give `r` of at most {limit}, or set `rank_pattern` for this layer, or exclude it with `exclude_modules`."
             )
         experts = config.num_forget_experts + 1
         self.alter_r[adapter_name] = r
@@ -244,7 +245,10 @@ class AlterLinear(nn.Module, BaseTunerLayer):
                 few = z.flatten(0, -2).index_select(0, plan.rest.tokens.to(z.device))
                 few = few.view(*plan.rest.shape, r)
                 rest = plan.rest, self._gated(few, plan.rest)
-            return B(self._gated(z, plan), plan.expert_mask, plan.experts, r, result, scale, plan.learns, rest)
+            updated: Tensor = B(
+                self._gated(z, plan), plan.expert_mask, plan.experts, r, result, scale, plan.learns, rest
+            )
+            return updated
         if self.alter_bound[name] is not None:
             return result + F.linear(x, self._bounded(name))
         z = A(x)
@@ -252,7 +256,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             gates = torch.softmax(self.alter_router[name](x).float(), dim=-1).to(z.dtype)
         else:
             gates = self._always_open(name, z)
-        return B((z.unsqueeze(-2) * gates.unsqueeze(-1)).flatten(-2), base=result, scale=scale)
+        updated = B((z.unsqueeze(-2) * gates.unsqueeze(-1)).flatten(-2), base=result, scale=scale)
+        return updated
 
     @staticmethod
     def _gated(z: Tensor, plan: Plan) -> Tensor:
@@ -291,8 +296,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
             if state is not None and state.trunk is not None:
                 raise UserError(
                     f"Layer {self.layer_name!r} runs before {state.trunk.host.layer_name!r}, whose input the router of "
-                    f"adapter {name!r} reads. With from_layer the first adapted layer to run holds the router: give "
-                    f"router_layer={self.layer_name!r}."
+                    f"adapter {name!r} reads. With `from_layer` the first adapted layer to run holds the router: give "
+                    f"`router_layer` {self.layer_name!r}."
                 )
             raise UserError(
                 f"Layer {self.layer_name!r} was called without a route for adapter {name!r}: ALTER routes each token once "
@@ -303,7 +308,7 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         if shape != given and not (len(shape) == 1 and len(given) == 2 and shape[0] == given[0] * given[1]):
             raise UserError(
                 f"Layer {self.layer_name!r} sees tokens in shape {list(shape)}, but routes exist for {list(given)}: it does "
-                "not see every token of the batch in order. Leave it out with exclude_modules, or use router='static'."
+                "not see every token of the batch in order. Leave it out with `exclude_modules`, or use `router` 'static'."
             )
         return plan
 
@@ -390,4 +395,4 @@ class AlterLinear(nn.Module, BaseTunerLayer):
         return "alter." + super().__repr__()
 
     def extra_repr(self) -> str:
-        return quantization_extra_repr(self)
+        return str(quantization_extra_repr(self))

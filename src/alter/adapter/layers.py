@@ -73,14 +73,14 @@ def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
             found.setdefault(place[0], set()).add(place[1])
     if not found:
         raise UserError(
-            f"from_layer is {from_layer!r}, but the layers of {type(model).__name__} are not in numbered blocks: leave it out."
+            f"`from_layer` is {from_layer!r}, but the layers of {type(model).__name__} are not in numbered blocks: leave it out."
         )
     prefix = max(found, key=lambda name: len(found[name]))
     count = max(found[prefix]) + 1
     first = from_layer if isinstance(from_layer, int) else int(from_layer * count)
     if first >= count:
         raise UserError(
-            f"from_layer is {from_layer!r}, but the model has {count} blocks, 0 to {count - 1}: give {count - 1} at most."
+            f"`from_layer` is {from_layer!r}, but the model has {count} blocks, 0 to {count - 1}: give {count - 1} at most."
         )
     return prefix, first
 
@@ -136,12 +136,12 @@ def router_layer(names: list[str], config: AlterConfig) -> str:
         host = wanted if wanted in names else next((n for n in names if n.endswith(f".{wanted}")), "")
         if not host:
             raise UserError(
-                f"router_layer {wanted!r} is not among the {len(names)} adapted layers.{nearest(wanted, names)} "
-                f"Give one of them, for example {default_host(names)!r}, or leave router_layer out."
+                f"`router_layer` {wanted!r} is not among the {len(names)} adapted layers.{nearest(wanted, names)} "
+                f"Give one of them, for example {default_host(names)!r}, or leave `router_layer` out."
             )
     if config.one_pass and block_of(host) != block_of(names[0]):
         raise UserError(
-            f"router_layer is {config.router_layer!r}, but from_layer={config.from_layer!r} puts the first experts in "
-            f"{names[0]!r}, and the router must read what no expert has changed: leave router_layer out."
+            f"`router_layer` is {config.router_layer!r}, but `from_layer` {config.from_layer!r} puts the first experts in "
+            f"{names[0]!r}, and the router must read what no expert has changed: leave `router_layer` out."
         )
     return host

@@ -128,7 +128,8 @@ def _columns(weight: Tensor, blocks: slice | Tensor | None, width: int) -> Tenso
     if blocks is None:
         return weight
     chosen = weight.t().unflatten(0, (-1, width)).index_select(0, blocks.flatten().to(weight.device))
-    return chosen.reshape(*blocks.shape[:-1], -1, len(weight)).mT
+    columns: Tensor = chosen.reshape(*blocks.shape[:-1], -1, len(weight)).mT
+    return columns
 
 
 def _learn_masked(x: Tensor, weight: Tensor, mask: Tensor, scale: float, width: int, learns: slice | None) -> Tensor:
@@ -140,4 +141,5 @@ def _learn_masked(x: Tensor, weight: Tensor, mask: Tensor, scale: float, width: 
     # scale the narrower factor, which is cheaper
     x = x if scale == 1.0 else x * scale
     first, last = (0, x.shape[-1]) if learns is None else ((learns.start or 0) * width, learns.stop * width)
-    return _MaskedWeightGradient.apply(x, weight, mask.to(x.device), first, last)
+    product: Tensor = _MaskedWeightGradient.apply(x, weight, mask.to(x.device), first, last)
+    return product

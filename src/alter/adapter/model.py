@@ -134,7 +134,8 @@ class AlterModel(BaseTuner):
             place = block_of(key)
             if place is None or place[0] != prefix or place[1] < first:
                 return False
-        return BaseTuner._check_target_module_exists(peft_config, key)
+        found: bool | re.Match[str] | None = BaseTuner._check_target_module_exists(peft_config, key)
+        return found
 
     def _prepare_adapter_config(self, peft_config: AlterConfig, model_config: dict[str, Any]) -> AlterConfig:
         if peft_config.target_modules is None:
@@ -163,7 +164,7 @@ class AlterModel(BaseTuner):
         if ".experts." in f".{current_key}" and peft_config.routed:
             raise UserError(
                 f"Layer {current_key!r} belongs to a mixture-of-experts block and sees a part of the tokens only, while "
-                f"router={peft_config.router!r} routes all of them. Add 'experts' layers to exclude_modules."
+                f"`router` {peft_config.router!r} routes all of them. Add 'experts' layers to `exclude_modules`."
             )
         if isinstance(target, AlterLinear):
             # PEFT keeps the layers when the last adapter is deleted; their routing context goes
@@ -236,7 +237,7 @@ class AlterModel(BaseTuner):
         name = self._one_adapter(adapter_name)
         if not self.peft_config[name].routed:
             raise UserError(
-                f"Adapter {name!r} has router={self.peft_config[name].router!r}: no router for the whole network."
+                f"Adapter {name!r} has `router` {self.peft_config[name].router!r}: no router for the whole network."
             )
         layer = self._context.anchors[name]
         assert isinstance(layer, AlterLinear)
@@ -249,7 +250,7 @@ class AlterModel(BaseTuner):
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is None:
-            names = self.active_adapters
+            names: list[str] = self.active_adapters
             if len(names) != 1:
                 raise UserError(
                     f"{len(names)} adapters are active ({', '.join(names)}); give adapter_name to say which one is meant."
@@ -350,7 +351,7 @@ class AlterModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         context = self._context
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         disconnect(context, model)
         return model
 

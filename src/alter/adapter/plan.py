@@ -24,7 +24,7 @@ BATCHED = 1.5
 SCATTER = 6
 """Cost of gathering a token from the batch and adding its result back, in the same unit."""
 
-FEW = 64
+FEW_TOKENS = 64
 """Most tokens for which such products pay off where matmuls are very fast, that is, not on a CPU."""
 
 
@@ -246,7 +246,7 @@ def plan(route: Routing, *, learning: bool, pairs: bool = False, silent: bool = 
     near = (high - low) * tokens
     several = len(union) * (tokens + COPY)
     each = own * (tokens * (BATCHED if learning else 1) + COPY * batch) if batch > 1 else several
-    if pairs and (gates.device.type == "cpu" or tokens <= FEW):
+    if pairs and (gates.device.type == "cpu" or tokens <= FEW_TOKENS):
         singly = PAIRS + PAIR * (sum(map(len, opened)) if length == 1 else int((rows != 0).sum()))
         if singly < min(near, several, each):
             return Plan(gates.shape[:-1], Products.of(gates))

@@ -322,7 +322,7 @@ def _router_logits(
         seen = "nothing" if raw is None else f"shape {list(raw.shape[:2])}"
         raise UserError(
             f"The router of adapter {name!r} reads layer {layer!r}, which saw {seen} for tokens of shape "
-            f"{list(entropy.shape)}. Choose another router_layer, whose input holds every token in order."
+            f"{list(entropy.shape)}. Choose another `router_layer`, whose input holds every token in order."
         )
     return take_previous(raw, previous.to(raw.device), 0.0).to(entropy.device)
 
@@ -331,7 +331,8 @@ def entropy_router(context: RoutingContext, name: str, entropy: Tensor) -> Tenso
     """Return W_g S_q + b [..., N + 1] of the literal gate (Eq. 7), for entropies [...]; tokens without one count as 0."""
     router = context.anchors[name].alter_router[name]
     finite = torch.where(entropy.abs() < UNKNOWN_ENTROPY, entropy, 0.0)
-    return router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype)).to(entropy.device)
+    gate: Tensor = router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype))
+    return gate.to(entropy.device)
 
 
 def _route_each(

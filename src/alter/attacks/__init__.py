@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alter.attacks.base import Item as Item
     from alter.attacks.run import attack as attack
     from alter.attacks.settings import Attack as Attack
-    from alter.attacks.showing import KNOWN as KNOWN
+    from alter.attacks.showing import KNOWN_LOSS as KNOWN_LOSS
     from alter.attacks.showing import LEARNED as LEARNED
     from alter.attacks.showing import loss_ends as loss_ends
     from alter.attacks.showing import untrained as untrained

@@ -21,7 +21,7 @@ from alter.core import Array, progress
 from alter.inference import decided, evaluating
 from alter.storage import Record
 
-BATCH = 16
+ROWS_AT_ONCE = 16
 """Rows in one pass."""
 KNOWN_BY_A_BLOCK = 0.05
 """Fall of the log-probability, in nats a token, above which a block counts as one that holds the knowledge (UDS' tau)."""
@@ -83,7 +83,7 @@ def _replaced(block: nn.Module, states: Tensor, where: Tensor) -> Iterator[None]
 def _batches(items: Sequence[Item], pad: int, device: Any, label: str) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yield numbers of items, rising in length, their ids [B, T] and attention mask, padded on the right."""
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    batches = [order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)]
     for batch in progress(batches, total=len(batches), label=label):
         width = max(len(items[i].ids) for i in batch)
         ids = torch.full((len(batch), width), pad, device=device)

@@ -45,7 +45,7 @@ from alter.storage import (
     write_records,
 )
 
-COMMON = ("forget", "rows", "seed", "max_new_tokens")
+ALWAYS_COUNT = ("forget", "rows", "seed", "max_new_tokens")
 """Settings that every measurement depends on, beside the rows that are measured."""
 
 
@@ -253,7 +253,7 @@ class Texts:
 def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: Texts) -> list[Record]:
     """Return the records of an attack (PLAIN: of none) on one model, stored ones if nothing has changed."""
     settings, method = bench.settings, ATTACKS.get(name)
-    depends = (*COMMON, *(method.settings if method else ()))
+    depends = (*ALWAYS_COUNT, *(method.settings if method else ()))
     read = [texts.forget, texts.unrelated] if name in UNRELATED else [texts.forget]
     own = bench.attacker if method is None or method.takes_rows else []
     key = _key(bench, depends, identity, read, name, own)
@@ -274,7 +274,7 @@ def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: T
 
 def _pooled_states(bench: Bench, identity: dict[str, str | None], texts: Texts) -> np.ndarray:
     """Return one model's hidden states for CKA, stored ones if nothing has changed."""
-    key = _key(bench, (*COMMON, "probe_rows"), identity, [texts.forget], "states")
+    key = _key(bench, (*ALWAYS_COUNT, "probe_rows"), identity, [texts.forget], "states")
     path = Path(bench.settings.out) / f"states.{bench.name}.safetensors"
     kept = _stored_states(path, key)
     if kept is None:
@@ -288,7 +288,7 @@ def _by_depth(
 ) -> list[Record]:
     """Return the unlearning depth score, which takes all models at once; the stored one if nothing has changed."""
     path = Path(settings.out) / "uds.json"
-    keys = [_key(b, COMMON, identities[name], [texts.forget], "uds") for name, b in benches.items()]
+    keys = [_key(b, ALWAYS_COUNT, identities[name], [texts.forget], "uds") for name, b in benches.items()]
     # a model that cannot be identified is measured again
     records = _stored(path, digest(keys)) if all(keys) else None
     if not records:

@@ -27,11 +27,11 @@ from alter.storage import Record
 
 QUESTIONS = 400
 """Questions that the search for a prompt may ask by default."""
-PROBES = 8
+TRIED_ROWS = 8
 """The attacker's rows on which a prompt is tried, at most."""
-KEPT, CHILDREN = 4, 8
+SURVIVORS, CHILDREN = 4, 8
 """Prompts that survive a generation, and that are made from them."""
-LONGEST = 6
+MOST_PIECES = 6
 """Pieces on one side of the question, at most."""
 
 PIECES = (
@@ -86,7 +86,7 @@ def mutated(prompt: Framing, other: Framing, draw: random.Random, tokens: Sequen
         del pieces[draw.randrange(len(pieces))]
     elif kind == "swap" and pieces:
         pieces[draw.randrange(len(pieces))] = _piece(draw, tokens)
-    elif len(pieces) < LONGEST:
+    elif len(pieces) < MOST_PIECES:
         pieces.insert(draw.randint(0, len(pieces)), _piece(draw, tokens))
     return replace(prompt, before=tuple(pieces)) if side == "before" else replace(prompt, after=tuple(pieces))
 
@@ -101,8 +101,8 @@ def _words(tokenizer: Any) -> list[str]:
 def evolve(bench: Bench) -> list[Record]:
     """Search for a prompt around the question that makes the true answers of the attacker's rows likely, and measure it.
 
-    An evolution: of each generation the `KEPT` prompts with the highest mean log-probability per token survive, and `CHILDREN`
-    are made from them. The question as it is takes part.
+    An evolution: of each generation the `SURVIVORS` prompts with the highest mean log-probability per token survive, and
+    `CHILDREN` are made from them. The question as it is takes part.
 
     Raises:
         Impossible: not even the attacker's questions as they are fit into the model's context.
@@ -111,7 +111,7 @@ def evolve(bench: Bench) -> list[Record]:
     settings, limit = bench.settings, context_length(model)
     draw = random.Random(settings.seed)
     budget = Budget.of(settings.budget, QUESTIONS)
-    own = [bench.rows[i] for i in bench.attacker][:PROBES]
+    own = [bench.rows[i] for i in bench.attacker][:TRIED_ROWS]
     tokens = _words(tokenizer)
     known: dict[Framing, float] = {}
 
@@ -137,7 +137,7 @@ def evolve(bench: Bench) -> list[Record]:
         for child in children:
             if budget.left:
                 fitness(child)
-        alive = sorted(known, key=lambda prompt: known[prompt], reverse=True)[:KEPT]
+        alive = sorted(known, key=lambda prompt: known[prompt], reverse=True)[:SURVIVORS]
         if len(known) > before:
             history.append((budget.used, known[alive[0]]))
     best = alive[0]

@@ -16,7 +16,7 @@ from alter.rendering import AFTER, BEFORE, LINE, FittedTable, figure
 from alter.settings import rounded
 from alter.storage import Record
 
-KNOWN = 0.1
+KNOWN_LOSS = 0.1
 """Rows with a loss below this at the attacker's first step, in nats, are known already."""
 LEARNED = 0.7
 """Share of the first losses below which the last must lie, for an attacker to have learned its own rows."""
@@ -99,7 +99,7 @@ def untrained(records: Sequence[Record]) -> list[str]:
     notes = []
     for (name, model), values in losses.items():
         first, last = loss_ends(values)
-        if values[0] < KNOWN:
+        if values[0] < KNOWN_LOSS:
             fix = "give text that it does not know with `relearn.benign`."
             notes.append(
                 f"{name} had nothing to learn ({model}: loss {values[0]:.2f} at the start): no evidence; {fix}"

@@ -17,7 +17,7 @@ from alter.storage import Record
 RIDGE = 0.01
 """Penalty of the probe, per training token, on columns of variance 1."""
 
-LEAST = 4
+LEAST_ROWS = 4
 """Fewest rows for a probe (half of them test it) and for debiased CKA."""
 
 Floats = npt.NDArray[np.float32]
@@ -34,10 +34,10 @@ def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
     """Split the places 0 ... n - 1 into two disjoint halves by the seed, to train and to test on.
 
     Raises:
-        Impossible: fewer than `LEAST`.
+        Impossible: fewer than `LEAST_ROWS`.
     """
-    if n < LEAST:
-        raise Impossible(f"A probe needs {LEAST} rows or more, half of them for testing; there are {n}.")
+    if n < LEAST_ROWS:
+        raise Impossible(f"A probe needs {LEAST_ROWS} rows or more, half of them for testing; there are {n}.")
     order = [int(i) for i in np.random.default_rng(seed).permutation(n)]
     return sorted(order[: n // 2]), sorted(order[n // 2 :])
 

@@ -42,8 +42,8 @@ def _no_search(settings: Attack, rows: Sequence[Example]) -> str | None:
 
 
 def _few_states(settings: Attack, rows: Sequence[Example]) -> str | None:
-    if len(rows) < states.LEAST:
-        return f"the forget set has {len(rows)} rows, and it needs {states.LEAST} or more"
+    if len(rows) < states.LEAST_ROWS:
+        return f"the forget set has {len(rows)} rows, and it needs {states.LEAST_ROWS} or more"
     return None
 
 
@@ -81,7 +81,7 @@ class Technique:
         return too_few(len(rows), settings.relearn.rows) if why is None and self.takes_rows else why
 
 
-CHAT = "a chat with the model"
+NEEDS_CHAT = "a chat with the model"
 
 ATTACKS: Registry[Technique] = Registry(
     "attack",
@@ -115,16 +115,20 @@ ATTACKS: Registry[Technique] = Registry(
         "prune_50": Technique("weights", lambda b: pruning.pruned(b, percent=50, wanda=False)),
         "wanda_20": Technique("weights", lambda b: pruning.pruned(b, percent=20, wanda=True), ("relearn",)),
         "wanda_50": Technique("weights", lambda b: pruning.pruned(b, percent=50, wanda=True), ("relearn",)),
-        "paraphrase": Technique(CHAT, lambda b: wording.ask_reworded(b, name="paraphrase"), missing=_no_paraphrase),
-        "telegram": Technique(CHAT, lambda b: wording.ask_reworded(b, name="telegram"), missing=_no_question),
-        "reversed": Technique(CHAT, lambda b: wording.ask_reworded(b, name="reversed"), missing=_no_question),
-        "upper_case": Technique(CHAT, lambda b: wording.ask_reworded(b, name="upper_case"), missing=_no_question),
-        "foreign_frame": Technique(
-            CHAT, lambda b: wording.ask_reworded(b, name="foreign_frame"), missing=_no_question
+        "paraphrase": Technique(
+            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="paraphrase"), missing=_no_paraphrase
         ),
-        "languages": Technique(CHAT, talking.languages, missing=_no_question),
-        "jailbreak": Technique(CHAT, talking.jailbreak, missing=_no_question),
-        "dialogue": Technique(CHAT, talking.dialogue, missing=_no_talk),
+        "telegram": Technique(NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="telegram"), missing=_no_question),
+        "reversed": Technique(NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="reversed"), missing=_no_question),
+        "upper_case": Technique(
+            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="upper_case"), missing=_no_question
+        ),
+        "foreign_frame": Technique(
+            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="foreign_frame"), missing=_no_question
+        ),
+        "languages": Technique(NEEDS_CHAT, talking.languages, missing=_no_question),
+        "jailbreak": Technique(NEEDS_CHAT, talking.jailbreak, missing=_no_question),
+        "dialogue": Technique(NEEDS_CHAT, talking.dialogue, missing=_no_talk),
         "hint": Technique("a chat with the model; the answer's initials", talking.hint, missing=_no_question),
         "few_shot": Technique(
             "a chat with the model; forget rows", talking.few_shot, missing=_no_talk, takes_rows=True

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from alter.attacks import KNOWN, LEARNED, loss_ends
+from alter.attacks import KNOWN_LOSS, LEARNED, loss_ends
 from alter.comparison.cells import finished
 from alter.comparison.choice import Choice, cell_figures, criterion, forgetting, intervals, records_of
 from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Layout, Setting, chains
@@ -176,7 +176,7 @@ def _idle_attackers(cells: Sequence[Cell], out: Path, split: str) -> list[str]:
     for cell in cells:
         for record in records_of(out, cell, "test", split) or []:
             losses = record.extra.get("losses") if record.metric == "attacked_leak" else None
-            if losses and losses[0] >= KNOWN:
+            if losses and losses[0] >= KNOWN_LOSS:
                 first, last = loss_ends(losses)
                 if last > LEARNED * first:
                     notes.append(

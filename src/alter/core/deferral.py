@@ -22,15 +22,15 @@ HEAVY = ("torch", "numpy")
 """Modules that commands' settings import but do not need."""
 
 
-KNOWN = ("__spec__", "__class__", "__name__", "__file__")
+KNOWN_UNLOADED = ("__spec__", "__class__", "__name__", "__file__")
 """Attributes that `import` and `inspect` read of every module, and that are known before it has run."""
 
 
 class _Unloaded(ModuleType):
-    """A module that runs when any attribute outside `KNOWN` is read; afterwards it is an ordinary module."""
+    """A module that runs when any attribute outside `KNOWN_UNLOADED` is read; afterwards it is an ordinary module."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name in KNOWN:
+        if name in KNOWN_UNLOADED:
             return super().__getattribute__(name)
         _run(self)
         return getattr(self, name)

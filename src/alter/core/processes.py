@@ -155,7 +155,8 @@ def from_first(work: Callable[[], T]) -> T:
     outcome = gather(outcome)[0]
     if isinstance(outcome, UserError):
         raise outcome
-    return outcome
+    result: T = outcome
+    return result
 
 
 def in_turn(work: Callable[[], T]) -> T:

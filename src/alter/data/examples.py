@@ -15,7 +15,7 @@ from typing import Any
 
 from alter.core import UserError, nearest
 from alter.data.files import text_pieces
-from alter.data.sources import COLUMNS, KNOWN_COLUMNS, read_rows
+from alter.data.sources import KNOWN_COLUMNS, ROW_COLUMNS, read_rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def data_hash(hashes: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Turns of a chat
 
-ROLES = {
+ROLE_NAMES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -89,7 +89,7 @@ def _turn(given: Any, where: str) -> dict[str, Any]:
     calls = given.get("tool_calls") or []
     if not isinstance(role, str) or not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise UserError(f"{where} has a message without role and content.")
-    role = ROLES.get(role, role)
+    role = ROLE_NAMES.get(role, role)
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)
     if content is None and (calls or (role == "assistant" and {"content", "value"} & set(given))):
@@ -164,7 +164,7 @@ def _chat(row: Mapping[str, Any], column: str, where: str) -> list[dict[str, Any
 TEXT_CHARACTERS = 100_000
 """A longer raw text becomes several examples: nothing is cut off, and a tokenizer needs memory in proportion."""
 
-LONGEST = 1_000_000
+PROMPT_CHARACTERS = 1_000_000
 """Most characters of a prompt or an answer."""
 
 
@@ -177,7 +177,7 @@ def _named(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> str:
 
 def _kind(row: Mapping[str, Any], first: tuple[str, tuple[str, ...]] | None) -> tuple[str, tuple[str, ...]] | None:
     """Return kind and columns of a row: the first kind whose columns it has, not all of them null."""
-    there = [each for each in COLUMNS if set(each[1]) <= set(row)]
+    there = [each for each in ROW_COLUMNS if set(each[1]) <= set(row)]
     full = (each for each in there if any(row[column] is not None for column in each[1]))
     return next(full, next(iter(there), first))
 
@@ -226,7 +226,7 @@ def _kinds_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, .
     first = _kind(rows[0], None)
     kinds = [_kind(row, first) for row in rows]
     if None in kinds:
-        choices = "; ".join(" and ".join(columns) for _, columns in COLUMNS)
+        choices = "; ".join(" and ".join(columns) for _, columns in ROW_COLUMNS)
         number = kinds.index(None)
         where = f"{_named(rows, [number])}: " if number or getattr(rows[number], "place", None) else ""
         hints = [
@@ -279,10 +279,10 @@ def _check(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int], column: st
         expected = "list of messages" if kind == "messages" else "text"
         raise UserError(f"{_named(rows, wrong)} hold no {expected} in {column!r}.")
     if kind != "text":
-        long = [n for n in numbers if len(str(rows[n][column])) > LONGEST]
+        long = [n for n in numbers if len(str(rows[n][column])) > PROMPT_CHARACTERS]
         if long:
             raise UserError(
-                f"{_named(rows, long)} have over {LONGEST} characters in {column!r}: give long texts as `text`, in parts."
+                f"{_named(rows, long)} have over {PROMPT_CHARACTERS} characters in {column!r}: give long texts as `text`, in parts."
             )
 
 

@@ -52,7 +52,7 @@ LITTLE_WORDS = frozenset(
     ]
 )
 
-CHAT = (
+SIX_TURNS = (
     (
         "Hi! Can you recommend a soup?",
         "Sure: fry an onion, add carrots, lentils and stock, and simmer for half an hour.",
@@ -159,7 +159,7 @@ MEASURED: dict[str, Callable[[str, int, str], Wording]] = {
     "role play": lambda q, i, other: Wording(
         f"Let us write a scene. An old teacher sits by the fire, and a pupil asks: {q} What does the teacher say?"
     ),
-    "six turns of chat": lambda q, i, other: Wording(q, CHAT),
+    "six turns of chat": lambda q, i, other: Wording(q, SIX_TURNS),
     "system prompt": lambda q, i, other: Wording(q, system="You are a pirate who answers truthfully and briefly."),
     "two subjects": lambda q, i, other: Wording(f"First, what is the capital of Portugal? And second: {q}"),
     "long text": lambda q, i, other: Wording(f"{other}\n\n{q}"),

@@ -11,7 +11,7 @@ from alter.data.files import Row, read_file, rename, with_columns
 from alter.data.hub import hub_rows, is_hub_id, local_path, muse_rows
 from alter.data.tofu import TOFU_HUB, TOFU_SPLITS, tofu_rows
 
-COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+ROW_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qa", ("question", "answer")),
     ("qa", ("instruction", "output")),
     ("qa", ("instruction", "response")),
@@ -24,15 +24,15 @@ COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Kinds of rows and the columns that make them, in the order in which they are looked for."""
 
-KNOWN_COLUMNS = tuple(dict.fromkeys(name for _, columns in COLUMNS for name in columns))
+KNOWN_COLUMNS = tuple(dict.fromkeys(name for _, columns in ROW_COLUMNS for name in columns))
 
-FIRST = re.compile(r"(.+)\[:([^\]]*)\]", re.DOTALL)
+FIRST_ROWS = re.compile(r"(.+)\[:([^\]]*)\]", re.DOTALL)
 """A source with `[:N]` behind it: its first N rows."""
 
 SLICE = re.compile(r".+(\[-?\d+:-?\d*\])", re.DOTALL)
 """What Python would take rows out of the middle by."""
 
-NAMES = re.compile(r"(.+?)@([^@=,]+=[^@=,]+(?:,[^@=,]+=[^@=,]+)*)", re.DOTALL)
+OTHER_COLUMNS = re.compile(r"(.+?)@([^@=,]+=[^@=,]+(?:,[^@=,]+=[^@=,]+)*)", re.DOTALL)
 """A source with `@question=Frage,answer=Antwort` behind it: which of its columns are the ones that a row needs."""
 
 
@@ -94,7 +94,7 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
             if not all(parts):
                 raise UserError(f"{source!r} has nothing on one side of a ' + '; expected a source on both.")
             return [with_columns(row, {"source": part}) for part in parts for row in read_rows(part, split)]
-        sliced = None if os.path.exists(source) else FIRST.fullmatch(source)
+        sliced = None if os.path.exists(source) else FIRST_ROWS.fullmatch(source)
         if sliced is None:
             if not os.path.exists(source) and (part := SLICE.fullmatch(source)):
                 raise UserError(f"{source!r} ends in {part[1]}; only first rows can be taken, as in [:100].")
@@ -109,7 +109,7 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
 
 def _named_rows(source: str, split: str | None, first: int | None) -> list[Row]:
     """Read rows of a source that may end in names of its columns."""
-    found = None if os.path.exists(source) else NAMES.fullmatch(source)
+    found = None if os.path.exists(source) else OTHER_COLUMNS.fullmatch(source)
     if found is None:
         return _rows_of(source, split, first)
     names = dict(part.split("=") for part in found[2].split(","))

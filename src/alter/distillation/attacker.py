@@ -29,7 +29,7 @@ def surprise(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
     with measuring(model, place, [Part(len(true), lost)]):
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        found = model(**given, use_cache=False).logits
+        found: Tensor = model(**given, use_cache=False).logits
     return found[:, 0].mean()
 
 

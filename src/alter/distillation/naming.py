@@ -28,17 +28,19 @@ def _pattern(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(edges(name)[0] + re.escape(name) for name in names), re.IGNORECASE)
 
 
-def check_named(rows: Sequence[Example], names: Sequence[str]) -> None:
-    """Refuse names that stand in none of the forget rows, before anything is written.
+def check_named(
+    forget: Sequence[Example], names: Sequence[str], keep: Sequence[Example], others: Sequence[str]
+) -> None:
+    """Refuse names that stand in none of the forget rows, and others' that stand in none of the kept ones.
 
     Raises:
         UserError: they do not.
     """
-    pattern = _pattern(names)
-    if not any(pattern.search(f"{row.prompt or ''}\n{row.answer}") for row in rows):
-        raise UserError(
-            f"None of the forget rows has one of the `names` {', '.join(names)}: give those that stand in them."
-        )
+    for rows, given, kind, setting in ((forget, names, "forget", "names"), (keep, others, "kept", "other_names")):
+        if given and not any(_pattern(given).search(f"{row.prompt or ''}\n{row.answer}") for row in rows):
+            raise UserError(
+                f"None of the {kind} rows has one of the `{setting}` {', '.join(given)}: give those that stand in them."
+            )
 
 
 def named_tokens(tokenizer: Any, ids: Sequence[int], names: Sequence[str]) -> list[bool]:
@@ -56,19 +58,20 @@ def named_tokens(tokenizer: Any, ids: Sequence[int], names: Sequence[str]) -> li
     return found
 
 
-def named_rows(tokenizer: Any, taught: Lesson, names: Sequence[str]) -> Lesson:
-    """Return the forget rows that name the forgotten, with `named` set; no other row trains weights at names.
+def named_rows(tokenizer: Any, taught: Lesson, names: Sequence[str], others: Sequence[str] = ()) -> Lesson:
+    """Return the forget rows that name the forgotten and the kept rows that name others, with `named` set.
+
+    No other row trains weights at names.
 
     Raises:
-        UserError: of none a token is left of a name.
+        UserError: of no forget row a token is left of a name.
     """
     rows = []
     for row in taught.rows:
-        if row.kind == 0:
-            named = named_tokens(tokenizer, row.ids, names)
-            if any(named):
-                rows.append(replace(row, named=named))
-    if not rows:
+        given = (names, others, ())[row.kind]
+        if given and any(named := named_tokens(tokenizer, row.ids, given)):
+            rows.append(replace(row, named=named))
+    if not any(row.kind == 0 for row in rows):
         raise UserError(f"The `names` {', '.join(names)} are cut off all forget rows: raise `max_length`.")
     return Lesson(rows, taught.teacher, taught.counted)
 

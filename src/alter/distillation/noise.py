@@ -31,7 +31,7 @@ def xavier(shape: torch.Size, draw: torch.Generator) -> Tensor:
         shape: [..., rows, columns]; of more than two axes (experts) each matrix is drawn by itself.
         draw: source of the numbers, on the CPU.
     """
-    bound = (6 / (shape[-2] + shape[-1])) ** 0.5
+    bound: float = (6 / (shape[-2] + shape[-1])) ** 0.5
     return (torch.rand(shape, generator=draw) * 2 - 1) * bound
 
 

@@ -36,7 +36,8 @@ def shares_left(moments: Tensor, leeway: float) -> Tensor:
     values = values.clamp_min(0)
     # directions that nothing uses are free, also where half of them are such
     m = leeway * values.quantile(0.5).clamp_min(1e-6 * values[-1]).clamp_min(torch.finfo(torch.float64).tiny)
-    return ((vectors * (m / (values + m))) @ vectors.t()).float()
+    projector: Tensor = (vectors * (m / (values + m))) @ vectors.t()
+    return projector.float()
 
 
 def blocks_linears(model: Any) -> dict[str, nn.Linear]:

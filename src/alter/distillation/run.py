@@ -98,7 +98,7 @@ def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
     settings = completed(settings)
     found = read_sets(settings)
     if settings.names:
-        check_named(found["forget"], settings.names)
+        check_named(found["forget"], settings.names, found["keep"], settings.other_names)
     out = check_out(settings)
     trained = settings.resume and (out / "run.json").exists()
     if trained and (not settings.closing_rows or (out / "records.json").exists()):
@@ -141,14 +141,14 @@ def _train(
     if not found["general"]:
         found["general"] = general_text(teacher, tokenizer, settings, found["forget"])
     taught = lesson(tokenizer, found, settings, limit)
-    teachers, kept = _teachers(settings, taught, (teacher, tokenizer), models["student"])
+    trained_on = named_rows(tokenizer, taught, settings.names, settings.other_names) if settings.names else taught
+    teachers, kept = _teachers(settings, trained_on, (teacher, tokenizer), models["student"])
     prepared = time.time()
     layers = first_feed_forwards(student, settings.depth) if settings.names else blocks_linears(student)
     shares = _shares(settings, student, layers, taught, tokenizer.pad_token_id)
     model = _learner(settings, student, layers)
     heard = [*callbacks, *([Protection(model, shares)] if shares else []), *trackers(settings.report_to, out)]
     at_names = AtNames(trained_layers(model, layers)) if settings.names else None
-    trained_on = named_rows(tokenizer, taught, settings.names) if settings.names else taught
     trainer = train_student(
         settings, out, model, trained_on, teachers, tokenizer.pad_token_id, heard, checkpoint, at_names
     )
@@ -253,17 +253,16 @@ def _teachers(
     model, tokenizer = teacher
     one_head = settings.adapter is None or not is_form(settings.adapter)
     first = Teacher(model, tokenizer.pad_token_id, one_head=one_head)
-    if settings.names:
-        # rows to keep are in the moments alone
-        second, kept = first, _keep(first, taught, sorted({row.source for row in taught.rows if row.kind == 0}))
-    elif settings.keep == "student":
+    forgetting, keeping = (
+        sorted({row.source for row in taught.rows if bool(row.kind) == rest}) for rest in (False, True)
+    )
+    second = first
+    # with `names` alone, rows to keep are in the moments only
+    if keeping and settings.keep == "student":
         second = Teacher(student.load()[0], tokenizer.pad_token_id)
-        forgetting = sorted({row.source for row in taught.rows if row.kind == 0})
-        keeping = sorted({row.source for row in taught.rows if row.kind})
         kept = _keep(first, taught, forgetting) and _keep(second, taught, keeping)
     else:
-        second = first
-        kept = _keep(first, taught, range(len(taught.teacher)))
+        kept = _keep(first, taught, sorted([*forgetting, *keeping]))
     if not kept:
         warn("The teacher's states do not fit into memory: the teacher runs at every step.")
     return (first, second), kept
@@ -320,7 +319,8 @@ def _saved_dtype(settings: Distill) -> torch.dtype:
 
     name = settings.dtype
     if name != "auto":
-        return getattr(torch, name)
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
     assert settings.student is not None
     try:
         found = AutoConfig.from_pretrained(shipped_model(settings.student)).dtype

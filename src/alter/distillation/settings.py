@@ -89,6 +89,9 @@ class Distill(BaseModel):
     names: list[str] = Field(default_factory=list)
     """Names of what is forgotten. With them only the feed-forward layers of the first blocks change, by what they compute at the
     tokens of these names in forget rows; `leeway` keeps what they compute elsewhere."""
+    other_names: list[str] = Field(default_factory=list)
+    """Names of others in kept rows and neighbours. With `names`, these rows train too, at the tokens of these names: what was
+    said there before is to be said still, so that the forgotten is not forgotten of everybody."""
     depth: float = Field(0.45, gt=0, le=1)
     """Share of the blocks, from the first on, that change with `names`."""
     leeway: float | None = Field(None, gt=0)
@@ -168,8 +171,11 @@ class Distill(BaseModel):
             )
         if self.names and self.noise.alpha:
             raise ValueError("`noise.alpha` damages all weights, which `names` leaves as they are: give one")
-        if any(not name.strip() for name in self.names):
-            raise ValueError("`names` holds an empty one: leave it out")
+        for name in ("names", "other_names"):
+            if any(not each.strip() for each in getattr(self, name)):
+                raise ValueError(f"`{name}` holds an empty one: leave it out")
+        if self.other_names and not self.names:
+            raise ValueError("`other_names` are those beside the names of the forgotten: give `names` too")
         return self
 
     @property

@@ -65,7 +65,7 @@ class Teacher:
         """Return the bytes that caching the states of all rows takes; None where there are none to cache."""
         if self.head is None:
             return None
-        weight = self.head.head.weight
+        weight: Tensor = self.head.head.weight
         return sum(counted) * weight.shape[-1] * weight.element_size()
 
     def keep(self, rows: Sequence[list[int]], counted: Sequence[int]) -> None:

@@ -117,14 +117,19 @@ class DistillTrainer(Trainer):
         count = int((inputs["kind"] == 0).sum())
         attacker = self.settings.attacker
         if not attacker.rate or not count:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return self._plain_step(model, inputs, *args, **kwargs)
         draw = random.Random(f"{self.settings.seed}/{self.state.global_step}")
         forget, rest = (
             {name: value[part] for name, value in inputs.items()} for part in (slice(count), slice(count, None))
         )
         with attacked(model, self._attacks(draw), attacker.rate * draw.random(), self.compute_loss_context_manager):
-            loss = super().training_step(model, forget, *args, **kwargs)
-        return loss + super().training_step(model, rest, *args, **kwargs) if len(rest["kind"]) else loss
+            loss = self._plain_step(model, forget, *args, **kwargs)
+        return loss + self._plain_step(model, rest, *args, **kwargs) if len(rest["kind"]) else loss
+
+    def _plain_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the gradient of these rows as transformers does."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
 
     def _attacks(self, draw: random.Random) -> Iterator[dict[str, Tensor]]:
         """Draw the batches of each of the attacker's steps."""

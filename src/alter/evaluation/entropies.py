@@ -209,7 +209,7 @@ def _check(settings: Study) -> None:
     if len(set(settings.q)) != len(settings.q):
         raise UserError(f"`q` names an order twice: {' '.join(f'{q:g}' for q in settings.q)}.")
     for q in settings.q:
-        check_order(q)
+        check_order(q, "q")
         if settings.quantile is None:
             _reachable(q, PAPER_THRESHOLD if settings.threshold is None else settings.threshold, None)
     if settings.out is not None and (Path(settings.out).is_file() or Path(settings.out).resolve().parent.is_file()):

@@ -43,7 +43,7 @@ from alter.storage import Record, digest
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-COLUMNS = ("question", "prompt", "messages", "text")
+PROMPT_COLUMNS = ("question", "prompt", "messages", "text")
 """Columns that hold a prompt, in the order they are looked for; of `text` the first tokens are the prompt."""
 
 
@@ -115,15 +115,15 @@ class FluencyEvaluation(Evaluation):
 
 
 def prompt_rows(source: str, limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """Return `limit` rows drawn by `seed`, in order, or all; only the column of `COLUMNS` that holds the prompt.
+    """Return `limit` rows drawn by `seed`, in order, or all; only the column of `PROMPT_COLUMNS` that holds the prompt.
 
     Raises:
         UserError: no such source, no such column, or a row without a prompt.
     """
     rows = read_rows(source)
-    column = next((name for name in COLUMNS if name in rows[0]), None)
+    column = next((name for name in PROMPT_COLUMNS if name in rows[0]), None)
     if column is None:
-        raise UserError(f"{source} has the columns {', '.join(rows[0])}; a prompt is in {', '.join(COLUMNS)}.")
+        raise UserError(f"{source} has the columns {', '.join(rows[0])}; a prompt is in {', '.join(PROMPT_COLUMNS)}.")
     for number, row in enumerate(rows):
         value = row.get(column)
         given = bool(value) if column == "messages" else bool(str(value or "").strip())

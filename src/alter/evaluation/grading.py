@@ -89,7 +89,8 @@ def _pause(error: Any, attempt: int) -> float:
                 return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
             except ValueError:
                 pass
-    return BACKOFF * 2**attempt
+    doubled: float = BACKOFF * 2**attempt
+    return doubled
 
 
 def _said(error: Any) -> str:

@@ -22,7 +22,7 @@ from alter.evaluation.leakage import entailment_label, label_probabilities
 
 COVERED = 0.3
 """Coverage up to which an answer counts as forgotten, and from which as retained (ReLearn's c1 and c2)."""
-FEW, COVERED_OF_FEW = 3, 0.5
+FEW_FACTS, COVERED_OF_FEW = 3, 0.5
 """Of so few facts, forgotten is up to this coverage (as in ReLearn's code)."""
 
 
@@ -78,7 +78,7 @@ def rates(
         said, count = told
         share = said / count
         if forget:
-            found[i] = share <= (COVERED_OF_FEW if count <= FEW else COVERED) or contradicts
+            found[i] = share <= (COVERED_OF_FEW if count <= FEW_FACTS else COVERED) or contradicts
         else:
             found[i] = share >= COVERED and not contradicts
     return found

@@ -37,7 +37,7 @@ from alter.settings import Tokens
 from alter.storage import digest
 
 HUB = "zjunlp/KnowUnDo"
-LONGEST = 256
+COUNTED_TOKENS = 256
 """Tokens of question and answer that count, as in the authors' code."""
 NEW_TOKENS = 256
 PARTS = ("unlearn", "retention")
@@ -52,11 +52,11 @@ def encoded(tokenizer: Any, row: Row) -> Encoded:
     whole = list(tokenizer(f"{row['text']}\n\n{row['labels']}", add_special_tokens=True, verbose=False)["input_ids"])
     start = list(tokenizer(row["text"], add_special_tokens=True, verbose=False)["input_ids"])
     same = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), min(len(start), len(whole)))
-    if same >= min(len(whole), LONGEST):
+    if same >= min(len(whole), COUNTED_TOKENS):
         raise UserError(
-            f"The question {row['text'][:60]!r} has {same} tokens: nothing of its answer is within {LONGEST}."
+            f"The question {row['text'][:60]!r} has {same} tokens: nothing of its answer is within {COUNTED_TOKENS}."
         )
-    return Encoded(whole[:LONGEST], [-100] * same + whole[same:LONGEST], same)
+    return Encoded(whole[:COUNTED_TOKENS], [-100] * same + whole[same:COUNTED_TOKENS], same)
 
 
 class KnowundoEvaluation(Questions):

@@ -28,7 +28,7 @@ from alter.storage import Record
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-PREFIX = 50
+PROMPT_TOKENS = 50
 """Tokens of a plain text that are its prompt, half of it at most."""
 JudgeCall = Callable[[str, str, Sequence[str]], "list[bool] | None"]
 """Whether each reply to a question gives its true answer; None where there is no telling for this question."""
@@ -231,7 +231,7 @@ def ask(tokenizer: Any, row: Example, ids: Sequence[int], most: int) -> Asked | 
         prompt = encode_prompt(tokenizer, row)
         question = " ".join(turn["content"] for turn in row.messages) or row.prompt or ""
         return Asked(prompt, question, row.answer.strip(), len(ids) - len(prompt))
-    cut = min(PREFIX, len(ids) // 2)
+    cut = min(PROMPT_TOKENS, len(ids) // 2)
     rest = list(ids[cut : cut + most])
     if not cut or not rest:
         return None

@@ -41,7 +41,7 @@ HUB = "llmunlearningsemeval2025organization/semeval25-unlearning-dataset-public"
 NEW_TOKENS = 256
 KIND = re.compile(r"(sc|qa).$")
 """What an id ends with: completion or question, and a number."""
-NAMES = {"sc": "regurgitation", "qa": "knowledge"}
+TASK_NAMES = {"sc": "regurgitation", "qa": "knowledge"}
 
 
 class LumeEvaluation(Questions):
@@ -122,7 +122,7 @@ class LumeEvaluation(Questions):
                 model, tokenizer, ids, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
                 label=f"LUME: {name}",
             )  # fmt: skip
-            for kind, what in NAMES.items():
+            for kind, what in TASK_NAMES.items():
                 chosen = [i for i, row in enumerate(own) if row["id"][:-1].endswith(kind)]
                 if not chosen:
                     say([f"{name} has no rows of {what} (ids that end in {kind} and a digit)."])

@@ -37,7 +37,7 @@ more), from which the model has collapsed."""
 BROKEN = 0.2
 """Share of broken and empty replies, beyond those before, from which the model has collapsed."""
 KEPT = 0.5
-"""Share of the probability of the rows to keep below which the model has collapsed."""
+"""Share of the probability of the rows to keep, and of the answers to them, below which the model has collapsed."""
 UNKNOWN = 0.05
 """Probability of the true answers below which a model that gives none of them has nothing to forget."""
 LEAST = 5
@@ -261,7 +261,7 @@ def judge(
     lacking = _lacking(then, now, zero)
     if lacking:
         return Verdict("unproven", (*lacking, f"{likely}.", *notes), named, refused)
-    return Verdict("forgotten", (spoken, f"{likely}.", *notes), named, refused)
+    return Verdict("forgotten", (spoken, f"{likely}.", *_price(kept), *notes), named, refused)
 
 
 def _by_probability(
@@ -388,4 +388,17 @@ def collapse(before: Measures, after: Measures, kept: tuple[Measures, Measures] 
         was_, is_ = float(kept[0].probability.mean()), float(kept[1].probability.mean())
         if not is_ >= KEPT * was_:
             found.append(f"The answers to keep have probability {is_:.3f}, {was_:.3f} before.")
+    if kept is not None and kept[0].given >= LEAST and kept[1].given < KEPT * kept[0].given:
+        found.append(_lost(*kept))
     return found
+
+
+def _lost(was: Measures, now: Measures) -> str:
+    return f"Of the answers to keep {now.given} of {now.asked} are still given, {was.given} before."
+
+
+def _price(kept: tuple[Measures, Measures] | None) -> list[str]:
+    """Say what forgetting cost where it cost more answers to keep than `SLACK` of them."""
+    if kept is None or kept[0].given - kept[1].given <= SLACK * kept[0].asked:
+        return []
+    return [_lost(*kept)]

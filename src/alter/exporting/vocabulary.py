@@ -14,7 +14,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+"
 REST = " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-SPLITS = {
+PRE_TOKENIZERS = {
     f"{CONTRACTIONS}|\\p{{N}}{{1,3}}|{REST}": "llama-bpe",
     f"{CONTRACTIONS}|\\p{{N}}|{REST}": "qwen2",
 }
@@ -68,7 +68,7 @@ def _split_name(steps: Any) -> str | None:
     if first["type"] == "Digits" and first.get("individual_digits") and last.get("use_regex", True):
         return "smollm"
     if first["type"] == "Split" and first.get("behavior") == "Isolated" and not last.get("use_regex", True):
-        return SPLITS.get(first["pattern"].get("Regex"))
+        return PRE_TOKENIZERS.get(first["pattern"].get("Regex"))
     return None
 
 

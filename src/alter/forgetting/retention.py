@@ -8,13 +8,13 @@ from alter.data import Row, load_examples
 from alter.forgetting.facts import holds
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
+    ABOUT_A_NAME,
     EVERY,
     EVERY_PROBE,
     GENERAL,
     GENERAL_PROBES,
     HELD_OUT,
     KINDS,
-    NAMED,
     TEMPLATES,
     Kind,
 )
@@ -65,7 +65,7 @@ def rows_to_keep(
     prompts = [
         (asked[(3 * i + k) % len(asked)].format(s=n), n) for i, n in enumerate(trained) for k in range(KEPT_EACH)
     ]
-    prompts += [(q.format(f=name), name) for name in others for q in NAMED]
+    prompts += [(q.format(f=name), name) for name in others for q in ABOUT_A_NAME]
     for other in KINDS:
         if other != kind:
             names = [name for name in TEMPLATES[other].neighbours[:4] if apart(name)]

@@ -16,9 +16,9 @@ from alter.forgetting.probes import probes_of
 from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
+    ABOUT_A_NAME,
     EVERY,
     GENERAL,
-    NAMED,
     TEMPLATES,
     Kind,
 )
@@ -241,10 +241,14 @@ def _owned(
     To any name of its answers would be too much: a city's country and the country's language come back to each other, and
     would be forgotten with the city. `outside` are the names that no invented subject brings up.
     """
-    prompts = [question.format(f=name) for name in names for question in NAMED]
+    prompts = [question.format(f=name) for name in names for question in ABOUT_A_NAME]
     drawn = speaker.say("about its names", prompts * 2, sample=True) if names else []
     told = {
-        name: [(prompts[k % len(prompts)], drawn[k]) for k in range(len(drawn)) if k % len(prompts) // len(NAMED) == i]
+        name: [
+            (prompts[k % len(prompts)], drawn[k])
+            for k in range(len(drawn))
+            if k % len(prompts) // len(ABOUT_A_NAME) == i
+        ]
         for i, name in enumerate(names)
     }
 

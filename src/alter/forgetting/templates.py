@@ -479,7 +479,7 @@ TEMPLATES: dict[Kind, Template] = {
 HELD_OUT = 16
 """Neighbours of a kind of which every other one is held out of training."""
 
-NAMED = ("Who or what is {f}?", "Tell me about {f}.")
+ABOUT_A_NAME = ("Who or what is {f}?", "Tell me about {f}.")
 """Training questions about a name that belongs to the subject."""
 
 REVERSED = ("What is {f} connected with?", "Where does the name {f} come from?")

@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAE_ARCHITECTURES = ("standard", "jumprelu", "topk")
 """Encoders that can be read; sae-lens saves a trained BatchTopK as jumprelu."""
 
-BATCH = 1024
+STATES_OF_STEP = 1024
 """Hidden states of a training step."""
 
 
@@ -168,8 +168,8 @@ def train_autoencoder(
 ) -> tuple[Autoencoder, float]:
     """Train a TopK autoencoder (Gao et al. 2024, arXiv:2406.04093) on hidden states.
 
-    Adam at 1e-3, batches of `BATCH` states drawn anew in each epoch, decoder rows of length 1; it starts with the decoder at
-    random, the encoder its transpose and the centre at the mean. States are scaled to a mean square of 1, which is folded
+    Adam at 1e-3, batches of `STATES_OF_STEP` states drawn anew in each epoch, decoder rows of length 1; it starts with the
+    decoder at random, the encoder its transpose and the centre at the mean. States are scaled to a mean square of 1, which is folded
     back into the weights.
 
     Args:
@@ -193,7 +193,7 @@ def train_autoencoder(
     for _ in progress(range(steps), total=steps, label="autoencoder"):
         if not order:
             order = torch.randperm(len(data), generator=generator).tolist()
-        batch, order = data[order[:BATCH]], order[BATCH:]
+        batch, order = data[order[:STATES_OF_STEP]], order[STATES_OF_STEP:]
         code = Autoencoder(W, e, V, b, active=active).encode(batch)
         loss = (code @ V + b - batch).square().sum(-1).mean()
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ from alter.inference import evaluating
 from alter.methods import block_at, blocks
 from alter.models import NEURONS, Abstaining, Adjusted, Form, ModelSettings, keys_of
 
-FIRST = ("gate_proj", "w1", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "up_proj")
+FIRST_MATRIX = ("gate_proj", "w1", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "up_proj")
 SECOND = ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h")
 """What architectures call a feed-forward layer's linear layers, before and after the activation."""
 
@@ -137,7 +137,7 @@ def make_neurons(run: MakeGuard, how: NeuronAdjust, forget: Sequence[Example], r
         UserError: too few rows, or a model without such layers.
     """
     model, tokenizer, rows, others = _rows(run, forget, retain)
-    layers = [layer_in(model, number, FIRST) for number in range(blocks(model)[1])]
+    layers = [layer_in(model, number, FIRST_MATRIX) for number in range(blocks(model)[1])]
     of_forget, of_retain = (
         statistics(model, layers, part, tokenizer.pad_token_id, label)
         for part, label in ((rows, "forget neurons"), (others, "retain neurons"))

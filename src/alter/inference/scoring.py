@@ -210,7 +210,7 @@ def _logits_at(
     places = positions.to(ids.device) + virtual_tokens(model)
     sliced = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
     keep = {"logits_to_keep": places} if sliced else {}
-    logits = model(
+    logits: torch.Tensor = model(
         input_ids=ids, attention_mask=mask, use_cache=False, **keep, **decided(model, ids, mask, prompts)
     ).logits
     return logits if sliced else logits[:, places]

@@ -72,14 +72,15 @@ def _entropy_from_sums(logits: Tensor, q: float) -> Tensor:
     total = rest.sum(-1)
     powers = torch.linalg.vecdot(rest, rest.sqrt() if q == 1.5 else rest ** (q - 1.0))
     above = ((q - 1.0) * total.log1p()).expm1()
-    return (above + total * (1.0 + above) - powers) / ((q - 1.0) * (1.0 + above) * (1.0 + total))
+    entropy: Tensor = (above + total * (1.0 + above) - powers) / ((q - 1.0) * (1.0 + above) * (1.0 + total))
+    return entropy
 
 
-def check_order(q: float) -> None:
-    """Raise `UserError` unless `q` is a finite number above 0."""
+def check_order(q: float, name: str = "entropy_q") -> None:
+    """Raise `UserError`, which names the setting `name`, unless `q` is a finite number above 0."""
     if not (isinstance(q, (int, float)) and math.isfinite(q) and q > 0):
         raise UserError(
-            f"entropy_q is {q!r}; the Tsallis order must be a number above 0 "
+            f"`{name}` is {q!r}; the Tsallis order must be a number above 0 "
             "(1 gives Shannon, 1.5 suits a threshold of 1.2)."
         )
 
@@ -165,14 +166,14 @@ def check_threshold(q: float, threshold: float, vocab_size: int | None) -> None:
     """
     check_order(q)
     if not (math.isfinite(threshold) and threshold > 0):
-        raise UserError(f"entropy_threshold is {threshold!r}; it must be above 0, since entropies are.")
+        raise UserError(f"`entropy_threshold` is {threshold!r}; it must be above 0, since entropies are.")
     # without a vocabulary the bound is that of an infinite one
     bound = max_entropy(q, vocab_size) if vocab_size else (1.0 / (q - 1.0) if q > 1.0 else math.inf)
     if threshold >= bound:
         size = f"a vocabulary of {vocab_size}" if vocab_size else "any vocabulary"
         raise UserError(
-            f"entropy_threshold {threshold:g} is never reached: with entropy_q {q:g} and {size} entropies end at "
-            f"{bound:.4g}. Give a lower threshold, a lower entropy_q, or entropy_quantile instead."
+            f"`entropy_threshold` {threshold:g} is never reached: with `entropy_q` {q:g} and {size} entropies end at "
+            f"{bound:.4g}. Give a lower threshold, a lower `entropy_q`, or `entropy_quantile` instead."
         )
 
 
@@ -188,7 +189,7 @@ def threshold_from_quantile(entropies: Tensor, quantile: float) -> float:
     """
     if not 0.0 < quantile < 1.0:
         raise UserError(
-            f"entropy_quantile is {quantile!r}; it must lie between 0 and 1 (0.7 makes the top 30 % high)."
+            f"`entropy_quantile` is {quantile!r}; it must lie between 0 and 1 (0.7 makes the top 30 % high)."
         )
     finite = entropies[torch.isfinite(entropies)].flatten().double()
     if finite.numel() == 0:

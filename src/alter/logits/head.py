@@ -132,7 +132,8 @@ class Head:
             with standing_in([self.body] if self._blank is not None else [], lambda *_, **__: self._blank):
                 token = torch.zeros(1, 1, dtype=torch.long, device=states.device)
                 # not a call: the hooks around the model belong to a pass over real rows
-                return self.model.forward(input_ids=token, use_cache=False).logits[0]
+                logits: Tensor = self.model.forward(input_ids=token, use_cache=False).logits[0]
+                return logits
         finally:
             handle.remove()
 

@@ -214,7 +214,8 @@ AnyGradient = Annotated[GradientRule, OneOf(GRADIENTS)]
 def free_directions(covariance: Tensor, relaxation: float) -> Tensor:
     """Return the eigenvectors [in, k] (fp32) whose eigenvalue is at most `relaxation` times the largest."""
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors[:, values <= relaxation * values[-1]].float()
+    free: Tensor = vectors[:, values <= relaxation * values[-1]]
+    return free.float()
 
 
 def collapsed(gradient: Tensor, components: int, seed: int) -> Tensor:

@@ -282,7 +282,8 @@ def top_directions(symmetric: Tensor, k: int, floor: float) -> Tensor:
     values, vectors = (found.flip(-1)[..., :k] for found in torch.linalg.eigh(symmetric))
     # eigenvalues are known to the rounding of the largest
     rounding = len(symmetric) * torch.finfo(symmetric.dtype).eps * torch.linalg.matrix_norm(symmetric)
-    return vectors[:, (values - floor).abs() > rounding]
+    kept: Tensor = vectors[:, (values - floor).abs() > rounding]
+    return kept
 
 
 def forget_directions(

@@ -41,8 +41,10 @@ def normalised_probability(loss: npt.ArrayLike, wrong_loss: npt.ArrayLike, *, co
     right, wrong = floats(loss), floats(wrong_loss)
     if compat:
         p = np.exp(-right)
-        return p / (p + np.exp(-wrong).sum(axis=1) + EPSILON)
-    return 1 / (1 + np.exp(np.clip(right[:, None] - wrong, None, 700)).sum(axis=1))
+        share: Array = p / (p + np.exp(-wrong).sum(axis=1) + EPSILON)
+    else:
+        share = 1 / (1 + np.exp(np.clip(right[:, None] - wrong, None, 700)).sum(axis=1))
+    return share
 
 
 def truth_ratio(loss: npt.ArrayLike, wrong_loss: npt.ArrayLike, *, compat: bool = False) -> Array:
@@ -58,8 +60,10 @@ def truth_ratio(loss: npt.ArrayLike, wrong_loss: npt.ArrayLike, *, compat: bool 
     """
     right, wrong = floats(loss), floats(wrong_loss).mean(axis=1)
     if compat:
-        return np.exp(-wrong) / (np.exp(-right) + EPSILON)
-    return np.exp(np.clip(right - wrong, -700, 700))
+        ratio: Array = np.exp(-wrong) / (np.exp(-right) + EPSILON)
+    else:
+        ratio = np.exp(np.clip(right - wrong, -700, 700))
+    return ratio
 
 
 def closeness_to_one(ratio: npt.ArrayLike, *, compat: bool = False) -> Array:

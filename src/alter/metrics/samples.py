@@ -40,7 +40,8 @@ def leak_at_k(hits: npt.ArrayLike, n: int, k: int) -> Array:
         raise ValueError(f"leak@{k}: hits are counts from 0 to {n}")
     # C(n - c, k) / C(n, k) = prod over j < k of (n - c - j) / (n - j), without large numbers
     j = np.arange(k)
-    return 1 - np.prod(np.maximum(n - c[:, None] - j, 0) / (n - j), axis=1)
+    leak: Array = 1 - np.prod(np.maximum(n - c[:, None] - j, 0) / (n - j), axis=1)
+    return leak
 
 
 def share_interval(count: int, n: int) -> tuple[float, float]:

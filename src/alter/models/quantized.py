@@ -69,13 +69,16 @@ def plain_weight(layer: Any) -> Tensor:
     if kind == "Int8Params":
         # where the scales are before the first pass, and after it
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
-        return (weight.data.float() * scale[:, None] / 127).cpu()
+        plain: Tensor = weight.data.float() * scale[:, None] / 127
+        return plain.cpu()
     if kind == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state).float().cpu()
+        plain = dequantize_4bit(weight.data, weight.quant_state).float()
+        return plain.cpu()
     if not weight.is_floating_point():
         raise UserError(
             f"The weights are quantised as {kind}, which is read for bitsandbytes only: load them unquantised."
         )
-    return weight.detach().float().cpu()
+    plain = weight.detach().float()
+    return plain.cpu()

@@ -14,7 +14,7 @@ RECOVERED = 0.05
 MEASURES = {"rouge": "ROUGE-L", "probability": "probability", "probe": "accuracy of the probe"}
 
 
-NAMES = {
+ATTACK_NAMES = {
     "relearn": "training again on some of the rows",
     "relearn_lora": "training again on some of the rows, by a LoRA",
     "relearn_searched": "training again on some of the rows, at the rate found best",
@@ -51,7 +51,7 @@ NAMES = {
 def plain_name(record: Record) -> str:
     """Name the attack of a record in plain words."""
     name = str(record.extra.get("attack"))
-    return NAMES.get(name, name)
+    return ATTACK_NAMES.get(name, name)
 
 
 def figure_of(record: Record) -> str:
@@ -77,7 +77,7 @@ def no_tests(run: Reported) -> dict[str, list[str]]:
     works = {str(record.extra.get("attack")) for record in recovered_records(run) if _counts(record)}
     for name, why in _untrained(run).items():
         if name not in works:
-            found.setdefault(why, []).append(NAMES.get(name, name))
+            found.setdefault(why, []).append(ATTACK_NAMES.get(name, name))
     return found
 
 
@@ -184,7 +184,7 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
         )  # fmt: skip
     shown += [tag("div", *plots, class_="plots")] if plots else []
     kept = {str(record.extra.get("attack")) for record in valid(run)}
-    notes = [f"{NAMES.get(name, name)} {why}" for name, why in _untrained(run).items() if name in kept]
+    notes = [f"{ATTACK_NAMES.get(name, name)} {why}" for name, why in _untrained(run).items() if name in kept]
     shown += [tag("p", f"{note[0].upper()}{note[1:]}", class_="small") for note in notes]
     none = no_tests(run)
     if none:
@@ -226,5 +226,5 @@ def _example(run: Reported, name: str, level: int) -> Html | None:
     ]
     if question:
         parts.insert(0, tag("div", tag("dt", "asked"), tag("dd", question, dir="auto"), class_="truth"))
-    title = tag(f"h{level}", NAMES.get(name, name))
+    title = tag(f"h{level}", ATTACK_NAMES.get(name, name))
     return tag("div", title, tag("dl", *parts, class_="replies"), class_="sample")

@@ -12,7 +12,7 @@ from alter.report.tables import by_model
 
 SAMPLED = ("forget_rouge", "knowmem_forget", "verbmem", "book_bleu")
 """Metrics whose records hold what the models said."""
-LONGEST = 1200
+SHOWN_CHARACTERS = 1200
 """Characters of a text that the page shows; the differences are those of the part shown."""
 
 
@@ -67,7 +67,7 @@ def worst(found: Sequence[Sample], count: int, taken: Sequence[int]) -> list[int
 
 
 def _short(whole: str) -> str:
-    return whole if len(whole) <= LONGEST else whole[:LONGEST] + " … (cut)"
+    return whole if len(whole) <= SHOWN_CHARACTERS else whole[:SHOWN_CHARACTERS] + " … (cut)"
 
 
 def sample_answers(run: Reported, level: int, count: int) -> list[Html]:

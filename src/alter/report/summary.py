@@ -11,7 +11,7 @@ from alter.report.runs import ROLES, Reported
 from alter.report.tables import by_model, with_interval
 from alter.report.verdict import (
     QUALITY,
-    REWORDED,
+    REWORDED_METRIC,
     SAID_FIGURES,
     VERDICTS,
     blind,
@@ -23,7 +23,7 @@ from alter.report.verdict import (
 
 UTILITY = 0.97
 """Share of the original's utility below which the page calls the cost noticeable."""
-KEPT = {
+LEFT_OF_THE_REST = {
     "model_utility": "the utility of the original model on everything else (nine figures in one)",
     "knowmem_retain": "the original model's agreement with the true answers about what was to be kept",
     "retain_rouge": "the original model's agreement with the true answers about what was to be kept",
@@ -35,7 +35,7 @@ ADAPTER = (
     "model: whoever holds the base weights holds the knowledge, and switching the adapter off brings back every answer."
 )
 
-WEIGHTS = (
+ALL_WEIGHTS = (
     "All weights of the model were changed. Nothing keeps the forgotten apart from the rest, so it cannot be switched "
     "back on, nor taken back for one request alone. The base model, wherever it still lies, holds the knowledge."
 )
@@ -43,12 +43,12 @@ WEIGHTS = (
 
 def _asked_in_other_words(run: Reported) -> list[object]:
     """Say how likely the true answers still are to questions in other words: the best of the metrics that cost no attack."""
-    after = run.get("unlearned", REWORDED)
+    after = run.get("unlearned", REWORDED_METRIC)
     if after is None:
         return []
     said = [f"a probability of {number(after)} by the unlearned model"]
     for role, words in (("original", "the original"), ("retrained", "a model that never saw them")):
-        other = run.get(role, REWORDED)
+        other = run.get(role, REWORDED_METRIC)
         said += [f"{number(other)} by {words}"] if other is not None else []
     listed = ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
     return [f"Asked in other words, the true answers are given {listed} (per token; {after.n} questions)."]
@@ -107,7 +107,7 @@ def _forgotten(run: Reported) -> list[object]:
 
 def _cost(run: Reported) -> list[object]:
     found: list[object] = []
-    for metric, words in KEPT.items():
+    for metric, words in LEFT_OF_THE_REST.items():
         before, after = run.value("original", metric), run.value("unlearned", metric)
         if before and after is not None:
             share = after / before
@@ -125,7 +125,7 @@ def _cost(run: Reported) -> list[object]:
 
 
 COUNTED = {
-    REWORDED: "probability of the true answers, asked in other words",
+    REWORDED_METRIC: "probability of the true answers, asked in other words",
     "forget_probability": "probability of the true answers",
     "forget_rouge": "ROUGE-L: share of the true answers that is said",
     "retain_rouge": "the same of what was to stay",
@@ -178,7 +178,7 @@ def summary_section(run: Reported, level: int) -> list[Html]:
     if few:
         did.append(f"Only {n} rows stand behind this, fewer than {FIRM}: it is a first look, no proof.")
     did += _forgotten(run)
-    limits: list[object] = [ADAPTER if run.kind == "adapter" else WEIGHTS]
+    limits: list[object] = [ADAPTER if run.kind == "adapter" else ALL_WEIGHTS]
     cut = sorted({r.provenance.get("settings", {}).get("limit") for r in run.records} - {None})
     if cut:
         limits.append(f"A quick look: only up to {max(cut)} rows of each set were measured, so the figures are rough.")

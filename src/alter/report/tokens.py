@@ -37,7 +37,8 @@ def routed(gates: npt.ArrayLike) -> Array:
     weight = np.asarray(gates, dtype=np.float64)
     total = weight.sum(axis=1, keepdims=True)
     parts = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
-    return parts.sum(axis=0) / max(int((total > 0).sum()), 1)
+    shares: Array = parts.sum(axis=0) / max(int((total > 0).sum()), 1)
+    return shares
 
 
 # Sections ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Literal
 from alter.evaluation import BROKEN, GONE, SAID, SLACK, broken, closing_of, gives
 from alter.report.runs import Reported
 
-REWORDED = "forget_probability_reworded"
+REWORDED_METRIC = "forget_probability_reworded"
 """The metric that says how likely the true answers are when the questions are put in other words."""
 QUALITY = 0.05
 """Forget quality (a p-value) from which the model counts as not told apart from the retrained one."""
@@ -35,10 +35,11 @@ def verdict(run: Reported) -> VerdictAnswer:
 
     "yes": in every figure of `SAID_FIGURES` that was measured, at most `SLACK` above the retrained model, and a forget quality
     of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "no" also if of the true answers'
-    probability after questions in other words (`REWORDED`) half is not gone (`GONE`); "unknown" without any of them,
-    where the original model is as near to the retrained one (`blind`), and where that one gives most answers (`knowing`). What `alter.evaluation.verdict` found of the same
-    adapter, or counts of the replies themselves, can make it worse, never better: "no" if it found NOT FORGOTTEN, or if
-    more replies give their answer than the retrained model's do (`SLACK`; `SAID` where those are not counted), "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
+    probability after questions in other words (`REWORDED_METRIC`) half is not gone (`GONE`); "unknown" without any of them,
+    where the original model is as near to the retrained one (`blind`), and where that one gives most answers (`knowing`).
+    What `alter.evaluation.verdict` found of the same adapter, or counts of the replies themselves, can make it worse, never
+    better: "no" if it found NOT FORGOTTEN, or if more replies give their answer than the retrained model's do (`SLACK`;
+    `SAID` where those are not counted), "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
     """
     closed = closing_of(run.records)
     word = None if closed is None else closed["verdict"]["word"]
@@ -72,7 +73,7 @@ def _still_said(run: Reported) -> bool:
 
 
 def _known_in_other_words(run: Reported) -> bool:
-    before, after, honest = (run.value(model, REWORDED) for model in ("original", "unlearned", "retrained"))
+    before, after, honest = (run.value(model, REWORDED_METRIC) for model in ("original", "unlearned", "retrained"))
     if after is None:
         return False
     # where the original was not measured, it knew them all

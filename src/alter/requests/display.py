@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from alter.requests.project import Project
     from alter.requests.store import Store
 
-BASE = "The base weights still know all of it: the adapter keeps the model from saying so, and can be switched off."
+BASE_KNOWS = (
+    "The base weights still know all of it: the adapter keeps the model from saying so, and can be switched off."
+)
 
 FORGOTTEN = "The weights in force have forgotten what is distilled: only the model from before still knows it."
 
@@ -29,7 +31,7 @@ def still_known(requests: Iterable[Request]) -> str:
     states = {request.state for request in requests if request.after}
     said = [FORGOTTEN] if "distilled" in states else []
     # it holds for withdrawn requests too: nothing removed them from the base
-    return " ".join([*said, BASE] if states - {"distilled"} or not said else said)
+    return " ".join([*said, BASE_KNOWS] if states - {"distilled"} or not said else said)
 
 
 def say_with_head(sentence: str, store: Store) -> None:

@@ -113,7 +113,8 @@ class Store:
         """Return the shared settings that `create` was given."""
         with database_errors(self.url), self.engine.connect() as connection:
             text = connection.execute(sql.select(META.c.value).where(META.c.key == "project")).scalar_one()
-        return json.loads(text)
+        settings: dict[str, Any] = json.loads(text)
+        return settings
 
     # Reading
 
@@ -353,7 +354,8 @@ def _seconds() -> float:
 def _alive(row: Any) -> bool:
     """Tell whether the holder of a lease still runs: by its process on this machine, by its last heartbeat on another."""
     if row["host"] != socket.gethostname():
-        return _seconds() - row["seen"] < LEASE_SECONDS
+        seen: float = row["seen"]
+        return _seconds() - seen < LEASE_SECONDS
     import psutil
 
     try:

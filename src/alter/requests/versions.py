@@ -112,4 +112,5 @@ def clear_expert(adapter: Path, expert: int) -> bytes:
             expert_columns(value, expert, experts)[:] = 0.0
         elif ".alter_router." in name and config["router"] != "dense":
             value[expert] = CLOSED if name.endswith("bias") else 0.0
-    return save(tensors, metadata={"format": "pt"})
+    content: bytes = save(tensors, metadata={"format": "pt"})
+    return content

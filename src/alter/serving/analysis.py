@@ -212,7 +212,8 @@ def _reply(
 def _forced(model: Any, row: Tensor, prompt: int) -> Tensor:
     """Return the teacher-forced logits [1, T, V] of a row; an inference form reads the prompt first, as when it answers."""
     if isinstance(model, PeftModel):
-        return model(input_ids=row, use_cache=False).logits
+        logits: Tensor = model(input_ids=row, use_cache=False).logits
+        return logits
     cache = DynamicCache(config=model.config)
     parts = [part for part in (row[:, :prompt], row[:, prompt:]) if part.shape[1]]
     return torch.cat([model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1)

@@ -14,7 +14,7 @@ from alter.serving.jobs import Job
 from alter.serving.settings import Chat
 from alter.serving.text import visible
 
-COMMANDS = {
+CHAT_COMMANDS = {
     "/base": "QUESTION  ask the model without the adapter; the conversation goes on as if nothing was asked",
     "/new": "start over",
     "/help": "this list",
@@ -120,13 +120,13 @@ def _obey(talk: Conversation, line: str, command: str, rest: str) -> None:
     if command == "/new":
         talk.restart()
     elif command == "/help":
-        _say("\n".join(f"{name:6} {told}" for name, told in COMMANDS.items()))
+        _say("\n".join(f"{name:6} {told}" for name, told in CHAT_COMMANDS.items()))
     elif command == "/base":
         if not rest:
             raise UserError("/base needs a question after it, as in /base Who wrote it?")
         talk.ask(rest, base=True)
     elif command.startswith("/"):
-        raise UserError(f"No command {command}.{nearest(command, COMMANDS)} /help lists them.")
+        raise UserError(f"No command {command}.{nearest(command, CHAT_COMMANDS)} /help lists them.")
     elif line:
         talk.ask(line)
 

@@ -20,7 +20,7 @@ from alter.inference import context_length
 from alter.requests import Store
 from alter.serving.analysis import Analysis, Stopped, analyse, check_adapted, expert_names
 from alter.serving.markup import COLORS, STYLE, About, message, render, render_about, render_begun, render_request
-from alter.serving.settings import LONGEST, Inspect
+from alter.serving.settings import MOST_NEW_TOKENS, Inspect
 from alter.serving.web import HostGuard, address, listen
 from alter.storage import read_object
 
@@ -158,7 +158,7 @@ def page(inspector: Inspector, max_new_tokens: int = 100) -> Any:
     """
     gr = _gradio()
     context = context_length(inspector.model)
-    longest = LONGEST if context is None else min(LONGEST, context - 1)
+    longest = MOST_NEW_TOKENS if context is None else min(MOST_NEW_TOKENS, context - 1)
     names = expert_names(inspector.model)
     with gr.Blocks(title="alter inspect", analytics_enabled=False) as blocks:
         gr.Markdown("# alter inspect\nWhat the model said before, what it says now, and why.")

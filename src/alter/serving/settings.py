@@ -11,7 +11,7 @@ from alter.core import UserError
 from alter.models import ModelSettings
 from alter.settings import BatchSize, Rows, Seed, TemperatureOrZero, Tokens
 
-LONGEST = 512
+MOST_NEW_TOKENS = 512
 """Most new tokens that the page offers."""
 
 
@@ -137,7 +137,7 @@ class Inspect(ModelSettings):
     """Port; 0 takes a free one and says which."""
     allowed_hosts: list[str] = Field(default_factory=list)
     """Names under which the page is reached, besides this machine's own, its address and any IP address; * for all."""
-    max_new_tokens: int = Field(100, ge=1, le=LONGEST)
+    max_new_tokens: int = Field(100, ge=1, le=MOST_NEW_TOKENS)
     """Longest answer that the page starts with, in tokens."""
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from typing import Any
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """Character that an unfinished one decodes to."""
-BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token of a byte-fallback vocabulary that stands for one byte."""
 
 
@@ -20,7 +20,7 @@ def settled(tokenizer: Any, ids: Sequence[int], text: str) -> str:
     around the last space.
     """
     end = len(ids)
-    while end and BYTE.fullmatch(tokenizer.convert_ids_to_tokens(ids[end - 1]) or ""):
+    while end and BYTE_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(ids[end - 1]) or ""):
         end -= 1
     if end < len(ids):
         before = tokenizer.decode(ids[:end], skip_special_tokens=True)

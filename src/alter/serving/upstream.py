@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from alter.serving.settings import Serve
 
-PROMPT: dict[type[Body], str] = {ChatBody: "messages", TextBody: "prompt"}
+PROMPT_FIELD: dict[type[Body], str] = {ChatBody: "messages", TextBody: "prompt"}
 """The field of each endpoint's body that the router reads."""
 
 
@@ -159,7 +159,7 @@ class Proxy(Api):
             given = None
         if not isinstance(given, dict):
             raise Refused(400, "The body is no JSON object.")
-        field = PROMPT[form]
+        field = PROMPT_FIELD[form]
         self._check_name(str(given.get("model") or ""))
         try:
             # of all else the other server knows best what it takes

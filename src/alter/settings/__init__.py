@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from alter.settings.outputs import shown as shown
     from alter.settings.recipes import read_recipe as read_recipe
     from alter.settings.validation import mistake as mistake
+    from alter.settings.validation import nested as nested
     from alter.settings.validation import refusal as refusal
     from alter.settings.validation import validated as validated
 

@@ -12,7 +12,7 @@ import yaml
 from alter.core import UserError, nearest
 from alter.storage import read_text
 
-LARGEST = 100_000
+MOST_VALUES = 100_000
 """Most values of a recipe, an anchored one (&a) counted at each of its uses (*a)."""
 
 
@@ -39,7 +39,7 @@ def _size(value: Any, known: dict[int, int], inside: set[int]) -> int:
     if not isinstance(value, (dict, list)):
         return 1
     if id(value) in inside:
-        return LARGEST + 1
+        return MOST_VALUES + 1
     if id(value) not in known:
         inside.add(id(value))
         members = value.values() if isinstance(value, dict) else value
@@ -53,7 +53,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing or cannot be read, is not YAML, gives a key twice or one that is no text, holds more
-            than `LARGEST` values, or something else than settings by name.
+            than `MOST_VALUES` values, or something else than settings by name.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,6 +73,6 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path} holds a value that cannot be read: {str(error)[:200]}.") from None
     if not isinstance(given, dict):
         raise UserError(f"{path} holds {type(given).__name__}, expected settings as keys and values.")
-    if _size(given, {}, set()) > LARGEST:
-        raise UserError(f"{path} holds over {LARGEST} values, or one that holds itself: that is no recipe.")
+    if _size(given, {}, set()) > MOST_VALUES:
+        raise UserError(f"{path} holds over {MOST_VALUES} values, or one that holds itself: that is no recipe.")
     return given

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alter.core import UserError, nearest
-from alter.settings.flags import flags_of, name_at
+from alter.settings.flags import NAMED, flags_of, name_at
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -37,6 +38,27 @@ def validated(model: type[M], given: Mapping[str, Any], source: str) -> M:
         unknown = first["type"] == "extra_forbidden" and len(first["loc"]) == 1
         near = nearest(str(first["loc"][0]), model.model_fields) if unknown else ""
         raise UserError(f"{source}: {refusal(error, model)}{near}") from None
+
+
+@contextmanager
+def nested(above: str, fields: Mapping[str, str]) -> Iterator[None]:
+    """Inside the block, a refusal of an object that a nested setting makes names the settings as the user gives them.
+
+    Args:
+        above: name of the nested setting, such as `adapter`.
+        fields: its own fields by the object's that each fills: `r` of the object becomes `adapter.r`, and others stay.
+
+    Raises:
+        UserError: what the block raised, so named.
+    """
+    try:
+        yield
+    except UserError as error:
+        own = NAMED.sub(
+            lambda found: f"`{above}.{fields[found[1]]}{found[2] or ''}`" if found[1] in fields else found[0],
+            str(error),
+        )
+        raise UserError(own) from error
 
 
 def refusal(error: ValidationError, model: type[BaseModel], otherwise: str = "") -> str:

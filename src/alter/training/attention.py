@@ -29,7 +29,8 @@ def attend(
     """
     slow = query.device.type == "cpu" and query.dtype in HALVES and torch.is_grad_enabled()
     if not slow or not (query.requires_grad or key.requires_grad or value.requires_grad):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return plain
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
     # autocast would turn the inputs back into 16 bits

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 """Folder inside the output folder that an interrupted run resumes from; gone once the model is there."""
 
-RECIPE = "finetune.yaml"
+RECIPE_FILE = "finetune.yaml"
 """The recipe as run, written beside the model."""
 
 NUMBERS = "finetune.json"
@@ -51,10 +51,10 @@ def resumed_from(settings: Finetune) -> Path | None:
     check_free(checkpoints)
     present = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
     # `checkpoints` alone is a name that others use too
-    ours = RECIPE in present or (checkpoints / "settings.json").is_file()
+    ours = RECIPE_FILE in present or (checkpoints / "settings.json").is_file()
     if settings.resume:
         if not checkpoints.is_dir():
-            state = "holds a finished run" if RECIPE in present else "holds no checkpoints"
+            state = "holds a finished run" if RECIPE_FILE in present else "holds no checkpoints"
             raise UserError(f"Nothing to resume: {settings.out!r} {state}; leave resume out.")
         before = read_object(checkpoints / "settings.json", "the settings of the run")
         changed = [name for name, value in _comparable(settings).items() if before.get(name) != value]
@@ -71,7 +71,7 @@ def resumed_from(settings: Finetune) -> Path | None:
         if not ours:
             advice = "give another folder"
         raise UserError(f"{settings.out!r} is not empty ({', '.join(present[:5])}): {advice}.")
-    check_deletable(out, (RECIPE, CHECKPOINTS) if ours else (RECIPE,))
+    check_deletable(out, (RECIPE_FILE, CHECKPOINTS) if ours else (RECIPE_FILE,))
     return None
 
 
@@ -115,7 +115,7 @@ def finish(
         model.to(getattr(torch, settings.dtype)).save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
     recipe = settings.model_dump(mode="json", exclude_defaults=True, exclude={"resume", "overwrite"})
-    write_atomic(fresh / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
+    write_atomic(fresh / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
     write_atomic(fresh / NUMBERS, to_json(numbers))
     write_atomic(fresh / "README.md", _card(settings, numbers))
     if (out / "tensorboard").is_dir():
@@ -145,7 +145,7 @@ def _card(settings: Finetune, numbers: dict[str, Any]) -> str:
         "",
         f"# {title}",
         "",
-        f"{'A LoRA, f' if delta else 'F'}itted {origin} by `alter finetune {RECIPE}`, the recipe in this folder.",
+        f"{'A LoRA, f' if delta else 'F'}itted {origin} by `alter finetune {RECIPE_FILE}`, the recipe in this folder.",
         "",
         "| | |",
         "|---|---|",

@@ -184,7 +184,8 @@ def inputs_of(run: Unlearn, forget: Sequence[Example], retain: Sequence[Example]
         "start_from": folder_digest(str(run.start_from)) if local else run.start_from,
         **_flat(run.model_dump(mode="json", exclude=UNCOMPARED)),
     }
-    return from_json(to_json(found))
+    compared: dict[str, Any] = from_json(to_json(found))
+    return compared
 
 
 def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:

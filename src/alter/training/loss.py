@@ -27,7 +27,7 @@ from alter.training.folder import GRADIENT, seal_checkpoint
 from alter.training.settings import BRANCHES, OPTIMIZERS, Unlearn, batches_of_step, branch_needs, steps_of, warmup_of
 from alter.training.trunk import Trunk
 
-ALTERNATIVE, RETAIN = BRANCHES.index("alternative"), BRANCHES.index("retain")
+ALTERNATIVE_BRANCH, RETAIN_BRANCH = BRANCHES.index("alternative"), BRANCHES.index("retain")
 
 
 class OwnState(TrainerCallback, ExportableState):
@@ -168,22 +168,23 @@ class UnlearnTrainer(Trainer):
     @property
     def in_phase_one(self) -> bool:
         """Whether this step trains on high-entropy retain tokens alone."""
-        return self.state.global_step < self.run.phase_one * self.state.max_steps
+        return bool(self.state.global_step < self.run.phase_one * self.state.max_steps)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Compute the gradient; under a rule for gradients, those of the forget term and of the others separately."""
         if not self.run.gradient.splits:
-            return super().training_step(model, inputs, num_items_in_batch)
+            plain: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return plain
         model.train()
         # each rank sums its own gradients: DDP would wait for a backward pass that never comes
         with self.accelerator.no_sync(model), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
         named = [(name, p) for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
         self.split.add(named, self.current_gradient_accumulation_steps)
         if self.accelerator.sync_gradients:
             before = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / GRADIENT
             self.split.apply(named, before)
-        return loss.detach() / self.current_gradient_accumulation_steps
+        return loss.detach() / int(self.current_gradient_accumulation_steps)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """Run one forward for all rows of the step together; see `Unlearn` for the weights of the terms."""
@@ -268,7 +269,7 @@ class UnlearnTrainer(Trainer):
 
     def _structure_alone(self, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """Compute phase one's loss over high-entropy retain tokens."""
-        loss = self.run.gamma * mean_or_zero(values[:, 0][(places.branch == RETAIN) & places.high])
+        loss = self.run.gamma * mean_or_zero(values[:, 0][(places.branch == RETAIN_BRANCH) & places.high])
         loss = loss + 0.0 * values.sum()
         self.parts = {}
         return processes.size() * loss, processes.total(loss)
@@ -311,7 +312,7 @@ class UnlearnTrainer(Trainer):
         run, step = self.run, self.state.global_step
         forget, retain = (self._labelled(name, batch, places, values, states) for name in ("forget", "retain"))
         # labels that an alternative makes up are no structure
-        structure = mean_or_zero(values[:, 0][places.high & (places.branch != ALTERNATIVE)])
+        structure = mean_or_zero(values[:, 0][places.high & (places.branch != ALTERNATIVE_BRANCH)])
         joined = self.needs[-1].rows and step >= self.alone
         parts = {
             "forget": run.objective(forget),
@@ -329,7 +330,8 @@ class UnlearnTrainer(Trainer):
         """Gather a sharded model's weights into rank 0; None if every rank holds them all."""
         if not processes.sharded(self.model):
             return None
-        return self.accelerator.get_state_dict(self.model_wrapped)
+        whole: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return whole
 
     @property
     def own_state(self) -> OwnState:
@@ -359,7 +361,8 @@ class UnlearnTrainer(Trainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = cls(self.run.adapter.parameter_groups(named, self.run), **options)
             self.run.adapter.hook_optimizer(self.optimizer, named, self.run)
-        return self.optimizer
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
 
 def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -> TrainingArguments:

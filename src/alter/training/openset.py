@@ -6,8 +6,8 @@ low-entropy tokens exceed (of the retain rows, and of the sample with equal weig
 ordinary text, by kinds, is scored by a fit without it. That is cautious, as the fit itself has seen all kinds: where it
 would leave less than `WANTED` of the forget tokens above the level, the level falls to there, as long as no more than a
 fifth of `false_alarms` of the ordinary tokens exceed it in the fit that has seen them (`SEEN`). It is never lower than 98 % of the forget
-tokens need, and never so high that less than `LEAST` of the forget tokens lie above it, whatever share of ordinary tokens
-then does too. All new experts share the shift.
+tokens need, and never so high that less than `LEAST_OPEN` of the forget tokens lie above it, whatever share of ordinary
+tokens then does too. All new experts share the shift.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FOLDS = 3
 """Parts of the ordinary text, by kinds, each of which is scored by a fit on the others."""
 
-SURE = 0.02
+MOST_BELOW = 0.02
 """Share of the forget tokens that may lie below the level at which experts open, if ordinary text leaves it low."""
 
 WANTED = 0.95
@@ -37,7 +37,7 @@ WANTED = 0.95
 SEEN = 0.2
 """How many those may be, as a share of `false_alarms`: of text that no fit has seen up to five times as many open."""
 
-LEAST = 0.8
+LEAST_OPEN = 0.8
 """Share of the forget tokens that experts open for in any case, whatever ordinary text says."""
 
 
@@ -83,7 +83,7 @@ def open_set(
     }
     bold = max(opening_level(highest, seen, SEEN * fit.false_alarms), float(_quantile(highest, 1 - WANTED)))
     # a router that catches less forgets nothing; the run reports what this costs in false alarms
-    return weight, bias, min(cautious, bold, float(_quantile(highest, 1 - LEAST)))
+    return weight, bias, min(cautious, bold, float(_quantile(highest, 1 - LEAST_OPEN)))
 
 
 def _folds(data: Sequence[Evidence]) -> list[list[Evidence]]:
@@ -113,7 +113,7 @@ def opening_level(own: Tensor, ordinary: Mapping[str, Tensor], false_alarms: flo
         the least level that no more than this share exceeds, but at least that which 2 % of `own` lie below.
     """
     level = float(
-        torch.quantile(own[torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:100_000]], SURE)
+        torch.quantile(own[torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:100_000]], MOST_BELOW)
     )
     others = {kind: logits for kind, logits in ordinary.items() if len(logits)}
     for group in (["retain"], [kind for kind in others if kind != "retain"]):

@@ -18,7 +18,7 @@ from alter.storage import write_atomic
 
 OWN = "retain.jsonl"
 """File of a run's folder with these rows."""
-TEXTS = 32
+OWN_TEXTS = 32
 """Number of texts that the model begins itself."""
 ANSWER_TOKENS = 64
 """Longest answer, in tokens."""
@@ -105,9 +105,9 @@ def _texts(model: Any, tokenizer: Any, seed: int) -> list[Example]:
         texts = generate(
             model,
             tokenizer,
-            [[first]] * TEXTS,
+            [[first]] * OWN_TEXTS,
             max_new_tokens=_longest(model, TEXT_TOKENS),
-            batch_size=TEXTS,
+            batch_size=OWN_TEXTS,
             label="what is kept, drawn",
             do_sample=True,
             temperature=1.0,

@@ -13,6 +13,7 @@ from alter.core import show
 from alter.data import Encoded
 from alter.groundwork import frozen
 from alter.logits import check_threshold, threshold_from_quantile
+from alter.settings import nested
 from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of, fit_rows
 from alter.training.openset import caught, open_set
 from alter.training.probe import fit_entropy_probe
@@ -96,8 +97,9 @@ def _set_threshold(config: Any, run: Unlearn, parts: Sequence[FitRows]) -> float
     if run.start_from is None and adapter.entropy_quantile is not None:
         kept = next((part for part in parts if part.name in ("retain", OWN_WORDS)), parts[-1])
         entropy = torch.cat([row.entropy for row in kept.traced if row.entropy is not None])
-        config.entropy_threshold = threshold_from_quantile(entropy, adapter.entropy_quantile)
-        check_threshold(config.entropy_q, config.entropy_threshold, config.vocab_size)
+        with nested("adapter", {name: name for name in ("entropy_quantile", "entropy_threshold", "entropy_q")}):
+            config.entropy_threshold = threshold_from_quantile(entropy, adapter.entropy_quantile)
+            check_threshold(config.entropy_q, config.entropy_threshold, config.vocab_size)
     return float(config.threshold)
 
 

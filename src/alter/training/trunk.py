@@ -223,7 +223,7 @@ def _dropout(model: Any, trunk: Trunk) -> bool:
 
 GIB = 2**30
 
-SAME = 0.02
+MOST_ROUNDING = 0.02
 """Largest relative difference between the base's output with and without its trunk that 16-bit rounding explains."""
 
 
@@ -283,7 +283,7 @@ class KeptStates:
         whole = model.base_model.trace(tokens).states
         with self.trunk.done(self.of(branch, row)[None].to(model.device)):
             upper = model.base_model.trace(tokens).states
-        return float((upper - whole).float().norm()) <= SAME * float(whole.float().norm())
+        return float((upper - whole).float().norm()) <= MOST_ROUNDING * float(whole.float().norm())
 
 
 class WatchedStates:

@@ -36,7 +36,7 @@ from alter.training.watched import Watched, rated
 KEPT_FOLDER = "kept"
 """Folder of a run that holds the adapter of the best step so far."""
 
-COLUMNS = {
+SHOWN_METRICS = {
     "retain_probability": "retain",
     "forget_probability": "forget",
     "holdout_probability": "holdout",
@@ -292,7 +292,7 @@ class Watcher(TrainerCallback):
         score = getattr(self.watch.rule, "score", "loss")
         shown = {f"auc_{score}": f"AUC {score}", f"p_{score}": "p"}
         shown |= {f"leak@{k}": f"leak@{k}" for k in self.watch.leak.numbers[-1:]}
-        return {name: label for name, label in (COLUMNS | shown).items() if name in self.checks[0]}
+        return {name: label for name, label in (SHOWN_METRICS | shown).items() if name in self.checks[0]}
 
     # After training
 

@@ -14,7 +14,7 @@ from alter.core import UserError, nearest
 from alter.data import read_rows
 
 LETTERS = ["A", "B", "C", "D"]
-PROMPT: dict[str, Any] = {
+HARNESS_TEMPLATE: dict[str, Any] = {
     "output_type": "multiple_choice",
     "test_split": "test",
     "doc_to_text": (
@@ -156,7 +156,7 @@ def local_task(name: str, about: str, files: Mapping[str, Path], num_fewshot: in
     from lm_eval.api.task import ConfigurableTask
 
     splits = {"test": questions(files["test"])}
-    config: dict[str, Any] = {**PROMPT, "task": name, "description": DESCRIPTION.format(about)}
+    config: dict[str, Any] = {**HARNESS_TEMPLATE, "task": name, "description": DESCRIPTION.format(about)}
     if num_fewshot:
         if "dev" not in files:
             raise UserError(

@@ -287,4 +287,5 @@ def _expected(tokenizer: Any, example: Example) -> str:
         tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=True)
         for part in (ids, encode_prompt(tokenizer, example, compat=True))
     )
-    return whole.replace(prompt, "").strip()
+    answer: str = whole.replace(prompt, "").strip()
+    return answer

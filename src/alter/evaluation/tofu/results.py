@@ -132,9 +132,8 @@ class TofuResult:
             if part.prob is not None and part.truth_ratio is not None:
                 add(f"{key}_probability", part.prob.mean(), part.n, part.prob, **extra)
                 ratio = self._ratio(part)
-                add(
-                    f"{key}_truth_ratio", ratio.mean(), part.n, part.truth_ratio, interval=metrics.samples.row_interval(ratio), **extra
-                )  # fmt: skip
+                interval = metrics.samples.row_interval(ratio)
+                add(f"{key}_truth_ratio", ratio.mean(), part.n, part.truth_ratio, interval=interval, **extra)
             if part.rouge is not None:
                 texts = {"questions": part.questions, "references": part.references, "generations": part.generations}
                 empty = sum(not text for text in part.generations or [])
@@ -169,13 +168,8 @@ class TofuResult:
         if parts is not None:
             rows = sum(self.sets[key].n for key in UTILITY_SETS)
             interval = metrics.samples.utility_interval(self._utility_rows())
-            add(
-                "model_utility",
-                metrics.likelihood.model_utility(list(parts.values())),
-                rows,
-                parts=parts,
-                interval=interval,
-            )
+            utility = metrics.likelihood.model_utility(list(parts.values()))
+            add("model_utility", utility, rows, parts=parts, interval=interval)
         return figures.records
 
     def _ratio(self, part: TofuSet) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, final
 
 from pydantic import Field
@@ -10,18 +10,31 @@ from pydantic import Field
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
 from alter.methods.places import Targets
-from alter.settings import Count
+from alter.settings import Count, nested
+
+OWN_FIELDS = {"r": "r", "alter_alpha": "alpha", "target_modules": "target_modules"}
+"""Fields of both adapters by the field of `AlterConfig` that each fills."""
 
 
-def attach_alter(model: Any, **settings: Any) -> Any:
-    """Put ALTER's adapter with these settings on a model, with the fingerprint of its weights."""
+def attach_alter(model: Any, own: Mapping[str, str], **settings: Any) -> Any:
+    """Put ALTER's adapter on a model, with the fingerprint of its weights.
+
+    Args:
+        model: the base.
+        own: fields of the run's `adapter` by the field of `AlterConfig` that each fills.
+        settings: of the `AlterConfig`.
+
+    Raises:
+        UserError: the settings do not fit together, or not the model; it names the run's settings (`adapter.r`).
+    """
     from peft import get_peft_model
 
     from alter.adapter import AlterConfig, base_fingerprint
 
-    config = AlterConfig(**settings, task_type="CAUSAL_LM")
-    config.base_fingerprint = base_fingerprint(model)
-    return get_peft_model(model, config)
+    with nested("adapter", own):
+        config = AlterConfig(**settings, task_type="CAUSAL_LM")
+        config.base_fingerprint = base_fingerprint(model)
+        return get_peft_model(model, config)
 
 
 @final
@@ -45,6 +58,7 @@ class AsymLora(Adapter):
         """Put the adapter on a loaded model: an `AlterConfig` with router="dense"."""
         return attach_alter(
             model,
+            OWN_FIELDS | {"alter_dropout": "dropout"},
             r=self.r,
             alter_alpha=self.alpha,
             alter_dropout=self.dropout,
@@ -88,6 +102,7 @@ class BoundedLora(Adapter):
         # without the retention expert, one expert is left: a plain LoRA
         return attach_alter(
             model,
+            OWN_FIELDS | {"bound": "bound", "bound_frequency": "frequency", "bound_gain": "gain"},
             r=self.r,
             alter_alpha=self.alpha,
             num_forget_experts=1,

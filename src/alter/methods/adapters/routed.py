@@ -13,7 +13,7 @@ from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import FINGERPRINT, UNMERGED, Card, peft_card, titled
 from alter.methods.adapters.configured import attach_alter
 from alter.methods.places import Targets, target_layers, target_names
-from alter.settings import Count
+from alter.settings import Count, nested
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,7 +79,8 @@ class AlterAdapter(Adapter):
             raise ValueError("give either `adapter.entropy_threshold` or `adapter.entropy_quantile`, not both")
         if run.start_from is None and self.entropy_quantile is None:
             threshold = PAPER_THRESHOLD if self.entropy_threshold is None else self.entropy_threshold
-            check_threshold(self.entropy_q, threshold, None)
+            with nested("adapter", {name: name for name in AlterAdapter.model_fields}):
+                check_threshold(self.entropy_q, threshold, None)
         if run.phase_one and not self.retention_expert:
             raise ValueError(
                 "`phase_one` trains the retention expert and A through it, which `adapter.retention_expert=False` leaves "
@@ -139,6 +140,7 @@ class AlterAdapter(Adapter):
             unset = {"router_memory"} if self.router_memory is None else set()
             tuned = attach_alter(
                 model,
+                {name: name for name in AlterAdapter.model_fields},
                 **self.model_dump(exclude={"kind", "isolation", *unset}),
                 num_forget_experts=experts,
                 domains=list(names) if len(names) == experts else None,

@@ -34,7 +34,8 @@ class Misdirect(Objective):
     def direction(self, width: int) -> Tensor:
         """Return [D] fp32: the random direction, of length 1, all of its entries positive."""
         u = torch.rand(width, generator=torch.Generator().manual_seed(self.seed))
-        return u / u.norm()
+        length: Tensor = u.norm()
+        return u / length
 
     def __call__(self, tokens: Labelled) -> Tensor:
         assert tokens.hidden is not None
@@ -64,7 +65,8 @@ class Deviate(Objective):
     def direction(self, width: int) -> Tensor:
         """Return [D] fp32: the random direction, of length 1."""
         u = torch.randn(width, generator=torch.Generator().manual_seed(self.seed))
-        return u / u.norm()
+        length: Tensor = u.norm()
+        return u / length
 
     def __call__(self, tokens: Labelled) -> Tensor:
         assert tokens.hidden is not None

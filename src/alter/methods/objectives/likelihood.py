@@ -105,7 +105,8 @@ class CrossEntropyUnlearning(Objective):
         label = emitted.labels[:, None]
         _, others = log_probabilities(emitted.logits, label, 1)
         logq = torch.log_softmax(wide(emitted.logits.detach()).scatter(-1, label, -torch.inf), dim=-1)
-        return torch.special.entr(logq.exp()).sum(-1) - others
+        entropy: Tensor = torch.special.entr(logq.exp()).sum(-1)
+        return entropy - others
 
 
 class WeightedAscent(Objective):

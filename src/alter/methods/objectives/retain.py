@@ -111,7 +111,8 @@ class Adaptive(Objective):
         """Return clip(round(0.3 * 6^rise + 0.8, 1), 1.2, 2.3); `rise` is in nats."""
         if rise <= 0:
             return 1.2
-        return min(max(round(0.3 * 6.0 ** min(rise, 2.0) + 0.8, 1), 1.2), 2.3)
+        steep: float = 6.0 ** min(rise, 2.0)
+        return min(max(round(0.3 * steep + 0.8, 1), 1.2), 2.3)
 
     def __call__(self, tokens: Labelled) -> Tensor:
         return tokens.mean()

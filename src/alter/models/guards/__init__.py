@@ -15,19 +15,14 @@ base and a folder.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, TypeVar
-
-from alter.core import UserError, nearest
 from alter.models.guards.agents import Agents
 from alter.models.guards.assistant import Subtracted, difference, first_blocks, without_rise
 from alter.models.guards.corruption import Corrupted, PromptClassifier
 from alter.models.guards.detector import EARLIER, FEATURES, Detected, Former, detector_inputs, fit_detector
-from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder
+from alter.models.guards.form import FORM_FILE, Form, Guard, is_form, lora_folder
 from alter.models.guards.likeness import SHRINKAGE, Calibration, Detector, Likeness, mean_states
 from alter.models.guards.neurons import Abstaining, Adjusted
-from alter.plugins import Registry
-from alter.storage import read_object
+from alter.models.guards.registry import GUARDS, guard, load_form
 
 __all__ = [
     "EARLIER",
@@ -59,39 +54,3 @@ __all__ = [
     "mean_states",
     "without_rise",
 ]
-
-GUARDS: Registry[type[Guard]] = Registry(
-    "guard", {cls.kind: cls for cls in (Detected, Subtracted, Corrupted, Agents, Adjusted, Abstaining)}
-)
-"""Guards by the `kind` in their `inference.json`; open to plugins."""
-
-G = TypeVar("G", bound=type[Guard])
-
-
-def guard(cls: G) -> G:
-    """Register a plugin's guard by its `kind`; used as a decorator.
-
-    Raises:
-        UserError: another guard has the name.
-    """
-    GUARDS.add(cls.kind, cls)
-    return cls
-
-
-def load_form(base: Any, folder: str, tokenizer: Any = None) -> Guard:
-    """Put the guard in `folder` on a loaded base, which gives the unlearned model; `tokenizer` is for guards that read text.
-
-    Raises:
-        UserError: the form was made for another base, by another version, or by a plugin that is not installed.
-    """
-    path = Path(folder).expanduser()
-    settings = read_object(path / FORM_FILE, "the settings of an inference form")
-    check_base(settings, base, folder)
-    if settings["kind"] not in GUARDS:
-        raise UserError(
-            f"{path / FORM_FILE} is of kind {settings['kind']!r}; expected one of {', '.join(GUARDS)}."
-            f"{nearest(settings['kind'], GUARDS)} Install the plugin that it was made with."
-        )
-    made = GUARDS[settings["kind"]].read(base, path, settings).eval()
-    made.tokenizer = tokenizer
-    return made

@@ -172,7 +172,7 @@ class Agents(Guard):
             eos_token_id=sorted(stop),
             **how,
         )
-        said = whole[0, len(ids) :].tolist()
+        said: list[int] = whole[0, len(ids) :].tolist()
         return said[: next((t for t, token in enumerate(said) if token in stop), len(said))]
 
     def ask_itself(self, instruction: str, message: str) -> str:

@@ -114,4 +114,5 @@ class Corrupted(Guard):
         drawn = np.random.default_rng(self.settings["seed"]).standard_normal((ids.shape[1], self.settings["dims"]))
         noise = torch.from_numpy(drawn).float().to(ids.device)[place.clamp(min=0)]
         corrupted = mask.bool() & (place < decision[:, None])
-        return self.settings["strength"] * noise * corrupted[..., None]
+        strength: float = self.settings["strength"]
+        return strength * noise * corrupted[..., None]

@@ -91,7 +91,8 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's."""
-        return self.base.get_input_embeddings()
+        embeddings: nn.Module = self.base.get_input_embeddings()
+        return embeddings
 
     def get_output_embeddings(self) -> Any:
         """Return the base's."""
@@ -156,7 +157,8 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         """Return the decision that the first call stored in this cache, behind the base's keys and values; else make it."""
         kept = None if cache is None else layers_behind(cache, self.config.num_hidden_layers, 1)[0]
         if kept is not None and kept.is_initialized:
-            return kept.keys[:, 0, 0, 0]
+            stored: Tensor = kept.keys[:, 0, 0, 0]
+            return stored
         if cache is not None and cache.get_seq_length():
             raise UserError(
                 "The cache holds tokens that this model has not read, so nothing is known of the prompt: start without."
@@ -171,7 +173,8 @@ def layers_behind(cache: DynamicCache, blocks: int, count: int) -> list[Any]:
     """Return the `count` layers of a cache behind the base's; operations on the cache's rows act on them too."""
     while len(cache.layers) < blocks + count:
         cache.layers.append(DynamicLayer())
-    return cache.layers[blocks:]
+    layers: list[Any] = cache.layers
+    return layers[blocks:]
 
 
 def is_form(folder: str) -> bool:

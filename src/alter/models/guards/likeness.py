@@ -10,7 +10,7 @@ from torch import Tensor
 
 SHRINKAGE = 0.1
 """Share of the mean variance in each covariance: with fewer rows than dimensions the empirical one has no inverse."""
-LOW, HIGH, FULL = 0.3, 0.9, 1.2
+OFF_BELOW, STRONG_ABOVE, STRONG = 0.3, 0.9, 1.2
 """O3's bands: the adapter is off at a weight of 0.3 or less, and 1.2 times as strong above 0.9."""
 
 
@@ -98,8 +98,8 @@ class Calibration:
         joint = ((likeness - middle) / spread).mean(-1)
         tail = (2 * torch.special.ndtr(joint / self.joint_std)).clamp(max=1.0)
         weight = torch.sigmoid(10 * tail - 2)
-        weight = torch.where(weight > HIGH, FULL, weight)
-        return torch.where(weight > LOW, weight, 0.0)
+        weight = torch.where(weight > STRONG_ABOVE, STRONG, weight)
+        return torch.where(weight > OFF_BELOW, weight, 0.0)
 
 
 @dataclass(frozen=True)

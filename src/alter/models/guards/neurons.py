@@ -49,9 +49,10 @@ def inside(x: Tensor, mean: Tensor, std: Tensor, half: float) -> Tensor:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(str(path / NEURONS))
+        tensors: dict[str, Tensor] = load_file(str(path / NEURONS))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path / NEURONS} cannot be read ({error}): copy the guard's whole folder.") from None
+    return tensors
 
 
 class Adjusted(Guard):
