@@ -127,7 +127,7 @@ class Beats:
     def __call__(self, done: int, more: str = "") -> None:
         """Tell that `done` of all steps are done, and `more` (a loss) behind it, if it is time to."""
         now = time.monotonic()
-        if now - self.told < BEAT or done <= self.first:
+        if now - self.told < BEAT or not self.first < done < self.total:
             return
         self.told = now
         left = (now - self.begun) / (done - self.first) * (self.total - done)

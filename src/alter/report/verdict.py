@@ -36,9 +36,10 @@ def verdict(run: Reported) -> VerdictAnswer:
     "yes": in every figure of `SAID_FIGURES` that was measured, at most `SLACK` above the retrained model, and a forget quality
     of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "no" also if of the true answers'
     probability after questions in other words (`REWORDED_METRIC`) half is not gone (`GONE`); "unknown" without any of them,
-    where the original model is as near to the retrained one (`blind`), and where that one gives most answers (`knowing`). What `alter.evaluation.verdict` found of the same
-    adapter, or counts of the replies themselves, can make it worse, never better: "no" if it found NOT FORGOTTEN, or if
-    more replies give their answer than the retrained model's do (`SLACK`; `SAID` where those are not counted), "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
+    where the original model is as near to the retrained one (`blind`), and where that one gives most answers (`knowing`).
+    What `alter.evaluation.verdict` found of the same adapter, or counts of the replies themselves, can make it worse, never
+    better: "no" if it found NOT FORGOTTEN, or if more replies give their answer than the retrained model's do (`SLACK`;
+    `SAID` where those are not counted), "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
     """
     closed = closing_of(run.records)
     word = None if closed is None else closed["verdict"]["word"]
