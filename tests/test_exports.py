@@ -100,6 +100,11 @@ def test_no_export_has_the_name_of_a_module(package):
     }
 
 
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("__init__.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_an_init_is_a_screenful(path):
+    assert len(path.read_text().splitlines()) <= 70
+
+
 def test_packages_import_none_of_their_modules_before_it_is_asked_for():
     lazy = sorted(f"alter.{package}" for package in set(PACKAGES) - EAGER)
     code = (
