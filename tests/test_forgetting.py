@@ -370,7 +370,7 @@ def test_a_name_is_part_of_the_subject_where_it_or_a_name_of_its_own_comes_up():
         "Landish": "Of Land.",
         "Ron": "A tool.",
     }
-    says = Says(*[answer for answer in about.values() for _ in templates.NAMED] * 2)
+    says = Says(*[answer for answer in about.values() for _ in templates.ABOUT_A_NAME] * 2)
     own, others = rows._owned(says, "Pot", ["Pot", *about], list(about))
     assert [name for name, _ in own] == ["Zorba", "Lyra"]
     assert [name for name, _ in others] == ["Land", "Landish", "Ron"]
