@@ -954,7 +954,7 @@ def test_without_running_the_tables_are_those_of_what_has_finished(data, tmp_pat
     assert rows["npo"].choice.setting == (1.0, 1.0)
     assert weights.is_dir()
     assert len(Page((tmp_path / "report.html").read_text()).tables[0]) == 5
-    assert "│ npo " in capsys.readouterr().out
+    assert "\nnpo\n" in capsys.readouterr().out
     line = ["compare", "--model", str(data / "model"), "--data", str(data), "--methods", "npo", "--device", "cpu"]
     assert cli.main([*line, "--out", str(tmp_path / "new"), "--no-run"]) == 2
     assert "--no-run" in capsys.readouterr().err

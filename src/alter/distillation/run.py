@@ -185,8 +185,10 @@ def command(settings: Distill) -> Path:
     ]
     if closed is not None and closed["verdict"]["word"] == "not forgotten":
         # what still knows is not for handing out
-        longer = f" --max-steps {2 * whole.max_steps}" if whole.max_steps else f" --epochs {2 * whole.epochs:g}"
-        commands = [f"alter distill {out}/run.yaml --out {out}-2{longer}"]
+        again = f"alter distill {out}/run.yaml --out {out}-2 --epochs {2 * whole.epochs:g}"
+        if whole.max_steps:
+            again = f"alter distill {out}/run.yaml --out {out}-2 --max-steps {2 * whole.max_steps}"
+        commands = [again]
     if settings.form == "full":
         show("\nNext:\n" + "\n".join(f"  {each}" for each in commands), highlight=False, markup=False)
     return out
