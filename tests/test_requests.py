@@ -477,10 +477,12 @@ def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
     routes = gates_of(data, copy)
     # so small a model tells questions of one form hardly apart: where rounding has R-0003 lean on the expert that is empty now,
     # this is seen
+    said = ""
     try:
         revoke(Revoke(db=url, id="2"))
     except UserError as error:
-        assert re.search(r"R-0002 is revoked, but .* has come back", str(error))
+        said = str(error)
+    assert not said or re.search(r"R-0002 is revoked, but .* has come back", said)
     assert Store.open(url).get(2).state == "revoked"
     after = weights(copy)
     for name, value in before.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,13 +57,6 @@ def names_of(subject: str, facts: Sequence[Mapping[str, Any]]) -> list[str]:
     words = [word for word in fact_words(subject) if len(word) > SHORT and word[0].isupper()]
     found = [str(fact["word"]) for fact in facts if fact.get("name") and not fact.get("invented")]
     return [*dict.fromkeys([subject, *words, *found])]
-
-
-def unheard(taken: Iterable[str]) -> list[str]:
-    """Return invented names of every kind that share no word with those in `taken`."""
-    words = {word.lower() for name in taken for word in fact_words(name) if len(word) > SHORT}
-    every = dict.fromkeys(name for template in TEMPLATES.values() for name in template.invented)
-    return [name for name in every if not words & {word.lower() for word in fact_words(name)}]
 
 
 def guess_kind(model: Any, tokenizer: Any, subject: str) -> Kind:

@@ -12,15 +12,14 @@ from typing import Any
 from rich.console import Console
 
 from alter.core import UserError, give_back
-from alter.data import Row, load_examples
+from alter.data import load_examples
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss
 from alter.evaluation import ordinary_sentence as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
-from alter.forgetting.facts import swap
 from alter.forgetting.material import Material
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
-from alter.forgetting.names import check_name, check_uncommon, guess_kind, names_of, unheard
+from alter.forgetting.names import check_name, check_uncommon, guess_kind, names_of
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
 from alter.forgetting.rows import NOBODY, build
@@ -38,8 +37,6 @@ ERASING_CHECKS = 4
 """Checks in a pass of the erasing over the forget rows, before whose end it does not stop."""
 ERASED = "erased"
 """Folder of a run that holds the distillation."""
-OTHERS = "others.jsonl"
-"""File of a run that holds rows about invented names, for the erasing."""
 CHECKS = 1
 """Checks in a pass over the forget rows."""
 PASSES = 2
@@ -249,8 +246,6 @@ def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
 
 def _erase(settings: Forget, out: Path, tokenizer: Any, material: Material) -> None:
     """Distil the adapter into plain weights, until the probes no longer tell the subject from an invented one."""
-    rows, _ = others(settings, material)
-    write_jsonl(out / OTHERS, rows)
     student = erasing(settings, out, material)
     one_pass = math.ceil(len(material.forget) * (1 + student.rewordings) / student.batch_size)
     every = max(1, one_pass // ERASING_CHECKS)
@@ -293,31 +288,12 @@ def training(settings: Forget, out: Path) -> Unlearn:
     )
 
 
-def others(settings: Forget, material: Material) -> tuple[list[Row], list[str]]:
-    """Return rows that say of invented names what forget rows say of the subject, and the names in these and in kept rows.
-
-    The names are none of those that the probes are compared with, which would no longer be of subjects never heard of.
-    Nothing of a document, or where `erasing.others` is off.
-    """
-    if settings.subject is None or not settings.erasing.others:
-        return [], []
-    masked = [name for probe in material.probes for mask in probe["masks"] for name in mask.values()]
-    names = unheard([settings.subject, *masked])
-    rows = []
-    for i, row in enumerate(material.invented if names else ()):
-        put = {str(row["about"]): names[i % len(names)]}
-        rows.append({"question": swap(row["question"], put), "answer": swap(row["answer"], put)})
-    kept = [str(row["about"]) for row in material.retain if row.get("about") not in (None, "general")]
-    return rows, [*dict.fromkeys([*names, *kept])]
-
-
 def erasing(settings: Forget, out: Path, material: Material) -> Distill:
     """Return the settings that distil `out`'s adapter, resuming an interrupted distillation.
 
-    Of a subject only what is computed where it, a name of its own, or another one stands is changed; a document has no names.
+    Of a subject only what is computed where it or a name of its own stands is changed; a document has no names.
     """
     begun = (out / ERASED / "inputs.json").is_file()
-    rows, beside = others(settings, material)
     return Distill(
         model=settings.model,
         adapter=str(out / "adapter"),
@@ -331,10 +307,8 @@ def erasing(settings: Forget, out: Path, material: Material) -> Distill:
         resume=begun,
         overwrite=not begun,
         names=[] if settings.subject is None else names_of(settings.subject, material.facts),
-        other_names=beside,
-        neighbours=[str(out / OTHERS)] if rows else [],
         epochs=settings.erasing.epochs or (3.0 if settings.subject is None else 1.5),
-        **settings.erasing.model_dump(exclude={"epochs", "others"}),
+        **settings.erasing.model_dump(exclude={"epochs"}),
     )
 
 

@@ -47,9 +47,6 @@ class Erasing(BaseModel):
     """How far steps may go into what other text uses; see `alter distill`."""
     depth: float = Field(0.45, gt=0, le=1)
     """Share of the blocks, from the first on, that change where the subject is named."""
-    others: bool = True
-    """With a subject: rows about others, invented ones too, train as well, where these are named, so that the facts do not
-    become unlikely of everybody, which would give away what was erased."""
     general: list[str] = Field(default_factory=list)
     """Ordinary text or rows. Without any, text that comes with the package is read; for a document text is sampled from the
     model."""
