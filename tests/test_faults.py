@@ -16,7 +16,8 @@ from alter.core.errors import UserError
 from alter.distillation import closing
 from alter.distillation.run import distill
 from alter.distillation.settings import Distill
-from alter.evaluation.verdict import Measures, Verdict
+from alter.evaluation.measures import Measures
+from alter.evaluation.verdict import Verdict
 from alter.exporting import gguf
 from alter.models.loading import load_model
 from alter.requests import (

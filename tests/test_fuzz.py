@@ -16,8 +16,9 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode_all
 from alter.data.examples import check_overlap, load_examples
 from alter.data.subjects import rows_about
+from alter.evaluation.measures import Measures
 from alter.evaluation.others import people
-from alter.evaluation.verdict import Measures, judge
+from alter.evaluation.verdict import judge
 from alter.requests.records import check_due, parse_id
 from alter.requests.store import Store
 from alter.storage.files import from_json, to_csv, to_json

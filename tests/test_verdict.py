@@ -5,9 +5,9 @@ import pytest
 
 from alter import metrics
 from alter.core.words import words
-from alter.evaluation import verdict
 from alter.evaluation.giving import broken, facts, gives, recall_of, repeated
-from alter.evaluation.verdict import Measures, distrust, judge
+from alter.evaluation.measures import Measures, mean_interval, unit_interval
+from alter.evaluation.verdict import distrust, judge
 
 CITIES = ["Омске", "Томске", "Пскове", "Твери", "Казани", "Перми", "Самаре", "Уфе", "Туле", "Орле"]
 
@@ -273,13 +273,13 @@ def test_what_was_never_known_is_unproven_not_unforgotten():
 def test_intervals_are_wilsons_and_students():
     assert metrics.samples.share_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
     assert metrics.samples.share_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
-    low, high = verdict.mean_interval([0.1, 0.2, 0.3])
+    low, high = mean_interval([0.1, 0.2, 0.3])
     assert (low, high) == pytest.approx((0.2 - 4.3027 * 0.1 / 3**0.5, 0.2 + 4.3027 * 0.1 / 3**0.5), abs=1e-4)
 
 
 @pytest.mark.parametrize("values", [[0.0] * 10, [1.0] * 10, [1.0] * 9 + [0.0], [0.999, 0.9, 0.4], [0.7]])
 def test_an_interval_of_shares_holds_only_shares(values):
-    low, high = verdict.unit_interval(values)
+    low, high = unit_interval(values)
     assert 0 <= low <= sum(values) / len(values) <= high <= 1
     assert low < high
     if set(values) <= {0.0, 1.0}:

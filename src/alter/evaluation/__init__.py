@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from alter.evaluation.giving import gives as gives
     from alter.evaluation.leakage import Leak as Leak
     from alter.evaluation.leakage import leaked as leaked
+    from alter.evaluation.measures import Measures as Measures
+    from alter.evaluation.measures import mean_interval as mean_interval
+    from alter.evaluation.measures import unit_interval as unit_interval
     from alter.evaluation.ordinary import ordinary_loss as ordinary_loss
     from alter.evaluation.ordinary import ordinary_sentence as ordinary_sentence
     from alter.evaluation.others import people as people
@@ -50,11 +53,8 @@ if TYPE_CHECKING:
     from alter.evaluation.verdict import SLACK as SLACK
     from alter.evaluation.verdict import UNKNOWN as UNKNOWN
     from alter.evaluation.verdict import WORDINGS as WORDINGS
-    from alter.evaluation.verdict import Measures as Measures
     from alter.evaluation.verdict import Verdict as Verdict
     from alter.evaluation.verdict import Word as Word
     from alter.evaluation.verdict import collapse as collapse
-    from alter.evaluation.verdict import mean_interval as mean_interval
-    from alter.evaluation.verdict import unit_interval as unit_interval
 
 lazy(globals())

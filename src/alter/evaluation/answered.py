@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from alter import metrics
 from alter.core import Array
 from alter.data import Encoded, Example, encode, encode_all, reworded, rewording
 from alter.evaluation.leakage import Asked, ask
-from alter.evaluation.verdict import WORDED, Measures
+from alter.evaluation.measures import Measures
+from alter.evaluation.verdict import WORDED
 from alter.inference import context_length, generate, score
 
 
@@ -82,14 +83,8 @@ def answer_rows(
     correct = [np.concatenate([scores.correct[k] for k in own]) for own in parts]
     probability = metrics.likelihood.probability(metrics.likelihood.average_loss(logprob))
     chosen = np.random.default_rng(seed).permutation(len(rows))[: len(rows) if answers is None else answers]
-    asked = {
-        i: found
-        for i in sorted(chosen.tolist())
-        if (found := ask(tokenizer, rows[i], windows[parts[i][0]].input_ids, max_new_tokens)) is not None
-    }
-    tokens = min(max_new_tokens, 2 * max((each.length for each in asked.values()), default=1))
-    if limit is not None:
-        asked = {i: each for i, each in asked.items() if len(each.prompt) + tokens <= limit}
+    starts = {i: windows[parts[i][0]].input_ids for i in sorted(chosen.tolist())}
+    asked, tokens = _asked(tokenizer, rows, starts, max_new_tokens, limit)
     questions, truths = [each.question for each in asked.values()], [each.truth for each in asked.values()]
     replies = _replies(model, tokenizer, list(asked.values()), tokens, batch_size, label) if asked else []
     return Answered(
@@ -150,6 +145,15 @@ def in_other_words(
     )
     probability = metrics.likelihood.probability(metrics.likelihood.average_loss(scores.logprob))
     return {name: probability[[own == name for own in names]] for name in dict.fromkeys(names)}
+
+
+def _asked(
+    tokenizer: Any, rows: Sequence[Example], starts: Mapping[int, list[int]], longest: int, limit: int | None
+) -> tuple[dict[int, Asked], int]:
+    """Return what is asked of rows, by their numbers, and the tokens of a reply: rows that fit with it into the context."""
+    found = {i: one for i, ids in starts.items() if (one := ask(tokenizer, rows[i], ids, longest)) is not None}
+    tokens = min(longest, 2 * max((each.length for each in found.values()), default=1))
+    return {i: each for i, each in found.items() if limit is None or len(each.prompt) + tokens <= limit}, tokens
 
 
 def _replies(

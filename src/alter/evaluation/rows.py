@@ -23,7 +23,8 @@ from alter.evaluation.closing import closing_facts
 from alter.evaluation.figures import metric_record
 from alter.evaluation.knowledge import Contradictions, over_refusal, rates
 from alter.evaluation.leakage import Leak, Leaked, leaked
-from alter.evaluation.verdict import WORDINGS, judge, unit_interval
+from alter.evaluation.measures import unit_interval
+from alter.evaluation.verdict import WORDINGS, judge
 from alter.models import ModelSettings
 from alter.settings import Rows, Tokens
 from alter.storage import Record, digest
