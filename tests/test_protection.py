@@ -94,6 +94,19 @@ def test_measured_on_all_tokens_and_no_padding():
         )
 
 
+def test_of_many_tokens_every_kth_row_is_read(monkeypatch):
+    model = pico(0)
+    layers = blocks_linears(model)
+    whole, part = (measured_shares(model, layers, rows, 0.5, PAD) for rows in (ROWS, ROWS[::3]))
+    monkeypatch.setattr("alter.distillation.protection.MOST_TOKENS", sum(map(len, ROWS)) // 2 - 1)
+    found = measured_shares(model, layers, ROWS, 0.5, PAD)
+    assert all(torch.equal(found[name], part[name]) for name in layers)
+    assert not any(torch.equal(found[name], whole[name]) for name in layers)
+    monkeypatch.setattr("alter.distillation.protection.MOST_TOKENS", sum(map(len, ROWS)))
+    found = measured_shares(model, layers, ROWS, 0.5, PAD)
+    assert all(torch.equal(found[name], whole[name]) for name in layers)
+
+
 def stepped(model, shares, rate=0.05):
     """A step of Adam on a made-up loss, with the callback around it as the Trainer calls it."""
     guard = Protection(model, shares)

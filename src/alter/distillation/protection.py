@@ -8,6 +8,7 @@ hard projection on what is not used at all is AlphaEdit's, Fang et al. 2025, arX
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from alter.inference import InputMoments, evaluating
 
 BATCH_TOKENS = 2048
 """Padded tokens in one pass over the kept rows."""
+MOST_TOKENS = 65_536
+"""Tokens from which on only every second row, every third one, ... is read: moments of a thousand dimensions need no more."""
 
 
 def shares_left(moments: Tensor, leeway: float) -> Tensor:
@@ -50,8 +53,12 @@ def blocks_linears(model: Any) -> dict[str, nn.Linear]:
 def measured_shares(
     model: Any, layers: Mapping[str, nn.Linear], rows: Sequence[list[int]], leeway: float, pad_token_id: int
 ) -> dict[str, Tensor]:
-    """Return `shares_left` of each layer, with the moments of its inputs over all tokens of kept rows [ids]."""
+    """Return `shares_left` of each layer, with the moments of its inputs over the tokens of kept rows [ids].
+
+    Of more than `MOST_TOKENS` tokens every k-th row is read, with the least k that is enough.
+    """
     found = InputMoments(layers)
+    rows = rows[:: max(1, math.ceil(sum(map(len, rows)) / MOST_TOKENS))]
     collate = Collator(pad_token_id)
     device = next(model.parameters()).device
     batches = batches_by_length([len(row) for row in rows], BATCH_TOKENS)
