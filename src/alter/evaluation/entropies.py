@@ -72,7 +72,7 @@ class Study(BaseModel):
 
 
 @dataclass
-class Tokens:
+class StudiedTokens:
     """The n counted tokens, and the entropy of each before and after, by the order q.
 
     `row` numbers the pieces of text, `position` the places in them. The first token of a piece is not among them.
@@ -276,7 +276,7 @@ def _sample(examples: list[Example], limit: int | None, seed: int) -> list[Examp
     return [examples[i] for i in sorted(chosen)]
 
 
-def measure_study(settings: Study) -> tuple[Tokens, Any]:
+def measure_study(settings: Study) -> tuple[StudiedTokens, Any]:
     """Run the model, and the one after if there is one, over the text; return the counted tokens and the tokenizer.
 
     With an adapter the model before is the same network with the adapter off.
@@ -319,7 +319,7 @@ def measure_study(settings: Study) -> tuple[Tokens, Any]:
         del model
         model, _ = load_model(settings.after, None, settings.dtype, settings.device, settings.quantization)
         after = run(model, "after")
-    tokens = Tokens(
+    tokens = StudiedTokens(
         np.array([row.input_ids[t] for row, at in zip(encoded, places, strict=True) for t in at], dtype=np.int64),
         np.repeat(np.arange(len(places)), [len(at) for at in places]),
         np.array([t for at in places for t in at], dtype=np.int64),
@@ -329,7 +329,7 @@ def measure_study(settings: Study) -> tuple[Tokens, Any]:
     return tokens, tokenizer
 
 
-def thresholds(settings: Study, tokens: Tokens) -> dict[float, float]:
+def thresholds(settings: Study, tokens: StudiedTokens) -> dict[float, float]:
     """Return the threshold of each order: the one given, the quantile of the entropies before, or the paper's 1.2."""
     from alter.logits import PAPER_THRESHOLD
 
@@ -355,7 +355,7 @@ def _distribution(name: str, values: Array, threshold: float, seed: int, extra: 
     yield Record(name, "entropy_valley_depth", fit.depth, n, extra=extra | shape)
 
 
-def study_records(settings: Study, tokens: Tokens) -> dict[str, list[Record]]:
+def study_records(settings: Study, tokens: StudiedTokens) -> dict[str, list[Record]]:
     """Return the figures by what the records call the model: "before, q=1", "after, q=1", ..."""
     columns: dict[str, list[Record]] = {}
     cuts = thresholds(settings, tokens)

@@ -11,8 +11,8 @@ from rich.console import Console
 from alter import metrics
 from alter.core import Array, show
 from alter.evaluation.entropies import (
+    StudiedTokens,
     Study,
-    Tokens,
     frequent,
     measure_study,
     shares_of_bins,
@@ -34,7 +34,7 @@ def _text(tokenizer: Any, token: int) -> str:
     return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
 
 
-def _token_table(settings: Study, tokens: Tokens, tokenizer: Any, q: float, threshold: float) -> FittedTable:
+def _token_table(settings: Study, tokens: StudiedTokens, tokenizer: Any, q: float, threshold: float) -> FittedTable:
     high, low = sides(frequent(tokens.ids, tokens.before[q], threshold, len(tokenizer)), threshold)
     shown = FittedTable(title=f"most frequent tokens before, q={q:g}: mean entropy above and below {threshold:.3g}")
     for side in ("high", "low"):
@@ -54,13 +54,13 @@ def _token_table(settings: Study, tokens: Tokens, tokenizer: Any, q: float, thre
     return shown
 
 
-def _edges(tokens: Tokens, q: float, bins: int) -> Array:
+def _edges(tokens: StudiedTokens, q: float, bins: int) -> Array:
     largest = max(float(part[q].max()) for part in (tokens.before, tokens.after) if part is not None)
     return np.linspace(0.0, max(largest, 1e-6), bins + 1)
 
 
 def write_study(
-    settings: Study, tokens: Tokens, tokenizer: Any, columns: dict[str, list[Record]], folder: Path
+    settings: Study, tokens: StudiedTokens, tokenizer: Any, columns: dict[str, list[Record]], folder: Path
 ) -> None:
     """Write records, tables, the entropy of each token, and the plot."""
     from safetensors.numpy import save
@@ -96,7 +96,7 @@ def write_study(
     draw_study(settings, tokens, cuts, folder / "entropy.png")
 
 
-def draw_study(settings: Study, tokens: Tokens, cuts: dict[float, float], path: Path) -> None:
+def draw_study(settings: Study, tokens: StudiedTokens, cuts: dict[float, float], path: Path) -> None:
     """Draw a column of plots per order: the histogram, and below it, with a model after, before against after."""
     with plots.figure(path, rows=1 + (tokens.after is not None), columns=len(settings.q)) as axes:
         for column, q in enumerate(settings.q):

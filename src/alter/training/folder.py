@@ -9,7 +9,8 @@ their owner alone, and rows can be read from them. At the end they are removed, 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,6 +134,18 @@ def remove_run(out: Path) -> None:
     if out.is_dir():
         (out / "run.json").unlink(missing_ok=True)
         shutil.rmtree(out)
+
+
+@contextmanager
+def undone_if_refused(run: Place, out: Path) -> Iterator[None]:
+    """Remove a new run's folder if what is done inside the block is refused: it would be in the corrected command's way."""
+    try:
+        yield
+    except UserError:
+        if processes.first() and not run.resume:
+            with suppress(UserError):
+                remove_run(out)
+        raise
 
 
 def has_ended(out: Path) -> bool:

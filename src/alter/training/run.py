@@ -6,7 +6,6 @@ does on forget and on retain rows (`objectives`). `alter.methods.presets` names 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from alter.adapter import base_fingerprint
-from alter.core import UserError, processes, show
+from alter.core import processes, show
 from alter.data import data_hash, row_hash
 from alter.storage import digest, release
 from alter.training.attention import attention_for_training
@@ -33,7 +32,7 @@ from alter.training.folder import (
     inputs_of,
     last_whole_checkpoint,
     make_folder,
-    remove_run,
+    undone_if_refused,
 )
 from alter.training.loaded import encode_rows, load_for_run
 from alter.training.localization import placed
@@ -110,14 +109,8 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     if run.retain is None:
         processes.from_first(lambda: write_rows(own, data.retain))
     run = placed(run, loaded, out)
-    try:
+    with undone_if_refused(run, out):
         ready = prepare(run, data, loaded, out)
-    except UserError:
-        # a folder of settings that cannot begin would be in the way of the corrected command
-        if processes.first() and not run.resume:
-            with contextlib.suppress(UserError):
-                remove_run(out)
-        raise
     prepared = time.time()
     trainer = train(run, ready, out, checkpoint, callbacks)
     save_run(run, ready, trainer, out, started, prepared, asked)
