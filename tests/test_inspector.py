@@ -496,7 +496,7 @@ def test_request_is_shown_with_its_evidence(store):
         store.head(),
     ):
         assert figure in written
-    assert written.count("<tr>") == 1 + 3 + 1 + len(store.history(1))
+    assert written.count("<tr>") == 1 + 4 + 1 + len(store.history(1))
     assert "No evidence yet" in render_request(store, store.get(2))
 
 

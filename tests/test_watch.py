@@ -628,8 +628,10 @@ def test_the_reference_rule_keeps_the_step_nearest_to_the_retrained_model(data, 
     model, tokenizer = load_model(str(data / "unseen"), device="cpu")
     watcher = watching.Watcher(run.watch, watched, tokenizer, max_length=128, folder=tmp_path, device="cpu")
     scores = watching.score(model, watcher.encoded, pad_token_id=257, progress=False)
-    rated = watching.metrics.average_loss(scores[watcher.where["forget_rated"]].logprob).reshape(len(rows), -1)
-    ratios = watching.metrics.truth_ratio(rated[:, 0], rated[:, 1:])
+    rated = watching.metrics.likelihood.average_loss(scores[watcher.where["forget_rated"]].logprob).reshape(
+        len(rows), -1
+    )
+    ratios = watching.metrics.likelihood.truth_ratio(rated[:, 0], rated[:, 1:])
     path = records_of(tmp_path / "retrained.json", ratios, rows)
     given = {
         "every_steps": 2,

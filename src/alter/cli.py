@@ -203,8 +203,6 @@ def _set_up() -> None:
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     # it reports every one of its retries without a network; what comes of them is said
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
-    # bitsandbytes advertises a faster kernel at every import
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _run(command: str, args: Sequence[str]) -> None:

@@ -59,6 +59,14 @@ def ignore_known_warnings() -> None:
     warnings.filterwarnings("ignore", "Could not find a config file in ", UserWarning)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
+
+
+# said while it is imported, long before `ignore_known_warnings`, on processors for which it has a faster kernel in another package
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+
+
 def is_silent() -> bool:
     """Tell whether the code runs inside `silent`."""
     return _silent.get()
