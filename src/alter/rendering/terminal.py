@@ -66,7 +66,7 @@ def table(records_by_model: Mapping[str, Sequence[Record]], title: str | None = 
     if caption and any(half(record) for record in found.values()):
         caption += "; ± half the 95 % interval over rows"
     shown = FittedTable(title=title and cell(title), caption=caption)
-    shown.add_column("metric", no_wrap=True)
+    shown.add_column("metric")
     for model in by_model:
         shown.add_column(cell(model), justify="right", no_wrap=True)
     shown.add_column("what it says", style="dim")
