@@ -83,6 +83,21 @@ def test_nothing_of_a_cell_is_lost_and_no_line_is_too_wide(rows, width):
             assert not set(value) - set(shown)
 
 
+@pytest.mark.parametrize(("width", "side_by_side"), [(80, True), (40, False)])
+def test_three_models_stand_side_by_side_at_80_columns(width, side_by_side):
+    more = {"interval": [0.95, 0.98]}
+    found = [
+        Record("m", name, value, 400, higher_is_better=False, extra=more)
+        for name, value in (("forget_probability_reworded", 0.675), ("forget_quality", 3.4e-21))
+    ]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table(dict.fromkeys(("original", "unlearned", "retrained"), found)))
+    shown = console.export_text()
+    assert ("┏" in shown) == side_by_side
+    assert "0.675" in shown
+    assert "3.40e-21" in shown
+
+
 def test_commands_draw_no_other_tables():
     """One of rich would cut figures where it is narrow, and read brackets in texts as markup."""
     found = [

@@ -162,7 +162,7 @@ def output_covariances(
 def input_covariances(
     model: Any, layers: Mapping[str, nn.Linear], rows: Sequence[Encoded], *, batch: int, pad_token_id: int, label: str
 ) -> dict[str, Tensor]:
-    """Compute the mean outer product [in, in] of each layer's inputs over the rows' real tokens; float64."""
+    """Compute the mean outer product [in, in] of each layer's inputs over the rows' real tokens, summed in float64."""
     device = next(model.parameters()).device
     found = InputMoments(layers)
     source = _batches(rows, batch, pad_token_id, device, range(len(rows)))
