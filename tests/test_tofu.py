@@ -560,3 +560,35 @@ def test_the_table_shows_models_side_by_side():
     assert lines["model_utility"].split("│")[3].strip() == "-"
     assert list(lines)[-1] == "seconds"
     assert set(metrics.CATALOGUE) >= {record.metric for record in before}
+
+
+def test_replies_are_those_without_what_scoring_tells_of_them(monkeypatch):
+    """A model that knows some answers in part and one whole, so that its replies begin with them."""
+    model = pico(3)
+    torch.manual_seed(0)
+    rows = [row for key in sets.SETS for row in examples(sets.set_rows(key, "forget01", "builtin", 4, 0))]
+    tokenizer = byte_tokenizer()
+    known = [encode(tokenizer, row) for row in rows]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(30):
+        for row in known[::5]:
+            ids, labels = (
+                torch.tensor([row.input_ids[: row.prompt_length + 4]]),
+                torch.tensor([row.labels[: row.prompt_length + 4]]),
+            )
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    seen = []
+    generate = measuring.generate
+    monkeypatch.setattr(
+        measuring, "generate", lambda *args, **given: seen.append(given["begun"]) or generate(*args, **given)
+    )
+    found = measure(model.eval())
+    assert any(len(tokens) > 1 for tokens in seen[0])
+    monkeypatch.setattr(measuring, "says_what_it_scores", lambda model: False)
+    plain = measure(model)
+    assert seen[1] is None
+    for key in sets.SETS:
+        assert found.sets[key].generations == plain.sets[key].generations
+    assert [(r.metric, r.value) for r in found.records("m")] == [(r.metric, r.value) for r in plain.records("m")]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alter.inference.generation import generate as generate
     from alter.inference.generation import left_padded as left_padded
     from alter.inference.generation import sample as sample
+    from alter.inference.generation import says_what_it_scores as says_what_it_scores
     from alter.inference.generation import stop_ids as stop_ids
     from alter.inference.moments import InputMoments as InputMoments
     from alter.inference.scoring import MAX_LOGITS as MAX_LOGITS

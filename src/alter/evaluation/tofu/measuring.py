@@ -14,7 +14,7 @@ from alter.evaluation.base import quick_look
 from alter.evaluation.tofu.reference import as_reference, lacking
 from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuSet, check_reference
 from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, holdout_rows, rows_fingerprint, set_rows
-from alter.inference import Scores, check_prompts, check_rows, generate, gradient_norms, score
+from alter.inference import Scores, check_prompts, check_rows, generate, gradient_norms, says_what_it_scores, score
 from alter.storage import Record
 
 WHICH = ("likelihood", "generation")
@@ -75,12 +75,15 @@ def tofu_metrics(
         check_rows(model, answers.encoded, answers.names)
     if "generation" in which:
         prompts = _prompts(model, tokenizer, rows, mode == "compat")
+    begun = None
     if answers is not None:
-        _likelihood(result, model, tokenizer, answers, gradnorm, batch_tokens, progress)
+        scores = _likelihood(result, model, tokenizer, answers, gradnorm, batch_tokens, progress)
+        if prompts is not None and mode == "strict" and says_what_it_scores(model):
+            begun = _begun(result, answers, scores, prompts)
         if forget is not None:
             result.notes += lacking(result, forget, data, limit, seed, holdout)
     if prompts is not None:
-        _generation(result, model, tokenizer, rows, prompts, batch_size, progress)
+        _generation(result, model, tokenizer, rows, prompts, begun, batch_size, progress)
     return result
 
 
@@ -169,8 +172,8 @@ def _likelihood(
     gradnorm: bool,
     batch_tokens: int | None,
     progress: bool,
-) -> None:
-    """Score every (question, answer) pair once and fill in what follows from the token log-probabilities."""
+) -> Scores:
+    """Score every (question, answer) pair once and fill in what follows from the token log-probabilities; return the scores."""
     compat = result.mode == "compat"
     unseen = answers.where.get("holdout")
     scores = score(
@@ -216,6 +219,21 @@ def _likelihood(
                         )
                         for name, rows in (("forget", true), ("holdout", unseen))
                     )
+    return scores
+
+
+def _begun(result: TofuResult, answers: _Answers, scores: Scores, prompts: list[list[int]]) -> list[list[int]]:
+    """Return how each reply begins: with the true answer, as far as each of its tokens was the likeliest one."""
+    begun: list[list[int]] = []
+    for key, part in result.sets.items():
+        where = answers.where[key]
+        width = (where.stop - where.start) // part.n
+        for place in range(where.start, where.stop, width):
+            row, right = answers.encoded[place], scores.correct[place]
+            said = len(right) if right.all() else int(right.argmin())
+            same = row.input_ids[: row.prompt_length] == prompts[len(begun)]
+            begun.append(row.input_ids[row.prompt_length :][:said] if same else [])
+    return begun
 
 
 def _attacks(scores: Scores, encoded: Sequence[Encoded], tokenizer: Any, compat: bool) -> dict[str, Array]:
@@ -247,6 +265,7 @@ def _generation(
     tokenizer: Any,
     rows: dict[str, list[dict[str, Any]]],
     prompts: list[list[int]],
+    begun: list[list[int]] | None,
     batch_size: int,
     progress: bool,
 ) -> None:
@@ -260,6 +279,7 @@ def _generation(
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=batch_size,
         expected_lengths=[len(example.answer) for part in found.values() for example in part],
+        begun=begun,
         compat=compat,
         progress=progress,
         label="TOFU: answering questions",
