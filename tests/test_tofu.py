@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 
 import reference
-from alter import metrics
+from alter import AlterConfig, metrics
 from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_prompt
 from alter.data.examples import examples
@@ -592,3 +593,21 @@ def test_replies_are_those_without_what_scoring_tells_of_them(monkeypatch):
     for key in sets.SETS:
         assert found.sets[key].generations == plain.sets[key].generations
     assert [(r.metric, r.value) for r in found.records("m")] == [(r.metric, r.value) for r in plain.records("m")]
+
+
+def test_a_model_and_its_base_are_measured_as_one_after_the_other():
+    torch.manual_seed(0)
+    model = get_peft_model(pico(3), AlterConfig(num_forget_experts=2, init_weights=False)).eval()
+    base, found = measuring.tofu_metrics_beside_base(
+        model, byte_tokenizer(), split="forget01", limit=4, progress=False, reference=measure()
+    )
+    with model.disable_adapter():
+        expected_base = measure(model, reference=measure())
+    for one, other in ((base, expected_base), (found, measure(model, reference=measure()))):
+        for key in sets.SETS:
+            assert one.sets[key].generations == other.sets[key].generations
+        assert one.notes == other.notes
+        for record, expected in zip(one.records("m"), other.records("m"), strict=True):
+            assert record.metric == expected.metric
+            np.testing.assert_allclose(record.value, expected.value, rtol=1e-5)
+    assert base.sets["forget"].generations != found.sets["forget"].generations

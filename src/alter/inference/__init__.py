@@ -29,5 +29,6 @@ if TYPE_CHECKING:
     from alter.inference.scoring import gradient_norms as gradient_norms
     from alter.inference.scoring import hidden_states as hidden_states
     from alter.inference.scoring import score as score
+    from alter.inference.scoring import score_beside_base as score_beside_base
 
 lazy(globals())
