@@ -412,6 +412,21 @@ def test_known_beginnings_change_no_reply_and_are_not_said_again(make, drop, mon
     assert not read
 
 
+def test_scores_tell_how_replies_begin():
+    model, prompt = pico(3), prompts()[0]
+    said = by_hand(model, prompt, 8, {EOS})
+    answers = [said, [*said[:4], 7 + said[4]], [9 + said[0]], said]
+    rows = [Encoded(prompt + own, [-100] * len(prompt) + own, len(prompt)) for own in answers]
+    rows[3] = Encoded(rows[3].input_ids, [-100] * (len(prompt) + 1) + said[1:], len(prompt))
+    # a text, continued from its middle, and another prompt
+    rows += [Encoded(prompt + said, [-100, *prompt[1:], *said], 1), rows[0]]
+    asked = [*[prompt] * 4, prompt + said[:2], [1, *prompt]]
+    correct = scoring.score(model, rows, pad_token_id=PAD, progress=False).correct
+    found = generation.begun_replies(model, rows, correct, asked)
+    assert found == [said, said[:4], [], [], said[2:], []]
+    assert generation.begun_replies(model.bfloat16(), rows, correct, asked) is None
+
+
 def test_which_models_say_what_they_score():
     assert generation.says_what_it_scores(pico())
     assert generation.says_what_it_scores(sliding(0))

@@ -14,7 +14,7 @@ from alter.data import Encoded, Example, encode, encode_all, reworded, rewording
 from alter.evaluation.leakage import Asked, ask
 from alter.evaluation.measures import Measures
 from alter.evaluation.verdict import WORDED
-from alter.inference import context_length, generate, score
+from alter.inference import begun_replies, context_length, generate, score
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,11 @@ def answer_rows(
     starts = {i: windows[parts[i][0]].input_ids for i in sorted(chosen.tolist())}
     asked, tokens = _asked(tokenizer, rows, starts, max_new_tokens, limit)
     questions, truths = [each.question for each in asked.values()], [each.truth for each in asked.values()]
-    replies = _replies(model, tokenizer, list(asked.values()), tokens, batch_size, label) if asked else []
+    whole = {i: parts[i][0] if len(parts[i]) == 1 else None for i in asked}
+    told = [Encoded([], [], 0) if k is None else windows[k] for k in whole.values()]
+    right = [() if k is None else scores.correct[k] for k in whole.values()]
+    begun = begun_replies(model, told, right, [each.prompt for each in asked.values()])
+    replies = _replies(model, tokenizer, list(asked.values()), begun, tokens, batch_size, label) if asked else []
     return Answered(
         Measures.of(
             probability,
@@ -157,7 +161,13 @@ def _asked(
 
 
 def _replies(
-    model: Any, tokenizer: Any, asked: Sequence[Asked], tokens: int, batch_size: int, label: str
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[Asked],
+    begun: list[list[int]] | None,
+    tokens: int,
+    batch_size: int,
+    label: str,
 ) -> list[str]:
     """Answer questions greedily, in at most so many tokens each."""
     return generate(
@@ -167,5 +177,6 @@ def _replies(
         max_new_tokens=tokens,
         batch_size=batch_size,
         expected_lengths=[len(each.truth) for each in asked],
+        begun=begun,
         label=f"{label}: answering",
     )

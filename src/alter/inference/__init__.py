@@ -11,13 +11,13 @@ from alter.core import lazy
 
 if TYPE_CHECKING:
     from alter.inference.generation import SEGMENT as SEGMENT
+    from alter.inference.generation import begun_replies as begun_replies
     from alter.inference.generation import can_drop_rows as can_drop_rows
     from alter.inference.generation import check_prompts as check_prompts
     from alter.inference.generation import contiguous_head as contiguous_head
     from alter.inference.generation import generate as generate
     from alter.inference.generation import left_padded as left_padded
     from alter.inference.generation import sample as sample
-    from alter.inference.generation import says_what_it_scores as says_what_it_scores
     from alter.inference.generation import stop_ids as stop_ids
     from alter.inference.moments import InputMoments as InputMoments
     from alter.inference.scoring import MAX_LOGITS as MAX_LOGITS

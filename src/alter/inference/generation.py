@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alter.core import UserError, processes
-from alter.data import Collator, end_of_turn, ensure_pad_token
+from alter.data import Collator, Encoded, end_of_turn, ensure_pad_token
 from alter.inference.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
 from alter.inference.sharing import known_kind
 
@@ -266,6 +266,33 @@ def says_what_it_scores(model: Any) -> bool:
         and all(value in (None, False) or name[0] == "_" or NEUTRAL.get(name) == value for name, value in own.items())
         and all(config.one_pass or not config.routed for config in routed)
     )
+
+
+def begun_replies(
+    model: Any, rows: Sequence[Encoded], correct: Sequence[Any], prompts: Sequence[list[int]]
+) -> list[list[int]] | None:
+    """Return how each greedy reply begins, as scores tell: with the row's own text, as far as each token was the likeliest.
+
+    Args:
+        model: that was scored, and is to reply; None is returned unless it `says_what_it_scores`.
+        rows: as scored; a row that does not begin with its prompt tells nothing.
+        correct: of `Scores`.
+        prompts: what is asked.
+    """
+    if not says_what_it_scores(model):
+        return None
+    begun: list[list[int]] = []
+    for row, right, prompt in zip(rows, correct, prompts, strict=True):
+        before = len(prompt) - row.prompt_length
+        known = before >= 0 and row.input_ids[: len(prompt)] == prompt
+        # a label that was not scored would be taken for one that was
+        if not known or len(right) != len(row.input_ids) - row.prompt_length:
+            begun.append([])
+            continue
+        left = right[before:]
+        said = len(left) if left.all() else int(left.argmin())
+        begun.append(row.input_ids[len(prompt) :][:said])
+    return begun
 
 
 def sample(

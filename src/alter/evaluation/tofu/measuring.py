@@ -17,11 +17,11 @@ from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuS
 from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, holdout_rows, rows_fingerprint, set_rows
 from alter.inference import (
     Scores,
+    begun_replies,
     check_prompts,
     check_rows,
     generate,
     gradient_norms,
-    says_what_it_scores,
     score,
     score_beside_base,
 )
@@ -188,8 +188,8 @@ def _measured(
     begun = None
     if asked.answers is not None and scores is not None:
         _likelihood(result, model, tokenizer, asked.answers, scores, gradnorm, progress)
-        if asked.prompts is not None and result.mode == "strict" and says_what_it_scores(model):
-            begun = _begun(result, asked.answers, scores, asked.prompts)
+        if asked.prompts is not None and result.mode == "strict":
+            begun = _begun(result, model, asked.answers, scores, asked.prompts)
         forget = result.sets.get("forget")
         if forget is not None:
             result.notes += lacking(result, forget, result.data, asked.limit, asked.seed, asked.holdout)
@@ -322,18 +322,15 @@ def _likelihood(
                     )
 
 
-def _begun(result: TofuResult, answers: _Answers, scores: Scores, prompts: list[list[int]]) -> list[list[int]]:
-    """Return how each reply begins: with the true answer, as far as each of its tokens was the likeliest one."""
-    begun: list[list[int]] = []
+def _begun(
+    result: TofuResult, model: Any, answers: _Answers, scores: Scores, prompts: list[list[int]]
+) -> list[list[int]] | None:
+    """Return how each reply begins, as the scores of the true answers tell; None where they do not."""
+    places: list[int] = []
     for key, part in result.sets.items():
         where = answers.where[key]
-        width = (where.stop - where.start) // part.n
-        for place in range(where.start, where.stop, width):
-            row, right = answers.encoded[place], scores.correct[place]
-            said = len(right) if right.all() else int(right.argmin())
-            same = row.input_ids[: row.prompt_length] == prompts[len(begun)]
-            begun.append(row.input_ids[row.prompt_length :][:said] if same else [])
-    return begun
+        places += range(where.start, where.stop, (where.stop - where.start) // part.n)
+    return begun_replies(model, [answers.encoded[i] for i in places], [scores.correct[i] for i in places], prompts)
 
 
 def _attacks(scores: Scores, encoded: Sequence[Encoded], tokenizer: Any, compat: bool) -> dict[str, Array]:
