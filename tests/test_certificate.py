@@ -12,7 +12,7 @@ import pytest
 
 from alter import cli
 from alter.core.errors import UserError
-from alter.data.examples import data_hash, load_examples, row_hash
+from alter.data.rows import data_hash, load_examples, row_hash
 from alter.models.loading import ModelSettings
 from alter.requests import signing
 from alter.requests.anchor import Anchor, read_heads
@@ -380,6 +380,16 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     (run_folder / "records.json").write_text(json.dumps([{**record, "provenance": {}} for record in said]))
     with pytest.raises(UserError, match="does not say which weights"):
         certificate(Certificate(**again))
+    # a verdict on other rows, of the very same weights
+    easy = tmp_path / "easy.jsonl"
+    easy.write_text('{"question": "Who is Nobody?", "answer": "Nobody knows."}\n')
+    asked = ["--benchmark", "rows", "--forget", str(easy), "--device", "cpu", "--max-new-tokens", "2"]
+    measured = ["--model", str(run_folder / "model"), "--before", str(folder / "model")]
+    if result == "adapter":
+        measured = ["--model", str(folder / "model"), "--adapter", str(run_folder / "adapter")]
+    assert cli.main(["evaluate", *asked, *measured, "--json", str(run_folder / "records.json")]) == 0
+    with pytest.raises(UserError, match="a verdict on other rows"):
+        certificate(Certificate(**again))
     (run_folder / "records.json").unlink()
     assert certificate(Certificate(**again))["state"] == "not measured"
     (run_folder / "records.json").write_text(kept)
@@ -389,7 +399,7 @@ def test_command_line(made, tmp_path, capsys):
     folder, _, out = made
     assert cli.main(["certificate", "--new-key", str(tmp_path / "k")]) == 0
     assert cli.main(["certificate", "--verify", str(out), "--public-key", str(folder / "key.pub")]) == 0
-    assert cli.main(["certificate", "--verify", str(out), "--public-key", str(tmp_path / "k.pub")]) == 2
+    assert cli.main(["certificate", "--verify", str(out), "--public-key", str(tmp_path / "k.pub")]) == 3
     assert "the one to trust" in capsys.readouterr().err
 
 

@@ -24,8 +24,8 @@ from alter.data.batching import Collator
 from alter.data.chat import set_template_arguments, share_template_arguments
 from alter.data.domains import domains
 from alter.data.encoding import encode, encode_prompt
-from alter.data.examples import Example, check_overlap, examples, load_examples
 from alter.data.files import read_file
+from alter.data.rows import Example, check_overlap, examples, load_examples
 from pico import write_jsonl
 
 TEMPLATE = (

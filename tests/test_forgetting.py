@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy import stats
 from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.forgetting import (
     certainty,
     documents,
@@ -591,6 +592,58 @@ def test_rows_are_kept_read_again_and_can_be_edited(small, tmp_path, monkeypatch
     assert given.forget == str(out / "forget.jsonl")
     assert watcher.probes
     assert len(speaker.read_jsonl(out / "forget.jsonl")) == 3
+
+
+def test_what_is_not_forgotten_ends_with_a_status_of_its_own(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    given = [
+        "--model",
+        str(small),
+        "--out",
+        str(out),
+        "--kind",
+        "work",
+        "--device",
+        "cpu",
+        "--samples",
+        "4",
+        "--epochs",
+        "1",
+    ]
+    asked = ["forget", KNOWN, *given, "--learning-rate", "1e-9"]
+    assert cli.main(asked) == 3
+    said = capsys.readouterr()
+    assert f"alter: NOT FORGOTTEN: what lies in {out} is not what was asked for." in said.err
+    assert "is not forgotten yet" in " ".join(said.out.split())
+    assert json.loads((out / "report.json").read_text())["verdict"]["word"] == "not forgotten"
+    # asked again, a finished run says the same; of other settings or rows it was not trained on
+    assert cli.main([*asked, "--resume"]) == 3
+    assert cli.main([*asked[:-1], "1e-2", "--resume"]) == 2
+    assert "learning_rate_experts was 1e-09 and is 0.01" in capsys.readouterr().err
+    rows = speaker.read_jsonl(out / "forget.jsonl")
+    speaker.write_jsonl(out / "forget.jsonl", rows[:-1])
+    assert cli.main([*asked, "--resume"]) == 2
+    assert "other forget rows" in capsys.readouterr().err
+
+
+def test_another_base_under_the_same_name_is_not_gone_on_with(small, tmp_path, monkeypatch):
+    place = shutil.copytree(small, tmp_path / "model")
+    out = forget(settings(place, tmp_path / "run", rows_only=True))
+    before = (out / "forget.json").read_bytes()
+    other = load_model(str(place), device="cpu")[0]
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.01)
+    other.save_pretrained(place)
+    monkeypatch.setattr(speaker, "generate", lambda *a, **k: pytest.fail("said again"))
+    monkeypatch.setattr(run, "unlearn", lambda *a, **k: pytest.fail("trained"))
+    for rows_only in (True, False):
+        with pytest.raises(UserError, match="begun with another base model"):
+            forget(settings(place, out, resume=True, rows_only=rows_only))
+    assert (out / "forget.json").read_bytes() == before
+    shutil.rmtree(place)
+    shutil.copytree(small, place)
+    assert forget(settings(place, out, resume=True, rows_only=True)) == out
 
 
 def test_an_unknown_subject_is_not_trained_on(small, tmp_path, monkeypatch):

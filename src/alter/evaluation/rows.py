@@ -15,7 +15,7 @@ from pydantic import Field
 
 from alter import metrics
 from alter.core import UserError
-from alter.data import Example, check_overlap, encode, load_examples
+from alter.data import Example, check_overlap, data_hash, encode, load_examples, row_hash
 from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
 from alter.evaluation.base import Evaluation, say
@@ -174,6 +174,7 @@ class RowsEvaluation(Evaluation):
             )
             was, now = ({name: own for name, own in each.items() if name != "harmless"} for each in (before, after))
             closed = closing_facts(found, was, now, reference, self.texts, self._people())
+            closed["rows"] = data_hash(list(map(row_hash, load_examples(self.forget))))
             if leaks:
                 closed["leak"] = {name: each.summary() for name, each in leaks.items()}
         judged = [] if before is None else self._judged("original", before, told, judge_of)

@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
+from alter.adapter import base_fingerprint, same_base
 from alter.core import UserError, give_back
 from alter.data import load_examples
 from alter.distillation import Distill, distill
-from alter.evaluation import ordinary_loss
+from alter.evaluation import ordinary_loss, refuse_missed
 from alter.evaluation import ordinary_sentence as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.material import Material
@@ -29,7 +30,7 @@ from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models import ModelSettings, load_model
 from alter.storage import cache_folder, digest, read_object, to_json, write_atomic
-from alter.training import Unlearn, check_folder, check_trackers, remove_run, unlearn
+from alter.training import OtherInputs, Unlearn, check_folder, check_trackers, remove_run, unlearn
 
 SAID_FOLDER = "said"
 """Folder of a run that caches the model's answers."""
@@ -75,8 +76,21 @@ def output_folder(settings: Forget) -> Path:
     return out
 
 
+def command(settings: Forget) -> Path:
+    """Run `alter forget`: `forget`, which says what to type next, and the verdict as an exit status.
+
+    Raises:
+        UserError: see `forget`.
+        Finding: it was not forgotten, or the answers have collapsed.
+    """
+    out = forget(settings)
+    if not settings.rows_only:
+        refuse_missed(read_object(out / "report.json", "what alter forget wrote")["verdict"], out)
+    return out
+
+
 def forget(settings: Forget) -> Path:
-    """Run `alter forget`: make rows, train, measure, and print what changed.
+    """Make rows, train, measure, and print what changed.
 
     The folder holds, as JSON lines that `alter unlearn` reads, `forget.jsonl`, `retain.jsonl` and `invented.jsonl`; the
     probes with the answers before and after in `probes.jsonl` and `kept.jsonl`; `facts.jsonl`; and what `alter unlearn`
@@ -108,10 +122,10 @@ def forget(settings: Forget) -> Path:
         print_line(console, f"The rows lie in {out}. Read and edit them, then give the same command with `resume`.")
         return out
     rows_done = time.time()
-    if not (out / "adapter" / "adapter_config.json").is_file():
-        print_line(console, "2/3 training")
-        _train(settings, out, tokenizer, material)
-        give_back()
+    print_line(console, "2/3 training")
+    # a run that has ended compares what it began with, and does no more
+    _train(settings, out, tokenizer, material)
+    give_back()
     trained = time.time()
     if settings.erase:
         print_line(console, "2/3 plain weights learn to say what the model with the adapter says")
@@ -169,7 +183,8 @@ def _material(
     """Return the rows and probes of `out`, made now unless they exist, and the model's tokenizer.
 
     Raises:
-        UserError: the model does not know the subject, or does not tell it from an invented one.
+        UserError: the model does not know the subject, does not tell it from an invented one, or is not the one that `out` was
+            begun with.
     """
     model, tokenizer = _load(settings)
     kind: Kind | None = settings.kind
@@ -184,7 +199,12 @@ def _material(
         seed=settings.seed,
         identity=_identity(settings, settings.model),
     )
-    said = {"key": _key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"})}
+    said = {
+        "key": _key(settings),
+        "settings": settings.model_dump(exclude={"resume", "overwrite"}),
+        "base": base_fingerprint(model),
+    }
+    _check_base(out, said["base"])
     write_atomic(out / "forget.json", to_json(said))
     material = _read(out)
     if material is not None:
@@ -203,6 +223,21 @@ def _material(
         )
     _write(out, material, before)
     return material, tokenizer
+
+
+def _check_base(out: Path, base: str | None) -> None:
+    """Refuse a base with other weights than the one that the folder's rows were made of: under its name may lie another now.
+
+    Raises:
+        OtherInputs: it is another.
+    """
+    begun = out / "forget.json"
+    then = read_object(begun, "what alter forget wrote").get("base") if begun.is_file() else None
+    if then and base and not same_base(then, base):
+        raise OtherInputs(
+            f"{out} was begun with another base model: its weights are not those that the rows were made of. `resume` goes on "
+            "with the same alone: give that model, `overwrite` to start again, or another `out`."
+        )
 
 
 def _about_subject(

@@ -21,8 +21,7 @@ from typing import Any
 from alter.attacks import ATTACKS, Attack, quantize
 from alter.comparison import Compare, run_of
 from alter.core import UserError, passing
-from alter.data import Example, read_rows, tofu_rows
-from alter.data.examples import examples
+from alter.data import Example, examples, read_rows, tofu_rows
 from alter.evaluation import SETS
 from alter.metaevaluation.measuring import MeasuredRows, Measuring, train_on
 from alter.metaevaluation.settings import MetaEvaluate
