@@ -217,7 +217,7 @@ def test_what_is_not_in_force_gets_none(made, tmp_path):
         certificate(Certificate(**given, verify="x"))
 
 
-def test_attacks_must_be_on_what_is_certified(made, tmp_path):
+def test_attacks_must_be_on_what_is_certified(made, tmp_path, capsys):
     folder, store, _ = made
     identity = ModelSettings(model=str(folder / "model"), adapter=str(folder / "work" / "adapter")).identity()
     identity["rows"] = store.get(1).data_hash
@@ -236,6 +236,20 @@ def test_attacks_must_be_on_what_is_certified(made, tmp_path):
         ("prefix", 0.1, [0.0, 0.2])
     ]
     check(made, verify=str(tmp_path / "c.json"), shipped=str(folder / "model"))
+    # an attacker that learned nothing himself brings nothing back, and proves nothing
+    idle = Record(
+        "unlearned", "attack_loss", 2.0, 5, extra={"attack": "relearn", "losses": [2.0] * 5}, provenance=identity
+    )
+    nothing = Record(**{**vars(made_of), "value": 0.0, "extra": {"attack": "relearn", "interval": [0.0, 0.0]}})
+    write_records(tmp_path / "attacks.json", [found, made_of, idle, nothing])
+    signed = certificate(Certificate(**given, out=str(tmp_path / "idle.json"), shipped=str(folder / "model")))
+    assert ["no_evidence" in each for each in signed["attacks"]] == [False, True]
+    assert "hardly learned its own rows" in signed["attacks"][1]["no_evidence"]
+    capsys.readouterr()
+    check(made, verify=str(tmp_path / "idle.json"), shipped=str(folder / "model"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no evidence" in said
+    assert "relearn hardly learned its own rows" in said
     write_records(
         tmp_path / "attacks.json", [Record(**{**vars(found), "provenance": {**identity, "adapter": "x"}}), made_of]
     )

@@ -73,7 +73,18 @@ LAYERS = {
     "forgetting": BASE
     | {"adapter", "metrics", "data", "inference", "rendering", "models", "evaluation", "training", "distillation"},
     "requests": BASE
-    | {"adapter", "data", "rendering", "models", "evaluation", "exporting", "methods", "training", "distillation"},
+    | {
+        "adapter",
+        "attacks",
+        "data",
+        "rendering",
+        "models",
+        "evaluation",
+        "exporting",
+        "methods",
+        "training",
+        "distillation",
+    },
     "__init__": {"core", "adapter", "api"},
     "report": BASE | {"metrics", "data", "rendering", "attacks", "evaluation", "training", "requests"},
     "serving": BASE | {"logits", "adapter", "data", "inference", "models", "evaluation", "requests"},

@@ -399,6 +399,11 @@ def test_nan_items_come_back_as_nan(tmp_path):
     assert math.isnan(found.per_item[1])
 
 
+def test_records_are_for_their_owner_alone(tmp_path):
+    write_records(tmp_path / "r.json", [Record("x", "forget_rouge", 1.0, 1, extra={"generations": ["Ilse"]})])
+    assert (tmp_path / "r.json").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_digest_is_also_of_what_links_lead_to(tmp_path):
     """Weights behind a link to a folder are loaded like others: they are part of what is loaded."""
     (tmp_path / "elsewhere").mkdir()

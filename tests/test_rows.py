@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -100,6 +101,24 @@ def test_a_retrained_model_that_knows_is_refused(data):
     closed = closing_of(measured(evaluation(data, before=str(data / "model"), retrained=str(data / "model"))))
     assert closed["verdict"]["word"] == "not forgotten"
     assert "is no reference" in closed["verdict"]["refused"]
+
+
+def test_a_model_is_not_its_own_reference(data):
+    given = {"forget": str(data / "forget.jsonl"), "before": str(data / "model"), "device": "cpu"}
+    with pytest.raises(UserError, match="it would be compared with itself"):
+        measured(RowsEvaluation(model=str(data / "model"), retrained=str(data / "model"), **given))
+
+
+def test_another_tokenizer_is_no_forgetting(data, tmp_path):
+    """The same weights under a tokenizer that reads other letters find the answers improbable, and know them."""
+    shutil.copytree(data / "model", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(content))
+    given = {"forget": str(data / "forget.jsonl"), "before": str(data / "model"), "device": "cpu"}
+    with pytest.raises(UserError, match=r"The model before, .* has another tokenizer or chat template"):
+        measured(RowsEvaluation(model=str(tmp_path / "model"), **given))
 
 
 def test_overlaps_and_known_holdouts_are_refused(data):

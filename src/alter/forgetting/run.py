@@ -29,7 +29,7 @@ from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models import ModelSettings, load_model
-from alter.storage import cache_folder, digest, read_object, to_json, write_atomic
+from alter.storage import cache_folder, digest, read_object, to_json, undone_if_refused, write_atomic
 from alter.training import OtherInputs, Unlearn, check_folder, check_trackers, remove_run, unlearn
 
 SAID_FOLDER = "said"
@@ -108,10 +108,9 @@ def forget(settings: Forget) -> Path:
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
     passages = None if settings.document is None else read_document(settings.document, settings.max_passages)
-    if settings.overwrite:
-        remove_run(out)
     name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
-    material, tokenizer = _material(settings, console, out, name, passages, retain)
+    with undone_if_refused(out):
+        material, tokenizer = _material(settings, console, out, name, passages, retain)
     facts = ", ".join(str(row["word"]) for row in material.facts[:12])
     print_line(
         console,
@@ -190,6 +189,9 @@ def _material(
     kind: Kind | None = settings.kind
     if settings.subject is not None:
         check_uncommon(name, tokenizer, kind)
+    # a model that cannot be loaded costs no earlier run
+    if settings.overwrite:
+        remove_run(out)
     speaker = Speaker(
         model,
         tokenizer,
@@ -199,21 +201,34 @@ def _material(
         seed=settings.seed,
         identity=_identity(settings, settings.model),
     )
-    said = {
-        "key": _key(settings),
-        "settings": settings.model_dump(exclude={"resume", "overwrite"}),
-        "base": base_fingerprint(model),
-    }
-    _check_base(out, said["base"])
+    base = base_fingerprint(model)
+    _check_base(out, base)
+    said = {"key": _key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"}), "base": base}
     write_atomic(out / "forget.json", to_json(said))
     material = _read(out)
     if material is not None:
+        if read_object(out / "zero.json", "what alter forget wrote").get("probes") != _asked(material):
+            # a person has edited them: what was measured before is of others
+            for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
+                for row, answer in zip(rows, speaker.say(label, [row["prompt"] for row in rows]), strict=True):
+                    row["before"] = answer
+            _write(out, material, _told_apart(model, tokenizer, material, name, passages))
         return material, tokenizer
     if passages is not None:
         print_line(console, f"1/3 rows about {name}: {len(passages)} passages, continued by the model itself")
         material = build_document(speaker, name, passages, keep=settings.keep, retain=retain)
     else:
         material = _about_subject(settings, console, speaker, name, kind, retain)
+    _write(out, material, _told_apart(model, tokenizer, material, name, passages))
+    return material, tokenizer
+
+
+def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, passages: list[str] | None) -> AgainstZero:
+    """Test whether the model tells what is to be forgotten from an invented subject, by the probes.
+
+    Raises:
+        UserError: it does not.
+    """
     before = against_zero(model, tokenizer, material.probes, [])
     if before is None or before.pvalue >= LEVEL:
         told = "too few probes can be compared" if before is None else f"p {before.pvalue:.2g}, n {len(before.real)}"
@@ -221,8 +236,17 @@ def _material(
             f"The model does not tell {name} from {'the same text with other names' if passages else 'an invented subject'} "
             f"({told}): there is nothing to forget, and nothing was trained."
         )
-    _write(out, material, before)
-    return material, tokenizer
+    return before
+
+
+def _asked(material: Material) -> str:
+    """Return a digest of the probes as they were when the figures before were taken: all but the answers after."""
+    return digest(
+        [
+            {key: value for key, value in row.items() if key != "after"}
+            for row in (*material.probes, *material.kept_probes)
+        ]
+    )
 
 
 def _check_base(out: Path, base: str | None) -> None:
@@ -379,7 +403,7 @@ def _write(out: Path, material: Material, before: AgainstZero) -> None:
     for field in fields(Material):
         write_jsonl(out / FILES[field.name], getattr(material, field.name))
     # the last file: with it all others are whole
-    write_atomic(out / "zero.json", to_json({"before": _zero(before)}))
+    write_atomic(out / "zero.json", to_json({"before": _zero(before), "probes": _asked(material)}))
 
 
 def _read(out: Path) -> Material | None:

@@ -95,7 +95,7 @@ def chosen_rows(settings: MetaEvaluate, out: Path) -> MeasuredRows:
     )
     folder = out / "rows" / digest(files)[:16]
     for name, rows in files.items():
-        write_atomic(folder / f"{name}.json", to_json(rows))
+        write_atomic(folder / f"{name}.json", to_json(rows), private=True)
     return MeasuredRows(
         folder,
         examples(files[f"{settings.split}_perturbed"]),

@@ -83,6 +83,8 @@ def _attacks(
     Raises:
         UserError: a file has no attacks, or they were made on something else or after other rows.
     """
+    from alter.attacks import untrained
+
     found = []
     for path in paths:
         records = read_records(path)
@@ -108,7 +110,8 @@ def _attacks(
                 f"{path} holds attacks after other rows than those that were asked for ({_short(after)}, asked {_short({data})}): "
                 "run `alter attack --forget` on the same rows, in the same order."
             )
-        found += [_attack(record, data) for record in rows]
+        idle = dict(note.split(" ", 1) for note in untrained(records))
+        found += [_attack(record, data, idle.get(str(record.extra.get("attack")))) for record in rows]
     return found
 
 
@@ -117,7 +120,8 @@ def _short(hashes: set[Any]) -> str:
     return ", ".join(sorted("not recorded" if each is None else str(each)[:12] for each in hashes))
 
 
-def _attack(record: Record, data: str | None) -> dict[str, Any]:
+def _attack(record: Record, data: str | None, idle: str | None) -> dict[str, Any]:
+    """State an attack; `idle` says that the attacker learned nothing himself, so that what he did not recover proves nothing."""
     extra = record.extra
     named = ("attack", "needs", "step", "depth", "before", "after", "original", "retrained", "interval", "refused")
     return {
@@ -126,6 +130,7 @@ def _attack(record: Record, data: str | None) -> dict[str, Any]:
         "n": record.n,
         "data": data,
         **{name: extra[name] for name in named if name in extra},
+        **({} if idle is None else {"no_evidence": idle}),
     }
 
 
