@@ -241,9 +241,13 @@ def test_attacks_must_be_on_what_is_certified(made, tmp_path, capsys):
         "unlearned", "attack_loss", 2.0, 5, extra={"attack": "relearn", "losses": [2.0] * 5}, provenance=identity
     )
     nothing = Record(**{**vars(made_of), "value": 0.0, "extra": {"attack": "relearn", "interval": [0.0, 0.0]}})
-    write_records(tmp_path / "attacks.json", [found, made_of, idle, nothing])
+    back = Record(
+        **{**vars(nothing), "metric": "attack_recovered_probability", "value": 0.3, "extra": {"attack": "relearn"}}
+    )
+    write_records(tmp_path / "attacks.json", [found, made_of, idle, nothing, back])
     signed = certificate(Certificate(**given, out=str(tmp_path / "idle.json"), shipped=str(folder / "model")))
-    assert ["no_evidence" in each for each in signed["attacks"]] == [False, True]
+    # what came back is told, whoever brought it
+    assert ["no_evidence" in each for each in signed["attacks"]] == [False, True, False]
     assert "hardly learned its own rows" in signed["attacks"][1]["no_evidence"]
     capsys.readouterr()
     check(made, verify=str(tmp_path / "idle.json"), shipped=str(folder / "model"))

@@ -83,7 +83,7 @@ def _attacks(
     Raises:
         UserError: a file has no attacks, or they were made on something else or after other rows.
     """
-    from alter.attacks import untrained
+    from alter.attacks import recovers, untrained
 
     found = []
     for path in paths:
@@ -111,7 +111,11 @@ def _attacks(
                 "run `alter attack --forget` on the same rows, in the same order."
             )
         idle = dict(note.split(" ", 1) for note in untrained(records))
-        found += [_attack(record, data, idle.get(str(record.extra.get("attack")))) for record in rows]
+        found += [
+            # one that brought something back is evidence, however badly it was trained
+            _attack(record, data, None if recovers(record) else idle.get(str(record.extra.get("attack"))))
+            for record in rows
+        ]
     return found
 
 
