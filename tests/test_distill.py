@@ -296,7 +296,7 @@ def test_a_collapse_is_tried_more_gently_and_not_handed_out(data, run, tmp_path,
     closed = {"verdict": {"word": "collapsed", "why": ["6 of 6 replies are broken."]}}
     write_records(out / "records.json", [Record("distilled", "forget_probability", 0.0, 6, extra={"closing": closed})])
     monkeypatch.setattr(module, "distill", lambda settings: out)
-    with pytest.raises(Finding, match="COLLAPSED: .* 6 of 6 replies are broken"):
+    with pytest.raises(Finding, match=r"COLLAPSED: .* 6 of 6 replies are broken"):
         module.command(settings(data, run, out, learning_rate=3e-3))
     told = capsys.readouterr().out.partition("Next:")[2]
     assert f"alter distill {out}/run.yaml --out {out}-2 --learning-rate 0.001" in told
