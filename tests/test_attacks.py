@@ -19,7 +19,7 @@ from alter.attacks.fractions import recovered_fractions
 from alter.attacks.showing import show_recovered, untrained
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded, encode
-from alter.data.examples import examples, load_examples
+from alter.data.rows import examples, load_examples
 from alter.data.tofu import tofu_rows
 from alter.inference import scoring
 from alter.models import loading

@@ -12,7 +12,7 @@ import pytest
 
 from alter import cli
 from alter.core.errors import UserError
-from alter.data.examples import data_hash, load_examples, row_hash
+from alter.data.rows import data_hash, load_examples, row_hash
 from alter.models.loading import ModelSettings
 from alter.requests import signing
 from alter.requests.anchor import Anchor, read_heads
@@ -217,7 +217,7 @@ def test_what_is_not_in_force_gets_none(made, tmp_path):
         certificate(Certificate(**given, verify="x"))
 
 
-def test_attacks_must_be_on_what_is_certified(made, tmp_path):
+def test_attacks_must_be_on_what_is_certified(made, tmp_path, capsys):
     folder, store, _ = made
     identity = ModelSettings(model=str(folder / "model"), adapter=str(folder / "work" / "adapter")).identity()
     identity["rows"] = store.get(1).data_hash
@@ -236,6 +236,20 @@ def test_attacks_must_be_on_what_is_certified(made, tmp_path):
         ("prefix", 0.1, [0.0, 0.2])
     ]
     check(made, verify=str(tmp_path / "c.json"), shipped=str(folder / "model"))
+    # an attacker that learned nothing himself brings nothing back, and proves nothing
+    idle = Record(
+        "unlearned", "attack_loss", 2.0, 5, extra={"attack": "relearn", "losses": [2.0] * 5}, provenance=identity
+    )
+    nothing = Record(**{**vars(made_of), "value": 0.0, "extra": {"attack": "relearn", "interval": [0.0, 0.0]}})
+    write_records(tmp_path / "attacks.json", [found, made_of, idle, nothing])
+    signed = certificate(Certificate(**given, out=str(tmp_path / "idle.json"), shipped=str(folder / "model")))
+    assert ["no_evidence" in each for each in signed["attacks"]] == [False, True]
+    assert "hardly learned its own rows" in signed["attacks"][1]["no_evidence"]
+    capsys.readouterr()
+    check(made, verify=str(tmp_path / "idle.json"), shipped=str(folder / "model"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no evidence" in said
+    assert "relearn hardly learned its own rows" in said
     write_records(
         tmp_path / "attacks.json", [Record(**{**vars(found), "provenance": {**identity, "adapter": "x"}}), made_of]
     )
@@ -380,6 +394,16 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     (run_folder / "records.json").write_text(json.dumps([{**record, "provenance": {}} for record in said]))
     with pytest.raises(UserError, match="does not say which weights"):
         certificate(Certificate(**again))
+    # a verdict on other rows, of the very same weights
+    easy = tmp_path / "easy.jsonl"
+    easy.write_text('{"question": "Who is Nobody?", "answer": "Nobody knows."}\n')
+    asked = ["--benchmark", "rows", "--forget", str(easy), "--device", "cpu", "--max-new-tokens", "2"]
+    measured = ["--model", str(run_folder / "model"), "--before", str(folder / "model")]
+    if result == "adapter":
+        measured = ["--model", str(folder / "model"), "--adapter", str(run_folder / "adapter")]
+    assert cli.main(["evaluate", *asked, *measured, "--json", str(run_folder / "records.json")]) == 0
+    with pytest.raises(UserError, match="a verdict on other rows"):
+        certificate(Certificate(**again))
     (run_folder / "records.json").unlink()
     assert certificate(Certificate(**again))["state"] == "not measured"
     (run_folder / "records.json").write_text(kept)
@@ -389,7 +413,7 @@ def test_command_line(made, tmp_path, capsys):
     folder, _, out = made
     assert cli.main(["certificate", "--new-key", str(tmp_path / "k")]) == 0
     assert cli.main(["certificate", "--verify", str(out), "--public-key", str(folder / "key.pub")]) == 0
-    assert cli.main(["certificate", "--verify", str(out), "--public-key", str(tmp_path / "k.pub")]) == 2
+    assert cli.main(["certificate", "--verify", str(out), "--public-key", str(tmp_path / "k.pub")]) == 3
     assert "the one to trust" in capsys.readouterr().err
 
 

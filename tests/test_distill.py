@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from alter import api
 from alter.core import console
-from alter.core.errors import UserError
+from alter.core.errors import Finding, UserError
 from alter.data.encoding import encode
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.distillation import rows as lessons
 from alter.distillation import run as module
 from alter.distillation.attacker import attacked
@@ -272,7 +272,13 @@ def test_weights_that_learned_nothing_have_forgotten_nothing(data, run, tmp_path
     wanted = settings(
         data, None, tmp_path / "out", **given, retain=str(data / "retain.jsonl"), learning_rate=1e-9, closing_rows=6
     )
-    out = module.command(wanted)
+    out = tmp_path / "out"
+    with pytest.raises(Finding, match=r"NOT FORGOTTEN: what lies in .*out is not what was asked for") as found:
+        module.command(wanted)
+    assert found.value.status == 3
+    # a run that has ended says the same again
+    with pytest.raises(Finding, match="NOT FORGOTTEN"):
+        module.command(wanted.model_copy(update={"resume": True}))
     told = capsys.readouterr().out.partition("Next:")[2]
     assert f"alter distill {out}/run.yaml --out {out}-2 --max-steps 4" in told
     assert "export" not in told

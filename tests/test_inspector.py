@@ -21,7 +21,7 @@ from alter.adapter.generation import DecodeState
 from alter.adapter.layer import AlterLinear
 from alter.core.errors import UserError
 from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.inference.generation import generate
 from alter.models.guards import Subtracted
 from alter.requests.store import Store

@@ -279,7 +279,7 @@ def _pooled_states(bench: Bench, identity: dict[str, str | None], texts: Texts) 
     kept = _stored_states(path, key)
     if kept is None:
         kept = states.pooled(bench)
-        write_atomic(path, save({"states": kept}, metadata={"key": key}))
+        write_atomic(path, save({"states": kept}, metadata={"key": key}), private=True)
     return kept
 
 

@@ -78,11 +78,13 @@ def _attacks(
     Args:
         paths: files of records.
         targets: identities (see `ModelSettings.identity`) of what may have been attacked.
-        data: hash of the rows that the attacks must have been after (`alter.data.examples.data_hash`).
+        data: hash of the rows that the attacks must have been after (`alter.data.rows.data_hash`).
 
     Raises:
         UserError: a file has no attacks, or they were made on something else or after other rows.
     """
+    from alter.attacks import untrained
+
     found = []
     for path in paths:
         records = read_records(path)
@@ -108,7 +110,8 @@ def _attacks(
                 f"{path} holds attacks after other rows than those that were asked for ({_short(after)}, asked {_short({data})}): "
                 "run `alter attack --forget` on the same rows, in the same order."
             )
-        found += [_attack(record, data) for record in rows]
+        idle = dict(note.split(" ", 1) for note in untrained(records))
+        found += [_attack(record, data, idle.get(str(record.extra.get("attack")))) for record in rows]
     return found
 
 
@@ -117,7 +120,8 @@ def _short(hashes: set[Any]) -> str:
     return ", ".join(sorted("not recorded" if each is None else str(each)[:12] for each in hashes))
 
 
-def _attack(record: Record, data: str | None) -> dict[str, Any]:
+def _attack(record: Record, data: str | None, idle: str | None) -> dict[str, Any]:
+    """State an attack; `idle` says that the attacker learned nothing himself, so that what he did not recover proves nothing."""
     extra = record.extra
     named = ("attack", "needs", "step", "depth", "before", "after", "original", "retrained", "interval", "refused")
     return {
@@ -126,6 +130,7 @@ def _attack(record: Record, data: str | None) -> dict[str, Any]:
         "n": record.n,
         "data": data,
         **{name: extra[name] for name in named if name in extra},
+        **({} if idle is None else {"no_evidence": idle}),
     }
 
 
@@ -252,8 +257,8 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
     """Return what a finished run states: the figures and the verdict of its last table (`records.json`), if it has one.
 
     Raises:
-        UserError: the run holds no result, its figures are of other weights than those that lie there now, or attacks are on
-            something else.
+        UserError: the run holds no result, its figures are of other weights than those that lie there now or its verdict of other
+            rows than those that it forgot, or attacks are on something else.
     """
     record = read_run(run)
     given = record["settings"]
@@ -265,6 +270,7 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
     measured = read_records(run / "records.json") if (run / "records.json").is_file() else []
     if measured:
         _check_measured(run, measured, model, adapter)
+        _check_rows(run, measured, (record.get("data") or {}).get("forget"))
     found = (closing_of(measured) or {}).get("verdict") or {"word": "not measured", "why": []}
     # as the rows were when it ran, whatever the files hold now
     asked = record.get("data") or {}
@@ -320,6 +326,20 @@ def _check_measured(run: Path, records: Sequence[Record], model: str, adapter: s
                 f"{run}/records.json was measured of other weights than those that lie in {run} now ({record.model}: {of}, here "
                 f"{here}): nothing is certified. Measure them again."
             )
+
+
+def _check_rows(run: Path, records: Sequence[Record], asked: str | None) -> None:
+    """Compare the rows that a verdict is about with those that the run was to forget.
+
+    Raises:
+        UserError: they are others, or the verdict does not say which.
+    """
+    closed = closing_of(records)
+    if closed is not None and (asked is None or closed.get("rows") != asked):
+        raise UserError(
+            f"{run}/records.json holds a verdict on other rows ({_short({closed.get('rows')})}) than those that {run} was to "
+            f"forget ({_short({asked})}): nothing is certified. Measure the run's own rows with `alter evaluate --benchmark rows`."
+        )
 
 
 def _figure(record: Record) -> dict[str, Any]:
