@@ -252,11 +252,8 @@ def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> s
             known = {}  # a memo that is missing or broken costs time, nothing else
     parts, learned = [], {}
     root = Path(folder)
-    for path in sorted(_inside(root, set())):
+    for path in loadable(root):
         inside = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in inside.parts[:-1])
-        if path.suffix not in CONTENT or hidden or not path.is_file():
-            continue
         stat = path.stat()
         state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
         name = str(path.resolve())
@@ -271,6 +268,17 @@ def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> s
     if store is not None and learned:
         _write_quietly(store, json.dumps(known | learned))
     return digest(parts)
+
+
+def loadable(folder: Path) -> list[Path]:
+    """Return the files of a model's or adapter's folder that loading can read, also behind links, but for hidden folders, sorted."""
+    return [
+        path
+        for path in sorted(_inside(folder, set()))
+        if path.suffix in CONTENT
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
+        and path.is_file()
+    ]
 
 
 def _inside(folder: Path, seen: set[Path]) -> Iterator[Path]:

@@ -37,6 +37,23 @@ class Beside:
         return None if self.shipped is None else {"files": hashes(self.shipped)}
 
 
+def refuse_base(beside: Beside, content: Mapping[str, Any]) -> None:
+    """Refuse to state of the model from before that it is what is handed out: it knows all.
+
+    Raises:
+        UserError: the weights of the shipped form are those of the base.
+    """
+
+    def weights(files: Mapping[str, str]) -> set[str]:
+        return {sha for name, sha in files.items() if name.endswith((".safetensors", ".bin", ".gguf"))}
+
+    if content["shipped"] is not None and weights(content["shipped"]["files"]) == weights(content["base"]["files"]):
+        raise UserError(
+            f"{beside.shipped} holds the weights of {content['base']['name']}, the model from before, which knows all of it: nothing is "
+            "certified. Give as `shipped` what was made of the result, or leave it out."
+        )
+
+
 def write_signed(content: Mapping[str, Any], key: Key, out: Path) -> dict[str, Any]:
     """Sign a statement, write it to `out` and return it with its signature."""
     # as JSON gives it back: keys of text, no NaN
@@ -83,7 +100,7 @@ def _attacks(
     Raises:
         UserError: a file has no attacks, or they were made on something else or after other rows.
     """
-    from alter.attacks import untrained
+    from alter.attacks import recovers, untrained
 
     found = []
     for path in paths:
@@ -111,7 +128,11 @@ def _attacks(
                 "run `alter attack --forget` on the same rows, in the same order."
             )
         idle = dict(note.split(" ", 1) for note in untrained(records))
-        found += [_attack(record, data, idle.get(str(record.extra.get("attack")))) for record in rows]
+        found += [
+            # one that brought something back is evidence, however badly it was trained
+            _attack(record, data, None if recovers(record) else idle.get(str(record.extra.get("attack"))))
+            for record in rows
+        ]
     return found
 
 
@@ -147,8 +168,8 @@ def issue_for_request(database: Database, number: int, beside: Beside, key: Key,
     """Certify a request that is in force: write the signed certificate to `out`, note it in the history and return it.
 
     Raises:
-        UserError: the request is not in force, anything in the database is not as it should be, or attacks are on something
-            else.
+        UserError: the request is not in force, anything in the database is not as it should be, attacks are on something else, or
+            what is shipped is the base.
     """
     from alter.requests.checking import check_requests
     from alter.requests.versions import manifest
@@ -170,6 +191,7 @@ def issue_for_request(database: Database, number: int, beside: Beside, key: Key,
             content = _distilled_content(beside, request, inside, project)
         else:
             content = _request_content(beside, request, inside, project.model, project.adapter.resolve())
+        refuse_base(beside, content)
         content["history"] = {"head": history[-1].hash, "entries": len(history)}
         signed = write_signed(content, key, out)
         noted = {"certificate": hashlib.sha256(canonical(signed)).hexdigest(), "key": key.public}
@@ -240,8 +262,8 @@ def limits(beside: Beside, *, adapter: bool) -> list[str]:
     ]
     if beside.shipped is not None:
         found.append(
-            "The figures are of the result. What is shipped was made from it, and is measured by the attacks alone that name it: "
-            "fewer bits can bring back what was forgotten."
+            "The figures are of the result. That what is shipped was made from it is said by who issued this; it is measured by the "
+            "attacks alone that name it: fewer bits can bring back what was forgotten."
         )
         adapter = (Path(beside.shipped).expanduser() / "adapter_config.json").is_file()
     if adapter:
@@ -275,7 +297,7 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
     # as the rows were when it ran, whatever the files hold now
     asked = record.get("data") or {}
     left_out = {"model", "forget", "retain", "out", "start_from", "resume", "overwrite"}
-    return {
+    content: dict[str, Any] = {
         "form": FORM,
         "version": VERSION,
         "issued": now(),
@@ -300,6 +322,8 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
         ),
         "limits": limits(beside, adapter=not whole),
     }
+    refuse_base(beside, content)
+    return content
 
 
 def _base_of(given: Mapping[str, Any]) -> str:
