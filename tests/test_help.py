@@ -93,3 +93,21 @@ def test_every_status_is_in_the_help(capsys):
         assert f"{number}: {meaning}" in said
     assert UserError("x").status in STATUSES
     assert Finding("x").status == 3
+
+
+@pytest.mark.parametrize("where", ["a preset", "a recipe"])
+def test_a_list_for_a_pair_is_shown_and_a_mistyped_flag_beside_it_refused(where, tmp_path, capsys):
+    """`--method lunar` gives `adapter.depth` a pair: its help, and the message for a wrong flag, ended in tyro's assertion."""
+    recipe = tmp_path / "pair.yaml"
+    recipe.write_text("adapter: {kind: full, depth: [0.25, 0.5]}\n")
+    words = ["unlearn", *(["--method", "lunar"] if where == "a preset" else [str(recipe)])]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--not-a-flag", "1"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "--not-a-flag" in told
+    assert "does not know" not in told
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help-all"])
+    assert not ended.value.code
+    assert ("0.25 0.5" if where == "a recipe" else "0.6875 0.71875") in capsys.readouterr().out

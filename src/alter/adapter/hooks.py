@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from alter.adapter.frozen import base_modules
 from alter.adapter.generation import Session
+from alter.adapter.inputs import SharedRows
 from alter.adapter.plan import plan
 from alter.adapter.routes import given_routes, keep_evidence, route_next, routes_of
 from alter.adapter.state import ForwardState, Host, RoutingContext
@@ -98,13 +99,14 @@ class Hooks:
         """Route the tokens of the forward pass that is about to start."""
         try:
             self._check_alone(module)
-            given = kwargs.get("alter_routing")
-            if "alter_routing" in kwargs:
-                kwargs = {name: value for name, value in kwargs.items() if name != "alter_routing"}
+            given, shared = kwargs.get("alter_routing"), kwargs.get("alter_rows")
+            if "alter_routing" in kwargs or "alter_rows" in kwargs:
+                kwargs = {name: value for name, value in kwargs.items() if name not in ("alter_routing", "alter_rows")}
             if given is not None:
                 state = ForwardState(routing=given_routes(self.context, given))
             else:
-                state = routes_of(self.context, module, args, kwargs)
+                rows = None if shared is None else SharedRows(shared)
+                state = routes_of(self.context, module, args, kwargs, rows)
         except BaseException:
             # the exit hook is called for failed passes too, and must not end somebody else's
             self.context.failed += 1

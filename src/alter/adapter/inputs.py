@@ -62,9 +62,33 @@ def sequence_starts(inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
     return (positions == 0).expand_as(mask).to(mask.device)
 
 
+class SharedRows:
+    """Rows of a batch that holds the tokens that rows share once: `model(..., alter_rows=places)`, for one row of N tokens.
+
+    Args:
+        places: [R, T], which of the N tokens stands where in each row; -1 after a row's end.
+    """
+
+    def __init__(self, places: Tensor) -> None:
+        self.mask = places >= 0
+        self._flat = places.clamp(min=0).flatten()
+        known = self.mask.flatten().nonzero()[:, 0]
+        first = known.new_full((int(places.max()) + 1,), places.numel())
+        self._first = first.scatter_reduce(0, self._flat[known], known, "amin")
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Turn values [1, N, ...] of the tokens into those of the rows, [R, T, ...]."""
+        return values[0].index_select(0, self._flat.to(values.device)).view(*self.mask.shape, *values.shape[2:])
+
+    def once(self, values: Tensor) -> Tensor:
+        """Turn values [R, T, ...] into those of each token in the first row that has it, [1, N, ...]."""
+        return values.flatten(0, 1).index_select(0, self._first.to(values.device))[None]
+
+
 NOT_FOR_FROZEN = frozenset(
     {
         "alter_routing",
+        "alter_rows",
         "labels",
         "past_key_values",
         "cache_params",

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from alter.adapter.frozen import read_frozen, run_frozen
 from alter.adapter.generation import Continuation, DecodeState
 from alter.adapter.inputs import (
+    SharedRows,
     frozen_inputs,
     model_logits,
     output_cache,
@@ -72,9 +73,19 @@ def given_routes(context: RoutingContext, given: Routing | Mapping[str, Routing]
 
 
 def routes_of(
-    context: RoutingContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    context: RoutingContext,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shared: SharedRows | None = None,
 ) -> ForwardState:
     """Return the state of a forward pass with the routes of all its tokens: remembered, or found by the frozen base.
+
+    Args:
+        context: of the model.
+        module: the model.
+        args, kwargs: of the pass.
+        shared: the rows, if its tokens are those of several, each once.
 
     Raises:
         UserError: the routes of cached tokens are unknown, or the model's tokens cannot be routed.
@@ -105,7 +116,7 @@ def routes_of(
     cached = 0 if cache is None else int(cache.get_seq_length())
     if _routes_itself(context, module, names) and not (decoding is not None and decoding.gates):
         mask = token_mask(inputs.get("attention_mask"), batch, length, tokens.device, cached)
-        return _trunk(context, names[0], inputs, mask, decoding, cached)
+        return _trunk(context, names[0], inputs, mask, decoding, cached, shared)
     mask = token_mask(inputs.get("attention_mask"), batch, length, tokens.device)
     observe = not isinstance(inputs.get("logits_to_keep"), Tensor)
     if decoding is not None and decoding.gates:
@@ -115,7 +126,7 @@ def routes_of(
     ids = inputs.get("input_ids")
     if context.session is not None and cache is None and context.session.ids is not None:
         return _extend(context, names, ids, mask, observe)
-    return _prompt(context, module, inputs, names, ids, mask, observe)
+    return _prompt(context, module, inputs, names, ids, mask, observe, shared)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +152,7 @@ def _trunk(
     mask: Tensor,
     decoding: DecodeState | None,
     cached: int,
+    shared: SharedRows | None,
 ) -> ForwardState:
     """Return the state of a pass that routes its own tokens, with the evidence of those in the cache."""
     past = None if decoding is None else decoding.history
@@ -157,9 +169,13 @@ def _trunk(
             f"{past.length} tokens of {past.rows} rows: use the cache's own crop, batch_repeat_interleave or "
             "batch_select_indices to change it."
         )
-    starts = sequence_starts(inputs, mask)
+    starts = None
+    if shared is None:
+        starts = sequence_starts(inputs, mask)
+    else:
+        mask = shared.mask
     starts = torch.zeros_like(mask) if starts is None else starts
-    trunk = OwnRoutes(name, context.anchors[name], context.configs[name], mask, starts, past)
+    trunk = OwnRoutes(name, context.anchors[name], context.configs[name], mask, starts, past, shared=shared)
     return ForwardState(trunk=trunk, names=(name,), silent={} if decoding is None else dict(decoding.silent))
 
 
@@ -234,6 +250,7 @@ def _prompt(
     ids: Tensor | None,
     mask: Tensor,
     observe: bool,
+    shared: SharedRows | None,
 ) -> ForwardState:
     """Route whole rows by one pass of the frozen base without gradients."""
     frozen = ForwardState(frozen=True, grad=torch.is_grad_enabled(), names=tuple(names))
@@ -241,7 +258,14 @@ def _prompt(
     emitted = _emitted_entropies(context, module, inputs, frozen, mask, orders)
     if frozen.grad:
         _check_sharding(context, names)
-    previous = previous_real(mask, sequence_starts(inputs, mask))
+    starts = sequence_starts(inputs, mask)
+    if shared is not None:
+        # what the base says of each token, in row order
+        mask, starts = shared.mask, None
+        emitted = {q: shared.spread(values) for q, values in emitted.items()}
+        for read in (frozen.router_logits, frozen.probe_logits):
+            read.update({name: shared.spread(values) for name, values in read.items()})
+    previous = previous_real(mask, starts)
     routing, past = {}, {}
     for name in names:
         config = context.configs[name]
@@ -254,8 +278,8 @@ def _prompt(
                 take_previous(frozen.probe_logits[name][..., 0].to(own.device), own, 0.0), own >= 0
             )
         gates, last = route_tokens(raw, entropy, mask.to(entropy.device), config)
-        routing[name], past[name] = Routing(gates), last.detach()
-    observe = observe and bool(emitted)
+        routing[name], past[name] = Routing(gates if shared is None else shared.once(gates)), last.detach()
+    observe = observe and bool(emitted) and shared is None
     continuation = Continuation(mask, past, ids) if observe else None
     return ForwardState(routing=routing, observe=observe, names=tuple(names), continuation=continuation)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alter.adapter.generation import Continuation, Session
+from alter.adapter.inputs import SharedRows
 from alter.adapter.plan import Plan, plan
 from alter.adapter.routing import History, Routing, Running, continue_routes
 from alter.core import UserError
@@ -47,6 +48,7 @@ class OwnRoutes:
         past: of the tokens in the cache.
         own: of the pass's own, once the host has run.
         pairs: see `alter.adapter.plan.plan`.
+        shared: the rows, if the pass has the tokens that they share once; `mask` and `starts` are then those of the rows.
     """
 
     name: str
@@ -57,6 +59,7 @@ class OwnRoutes:
     past: History | None = None
     own: Running | None = None
     pairs: bool = False
+    shared: SharedRows | None = None
 
 
 @dataclass(eq=False)
@@ -126,7 +129,8 @@ class ForwardState:
         trunk = self.trunk
         assert trunk is not None
         name = trunk.name
-        if x.shape[:-1] != trunk.mask.shape:
+        rows = trunk.shared
+        if x.shape[:-1] != trunk.mask.shape if rows is None else x.dim() != 3:
             raise UserError(
                 f"The router of adapter {name!r} reads layer {layer.layer_name!r}, which saw shape {list(x.shape[:-1])} for "
                 f"tokens of shape {list(trunk.mask.shape)}. Leave from_layer out for this model."
@@ -138,10 +142,12 @@ class ForwardState:
             evidence = torch.cat([evidence, layer.alter_probe[name](seen)], -1)
         if evidence.dtype != torch.float64:
             evidence = evidence.float()
+        if rows is not None:
+            evidence = rows.spread(evidence)
         mask, starts = trunk.mask.to(x.device), trunk.starts.to(x.device)
         past = None if trunk.past is None else trunk.past.last
         gates, trunk.own = continue_routes(evidence, mask, starts, past, trunk.config)
-        self.routing[name] = Routing(gates)
+        self.routing[name] = Routing(gates if rows is None else rows.once(gates))
         if not torch.compiler.is_compiling():
             self.plans[name] = plan(
                 self.routing[name], learning=torch.is_grad_enabled(), pairs=trunk.pairs, silent=self.silent[name]

@@ -18,6 +18,7 @@ import torch
 
 from alter.core import Array, UserError, console, processes
 from alter.data import Collator, Encoded, batches_by_length
+from alter.inference.sharing import SharedBatch, shared_batches, shared_logits, shares
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -142,7 +143,8 @@ def score(
 ) -> Scores:
     """Return log-probability and correctness of every labelled token, with one forward pass per row.
 
-    Rows are sorted by length and packed into batches. Only positions that
+    Rows are sorted by length and packed into batches. Where many begin alike (one question with many answers), a batch holds
+    each shared token once (see `alter.inference.sharing`). Only positions that
     predict a label are taken through the head (where the model supports it) and turned into fp32, in chunks. The model
     is called as usual, so adapters with hooks take part; it is in eval mode meanwhile, without gradients.
 
@@ -166,7 +168,14 @@ def score(
     batches = batches_by_length([len(row.input_ids) for row in encoded], tokens)
     collate = Collator(pad_token_id)
 
-    def run(batch: list[int]) -> list[npt.NDArray[Any]]:
+    shared = None if compat or around is not None else _shared_batches(model, encoded, tokens)
+    if shared is not None:
+        batches = [batch.rows for batch in shared]
+
+    def run(number: int) -> list[npt.NDArray[Any]]:
+        batch = batches[number]
+        if shared is not None:
+            return _shared_scores(model, encoded, shared[number], moments)
         inputs = collate([{"input_ids": encoded[i].input_ids, "labels": encoded[i].labels} for i in batch])
         if compat:
             inputs["attention_mask"] = (inputs["input_ids"] != pad_token_id).long()
@@ -175,13 +184,49 @@ def score(
 
     out: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(encoded) for _ in range(4)]
     with evaluating(model):
-        found = zip(batches, processes.spread(batches, run, model), strict=True)
+        found = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
         for batch, parts in _shown(found, len(batches), label, progress):
             counts = [sum(label != -100 for label in encoded[i].labels[1:]) for i in batch]
             for values, part in zip(out, parts, strict=False):
                 for i, piece in zip(batch, np.split(part, np.cumsum(counts)[:-1]), strict=True):
                     values[i] = piece
     return Scores(out[0], out[1], *(out[2:] if moments else (None, None)))
+
+
+def _shared_batches(model: nn.Module, encoded: Sequence[Encoded], tokens: int) -> list[SharedBatch] | None:
+    """Return batches in which tokens that rows share stand once; None where that saves little, or the model computes none."""
+    batches = shared_batches(encoded, tokens)
+    if batches is None:
+        return None
+    with evaluating(model):
+        return batches if shares(model, _inner(model), batches) else None
+
+
+def _shared_scores(
+    model: nn.Module, encoded: Sequence[Encoded], batch: SharedBatch, moments: bool
+) -> list[npt.NDArray[Any]]:
+    """Return what `_scores_of` does for the rows of a batch.
+
+    Raises:
+        UserError: a row, called by its number, gets NaN logits.
+    """
+    device = _device(model)
+    predicting, targets, counts = batch.scored(encoded)
+    wanted, columns = predicting.unique(return_inverse=True)
+    logits = shared_logits(model, _inner(model), batch.to(device), wanted.to(device))
+    columns = columns.to(device)
+    parts = _statistics(logits[None], torch.zeros_like(columns), columns, targets.to(device), moments)
+    _check_numbers(parts[0], [i for i, count in zip(batch.rows, counts, strict=True) for _ in range(count)], logits)
+    return parts
+
+
+def _check_numbers(logprob: Array, rows: Sequence[int], logits: torch.Tensor) -> None:
+    bad = np.isnan(logprob).nonzero()[0]
+    if len(bad):
+        raise UserError(
+            f"Row {rows[bad[0]]}: the model's logits are NaN; its weights or its number format ({logits.dtype}) are "
+            "broken. Try `dtype` float32, or an earlier checkpoint."
+        )
 
 
 def decided(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -233,12 +278,7 @@ def _scores_of(
     rows, columns = predicts[:, positions].nonzero(as_tuple=True)
     targets = labels[:, 1:][:, positions][rows, columns]
     parts = _statistics(logits, rows.to(device), columns.to(device), targets.to(device), moments)
-    bad = rows.numpy()[np.isnan(parts[0])]
-    if len(bad):
-        raise UserError(
-            f"Row {numbers[bad[0]]}: the model's logits are NaN; its weights or its number format ({logits.dtype}) are "
-            "broken. Try `dtype` float32, or an earlier checkpoint."
-        )
+    _check_numbers(parts[0], [numbers[row] for row in rows.tolist()], logits)
     return parts
 
 
