@@ -409,6 +409,17 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     (run_folder / "records.json").write_text(json.dumps([{**record, "provenance": {}} for record in said]))
     with pytest.raises(UserError, match="does not say which weights"):
         certificate(Certificate(**again))
+    # a word that somebody wrote over another
+    changed = json.loads(kept)
+    for record in changed:
+        if "closing" in record["extra"]:
+            closed = record["extra"]["closing"]
+            closed["verdict"] |= {"word": "forgotten", "why": ["As said."]}
+            # nothing has fallen
+            closed["after"]["forget"] = closed["before"]["forget"]
+    (run_folder / "records.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="says FORGOTTEN beside figures that do not"):
+        certificate(Certificate(**again))
     # a verdict on other rows, of the very same weights
     easy = tmp_path / "easy.jsonl"
     easy.write_text('{"question": "Who is Nobody?", "answer": "Nobody knows."}\n')

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alter.core import UserError
-from alter.evaluation import closing_of, mean_interval, unit_interval
+from alter.evaluation import LEAST, closing_of, mean_interval, unit_interval
 from alter.models import ModelSettings
 from alter.requests.certificate.form import FIGURES, FORM, VERSION, hashes, model_hashes
 from alter.requests.database import Database
@@ -353,10 +353,10 @@ def _check_measured(run: Path, records: Sequence[Record], model: str, adapter: s
 
 
 def _check_rows(run: Path, records: Sequence[Record], asked: str | None) -> None:
-    """Compare the rows that a verdict is about with those that the run was to forget.
+    """Compare the rows that a verdict is about with those that the run was to forget, and its word with its figures.
 
     Raises:
-        UserError: they are others, or the verdict does not say which.
+        UserError: they are others, the verdict does not say which, or it says FORGOTTEN where nothing fell.
     """
     closed = closing_of(records)
     if closed is not None and (asked is None or closed.get("rows") != asked):
@@ -364,6 +364,14 @@ def _check_rows(run: Path, records: Sequence[Record], asked: str | None) -> None
             f"{run}/records.json holds a verdict on other rows ({_short({closed.get('rows')})}) than those that {run} was to "
             f"forget ({_short({asked})}): nothing is certified. Measure the run's own rows with `alter evaluate --benchmark rows`."
         )
+    if closed is not None and closed["verdict"]["word"] == "forgotten":
+        then, now_ = (closed[when]["forget"] for when in ("before", "after"))
+        if not (now_["n_said"] >= LEAST and now_["said"] < then["said"] and now_["probability"] < then["probability"]):
+            raise UserError(
+                f"{run}/records.json says FORGOTTEN beside figures that do not ({now_['said']} of {now_['n_said']} answers given, "
+                f"{then['said']} before; probability {now_['probability']:.3f}, {then['probability']:.3f} before): nothing is certified. "
+                "Measure again."
+            )
 
 
 def _figure(record: Record) -> dict[str, Any]:
