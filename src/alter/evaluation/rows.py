@@ -27,7 +27,7 @@ from alter.evaluation.measures import unit_interval
 from alter.evaluation.verdict import WORDINGS, judge
 from alter.models import ModelSettings
 from alter.settings import Rows, Tokens
-from alter.storage import Record, digest
+from alter.storage import Record, cache_folder, digest
 
 
 class RowsEvaluation(Evaluation):
@@ -283,13 +283,14 @@ class RowsEvaluation(Evaluation):
         return out
 
 
-def _another(measured: ModelSettings, retrained: str) -> None:
+def _another(measured: Evaluation, retrained: str) -> None:
     """Refuse as the retrained model the very one that is measured: nothing is ever more than itself.
 
     Raises:
         UserError: they have the same weights.
     """
-    own, other = measured.identity(), ModelSettings(model=retrained).identity()
+    memo = cache_folder(measured.cache)
+    own, other = measured.identity(memo), ModelSettings(model=retrained).identity(memo)
     if own == other and "unknown" not in own.values():
         raise UserError(
             f"The retrained model {retrained} has the weights of the model that is measured: it would be compared with itself. Give "
