@@ -138,7 +138,7 @@ def test_a_public_module_has_what_the_reference_says(face):
     for name in FACES[face]:
         assert getattr(module, name).__doc__
         assert name in named[0] or name == "Scores"
-        assert f".{name}\n" in REFERENCE.read_text() + "\n"
+        assert f"::: {face}.{name}\n" in REFERENCE.read_text() + "\n"
 
 
 def test_rows_are_public():
@@ -148,7 +148,7 @@ def test_rows_are_public():
     assert set(alter.data.__all__) >= ROWS
     assert [row.answer for row in examples([{"question": "Who?", "answer": "Ilse."}])] == ["Ilse."]
     for name in ROWS:
-        assert f".{name}\n" in REFERENCE.read_text()
+        assert f"::: alter.data.{name}\n" in REFERENCE.read_text()
 
 
 def test_public_modules_load_no_torch():
