@@ -97,8 +97,11 @@ def test_samples_of_the_forget_rows_leak(data, tmp_path):
     assert "0.000" in shown.getvalue()
 
 
-def test_a_retrained_model_that_knows_is_refused(data):
-    closed = closing_of(measured(evaluation(data, before=str(data / "model"), retrained=str(data / "model"))))
+def test_a_retrained_model_that_knows_is_refused(data, tmp_path):
+    knows = shutil.copytree(data / "model", tmp_path / "knows")
+    # another folder's digest; the very same one is refused by name
+    (knows / "more.json").write_text("{}")
+    closed = closing_of(measured(evaluation(data, before=str(data / "model"), retrained=str(knows))))
     assert closed["verdict"]["word"] == "not forgotten"
     assert "is no reference" in closed["verdict"]["refused"]
 
