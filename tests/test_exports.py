@@ -28,7 +28,7 @@ DEEP = {
 """Functions that a package cannot export: a module of it has their name, and Python binds the module there."""
 
 FACES = {
-    "alter.errors": {"UserError"},
+    "alter.errors": {"Finding", "UserError"},
     "alter.scoring": {
         *("Scores", "context_length", "generate", "load_model", "score", "shipped_model", "stop_ids"),
     },

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from alter.cli import main
+from alter.cli import STATUSES, main
 from alter.commands import COMMANDS
+from alter.errors import Finding, UserError
 from alter.plugins import BENCHMARKS
 
 COMPUTES = ("torch._C", "numpy._core", "transformers.utils", "peft.utils", "pandas", "scipy.stats", "nltk", "sklearn")
@@ -74,6 +75,24 @@ def test_what_was_put_off_is_loaded_when_the_command_goes_on():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.split() == ["False", "True", "module"]
+
+
+@pytest.mark.parametrize(
+    "words", [["forget"], ["distill"], ["request", "run"], ["request", "verify"], ["request", "distill"]]
+)
+def test_commands_that_promise_forgetting_say_their_status(words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    assert "status 3" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_every_status_is_in_the_help(capsys):
+    assert main(["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for number, meaning in STATUSES.items():
+        assert f"{number}: {meaning}" in said
+    assert UserError("x").status in STATUSES
+    assert Finding("x").status == 3
 
 
 @pytest.mark.parametrize("where", ["a preset", "a recipe"])

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 STATUSES = {
     0: "done",
-    2: "a mistake in what was given; nothing was done",
+    2: "a mistake in what was given",
     3: "done, and found NOT FORGOTTEN, COLLAPSED, come back or altered",
     70: "an error that is not yours, or of the system (a full disk); its trace is in a file",
     130: "interrupted",

@@ -16,7 +16,10 @@ from alter.requests.records import IN_FORCE, MISSED, Request, parse_id
 
 
 class RunRequests(Database):
-    """Make the model forget: all requests received so far as one run, or those named."""
+    """Make the model forget: all requests received so far as one run, or those named.
+
+    Ends with status 3 where one is NOT FORGOTTEN or the model COLLAPSED at it.
+    """
 
     id: tyro.conf.Positional[list[str]] = Field(default_factory=list)
     """Ids; by default every request in state received."""

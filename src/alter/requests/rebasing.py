@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 class DistillRequests(Database):
-    """Distil the requests in force into plain weights of the base; later ones start from these, revoking ends."""
+    """Distil the requests in force into plain weights of the base; later ones start from these, revoking ends.
+
+    Ends with status 3, and changes nothing, where the weights have not forgotten or lose what was to stay.
+    """
 
     final: bool = False
     """Accept that none of these requests can be revoked any more."""

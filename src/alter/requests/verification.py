@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class Verify(Database):
-    """Check that nothing was altered, and that nothing has come back since it was measured."""
+    """Check that nothing was altered, and that nothing has come back since it was measured.
+
+    Ends with status 3 where something was or has.
+    """
 
     chain_only: bool = False
     """Check history and adapter alone, without loading the model."""
