@@ -383,6 +383,59 @@ def test_generations_are_those_of_one_row_at_a_time(make, segment, drop, monkeyp
     assert found == expected
 
 
+@pytest.mark.parametrize("make", [pico, gpt2, sliding])
+@pytest.mark.parametrize("drop", [True, False])
+def test_known_beginnings_change_no_reply_and_are_not_said_again(make, drop, monkeypatch):
+    monkeypatch.setattr(generation, "SEGMENT", 5)
+    if not drop:
+        monkeypatch.setattr(generation, "can_drop_rows", lambda cache: False)
+    model, tokenizer = make(3), byte_tokenizer()
+    end = by_hand(model, prompts()[0], 12, set())[5]
+    stop = {EOS, end}
+    model.generation_config.eos_token_id = sorted(stop)
+    replies = [by_hand(model, prompt, 12, stop) for prompt in prompts()]
+    expected = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
+    # whole with its end and what follows it, up to the limit or beyond, a part, nothing
+    begun = [[*replies[0], end, 7, 8], [*replies[1], *([end] if len(replies[1]) < 12 else [9, 9])]]
+    begun += [reply[: i % 4] for i, reply in enumerate(replies[2:])]
+    read = []
+    model.register_forward_pre_hook(lambda _, __, inputs: read.append(inputs["input_ids"]), with_kwargs=True)
+    for size in (1, 3, 64):
+        found = generation.generate(
+            model, tokenizer, prompts(), max_new_tokens=12, batch_size=size, begun=begun, progress=False
+        )
+        assert found == expected
+    assert read[0].shape == (1, max(len(p) + len(b) for p, b in zip(prompts()[2:], begun[2:], strict=True)))
+    read.clear()
+    whole = [[*reply, end] for reply in replies]
+    assert generation.generate(model, tokenizer, prompts(), max_new_tokens=12, begun=whole, progress=False) == expected
+    assert not read
+
+
+def test_which_models_say_what_they_score():
+    assert generation.says_what_it_scores(pico())
+    assert generation.says_what_it_scores(sliding(0))
+    assert generation.says_what_it_scores(get_peft_model(pico(), LoraConfig(target_modules=["q_proj"])))
+    assert not generation.says_what_it_scores(pico().bfloat16()), "near ties turn in 16 bits"
+    assert not generation.says_what_it_scores(adapted(3)), "the frozen base sees the prompt alone"
+    upper = get_peft_model(pico(), AlterConfig(from_layer=1, target_modules=["q_proj"]))
+    assert generation.says_what_it_scores(upper)
+    off = adapted(3)
+    with off.disable_adapter():
+        assert generation.says_what_it_scores(off)
+    model = pico()
+    model.generation_config.repetition_penalty = 1.0
+    assert generation.says_what_it_scores(model)
+    for setting, value in {
+        "repetition_penalty": 1.2,
+        "suppress_tokens": [5],
+        "cache_implementation": "static",
+    }.items():
+        model = pico()
+        setattr(model.generation_config, setting, value)
+        assert not generation.says_what_it_scores(model)
+
+
 def test_rows_that_have_ended_leave_the_batch(monkeypatch):
     monkeypatch.setattr(generation, "SEGMENT", 2)
     model, tokenizer = pico(3), byte_tokenizer()

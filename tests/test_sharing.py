@@ -175,3 +175,28 @@ def test_nan_logits_name_the_row():
         model.model.embed_tokens.weight[data[3].input_ids[-2]] = float("nan")
     with pytest.raises(scoring.UserError, match="Row"):
         scoring.score(model, data, pad_token_id=PAD, progress=False)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"from_layer": 1}, {"router": "static"}, {"router": "entropy"}, {"top_k": 1}]
+)
+def test_the_base_is_scored_beside_the_adapted_model(settings):
+    model = adapted(tiny(), **settings).eval()
+    data = answers(2, high=model.config.vocab_size)
+    for rows in (data, data[:1]):
+        base, found = scoring.score_beside_base(model, rows, pad_token_id=0, moments=True, progress=False)
+        alone = {"around": lambda *_: scoring.nullcontext(), "pad_token_id": 0, "moments": True, "progress": False}
+        equal(scoring.score(model, rows, **alone), found, 1e-4)
+        with model.disable_adapter():
+            equal(scoring.score(model, rows, **alone), base, 1e-4)
+
+
+def test_beside_its_base_an_adapted_model_runs_once_and_the_base_once():
+    model = adapted(tiny()).eval()
+    data = answers(2, high=model.config.vocab_size)
+    calls = []
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    batches = sharing.shared_batches(data, 1024)
+    scoring.score_beside_base(model, data, pad_token_id=0, progress=False)
+    # two passes try the model, two tell routes
+    assert len(calls) == 4 + 2 * len(batches)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 
 import reference
-from alter import metrics
+from alter import AlterConfig, metrics
 from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_prompt
 from alter.data.rows import examples
@@ -560,3 +561,53 @@ def test_the_table_shows_models_side_by_side():
     assert lines["model_utility"].split("│")[3].strip() == "-"
     assert list(lines)[-1] == "seconds"
     assert set(metrics.CATALOGUE) >= {record.metric for record in before}
+
+
+def test_replies_are_those_without_what_scoring_tells_of_them(monkeypatch):
+    """A model that knows some answers in part and one whole, so that its replies begin with them."""
+    model = pico(3)
+    torch.manual_seed(0)
+    rows = [row for key in sets.SETS for row in examples(sets.set_rows(key, "forget01", "builtin", 4, 0))]
+    tokenizer = byte_tokenizer()
+    known = [encode(tokenizer, row) for row in rows]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(30):
+        for row in known[::5]:
+            ids, labels = (
+                torch.tensor([row.input_ids[: row.prompt_length + 4]]),
+                torch.tensor([row.labels[: row.prompt_length + 4]]),
+            )
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    seen = []
+    generate = measuring.generate
+    monkeypatch.setattr(
+        measuring, "generate", lambda *args, **given: seen.append(given["begun"]) or generate(*args, **given)
+    )
+    found = measure(model.eval())
+    assert any(len(tokens) > 1 for tokens in seen[0])
+    monkeypatch.setattr(measuring, "says_what_it_scores", lambda model: False)
+    plain = measure(model)
+    assert seen[1] is None
+    for key in sets.SETS:
+        assert found.sets[key].generations == plain.sets[key].generations
+    assert [(r.metric, r.value) for r in found.records("m")] == [(r.metric, r.value) for r in plain.records("m")]
+
+
+def test_a_model_and_its_base_are_measured_as_one_after_the_other():
+    torch.manual_seed(0)
+    model = get_peft_model(pico(3), AlterConfig(num_forget_experts=2, init_weights=False)).eval()
+    base, found = measuring.tofu_metrics_beside_base(
+        model, byte_tokenizer(), split="forget01", limit=4, progress=False, reference=measure()
+    )
+    with model.disable_adapter():
+        expected_base = measure(model, reference=measure())
+    for one, other in ((base, expected_base), (found, measure(model, reference=measure()))):
+        for key in sets.SETS:
+            assert one.sets[key].generations == other.sets[key].generations
+        assert one.notes == other.notes
+        for record, expected in zip(one.records("m"), other.records("m"), strict=True):
+            assert record.metric == expected.metric
+            np.testing.assert_allclose(record.value, expected.value, rtol=1e-5)
+    assert base.sets["forget"].generations != found.sets["forget"].generations

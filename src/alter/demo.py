@@ -68,7 +68,7 @@ def demo(settings: Demo) -> Path:
     Raises:
         UserError: the records could not be written.
     """
-    from alter.evaluation import show_records, tofu_metrics
+    from alter.evaluation import show_records, tofu_metrics, tofu_metrics_beside_base
     from alter.models import ModelSettings
     from alter.training import Unlearn, unlearn
 
@@ -85,16 +85,17 @@ def demo(settings: Demo) -> Path:
     facts: dict[str, dict[str, Any]] = {}
     console.print("2/3 evaluating the retrained, the original and the unlearned model", highlight=False)
     split = run.forget.split(":")[-1]
-    for name, model, adapter in (
-        ("retrained", "builtin:tofu-mini/retrained", None),
-        ("original", run.model, None),
-        ("unlearned", run.model, str(out / "adapter")),
-    ):
-        chosen = ModelSettings(model=model, adapter=adapter)
-        network, tokenizer = chosen.load()
-        results[name] = tofu_metrics(
-            network, tokenizer, split, limit=settings.limit, reference=results.get("retrained")
-        )
+    stood = {
+        "retrained": ModelSettings(model="builtin:tofu-mini/retrained"),
+        "original": ModelSettings(model=run.model),
+        "unlearned": ModelSettings(model=run.model, adapter=str(out / "adapter")),
+    }
+    results["retrained"] = tofu_metrics(*stood["retrained"].load(), split, limit=settings.limit)
+    # the original is the base of the unlearned one
+    results["original"], results["unlearned"] = tofu_metrics_beside_base(
+        *stood["unlearned"].load(), split, limit=settings.limit, reference=results["retrained"]
+    )
+    for name, chosen in stood.items():
         facts[name] = {
             "settings": chosen.model_dump(mode="json")
             | {"benchmark": "tofu", "split": split, "limit": settings.limit},

@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from alter.adapter.base import base_fingerprint, bits_of, same_base
 from alter.adapter.config import AlterConfig
 from alter.adapter.hooks import connect, disconnect
+from alter.adapter.inputs import SharedRows
 from alter.adapter.layer import AlterLinear, NotMergeable
 from alter.adapter.layers import TARGETS, adapted_layers, block_of, first_block, linear_layers, router_layer
-from alter.adapter.routing import Trace
+from alter.adapter.routing import Routing, Trace
 from alter.adapter.saved import placed_tensors, stored_tensors, without_wrappers
 from alter.adapter.state import RoutingContext
 from alter.adapter.tracing import gates_of, trace_base
@@ -287,6 +288,33 @@ class AlterModel(BaseTuner):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         given = {key: value for key, value in inputs.items() if value is not None}
         return trace_base(self._context, self.model, name, self.peft_config[name], given)
+
+    @torch.no_grad()
+    def beside_base(
+        self, input_ids: Tensor, position_ids: Tensor, places: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run tokens that rows share, each once, and return the logits [K, V] of the frozen base and of the adapted model.
+
+        The frozen base's pass is the one that tells the routes.
+
+        Args:
+            input_ids, position_ids: [1, N].
+            places: [R, T], which of the N tokens stands where in each row; -1 after a row's end.
+            wanted: [K], tokens whose logits are returned.
+
+        Raises:
+            UserError: not one adapter is active, or it has no router for the whole network.
+        """
+        name = self._one_adapter(None)
+        shared = SharedRows(places)
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        trace = trace_base(self._context, self.model, name, self.peft_config[name], inputs, shared)
+        gates = shared.once(self.route(trace.entropy, trace.features, shared.mask))
+        base = trace.logits(trace.states[0, wanted])
+        adapted = self.model(
+            **inputs, use_cache=False, logits_to_keep=wanted, alter_routing=Routing(gates.to(input_ids.device))
+        )
+        return base, adapted.logits[0]
 
     def route(
         self, entropy: Tensor, features: Tensor | None, mask: Tensor | None = None, adapter_name: str | None = None

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from alter.adapter.config import AlterConfig
 from alter.adapter.frozen import read_frozen
-from alter.adapter.inputs import frozen_inputs, sequence_starts, token_mask
+from alter.adapter.inputs import SharedRows, frozen_inputs, sequence_starts, token_mask
 from alter.adapter.routes import entropy_router
 from alter.adapter.routing import INFINITE, Trace, entropy_sides, previous_real, route_tokens, take_previous
 from alter.adapter.state import ForwardState, RoutingContext
@@ -19,7 +19,12 @@ from alter.logits import chunk_rows, entropy_from_hidden
 
 
 def trace_base(
-    context: RoutingContext, model: nn.Module, name: str, config: AlterConfig, inputs: dict[str, Tensor]
+    context: RoutingContext,
+    model: nn.Module,
+    name: str,
+    config: AlterConfig,
+    inputs: dict[str, Tensor],
+    shared: SharedRows | None = None,
 ) -> Trace:
     """Run the frozen base once; see `AlterModel.trace`.
 
@@ -29,6 +34,7 @@ def trace_base(
         name: adapter whose router layer is read.
         config: of that adapter.
         inputs: `input_ids` and, where given, `attention_mask` and `position_ids`, all [B, T].
+        shared: the rows, if the tokens are those of several, each once; entropy and features are then of the rows.
 
     Raises:
         UserError: the model has no language-model head.
@@ -40,13 +46,18 @@ def trace_base(
     states, logits = read_frozen(context, model, frozen_inputs(model, inputs), state)
     rows, length = inputs["input_ids"].shape
     mask = token_mask(inputs.get("attention_mask"), rows, length, states.device)
-    previous = previous_real(mask, sequence_starts(inputs, mask))
+    if shared is None:
+        previous = previous_real(mask, sequence_starts(inputs, mask))
+    else:
+        previous = previous_real(shared.mask)
     features = state.features
     if features is not None:
+        features = features if shared is None else shared.spread(features)
         features = take_previous(features, previous.to(features.device), 0.0)
     at_once = chunk_rows(model.config.get_text_config().vocab_size)
     emitted = torch.zeros(mask.shape, device=states.device)
     emitted[mask] = entropy_from_hidden(states[mask], logits, config.entropy_q, rows=at_once).to(emitted)
+    emitted = emitted if shared is None else shared.spread(emitted)
     entropy = take_previous(emitted, previous.to(states.device), INFINITE)
     return Trace(entropy, features, states, logits)
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from alter.evaluation.run import measured as measured
     from alter.evaluation.run import show_records as show_records
     from alter.evaluation.tofu.measuring import tofu_metrics as tofu_metrics
+    from alter.evaluation.tofu.measuring import tofu_metrics_beside_base as tofu_metrics_beside_base
     from alter.evaluation.tofu.reference import read_reference as read_reference
     from alter.evaluation.tofu.results import TofuReference as TofuReference
     from alter.evaluation.tofu.results import TofuResult as TofuResult

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alter.inference.generation import generate as generate
     from alter.inference.generation import left_padded as left_padded
     from alter.inference.generation import sample as sample
+    from alter.inference.generation import says_what_it_scores as says_what_it_scores
     from alter.inference.generation import stop_ids as stop_ids
     from alter.inference.moments import InputMoments as InputMoments
     from alter.inference.scoring import MAX_LOGITS as MAX_LOGITS
@@ -28,5 +29,6 @@ if TYPE_CHECKING:
     from alter.inference.scoring import gradient_norms as gradient_norms
     from alter.inference.scoring import hidden_states as hidden_states
     from alter.inference.scoring import score as score
+    from alter.inference.scoring import score_beside_base as score_beside_base
 
 lazy(globals())

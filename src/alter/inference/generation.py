@@ -12,6 +12,7 @@ import torch
 from alter.core import UserError, processes
 from alter.data import Collator, end_of_turn, ensure_pad_token
 from alter.inference.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
+from alter.inference.sharing import known_kind
 
 if TYPE_CHECKING:
     from torch import nn
@@ -161,6 +162,7 @@ def generate(
     max_new_tokens: int = 200,
     batch_size: int = 64,
     expected_lengths: Sequence[int] | None = None,
+    begun: Sequence[Sequence[int]] | None = None,
     compat: bool = False,
     progress: bool = True,
     label: str = "generating",
@@ -177,6 +179,7 @@ def generate(
         prompts: token ids, none of them empty.
         expected_lengths: how long each reply will about be, in any unit: a batch runs until its longest reply ends, so
             likely lengths that are alike share one. Changes the time only. None: all alike.
+        begun: tokens that each reply is known to begin with, of a model that `says_what_it_scores`; a stop token ends it.
         compat: as OpenUnlearning, hide every token equal to the pad token from attention, inside prompts too.
         sampling: further settings of `model.generate`, for example `do_sample=True, temperature=0.7`. Default: greedy.
 
@@ -190,7 +193,9 @@ def generate(
     decoding = decoding.by_nucleus(sampling, _inner(model).generation_config)
     device = _device(model)
     likely = [0] * len(prompts) if expected_lengths is None else expected_lengths
-    order = sorted(range(len(prompts)), key=lambda i: (-likely[i], -len(prompts[i]), i))
+    told, ended = _told(begun or [[] for _ in prompts], decoding)
+    prompts = [[*prompt, *first] for prompt, first in zip(prompts, told, strict=True)]
+    order = sorted((i for i in range(len(prompts)) if not ended[i]), key=lambda i: (-likely[i], -len(prompts[i]), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     # a batch of samples has a seed of its own, so that what it says does not depend on the batches before it
     drawn = int(torch.randint(2**62, (1,))) if decoding.draws else None
@@ -204,15 +209,63 @@ def generate(
         with torch.random.fork_rng(devices=devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed + number)
-            return _decoded(tokenizer, _continue(model, ids, mask, decoding))
+            limits = [max_new_tokens - len(told[i]) for i in batches[number]]
+            replies = _continue(model, ids, mask, decoding, limits=limits)
+            return _decoded(tokenizer, [told[i] + reply for i, reply in zip(batches[number], replies, strict=True)])
 
-    texts = [""] * len(prompts)
+    texts = _decoded(tokenizer, told)
     with evaluating(model), contiguous_head(model):
         said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
         for batch, replies in _shown(said, len(batches), label, progress):
             for i, reply in zip(batch, replies, strict=True):
                 texts[i] = reply
     return texts
+
+
+def _told(begun: Sequence[Sequence[int]], decoding: _Decoding) -> tuple[list[list[int]], list[bool]]:
+    """Cut known beginnings at the first stop token and at the longest reply; return them, and which replies have ended."""
+    told = []
+    for tokens in begun:
+        end = next((t for t, token in enumerate(tokens) if token in decoding.stop), None)
+        told.append(list(tokens[:end])[: decoding.new_tokens])
+    lengths = [min(len(tokens), decoding.new_tokens) for tokens in begun]
+    ended = [len(own) < length or length == decoding.new_tokens for own, length in zip(told, lengths, strict=True)]
+    return told, ended
+
+
+PLAIN = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "max_length",
+    "max_new_tokens",
+    "use_cache",
+    "transformers_version",
+    *WARPED,
+    *OTHERS,
+}
+"""A model's own settings that do not change what it says greedily."""
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0}
+"""Settings that change it at other values than these."""
+
+
+def says_what_it_scores(model: Any) -> bool:
+    """Tell whether a model's greedy reply goes on where each token was the likeliest when the whole reply was scored.
+
+    So it is of plain models and of LoRA, in at least 32 bits, without settings that reshape the likeliest token; of a routed
+    adapter only if one pass tells the routes, since otherwise the frozen base sees prompts alone.
+    """
+    inner = _inner(model)
+    context = inner.__dict__.get("_alter_context")
+    routed = [] if context is None else [context.configs[name] for name in context.active()]
+    own = {name: value for name, value in inner.generation_config.to_diff_dict().items() if name not in PLAIN}
+    return (
+        known_kind(model, inner)
+        and inner.dtype in (torch.float32, torch.float64)
+        and all(value in (None, False) or name[0] == "_" or NEUTRAL.get(name) == value for name, value in own.items())
+        and all(config.one_pass or not config.routed for config in routed)
+    )
 
 
 def sample(
@@ -322,8 +375,9 @@ def _continue(
     mask: torch.Tensor,
     decoding: _Decoding,
     begun: tuple[torch.Tensor, Any] | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Return the new tokens of each row of left-padded prompts [B, T], up to its first stop token.
+    """Return the new tokens of each row of left-padded prompts [B, T], up to its first stop token, or to its limit.
 
     `begun` is the prompts with a first new token, [B, T + 1], and the cache of the prompts, where they are known already.
     After every `decoding.segment` tokens, rows that have ended leave the batch, keys and values included, where the cache allows
@@ -333,13 +387,15 @@ def _continue(
     ended = [False] * len(ids)
     rows = list(range(len(ids)))
     carried: dict[str, Any] = {}
-    done = 0
+    most = list(limits or [decoding.new_tokens] * len(ids))
     while True:
         if begun is None:
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=min(decoding.segment, decoding.new_tokens - done),
+                max_new_tokens=min(
+                    decoding.segment, *(most[row] - len(replies[row]) for row in rows if not ended[row])
+                ),
                 return_dict_in_generate=True,
                 **carried,
                 **decoding.settings,
@@ -347,13 +403,12 @@ def _continue(
             begun = out.sequences, out.get("past_key_values")
         (whole, cache), begun = begun, None
         new = whole[:, ids.shape[1] :]
-        done += new.shape[1]
         for row, tokens in zip(rows, new.tolist(), strict=True):
             if not ended[row]:
                 end = next((t for t, token in enumerate(tokens) if token in decoding.stop), None)
                 replies[row] += tokens[:end]
-                ended[row] = end is not None
-        if all(ended) or done >= decoding.new_tokens:
+                ended[row] = end is not None or len(replies[row]) >= most[row]
+        if all(ended):
             return replies
         ids, mask = whole, torch.cat([mask, torch.ones_like(new)], dim=1)
         carried = {} if cache is None else {"past_key_values": cache}

@@ -11,14 +11,14 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from alter.core import Array, UserError, console, processes
 from alter.data import Collator, Encoded, batches_by_length
-from alter.inference.sharing import SharedBatch, shared_batches, shared_logits, shares
+from alter.inference.sharing import SharedBatch, shared_batches, shared_logits, shared_logits_beside, shares
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -164,33 +164,98 @@ def score(
         UserError: a row has nothing to score, is longer than the model's context, or gets NaN logits.
     """
     check_rows(model, encoded)
-    tokens = max(1, min(_batch_tokens(batch_tokens, _device(model)), MAX_LOGITS // _text_config(model).vocab_size))
-    batches = batches_by_length([len(row.input_ids) for row in encoded], tokens)
+    tokens = _tokens_at_once(model, batch_tokens)
+    shared = None if compat or around is not None else _shared_batches(model, encoded, tokens)
     collate = Collator(pad_token_id)
 
-    shared = None if compat or around is not None else _shared_batches(model, encoded, tokens)
-    if shared is not None:
-        batches = [batch.rows for batch in shared]
-
-    def run(number: int) -> list[npt.NDArray[Any]]:
-        batch = batches[number]
-        if shared is not None:
-            return _shared_scores(model, encoded, shared[number], moments)
+    def run(batch: list[int]) -> list[npt.NDArray[Any]]:
         inputs = collate([{"input_ids": encoded[i].input_ids, "labels": encoded[i].labels} for i in batch])
         if compat:
             inputs["attention_mask"] = (inputs["input_ids"] != pad_token_id).long()
         with nullcontext() if around is None else around(batch, inputs["input_ids"].shape[1]):
             return _scores_of(model, inputs, batch, moments)
 
-    out: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(encoded) for _ in range(4)]
+    if shared is not None:
+        found = _by_row(
+            model, encoded, shared, lambda batch: _shared_scores(model, encoded, batch, moments), progress, label
+        )
+    else:
+        batches = batches_by_length([len(row.input_ids) for row in encoded], tokens)
+        found = _by_row(model, encoded, batches, run, progress, label)
+    return _scores(found, moments)
+
+
+def score_beside_base(
+    model: Any,
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    batch_tokens: int | None = None,
+    moments: bool = False,
+    progress: bool = True,
+    label: str = "scoring",
+) -> tuple[Scores, Scores]:
+    """Return the scores of the untouched model inside an adapted one, and of the adapted one, as `score` gives them.
+
+    Where rows share tokens, the pass of the untouched model that tells a routed adapter's routes serves for both.
+
+    Args:
+        model: a PeftModel.
+        encoded, pad_token_id, batch_tokens, moments, progress, label: as in `score`.
+
+    Raises:
+        UserError: as `score`.
+    """
+    check_rows(model, encoded)
+    shared = _shared_batches(model, encoded, _tokens_at_once(model, batch_tokens))
+    if shared is None:
+        settings: dict[str, Any] = dict(
+            pad_token_id=pad_token_id, batch_tokens=batch_tokens, moments=moments, progress=progress, label=label
+        )
+        with model.disable_adapter():
+            base = score(model, encoded, **settings)
+        return base, score(model, encoded, **settings)
+
+    def run(batch: SharedBatch) -> list[npt.NDArray[Any]]:
+        return _shared_scores(model, encoded, batch, moments, beside=True)
+
+    columns = _by_row(model, encoded, shared, run, progress, label)
+    half = len(columns) // 2
+    return _scores(columns[:half], moments), _scores(columns[half:], moments)
+
+
+def _tokens_at_once(model: nn.Module, chosen: int | None) -> int:
+    return max(1, min(_batch_tokens(chosen, _device(model)), MAX_LOGITS // _text_config(model).vocab_size))
+
+
+Batch = TypeVar("Batch", list[int], SharedBatch)
+
+
+def _by_row(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    batches: list[Batch],
+    run: Callable[[Batch], list[npt.NDArray[Any]]],
+    progress: bool,
+    label: str,
+) -> list[list[npt.NDArray[Any]]]:
+    """Return what `run` finds for the labelled tokens of batches, one array for each of its columns and each row."""
+    out: list[list[npt.NDArray[Any]]] = []
     with evaluating(model):
-        found = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
+        found = zip(batches, processes.spread(batches, run, model), strict=True)
         for batch, parts in _shown(found, len(batches), label, progress):
-            counts = [sum(label != -100 for label in encoded[i].labels[1:]) for i in batch]
-            for values, part in zip(out, parts, strict=False):
-                for i, piece in zip(batch, np.split(part, np.cumsum(counts)[:-1]), strict=True):
+            rows = batch.rows if isinstance(batch, SharedBatch) else batch
+            counts = [sum(label != -100 for label in encoded[i].labels[1:]) for i in rows]
+            out = out or [[np.empty(0)] * len(encoded) for _ in parts]
+            for values, part in zip(out, parts, strict=True):
+                for i, piece in zip(rows, np.split(part, np.cumsum(counts)[:-1]), strict=True):
                     values[i] = piece
-    return Scores(out[0], out[1], *(out[2:] if moments else (None, None)))
+    return out
+
+
+def _scores(columns: list[list[npt.NDArray[Any]]], moments: bool) -> Scores:
+    out = columns or [[], [], [], []]
+    return Scores(out[0], out[1], *(out[2:4] if moments else (None, None)))
 
 
 def _shared_batches(model: nn.Module, encoded: Sequence[Encoded], tokens: int) -> list[SharedBatch] | None:
@@ -203,9 +268,9 @@ def _shared_batches(model: nn.Module, encoded: Sequence[Encoded], tokens: int) -
 
 
 def _shared_scores(
-    model: nn.Module, encoded: Sequence[Encoded], batch: SharedBatch, moments: bool
+    model: nn.Module, encoded: Sequence[Encoded], batch: SharedBatch, moments: bool, *, beside: bool = False
 ) -> list[npt.NDArray[Any]]:
-    """Return what `_scores_of` does for the rows of a batch.
+    """Return what `_scores_of` does for the rows of a batch; with `beside`, of the untouched model before the adapted one.
 
     Raises:
         UserError: a row, called by its number, gets NaN logits.
@@ -213,10 +278,14 @@ def _shared_scores(
     device = _device(model)
     predicting, targets, counts = batch.scored(encoded)
     wanted, columns = predicting.unique(return_inverse=True)
-    logits = shared_logits(model, _inner(model), batch.to(device), wanted.to(device))
-    columns = columns.to(device)
-    parts = _statistics(logits[None], torch.zeros_like(columns), columns, targets.to(device), moments)
-    _check_numbers(parts[0], [i for i, count in zip(batch.rows, counts, strict=True) for _ in range(count)], logits)
+    columns, targets = columns.to(device), targets.to(device)
+    compute = shared_logits_beside if beside else shared_logits
+    found = compute(model, _inner(model), batch.to(device), wanted.to(device))
+    parts: list[npt.NDArray[Any]] = []
+    for logits in found if isinstance(found, tuple) else (found,):
+        own = _statistics(logits[None], torch.zeros_like(columns), columns, targets, moments)
+        _check_numbers(own[0], [i for i, n in zip(batch.rows, counts, strict=True) for _ in range(n)], logits)
+        parts += own
     return parts
 
 

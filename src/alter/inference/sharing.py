@@ -209,6 +209,27 @@ def shared_logits(model: Any, inner: Any, batch: SharedBatch, wanted: Tensor) ->
     return logits[0]
 
 
+def shared_logits_beside(model: Any, inner: Any, batch: SharedBatch, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits [K, V] of the untouched model and of the adapted one; otherwise as `shared_logits`.
+
+    Of an ALTER adapter in all blocks, the pass of the untouched model is the one that tells the routes.
+    """
+    context = inner.__dict__.get("_alter_context")
+    if context is not None and [context.configs[name].router for name in context.active()] == ["learned"]:
+        with _shared(inner, batch):
+            base, adapted = model.base_model.beside_base(batch.ids, batch.positions, batch.places, wanted)
+        return base, adapted
+    with model.disable_adapter():
+        base = shared_logits(model, inner, batch, wanted)
+    return base, shared_logits(model, inner, batch, wanted)
+
+
+def known_kind(model: Any, inner: Any) -> bool:
+    """Tell whether a model is one of transformers' own, by itself or with a LoRA or an ALTER adapter."""
+    kinds = {str(config.peft_type).rpartition(".")[2] for config in getattr(model, "peft_config", {}).values()}
+    return type(inner).__module__.startswith("transformers.models.") and kinds <= {"ALTER", "LORA"}
+
+
 def shares(model: Any, inner: Any, batches: Sequence[SharedBatch]) -> bool:
     """Tell whether a model computes shared batches: of a known kind, and with the logits of a plain pass on two rows.
 
@@ -217,11 +238,7 @@ def shares(model: Any, inner: Any, batches: Sequence[SharedBatch]) -> bool:
         inner: the transformers model in it.
         batches: what it is to compute.
     """
-    plain = type(inner).__module__.startswith("transformers.models.") and getattr(
-        inner, "_supports_attention_backend", False
-    )
-    kinds = {str(config.peft_type).rpartition(".")[2] for config in getattr(model, "peft_config", {}).values()}
-    if not plain or not kinds <= {"ALTER", "LORA"} or not _configs(inner):
+    if not known_kind(model, inner) or not getattr(inner, "_supports_attention_backend", False) or not _configs(inner):
         return False
     two = _pair(batches)
     if two is None:
