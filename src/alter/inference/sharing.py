@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from alter.data import IGNORE, Encoded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTENTION = "alter_shared"
 """Name under which transformers knows the attention of such batches."""
