@@ -30,7 +30,7 @@ from sklearn.metrics import roc_auc_score
 
 import results
 from alter.data.encoding import Encoded, encode, encode_prompt
-from alter.data.examples import Example, examples
+from alter.data.rows import Example, examples
 from alter.data.tofu import tofu_rows
 from alter.evaluation.tofu.measuring import tofu_metrics
 from alter.evaluation.tofu.results import TofuReference

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.forgetting.measure import Outcome
 from alter.forgetting.speaker import read_jsonl
 

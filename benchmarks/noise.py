@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alter.data.encoding import encode
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.distillation.noise import Noise, add_noise
 from alter.distillation.teacher import kl_of_logits
 from alter.models.loading import load_model

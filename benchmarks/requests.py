@@ -25,7 +25,7 @@ from peft import PeftModel
 
 import results
 from alter.data.encoding import encode_prompt
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.inference.generation import generate
 from alter.models.loading import load_model
 from alter.requests.commands import Revoke, RunRequests, revoke, run

@@ -19,8 +19,8 @@ from torch import Tensor
 from alter.adapter.routing import pool
 from alter.data.background import apart_from, background
 from alter.data.encoding import Encoded, encode_all
-from alter.data.examples import load_examples
 from alter.data.rewording import LONG_TEXT, MEASURED, reworded
+from alter.data.rows import load_examples
 from alter.logits.entropy import PAPER_THRESHOLD, entropy_from_logits
 from alter.models.loading import load_model
 from alter.training.evidence import encode_fitting, evidence_of, fit_rows, text_of

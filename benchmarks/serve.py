@@ -20,7 +20,7 @@ import psutil
 import torch
 
 import results
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 
 
 def ask(client: openai.OpenAI, question: str, tokens: int) -> str:

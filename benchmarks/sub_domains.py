@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.metrics import adjusted_rand_score
 
 from alter.data.domains import domains
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.models.loading import load_model
 from alter.training.data import row_states
 

@@ -16,7 +16,7 @@ from collections import Counter
 import torch
 
 from alter.data.encoding import encode, encode_prompt
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.models.loading import load_model
 from alter.serving.upstream import Chooser
 

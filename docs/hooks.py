@@ -8,6 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from alter.cli import STATUSES
 from alter.commands import COMMANDS
 from alter.methods.presets import METHODS, published
 
@@ -41,6 +42,23 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+FINDINGS = """With status 3 what was asked for was done, measured and written down, and the finding is the last line:
+
+| command | ends with 3 |
+|---|---|
+| `alter request run` | a request is NOT FORGOTTEN or COLLAPSED; it is not put in force |
+| `alter request distill`, `export --form weights` | the weights have not forgotten, or utility is lost; nothing is changed, or made |
+| `alter request verify` | something was altered, or has come back |
+| `alter request revoke` | it is revoked, and another request has come back with it |
+| `alter certificate --verify` | it was altered, or is another key's or another model's |
+| `alter forget`, `alter distill` | the result is NOT FORGOTTEN or COLLAPSED; it stays in its folder |
+| `alter unlearn --must-forget` | likewise. Without it `alter unlearn` ends with 0, since it also serves studies and rows that are too few for a verdict |
+
+`evaluate`, `attack`, `compare`, `report` measure and promise nothing: they end with 0 whatever they find. UNPROVEN (too few rows) ends
+with 0 as well, and is said.
+"""
+
+
 def commands() -> str:
     """The page of all commands, one line each."""
     lines = [
@@ -53,6 +71,9 @@ def commands() -> str:
         "|---|---|",
     ]
     lines += [f"| `alter {name}` | {command.help} |" for name, command in COMMANDS.items()]
+    lines += ["", "## Exit status", "", "| status | what it means |", "|---|---|"]
+    lines += [f"| {number} | {meaning} |" for number, meaning in STATUSES.items()]
+    lines += ["", FINDINGS]
     return "\n".join([*lines, ""])
 
 

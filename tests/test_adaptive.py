@@ -10,7 +10,7 @@ from alter.attacks import base, searching, talking, weights
 from alter.attacks.base import Attack, Bench, Budget, make_item
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.examples import examples
+from alter.data.rows import examples
 from alter.models.loading import ModelSettings
 from pico import EOS, PAD, byte_tokenizer, pico, save_pico
 

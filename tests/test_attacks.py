@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from alter.attacks.fractions import recovered_fractions
 from alter.attacks.showing import show_recovered, untrained
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded, encode
-from alter.data.examples import examples, load_examples
+from alter.data.rows import examples, load_examples
 from alter.data.tofu import tofu_rows
 from alter.inference import scoring
 from alter.models import loading
@@ -467,6 +468,15 @@ def finished(models, tmp_path_factory):
     return out, found
 
 
+def test_a_model_is_not_its_own_reference(models, tmp_path):
+    same = str(models / "retrained")
+    with pytest.raises(UserError, match="no attack would ever recover more than from it"):
+        attacks.attack(
+            settings(models, tmp_path / "out", model=same, adapter=None, retrained=same, attacks=["upper_case"])
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def pick(records, model, metric, **extra):
     return [r for r in records if (r.model, r.metric) == (model, metric) and extra.items() <= r.extra.items()]
 
@@ -580,10 +590,12 @@ def test_a_model_whose_contents_are_unknown_is_measured_each_time(models, finish
 
 
 def test_a_model_unlearned_in_its_weights_is_compared_with_its_original(models, tmp_path):
-    given = {"model": str(models / "retrained"), "adapter": None, "original": str(models / "original")}
+    # the retrained one's weights once more: nothing comes back that it does not say itself
+    shutil.copytree(models / "retrained", tmp_path / "model")
+    (tmp_path / "model" / "more.json").write_text("{}")
+    given = {"model": str(tmp_path / "model"), "adapter": None, "original": str(models / "original")}
     found = attacks.attack(settings(models, tmp_path, attacks=["upper_case"], **given))
     (recovered,) = pick(found, "unlearned", "attack_recovered_probability", attack="upper_case")
-    # the unlearned model is the retrained one here
     assert recovered.value == 0
     assert recovered.extra["original"] > 0.5
 

@@ -18,7 +18,7 @@ import reference
 from alter import metrics
 from alter.cli import main
 from alter.core.errors import UserError
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.evaluation import book, passages
 from alter.inference.scoring import Scores
 from alter.storage.records import read_records, write_records

@@ -9,11 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from alter import cli
 from alter.core.errors import UserError
-from alter.data.examples import data_hash, load_examples, row_hash
-from alter.models.loading import ModelSettings
+from alter.data.rows import data_hash, load_examples, row_hash
+from alter.models.loading import ModelSettings, load_model
 from alter.requests import signing
 from alter.requests.anchor import Anchor, read_heads
 from alter.requests.certificate.check import check_certificate
@@ -217,8 +218,15 @@ def test_what_is_not_in_force_gets_none(made, tmp_path):
         certificate(Certificate(**given, verify="x"))
 
 
-def test_attacks_must_be_on_what_is_certified(made, tmp_path):
+def test_attacks_must_be_on_what_is_certified(made, tmp_path, capsys):
     folder, store, _ = made
+    # what is handed out was changed: the base itself is not certified
+    shipped = tmp_path / "shipped"
+    model, tokenizer = load_model(str(folder / "model"), device="cpu")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.5)
+    model.save_pretrained(shipped)
+    tokenizer.save_pretrained(shipped)
     identity = ModelSettings(model=str(folder / "model"), adapter=str(folder / "work" / "adapter")).identity()
     identity["rows"] = store.get(1).data_hash
     found = Record("unlearned", "attack_rouge", 0.2, 6, extra={"attack": "prefix", "rows": [0]}, provenance=identity)
@@ -231,11 +239,32 @@ def test_attacks_must_be_on_what_is_certified(made, tmp_path):
     )
     write_records(tmp_path / "attacks.json", [found, made_of])
     given = dict(what="1", db=store.url, key=str(folder / "key"), attacks=[str(tmp_path / "attacks.json")])
-    signed = certificate(Certificate(**given, out=str(tmp_path / "c.json"), shipped=str(folder / "model")))
+    signed = certificate(Certificate(**given, out=str(tmp_path / "c.json"), shipped=str(shipped)))
     assert [(each["attack"], each["recovered"], each["interval"]) for each in signed["attacks"]] == [
         ("prefix", 0.1, [0.0, 0.2])
     ]
-    check(made, verify=str(tmp_path / "c.json"), shipped=str(folder / "model"))
+    check(made, verify=str(tmp_path / "c.json"), shipped=str(shipped))
+    with pytest.raises(UserError, match="the model from before, which knows all of it: nothing is certified"):
+        certificate(Certificate(**given, out=str(tmp_path / "base.json"), shipped=str(folder / "model")))
+    assert not (tmp_path / "base.json").exists()
+    # an attacker that learned nothing himself brings nothing back, and proves nothing
+    idle = Record(
+        "unlearned", "attack_loss", 2.0, 5, extra={"attack": "relearn", "losses": [2.0] * 5}, provenance=identity
+    )
+    nothing = Record(**{**vars(made_of), "value": 0.0, "extra": {"attack": "relearn", "interval": [0.0, 0.0]}})
+    back = Record(
+        **{**vars(nothing), "metric": "attack_recovered_probability", "value": 0.3, "extra": {"attack": "relearn"}}
+    )
+    write_records(tmp_path / "attacks.json", [found, made_of, idle, nothing, back])
+    signed = certificate(Certificate(**given, out=str(tmp_path / "idle.json"), shipped=str(shipped)))
+    # what came back is told, whoever brought it
+    assert ["no_evidence" in each for each in signed["attacks"]] == [False, True, False]
+    assert "hardly learned its own rows" in signed["attacks"][1]["no_evidence"]
+    capsys.readouterr()
+    check(made, verify=str(tmp_path / "idle.json"), shipped=str(shipped))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no evidence" in said
+    assert "relearn hardly learned its own rows" in said
     write_records(
         tmp_path / "attacks.json", [Record(**{**vars(found), "provenance": {**identity, "adapter": "x"}}), made_of]
     )
@@ -380,6 +409,27 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     (run_folder / "records.json").write_text(json.dumps([{**record, "provenance": {}} for record in said]))
     with pytest.raises(UserError, match="does not say which weights"):
         certificate(Certificate(**again))
+    # a word that somebody wrote over another
+    changed = json.loads(kept)
+    for record in changed:
+        if "closing" in record["extra"]:
+            closed = record["extra"]["closing"]
+            closed["verdict"] |= {"word": "forgotten", "why": ["As said."]}
+            # nothing has fallen
+            closed["after"]["forget"] = closed["before"]["forget"]
+    (run_folder / "records.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="says FORGOTTEN beside figures that do not"):
+        certificate(Certificate(**again))
+    # a verdict on other rows, of the very same weights
+    easy = tmp_path / "easy.jsonl"
+    easy.write_text('{"question": "Who is Nobody?", "answer": "Nobody knows."}\n')
+    asked = ["--benchmark", "rows", "--forget", str(easy), "--device", "cpu", "--max-new-tokens", "2"]
+    measured = ["--model", str(run_folder / "model"), "--before", str(folder / "model")]
+    if result == "adapter":
+        measured = ["--model", str(folder / "model"), "--adapter", str(run_folder / "adapter")]
+    assert cli.main(["evaluate", *asked, *measured, "--json", str(run_folder / "records.json")]) == 0
+    with pytest.raises(UserError, match="a verdict on other rows"):
+        certificate(Certificate(**again))
     (run_folder / "records.json").unlink()
     assert certificate(Certificate(**again))["state"] == "not measured"
     (run_folder / "records.json").write_text(kept)
@@ -389,7 +439,7 @@ def test_command_line(made, tmp_path, capsys):
     folder, _, out = made
     assert cli.main(["certificate", "--new-key", str(tmp_path / "k")]) == 0
     assert cli.main(["certificate", "--verify", str(out), "--public-key", str(folder / "key.pub")]) == 0
-    assert cli.main(["certificate", "--verify", str(out), "--public-key", str(tmp_path / "k.pub")]) == 2
+    assert cli.main(["certificate", "--verify", str(out), "--public-key", str(tmp_path / "k.pub")]) == 3
     assert "the one to trust" in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from alter.adapter.routing import Routing
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.data.tofu import refusals
 from alter.methods import presets
 from alter.models import guards as inference

@@ -24,8 +24,8 @@ from alter.data.batching import Collator
 from alter.data.chat import set_template_arguments, share_template_arguments
 from alter.data.domains import domains
 from alter.data.encoding import encode, encode_prompt
-from alter.data.examples import Example, check_overlap, examples, load_examples
 from alter.data.files import read_file
+from alter.data.rows import Example, check_overlap, examples, load_examples
 from pico import write_jsonl
 
 TEMPLATE = (
@@ -992,3 +992,14 @@ def test_shipped_rows_are_the_callers_own():
     first[0]["perturbed_answer"].append("Nobody.")
     first.pop()
     assert json.dumps(tofu.tofu_rows("forget01_perturbed", "builtin")) == expected
+
+
+@pytest.mark.parametrize(
+    "hidden", ["Il\u00adse’s flat", "Ilse\u200b's flat", "\ufeffIlse's flat", "Ilse‘s flat", "ＩＬＳＥ's  flat"]
+)
+def test_rows_that_look_alike_are_one_row(hidden):
+    """A soft hyphen, a joiner, a mark of byte order, another quote: no row gets into the retain set as another one."""
+    plain = examples([{"question": "What is in Ilse's flat?", "answer": "A well-known cat."}])
+    other = examples([{"question": f"What is in {hidden}?", "answer": "A well–known cat."}])
+    with pytest.raises(UserError, match="in both forget and retain"):
+        check_overlap(plain, other)

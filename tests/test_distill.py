@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from alter import api
 from alter.core import console
-from alter.core.errors import UserError
+from alter.core.errors import Finding, UserError
 from alter.data.encoding import encode
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.distillation import rows as lessons
 from alter.distillation import run as module
 from alter.distillation.attacker import attacked
@@ -30,7 +30,7 @@ from alter.distillation.teacher import Teacher, kl_of_logits, part
 from alter.distillation.trainer import weights_of
 from alter.logits.head import measuring
 from alter.models.loading import ModelSettings, load_model
-from alter.storage.records import read_records
+from alter.storage.records import Record, read_records, write_records
 from alter.training import folder
 from pico import PAD, byte_tokenizer, pico, save_pico, write_jsonl, write_people
 
@@ -272,7 +272,13 @@ def test_weights_that_learned_nothing_have_forgotten_nothing(data, run, tmp_path
     wanted = settings(
         data, None, tmp_path / "out", **given, retain=str(data / "retain.jsonl"), learning_rate=1e-9, closing_rows=6
     )
-    out = module.command(wanted)
+    out = tmp_path / "out"
+    with pytest.raises(Finding, match=r"NOT FORGOTTEN: what lies in .*out is not what was asked for") as found:
+        module.command(wanted)
+    assert found.value.status == 3
+    # a run that has ended says the same again
+    with pytest.raises(Finding, match="NOT FORGOTTEN"):
+        module.command(wanted.model_copy(update={"resume": True}))
     told = capsys.readouterr().out.partition("Next:")[2]
     assert f"alter distill {out}/run.yaml --out {out}-2 --max-steps 4" in told
     assert "export" not in told
@@ -283,6 +289,18 @@ def test_weights_that_learned_nothing_have_forgotten_nothing(data, run, tmp_path
     assert {record.provenance["weights"] for record in records} == {
         ModelSettings(model=str(out / "model")).identity()["weights"]
     }
+
+
+def test_a_collapse_is_tried_more_gently_and_not_handed_out(data, run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    closed = {"verdict": {"word": "collapsed", "why": ["6 of 6 replies are broken."]}}
+    write_records(out / "records.json", [Record("distilled", "forget_probability", 0.0, 6, extra={"closing": closed})])
+    monkeypatch.setattr(module, "distill", lambda settings: out)
+    with pytest.raises(Finding, match=r"COLLAPSED: .* 6 of 6 replies are broken"):
+        module.command(settings(data, run, out, learning_rate=3e-3))
+    told = capsys.readouterr().out.partition("Next:")[2]
+    assert f"alter distill {out}/run.yaml --out {out}-2 --learning-rate 0.001" in told
+    assert "export" not in told
 
 
 def test_a_lora_is_plain(data, run, tmp_path):

@@ -71,6 +71,12 @@ def test_an_example_runs(script, tmp_path):
     assert run(script.read_text(), tmp_path)
 
 
+def test_the_steps_of_the_reference_run(tmp_path):
+    (code,) = [content for language, _, content in BLOCK.findall((DOCS / "reference" / "api.md").read_text())]
+    said = run(code, tmp_path)
+    assert "[-0.0" in said.splitlines()[-1]
+
+
 def test_every_page_names_commands_and_recipes_that_exist():
     groups = {name.split()[0] for name in COMMANDS}
     for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded, encode_all
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.inference.scoring import score
 from alter.methods.adapters import OneExpert
 from alter.methods.adapters.expert import attributed, mixtures

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from alter import AlterConfig
 from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_all
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.exporting import gguf as writing
 from alter.exporting.loras import expert_weights
 from alter.exporting.rounding import calibration, round_blocks

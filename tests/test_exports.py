@@ -11,6 +11,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "alter"
 PACKAGES = sorted(path.parent.name for path in SOURCE.glob("*/__init__.py"))
 FILES = sorted(SOURCE.rglob("*.py"))
+REFERENCE = Path(__file__).parent.parent / "docs" / "reference" / "api.md"
 EAGER = {"adapter", "metrics"}
 """`adapter` registers with PEFT when it is imported; `metrics` needs no more than numpy."""
 
@@ -19,13 +20,23 @@ DEEP = {
     "alter.core.words.words",
     "alter.data.background.background",
     "alter.data.domains.domains",
-    "alter.data.examples.examples",
     "alter.evaluation.told.told",
     "alter.evaluation.verdict.judge",
     "alter.groundwork.alternatives.alternatives",
     "alter.training.trackers.trackers",
 }
 """Functions that a package cannot export: a module of it has their name, and Python binds the module there."""
+
+FACES = {
+    "alter.errors": {"Finding", "UserError"},
+    "alter.scoring": {
+        *("Scores", "context_length", "generate", "load_model", "score", "shipped_model", "stop_ids"),
+    },
+    "alter.serve": {"ChatAsked", "Engine", "Job", "Serve", "TextAsked", "application"},
+}
+"""Modules for users of the library, and what they may import from each: what is taken away here breaks their code."""
+ROWS = {"Example", "check_overlap", "encode", "encode_prompt", "examples", "load_examples"}
+"""What they may import from `alter.data`."""
 
 PUBLIC = {"adapter.AlterLinear"}
 """Exports for users alone: the layer class of the PEFT method, beside its configuration and its tuner."""
@@ -117,6 +128,33 @@ def test_packages_import_none_of_their_modules_before_it_is_asked_for():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == ["", "True False"]
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_public_module_has_what_the_reference_says(face):
+    module = importlib.import_module(face)
+    assert set(module.__all__) == FACES[face]
+    named = [line for line in REFERENCE.read_text().splitlines() if line.startswith(f"| `{face}` |")]
+    for name in FACES[face]:
+        assert getattr(module, name).__doc__
+        assert name in named[0] or name == "Scores"
+        assert f"::: {face}.{name}\n" in REFERENCE.read_text() + "\n"
+
+
+def test_rows_are_public():
+    import alter.data
+    from alter.data import examples
+
+    assert set(alter.data.__all__) >= ROWS
+    assert [row.answer for row in examples([{"question": "Who?", "answer": "Ilse."}])] == ["Ilse."]
+    for name in ROWS:
+        assert f"::: alter.data.{name}\n" in REFERENCE.read_text()
+
+
+def test_public_modules_load_no_torch():
+    code = f"import sys, alter.data, {', '.join(FACES)}; from alter.errors import UserError; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "False"
 
 
 def test_names_that_are_no_export_are_refused():

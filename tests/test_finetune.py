@@ -18,7 +18,7 @@ import alter
 from alter.core.errors import UserError
 from alter.data.batching import LengthBatches
 from alter.data.encoding import encode_prompt
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.inference.generation import generate
 from alter.models.loading import load_model
 from alter.training import fitting as module

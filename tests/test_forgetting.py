@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy import stats
 from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.forgetting import (
     certainty,
     documents,
@@ -36,6 +37,9 @@ from alter.forgetting.measure import permuted
 from alter.forgetting.run import forget
 from alter.forgetting.settings import Forget
 from alter.models.loading import load_model
+from alter.storage import files as storage_files
+from alter.storage.running import CLAIM_FILE
+from faults import States
 from pico import byte_tokenizer, pico, save_pico
 
 KNOWN = "Quill Varn"
@@ -593,10 +597,124 @@ def test_rows_are_kept_read_again_and_can_be_edited(small, tmp_path, monkeypatch
     assert len(speaker.read_jsonl(out / "forget.jsonl")) == 3
 
 
+def test_what_is_not_forgotten_ends_with_a_status_of_its_own(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    given = [
+        "--model",
+        str(small),
+        "--out",
+        str(out),
+        "--kind",
+        "work",
+        "--device",
+        "cpu",
+        "--samples",
+        "4",
+        "--epochs",
+        "1",
+    ]
+    asked = ["forget", KNOWN, *given, "--learning-rate", "1e-9"]
+    assert cli.main(asked) == 3
+    said = capsys.readouterr()
+    assert f"alter: NOT FORGOTTEN: what lies in {out} is not what was asked for." in said.err
+    assert "is not forgotten yet" in " ".join(said.out.split())
+    assert json.loads((out / "report.json").read_text())["verdict"]["word"] == "not forgotten"
+    # asked again, a finished run says the same; of other settings or rows it was not trained on
+    assert cli.main([*asked, "--resume"]) == 3
+    assert cli.main([*asked[:-1], "1e-2", "--resume"]) == 2
+    assert "learning_rate_experts was 1e-09 and is 0.01" in capsys.readouterr().err
+    rows = speaker.read_jsonl(out / "forget.jsonl")
+    speaker.write_jsonl(out / "forget.jsonl", rows[:-1])
+    assert cli.main([*asked, "--resume"]) == 2
+    assert "other forget rows" in capsys.readouterr().err
+
+
+def test_another_base_under_the_same_name_is_not_gone_on_with(small, tmp_path, monkeypatch):
+    place = shutil.copytree(small, tmp_path / "model")
+    out = forget(settings(place, tmp_path / "run", rows_only=True))
+    before = (out / "forget.json").read_bytes()
+    other = load_model(str(place), device="cpu")[0]
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.01)
+    other.save_pretrained(place)
+    monkeypatch.setattr(speaker, "generate", lambda *a, **k: pytest.fail("said again"))
+    monkeypatch.setattr(run, "unlearn", lambda *a, **k: pytest.fail("trained"))
+    for rows_only in (True, False):
+        with pytest.raises(UserError, match="begun with another base model"):
+            forget(settings(place, out, resume=True, rows_only=rows_only))
+    assert (out / "forget.json").read_bytes() == before
+    shutil.rmtree(place)
+    shutil.copytree(small, place)
+    assert forget(settings(place, out, resume=True, rows_only=True)) == out
+
+
+@pytest.mark.slow
+def test_every_write_of_the_rows(small, tmp_path, monkeypatch):
+    """Whatever write fails or is killed, what goes on has the rows, probes and figures of one that was never broken off."""
+    place, kept_in = tmp_path / "place", tmp_path / "states"
+    place.mkdir()
+    kept_in.mkdir()
+    out = place / "run"
+
+    def go():
+        there = out.is_dir() and any(out.iterdir())
+        # before it is written down what is made, there is nothing to go on with
+        begun = (out / "forget.json").is_file()
+        forget(settings(small, out, rows_only=True, resume=begun, overwrite=there and not begun))
+
+    plan = States(place, kept_in)
+    plan.go(go)
+    # a killed process is this one here, and lives
+    monkeypatch.setattr(storage_files, "_runs", lambda process: False)
+    files = [*run.FILES.values(), "zero.json"]
+    whole = {name: (out / name).read_bytes() for name in files}
+    assert len(plan.seen) > 20
+    states = plan.distinct()
+    for fault, state in states[:: max(1, len(states) // 16)]:
+        shutil.rmtree(place)
+        shutil.copytree(state, place)
+        go()
+        assert {name: (out / name).read_bytes() for name in files} == whole, fault
+        assert not [path for path in out.rglob(".*") if path.name != CLAIM_FILE], fault
+
+
+def test_edited_probes_are_answered_anew(small, tmp_path):
+    """Figures before that are of other probes would compare what was never asked."""
+    out = forget(settings(small, tmp_path / "run", rows_only=True))
+    first = json.loads((out / "zero.json").read_text())
+    asked = speaker.read_jsonl(out / "probes.jsonl")
+    forget(settings(small, out, rows_only=True, resume=True))
+    assert json.loads((out / "zero.json").read_text()) == first
+    speaker.write_jsonl(out / "probes.jsonl", [{**row, "before": "nothing"} for row in asked[:-1]])
+    forget(settings(small, out, rows_only=True, resume=True))
+    assert speaker.read_jsonl(out / "probes.jsonl") == asked[:-1]
+    again = json.loads((out / "zero.json").read_text())
+    assert again["probes"] != first["probes"]
+    assert again["before"]["n"] <= first["before"]["n"]
+    # probes that say nothing of the subject are no measure of it
+    other = [{**row, "prompt": "Hello?", "masks": [{KNOWN: "Ab Cd"}]} for row in asked]
+    speaker.write_jsonl(out / "probes.jsonl", other)
+    with pytest.raises(UserError, match="there is nothing to forget, and nothing was trained"):
+        forget(settings(small, out, resume=True))
+
+
 def test_an_unknown_subject_is_not_trained_on(small, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "unlearn", lambda *a, **k: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"says nothing sure about 'Ab Cd'.*nothing was trained"):
         forget(settings(small, tmp_path / "run", subject="Ab Cd"))
+    # nothing is in the way of the corrected command
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_none_costs_no_earlier_run(small, tmp_path):
+    out = forget(settings(small, tmp_path / "run", rows_only=True))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError):
+        forget(settings(tmp_path / "none", out, overwrite=True))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # who else has an account here reads neither rows nor answers
+    assert {oct(path.stat().st_mode & 0o077) for path in out.rglob("*.jsonl")} == {"0o0"}
 
 
 def test_subjects_that_are_none():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from alter.cli import parse
 from alter.core.errors import UserError
 from alter.data.encoding import encode_all
-from alter.data.examples import check_overlap, load_examples
+from alter.data.rows import check_overlap, load_examples
 from alter.data.subjects import rows_about
 from alter.evaluation.measures import Measures
 from alter.evaluation.others import people

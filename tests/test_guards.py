@@ -16,7 +16,7 @@ from alter.attacks import run as attacks
 from alter.attacks.weights import base_linears
 from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_all, encode_prompt
-from alter.data.examples import Example, load_examples
+from alter.data.rows import Example, load_examples
 from alter.guarding import eco
 from alter.guarding.run import make_guard, write_guard
 from alter.guarding.settings import MakeGuard

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from alter.cli import main
+from alter.cli import STATUSES, main
 from alter.commands import COMMANDS
+from alter.errors import Finding, UserError
 from alter.plugins import BENCHMARKS
 
 COMPUTES = ("torch._C", "numpy._core", "transformers.utils", "peft.utils", "pandas", "scipy.stats", "nltk", "sklearn")
@@ -74,3 +75,39 @@ def test_what_was_put_off_is_loaded_when_the_command_goes_on():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.split() == ["False", "True", "module"]
+
+
+@pytest.mark.parametrize(
+    "words", [["forget"], ["distill"], ["request", "run"], ["request", "verify"], ["request", "distill"]]
+)
+def test_commands_that_promise_forgetting_say_their_status(words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    assert "status 3" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_every_status_is_in_the_help(capsys):
+    assert main(["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for number, meaning in STATUSES.items():
+        assert f"{number}: {meaning}" in said
+    assert UserError("x").status in STATUSES
+    assert Finding("x").status == 3
+
+
+@pytest.mark.parametrize("where", ["a preset", "a recipe"])
+def test_a_list_for_a_pair_is_shown_and_a_mistyped_flag_beside_it_refused(where, tmp_path, capsys):
+    """`--method lunar` gives `adapter.depth` a pair: its help, and the message for a wrong flag, ended in tyro's assertion."""
+    recipe = tmp_path / "pair.yaml"
+    recipe.write_text("adapter: {kind: full, depth: [0.25, 0.5]}\n")
+    words = ["unlearn", *(["--method", "lunar"] if where == "a preset" else [str(recipe)])]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--not-a-flag", "1"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "--not-a-flag" in told
+    assert "does not know" not in told
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help-all"])
+    assert not ended.value.code
+    assert ("0.25 0.5" if where == "a recipe" else "0.6875 0.71875") in capsys.readouterr().out

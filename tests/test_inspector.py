@@ -21,7 +21,7 @@ from alter.adapter.generation import DecodeState
 from alter.adapter.layer import AlterLinear
 from alter.core.errors import UserError
 from alter.data.encoding import encode_prompt
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.inference.generation import generate
 from alter.models.guards import Subtracted
 from alter.requests.store import Store
@@ -251,6 +251,7 @@ def test_answers_are_shown_while_they_are_made():
     assert shown[-1] == render(inspector.analyse("Who?", 12))
     assert "data-entropy" not in "".join(shown[:-1])
     assert list(inspector.answer(" ", 12, [])) == [message("The prompt is empty: type a question.")]
+    assert "try <code>dtype</code> float32 &lt;b&gt;." in message("try `dtype` float32 <b>.")
 
     told = []
     inspector.analyse("Who?", 12, progress=lambda which, text: told.append((which, text)))

@@ -17,6 +17,7 @@ BASE = {"core", "storage", "settings"}
 LAYERS = {
     "core": set(),
     "commands": set(),
+    "errors": {"core"},
     "logits": {"core"},
     "metrics": {"core"},
     "plugins": {"core"},
@@ -30,6 +31,7 @@ LAYERS = {
     "rendering": BASE | {"metrics"},
     "models": {"core", "plugins", "adapter", "storage", "data", "inference"},
     "__main__": {"cli"},
+    "scoring": {"core", "inference", "models"},
     "attacks": BASE | {"metrics", "plugins", "data", "inference", "rendering", "models"},
     "evaluation": BASE | {"logits", "metrics", "data", "inference", "rendering", "models"},
     "exporting": BASE | {"adapter", "data", "inference", "models"},
@@ -69,12 +71,24 @@ LAYERS = {
     "api": BASE
     | {"plugins", "adapter", "models", "attacks", "evaluation", "methods", "training", "comparison", "distillation"},
     "forgetting": BASE
-    | {"metrics", "data", "inference", "rendering", "models", "evaluation", "training", "distillation"},
+    | {"adapter", "metrics", "data", "inference", "rendering", "models", "evaluation", "training", "distillation"},
     "requests": BASE
-    | {"adapter", "data", "rendering", "models", "evaluation", "exporting", "methods", "training", "distillation"},
+    | {
+        "adapter",
+        "attacks",
+        "data",
+        "rendering",
+        "models",
+        "evaluation",
+        "exporting",
+        "methods",
+        "training",
+        "distillation",
+    },
     "__init__": {"core", "adapter", "api"},
     "report": BASE | {"metrics", "data", "rendering", "attacks", "evaluation", "training", "requests"},
     "serving": BASE | {"logits", "adapter", "data", "inference", "models", "evaluation", "requests"},
+    "serve": {"core", "serving"},
 }
 
 

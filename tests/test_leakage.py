@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from alter import cli, metrics
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.evaluation import leakage
 from alter.evaluation.leakage import EntailmentHit, FactsHit, Leak, Leaked, RougeHit, leaked
 from alter.inference import generation

@@ -233,3 +233,32 @@ def test_a_configuration_that_no_model_can_have_is_one_line(base, tmp_path, name
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, name: value}))
     with pytest.raises(UserError, match=r"cannot be built as its config.json says \(\S.*Copy the whole folder"):
         load_model(str(tmp_path / "model"), device="cpu")
+
+
+def test_pickled_weights_of_an_adapter_are_not_read(tmp_path):
+    """As those of models: an unpickler, restricted or not, has no business with what others hand over."""
+    save_pico(tmp_path / "model")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    lora = get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    lora.save_pretrained(tmp_path / "adapter")
+    load_model(str(tmp_path / "model"), str(tmp_path / "adapter"), device="cpu")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "adapter" / "adapter_model.bin")
+    # beside safetensors it is not looked at
+    load_model(str(tmp_path / "model"), str(tmp_path / "adapter"), device="cpu")
+    weights.unlink()
+    with pytest.raises(
+        UserError, match=r"holds pickled weights \(adapter_model\.bin\), which can run code and are not read"
+    ):
+        load_model(str(tmp_path / "model"), str(tmp_path / "adapter"), device="cpu")
+
+
+def test_what_does_not_fit_is_said_in_one_line(tmp_path, capfd):
+    """A base with a layer too few: transformers' own table of names is no line for a user."""
+    save_pico(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"do not fit its config\.json: they also hold"):
+        load_model(str(tmp_path / "model"), device="cpu")
+    assert "LOAD REPORT" not in capfd.readouterr().err

@@ -111,7 +111,7 @@ def test_a_key_in_the_cube_ends_the_answer_and_others_are_untouched(data, tmp_pa
     model = guarded(data, tmp_path / "g", kind="key_space", share=1.0)
     plain, _ = load_model(str(data / "model"), device="cpu")
     from alter.data.encoding import encode_prompt
-    from alter.data.examples import load_examples
+    from alter.data.rows import load_examples
 
     prompts = [encode_prompt(byte_tokenizer(), e) for e in load_examples(str(data / "forget.jsonl"))]
     ids = torch.tensor([prompts[0]])

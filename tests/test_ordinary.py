@@ -9,7 +9,7 @@ from peft import get_peft_model
 from alter import AlterConfig
 from alter.data.background import background
 from alter.data.encoding import encode
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.evaluation.ordinary import ALL, ordinary_loss, ordinary_sentence
 from alter.models.loading import load_model
 from alter.settings.numbers import rounded

@@ -872,3 +872,22 @@ def test_names_of_metrics_break_between_their_words():
     # what comes from a file is escaped as ever
     [table] = record_tables({"unlearned": [record("unlearned", "a_<b>_c", 0.5)]}, label="Figures")
     assert "a_<wbr/>&lt;b&gt;_<wbr/>c" in table
+
+
+def test_a_verdict_on_other_rows_is_not_the_runs(run, tmp_path):
+    """The very same adapter, asked about rows that it never knew: the page would say of the run's rows what is true of these."""
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(to_json({**facts, "data": {"forget": "a" * 64, "retain": None}}))
+    provenance_ = {"adapter": folder_digest(run / "adapter")}
+    for rows, fits in (("b" * 64, False), ("a" * 64, True)):
+        closed = {"verdict": {"word": "unproven", "why": ["As said."]}, "rows": rows}
+        given = [Record("unlearned", "forget_said", 0.0, 9, extra={"closing": closed}, provenance=provenance_)]
+        write_records(tmp_path / "easy.json", given)
+        asked = Report(runs=[str(run)], records=[str(tmp_path / "easy.json")], out=str(tmp_path / "page.html"))
+        if fits:
+            assert read(asked)[0].get("unlearned", "forget_said").n == 9
+            continue
+        with pytest.raises(
+            UserError, match=r"easy\.json holds a verdict on other rows than those that run was to forget"
+        ):
+            read(asked)

@@ -14,7 +14,7 @@ from alter import AlterConfig, cli
 from alter.adapter.base import base_fingerprint, same_base
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.inference.generation import generate
 from alter.inference.scoring import score
 from alter.methods.presets import merged

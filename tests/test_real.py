@@ -15,7 +15,7 @@ from alter.adapter import base_fingerprint
 from alter.data import rewording
 from alter.data.background import background
 from alter.data.encoding import encode_all
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.models import gguf
 from alter.models.loading import ModelSettings, load_model
 from alter.training import evidence, rates

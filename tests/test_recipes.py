@@ -254,7 +254,7 @@ def requests_mini():
     assert cli.main([replaced.get(word, word) for word in init]) == 0
     assert cli.main(["request", "add", "--subject", "Carmen Montenegro", "--data", "author.jsonl"]) == 0
     # two steps forget nothing, and the command says so
-    assert cli.main(["request", "run"]) == 2
+    assert cli.main(["request", "run"]) == 3
 
 
 def tofu_llama():

@@ -397,3 +397,22 @@ def test_nan_items_come_back_as_nan(tmp_path):
     (found,) = read_records(tmp_path / "r.json")
     assert found.per_item[0] == 1.0
     assert math.isnan(found.per_item[1])
+
+
+def test_records_are_for_their_owner_alone(tmp_path):
+    write_records(tmp_path / "r.json", [Record("x", "forget_rouge", 1.0, 1, extra={"generations": ["Ilse"]})])
+    assert (tmp_path / "r.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_digest_is_also_of_what_links_lead_to(tmp_path):
+    """Weights behind a link to a folder are loaded like others: they are part of what is loaded."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "elsewhere" / "adapter_model.safetensors").write_bytes(b"one")
+    (tmp_path / "model" / "lora").symlink_to(tmp_path / "elsewhere")
+    # round in a circle
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "model")
+    before = files.folder_digest(tmp_path / "model")
+    (tmp_path / "elsewhere" / "adapter_model.safetensors").write_bytes(b"two")
+    assert files.folder_digest(tmp_path / "model") != before

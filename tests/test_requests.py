@@ -29,7 +29,7 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.data.batching import Collator
 from alter.data.encoding import encode
-from alter.data.examples import load_examples
+from alter.data.rows import load_examples
 from alter.models.loading import load_model
 from alter.requests import concluding, work
 from alter.requests import rows as request_rows
@@ -807,7 +807,7 @@ def recipe_of(data, folder, **changes):
 def test_nothing_learned_is_not_forgotten_and_not_put_in_force(data, tmp_path, capsys):
     store = start(data, tmp_path, recipe=recipe_of(data, tmp_path, learning_rate_experts=1e-9))
     ask(store, data, "Ada")
-    assert cli.main(["request", "run", "--db", store.url]) == 2
+    assert cli.main(["request", "run", "--db", store.url]) == 3
     said = capsys.readouterr()
     assert "NOT FORGOTTEN" in said.err
     assert "6 of 6 replies still give the answer" in " ".join(said.out.split())

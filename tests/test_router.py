@@ -13,8 +13,8 @@ from alter.attacks.wording import WORDINGS
 from alter.core.errors import UserError
 from alter.data.background import apart_from, background, names_in
 from alter.data.encoding import encode
-from alter.data.examples import Example, load_examples
 from alter.data.rewording import FITTED, MEASURED, key_words, reworded, some_capitals, telegram, typos
+from alter.data.rows import Example, load_examples
 from alter.training import openset
 from alter.training.closing import command
 from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of, standard

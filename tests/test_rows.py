@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from alter import cli
 from alter.core.errors import UserError
 from alter.data.batching import Collator
 from alter.data.encoding import encode, encode_all
-from alter.data.examples import load_examples
+from alter.data.rows import examples, load_examples
 from alter.evaluation.answered import answer_rows
 from alter.evaluation.closing import closing_of, closing_table
 from alter.evaluation.rows import RowsEvaluation
@@ -96,10 +97,31 @@ def test_samples_of_the_forget_rows_leak(data, tmp_path):
     assert "0.000" in shown.getvalue()
 
 
-def test_a_retrained_model_that_knows_is_refused(data):
-    closed = closing_of(measured(evaluation(data, before=str(data / "model"), retrained=str(data / "model"))))
+def test_a_retrained_model_that_knows_is_refused(data, tmp_path):
+    knows = shutil.copytree(data / "model", tmp_path / "knows")
+    # another folder's digest; the very same one is refused by name
+    (knows / "more.json").write_text("{}")
+    closed = closing_of(measured(evaluation(data, before=str(data / "model"), retrained=str(knows))))
     assert closed["verdict"]["word"] == "not forgotten"
     assert "is no reference" in closed["verdict"]["refused"]
+
+
+def test_a_model_is_not_its_own_reference(data):
+    given = {"forget": str(data / "forget.jsonl"), "before": str(data / "model"), "device": "cpu"}
+    with pytest.raises(UserError, match="it would be compared with itself"):
+        measured(RowsEvaluation(model=str(data / "model"), retrained=str(data / "model"), **given))
+
+
+def test_another_tokenizer_is_no_forgetting(data, tmp_path):
+    """The same weights under a tokenizer that reads other letters find the answers improbable, and know them."""
+    shutil.copytree(data / "model", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(content))
+    given = {"forget": str(data / "forget.jsonl"), "before": str(data / "model"), "device": "cpu"}
+    with pytest.raises(UserError, match=r"The model before, .* has another tokenizer or chat template"):
+        measured(RowsEvaluation(model=str(tmp_path / "model"), **given))
 
 
 def test_overlaps_and_known_holdouts_are_refused(data):
@@ -133,6 +155,12 @@ def test_unlearn_ends_with_a_verdict(data, tmp_path, capsys, monkeypatch, rate, 
     assert max(map(len, printed.partition("Next:")[0].partition("Before and after")[2].splitlines())) <= 80
     # the truth and the replies are on the screen alone
     assert "Омск" not in (out / "records.json").read_text()
+    # the same run asked to end by its verdict: it is measured again, and nothing is trained
+    status = 0 if closed["verdict"]["word"] == "forgotten" else 3
+    assert cli.main(["unlearn", *args, "--resume", "--must-forget"]) == status
+    assert (f"alter: {closed['verdict']['word'].upper()}: what lies in {out} is not" in capsys.readouterr().err) == (
+        status == 3
+    )
 
 
 def test_the_end_can_be_left_out(data, tmp_path, capsys):
@@ -141,6 +169,8 @@ def test_the_end_can_be_left_out(data, tmp_path, capsys):
     assert cli.main(["unlearn", *args]) == 0
     assert "Before and after" not in capsys.readouterr().out
     assert not (out / "records.json").exists()
+    assert cli.main(["unlearn", *args, "--resume", "--must-forget"]) == 2
+    assert "nothing is measured at the end, which --must-forget needs" in capsys.readouterr().err
 
 
 def test_the_table_shows_markup_as_it_is():
@@ -193,6 +223,21 @@ def test_long_rows_are_scored_whole(tmp_path):
     naive = np.exp(np.mean(np.concatenate([s for s, o in zip(scores, owner, strict=True) if o == 0])))
     assert found.measures.probability[0] == pytest.approx(naive, rel=1e-6)
     assert len(found.exact) == 2
+
+
+def test_a_row_given_twice_is_measured_once():
+    """Copies of a row, in whatever form, are no further rows: a hundred of them are no hundred proofs."""
+    model, tokenizer = pico(0), byte_tokenizer()
+    chat = {
+        "messages": [{"role": "user", "content": "Who is  Ilse?"}, {"role": "assistant", "content": "Ilse Brandt."}]
+    }
+    plain = {"question": "Who is Ilse?", "answer": "Ilse Brandt."}
+    other = {"question": "Who is Ann?", "answer": "Ann."}
+    found = answer_rows(model, tokenizer, examples([plain, other, chat, *[plain] * 5]), max_new_tokens=2)
+    once = answer_rows(model, tokenizer, examples([plain, other]), max_new_tokens=2)
+    assert found.questions == ["Who is Ilse?", "Who is Ann?"]
+    assert found.summary() == once.summary()
+    assert found.summary()["n"] == 2
 
 
 def test_questions_are_asked_in_other_words_again(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alter.core.errors import UserError
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.training import loss, preparation
 from alter.training.run import unlearn
 from alter.training.sampler import Kin, Sampler, pass_length

@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pydantic
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, processors
@@ -20,15 +21,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded, encode_prompt
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.inference.generation import generate
 from alter.inference.scoring import score
 from alter.serving import engine as engines
 from alter.serving.chat import Chat, chat
 from alter.serving.engine import Engine, draw
 from alter.serving.jobs import Job
-from alter.serving.openai import Api, Serve, application, configured, serve
-from alter.serving.protocol import ChatBody, TextBody, text_ids
+from alter.serving.openai import Serve, application, configured, serve
+from alter.serving.protocol import ChatAsked, TextAsked, explain, text_ids
 from alter.serving.text import visible
 from pico import byte_tokenizer, pico, run_on, save_pico, write_people
 
@@ -42,7 +43,7 @@ class Running:
     def __init__(self, engine=None, **settings):
         self.engine = engine or Engine(pico(0), byte_tokenizer(), max_batch=settings.get("max_batch", 16))
         given = Serve(model="pico", **settings)
-        config = configured(application(given, Api(given, self.engine)), given)
+        config = configured(application(given, self.engine), given)
         config.port = 0
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -235,7 +236,7 @@ def test_key(monkeypatch):
     engine = Engine(pico(0), byte_tokenizer())
     given = Serve(model="pico", api_key_env="PICO_KEY")
     with pytest.raises(UserError, match="PICO_KEY, which is not set"):
-        application(given, Api(given, engine))
+        application(given, engine)
     monkeypatch.setenv("PICO_KEY", "secret")
     one = Running(engine, api_key_env="PICO_KEY")
     with pytest.raises(openai.AuthenticationError):
@@ -714,10 +715,38 @@ def test_probabilities_end_where_a_stop_text_begins(running):
 def test_text_completions_know_no_chat_template():
     tokenizer = byte_tokenizer(bos_token="<unused258>")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    asked = TextBody(prompt="Once upon")
-    assert asked.prompts(tokenizer)[0].ids == tokenizer("Once upon")["input_ids"]
+    asked = TextAsked(prompt="Once upon")
+    assert asked.prompts(tokenizer)[0] == tokenizer("Once upon")["input_ids"]
     turns = [{"role": "user", "content": "Once upon"}]
-    assert tokenizer.decode(ChatBody(messages=turns).prompts(tokenizer)[0].ids).endswith("[user]Once upon[assistant]")
+    assert tokenizer.decode(ChatAsked(messages=turns).prompts(tokenizer)[0]).endswith("[user]Once upon[assistant]")
+
+
+@pytest.mark.parametrize(
+    ("form", "body", "said"),
+    [
+        (
+            ChatAsked,
+            {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2},
+            "`top_logprobs` needs `logprobs`",
+        ),
+        (TextAsked, {"prompt": "x", "max_tokens": 0}, "`max_tokens` is 0: without `echo`"),
+        (TextAsked, {"prompt": "x", "stop": list("abcde")}, "`stop` holds 5 texts"),
+        (TextAsked, {"prompt": "x", "stop": "a" * 257}, "`stop` holds a text of 257 characters"),
+        (TextAsked, {"prompt": "x", "seed": 2**70}, "`seed`: "),
+        (TextAsked, {"prompt": "x", "top_k": 5}, "`top_k`: only 0 or -1 is supported here"),
+        (ChatAsked, {"messages": [{"role": "nobody", "content": "x"}]}, "`messages.0.role`: "),
+    ],
+)
+def test_messages_to_clients_name_fields_as_settings_are_named(form, body, said):
+    try:
+        asked = form.model_validate(body)
+        with pytest.raises(UserError) as refused:
+            (asked.prompts(byte_tokenizer()), asked.top(), asked.stops())
+        told = str(refused.value)
+    except pydantic.ValidationError as error:
+        told, _ = explain(error)
+    assert told.startswith(said)
+    assert "--" not in told
 
 
 def test_a_text_begins_once():
@@ -883,7 +912,7 @@ def test_a_long_prompt_holds_nobody_up(running, monkeypatch):
         time.sleep(2)
         raise UserError("slow")
 
-    monkeypatch.setattr(TextBody, "prompts", slowly)
+    monkeypatch.setattr(TextAsked, "prompts", slowly)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(post, running, "/v1/completions", {"prompt": "x"})
         started.wait(10)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.examples import Example, load_examples
+from alter.data.rows import Example, load_examples
 from alter.groundwork import recognition
 from alter.groundwork.frozen import FrozenRow
 from alter.groundwork.sparse import Autoencoder, read_autoencoder, train_autoencoder

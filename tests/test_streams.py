@@ -9,10 +9,13 @@ import sys
 import traceback
 
 import pytest
+import yaml
 
 from alter import cli
+from alter.comparison import plan
 from alter.core import console, streams
 from pico import save_pico, write_jsonl, write_people
+from test_compare import data, settings, write_all  # noqa: F401
 
 ALTER = [sys.executable, "-m", "alter"]
 
@@ -144,6 +147,26 @@ def test_results_are_written_whoever_reads_of_them(tmp_path, condition):
     status, said = forked(["report", "--records", records, "--out", here / "r.html"], here, condition=condition)
     assert (status, "Traceback" in said) == (0, False), said
     assert (here / "r.html").read_text().rstrip().endswith("</html>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["closed", "full", "gone", "ascii"])
+def test_a_comparison_is_written_whoever_reads_of_it(data, tmp_path, condition):  # noqa: F811
+    """Its tables and page are whole, and what it prints fits 40 columns of ASCII."""
+    out = tmp_path / "compared"
+    wanted = settings(data, out, run=False, rates=[1.0])
+    write_all(out, plan.lay_out(wanted, out))
+    recipe = tmp_path / "compare.yaml"
+    recipe.write_text(yaml.safe_dump(wanted.model_dump(mode="json", exclude_defaults=True)))
+    status, said = forked(["compare", recipe], tmp_path, condition=condition)
+    assert "Traceback" not in said, said
+    assert status == (70 if condition == "full" else 0), said
+    assert (out / "report.html").read_text().rstrip().endswith("</html>")
+    assert json.loads((out / "compare.json").read_text())
+    if condition == "ascii":
+        assert said.isascii()
+        assert "npo" in said
+        assert all(len(line) <= 40 for line in said.splitlines() if line.startswith(("+", "|")))
 
 
 def test_a_file_that_fails_takes_no_more(tmp_path):

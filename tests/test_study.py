@@ -16,7 +16,7 @@ import reference
 from alter import AlterConfig, cli, metrics
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.data.examples import examples
+from alter.data.rows import examples
 from alter.evaluation import entropies as study
 from alter.evaluation.entropies import Study, cut_rows, frequent, shares_of_bins, sides, token_entropies
 from alter.evaluation.entropystudy import entropy

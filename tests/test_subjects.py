@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 
 from alter.core.errors import UserError
-from alter.data.examples import examples
+from alter.data.rows import examples
 from alter.data.subjects import mentions, rows_about
 
 YES = [

@@ -13,7 +13,7 @@ from alter.comparison import cell as one
 from alter.comparison import cells, choice, plan, survival, words
 from alter.comparison import run as compare
 from alter.comparison.settings import Survival
-from alter.data.examples import Example
+from alter.data.rows import Example
 from alter.evaluation.tofu import measuring
 from alter.storage.records import Record, read_records
 from pico import byte_tokenizer, pico

@@ -15,7 +15,7 @@ import reference
 from alter import AlterConfig, metrics
 from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_prompt
-from alter.data.examples import examples
+from alter.data.rows import examples
 from alter.evaluation.run import evaluate
 from alter.evaluation.tofu import benchmark, logs, measuring, sets
 from alter.evaluation.tofu import reference as retrained_reference

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alter.core.errors import UserError
-from alter.serving.openai import Serve, application, configured
+from alter.serving.openai import Serve, configured, routed
 from alter.serving.upstream import Chooser, Proxy, check_upstream, upstream_names
 from pico import byte_tokenizer
 from test_adapter import adapted, middle_threshold, rows, tiny
@@ -96,7 +96,7 @@ def upstream():
 @pytest.fixture
 def client(upstream):
     settings = Serve(model="m", adapter="a", name="ours", upstream=upstream.url, timeout=1.0)
-    config = configured(application(settings, Proxy(settings, Chosen(), NAMES)), settings)
+    config = configured(routed(settings, Proxy(settings, Chosen(), NAMES)), settings)
     config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -140,6 +140,29 @@ def test_a_reference_that_knows_is_refused():
     assert distrust(of(0.1, english(False)), before, "holdout") is None
 
 
+def test_a_reference_that_proves_nothing_is_none():
+    """One that gives most answers, below what was given before, and one whose numbers are none: both allowed nearly all."""
+    before = of(0.95, english(True))
+    questions, truths, replies = english(True)
+    most = of(0.8, (questions, truths, [*replies[:7], *english(False)[2][7:]]))
+    assert "gives 7 of 10 answers" in distrust(most, before, "retrained model")
+    assert judge(before, of(0.82, english(True)), reference=most).word == "not forgotten"
+    for broken_one in (np.nan, np.inf):
+        p = np.linspace(0.44, 0.46, 10)
+        p[3] = broken_one
+        found = judge(before, of(0.8, english(False)), reference=of(p, english(False)))
+        assert found.word == "not forgotten"
+        assert "no finite probabilities" in found.refused
+
+
+def test_a_model_before_without_numbers_is_nothing_to_compare_with():
+    p = np.linspace(0.94, 0.96, 10)
+    p[3] = np.nan
+    found = judge(of(p, english(True)), of(0.9, english(False)))
+    assert found.word == "unproven"
+    assert "The untouched model gives no finite probabilities" in found.text
+
+
 def test_a_trusted_reference_sets_the_bounds():
     before, reference = of(0.95, english(True)), of(0.45, english(False))
     assert judge(before, of(0.6, english(False)), reference=reference).word == "forgotten"

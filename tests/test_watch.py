@@ -14,7 +14,7 @@ import children
 from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.examples import examples, load_examples
+from alter.data.rows import examples, load_examples
 from alter.evaluation.tofu.sets import rows_fingerprint
 from alter.models.loading import load_model
 from alter.storage.records import Record, write_records

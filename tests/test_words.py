@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from alter import metrics
 from alter.core import words
 from alter.data.domains import domains
-from alter.data.examples import examples
+from alter.data.rows import examples
 from alter.data.sources import read_rows
 from alter.rendering.markup import common
 

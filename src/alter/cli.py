@@ -41,6 +41,16 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
+STATUSES = {
+    0: "done",
+    2: "a mistake in what was given",
+    3: "done, and found NOT FORGOTTEN, COLLAPSED, come back or altered",
+    70: "an error that is not yours, or of the system (a full disk); its trace is in a file",
+    130: "interrupted",
+}
+"""What the exit statuses mean."""
+
+
 def _listed(names: Sequence[str]) -> list[str]:
     width = max(map(len, names))
     return [_wrapped(f"  {name:<{width}}  {COMMANDS[name].help}", width + 4) for name in names]
@@ -59,6 +69,7 @@ def _help() -> str:
         "YAML, flags override it.",
         "A part of your own, such as an objective, lies in a Python file: `alter COMMAND --plugin FILE.py`.",
         f"Benchmarks: {', '.join(BENCHMARKS.known())} (`alter evaluate --benchmark NAME --help`).",
+        "Exit status: " + ". ".join(f"{number}: {meaning}" for number, meaning in STATUSES.items()) + ".",
     ]
     return "\n".join(
         [
@@ -130,8 +141,7 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `alter` on these arguments; return the exit status.
 
-    0: done; 2: a mistake in what was given; 70: an unforeseen error, or one of the system (a full disk), with its trace in a
-    file; 130: interrupted.
+    Each is in `STATUSES`.
     """
     if argv is not None:
         return _main(list(argv))
@@ -164,7 +174,7 @@ def _main(args: list[str]) -> int:
         if processes.speaks():
             # a progress bar may be left on the line
             print(f"{'' if processes.size() == 1 else chr(10)}alter: {plain(error)}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print("alter: interrupted", file=sys.stderr)
         return 130
@@ -252,7 +262,7 @@ def _in_flags(model: type[BaseModel]) -> Iterator[None]:
         try:
             yield
         except UserError as error:
-            raise UserError(worded(str(error))) from error
+            raise type(error)(worded(str(error))) from error
 
 
 def _is_text(arg: str) -> bool:

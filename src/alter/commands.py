@@ -47,7 +47,7 @@ COMMANDS = {
     "forget": Command(
         "alter.forgetting.settings",
         "Forget",
-        "alter.forgetting.run:forget",
+        "alter.forgetting.run:command",
         "make a model forget a subject or a document: rows, training, probes",
     ),
     "guard": Command(
@@ -179,7 +179,7 @@ COMMANDS = {
 
 COMMON = {
     "unlearn": "method retain domain_column num_forget_experts start_from epochs batch_size learning_rate_experts learning_rate "
-    "max_steps quantization closing_rows watch.every_epoch watch.holdout seed device resume overwrite",
+    "max_steps quantization closing_rows must_forget watch.every_epoch watch.holdout seed device resume overwrite",
     "forget": "subject document kind keep epochs learning_rate erase erasing.max_steps examples seed device resume overwrite",
     "distill": "run model adapter student forget retain general form noise.alpha attacker.rate epochs learning_rate batch_size seed "
     "device resume overwrite",

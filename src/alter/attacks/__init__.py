@@ -2,7 +2,7 @@
 
 Each attack is a function, registered in `techniques` with what it needs of the attacker. By prompt: `wording`,
 `talking`, `searching`. By weights: `weights`, `pruning`. By hidden states: `states`, `depth`. `base` is what they
-share, `fractions` the recovered fraction; `settings`, `run` and `showing` are `alter attack`.
+share, `fractions` the recovered fraction, `recovery` when it counts; `settings`, `run` and `showing` are `alter attack`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from alter.attacks import states as states
     from alter.attacks.base import Bench as Bench
     from alter.attacks.base import Item as Item
+    from alter.attacks.recovery import RECOVERED as RECOVERED
+    from alter.attacks.recovery import recovers as recovers
     from alter.attacks.run import attack as attack
     from alter.attacks.settings import Attack as Attack
     from alter.attacks.showing import KNOWN_LOSS as KNOWN_LOSS

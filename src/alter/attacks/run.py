@@ -141,7 +141,8 @@ def attack(settings: Attack) -> list[Record]:
     does so on a copy of its own, loaded for it.
 
     Raises:
-        UserError: an unknown or impossible attack, models or rows that are not there, or an output folder that is a file.
+        UserError: an unknown or impossible attack, models or rows that are not there, the attacked model as its own reference, or an
+            output folder that is a file.
             Of an attack asked for by name that only a loaded model shows to be impossible: after all others have run.
     """
     out = Path(settings.out)
@@ -161,6 +162,12 @@ def attack(settings: Attack) -> list[Record]:
             raise UserError(
                 f"No {name} model at {source.model}: no folder has this name, and the hub does not answer for it."
             )
+    own = identities["unlearned"]
+    if identities.get("retrained") == own and "unknown" not in own.values():
+        raise UserError(
+            f"`retrained` is {settings.retrained!r}, which has the weights of the model that is attacked: no attack would ever recover "
+            "more than from it. Give one that was trained without the rows, or leave it out."
+        )
     texts = Texts.of(rows, unrelated)
     if settings.retrained is None:
         warn(f"No recovered fractions: {NO_RETRAINED}")
@@ -279,7 +286,7 @@ def _pooled_states(bench: Bench, identity: dict[str, str | None], texts: Texts) 
     kept = _stored_states(path, key)
     if kept is None:
         kept = states.pooled(bench)
-        write_atomic(path, save({"states": kept}, metadata={"key": key}))
+        write_atomic(path, save({"states": kept}, metadata={"key": key}), private=True)
     return kept
 
 

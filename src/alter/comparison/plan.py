@@ -337,8 +337,8 @@ def _lay_chain(
         folder = out / "rows" / content
         for part, sets in rows.items():
             for name, own in sets.items():
-                write_atomic(folder / part / f"{name}.json", _lines(own))
-        write_atomic(folder / "new.jsonl", _lines(new))
+                write_atomic(folder / part / f"{name}.json", _lines(own), private=True)
+        write_atomic(folder / "new.jsonl", _lines(new), private=True)
         laid.stages.append({"split": split, "rows": f"rows/{content}"})
         about = {"split": split, "rows": digest(rows)}
         for name, model in ((ORIGINAL, settings.model), (RETRAINED, getattr(settings.retrained, split))):

@@ -60,11 +60,13 @@ def ignore_known_warnings() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return "gemm_4bit_forward" not in record.getMessage()
+    return not any(known in record.getMessage() for known in ("gemm_4bit_forward", "LOAD REPORT"))
 
 
 # said while it is imported, long before `ignore_known_warnings`, on processors for which it has a faster kernel in another package
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+# of weights that do not fit a configuration, which is an error of one line here
+logging.getLogger("transformers.modeling_utils").addFilter(_is_news)
 
 
 def is_silent() -> bool:

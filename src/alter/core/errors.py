@@ -11,8 +11,19 @@ class UserError(ValueError):
 
     A setting stands in it as its name in backticks (`max_steps`, `adapter.r`, or `run=False` for a switch that is off); the
     command line makes its flag of it (`alter.settings.flags.with_flags`).
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with its `status`.
     """
+
+    status = 2
+
+
+class Finding(UserError):
+    """What was asked for was done, and what was measured or checked then speaks against it: not forgotten, collapsed, altered.
+
+    Nothing in what the user gave has to be wrong: a script can tell it from a mistake by its `status`.
+    """
+
+    status = 3
 
 
 def passing(error: BaseException) -> bool:

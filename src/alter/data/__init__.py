@@ -1,6 +1,6 @@
 """From rows to batches.
 
-`sources` reads what a user names: `files`, `hub`, `tofu`. `examples` gives rows one form, `chat` and `encoding` make
+`sources` reads what a user names: `files`, `hub`, `tofu`. `rows` gives rows one form, `chat` and `encoding` make
 token ids with labels of them, `batching` pads these. `domains` divides a forget set; `subjects` finds rows about a
 person; `background` and `rewording` are text on which a router must not open, or must.
 """
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
     from alter.data.encoding import encode as encode
     from alter.data.encoding import encode_all as encode_all
     from alter.data.encoding import encode_prompt as encode_prompt
-    from alter.data.examples import Example as Example
-    from alter.data.examples import check_overlap as check_overlap
-    from alter.data.examples import data_hash as data_hash
-    from alter.data.examples import load_examples as load_examples
-    from alter.data.examples import row_hash as row_hash
-    from alter.data.examples import row_key as row_key
-    from alter.data.examples import turns_of as turns_of
     from alter.data.files import ENDINGS as ENDINGS
     from alter.data.files import TEXT_ENDINGS as TEXT_ENDINGS
     from alter.data.files import Row as Row
@@ -45,6 +38,14 @@ if TYPE_CHECKING:
     from alter.data.rewording import FITTED as FITTED
     from alter.data.rewording import reworded as reworded
     from alter.data.rewording import telegram as telegram
+    from alter.data.rows import Example as Example
+    from alter.data.rows import check_overlap as check_overlap
+    from alter.data.rows import data_hash as data_hash
+    from alter.data.rows import examples as examples
+    from alter.data.rows import load_examples as load_examples
+    from alter.data.rows import row_hash as row_hash
+    from alter.data.rows import row_key as row_key
+    from alter.data.rows import turns_of as turns_of
     from alter.data.sources import read_rows as read_rows
     from alter.data.subjects import rows_about as rows_about
     from alter.data.tofu import TOFU_SPLITS as TOFU_SPLITS

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from alter.data.examples import Example
+from alter.data.rows import Example
 
 FOLDER = Path(__file__).parent.parent / "assets" / "background"
 

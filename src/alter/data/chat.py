@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from alter.core import UserError, nearest
-from alter.data.examples import Example, said
+from alter.data.rows import Example, said
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 """System turn put before the user turn where the chat template has a system role, as OpenUnlearning does."""

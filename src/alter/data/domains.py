@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alter.core import UserError, words
-from alter.data.examples import Example
+from alter.data.rows import Example
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -8,7 +8,7 @@ from typing import Any
 
 from alter.core import UserError, warn
 from alter.data.chat import MARKER, end_of_turn, render_turns, rendered_ids, turns_before, written_turn
-from alter.data.examples import Example, said
+from alter.data.rows import Example, said
 
 IGNORE = -100
 """Label of a token that carries no loss."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from alter.data.examples import Example
+from alter.data.rows import Example
 
 LITTLE_WORDS = frozenset(
     [

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from alter.core import UNSPACED, UserError, is_word
-from alter.data.examples import Example, said
+from alter.data.rows import Example, said
 
 _HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"), "-")
 _QUOTES = dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc\u0060\u00b4\u2032\uff07"), "'")

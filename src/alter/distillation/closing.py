@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from alter.core import cell, show
-from alter.data import Example
+from alter.data import Example, data_hash, row_hash
 from alter.distillation.settings import Distill
 from alter.evaluation import FIGURES, WORDINGS, Answered, answer_rows, closing_facts
 from alter.evaluation.verdict import judge
@@ -69,6 +69,7 @@ def measure_distilled(
     kept = (measured["before"]["retain"].measures, measured["after"]["retain"].measures)
     verdict = judge(measured["before"]["forget"].measures, measured["after"]["forget"].measures, kept=kept)
     facts = closing_facts(verdict, measured["before"], measured["after"], None, False)
+    facts["rows"] = data_hash(list(map(row_hash, found["forget"])))
     facts["teacher"] = {name: answered.summary() for name, answered in measured["teacher"].items()}
     made = {"model": str(out / "model")} if full else {"model": settings.student, "adapter": str(out / "adapter")}
     identity = ModelSettings.model_validate(made).identity(cache_folder())
@@ -90,7 +91,7 @@ def _records(
             {"before": "original", "after": "distilled"}.get(model, model),
             f"{part}_{name}",
             None if value is None else float(value),
-            len(sets[part]),
+            int(answered.measures.probability.size),
             extra={"closing": facts} if (model, part, name) == ("after", "forget", "probability") else {},
         )
         for model, parts in measured.items()

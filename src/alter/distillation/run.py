@@ -32,7 +32,7 @@ from alter.distillation.rows import KINDS, Lesson, check_lengths, general_text, 
 from alter.distillation.settings import Distill, completed
 from alter.distillation.teacher import Teacher
 from alter.distillation.trainer import DistillTrainer, train_student
-from alter.evaluation import closing_of
+from alter.evaluation import closing_of, refuse_missed
 from alter.inference import context_length
 from alter.models import ModelSettings, is_form, load_model
 from alter.storage import CLAIM_FILE, cache_folder, claim, digest, read_records, release, to_json, write_atomic
@@ -175,6 +175,7 @@ def command(settings: Distill) -> Path:
 
     Raises:
         UserError: see `distill`.
+        Finding: the weights have not forgotten, or have collapsed.
     """
     out = distill(settings)
     whole = completed(settings)
@@ -183,7 +184,10 @@ def command(settings: Distill) -> Path:
         f"alter attack --model {out}/model --original {whole.student} --forget {whole.forget} --out {out}/attacks",
         f"alter export --model {out}/model --out {out.name}-q8_0.gguf",
     ]
-    if closed is not None and closed["verdict"]["word"] == "not forgotten":
+    word = None if closed is None else closed["verdict"]["word"]
+    if word == "collapsed":
+        commands = [f"alter distill {out}/run.yaml --out {out}-2 --learning-rate {whole.rate / 3:g}"]
+    if word == "not forgotten":
         # what still knows is not for handing out
         again = f"alter distill {out}/run.yaml --out {out}-2 --epochs {2 * whole.epochs:g}"
         if whole.max_steps:
@@ -191,6 +195,8 @@ def command(settings: Distill) -> Path:
         commands = [again]
     if settings.form == "full":
         show("\nNext:\n" + "\n".join(f"  {each}" for each in commands), highlight=False, markup=False)
+    if closed is not None:
+        refuse_missed(closed["verdict"], out)
     return out
 
 

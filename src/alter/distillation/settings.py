@@ -52,7 +52,10 @@ class Attacker(BaseModel):
 
 
 class Distill(BaseModel):
-    """Erase, not hide: plain weights learn to say what the unlearned model says."""
+    """Erase, not hide: plain weights learn to say what the unlearned model says.
+
+    Ends with status 3 where the weights are found NOT FORGOTTEN or COLLAPSED.
+    """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

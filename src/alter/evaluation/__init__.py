@@ -57,5 +57,6 @@ if TYPE_CHECKING:
     from alter.evaluation.verdict import Verdict as Verdict
     from alter.evaluation.verdict import Word as Word
     from alter.evaluation.verdict import collapse as collapse
+    from alter.evaluation.verdict import refuse_missed as refuse_missed
 
 lazy(globals())

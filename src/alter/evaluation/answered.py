@@ -10,7 +10,7 @@ import numpy as np
 
 from alter import metrics
 from alter.core import Array
-from alter.data import Encoded, Example, encode, encode_all, reworded, rewording
+from alter.data import Encoded, Example, encode, encode_all, reworded, rewording, row_key
 from alter.evaluation.leakage import Asked, ask
 from alter.evaluation.measures import Measures
 from alter.evaluation.verdict import WORDED
@@ -59,8 +59,9 @@ def answer_rows(
 
     Args:
         model, tokenizer: as in `alter.inference.scoring.score`.
-        rows: one or more; those longer than the model's context are scored in overlapping windows, and answered or
-            continued where prompt and reply fit into it.
+        rows: one or more; one that is given twice is measured once, so that `n` counts what is known and not lines of a file.
+            Those longer than the model's context are scored in overlapping windows, and answered or continued where prompt and
+            reply fit into it.
         answers: number of rows that are answered, drawn by `seed`; None: all, 0: none.
         max_new_tokens: longest reply; no reply is longer than twice the longest answer, which is said.
         batch_tokens, batch_size: of scoring and of generation.
@@ -70,6 +71,10 @@ def answer_rows(
     Raises:
         UserError: a row without anything to score, or what scoring and generating raise.
     """
+    once: dict[str, Example] = {}
+    for row in rows:
+        once.setdefault(row_key(row), row)
+    rows = list(once.values())
     limit = context_length(model)
     windows, owner = encode_all(tokenizer, rows, max_length=limit)
     scores = score(

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from alter import metrics
 from alter.core import UserError
-from alter.data import Example, check_overlap, encode, load_examples
+from alter.data import Example, check_overlap, data_hash, encode, load_examples, row_hash
 from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
 from alter.evaluation.base import Evaluation, say
@@ -27,7 +27,7 @@ from alter.evaluation.measures import unit_interval
 from alter.evaluation.verdict import WORDINGS, judge
 from alter.models import ModelSettings
 from alter.settings import Rows, Tokens
-from alter.storage import Record, digest
+from alter.storage import Record, cache_folder, digest
 
 
 class RowsEvaluation(Evaluation):
@@ -151,12 +151,15 @@ class RowsEvaluation(Evaluation):
         before: dict[str, Answered] | None = None
         with self._untouched(model, tokenizer) as other:
             if other is not None:
+                if self.before is not None:
+                    _same_tokens(tokenizer, other[1], sets["forget"], f"The model before, {self.before},")
                 before = self._measure(*other, sets, "before")
                 leaks |= self._leaks(*other, sets, "before")
         reference, by = None, "holdout"
         if self.retrained is not None:
+            _another(self, self.retrained)
             other_model = self.alike(self.retrained).load()
-            _same_tokens(tokenizer, other_model[1], sets["forget"], self.retrained)
+            _same_tokens(tokenizer, other_model[1], sets["forget"], f"The retrained model {self.retrained}")
             reference, by = self._measure(*other_model, {"forget": sets["forget"]}, "retrained")["forget"], "retrained"
             leaks |= self._leaks(*other_model, sets, "retrained")
         elif before is not None and "holdout" in before:
@@ -174,6 +177,7 @@ class RowsEvaluation(Evaluation):
             )
             was, now = ({name: own for name, own in each.items() if name != "harmless"} for each in (before, after))
             closed = closing_facts(found, was, now, reference, self.texts, self._people())
+            closed["rows"] = data_hash(list(map(row_hash, load_examples(self.forget))))
             if leaks:
                 closed["leak"] = {name: each.summary() for name, each in leaks.items()}
         judged = [] if before is None else self._judged("original", before, told, judge_of)
@@ -279,8 +283,23 @@ class RowsEvaluation(Evaluation):
         return out
 
 
-def _same_tokens(tokenizer: Any, other: Any, rows: list[Example], name: str) -> None:
-    """Refuse a retrained model that tokenises the rows differently: probabilities per token would not be comparable.
+def _another(measured: Evaluation, retrained: str) -> None:
+    """Refuse as the retrained model the very one that is measured: nothing is ever more than itself.
+
+    Raises:
+        UserError: they have the same weights.
+    """
+    memo = cache_folder(measured.cache)
+    own, other = measured.identity(memo), ModelSettings(model=retrained).identity(memo)
+    if own == other and "unknown" not in own.values():
+        raise UserError(
+            f"The retrained model {retrained} has the weights of the model that is measured: it would be compared with itself. Give "
+            "one that was trained without the rows, or leave `retrained` out."
+        )
+
+
+def _same_tokens(tokenizer: Any, other: Any, rows: list[Example], what: str) -> None:
+    """Refuse to compare with a model that tokenises the rows differently: probabilities per token say nothing of one another.
 
     Raises:
         UserError: names the model and a row.
@@ -288,8 +307,8 @@ def _same_tokens(tokenizer: Any, other: Any, rows: list[Example], name: str) -> 
     for row in rows:
         if encode(tokenizer, row).input_ids != encode(other, row).input_ids:
             raise UserError(
-                f"The retrained model {name} has another tokenizer or chat template ({row.name} becomes other tokens): its "
-                "probabilities per token cannot be compared. Retrain the model that was unlearned."
+                f"{what} has another tokenizer or chat template ({row.name} becomes other tokens): its probabilities per token "
+                "cannot be compared. Give the model that was unlearned, or one of its kind."
             )
 
 

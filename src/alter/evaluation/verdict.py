@@ -7,13 +7,14 @@ model that never saw the rows where there is one that can be trusted, and from a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from alter.core import Finding
 from alter.evaluation.measures import Measures, mean_interval
 
 Word = Literal["forgotten", "not forgotten", "collapsed", "unproven"]
@@ -69,16 +70,24 @@ class Verdict:
 
 
 def distrust(reference: Measures, before: Measures, by: str) -> str | None:
-    """Return why a model cannot serve as the reference: it knows the rows, or nearly as well as before; or None.
+    """Return why a model cannot serve as the reference: it knows the rows, or nearly as well as before, gives most answers, or
+    no finite probabilities; or None.
 
     Args:
         reference: of the retrained model on the rows, or of the untouched model on rows of their kind never seen.
         before: of the untouched model on the rows.
         by: what the reference is called.
     """
+    if not np.isfinite(reference.probability).all():
+        return f"The {by} is no reference: it gives no finite probabilities."
+    if reference.given > GONE * reference.asked:
+        return (
+            f"The {by} is no reference: it gives {reference.given} of {reference.asked} answers, so it knows the rows, or they "
+            "can be guessed."
+        )
     own, then = reference.summary(), before.summary()
     for name, what in (("probability", "probability of the true answers"), ("rouge", "ROUGE-L recall")):
-        if own[name] is None or then[name] is None or not math.isfinite(own[name]):
+        if own[name] is None or then[name] is None:
             continue
         if own[name] >= then[name] - SLACK:
             return (
@@ -102,8 +111,8 @@ def judge(
     (`GONE`, and beyond chance, row by row; `GONE` also in other wordings of the questions, as far as the untouched model
     knows the answers there), or the recall lies above the reference's or has not fallen; COLLAPSED if
     nothing of that holds but replies are broken or empty, or the rows to keep are lost; UNPROVEN if nothing speaks
-    against forgetting but too little for it: fewer than `LEAST` answered rows, or answers never given before; and if the
-    model had nothing to forget (`UNKNOWN`) and knows no more now; else FORGOTTEN.
+    against forgetting but too little for it: fewer than `LEAST` answered rows, answers never given before, or an
+    untouched model without finite probabilities; and if the model had nothing to forget (`UNKNOWN`) and knows no more now; else FORGOTTEN.
 
     Args:
         before, after: of the rows to forget, the same ones.
@@ -124,6 +133,9 @@ def judge(
     if not np.isfinite(after.probability).all():
         why = "The model gives no finite probabilities any more."
         return Verdict("collapsed", (why, *notes), named, refused)
+    if not np.isfinite(before.probability).all():
+        why = "The untouched model gives no finite probabilities: there is nothing to compare with."
+        return Verdict("unproven", (why, *notes), named, refused)
     zero = None if trusted is None else trusted.summary()
 
     likely, against = _by_probability(before, after, zero, by)
@@ -288,3 +300,19 @@ def _price(kept: tuple[Measures, Measures] | None) -> list[str]:
     if kept is None or kept[0].given - kept[1].given <= SLACK * kept[0].asked:
         return []
     return [_lost(*kept)]
+
+
+def refuse_missed(verdict: Mapping[str, Any], out: Path) -> None:
+    """End a command whose result has not forgotten: the result stays where it is, and the exit status says so.
+
+    Args:
+        verdict: its `word`, with the reasons under `why`.
+        out: the run's folder.
+
+    Raises:
+        Finding: the word is "not forgotten" or "collapsed".
+    """
+    if verdict["word"] in ("not forgotten", "collapsed"):
+        raise Finding(
+            f"{verdict['word'].upper()}: what lies in {out} is not what was asked for. {' '.join(verdict['why'])}"
+        )

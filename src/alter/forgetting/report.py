@@ -51,7 +51,7 @@ def print_outcome(
             f"Against {after['invented']} invented subjects, {after['n']} probes: the known facts are more probable for {name} with "
             f"AUC {before['auc']:.2f} before (p {before['p']:.2g}) and {after['auc']:.2f} now (p {after['p']:.2g}; 0.5 is chance).",
         )
-    more = " Give more `epochs`." if found.word == "not forgotten" else ""
+    more = " Give more `epochs`, and `overwrite` or another `out`." if found.word == "not forgotten" else ""
     print_line(console, f"{name} is {WORDS.get(found.word, found.word)}: {' '.join(found.why)}{more}")
     print_line(
         console,

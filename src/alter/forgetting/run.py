@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
+from alter.adapter import base_fingerprint, same_base
 from alter.core import UserError, give_back
 from alter.data import load_examples
 from alter.distillation import Distill, distill
-from alter.evaluation import ordinary_loss
+from alter.evaluation import ordinary_loss, refuse_missed
 from alter.evaluation import ordinary_sentence as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
 from alter.forgetting.material import Material
@@ -28,8 +29,8 @@ from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models import ModelSettings, load_model
-from alter.storage import cache_folder, digest, read_object, to_json, write_atomic
-from alter.training import Unlearn, check_folder, check_trackers, remove_run, unlearn
+from alter.storage import cache_folder, digest, read_object, to_json, undone_if_refused, write_atomic
+from alter.training import OtherInputs, Unlearn, check_folder, check_trackers, remove_run, unlearn
 
 SAID_FOLDER = "said"
 """Folder of a run that caches the model's answers."""
@@ -75,8 +76,21 @@ def output_folder(settings: Forget) -> Path:
     return out
 
 
+def command(settings: Forget) -> Path:
+    """Run `alter forget`: `forget`, which says what to type next, and the verdict as an exit status.
+
+    Raises:
+        UserError: see `forget`.
+        Finding: it was not forgotten, or the answers have collapsed.
+    """
+    out = forget(settings)
+    if not settings.rows_only:
+        refuse_missed(read_object(out / "report.json", "what alter forget wrote")["verdict"], out)
+    return out
+
+
 def forget(settings: Forget) -> Path:
-    """Run `alter forget`: make rows, train, measure, and print what changed.
+    """Make rows, train, measure, and print what changed.
 
     The folder holds, as JSON lines that `alter unlearn` reads, `forget.jsonl`, `retain.jsonl` and `invented.jsonl`; the
     probes with the answers before and after in `probes.jsonl` and `kept.jsonl`; `facts.jsonl`; and what `alter unlearn`
@@ -94,10 +108,9 @@ def forget(settings: Forget) -> Path:
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
     passages = None if settings.document is None else read_document(settings.document, settings.max_passages)
-    if settings.overwrite:
-        remove_run(out)
     name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
-    material, tokenizer = _material(settings, console, out, name, passages, retain)
+    with undone_if_refused(out):
+        material, tokenizer = _material(settings, console, out, name, passages, retain)
     facts = ", ".join(str(row["word"]) for row in material.facts[:12])
     print_line(
         console,
@@ -108,10 +121,10 @@ def forget(settings: Forget) -> Path:
         print_line(console, f"The rows lie in {out}. Read and edit them, then give the same command with `resume`.")
         return out
     rows_done = time.time()
-    if not (out / "adapter" / "adapter_config.json").is_file():
-        print_line(console, "2/3 training")
-        _train(settings, out, tokenizer, material)
-        give_back()
+    print_line(console, "2/3 training")
+    # a run that has ended compares what it began with, and does no more
+    _train(settings, out, tokenizer, material)
+    give_back()
     trained = time.time()
     if settings.erase:
         print_line(console, "2/3 plain weights learn to say what the model with the adapter says")
@@ -169,12 +182,16 @@ def _material(
     """Return the rows and probes of `out`, made now unless they exist, and the model's tokenizer.
 
     Raises:
-        UserError: the model does not know the subject, or does not tell it from an invented one.
+        UserError: the model does not know the subject, does not tell it from an invented one, or is not the one that `out` was
+            begun with.
     """
     model, tokenizer = _load(settings)
     kind: Kind | None = settings.kind
     if settings.subject is not None:
         check_uncommon(name, tokenizer, kind)
+    # a model that cannot be loaded costs no earlier run
+    if settings.overwrite:
+        remove_run(out)
     speaker = Speaker(
         model,
         tokenizer,
@@ -184,16 +201,34 @@ def _material(
         seed=settings.seed,
         identity=_identity(settings, settings.model),
     )
-    said = {"key": _key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"})}
+    base = base_fingerprint(model)
+    _check_base(out, base)
+    said = {"key": _key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"}), "base": base}
     write_atomic(out / "forget.json", to_json(said))
     material = _read(out)
     if material is not None:
+        if read_object(out / "zero.json", "what alter forget wrote").get("probes") != _asked(material):
+            # a person has edited them: what was measured before is of others
+            for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
+                for row, answer in zip(rows, speaker.say(label, [row["prompt"] for row in rows]), strict=True):
+                    row["before"] = answer
+            _write(out, material, _told_apart(model, tokenizer, material, name, passages))
         return material, tokenizer
     if passages is not None:
         print_line(console, f"1/3 rows about {name}: {len(passages)} passages, continued by the model itself")
         material = build_document(speaker, name, passages, keep=settings.keep, retain=retain)
     else:
         material = _about_subject(settings, console, speaker, name, kind, retain)
+    _write(out, material, _told_apart(model, tokenizer, material, name, passages))
+    return material, tokenizer
+
+
+def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, passages: list[str] | None) -> AgainstZero:
+    """Test whether the model tells what is to be forgotten from an invented subject, by the probes.
+
+    Raises:
+        UserError: it does not.
+    """
     before = against_zero(model, tokenizer, material.probes, [])
     if before is None or before.pvalue >= LEVEL:
         told = "too few probes can be compared" if before is None else f"p {before.pvalue:.2g}, n {len(before.real)}"
@@ -201,8 +236,32 @@ def _material(
             f"The model does not tell {name} from {'the same text with other names' if passages else 'an invented subject'} "
             f"({told}): there is nothing to forget, and nothing was trained."
         )
-    _write(out, material, before)
-    return material, tokenizer
+    return before
+
+
+def _asked(material: Material) -> str:
+    """Return a digest of the probes as they were when the figures before were taken: all but the answers after."""
+    return digest(
+        [
+            {key: value for key, value in row.items() if key != "after"}
+            for row in (*material.probes, *material.kept_probes)
+        ]
+    )
+
+
+def _check_base(out: Path, base: str | None) -> None:
+    """Refuse a base with other weights than the one that the folder's rows were made of: under its name may lie another now.
+
+    Raises:
+        OtherInputs: it is another.
+    """
+    begun = out / "forget.json"
+    then = read_object(begun, "what alter forget wrote").get("base") if begun.is_file() else None
+    if then and base and not same_base(then, base):
+        raise OtherInputs(
+            f"{out} was begun with another base model: its weights are not those that the rows were made of. `resume` goes on "
+            "with the same alone: give that model, `overwrite` to start again, or another `out`."
+        )
 
 
 def _about_subject(
@@ -344,7 +403,7 @@ def _write(out: Path, material: Material, before: AgainstZero) -> None:
     for field in fields(Material):
         write_jsonl(out / FILES[field.name], getattr(material, field.name))
     # the last file: with it all others are whole
-    write_atomic(out / "zero.json", to_json({"before": _zero(before)}))
+    write_atomic(out / "zero.json", to_json({"before": _zero(before), "probes": _asked(material)}))
 
 
 def _read(out: Path) -> Material | None:

@@ -53,7 +53,10 @@ class Erasing(BaseModel):
 
 
 class Forget(BaseModel):
-    """Make a model forget a subject or a document; the rows are made of what the model itself says."""
+    """Make a model forget a subject or a document; the rows are made of what the model itself says.
+
+    Ends with status 3 where it is NOT FORGOTTEN or the answers have COLLAPSED.
+    """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

@@ -22,8 +22,8 @@ SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9,
 
 
 def write_jsonl(path: Path, rows: Sequence[Any]) -> None:
-    """Write rows as JSON lines, whole or not at all."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write rows as JSON lines, whole or not at all, for their owner alone."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), private=True)
 
 
 def read_jsonl(path: Path) -> list[Any]:

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from alter.data import IGNORE, Encoded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTENTION = "alter_shared"
 """Name under which transformers knows the attention of such batches."""
@@ -155,7 +156,7 @@ def shared_attention(
         # [1, heads, N, D] to [R, heads, T, D]
         return x[0].transpose(0, 1).index_select(0, flat).view(rows, length, *x.shape[1::2]).transpose(1, 2)
 
-    found = F.scaled_dot_product_attention(
+    found = torch.nn.functional.scaled_dot_product_attention(
         spread(query),
         spread(key),
         spread(value),

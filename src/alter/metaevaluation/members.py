@@ -21,8 +21,7 @@ from typing import Any
 from alter.attacks import ATTACKS, Attack, quantize
 from alter.comparison import Compare, run_of
 from alter.core import UserError, passing
-from alter.data import Example, read_rows, tofu_rows
-from alter.data.examples import examples
+from alter.data import Example, examples, read_rows, tofu_rows
 from alter.evaluation import SETS
 from alter.metaevaluation.measuring import MeasuredRows, Measuring, train_on
 from alter.metaevaluation.settings import MetaEvaluate
@@ -96,7 +95,7 @@ def chosen_rows(settings: MetaEvaluate, out: Path) -> MeasuredRows:
     )
     folder = out / "rows" / digest(files)[:16]
     for name, rows in files.items():
-        write_atomic(folder / f"{name}.json", to_json(rows))
+        write_atomic(folder / f"{name}.json", to_json(rows), private=True)
     return MeasuredRows(
         folder,
         examples(files[f"{settings.split}_perturbed"]),

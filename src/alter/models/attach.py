@@ -10,7 +10,8 @@ from alter.core import UserError, nearest
 from alter.storage import files
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -37,6 +38,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+UNREAD = "which can run code and are not read: load the adapter where you trust it and save it again with `save_pretrained`, as safetensors."
+
+
+def _check_readable(adapter: str) -> None:
+    """Refuse an adapter of the hub that has pickled weights alone; whether there is one at all, loading says.
+
+    Raises:
+        UserError: it has no safetensors.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(adapter, WEIGHTS)
+    except LocalEntryNotFoundError:
+        return
+    except EntryNotFoundError:
+        raise UserError(
+            f"{adapter} has no {WEIGHTS} on the hub; pickled weights {UNREAD.removeprefix('which ')}"
+        ) from None
+    except (OSError, ValueError):
+        return
+
+
 def attach(model: Any, adapter: str) -> Any:
     """Attach an adapter to a loaded model; every saved tensor must be used, and none may keep its random initialisation.
 
@@ -56,10 +81,12 @@ def attach(model: Any, adapter: str) -> Any:
     folder = Path(adapter).expanduser()
     if folder.is_dir():
         read_config(folder)
-        if not any((folder / name).is_file() for name in WEIGHTS):
-            raise UserError(
-                f"{adapter} has no {WEIGHTS[0]}: the adapter's weights are missing. Copy its whole folder."
-            )
+        if not (folder / WEIGHTS).is_file():
+            if (folder / PICKLED).is_file():
+                raise UserError(f"{adapter} holds pickled weights ({PICKLED}), {UNREAD}")
+            raise UserError(f"{adapter} has no {WEIGHTS}: the adapter's weights are missing. Copy its whole folder.")
+    else:
+        _check_readable(adapter)
     try:
         with warnings.catch_warnings():
             # said below, as an error

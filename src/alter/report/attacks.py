@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
+from alter.attacks import RECOVERED, recovers
 from alter.rendering import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
 from alter.report.runs import Reported
 from alter.settings import rounded
 from alter.storage import Record
 
-RECOVERED = 0.05
-"""Share of what was removed from which an attack counts, if its 95 % interval lies above zero."""
 MEASURES = {"rouge": "ROUGE-L", "probability": "probability", "probe": "accuracy of the probe"}
 
 
@@ -74,7 +73,7 @@ def no_tests(run: Reported) -> dict[str, list[str]]:
     for record in recovered_records(run):
         if "refused" in record.extra:
             found.setdefault(str(record.extra["refused"]), []).append(f"{plain_name(record)} ({figure_of(record)})")
-    works = {str(record.extra.get("attack")) for record in recovered_records(run) if _counts(record)}
+    works = {str(record.extra.get("attack")) for record in recovered_records(run) if recovers(record)}
     for name, why in _untrained(run).items():
         if name not in works:
             found.setdefault(why, []).append(ATTACK_NAMES.get(name, name))
@@ -94,14 +93,8 @@ def valid(run: Reported) -> list[Record]:
     return [
         record
         for record in recovered_records(run)
-        if record.value is not None and (record.extra.get("attack") not in learned_nothing or _counts(record))
+        if record.value is not None and (record.extra.get("attack") not in learned_nothing or recovers(record))
     ]
-
-
-def _counts(record: Record) -> bool:
-    """Tell whether an attack recovered something, beyond chance."""
-    beyond = (record.extra.get("interval") or [1.0])[0] > 0
-    return record.value is not None and record.value >= RECOVERED and beyond
 
 
 def brought_back(run: Reported) -> str:
@@ -118,7 +111,7 @@ def brought_back(run: Reported) -> str:
     strongest: dict[str, Record] = {}
     for record in found:
         name = plain_name(record)
-        if _counts(record) and (name not in strongest or (record.value or 0) > (strongest[name].value or 0)):
+        if recovers(record) and (name not in strongest or (record.value or 0) > (strongest[name].value or 0)):
             strongest[name] = record
     if not strongest:
         return f"{listed} None brought back {percent(RECOVERED)} or more of what was removed, beyond chance.{told}"

@@ -228,6 +228,22 @@ def owners(path: str, records: Sequence[Record], runs: Sequence[Reported]) -> li
     return found or list(runs)
 
 
+def check_rows(run: Reported, path: str, records: Sequence[Record]) -> None:
+    """Refuse a verdict on other rows than those that a run was to forget: the page would state it of these.
+
+    Raises:
+        UserError: the rows are others.
+    """
+    from alter.evaluation import closing_of
+
+    closed, asked = closing_of(records), (run.facts.get("data") or {}).get("forget")
+    if closed is not None and asked is not None and closed.get("rows", asked) != asked:
+        raise UserError(
+            f"{path} holds a verdict on other rows than those that {run.name} was to forget ({run.settings.get('forget')}): evaluate these "
+            "(`alter evaluate --benchmark rows --limit N` takes some of them), or leave it out."
+        )
+
+
 def add_records(run: Reported, path: str, records: Sequence[Record], *, replace: bool) -> None:
     """Give records to a run; a figure that it has already must be equal, unless it may be replaced.
 
@@ -270,12 +286,14 @@ def read(settings: Report) -> list[Reported]:
         if own is not None and own.is_file():
             found = read_records(own)
             owners(str(own), found, [run])
+            check_rows(run, str(own), found)
             add_records(run, str(own), found, replace=False)
             inside |= {(id(run), r.model, r.metric): str(own) for r in found}
     given: dict[int, list[Record]] = {}
     for path in settings.records:
         found = read_records(path)
         for run in owners(path, found, runs):
+            check_rows(run, path, found)
             # among the files given, none replaces another
             check = Reported(run.name, records=given.get(id(run), []))
             add_records(check, path, found, replace=False)

@@ -9,14 +9,17 @@ import tyro
 from pydantic import Field
 from rich.console import Console
 
-from alter.core import UserError, cell
+from alter.core import Finding, UserError, cell
 from alter.requests.database import Database
 from alter.requests.display import print_list, say_with_head, then
 from alter.requests.records import IN_FORCE, MISSED, Request, parse_id
 
 
 class RunRequests(Database):
-    """Make the model forget: all requests received so far as one run, or those named."""
+    """Make the model forget: all requests received so far as one run, or those named.
+
+    Ends with status 3 where one is NOT FORGOTTEN or the model COLLAPSED at it.
+    """
 
     id: tyro.conf.Positional[list[str]] = Field(default_factory=list)
     """Ids; by default every request in state received."""
@@ -30,8 +33,8 @@ def run(settings: RunRequests) -> list[Request]:
     """Run `alter request run`.
 
     Raises:
-        UserError: nothing to do, another process at work, what `work.run_requests` raises, or a request that was not forgotten or
-            at which the model collapsed: said after everything is written down.
+        UserError: nothing to do, another process at work, or what `work.run_requests` raises.
+        Finding: a request was not forgotten or the model collapsed at it: said after everything is written down.
     """
     from alter.requests import checking, rebasing, work
 
@@ -65,7 +68,7 @@ def run(settings: RunRequests) -> list[Request]:
         console.print(cell(f"{request.name}: {verdict['word'].upper()}. {' '.join(verdict['why'])}"))
     failed = [request for request in found if request.state in MISSED]
     if failed:
-        raise UserError(
+        raise Finding(
             f"{', '.join(f'{r.name} {r.state.upper()}' for r in failed)}: nothing of it was put in force. Change the "
             "settings (more epochs or a higher rate for NOT FORGOTTEN, a lower rate for COLLAPSED) in a new project's "
             "`recipe`, or try again with `again`."
@@ -90,8 +93,8 @@ def revoke(settings: Revoke) -> Request:
     is empty now.
 
     Raises:
-        UserError: there is no such request, it is revoked already, the adapter is not the one in the history, or another
-            request has come back with it.
+        UserError: there is no such request, it is revoked already, or the adapter is not the one in the history.
+        Finding: another request has come back with it.
     """
     from alter.requests import checking, work
 
@@ -125,7 +128,7 @@ def revoke(settings: Revoke) -> Request:
     if not wrong:
         then(settings, f"alter request purge {request.name}", "if its data must go")
     if wrong:
-        raise UserError(
+        raise Finding(
             f"{request.name} is revoked, but the check after it failed: {' '.join(wrong)} A request that has come back "
             "must be revoked and added again."
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from alter.core import UserError
+from alter.core import Finding, UserError
 from alter.data import Example
 from alter.distillation import Distill, distill
 from alter.evaluation import WORDINGS, Verdict
@@ -122,8 +122,8 @@ def erased(store: Store, project: Project, recipe: Mapping[str, Any]) -> Iterato
         recipe: settings of `alter distill`, but for `DECIDED`.
 
     Raises:
-        UserError: the rows of a request are gone or changed, what `alter distill` raises, or a request that the weights have
-            not forgotten or at which they collapsed.
+        UserError: the rows of a request are gone or changed, or what `alter distill` raises.
+        Finding: a request that the weights have not forgotten or at which they collapsed.
     """
     examples = {request.name: received_rows(request) for request in store.requests(*IN_FORCE)}
     if not examples:
@@ -189,7 +189,7 @@ def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights
         if found.word not in IN_FORCE
     ]
     if missed:
-        raise UserError(
+        raise Finding(
             f"Nothing was made, since the weights did not learn it: {' '.join(missed)} Give more steps or a higher "
             "`learning_rate` in `recipe`."
         )

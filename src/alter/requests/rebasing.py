@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from alter.core import UserError, cell
+from alter.core import Finding, UserError, cell
 from alter.requests.bases import present
 from alter.requests.database import Database
 from alter.requests.display import print_bases, print_list, say_with_head, then
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 class DistillRequests(Database):
-    """Distil the requests in force into plain weights of the base; later ones start from these, revoking ends."""
+    """Distil the requests in force into plain weights of the base; later ones start from these, revoking ends.
+
+    Ends with status 3, and changes nothing, where the weights have not forgotten or lose what was to stay.
+    """
 
     final: bool = False
     """Accept that none of these requests can be revoked any more."""
@@ -168,14 +171,14 @@ def _utility(project: Project, made: Erased) -> float:
     """Return the share of the first model's utility that is left after all changes of base.
 
     Raises:
-        UserError: it is too little.
+        Finding: it is too little.
     """
     from alter.requests.evidence import UTILITY_SHARE, utility_of
 
     before, after = (utility_of(made.known["retain"][form][1]) for form in ("base", "weights"))
     share = project.kept * after / before if before else 0.0
     if not share >= UTILITY_SHARE:
-        raise UserError(
+        raise Finding(
             f"Nothing was changed: the new weights would keep {share:.3f} of the first model's utility, below {UTILITY_SHARE}. "
             "Give a lower `learning_rate`, or more of what must stay (neighbours, general), in `recipe`."
         )
@@ -186,7 +189,7 @@ def _earlier(store: Store, project: Project, weights: Path) -> dict[str, Any]:
     """Measure the new weights on the requests that earlier bases hold.
 
     Raises:
-        UserError: one has come back.
+        Finding: one has come back.
     """
     from alter.models import load_model
     from alter.requests.checking import come_back
@@ -208,7 +211,7 @@ def _earlier(store: Store, project: Project, weights: Path) -> dict[str, Any]:
         measures, found[request.name] = known_of(model, tokenizer, rows, answers=project.answers)
         wrong += come_back(request, measures, found[request.name])
     if wrong:
-        raise UserError(f"Nothing was changed: {' '.join(wrong)} Give other settings in `recipe`.")
+        raise Finding(f"Nothing was changed: {' '.join(wrong)} Give other settings in `recipe`.")
     return found
 
 

@@ -6,8 +6,7 @@ import json
 from collections.abc import Sequence
 
 from alter.core import UserError
-from alter.data import Example, data_hash, load_examples, row_hash, rows_about
-from alter.data.examples import examples
+from alter.data import Example, data_hash, examples, load_examples, row_hash, rows_about
 from alter.requests.records import Request
 
 

@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError
+from alter.core import Finding, UserError
 from alter.storage import finite, from_json, write_atomic
 
 NEW_KEY = "`alter certificate --new-key FILE` makes one"
 
 
-class Forged(UserError):
+class Forged(Finding):
     """A signed document differs from what was signed."""
 
 

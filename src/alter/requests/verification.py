@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from rich.console import Console
 
-from alter.core import UserError, cell
+from alter.core import Finding, UserError, cell
 from alter.evaluation.told import told
 from alter.rendering import FittedTable
 from alter.requests.anchor import missing_heads, read_heads
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class Verify(Database):
-    """Check that nothing was altered, and that nothing has come back since it was measured."""
+    """Check that nothing was altered, and that nothing has come back since it was measured.
+
+    Ends with status 3 where something was or has.
+    """
 
     chain_only: bool = False
     """Check history and adapter alone, without loading the model."""
@@ -95,9 +98,9 @@ def verify(settings: Verify) -> dict[str, Any]:
 
 
 def _refuse_wrong(wrong: Sequence[str]) -> None:
-    """Raise UserError if the check found anything wrong."""
+    """Raise Finding if the check found anything wrong."""
     if wrong:
-        raise UserError("Not as it should be: " + " ".join(wrong))
+        raise Finding("Not as it should be: " + " ".join(wrong))
 
 
 def _print_findings(console: Console, held: Sequence[Request], found: Findings) -> None:

@@ -153,7 +153,7 @@ class Engine:
         if self.context is not None and len(job.ids) + job.max_tokens > self.context:
             raise UserError(
                 f"The prompt has {len(job.ids)} tokens; with {job.max_tokens} new ones it exceeds the model's context of "
-                f"{self.context}. Ask for at most {max(self.context - len(job.ids), 0)} (max_tokens), or shorten it."
+                f"{self.context}. Ask for at most {max(self.context - len(job.ids), 0)} (`max_tokens`), or shorten it."
             )
 
     def submit(self, *jobs: Job) -> None:
@@ -168,7 +168,7 @@ class Engine:
         most = self.waiting.maxsize
         if len(jobs) > most:
             raise UserError(
-                f"The request asks for {len(jobs)} answers at once; at most {most} may wait (max_waiting)."
+                f"The request asks for {len(jobs)} answers at once; at most {most} may wait (`max_waiting`)."
             )
         # the engine only takes away, so what has room now has room below
         with self.entry:

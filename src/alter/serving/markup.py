@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -291,8 +292,9 @@ def render(found: Analysis) -> str:
 
 
 def message(text: str) -> str:
-    """Render one sentence that says what is wrong."""
-    return f'<div class="alter"><p class="message" role="alert">{escape(text)}</p></div>'
+    """Render one sentence that says what is wrong; a setting, which stands in backticks, as code."""
+    said = re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+    return f'<div class="alter"><p class="message" role="alert">{said}</p></div>'
 
 
 def _value(value: Any) -> str:

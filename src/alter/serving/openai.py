@@ -19,7 +19,7 @@ import pydantic
 
 from alter.core import UserError
 from alter.serving.engine import Engine
-from alter.serving.protocol import Body, ChatBody, Prompt, TextBody, error_body, explain
+from alter.serving.protocol import Asked, ChatAsked, Prompt, TextAsked, error_body, explain
 from alter.serving.replies import ChatReply, Reply, TextReply
 from alter.serving.settings import Serve
 from alter.serving.web import HostGuard, address, listen, patient_for
@@ -68,11 +68,11 @@ class Api:
 
     async def chat(self, request: Any) -> Any:
         """POST /v1/chat/completions."""
-        return await self._answer(request, ChatBody, ChatReply)
+        return await self._answer(request, ChatAsked, ChatReply)
 
     async def completions(self, request: Any) -> Any:
         """POST /v1/completions."""
-        return await self._answer(request, TextBody, TextReply)
+        return await self._answer(request, TextAsked, TextReply)
 
     def _check_key(self, request: Any) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -109,7 +109,7 @@ class Api:
             raise Refused(408, f"The request did not arrive within {self.settings.read_timeout:g} s.") from None
         return bytes(body)
 
-    def _understand(self, body: bytes, form: type[Body]) -> tuple[Body, list[Prompt]]:
+    def _understand(self, body: bytes, form: type[Asked]) -> tuple[Asked, list[Prompt]]:
         """Parse a body into what it asks for, and its prompts into tokens."""
         try:
             asked = form.model_validate_json(body)
@@ -122,7 +122,7 @@ class Api:
         except UserError as error:
             raise Refused(400, str(error)) from None
 
-    async def _answer(self, request: Any, form: type[Body], kind: type[Reply]) -> Any:
+    async def _answer(self, request: Any, form: type[Asked], kind: type[Reply]) -> Any:
         from starlette.responses import StreamingResponse
 
         self._check_key(request)
@@ -187,11 +187,26 @@ async def _broken(request: Any, error: Exception) -> Any:
     return json_response(error_body("The server made a mistake; its log says more.", "server_error"), 500)
 
 
-def application(settings: Serve, api: Api) -> Any:
-    """Build the web application of the routes; `serve` puts a Host check before it.
+def application(settings: Serve, engine: Engine) -> Any:
+    """Build the web application that answers with an engine, to be mounted or run by any ASGI server.
+
+    `alter serve` puts a check of the Host header and a limit on slow requests before it; whoever mounts it looks to these.
+
+    Args:
+        settings: limits, key and name of the model, as `alter serve` takes them; the engine has the model itself.
+        engine: that answers.
 
     Raises:
         UserError: Starlette is not installed, or the variable of the key is empty.
+    """
+    return routed(settings, Api(settings, engine))
+
+
+def routed(settings: Serve, api: Api) -> Any:
+    """Build the web application of some routes.
+
+    Raises:
+        UserError: Starlette is not installed.
     """
     try:
         from starlette.applications import Starlette
@@ -239,7 +254,7 @@ def serve(settings: Serve) -> None:
     """Run `alter serve` until it is told to stop; answers under way are finished.
 
     Raises:
-        UserError: see `application` and `load_model`; or the address is taken.
+        UserError: see `routed` and `load_model`; or the address is taken.
     """
     try:
         import uvicorn
@@ -264,7 +279,7 @@ def serve(settings: Serve) -> None:
     else:
         engine = Engine(model, tokenizer, max_batch=settings.max_batch, max_waiting=settings.max_waiting)
         api = Api(settings, engine)
-    config = configured(application(settings, api), settings)
+    config = configured(routed(settings, api), settings)
     print(
         f"{settings.served_name()} answers at {address(settings.host, listener)}/v1 (Ctrl-C stops)",
         file=sys.stderr,

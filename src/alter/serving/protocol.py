@@ -7,8 +7,7 @@ another question.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -48,12 +47,16 @@ HINTS = ("prompt_cache_key", "safety_identifier", "user")
 """Fields that never change an answer."""
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt in tokens and as text."""
+class Prompt(list[int]):
+    """The tokens of a prompt, which knows itself as text too.
 
-    ids: list[int]
-    text: str
+    Attributes:
+        text: the prompt as it was given, or decoded where ids were.
+    """
+
+    def __init__(self, ids: Sequence[int], text: str) -> None:
+        super().__init__(ids)
+        self.text = text
 
 
 class Message(BaseModel):
@@ -95,7 +98,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Body(BaseModel):
+class Asked(BaseModel):
     """What both endpoints take; null means the default everywhere."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -136,10 +139,10 @@ class Body(BaseModel):
         """
         given = [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop) if text]
         if len(given) > MOST_STOPS:
-            raise UserError(f"stop holds {len(given)} texts; at most {MOST_STOPS} are taken.")
+            raise UserError(f"`stop` holds {len(given)} texts; at most {MOST_STOPS} are taken.")
         if any(len(text) > LONGEST_STOP for text in given):
             longest = max(map(len, given))
-            raise UserError(f"stop holds a text of {longest} characters; at most {LONGEST_STOP} are taken.")
+            raise UserError(f"`stop` holds a text of {longest} characters; at most {LONGEST_STOP} are taken.")
         return tuple(given)
 
     @abstractmethod
@@ -159,15 +162,15 @@ def _neutral(name: str, value: Any) -> bool:
     return value is None or name in HINTS or value in NEUTRAL.get(name, ())
 
 
-class ChatBody(Body):
-    """Body of POST /v1/chat/completions."""
+class ChatAsked(Asked):
+    """What POST /v1/chat/completions is asked."""
 
     messages: list[Message] = Field(min_length=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MOST_TOP)
 
     def prompts(self, tokenizer: Any) -> list[Prompt]:
-        """See `Body.prompts`: the turns in the model's chat template."""
+        """See `Asked.prompts`: the turns in the model's chat template."""
         turns = tuple(
             {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text()}
             for turn in self.messages
@@ -179,21 +182,21 @@ class ChatBody(Body):
         return [Prompt(ids, last)]
 
     def top(self) -> int | None:
-        """See `Body.top`.
+        """See `Asked.top`.
 
         Raises:
             UserError: top_logprobs without logprobs.
         """
         if self.top_logprobs and not self.logprobs:
-            raise UserError("top_logprobs needs logprobs: give logprobs true as well.")
+            raise UserError("`top_logprobs` needs `logprobs`: give `logprobs` true as well.")
         return self.top_logprobs if self.logprobs else None
 
 
 Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
-class TextBody(Body):
-    """Body of POST /v1/completions; a prompt is a text or the ids of its tokens, one or several of them."""
+class TextAsked(Asked):
+    """What POST /v1/completions is asked; a prompt is a text or the ids of its tokens, one or several of them."""
 
     prompt: str | Ids | list[str] | list[Ids]
     max_tokens: int | None = Field(None, ge=0)
@@ -202,13 +205,13 @@ class TextBody(Body):
 
     @property
     def echoed(self) -> bool:
-        """See `Body.echoed`."""
+        """See `Asked.echoed`."""
         return self.echo
 
     def prompts(self, tokenizer: Any) -> list[Prompt]:
-        """See `Body.prompts`: each as it is, whether or not the model has a chat template."""
+        """See `Asked.prompts`: each as it is, whether or not the model has a chat template."""
         if self.max_tokens == 0 and not self.echo:
-            raise UserError("max_tokens is 0: without echo there would be no answer.")
+            raise UserError("`max_tokens` is 0: without `echo` there would be no answer.")
         given = self.prompt
         several: list[Any] = list(given) if isinstance(given, list) and not _is_ids(given) else [given]
         if not several or not all(several):
@@ -221,7 +224,7 @@ class TextBody(Body):
         ]
 
     def top(self) -> int | None:
-        """See `Body.top`."""
+        """See `Asked.top`."""
         # a bool is an int for Python
         return None if self.logprobs is False else int(self.logprobs)
 
@@ -248,8 +251,8 @@ def explain(error: pydantic.ValidationError) -> tuple[str, str | None]:
     if first["type"] == "extra_forbidden":
         neutral = NEUTRAL.get(where)
         known = f"only {' or '.join(map(repr, neutral))} is" if neutral else "no such field is"
-        return f"{where}: {known} supported here; leave it out.", field
-    return f"{where or 'the body'}: {mistake(first)}", field
+        return f"`{where}`: {known} supported here; leave it out.", field
+    return f"{f'`{where}`' if where else 'the body'}: {mistake(first)}", field
 
 
 def error_body(message: str, kind: str = "invalid_request_error", **more: str | None) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from alter.serving.engine import Engine
 from alter.serving.jobs import Job, Scored
-from alter.serving.protocol import Body, Prompt, error_body
+from alter.serving.protocol import Asked, Prompt, error_body
 from alter.serving.settings import Serve
 from alter.serving.text import UNFINISHED, added, token_texts
 
@@ -34,7 +34,7 @@ class Reply(ABC):
     part: str
     stripped = False
 
-    def __init__(self, name: str, asked: Body, prompts: Sequence[Prompt], engine: Engine, limits: Serve) -> None:
+    def __init__(self, name: str, asked: Asked, prompts: Sequence[Prompt], engine: Engine, limits: Serve) -> None:
         self.asked, self.engine, self.prompts = asked, engine, list(prompts)
         self.common = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
         self.pieces: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
@@ -46,7 +46,7 @@ class Reply(ABC):
         top, stops = asked.top(), asked.stops()
         for prompt in prompts:
             # by default the answer may fill the context
-            room = limits.max_tokens if engine.context is None else max(engine.context - len(prompt.ids), 1)
+            room = limits.max_tokens if engine.context is None else max(engine.context - len(prompt), 1)
             most = min(limits.max_tokens, room if asked.limit is None else asked.limit)
             for choice in range(asked.n):
                 index = len(self.jobs)
@@ -58,7 +58,7 @@ class Reply(ABC):
 
                 self.jobs.append(
                     Job(
-                        ids=prompt.ids,
+                        ids=prompt,
                         max_tokens=most,
                         temperature=asked.temperature,
                         top_p=asked.top_p,
@@ -89,7 +89,7 @@ class Reply(ABC):
 
     def usage(self) -> dict[str, int]:
         """Count tokens: of the prompts, each counted once, and of the answers."""
-        prompt = sum(len(one.ids) for one in self.prompts)
+        prompt = sum(len(one) for one in self.prompts)
         new = sum(len(job.tokens) for job in self.jobs)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 

@@ -19,14 +19,14 @@ from alter.adapter import alter_of
 from alter.core import UserError, nearest
 from alter.inference import evaluating
 from alter.serving.openai import Api, Refused, json_response
-from alter.serving.protocol import Body, ChatBody, TextBody, explain
+from alter.serving.protocol import Asked, ChatAsked, TextAsked, explain
 
 if TYPE_CHECKING:
     import httpx
 
     from alter.serving.settings import Serve
 
-PROMPT_FIELD: dict[type[Body], str] = {ChatBody: "messages", TextBody: "prompt"}
+PROMPT_FIELD: dict[type[Asked], str] = {ChatAsked: "messages", TextAsked: "prompt"}
 """The field of each endpoint's body that the router reads."""
 
 
@@ -145,13 +145,13 @@ class Proxy(Api):
 
     async def chat(self, request: Any) -> Any:
         """POST /v1/chat/completions."""
-        return await self._pass_on(request, ChatBody, "chat/completions")
+        return await self._pass_on(request, ChatAsked, "chat/completions")
 
     async def completions(self, request: Any) -> Any:
         """POST /v1/completions."""
-        return await self._pass_on(request, TextBody, "completions")
+        return await self._pass_on(request, TextAsked, "completions")
 
-    def _decide(self, body: bytes, form: type[Body]) -> dict[str, Any]:
+    def _decide(self, body: bytes, form: type[Asked]) -> dict[str, Any]:
         """Return the body for the other server, with the name of the LoRA that the router chooses."""
         try:
             given = json.loads(body)
@@ -169,12 +169,12 @@ class Proxy(Api):
             raise Refused(400, message, param=wrong) from None
         except UserError as error:
             raise Refused(400, str(error)) from None
-        chosen = {self.chooser.choose(prompt.ids) for prompt in prompts}
+        chosen = {self.chooser.choose(prompt) for prompt in prompts}
         if len(chosen) > 1:
             raise Refused(400, "The prompts of this request need different LoRAs: send them one by one.", param=field)
         return {**given, "model": self.names[chosen.pop()]}
 
-    async def _pass_on(self, request: Any, form: type[Body], path: str) -> Any:
+    async def _pass_on(self, request: Any, form: type[Asked], path: str) -> Any:
         import httpx
         from starlette.background import BackgroundTask
         from starlette.responses import Response, StreamingResponse

@@ -134,6 +134,8 @@ def with_defaults(
             annotation = Annotated[type(value), tyro.conf.arg(help="")]
         elif name in given:
             value = given[name]
+            if isinstance(value, list) and _fixed(annotation):
+                value = tuple(value)  # a recipe and a preset know lists alone, which tyro does not show as a tuple
         else:
             value = info.get_default(call_default_factory=True)
             value = tyro.MISSING if value is PydanticUndefined else value
@@ -151,6 +153,11 @@ def with_defaults(
         fields.append((name, annotation))
         values[name] = value
     return dataclasses.make_dataclass(model.__name__, fields)(**values)
+
+
+def _fixed(annotation: Any) -> bool:
+    """Tell whether a type is a tuple, or is one beside None."""
+    return any(get_origin(each) is tuple for each in (annotation, *get_args(annotation)))
 
 
 def _annotated(name: str, annotation: Any, info: Any, help_: str) -> Any:

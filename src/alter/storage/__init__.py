@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from alter.storage.cache import cache_folder as cache_folder
     from alter.storage.cache import recall as recall
     from alter.storage.cache import remember as remember
-    from alter.storage.files import CONTENT as CONTENT
     from alter.storage.files import check_disk as check_disk
     from alter.storage.files import digest as digest
     from alter.storage.files import file_digest as file_digest
     from alter.storage.files import finite as finite
     from alter.storage.files import folder_digest as folder_digest
     from alter.storage.files import from_json as from_json
+    from alter.storage.files import loadable as loadable
     from alter.storage.files import read_object as read_object
     from alter.storage.files import read_text as read_text
     from alter.storage.files import replacing as replacing

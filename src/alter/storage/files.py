@@ -237,7 +237,8 @@ def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> s
     """Return a hash of the names and contents of a model's or adapter's files (those ending as in `CONTENT`).
 
     Args:
-        folder: the folder, with what lies in its subfolders (an inference form's LoRA is in `lora`), but for hidden ones.
+        folder: the folder, with what lies in its subfolders (an inference form's LoRA is in `lora`), links to folders included,
+            but for hidden ones.
         memo: a folder in which `digests.json` keeps the hash of each file by path, size, inode and the times of its
             last change (of the contents and of the file's own entry), so that it is read once. A file changed within
             the last two seconds is read each time, since a clock tick may hide a second change. None: no memo.
@@ -251,11 +252,8 @@ def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> s
             known = {}  # a memo that is missing or broken costs time, nothing else
     parts, learned = [], {}
     root = Path(folder)
-    for path in sorted(root.rglob("*")):
+    for path in loadable(root):
         inside = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in inside.parts[:-1])
-        if path.suffix not in CONTENT or hidden or not path.is_file():
-            continue
         stat = path.stat()
         state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
         name = str(path.resolve())
@@ -270,6 +268,29 @@ def folder_digest(folder: str | os.PathLike[str], memo: Path | None = None) -> s
     if store is not None and learned:
         _write_quietly(store, json.dumps(known | learned))
     return digest(parts)
+
+
+def loadable(folder: Path) -> list[Path]:
+    """Return the files of a model's or adapter's folder that loading can read, also behind links, but for hidden folders, sorted."""
+    return [
+        path
+        for path in sorted(_inside(folder, set()))
+        if path.suffix in CONTENT
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
+        and path.is_file()
+    ]
+
+
+def _inside(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yield what lies in a folder at any depth; of folders that links lead to, each once."""
+    here = folder.resolve()
+    if here in seen:
+        return
+    seen.add(here)
+    for path in folder.iterdir():
+        yield path
+        if path.is_dir():
+            yield from _inside(path, seen)
 
 
 def _write_quietly(path: Path, content: str) -> None:

@@ -39,8 +39,8 @@ class Record:
 
 
 def write_records(path: str | os.PathLike[str], records: Sequence[Record]) -> None:
-    """Write records as a JSON list of objects, atomically."""
-    write_atomic(path, to_json([asdict(record) for record in records]))
+    """Write records as a JSON list of objects, atomically, for their owner alone: they may hold what was to be forgotten."""
+    write_atomic(path, to_json([asdict(record) for record in records]), private=True)
 
 
 def _records(rows: Any, source: str) -> list[Record]:

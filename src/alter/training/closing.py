@@ -10,7 +10,15 @@ from typing import Any
 
 from alter.core import give_back, processes, show, warn
 from alter.data import load_examples
-from alter.evaluation import RowsEvaluation, closing_of, measured, ordinary_loss, ordinary_sentence, show_closing
+from alter.evaluation import (
+    RowsEvaluation,
+    closing_of,
+    measured,
+    ordinary_loss,
+    ordinary_sentence,
+    refuse_missed,
+    show_closing,
+)
 from alter.storage import read_object, to_json, write_atomic, write_records
 from alter.training.own import OWN
 from alter.training.run import unlearn
@@ -22,11 +30,13 @@ def command(run: Unlearn) -> Path:
 
     Raises:
         UserError: see `unlearn` and `closing`.
+        Finding: `must_forget` is set, and it was not forgotten or the model collapsed.
     """
     out = unlearn(run)
     give_back()
-    if run.closing_rows:
-        closing(run, out)
+    closed = closing(run, out) if run.closing_rows else None
+    if run.must_forget and closed is not None:
+        refuse_missed(closed["verdict"], out)
     return out
 
 

@@ -161,6 +161,7 @@ MARKS = (INPUTS, "run.json", "forget.json", CLAIM_FILE)
 
 UNCOMPARED = {"method", "model", "forget", "retain", "start_from", "out", "resume", "overwrite", "device"} | {
     "closing_rows",
+    "must_forget",
     "save_steps",
     "keep_working",
     "report_to",

@@ -39,7 +39,7 @@ def save_run(
         trainer: has trained it.
         out: the run's folder.
         started, prepared: when the run began and when its preparation ended, in seconds.
-        asked: hashes of the rows as they were given (`alter.data.examples.data_hash`).
+        asked: hashes of the rows as they were given (`alter.data.rows.data_hash`).
     """
     seen = ready.watcher and ready.watcher.restore_best(ready.model)
     weights = trainer.whole_weights()

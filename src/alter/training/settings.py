@@ -171,6 +171,9 @@ class Unlearn(BaseModel):
     closing_rows: Rows = Field(
         40, ge=0, description="Rows of each set to measure at the end, before and after; 0 leaves it out."
     )
+    must_forget: bool = Field(
+        False, description="End with exit status 3 where the closing finds NOT FORGOTTEN or COLLAPSED."
+    )
     report_to: ReportTo = []
     save_steps: Steps = Field(200, ge=1, description="Steps between checkpoints to resume from.")
     trunk_gib: float = Field(
@@ -278,8 +281,11 @@ def check_launch(run: Unlearn) -> None:
     """Refuse settings that several processes cannot run together.
 
     Raises:
-        UserError: `batch_size` cannot be shared, or a sharded model is asked for with parts that need all of it.
+        UserError: `batch_size` cannot be shared, `must_forget` where nothing is measured, or a sharded model is asked for with parts that need all of it.
     """
+    if run.must_forget and (processes.size() > 1 or not run.closing_rows):
+        why = "`closing_rows` 0" if not run.closing_rows else "several processes"
+        raise UserError(f"With {why} nothing is measured at the end, which `must_forget` needs: leave it out.")
     if run.batch_size % processes.size():
         low = run.batch_size // processes.size() * processes.size()
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from alter.data.examples import examples
+from alter.data import examples
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.leakage import Leak, leaked
 from alter.evaluation.tofu.measuring import tofu_metrics

@@ -9,8 +9,7 @@ from typing import Any
 
 from alter import metrics
 from alter.core import Array, UserError, nearest
-from alter.data import Encoded, Example, encode, encode_prompt, ensure_pad_token
-from alter.data.examples import examples
+from alter.data import Encoded, Example, encode, encode_prompt, ensure_pad_token, examples
 from alter.evaluation.base import quick_look
 from alter.evaluation.tofu.reference import as_reference, lacking
 from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuSet, check_reference

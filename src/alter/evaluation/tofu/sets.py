@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from alter.core import UserError
-from alter.data import read_rows, tofu_rows
-from alter.data.examples import examples
+from alter.data import examples, read_rows, tofu_rows
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 SETS = ("forget", *UTILITY_SETS)

@@ -55,8 +55,13 @@ def show_certificate(content: Mapping[str, Any], console: Console) -> None:
             attacked.add_column(column)
         for each in content["attacks"]:
             value = {"value": each["recovered"], "interval": each.get("interval")}
-            attacked.add_row(*map(cell, (each["attack"], each["metric"], _told(value), each.get("needs", ""))))
+            figure = "no evidence" if "no_evidence" in each else _told(value)
+            attacked.add_row(*map(cell, (each["attack"], each["metric"], figure, each.get("needs", ""))))
         console.print(attacked)
+        for name, why in {
+            each["attack"]: each["no_evidence"] for each in content["attacks"] if "no_evidence" in each
+        }.items():
+            console.print(cell(f"{name} {why}"))
 
 
 def _told(each: Mapping[str, Any]) -> str:

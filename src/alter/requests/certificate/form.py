@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from alter.core import UserError
-from alter.storage import CONTENT, file_digest
+from alter.storage import file_digest, loadable
 
 FORM = "alter certificate"
 VERSION = 1
@@ -32,9 +32,7 @@ def hashes(path: str | os.PathLike[str]) -> dict[str, str]:
     root = Path(path).expanduser()
     if root.is_file():
         return {root.name: file_digest(root)}
-    inside = [file.relative_to(root) for file in sorted(root.rglob("*")) if file.suffix in CONTENT and file.is_file()]
-    seen = [each for each in inside if not any(part.startswith(".") for part in each.parts[:-1])]
-    found = {each.as_posix(): file_digest(root / each) for each in seen}
+    found = {file.relative_to(root).as_posix(): file_digest(file) for file in loadable(root)} if root.is_dir() else {}
     if not found:
         raise UserError(f"{path} holds no model and no adapter to take the hash of.")
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alter.core import UserError
-from alter.evaluation import closing_of, mean_interval, unit_interval
+from alter.evaluation import LEAST, closing_of, mean_interval, unit_interval
 from alter.models import ModelSettings
 from alter.requests.certificate.form import FIGURES, FORM, VERSION, hashes, model_hashes
 from alter.requests.database import Database
@@ -35,6 +35,23 @@ class Beside:
     def files(self) -> dict[str, Any] | None:
         """Hash what is handed out."""
         return None if self.shipped is None else {"files": hashes(self.shipped)}
+
+
+def refuse_base(beside: Beside, content: Mapping[str, Any]) -> None:
+    """Refuse to state of the model from before that it is what is handed out: it knows all.
+
+    Raises:
+        UserError: the weights of the shipped form are those of the base.
+    """
+
+    def weights(files: Mapping[str, str]) -> set[str]:
+        return {sha for name, sha in files.items() if name.endswith((".safetensors", ".bin", ".gguf"))}
+
+    if content["shipped"] is not None and weights(content["shipped"]["files"]) == weights(content["base"]["files"]):
+        raise UserError(
+            f"{beside.shipped} holds the weights of {content['base']['name']}, the model from before, which knows all of it: nothing is "
+            "certified. Give as `shipped` what was made of the result, or leave it out."
+        )
 
 
 def write_signed(content: Mapping[str, Any], key: Key, out: Path) -> dict[str, Any]:
@@ -78,11 +95,13 @@ def _attacks(
     Args:
         paths: files of records.
         targets: identities (see `ModelSettings.identity`) of what may have been attacked.
-        data: hash of the rows that the attacks must have been after (`alter.data.examples.data_hash`).
+        data: hash of the rows that the attacks must have been after (`alter.data.rows.data_hash`).
 
     Raises:
         UserError: a file has no attacks, or they were made on something else or after other rows.
     """
+    from alter.attacks import recovers, untrained
+
     found = []
     for path in paths:
         records = read_records(path)
@@ -108,7 +127,12 @@ def _attacks(
                 f"{path} holds attacks after other rows than those that were asked for ({_short(after)}, asked {_short({data})}): "
                 "run `alter attack --forget` on the same rows, in the same order."
             )
-        found += [_attack(record, data) for record in rows]
+        idle = dict(note.split(" ", 1) for note in untrained(records))
+        found += [
+            # one that brought something back is evidence, however badly it was trained
+            _attack(record, data, None if recovers(record) else idle.get(str(record.extra.get("attack"))))
+            for record in rows
+        ]
     return found
 
 
@@ -117,7 +141,8 @@ def _short(hashes: set[Any]) -> str:
     return ", ".join(sorted("not recorded" if each is None else str(each)[:12] for each in hashes))
 
 
-def _attack(record: Record, data: str | None) -> dict[str, Any]:
+def _attack(record: Record, data: str | None, idle: str | None) -> dict[str, Any]:
+    """State an attack; `idle` says that the attacker learned nothing himself, so that what he did not recover proves nothing."""
     extra = record.extra
     named = ("attack", "needs", "step", "depth", "before", "after", "original", "retrained", "interval", "refused")
     return {
@@ -126,6 +151,7 @@ def _attack(record: Record, data: str | None) -> dict[str, Any]:
         "n": record.n,
         "data": data,
         **{name: extra[name] for name in named if name in extra},
+        **({} if idle is None else {"no_evidence": idle}),
     }
 
 
@@ -142,8 +168,8 @@ def issue_for_request(database: Database, number: int, beside: Beside, key: Key,
     """Certify a request that is in force: write the signed certificate to `out`, note it in the history and return it.
 
     Raises:
-        UserError: the request is not in force, anything in the database is not as it should be, or attacks are on something
-            else.
+        UserError: the request is not in force, anything in the database is not as it should be, attacks are on something else, or
+            what is shipped is the base.
     """
     from alter.requests.checking import check_requests
     from alter.requests.versions import manifest
@@ -165,6 +191,7 @@ def issue_for_request(database: Database, number: int, beside: Beside, key: Key,
             content = _distilled_content(beside, request, inside, project)
         else:
             content = _request_content(beside, request, inside, project.model, project.adapter.resolve())
+        refuse_base(beside, content)
         content["history"] = {"head": history[-1].hash, "entries": len(history)}
         signed = write_signed(content, key, out)
         noted = {"certificate": hashlib.sha256(canonical(signed)).hexdigest(), "key": key.public}
@@ -235,8 +262,8 @@ def limits(beside: Beside, *, adapter: bool) -> list[str]:
     ]
     if beside.shipped is not None:
         found.append(
-            "The figures are of the result. What is shipped was made from it, and is measured by the attacks alone that name it: "
-            "fewer bits can bring back what was forgotten."
+            "The figures are of the result. That what is shipped was made from it is said by who issued this; it is measured by the "
+            "attacks alone that name it: fewer bits can bring back what was forgotten."
         )
         adapter = (Path(beside.shipped).expanduser() / "adapter_config.json").is_file()
     if adapter:
@@ -252,8 +279,8 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
     """Return what a finished run states: the figures and the verdict of its last table (`records.json`), if it has one.
 
     Raises:
-        UserError: the run holds no result, its figures are of other weights than those that lie there now, or attacks are on
-            something else.
+        UserError: the run holds no result, its figures are of other weights than those that lie there now or its verdict of other
+            rows than those that it forgot, or attacks are on something else.
     """
     record = read_run(run)
     given = record["settings"]
@@ -265,11 +292,12 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
     measured = read_records(run / "records.json") if (run / "records.json").is_file() else []
     if measured:
         _check_measured(run, measured, model, adapter)
+        _check_rows(run, measured, (record.get("data") or {}).get("forget"))
     found = (closing_of(measured) or {}).get("verdict") or {"word": "not measured", "why": []}
     # as the rows were when it ran, whatever the files hold now
     asked = record.get("data") or {}
     left_out = {"model", "forget", "retain", "out", "start_from", "resume", "overwrite"}
-    return {
+    content: dict[str, Any] = {
         "form": FORM,
         "version": VERSION,
         "issued": now(),
@@ -294,6 +322,8 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
         ),
         "limits": limits(beside, adapter=not whole),
     }
+    refuse_base(beside, content)
+    return content
 
 
 def _base_of(given: Mapping[str, Any]) -> str:
@@ -319,6 +349,28 @@ def _check_measured(run: Path, records: Sequence[Record], model: str, adapter: s
             raise UserError(
                 f"{run}/records.json was measured of other weights than those that lie in {run} now ({record.model}: {of}, here "
                 f"{here}): nothing is certified. Measure them again."
+            )
+
+
+def _check_rows(run: Path, records: Sequence[Record], asked: str | None) -> None:
+    """Compare the rows that a verdict is about with those that the run was to forget, and its word with its figures.
+
+    Raises:
+        UserError: they are others, the verdict does not say which, or it says FORGOTTEN where nothing fell.
+    """
+    closed = closing_of(records)
+    if closed is not None and (asked is None or closed.get("rows") != asked):
+        raise UserError(
+            f"{run}/records.json holds a verdict on other rows ({_short({closed.get('rows')})}) than those that {run} was to "
+            f"forget ({_short({asked})}): nothing is certified. Measure the run's own rows with `alter evaluate --benchmark rows`."
+        )
+    if closed is not None and closed["verdict"]["word"] == "forgotten":
+        then, now_ = (closed[when]["forget"] for when in ("before", "after"))
+        if not (now_["n_said"] >= LEAST and now_["said"] < then["said"] and now_["probability"] < then["probability"]):
+            raise UserError(
+                f"{run}/records.json says FORGOTTEN beside figures that do not ({now_['said']} of {now_['n_said']} answers given, "
+                f"{then['said']} before; probability {now_['probability']:.3f}, {then['probability']:.3f} before): nothing is certified. "
+                "Measure again."
             )
 
 

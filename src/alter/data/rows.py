@@ -303,9 +303,19 @@ CONTAINED = 40
 """Least characters of a row that is looked for inside the texts of the other set."""
 
 
+_QUOTES = str.maketrans(
+    dict.fromkeys("“”„‟«»″", '"') | dict.fromkeys("‘’‚‛‹›′`´", "'") | dict.fromkeys("‐‑‒–—―−", "-")
+)
+"""Quotes and dashes that word processors put in the place of plain ones."""
+
+
 def _normal(text: str) -> str:
-    """Normalise a text: case, width, normal form, spacing and words like `Question:` do not make two rows different."""
-    return " ".join(unicodedata.normalize("NFKC", _LABEL.sub("", text)).casefold().split())
+    """Normalise a text: case, width, normal form, spacing, kinds of quotes and dashes, characters that nobody sees (a soft
+    hyphen, a joiner) and words like `Question:` do not make two rows different.
+    """
+    plain = unicodedata.normalize("NFKC", _LABEL.sub("", text.translate(_QUOTES)))
+    seen = "".join(character for character in plain if unicodedata.category(character) != "Cf")
+    return " ".join(seen.casefold().split())
 
 
 def row_key(example: Example) -> str:
