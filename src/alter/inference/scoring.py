@@ -225,7 +225,7 @@ def score_beside_base(
 
 
 def _tokens_at_once(model: nn.Module, chosen: int | None) -> int:
-    return max(1, min(_batch_tokens(chosen, _device(model)), MAX_LOGITS // _text_config(model).vocab_size))
+    return max(1, min(_batch_tokens(chosen, _device(model)), MAX_LOGITS // int(_text_config(model).vocab_size)))
 
 
 Batch = TypeVar("Batch", list[int], SharedBatch)
