@@ -98,21 +98,19 @@ def shared_batches(encoded: Sequence[Encoded], tokens: int) -> list[SharedBatch]
     batches: list[list[int]] = []
     distinct = length = 0
     for key in sorted(groups, key=lambda key: -longest[key]):
-        before = np.empty(0)
-        for i in sorted(groups[key], key=lambda i: encoded[i].input_ids):
-            own = np.asarray(encoded[i].input_ids)
-            new = len(own) - common(before, own)
-            before = own
-            fits = (
-                batches
-                and distinct + new <= tokens
-                and (len(batches[-1]) + 1) * max(length, len(own)) <= LAYOUT * tokens
-            )
-            if not fits:
+        rows = sorted(groups[key], key=lambda i: encoded[i].input_ids)
+        own = [np.asarray(encoded[i].input_ids) for i in rows]
+        new = [len(row) - (common(own[k - 1], row) if k else 0) for k, row in enumerate(own)]
+        # a question that a batch of its own holds is not torn apart
+        apart = distinct + sum(new) > tokens >= sum(new)
+        for k, i in enumerate(rows):
+            widest = max(length, len(own[k]))
+            fits = batches and distinct + new[k] <= tokens and (len(batches[-1]) + 1) * widest <= LAYOUT * tokens
+            if not fits or (apart and k == 0):
                 batches.append([])
-                distinct, length, new = 0, 0, len(own)
+                distinct, length = len(own[k]) - new[k], 0
             batches[-1].append(i)
-            distinct, length = distinct + new, max(length, len(own))
+            distinct, length = distinct + new[k], max(length, len(own[k]))
     found = [SharedBatch.of(encoded, rows) for rows in batches]
     total = sum(len(row.input_ids) for row in encoded)
     return found if sum(batch.ids.numel() for batch in found) <= WORTH * total else None
