@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 
-from pico import byte_tokenizer, write_jsonl
+from alter import AlterConfig
+from pico import byte_tokenizer, pico, write_jsonl
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-attention, decode, equality, evaluation, gguf_probes, loss, plot, results, router_blocks, step = map(
+attention, decode, equality, evaluation, gguf_probes, loss, plot, results, router_blocks, sharing, step = map(
     importlib.import_module,
     (
         "attention",
@@ -30,6 +32,7 @@ attention, decode, equality, evaluation, gguf_probes, loss, plot, results, route
         "plot",
         "results",
         "router_blocks",
+        "sharing",
         "step",
     ),
 )
@@ -234,9 +237,30 @@ def test_plot(measured, tmp_path):
         plot.main(["--csv", str(tmp_path / "none.csv"), "--out", str(tmp_path / "none.png")])
 
 
+def test_sharing_is_compared_with_row_by_row_at_equal_figures(monkeypatch):
+    monkeypatch.setattr(sharing.measuring, "MAX_NEW_TOKENS", 4)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 2048}
+    adapted = get_peft_model(pico(1, **sizes), AlterConfig(init_weights=False)).eval()
+    models = [(pico(**sizes), byte_tokenizer()), (adapted, byte_tokenizer())]
+    shapes = []
+    for model, _ in models:
+        model.register_forward_pre_hook(lambda _, __, given: shapes.append(len(given["input_ids"])), with_kwargs=True)
+    with sharing.row_by_row():
+        expected, spent = sharing.evaluated(*models, 1)
+    assert set(spent) == {"scoring", "replies"}
+    assert min(spent.values()) > 0
+    alone = len(shapes)
+    found, _ = sharing.evaluated(*models, 1)
+    assert max(shapes[:alone]) > 1
+    sharing.check(found, expected)
+    found["unlearned"].sets["forget"].generations[0] += "!"
+    with pytest.raises(AssertionError, match="forget"):
+        sharing.check(found, expected)
+
+
 def test_figures_in_the_repository_are_whole():
     rows = results.read()
-    known = {"attention", "step", "growth", "decode", "loss", "evaluation", "serve", "requests", "forget"}
+    known = {"attention", "step", "growth", "decode", "loss", "evaluation", "serve", "requests", "forget", "sharing"}
     assert {row["benchmark"] for row in rows} == known
     assert all(row["hardware"] for row in rows)
     assert not [file.name for file in FOLDER.glob("*.csv") if file != results.FILE]
