@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tokenizers import pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from alter import AlterConfig
@@ -61,13 +61,18 @@ def mergeable(**settings):
 
 @pytest.mark.parametrize("form", ["f32", "q8_0"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_transformers_reads_back_what_was_written(tmp_path, form, tied):
+def test_transformers_reads_back_what_was_written(tmp_path, form, tied, monkeypatch):
     model, tokenizer = pico(tie_word_embeddings=tied, initializer_range=0.1), mergeable(bos_token="<unused260>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     made = write(tmp_path, model=str(tmp_path / "model"), type=form)
-    again, words = load_model(str(made), device="cpu")
+    # with a kernel for them transformers would else keep the weights packed, which nothing can train
+    with monkeypatch.context() as patch:
+        asked, read = [], AutoModelForCausalLM.from_pretrained
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: (asked.append(k), read(*a, **k))[1])
+        again, words = load_model(str(made), device="cpu")
+    assert asked[0]["quantization_config"].dequantize
     torch.testing.assert_close(logits(again), logits(model), **({"rtol": 0, "atol": 0.05} if form == "q8_0" else {}))
     assert form == "f32" or not torch.equal(logits(again), logits(model))
     text = "Where is the weather? Über 12."

@@ -138,9 +138,13 @@ def load_file(place: GgufPlace, **options: Any) -> tuple[Any, Any]:
         UserError: see `check_file`.
         OSError: the hub does not have the file.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_file(place)
+    # later ones keep weights packed where they have a kernel for them, which nothing can train
+    if hasattr(transformers, "GgufConfig"):
+        options = {"quantization_config": transformers.GgufConfig(dequantize=True), **options}
     _say(place.file)
     with one_name_map(), without_bar():
         network = AutoModelForCausalLM.from_pretrained(place.home, gguf_file=place.file, **options)
