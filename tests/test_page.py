@@ -308,6 +308,15 @@ def test_verdict_asks_in_other_words(original, unlearned, retrained, expected):
 # Escaping ------------------------------------------------------------------------------------------------------------
 
 
+def test_labels_of_a_chart_stand_within_it():
+    points = [markup.Point(1, "one", 0.79, -2.5, "best"), markup.Point(2, "two", 0.845, 0.0, "given")]
+    drawn = markup.scatter(points, across="utility", up="quality", alt="", caption="")
+    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="(middle|end)">(0\.\d+)</text>', drawn)
+    assert [name for *_, name in labels][-1] == "0.86"
+    for x, anchor, name in labels:
+        assert float(x) + (markup.LETTER * len(name) / 2 if anchor == "middle" else 0) <= markup.WIDTH
+
+
 def test_markup_escapes_everything_else():
     assert tag("p", SCRIPT, 3, Html("<b>x</b>"), title='a"b') == (
         '<p title="a&quot;b">&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;3<b>x</b></p>'

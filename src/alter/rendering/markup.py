@@ -210,6 +210,8 @@ def highlighted(truth: str, said: str, asked: str = "") -> Html:
 # Charts --------------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 10, 26, 36
+LETTER = 6.2
+"""About how wide a character of a chart's text is."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,10 @@ class _Plane:
             parts.append(tag("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
             parts.append(tag("text", name, x=left - 6, y=y, dy="0.35em", text_anchor="end"))
         for value, name in across.items():
-            parts.append(tag("text", name, x=self.x(value), y=base + 15, text_anchor="middle"))
+            # the last one would stand half outside
+            cut = float(self.x(value)) + LETTER * len(name) / 2 > WIDTH
+            x, anchor = (WIDTH, "end") if cut else (self.x(value), "middle")
+            parts.append(tag("text", name, x=x, y=base + 15, text_anchor=anchor))
         parts.append(tag("line", x1=left, x2=right, y1=base, y2=base, class_="axis"))
         parts.append(tag("text", label, x=(left + right) / 2, y=HEIGHT - 4, text_anchor="middle"))
         return parts
@@ -267,7 +272,7 @@ def _key(names: Sequence[str], filled: Sequence[str] = ()) -> list[Html]:
         else:
             parts.append(tag("line", x1=x, x2=x + 20, y1=11, y2=11, class_=f"s{place}"))
         parts.append(tag("text", name, x=x + 25, y=15, class_="name"))
-        x += 40 + 6.2 * len(name)
+        x += 40 + LETTER * len(name)
     return parts
 
 
