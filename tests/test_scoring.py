@@ -21,7 +21,7 @@ import reference
 from alter import AlterConfig
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.inference import generation, scoring
+from alter.inference import generation, scoring, telling
 from alter.models import loading, naming
 from alter.models.precision import multiplies
 from pico import EOS, PAD, VOCAB, byte_tokenizer, pico
@@ -422,25 +422,25 @@ def test_scores_tell_how_replies_begin():
     rows += [Encoded(prompt + said, [-100, *prompt[1:], *said], 1), rows[0]]
     asked = [*[prompt] * 4, prompt + said[:2], [1, *prompt]]
     correct = scoring.score(model, rows, pad_token_id=PAD, progress=False).correct
-    found = generation.begun_replies(model, rows, correct, asked)
+    found = telling.begun_replies(model, rows, correct, asked)
     assert found == [said, said[:4], [], [], said[2:], []]
-    assert generation.begun_replies(model.bfloat16(), rows, correct, asked) is None
+    assert telling.begun_replies(model.bfloat16(), rows, correct, asked) is None
 
 
 def test_which_models_say_what_they_score():
-    assert generation.says_what_it_scores(pico())
-    assert generation.says_what_it_scores(sliding(0))
-    assert generation.says_what_it_scores(get_peft_model(pico(), LoraConfig(target_modules=["q_proj"])))
-    assert not generation.says_what_it_scores(pico().bfloat16()), "near ties turn in 16 bits"
-    assert not generation.says_what_it_scores(adapted(3)), "the frozen base sees the prompt alone"
+    assert telling.says_what_it_scores(pico())
+    assert telling.says_what_it_scores(sliding(0))
+    assert telling.says_what_it_scores(get_peft_model(pico(), LoraConfig(target_modules=["q_proj"])))
+    assert not telling.says_what_it_scores(pico().bfloat16()), "near ties turn in 16 bits"
+    assert not telling.says_what_it_scores(adapted(3)), "the frozen base sees the prompt alone"
     upper = get_peft_model(pico(), AlterConfig(from_layer=1, target_modules=["q_proj"]))
-    assert generation.says_what_it_scores(upper)
+    assert telling.says_what_it_scores(upper)
     off = adapted(3)
     with off.disable_adapter():
-        assert generation.says_what_it_scores(off)
+        assert telling.says_what_it_scores(off)
     model = pico()
     model.generation_config.repetition_penalty = 1.0
-    assert generation.says_what_it_scores(model)
+    assert telling.says_what_it_scores(model)
     for setting, value in {
         "repetition_penalty": 1.2,
         "suppress_tokens": [5],
@@ -448,7 +448,7 @@ def test_which_models_say_what_they_score():
     }.items():
         model = pico()
         setattr(model.generation_config, setting, value)
-        assert not generation.says_what_it_scores(model)
+        assert not telling.says_what_it_scores(model)
 
 
 def test_rows_that_have_ended_leave_the_batch(monkeypatch):

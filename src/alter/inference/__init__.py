@@ -1,6 +1,6 @@
 """What is asked of a loaded model: `scoring` its log-probabilities and states, `generation` its replies, `moments` its inputs.
 
-Batches are spread over the processes of a launch; no gradient is kept.
+`telling` is what scores say of replies. Batches are spread over the processes of a launch; no gradient is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from alter.core import lazy
 
 if TYPE_CHECKING:
     from alter.inference.generation import SEGMENT as SEGMENT
-    from alter.inference.generation import begun_replies as begun_replies
     from alter.inference.generation import can_drop_rows as can_drop_rows
     from alter.inference.generation import check_prompts as check_prompts
     from alter.inference.generation import contiguous_head as contiguous_head
@@ -30,5 +29,6 @@ if TYPE_CHECKING:
     from alter.inference.scoring import hidden_states as hidden_states
     from alter.inference.scoring import score as score
     from alter.inference.scoring import score_beside_base as score_beside_base
+    from alter.inference.telling import begun_replies as begun_replies
 
 lazy(globals())
