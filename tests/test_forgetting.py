@@ -601,7 +601,7 @@ def test_a_text_without_names_or_numbers_cannot_be_asked_for(small, tmp_path):
     text = tmp_path / "speech.md"
     text.write_text("# A speech\n\n" + "we can not say what we did here, and so it is of old as it was. " * 6)
     with pytest.raises(
-        UserError, match="Of the 0 probes about speech.md fewer than two .* names and numbers.*write rows yourself"
+        UserError, match=r"Of the 0 probes about speech.md fewer than two .* names and numbers.*write rows yourself"
     ):
         forget(settings(small, tmp_path / "run", subject=None, document=str(text), kind=None))
     assert not (tmp_path / "run" / "adapter").exists()
@@ -706,7 +706,7 @@ def test_edited_probes_are_answered_anew(small, tmp_path):
     other = [{**row, "prompt": "Hello?", "masks": [{KNOWN: "Ab Cd"}]} for row in asked]
     speaker.write_jsonl(out / "probes.jsonl", other)
     with pytest.raises(
-        UserError, match="fewer than two can be compared with an invented subject.*nothing was trained"
+        UserError, match=r"fewer than two can be compared with an invented subject.*nothing was trained"
     ):
         forget(settings(small, out, resume=True))
 
