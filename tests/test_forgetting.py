@@ -28,6 +28,7 @@ from alter.forgetting import (
     rows,
     run,
     speaker,
+    stopping,
     templates,
     verdict,
 )
@@ -340,6 +341,56 @@ def test_a_reversed_probe_is_disguised_by_its_own_name(monkeypatch, tmp_path):
     asked = measure.against_zero(None, byte_tokenizer(), material.probes, [])
     assert asked.real.shape == (2,)
     assert asked.invented.shape == (2, len(plain["masks"]))
+
+
+def zero_of(real, invented, places):
+    real, invented = np.array(real), np.array(invented)
+    return measure.AgainstZero(real, invented, 0.5, measure.permuted(real, invented), tuple(places))
+
+
+def test_facts_that_are_still_known_are_counted_one_by_one():
+    generator = np.random.default_rng(3)
+    real, invented = generator.uniform(-4, 0, 50), generator.uniform(-4, 0, (50, 3))
+    before = np.where(generator.random(50) < 0.2, np.nan, generator.uniform(-4, 0, 50))
+    naive = 0
+    for now, others, then in zip(real, invented, before, strict=True):
+        keeps = not math.isnan(then) and math.exp(now) > 0.5 * math.exp(then)
+        naive += keeps and math.exp(now) > 2 * math.exp(sum(others) / 3)
+    assert 0 < naive < 25
+    assert stopping.still_known(zero_of(real, invented, range(50)), before) == naive
+
+
+@pytest.mark.parametrize(
+    ("real", "step", "stops"),
+    [
+        # eleven of twelve are gone
+        ([-6.0] * 11 + [-0.1], 8, True),
+        # two are not, which the mean hides
+        ([-6.0] * 10 + [-0.1] * 2, 8, False),
+        ([-6.0] * 12, 4, False),
+        ([-6.0] * 12, 9, False),
+        ([-0.1] * 12, 8, False),
+    ],
+)
+def test_training_ends_where_hardly_a_fact_is_known(real, step, stops, tmp_path, monkeypatch):
+    probes = [{"form": "cloze", "masks": [{}] * 5, "logprob": -0.1} for _ in real]
+    watcher = stopping.UntilZero(None, probes, tmp_path / "checks.jsonl", every=4, least=8)
+    given = []
+    monkeypatch.setattr(
+        stopping,
+        "against_zero",
+        lambda model, tokenizer, asked, masks, **k: given.append(asked) or zero_of(real, [[-5.0] * 3] * 12, range(12)),
+    )
+    control = SimpleNamespace(should_training_stop=False)
+    watcher.on_step_end(None, SimpleNamespace(global_step=step, max_steps=20), control, model=torch.nn.Linear(1, 1))
+    assert control.should_training_stop is stops
+    if step % 4:
+        assert not given
+        return
+    assert all(len(probe["masks"]) == stopping.TWINS for probe in given[0])
+    (check,) = speaker.read_jsonl(tmp_path / "checks.jsonl")
+    assert check["known"] == sum(value == -0.1 for value in real)
+    assert check["n"] == 12
 
 
 def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):

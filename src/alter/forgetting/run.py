@@ -190,7 +190,7 @@ def _material(
 
 
 def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, passages: list[str] | None) -> AgainstZero:
-    """Test whether the model tells what is to be forgotten from an invented subject, by the probes.
+    """Test whether the model tells what is to be forgotten from an invented subject, and note each fact's probability in its probe.
 
     Raises:
         UserError: it does not, or the probes cannot tell.
@@ -212,6 +212,8 @@ def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, passa
             f"The model does not tell {name} from {zero} (p {before.pvalue:.2g}, n {len(before.real)}): there is nothing to forget, "
             "and nothing was trained."
         )
+    for i, logprob in zip(before.places, before.real, strict=True):
+        material.probes[i]["logprob"] = round(float(logprob), 4)
     return before
 
 
