@@ -16,7 +16,7 @@ from scipy import stats
 from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.rows import Example
+from alter.data.rows import Example, examples
 from alter.forgetting import (
     certainty,
     documents,
@@ -495,9 +495,9 @@ def test_documents_of_every_form_give_the_same_passages(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(turns))
     parquet.write_table(Table.from_pylist([{"text": LETTER}]), tmp_path / "a.parquet")
     for name in ("a.txt", "a.md", "a.jsonl", "a.parquet"):
-        assert documents.read_document(str(tmp_path / name), 200) == [whole], name
+        assert documents.read_document(str(tmp_path / name), 200).passages == [whole], name
     (tmp_path / "a.csv").write_text("name,town\n" + "Ada,Bonn\n" * 30)
-    assert "name: Ada. town: Bonn." in documents.read_document(str(tmp_path / "a.csv"), 200)[0]
+    assert "name: Ada. town: Bonn." in documents.read_document(str(tmp_path / "a.csv"), 200).passages[0]
 
 
 def test_passages_hold_all_words_in_order():
@@ -514,6 +514,59 @@ def test_details_are_names_and_numbers():
     mask = documents.disguise(found, 0)
     assert all(new != old for old, new in mask.items())
     assert all(new.isdigit() == old.isdigit() for old, new in mask.items())
+
+
+def test_exchanges_of_a_document_are_forgotten_as_they_were_asked(tmp_path):
+    path = tmp_path / "tickets.jsonl"
+    first = {"question": "Who opened ticket 8812?", "answer": "Marta Nilsson of Bergen opened it on 14 May. " + LETTER}
+    system = {"role": "system", "content": "Be brief."}
+    turns = [
+        system,
+        {"role": "user", "content": "Where is Peter?"},
+        {"role": "assistant", "content": "Peter is in Ghent."},
+    ]
+    more = [{"role": "user", "content": "With whom?"}, {"role": "assistant", "content": "With Joan."}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, {"messages": turns + more})))
+    document = documents.read_document(str(path), 200)
+    assert [each.prompt for each in document.exchanges] == [first["question"], "Where is Peter?", "With whom?"]
+    assert document.passages[0] == first["question"]
+    assert not any("question:" in passage for passage in document.passages)
+
+    class Echo:
+        seed = 0
+
+        def say(self, label, prompts, **settings):
+            return [f"{label}: {prompt}" for prompt in prompts]
+
+    material = documents.build_document(Echo(), "tickets.jsonl", document, keep=[], retain=[])
+    asked, alone, later = material.forget[:3]
+    assert asked["question"] == first["question"]
+    assert asked["answer"] == first["answer"]
+    assert alone["messages"] == turns
+    # what was answered before the last turn is context, and a row of its own
+    assert later["messages"] == [*turns[:2], {**turns[2], "weight": 0}, *more]
+    assert [example.answer for example in examples([later])] == ["With Joan."]
+    # the target follows the question with another number or name, which the twin has too
+    for row, twin in zip(material.forget[:3], material.invented[:3], strict=True):
+        disguised = twin.get("question") or twin["messages"][-2]["content"]
+        assert row["substitute"] == f"after the disguised document: {disguised}"
+    assert "8812" not in material.forget[0]["substitute"]
+    assert "Peter" not in str(material.invented[1])
+    forms = [probe["form"] for probe in material.probes]
+    assert set(forms) == {"exchange", "verbatim"}
+    probe = material.probes[0]
+    assert (probe["prompt"], probe["start"], probe["wanted"]) == (first["question"], "", ["Marta"])
+    for probe in material.probes:
+        (word,) = probe["wanted"]
+        assert not holds(probe["prompt"], word)
+        assert all(
+            set(mask) <= set(documents.details(" ".join([*document.passages, *map(str, probe.values())])))
+            for mask in probe["masks"]
+        )
+    assert (
+        len(documents._probes([documents._Asked("exchange", "Who?", "A" + "b C".join(map(str, range(200))))], [], []))
+        <= 60
+    )
 
 
 def test_documents_that_are_refused(tmp_path):
