@@ -39,8 +39,8 @@ class Document:
 def read_document(path: str, limit: int) -> Document:
     """Split a document into passages of whole sentences, about `PASSAGE_WORDS` words each, and exchanges.
 
-    Chats (`messages`) and rows with a question and an answer give a passage for each turn, so that what one person says is not
-    mixed with another's, and an exchange for each answer.
+    Chats (`messages`) give a passage for each turn, so that what one person says is not mixed with another's, rows with a
+    question and an answer one for the answer, and both an exchange for each answer.
 
     Raises:
         UserError: no such file, an ending that is not known, a file that cannot be read, less than `LEAST_WORDS` words,
@@ -93,7 +93,7 @@ def _texts(file: Path) -> tuple[list[str], list[Example]]:
 
 
 def _of_rows(rows: Sequence[Row]) -> tuple[list[str], list[Example]]:
-    """Return the texts of rows, the turns of a chat or an exchange or the columns of a table as `name: value`, and the exchanges."""
+    """Return the texts of rows and the exchanges: the turns of a chat, the answer of an exchange, a table's columns as `name: value`."""
     texts: list[str] = []
     exchanges: list[Example] = []
     for row in rows:
@@ -106,7 +106,7 @@ def _of_rows(rows: Sequence[Row]) -> tuple[list[str], list[Example]]:
         if isinstance(row.get("messages"), list):
             texts += [str(turn.get("content") or "") for turn in row["messages"] if isinstance(turn, dict)]
         elif own:
-            texts += [text for each in own for text in (each.prompt or "", each.answer)]
+            texts += [each.answer for each in own]
         elif isinstance(row.get("text"), str):
             texts.append(row["text"])
         else:
