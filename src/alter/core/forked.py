@@ -26,8 +26,6 @@ from alter.core.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
-MOST = 8
-"""Most processes at a time."""
 SMALL = 500_000_000
 """Most weights of a model whose threads mostly wait for each other."""
 ROOM = 2**30
@@ -57,23 +55,23 @@ def _never() -> Iterator[None]:
 
 
 def number(items: int, model: Any) -> int:
-    """Return how many processes to spread so many items over; 1 where they are computed in this one.
+    """Return how many processes to spread so many items over: one for each of torch's threads, or 1, which forks none.
 
-    One for each of torch's threads, on Linux (a fork on macOS does not survive its libraries), for a small model on the CPU. Where
-    CUDA has been started nothing is forked, since its driver does not outlive that.
+    So it is on Linux (on macOS a fork does not survive the system's libraries) for a small model on the CPU, if there is an item
+    and room for each. Where CUDA has been started nothing is forked, since its driver does not outlive that.
     """
     if not _allowed.get() or items < 2 or sys.platform != "linux":
         return 1
     import psutil
     import torch
 
-    threads = min(torch.get_num_threads(), MOST, items)
-    if threads < 2 or torch.cuda.is_initialized():
+    threads = torch.get_num_threads()
+    if threads > items or torch.cuda.is_initialized():
         return 1
     weights = list(model.parameters())
     if any(weight.device.type != "cpu" for weight in weights) or sum(weight.numel() for weight in weights) > SMALL:
         return 1
-    return max(1, min(threads, psutil.virtual_memory().available // ROOM))
+    return threads if psutil.virtual_memory().available >= threads * ROOM else 1
 
 
 def mapped(items: Sequence[T], work: Callable[[T], R], count: int) -> Iterator[R]:
@@ -171,6 +169,9 @@ def _compute(items: Sequence[T], work: Callable[[T], R], pipe: Connection, paren
             os._exit(1)
         # a collection would touch, and so copy, all that is shared
         gc.freeze()
+        # a progress bar of the parent may stand before these, with a lock that nobody here gives back
+        sys.stdout = sys.stderr = sys.__stderr__
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         sys.modules["torch"].set_num_threads(1)
         with _never():
             while True:
