@@ -45,15 +45,6 @@ def allowed() -> Iterator[None]:
         _allowed.reset(token)
 
 
-@contextmanager
-def _never() -> Iterator[None]:
-    token = _allowed.set(False)
-    try:
-        yield
-    finally:
-        _allowed.reset(token)
-
-
 def number(items: int, model: Any) -> int:
     """Return how many processes to spread so many items over: one for each of torch's threads, or 1, which forks none.
 
@@ -173,10 +164,10 @@ def _compute(items: Sequence[T], work: Callable[[T], R], pipe: Connection, paren
         sys.stdout = sys.stderr = sys.__stderr__
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         sys.modules["torch"].set_num_threads(1)
-        with _never():
-            while True:
-                item = int(pipe.recv_bytes())
-                pipe.send_bytes(_outcome(item, items, work))
+        _allowed.set(False)
+        while True:
+            item = int(pipe.recv_bytes())
+            pipe.send_bytes(_outcome(item, items, work))
     finally:
         os._exit(1)
 
