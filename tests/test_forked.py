@@ -21,6 +21,7 @@ from alter.models import load_model
 from pico import PAD, byte_tokenizer, pico
 from test_adapter import adapted, tiny
 from test_distributed import _rows, measured
+from test_sharing import answers
 
 TWO = 2
 
@@ -76,6 +77,18 @@ def test_forks_trace_what_one_process_does(two_threads):
         assert torch.equal(mine.features, theirs.features)
         assert torch.equal(mine.gates, theirs.gates)
         assert torch.equal(mine.reference.logp, theirs.reference.logp)
+
+
+def test_forks_score_the_base_and_the_adapted_model_as_one_process_does(two_threads):
+    model = adapted(tiny()).eval()
+    rows = answers(high=model.config.vocab_size)
+    asked = {"pad_token_id": 0, "batch_tokens": 30, "progress": False}
+    one = inference.score_beside_base(model, rows, **asked)
+    with forked.allowed():
+        two = inference.score_beside_base(model, rows, **asked)
+    assert len(two_threads) == TWO
+    for mine, theirs in zip(one, two, strict=True):
+        assert [values.tolist() for values in mine.logprob] == [values.tolist() for values in theirs.logprob]
 
 
 def test_a_benchmark_gives_the_same_records(two_threads):
