@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn, TypeVar
@@ -125,28 +125,37 @@ class _Fork:
     def take(self) -> tuple[int, bool, Any]:
         """Wait for an item's number, whether it was computed, and its result or the error."""
         try:
-            outcome: tuple[int, bool, Any] = pickle.loads(self.pipe.recv_bytes())
+            told = self.pipe.recv_bytes()
         except (EOFError, OSError):
             self._died()
+        outcome: tuple[int, bool, Any] = pickle.loads(told)
         return outcome
-
-    def _died(self) -> NoReturn:
-        """Raise an error that says what ended the process."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        self.pid = 0
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        raise UserError(
-            f"A process that computed a share of the work {how} before it was done, as happens where memory runs out: free some, or "
-            "set OMP_NUM_THREADS=1 in the environment, and one process does all of it."
-        )
 
     def end(self) -> None:
         """End the process, whatever it is at."""
         self.pipe.close()
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.pid = 0
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._code()
+
+    def _died(self) -> NoReturn:
+        """Raise an error that says what ended the process."""
+        code = self._code()
+        how = "ended" if code is None else f"ended with status {code}"
+        if code is not None and code < 0:
+            how = f"was ended by {signal.Signals(-code).name}"
+        raise UserError(
+            f"A process that computed a share of the work {how} before it was done, as happens where memory runs out: free some, or "
+            "set OMP_NUM_THREADS=1 in the environment, and one process does all of it."
+        )
+
+    def _code(self) -> int | None:
+        """Wait for the end and return the exit status, negative for a signal's number; None where SIGCHLD is ignored."""
+        pid, self.pid = self.pid, 0
+        with suppress(ChildProcessError):
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return None
 
 
 def _compute(items: Sequence[T], work: Callable[[T], R], pipe: Connection, parent: int) -> NoReturn:
