@@ -22,7 +22,7 @@ from alter.core.errors import UserError
 from alter.data.encoding import Encoded, encode
 from alter.data.rows import examples, load_examples
 from alter.data.tofu import tofu_rows
-from alter.inference import scoring
+from alter.inference import internals
 from alter.models import loading
 from alter.storage.records import Record, read_records
 from pico import PAD, byte_tokenizer, pico, write_jsonl
@@ -371,7 +371,7 @@ def test_hidden_states_are_those_of_one_plain_forward_per_row(adapted):
     rng = random.Random(0)
     rows = [[rng.randrange(256) for _ in range(length)] for length in (3, 11, 1, 7, 2)]
     encoded = [Encoded(ids, [-100, *ids[1:]], 1) for ids in rows if len(ids) > 1]
-    found = dict(scoring.hidden_states(model, encoded, pad_token_id=PAD, batch_tokens=20, progress=False))
+    found = dict(internals.hidden_states(model, encoded, pad_token_id=PAD, batch_tokens=20, progress=False))
     assert sorted(found) == list(range(4))
     for i, row in enumerate(encoded):
         with torch.no_grad():
@@ -380,7 +380,7 @@ def test_hidden_states_are_those_of_one_plain_forward_per_row(adapted):
         assert found[i].shape == (len(row.input_ids), 3, 32)
         np.testing.assert_allclose(found[i], expected, atol=1e-4)
     assert torch.is_grad_enabled()
-    for _ in scoring.hidden_states(model, encoded, pad_token_id=PAD, progress=False):
+    for _ in internals.hidden_states(model, encoded, pad_token_id=PAD, progress=False):
         assert torch.is_grad_enabled()
 
 

@@ -597,6 +597,16 @@ def test_rows_are_kept_read_again_and_can_be_edited(small, tmp_path, monkeypatch
     assert len(speaker.read_jsonl(out / "forget.jsonl")) == 3
 
 
+def test_a_text_without_names_or_numbers_cannot_be_asked_for(small, tmp_path):
+    text = tmp_path / "speech.md"
+    text.write_text("# A speech\n\n" + "we can not say what we did here, and so it is of old as it was. " * 6)
+    with pytest.raises(
+        UserError, match=r"Of the 0 probes about speech.md fewer than two .* names and numbers.*write rows yourself"
+    ):
+        forget(settings(small, tmp_path / "run", subject=None, document=str(text), kind=None))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_what_is_not_forgotten_ends_with_a_status_of_its_own(small, tmp_path, capsys):
     out = tmp_path / "run"
     given = [
@@ -695,7 +705,9 @@ def test_edited_probes_are_answered_anew(small, tmp_path):
     # probes that say nothing of the subject are no measure of it
     other = [{**row, "prompt": "Hello?", "masks": [{KNOWN: "Ab Cd"}]} for row in asked]
     speaker.write_jsonl(out / "probes.jsonl", other)
-    with pytest.raises(UserError, match="there is nothing to forget, and nothing was trained"):
+    with pytest.raises(
+        UserError, match=r"fewer than two can be compared with an invented subject.*nothing was trained"
+    ):
         forget(settings(small, out, resume=True))
 
 

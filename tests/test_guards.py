@@ -20,7 +20,7 @@ from alter.data.rows import Example, load_examples
 from alter.guarding import eco
 from alter.guarding.run import make_guard, write_guard
 from alter.guarding.settings import MakeGuard
-from alter.inference import scoring
+from alter.inference import internals, scoring
 from alter.inference.generation import generate, sample
 from alter.methods import presets
 from alter.models import guards
@@ -100,7 +100,7 @@ def test_a_guard_is_one_model_off_the_base_and_on_another(folder, kind):
 def test_hidden_states_are_those_that_the_guard_computes_with(folder, kind):
     base, model, tokenizer = loaded(folder, kind)
     rows = rows_of(folder, tokenizer)[:2]
-    found = dict(scoring.hidden_states(model, rows, pad_token_id=PAD, progress=False))
+    found = dict(internals.hidden_states(model, rows, pad_token_id=PAD, progress=False))
     for i, row in enumerate(rows):
         ids = torch.tensor([row.input_ids])
         with torch.no_grad():

@@ -21,7 +21,7 @@ import reference
 from alter import AlterConfig
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.inference import generation, scoring, telling
+from alter.inference import generation, internals, scoring, telling
 from alter.models import loading, naming
 from alter.models.precision import multiplies
 from pico import EOS, PAD, VOCAB, byte_tokenizer, pico
@@ -132,7 +132,7 @@ def test_the_mask_tells_padding_by_length(monkeypatch):
     model, data, masks = pico(), rows(6), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **inputs: masks.append(inputs["attention_mask"]) or forward(**inputs))
-    monkeypatch.setattr(scoring, "_inner", lambda model: pico())
+    monkeypatch.setattr(scoring, "inner_model", lambda model: pico())
     scoring.score(model, data, pad_token_id=data[0].input_ids[0], progress=False)
     lengths = sorted((len(row.input_ids) for row in data), reverse=True)
     assert torch.cat(masks).sum(dim=1).tolist() == lengths
@@ -252,7 +252,7 @@ def minute(seed=0):
 def test_gradient_norms_are_those_of_differences(compat):
     model = minute()
     data = [Encoded([5, 2, 7, 3, 1], [-100, -100, 7, 3, 1], 2), Encoded([4, 9, 1], [-100, 9, 1], 1)]
-    found = scoring.gradient_norms(model, data, pad_token_id=2, compat=compat, progress=False)
+    found = internals.gradient_norms(model, data, pad_token_id=2, compat=compat, progress=False)
     for row, norms in zip(data, found, strict=True):
         mask = torch.tensor([[int(i != 2) for i in row.input_ids]]) if compat else None
         assert len(norms) == len(list(model.parameters()))
@@ -275,8 +275,8 @@ def test_gradient_norms_leave_the_model_as_it_was(freeze):
     some.grad = torch.full_like(some, 3.0)
     flags = [weight.requires_grad for weight in model.parameters()]
     before = [weight.clone() for weight in model.parameters()]
-    first = scoring.gradient_norms(model, worded(), pad_token_id=PAD, progress=False)
-    second = scoring.gradient_norms(model, worded(), pad_token_id=PAD, progress=False)
+    first = internals.gradient_norms(model, worded(), pad_token_id=PAD, progress=False)
+    second = internals.gradient_norms(model, worded(), pad_token_id=PAD, progress=False)
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
     assert model.training
     assert [weight.requires_grad for weight in model.parameters()] == flags
@@ -290,7 +290,7 @@ def test_gradient_norms_leave_the_model_as_it_was(freeze):
 def test_gradient_norms_of_an_alter_adapter():
     model, data = adapted(), worded()
     names = [name for name, _ in model.named_parameters()]
-    found = scoring.gradient_norms(model, data, pad_token_id=PAD, progress=False)
+    found = internals.gradient_norms(model, data, pad_token_id=PAD, progress=False)
     for row, norms in zip(data, found, strict=True):
         model.requires_grad_(True)
         logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -2]
@@ -301,22 +301,22 @@ def test_gradient_norms_of_an_alter_adapter():
         assert len(names) - 5 < len(norms)
         model.zero_grad()
     with model.disable_adapter():
-        off = scoring.gradient_norms(model, data, pad_token_id=PAD, progress=False)
-        base = scoring.gradient_norms(pico(), data, pad_token_id=PAD, progress=False)
+        off = internals.gradient_norms(model, data, pad_token_id=PAD, progress=False)
+        base = internals.gradient_norms(pico(), data, pad_token_id=PAD, progress=False)
     assert [norms.sum() for norms in off] == pytest.approx([norms.sum() for norms in base], rel=1e-4)
 
 
 def test_gradients_that_cannot_be_had():
     model = pico()
     with pytest.raises(UserError, match="Row 1 has no labelled text, only an end"):
-        scoring.gradient_norms(
+        internals.gradient_norms(
             model, [*rows(n=2)[1:], Encoded([1, EOS], [-100, EOS], 1)], pad_token_id=PAD, progress=False
         )
     assert not any(weight.grad is not None for weight in model.parameters())
     with torch.no_grad():
         model.model.embed_tokens.weight[17] = math.nan
     with pytest.raises(UserError, match="Row 0: the gradient is not finite"):
-        scoring.gradient_norms(model, [Encoded([17, 2, 3], [-100, 2, 3], 1)], pad_token_id=PAD, progress=False)
+        internals.gradient_norms(model, [Encoded([17, 2, 3], [-100, 2, 3], 1)], pad_token_id=PAD, progress=False)
 
 
 # ---- generate

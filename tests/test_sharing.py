@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 
 from alter.adapter import alter_of
 from alter.data.encoding import Encoded
-from alter.inference import scoring, sharing
+from alter.inference import passes, scoring, sharing
 from pico import PAD, VOCAB, pico
 from test_adapter import adapted, tiny
 from test_adapter_one_pass import own_gates
@@ -32,10 +32,10 @@ def answers(seed=0, questions=5, each=4, high=256):
     return [out[i] for i in draw.permutation(len(out))]
 
 
-def passes(model):
+def shapes_seen(model):
     """Shapes of the tokens that the model is called with."""
     seen = []
-    inner = scoring._inner(model)
+    inner = passes.inner_model(model)
     handle = inner.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
@@ -46,7 +46,7 @@ def both(model, data, **settings):
     """Scores with and without sharing, and the number of tokens computed with it."""
     settings = {"pad_token_id": PAD, "moments": True, "progress": False} | settings
     plain = scoring.score(model, data, around=lambda *_: scoring.nullcontext(), **settings)
-    seen, handle = passes(model)
+    seen, handle = shapes_seen(model)
     shared = scoring.score(model, data, **settings)
     handle.remove()
     return plain, shared, seen
@@ -90,7 +90,7 @@ def test_rows_that_share_little_are_scored_as_ever(monkeypatch):
     alone = [row for i, row in enumerate(data) if row not in data[:i]]
     model = pico()
     monkeypatch.setattr(sharing, "_shared", None)
-    seen, handle = passes(model)
+    seen, handle = shapes_seen(model)
     scoring.score(model, alone, pad_token_id=PAD, progress=False)
     handle.remove()
     assert seen[0][0] > 1
@@ -137,7 +137,7 @@ def test_a_lora_and_other_positions():
         plain, shared, seen = both(model, answers(3))
         assert seen[2][0] == 1
         equal(plain, shared)
-        assert scoring._inner(model).config._attn_implementation == "sdpa"
+        assert passes.inner_model(model).config._attn_implementation == "sdpa"
 
 
 def test_what_attention_cannot_be_computed_here_is_scored_row_by_row():

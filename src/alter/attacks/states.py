@@ -80,7 +80,7 @@ def probe(bench: Bench) -> list[Record]:
     At each depth a ridge regression from the state that generates a token to that token's (normalised) output embedding
     is fitted on answers of half the rows, given the true tokens before; it is tested on the other half, whose facts it
     never saw: what it reads there about them is in the model. The record's per-row value is the share of a row's chosen
-    tokens that it reads right. Depths are those of `alter.inference.scoring.hidden_states`.
+    tokens that it reads right. Depths are those of `alter.inference.hidden_states`.
 
     Raises:
         Impossible: the model has no output embeddings, or there are fewer than 4 rows.

@@ -5,75 +5,50 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from alter.adapter import base_fingerprint, same_base
+from alter.adapter import base_fingerprint
 from alter.core import UserError, give_back
 from alter.data import load_examples
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss, refuse_missed
 from alter.evaluation import ordinary_sentence as told_of_ordinary
 from alter.forgetting.documents import build_document, read_document
+from alter.forgetting.folder import (
+    ERASED,
+    FILES,
+    SAID_FOLDER,
+    asked_digest,
+    check_base,
+    output_folder,
+    read_material,
+    rows_key,
+    write_material,
+    zero_figures,
+)
 from alter.forgetting.material import Material
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
-from alter.forgetting.names import check_name, check_uncommon, guess_kind, names_of
+from alter.forgetting.names import check_uncommon, guess_kind, names_of
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
 from alter.forgetting.rows import NOBODY, build
-from alter.forgetting.settings import TRAINING, Erasing, Forget
-from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
+from alter.forgetting.settings import TRAINING, Forget
+from alter.forgetting.speaker import Speaker, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models import ModelSettings, load_model
 from alter.storage import cache_folder, digest, read_object, to_json, undone_if_refused, write_atomic
-from alter.training import OtherInputs, Unlearn, check_folder, check_trackers, remove_run, unlearn
+from alter.training import Unlearn, remove_run, unlearn
 
-SAID_FOLDER = "said"
-"""Folder of a run that caches the model's answers."""
 ERASING_CHECKS = 4
 """Checks in a pass of the erasing over the forget rows, before whose end it does not stop."""
-ERASED = "erased"
-"""Folder of a run that holds the distillation."""
 CHECKS = 1
 """Checks in a pass over the forget rows."""
 PASSES = 2
 """Passes over the forget rows before training may end: after one, answers that begin otherwise still come to the facts."""
-
-
-def output_folder(settings: Forget) -> Path:
-    """Return the run's folder after every check that needs no model.
-
-    Raises:
-        UserError: neither or both of subject and document, a folder in use, or what the writer's settings lack.
-    """
-    if (settings.subject is None) == (settings.document is None):
-        raise UserError(
-            'Say what to forget: a subject, as in `alter forget "Harry Potter" --model M --out R`, or `document` FILE; '
-            + ("both were given." if settings.subject is not None else "neither was given.")
-        )
-    if settings.subject is not None:
-        check_name(settings.subject)
-    settings.writer.check()
-    check_trackers(settings.report_to)
-    if settings.erasing != Erasing() and not settings.erase:
-        raise UserError(
-            "erasing says how the knowledge is erased, which `erase` asks for: add it, or leave erasing out."
-        )
-    used = Path(settings.out).is_dir() and any(Path(settings.out).iterdir())
-    # of a folder without anything --resume begins
-    out = check_folder(settings if used or settings.overwrite else settings.model_copy(update={"resume": False}))
-    if used and settings.resume:
-        plan = out / "forget.json"
-        if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != _key(settings):
-            raise UserError(
-                f"{settings.out} holds no run of alter forget with this subject, model, kind, samples, batch size and seed: give another "
-                "`out`, or `overwrite` to delete it."
-            )
-    return out
 
 
 def command(settings: Forget) -> Path:
@@ -162,15 +137,6 @@ def _next(settings: Forget, out: Path) -> str:
     )
 
 
-def _key(settings: Forget) -> str:
-    """Return the key of everything that the rows depend on."""
-    return digest(
-        settings.model_dump(
-            include={"subject", "document", "model", "kind", "samples", "answer_tokens", "batch_size", "seed"}
-        )
-    )
-
-
 def _material(
     settings: Forget,
     console: Console,
@@ -202,24 +168,24 @@ def _material(
         identity=_identity(settings, settings.model),
     )
     base = base_fingerprint(model)
-    _check_base(out, base)
-    said = {"key": _key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"}), "base": base}
+    check_base(out, base)
+    said = {"key": rows_key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"}), "base": base}
     write_atomic(out / "forget.json", to_json(said))
-    material = _read(out)
+    material = read_material(out)
     if material is not None:
-        if read_object(out / "zero.json", "what alter forget wrote").get("probes") != _asked(material):
+        if read_object(out / "zero.json", "what alter forget wrote").get("probes") != asked_digest(material):
             # a person has edited them: what was measured before is of others
             for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
                 for row, answer in zip(rows, speaker.say(label, [row["prompt"] for row in rows]), strict=True):
                     row["before"] = answer
-            _write(out, material, _told_apart(model, tokenizer, material, name, passages))
+            write_material(out, material, _told_apart(model, tokenizer, material, name, passages))
         return material, tokenizer
     if passages is not None:
         print_line(console, f"1/3 rows about {name}: {len(passages)} passages, continued by the model itself")
         material = build_document(speaker, name, passages, keep=settings.keep, retain=retain)
     else:
         material = _about_subject(settings, console, speaker, name, kind, retain)
-    _write(out, material, _told_apart(model, tokenizer, material, name, passages))
+    write_material(out, material, _told_apart(model, tokenizer, material, name, passages))
     return material, tokenizer
 
 
@@ -227,41 +193,26 @@ def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, passa
     """Test whether the model tells what is to be forgotten from an invented subject, by the probes.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, or the probes cannot tell.
     """
     before = against_zero(model, tokenizer, material.probes, [])
-    if before is None or before.pvalue >= LEVEL:
-        told = "too few probes can be compared" if before is None else f"p {before.pvalue:.2g}, n {len(before.real)}"
+    zero = "the same text with other names and numbers" if passages else "an invented subject"
+    if before is None:
+        fix = (
+            "A document is asked for by the names and numbers in it, and this one has too few where they count"
+            if passages
+            else "The model gives too few facts in its answers, or the probes do not name it"
+        )
         raise UserError(
-            f"The model does not tell {name} from {'the same text with other names' if passages else 'an invented subject'} "
-            f"({told}): there is nothing to forget, and nothing was trained."
+            f"Of the {len(material.probes)} probes about {name} fewer than two can be compared with {zero}, so nobody could tell "
+            f"whether it was forgotten, and nothing was trained. {fix}: write rows yourself (question, answer) for `alter unlearn`."
+        )
+    if before.pvalue >= LEVEL:
+        raise UserError(
+            f"The model does not tell {name} from {zero} (p {before.pvalue:.2g}, n {len(before.real)}): there is nothing to forget, "
+            "and nothing was trained."
         )
     return before
-
-
-def _asked(material: Material) -> str:
-    """Return a digest of the probes as they were when the figures before were taken: all but the answers after."""
-    return digest(
-        [
-            {key: value for key, value in row.items() if key != "after"}
-            for row in (*material.probes, *material.kept_probes)
-        ]
-    )
-
-
-def _check_base(out: Path, base: str | None) -> None:
-    """Refuse a base with other weights than the one that the folder's rows were made of: under its name may lie another now.
-
-    Raises:
-        OtherInputs: it is another.
-    """
-    begun = out / "forget.json"
-    then = read_object(begun, "what alter forget wrote").get("base") if begun.is_file() else None
-    if then and base and not same_base(then, base):
-        raise OtherInputs(
-            f"{out} was begun with another base model: its weights are not those that the rows were made of. `resume` goes on "
-            "with the same alone: give that model, `overwrite` to start again, or another `out`."
-        )
 
 
 def _about_subject(
@@ -389,40 +340,6 @@ def _load(settings: Forget, adapter: str | None = None) -> tuple[Any, Any]:
     return load_model(settings.model, adapter, settings.dtype, settings.device, template=settings.chat_template_kwargs)
 
 
-FILES = {
-    "forget": "forget.jsonl",
-    "invented": "invented.jsonl",
-    "retain": "retain.jsonl",
-    "probes": "probes.jsonl",
-    "kept_probes": "kept.jsonl",
-    "facts": "facts.jsonl",
-}
-
-
-def _write(out: Path, material: Material, before: AgainstZero) -> None:
-    for field in fields(Material):
-        write_jsonl(out / FILES[field.name], getattr(material, field.name))
-    # the last file: with it all others are whole
-    write_atomic(out / "zero.json", to_json({"before": _zero(before), "probes": _asked(material)}))
-
-
-def _read(out: Path) -> Material | None:
-    if not (out / "zero.json").is_file():
-        return None
-    return Material(**{name: read_jsonl(out / file) for name, file in FILES.items()})
-
-
-def _zero(zero: AgainstZero) -> dict[str, Any]:
-    return {
-        "n": len(zero.real),
-        "invented": int(zero.invented.shape[1]),
-        "logprob": float(zero.real.mean()),
-        "logprob_invented": float(zero.invented.mean()),
-        "auc": zero.auc,
-        "p": zero.pvalue,
-    }
-
-
 def _again(
     model: Any, tokenizer: Any, out: Path, settings: Forget, material: Material
 ) -> tuple[Outcome, dict[str, Any]]:
@@ -444,4 +361,4 @@ def _again(
     write_jsonl(out / FILES["probes"], material.probes)
     write_jsonl(out / FILES["kept_probes"], material.kept_probes)
     zero = against_zero(model, tokenizer, material.probes, [])
-    return Outcome(material.probes, material.kept_probes), {} if zero is None else _zero(zero)
+    return Outcome(material.probes, material.kept_probes), {} if zero is None else zero_figures(zero)

@@ -11,7 +11,7 @@ import torch
 
 from alter.core import UserError, processes
 from alter.data import Collator, end_of_turn, ensure_pad_token
-from alter.inference.scoring import _device, _inner, _shown, context_length, evaluating, virtual_tokens
+from alter.inference.passes import context_length, device_of, evaluating, inner_model, shown, virtual_tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,7 @@ NUCLEUS = 512
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     """Return the tokens that end a reply: the generation configuration's, the tokenizer's, the chat template's end of turn."""
-    eos = _inner(model).generation_config.eos_token_id
+    eos = inner_model(model).generation_config.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return {i for i in [*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)] if i is not None}
 
@@ -111,7 +111,7 @@ class _Decoding:
     def of(cls, model: Any, tokenizer: Any, new_tokens: int, settings: dict[str, Any], whole: bool) -> _Decoding:
         """Make the decoding for settings of `model.generate`; `whole`: they need the whole reply."""
         stop = stop_ids(model, tokenizer)
-        own = _inner(model).generation_config
+        own = inner_model(model).generation_config
         # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
         whole = whole or own.min_new_tokens is not None or own.cache_implementation is not None
         settings = settings | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
@@ -189,8 +189,8 @@ def generate(
     ensure_pad_token(tokenizer)
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     decoding = _Decoding.of(model, tokenizer, max_new_tokens, greedy | sampling, whole=bool(sampling))
-    decoding = decoding.by_nucleus(sampling, _inner(model).generation_config)
-    device = _device(model)
+    decoding = decoding.by_nucleus(sampling, inner_model(model).generation_config)
+    device = device_of(model)
     likely = [0] * len(prompts) if expected_lengths is None else expected_lengths
     told, ended = _told(begun or [[] for _ in prompts], decoding)
     prompts = [[*prompt, *first] for prompt, first in zip(prompts, told, strict=True)]
@@ -215,7 +215,7 @@ def generate(
     texts = _decoded(tokenizer, told)
     with evaluating(model), contiguous_head(model):
         said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
-        for batch, replies in _shown(said, len(batches), label, progress):
+        for batch, replies in shown(said, len(batches), label, progress):
             for i, reply in zip(batch, replies, strict=True):
                 texts[i] = reply
     return texts
@@ -267,7 +267,7 @@ def sample(
     ensure_pad_token(tokenizer)
     chosen = {"do_sample": True, "num_beams": 1, "temperature": temperature, "top_p": top_p, "top_k": 0}
     decoding = _Decoding.of(model, tokenizer, max_new_tokens, chosen, whole=False)
-    device = _device(model)
+    device = device_of(model)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     together, each = max(1, batch_size // count), min(count, batch_size)
     batches = [
@@ -285,7 +285,7 @@ def sample(
     found: list[list[str]] = [[] for _ in prompts]
     with evaluating(model), contiguous_head(model):
         said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
-        for (batch, _), replies in _shown(said, len(batches), label, progress):
+        for (batch, _), replies in shown(said, len(batches), label, progress):
             for i, texts in zip(batch, replies, strict=True):
                 found[i] += texts
     return found
@@ -390,7 +390,7 @@ def contiguous_head(model: Any) -> Iterator[None]:
     Of the last states of prompts, cut out of all states, PyTorch copies the whole head once for each row, in 16 bits on a CPU:
     3.6 GB for 64 rows of SmolLM2.
     """
-    head = _inner(model).get_output_embeddings()
+    head = inner_model(model).get_output_embeddings()
     if head is None:
         yield
         return

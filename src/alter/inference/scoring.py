@@ -1,4 +1,4 @@
-"""Score rows with a model: log-probabilities of labelled tokens, gradient norms, hidden states.
+"""Score rows with a model: log-probabilities of labelled tokens.
 
 One forward pass per row serves every likelihood metric of `alter.metrics`. Batches are spread over the ranks of a launch
 (`alter.core.processes`), and every rank gets the results of all rows.
@@ -6,9 +6,8 @@ One forward pass per row serves every likelihood metric of `alter.metrics`. Batc
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,8 +15,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from alter.core import Array, UserError, console, processes
+from alter.core import Array, UserError, processes
 from alter.data import Collator, Encoded, batches_by_length
+from alter.inference.passes import (
+    context_length,
+    device_of,
+    evaluating,
+    inner_model,
+    shown,
+    text_config,
+    virtual_tokens,
+)
 from alter.inference.sharing import SharedBatch, shared_batches, shared_logits, shared_logits_beside, shares
 
 if TYPE_CHECKING:
@@ -50,52 +58,6 @@ class Scores:
         mean = None if self.mean is None else self.mean[rows]
         var = None if self.var is None else self.var[rows]
         return Scores(self.logprob[rows], self.correct[rows], mean, var)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Inside the block: no dropout and, unless `gradients`, no autograd graph; training modes are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.set_grad_enabled(gradients):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _inner(model: Any) -> Any:
-    """Return the transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _text_config(model: nn.Module) -> Any:
-    return _inner(model).config.get_text_config()
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Return the most tokens that a model takes, prompt and reply together; None where its configuration does not say."""
-    return getattr(_text_config(model), "max_position_embeddings", None)
-
-
-def virtual_tokens(model: Any) -> int:
-    """Return the number of positions that an adapter of virtual tokens (prompt tuning, P-tuning) puts before every row; else 0."""
-    config = getattr(model, "active_peft_config", None)
-    if config is None or not config.is_prompt_learning or config.peft_type not in ("PROMPT_TUNING", "P_TUNING"):
-        return 0
-    return int(config.num_virtual_tokens)
-
-
-def _shown(iterable: Iterable[Any], total: int, label: str, progress: bool) -> Iterable[Any]:
-    return console.progress(iterable, total=total, label=label) if progress else iterable
-
-
-# Scoring -------------------------------------------------------------------------------------------------------------
 
 
 def _batch_tokens(chosen: int | None, device: torch.device) -> int:
@@ -225,7 +187,7 @@ def score_beside_base(
 
 
 def _tokens_at_once(model: nn.Module, chosen: int | None) -> int:
-    return max(1, min(_batch_tokens(chosen, _device(model)), MAX_LOGITS // int(_text_config(model).vocab_size)))
+    return max(1, min(_batch_tokens(chosen, device_of(model)), MAX_LOGITS // int(text_config(model).vocab_size)))
 
 
 Batch = TypeVar("Batch", list[int], SharedBatch)
@@ -243,7 +205,7 @@ def _by_row(
     out: list[list[npt.NDArray[Any]]] = []
     with evaluating(model):
         found = zip(batches, processes.spread(batches, run, model), strict=True)
-        for batch, parts in _shown(found, len(batches), label, progress):
+        for batch, parts in shown(found, len(batches), label, progress):
             rows = batch.rows if isinstance(batch, SharedBatch) else batch
             counts = [sum(label != -100 for label in encoded[i].labels[1:]) for i in rows]
             out = out or [[np.empty(0)] * len(encoded) for _ in parts]
@@ -264,7 +226,7 @@ def _shared_batches(model: nn.Module, encoded: Sequence[Encoded], tokens: int) -
     if batches is None:
         return None
     with evaluating(model):
-        return batches if shares(model, _inner(model), batches) else None
+        return batches if shares(model, inner_model(model), batches) else None
 
 
 def _shared_scores(
@@ -275,12 +237,12 @@ def _shared_scores(
     Raises:
         UserError: a row, called by its number, gets NaN logits.
     """
-    device = _device(model)
+    device = device_of(model)
     predicting, targets, counts = batch.scored(encoded)
     wanted, columns = predicting.unique(return_inverse=True)
     columns, targets = columns.to(device), targets.to(device)
     compute = shared_logits_beside if beside else shared_logits
-    found = compute(model, _inner(model), batch.to(device), wanted.to(device))
+    found = compute(model, inner_model(model), batch.to(device), wanted.to(device))
     parts: list[npt.NDArray[Any]] = []
     for logits in found if isinstance(found, tuple) else (found,):
         own = _statistics(logits[None], torch.zeros_like(columns), columns, targets, moments)
@@ -317,12 +279,12 @@ def _prompt_lengths(labels: torch.Tensor) -> list[int]:
     return (labels != -100).int().argmax(dim=1).tolist()
 
 
-def _logits_at(
+def logits_at(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, prompts: Sequence[int]
 ) -> torch.Tensor:
     """Return the logits [B, K, V] at K positions; the head runs on these alone, where the model supports it."""
     places = positions.to(ids.device) + virtual_tokens(model)
-    sliced = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+    sliced = "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters
     keep = {"logits_to_keep": places} if sliced else {}
     logits: torch.Tensor = model(
         input_ids=ids, attention_mask=mask, use_cache=False, **keep, **decided(model, ids, mask, prompts)
@@ -338,12 +300,12 @@ def _scores_of(
     Raises:
         UserError: a row, called by its number, gets NaN logits.
     """
-    device = _device(model)
+    device = device_of(model)
     labels = inputs["labels"]
     predicts = labels[:, 1:] != -100
     positions = predicts.any(dim=0).nonzero()[:, 0]
     ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-    logits = _logits_at(model, ids, mask, positions, _prompt_lengths(labels))
+    logits = logits_at(model, ids, mask, positions, _prompt_lengths(labels))
     rows, columns = predicts[:, positions].nonzero(as_tuple=True)
     targets = labels[:, 1:][:, positions][rows, columns]
     parts = _statistics(logits, rows.to(device), columns.to(device), targets.to(device), moments)
@@ -373,125 +335,3 @@ def _statistics(
             piece += (mean, (p * (logp - mean[:, None]) ** 2).sum(dim=1))
         pieces.append(tuple(value.cpu() for value in piece))
     return [torch.cat(column).numpy() for column in zip(*pieces, strict=True)]
-
-
-def gradient_norms(
-    model: nn.Module,
-    encoded: Sequence[Encoded],
-    *,
-    pad_token_id: int,
-    compat: bool = False,
-    progress: bool = True,
-    label: str = "gradients",
-) -> list[Array]:
-    """Return the L2 norm of the gradient of each row's loss, by parameter tensor: one forward and one backward per row.
-
-    The loss is the mean negative log-probability of the row's labelled tokens but the last. The gradient is taken by
-    every tensor of floating point that the loss depends on, whether the model trains it or not: base weights under an
-    adapter count, and so does the adapter; integer weights (quantised) have no gradient and are left out. The model is
-    in eval mode (the tool that compat follows has dropout on here). It is left as it was: training modes, what
-    requires a gradient, and what is in `.grad`.
-
-    Args:
-        model, encoded: as in `score`.
-        pad_token_id: hidden from attention where it occurs in a row, in compat only.
-        compat: see `pad_token_id`.
-
-    Returns:
-        One array per row, in the order given: [tensors that have a gradient].
-
-    Raises:
-        UserError: a row has no labelled token but its last, does not fit into the context, or has a gradient that is
-            not finite.
-    """
-    check_rows(model, encoded)
-    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
-
-    def norms_of(i: int) -> Array:
-        found = torch.autograd.grad(
-            _loss_but_the_last(model, encoded[i], i, pad_token_id if compat else None), weights, allow_unused=True
-        )
-        sizes = torch.stack([torch.linalg.vector_norm(g.float()) for g in found if g is not None])
-        if not sizes.isfinite().all():
-            raise UserError(f"Row {i}: the gradient is not finite; try `dtype` float32.")
-        return sizes.double().cpu().numpy()
-
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        with evaluating(model, gradients=True):
-            numbers = range(len(encoded))
-            return list(_shown(processes.spread(numbers, norms_of, model), len(encoded), label, progress))
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
-def _loss_but_the_last(model: Any, row: Encoded, number: int, hidden: int | None) -> torch.Tensor:
-    """Return the mean negative log-probability of a row's labelled tokens but the last.
-
-    Args:
-        model: in eval mode.
-        row: of labelled tokens.
-        number: what an error calls it.
-        hidden: token that is kept from attention, if one is.
-
-    Raises:
-        UserError: no other token is labelled.
-    """
-    places = [t - 1 for t in range(1, len(row.labels)) if row.labels[t] != -100][:-1]
-    if not places:
-        raise UserError(f"Row {number} has no labelled text, only an end: it has no gradient; remove the row.")
-    ids = torch.tensor([row.input_ids], device=_device(model))
-    mask = torch.ones_like(ids) if hidden is None else (ids != hidden).long()
-    positions = torch.tensor(places, device=ids.device)
-    logits = _logits_at(model, ids, mask, positions, [places[0] + 1])[0]
-    return torch.nn.functional.cross_entropy(logits.float(), ids[0, positions + 1])
-
-
-def hidden_states(
-    model: nn.Module,
-    encoded: Sequence[Encoded],
-    *,
-    pad_token_id: int,
-    batch_tokens: int | None = None,
-    progress: bool = True,
-    label: str = "hidden states",
-) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """Yield each row's number and its tokens' hidden states at every depth, [tokens, layers + 1, width]; longest first.
-
-    Depth 0 is the embeddings, depth d what the d-th block gives; the last one is after the final norm where the model
-    reports it so (as Llama does in transformers). The state of a token is the one that generates the next.
-
-    Args:
-        model, encoded, pad_token_id, batch_tokens: as in `score`; labels do not matter, but there must be some.
-
-    Raises:
-        UserError: a row has no labelled token, is longer than the model's context, or gets states that are not finite.
-    """
-    check_rows(model, encoded)
-    device = _device(model)
-    lengths = [len(row.input_ids) for row in encoded]
-    batches = batches_by_length(lengths, batch_tokens or (4096 if device.type == "cpu" else 16384))
-    collate = Collator(pad_token_id)
-
-    def run(batch: list[int]) -> list[npt.NDArray[np.float32]]:
-        inputs = collate([{"input_ids": encoded[i].input_ids} for i in batch])
-        given = {name: value.to(device) for name, value in inputs.items()}
-        # opened for each batch: between two rows, the caller's own gradient mode holds
-        prompts = [next(t for t, label in enumerate(encoded[i].labels) if label != -100) for i in batch]
-        with evaluating(model):
-            more = decided(model, given["input_ids"], given["attention_mask"], prompts)
-            states = model(**given, **more, output_hidden_states=True, use_cache=False).hidden_states
-        rows = []
-        for k, i in enumerate(batch):
-            own = torch.stack([state[k, : lengths[i]].float() for state in states], dim=1)
-            if not own.isfinite().all():
-                raise UserError(f"Row {i}: the model's hidden states are not finite; try `dtype` float32.")
-            rows.append(own.cpu().numpy())
-        return rows
-
-    found = zip(batches, processes.spread(batches, run, model), strict=True)
-    for batch, rows in _shown(found, len(batches), label, progress):
-        yield from zip(batch, rows, strict=True)

@@ -9,7 +9,7 @@ import torch
 
 from alter.data import Encoded
 from alter.inference.generation import OTHERS, WARPED
-from alter.inference.scoring import _inner
+from alter.inference.passes import inner_model
 from alter.inference.sharing import known_kind
 
 PLAIN = {
@@ -35,7 +35,7 @@ def says_what_it_scores(model: Any) -> bool:
     So it is of plain models and of LoRA, in at least 32 bits, without settings that reshape the likeliest token; of a routed
     adapter only if one pass tells the routes, since otherwise the frozen base sees prompts alone.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     context = inner.__dict__.get("_alter_context")
     routed = [] if context is None else [context.configs[name] for name in context.active()]
     own = {name: value for name, value in inner.generation_config.to_diff_dict().items() if name not in PLAIN}

@@ -107,7 +107,7 @@ def mia_gradnorm(norms: RowArrays) -> Array:
     Strict and compat are the same: the loss is over a' in both.
 
     Args:
-        norms: per row one norm for each parameter tensor, as `alter.inference.scoring.gradient_norms` returns them.
+        norms: per row one norm for each parameter tensor, as `alter.inference.gradient_norms` returns them.
 
     Raises:
         ValueError: a row has no norms.

@@ -1,0 +1,55 @@
+"""What every pass over a model needs: the model inside an adapter, its device and context, eval mode, a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from alter.core import console
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Inside the block: no dropout and, unless `gradients`, no autograd graph; training modes are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def inner_model(model: Any) -> Any:
+    """Return the transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def text_config(model: nn.Module) -> Any:
+    return inner_model(model).config.get_text_config()
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the most tokens that a model takes, prompt and reply together; None where its configuration does not say."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
+def virtual_tokens(model: Any) -> int:
+    """Return the number of positions that an adapter of virtual tokens (prompt tuning, P-tuning) puts before every row; else 0."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or config.peft_type not in ("PROMPT_TUNING", "P_TUNING"):
+        return 0
+    return int(config.num_virtual_tokens)
+
+
+def shown(iterable: Iterable[Any], total: int, label: str, progress: bool) -> Iterable[Any]:
+    return console.progress(iterable, total=total, label=label) if progress else iterable
