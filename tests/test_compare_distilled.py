@@ -36,8 +36,7 @@ from test_compare import (  # noqa: F401
 BRIEF = {
     "max_steps": 2,
     "batch_size": 4,
-    "sampled": 2,
-    "sampled_tokens": 8,
+    "general": ["builtin:world_facts[:4]"],
     "precision": "fp32",
     "learning_rate": 1e-3,
 }
@@ -101,7 +100,7 @@ def test_only_what_decides_a_distilled_cell_is_in_its_key(data, tmp_path, monkey
         ({"distill": None}, r"settings.m.distill is None; expected settings"),
         ({"distill": {"general": ["/nowhere.txt"]}}, "/nowhere.txt"),
         ({"distill": {"names": ["Nobody Here"]}}, "None of the forget rows has one of the `names` Nobody Here"),
-        ({"distill": {}, "quantization": "nf4"}, "Method m has `quantization` 'nf4', and `distill` loads"),
+        ({"distill": {}, "quantization": "4bit"}, "Method m has `quantization` '4bit', and `distill` loads"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(data, tmp_path, row, says, monkeypatch):  # noqa: F811
