@@ -240,11 +240,11 @@ def work(folder: Path, parts: Sequence[str]) -> None:
 
 def forget_weights(folder: Path) -> None:
     """Delete the weights that a cell's runs have trained; a process killed midway leaves nothing that looks like a result."""
-    stages = [*sorted(folder.glob("plain*"), reverse=True), *sorted(folder.glob("stage*"), reverse=True)]
+    made = [path for kind in ("plain*", "stage*") for path in sorted(folder.glob(kind), reverse=True)]
     # last stage first, so that no stage counts as ended without its predecessor
-    for path in stages:
+    for path in made:
         (path / "run.json").unlink(missing_ok=True)
-    for path in (*stages, *folder.glob("base*"), *folder.glob(".base*")):
+    for path in (*made, *folder.glob("base*"), *folder.glob(".base*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
