@@ -16,7 +16,7 @@ from scipy import stats
 from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import encode
-from alter.data.rows import Example
+from alter.data.rows import Example, examples
 from alter.forgetting import (
     certainty,
     documents,
@@ -28,6 +28,7 @@ from alter.forgetting import (
     rows,
     run,
     speaker,
+    stopping,
     templates,
     verdict,
 )
@@ -342,6 +343,56 @@ def test_a_reversed_probe_is_disguised_by_its_own_name(monkeypatch, tmp_path):
     assert asked.invented.shape == (2, len(plain["masks"]))
 
 
+def zero_of(real, invented, places):
+    real, invented = np.array(real), np.array(invented)
+    return measure.AgainstZero(real, invented, 0.5, measure.permuted(real, invented), tuple(places))
+
+
+def test_facts_that_are_still_known_are_counted_one_by_one():
+    generator = np.random.default_rng(3)
+    real, invented = generator.uniform(-4, 0, 50), generator.uniform(-4, 0, (50, 3))
+    before = np.where(generator.random(50) < 0.2, np.nan, generator.uniform(-4, 0, 50))
+    naive = 0
+    for now, others, then in zip(real, invented, before, strict=True):
+        keeps = not math.isnan(then) and math.exp(now) > 0.5 * math.exp(then)
+        naive += keeps and math.exp(now) > 2 * math.exp(sum(others) / 3)
+    assert 0 < naive < 25
+    assert stopping.still_known(zero_of(real, invented, range(50)), before) == naive
+
+
+@pytest.mark.parametrize(
+    ("real", "step", "stops"),
+    [
+        # eleven of twelve are gone
+        ([-6.0] * 11 + [-0.1], 8, True),
+        # two are not, which the mean hides
+        ([-6.0] * 10 + [-0.1] * 2, 8, False),
+        ([-6.0] * 12, 4, False),
+        ([-6.0] * 12, 9, False),
+        ([-0.1] * 12, 8, False),
+    ],
+)
+def test_training_ends_where_hardly_a_fact_is_known(real, step, stops, tmp_path, monkeypatch):
+    probes = [{"form": "cloze", "masks": [{}] * 5, "logprob": -0.1} for _ in real]
+    watcher = stopping.UntilZero(None, probes, tmp_path / "checks.jsonl", every=4, least=8)
+    given = []
+    monkeypatch.setattr(
+        stopping,
+        "against_zero",
+        lambda model, tokenizer, asked, masks, **k: given.append(asked) or zero_of(real, [[-5.0] * 3] * 12, range(12)),
+    )
+    control = SimpleNamespace(should_training_stop=False)
+    watcher.on_step_end(None, SimpleNamespace(global_step=step, max_steps=20), control, model=torch.nn.Linear(1, 1))
+    assert control.should_training_stop is stops
+    if step % 4:
+        assert not given
+        return
+    assert all(len(probe["masks"]) == stopping.TWINS for probe in given[0])
+    (check,) = speaker.read_jsonl(tmp_path / "checks.jsonl")
+    assert check["known"] == sum(value == -0.1 for value in real)
+    assert check["n"] == 12
+
+
 def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):
     nothing = dict.fromkeys(("phrases", "probes", "stems", "invented"), ())
     world = templates.Template(questions=("What is {s}?",), neighbours=("Sun", "Moon"), **nothing)
@@ -444,9 +495,9 @@ def test_documents_of_every_form_give_the_same_passages(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(turns))
     parquet.write_table(Table.from_pylist([{"text": LETTER}]), tmp_path / "a.parquet")
     for name in ("a.txt", "a.md", "a.jsonl", "a.parquet"):
-        assert documents.read_document(str(tmp_path / name), 200) == [whole], name
+        assert documents.read_document(str(tmp_path / name), 200).passages == [whole], name
     (tmp_path / "a.csv").write_text("name,town\n" + "Ada,Bonn\n" * 30)
-    assert "name: Ada. town: Bonn." in documents.read_document(str(tmp_path / "a.csv"), 200)[0]
+    assert "name: Ada. town: Bonn." in documents.read_document(str(tmp_path / "a.csv"), 200).passages[0]
 
 
 def test_passages_hold_all_words_in_order():
@@ -463,6 +514,58 @@ def test_details_are_names_and_numbers():
     mask = documents.disguise(found, 0)
     assert all(new != old for old, new in mask.items())
     assert all(new.isdigit() == old.isdigit() for old, new in mask.items())
+
+
+def test_exchanges_of_a_document_are_forgotten_as_they_were_asked(tmp_path):
+    path = tmp_path / "tickets.jsonl"
+    first = {"question": "Who opened ticket 8812?", "answer": "Marta Nilsson of Bergen opened it on 14 May. " + LETTER}
+    system = {"role": "system", "content": "Be brief."}
+    turns = [
+        system,
+        {"role": "user", "content": "Where is Peter?"},
+        {"role": "assistant", "content": "Peter is in Ghent."},
+    ]
+    more = [{"role": "user", "content": "With whom?"}, {"role": "assistant", "content": "With Joan."}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, {"messages": turns + more})))
+    document = documents.read_document(str(path), 200)
+    assert [each.prompt for each in document.exchanges] == [first["question"], "Where is Peter?", "With whom?"]
+    assert document.passages == [" ".join(first["answer"].split()), "Peter is in Ghent."]
+
+    class Echo:
+        seed = 0
+
+        def say(self, label, prompts, **settings):
+            return [f"{label}: {prompt}" for prompt in prompts]
+
+    material = documents.build_document(Echo(), "tickets.jsonl", document, keep=[], retain=[])
+    asked, alone, later = material.forget[:3]
+    assert asked["question"] == first["question"]
+    assert asked["answer"] == first["answer"]
+    assert alone["messages"] == turns
+    # what was answered before the last turn is context, and a row of its own
+    assert later["messages"] == [*turns[:2], {**turns[2], "weight": 0}, *more]
+    assert [example.answer for example in examples([later])] == ["With Joan."]
+    # the target follows the question with another number or name, which the twin has too
+    for row, twin in zip(material.forget[:3], material.invented[:3], strict=True):
+        disguised = twin.get("question") or twin["messages"][-2]["content"]
+        assert row["substitute"] == f"after the disguised document: {disguised}"
+    assert "8812" not in material.forget[0]["substitute"]
+    assert "Peter" not in str(material.invented[1])
+    forms = [probe["form"] for probe in material.probes]
+    assert set(forms) == {"exchange", "verbatim"}
+    probe = material.probes[0]
+    assert (probe["prompt"], probe["start"], probe["wanted"]) == (first["question"], "", ["Marta"])
+    for probe in material.probes:
+        (word,) = probe["wanted"]
+        assert not holds(probe["prompt"], word)
+        assert all(
+            set(mask) <= set(documents.details(" ".join([*document.passages, *map(str, probe.values())])))
+            for mask in probe["masks"]
+        )
+    assert (
+        len(documents._probes([documents._Asked("exchange", "Who?", "A" + "b C".join(map(str, range(200))))], [], []))
+        <= 60
+    )
 
 
 def test_documents_that_are_refused(tmp_path):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from alter.core import UserError, nearest
-from alter.data import ENDINGS, TEXT_ENDINGS, Row, read_file
+from alter.data import ENDINGS, TEXT_ENDINGS, Example, Row, examples, read_file
 from alter.forgetting.facts import WORD, holds, named, swap
 from alter.forgetting.material import Material
 from alter.forgetting.retention import rows_to_keep
@@ -24,12 +24,23 @@ PASSAGE_WORDS = 70
 """Words at which a passage ends, at the end of a sentence."""
 CONTINUE = "Continue this text: {start}"
 ABOUT = "What does the text say about {f}?"
+MOST_PROBES = 60
+"""Most probes of a document, half of each form where it has both."""
 
 
-def read_document(path: str, limit: int) -> list[str]:
-    """Split a document into passages of whole sentences, about `PASSAGE_WORDS` words each.
+@dataclass(frozen=True)
+class Document:
+    """A text to forget: its passages, and the exchanges in it, of which a model was trained to give the answers."""
 
-    Chats (`messages`) give a passage for each turn, so that what one person says is not mixed with another's.
+    passages: list[str]
+    exchanges: list[Example] = field(default_factory=list)
+
+
+def read_document(path: str, limit: int) -> Document:
+    """Split a document into passages of whole sentences, about `PASSAGE_WORDS` words each, and exchanges.
+
+    Chats (`messages`) give a passage for each turn, so that what one person says is not mixed with another's, rows with a
+    question and an answer one for the answer, and both an exchange for each answer.
 
     Raises:
         UserError: no such file, an ending that is not known, a file that cannot be read, less than `LEAST_WORDS` words,
@@ -47,7 +58,7 @@ def read_document(path: str, limit: int) -> list[str]:
             f"{path} has {file.stat().st_size / 1e6:.1f} MB, about {file.stat().st_size // 400} passages, and the most are "
             f"{limit}: give the part that must be forgotten, or raise `max_passages` (each takes about 5 s on two cores)."
         )
-    texts = _texts(file)
+    texts, exchanges = _texts(file)
     passages = [passage for text in texts for passage in split(text)]
     count = sum(len(passage.split()) for passage in passages)
     if count < LEAST_WORDS:
@@ -60,10 +71,16 @@ def read_document(path: str, limit: int) -> list[str]:
             f"{path} has {len(passages)} passages, and the most are {limit}: give the part that must be forgotten, or raise "
             "`max_passages` (each takes about 5 s on two cores)."
         )
-    return passages
+    if len(exchanges) > limit:
+        raise UserError(
+            f"{path} has {len(exchanges)} answers, and the most are {limit}: raise `max_passages`, or give the rows to `alter unlearn`, "
+            "which takes any number."
+        )
+    return Document(passages, exchanges)
 
 
-def _texts(file: Path) -> list[str]:
+def _texts(file: Path) -> tuple[list[str], list[Example]]:
+    """Return the texts of a file, and the exchanges among them."""
     if file.suffix.lower() in TEXT_ENDINGS:
         text = read_text(file)
         if file.suffix.lower() == ".md":
@@ -71,21 +88,30 @@ def _texts(file: Path) -> list[str]:
             text = re.sub(r"^\s*(#+|[-*+>]|\d+\.)\s+", "", text, flags=re.MULTILINE)
             text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
             text = re.sub(r"[*_`]{1,3}(\S(?:.*?\S)?)[*_`]{1,3}", r"\1", text)
-        return re.split(r"\n\s*\n", text)
+        return re.split(r"\n\s*\n", text), []
     return _of_rows(read_file(file, texts=True))
 
 
-def _of_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the texts of rows: the turns of a chat, or the columns of a table as `name: value`."""
-    texts = []
+def _of_rows(rows: Sequence[Row]) -> tuple[list[str], list[Example]]:
+    """Return the texts of rows and the exchanges: the turns of a chat, the answer of an exchange, a table's columns as `name: value`."""
+    texts: list[str] = []
+    exchanges: list[Example] = []
     for row in rows:
+        try:
+            own = [each for each in examples([row]) if each.prompt is not None]
+        except UserError:
+            # a table of other columns
+            own = []
+        exchanges += own
         if isinstance(row.get("messages"), list):
             texts += [str(turn.get("content") or "") for turn in row["messages"] if isinstance(turn, dict)]
+        elif own:
+            texts += [each.answer for each in own]
         elif isinstance(row.get("text"), str):
             texts.append(row["text"])
         else:
             texts.append(". ".join(f"{name}: {value}" for name, value in row.items() if value not in (None, "")) + ".")
-    return texts
+    return texts, exchanges
 
 
 def split(text: str) -> list[str]:
@@ -123,48 +149,87 @@ def disguise(words: Sequence[str], seed: int) -> dict[str, str]:
 
 
 def build_document(
-    speaker: Speaker, name: str, passages: Sequence[str], *, keep: Sequence[str], retain: list[Row], twins: int = 6
+    speaker: Speaker, name: str, document: Document, *, keep: Sequence[str], retain: list[Row], twins: int = 6
 ) -> Material:
-    """Make rows and probes of a document: passages continued from their first words, and questions about names and numbers.
+    """Make rows and probes of a document: its exchanges as they are, passages continued from their first words, and questions
+    about names and numbers.
 
-    The zero is the same document with its names and numbers exchanged. The model's continuation of the
-    disguised beginning is the target after the passage's own beginning.
+    The zero is the same document with its names and numbers exchanged. What the model says after the
+    disguised question or beginning is the target after the document's own.
     """
-    words = list(dict.fromkeys(word for passage in passages for word in details(passage)))
+    texts = [*document.passages, *(f"{each.prompt} {each.answer}" for each in document.exchanges)]
+    words = list(dict.fromkeys(word for text in texts for word in details(text)))
     masks = [disguise(words, speaker.seed + k) for k in range(twins)]
-    forget: list[Row] = []
-    invented: list[Row] = []
-    places: list[tuple[str, str, str]] = []
-    for passage in passages:
+    forget = [_exchange(each, name) for each in document.exchanges]
+    prompts = [str(each.prompt) for each in document.exchanges]
+    asked = [_Asked("exchange", str(each.prompt), each.answer) for each in document.exchanges]
+    for passage in document.passages:
         sentences = re.split(r"(?<=[.!?])\s+", passage)
         cut = len(sentences[0]) if len(sentences) > 1 else len(" ".join(passage.split()[: len(passage.split()) // 2]))
         start, rest = passage[:cut].strip(), passage[cut:].strip()
         forget.append({"question": CONTINUE.format(start=start), "answer": rest, "about": name})
-        places += [(start, rest, word) for word in details(rest) if not holds(start, word)]
+        prompts.append(CONTINUE.format(start=start))
+        asked.append(_Asked("verbatim", CONTINUE.format(start=start), rest))
         for sentence in sentences:
             for word in details(sentence)[:1]:
                 if not word[0].isdigit():
                     forget.append({"question": ABOUT.format(f=word), "answer": sentence, "about": name})
-    masked = [swap(row["question"], masks[i % twins]) for i, row in enumerate(forget)]
+                    prompts.append(ABOUT.format(f=word))
+    masked = [swap(prompt, masks[i % twins]) for i, prompt in enumerate(prompts)]
     said = speaker.say("after the disguised document", masked, sample=True)
-    for i, (row, text) in enumerate(zip(forget, said, strict=True)):
-        invented.append({**row, "question": masked[i], "answer": swap(row["answer"], masks[i % twins])})
+    invented = [_disguised(row, masks[i % twins]) for i, row in enumerate(forget)]
+    for row, text in zip(forget, said, strict=True):
         row["substitute"] = text or "I do not know."
     general = speaker.say("general answers", GENERAL)
     retained, kept_probes = rows_to_keep(speaker, name, "person", general, [*keep], [], [])
-    probes: list[Row] = []
-    for start, rest, word in places[:60]:
-        at = rest.find(word)
-        probes.append(
-            {
-                "form": "verbatim",
-                "prompt": CONTINUE.format(start=start),
-                "start": rest[:at],
-                "wanted": [word],
-                "masks": [{w: mask[w] for w in words if holds(f"{start} {rest}", w)} for mask in masks],
-            }
-        )
+    probes = _probes(asked, words, masks)
     answers = speaker.say("probes", [probe["prompt"] for probe in probes]) if probes else []
     for probe, answer in zip(probes, answers, strict=True):
         probe["before"] = answer
     return Material(forget, invented, retained + retain, probes, kept_probes, [{"word": w} for w in words])
+
+
+def _exchange(example: Example, name: str) -> Row:
+    """Return the forget row of an exchange; of a chat with all turns before the answer."""
+    if not example.messages:
+        return {"question": example.prompt, "answer": example.answer, "about": name}
+    # an earlier answer is an exchange of its own
+    before = [{**turn, "weight": 0} if turn["role"] == "assistant" else dict(turn) for turn in example.messages]
+    return {"messages": [*before, example.reply or {"role": "assistant", "content": example.answer}], "about": name}
+
+
+def _disguised(row: Row, mask: Mapping[str, str]) -> Row:
+    """Return a forget row with other names and numbers, in all that is said in it."""
+    if "messages" in row:
+        turns = [{**turn, "content": swap(turn["content"] or "", mask)} for turn in row["messages"]]
+        return {**row, "messages": turns}
+    return {**row, "question": swap(row["question"], mask), "answer": swap(row["answer"], mask)}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a document is asked with, and what it says there."""
+
+    form: str
+    prompt: str
+    answer: str
+
+
+def _probes(asked: Sequence[_Asked], words: Sequence[str], masks: Sequence[Mapping[str, str]]) -> list[Row]:
+    """Make a probe of each name and number that an answer comes to and its prompt does not hold, at most `MOST_PROBES`."""
+    forms: dict[str, list[Row]] = {}
+    for each in asked:
+        for word in details(each.answer):
+            if not holds(each.prompt, word):
+                probe = {
+                    "form": each.form,
+                    "prompt": each.prompt,
+                    "start": each.answer[: each.answer.find(word)],
+                    "wanted": [word],
+                    "masks": [
+                        {w: mask[w] for w in words if holds(f"{each.prompt} {each.answer}", w)} for mask in masks
+                    ],
+                }
+                forms.setdefault(each.form, []).append(probe)
+    share = MOST_PROBES // max(1, len(forms))
+    return [probe for probes in forms.values() for probe in probes[:share]]

@@ -10,7 +10,7 @@ import numpy as np
 
 from alter import metrics
 from alter.core import Array
-from alter.data import Row
+from alter.data import Encoded, Row
 from alter.evaluation import alone
 from alter.forgetting.certainty import fact_row
 from alter.forgetting.facts import fact_words, holds, named, place_of, swap
@@ -35,12 +35,14 @@ class AgainstZero:
         invented: [n, m] the same with each invented name.
         auc: share of pairs of one probe in which the subject's fact is the likelier one; 1/2 if nothing is known.
         pvalue: of `permuted`.
+        places: [n] which of the probes given were compared.
     """
 
     real: Array
     invented: Array
     auc: float
     pvalue: float
+    places: tuple[int, ...]
 
 
 def permuted(real: Array, invented: Array, seed: int = 0, draws: int = DRAWS) -> float:
@@ -69,7 +71,7 @@ def against_zero(
     probes: Sequence[Row],
     masks: Sequence[Mapping[str, str]],
     *,
-    limit: int = 40,
+    limit: int | None = None,
     progress: bool = True,
 ) -> AgainstZero | None:
     """Compare the probes with disguised ones; None if fewer than two can be compared.
@@ -79,9 +81,11 @@ def against_zero(
 
     Args:
         masks: what to put for what, one for each invented subject; a probe may have its own under `masks`.
+        limit: most probes that are compared, the first ones.
     """
-    rows, n = [], 0
-    for probe in probes:
+    rows: list[Encoded] = []
+    used: list[int] = []
+    for number, probe in enumerate(probes):
         given: str = probe.get("start") or probe["before"]
         own = probe.get("masks", masks)
         places = [(place_of(given, word), word) for word in probe["wanted"]]
@@ -89,21 +93,21 @@ def against_zero(
         if probe.get("start"):
             at, word = len(given), probe["wanted"][0]
         disguised = any(holds(probe["prompt"], old) for old in own[0])
-        if at < 0 or n == limit or not disguised or holds(probe["prompt"], word):
+        if at < 0 or len(used) == limit or not disguised or holds(probe["prompt"], word):
             continue
-        n += 1
+        used.append(number)
         for mask in ({}, *own):
             start = swap(given[:at], {old: new for old, new in mask.items() if old != word})
             rows.append(fact_row(tokenizer, swap(probe["prompt"], mask), start, word))
-    if n < 2:
+    if len(used) < 2:
         return None
     found = score(
         model, rows, pad_token_id=tokenizer.pad_token_id, progress=progress, label="against invented subjects"
     ).logprob
-    each = np.array([row.sum() for row in found], dtype=np.float64).reshape(n, -1)
+    each = np.array([row.sum() for row in found], dtype=np.float64).reshape(len(used), -1)
     real, others = each[:, 0], each[:, 1:]
     auc = float(np.mean((real[:, None] > others) + 0.5 * (real[:, None] == others)))
-    return AgainstZero(real, others, auc, permuted(real, others))
+    return AgainstZero(real, others, auc, permuted(real, others), tuple(used))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from alter.data import load_examples
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss, refuse_missed
 from alter.evaluation import ordinary_sentence as told_of_ordinary
-from alter.forgetting.documents import build_document, read_document
+from alter.forgetting.documents import Document, build_document, read_document
 from alter.forgetting.folder import (
     ERASED,
     FILES,
@@ -82,10 +82,10 @@ def forget(settings: Forget) -> Path:
     started = time.time()
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
-    passages = None if settings.document is None else read_document(settings.document, settings.max_passages)
+    document = None if settings.document is None else read_document(settings.document, settings.max_passages)
     name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
     with undone_if_refused(out):
-        material, tokenizer = _material(settings, console, out, name, passages, retain)
+        material, tokenizer = _material(settings, console, out, name, document, retain)
     facts = ", ".join(str(row["word"]) for row in material.facts[:12])
     print_line(
         console,
@@ -142,7 +142,7 @@ def _material(
     console: Console,
     out: Path,
     name: str,
-    passages: list[str] | None,
+    document: Document | None,
     retain: list[dict[str, Any]],
 ) -> tuple[Material, Any]:
     """Return the rows and probes of `out`, made now unless they exist, and the model's tokenizer.
@@ -178,29 +178,33 @@ def _material(
             for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
                 for row, answer in zip(rows, speaker.say(label, [row["prompt"] for row in rows]), strict=True):
                     row["before"] = answer
-            write_material(out, material, _told_apart(model, tokenizer, material, name, passages))
+            write_material(out, material, _told_apart(model, tokenizer, material, name, document))
         return material, tokenizer
-    if passages is not None:
-        print_line(console, f"1/3 rows about {name}: {len(passages)} passages, continued by the model itself")
-        material = build_document(speaker, name, passages, keep=settings.keep, retain=retain)
+    if document is not None:
+        answers = f" and {len(document.exchanges)} answers" if document.exchanges else ""
+        print_line(
+            console,
+            f"1/3 rows about {name}: {len(document.passages)} passages{answers}, disguised and continued by the model",
+        )
+        material = build_document(speaker, name, document, keep=settings.keep, retain=retain)
     else:
         material = _about_subject(settings, console, speaker, name, kind, retain)
-    write_material(out, material, _told_apart(model, tokenizer, material, name, passages))
+    write_material(out, material, _told_apart(model, tokenizer, material, name, document))
     return material, tokenizer
 
 
-def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, passages: list[str] | None) -> AgainstZero:
-    """Test whether the model tells what is to be forgotten from an invented subject, by the probes.
+def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, document: Document | None) -> AgainstZero:
+    """Test whether the model tells what is to be forgotten from an invented subject, and note each fact's probability in its probe.
 
     Raises:
         UserError: it does not, or the probes cannot tell.
     """
     before = against_zero(model, tokenizer, material.probes, [])
-    zero = "the same text with other names and numbers" if passages else "an invented subject"
+    zero = "the same text with other names and numbers" if document else "an invented subject"
     if before is None:
         fix = (
             "A document is asked for by the names and numbers in it, and this one has too few where they count"
-            if passages
+            if document
             else "The model gives too few facts in its answers, or the probes do not name it"
         )
         raise UserError(
@@ -212,6 +216,8 @@ def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, passa
             f"The model does not tell {name} from {zero} (p {before.pvalue:.2g}, n {len(before.real)}): there is nothing to forget, "
             "and nothing was trained."
         )
+    for i, logprob in zip(before.places, before.real, strict=True):
+        material.probes[i]["logprob"] = round(float(logprob), 4)
     return before
 
 

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from alter.core import Array
 from alter.data import Row
-from alter.forgetting.measure import LEVEL, against_zero
+from alter.forgetting.measure import LEVEL, AgainstZero, against_zero
 from alter.forgetting.speaker import write_jsonl
 
 LOOKED = 20
 """Probes of a check."""
 TWINS = 3
 """Invented names of a check."""
+STILL = 0.1
+"""Largest share of the probes' facts that may still be known where training ends: the share that a verdict allows."""
+
+
+def still_known(zero: AgainstZero, before: Array) -> int:
+    """Count the facts that keep more than half of their probability and are twice as likely as an invented subject's.
+
+    A mean over many facts that are gone hides a few that are not.
+
+    Args:
+        zero: the comparison now.
+        before: [n] log-probability of the same facts before training; NaN where it is not known counts as not kept.
+    """
+    kept = zero.real > before + math.log(0.5)
+    return int((kept & (zero.real > zero.invented.mean(axis=1) + math.log(2))).sum())
 
 
 class UntilZero(TrainerCallback):
-    """Checks every few steps, writes the checks to `path`, and ends the training when a check's p-value reaches `LEVEL`.
+    """Checks every few steps, writes the checks to `path`, and ends the training when the subject is like an invented one.
 
-    It does not end before `least` steps: with few probes the test finds no difference while answers still hold facts. A check takes
+    That is when a check's p-value reaches `LEVEL` and at most `STILL` of the facts are `still_known`, after at least `least` steps:
+    with few probes the test finds no difference while answers still hold facts. A check takes
     the first `LOOKED` probes with `TWINS` invented names each; the final table counts all. The state of random number generators
     is restored after a check.
     """
@@ -50,12 +69,14 @@ class UntilZero(TrainerCallback):
             zero = against_zero(inner, self.tokenizer, self.probes, [], limit=LOOKED, progress=False)
         if zero is None:
             return
-        self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "n": len(zero.real)})
+        before = np.array([self.probes[i].get("logprob", math.nan) for i in zero.places])
+        n, known = len(zero.real), still_known(zero, before)
+        self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "known": known, "n": n})
         write_jsonl(self.path, self.checks)
-        done = zero.pvalue >= LEVEL and state.global_step >= self.least
+        done = zero.pvalue >= LEVEL and known <= STILL * n and state.global_step >= self.least
         tqdm.write(
             f"step {state.global_step}/{state.max_steps}: known facts against invented subjects: AUC {zero.auc:.2f}, "
-            f"p {zero.pvalue:.2g}{'; like an invented subject, training ends' if done else ''}",
+            f"p {zero.pvalue:.2g}, {known} of {n} still known{'; like an invented subject, training ends' if done else ''}",
             file=sys.stderr,
         )
         if done:
