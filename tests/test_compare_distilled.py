@@ -14,6 +14,8 @@ from alter.comparison.distilling import distilled_rule
 from alter.comparison.division import PARTS
 from alter.core.errors import UserError
 from alter.evaluation.tofu import measuring
+from alter.metaevaluation import members
+from alter.metaevaluation.settings import MetaEvaluate
 from alter.storage.records import read_records
 from pico import write_jsonl
 from test_compare import (  # noqa: F401
@@ -115,9 +117,16 @@ def test_mistakes_are_refused_before_anything_runs(data, tmp_path, row, says, mo
 def test_only_a_row_is_distilled(data, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match=r"`common` has 'distill'.*give 'distill' to a row, under `settings`"):
         plan.lay_out(settings(data, tmp_path, common={"distill": BRIEF}), tmp_path)
-    # a comparison alone can: nothing that trains runs in its place leaves it out in silence
-    with pytest.raises(UserError, match="Method m: distill"):
-        plan.run_of(distilled(data, tmp_path), "m", "forget10", 0, (1.0, 1.0))
+    # what makes models by the same settings does not leave it out in silence
+    given = {
+        "model": str(data / "model"),
+        "retrained": str(data / "retrained"),
+        "out": str(tmp_path),
+        "methods": ["m"],
+    }
+    wanted = MetaEvaluate.model_validate({**given, "settings": {"m": {"method": "lora_gd", "distill": BRIEF}}})
+    with pytest.raises(UserError, match=r"settings.m has 'distill', which only `alter compare` does: leave it out"):
+        list(members._runs(wanted))
 
 
 @pytest.mark.parametrize("method", ["lora_gd", "graddiff", "alter"])

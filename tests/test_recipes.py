@@ -22,7 +22,6 @@ import alter
 from alter import cli
 from alter.commands import COMMANDS
 from alter.comparison.cell import work
-from alter.comparison.distilling import undistilled
 from alter.comparison.plan import lay_out, run_of
 from alter.comparison.settings import Retrained
 from alter.data.tofu import tofu_rows
@@ -320,7 +319,7 @@ def rows_of_the_table(name, *already, like=None):
     split, point = settings.splits[0], (settings.rates[0], settings.epochs[0])
     for row in settings.methods:
         if row not in already:
-            given = run_of(undistilled(settings), row, split, settings.seeds[0], point, (f"tofu:{split}[:8]", 8))
+            given = run_of(settings, row, split, settings.seeds[0], point, (f"tofu:{split}[:8]", 8))
             unlearn(given.model_copy(update={"out": f"{settings.out}/{row}", "retain": f"{given.retain}[:16]"}))
 
 

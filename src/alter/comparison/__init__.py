@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from alter.core import lazy
 
 if TYPE_CHECKING:
+    from alter.comparison.distilling import distilled_rows as distilled_rows
     from alter.comparison.plan import run_of as run_of
     from alter.comparison.run import compare as compare
     from alter.comparison.settings import Compare as Compare

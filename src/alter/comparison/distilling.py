@@ -41,21 +41,9 @@ def distilled_rows(settings: Compare) -> dict[str, Any]:
     return {name: own[DISTILL] for name, own in settings.settings.items() if DISTILL in own}
 
 
-def undistilled(settings: Compare) -> Compare:
-    """Return the settings without any row's `distill`: what is left are settings of `alter unlearn`.
-
-    Raises:
-        UserError: `common` has `distill`, which only a row can.
-    """
-    if DISTILL in settings.common:
-        raise UserError(
-            f"`common` has {DISTILL!r}, but it holds settings of `alter unlearn` for all rows: give {DISTILL!r} to a row, under "
-            "`settings`."
-        )
-    rows = {
-        name: {key: value for key, value in own.items() if key != DISTILL} for name, own in settings.settings.items()
-    }
-    return settings.model_copy(update={"settings": rows})
+def undistilled(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's settings without `distill`: those of `alter unlearn`."""
+    return {key: value for key, value in own.items() if key != DISTILL}
 
 
 @dataclass(frozen=True)

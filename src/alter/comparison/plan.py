@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from alter.comparison.distilling import Distillation, distillation_of, undistilled
+from alter.comparison.distilling import DISTILL, Distillation, distillation_of, undistilled
 from alter.comparison.division import RETAIN_SPLITS, evaluation_rows, retain_source
 from alter.comparison.settings import Compare
 from alter.core import UserError, homes, nearest
@@ -122,7 +122,7 @@ def _code_digest(modules: Sequence[str]) -> str:
 def run_of(
     settings: Compare, name: str, split: str, seed: int, setting: Setting, forget: tuple[str, int] | None = None
 ) -> Unlearn:
-    """Return the settings of one cell's run: the method's own, then `common`, then `settings` of the row, then the grid's.
+    """Return the settings of one cell's unlearning: the method's own, then `common`, then `settings` of the row, then the grid's.
 
     Args:
         forget: source of the forget rows and their number; by default the whole split.
@@ -130,7 +130,7 @@ def run_of(
     Raises:
         UserError: no such method, or settings that do not fit.
     """
-    own = settings.settings.get(name, {})
+    own = undistilled(settings.settings.get(name, {}))
     choices = [*METHODS, *settings.settings]
     if name not in choices:
         raise UserError(
@@ -138,6 +138,11 @@ def run_of(
             f"{nearest(name, choices)}"
         )
     method = own.get("method", name if name in METHODS else None)
+    if DISTILL in settings.common:
+        raise UserError(
+            f"`common` has {DISTILL!r}, but it holds settings of `alter unlearn` for all rows: give {DISTILL!r} to a row, under "
+            "`settings`."
+        )
     reserved = [
         key for key in (*settings.common, *own) if key in ("model", "forget", "retain", "out", "seed", "epochs")
     ]
@@ -373,8 +378,8 @@ def _distillations(settings: Compare, name: str, chain: Chain) -> list[Distillat
     Raises:
         UserError: see `run_of` and `distillation_of`.
     """
-    plain, setting = undistilled(settings), (settings.rates[0], settings.epochs[0])
-    runs = {split: run_of(plain, name, split, settings.seeds[0], setting) for split in chain}
+    setting = (settings.rates[0], settings.epochs[0])
+    runs = {split: run_of(settings, name, split, settings.seeds[0], setting) for split in chain}
     found = (distillation_of(settings, name, split, run) for split, run in runs.items())
     return [each for each in found if each is not None]
 
@@ -396,9 +401,8 @@ def _cell(
     distilled: Sequence[Distillation],
 ) -> Cell:
     """Lay out the cell of one method, chain, setting and seed; `distilled` has what is distilled after each split, or nothing."""
-    plain = undistilled(settings)
     runs = [
-        run_of(plain, name, split, seed, setting, source) for split, source in zip(chain, laid.sources, strict=True)
+        run_of(settings, name, split, seed, setting, source) for split, source in zip(chain, laid.sources, strict=True)
     ]
     if len(chain) > 1:
         check_continual(name, runs[0])
