@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from alter.core import Array, UserError, processes
@@ -15,6 +14,7 @@ from alter.inference.passes import device_of, evaluating, shown
 from alter.inference.scoring import check_rows, decided, logits_at
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from torch import nn
 
 
