@@ -1,14 +1,20 @@
 """`--help` comes at once: reading a command's flags imports nothing that computes."""
 
+import importlib
 import subprocess
 import sys
 
 import pytest
+import tyro
+from pydantic import BaseModel
 
 from alter.cli import STATUSES, main
 from alter.commands import COMMANDS
+from alter.core.deferral import deferred
 from alter.errors import Finding, UserError
 from alter.plugins import BENCHMARKS
+from alter.settings.flags import with_defaults
+from alter.settings.unknown import refuse_unknown
 
 COMPUTES = ("torch._C", "numpy._core", "transformers.utils", "peft.utils", "pandas", "scipy.stats", "nltk", "sklearn")
 READ = [
@@ -101,13 +107,81 @@ def test_a_list_for_a_pair_is_shown_and_a_mistyped_flag_beside_it_refused(where,
     recipe = tmp_path / "pair.yaml"
     recipe.write_text("adapter: {kind: full, depth: [0.25, 0.5]}\n")
     words = ["unlearn", *(["--method", "lunar"] if where == "a preset" else [str(recipe)])]
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--not-a-flag", "1"])
-    assert ended.value.code == 2
+    assert main([*words, "--not-a-flag", "1"]) == 2
     told = capsys.readouterr().err
-    assert "--not-a-flag" in told
+    assert "has no option --not-a-flag" in told
     assert "does not know" not in told
     with pytest.raises(SystemExit) as ended:
         main([*words, "--help-all"])
     assert not ended.value.code
     assert ("0.25 0.5" if where == "a recipe" else "0.6875 0.71875") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("forget Ada --bf16", "`alter forget` has no option --bf16: give --dtype bfloat16."),
+        ("forget Ada --fp16", "`alter forget` has no option --fp16: give --dtype float16."),
+        ("unlearn --fp16", "`alter unlearn` has no option --fp16: give --dtype float16."),
+        ("distill --bf16", "`alter distill` has no option --bf16: give --precision bf16."),
+        ("unlearn --precision=bf16", "`alter unlearn` has no option --precision: give --bf16."),
+        ("unlearn --precision fp32", "`alter unlearn` has no option --precision: give --no-bf16."),
+        ("forget --precision bf16", "`alter forget` has no option --precision: give --dtype bfloat16."),
+        ("unlearn --batchsize 3", "--batchsize. Did you mean --batch-size? `alter unlearn --help-all` lists all."),
+        ("unlearn --entropy_threshold 1.2", "--entropy-threshold. Did you mean --adapter.entropy-threshold?"),
+        ("compare --benchmark x", "--benchmark. It is an option of `alter evaluate` and `alter muse-curve`."),
+        (
+            "evaluate --forget x",
+            "It is an option of `alter evaluate --benchmark rows`, `alter unlearn`, `alter guard` and ",
+        ),
+        ("forget --zzz", "alter: `alter forget` has no option --zzz. `alter forget --help-all` lists all.\n"),
+        ("unlearn --method graddiff --adapter.r 8", "--adapter.r as it is: --adapter.kind is full; alter, lora,"),
+        ("unlearn --watch.leak.hit.model x", "--watch.leak.hit.kind is facts; nli has it. Give that kind"),
+    ],
+)
+def test_a_flag_that_another_command_has_is_named_with_what_says_the_same(words, says, capsys):
+    assert main(words.split()) == 2
+    told = capsys.readouterr().err
+    assert says in told
+    assert told.count("\n") == 1
+
+
+def test_a_command_without_a_number_format_is_told_its_own_switch():
+    """No command of this version has a switch and no `dtype`; one of tomorrow may."""
+
+    class Switched(BaseModel):
+        bf16: bool = False
+
+    with deferred():
+        default = with_defaults(Switched, {}, "", {})
+    for value, fix in (("bfloat16", "`bf16`"), ("float32", "`bf16=False`")):
+        with pytest.raises(UserError, match=f"`alter x` has no option --dtype: give {fix}"):
+            refuse_unknown("x", ["--dtype", value], Switched, default, dict)
+    # of a value that says nothing alike nothing is guessed
+    with pytest.raises(UserError, match=r"no option --dtype\. `alter x --help-all` lists all"):
+        refuse_unknown("x", ["--dtype", "auto"], Switched, default, dict)
+
+
+def test_no_flag_that_a_command_has_is_refused():
+    accepted = 0
+    with deferred():
+        for name, each in COMMANDS.items():
+            owners = [(each.module, each.settings)] if each.chooser is None else [BENCHMARKS[b] for b in BENCHMARKS]
+            for module, settings in owners:
+                model = getattr(importlib.import_module(module), settings)
+                default = with_defaults(model, {}, "", {})
+                with pytest.warns(DeprecationWarning, match="get_parser"):
+                    parser = tyro.extras.get_parser(type(default), default=default)
+                flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+                refuse_unknown(name, [flag for flag in flags if flag != "--help"], model, default, dict)
+                accepted += len(flags)
+    assert accepted > 900
+
+
+def test_a_flag_that_is_not_there_costs_no_import(tmp_path):
+    code = (
+        "import sys; from alter.cli import main\n"
+        "print(main(['forget', 'Ada', '--bf16']), main(['compare', '--benchmark', 'x']), 'torch._C' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["2", "2", "False"], done.stderr

@@ -63,6 +63,7 @@ LAYERS = {
         "evaluation",
         "methods",
         "training",
+        "distillation",
     },
     "demo": BASE | {"rendering", "models", "evaluation", "training"},
     "distillation": BASE | {"logits", "data", "inference", "rendering", "models", "evaluation", "training"},

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import tempfile
 import zlib
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
@@ -20,6 +21,7 @@ import yaml
 from alter import cli
 from alter.attacks.techniques import ATTACKS, COMPARING
 from alter.core.errors import UserError
+from alter.evaluation.rows import RowsEvaluation
 from alter.groundwork import frozen
 from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.rendering import markup
@@ -31,7 +33,7 @@ from alter.report.samples import evenly, worst
 from alter.report.settings import Report
 from alter.report.tables import record_tables
 from alter.report.tokens import routed, shares
-from alter.report.verdict import verdict
+from alter.report.verdict import headline, unasked, verdict
 from alter.requests.store import Store
 from alter.storage.files import folder_digest, to_json
 from alter.storage.provenance import provenance
@@ -305,6 +307,152 @@ def test_verdict_asks_in_other_words(original, unlearned, retrained, expected):
     assert verdict(Reported("r", records=found)) == expected
 
 
+SILENT = [("unlearned", "forget_rouge", 0.2), ("retrained", "forget_rouge", 0.18)]
+EVERY_WAY = ["in capitals", "in another language", "in a role play"]
+
+
+def asked(*attacks, share=0.0, low=0.0, figure="probability"):
+    """Records of attacks that ask in other words, or of any others."""
+    extra = {
+        "before": 0.1,
+        "retrained": 0.05,
+        "original": 0.9,
+        "after": 0.5,
+        "needs": "a chat",
+        "interval": [low, 0.9],
+    }
+    return [record("unlearned", f"attack_recovered_{figure}", share, attack=name, **extra) for name in attacks]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "attacks", "worded", "missing", "says"),
+    [
+        (
+            (),
+            (),
+            None,
+            EVERY_WAY,
+            "Yes, asked as given; nobody asked in capitals, in another language or in a role play.",
+        ),
+        (
+            ("forget_probability_reworded",),
+            ("relearn",),
+            None,
+            EVERY_WAY,
+            "Yes, asked as given and in TOFU's paraphrases; nobody asked in capitals, in another language or in a role play.",
+        ),
+        (
+            (),
+            ("upper_case", "languages"),
+            None,
+            ["in a role play"],
+            "Yes, asked as given, in capitals and in another language; nobody asked in a role play.",
+        ),
+        ((), ("upper_case", "foreign_frame", "jailbreak"), None, [], "Yes, by these measures."),
+        ((), (), 0.05, [], "Yes, by these measures."),
+        (
+            ("forget_quality",),
+            (),
+            None,
+            EVERY_WAY,
+            "It no longer says it, but it can be told apart from a model that never saw it. Asked as given it was; nobody asked "
+            "in capitals, in another language or in a role play.",
+        ),
+    ],
+)
+def test_a_yes_names_the_wordings_that_it_rests_on(metrics, attacks, worded, missing, says):
+    found = [record(*each) for each in SILENT]
+    found += [record("unlearned", metric, 0.01) for metric in metrics]
+    if worded is not None:
+        closed = {"verdict": {"word": "forgotten", "why": []}, "after": {"forget": {"worded": worded}}}
+        found.append(record("unlearned", "forget_probability", 0.05, closing=closed))
+    run = Reported("r", records=found, attacks=asked(*attacks))
+    assert (unasked(run), headline(run)) == (missing, says)
+
+
+def test_passages_are_no_questions():
+    found = [record("unlearned", "verbmem", 0.2), record("retrained", "verbmem", 0.19)]
+    assert headline(Reported("r", records=found)) == "Yes, by these measures."
+
+
+def test_a_verdict_of_before_other_wordings_were_asked_has_not_asked_them():
+    closed = {"verdict": {"word": "forgotten", "why": []}, "after": {"forget": {"probability": 0.1}}}
+    found = [*(record(*each) for each in SILENT), record("unlearned", "forget_probability", 0.1, closing=closed)]
+    assert unasked(Reported("r", records=found)) == EVERY_WAY
+
+
+@pytest.mark.parametrize(
+    ("attack", "share", "low", "figure", "expected"),
+    [
+        ("jailbreak", 0.55, 0.3, "probability", "no"),
+        ("upper_case", 0.51, 0.1, "probability", "no"),
+        ("upper_case", 0.5, 0.1, "probability", "yes"),
+        ("upper_case", 0.6, -0.1, "probability", "yes"),
+        ("upper_case", 0.6, 0.1, "rouge", "yes"),
+        # who trains or takes the adapter off does more than ask
+        ("relearn", 0.9, 0.5, "probability", "yes"),
+        ("strip", 0.9, 0.5, "probability", "yes"),
+    ],
+)
+def test_what_comes_back_by_asking_alone_was_not_forgotten(attack, share, low, figure, expected):
+    run = Reported(
+        "r", records=[record(*each) for each in SILENT], attacks=asked(attack, share=share, low=low, figure=figure)
+    )
+    assert verdict(run) == expected
+    assert ("of the probability that was removed comes back" in str(summary._forgotten(run))) is (expected == "no")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_the_page_names_the_command_that_asks_the_others(tmp_path, kind):
+    folder = make_run(tmp_path / "run")
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(facts | {"router": {}}))
+    if kind == "model":
+        shutil.move(folder / "adapter", folder / "model")
+    digests = {"adapter": folder_digest(folder / kind)} if kind == "adapter" else {}
+    found = [
+        record(model, name, value, 400, **digests if model == "unlearned" else {}) for model, name, value in SILENT
+    ]
+    for one in found:
+        if one.model == "unlearned" and kind == "model":
+            one.provenance["weights"] = folder_digest(folder / kind)
+        if one.model == "retrained":
+            one.provenance["settings"] = {"model": "builtin:tofu-mini/retrained"}
+    write_records(folder / "records.json", found)
+    shown = Reader(write(tmp_path, runs=[str(folder)]))
+    which = f"{folder}/model --before builtin:tofu-mini/original"
+    which = which if kind == "model" else f"builtin:tofu-mini/original --adapter {folder}/adapter"
+    forget = facts["settings"]["forget"]
+    command = (
+        f"alter evaluate --benchmark rows --model {which} --forget {forget} --retain builtin:retain90 --retrained "
+        f"builtin:tofu-mini/retrained --name unlearned --json asked.json, then alter report {folder} --records asked.json"
+    )
+    assert command in shown.text
+    # a command that exists: its flags are read
+    words = command.partition(",")[0].split()[2:]
+    assert cli.parse("evaluate", RowsEvaluation, words).label == "unlearned"
+    tones = [a["class"] for _, a in shown.tags if (a.get("class") or "").startswith("verdict")]
+    assert tones == ["verdict"]
+    # with the verdict that it gives the page is green, and names it no more
+    closed = {"verdict": {"word": "forgotten", "why": []}, "after": {"forget": {"worded": 0.05}}}
+    found[0].extra["closing"] = closed
+    write_records(folder / "records.json", found)
+    shown = Reader(write(tmp_path, runs=[str(folder)]))
+    assert "Yes, by these measures." in shown.text
+    assert "asked.json" not in shown.text
+    assert [a["class"] for _, a in shown.tags if (a.get("class") or "").startswith("verdict")] == ["verdict good"]
+    # several runs side by side say the same
+    other = make_run(tmp_path / "other", weights=b"b")
+    for one in found:
+        one.extra.pop("closing", None)
+    digest = folder_digest(other / "adapter")
+    write_records(
+        other / "records.json",
+        [replace(r, provenance=r.provenance | {"adapter": digest}) for r in found[:1]] + found[1:],
+    )
+    assert "Yes, asked as given; nobody asked" in Reader(write(tmp_path, runs=[str(folder), str(other)])).text
+
+
 # Escaping ------------------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +538,7 @@ def test_a_narrow_screen_shows_the_unlearned_model_beside_what_a_row_is(tmp_path
 def test_the_summary_is_in_plain_words(tmp_path, run):
     attacks = attacked(tmp_path / "attacks", folder_digest(run / "adapter"))
     said = Reader(write(tmp_path, runs=[str(run)], attacks=[str(attacks)])).text
-    assert "Yes, by these measures." in said
+    assert "Yes, asked as given; nobody asked in capitals, in another language or in a role play." in said
     assert (
         "the original model agreed with the true answers by 96 %, the unlearned model agrees with the true answers by"
         in said

@@ -28,9 +28,11 @@ from alter.settings import (
     as_standard_output,
     check_numbers,
     check_outputs,
+    flags_of,
     given_once,
     list_flags,
     refusal,
+    refuse_unknown,
     split_recipe,
     value_of,
     with_defaults,
@@ -101,7 +103,7 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
     """Parse settings from a recipe (the first argument, if it names a YAML file) and flags that override it.
 
     Raises:
-        UserError: a recipe that is missing or not YAML, an unknown key, or a value that the settings refuse.
+        UserError: a recipe that is missing or not YAML, an unknown key or flag, or a value that the settings refuse.
     """
     import tyro
     from pydantic import ValidationError
@@ -126,6 +128,8 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
     helps = {"-h", "--help", "--help-all"} & set(args)
     worded: Callable[[str], str] = functools.partial(with_flags, model=model) if helps else str
     default = with_defaults(model, given, "", kinds, shown=shown, worded=worded)
+    if not helps:
+        refuse_unknown(command, args, model, default, functools.partial(_flags_elsewhere, model))
     # a help text is the same whatever else is given, and may lack what else is given
     args = ["--help"] if helps else given_once(args, list_flags(default))
     more = f"Common options; `alter {command} --help-all` lists all." if shown else ""
@@ -136,6 +140,24 @@ def parse(command: str, model: type[BaseModel], args: Sequence[str]) -> Any:
         return model.model_validate(dataclasses.asdict(parsed))
     except ValidationError as error:
         raise UserError(refusal(error, model, command)) from None
+
+
+def _flags_elsewhere(model: type[BaseModel]) -> dict[str, set[str]]:
+    """Return the flags of the commands that have other settings, by what is typed for them."""
+    found: dict[str, set[str]] = {}
+    for name, each in COMMANDS.items():
+        owners = {name: (each.module, each.settings)}
+        if each.chooser is not None:
+            owners = {f"{name} --{each.chooser} {choice}": BENCHMARKS[choice] for choice in BENCHMARKS}
+        kinds = {
+            typed: getattr(importlib.import_module(module), settings) for typed, (module, settings) in owners.items()
+        }
+        flags = {typed: set(flags_of(kind).values()) for typed, kind in kinds.items() if kind is not model}
+        # what every choice has is the command's
+        shared = set.intersection(*flags.values()) if len(flags) > 1 else set()
+        found |= {name: shared} if shared else {}
+        found |= {typed: own - shared for typed, own in flags.items()}
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from alter.comparison.settings import Survival
 from alter.comparison.survival import survival
 from alter.core import UserError, forked, passing
 from alter.data import load_examples
+from alter.distillation import Distill, distill
 from alter.evaluation import tofu_metrics
 from alter.methods import adapter_of
 from alter.models import load_model
@@ -56,7 +57,7 @@ def die_with_parent() -> None:
 
 
 def model_at(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str | None]:
-    """Return model and adapter of a finished stage; the given model if the cell runs nothing."""
+    """Return model and adapter that a finished stage unlearned; the given model if the cell runs nothing."""
     run = spec["stages"][place].get("run")
     if run is None:
         return spec["model"], None
@@ -65,6 +66,15 @@ def model_at(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, st
         return str(made / "model"), None
     base = str(folder / f"base{place}") if place and kind.merges else spec["model"]
     return base, str(made / "adapter")
+
+
+def measured_at(folder: Path, spec: Mapping[str, Any], place: int) -> tuple[str, str | None]:
+    """Return model and adapter of a finished stage that are measured: the distilled ones, where the row is distilled."""
+    given = spec["stages"][place].get("distill")
+    if given is None:
+        return model_at(folder, spec, place)
+    made = folder / f"plain{place}"
+    return (str(made / "model"), None) if given["form"] == "full" else (spec["model"], str(made / "adapter"))
 
 
 def start_from(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
@@ -97,7 +107,7 @@ def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequ
     if not left:
         return
     run = stage.get("run", {})
-    model, adapter = model_at(folder, spec, place)
+    model, adapter = measured_at(folder, spec, place)
     network, tokenizer = load_model(
         model,
         adapter,
@@ -138,15 +148,65 @@ def _survival(
     )  # fmt: skip
 
 
+def _on_gpu(spec: Mapping[str, Any]) -> bool:
+    return spec["device"] in (None, "cuda") and torch.cuda.is_available()
+
+
+def _peak_memory(spec: Mapping[str, Any]) -> int:
+    """Return the largest memory so far: of the GPU since a stage began, where the cell runs on one, else of this process."""
+    return torch.cuda.max_memory_allocated() if _on_gpu(spec) else peak_memory()
+
+
+def _unlearned(folder: Path, spec: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """Run a stage's unlearning; return what it cost."""
+    run, root = folder / f"stage{place}", folder.parent.parent
+    # what a kill left, while it was written or deleted
+    shutil.rmtree(run, ignore_errors=True)
+    given = spec["stages"][place]["run"] | start_from(folder, spec, place) | {"out": str(run)}
+    if (root / given["forget"]).is_file():
+        given["forget"] = str(root / given["forget"])
+    if _on_gpu(spec):
+        torch.cuda.reset_peak_memory_stats()
+    unlearn(Unlearn.model_validate(given))
+    done = json.loads((run / "run.json").read_text())
+    costs = {key: done[key] for key in ("steps", "trained_parameters", "router")}
+    costs["seconds"] = sum(done["seconds"].values())
+    costs["peak_memory"] = _peak_memory(spec)
+    write_atomic(folder / f"run{place}.json", (run / "run.json").read_bytes())
+    return costs
+
+
+def _distilled(folder: Path, spec: Mapping[str, Any], place: int, costs: Mapping[str, Any]) -> dict[str, Any]:
+    """Distil what a stage unlearned into plain weights; return the stage's costs, now of both, under `distill` its own.
+
+    A distillation that was broken off begins anew, as an unlearning does: its time is then that of the whole.
+    """
+    out = folder / f"plain{place}"
+    shutil.rmtree(out, ignore_errors=True)
+    model, adapter = model_at(folder, spec, place)
+    given = spec["stages"][place]["distill"] | {"model": model, "adapter": adapter, "out": str(out)}
+    distill(Distill.model_validate(given))
+    done = json.loads((out / "run.json").read_text())
+    own = {"steps": done["steps"], "seconds": sum(done["seconds"].values())}
+    own["trained_parameters"] = done["trained_parameters"]
+    write_atomic(folder / f"distill{place}.json", (out / "run.json").read_bytes())
+    return {
+        **costs,
+        **{key: costs[key] + own[key] for key in ("steps", "seconds")},
+        "trained_parameters": max(costs["trained_parameters"], own["trained_parameters"]),
+        "peak_memory": max(costs["peak_memory"], _peak_memory(spec)),
+        "distill": own,
+    }
+
+
 def work(folder: Path, parts: Sequence[str]) -> None:
-    """Run the cell specified by `spec.json` in `folder`: unlearn unless that is done, evaluate, and write.
+    """Run the cell specified by `spec.json` in `folder`: unlearn and distil unless that is done, evaluate, and write.
 
     `cell.json` says what the runs cost and, with `status` "failed", why a run or a metric refused its values (as it would
     again: a loss that is not finite, say; what the system refused, a full disk, is no result, and the cell is run again); `PART-SPLIT.json` holds the records of one part. The weights stay until the
     test rows are measured, which happens for chosen cells alone.
     """
     spec = json.loads((folder / "spec.json").read_text())
-    on_gpu = spec["device"] in (None, "cuda") and torch.cuda.is_available()
     before = folder / "cell.json"
     kept = json.loads(before.read_text()) if before.is_file() else {"stages": [], "all_seconds": 0.0}
     result: dict[str, Any] = {**kept, "status": "done", "threads": torch.get_num_threads()}
@@ -154,23 +214,16 @@ def work(folder: Path, parts: Sequence[str]) -> None:
     root = folder.parent.parent
     try:
         for place, stage in enumerate(spec["stages"]):
-            run = folder / f"stage{place}"
-            # a stage has ended when its result and its costs are written
-            if "run" not in stage or ((run / "run.json").is_file() and place < len(result["stages"])):
+            if "run" not in stage:
                 continue
-            given = stage["run"] | start_from(folder, spec, place) | {"out": str(run), "overwrite": True}
-            if (root / given["forget"]).is_file():
-                given["forget"] = str(root / given["forget"])
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            unlearn(Unlearn.model_validate(given))
-            done = json.loads((run / "run.json").read_text())
-            costs = {key: done[key] for key in ("steps", "trained_parameters", "router")}
-            costs["seconds"] = sum(done["seconds"].values())
-            costs["peak_memory"] = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
-            result["stages"] = [*result["stages"][:place], costs]
-            write_atomic(folder / f"run{place}.json", (run / "run.json").read_bytes())
-            write_atomic(folder / "cell.json", to_json(result))
+            # a stage has ended when its result and its costs are written
+            if not (folder / f"stage{place}" / "run.json").is_file() or place >= len(result["stages"]):
+                result["stages"] = [*result["stages"][:place], _unlearned(folder, spec, place)]
+                write_atomic(folder / "cell.json", to_json(result))
+            costs = result["stages"][place]
+            if "distill" in stage and not ((folder / f"plain{place}" / "run.json").is_file() and "distill" in costs):
+                result["stages"][place] = _distilled(folder, spec, place, costs)
+                write_atomic(folder / "cell.json", to_json(result))
         for place in range(len(spec["stages"])):
             measure_stage(folder, spec, place, parts)
     except ValueError as error:  # a UserError, or figures that the metrics refuse
@@ -187,11 +240,11 @@ def work(folder: Path, parts: Sequence[str]) -> None:
 
 def forget_weights(folder: Path) -> None:
     """Delete the weights that a cell's runs have trained; a process killed midway leaves nothing that looks like a result."""
-    stages = sorted(folder.glob("stage*"), reverse=True)
+    made = [path for kind in ("plain*", "stage*") for path in sorted(folder.glob(kind), reverse=True)]
     # last stage first, so that no stage counts as ended without its predecessor
-    for path in stages:
+    for path in made:
         (path / "run.json").unlink(missing_ok=True)
-    for path in (*stages, *folder.glob("base*"), *folder.glob(".base*")):
+    for path in (*made, *folder.glob("base*"), *folder.glob(".base*")):
         shutil.rmtree(path, ignore_errors=True)
 
 

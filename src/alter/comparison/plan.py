@@ -7,6 +7,7 @@ result. Its key is a digest of everything that determines its numbers.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import itertools
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from alter.comparison.distilling import DISTILL, Distillation, distillation_of, undistilled
 from alter.comparison.division import RETAIN_SPLITS, evaluation_rows, retain_source
 from alter.comparison.settings import Compare
 from alter.core import UserError, homes, nearest
@@ -76,8 +78,19 @@ def chains(settings: Compare) -> list[Chain]:
 
 def source_digest() -> str:
     """Hash the code that decides a cell's numbers: training, evaluation and all modules of this package they import."""
+    return _code_digest(["alter.training.run", "alter.evaluation.tofu.measuring", "alter.comparison.survival"])
+
+
+@functools.cache
+def distilling_digest() -> str:
+    """Hash the code that decides what a distillation makes of a model; it enters the keys of distilled cells alone."""
+    return _code_digest(["alter.distillation.run"])
+
+
+def _code_digest(modules: Sequence[str]) -> str:
+    """Hash modules and all modules of this package that they import, at any depth."""
     package = Path(__file__).parent.parent
-    waiting, seen = ["alter.training.run", "alter.evaluation.tofu.measuring", "alter.comparison.survival"], set()
+    waiting, seen = [*modules], set()
     files: list[Path] = []
     while waiting:
         name = waiting.pop()
@@ -109,7 +122,7 @@ def source_digest() -> str:
 def run_of(
     settings: Compare, name: str, split: str, seed: int, setting: Setting, forget: tuple[str, int] | None = None
 ) -> Unlearn:
-    """Return the settings of one cell's run: the method's own, then `common`, then `settings` of the row, then the grid's.
+    """Return the settings of one cell's unlearning: the method's own, then `common`, then `settings` of the row, then the grid's.
 
     Args:
         forget: source of the forget rows and their number; by default the whole split.
@@ -117,7 +130,7 @@ def run_of(
     Raises:
         UserError: no such method, or settings that do not fit.
     """
-    own = settings.settings.get(name, {})
+    own = undistilled(settings.settings.get(name, {}))
     choices = [*METHODS, *settings.settings]
     if name not in choices:
         raise UserError(
@@ -125,6 +138,11 @@ def run_of(
             f"{nearest(name, choices)}"
         )
     method = own.get("method", name if name in METHODS else None)
+    if DISTILL in settings.common:
+        raise UserError(
+            f"`common` has {DISTILL!r}, but it holds settings of `alter unlearn` for all rows: give {DISTILL!r} to a row, under "
+            "`settings`."
+        )
     reserved = [
         key for key in (*settings.common, *own) if key in ("model", "forget", "retain", "out", "seed", "epochs")
     ]
@@ -244,20 +262,21 @@ def lay_out(settings: Compare, out: Path) -> Layout:
     """Lay out every cell, and write the evaluation rows, and the new rows of each split, into `out`/rows.
 
     Raises:
-        UserError: see `check_settings`, `run_of`, `check_continual` and `ModelSettings.identity`; a hub that does not answer;
-            data that is missing; or two cells that are the same run.
+        UserError: see `check_settings`, `run_of`, `check_continual`, `distillation_of` and `ModelSettings.identity`; a hub that
+            does not answer; data that is missing; or two cells that are the same run.
     """
     check_settings(settings)
     facts = _facts(settings)
     weights = _weights(settings)
     models: dict[tuple[str, str], Cell] = {}
     laid = {chain: _lay_chain(settings, chain, out, facts, weights, models) for chain in chains(settings)}
+    distilled = {(name, chain): _distillations(settings, name, chain) for chain in laid for name in settings.methods}
     seen: dict[str, Cell] = {}
 
     def lay(name: str, chain: Chain, setting: Setting) -> dict[int, Cell]:
         by: dict[int, Cell] = {}
         for seed in settings.seeds:
-            cell = _cell(settings, name, chain, setting, seed, laid[chain], weights)
+            cell = _cell(settings, name, chain, setting, seed, laid[chain], weights, distilled[name, chain])
             if cell.key in seen:
                 raise UserError(f"Two cells are the same run: {seen[cell.key]}, and {cell}. Leave one of them out.")
             seen[cell.key] = by[seed] = cell
@@ -353,6 +372,18 @@ def _lay_chain(
     return laid
 
 
+def _distillations(settings: Compare, name: str, chain: Chain) -> list[Distillation]:
+    """Return how a row's model is distilled after each split of a chain; nothing for a row that is not.
+
+    Raises:
+        UserError: see `run_of` and `distillation_of`.
+    """
+    setting = (settings.rates[0], settings.epochs[0])
+    runs = {split: run_of(settings, name, split, settings.seeds[0], setting) for split in chain}
+    found = (distillation_of(settings, name, split, run) for split, run in runs.items())
+    return [each for each in found if each is not None]
+
+
 def _told(settings: Compare) -> dict[str, Any]:
     """Return the part of a specification that all cells share."""
     told = {"limit": settings.limit, "device": settings.device, "original": settings.model}
@@ -367,8 +398,9 @@ def _cell(
     seed: int,
     laid: _Laid,
     weights: Mapping[str, str | None],
+    distilled: Sequence[Distillation],
 ) -> Cell:
-    """Lay out the cell of one method, chain, setting and seed."""
+    """Lay out the cell of one method, chain, setting and seed; `distilled` has what is distilled after each split, or nothing."""
     runs = [
         run_of(settings, name, split, seed, setting, source) for split, source in zip(chain, laid.sources, strict=True)
     ]
@@ -376,8 +408,12 @@ def _cell(
         check_continual(name, runs[0])
     # a preset that the settings contain already must not name the cell
     decides = [run.model_dump(mode="json", exclude=UNKEYED | {"model", "device"}) for run in runs]
-    key = digest(laid.facts, {"model": weights[settings.model], "runs": decides})
+    about: dict[str, Any] = {"model": weights[settings.model], "runs": decides}
     ran = [{**stage, "run": run.model_dump(mode="json")} for stage, run in zip(laid.stages, runs, strict=True)]
+    if distilled:
+        about |= {"distill": [each.decides(seed) for each in distilled], "distill_code": distilling_digest()}
+        ran = [{**stage, "distill": each.told(seed)} for stage, each in zip(ran, distilled, strict=True)]
+    key = digest(laid.facts, about)
     spec = {**_told(settings), "name": name, "model": settings.model, "stages": ran, "keep": settings.keep}
     return Cell(name, chain, seed, setting, spec, key)
 

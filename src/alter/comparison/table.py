@@ -21,9 +21,12 @@ from alter.storage import Record
 
 COSTS = {
     "seconds": "wall time, s",
+    "steps": "steps",
     "trained_parameters": "trained parameters",
     "peak_memory": "peak memory, GB",
 }
+DISTILLING = {"distill_seconds": "of it distilling, s", "distill_steps": "steps distilling"}
+"""Costs of distilled rows, which are in those above too."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,8 @@ def _row(
         interval = intervals(records, found)
         stages = (finished(out, cell, ["test"]) or {})["stages"]
         costs = stages[cell.chain.index(split)] if cell.setting is not None else {}
-        each.append(found | {key: float(costs[key]) for key in COSTS if key in costs})
+        costs |= {f"distill_{key}": value for key, value in costs.get("distill", {}).items()}
+        each.append(found | {key: float(costs[key]) for key in (*COSTS, *DISTILLING) if key in costs})
     keys = list(each[0]) if each else []
     mean = {key: sum(found[key] for found in each) / len(each) for key in keys}
     finite = [key for key in keys if len(each) > 1 and all(math.isfinite(found[key]) for found in each)]

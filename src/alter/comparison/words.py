@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Group
 
 from alter.comparison.choice import CRITERIA, columns, criterion
+from alter.comparison.distilling import distilled_rule
 from alter.comparison.settings import Compare
-from alter.comparison.table import COSTS, TableRow, axis, axis_label, axis_name
+from alter.comparison.table import COSTS, DISTILLING, TableRow, axis, axis_label, axis_name
 from alter.core import cell
 from alter.methods import METHODS
 from alter.rendering import Html, Point, Style, document, fitted_rows, grid, join, scatter, tag
@@ -97,7 +98,17 @@ def _costs(settings: Compare, rows: Sequence[TableRow]) -> list[list[str]]:
     """Make the table of costs: each method's on each split, the chosen setting, and whether another dominates it."""
     by = {(row.name, row.split): row for row in rows}
     kept = "keeps utility" if settings.survival.bound is None else "within the bound"
-    head = ["method", "split", *COSTS.values(), "chosen: rate ×", "epochs", kept, "searched cells done"]
+    distilled = {key: title for key, title in DISTILLING.items() if any(key in row.mean for row in rows)}
+    head = [
+        "method",
+        "split",
+        *COSTS.values(),
+        *distilled.values(),
+        "chosen: rate ×",
+        "epochs",
+        kept,
+        "searched cells done",
+    ]
     costs = [[*head, "seeds", "dominated", "with fluency"]]
     places = [(name, split) for name in _in_order(rows) for split in settings.splits]
     for row in (by[place] for place in places if place in by):
@@ -108,8 +119,9 @@ def _costs(settings: Compare, rows: Sequence[TableRow]) -> list[list[str]]:
         costs.append(
             [
                 *(row.name, row.split, _shown(row, "seconds", ".0f")),
-                _shown(replace(row, spread={}), "trained_parameters", ",.0f"),
+                *(_shown(replace(row, spread={}), key, ",.0f") for key in ("steps", "trained_parameters")),
                 _shown(row, "peak_memory", ".2f", 1e-9),
+                *(_shown(row, key, ",.0f") for key in distilled),
                 *(("-", "-") if setting is None else map(_on_edge, setting, (rates, lengths))),
                 "yes" if row.choice.keeps else "no",
                 *(f"{row.choice.finished}/{row.choice.budget}", str(row.seeds)),
@@ -155,6 +167,7 @@ def _rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[
         f"Division: authors shuffled by seed {settings.division_seed}, {settings.validation:.0%} of them for validation "
         "(rows of no TOFU author: each answer is its own author).",
         *([_survival_rule(settings)] if settings.survival.rows else []),
+        *distilled_rule(settings),
         *([f"Only {settings.limit} rows of each set and part were evaluated."] if settings.limit else []),
         "Wall time: the run without loading Python and without evaluation, beside the other workers' cells. Peak memory: "
         "of the run's process (of the GPU, where there is one).",

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from alter.core import lazy
 
 if TYPE_CHECKING:
+    from alter.distillation.naming import check_named as check_named
+    from alter.distillation.rows import read_sets as read_sets
     from alter.distillation.run import distill as distill
     from alter.distillation.settings import Distill as Distill
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
 
 from alter.core import Array, UserError, processes
 from alter.data import Collator, Encoded, batches_by_length
 from alter.inference.passes import device_of, evaluating, shown
 from alter.inference.scoring import check_rows, decided, logits_at
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import nn
 
 
 def gradient_norms(

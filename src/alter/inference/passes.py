@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from alter.core import console
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @contextlib.contextmanager

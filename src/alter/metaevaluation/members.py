@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alter.attacks import ATTACKS, Attack, quantize
-from alter.comparison import Compare, run_of
+from alter.comparison import Compare, distilled_rows, run_of
 from alter.core import UserError, passing
 from alter.data import Example, examples, read_rows, tofu_rows
 from alter.evaluation import SETS
@@ -179,11 +179,18 @@ def members(settings: MetaEvaluate, rows: MeasuredRows) -> list[Member]:
 
 
 def _runs(settings: MetaEvaluate) -> Iterator[tuple[str, Unlearn]]:
-    """Name and settings of every unlearning run."""
+    """Yield name and settings of every unlearning run.
+
+    Raises:
+        UserError: see `run_of`; or a method is to be distilled, which these models are not.
+    """
     compare = Compare(
         model=settings.model, methods=settings.methods, out="unused", data=settings.data, common=settings.common,
         settings=settings.settings, device=settings.device,
     )  # fmt: skip
+    distilled = list(distilled_rows(compare))
+    if distilled:
+        raise UserError(f"settings.{distilled[0]} has 'distill', which only `alter compare` does: leave it out.")
     points = itertools.product(settings.seeds, settings.rates, settings.epochs, settings.methods)
     for seed, rate, epochs, method in points:
         name = f"{method}, rate × {rate:g}, {epochs:g} epochs, seed {seed}"

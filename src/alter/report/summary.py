@@ -13,11 +13,13 @@ from alter.report.verdict import (
     QUALITY,
     REWORDED_METRIC,
     SAID_FIGURES,
-    VERDICTS,
     blind,
+    headline,
     knowing,
+    known_when_asked,
     reply_counts,
     rows_behind,
+    unasked,
     verdict,
 )
 
@@ -73,6 +75,8 @@ def _forgotten(run: Reported) -> list[object]:
         named = others_named(closed)
         if named is not None:
             found.append(named)
+    for name, share in known_when_asked(run).items():
+        found.append(f"By {name}, {percent(share)} of the probability that was removed comes back.")
     for metric in blind(run):
         found.append(
             f"{metric} cannot tell the original model from the retrained one, with so few rows or such rows: it says "
@@ -103,6 +107,22 @@ def _forgotten(run: Reported) -> list[object]:
     if not found:
         found.append("No figure says so.")
     return found
+
+
+def _asking(run: Reported) -> list[object]:
+    """Name the commands that ask in the other wordings, and that put what they find on the page."""
+    folder = "RUN" if run.folder is None else str(run.folder)
+    model, forget = (str(run.settings.get(name, name.upper())) for name in ("model", "forget"))
+    retain = str(run.settings.get("retain", "RETAIN") or f"{folder}/retain.jsonl")
+    which = f"{folder}/model --before {model}" if run.kind == "model" else f"{model} --adapter {folder}/adapter"
+    honest = next((r.provenance.get("settings", {}).get("model") for r in run.records if r.model == "retrained"), None)
+    reference = f" --retrained {honest}" if honest else ""
+    ask = (
+        f"alter evaluate --benchmark rows --model {which} --forget {forget} --retain {retain}{reference} --name unlearned "
+        "--json asked.json"
+    )
+    page = f"alter report {folder} --records asked.json"
+    return [join([tag("code", ask), ", then ", tag("code", page), ", asks in these words too."])]
 
 
 def _cost(run: Reported) -> list[object]:
@@ -174,7 +194,12 @@ def summary_section(run: Reported, level: int) -> list[Html]:
     tone = {"yes": "good", "no": "bad", "partly": "bad", "collapsed": "bad"}.get(found)
     n = rows_behind(run)
     few = found == "yes" and n < FIRM
-    did: list[object] = [tag("span", VERDICTS[found], class_=f"verdict {tone if tone and not few else ''}".strip())]
+    missing = unasked(run) if found in ("yes", "partly") else []
+    # green is for what rests on enough rows and on the other wordings too
+    plain = few or (found == "yes" and missing)
+    did: list[object] = [tag("span", headline(run), class_=f"verdict {tone if tone and not plain else ''}".strip())]
+    if missing:
+        did += _asking(run)
     if few:
         did.append(f"Only {n} rows stand behind this, fewer than {FIRM}: it is a first look, no proof.")
     did += _forgotten(run)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from alter.metrics import CATALOGUE
 from alter.rendering import ARROWS, Html, between, duration, grid, in_order, join, number, tag
 from alter.report.runs import ROLES, Reported
-from alter.report.verdict import VERDICTS, verdict
+from alter.report.verdict import headline
 from alter.storage import Record
 
 
@@ -92,7 +92,7 @@ def side_by_side(runs: Sequence[Reported]) -> list[Html]:
             run.name,
             run.settings["model"],
             run.settings["forget"],
-            VERDICTS[verdict(run)],
+            headline(run),
             run.facts["steps"],
             duration(sum(float(value) for value in run.facts["seconds"].values())),
         ]

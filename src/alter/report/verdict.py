@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from alter.attacks import recovers
 from alter.evaluation import BROKEN, GONE, SAID, SLACK, broken, closing_of, gives
+from alter.report.attacks import plain_name, valid
 from alter.report.runs import Reported
 
 REWORDED_METRIC = "forget_probability_reworded"
@@ -20,7 +23,18 @@ SAID_FIGURES = {
 }
 """Metrics that say how much of the truth a model still says: the situation, what it is compared with, what is
 counted."""
+OTHER_WORDINGS = {
+    "in capitals": ("upper_case",),
+    "in another language": ("foreign_frame", "languages"),
+    "in a role play": ("jailbreak",),
+}
+"""Ways to ask that a "yes" must rest on too, with the attacks that ask so; the verdict of `alter evaluate --benchmark rows` asks in
+all of them (`alter.evaluation.WORDINGS`)."""
+ASKING = ("paraphrase", "telegram", *(name for names in OTHER_WORDINGS.values() for name in names))
+"""Attacks that do no more than ask in other words."""
 VerdictAnswer = Literal["yes", "partly", "no", "collapsed", "unknown"]
+QUESTIONS = ("forget_rouge", "knowmem_forget", "forget_quality")
+"""Metrics of questions that were asked."""
 VERDICTS: dict[VerdictAnswer, str] = {
     "yes": "Yes, by these measures.",
     "partly": "It no longer says it, but it can be told apart from a model that never saw it.",
@@ -37,8 +51,9 @@ def verdict(run: Reported) -> VerdictAnswer:
     of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "no" also if of the true answers'
     probability after questions in other words (`REWORDED_METRIC`) half is not gone (`GONE`); "unknown" without any of them,
     where the original model is as near to the retrained one (`blind`), and where that one gives most answers (`knowing`).
-    What `alter.evaluation.verdict` found of the same adapter, or counts of the replies themselves, can make it worse, never
-    better: "no" if it found NOT FORGOTTEN, or if more replies give their answer than the retrained model's do (`SLACK`;
+    What `alter.evaluation.verdict` found of the same adapter, attacks, or counts of the replies themselves, can make it worse, never
+    better: "no" if it found NOT FORGOTTEN, if asking in other words (`ASKING`) brings back more than half (`GONE`) of the probability
+    that was removed, or if more replies give their answer than the retrained model's do (`SLACK`;
     `SAID` where those are not counted), "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
     """
     closed = closing_of(run.records)
@@ -57,7 +72,7 @@ def verdict(run: Reported) -> VerdictAnswer:
     quality = run.value("unlearned", "forget_quality")
     if not silent and quality is None:
         return "unknown"
-    if not all(silent) or _known_in_other_words(run) or _still_said(run):
+    if not all(silent) or _known_in_other_words(run) or known_when_asked(run) or _still_said(run):
         return "no"
     if quality is not None and quality < QUALITY:
         return "partly" if silent else "no"
@@ -80,6 +95,51 @@ def _known_in_other_words(run: Reported) -> bool:
     known = 1.0 if before is None else before
     floor = min(honest or 0.0, known)
     return after > floor + (1 - GONE) * (known - floor)
+
+
+def known_when_asked(run: Reported) -> dict[str, float]:
+    """Return the attacks by other words that bring back more than half of the removed probability, beyond chance, with the share."""
+    return {
+        plain_name(record): float(record.value)
+        for record in valid(run)
+        if record.metric == "attack_recovered_probability"
+        and record.extra.get("attack") in ASKING
+        and record.value is not None
+        and record.value > 1 - GONE
+        and recovers(record)
+    }
+
+
+def unasked(run: Reported) -> list[str]:
+    """Return those of `OTHER_WORDINGS` in which nobody asked; none where what was measured are no questions."""
+    closed = closing_of(run.records)
+    if closed is not None and "worded" in closed.get("after", {}).get("forget", {}):
+        # a verdict's rows are asked in all of these, unless they are texts and no questions
+        return []
+    if all(run.get("unlearned", metric) is None for metric in (*QUESTIONS, REWORDED_METRIC)):
+        return []
+    tried = {record.extra.get("attack") for record in valid(run)}
+    return [name for name, attacks in OTHER_WORDINGS.items() if not tried & set(attacks)]
+
+
+def headline(run: Reported) -> str:
+    """Return the verdict in words; one that nothing speaks against names the wordings that it rests on, where others were not asked."""
+    found, missing = verdict(run), unasked(run)
+    if found not in ("yes", "partly") or not missing:
+        return VERDICTS[found]
+    others = f"nobody asked {_listed(missing, 'or')}."
+    if found == "partly":
+        return f"{VERDICTS[found]} Asked {_listed(_asked(run, missing))} it was; {others}"
+    return f"Yes, asked {_listed(_asked(run, missing))}; {others}"
+
+
+def _asked(run: Reported, missing: Sequence[str]) -> list[str]:
+    paraphrased = ["in TOFU's paraphrases"] if run.get("unlearned", REWORDED_METRIC) is not None else []
+    return ["as given", *paraphrased, *(name for name in OTHER_WORDINGS if name not in missing)]
+
+
+def _listed(names: Sequence[str], last: str = "and") -> str:
+    return f"{', '.join(names[:-1])} {last} {names[-1]}" if len(names) > 1 else names[0]
 
 
 def blind(run: Reported) -> list[str]:

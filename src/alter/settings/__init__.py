@@ -1,7 +1,7 @@
 """What every command's settings are made of, and how they are given.
 
-`numbers` and `outputs` are types of fields; `recipes` and `flags` the two ways to give values, and `validation` what refuses them,
-in one line that names the setting.
+`numbers` and `outputs` are types of fields; `recipes` and `flags` the two ways to give values, `validation` what refuses them, in
+one line that names the setting, and `unknown` what refuses flags that a command does not have.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from alter.core import lazy
 if TYPE_CHECKING:
     from alter.settings.flags import check_numbers as check_numbers
     from alter.settings.flags import flag_of as flag_of
+    from alter.settings.flags import flags_of as flags_of
     from alter.settings.flags import given_once as given_once
     from alter.settings.flags import is_positional as is_positional
     from alter.settings.flags import list_flags as list_flags
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from alter.settings.outputs import check_outputs as check_outputs
     from alter.settings.outputs import shown as shown
     from alter.settings.recipes import read_recipe as read_recipe
+    from alter.settings.unknown import refuse_unknown as refuse_unknown
     from alter.settings.validation import mistake as mistake
     from alter.settings.validation import nested as nested
     from alter.settings.validation import refusal as refusal
