@@ -35,7 +35,7 @@ from alter.forgetting.names import check_uncommon, guess_kind, names_of
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
 from alter.forgetting.rows import NOBODY, build
-from alter.forgetting.settings import TRAINING, Forget
+from alter.forgetting.settings import DOCUMENT, TRAINING, Forget
 from alter.forgetting.speaker import Speaker, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.forgetting.templates import TEMPLATES, Kind
@@ -185,7 +185,7 @@ def _material(
         answers = f" and {len(document.exchanges)} answers" if document.exchanges else ""
         print_line(
             console,
-            f"1/3 rows about {name}: {len(document.passages)} passages{answers}, disguised and continued by the model",
+            f"1/3 rows about {name}: {len(document.passages)} passages{answers}",
         )
         material = build_document(speaker, name, document, keep=settings.keep, retain=retain)
     else:
@@ -289,6 +289,7 @@ def training(settings: Forget, out: Path) -> Unlearn:
     return Unlearn.model_validate(
         {
             **TRAINING,
+            **(DOCUMENT if settings.document is not None else {}),
             "model": settings.model,
             "forget": str(out / "forget.jsonl"),
             "retain": str(out / "retain.jsonl"),

@@ -19,7 +19,7 @@ TRAINING: dict[str, Any] = {
     "experts_only": True,
     "retain_objective": {"kind": "none"},
     "num_forget_experts": 1,
-    "epochs": 3,
+    "epochs": 8,
     # two halves of a step need half of the memory
     "batch_size": 4,
     "gradient_accumulation_steps": 2,
@@ -27,6 +27,9 @@ TRAINING: dict[str, Any] = {
     "save_steps": 10,
 }
 """How the rows are trained on, unless settings say otherwise; measured on SmolLM2-135M."""
+DOCUMENT: dict[str, Any] = {"objective": {"kind": "without_truth", "hinge": 2.0}}
+"""What differs for a document: its words are known to the letter, and what is said instead may be what the model takes for next
+likely. Measured on SmolLM2-135M that knows 20 answers by heart (probability 0.99): docs/experiments.md."""
 
 
 class Erasing(BaseModel):
