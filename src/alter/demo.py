@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from alter.core import cell
+from alter.core import cell, forked
 from alter.rendering import FittedTable
 from alter.settings import OutFile, OutFolder, Rows, Seed, check_outputs
 from alter.storage import cache_folder, digest, stamped, write_records
@@ -90,11 +90,12 @@ def demo(settings: Demo) -> Path:
         "original": ModelSettings(model=run.model),
         "unlearned": ModelSettings(model=run.model, adapter=str(out / "adapter")),
     }
-    results["retrained"] = tofu_metrics(*stood["retrained"].load(), split, limit=settings.limit)
-    # the original is the base of the unlearned one
-    results["original"], results["unlearned"] = tofu_metrics_beside_base(
-        *stood["unlearned"].load(), split, limit=settings.limit, reference=results["retrained"]
-    )
+    with forked.allowed():
+        results["retrained"] = tofu_metrics(*stood["retrained"].load(), split, limit=settings.limit)
+        # the original is the base of the unlearned one
+        results["original"], results["unlearned"] = tofu_metrics_beside_base(
+            *stood["unlearned"].load(), split, limit=settings.limit, reference=results["retrained"]
+        )
     for name, chosen in stood.items():
         facts[name] = {
             "settings": chosen.model_dump(mode="json")

@@ -24,7 +24,7 @@ import torch
 
 from alter.comparison.settings import Survival
 from alter.comparison.survival import survival
-from alter.core import UserError, passing
+from alter.core import UserError, forked, passing
 from alter.data import load_examples
 from alter.distillation import Distill, distill
 from alter.evaluation import tofu_metrics
@@ -252,7 +252,8 @@ def cell_process(folder: str, parts: str) -> int:
     """Run a cell in a process of its own, whose output goes to `log.txt`; return 0, or 1 after an error that may be transient."""
     die_with_parent()
     try:
-        work(Path(folder), parts.split())
+        with forked.allowed():
+            work(Path(folder), parts.split())
     except Exception:  # log any error; the comparison continues without this cell
         traceback.print_exc()
         return 1

@@ -1,7 +1,7 @@
 """What every package shares, and what knows nothing of models, settings or files.
 
 `errors` and `exports` are how packages refuse and how they export; `console` and `words` what is said and how text is split;
-`processes`, `streams`, `memory`, `heap` and `deferral` the process and those beside it; `arrays` the array type; `registration`
+`processes`, `forked`, `streams`, `memory`, `heap` and `deferral` the process and those beside it; `arrays` the array type; `registration`
 PEFT's door for outside methods.
 """
 
@@ -13,6 +13,7 @@ from alter.core.exports import lazy as lazy
 
 if TYPE_CHECKING:
     from alter.core import console as console
+    from alter.core import forked as forked
     from alter.core import memory as memory
     from alter.core import processes as processes
     from alter.core import words as words

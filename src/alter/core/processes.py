@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from alter.core import forked
 from alter.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def in_turn(work: Callable[[], T]) -> T:
     return kept[0] if kept else work()
 
 
-def spread(items: Sequence[T], work: Callable[[T], R], model: Any = None) -> Iterator[R]:
+def spread(items: Sequence[T], work: Callable[[T], R], model: Any = None, *, apart: bool = False) -> Iterator[R]:
     """Yield `work(item)` of every item, in order, on every rank; each rank computes its share, and results are gathered.
 
     Args:
@@ -174,12 +175,15 @@ def spread(items: Sequence[T], work: Callable[[T], R], model: Any = None) -> Ite
         work: a function of the item alone, so that results equal those of one process.
         model: what `work` runs, if anything. FSDP and ZeRO-3 gather a sharded model's weights in a forward pass that all
             ranks make together, so each rank then computes all items.
+        apart: `work` has no effect but its result, and takes no gradients: where there is one rank, forks of this process may
+            compute it (`alter.core.forked`).
 
     Raises:
         UserError: the one that `work` raised for the earliest failing item, on every rank.
     """
     if size() == 1 or (model is not None and sharded(model)):
-        yield from map(work, items)
+        forks = forked.number(len(items), model) if apart and size() == 1 else 1
+        yield from map(work, items) if forks == 1 else forked.mapped(items, work, forks)
         return
     for begin in range(0, len(items), size()):
         outcome: Any = None
@@ -258,6 +262,8 @@ def lost(wait: float = 0.0) -> list[int]:
 def together(remedy: str, device: str | None = None) -> Iterator[None]:
     """Join the process group; if a rank ends inside the block, the others end with one line that names it.
 
+    A process alone may spread work over forks of it inside the block (`spread`).
+
     Args:
         remedy: what the user can do then.
         device: see `start`.
@@ -267,7 +273,8 @@ def together(remedy: str, device: str | None = None) -> Iterator[None]:
     """
     start(device)
     if size() == 1:
-        yield
+        with forked.allowed():
+            yield
         return
     watched = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if watched else None

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from alter.adapter import base_fingerprint
-from alter.core import UserError, give_back
+from alter.core import UserError, forked, give_back
 from alter.data import load_examples
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss, refuse_missed
@@ -58,7 +58,8 @@ def command(settings: Forget) -> Path:
         UserError: see `forget`.
         Finding: it was not forgotten, or the answers have collapsed.
     """
-    out = forget(settings)
+    with forked.allowed():
+        out = forget(settings)
     if not settings.rows_only:
         refuse_missed(read_object(out / "report.json", "what alter forget wrote")["verdict"], out)
     return out

@@ -295,7 +295,9 @@ def trace_rows(
     groups = batches_by_length([len(row.input_ids) for row in rows], TOKENS_PER_BATCH)
     result: dict[int, FrozenRow] = {}
     with torch.no_grad():
-        passes = zip(groups, processes.spread(groups, wanted.run, model), strict=True)
+        # what is taken on the way is taken in this process
+        found = processes.spread(groups, wanted.run, model, apart=take is None)
+        passes = zip(groups, found, strict=True)
         for group, made in progress(passes, total=len(groups), label=label):
             result.update(zip(group, made, strict=True))
     return [result[i] for i in range(len(rows))]

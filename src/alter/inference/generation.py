@@ -214,7 +214,7 @@ def generate(
 
     texts = _decoded(tokenizer, told)
     with evaluating(model), contiguous_head(model):
-        said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
+        said = zip(batches, processes.spread(range(len(batches)), run, model, apart=True), strict=True)
         for batch, replies in shown(said, len(batches), label, progress):
             for i, reply in zip(batch, replies, strict=True):
                 texts[i] = reply
@@ -284,7 +284,7 @@ def sample(
 
     found: list[list[str]] = [[] for _ in prompts]
     with evaluating(model), contiguous_head(model):
-        said = zip(batches, processes.spread(range(len(batches)), run, model), strict=True)
+        said = zip(batches, processes.spread(range(len(batches)), run, model, apart=True), strict=True)
         for (batch, _), replies in shown(said, len(batches), label, progress):
             for i, texts in zip(batch, replies, strict=True):
                 found[i] += texts

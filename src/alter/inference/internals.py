@@ -135,6 +135,6 @@ def hidden_states(
             rows.append(own.cpu().numpy())
         return rows
 
-    found = zip(batches, processes.spread(batches, run, model), strict=True)
+    found = zip(batches, processes.spread(batches, run, model, apart=True), strict=True)
     for batch, rows in shown(found, len(batches), label, progress):
         yield from zip(batch, rows, strict=True)

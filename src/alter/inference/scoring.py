@@ -143,7 +143,7 @@ def score(
         )
     else:
         batches = batches_by_length([len(row.input_ids) for row in encoded], tokens)
-        found = _by_row(model, encoded, batches, run, progress, label)
+        found = _by_row(model, encoded, batches, run, progress, label, apart=around is None)
     return _scores(found, moments)
 
 
@@ -200,11 +200,16 @@ def _by_row(
     run: Callable[[Batch], list[npt.NDArray[Any]]],
     progress: bool,
     label: str,
+    *,
+    apart: bool = True,
 ) -> list[list[npt.NDArray[Any]]]:
-    """Return what `run` finds for the labelled tokens of batches, one array for each of its columns and each row."""
+    """Return what `run` finds for the labelled tokens of batches, one array for each of its columns and each row.
+
+    `apart`: it has no effect but what it finds.
+    """
     out: list[list[npt.NDArray[Any]]] = []
     with evaluating(model):
-        found = zip(batches, processes.spread(batches, run, model), strict=True)
+        found = zip(batches, processes.spread(batches, run, model, apart=apart), strict=True)
         for batch, parts in shown(found, len(batches), label, progress):
             rows = batch.rows if isinstance(batch, SharedBatch) else batch
             counts = [sum(label != -100 for label in encoded[i].labels[1:]) for i in rows]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alter.core import give_back, processes, show, warn
+from alter.core import forked, give_back, processes, show, warn
 from alter.data import load_examples
 from alter.evaluation import (
     RowsEvaluation,
@@ -34,7 +34,8 @@ def command(run: Unlearn) -> Path:
     """
     out = unlearn(run)
     give_back()
-    closed = closing(run, out) if run.closing_rows else None
+    with forked.allowed():
+        closed = closing(run, out) if run.closing_rows else None
     if run.must_forget and closed is not None:
         refuse_missed(closed["verdict"], out)
     return out
