@@ -114,11 +114,13 @@ def _asking(run: Reported) -> list[object]:
     folder = "RUN" if run.folder is None else str(run.folder)
     model, forget = (str(run.settings.get(name, name.upper())) for name in ("model", "forget"))
     retain = str(run.settings.get("retain", "RETAIN") or f"{folder}/retain.jsonl")
-    which = f"{folder}/model --before {model}" if run.kind == "model" else f"{model} --adapter {folder}/adapter"
+    which = f" --model {model} --adapter {folder}/adapter"
+    if run.kind == "model":
+        which = f" --model {folder}/model --before {model}"
     honest = next((r.provenance.get("settings", {}).get("model") for r in run.records if r.model == "retrained"), None)
     reference = f" --retrained {honest}" if honest else ""
     ask = (
-        f"alter evaluate --benchmark rows --model {which} --forget {forget} --retain {retain}{reference} --name unlearned "
+        f"alter evaluate --benchmark rows{which} --forget {forget} --retain {retain}{reference} --name unlearned "
         "--json asked.json"
     )
     page = f"alter report {folder} --records asked.json"
