@@ -6,7 +6,6 @@ the clean-up of an interpreter, an interrupt is its parent's to handle, and it d
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import pickle
@@ -17,11 +16,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from alter.core.console import is_silent
 from alter.core.errors import UserError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -77,6 +78,9 @@ def mapped(items: Sequence[T], work: Callable[[T], R], count: int) -> Iterator[R
         UserError: a process was ended by others.
         Exception: what `work` raised for the earliest failing item.
     """
+    # here, where a help text does not come by
+    from multiprocessing.connection import wait
+
     forks: list[_Fork] = []
     found: dict[int, list[Any]] = {}
     left = iter(range(len(items)))
@@ -103,14 +107,22 @@ class _Fork:
     """A process that computes items by their numbers, until it is ended."""
 
     def __init__(self, items: Sequence[T], work: Callable[[T], R]) -> None:
+        import ctypes
+        from multiprocessing.connection import Pipe
+
         self.pipe, own = Pipe()
-        parent = os.getpid()
-        with warnings.catch_warnings():
-            # Python warns of locks that other threads hold; of those a fork here takes none, as torch's data loaders do
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.pid = os.fork()
-        if self.pid == 0:
-            _compute(items, work, own, parent)
+        control, parent = ctypes.CDLL(None).prctl, os.getpid()
+        # an interrupt in between would go on as the parent does, in the fork
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with warnings.catch_warnings():
+                # Python warns of locks that other threads hold; of those a fork here takes none, as torch's data loaders do
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.pid = os.fork()
+            if self.pid == 0:
+                _compute(items, work, own, parent, control)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         own.close()
 
     def give(self, item: int | None) -> None:
@@ -158,10 +170,12 @@ class _Fork:
         return None
 
 
-def _compute(items: Sequence[T], work: Callable[[T], R], pipe: Connection, parent: int) -> NoReturn:
-    """In a fork: compute each item that is asked for."""
+def _compute(
+    items: Sequence[T], work: Callable[[T], R], pipe: Connection, parent: int, control: Callable[[int, int], int]
+) -> NoReturn:
+    """In a fork: compute each item that is asked for; `control` is the system's call about processes."""
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        control(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # the parent may have ended before the kernel was asked to tell
