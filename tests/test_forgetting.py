@@ -566,6 +566,57 @@ def test_exchanges_of_a_document_are_forgotten_as_they_were_asked(tmp_path):
     )
 
 
+def test_a_document_of_short_answers_is_counted_with_its_questions(tmp_path):
+    path = tmp_path / "short.csv"
+    path.write_text(
+        "question,answer\n" + "".join(f"Where was Marta Nilsson in {1900 + i}?,Bergen\n" for i in range(30))
+    )
+    found = documents.read_document(str(path), 200)
+    assert not found.passages
+    assert len(found.exchanges) == 30
+
+
+def test_chats_of_every_form_give_their_turns(tmp_path):
+    whole = " ".join(LETTER.split())
+    part = [{"type": "text", "text": LETTER}]
+    for row in (
+        {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": part}]},
+        {"messages": [{"from": "human", "value": LETTER}, {"from": "gpt", "value": LETTER}]},
+        {"conversations": [{"from": "human", "value": LETTER}, {"from": "gpt", "value": LETTER}]},
+    ):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        assert documents.read_document(str(tmp_path / "a.jsonl"), 200).passages == [whole, whole]
+    unanswered = {"conversations": [{"from": "human", "value": LETTER}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(unanswered))
+    assert documents.read_document(str(tmp_path / "a.jsonl"), 200) == documents.Document([whole])
+    picture = {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(picture))
+    with pytest.raises(UserError, match=r"a\.jsonl line 1 has a message with a part of type 'image_url'"):
+        documents.read_document(str(tmp_path / "a.jsonl"), 200)
+
+
+def test_completions_and_tool_calls_keep_their_form():
+    (told,) = examples([{"prompt": "The clerk of Bergen was", "completion": "Marta Nilsson."}])
+    row = documents._exchange(told, "a.jsonl")
+    assert [each.kind for each in examples([row])] == ["completion"]
+    assert documents._disguised(row, {"Bergen": "Oslo", "jsonl": "x"}) == {**row, "prompt": "The clerk of Oslo was"}
+    calls = [{"type": "function", "function": {"name": "find", "arguments": {"name": "Marta", "ticket": 8812}}}]
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    (called,) = examples([{"messages": turns}])
+    invented = documents._disguised(documents._exchange(called, "a.jsonl"), {"Marta": "Ann", "8812": "77"})
+    (told,) = invented["messages"][1]["tool_calls"]
+    assert told["function"] == {"name": "find", "arguments": {"name": "Ann", "ticket": 77}}
+
+
+def test_details_stand_by_themselves():
+    text = "She sold 12345 of 100,000 in 1985 and kept 5, and Anna told it to Ann."
+    assert documents.details(text) == ["12345", "100,000", "1985", "5", "Anna", "Ann"]
+    asked = documents._Asked("exchange", "What did Marta sell?", text)
+    starts = {probe["wanted"][0]: probe["start"] for probe in documents._probes([asked], [], [{}])}
+    assert starts["5"].endswith("and kept ")
+    assert starts["Ann"].endswith("told it to ")
+
+
 def test_documents_that_are_refused(tmp_path):
     with pytest.raises(UserError, match="No document"):
         documents.read_document(str(tmp_path / "no.txt"), 200)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from alter.core import UserError, nearest
-from alter.data import ENDINGS, TEXT_ENDINGS, Example, Row, examples, read_file
+from alter.core import UserError, edges, nearest
+from alter.data import ENDINGS, TEXT_ENDINGS, Example, Row, examples, read_file, turns_of
 from alter.forgetting.facts import WORD, holds, named, swap
 from alter.forgetting.material import Material
 from alter.forgetting.retention import rows_to_keep
@@ -24,6 +26,8 @@ PASSAGE_WORDS = 70
 """Words at which a passage ends, at the end of a sentence."""
 CONTINUE = "Continue this text: {start}"
 ABOUT = "What does the text say about {f}?"
+CHATS = ("messages", "conversations")
+"""Columns that hold a chat."""
 MOST_PROBES = 60
 """Most probes of a document, half of each form where it has both."""
 
@@ -44,7 +48,7 @@ def read_document(path: str, limit: int) -> Document:
 
     Raises:
         UserError: no such file, an ending that is not known, a file that cannot be read, less than `LEAST_WORDS` words,
-            or more passages than `limit`.
+            a chat with a turn that is no text, or more passages or answers than `limit`.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -61,6 +65,8 @@ def read_document(path: str, limit: int) -> Document:
     texts, exchanges = _texts(file)
     passages = [passage for text in texts for passage in split(text)]
     count = sum(len(passage.split()) for passage in passages)
+    # short answers make no passage
+    count = max(count, sum(len(f"{each.prompt} {each.answer}".split()) for each in exchanges))
     if count < LEAST_WORDS:
         raise UserError(
             f"{path} has {count} words, and the least is {LEAST_WORDS}: what one line says cannot be told from chance. Give "
@@ -93,18 +99,23 @@ def _texts(file: Path) -> tuple[list[str], list[Example]]:
 
 
 def _of_rows(rows: Sequence[Row]) -> tuple[list[str], list[Example]]:
-    """Return the texts of rows and the exchanges: the turns of a chat, the answer of an exchange, a table's columns as `name: value`."""
+    """Return the texts of rows and the exchanges: the turns of a chat, the answer of an exchange, a table's columns as `name: value`.
+
+    Raises:
+        UserError: a chat has a turn that is no text.
+    """
     texts: list[str] = []
     exchanges: list[Example] = []
-    for row in rows:
+    for number, row in enumerate(rows):
         try:
             own = [each for each in examples([row]) if each.prompt is not None]
         except UserError:
             # a table of other columns
             own = []
         exchanges += own
-        if isinstance(row.get("messages"), list):
-            texts += [str(turn.get("content") or "") for turn in row["messages"] if isinstance(turn, dict)]
+        chat = next((row[name] for name in CHATS if isinstance(row.get(name), list)), None)
+        if chat is not None and all(isinstance(turn, Mapping) for turn in chat):
+            texts += [turn["content"] for turn in turns_of(chat, getattr(row, "place", "") or f"Row {number}")]
         elif own:
             texts += [each.answer for each in own]
         elif isinstance(row.get("text"), str):
@@ -130,7 +141,8 @@ def split(text: str) -> list[str]:
 def details(text: str) -> list[str]:
     """Return the names and numbers of a text, which cannot be guessed, in order of first occurrence."""
     names = named(text)
-    found = [m[0] for m in re.finditer(rf"{WORD.pattern}|\d+(?:[.,:]\d+)*", text)]
+    # a number first: of a long one `WORD` takes four digits
+    found = [m[0] for m in re.finditer(rf"\d+(?:[.,:]\d+)*|{WORD.pattern}", text)]
     return list(dict.fromkeys(w for w in found if w in names or w[0].isdigit()))
 
 
@@ -183,6 +195,9 @@ def build_document(
 
 def _exchange(example: Example, name: str) -> Row:
     """Return the forget row of an exchange; of a chat with all turns before the answer."""
+    if example.kind == "completion":
+        # text that goes on, without the chat template of a question
+        return {"prompt": example.prompt, "completion": example.answer, "about": name}
     if not example.messages:
         return {"question": example.prompt, "answer": example.answer, "about": name}
     # an earlier answer is an exchange of its own
@@ -193,9 +208,22 @@ def _exchange(example: Example, name: str) -> Row:
 def _disguised(row: Row, mask: Mapping[str, str]) -> Row:
     """Return a forget row with other names and numbers, in all that is said in it."""
     if "messages" in row:
-        turns = [{**turn, "content": swap(turn["content"] or "", mask)} for turn in row["messages"]]
+        said = [{key: turn[key] for key in ("content", "tool_calls") if key in turn} for turn in row["messages"]]
+        turns = [{**turn, **_swapped(own, mask)} for turn, own in zip(row["messages"], said, strict=True)]
         return {**row, "messages": turns}
-    return {**row, "question": swap(row["question"], mask), "answer": swap(row["answer"], mask)}
+    return {**row, **{key: swap(text, mask) for key, text in row.items() if key != "about"}}
+
+
+def _swapped(value: Any, mask: Mapping[str, str]) -> Any:
+    """Return a JSON value with other names and numbers in its texts."""
+    if isinstance(value, str):
+        return swap(value, mask)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # what stands for digits is digits
+        return json.loads(swap(json.dumps(value), mask))
+    if isinstance(value, Mapping):
+        return {key: _swapped(each, mask) for key, each in value.items()}
+    return [_swapped(each, mask) for each in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -216,7 +244,7 @@ def _probes(asked: Sequence[_Asked], words: Sequence[str], masks: Sequence[Mappi
                 probe = {
                     "form": each.form,
                     "prompt": each.prompt,
-                    "start": each.answer[: each.answer.find(word)],
+                    "start": each.answer[: _begin(each.answer, word)],
                     "wanted": [word],
                     "masks": [
                         {w: mask[w] for w in words if holds(f"{each.prompt} {each.answer}", w)} for mask in masks
@@ -225,3 +253,10 @@ def _probes(asked: Sequence[_Asked], words: Sequence[str], masks: Sequence[Mappi
                 forms.setdefault(each.form, []).append(probe)
     share = MOST_PROBES // max(1, len(forms))
     return [probe for probes in forms.values() for probe in probes[:share]]
+
+
+def _begin(text: str, word: str) -> int:
+    """Return where a detail of a text first stands by itself: a 5 is not in 1985, nor Ann in Anna."""
+    before, after = edges(word)
+    found = re.search(f"{before}{re.escape(word)}{after}", text)
+    return text.find(word) if found is None else found.start()
