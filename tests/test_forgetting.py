@@ -200,6 +200,29 @@ def test_a_subject_is_forgotten_only_if_everything_says_so(outcome, after, word,
     assert re.search(said, " ".join(found.why)), found.why
 
 
+@pytest.mark.parametrize(
+    ("outcome", "known", "word", "said"),
+    [
+        (
+            outcome_of(1),
+            1,
+            "forgotten",
+            "1 of 12 names and numbers keep more than half of their probability. 1 of 12 probes",
+        ),
+        (outcome_of(0), 2, "not forgotten", "2 of 12 names and numbers .* At most 10% may"),
+        (outcome_of(2), 0, "not forgotten", "2 of 12 probes are answered"),
+        (outcome_of(0, kept="x"), 0, "collapsed", "hold 0% of their words"),
+    ],
+)
+def test_a_document_is_judged_by_its_own_facts(outcome, known, word, said):
+    # as a model's that never saw it: clearly told from the disguised text
+    after = {**against(0.0001, 5.0), "known": known}
+    found = verdict.judge_subject(outcome, against(0.0001, 9.0), after, document=True)
+    assert found.word == word
+    assert re.search(said, " ".join(found.why)), found.why
+    assert verdict.judge_subject(outcome, against(0.0001, 9.0), after).word == "not forgotten"
+
+
 def test_answers_are_kept_for_the_very_same_weights(tmp_path):
     """After other training in the same folder the answers before it were told again, and the verdict was of those."""
     tokenizer = byte_tokenizer()
@@ -362,7 +385,7 @@ def test_facts_that_are_still_known_are_counted_one_by_one():
         keeps = not math.isnan(then) and math.exp(now) > 0.5 * math.exp(then)
         naive += keeps and math.exp(now) > 2 * math.exp(sum(others) / 3)
     assert 0 < naive < 25
-    assert stopping.still_known(zero_of(real, invented, range(50)), before) == naive
+    assert measure.still_known(zero_of(real, invented, range(50)), before) == naive
 
 
 @pytest.mark.parametrize(
@@ -380,20 +403,28 @@ def test_facts_that_are_still_known_are_counted_one_by_one():
 def test_training_ends_where_hardly_a_fact_is_known(real, step, stops, tmp_path, monkeypatch):
     probes = [{"form": "cloze", "masks": [{}] * 5, "logprob": -0.1} for _ in real]
     watcher = stopping.UntilZero(None, probes, tmp_path / "checks.jsonl", every=4, least=8)
+    told_apart = stopping.UntilZero(None, probes, tmp_path / "other.jsonl", every=4, least=8, document=True)
     given = []
     monkeypatch.setattr(
         stopping,
         "against_zero",
         lambda model, tokenizer, asked, masks, **k: given.append(asked) or zero_of(real, [[-5.0] * 3] * 12, range(12)),
     )
-    control = SimpleNamespace(should_training_stop=False)
-    watcher.on_step_end(None, SimpleNamespace(global_step=step, max_steps=20), control, model=torch.nn.Linear(1, 1))
+    control, state = SimpleNamespace(should_training_stop=False), SimpleNamespace(global_step=step, max_steps=20)
+    watcher.on_step_end(None, state, control, model=torch.nn.Linear(1, 1))
+    assert control.should_training_stop is stops
+    # of a document the p-value does not count
+    monkeypatch.setattr(stopping, "LEVEL", 2.0)
+    control.should_training_stop = False
+    watcher.on_step_end(None, state, control, model=torch.nn.Linear(1, 1))
+    assert control.should_training_stop is False
+    told_apart.on_step_end(None, state, control, model=torch.nn.Linear(1, 1))
     assert control.should_training_stop is stops
     if step % 4:
         assert not given
         return
     assert all(len(probe["masks"]) == stopping.TWINS for probe in given[0])
-    (check,) = speaker.read_jsonl(tmp_path / "checks.jsonl")
+    check, _ = speaker.read_jsonl(tmp_path / "checks.jsonl")
     assert check["known"] == sum(value == -0.1 for value in real)
     assert check["n"] == 12
 

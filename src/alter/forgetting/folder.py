@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alter.adapter import same_base
 from alter.core import UserError
+from alter.data import Row
 from alter.forgetting.material import Material
-from alter.forgetting.measure import AgainstZero
+from alter.forgetting.measure import AgainstZero, still_known
 from alter.forgetting.names import check_name
 from alter.forgetting.settings import Erasing, Forget
 from alter.forgetting.speaker import read_jsonl, write_jsonl
@@ -91,7 +96,9 @@ def write_material(out: Path, material: Material, before: AgainstZero) -> None:
     """Write rows, probes and facts, and last the comparison before training, without which the folder holds no material."""
     for field in fields(Material):
         write_jsonl(out / FILES[field.name], getattr(material, field.name))
-    write_atomic(out / "zero.json", to_json({"before": zero_figures(before), "probes": asked_digest(material)}))
+    write_atomic(
+        out / "zero.json", to_json({"before": zero_figures(before, material.probes), "probes": asked_digest(material)})
+    )
 
 
 def read_material(out: Path) -> Material | None:
@@ -111,8 +118,9 @@ def asked_digest(material: Material) -> str:
     )
 
 
-def zero_figures(zero: AgainstZero) -> dict[str, Any]:
-    """Return the comparison with invented subjects as what is written down of it."""
+def zero_figures(zero: AgainstZero, probes: Sequence[Row]) -> dict[str, Any]:
+    """Return the comparison with invented subjects as what is written down of it; `probes` are those that were given to it."""
+    before = np.array([probes[i].get("logprob", math.nan) for i in zero.places])
     return {
         "n": len(zero.real),
         "invented": int(zero.invented.shape[1]),
@@ -120,4 +128,5 @@ def zero_figures(zero: AgainstZero) -> dict[str, Any]:
         "logprob_invented": float(zero.invented.mean()),
         "auc": zero.auc,
         "p": zero.pvalue,
+        "known": still_known(zero, before),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ LEVEL = 0.05
 ANSWERS = ("before", "after", "invented")
 """Answers to the probes: the untouched model's, those after forgetting, and the untouched model's about an invented subject, which
 are those of a model that knows nothing of it: a fluent model that has forgotten speaks like them."""
+STILL = 0.1
+"""Largest share of the probes' facts that may still be known of what is forgotten."""
 DRAWS = 10_000
 """Random choices of the permutation test."""
 
@@ -109,6 +112,19 @@ def against_zero(
     real, others = each[:, 0], each[:, 1:]
     auc = float(np.mean((real[:, None] > others) + 0.5 * (real[:, None] == others)))
     return AgainstZero(real, others, auc, permuted(real, others), tuple(used))
+
+
+def still_known(zero: AgainstZero, before: Array) -> int:
+    """Count the facts that keep more than half of their probability and are twice as likely as an invented subject's.
+
+    A mean over many facts that are gone hides a few that are not.
+
+    Args:
+        zero: the comparison now.
+        before: [n] log-probability of the same facts before training; NaN where it is not known counts as not kept.
+    """
+    kept = zero.real > before + math.log(0.5)
+    return int((kept & (zero.real > zero.invented.mean(axis=1) + math.log(2))).sum())
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,11 @@ def print_outcome(
     after: Mapping[str, Any],
     examples: int,
     perplexity: Mapping[str, float],
+    document: bool = False,
 ) -> dict[str, Any]:
     """Print the tables, the examples and the verdict; returns the figures."""
     rates, kept_rates = outcome.rates(), outcome.kept_rates()
-    console.print(_answered(name, rates))
+    console.print(_answered(name, rates, document))
     console.print(_kept(kept_rates))
     if names:
         was, now = outcome.naming(names)
@@ -44,8 +45,15 @@ def print_outcome(
     if examples:
         console.print(_examples(outcome, examples))
     distinct = outcome.distinct()
-    found = judge_subject(outcome, before, after)
-    if after:
+    found = judge_subject(outcome, before, after, document=document)
+    if after and document:
+        print_line(
+            console,
+            f"{after['known']} of {after['n']} names and numbers keep more than half of their probability. Against the same text with other "
+            f"ones, AUC {before['auc']:.2f} before and {after['auc']:.2f} now, which is no verdict: a model that never saw a text tells it from "
+            "its disguise too.",
+        )
+    elif after:
         print_line(
             console,
             f"Against {after['invented']} invented subjects, {after['n']} probes: the known facts are more probable for {name} with "
@@ -80,9 +88,11 @@ def _told(figures: Mapping[str, float], digits: int) -> str:
     return told if math.isnan(figures["invented"]) else f"{told}, {invented} about an invented subject"
 
 
-def _answered(name: str, rates: Mapping[str, Rate]) -> FittedTable:
+def _answered(name: str, rates: Mapping[str, Rate], document: bool) -> FittedTable:
     """Format how many probes of each form are answered with a fact."""
-    table = FittedTable(title=f"Probes about {name}: answered with a fact (forms that were not trained on)")
+    table = FittedTable(
+        title=f"Probes about {name}: answered with a fact{'' if document else ' (forms that were not trained on)'}"
+    )
     for column in ("form", "before", "after", "an invented subject"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for form, rate in rates.items():

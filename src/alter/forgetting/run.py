@@ -258,7 +258,19 @@ def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
     run = training(settings, out)
     one_pass = math.ceil(len(material.forget) / (run.batch_size * run.gradient_accumulation_steps))
     every = max(1, round(one_pass / CHECKS))
-    unlearn(run, callbacks=[UntilZero(tokenizer, material.probes, out / "checks.jsonl", every, PASSES * one_pass)])
+    unlearn(
+        run,
+        callbacks=[
+            UntilZero(
+                tokenizer,
+                material.probes,
+                out / "checks.jsonl",
+                every,
+                PASSES * one_pass,
+                document=settings.document is not None,
+            )
+        ],
+    )
 
 
 def _erase(settings: Forget, out: Path, tokenizer: Any, material: Material) -> None:
@@ -266,7 +278,19 @@ def _erase(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
     student = erasing(settings, out, material)
     one_pass = math.ceil(len(material.forget) * (1 + student.rewordings) / student.batch_size)
     every = max(1, one_pass // ERASING_CHECKS)
-    distill(student, [UntilZero(tokenizer, material.probes, out / ERASED / "checks.jsonl", every, one_pass)])
+    distill(
+        student,
+        [
+            UntilZero(
+                tokenizer,
+                material.probes,
+                out / ERASED / "checks.jsonl",
+                every,
+                one_pass,
+                document=settings.document is not None,
+            )
+        ],
+    )
 
 
 def _measured(settings: Forget, console: Console, out: Path, name: str, material: Material) -> dict[str, Any]:
@@ -278,7 +302,9 @@ def _measured(settings: Forget, console: Console, out: Path, name: str, material
     base = _load(settings)[0] if settings.erase else None
     with nullcontext() if base is not None else model.disable_adapter():
         perplexity = outcome.read_by(model if base is None else base, tokenizer)
-    figures = print_outcome(console, name, outcome, names, before, after, settings.examples, perplexity)
+    figures = print_outcome(
+        console, name, outcome, names, before, after, settings.examples, perplexity, settings.document is not None
+    )
     figures["ordinary_loss"] = ordinary_loss(model, tokenizer, load_examples(str(out / FILES["forget"])), base)
     print_line(console, told_of_ordinary(figures["ordinary_loss"]))
     return figures
@@ -369,4 +395,4 @@ def _again(
     write_jsonl(out / FILES["probes"], material.probes)
     write_jsonl(out / FILES["kept_probes"], material.kept_probes)
     zero = against_zero(model, tokenizer, material.probes, [])
-    return Outcome(material.probes, material.kept_probes), {} if zero is None else zero_figures(zero)
+    return Outcome(material.probes, material.kept_probes), {} if zero is None else zero_figures(zero, material.probes)

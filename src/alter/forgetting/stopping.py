@@ -13,43 +13,31 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from alter.core import Array
 from alter.data import Row
-from alter.forgetting.measure import LEVEL, AgainstZero, against_zero
+from alter.forgetting.measure import LEVEL, STILL, against_zero, still_known
 from alter.forgetting.speaker import write_jsonl
 
 LOOKED = 20
 """Probes of a check."""
 TWINS = 3
 """Invented names of a check."""
-STILL = 0.1
-"""Largest share of the probes' facts that may still be known where training ends: the share that a verdict allows."""
-
-
-def still_known(zero: AgainstZero, before: Array) -> int:
-    """Count the facts that keep more than half of their probability and are twice as likely as an invented subject's.
-
-    A mean over many facts that are gone hides a few that are not.
-
-    Args:
-        zero: the comparison now.
-        before: [n] log-probability of the same facts before training; NaN where it is not known counts as not kept.
-    """
-    kept = zero.real > before + math.log(0.5)
-    return int((kept & (zero.real > zero.invented.mean(axis=1) + math.log(2))).sum())
 
 
 class UntilZero(TrainerCallback):
     """Checks every few steps, writes the checks to `path`, and ends the training when the subject is like an invented one.
 
     That is when a check's p-value reaches `LEVEL` and at most `STILL` of the facts are `still_known`, after at least `least` steps:
-    with few probes the test finds no difference while answers still hold facts. A check takes
+    with few probes the test finds no difference while answers still hold facts. Of a document the p-value does not count, since a model
+    that never saw it tells it from its disguise too. A check takes
     the first `LOOKED` probes with `TWINS` invented names each; the final table counts all. The state of random number generators
     is restored after a check.
     """
 
-    def __init__(self, tokenizer: Any, probes: Sequence[Row], path: Path, every: int, least: int = 0) -> None:
+    def __init__(
+        self, tokenizer: Any, probes: Sequence[Row], path: Path, every: int, least: int = 0, *, document: bool = False
+    ) -> None:
         self.tokenizer, self.path, self.every, self.least = tokenizer, path, every, least
+        self.document = document
         # forms take turns, so that few probes are not all of one form
         forms: dict[str, list[Row]] = {}
         for probe in probes:
@@ -73,7 +61,8 @@ class UntilZero(TrainerCallback):
         n, known = len(zero.real), still_known(zero, before)
         self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "known": known, "n": n})
         write_jsonl(self.path, self.checks)
-        done = zero.pvalue >= LEVEL and known <= STILL * n and state.global_step >= self.least
+        alike = self.document or zero.pvalue >= LEVEL
+        done = alike and known <= STILL * n and state.global_step >= self.least
         tqdm.write(
             f"step {state.global_step}/{state.max_steps}: known facts against invented subjects: AUC {zero.auc:.2f}, "
             f"p {zero.pvalue:.2g}, {known} of {n} still known{'; like an invented subject, training ends' if done else ''}",

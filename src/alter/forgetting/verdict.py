@@ -9,16 +9,19 @@ import numpy as np
 
 from alter.data import Row
 from alter.evaluation import GONE, KEPT, LEAST, SAID, SLACK, Measures, Verdict, Word, collapse
-from alter.forgetting.measure import LEVEL, Outcome
+from alter.forgetting.measure import LEVEL, STILL, Outcome
 
 
-def judge_subject(outcome: Outcome, before: Mapping[str, Any], after: Mapping[str, Any]) -> Verdict:
-    """Judge whether a subject was forgotten.
+def judge_subject(
+    outcome: Outcome, before: Mapping[str, Any], after: Mapping[str, Any], *, document: bool = False
+) -> Verdict:
+    """Judge whether a subject or a document was forgotten.
 
     NOT FORGOTTEN if the model still tells it from an invented one (`LEVEL`), if half of what set it apart is not gone
     (`GONE`), or if more probes are answered with a fact than an invented subject's are (`SLACK`; `SAID` without one);
     COLLAPSED if its answers are broken, or what must not change is lost (`KEPT`); UNPROVEN if fewer than `LEAST` probes were
-    compared or asked; else FORGOTTEN.
+    compared or asked; else FORGOTTEN. Of a document more than `STILL` of the facts that are `still_known` stand in the place of the
+    comparison with the invented one: a model that never saw a text tells it from its disguise too, by what words go together.
 
     Args:
         outcome: the answers to the probes.
@@ -26,7 +29,12 @@ def judge_subject(outcome: Outcome, before: Mapping[str, Any], after: Mapping[st
     """
     rate = outcome.rates()["all probes"]
     against: list[str] = []
-    if after:
+    kept = ""
+    if after and document:
+        kept = f"{after['known']} of {after['n']} names and numbers keep more than half of their probability."
+        if after["known"] > STILL * after["n"]:
+            against.append(f"{kept} At most {STILL:.0%} may.")
+    elif after:
         apart, still = (each["logprob"] - each["logprob_invented"] for each in (before, after))
         if not after["p"] >= LEVEL:
             against.append(f"The model still tells it from an invented subject (p {after['p']:.2g}).")
@@ -48,6 +56,8 @@ def judge_subject(outcome: Outcome, before: Mapping[str, Any], after: Mapping[st
     few = min(rate.n, after.get("n", 0))
     if few < LEAST:
         word, why = "unproven", f"Only {few} probes could be compared, {LEAST} are needed."
+    elif document:
+        word, why = "forgotten", kept
     else:
         word, why = "forgotten", f"It is no longer distinguishable from an invented subject (p {after['p']:.2g})."
     return Verdict(word, (why, spoken))
