@@ -32,6 +32,7 @@ from alter.forgetting import (
     templates,
     verdict,
 )
+from alter.forgetting import folder as folders
 from alter.forgetting.facts import Fact, candidates, holds, named, place_of, swap, whole
 from alter.forgetting.material import Material
 from alter.forgetting.measure import permuted
@@ -157,6 +158,18 @@ def test_answers_that_name_something_known_are_counted_beside_the_question():
     ]
     rows_of = [{"form": "cloze", "prompt": p, "before": b, "after": a} for p, b, a in told]
     assert measure.Outcome(rows_of, []).naming(["Ada", "Cy"]) == (1, 2)
+
+
+def test_what_was_not_answered_before_makes_nothing_look_forgotten():
+    known = {"form": "exchange", "prompt": "Who?", "wanted": ["Ada"], "before": "Ada", "after": "Ada"}
+    other = {**known, "form": "verbatim", "before": "Nobody.", "after": "Nobody."}
+    outcome = measure.Outcome([known, known, *[other] * 28], [])
+    rates = outcome.rates()
+    assert rates["exchange"] == rates["all probes"] == measure.Rate(2, 2, 0, 0)
+    assert rates["verbatim"] == measure.Rate(0, 0, 0, 0)
+    found = verdict.judge_subject(outcome, {}, {"n": 30, "known": 0}, document=True)
+    assert found.word == "not forgotten"
+    assert "2 of 2 probes are answered with a fact" in found.why[0]
 
 
 def outcome_of(answered, n=12, *, zero=0, after=None, kept="It rains in May."):
@@ -900,6 +913,12 @@ def test_edited_probes_are_answered_anew(small, tmp_path):
     again = json.loads((out / "zero.json").read_text())
     assert again["probes"] != first["probes"]
     assert again["before"]["n"] <= first["before"]["n"]
+    # as a run has them that was begun before probabilities were noted down
+    bare = [{key: value for key, value in row.items() if key != "logprob"} for row in asked[:-1]]
+    speaker.write_jsonl(out / "probes.jsonl", bare)
+    (out / "zero.json").write_text(json.dumps({**again, "probes": folders.asked_digest(folders.read_material(out))}))
+    forget(settings(small, out, rows_only=True, resume=True))
+    assert speaker.read_jsonl(out / "probes.jsonl") == asked[:-1]
     # probes that say nothing of the subject are no measure of it
     other = [{**row, "prompt": "Hello?", "masks": [{KNOWN: "Ab Cd"}]} for row in asked]
     speaker.write_jsonl(out / "probes.jsonl", other)

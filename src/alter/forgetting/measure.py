@@ -165,11 +165,19 @@ class Outcome:
     probes: list[Row]
     kept: list[Row]
 
-    def rates(self) -> dict[str, Rate]:
-        """Count probes still answered with a fact, by form and in all; a group of probes is one, answered if each is."""
+    def groups(self) -> dict[tuple[str, object], list[Row]]:
+        """Return the probes by form and group; one without a group is its own."""
         groups: dict[tuple[str, object], list[Row]] = {}
         for number, probe in enumerate(self.probes):
             groups.setdefault((probe["form"], probe.get("group", number)), []).append(probe)
+        return groups
+
+    def rates(self) -> dict[str, Rate]:
+        """Count probes still answered with a fact, by form and in all; a group of probes is one, answered if each is.
+
+        What was not answered before, as most of a document that is to be continued, would make what still is a smaller share.
+        """
+        groups = {key: group for key, group in self.groups().items() if all(answered(p["before"], p) for p in group)}
         out: dict[str, Rate] = {}
         for form in [*dict.fromkeys(probe["form"] for probe in self.probes), "all probes"]:
             chosen = [group for (kind, _), group in groups.items() if form in (kind, "all probes")]

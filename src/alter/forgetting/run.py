@@ -32,6 +32,7 @@ from alter.forgetting.folder import (
 from alter.forgetting.material import Material
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
 from alter.forgetting.names import check_uncommon, guess_kind, names_of
+from alter.forgetting.probes import answered
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
 from alter.forgetting.rows import NOBODY, build
@@ -87,11 +88,12 @@ def forget(settings: Forget) -> Path:
     name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
     with undone_if_refused(out):
         material, tokenizer = _material(settings, console, out, name, document, retain)
+    known = sum(answered(probe["before"], probe) for probe in material.probes)
     facts = ", ".join(str(row["word"]) for row in material.facts[:12])
     print_line(
         console,
         f"What the model knows: {facts}. {len(material.forget)} rows to forget, {len(material.retain)} to keep, "
-        f"{len(material.probes)} probes that it answers ({time.time() - started:.0f} s).",
+        f"{len(material.probes)} probes, of which it answers {known} ({time.time() - started:.0f} s).",
     )
     if settings.rows_only:
         print_line(console, f"The rows lie in {out}. Read and edit them, then give the same command with `resume`.")
@@ -174,8 +176,11 @@ def _material(
     write_atomic(out / "forget.json", to_json(said))
     material = read_material(out)
     if material is not None:
-        if read_object(out / "zero.json", "what alter forget wrote").get("probes") != asked_digest(material):
-            # a person has edited them: what was measured before is of others
+        asked = read_object(out / "zero.json", "what alter forget wrote").get("probes")
+        # a fact whose probability before is not known would count as forgotten
+        unmeasured = not any("logprob" in probe for probe in material.probes)
+        if asked != asked_digest(material) or unmeasured:
+            # or a person has edited them: what was measured before is of others
             for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
                 for row, answer in zip(rows, speaker.say(label, [row["prompt"] for row in rows]), strict=True):
                     row["before"] = answer

@@ -53,7 +53,7 @@ def judge_subject(
         return Verdict("not forgotten", (*against, *collapsed))
     if collapsed:
         return Verdict("collapsed", tuple(collapsed))
-    few = min(rate.n, after.get("n", 0))
+    few = min(len(outcome.groups()), after.get("n", 0))
     if few < LEAST:
         word, why = "unproven", f"Only {few} probes could be compared, {LEAST} are needed."
     elif document:
