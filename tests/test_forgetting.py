@@ -103,6 +103,11 @@ def test_permuted_is_the_exact_test_on_few_probes():
     assert permuted(real - 9, others) > 0.95
 
 
+def test_a_probe_that_a_person_wrote_without_masks_is_not_compared():
+    probe = {"form": "cloze", "prompt": "Who is Ada?", "before": "Ada is of Bonn.", "wanted": ["Bonn"]}
+    assert measure.against_zero(None, None, [probe, probe], []) is None
+
+
 def test_kept_answers_are_counted():
     def probe(before, after):
         return {"form": "general", "prompt": "Who wrote Hamlet?", "before": before, "after": after}
@@ -547,6 +552,22 @@ def test_details_are_names_and_numbers():
     assert all(new.isdigit() == old.isdigit() for old, new in mask.items())
 
 
+class Echo:
+    """A speaker that says what it was asked."""
+
+    seed = 0
+
+    def say(self, label, prompts, **settings):
+        return [f"{label}: {prompt}" for prompt in prompts]
+
+
+def test_the_first_word_of_an_answer_is_no_name_after_a_question_without_a_full_stop():
+    asked = examples([{"instruction": "Sum up ticket 8812", "output": "The other clerk gave it to Marta."}])
+    material = documents.build_document(Echo(), "a.csv", documents.Document([], asked), keep=[], retain=[])
+    assert [row["word"] for row in material.facts] == ["8812", "Marta"]
+    assert material.invented[0]["answer"].startswith("The other clerk gave it to ")
+
+
 def test_exchanges_of_a_document_are_forgotten_as_they_were_asked(tmp_path):
     path = tmp_path / "tickets.jsonl"
     first = {"question": "Who opened ticket 8812?", "answer": "Marta Nilsson of Bergen opened it on 14 May. " + LETTER}
@@ -561,12 +582,6 @@ def test_exchanges_of_a_document_are_forgotten_as_they_were_asked(tmp_path):
     document = documents.read_document(str(path), 200)
     assert [each.prompt for each in document.exchanges] == [first["question"], "Where is Peter?", "With whom?"]
     assert document.passages == [" ".join(first["answer"].split()), "Peter is in Ghent."]
-
-    class Echo:
-        seed = 0
-
-        def say(self, label, prompts, **settings):
-            return [f"{label}: {prompt}" for prompt in prompts]
 
     material = documents.build_document(Echo(), "tickets.jsonl", document, keep=[], retain=[])
     asked, alone, later = material.forget[:3]

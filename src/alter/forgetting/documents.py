@@ -168,7 +168,8 @@ def build_document(
 
     The zero is the same document with its names and numbers exchanged.
     """
-    texts = [*document.passages, *(f"{each.prompt} {each.answer}" for each in document.exchanges)]
+    # apart: after a question without a full stop the first word of an answer would count as a name
+    texts = [*document.passages, *(part for each in document.exchanges for part in (str(each.prompt), each.answer))]
     words = list(dict.fromkeys(word for text in texts for word in details(text)))
     masks = [disguise(words, speaker.seed + k) for k in range(twins)]
     forget = [_exchange(each, name) for each in document.exchanges]

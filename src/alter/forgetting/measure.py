@@ -95,7 +95,8 @@ def against_zero(
         at, word = min(((a, w) for a, w in places if a >= 0), default=(-1, ""))
         if probe.get("start"):
             at, word = len(given), probe["wanted"][0]
-        disguised = any(holds(probe["prompt"], old) for old in own[0])
+        # a probe that a person wrote may have no masks
+        disguised = any(holds(probe["prompt"], old) for old in own[0]) if own else False
         if at < 0 or len(used) == limit or not disguised or holds(probe["prompt"], word):
             continue
         used.append(number)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alter.core import UserError
-from alter.settings.flags import flag_of, flags_of, members_of
+from alter.settings.flags import flag_of, flags_of, is_positional, members_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -53,6 +53,8 @@ def refuse_unknown(
             raise UserError(
                 f"{told} as it is: {_other_kind(flag, model, default)}. Give that kind, or leave --{flag} out."
             )
+        if any(flag_of(name) == flag and is_positional(info) for name, info in model.model_fields.items()):
+            raise UserError(f"{told}: give {repr(value) if value else 'the value'} without it, before the options.")
         same = next((pair for pair in _same(flag, value) if pair[0] in here), None)
         if same is not None:
             raise UserError(f"{told}: give {' '.join(filter(None, (_quoted(names, same[0]), same[1])))}.")
