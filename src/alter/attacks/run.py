@@ -29,7 +29,7 @@ from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
 from alter.attacks.settings import Attack
 from alter.attacks.showing import draw_curves, show_recovered
 from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING_ATTACKS, UNRELATED
-from alter.core import UserError, console, held, nearest, warn
+from alter.core import UserError, console, forked, held, nearest, warn
 from alter.data import Example, data_hash, load_examples, row_hash
 from alter.models import ModelSettings, is_local
 from alter.storage import (
@@ -133,6 +133,7 @@ def _stored_states(path: Path, key: str) -> np.ndarray | None:
         return None
 
 
+@forked.allowed()
 def attack(settings: Attack) -> list[Record]:
     """Run `alter attack`: every attack on every model that takes part; print the table, write records and the curves.
 

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from alter.core import show, warn
+from alter.core import forked, show, warn
 from alter.data import Example, data_hash, row_hash
 from alter.distillation.checks import check_out, check_pair, check_room, check_teacher
 from alter.distillation.closing import measure_distilled
@@ -170,6 +170,7 @@ def _clean(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+@forked.allowed()
 def command(settings: Distill) -> Path:
     """Run `alter distill`: distil, and show what is next, which inside another command is another thing.
 
