@@ -100,6 +100,21 @@ def test_a_benchmark_gives_the_same_records(two_threads):
     assert repr(one) == repr(two)
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_what_the_system_refuses_is_done_by_fewer(two_threads, monkeypatch, allowed):
+    before = os.fork
+
+    def fork():
+        if len(two_threads) >= allowed:
+            raise BlockingIOError("Resource temporarily unavailable")
+        return before()
+
+    monkeypatch.setattr(os, "fork", fork)
+    found = list(forked.mapped(range(5), lambda i: (i, os.getpid()), TWO))
+    assert [i for i, _ in found] == list(range(5))
+    assert {pid for _, pid in found} == (set(two_threads) or {os.getpid()})
+
+
 def test_items_are_handed_out_as_forks_get_done(two_threads):
     def work(i):
         time.sleep(0.5 if i == 0 else 0.0)

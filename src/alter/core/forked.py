@@ -72,7 +72,7 @@ def mapped(items: Sequence[T], work: Callable[[T], R], count: int) -> Iterator[R
     Args:
         items: of which the processes have their own already.
         work: returns what can be pickled; nothing else that it does is seen here. No gradients, since a fork has no threads for them.
-        count: number of processes.
+        count: number of processes; where the system refuses some there are fewer, and without any this one works.
 
     Raises:
         UserError: a process was ended by others.
@@ -86,8 +86,15 @@ def mapped(items: Sequence[T], work: Callable[[T], R], count: int) -> Iterator[R
     left = iter(range(len(items)))
     try:
         for _ in range(count):
-            forks.append(_Fork(items, work))
+            try:
+                forks.append(_Fork(items, work))
+            except OSError:
+                # a limit of processes, files or memory: those that there are do all of it
+                break
             forks[-1].give(next(left, None))
+        if not forks:
+            yield from map(work, items)
+            return
         for place in range(len(items)):
             while place not in found:
                 ready = wait([fork.pipe for fork in forks])

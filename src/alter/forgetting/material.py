@@ -12,7 +12,8 @@ class Material:
     """All rows of a run, each list a JSONL file.
 
     Attributes:
-        forget: question, answer (the model's own), substitute (of an invented subject, with the names put back).
+        forget: question, answer (the model's own), substitute (of an invented subject, with the names put back); of a document
+            its own exchanges in their form, and passages as question and answer, without a substitute.
         invented: the questions and answers of `forget` with invented names: what cannot be known, for the watch.
         retain: question and answer (the model's own) that must not change.
         probes: form, prompt, wanted words, the answer before, masks (invented names), and `zero`: whether the answer about
