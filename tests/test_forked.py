@@ -222,19 +222,6 @@ def test_what_is_not_read_to_the_end_leaves_no_process(two_threads):
     found.close()
 
 
-def test_a_second_fork_that_is_refused_leaves_no_process(two_threads, monkeypatch):
-    fork = os.fork
-
-    def refused():
-        if two_threads:
-            raise BlockingIOError("no more processes")
-        return fork()
-
-    monkeypatch.setattr(os, "fork", refused)
-    with pytest.raises(BlockingIOError):
-        list(forked.mapped(range(9), lambda i: i, TWO))
-
-
 WORK = """
 import sys, time
 import torch
