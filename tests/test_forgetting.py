@@ -404,13 +404,13 @@ def test_facts_that_are_still_known_are_counted_one_by_one():
 @pytest.mark.parametrize(
     ("real", "step", "stops"),
     [
-        # eleven of twelve are gone
-        ([-6.0] * 11 + [-0.1], 8, True),
+        # nineteen of twenty are gone
+        ([-6.0] * 19 + [-0.1], 8, True),
         # two are not, which the mean hides
-        ([-6.0] * 10 + [-0.1] * 2, 8, False),
-        ([-6.0] * 12, 4, False),
-        ([-6.0] * 12, 9, False),
-        ([-0.1] * 12, 8, False),
+        ([-6.0] * 18 + [-0.1] * 2, 8, False),
+        ([-6.0] * 20, 4, False),
+        ([-6.0] * 20, 9, False),
+        ([-0.1] * 20, 8, False),
     ],
 )
 def test_training_ends_where_hardly_a_fact_is_known(real, step, stops, tmp_path, monkeypatch):
@@ -421,7 +421,7 @@ def test_training_ends_where_hardly_a_fact_is_known(real, step, stops, tmp_path,
     monkeypatch.setattr(
         stopping,
         "against_zero",
-        lambda model, tokenizer, asked, masks, **k: given.append(asked) or zero_of(real, [[-5.0] * 3] * 12, range(12)),
+        lambda model, tokenizer, asked, masks, **k: given.append(asked) or zero_of(real, [[-5.0] * 3] * 20, range(20)),
     )
     control, state = SimpleNamespace(should_training_stop=False), SimpleNamespace(global_step=step, max_steps=20)
     watcher.on_step_end(None, state, control, model=torch.nn.Linear(1, 1))
@@ -439,7 +439,7 @@ def test_training_ends_where_hardly_a_fact_is_known(real, step, stops, tmp_path,
     assert all(len(probe["masks"]) == stopping.TWINS for probe in given[0])
     check, _ = speaker.read_jsonl(tmp_path / "checks.jsonl")
     assert check["known"] == sum(value == -0.1 for value in real)
-    assert check["n"] == 12
+    assert check["n"] == 20
 
 
 def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):

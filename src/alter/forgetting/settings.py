@@ -19,7 +19,7 @@ TRAINING: dict[str, Any] = {
     "experts_only": True,
     "retain_objective": {"kind": "none"},
     "num_forget_experts": 1,
-    "epochs": 8,
+    "epochs": 10,
     # two halves of a step need half of the memory
     "batch_size": 4,
     "gradient_accumulation_steps": 2,

@@ -26,7 +26,7 @@ TWINS = 3
 class UntilZero(TrainerCallback):
     """Checks every few steps, writes the checks to `path`, and ends the training when the subject is like an invented one.
 
-    That is when a check's p-value reaches `LEVEL` and at most `STILL` of the facts are `still_known`, after at least `least` steps:
+    That is when a check's p-value reaches `LEVEL` and at most half of `STILL` of the facts are `still_known`, a part being asked, after at least `least` steps:
     with few probes the test finds no difference while answers still hold facts. Of a document the p-value does not count, since a model
     that never saw it tells it from its disguise too. A check takes
     the first `LOOKED` probes with `TWINS` invented names each; the final table counts all. The state of random number generators
@@ -62,7 +62,7 @@ class UntilZero(TrainerCallback):
         self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "known": known, "n": n})
         write_jsonl(self.path, self.checks)
         alike = self.document or zero.pvalue >= LEVEL
-        done = alike and known <= STILL * n and state.global_step >= self.least
+        done = alike and known <= STILL / 2 * n and state.global_step >= self.least
         tqdm.write(
             f"step {state.global_step}/{state.max_steps}: known facts against invented subjects: AUC {zero.auc:.2f}, "
             f"p {zero.pvalue:.2g}, {known} of {n} still known{'; like an invented subject, training ends' if done else ''}",
