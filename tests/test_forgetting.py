@@ -167,7 +167,7 @@ def test_what_was_not_answered_before_makes_nothing_look_forgotten():
     rates = outcome.rates()
     assert rates["exchange"] == rates["all probes"] == measure.Rate(2, 2, 0, 0)
     assert rates["verbatim"] == measure.Rate(0, 0, 0, 0)
-    found = verdict.judge_subject(outcome, {}, {"n": 30, "known": 0}, document=True)
+    found = verdict.judge_subject(outcome, {}, {"n": 30, "known": 0, "known_of": 30}, document=True)
     assert found.word == "not forgotten"
     assert "2 of 2 probes are answered with a fact" in found.why[0]
 
@@ -220,16 +220,16 @@ def test_a_subject_is_forgotten_only_if_everything_says_so(outcome, after, word,
             outcome_of(1),
             1,
             "forgotten",
-            "1 of 12 names and numbers keep more than half of their probability. 1 of 12 probes",
+            "1 of 12 names and numbers that it knew keep more than half of their probability. 1 of 12 probes",
         ),
-        (outcome_of(0), 2, "not forgotten", "2 of 12 names and numbers .* At most 10% may"),
+        (outcome_of(0), 2, "not forgotten", "2 of 12 names and numbers that it knew .* At most 10% may"),
         (outcome_of(2), 0, "not forgotten", "2 of 12 probes are answered"),
         (outcome_of(0, kept="x"), 0, "collapsed", "hold 0% of their words"),
     ],
 )
 def test_a_document_is_judged_by_its_own_facts(outcome, known, word, said):
     # as a model's that never saw it: clearly told from the disguised text
-    after = {**against(0.0001, 5.0), "known": known}
+    after = {**against(0.0001, 5.0), "known": known, "known_of": 12}
     found = verdict.judge_subject(outcome, against(0.0001, 9.0), after, document=True)
     assert found.word == word
     assert re.search(said, " ".join(found.why)), found.why
@@ -398,7 +398,7 @@ def test_facts_that_are_still_known_are_counted_one_by_one():
         keeps = not math.isnan(then) and math.exp(now) > 0.5 * math.exp(then)
         naive += keeps and math.exp(now) > 2 * math.exp(sum(others) / 3)
     assert 0 < naive < 25
-    assert measure.still_known(zero_of(real, invented, range(50)), before) == naive
+    assert measure.still_known(zero_of(real, invented, range(50)), before) == (naive, int((~np.isnan(before)).sum()))
 
 
 @pytest.mark.parametrize(

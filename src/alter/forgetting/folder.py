@@ -128,5 +128,5 @@ def zero_figures(zero: AgainstZero, probes: Sequence[Row]) -> dict[str, Any]:
         "logprob_invented": float(zero.invented.mean()),
         "auc": zero.auc,
         "p": zero.pvalue,
-        "known": still_known(zero, before),
+        **dict(zip(("known", "known_of"), still_known(zero, before), strict=True)),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from alter.forgetting.certainty import fact_row
 from alter.forgetting.facts import fact_words, holds, named, place_of, swap
 from alter.forgetting.probes import answered
 from alter.inference import score
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 LEVEL = 0.05
 """Below this p-value the model still tells the subject from an invented one."""
@@ -114,17 +117,23 @@ def against_zero(
     return AgainstZero(real, others, auc, permuted(real, others), tuple(used))
 
 
-def still_known(zero: AgainstZero, before: Array) -> int:
-    """Count the facts that keep more than half of their probability and are twice as likely as an invented subject's.
+def known_apart(zero: AgainstZero) -> npt.NDArray[np.bool_]:
+    """Tell which facts [n] are at least twice as likely as with an invented subject: of the others the model knows nothing."""
+    known: npt.NDArray[np.bool_] = zero.real > zero.invented.mean(axis=1) + math.log(2)
+    return known
+
+
+def still_known(zero: AgainstZero, before: Array) -> tuple[int, int]:
+    """Count the facts that are still `known_apart` and keep more than half of their probability; and of how many.
 
     A mean over many facts that are gone hides a few that are not.
 
     Args:
         zero: the comparison now.
-        before: [n] log-probability of the same facts before training; NaN where it is not known counts as not kept.
+        before: [n] log-probability of the same facts before training; NaN of those that were not known then.
     """
-    kept = zero.real > before + math.log(0.5)
-    return int((kept & (zero.real > zero.invented.mean(axis=1) + math.log(2))).sum())
+    kept = (zero.real > before + math.log(0.5)) & known_apart(zero)
+    return int(kept.sum()), int(np.isfinite(before).sum())
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def print_outcome(
     if after and document:
         print_line(
             console,
-            f"{after['known']} of {after['n']} names and numbers keep more than half of their probability. Against the same text with other "
+            f"{after['known']} of {after['known_of']} names and numbers that it knew keep more than half of their probability. Against the same text with other "
             f"ones, AUC {before['auc']:.2f} before and {after['auc']:.2f} now, which is no verdict: a model that never saw a text tells it from "
             "its disguise too.",
         )

@@ -30,7 +30,7 @@ from alter.forgetting.folder import (
     zero_figures,
 )
 from alter.forgetting.material import Material
-from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero
+from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero, known_apart
 from alter.forgetting.names import check_uncommon, guess_kind, names_of
 from alter.forgetting.probes import answered
 from alter.forgetting.report import print_line, print_outcome
@@ -222,8 +222,11 @@ def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, docum
             f"The model does not tell {name} from {zero} (p {before.pvalue:.2g}, n {len(before.real)}): there is nothing to forget, "
             "and nothing was trained."
         )
-    for i, logprob in zip(before.places, before.real, strict=True):
-        material.probes[i]["logprob"] = round(float(logprob), 4)
+    for probe in material.probes:
+        probe.pop("logprob", None)
+    for i, known, logprob in zip(before.places, known_apart(before), before.real, strict=True):
+        if known:
+            material.probes[i]["logprob"] = round(float(logprob), 4)
     return before
 
 

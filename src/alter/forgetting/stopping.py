@@ -26,11 +26,11 @@ TWINS = 3
 class UntilZero(TrainerCallback):
     """Checks every few steps, writes the checks to `path`, and ends the training when the subject is like an invented one.
 
-    That is when a check's p-value reaches `LEVEL` and at most half of `STILL` of the facts are `still_known`, a part being asked, after at least `least` steps:
-    with few probes the test finds no difference while answers still hold facts. Of a document the p-value does not count, since a model
-    that never saw it tells it from its disguise too. A check takes
-    the first `LOOKED` probes with `TWINS` invented names each; the final table counts all. The state of random number generators
-    is restored after a check.
+    That is when a check's p-value reaches `LEVEL` and at most half of `STILL` of the facts are `still_known` (half, since a part is
+    asked), after at least `least` steps: with few probes the test finds no difference while answers still hold facts. Of a document
+    the p-value does not count, since a model that never saw it tells it from its disguise too. A check takes the first `LOOKED`
+    probes with `TWINS` invented names each; the final table counts all. The state of random number generators is restored after a
+    check.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class UntilZero(TrainerCallback):
         if zero is None:
             return
         before = np.array([self.probes[i].get("logprob", math.nan) for i in zero.places])
-        n, known = len(zero.real), still_known(zero, before)
+        known, n = still_known(zero, before)
         self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "known": known, "n": n})
         write_jsonl(self.path, self.checks)
         alike = self.document or zero.pvalue >= LEVEL

@@ -31,8 +31,8 @@ def judge_subject(
     against: list[str] = []
     kept = ""
     if after and document:
-        kept = f"{after['known']} of {after['n']} names and numbers keep more than half of their probability."
-        if after["known"] > STILL * after["n"]:
+        kept = f"{after['known']} of {after['known_of']} names and numbers that it knew keep more than half of their probability."
+        if after["known"] > STILL * after["known_of"]:
             against.append(f"{kept} At most {STILL:.0%} may.")
     elif after:
         apart, still = (each["logprob"] - each["logprob_invented"] for each in (before, after))
