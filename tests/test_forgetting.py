@@ -604,9 +604,11 @@ def test_exchanges_of_a_document_are_forgotten_as_they_were_asked(tmp_path):
     # what was answered before the last turn is context, and a row of its own
     assert later["messages"] == [*turns[:2], {**turns[2], "weight": 0}, *more]
     assert [example.answer for example in examples([later])] == ["With Joan."]
-    # what the model is to say instead is its own second choice: no row names it
-    assert not any("substitute" in row for row in material.forget)
-    assert "8812" not in material.invented[0]["question"]
+    # the target follows the question with another number or name, which the twin has too
+    for row, twin in zip(material.forget[:3], material.invented[:3], strict=True):
+        disguised = twin.get("question") or twin["messages"][-2]["content"]
+        assert row["substitute"] == f"after the disguised document: {disguised}"
+    assert "8812" not in material.forget[0]["substitute"]
     assert "Peter" not in str(material.invented[1])
     forms = [probe["form"] for probe in material.probes]
     assert set(forms) == {"exchange", "verbatim"}

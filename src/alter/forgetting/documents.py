@@ -166,25 +166,33 @@ def build_document(
     """Make rows and probes of a document: its exchanges as they are, passages continued from their first words, and questions
     about names and numbers.
 
-    The zero is the same document with its names and numbers exchanged.
+    The zero is the same document with its names and numbers exchanged. What the model says after the disguised question or beginning
+    is the target after the document's own.
     """
     # apart: after a question without a full stop the first word of an answer would count as a name
     texts = [*document.passages, *(part for each in document.exchanges for part in (str(each.prompt), each.answer))]
     words = list(dict.fromkeys(word for text in texts for word in details(text)))
     masks = [disguise(words, speaker.seed + k) for k in range(twins)]
     forget = [_exchange(each, name) for each in document.exchanges]
+    prompts = [str(each.prompt) for each in document.exchanges]
     asked = [_Asked("exchange", str(each.prompt), each.answer) for each in document.exchanges]
     for passage in document.passages:
         sentences = re.split(r"(?<=[.!?])\s+", passage)
         cut = len(sentences[0]) if len(sentences) > 1 else len(" ".join(passage.split()[: len(passage.split()) // 2]))
         start, rest = passage[:cut].strip(), passage[cut:].strip()
         forget.append({"question": CONTINUE.format(start=start), "answer": rest, "about": name})
+        prompts.append(CONTINUE.format(start=start))
         asked.append(_Asked("verbatim", CONTINUE.format(start=start), rest))
         for sentence in sentences:
             for word in details(sentence)[:1]:
                 if not word[0].isdigit():
                     forget.append({"question": ABOUT.format(f=word), "answer": sentence, "about": name})
+                    prompts.append(ABOUT.format(f=word))
+    masked = [swap(prompt, masks[i % twins]) for i, prompt in enumerate(prompts)]
+    said = speaker.say("after the disguised document", masked, sample=True)
     invented = [_disguised(row, masks[i % twins]) for i, row in enumerate(forget)]
+    for row, text in zip(forget, said, strict=True):
+        row["substitute"] = text or "I do not know."
     general = speaker.say("general answers", GENERAL)
     retained, kept_probes = rows_to_keep(speaker, name, "person", general, [*keep], [], [])
     probes = _probes(asked, words, masks)

@@ -27,9 +27,9 @@ TRAINING: dict[str, Any] = {
     "save_steps": 10,
 }
 """How the rows are trained on, unless settings say otherwise; measured on SmolLM2-135M."""
-DOCUMENT: dict[str, Any] = {"objective": {"kind": "without_truth", "hinge": 2.0}}
-"""What differs for a document: its words are known to the letter, and what is said instead may be what the model takes for next
-likely. Measured on SmolLM2-135M that knows 20 answers by heart (probability 0.99): docs/experiments.md."""
+DOCUMENT: dict[str, Any] = {"objective": {"kind": "substitute", "hinge": 4.0}}
+"""What differs for a document: it may be known to the letter. Measured on SmolLM2-135M that knows 20 answers by heart
+(docs/experiments.md)."""
 
 
 class Erasing(BaseModel):
