@@ -27,7 +27,7 @@ TRAINING: dict[str, Any] = {
     "save_steps": 10,
 }
 """How the rows are trained on, unless settings say otherwise; measured on SmolLM2-135M."""
-DOCUMENT: dict[str, Any] = {"objective": {"kind": "substitute", "hinge": 4.0}}
+DOCUMENT: dict[str, Any] = {"objective": {"kind": "substitute", "hinge": 4.0}, "least_steps": 120}
 """What differs for a document: it may be known to the letter. Measured on SmolLM2-135M that knows 20 answers by heart
 (docs/experiments.md)."""
 
