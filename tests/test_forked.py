@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -220,6 +221,17 @@ def test_what_is_not_read_to_the_end_leaves_no_process(two_threads):
     found = forked.mapped(range(9), lambda i: i, TWO)
     assert next(found) == 0
     found.close()
+
+
+def test_an_interrupt_that_comes_before_the_wait_is_seen(two_threads):
+    # a thread of its own takes the signal, so that the system's wait is not broken off, as where it comes just before
+    timer = threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(forked.mapped(range(4), lambda _: time.sleep(60), TWO))
+    assert time.monotonic() - started < 30
+    timer.join()
 
 
 WORK = """

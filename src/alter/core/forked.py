@@ -31,6 +31,8 @@ SMALL = 500_000_000
 """Most weights of a model whose threads mostly wait for each other."""
 ROOM = 2**30
 """Bytes of free memory for each process: its batch's activations, keys and values."""
+PATIENCE = 1.0
+"""Seconds after which a wait for forks looks up."""
 _PR_SET_PDEATHSIG = 1
 
 _allowed: ContextVar[bool] = ContextVar("forks_allowed", default=False)
@@ -97,7 +99,8 @@ def mapped(items: Sequence[T], work: Callable[[T], R], count: int) -> Iterator[R
             return
         for place in range(len(items)):
             while place not in found:
-                ready = wait([fork.pipe for fork in forks])
+                # an interrupt just before the system waits is seen only once it has waited
+                ready = wait([fork.pipe for fork in forks], PATIENCE)
                 for fork in [fork for fork in forks if fork.pipe in ready]:
                     done, *found[done] = fork.take()
                     fork.give(next(left, None))
