@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -127,16 +128,21 @@ def forget(settings: Forget) -> Path:
 
 def _next(settings: Forget, out: Path) -> str:
     """Return the commands to suggest next."""
+
+    def at(*parts: str) -> str:
+        return shlex.quote(str(out.joinpath(*parts)))
+
+    model = shlex.quote(settings.model)
     if settings.erase:
-        plain = f"{out / ERASED / 'model'}"
+        plain = at(ERASED, "model")
         return (
-            f"Next:\n  alter chat --model {plain}\n  alter attack --model {plain} --original {settings.model} --forget "
-            f"{out / 'forget.jsonl'} --out {out / 'attacks'}\n  alter export --model {plain} --out {out.name}-q8_0.gguf"
+            f"Next:\n  alter chat --model {plain}\n  alter attack --model {plain} --original {model} --forget "
+            f"{at('forget.jsonl')} --out {at('attacks')}\n  alter export --model {plain} --out {shlex.quote(f'{out.name}-q8_0.gguf')}"
         )
+    which = f"--model {model} --adapter {at('adapter')}"
     return (
-        f"Next:\n  alter inspect --model {settings.model} --adapter {out / 'adapter'}\n"
-        f"  alter chat --model {settings.model} --adapter {out / 'adapter'}\n"
-        f"  edit {out / 'forget.jsonl'} and {out / 'retain.jsonl'}, then `alter unlearn {out / 'run.yaml'} --out ANOTHER`"
+        f"Next:\n  alter inspect {which}\n  alter chat {which}\n"
+        f"  edit {at('forget.jsonl')} and {at('retain.jsonl')}, then `alter unlearn {at('run.yaml')} --out ANOTHER`"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from alter.evaluation import FIRM, closing_of, others_named
@@ -112,18 +113,19 @@ def _forgotten(run: Reported) -> list[object]:
 def _asking(run: Reported) -> list[object]:
     """Name the commands that ask in the other wordings, and that put what they find on the page."""
     folder = "RUN" if run.folder is None else str(run.folder)
-    model, forget = (str(run.settings.get(name, name.upper())) for name in ("model", "forget"))
-    retain = str(run.settings.get("retain", "RETAIN") or f"{folder}/retain.jsonl")
-    which = f" --model {model} --adapter {folder}/adapter"
+    quoted = shlex.quote
+    model, forget = (quoted(str(run.settings.get(name, name.upper()))) for name in ("model", "forget"))
+    retain = quoted(str(run.settings.get("retain", "RETAIN") or f"{folder}/retain.jsonl"))
+    which = f" --model {model} --adapter {quoted(f'{folder}/adapter')}"
     if run.kind == "model":
-        which = f" --model {folder}/model --before {model}"
+        which = f" --model {quoted(f'{folder}/model')} --before {model}"
     honest = next((r.provenance.get("settings", {}).get("model") for r in run.records if r.model == "retrained"), None)
-    reference = f" --retrained {honest}" if honest else ""
+    reference = f" --retrained {quoted(honest)}" if honest else ""
     ask = (
         f"alter evaluate --benchmark rows{which} --forget {forget} --retain {retain}{reference} --name unlearned "
         "--json asked.json"
     )
-    page = f"alter report {folder} --records asked.json"
+    page = f"alter report {quoted(folder)} --records asked.json"
     return [join([tag("code", ask), ", then ", tag("code", page), ", asks in these words too."])]
 
 
