@@ -581,6 +581,19 @@ def test_the_first_word_of_an_answer_is_no_name_after_a_question_without_a_full_
     assert material.invented[0]["answer"].startswith("The other clerk gave it to ")
 
 
+def test_a_text_of_another_script_is_asked_for_or_says_why_not(tmp_path):
+    path = tmp_path / "letter.txt"
+    path.write_text("Уважаемая Марта, встреча в Осло перенесена на 14 мая. Пётр привезёт 37 папок из Гента. " * 4)
+    assert {"Марта", "Осло", "Гента", "14", "37"} <= set(
+        documents.details(documents.read_document(str(path), 200).passages[0])
+    )
+    path.write_text(
+        "里斯本的会议改到五月十四日。彼得将从根特带来三十七个文件夹。请告诉约翰娜，她飞往奥斯陆的航班七点起飞。" * 6
+    )
+    with pytest.raises(UserError, match=r"characters and 0 words between spaces.*takes any script"):
+        documents.read_document(str(path), 200)
+
+
 def test_exchanges_of_a_document_are_forgotten_as_they_were_asked(tmp_path):
     path = tmp_path / "tickets.jsonl"
     first = {"question": "Who opened ticket 8812?", "answer": "Marta Nilsson of Bergen opened it on 14 May. " + LETTER}

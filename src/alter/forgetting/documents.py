@@ -22,6 +22,8 @@ from alter.storage import read_text
 
 LEAST_WORDS = 40
 """Fewest words of a document."""
+LONG_WORD = 4
+"""Characters for each of these words from which on a text is not short, but in a script without spaces."""
 PASSAGE_WORDS = 70
 """Words at which a passage ends, at the end of a sentence."""
 CONTINUE = "Continue this text: {start}"
@@ -67,6 +69,12 @@ def read_document(path: str, limit: int) -> Document:
     count = sum(len(passage.split()) for passage in passages)
     # short answers make no passage
     count = max(count, sum(len(f"{each.prompt} {each.answer}".split()) for each in exchanges))
+    characters = sum(map(len, texts))
+    if count < LEAST_WORDS and characters > LONG_WORD * LEAST_WORDS:
+        raise UserError(
+            f"{path} has {characters} characters and {count} words between spaces: a document is asked for by its names and numbers, which "
+            "are told by spaces and capitals. Write rows yourself (question, answer) for `alter unlearn --forget`, which takes any script."
+        )
     if count < LEAST_WORDS:
         raise UserError(
             f"{path} has {count} words, and the least is {LEAST_WORDS}: what one line says cannot be told from chance. Give "
