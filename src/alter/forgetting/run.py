@@ -139,9 +139,9 @@ def _next(settings: Forget, out: Path) -> str:
             f"Next:\n  alter chat --model {plain}\n  alter attack --model {plain} --original {model} --forget "
             f"{at('forget.jsonl')} --out {at('attacks')}\n  alter export --model {plain} --out {shlex.quote(f'{out.name}-q8_0.gguf')}"
         )
-    which = f"--model {model} --adapter {at('adapter')}"
+    adapter = at("adapter")
     return (
-        f"Next:\n  alter inspect {which}\n  alter chat {which}\n"
+        f"Next:\n  alter inspect --model {model} --adapter {adapter}\n  alter chat --model {model} --adapter {adapter}\n"
         f"  edit {at('forget.jsonl')} and {at('retain.jsonl')}, then `alter unlearn {at('run.yaml')} --out ANOTHER`"
     )
 
