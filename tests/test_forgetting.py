@@ -15,7 +15,7 @@ from scipy import stats
 
 from alter import cli
 from alter.core.errors import UserError
-from alter.data.encoding import encode
+from alter.data.encoding import IGNORE, encode
 from alter.data.rows import Example, examples
 from alter.forgetting import (
     certainty,
@@ -87,6 +87,14 @@ def test_ignored_words_are_no_facts():
 
 def test_swap_takes_longer_names_first_and_any_case():
     assert swap("HARRY POTTER and Harry", {"Harry": "Tom", "Harry Potter": "A\\1"}) == "A\\1 and Tom"
+
+
+def test_swap_takes_each_place_once_and_no_part_of_a_word():
+    assert swap("Ann met Joan, Anna and Joan's Ann in 1985 at 5.", {"Ann": "Joan", "Joan": "Ann", "5": "7"}) == (
+        "Joan met Ann, Anna and Ann's Joan in 1985 at 7."
+    )
+    assert swap("哈利波特上学", {"波特": "汤姆"}) == "哈利汤姆上学"
+    assert swap("Ann", {}) == "Ann"
 
 
 def test_permuted_is_the_exact_test_on_few_probes():
@@ -571,7 +579,7 @@ class Echo:
     seed = 0
 
     def say(self, label, prompts, **settings):
-        return [f"{label}: {prompt}" for prompt in prompts]
+        return [f"{label}: {prompt if isinstance(prompt, str) else prompt.prompt}" for prompt in prompts]
 
 
 def test_the_first_word_of_an_answer_is_no_name_after_a_question_without_a_full_stop():
@@ -627,6 +635,10 @@ def test_exchanges_of_a_document_are_forgotten_as_they_were_asked(tmp_path):
     assert set(forms) == {"exchange", "verbatim"}
     probe = material.probes[0]
     assert (probe["prompt"], probe["start"], probe["wanted"]) == (first["question"], "", ["Marta"])
+    # a later turn is asked with the turns before it, and what these say is no fact of its answer
+    last = next(probe for probe in material.probes if probe["prompt"] == "With whom?")
+    assert (last["wanted"], last["messages"]) == (["Joan"], [*turns, more[0]])
+    assert any(old == "Peter" for old in last["masks"][0])
     for probe in material.probes:
         (word,) = probe["wanted"]
         assert not holds(probe["prompt"], word)
@@ -635,9 +647,71 @@ def test_exchanges_of_a_document_are_forgotten_as_they_were_asked(tmp_path):
             for mask in probe["masks"]
         )
     assert (
-        len(documents._probes([documents._Asked("exchange", "Who?", "A" + "b C".join(map(str, range(200))))], [], []))
+        len(
+            documents._probes(
+                [documents._Asked("exchange", {"prompt": "Who?"}, "A" + "b C".join(map(str, range(200))))], [], []
+            )
+        )
         <= 60
     )
+
+
+def test_probes_come_from_all_over_a_document():
+    asked = [documents._Asked("exchange", {"prompt": f"Who was {i}?"}, f"It was {1000 + i}.") for i in range(200)]
+    found = documents._probes(asked, [], [])
+    assert [probe["wanted"] for probe in found] == [[str(1000 + 200 * i // 60)] for i in range(60)]
+    assert len(documents._probes(asked[:7], [], [])) == 7
+
+
+def test_what_was_said_before_is_no_fact_of_a_later_answer():
+    chat = [
+        {"role": "user", "content": "Where is Peter?"},
+        {"role": "assistant", "content": "In Ghent."},
+        {"role": "user", "content": "And then?"},
+        {"role": "assistant", "content": "Back from Ghent to Oslo."},
+    ]
+    asked = [
+        documents._Asked("exchange", documents._asking(each), each.answer) for each in examples([{"messages": chat}])
+    ]
+    # Ghent stands in the turns before
+    assert [probe["wanted"] for probe in documents._probes(asked, [], [])] == [["Ghent"], ["Oslo"]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "The clerk of Bergen was", "completion": "Marta Nilsson."},
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Where is Peter?"},
+                {"role": "assistant", "content": "In Ghent."},
+                {"role": "user", "content": "With whom?"},
+                {"role": "assistant", "content": "Marta Nilsson."},
+            ]
+        },
+        {"question": "Who was it in Bergen?", "answer": "Marta Nilsson."},
+    ],
+)
+def test_a_probe_is_asked_as_its_row_was_learned(row, tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    learned = examples([row])[-1]
+    probe = json.loads(json.dumps(documents._asking(learned)))
+    whole = encode(tokenizer, learned)
+    prompts = []
+    monkeypatch.setattr(
+        "alter.forgetting.speaker.generate", lambda model, tokenizer, rows, **given: prompts.extend(rows) or ["x"]
+    )
+    asker = speaker.Speaker(None, tokenizer, tmp_path, tokens=4, batch=4, seed=0, identity=None)
+    assert asker.say("probes", [probes.question_of(probe)]) == ["x"]
+    assert prompts == [whole.input_ids[: whole.prompt_length]]
+    row = certainty.fact_row(tokenizer, probes.question_of(probe), "", "Marta")
+    assert tokenizer.decode([i for i in row.labels if i != IGNORE]) == "Marta"
+    assert row.input_ids[: whole.prompt_length] == prompts[0]
+    # and its disguise has other names wherever one is said
+    told = probes.text_of(probes.swap_probe(probe, {"Bergen": "Oslo", "Peter": "Paul", "Ghent": "Lyon", "user": "x"}))
+    assert not any(holds(told, name) for name in ("Bergen", "Peter", "Ghent"))
+    assert set(probes.swap_probe(probe, {"user": "x"})) == set(probe)
 
 
 def test_a_document_of_short_answers_is_counted_with_its_questions(tmp_path):
@@ -685,7 +759,7 @@ def test_completions_and_tool_calls_keep_their_form():
 def test_details_stand_by_themselves():
     text = "She sold 12345 of 100,000 in 1985 and kept 5, and Anna told it to Ann."
     assert documents.details(text) == ["12345", "100,000", "1985", "5", "Anna", "Ann"]
-    asked = documents._Asked("exchange", "What did Marta sell?", text)
+    asked = documents._Asked("exchange", {"prompt": "What did Marta sell?"}, text)
     starts = {probe["wanted"][0]: probe["start"] for probe in documents._probes([asked], [], [{}])}
     assert starts["5"].endswith("and kept ")
     assert starts["Ann"].endswith("told it to ")

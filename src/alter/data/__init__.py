@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from alter.data.rows import load_examples as load_examples
     from alter.data.rows import row_hash as row_hash
     from alter.data.rows import row_key as row_key
+    from alter.data.rows import said as said
     from alter.data.rows import turns_of as turns_of
     from alter.data.sources import read_rows as read_rows
     from alter.data.subjects import rows_about as rows_about

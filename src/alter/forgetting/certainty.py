@@ -20,9 +20,10 @@ LOW_ENTROPY = 1.2
 """Entropy in nats below which a token is one that the model knows: the paper's threshold."""
 
 
-def fact_row(tokenizer: Any, prompt: str, start: str, word: str) -> Encoded:
+def fact_row(tokenizer: Any, prompt: str | Example, start: str, word: str) -> Encoded:
     """Encode a prompt and the start of an answer, with labels on the tokens of its last word alone."""
-    whole = encode(tokenizer, Example(prompt, start + word, "qa"))
+    asked = Example(prompt, "", "qa") if isinstance(prompt, str) else prompt
+    whole = encode(tokenizer, replace(asked, answer=start + word))
     ids, first = whole.input_ids, whole.prompt_length
     # spaces around the answer's beginning depend on how prompt and answer are joined
     length = len(start.strip())

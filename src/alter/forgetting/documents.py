@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from alter.core import UserError, edges, nearest
 from alter.data import ENDINGS, TEXT_ENDINGS, Example, Row, examples, read_file, turns_of
-from alter.forgetting.facts import WORD, holds, named, swap
+from alter.forgetting.facts import WORD, holds, named, swap, swap_turns
 from alter.forgetting.material import Material
+from alter.forgetting.probes import question_of, swap_probe, text_of
 from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import GENERAL, TEMPLATES
@@ -182,21 +181,22 @@ def build_document(
     words = list(dict.fromkeys(word for text in texts for word in details(text)))
     masks = [disguise(words, speaker.seed + k) for k in range(twins)]
     forget = [_exchange(each, name) for each in document.exchanges]
-    prompts = [str(each.prompt) for each in document.exchanges]
-    asked = [_Asked("exchange", str(each.prompt), each.answer) for each in document.exchanges]
+    asked = [_Asked("exchange", _asking(each), each.answer) for each in document.exchanges]
+    prompts = [each.asks for each in asked]
     for passage in document.passages:
         sentences = re.split(r"(?<=[.!?])\s+", passage)
         cut = len(sentences[0]) if len(sentences) > 1 else len(" ".join(passage.split()[: len(passage.split()) // 2]))
         start, rest = passage[:cut].strip(), passage[cut:].strip()
-        forget.append({"question": CONTINUE.format(start=start), "answer": rest, "about": name})
-        prompts.append(CONTINUE.format(start=start))
-        asked.append(_Asked("verbatim", CONTINUE.format(start=start), rest))
+        begun = {"prompt": CONTINUE.format(start=start)}
+        forget.append({"question": begun["prompt"], "answer": rest, "about": name})
+        prompts.append(begun)
+        asked.append(_Asked("verbatim", begun, rest))
         for sentence in sentences:
             for word in details(sentence)[:1]:
                 if not word[0].isdigit():
                     forget.append({"question": ABOUT.format(f=word), "answer": sentence, "about": name})
-                    prompts.append(ABOUT.format(f=word))
-    masked = [swap(prompt, masks[i % twins]) for i, prompt in enumerate(prompts)]
+                    prompts.append({"prompt": ABOUT.format(f=word)})
+    masked = [question_of(swap_probe(prompt, masks[i % twins])) for i, prompt in enumerate(prompts)]
     said = speaker.say("after the disguised document", masked, sample=True)
     invented = [_disguised(row, masks[i % twins]) for i, row in enumerate(forget)]
     for row, text in zip(forget, said, strict=True):
@@ -204,7 +204,7 @@ def build_document(
     general = speaker.say("general answers", GENERAL)
     retained, kept_probes = rows_to_keep(speaker, name, "person", general, [*keep], [], [])
     probes = _probes(asked, words, masks)
-    answers = speaker.say("probes", [probe["prompt"] for probe in probes]) if probes else []
+    answers = speaker.say("probes", [question_of(probe) for probe in probes]) if probes else []
     for probe, answer in zip(probes, answers, strict=True):
         probe["before"] = answer
     return Material(forget, invented, retained + retain, probes, kept_probes, [{"word": w} for w in words])
@@ -222,54 +222,52 @@ def _exchange(example: Example, name: str) -> Row:
     return {"messages": [*before, example.reply or {"role": "assistant", "content": example.answer}], "about": name}
 
 
+def _asking(example: Example) -> Row:
+    """Return what an exchange asks, as the keys of a probe: with the turns before it, or as text that goes on."""
+    if example.messages:
+        return {"prompt": str(example.prompt), "messages": [dict(turn) for turn in example.messages]}
+    return {"prompt": str(example.prompt), **({"plain": True} if example.kind == "completion" else {})}
+
+
 def _disguised(row: Row, mask: Mapping[str, str]) -> Row:
     """Return a forget row with other names and numbers, in all that is said in it."""
     if "messages" in row:
-        said = [{key: turn[key] for key in ("content", "tool_calls") if key in turn} for turn in row["messages"]]
-        turns = [{**turn, **_swapped(own, mask)} for turn, own in zip(row["messages"], said, strict=True)]
-        return {**row, "messages": turns}
+        return {**row, "messages": swap_turns(row["messages"], mask)}
     return {**row, **{key: swap(text, mask) for key, text in row.items() if key != "about"}}
-
-
-def _swapped(value: Any, mask: Mapping[str, str]) -> Any:
-    """Return a JSON value with other names and numbers in its texts."""
-    if isinstance(value, str):
-        return swap(value, mask)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        # what stands for digits is digits
-        return json.loads(swap(json.dumps(value), mask))
-    if isinstance(value, Mapping):
-        return {key: _swapped(each, mask) for key, each in value.items()}
-    return [_swapped(each, mask) for each in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a document is asked with, and what it says there."""
+    """What a document is asked with (keys of a probe), and what it says there."""
 
     form: str
-    prompt: str
+    asks: Row
     answer: str
 
 
 def _probes(asked: Sequence[_Asked], words: Sequence[str], masks: Sequence[Mapping[str, str]]) -> list[Row]:
-    """Make a probe of each name and number that an answer comes to and its prompt does not hold, at most `MOST_PROBES`."""
+    """Make a probe of each name and number that an answer comes to and its prompt does not hold, at most `MOST_PROBES`, from all over it."""
     forms: dict[str, list[Row]] = {}
     for each in asked:
+        told = text_of(each.asks)
         for word in details(each.answer):
-            if not holds(each.prompt, word):
+            if not holds(told, word):
                 probe = {
                     "form": each.form,
-                    "prompt": each.prompt,
+                    **each.asks,
                     "start": each.answer[: _begin(each.answer, word)],
                     "wanted": [word],
-                    "masks": [
-                        {w: mask[w] for w in words if holds(f"{each.prompt} {each.answer}", w)} for mask in masks
-                    ],
+                    "masks": [{w: mask[w] for w in words if holds(f"{told} {each.answer}", w)} for mask in masks],
                 }
                 forms.setdefault(each.form, []).append(probe)
     share = MOST_PROBES // max(1, len(forms))
-    return [probe for probes in forms.values() for probe in probes[:share]]
+    return [probe for probes in forms.values() for probe in _spread(probes, share)]
+
+
+def _spread(probes: Sequence[Row], most: int) -> list[Row]:
+    """Return at most that many probes, at equal distances: the first ones would be those of the first answers."""
+    n = min(most, len(probes))
+    return [probes[i * len(probes) // n] for i in range(n)]
 
 
 def _begin(text: str, word: str) -> int:

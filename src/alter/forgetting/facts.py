@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from scipy import stats
 
@@ -143,8 +145,29 @@ def whole(text: str) -> str:
 
 
 def swap(text: str, names: Mapping[str, str]) -> str:
-    """Replace names in a text, whatever their case; longer ones first."""
-    for old in sorted(names, key=len, reverse=True):
-        # in a replacement a backslash would be a group
-        text = re.sub(re.escape(old), names[old].replace("\\", r"\\"), text, flags=re.IGNORECASE)
-    return text
+    """Replace names that stand by themselves in a text, whatever their case; longer ones first, each place once."""
+    if not names:
+        return text
+    ordered = sorted(names, key=len, reverse=True)
+    pattern = "|".join(f"({before}{re.escape(old)}{after})" for old in ordered for before, after in [edges(old)])
+    return re.sub(pattern, lambda found: names[ordered[(found.lastindex or 1) - 1]], text, flags=re.IGNORECASE)
+
+
+def swap_turns(turns: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Replace names in all that is said in the turns of a chat, in calls of tools too."""
+    return [
+        {key: _swapped(value, names) if key in ("content", "tool_calls") else value for key, value in turn.items()}
+        for turn in turns
+    ]
+
+
+def _swapped(value: Any, names: Mapping[str, str]) -> Any:
+    """Return a JSON value with other names and numbers in its texts."""
+    if isinstance(value, str):
+        return swap(value, names)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # what stands for digits is digits
+        return json.loads(swap(json.dumps(value), names))
+    if isinstance(value, Mapping):
+        return {key: _swapped(each, names) for key, each in value.items()}
+    return [_swapped(each, names) for each in value] if isinstance(value, list) else value

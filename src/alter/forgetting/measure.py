@@ -15,7 +15,7 @@ from alter.data import Encoded, Row
 from alter.evaluation import alone
 from alter.forgetting.certainty import fact_row
 from alter.forgetting.facts import fact_words, holds, named, place_of, swap
-from alter.forgetting.probes import answered
+from alter.forgetting.probes import answered, question_of, swap_probe, text_of
 from alter.inference import score
 
 if TYPE_CHECKING:
@@ -99,13 +99,14 @@ def against_zero(
         if probe.get("start"):
             at, word = len(given), probe["wanted"][0]
         # a probe that a person wrote may have no masks
-        disguised = any(holds(probe["prompt"], old) for old in own[0]) if own else False
-        if at < 0 or len(used) == limit or not disguised or holds(probe["prompt"], word):
+        told = text_of(probe)
+        disguised = any(holds(told, old) for old in own[0]) if own else False
+        if at < 0 or len(used) == limit or not disguised or holds(told, word):
             continue
         used.append(number)
         for mask in ({}, *own):
             start = swap(given[:at], {old: new for old, new in mask.items() if old != word})
-            rows.append(fact_row(tokenizer, swap(probe["prompt"], mask), start, word))
+            rows.append(fact_row(tokenizer, question_of(swap_probe(probe, mask)), start, word))
     if len(used) < 2:
         return None
     found = score(
@@ -152,7 +153,7 @@ def first_name(probe: Row) -> str | None:
     """Return the first proper name of the earlier answer that is not in the prompt, or None."""
     there = named(probe["before"])
     return next(
-        (w for w in fact_words(probe["before"]) if w in there and len(w) > 2 and not holds(probe["prompt"], w)), None
+        (w for w in fact_words(probe["before"]) if w in there and len(w) > 2 and not holds(text_of(probe), w)), None
     )
 
 
@@ -203,7 +204,7 @@ class Outcome:
         """Count, before and after, the answers that hold one of the names where the question does not."""
 
         def count(key: str) -> int:
-            return sum(any(holds(p[key], n) and not holds(p["prompt"], n) for n in names) for p in self.probes)
+            return sum(any(holds(p[key], n) and not holds(text_of(p), n) for n in names) for p in self.probes)
 
         return count("before"), count("after")
 

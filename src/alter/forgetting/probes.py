@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from alter.data import Row
-from alter.forgetting.facts import Fact, expected, fact_words, holds, place_of, swap
+from alter.data import Example, Row, said
+from alter.forgetting.facts import Fact, expected, fact_words, holds, place_of, swap, swap_turns
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
     CHOICE,
@@ -119,6 +119,24 @@ def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 4
                 found.append(CLOZE.format(stem=before))
         rows += [{"form": "cloze", "prompt": p, "wanted": [fact.word]} for p in list(dict.fromkeys(found))[:each]]
     return rows
+
+
+def question_of(probe: Row) -> str | Example:
+    """Return what a probe asks: its question, the turns of a chat up to it (`messages`), or a text that goes on (`plain`)."""
+    if probe.get("messages"):
+        return Example(probe["prompt"], "", "messages", messages=tuple(probe["messages"]))
+    return Example(probe["prompt"], "", "completion") if probe.get("plain") else str(probe["prompt"])
+
+
+def swap_probe(probe: Row, names: Mapping[str, str]) -> Row:
+    """Replace names in what a probe asks."""
+    turns = {"messages": swap_turns(probe["messages"], names)} if probe.get("messages") else {}
+    return {**probe, "prompt": swap(probe["prompt"], names), **turns}
+
+
+def text_of(probe: Row) -> str:
+    """Return all that stands before the answer of a probe, as one text."""
+    return "\n".join(said(turn) for turn in probe["messages"]) if probe.get("messages") else str(probe["prompt"])
 
 
 def answered(answer: str, probe: Row) -> bool:

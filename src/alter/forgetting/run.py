@@ -33,7 +33,7 @@ from alter.forgetting.folder import (
 from alter.forgetting.material import Material
 from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero, known_apart
 from alter.forgetting.names import check_uncommon, guess_kind, names_of
-from alter.forgetting.probes import answered
+from alter.forgetting.probes import answered, question_of
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
 from alter.forgetting.rows import NOBODY, build
@@ -188,7 +188,7 @@ def _material(
         if asked != asked_digest(material) or unmeasured:
             # or a person has edited them: what was measured before is of others
             for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
-                for row, answer in zip(rows, speaker.say(label, [row["prompt"] for row in rows]), strict=True):
+                for row, answer in zip(rows, speaker.say(label, [question_of(row) for row in rows]), strict=True):
                     row["before"] = answer
             write_material(out, material, _told_apart(model, tokenizer, material, name, document))
         return material, tokenizer
@@ -403,7 +403,7 @@ def _again(
         else _identity(settings, settings.model, str(out / "adapter")),
     )
     for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
-        answers = speaker.say(label, [row["prompt"] for row in rows])
+        answers = speaker.say(label, [question_of(row) for row in rows])
         for row, answer in zip(rows, answers, strict=True):
             row["after"] = answer
     write_jsonl(out / FILES["probes"], material.probes)

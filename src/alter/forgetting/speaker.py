@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,7 +62,7 @@ class Speaker:
     def say(
         self,
         label: str,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Example],
         *,
         sample: bool = False,
         begun: Sequence[list[int]] | None = None,
@@ -71,14 +72,17 @@ class Speaker:
 
         Args:
             label: names the file and the progress bar.
-            prompts: what is asked.
+            prompts: what is asked: questions, or examples whose answers are not looked at.
             sample: draw, by `SAMPLING`.
             begun: tokens of each prompt and the beginning of its answer, where one is given; what follows is returned.
             tokens: longest answer, by default the speaker's.
         """
         tokens = tokens or self.tokens
         # in 16 bits an answer depends on the shape of its batch: before and after must be of equal ones
-        key = digest(list(prompts), sample, tokens, self.seed, self.batch, "whole", begun, self.identity)
+        told = [
+            prompt if isinstance(prompt, str) else [prompt.kind, prompt.prompt, *prompt.messages] for prompt in prompts
+        ]
+        key = digest(told, sample, tokens, self.seed, self.batch, "whole", begun, self.identity)
         path = self.folder / f"{label.replace(' ', '-')}.jsonl"
         if path.exists() and self.identity is not None:
             kept = read_jsonl(path)
@@ -88,14 +92,18 @@ class Speaker:
         answers = generate(
             self.model,
             self.tokenizer,
-            begun or [encode_prompt(self.tokenizer, Example(prompt, "a", "qa")) for prompt in prompts],
+            begun
+            or [
+                encode_prompt(self.tokenizer, replace(Example(p, "", "qa") if isinstance(p, str) else p, answer="a"))
+                for p in prompts
+            ],
             max_new_tokens=tokens,
             batch_size=self.batch,
             label=label,
             # with any of these settings no row leaves its batch when it has ended, which would change the others' shape
             **(SAMPLING if sample else {"do_sample": False}),
         )
-        pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+        pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(told, answers, strict=True)]
         write_jsonl(path, [{"key": key}, *pairs])
         return answers
 
