@@ -20,6 +20,7 @@ from alter.data.rows import Example, examples
 from alter.forgetting import (
     certainty,
     documents,
+    making,
     measure,
     names,
     probes,
@@ -373,9 +374,9 @@ def test_rows_lead_from_a_name_of_the_subject_back_to_it():
 
 def test_a_reversed_probe_is_disguised_by_its_own_name(monkeypatch, tmp_path):
     probes = [{"form": "cloze", "prompt": "Pot"}, {"form": "reversed", "prompt": "What is Lyra of?", "about": "Lyra"}]
-    monkeypatch.setattr(run, "build", lambda *a, **k: Material([], [], [], probes, [], []))
+    monkeypatch.setattr(making, "build", lambda *a, **k: Material([], [], [], probes, [], []))
     settings = Forget(subject="Pot", model="m", out=str(tmp_path))
-    material = run._about_subject(settings, Console(quiet=True), None, "Pot", "work", [])
+    material = making._about_subject(settings, Console(quiet=True), None, "Pot", "work", [])
     plain, reversed_ = material.probes
     assert all(set(mask) == {"Pot"} for mask in plain["masks"])
     assert all(set(mask) == {"Lyra"} for mask in reversed_["masks"])
@@ -1060,7 +1061,7 @@ def test_subjects_that_are_none():
     ],
 )
 def test_settings_that_are_refused_before_anything_is_loaded(given, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(making, "load_model", lambda *a: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         forget(settings("nowhere", tmp_path / "run", **given))
 

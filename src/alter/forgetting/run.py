@@ -11,39 +11,32 @@ from typing import Any
 
 from rich.console import Console
 
-from alter.adapter import base_fingerprint
-from alter.core import UserError, forked, give_back
+from alter.core import forked, give_back
 from alter.data import load_examples
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss, refuse_missed
 from alter.evaluation import ordinary_sentence as told_of_ordinary
-from alter.forgetting.documents import Document, build_document, read_document
+from alter.forgetting.documents import read_document
 from alter.forgetting.folder import (
     ERASED,
     FILES,
     SAID_FOLDER,
-    asked_digest,
-    check_base,
     output_folder,
-    read_material,
-    rows_key,
-    write_material,
     zero_figures,
 )
+from alter.forgetting.making import identity_of, loaded, material_of
 from alter.forgetting.material import Material
-from alter.forgetting.measure import LEVEL, AgainstZero, Outcome, against_zero, known_apart
-from alter.forgetting.names import check_uncommon, guess_kind, names_of
+from alter.forgetting.measure import Outcome, against_zero
+from alter.forgetting.names import names_of
 from alter.forgetting.probes import answered, question_of
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
-from alter.forgetting.rows import NOBODY, build
 from alter.forgetting.settings import DOCUMENT, TRAINING, Forget
 from alter.forgetting.speaker import Speaker, write_jsonl
 from alter.forgetting.stopping import UntilZero
-from alter.forgetting.templates import TEMPLATES, Kind
-from alter.models import ModelSettings, load_model
-from alter.storage import cache_folder, digest, read_object, to_json, undone_if_refused, write_atomic
-from alter.training import Unlearn, remove_run, unlearn
+from alter.models import load_model
+from alter.storage import read_object, to_json, undone_if_refused, write_atomic
+from alter.training import Unlearn, unlearn
 
 ERASING_CHECKS = 4
 """Checks in a pass of the erasing over the forget rows, before whose end it does not stop."""
@@ -88,7 +81,7 @@ def forget(settings: Forget) -> Path:
     document = None if settings.document is None else read_document(settings.document, settings.max_passages)
     name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
     with undone_if_refused(out):
-        material, tokenizer = _material(settings, console, out, name, document, retain)
+        material, tokenizer = material_of(settings, console, out, name, document, retain)
     known = sum(answered(probe["before"], probe) for probe in material.probes)
     facts = ", ".join(str(row["word"]) for row in material.facts[:12])
     print_line(
@@ -146,127 +139,6 @@ def _next(settings: Forget, out: Path) -> str:
     )
 
 
-def _material(
-    settings: Forget,
-    console: Console,
-    out: Path,
-    name: str,
-    document: Document | None,
-    retain: list[dict[str, Any]],
-) -> tuple[Material, Any]:
-    """Return the rows and probes of `out`, made now unless they exist, and the model's tokenizer.
-
-    Raises:
-        UserError: the model does not know the subject, does not tell it from an invented one, or is not the one that `out` was
-            begun with.
-    """
-    model, tokenizer = _load(settings)
-    kind: Kind | None = settings.kind
-    if settings.subject is not None:
-        check_uncommon(name, tokenizer, kind)
-    # a model that cannot be loaded costs no earlier run
-    if settings.overwrite:
-        remove_run(out)
-    speaker = Speaker(
-        model,
-        tokenizer,
-        out / SAID_FOLDER,
-        tokens=settings.answer_tokens,
-        batch=settings.batch_size,
-        seed=settings.seed,
-        identity=_identity(settings, settings.model),
-    )
-    base = base_fingerprint(model)
-    check_base(out, base)
-    said = {"key": rows_key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"}), "base": base}
-    write_atomic(out / "forget.json", to_json(said))
-    material = read_material(out)
-    if material is not None:
-        asked = read_object(out / "zero.json", "what alter forget wrote").get("probes")
-        # a fact whose probability before is not known would count as forgotten
-        unmeasured = not any("logprob" in probe for probe in material.probes)
-        if asked != asked_digest(material) or unmeasured:
-            # or a person has edited them: what was measured before is of others
-            for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
-                for row, answer in zip(rows, speaker.say(label, [question_of(row) for row in rows]), strict=True):
-                    row["before"] = answer
-            write_material(out, material, _told_apart(model, tokenizer, material, name, document))
-        return material, tokenizer
-    if document is not None:
-        answers = f" and {len(document.exchanges)} answers" if document.exchanges else ""
-        print_line(
-            console,
-            f"1/3 rows about {name}: {len(document.passages)} passages{answers}",
-        )
-        material = build_document(speaker, name, document, keep=settings.keep, retain=retain)
-    else:
-        material = _about_subject(settings, console, speaker, name, kind, retain)
-    write_material(out, material, _told_apart(model, tokenizer, material, name, document))
-    return material, tokenizer
-
-
-def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, document: Document | None) -> AgainstZero:
-    """Test whether the model tells what is to be forgotten from an invented subject, and note each fact's probability in its probe.
-
-    Raises:
-        UserError: it does not, or the probes cannot tell.
-    """
-    before = against_zero(model, tokenizer, material.probes, [])
-    zero = "the same text with other names and numbers" if document else "an invented subject"
-    if before is None:
-        fix = (
-            "A document is asked for by the names and numbers in it, and this one has too few where they count"
-            if document
-            else "The model gives too few facts in its answers, or the probes do not name it"
-        )
-        raise UserError(
-            f"Of the {len(material.probes)} probes about {name} fewer than two can be compared with {zero}, so nobody could tell "
-            f"whether it was forgotten, and nothing was trained. {fix}: write rows yourself (question, answer) for `alter unlearn`."
-        )
-    if before.pvalue >= LEVEL:
-        raise UserError(
-            f"The model does not tell {name} from {zero} (p {before.pvalue:.2g}, n {len(before.real)}): there is nothing to forget, "
-            "and nothing was trained."
-        )
-    for probe in material.probes:
-        probe.pop("logprob", None)
-    for i, known, logprob in zip(before.places, known_apart(before), before.real, strict=True):
-        if known:
-            material.probes[i]["logprob"] = round(float(logprob), 4)
-    return before
-
-
-def _about_subject(
-    settings: Forget,
-    console: Console,
-    speaker: Speaker,
-    name: str,
-    kind: Kind | None,
-    retain: list[dict[str, Any]],
-) -> Material:
-    """Make the rows and probes about a subject; guess its kind where none is given."""
-    if kind is None:
-        kind = guess_kind(speaker.model, speaker.tokenizer, name)
-        print_line(console, f"{name} is taken for a {kind}; if that is wrong, give `kind`.")
-    print_line(console, f"1/3 rows about {name}: what the model itself says, and what it says of invented subjects")
-    questions, neighbours = settings.writer.ask(name) if settings.writer.url else ([], [])
-    material = build(
-        speaker,
-        name,
-        kind,
-        samples=settings.samples,
-        keep=settings.keep,
-        retain=retain,
-        questions=questions,
-        neighbours=neighbours,
-    )
-    masks = [{name: other} for other in TEMPLATES[kind].invented[:6] if other.lower() != name.lower()]
-    for probe in material.probes:
-        # a reversed probe holds a name of the subject's in the subject's place
-        probe["masks"] = [{probe["about"]: n} for n in NOBODY[: len(masks)]] if "about" in probe else masks
-    return material
-
-
 def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> None:
     """Train on the rows until the probes no longer tell the subject from an invented one."""
     run = training(settings, out)
@@ -313,7 +185,7 @@ def _measured(settings: Forget, console: Console, out: Path, name: str, material
     outcome, after = _again(model, tokenizer, out, settings, material)
     before = read_object(out / "zero.json", "what alter forget wrote")["before"]
     names = [str(row["word"]) for row in material.facts if row.get("name")]
-    base = _load(settings)[0] if settings.erase else None
+    base = loaded(settings)[0] if settings.erase else None
     with nullcontext() if base is not None else model.disable_adapter():
         perplexity = outcome.read_by(model if base is None else base, tokenizer)
     figures = print_outcome(
@@ -373,19 +245,9 @@ def erasing(settings: Forget, out: Path, material: Material) -> Distill:
 def _result(settings: Forget, out: Path) -> tuple[Any, Any]:
     """Load the result: the model with the adapter, or the erased weights."""
     if not settings.erase:
-        return _load(settings, str(out / "adapter"))
+        return loaded(settings, str(out / "adapter"))
     plain = str(out / ERASED / "model")
     return load_model(plain, None, settings.dtype, settings.device, template=settings.chat_template_kwargs)
-
-
-def _identity(settings: Forget, model: str, adapter: str | None = None) -> str | None:
-    """Return a key of the weights that answer and of how they are loaded; None if they have no identity."""
-    found = ModelSettings(model=model, adapter=adapter).identity(cache_folder())
-    return None if "unknown" in found.values() else digest(found, settings.dtype, settings.chat_template_kwargs)
-
-
-def _load(settings: Forget, adapter: str | None = None) -> tuple[Any, Any]:
-    return load_model(settings.model, adapter, settings.dtype, settings.device, template=settings.chat_template_kwargs)
 
 
 def _again(
@@ -398,9 +260,9 @@ def _again(
         tokens=settings.answer_tokens,
         batch=settings.batch_size,
         seed=settings.seed,
-        identity=_identity(settings, str(out / ERASED / "model"))
+        identity=identity_of(settings, str(out / ERASED / "model"))
         if settings.erase
-        else _identity(settings, settings.model, str(out / "adapter")),
+        else identity_of(settings, settings.model, str(out / "adapter")),
     )
     for rows, label in ((material.probes, "probes"), (material.kept_probes, "probes of what is kept")):
         answers = speaker.say(label, [question_of(row) for row in rows])
