@@ -1,4 +1,4 @@
-"""Kept states below the experts: steps are the plain ones, rows are read once, and nothing is left of them."""
+"""Kept states below the adapter: steps are the plain ones, rows are read once, and nothing is left of them."""
 
 import errno
 import json
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 
 from alter.groundwork import frozen
@@ -18,7 +19,7 @@ from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from alter.training.trunk import WATCHED_FILE, States
 from alter.training.watcher import Watcher
-from pico import run_on, save_pico, write_people
+from pico import pico, run_on, save_pico, write_people
 
 NAMES = ["Ada", "Bo", "Cy"]
 
@@ -40,6 +41,11 @@ def settings(data, out, adapter=(), **changes):
         batch_size=3,
         watch={"rule": {"kind": "none"}},
     )
+    return Unlearn.model_validate({**given, **changes})
+
+
+def plain_settings(data, out, **changes):
+    given = dict(**run_on(data, out), max_steps=10, batch_size=3, learning_rate=1e-3, watch={"rule": {"kind": "none"}})
     return Unlearn.model_validate({**given, **changes})
 
 
@@ -114,6 +120,73 @@ def test_a_step_from_kept_states_has_the_gradients_of_the_plain_one(data, tmp_pa
         assert 0 < apart["kept"] <= 1.2 * apart["plain"]
     assert any(grad is not None and grad.any() for grad in found[0][0][1].values())
     assert not (tmp_path / "run" / trunk.TRUNK_FILE).exists()
+
+
+UPPER = {"method": "lora_gd", "adapter": {"kind": "lora", "r": 4, "depth": [0.7, 1.0]}}
+"""A plain LoRA on the last of three blocks."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # nothing of it asks for a frozen pass: the trunk alone runs
+        {"objective": {"kind": "gradient_ascent"}},
+        {"objective": {"kind": "npo"}, "retain_objective": {"kind": "keep_base"}},
+        {"objective": {"kind": "prefer_refusal"}},
+        {"adapter": {"kind": "peft", "config": {"peft_type": "LOHA", "layers_to_transform": [2]}}},
+    ],
+    ids=["no references", "references", "alternatives", "LoHa"],
+)
+def test_a_lora_on_upper_blocks_begins_with_kept_states_too(data, tmp_path, monkeypatch, changes):
+    once, passes = [], []
+    real = frozen.frozen_pass
+
+    def noted(model, ids, mask):
+        ran, blocks = set(), model.get_base_model().model.layers
+        handles = [b.self_attn.register_forward_hook(lambda *_, n=n: ran.add(n)) for n, b in enumerate(blocks)]
+        found = real(model, ids, mask)
+        for handle in handles:
+            handle.remove()
+        passes.append(ran)
+        return found
+
+    monkeypatch.setattr(frozen, "frozen_pass", noted)
+    run = plain_settings(data, tmp_path / "run", **UPPER | changes)
+    once = both_ways(run, monkeypatch)
+    assert len(once) == 10
+    assert set().union(*passes) == (
+        {0, 1, 2} if run.objective.needs.base_logp or run.objective.needs.views else {0, 1}
+    )
+    for (ran, expected), (ran_upper, grads), _ in once:
+        assert (ran, ran_upper) == ({0, 1, 2}, {2})
+        for key, grad in expected.items():
+            torch.testing.assert_close(grads[key], grad, rtol=1e-4, atol=1e-6 * max(1.0, float(grad.abs().max())))
+    assert any(grad.any() for grad in once[-1][0][1].values())
+    assert not list((tmp_path / "run").rglob("*trunk*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({"adapter": {"kind": "lora", "r": 4}}, 4), ({"max_steps": 2}, 2)],
+    ids=["all blocks", "no row twice"],
+)
+def test_where_nothing_is_gained_no_states_are_kept(data, tmp_path, monkeypatch, changes, steps):
+    monkeypatch.setattr(trunk.States, "write", lambda *_: pytest.fail("written"))
+    out = unlearn(plain_settings(data, tmp_path / "run", **{**UPPER, "max_steps": steps, **changes}))
+    assert json.loads((out / "run.json").read_text())["steps"] == steps
+
+
+def test_what_trains_elsewhere_has_no_trunk(data):
+    def trunk_with(config):
+        return trunk.trunk_of(get_peft_model(pico(num_hidden_layers=3), config))
+
+    upper = {"target_modules": ["q_proj"], "layers_to_transform": [1, 2], "task_type": "CAUSAL_LM"}
+    found = trunk_with(LoraConfig(**upper))
+    assert (len(found.blocks), len(found.above)) == (1, 2)
+    assert trunk_with(LoraConfig(**upper, modules_to_save=["embed_tokens"])) is None
+    assert trunk_with(LoraConfig(target_modules=["q_proj"])) is None
+    assert trunk_with(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)) is None
+    assert trunk.trunk_of(pico()) is None
 
 
 def test_a_run_that_goes_on_reads_what_was_written(data, tmp_path, monkeypatch):
@@ -197,7 +270,7 @@ def test_states_come_back_as_they_were_written_and_only_under_their_key(tmp_path
         ({"trunk_gib": 0}, "trunk_gib is 0"),
         ({"trunk_gib": 1e-6}, "trunk_gib is 1e-06"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing is on"),
-        ({"objective": {"kind": "misdirect", "depth": 0.2}}, "reads hidden states below the experts"),
+        ({"objective": {"kind": "misdirect", "depth": 0.2}}, "reads hidden states below the adapter"),
     ],
 )
 def test_where_states_are_not_kept_steps_are_plain_and_it_is_said(data, tmp_path, capsys, changes, told):
@@ -263,5 +336,5 @@ def test_checks_go_on_where_their_states_cannot_be_written(data, tmp_path, monke
     monkeypatch.setattr(States, "write", full)
     watch = {"every_steps": 1, "retain_rows": 2, "rule": {"kind": "none"}}
     out = unlearn(settings(data, tmp_path / "run", watch=watch))
-    assert "Every check runs the blocks below the experts" in capsys.readouterr().err
+    assert "Every check runs the blocks below the adapter" in capsys.readouterr().err
     assert len(json.loads((out / "run.json").read_text())["watch"]["checks"]) == 3

@@ -12,7 +12,7 @@ from alter.adapter.base import base_fingerprint, same_base
 from alter.adapter.config import AlterConfig
 from alter.adapter.generation import DecodeState
 from alter.adapter.layer import AlterLinear
-from alter.adapter.layers import TARGETS, adapted_layers, first_block, linear_layers
+from alter.adapter.layers import TARGETS, adapted_layers, block_of, first_block, linear_layers
 from alter.adapter.model import AlterModel, alter_of
 from alter.adapter.routing import Routing, Trace, pool
 from alter.adapter.saved import check_keys, expert_columns
@@ -29,6 +29,7 @@ __all__ = [
     "adapted_layers",
     "alter_of",
     "base_fingerprint",
+    "block_of",
     "check_keys",
     "expert_columns",
     "first_block",

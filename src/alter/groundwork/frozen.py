@@ -123,7 +123,7 @@ def top_k(logp: Tensor, k: int) -> Reference:
     return Reference(ids.to(torch.int32), values)
 
 
-def _frozen_pass(model: Any, ids: Tensor, mask: Tensor) -> Trace:
+def frozen_pass(model: Any, ids: Tensor, mask: Tensor) -> Trace:
     """Run the base once, without any adapter; entropies and features only where ALTER routes."""
     tuner = alter_of(model)
     if tuner is not None:
@@ -210,7 +210,7 @@ class _Tracing:
         batch = {name: value.to(device) for name, value in batch.items()}
         alone = not (self.routed or self.reference_k or self.needs.base_logp)
         with states_of(self.depth if self.needs.base_hidden else None, alone) as hidden, self.each() as below:
-            traced = _frozen_pass(self.model, batch["input_ids"], batch["attention_mask"])
+            traced = frozen_pass(self.model, batch["input_ids"], batch["attention_mask"])
         references, base_logp = self._labels(group, traced, batch["labels"])
         opened = None
         if self.gates:
@@ -239,7 +239,7 @@ class _Tracing:
             longer = self.collate([view.extend(self.rows[i]) for i in group])
             ids, mask = (longer[part].to(labels.device) for part in ("input_ids", "attention_mask"))
             with view.inside():
-                other = _frozen_pass(self.model, ids, mask)
+                other = frozen_pass(self.model, ids, mask)
             seen[name] = other.states[:, len(view.prefix) :][positions], other.logits
         # the logits of all views exist side by side
         vocabulary = self.model.config.get_text_config().vocab_size

@@ -94,7 +94,7 @@ class TrainingRow:
     """One row of a step: its tokens, what the frozen base computed for them, and its expert (0: retention).
 
     `fills` marks a row that only pads a batch: it passes through the model without a loss. `trunk` [T, D]
-    holds the cached output of the blocks below the experts, if any.
+    holds the cached output of the blocks below the adapter, if any.
     """
 
     encoded: Encoded
@@ -177,7 +177,7 @@ class Batch:
         forget, alternative, retain: what the base knows of the rows of each branch; None where the branch has none.
         gates: [B, T, experts], or None unless the adapter routes.
         entropy: [B, T] of the step that generated each token, likewise; +inf for padding.
-        trunk: [B, T, D] that the blocks below the experts put out, zeros for padding; None where they are to run.
+        trunk: [B, T, D] that the blocks below the adapter put out, zeros for padding; None where they are to run.
     """
 
     input_ids: Tensor
@@ -239,7 +239,7 @@ class PairCollator:
 
     @staticmethod
     def _trunk(items: Sequence[TrainingRow], width: int) -> Tensor | None:
-        """Return the cached states [rows, width, D] below the experts, or None if they are not cached."""
+        """Return the cached states [rows, width, D] below the adapter, or None if they are not cached."""
         if items[0].trunk is None:
             return None
         states = items[0].trunk.new_zeros(len(items), width, items[0].trunk.shape[-1])
@@ -269,7 +269,7 @@ class Pairs(torch.utils.data.Dataset[dict[str, TrainingRow]]):
     """The schedule as a dataset: item i is the i-th pair of a forget and a retain row, in the branches that are traced.
 
     A pair without a retain row has no such branch. The last pairs fill up a multiple of `whole` and count for nothing.
-    `trunk` gives the states of a row of a branch below the experts, where they are kept.
+    `trunk` gives the states of a row of a branch below the adapter, where they are kept.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from alter.groundwork import Depth, frozen
 from alter.storage import digest
 from alter.training.batches import Order, RunRows, Traced
 from alter.training.router import fit_router
-from alter.training.settings import BRANCHES, Unlearn, branch_needs
+from alter.training.settings import BRANCHES, Unlearn, batches_of_step, branch_needs, steps_of
 from alter.training.trunk import TRUNK_FILE, KeptStates, Sink, States, plain_because, say_plain, trunk_of
 
 
@@ -34,7 +34,7 @@ def trace_run(
 ) -> tuple[Traced, dict[str, Any], KeptStates | None]:
     """Compute all that training needs from the frozen base (router, entropies, gates, references); kept in `cache`.
 
-    The output of the blocks below the experts, the last value returned, is cached beside `cache`.
+    The output of the blocks below the adapter, the last value returned, is cached beside `cache`.
     """
     needs = dict(zip(BRANCHES, branch_needs(run), strict=True))
     of_forget, of_retain = {f for f, _ in order}, {r for _, r in order if r is not None}
@@ -47,7 +47,9 @@ def trace_run(
         router = host.alter_router["default"]
         probe = host.alter_probe["default"] if alter.probed else None
     key = _key_of(model, run, rows, used, router, limit)
-    below = _below(model, run, rows, used, depth, cache.with_name(TRUNK_FILE), key)
+    pairs = steps_of(run, rows.epoch)[0] * run.batch_size * batches_of_step(run, rows.epoch)
+    twice = pairs > len(rows.forget)
+    below = _below(model, run, rows, used, depth, cache.with_name(TRUNK_FILE), key, twice)
     kept = frozen.restore(cache, key)
     if kept is None or not (below is None or below.read()):
         passing = FrozenPass(model, tokenizer.pad_token_id, run, rows, used, views or {}, depth, below)
@@ -79,10 +81,14 @@ def _below(
     depth: Depth | None,
     path: Path,
     key: str,
+    more_than_once: bool,
 ) -> KeptStates | None:
-    """Open the cache of the trunk's states for the rows used of each branch; None, with the reason printed, without one."""
-    trunk = trunk_of(model) if run.adapter.routes else None
-    if trunk is None:
+    """Open the cache of the trunk's states for the rows used of each branch; None, with the reason printed, without one.
+
+    None too where nothing else asks for a frozen pass and no row is trained on twice: that pass is what it costs.
+    """
+    trunk = trunk_of(model)
+    if trunk is None or not (run.adapter.routes or more_than_once):
         return None
     place = {(name, i): number for number, (name, i) in enumerate((name, i) for name in used for i in used[name])}
     lengths = [len(rows.of(name)[i].input_ids) for name, i in place]
@@ -144,6 +150,11 @@ class FrozenPass:
         self._sink = None if below is None else Sink(below)
         self._seen: dict[tuple[str, int], frozen.FrozenRow] = {}
 
+    def _reads(self, name: str) -> bool:
+        """Tell whether anything but the trunk's states is wanted of the rows of a branch."""
+        needs = self._needs[name]
+        return bool(self.run.adapter.routes or needs.views or needs.base_logp or needs.base_hidden)
+
     def _branch(self, name: str, members: Sequence[int], **kept: bool) -> None:
         """Trace rows of a branch, with everything that its objective needs."""
         needs, run = self._needs[name], self.run
@@ -157,7 +168,7 @@ class FrozenPass:
             target=objective.target,
             views={view: made for view, made in self.views.items() if view in needs.views},
             depth=self.depth,
-            each=None if self.below is None else self.below.trunk.reading,
+            each=None if self.below is None else partial(self.below.trunk.reading, alone=not self._reads(name)),
             take=None if self._sink is None else self._sink.of(name, members),
             label=f"{name} rows",
             **kept,
@@ -184,8 +195,7 @@ class FrozenPass:
         """Return the traced rows used of each branch, branch after branch, and the cached trunk states."""
         traced = []
         for name, members in self.used.items():
-            needs = self._needs[name]
-            if not (self.run.adapter.routes or needs.views or needs.base_logp or needs.base_hidden):
+            if not self._reads(name) and self.below is None:
                 traced += [frozen.FrozenRow() for _ in members]
                 continue
             left = [i for i in members if (name, i) not in self._seen]

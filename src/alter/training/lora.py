@@ -12,10 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alter.adapter import first_block
 from alter.data import IGNORE, batches_by_length
-from alter.groundwork import Depth, states_of
 from alter.logits import Head
 from alter.models import multiplies
-from alter.training.trunk import Trunk
+from alter.training.trunk import trunk_below
 from alter.training.weighted import weighted_mean
 
 if TYPE_CHECKING:
@@ -75,19 +74,17 @@ class LowerBlocks:
     def __init__(self, model: Any, from_layer: int, rows: Sequence[dict[str, Any]], bf16: bool) -> None:
         inner = model.get_base_model()
         prefix, first = first_block(inner, from_layer)
-        self.trunk = Trunk([inner.get_submodule(f"{prefix}{number}") for number in range(first)])
+        self.trunk = trunk_below(inner, prefix, first)
         self.states: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         cast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
         lengths = [len(row["input_ids"]) for row in rows]
-        depth = Depth(self.trunk.blocks[-1], tuple(inner.get_submodule(prefix.rstrip("."))[first:]))
-        with torch.no_grad(), cast, self.trunk.reading() as seen, states_of(depth, alone=True) as same:
+        with torch.no_grad(), cast, self.trunk.reading(alone=True) as seen:
             for group in batches_by_length(lengths, PASS_TOKENS):
                 # padded on the right, which no earlier token sees
                 ids = pad_sequence([torch.tensor(rows[number]["input_ids"]) for number in group], batch_first=True)
                 inner.get_decoder()(input_ids=ids.to(model.device), use_cache=False)
                 for number, states in zip(group, seen.pop().cpu(), strict=True):
                     self.states[number] = states[: lengths[number]].clone()
-                same.clear()
 
     def done(self, numbers: torch.Tensor, length: int, device: torch.device) -> AbstractContextManager[None]:
         """Inside the block, passes over these rows, padded on the right to `length`, start from the cached output."""

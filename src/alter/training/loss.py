@@ -133,7 +133,7 @@ class UnlearnTrainer(Trainer):
         depth: where the objectives read hidden states, if they do.
         penalty: of the parameters, added to the loss.
         alone: steps before retain rows join.
-        trunk: the blocks below the experts, where batches bring what these put out.
+        trunk: the blocks below the adapter, where batches bring what these put out.
         measured: what the rule for gradients knows of each weight.
         codes: how the objective compares hidden states, if it does so in a sparse code.
     """

@@ -47,7 +47,7 @@ class Prepared:
         watcher: looks at the adapter while it trains, if the run is watched.
         alone: steps before retain rows join.
         trained: how many numbers train.
-        kept: the cached output of the blocks below the experts for the rows, if any.
+        kept: the cached output of the blocks below the adapter for the rows, if any.
         measured: what the rule for gradients knows of each weight.
         codes: how the objective compares hidden states, if it does so in a sparse code.
     """

@@ -179,7 +179,7 @@ class Unlearn(BaseModel):
     trunk_gib: float = Field(
         8.0,
         ge=0,
-        description="With adapter.from_layer: disk space, in `out`, for what the blocks below the experts put out for the rows, "
+        description="With adapter.from_layer, or a LoRA on upper blocks alone (adapter.depth): disk space, in `out`, for what the blocks below put out for the rows, "
         "which every step then reads instead of running these blocks. Where it is not enough, or 0, steps run all blocks.",
     )
     keep_working: bool = Field(

@@ -1,6 +1,6 @@
-"""The trunk: the blocks below the first expert, which training never changes. Its outputs for the rows are computed once.
+"""The trunk: the blocks below the first adapted one, which training never changes. Its outputs for the rows are computed once.
 
-The frozen pass writes the trunk's hidden states to a file, and every step starts from them at the first block with experts.
+The frozen pass writes the trunk's hidden states to a file, and every step starts from them at the first adapted block.
 They are stored in the model's own dtype, so that a step gives the same numbers as one through the whole model.
 """
 
@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from alter.adapter import base_fingerprint, first_block
+from alter.adapter import alter_of, base_fingerprint, block_of, first_block
 from alter.core import processes, show
 from alter.data import Encoded
-from alter.groundwork import Depth, states_of
+from alter.groundwork import Depth, frozen_pass, states_of
 from alter.logits import standing_in
 from alter.storage import digest
 
@@ -154,30 +156,32 @@ class States:
 
 @dataclass
 class Trunk:
-    """The blocks of a model below the first one with experts.
+    """The blocks of a model below the first one with an adapter.
 
     Attributes:
         blocks: at least one.
+        above: the blocks that follow.
         tuple_length: 0 where a block puts out its hidden states alone, else the length of the tuple that begins with them.
     """
 
     blocks: Sequence[nn.Module]
+    above: Sequence[nn.Module] = ()
     tuple_length: int = 0
     _depth: Depth = field(init=False)
 
     def __post_init__(self) -> None:
-        self._depth = Depth(self.blocks[-1])
+        self._depth = Depth(self.blocks[-1], tuple(self.above))
 
     @contextmanager
-    def reading(self) -> Iterator[list[Tensor]]:
-        """Inside the block, append the trunk's output [B, T, D] of every pass to the list."""
+    def reading(self, alone: bool = False) -> Iterator[list[Tensor]]:
+        """Inside the block, append the trunk's output [B, T, D] of every pass to the list; `alone`: the blocks above do not run."""
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
             self.tuple_length = len(output) if isinstance(output, tuple) else 0
 
         handle = self.blocks[-1].register_forward_hook(note)
         try:
-            with states_of(self._depth) as seen:
+            with states_of(self._depth, alone) as seen:
                 yield seen
         finally:
             handle.remove()
@@ -194,14 +198,32 @@ class Trunk:
 
 
 def trunk_of(model: Any) -> Trunk | None:
-    """Return the trunk of a model with an ALTER adapter; None where there is no block below its experts."""
-    config = model.peft_config["default"]
-    if config.from_layer is None:
+    """Return the trunk of a model with an adapter; None where there is no block below it, or what trains is not in blocks alone."""
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, BaseTuner):
         return None
     inner = model.get_base_model()
-    prefix, first = first_block(inner, config.from_layer)
-    blocks = [inner.get_submodule(f"{prefix}{number}") for number in range(first)]
-    return Trunk(blocks) if blocks else None
+    if alter_of(model) is None:
+        place = _first_adapted(inner)
+    else:
+        from_layer = model.peft_config["default"].from_layer
+        # without it the router reads every block
+        place = None if from_layer is None else first_block(inner, from_layer)
+    return None if place is None or place[1] == 0 else trunk_below(inner, *place)
+
+
+def trunk_below(inner: nn.Module, prefix: str, first: int) -> Trunk:
+    """Return the blocks below number `first`, at least 1, of the list of blocks with this prefix."""
+    listed = list(inner.get_submodule(prefix.rstrip(".")).children())
+    return Trunk(listed[:first], listed[first:])
+
+
+def _first_adapted(inner: nn.Module) -> tuple[str, int] | None:
+    """Return the list of blocks and the number of the first one in which something is adapted or trains; None if that is elsewhere too."""
+    names = [name for name, part in inner.named_modules() if isinstance(part, BaseTunerLayer)]
+    names += [name for name, weight in inner.named_parameters() if weight.requires_grad]
+    places = {block_of(f"{name}.") for name in names}
+    lists = {None if place is None else place[0] for place in places}
+    return min(place for place in places if place is not None) if len(lists) == 1 and None not in lists else None
 
 
 def _dropout(model: Any, trunk: Trunk) -> bool:
@@ -245,7 +267,7 @@ def plain_because(
     if run.quantization is not None:
         return "the base is quantised"
     if depth is not None and any(depth.block is block for block in trunk.blocks):
-        return "the objective reads hidden states below the experts"
+        return "the objective reads hidden states below the adapter"
     if _dropout(model, trunk):
         return "the model has dropout"
     if size > run.trunk_gib * GIB:
@@ -280,9 +302,10 @@ class KeptStates:
         trunk's output.
         """
         tokens = torch.tensor([ids], device=model.device)
-        whole = model.base_model.trace(tokens).states
-        with self.trunk.done(self.of(branch, row)[None].to(model.device)):
-            upper = model.base_model.trace(tokens).states
+        with torch.no_grad():
+            whole = frozen_pass(model, tokens, torch.ones_like(tokens)).states
+            with self.trunk.done(self.of(branch, row)[None].to(model.device)):
+                upper = frozen_pass(model, tokens, torch.ones_like(tokens)).states
         return float((upper - whole).float().norm()) <= MOST_ROUNDING * float(whole.float().norm())
 
 
@@ -334,7 +357,7 @@ class WatchedStates:
     def _stop(self, error: OSError) -> None:
         self.wrong = f"{self.states.path} cannot be written ({error.strerror})"
         self.states.give_up()
-        show(f"Every check runs the blocks below the experts: {self.wrong}.", stderr=True, markup=False)
+        show(f"Every check runs the blocks below the adapter: {self.wrong}.", stderr=True, markup=False)
 
 
 def watched_states(
@@ -351,7 +374,7 @@ def watched_states(
 
 def say_plain(why: str) -> None:
     """Report that every step runs all blocks, and why."""
-    show(f"Every step runs the blocks below the experts, whose states are not kept: {why}.", stderr=True)
+    show(f"Every step runs the blocks below the adapter, whose states are not kept: {why}.", stderr=True)
 
 
 class Sink:

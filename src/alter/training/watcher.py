@@ -107,7 +107,7 @@ class Watcher(TrainerCallback):
         self.groups = (labels[0], labels[1]) if all(len(set(names)) > 1 for names in labels) else None
         self.judge = watch.leak.hit.judge(torch.device(device)) if watch.leak.samples else None
         self.below: WatchedStates | None = None
-        """What the blocks below the experts put out for the rows, if that is kept."""
+        """What the blocks below the adapter put out for the rows, if that is kept."""
         self.checks: list[dict[str, float]] = []
         self.seconds = 0.0
 
@@ -172,7 +172,7 @@ class Watcher(TrainerCallback):
         return dict(sorted(out.items()))
 
     def _scores(self, model: Any) -> Scores:
-        """Score all rows, from the cached output of the blocks below the experts where there is one."""
+        """Score all rows, from the cached output of the blocks below the adapter where there is one."""
         below = self.below
         scores = score(
             model,
