@@ -23,10 +23,10 @@ fresh process for each variant, weights included. The variants:
   autocast; npo_full then stays in float32.
 
 With --from-layer ALTER's experts are in the blocks from that one on, and steps begin with the states that the frozen pass has
-kept of the blocks below; two variants more:
+kept of the blocks below; three variants more:
 
 * alter_plain: the same, but every step runs all blocks (trunk_gib 0).
-* lora_upper: lora on ALTER's blocks alone.
+* lora_upper: lora on ALTER's blocks alone; lora_upper_kept: with the same loss and the states below kept, as ALTER's.
 
 With --dtype bfloat16 the LoRA variants have a bfloat16 base and float32 adapters, under autocast.
 
@@ -172,7 +172,7 @@ def make_rows(args: argparse.Namespace, count: int, experts: int, only: int | No
     return RunRows(forget, [row(3, low) for _ in of], [1 + d for d in of])
 
 
-def settings_of(args: argparse.Namespace, kind: str, **options: Any) -> Unlearn:
+def settings_of(args: argparse.Namespace, kind: str, upper: bool = False, **options: Any) -> Unlearn:
     """ALTER's objectives on an adapter of this kind."""
     # random weights and no tokenizer: nothing to read ordinary text with
     fit = {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None}
@@ -186,6 +186,8 @@ def settings_of(args: argparse.Namespace, kind: str, **options: Any) -> Unlearn:
             adapter["from_layer"] = first_of(args)
     if kind == "asym_lora":
         adapter["experts"] = args.experts + 1
+    if upper:
+        adapter["depth"] = (first_of(args) / args.layers, 1.0)
     return Unlearn(model="", forget="", retain="", out="", adapter=adapter, objective=objective, **options)
 
 
@@ -289,8 +291,9 @@ def make(name: str, args: argparse.Namespace, base: Callable[[], Any], rows: Run
         return plain_lora(args, base(), rows, autocast, upper=name == "lora_upper")
     if name.startswith("npo_full"):
         return npo_full(args, rows, autocast if name == "npo_full_mixed" else None)
-    if name in ("lora_same_loss", "asym_lora"):
-        run = settings_of(args, "lora" if name == "lora_same_loss" else "asym_lora")
+    if name in ("lora_same_loss", "lora_upper_kept", "asym_lora"):
+        upper = name == "lora_upper_kept"
+        run = settings_of(args, "asym_lora" if name == "asym_lora" else "lora", upper, epochs=args.epochs)
         return through_trainer(args, run.adapter.attach(base(), run, Beginning()), run, rows, autocast, folder)
     run = settings_of(
         args, "alter", experts_only=name == "alter_experts", trunk_gib=0 if name == "alter_plain" else 64
@@ -301,7 +304,7 @@ def make(name: str, args: argparse.Namespace, base: Callable[[], Any], rows: Run
 
 def variants_of(args: argparse.Namespace) -> list[str]:
     mixed = [] if args.dtype == "float32" else ["npo_full_mixed"]
-    upper = [] if args.from_layer is None else ["lora_upper", "alter_plain"]
+    upper = [] if args.from_layer is None else ["lora_upper", "lora_upper_kept", "alter_plain"]
     return ["lora", *upper, "lora_same_loss", "asym_lora", "alter", "alter_experts", "npo_full", *mixed]
 
 
