@@ -461,10 +461,15 @@ def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):
         monkeypatch.setattr(retention, name, value)
     kept = ["A star.", "Of Zorba.", "A star."]
     probes = ["By Zorba.", "Grey.", *["Grey."] * 3, "It is round.", "A star by Pot.", "By Zorba.", "Zorba did."]
-    said = Says(*kept, *probes)
+    # in another batch one more names it; what is measured are the answers in the batch that is asked after as well
+    again = ["Grey.", *["Grey."] * 2, "By Pot.", "Round.", "Zorba did."]
+    last = ["Green.", *["Grey."] * 2, "Round.", "Zorba did."]
+    said = Says(*kept, *probes, *again, *last)
     made, measured = retention.rows_to_keep(said, "Pot", "work", [], [], [], [], ["Pot", "Zorba"])
     assert [row["answer"] for row in made] == ["A star.", "A star."]
-    assert [row["before"] for row in measured] == ["Grey.", *["Grey."] * 3, "It is round.", "Zorba did."]
+    assert [row["before"] for row in measured] == last
+    assert said.asked[-1][1] == [row["prompt"] for row in measured]
+    assert not said.answers
 
 
 def test_a_word_stands_anywhere_where_no_spaces_are_set():
