@@ -19,7 +19,7 @@ from alter.metaevaluation import run as meta
 from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.metaevaluation.table import make_table
+from alter.metaevaluation.table import make_table, metrics_page
 from pico import save_pico, write_jsonl
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "max_position_embeddings": 512}
@@ -94,6 +94,7 @@ def test_rank_correlation_counts_ranks():
         ("privleak", -30.0, 0.3),
         ("attack_lens, depth 2", 0.3, 0.3),
         ("leak@4", 0.3, 0.3),
+        ("leak@12", 0.3, 0.3),
     ],
 )
 def test_more_is_more_knowledge(name, value, knowledge):
@@ -152,6 +153,14 @@ def test_the_table_is_that_of_a_loop(tmp_path):
     assert ratio.faithfulness == pytest.approx(statistics.fmean(pairs))
     assert table.lines[0] is line
     assert make_table(settings, found[:1]) is None
+
+
+def test_a_number_of_samples_that_is_no_power_of_two(tmp_path):
+    settings = MetaEvaluate(model="m", retrained="r", out=str(tmp_path), methods=["npo"], samples=12)
+    found = [member("knows", "k", {"leak@12": 0.9}), member("without", "w", {"leak@12": 0.1})]
+    table = make_table(settings, found)
+    assert [(line.metric, line.faithfulness) for line in table.lines] == [("leak@12", 1.0)]
+    assert "chance that one of 12 sampled replies" in metrics_page(settings, table)
 
 
 # ---- settings
