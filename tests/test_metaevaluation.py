@@ -12,6 +12,7 @@ from alter import cli
 from alter.attacks import base as wording_bench
 from alter.comparison import plan
 from alter.core.errors import UserError
+from alter.data.encoding import encode_prompt
 from alter.evaluation.tofu import measuring as tofu
 from alter.inference.generation import generate as whole_generate
 from alter.metaevaluation import formulas, members
@@ -20,7 +21,7 @@ from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.metaevaluation.table import make_table, metrics_page
-from pico import save_pico, write_jsonl
+from pico import byte_tokenizer, save_pico, write_jsonl
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "max_position_embeddings": 512}
 
@@ -280,6 +281,22 @@ def test_what_is_refused_before_any_work(data, tmp_path):
             meta.meta_evaluate(MetaEvaluate(**given | changes))
     with pytest.raises(UserError, match="no model of both pools"):
         meta.meta_evaluate(MetaEvaluate(**given | {"run": False}))
+
+
+def test_models_are_asked_with_the_template_of_the_runs(data, tmp_path):
+    arguments(data, tmp_path / "out")
+    given = json.loads((tmp_path / "out.yaml").read_text())
+    template = "{% if thinking %}Think. {% endif %}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    for name, seed in (("model", 0), ("retrained", 1)):
+        given[name] = str(save_pico(tmp_path / name, seed=seed, **SMALL))
+        byte_tokenizer(chat_template=template).save_pretrained(given[name])
+    plain = MetaEvaluate(**given)
+    told = MetaEvaluate(**given | {"common": given["common"] | {"chat_template_kwargs": ["thinking=true"]}})
+    rows = members.chosen_rows(told, tmp_path / "out")
+    tokenizer = Measuring(told, rows).load(told.model)[1]
+    assert tokenizer.decode(encode_prompt(tokenizer, rows.measured[0])).startswith("Think. ")
+    keys = [{each.key for each in members.members(settings, rows)} for settings in (plain, told)]
+    assert keys[0].isdisjoint(keys[1])
 
 
 def test_a_model_that_cannot_be_made_is_named(data, tmp_path, monkeypatch):

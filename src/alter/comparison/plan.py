@@ -362,8 +362,11 @@ def _lay_chain(
         about = {"split": split, "rows": digest(rows)}
         for name, model in ((ORIGINAL, settings.model), (RETRAINED, getattr(settings.retrained, split))):
             if model is not None:
-                key = digest(facts, about, {"model": weights[model]})
-                spec = {**_told(settings), "name": name, "model": model, "stages": [laid.stages[-1]]}
+                # asked with the template of the runs, or their figures would not be comparable
+                template = settings.common.get("chat_template_kwargs")
+                asked = {"template": list(template)} if template else {}
+                key = digest(facts, about, {"model": weights[model]} | asked)
+                spec = {**_told(settings), **asked, "name": name, "model": model, "stages": [laid.stages[-1]]}
                 models[name, split] = Cell(name, (split,), None, None, spec, key)
         laid.facts[split] = [about, digest(trained, new)]
         # a first run takes TOFU's own split, a later one what it has more than the one before

@@ -151,6 +151,8 @@ def members(settings: MetaEvaluate, rows: MeasuredRows) -> list[Member]:
             raise UserError(f"The reading {name!r} is not possible: {why}. Leave it out of readings.")
     texts = [[row.row for row in part] for part in (rows.measured, rows.attacker, rows.retain)]
     facts = [MEMBER, VERSION, versions(), weights, measured, digest(texts, rows.folder.name), place]
+    # decides how every model is asked; without it the keys stay what they were
+    facts += [template] if (template := settings.common.get("chat_template_kwargs")) else []
 
     def member(pool: str, name: str, how: Mapping[str, Any]) -> Member:
         return Member(pool, name, dict(how), digest([*facts, pool, how])[:20])
