@@ -131,6 +131,17 @@ def test_overlaps_and_known_holdouts_are_refused(data):
         evaluation(data, holdout=str(data / "forget.jsonl")).data_digest()
 
 
+def test_a_row_that_the_limit_leaves_out_is_part_of_the_digest(data, tmp_path):
+    """The record says of which rows its verdict is: from the cache it named those of an earlier file."""
+    given = {"limit": 2, "forget": str(write_jsonl(tmp_path / "forget.jsonl", FORGET))}
+    drawn = {row.prompt for row in evaluation(data, **given)._sets()["forget"]}
+    before = evaluation(data, **given).data_digest()
+    rows = [row if row["question"] in drawn else row | {"answer": f"{row['answer']}!"} for row in FORGET]
+    write_jsonl(tmp_path / "forget.jsonl", rows)
+    assert {row.prompt for row in evaluation(data, **given)._sets()["forget"]} == drawn
+    assert evaluation(data, **given).data_digest() != before
+
+
 def test_texts_are_continued(data, tmp_path):
     model, tokenizer = pico(0), byte_tokenizer()
     write_jsonl(tmp_path / "t.jsonl", [{"text": "Omsk is a town on the Irtysh."}])
