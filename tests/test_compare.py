@@ -115,6 +115,20 @@ def cells_of(made):
     return [*made.models.values(), *runs_of(made)]
 
 
+@pytest.mark.parametrize("warm", [{"warmup_steps": 0}, {"warmup_steps": 3}, {"warmup_ratio": 0.5}])
+@pytest.mark.parametrize("place", ["common", "row"])
+def test_a_warm_up_replaces_the_presets_as_in_a_single_run(data, tmp_path, warm, place):
+    """`warmup_steps: 0` left the warm-up of an epoch that presets have: half of a run of two epochs."""
+    given = {"common": {"batch_size": 4} | (warm if place == "common" else {})}
+    given["settings"] = {"npo": warm if place == "row" else {}, "mine": {"method": "npo"} | given["common"] | warm}
+    wanted = settings(data, tmp_path, methods=["npo", "mine"], **given)
+    for name in wanted.methods:
+        run = run_of(wanted, name, "forget10", 0, (1.0, 2.0))
+        expected = {"warmup_steps": 0, "warmup_epochs": 0.0, "warmup_ratio": 0.0} | warm
+        assert {key: getattr(run, key) for key in expected} == expected
+    assert run_of(settings(data, tmp_path), "npo", "forget10", 0, (1.0, 2.0)).warmup_epochs == 1.0
+
+
 TEMPLATE = (
     "{% if thinking %}Think. {% endif %}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"

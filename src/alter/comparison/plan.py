@@ -25,7 +25,7 @@ from alter.comparison.division import RETAIN_SPLITS, evaluation_rows, retain_sou
 from alter.comparison.settings import Compare
 from alter.core import UserError, homes, nearest
 from alter.data import read_rows, tofu_rows
-from alter.methods import METHODS, merged
+from alter.methods import METHODS, overridden
 from alter.models import ModelSettings
 from alter.plugins import plugins_digest
 from alter.settings import mistake, refusal
@@ -151,7 +151,7 @@ def run_of(
             f"{reserved[0]!r} is the comparison's own setting: leave it out of common and settings.{name}."
         )
     base = {} if method is None else METHODS[method].settings if method in METHODS else {"method": method}
-    given = merged(merged(base, settings.common), own)
+    given = overridden(overridden(base, settings.common), own)
     source, count = forget or (f"{settings.data}:{split}", len(tofu_rows(split, settings.data)))
     rate, epochs = setting
     given |= {"model": settings.model, "forget": source, "retain": retain_source(settings, split), "out": "run"}
