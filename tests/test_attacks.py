@@ -477,6 +477,22 @@ def test_a_model_is_not_its_own_reference(models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_that_is_given_twice_is_not_measured_and_relearned(models, tmp_path, capsys):
+    """Two copies of each row: the attacker was trained on rows that it had to know afterwards."""
+    twice = write_jsonl(tmp_path / "forget.jsonl", [*ROWS[:6], *ROWS[:6]])
+    found = attacks.attack(
+        settings(models, tmp_path / "out", forget=str(twice), rows=64, attacks=["relearn_lora"], retrained=None)
+    )
+    asked = {
+        part: {number % 6 for number in record.extra["rows"]}
+        for part in ("other", "relearned")
+        for record in pick(found, "unlearned", "attack_probability", attack="relearn_lora", part=part, step=3)
+    }
+    assert asked["other"].isdisjoint(asked["relearned"])
+    assert len(asked["other"] | asked["relearned"]) == 6
+    assert "6 of 12 forget rows are given more than once" in capsys.readouterr().err
+
+
 def pick(records, model, metric, **extra):
     return [r for r in records if (r.model, r.metric) == (model, metric) and extra.items() <= r.extra.items()]
 
