@@ -477,6 +477,24 @@ def test_a_model_is_not_its_own_reference(models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_that_does_not_fit_is_called_by_its_number_in_the_file(models, tmp_path):
+    rows = write_jsonl(
+        tmp_path / "forget.jsonl", [*({"text": text} for text in ("One.", "Two.", "Three.")), {"text": "x" * 600}]
+    )
+    with pytest.raises(UserError, match="Row 3 of the forget set has 3"):
+        attacks.attack(
+            settings(
+                models,
+                tmp_path / "out",
+                forget=str(rows),
+                attacks=["quantize_8"],
+                retrained=None,
+                seed=1,
+                max_new_tokens=2,
+            )
+        )
+
+
 def test_a_row_that_is_given_twice_is_not_measured_and_relearned(models, tmp_path, capsys):
     """Two copies of each row: the attacker was trained on rows that it had to know afterwards."""
     twice = write_jsonl(tmp_path / "forget.jsonl", [*ROWS[:6], *ROWS[:6]])
