@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import statistics
 
 import pytest
@@ -279,6 +280,12 @@ def test_what_is_refused_before_any_work(data, tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             meta.meta_evaluate(MetaEvaluate(**given | changes))
+    shutil.copytree(data, tmp_path / "data")
+    rows = [json.loads(line) for line in (data / "forget10_perturbed.json").read_text().splitlines()]
+    rows[3]["perturbed_answer"] = ["No 1."]
+    write_jsonl(tmp_path / "data" / "forget10_perturbed.json", rows)
+    with pytest.raises(UserError, match="has a row with 1 wrong answers; expected 2 or more"):
+        meta.meta_evaluate(MetaEvaluate(**given | {"data": str(tmp_path / "data")}))
     with pytest.raises(UserError, match="no model of both pools"):
         meta.meta_evaluate(MetaEvaluate(**given | {"run": False}))
 
