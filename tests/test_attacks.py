@@ -612,6 +612,21 @@ def test_other_settings_models_and_broken_files_run_again(models, finished, tmp_
     assert {r.model for r in read_records(tmp_path / "none.unlearned.json")} == {"unlearned"}
 
 
+def test_other_paraphrases_are_asked_anew(models, tmp_path):
+    """They lie in TOFU's perturbed file, beside the rows that a stored measurement was known by."""
+    rows = [row | {"perturbed_answer": ["No."], "paraphrased_answer": "Yes."} for row in ROWS[:6]]
+    write_jsonl(tmp_path / "forget01.json", ROWS[:6])
+    asked = []
+    for end in ("?", "!"):
+        write_jsonl(
+            tmp_path / "forget01_perturbed.json", [r | {"paraphrased_question": f"{r['question']}{end}"} for r in rows]
+        )
+        given = {"forget": f"{tmp_path}:forget01", "attacks": ["paraphrase"], "retrained": None}
+        found = attacks.attack(settings(models, tmp_path / "out", **given))
+        asked.append(pick(found, "unlearned", "attack_rouge", attack="paraphrase")[0].extra["questions"])
+    assert asked[0] != asked[1]
+
+
 def test_a_model_whose_contents_are_unknown_is_measured_each_time(models, finished, tmp_path, monkeypatch):
     chosen = settings(models, tmp_path, attacks=["cka"])
     monkeypatch.setattr(

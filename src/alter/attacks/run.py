@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from alter.attacks import depth, states
-from alter.attacks.base import PLAIN, Bench, Impossible, split_rows
+from alter.attacks.base import PLAIN, Bench, Impossible, paraphrases, split_rows
 from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
 from alter.attacks.settings import Attack
 from alter.attacks.showing import draw_curves, show_recovered
@@ -274,6 +274,9 @@ def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: T
     settings, method = bench.settings, ATTACKS.get(name)
     depends = (*ALWAYS_COUNT, *(method.settings if method else ()))
     read = [texts.forget, texts.unrelated] if name in UNRELATED else [texts.forget]
+    if name == "paraphrase":
+        # they may be of another file than the rows
+        read.append(digest(paraphrases(settings.forget, bench.rows)))
     own = bench.attacker if method is None or method.takes_rows else []
     key = _key(bench, depends, identity, read, name, own)
     path = Path(settings.out) / f"{name}.{bench.name}.json"
