@@ -151,6 +151,29 @@ def test_texts_are_continued(data, tmp_path):
     assert len(found.measures.recall) == 1
 
 
+def test_all_of_a_text_counts_and_not_an_answers_end():
+    model, tokenizer = pico(0), byte_tokenizer()
+    rows = examples([{"text": "Omsk is a town on the Irtysh."}, {"question": "Omsk?", "answer": "A town."}])
+    # half learned, so that some tokens are right
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(12):
+        for row in rows:
+            encoded = encode(tokenizer, row)
+            model(torch.tensor([encoded.input_ids]), labels=torch.tensor([encoded.labels])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    found = answer_rows(model, tokenizer, rows, answers=0).exact
+    assert 0 < found[0] < 1
+    for row, share in zip(rows, found, strict=True):
+        encoded = encode(tokenizer, row)
+        with torch.no_grad():
+            said = model(torch.tensor([encoded.input_ids])).logits[0].argmax(1).tolist()
+        end = len(encoded.input_ids) - (row.kind != "text")
+        places = range(encoded.prompt_length, end)
+        assert share == pytest.approx(sum(said[p - 1] == encoded.input_ids[p] for p in places) / len(places))
+
+
 @pytest.mark.parametrize(("rate", "words"), [(1e-9, ["not forgotten"]), (0.02, ["forgotten", "collapsed"])])
 def test_unlearn_ends_with_a_verdict(data, tmp_path, capsys, monkeypatch, rate, words):
     monkeypatch.setenv("COLUMNS", "80")
