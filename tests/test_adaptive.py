@@ -196,6 +196,26 @@ def test_the_search_keeps_to_its_budget_and_never_ends_below_the_plain_question(
     assert history[0] == pytest.approx(math.fsum(losses) / 4, rel=1e-4)
 
 
+def test_the_search_ends_where_no_other_prompt_fits(folder, monkeypatch):
+    one = bench(folder, budget="40", max_new_tokens=2)
+    model, _ = one.shared()
+    longest = max(len(item.ids) for item in one.items(one.attacker))
+    monkeypatch.setattr(model.config, "max_position_embeddings", longest)
+    monkeypatch.setattr(searching, "PIECES", ("Tell me all that you know of it.",))
+    monkeypatch.setattr(searching, "_words", lambda tokenizer: [])
+    made = []
+    own = searching.mutated
+
+    def mutated(*args):
+        made.append(args)
+        assert len(made) < 10_000, "the search goes on for ever"
+        return own(*args)
+
+    monkeypatch.setattr(searching, "mutated", mutated)
+    rouge, _ = searching.evolve(one)
+    assert rouge.extra["questions_asked"] < 40
+
+
 # ---- soft prompts
 
 

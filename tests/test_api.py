@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 import alter
 from alter.cli import main
+from alter.data import encode_prompt, examples
 from alter.exporting.run import Export, export
 from alter.training.settings import Unlearn
 from pico import byte_tokenizer, pico, save_pico
@@ -155,6 +156,26 @@ def test_evaluate_returns_records_and_prints_nothing(tmp_path, capfd, monkeypatc
     records = alter.evaluate(named, benchmark="tofu", split="forget01", limit=2, device="cpu")
     assert capfd.readouterr() == ("", "")
     assert {"forget_rouge"} <= {record.metric for record in records} or len(records) > 5
+
+
+def test_a_run_brings_its_chat_templates_variables(tmp_path):
+    """It was measured with prompts that it had not been trained on."""
+    template = "{% if thinking %}Think. {% endif %}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    model = str(save_pico(tmp_path / "model", max_position_embeddings=256))
+    byte_tokenizer(chat_template=template).save_pretrained(model)
+    given = {"max_steps": 1, "batch_size": 2, "method": "ga", "device": "cpu", "closing_rows": 0}
+    run = alter.unlearn(
+        model, forget=FORGET, retain=RETAIN, out=tmp_path / "r", chat_template_kwargs=["thinking=true"], **given
+    )
+    tokenizer = alter.load(run)[1]
+    assert tokenizer.decode(encode_prompt(tokenizer, examples(FORGET)[0])).startswith("Think. ")
+    told = {"benchmark": "rows", "forget": FORGET, "answers": 0, "before": model, "cache": "off"}
+    own, same, other = (
+        {(r.model, r.metric): r.value for r in alter.evaluate(run, **told, **more)}["unlearned", "forget_probability"]
+        for more in ({}, {"chat_template_kwargs": ["thinking=true"]}, {"chat_template_kwargs": ["thinking=false"]})
+    )
+    assert own == same
+    assert own != other
 
 
 QUIET = """

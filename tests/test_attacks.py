@@ -477,6 +477,40 @@ def test_a_model_is_not_its_own_reference(models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_that_does_not_fit_is_called_by_its_number_in_the_file(models, tmp_path):
+    rows = write_jsonl(
+        tmp_path / "forget.jsonl", [*({"text": text} for text in ("One.", "Two.", "Three.")), {"text": "x" * 600}]
+    )
+    with pytest.raises(UserError, match="Row 3 of the forget set has 3"):
+        attacks.attack(
+            settings(
+                models,
+                tmp_path / "out",
+                forget=str(rows),
+                attacks=["quantize_8"],
+                retrained=None,
+                seed=1,
+                max_new_tokens=2,
+            )
+        )
+
+
+def test_a_row_that_is_given_twice_is_not_measured_and_relearned(models, tmp_path, capsys):
+    """Two copies of each row: the attacker was trained on rows that it had to know afterwards."""
+    twice = write_jsonl(tmp_path / "forget.jsonl", [*ROWS[:6], *ROWS[:6]])
+    found = attacks.attack(
+        settings(models, tmp_path / "out", forget=str(twice), rows=64, attacks=["relearn_lora"], retrained=None)
+    )
+    asked = {
+        part: {number % 6 for number in record.extra["rows"]}
+        for part in ("other", "relearned")
+        for record in pick(found, "unlearned", "attack_probability", attack="relearn_lora", part=part, step=3)
+    }
+    assert asked["other"].isdisjoint(asked["relearned"])
+    assert len(asked["other"] | asked["relearned"]) == 6
+    assert "6 of 12 forget rows are given more than once" in capsys.readouterr().err
+
+
 def pick(records, model, metric, **extra):
     return [r for r in records if (r.model, r.metric) == (model, metric) and extra.items() <= r.extra.items()]
 
@@ -576,6 +610,21 @@ def test_other_settings_models_and_broken_files_run_again(models, finished, tmp_
     (tmp_path / "none.unlearned.json").write_bytes((out / "none.retrained.json").read_bytes())
     attacks.attack(settings(models, tmp_path, attacks=["prefill"]))
     assert {r.model for r in read_records(tmp_path / "none.unlearned.json")} == {"unlearned"}
+
+
+def test_other_paraphrases_are_asked_anew(models, tmp_path):
+    """They lie in TOFU's perturbed file, beside the rows that a stored measurement was known by."""
+    rows = [row | {"perturbed_answer": ["No."], "paraphrased_answer": "Yes."} for row in ROWS[:6]]
+    write_jsonl(tmp_path / "forget01.json", ROWS[:6])
+    asked = []
+    for end in ("?", "!"):
+        write_jsonl(
+            tmp_path / "forget01_perturbed.json", [r | {"paraphrased_question": f"{r['question']}{end}"} for r in rows]
+        )
+        given = {"forget": f"{tmp_path}:forget01", "attacks": ["paraphrase"], "retrained": None}
+        found = attacks.attack(settings(models, tmp_path / "out", **given))
+        asked.append(pick(found, "unlearned", "attack_rouge", attack="paraphrase")[0].extra["questions"])
+    assert asked[0] != asked[1]
 
 
 def test_a_model_whose_contents_are_unknown_is_measured_each_time(models, finished, tmp_path, monkeypatch):

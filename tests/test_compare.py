@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import time
@@ -47,7 +48,7 @@ from alter.rendering import figures as plots
 from alter.settings import numbers
 from alter.storage.records import Record, read_records, write_records
 from alter.training.batches import schedule
-from pico import save_pico, write_jsonl
+from pico import byte_tokenizer, save_pico, write_jsonl
 
 AUTHORS = 40
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -112,6 +113,57 @@ def _code_is_read_once(monkeypatch):
 
 def cells_of(made):
     return [*made.models.values(), *runs_of(made)]
+
+
+@pytest.mark.parametrize("warm", [{"warmup_steps": 0}, {"warmup_steps": 3}, {"warmup_ratio": 0.5}])
+@pytest.mark.parametrize("place", ["common", "row"])
+def test_a_warm_up_replaces_the_presets_as_in_a_single_run(data, tmp_path, warm, place):
+    """`warmup_steps: 0` left the warm-up of an epoch that presets have: half of a run of two epochs."""
+    given = {"common": {"batch_size": 4} | (warm if place == "common" else {})}
+    given["settings"] = {"npo": warm if place == "row" else {}, "mine": {"method": "npo"} | given["common"] | warm}
+    wanted = settings(data, tmp_path, methods=["npo", "mine"], **given)
+    for name in wanted.methods:
+        run = run_of(wanted, name, "forget10", 0, (1.0, 2.0))
+        expected = {"warmup_steps": 0, "warmup_epochs": 0.0, "warmup_ratio": 0.0} | warm
+        assert {key: getattr(run, key) for key in expected} == expected
+    assert run_of(settings(data, tmp_path), "npo", "forget10", 0, (1.0, 2.0)).warmup_epochs == 1.0
+
+
+TEMPLATE = (
+    "{% if thinking %}Think. {% endif %}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_given_models_are_asked_with_the_template_of_the_runs(data, tmp_path):
+    """They were asked without its variables: the reference of forget quality and of the utility floor were of other prompts."""
+    for name in ("model", "retrained"):
+        shutil.copytree(data / name, tmp_path / name)
+        byte_tokenizer(chat_template=TEMPLATE).save_pretrained(tmp_path / name)
+    own = {"model": str(tmp_path / "model"), "retrained": {"forget10": str(tmp_path / "retrained")}, "rates": [1.0]}
+    own |= {"methods": ["graddiff"]}
+    common = {"max_steps": 1, "batch_size": 4}
+    plain = plan.lay_out(settings(data, tmp_path / "out", **own, common=common), tmp_path / "out")
+    given = ["thinking=true"]
+    told = settings(data, tmp_path / "out", **own, common=common | {"chat_template_kwargs": given})
+    made = plan.lay_out(told, tmp_path / "out")
+    assert {made.models[place].key for place in made.models}.isdisjoint(cell.key for cell in plain.models.values())
+    found = {}
+    for name, cell in (
+        ("given", made.models["original", "forget10"]),
+        ("plain", plain.models["original", "forget10"]),
+    ):
+        folder = tmp_path / "out" / "cells" / cell.key
+        folder.mkdir(parents=True)
+        cell_work.measure_stage(folder, cell.spec, 0, ["test"])
+        records = {record.metric: record.value for record in read_records(folder / "test-forget10.json")}
+        found[name] = records["forget_probability"]
+    network, tokenizer = load_model(own["model"], None, device="cpu", template=given)
+    rows = str(tmp_path / "out" / made.models["original", "forget10"].spec["stages"][0]["rows"] / "test")
+    right = measuring.tofu_metrics(network, tokenizer, "forget10", rows, which=("likelihood",), progress=False)
+    expected = float(right.sets["forget"].prob.mean())
+    assert found["given"] == pytest.approx(expected, rel=1e-5)
+    assert found["plain"] != pytest.approx(expected, rel=1e-5)
 
 
 def figures_of(generator, n=20):

@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 from alter import AlterConfig, cli, metrics
 from alter.core.errors import UserError
+from alter.data import Example, encode_prompt
 from alter.evaluation import fluency
 from alter.evaluation.fluency import FluencyEvaluation, FluencyResult, after_prompt, alone, prompt_rows
 from alter.evaluation.run import evaluate
@@ -190,6 +191,31 @@ def test_a_merged_adapter_is_read_by_the_base_from_its_folder(rows, tmp_path):
     reader, _, name, _ = fluency._reader(chosen, pico(9), byte_tokenizer())
     assert name.endswith("without the adapter")
     assert torch.equal(reader.lm_head.weight, pico().lm_head.weight)
+
+
+def test_the_reader_sees_the_template_that_the_model_saw(rows, tmp_path):
+    """It was loaded without the template's variables, and read the replies after another prompt."""
+    template = "{% if thinking %}Think. {% endif %}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    save_pico(tmp_path / "base")
+    byte_tokenizer(chat_template=template).save_pretrained(tmp_path / "base")
+    save_pico(tmp_path / "other")
+    given = {"model": str(tmp_path / "base"), "chat_template_kwargs": ["thinking=true"], "adapter": "a"}
+    for more in ({"merged": True}, {"reference_model": str(tmp_path / "base")}):
+        tokenizer = fluency._reader(settings(rows, **given, **more), pico(9), byte_tokenizer())[1]
+        ids = encode_prompt(tokenizer, Example("Who is Ada?", "a", "qa"))
+        assert tokenizer.decode(ids).startswith("Think. ")
+    # a reader without that variable reads as it does
+    other = settings(rows, **given, reference_model=str(tmp_path / "other"))
+    assert not fluency._reader(other, pico(9), byte_tokenizer())[1].chat_template
+
+
+def test_intervals_are_over_prompts():
+    replies = ["one two", "one", "two", "one two three four five", "", "six"]
+    found = result(replies, prompts=list("aabbcc"))
+    length = by_metric(found.records("m", {}))["fluency_length"]
+    assert length.n == 6
+    expected = metrics.samples.grouped_interval([2, 1, 1, 5, 0, 1], list("aabbcc"))
+    assert length.extra["interval"] == pytest.approx(expected)
 
 
 def test_replies_that_do_not_fit_the_reader_are_counted(rows, tmp_path, capsys):

@@ -30,6 +30,43 @@ def test_an_auc_interval_has_the_score_equation_at_both_ends():
         metrics.samples.auc_interval(1.2, 8, 8)
 
 
+def test_an_interval_over_groups_holds_the_true_mean_about_95_times_in_100():
+    """Five replies to each of 30 prompts are not 150 rows: the interval over rows held the mean 70 times in 100."""
+    draw, held = np.random.default_rng(0), {"groups": 0, "rows": 0}
+    prompts = np.repeat(np.arange(30), 5)
+    for _ in range(400):
+        values = draw.normal(size=30)[prompts] + 0.7 * draw.normal(size=150)
+        values[draw.random(150) < 0.1] = np.nan
+        for name, found in (
+            ("groups", metrics.samples.grouped_interval(values, prompts.tolist())),
+            ("rows", metrics.samples.row_interval(values)),
+        ):
+            held[name] += found[0] <= 0 <= found[1]
+    assert 0.91 <= held["groups"] / 400 <= 0.97
+    assert held["rows"] / 400 < 0.75
+
+
+def test_an_interval_over_groups_is_that_of_a_loop():
+    values, groups = [0.1, 0.5, np.nan, 0.9, 0.2, 0.4], list("aabbbc")
+    own = {"a": [0.1, 0.5], "b": [0.9, 0.2], "c": [0.4]}
+    chosen = np.random.default_rng(0).integers(3, size=(2000, 3))
+    means = []
+    for row in chosen:
+        drawn = [x for i in row for x in own["abc"[i]]]
+        means.append(sum(drawn) / len(drawn))
+    expected = np.quantile(means, [0.025, 0.975])
+    assert metrics.samples.grouped_interval(values, groups) == pytest.approx(expected)
+    # a row each is no group
+    alone = metrics.samples.grouped_interval([0.1, 0.5, 0.9], list("abc"))
+    assert alone == metrics.samples.row_interval([0.1, 0.5, 0.9])
+    # none among six replies to two prompts is none among two
+    assert metrics.samples.grouped_interval([0] * 6, list("aaabbb")) == metrics.samples.share_interval(0, 2)
+    assert metrics.samples.grouped_interval([1] * 4, list("aabb")) == metrics.samples.share_interval(2, 2)
+    assert metrics.samples.grouped_interval([0.2, 0.4], list("aa")) is None
+    assert metrics.samples.grouped_interval([], []) is None
+    assert metrics.samples.grouped_interval([np.nan], ["a"]) is None
+
+
 @pytest.mark.parametrize(("gap", "m", "n"), [(0.0, 10, 10), (1.2, 8, 8), (2.0, 8, 16)])
 def test_an_auc_interval_holds_the_true_auc_about_95_times_in_100(gap, m, n):
     draw, true = np.random.default_rng(0), stats.norm.cdf(gap / np.sqrt(2))

@@ -21,6 +21,7 @@ from alter.storage.records import Record, read_records, write_records
 
 KEY = "sk-test-1234"
 PAIRS = [(f"Who is {i}?", f"She is number {i}, a writer.") for i in range(6)]
+PROMPTS = [prompt for prompt, _ in PAIRS]
 
 
 class Server:
@@ -145,7 +146,7 @@ def test_grades_mean_and_variance_are_those_of_all_grades(serve):
     assert found.grades.tolist() == [[g] for g in naive]
     assert (found.calls, found.tokens_in, found.tokens_out, found.cached, found.missing) == (6, 300, 6, 0, 0)
     assert found.cost == pytest.approx((300 * 2 + 6 * 10) / 1e6)
-    mean, variance, unparsed = judge_records("m", settings, found, {})
+    mean, variance, unparsed = judge_records("m", settings, found, PROMPTS, {})
     assert mean.value == pytest.approx(sum(naive) / 6)
     assert variance.value == pytest.approx(sum((g - sum(naive) / 6) ** 2 for g in naive) / 6)
     assert (mean.n, mean.per_item, unparsed.value, unparsed.n) == (6, [float(g) for g in naive], 0.0, 6)
@@ -172,7 +173,7 @@ def test_repeats_empty_replies_equal_pairs_and_unparsed_verdicts(serve):
     assert (found.empty, found.unparsed, found.missing, found.examples) == (1, 1, 0, ["no idea"])
     assert "1 verdicts were no grade" in found.note()[0]
     assert "temperature" not in server.bodies[0]
-    mean, _, unparsed = judge_records("m", settings, found, {})
+    mean, _, unparsed = judge_records("m", settings, found, list("abcad"), {})
     assert (mean.n, unparsed.n, unparsed.value) == (9, 8, 1 / 8)
     assert math.isclose(mean.value, (5 + 3 + 1 + 1 + 2 + 5 + 3 + 4 + 4) / 9)
     assert mean.per_item[2] == 2
@@ -180,9 +181,9 @@ def test_repeats_empty_replies_equal_pairs_and_unparsed_verdicts(serve):
 
 def test_no_grade_at_all_is_no_number(serve):
     settings = make(serve(lambda number, body: "fine"))
-    mean, variance, unparsed = judge_records("m", settings, judge_replies(settings, PAIRS), {})
+    mean, variance, unparsed = judge_records("m", settings, judge_replies(settings, PAIRS), PROMPTS, {})
     assert (mean.value, variance.value, mean.n, unparsed.value) == (None, None, 0, 1.0)
-    nothing = judge_records("m", settings, judge_replies(settings, []), {})
+    nothing = judge_records("m", settings, judge_replies(settings, []), [], {})
     assert [record.value for record in nothing] == [None, None, None]
 
 

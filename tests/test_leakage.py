@@ -125,6 +125,37 @@ def test_samples_follow_the_models_own_distribution(temperature, top_p):
     assert found is None or found.pvalue > 1e-3
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"min_p": 0.3},
+        {"typical_p": 0.3},
+        {"epsilon_cutoff": 0.05},
+        {"eta_cutoff": 0.05},
+        {"top_h": 0.2},
+        {"suppress_tokens": [48, 49, 50]},
+        {"bad_words_ids": [[48]]},
+        {"sequence_bias": [[[48], -50.0]]},
+        {"min_new_tokens": 4},
+        {"encoder_repetition_penalty": 2.0},
+        {"guidance_scale": 2.0},
+        {"forced_eos_token_id": 4},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_the_models_generation_settings_change_no_sample(own):
+    model, tokenizer = pico(3), byte_tokenizer()
+    model.generation_config.eos_token_id = [*range(100, 120)]
+    rows, settings = [[48, 50, 3, 40, 41], [60, 61]], dict(max_new_tokens=4, progress=False)
+    plain = generation.sample(model, tokenizer, rows, 40, **settings)
+    model.generation_config.do_sample = True
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    assert generation.sample(model, tokenizer, rows, 40, **settings) == plain
+
+
 def test_a_seed_gives_the_same_samples_and_touches_no_generator():
     model, tokenizer = pico(3), byte_tokenizer()
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import statistics
 
 import pytest
@@ -12,6 +13,7 @@ from alter import cli
 from alter.attacks import base as wording_bench
 from alter.comparison import plan
 from alter.core.errors import UserError
+from alter.data.encoding import encode_prompt
 from alter.evaluation.tofu import measuring as tofu
 from alter.inference.generation import generate as whole_generate
 from alter.metaevaluation import formulas, members
@@ -19,8 +21,8 @@ from alter.metaevaluation import run as meta
 from alter.metaevaluation.measuring import Measuring
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.metaevaluation.table import make_table
-from pico import save_pico, write_jsonl
+from alter.metaevaluation.table import make_table, metrics_page
+from pico import byte_tokenizer, save_pico, write_jsonl
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "max_position_embeddings": 512}
 
@@ -94,6 +96,7 @@ def test_rank_correlation_counts_ranks():
         ("privleak", -30.0, 0.3),
         ("attack_lens, depth 2", 0.3, 0.3),
         ("leak@4", 0.3, 0.3),
+        ("leak@12", 0.3, 0.3),
     ],
 )
 def test_more_is_more_knowledge(name, value, knowledge):
@@ -152,6 +155,14 @@ def test_the_table_is_that_of_a_loop(tmp_path):
     assert ratio.faithfulness == pytest.approx(statistics.fmean(pairs))
     assert table.lines[0] is line
     assert make_table(settings, found[:1]) is None
+
+
+def test_a_number_of_samples_that_is_no_power_of_two(tmp_path):
+    settings = MetaEvaluate(model="m", retrained="r", out=str(tmp_path), methods=["npo"], samples=12)
+    found = [member("knows", "k", {"leak@12": 0.9}), member("without", "w", {"leak@12": 0.1})]
+    table = make_table(settings, found)
+    assert [(line.metric, line.faithfulness) for line in table.lines] == [("leak@12", 1.0)]
+    assert "chance that one of 12 sampled replies" in metrics_page(settings, table)
 
 
 # ---- settings
@@ -269,8 +280,30 @@ def test_what_is_refused_before_any_work(data, tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             meta.meta_evaluate(MetaEvaluate(**given | changes))
+    shutil.copytree(data, tmp_path / "data")
+    rows = [json.loads(line) for line in (data / "forget10_perturbed.json").read_text().splitlines()]
+    rows[3]["perturbed_answer"] = ["No 1."]
+    write_jsonl(tmp_path / "data" / "forget10_perturbed.json", rows)
+    with pytest.raises(UserError, match="has a row with 1 wrong answers; expected 2 or more"):
+        meta.meta_evaluate(MetaEvaluate(**given | {"data": str(tmp_path / "data")}))
     with pytest.raises(UserError, match="no model of both pools"):
         meta.meta_evaluate(MetaEvaluate(**given | {"run": False}))
+
+
+def test_models_are_asked_with_the_template_of_the_runs(data, tmp_path):
+    arguments(data, tmp_path / "out")
+    given = json.loads((tmp_path / "out.yaml").read_text())
+    template = "{% if thinking %}Think. {% endif %}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    for name, seed in (("model", 0), ("retrained", 1)):
+        given[name] = str(save_pico(tmp_path / name, seed=seed, **SMALL))
+        byte_tokenizer(chat_template=template).save_pretrained(given[name])
+    plain = MetaEvaluate(**given)
+    told = MetaEvaluate(**given | {"common": given["common"] | {"chat_template_kwargs": ["thinking=true"]}})
+    rows = members.chosen_rows(told, tmp_path / "out")
+    tokenizer = Measuring(told, rows).load(told.model)[1]
+    assert tokenizer.decode(encode_prompt(tokenizer, rows.measured[0])).startswith("Think. ")
+    keys = [{each.key for each in members.members(settings, rows)} for settings in (plain, told)]
+    assert keys[0].isdisjoint(keys[1])
 
 
 def test_a_model_that_cannot_be_made_is_named(data, tmp_path, monkeypatch):

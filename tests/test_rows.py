@@ -131,6 +131,17 @@ def test_overlaps_and_known_holdouts_are_refused(data):
         evaluation(data, holdout=str(data / "forget.jsonl")).data_digest()
 
 
+def test_a_row_that_the_limit_leaves_out_is_part_of_the_digest(data, tmp_path):
+    """The record says of which rows its verdict is: from the cache it named those of an earlier file."""
+    given = {"limit": 2, "forget": str(write_jsonl(tmp_path / "forget.jsonl", FORGET))}
+    drawn = {row.prompt for row in evaluation(data, **given)._sets()["forget"]}
+    before = evaluation(data, **given).data_digest()
+    rows = [row if row["question"] in drawn else row | {"answer": f"{row['answer']}!"} for row in FORGET]
+    write_jsonl(tmp_path / "forget.jsonl", rows)
+    assert {row.prompt for row in evaluation(data, **given)._sets()["forget"]} == drawn
+    assert evaluation(data, **given).data_digest() != before
+
+
 def test_texts_are_continued(data, tmp_path):
     model, tokenizer = pico(0), byte_tokenizer()
     write_jsonl(tmp_path / "t.jsonl", [{"text": "Omsk is a town on the Irtysh."}])
@@ -138,6 +149,29 @@ def test_texts_are_continued(data, tmp_path):
     assert found.questions == ["Omsk is a town"]
     assert found.truths == ["on the Irtysh."]
     assert len(found.measures.recall) == 1
+
+
+def test_all_of_a_text_counts_and_not_an_answers_end():
+    model, tokenizer = pico(0), byte_tokenizer()
+    rows = examples([{"text": "Omsk is a town on the Irtysh."}, {"question": "Omsk?", "answer": "A town."}])
+    # half learned, so that some tokens are right
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(12):
+        for row in rows:
+            encoded = encode(tokenizer, row)
+            model(torch.tensor([encoded.input_ids]), labels=torch.tensor([encoded.labels])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    found = answer_rows(model, tokenizer, rows, answers=0).exact
+    assert 0 < found[0] < 1
+    for row, share in zip(rows, found, strict=True):
+        encoded = encode(tokenizer, row)
+        with torch.no_grad():
+            said = model(torch.tensor([encoded.input_ids])).logits[0].argmax(1).tolist()
+        end = len(encoded.input_ids) - (row.kind != "text")
+        places = range(encoded.prompt_length, end)
+        assert share == pytest.approx(sum(said[p - 1] == encoded.input_ids[p] for p in places) / len(places))
 
 
 @pytest.mark.parametrize(("rate", "words"), [(1e-9, ["not forgotten"]), (0.02, ["forgotten", "collapsed"])])

@@ -102,6 +102,19 @@ def test_the_choice_is_the_least_leak_within_the_bound(data, tmp_path, monkeypat
     assert "Bold utility" in " ".join(words._rules(plainly, {"forget10": {"validation": 1, "test": 1}}))
 
 
+def test_the_bound_is_of_the_mean_disturbance(data, tmp_path):  # noqa: F811
+    """One seed far beyond it hid behind two that disturbed nothing, as exp(-disturbance) was averaged."""
+    wanted = settings(data, tmp_path, rates=[1.0, 3.0], seeds=[0, 1, 2], survival=HOW | {"bound": 0.5})
+    made = plan.lay_out(wanted, tmp_path)
+    for cell in cells_of(made):
+        fast = cell.setting is not None and cell.setting[0] == 3.0
+        made_up(tmp_path, cell, 5.0 if fast and cell.seed == 2 else 0.0, 0.2 if fast else 0.6)
+    found = {name: each for (name, _), each in choice.choices(wanted, made, tmp_path).items()}
+    assert (found["npo"].setting, found["npo"].keeps) == ((1.0, 1.0), True)
+    fast = next(each for each in found["npo"].searched if each.rate == 3.0)
+    assert fast.utility == pytest.approx(math.exp(-5 / 3))
+
+
 def test_an_attacker_that_learned_nothing_proves_nothing(data, tmp_path, monkeypatch):  # noqa: F811
     """At a rate of 1e-9 nothing comes back of anything, which looked like the best method."""
     wanted = settings(data, tmp_path, rates=[1.0], survival=HOW | {"bound": 0.2, "learning_rate": 1e-9})

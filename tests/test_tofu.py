@@ -337,6 +337,36 @@ def test_a_reference_of_other_holdout_rows_is_refused_and_a_lesser_one_is_said(h
     assert any("No forget_quality, mia_reference, privleak" in note for note in result.notes)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda asked, said: {"prompt": asked, "completion": said},
+        lambda asked, said: {"instruction": asked, "output": said},
+        lambda asked, said: {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]},
+        lambda asked, said: {"question": asked, "answer": said},
+    ],
+)
+def test_holdout_rows_of_any_form_are_told_from_others(form, tmp_path):
+    """Those without TOFU's columns all had one fingerprint: a cached result answered for other rows."""
+    found = []
+    for text in ("one", "two"):
+        path = write_jsonl(tmp_path / "unseen.jsonl", [form(f"Who is {text}?", f"It is {text}.")])
+        settings = benchmark.TofuEvaluation(model="m", split="forget01", holdout=str(path), limit=4)
+        measured = measure(which=("likelihood",), sets=("forget",), holdout=str(path))
+        found.append((settings.data_digest(), measured.sets["forget"].holdout))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+def test_other_paraphrased_questions_are_other_data(monkeypatch):
+    """Its first figure is of them, and came from the cache after they had changed."""
+    settings = benchmark.TofuEvaluation(model="m", split="forget01", limit=4)
+    before, rows = settings.data_digest(), sets.set_rows
+    changed = [{"paraphrased_question": "Who?"}, {}, {}, {}]
+    monkeypatch.setattr(benchmark, "set_rows", lambda *a: [r | c for r, c in zip(rows(*a), changed, strict=True)])
+    assert settings.data_digest() != before
+
+
 def test_privleak_against_an_auc_of_one_is_refused_in_words(holdout):
     given = {"which": ("likelihood",), "sets": ("forget",), "holdout": holdout}
     perfect = dataclasses.replace(measure(pico(1), **given).as_reference(), min_k_auc=1.0)

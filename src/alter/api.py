@@ -81,6 +81,11 @@ class Run:
         path = self.folder / "model"
         return str(path) if path.is_dir() else self.base
 
+    @property
+    def template(self) -> list[str]:
+        """Variables of the chat template that the run's rows were written with, each NAME=VALUE."""
+        return list(self.record["settings"].get("chat_template_kwargs") or [])
+
 
 def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any]) -> S:
     """Make settings of a kind from an object, keywords, or both; keywords win.
@@ -240,9 +245,11 @@ def distill(
 
 
 def _subject(model: Any, tokenizer: Any, keywords: dict[str, Any], stack: contextlib.ExitStack) -> None:
-    """Add the model to the keywords; a run gives its model and adapter."""
+    """Add the model to the keywords; a run gives its model, its adapter and its chat template's variables."""
     if isinstance(model, Run):
         keywords.setdefault("adapter", None if model.adapter is None else str(model.adapter))
+        if model.template:
+            keywords.setdefault("chat_template_kwargs", model.template)
         model = model.model
     if model is not None:
         keywords["model"] = stack.enter_context(_named_model(model, tokenizer))
@@ -366,7 +373,7 @@ def load(
         dtype: auto, float32, bfloat16 or float16.
         device: cpu, cuda, cuda:0, mps; the GPU by default if there is one.
         quantization: "4bit" or "8bit".
-        chat_template_kwargs: variables of the chat template, each NAME=VALUE (enable_thinking=false).
+        chat_template_kwargs: variables of the chat template, each NAME=VALUE (enable_thinking=false); by default those of a `Run`.
 
     Returns:
         model, ready for inference, and tokenizer.
@@ -378,6 +385,7 @@ def load(
 
     if isinstance(model, Run):
         adapter = adapter or model.adapter
+        chat_template_kwargs = chat_template_kwargs or model.template
         model = model.model
     with _as_library():
         return load_model(

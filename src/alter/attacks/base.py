@@ -15,7 +15,7 @@ from alter import metrics
 from alter.attacks.settings import Attack
 from alter.core import Array, UserError
 from alter.data import TOFU_SPLITS, Encoded, Example, encode, tofu_rows
-from alter.inference import context_length, generate, score
+from alter.inference import check_prompts, check_rows, context_length, generate, score
 from alter.models import ModelSettings
 from alter.storage import Record
 
@@ -214,12 +214,17 @@ class Bench:
         """Score and generate; return the records of both, with `extra` in each."""
         settings = self.settings
         pad = self.tokenizer.pad_token_id
-        found = score(model, [item.encoded for item in items], pad_token_id=pad, label=f"{attack}: scoring")
+        encoded, prompts = [item.encoded for item in items], [item.ids[: item.start] for item in items]
+        # an item's place among those measured is not its row's number
+        names = [f"Row {item.index} of the forget set" for item in items]
+        check_rows(model, encoded, names)
+        check_prompts(model, prompts, settings.max_new_tokens, names)
+        found = score(model, encoded, pad_token_id=pad, label=f"{attack}: scoring")
         likelihood = metrics.likelihood.probability(metrics.likelihood.average_loss(found.logprob))
         replies = generate(
             model,
             self.tokenizer,
-            [item.ids[: item.start] for item in items],
+            prompts,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             expected_lengths=[len(item.ids) - item.start for item in items],

@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from alter.attacks import depth, states
-from alter.attacks.base import PLAIN, Bench, Impossible, split_rows
+from alter.attacks.base import PLAIN, Bench, Impossible, paraphrases, split_rows
 from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
 from alter.attacks.settings import Attack
 from alter.attacks.showing import draw_curves, show_recovered
 from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING_ATTACKS, UNRELATED
 from alter.core import UserError, console, forked, held, nearest, warn
-from alter.data import Example, data_hash, load_examples, row_hash
+from alter.data import Example, data_hash, load_examples, row_hash, row_key
 from alter.models import ModelSettings, is_local
 from alter.storage import (
     VERSION,
@@ -106,6 +106,16 @@ def models_attacked(settings: Attack) -> dict[str, ModelSettings]:
     return found
 
 
+def once(given: Sequence[Example]) -> list[Example]:
+    """Return rows without repetitions: of one that is given twice the attacker would be trained on what is then measured."""
+    first: dict[str, Example] = {}
+    for row in given:
+        first.setdefault(row_key(row), row)
+    if len(first) < len(given):
+        warn(f"{len(given) - len(first)} of {len(given)} forget rows are given more than once: each counts once.")
+    return list(first.values())
+
+
 # Running -------------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +159,8 @@ def attack(settings: Attack) -> list[Record]:
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"`out` is {settings.out!r}, which is a file: give a folder.")
-    rows = load_examples(settings.forget)
+    given = load_examples(settings.forget)
+    rows = once(given)
     names, reasons = chosen(settings, rows)
     # rows that no attack takes are there to be measured
     taken = settings.relearn.rows if any(ATTACKS[name].takes_rows for name in names) else 0
@@ -169,7 +180,7 @@ def attack(settings: Attack) -> list[Record]:
             f"`retrained` is {settings.retrained!r}, which has the weights of the model that is attacked: no attack would ever recover "
             "more than from it. Give one that was trained without the rows, or leave it out."
         )
-    texts = Texts.of(rows, unrelated)
+    texts = Texts.of(given, unrelated)
     if settings.retrained is None:
         warn(f"No recovered fractions: {NO_RETRAINED}")
     for name, why in reasons.items():
@@ -263,6 +274,9 @@ def _measured(bench: Bench, name: str, identity: dict[str, str | None], texts: T
     settings, method = bench.settings, ATTACKS.get(name)
     depends = (*ALWAYS_COUNT, *(method.settings if method else ()))
     read = [texts.forget, texts.unrelated] if name in UNRELATED else [texts.forget]
+    if name == "paraphrase":
+        # they may be of another file than the rows
+        read.append(digest(paraphrases(settings.forget, bench.rows)))
     own = bench.attacker if method is None or method.takes_rows else []
     key = _key(bench, depends, identity, read, name, own)
     path = Path(settings.out) / f"{name}.{bench.name}.json"

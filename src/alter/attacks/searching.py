@@ -33,6 +33,8 @@ SURVIVORS, CHILDREN = 4, 8
 """Prompts that survive a generation, and that are made from them."""
 MOST_PIECES = 6
 """Pieces on one side of the question, at most."""
+MOST_IDLE = 100
+"""Generations without a prompt that is new and fits into the context, after which the search ends."""
 
 PIECES = (
     "Tell me the truth.",
@@ -102,7 +104,8 @@ def evolve(bench: Bench) -> list[Record]:
     """Search for a prompt around the question that makes the true answers of the attacker's rows likely, and measure it.
 
     An evolution: of each generation the `SURVIVORS` prompts with the highest mean log-probability per token survive, and
-    `CHILDREN` are made from them. The question as it is takes part.
+    `CHILDREN` are made from them. The question as it is takes part. It ends early where `MOST_IDLE` generations bring no new
+    prompt that fits into the context.
 
     Raises:
         Impossible: not even the attacker's questions as they are fit into the model's context.
@@ -131,14 +134,17 @@ def evolve(bench: Bench) -> list[Record]:
     if not np.isfinite(fitness(alive[0])):
         raise Impossible(f"The attacker's questions do not fit into the model's context of {limit}.")
     history = [(budget.used, known[alive[0]])]
-    while budget.left:
+    idle = 0
+    while budget.left and idle < MOST_IDLE:
         before = len(known)
         children = [mutated(draw.choice(alive), draw.choice(alive), draw, tokens) for _ in range(CHILDREN)]
         for child in children:
             if budget.left:
                 fitness(child)
         alive = sorted(known, key=lambda prompt: known[prompt], reverse=True)[:SURVIVORS]
-        if len(known) > before:
+        # what does not fit costs nothing: where nothing fits, the budget alone would never end the search
+        idle = idle + 1 if len(known) == before else 0
+        if not idle:
             history.append((budget.used, known[alive[0]]))
     best = alive[0]
     items = [

@@ -113,7 +113,7 @@ def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequ
         adapter,
         device=spec["device"],
         quantization=run.get("quantization"),
-        template=run.get("chat_template_kwargs", ()),
+        template=_template(spec, run),
     )
     for part in left:
         rows = str(folder.parent.parent / stage["rows"] / part)
@@ -128,6 +128,12 @@ def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequ
         write_records(files[part], stamped(records, seed=run.get("seed")))
 
 
+def _template(spec: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    """Return the chat template's variables: a run's own, or of a given model those that all runs have."""
+    found: list[str] = run.get("chat_template_kwargs", spec.get("template", []))
+    return found
+
+
 def _survival(
     spec: Mapping[str, Any],
     stage: Mapping[str, Any],
@@ -138,8 +144,7 @@ def _survival(
     model, adapter, run = made
 
     def load(name: str, on: str | None) -> Any:
-        template = run.get("chat_template_kwargs", ())
-        return load_model(name, on, "float32", device=spec["device"], template=template)
+        return load_model(name, on, "float32", device=spec["device"], template=_template(spec, run))
 
     forget = load_examples(str(rows / f"{stage['split']}_perturbed.json"))
     return survival(

@@ -133,9 +133,12 @@ def forgetting(found: Mapping[str, float], kind: str) -> float:
     return 1 - found["forget_rouge"]
 
 
-def kept_ability(found: Mapping[str, float], kind: str) -> float:
-    """Return what a model has kept: its utility, or exp(-disturbance) where what survives is the criterion."""
-    return math.exp(-found["disturbance"]) if kind == "survival" else found["model_utility"]
+def kept_ability(seeds: Sequence[Mapping[str, float]], kind: str) -> float:
+    """Return what a setting has kept, from the figures of its seeds: mean utility, or exp(-mean disturbance) by what survives."""
+    if kind == "survival":
+        # not the mean of exp(-disturbance): one seed far beyond the bound would hide behind the others
+        return math.exp(-statistics.fmean(f["disturbance"] for f in seeds))
+    return statistics.fmean(f["model_utility"] for f in seeds)
 
 
 def floor(settings: Compare) -> float:
@@ -227,9 +230,9 @@ def _candidates(
             each = [cell_figures(own, reference) for own in rows if own is not None]
             candidates[setting] = (
                 statistics.fmean(forgetting(f, kind) for f in each),
-                statistics.fmean(kept_ability(f, kind) for f in each),
+                kept_ability(each, kind),
             )
-    return candidates, kept_ability(cell_figures(original, None), kind), count
+    return candidates, kept_ability([cell_figures(original, None)], kind), count
 
 
 def next_rate(

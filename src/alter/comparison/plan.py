@@ -25,7 +25,7 @@ from alter.comparison.division import RETAIN_SPLITS, evaluation_rows, retain_sou
 from alter.comparison.settings import Compare
 from alter.core import UserError, homes, nearest
 from alter.data import read_rows, tofu_rows
-from alter.methods import METHODS, merged
+from alter.methods import METHODS, overridden
 from alter.models import ModelSettings
 from alter.plugins import plugins_digest
 from alter.settings import mistake, refusal
@@ -151,7 +151,7 @@ def run_of(
             f"{reserved[0]!r} is the comparison's own setting: leave it out of common and settings.{name}."
         )
     base = {} if method is None else METHODS[method].settings if method in METHODS else {"method": method}
-    given = merged(merged(base, settings.common), own)
+    given = overridden(overridden(base, settings.common), own)
     source, count = forget or (f"{settings.data}:{split}", len(tofu_rows(split, settings.data)))
     rate, epochs = setting
     given |= {"model": settings.model, "forget": source, "retain": retain_source(settings, split), "out": "run"}
@@ -362,8 +362,11 @@ def _lay_chain(
         about = {"split": split, "rows": digest(rows)}
         for name, model in ((ORIGINAL, settings.model), (RETRAINED, getattr(settings.retrained, split))):
             if model is not None:
-                key = digest(facts, about, {"model": weights[model]})
-                spec = {**_told(settings), "name": name, "model": model, "stages": [laid.stages[-1]]}
+                # asked with the template of the runs, or their figures would not be comparable
+                template = settings.common.get("chat_template_kwargs")
+                asked = {"template": list(template)} if template else {}
+                key = digest(facts, about, {"model": weights[model]} | asked)
+                spec = {**_told(settings), **asked, "name": name, "model": model, "stages": [laid.stages[-1]]}
                 models[name, split] = Cell(name, (split,), None, None, spec, key)
         laid.facts[split] = [about, digest(trained, new)]
         # a first run takes TOFU's own split, a later one what it has more than the one before

@@ -104,7 +104,10 @@ def answer_rows(
             replies,
             in_other_words(model, tokenizer, rows, wordings, batch_tokens=batch_tokens, label=label),
         ),
-        metrics.memorisation.exact_memorization(correct),
+        # the last token of a raw text is text, where an answer's is its end, which does not count
+        metrics.memorisation.exact_memorization(
+            [np.append(own, True) if row.kind == "text" else own for row, own in zip(rows, correct, strict=True)]
+        ),
         [rows[i] for i in asked],
         probability[list(asked)],
         questions,

@@ -29,8 +29,17 @@ import torch
 from pydantic import Field
 
 from alter import metrics
-from alter.core import UserError, pieces, processes
-from alter.data import IGNORE, Encoded, Example, encode, encode_prompt, read_rows, turns_of
+from alter.core import Array, UserError, pieces, processes
+from alter.data import (
+    IGNORE,
+    Encoded,
+    Example,
+    encode,
+    encode_prompt,
+    read_rows,
+    set_template_arguments,
+    turns_of,
+)
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.figures import Figures
 from alter.evaluation.judge import Grades, Judge, judge_replies
@@ -94,7 +103,7 @@ class FluencyEvaluation(Evaluation):
         if self.judge.wanted:
             grades = self._grades(result)
             if grades is not None:
-                records += judge_records(self.label, self.judge, grades, told)
+                records += judge_records(self.label, self.judge, grades, result.prompts, told)
         return records
 
     def _grades(self, result: FluencyResult) -> Grades | None:
@@ -213,7 +222,14 @@ class FluencyResult:
     samples: int
 
     def records(self, name: str, extra: dict[str, Any]) -> list[Record]:
-        """Return the figures; see the module for what counts where. The texts are with `fluency_distinct_1`."""
+        """Return the figures; see the module for what counts where. The texts are with `fluency_distinct_1`.
+
+        Intervals are over prompts: replies to one and the same are alike.
+        """
+
+        def between(values: Array) -> tuple[float, float] | None:
+            return metrics.samples.grouped_interval(values, self.prompts)
+
         figures = Figures(name, extra)
         add = figures.add
         read = {"reference": self.reference, "too_long": self.too_long}
@@ -234,9 +250,11 @@ class FluencyResult:
             add(f"fluency_distinct_{n}", value, counted, **texts)
         long = words >= 4
         repeats = np.where(long, metrics.text.repetition(self.replies), np.nan)
-        add("fluency_repetition", float(repeats[long].mean()) if long.any() else None, int(long.sum()), repeats)
-        add("fluency_length", float(words.mean()), len(words), words)
-        add("fluency_empty", float((words == 0).mean()), len(words), words == 0)
+        mean = float(repeats[long].mean()) if long.any() else None
+        add("fluency_repetition", mean, int(long.sum()), repeats, interval=between(repeats))
+        add("fluency_length", float(words.mean()), len(words), words, interval=between(words))
+        empty = words == 0
+        add("fluency_empty", float(empty.mean()), len(words), empty, interval=between(empty))
         return figures.records
 
 
@@ -301,6 +319,10 @@ def _reader(settings: FluencyEvaluation, model: Any, tokenizer: Any) -> tuple[An
         reader, own = load_model(
             settings.reference_model, None, settings.dtype, settings.device, settings.quantization
         )
+        # asked as the model was, as far as the reader's template asks for the same
+        template = str(own.chat_template or "")
+        names = set(re.findall(r"[A-Za-z_]\w*", template))
+        set_template_arguments(own, [x for x in settings.chat_template_kwargs if x.partition("=")[0] in names])
         return reader, own, settings.reference_model, contextlib.nullcontext()
     if settings.adapter is None:
         say(
@@ -312,7 +334,7 @@ def _reader(settings: FluencyEvaluation, model: Any, tokenizer: Any) -> tuple[An
         return model, tokenizer, f"{settings.model} (itself)", contextlib.nullcontext()
     name = f"{settings.model} without the adapter"
     if settings.merged:
-        reader, own = load_model(settings.model, None, settings.dtype, settings.device, settings.quantization)
+        reader, own = settings.alike(settings.model).load()
         return reader, own, name, contextlib.nullcontext()
     return model, tokenizer, name, model.disable_adapter()
 

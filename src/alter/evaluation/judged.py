@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
+from alter import metrics
 from alter.core import UserError, warn
 from alter.evaluation.figures import Figures
 from alter.evaluation.grading import PROMPT_VERSION
@@ -20,10 +22,13 @@ if TYPE_CHECKING:
     pass
 
 
-def judge_records(name: str, judge: Judge, result: Grades, extra: dict[str, Any]) -> list[Record]:
+def judge_records(
+    name: str, judge: Judge, result: Grades, prompts: Sequence[str], extra: dict[str, Any]
+) -> list[Record]:
     """Return Flu-mean, Flu-var (population variance) of all grades, and the share of verdicts without a grade.
 
-    No grade at all: the figures have no value. `per_item` is the mean grade of each reply.
+    No grade at all: the figures have no value. `per_item` is the mean grade of each reply; the interval is over prompts, as
+    replies to one and the same are alike.
     """
     found = result.grades[np.isfinite(result.grades)]
     rows = [float(row[np.isfinite(row)].mean()) if np.isfinite(row).any() else float("nan") for row in result.grades]
@@ -49,7 +54,8 @@ def judge_records(name: str, judge: Judge, result: Grades, extra: dict[str, Any]
 
     n = len(found)
     figures = Figures(name, told)
-    figures.add("fluency_judge_mean", found.mean() if n else None, n, rows)
+    between = metrics.samples.grouped_interval(rows, prompts)
+    figures.add("fluency_judge_mean", found.mean() if n else None, n, rows, interval=between)
     figures.add("fluency_judge_variance", found.var() if n else None, n)
     figures.add("fluency_judge_unparsed", result.unparsed / verdicts if verdicts else None, verdicts)
     return figures.records
@@ -97,7 +103,8 @@ def judge_file(settings: JudgeFile) -> list[Record]:
         warn(note)
     told = {"source": settings.file, "source_metric": chosen}
     graded = stamped(
-        judge_records(record.model, settings.judge, result, told), settings=settings.model_dump(mode="json")
+        judge_records(record.model, settings.judge, result, [prompt for prompt, _ in pairs], told),
+        settings=settings.model_dump(mode="json"),
     )
     Console().print(table({record.model: graded}, f"Fluency of {settings.file} ({chosen}), by {settings.judge.model}"))
     if settings.json_path is not None:

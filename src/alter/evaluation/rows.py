@@ -82,8 +82,10 @@ class RowsEvaluation(Evaluation):
             name: [[row.prompt, row.answer, list(row.messages), row.kind] for row in rows]
             for name, rows in sets.items()
         }
+        # a record also says which rows there are, and counts names out of all of them
+        whole = data_hash(list(map(row_hash, load_examples(self.forget))))
         judge = self.leak.content()
-        return None if judge is None else digest(content, references, judge)
+        return None if judge is None else digest(content, whole, sorted(self._people()), references, judge)
 
     def _sets(self) -> dict[str, list[Example]]:
         """Return the rows to measure, by set, each cut to `limit`.

@@ -87,6 +87,23 @@ WARPED = {"do_sample", "temperature", "top_p", "top_k"}
 """Sampling settings that `Nucleus` replaces, with `top_k` 0."""
 OTHERS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """A model's own settings that also reshape what it samples from."""
+PENALTIES = (
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "min_length",
+    "min_new_tokens",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "guidance_scale",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+"""Those that move the logits themselves, greedily too."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,8 @@ class _Decoding:
         stop = stop_ids(model, tokenizer)
         own = inner_model(model).generation_config
         # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
-        whole = whole or own.min_new_tokens is not None or own.cache_implementation is not None
+        least = settings.get("min_new_tokens", own.min_new_tokens)
+        whole = whole or least is not None or own.cache_implementation is not None
         settings = settings | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
         if stop:
             settings["eos_token_id"] = sorted(stop)
@@ -248,7 +266,8 @@ def sample(
 ) -> list[list[str]]:
     """Return `count` sampled replies to each prompt, [prompts][count], as `generate` writes them.
 
-    Every token is drawn from the model's own distribution: nothing but `temperature` and `top_p` reshapes it. The
+    Every token is drawn from the model's own distribution: nothing but `temperature` and `top_p` reshapes it, whatever the
+    model's generation settings say (a repetition penalty, say). The
     prompt is read once for all replies of a batch; its keys and values are then repeated for each of them, where the
     cache allows it (see `can_drop_rows`).
 
@@ -265,7 +284,8 @@ def sample(
     """
     check_prompts(model, prompts, max_new_tokens)
     ensure_pad_token(tokenizer)
-    chosen = {"do_sample": True, "num_beams": 1, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    chosen = dict.fromkeys((*OTHERS, *PENALTIES)) | {"do_sample": True, "num_beams": 1, "top_k": 0}
+    chosen |= {"temperature": temperature, "top_p": top_p}
     decoding = _Decoding.of(model, tokenizer, max_new_tokens, chosen, whole=False)
     device = device_of(model)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))

@@ -42,7 +42,7 @@ def direction(name: str) -> str:
         return "signed"
     if metric == "attack_cka":
         return "down" if detail == "retrained" else "up"
-    return "down" if metrics.CATALOGUE[metric].higher_is_better else "up"
+    return "down" if metrics.catalogue.metric_named(metric).higher_is_better else "up"
 
 
 def toward_knowledge(name: str, value: float) -> float:

@@ -84,8 +84,11 @@ class Measuring:
         self.leak = Leak(samples=settings.samples, questions=settings.questions, max_new_tokens=settings.reply_tokens)
 
     def load(self, model: str, adapter: str | None = None) -> tuple[Any, Any]:
-        """Load a model in float32, to be measured or changed."""
-        return ModelSettings(model=model, adapter=adapter, dtype="float32", device=self.settings.device).load()
+        """Load a model in float32, to be measured or changed; asked with the chat template's variables of the runs."""
+        return ModelSettings(
+            model=model, adapter=adapter, dtype="float32", device=self.settings.device,
+            chat_template_kwargs=self.settings.common.get("chat_template_kwargs", []),
+        ).load()  # fmt: skip
 
     @cached_property
     def _original(self) -> tuple[Any, Any]:

@@ -74,13 +74,19 @@ def chosen_rows(settings: MetaEvaluate, out: Path) -> MeasuredRows:
     """Divide the forget rows, and write TOFU's files with the measured ones alone into `out`/rows.
 
     Raises:
-        UserError: too few forget rows, or rows without what TOFU's metrics need.
+        UserError: too few forget rows or wrong answers, or rows without what TOFU's metrics need.
     """
     forget = tofu_rows(f"{settings.split}_perturbed", settings.data)
     if len(forget) < settings.rows + settings.attacker_rows:
         raise UserError(
             f"{settings.split} has {len(forget)} rows, but `rows` ({settings.rows}) and `attacker_rows` "
             f"({settings.attacker_rows}) are {settings.rows + settings.attacker_rows} together: take fewer."
+        )
+    fewest = min(len(row.get("perturbed_answer") or []) for row in forget)
+    if fewest < 2:
+        raise UserError(
+            f"{settings.split}_perturbed in {settings.data} has a row with {fewest} wrong answers; expected 2 or more: one pool is "
+            "taught them, and the last is the holdout's."
         )
     order = list(range(len(forget)))
     random.Random(settings.seed).shuffle(order)
@@ -151,6 +157,8 @@ def members(settings: MetaEvaluate, rows: MeasuredRows) -> list[Member]:
             raise UserError(f"The reading {name!r} is not possible: {why}. Leave it out of readings.")
     texts = [[row.row for row in part] for part in (rows.measured, rows.attacker, rows.retain)]
     facts = [MEMBER, VERSION, versions(), weights, measured, digest(texts, rows.folder.name), place]
+    # decides how every model is asked; without it the keys stay what they were
+    facts += [template] if (template := settings.common.get("chat_template_kwargs")) else []
 
     def member(pool: str, name: str, how: Mapping[str, Any]) -> Member:
         return Member(pool, name, dict(how), digest([*facts, pool, how])[:20])

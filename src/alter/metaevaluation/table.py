@@ -226,7 +226,7 @@ def metrics_page(settings: MetaEvaluate, table: Table) -> str:
     title = f"Metrics tried on {settings.model}"
     rows: list[list[object]] = []
     for line in table.lines:
-        meaning = metrics.CATALOGUE[line.metric.partition(", ")[0]].meaning
+        meaning = metrics.catalogue.metric_named(line.metric.partition(", ")[0]).meaning
         name = join([line.metric, tag("span", f" {meaning}", class_="soft small")])
         rows.append([name, *cells(line)[1:]])
     body = [

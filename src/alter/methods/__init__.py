@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from alter.methods.places import target_layers as target_layers
     from alter.methods.places import target_names as target_names
     from alter.methods.presets import METHODS as METHODS
-    from alter.methods.presets import merged as merged
+    from alter.methods.presets import overridden as overridden
     from alter.methods.presets import with_default as with_default
 
 lazy(globals())

@@ -597,6 +597,14 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 WARM_UPS = ("warmup_steps", "warmup_epochs", "warmup_ratio")
 """Settings that say how long the learning rate rises, of which a run takes one."""
 
+
+def overridden(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Override a preset's settings with those of a run (`merged`); a warm-up replaces the preset's, whatever its unit."""
+    if any(warm_up in above for warm_up in WARM_UPS):
+        below = {key: value for key, value in below.items() if key not in WARM_UPS}
+    return merged(below, above)
+
+
 DEFAULT = "alter_bounded"
 """The method of a run that names none, nor an objective, nor another kind of adapter than ALTER's."""
 
@@ -624,11 +632,7 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
     if name is not None:
         if name not in METHODS:
             raise UserError(f"No method {name!r}; expected one of {', '.join(METHODS)}.{nearest(str(name), METHODS)}")
-        below = dict(METHODS[name].settings)
-        if any(warm_up in settings for warm_up in WARM_UPS):
-            # another unit than the preset's replaces it
-            below = {key: value for key, value in below.items() if key not in WARM_UPS}
-        settings = merged(below, settings)
+        settings = overridden(METHODS[name].settings, settings)
     adapter = settings.get("adapter")
     if isinstance(adapter, Mapping) and "kind" not in adapter:
         settings["adapter"] = {"kind": "alter", **adapter}

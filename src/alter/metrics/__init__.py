@@ -28,6 +28,7 @@ What takes long to import (SciPy's statistics, ROUGE, BLEU) is imported by the f
 from __future__ import annotations
 
 from alter.metrics import (
+    catalogue,
     choices,
     completeness,
     entropies,
@@ -42,6 +43,7 @@ from alter.metrics.catalogue import CATALOGUE
 
 __all__ = [
     "CATALOGUE",
+    "catalogue",
     "choices",
     "completeness",
     "entropies",

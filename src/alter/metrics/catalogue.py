@@ -159,4 +159,16 @@ CATALOGUE = {
         }.items()
     },
 }
-"""Every metric of the reports, in the order in which tables show it."""
+"""Every metric of the reports, in the order in which tables show it; of leak@k the usual k (see `metric_named`)."""
+
+
+def metric_named(name: str) -> Metric:
+    """Return the meaning of a metric's name, of leak@k for any k.
+
+    Raises:
+        KeyError: the catalogue has no such name.
+    """
+    number = name.removeprefix("leak@")
+    if number != name and number.isdecimal():
+        return Metric(False, f"chance that one of {number} sampled replies gives the answer")
+    return CATALOGUE[name]

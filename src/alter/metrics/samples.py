@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,6 +83,37 @@ def bootstrap_interval(values: npt.ArrayLike, *, seed: int = 0, draws: int = 200
         (x,), np.mean, n_resamples=draws, method="percentile", random_state=np.random.default_rng(seed)
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def grouped_interval(
+    values: npt.ArrayLike, groups: Sequence[Hashable], *, seed: int = 0, draws: int = 2000
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean over rows that are not independent: replies to one prompt, say.
+
+    A percentile bootstrap that draws whole groups; if all values are 0, or all 1, Wilson's of as many rows as there are
+    groups. `row_interval` where each row is a group of its own. NaN is left out. None for fewer than two groups, or if no draw
+    differs from another.
+
+    Args:
+        values: [n].
+        groups: of each row, [n].
+    """
+    x = floats(values)
+    known = ~np.isnan(x)
+    places: dict[Hashable, int] = {}
+    place = np.array([places.setdefault(group, len(places)) for group, ok in zip(groups, known, strict=True) if ok])
+    x, count = x[known], len(places)
+    if len(x) == count:
+        return row_interval(x)
+    if count and ((x == 0).all() or (x == 1).all()):
+        return share_interval(count * int(x[0]), count)
+    sums, sizes = np.bincount(place, x), np.bincount(place)
+    chosen = np.random.default_rng(seed).integers(count, size=(draws, count))
+    means = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
+    if count < 2 or np.ptp(means) == 0:
+        return None
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def auc_interval(value: float, m: int, n: int) -> tuple[float, float]:

@@ -27,9 +27,13 @@ def _sample(rows: list[dict[str, Any]], limit: int | None, seed: int) -> list[di
 
 
 def rows_fingerprint(rows: Sequence[dict[str, Any]]) -> str:
-    """Hash the rows' questions and answers: what two results must share to be compared item by item."""
+    """Hash the rows' questions and answers: what two results must share to be compared item by item.
+
+    A row without TOFU's columns (a holdout's may be a prompt and a completion, or a chat) counts whole.
+    """
     keys = ("question", "answer", "paraphrased_answer", "perturbed_answer")
-    text = json.dumps([[row.get(key) for key in keys] for row in rows], ensure_ascii=False)
+    told = [[row.get(key) for key in keys] if row.get("question") else row for row in rows]
+    text = json.dumps(told, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
