@@ -957,6 +957,28 @@ def test_after_a_kill_the_next_command_cleans_up(data, tmp_path, monkeypatch, th
     assert list((tmp_path / "work" / "runs").iterdir()) == []
 
 
+def test_what_is_not_ours_in_the_folder_stays(data, tmp_path, monkeypatch):
+    """A project may have been made in a folder with a repository, settings and other runs in it."""
+    store = start(data, tmp_path)
+    home = tmp_path / "work"
+    killed(store, data, tmp_path, monkeypatch)
+    theirs = [home / name for name in (".git/config", ".env", "runs/r1/run.json", "adapters/2024-french/x", "bases/notes/x")]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    revoke(Revoke(db=store.url, id="1"))
+    purge(Purge(db=store.url, id="1"))
+    assert [path.read_text() for path in theirs] == ["mine"] * len(theirs)
+    assert [path.name for path in (home / "runs").iterdir()] == ["r1"]
+
+
+def test_two_databases_do_not_share_a_folder(data, tmp_path):
+    start(data, tmp_path)
+    with pytest.raises(UserError, match="adapters of other requests; give another `folder`"):
+        start(data, tmp_path, db=f"sqlite:///{tmp_path}/other.db")
+    assert not (tmp_path / "other.db").exists()
+
+
 def test_modes_are_for_the_owner_alone(three):
     _, folder, _ = three
     for path in [folder / "requests.db", *(folder / "work").rglob("*")]:

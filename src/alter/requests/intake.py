@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,8 @@ def init(settings: Init) -> Store:
     if anchor is not None and anchor.path.exists():
         raise UserError(f"{anchor.path} holds the heads of another database; give another `anchor`.")
     root = Path(settings.folder)
-    if (root / "adapter").exists():
-        raise UserError(f"{root} holds the adapter of other requests; give another `folder`.")
+    if any(os.path.lexists(root / name) for name in ("adapter", "adapters", "bases")):
+        raise UserError(f"{root} holds the adapters of other requests; give another `folder`.")
     project = Project(
         model=settings.model,
         retain=settings.retain,
@@ -79,6 +80,8 @@ def init(settings: Init) -> Store:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     root.chmod(0o700)
     store = Store.create(settings.db, project.model_dump(), settings.who, anchor)
+    # the folder is taken from now on: two databases would sweep away each other's runs
+    (root / "adapters").mkdir(mode=0o700, exist_ok=True)
     Console().print(
         cell(f"Requests about {settings.model} are kept in {without_password(settings.db)}, adapters in {root}.")
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,8 +14,14 @@ from alter.requests.store import Store
 from alter.requests.versions import manifest
 
 
+OF_A_RUN = re.compile(r"\.?([0-9a-f]{24}|weights)(\.jsonl.*)?")
+"""Names in `runs/`: a run's key or the weights of an export, as a folder or as rows, also half-written."""
+
+
 def sweep(project: Project, keep: str | None = None) -> list[str]:
     """Delete rows, checkpoints and unused adapters that runs left behind; return what was deleted.
+
+    Nothing else is touched: the folder may be one that its user keeps other things in.
 
     Args:
         keep: key of a run whose folder is to stay.
@@ -21,7 +29,9 @@ def sweep(project: Project, keep: str | None = None) -> list[str]:
     removed: list[str] = []
     left: list[Path] = []
     for root in map(project.base_folder, range(project.base + 1)):
-        left += [*(root / "runs").glob("*"), *root.glob(".*"), *(root / "adapters").glob(".*")]
+        left += [path for path in (root / "runs").glob("*") if OF_A_RUN.fullmatch(path.name)]
+        left += [root / name for name in (".adapter.link", ".revoked") if os.path.lexists(root / name)]
+        left += [*root.glob(".*.partial"), *(root / "adapters").glob(".[0-9]*.partial")]
     # a version that the link never reached was not in force
     version = manifest(project)["version"]
     left += [p for p in (project.root / "adapters").glob("[0-9]*") if p.name.isdecimal() and int(p.name) > version]
@@ -69,7 +79,7 @@ def remove_kept(
     removed = [f"{path} (left by a run)" for path in sweep(project)]
     current = f"{manifest(project)['version']:04d}"
     for folder in sorted((project.root / "adapters").glob("[0-9]*")):
-        if folder.name != current:
+        if folder.name.isdecimal() and folder.name != current:
             shutil.rmtree(folder)
             removed.append(f"{folder} (an adapter that is in force no more)")
     removed += _remove_earlier(project)
