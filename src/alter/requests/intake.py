@@ -68,11 +68,11 @@ def init(settings: Init) -> Store:
     if any(os.path.lexists(root / name) for name in ("adapter", "adapters", "bases")):
         raise UserError(f"{root} holds the adapters of other requests; give another `folder`.")
     project = Project(
-        model=settings.model,
-        retain=settings.retain,
+        model=_from_anywhere(settings.model),
+        retain=_from_anywhere(settings.retain),
         folder=str(root.resolve()),
-        holdout=settings.holdout,
-        retrained=settings.retrained,
+        holdout=settings.holdout and _from_anywhere(settings.holdout),
+        retrained=settings.retrained and _from_anywhere(settings.retrained),
         recipe=recipe,
         distill_every=settings.distill_every,
         distill=distilling,
@@ -94,6 +94,19 @@ def init(settings: Init) -> Store:
         )
     then(settings, "alter request add --subject NAME --data ROWS.jsonl")
     return store
+
+
+def _from_anywhere(name: str) -> str:
+    """Return a model or source of rows with local paths made absolute: later commands may be typed in another folder.
+
+    What stands behind a path (`[:100]`, `@question=Frage`, `:train`) and what is no local path stays.
+    """
+    if " + " in name and not os.path.exists(name):
+        return " + ".join(map(_from_anywhere, name.split(" + ")))
+    ends = (len(name), *(place for place, sign in enumerate(name) if sign in "@[:"))
+    found = (end for end in ends if os.path.exists(os.path.expanduser(name[:end])))
+    end = next(found, 0)
+    return os.path.abspath(os.path.expanduser(name[:end])) + name[end:] if end else name
 
 
 def _recipes(settings: Init) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -156,10 +169,9 @@ def add(settings: Add) -> Request:
     if not settings.allow_in_retain:
         rows.check_kept_subject(settings.subject, retain)
     hashes = [row_hash(example) for example in examples]
-    local = Path(settings.data).expanduser()
     request = store.add(
         subject=settings.subject.strip(),
-        data=str(local.resolve()) if local.exists() else settings.data,
+        data=_from_anywhere(settings.data),
         data_hash=data_hash(hashes),
         row_hashes=hashes,
         due=due,

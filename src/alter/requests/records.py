@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from typing import Any
@@ -91,6 +92,11 @@ class Entry:
     details: dict[str, Any]
     previous: str
     hash: str
+
+
+def unnamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a run without those that name the forgotten, whom records and certificates are not to name."""
+    return {name: value for name, value in settings.items() if name not in ("names", "other_names")}
 
 
 def now() -> str:

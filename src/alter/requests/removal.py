@@ -13,7 +13,6 @@ from alter.requests.records import HELD, IN_FORCE, Request
 from alter.requests.store import Store
 from alter.requests.versions import manifest
 
-
 OF_A_RUN = re.compile(r"\.?([0-9a-f]{24}|weights)(\.jsonl.*)?")
 """Names in `runs/`: a run's key or the weights of an export, as a folder or as rows, also half-written."""
 

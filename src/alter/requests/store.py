@@ -330,8 +330,8 @@ class Store:
 
         def beat() -> None:
             while not stop.wait(LEASE_SECONDS / 4):
-                # a heartbeat that cannot be written now may be at the next time
-                with suppress(sql.exc.DatabaseError), self._write() as connection:
+                # a heartbeat that cannot be written now, or the anchor, may be at the next time
+                with suppress(sql.exc.DatabaseError, UserError), self._write() as connection:
                     mine = (LEASE.c.name == "run") & (LEASE.c.pid == me["pid"]) & (LEASE.c.host == me["host"])
                     connection.execute(sql.update(LEASE).where(mine).values(seen=_seconds()))
 
