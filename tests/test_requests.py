@@ -739,6 +739,7 @@ def test_failed_run_can_be_tried_again(data, tmp_path, monkeypatch):
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"data": "{data}/retain.jsonl"}, "both forget and retain"),
         ({"due": "soon"}, "2026-12-31"),
+        ({"due": "20261231"}, "2026-12-31"),
         ({"subject": "plus one"}, "is in the retain set .12 rows"),
     ],
 )
@@ -1050,7 +1051,7 @@ def test_commands_may_be_typed_in_another_folder(data, tmp_path, monkeypatch):
 
 def test_two_databases_do_not_share_a_folder(data, tmp_path):
     start(data, tmp_path)
-    with pytest.raises(UserError, match="adapters of other requests; give another `folder`"):
+    with pytest.raises(UserError, match="adapters of requests already.*another `folder`"):
         start(data, tmp_path, db=f"sqlite:///{tmp_path}/other.db")
     assert not (tmp_path / "other.db").exists()
 
@@ -1281,7 +1282,10 @@ def test_data_that_was_deleted_locks_nothing(data, tmp_path, capsys):
 def test_after_a_purge_what_cannot_be_measured_says_why(three, tmp_path, capsys):
     store, copy = copied(three, tmp_path)
     moved(store, copy)
-    purge(Purge(db=store.url, id="1"))
+    _, left = purge(Purge(db=store.url, id="1"))
+    assert any("nor can what is in force be distilled" in line for line in left)
+    with pytest.raises(UserError, match=r"R-0001 \(purged\) is forgotten"):
+        run(RunRequests(db=store.url, id=["1"]))
     verify(Verify(db=store.url))
     printed = capsys.readouterr()
     assert "Evidence missing: R-0001 was not measured" in " ".join(printed.out.split())

@@ -5,6 +5,7 @@ What trains or loads models is imported by the function that needs it, so that t
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -105,7 +106,7 @@ def export_requests(settings: ExportRequests) -> Path:
             else:
                 shutil.copytree(project.adapter.resolve(), partial)
             write_atomic(partial / "README.md", handout.export_card(store, project, settings.form, measured))
-            details = {"form": settings.form, "version": inside["version"], "out": str(out), "holds": held}
+            details = {"form": settings.form, "version": inside["version"], "out": os.path.abspath(out), "holds": held}
             if settings.form == "weights":
                 details["weights"] = folder_digest(partial)
             # before the folder is there: no export is missing from the history

@@ -66,7 +66,10 @@ def init(settings: Init) -> Store:
         raise UserError(f"{anchor.path} holds the heads of another database; give another `anchor`.")
     root = Path(settings.folder)
     if any(os.path.lexists(root / name) for name in ("adapter", "adapters", "bases")):
-        raise UserError(f"{root} holds the adapters of other requests; give another `folder`.")
+        raise UserError(
+            f"{root} holds the adapters of requests already: use them as they are (`alter request list`), or give another `folder` "
+            "and `db`."
+        )
     project = Project(
         model=_from_anywhere(settings.model),
         retain=_from_anywhere(settings.retain),

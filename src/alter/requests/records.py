@@ -131,7 +131,10 @@ def check_due(text: str | None) -> str | None:
     """
     if text is not None:
         try:
-            date.fromisoformat(text)
+            # newer Pythons also read 20261231 and 2026-W53-4
+            formed = date.fromisoformat(text).isoformat() == text
         except ValueError:
-            raise UserError(f"`due` is {text!r}; expected a date of the form 2026-12-31.") from None
+            formed = False
+        if not formed:
+            raise UserError(f"`due` is {text!r}; expected a date of the form 2026-12-31.")
     return text

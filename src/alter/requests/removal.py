@@ -94,6 +94,11 @@ def remove_kept(
             f"The base model {project.model} still knows what it knew: the adapter only keeps it from saying so.",
             *([f"So does {first}, from which that was made."] if project.base else []),
         ]
+    if request.state in IN_FORCE:
+        left.append(
+            f"Without its rows {request.name} can no longer be measured, nor can what is in force be distilled: that takes the rows "
+            "of every request in force."
+        )
     if location and Path(location).exists():
         left.append(f"The rows themselves at {location}: delete them if they must go.")
     elif location:

@@ -368,12 +368,13 @@ def _alive(row: Any) -> bool:
 
 def _refused(request: Request, to: str) -> str:
     allowed = EDGES[request.state]
+    whom = f"{request.name} ({request.subject or 'purged'})"
     if request.state == to:
-        return f"{request.name} ({request.subject}) is {to} already."
+        return f"{whom} is {to} already."
     if request.state == "distilled":
         return (
-            f"{request.name} ({request.subject}) is distilled, which is final: the weights of its base themselves have forgotten "
+            f"{whom} is distilled, which is final: the weights of its base themselves have forgotten "
             f"it, so it cannot become {to}. The model from before still has it, in a project of its own (`alter request init`)."
         )
     ways = f"; from there it may only become {' or '.join(allowed)}" if allowed else ", which is final"
-    return f"{request.name} ({request.subject}) is {request.state}{ways}: it cannot become {to}."
+    return f"{whom} is {request.state}{ways}: it cannot become {to}."
