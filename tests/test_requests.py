@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -1051,7 +1052,7 @@ def test_commands_may_be_typed_in_another_folder(data, tmp_path, monkeypatch):
 
 def test_two_databases_do_not_share_a_folder(data, tmp_path):
     start(data, tmp_path)
-    with pytest.raises(UserError, match="adapters of requests already.*another `folder`"):
+    with pytest.raises(UserError, match=r"adapters of requests already.*another `folder`"):
         start(data, tmp_path, db=f"sqlite:///{tmp_path}/other.db")
     assert not (tmp_path / "other.db").exists()
 
@@ -1277,6 +1278,28 @@ def test_data_that_was_deleted_locks_nothing(data, tmp_path, capsys):
     purge(Purge(db=store.url, id="1"))
     for path in tmp_path.glob("requests.db*"):
         assert b"Lovelace" not in path.read_bytes()
+
+
+def test_purge_says_when_a_reader_keeps_old_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr("alter.requests.connection.PATIENCE", 0.2)
+    url = f"sqlite:///{tmp_path}/requests.db"
+    settings = {"model": "m", "retain": "r", "folder": str(tmp_path / "work")}
+    store = Store.create(url, settings)
+    number = put(store, "Lovelace", "1").id
+    store.move([number], "withdrawn")
+
+    def bytes_left():
+        return any(b"Lovelace" in path.read_bytes() for path in tmp_path.glob("requests.db*"))
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "requests.db")) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM alter_requests").fetchall()
+        _, left = purge(Purge(db=url, id="1"))
+        assert bytes_left()
+        assert any("another process reads it" in line and "purge R-0001 again" in line for line in left)
+    _, left = purge(Purge(db=url, id="1"))
+    assert not bytes_left()
+    assert not any("another process reads it" in line for line in left)
 
 
 def test_after_a_purge_what_cannot_be_measured_says_why(three, tmp_path, capsys):

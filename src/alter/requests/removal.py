@@ -84,6 +84,7 @@ def remove_kept(
     removed += _remove_earlier(project)
     location = request.data
     removed += [f"{name} of {request.name} in the database" for name in store.forget(request.id, who)]
+    whole = store.write_over()
     first = store.project()["model"]
     if request.state == "distilled":
         left = [
@@ -116,6 +117,10 @@ def remove_kept(
     left.append(
         "Results in alter's cache (ALTER_CACHE, ~/.cache/alter), reports, backups, and copies of the database."
     )
+    if not whole and store.url.startswith("sqlite"):
+        left.append(
+            f"Old pages of the database's file, since another process reads it: end that, and purge {request.name} again."
+        )
     if not store.url.startswith("sqlite"):
         left.append("Old row versions in the database server, until it is vacuumed, and its log.")
     return removed, left
