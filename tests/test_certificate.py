@@ -20,7 +20,7 @@ from alter.requests.anchor import Anchor, read_heads
 from alter.requests.certificate.check import check_certificate
 from alter.requests.certificate.command import Certificate, certificate
 from alter.requests.certificate.form import VERSION
-from alter.requests.certificate.issue import Beside, limits
+from alter.requests.certificate.issue import Beside, limits, refuse_base
 from alter.requests.commands import RunRequests, run
 from alter.requests.register import List, list_requests
 from alter.requests.signing import Forged, canonical, new_key, read_key, read_public, signed_text
@@ -84,6 +84,7 @@ def check(made, **changes):
 def test_certificate_states_what_was_done(made, capsys):
     folder, store, out = made
     content = check(made)
+    assert not any("The figures are of version" in limit for limit in content["limits"])
     request = store.get(1)
     assert content["asked"]["data"] == request.data_hash
     assert content["measured"]["after"]["said"]["interval"] == request.after["said_interval"]
@@ -431,6 +432,11 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     with pytest.raises(UserError, match="a verdict on other rows"):
         certificate(Certificate(**again))
     (run_folder / "records.json").unlink()
+    facts = json.loads((run_folder / "run.json").read_text())
+    facts["settings"] |= {"names": ["Ada Lovelace"], "adapter": str(folder / "work" / "adapter")}
+    (run_folder / "run.json").write_text(json.dumps(facts))
+    unsaid = certificate(Certificate(**{**again, "out": str(tmp_path / "e.json")}))["settings"]["values"]
+    assert not {"names", "adapter"} & unsaid.keys()
     assert certificate(Certificate(**again))["state"] == "not measured"
     (run_folder / "records.json").write_text(kept)
 
@@ -463,6 +469,15 @@ def test_checking_loads_nothing_that_issuing_needs(made):
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.rstrip().endswith("[]")
+
+
+def test_the_base_beside_something_else_is_the_base_still(tmp_path):
+    files = {"model-1.safetensors": "a", "model-2.safetensors": "b", "config.json": "c"}
+    content = {"base": {"name": "m", "files": files}, "shipped": {"files": {**files, "lora/adapter.safetensors": "d"}}}
+    with pytest.raises(UserError, match="out holds the weights of m, the model from before"):
+        refuse_base(Beside("out"), content)
+    # one of its files may have stayed as it was
+    refuse_base(Beside("out"), content | {"shipped": {"files": files | {"model-2.safetensors": "e"}}})
 
 
 @pytest.mark.parametrize("attacks", [[], ["records.json"]])

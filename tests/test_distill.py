@@ -367,6 +367,9 @@ def test_a_run_that_ended_is_left_alone(data, run, tmp_path, monkeypatch, capsys
     (tmp_path / "out" / "checkpoints" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "out" / ".run.json.x").write_text("{")
     monkeypatch.setattr(module, "train_student", _broken)
+    # what was asked for is another thing than what lies there
+    with pytest.raises(UserError, match="seed was 0 and is 4"):
+        distill(given.model_copy(update={"resume": True, "seed": 4}))
     distill(given.model_copy(update={"resume": True}))
     assert "nothing is left to do" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"inputs.json", "model", "run.json", "run.yaml"}

@@ -375,4 +375,7 @@ def test_an_adapter_without_experts_is_refused(tmp_path, adapter):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "ALTER"} | changes))
         with pytest.raises(UserError, match=said):
             write(tmp_path, "loras", model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), form="loras")
+    path.unlink()
+    with pytest.raises(UserError, match=r"^Cannot read .*adapter_config.json: No such file"):
+        write(tmp_path, "loras", model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), form="loras")
     assert not (tmp_path / "loras").exists()

@@ -147,6 +147,10 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
     [third] = run(RunRequests(db=store.url))
     assert third.state in IN_FORCE
     assert (third.expert, third.run["base"]) == (1, 1)
+    # a share of the first model's utility, as verify measures it
+    share = verify(Verify(db=store.url))["utility"]["share"]
+    assert third.after["utility_share"] == pytest.approx(share)
+    assert base.utility < 0.999
     assert (home / "bases" / "0001" / "adapter").is_symlink()
     verify(Verify(db=store.url))
     _certified(store, data, project, key, tmp_path)
@@ -168,6 +172,9 @@ def test_requests_are_distilled_and_later_ones_begin_anew(data, tmp_path, capsys
     assert any(f"The model {data / 'model'}, from which base 2 was made, still knows" in line for line in left)
     verify(Verify(db=store.url))
 
+    certificate(Certificate(what="1", db=store.url, key=str(key), out=str(tmp_path / "later.json")))
+    assert "The figures are of base 1; the files named are those of base 2" in (tmp_path / "later.json").read_text()
+
     # a base whose weights were changed is not built on
     place = Path(present(store).model) / "model.safetensors"
     tensors = load_file(place)
@@ -186,8 +193,10 @@ def _certified(store, data, project, key, tmp_path):
     first, third = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1", "3"))
     assert not any("is an adapter" in line for line in first["limits"])
     assert first["state"] == "distilled"
+    assert first["base"]["name"] == "model"
     assert first["result"]["base"] == 1
     assert first["base"]["files"] != first["result"]["files"] == third["base"]["files"]
+    assert not any("The figures are of base" in limit for limit in first["limits"])
     given = dict(public_key=f"{key}.pub", verify=str(tmp_path / "1.json"))
     certificate(Certificate(**given, model=str(data / "model"), adapter=project.model))
     with pytest.raises(Forged):

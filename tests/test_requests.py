@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, r
 from alter.requests.connection import without_password
 from alter.requests.evidence import known_of
 from alter.requests.export import ExportRequests, export_requests
-from alter.requests.intake import Add, Init, add, init
+from alter.requests.intake import Add, Init, _from_anywhere, add, init
 from alter.requests.project import Project
 from alter.requests.records import EDGES, IN_FORCE, parse_id
 from alter.requests.register import List, Show, list_requests, show_request
@@ -442,6 +443,15 @@ def test_each_request_gets_an_expert_and_evidence(three, data):
     assert model.peft_config["default"].domains == ["R-0001", "R-0002", "R-0003"]
 
 
+def test_figures_of_an_earlier_version_are_said_to_be(three, tmp_path):
+    from alter.requests.certificate import issue
+
+    store, folder, _ = three
+    request, adapter = store.get(1), (folder / "work" / "adapter").resolve()
+    content = issue._request_content(issue.Beside(), request, {"version": 3}, store.project()["model"], adapter)
+    assert any("of version 1; the files named are those of version 3" in limit for limit in content["limits"])
+
+
 def test_show_and_list(three, tmp_path, capsys):
     store, _, _ = three
     show_request(Show(db=store.url, id="R-0002", json_path=str(tmp_path / "r.json")))
@@ -730,6 +740,7 @@ def test_failed_run_can_be_tried_again(data, tmp_path, monkeypatch):
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"data": "{data}/retain.jsonl"}, "both forget and retain"),
         ({"due": "soon"}, "2026-12-31"),
+        ({"due": "20261231"}, "2026-12-31"),
         ({"subject": "plus one"}, "is in the retain set .12 rows"),
     ],
 )
@@ -941,6 +952,29 @@ def test_what_was_trained_before_a_kill_is_the_next_runs_result(data, tmp_path, 
         run(RunRequests(db=store.url))
 
 
+@pytest.mark.parametrize("then", ["verify", "run"])
+def test_what_was_trained_and_broke_since_is_trained_anew_and_locks_nothing(data, tmp_path, monkeypatch, then):
+    store = start(data, tmp_path)
+    ask(store, data, "Ada")
+
+    def stop(*given, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "conclude", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(RunRequests(db=store.url))
+    assert store.get(1).state == "trained"
+    [place] = (tmp_path / "work" / "runs").iterdir()
+    weights = place / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    if then == "verify":
+        verify(Verify(db=store.url))
+        assert store.get(1).state == "received"
+        assert not list((tmp_path / "work" / "runs").iterdir())
+    assert run(RunRequests(db=store.url))[0].state == "forgotten"
+
+
 @pytest.mark.parametrize("then", ["revoke", "verify", "purge"])
 def test_after_a_kill_the_next_command_cleans_up(data, tmp_path, monkeypatch, then):
     store = start(data, tmp_path)
@@ -955,6 +989,72 @@ def test_after_a_kill_the_next_command_cleans_up(data, tmp_path, monkeypatch, th
         with pytest.raises(UserError, match="needed to run it"):
             purge(Purge(db=store.url, id="1"))
     assert list((tmp_path / "work" / "runs").iterdir()) == []
+
+
+def test_a_heartbeat_outlives_an_anchor_that_cannot_be_written(store, monkeypatch):
+    """Without it another machine would take the lease over while this one works."""
+
+    class Broken:
+        def append(self, *_):
+            raise UserError("The anchor cannot be written.")
+
+    def seen():
+        with store.engine.connect() as connection:
+            return connection.exec_driver_sql("SELECT seen FROM alter_lease").scalar_one()
+
+    monkeypatch.setattr("alter.requests.store.LEASE_SECONDS", 0.2)
+    with store.lease():
+        store.anchor = Broken()
+        time.sleep(0.3)
+        first = seen()
+        time.sleep(0.3)
+        assert seen() > first
+        store.anchor = None
+
+
+def test_what_is_not_ours_in_the_folder_stays(data, tmp_path, monkeypatch):
+    """A project may have been made in a folder with a repository, settings and other runs in it."""
+    store = start(data, tmp_path)
+    home = tmp_path / "work"
+    killed(store, data, tmp_path, monkeypatch)
+    theirs = [
+        home / name for name in (".git/config", ".env", "runs/r1/run.json", "adapters/2024-french/x", "bases/notes/x")
+    ]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    revoke(Revoke(db=store.url, id="1"))
+    purge(Purge(db=store.url, id="1"))
+    assert [path.read_text() for path in theirs] == ["mine"] * len(theirs)
+    assert [path.name for path in (home / "runs").iterdir()] == ["r1"]
+
+
+def test_commands_may_be_typed_in_another_folder(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)
+    given = dict(
+        model="model", retain="retain.jsonl[:8] + ./retain.jsonl", holdout="holdout.jsonl", recipe="recipe.yaml"
+    )
+    store = start(data, tmp_path, **given)
+    first = add(Add(db=store.url, subject="Ada", data="Ada.jsonl[:4]"))
+    second = add(Add(db=store.url, subject="Bo", data="Bo.jsonl@question=question,answer=answer"))
+    # where other files have these names
+    (tmp_path / "retain.jsonl").write_text('{"question": "q", "answer": "a"}')
+    monkeypatch.chdir(tmp_path)
+    project = store.project()
+    assert (project["model"], project["holdout"]) == (str(data / "model"), str(data / "holdout.jsonl"))
+    assert project["retain"] == f"{data}/retain.jsonl[:8] + {data}/retain.jsonl"
+    assert ask(store, data, "Cy").name == "R-0003"
+    assert [len(request_rows.received_rows(request)) for request in (first, second)] == [4, second.rows]
+    # what is no path stays
+    assert _from_anywhere("builtin:retain90[:3]") == "builtin:retain90[:3]"
+    assert _from_anywhere("locuslab/TOFU:forget10") == "locuslab/TOFU:forget10"
+
+
+def test_two_databases_do_not_share_a_folder(data, tmp_path):
+    start(data, tmp_path)
+    with pytest.raises(UserError, match=r"adapters of requests already.*another `folder`"):
+        start(data, tmp_path, db=f"sqlite:///{tmp_path}/other.db")
+    assert not (tmp_path / "other.db").exists()
 
 
 def test_modes_are_for_the_owner_alone(three):
@@ -1150,7 +1250,7 @@ def test_verify_takes_a_head_that_was_written_down(three, tmp_path):
 
 def test_data_that_was_deleted_locks_nothing(data, tmp_path, capsys):
     store = start(data, tmp_path)
-    file = tmp_path / "Ada.jsonl"
+    file = tmp_path / "Lovelace.jsonl"
     shutil.copy(data / "Ada.jsonl", file)
     add(Add(db=store.url, subject="Ada", data=str(file)))
     real = work.unlearn
@@ -1173,6 +1273,48 @@ def test_data_that_was_deleted_locks_nothing(data, tmp_path, capsys):
     ask(store, data, "Bo")
     assert run(RunRequests(db=store.url))[0].state == "forgotten"
     assert revoke(Revoke(db=store.url, id="1")).state == "revoked"
+    # where they lay is said and not written down, or purging could not remove it
+    assert "Lovelace.jsonl" in capsys.readouterr().err
+    purge(Purge(db=store.url, id="1"))
+    for path in tmp_path.glob("requests.db*"):
+        assert b"Lovelace" not in path.read_bytes()
+
+
+def test_purge_says_when_a_reader_keeps_old_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr("alter.requests.connection.PATIENCE", 0.2)
+    url = f"sqlite:///{tmp_path}/requests.db"
+    settings = {"model": "m", "retain": "r", "folder": str(tmp_path / "work")}
+    store = Store.create(url, settings)
+    number = put(store, "Lovelace", "1").id
+    store.move([number], "withdrawn")
+
+    def bytes_left():
+        return any(b"Lovelace" in path.read_bytes() for path in tmp_path.glob("requests.db*"))
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "requests.db")) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM alter_requests").fetchall()
+        _, left = purge(Purge(db=url, id="1"))
+        assert bytes_left()
+        assert any("another process reads it" in line and "purge R-0001 again" in line for line in left)
+    _, left = purge(Purge(db=url, id="1"))
+    assert not bytes_left()
+    assert not any("another process reads it" in line for line in left)
+
+
+def test_after_a_purge_what_cannot_be_measured_says_why(three, tmp_path, capsys):
+    store, copy = copied(three, tmp_path)
+    moved(store, copy)
+    _, left = purge(Purge(db=store.url, id="1"))
+    assert any("nor can what is in force be distilled" in line for line in left)
+    with pytest.raises(UserError, match=r"R-0001 \(purged\) is forgotten"):
+        run(RunRequests(db=store.url, id=["1"]))
+    verify(Verify(db=store.url))
+    printed = capsys.readouterr()
+    assert "Evidence missing: R-0001 was not measured" in " ".join(printed.out.split())
+    assert "R-0001" not in printed.err
+    with pytest.raises(UserError, match="rows of R-0001 were purged"):
+        export_requests(ExportRequests(db=store.url, out=str(tmp_path / "out"), form="weights", final=True))
 
 
 def test_purge_says_what_is_gone_and_what_is_not(data, tmp_path):

@@ -1,5 +1,6 @@
 """The server as the openai client sees it, many clients at once, its limits and its end; and the chat in a terminal."""
 
+import asyncio
 import http.client
 import io
 import json
@@ -28,13 +29,14 @@ from alter.serving import engine as engines
 from alter.serving.chat import Chat, chat
 from alter.serving.engine import Engine, draw
 from alter.serving.jobs import Job
-from alter.serving.openai import Serve, application, configured, serve
+from alter.serving.openai import Api, Refused, Serve, application, configured, serve
 from alter.serving.protocol import ChatAsked, TextAsked, explain, text_ids
 from alter.serving.text import visible
 from pico import byte_tokenizer, pico, run_on, save_pico, write_people
 
 openai = pytest.importorskip("openai", reason="the openai client is in the extra [judge]")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is in the extra [serve]")
+requests = pytest.importorskip("starlette.requests", reason="Starlette is in the extra [serve]")
 
 
 class Running:
@@ -896,6 +898,19 @@ def test_slow_requests_are_ended():
         assert b" 408 " in slow.recv(4000)
     assert post(one, "/health", None, "GET")[0] == 200
     one.stop()
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_mistake_of_the_server():
+    class Leaving:
+        def __init__(self):
+            self.headers = {}
+
+        async def stream(self):
+            yield b"{"
+            raise requests.ClientDisconnect
+
+    with pytest.raises(Refused, match="The client has gone"):
+        asyncio.run(Api(Serve(model="m"), None)._read(Leaving()))
 
 
 def test_a_large_body_is_refused_before_it_is_sent(running):

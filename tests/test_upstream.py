@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from alter.core.errors import UserError
-from alter.serving.openai import Serve, configured, routed
+from alter.serving.openai import Refused, Serve, configured, routed
+from alter.serving.protocol import TextAsked
 from alter.serving.upstream import Chooser, Proxy, check_upstream, upstream_names
 from pico import byte_tokenizer
 from test_adapter import adapted, middle_threshold, rows, tiny
@@ -24,7 +25,7 @@ class Upstream:
     """A server that answers like vLLM: the model's name and what it was sent, whole or in pieces."""
 
     def __init__(self):
-        self.asked, self.wait, self.models = [], 0.0, list(NAMES)
+        self.asked, self.wait, self.models, self.left = [], 0.0, list(NAMES), threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,8 +38,16 @@ class Upstream:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 outer.asked.append((self.path, body, self.headers.get("authorization")))
+                if body.get("temperature") == 7:
+                    # nothing more is sent: reading ends where the connection does
+                    self.connection.settimeout(5)
+                    assert self.rfile.read(1) == b""
+                    outer.left.set()
+                    return
                 time.sleep(outer.wait)
-                if body.get("temperature") == 9:
+                if body.get("temperature") == 8:
+                    self._send({"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
+                elif body.get("temperature") == 9:
                     self._send({"error": {"message": "too hot", "type": "x", "param": None, "code": None}}, 400)
                 elif body.get("stream"):
                     self.send_response(200)
@@ -95,7 +104,7 @@ def upstream():
 
 @pytest.fixture
 def client(upstream):
-    settings = Serve(model="m", adapter="a", name="ours", upstream=upstream.url, timeout=1.0)
+    settings = Serve(model="m", adapter="a", name="ours", upstream=upstream.url, timeout=2.0)
     config = configured(routed(settings, Proxy(settings, Chosen(), NAMES)), settings)
     config.port = 0
     server = uvicorn.Server(config)
@@ -155,13 +164,48 @@ def test_what_goes_wrong_is_said(client, upstream):
     with pytest.raises(openai.BadRequestError, match="text alone"):
         ask(client, [{"type": "image_url", "image_url": {"url": "x"}}])
     upstream.wait = 3.0
-    with pytest.raises(openai.APIStatusError, match="No answer from upstream within 1 s") as late:
+    with pytest.raises(openai.APIStatusError, match="No answer from upstream within 2 s") as late:
         ask(client, "Who?")
     assert late.value.status_code == 504
     upstream.close()
     with pytest.raises(openai.APIStatusError, match="Upstream does not answer") as gone:
         ask(client, "Who?")
     assert gone.value.status_code == 502
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"prompt": [999999]}', "holds token 999999, which the model does not know"),
+        (b'{"prompt": [[1], [5, 61]]}', "holds token 61"),
+        (b'{"prompt": [' + b"1," * 63 + b"1]}", "exceeds the model's context of 64"),
+        (b'{"prompt": [1], "user": "\\ud83d"}', "half a character"),
+        (b'{"prompt": [1], "temperature": NaN}', "NaN or an infinity"),
+        (b'{"prompt": [1], "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
+        (b"\xff\xfe", "no JSON"),
+    ],
+)
+def test_what_the_router_cannot_read_is_refused_in_words(upstream, body, says):
+    settings = Serve(model="m", adapter="a", name="ours", upstream=upstream.url)
+    model = adapted(tiny(), router_memory=0.6)
+    middle_threshold(model, rows(batch=16, seed=5))
+    proxy = Proxy(settings, Chooser(model, byte_tokenizer()), NAMES)
+    with pytest.raises(Refused) as error:
+        proxy._decide(body, TextAsked)
+    assert error.value.status == 400
+    assert says in error.value.content["error"]["message"]
+
+
+def test_an_error_does_not_tell_which_lora_was_chosen(client):
+    with pytest.raises(openai.NotFoundError, match="The model `ours` does not exist") as error:
+        ask(client, "Who is Ada?", temperature=8)
+    assert "lora" not in str(error.value)
+
+
+def test_upstream_stops_when_the_client_has_gone(client, upstream):
+    with pytest.raises(openai.APITimeoutError):
+        ask(client.with_options(timeout=0.3), "Who is Ada?", temperature=7)
+    assert upstream.left.wait(4)
 
 
 def test_names_are_compared_before_anything_is_served(upstream, monkeypatch):

@@ -8,6 +8,7 @@ damages the student before it learns, so that what it knew is not only covered u
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -101,15 +102,15 @@ def _distill(settings: Distill, callbacks: Sequence[TrainerCallback]) -> Path:
         check_named(found["forget"], settings.names, found["keep"], settings.other_names)
     out = check_out(settings)
     trained = settings.resume and (out / "run.json").exists()
-    if trained and (not settings.closing_rows or (out / "records.json").exists()):
-        _clean(out)
-        show(f"{out} is finished: nothing is left to do.", stderr=True, markup=False)
-        return out
     models = _models(settings)
     identities = {name: one.identity(cache_folder()) for name, one in models.items()}
     given = _inputs(settings, found, identities)
     if settings.resume:
         check_inputs(out, given)
+    if trained and (not settings.closing_rows or (out / "records.json").exists()):
+        _clean(out)
+        show(f"{out} is finished: nothing is left to do.", stderr=True, markup=False)
+        return out
     if trained:
         claim(out)
         teacher = models["teacher"].load()
@@ -181,18 +182,23 @@ def command(settings: Distill) -> Path:
     out = distill(settings)
     whole = completed(settings)
     closed = closing_of(read_records(out / "records.json")) if (out / "records.json").is_file() else None
+
+    def at(name: str) -> str:
+        return shlex.quote(f"{out}{name}")
+
+    original, forget = shlex.quote(str(whole.student)), shlex.quote(str(whole.forget))
     commands = [
-        f"alter attack --model {out}/model --original {whole.student} --forget {whole.forget} --out {out}/attacks",
-        f"alter export --model {out}/model --out {out.name}-q8_0.gguf",
+        f"alter attack --model {at('/model')} --original {original} --forget {forget} --out {at('/attacks')}",
+        f"alter export --model {at('/model')} --out {shlex.quote(f'{out.name}-q8_0.gguf')}",
     ]
     word = None if closed is None else closed["verdict"]["word"]
     if word == "collapsed":
-        commands = [f"alter distill {out}/run.yaml --out {out}-2 --learning-rate {whole.rate / 3:g}"]
+        commands = [f"alter distill {at('/run.yaml')} --out {at('-2')} --learning-rate {whole.rate / 3:g}"]
     if word == "not forgotten":
         # what still knows is not for handing out
-        again = f"alter distill {out}/run.yaml --out {out}-2 --epochs {2 * whole.epochs:g}"
+        again = f"alter distill {at('/run.yaml')} --out {at('-2')} --epochs {2 * whole.epochs:g}"
         if whole.max_steps:
-            again = f"alter distill {out}/run.yaml --out {out}-2 --max-steps {2 * whole.max_steps}"
+            again = f"alter distill {at('/run.yaml')} --out {at('-2')} --max-steps {2 * whole.max_steps}"
         commands = [again]
     if settings.form == "full":
         show("\nNext:\n" + "\n".join(f"  {each}" for each in commands), highlight=False, markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,7 +91,7 @@ def export(settings: Export) -> Path:
         )
         warn(
             f"{settings.type} {what}. What a model was made to forget can come back by it: measure the file itself before you hand it "
-            f"out: `alter attack --model {out} --original ORIGINAL --forget ROWS`, or write q8_0."
+            f"out: `alter attack --model {shlex.quote(str(out))} --original ORIGINAL --forget ROWS`, or write q8_0."
         )
     return out
 

@@ -23,8 +23,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     path = folder / CONFIG
+    text = files.read_text(path)
     try:
-        config = files.from_json(files.read_text(path))
+        config = files.from_json(text)
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): take the adapter's folder from where it was saved.") from None
     kinds = [kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING]

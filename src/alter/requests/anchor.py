@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,7 +57,9 @@ class Anchor:
         if self.path.exists() and self.path.stat().st_size:
             wrong = missing_heads(read_heads(str(self.path), [self.key.public]), history)
             if wrong:
-                raise UserError(f"{wrong[0]} Nothing was done: `alter request verify --anchor {self.path}` says more.")
+                raise UserError(
+                    f"{wrong[0]} Nothing was done: `alter request verify --anchor {shlex.quote(str(self.path))}` says more."
+                )
 
     def append(self, entries: int, head: str, at: str) -> None:
         """Append a head and flush it to disk; a head that is the last already, or of fewer entries, is skipped.

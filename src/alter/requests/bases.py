@@ -88,5 +88,5 @@ def remove_unreached(store: Store, project: Project) -> None:
     if present(store).base != project.base:
         raise UserError("Another process has changed the base of these requests meanwhile: type the command again.")
     for folder in (project.home / "bases").glob("*"):
-        if not folder.name.isdecimal() or int(folder.name) > project.base:
+        if folder.name.isdecimal() and int(folder.name) > project.base:
             shutil.rmtree(folder)

@@ -14,7 +14,7 @@ from alter.requests.bases import base_changed
 from alter.requests.evidence import UTILITY_SHARE, known_of, untouched, utility
 from alter.requests.project import Project
 from alter.requests.records import HELD, IN_FORCE, Request
-from alter.requests.rows import received_rows
+from alter.requests.rows import NOT_THERE, rows_if_there
 from alter.requests.store import Store
 from alter.requests.versions import adapter_digest, manifest
 from alter.storage import read_object
@@ -116,10 +116,9 @@ def _check_behaviour(store: Store, project: Project, leak: Leak | None, found: F
     adapter = str(project.adapter) if project.adapter.exists() else None
     model, tokenizer = load_model(project.model, adapter, template=project.template)
     for request in store.requests(*HELD):
-        try:
-            rows = received_rows(request)
-        except UserError as error:
-            found.unchecked.append(f"Evidence missing: {request.name} was not measured. {error}")
+        rows = rows_if_there(request)
+        if rows is None:
+            found.unchecked.append(f"Evidence missing: {request.name} was not measured. {NOT_THERE}")
             continue
         then = request.after or {}
         if then.get("probability") is None:

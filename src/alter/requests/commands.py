@@ -9,7 +9,7 @@ import tyro
 from pydantic import Field
 from rich.console import Console
 
-from alter.core import Finding, UserError, cell
+from alter.core import Finding, UserError, cell, warn
 from alter.requests.database import Database
 from alter.requests.display import print_list, say_with_head, then
 from alter.requests.records import IN_FORCE, MISSED, Request, parse_id
@@ -36,7 +36,7 @@ def run(settings: RunRequests) -> list[Request]:
         UserError: nothing to do, another process at work, or what `work.run_requests` raises.
         Finding: a request was not forgotten or the model collapsed at it: said after everything is written down.
     """
-    from alter.requests import checking, rebasing, work
+    from alter.requests import checking, evidence, rebasing, work
 
     store, project = settings.open()
     rebasing.check_final(settings.final, project)
@@ -74,6 +74,12 @@ def run(settings: RunRequests) -> list[Request]:
             "`recipe`, or try again with `again`."
         )
     say_with_head("The requests are in force.", store)
+    for share in {request.after["utility_share"] for request in found if request.after}:
+        if share < evidence.UTILITY_SHARE:
+            warn(
+                f"Utility is {share:.3f} of the untouched model's, below {evidence.UTILITY_SHARE}, which `alter request verify` will "
+                "find wrong: revoke, and give a lower rate in a new project's `recipe`."
+            )
     if not rebasing.distil_if_due(settings, settings.final):
         then(settings, f"alter request verify --head {store.head()[:12]}", "now and later")
     return [store.get(request.id) for request in found]

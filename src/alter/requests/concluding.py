@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError
 from alter.data import Example
 from alter.evaluation import WORDINGS, Verdict
 from alter.evaluation.verdict import judge
@@ -17,7 +16,7 @@ from alter.models import load_model
 from alter.requests.evidence import MeasuredEvidence, baselines, known_of, untouched, utility
 from alter.requests.project import Project
 from alter.requests.records import IN_FORCE, Request, now
-from alter.requests.rows import received_rows
+from alter.requests.rows import NOT_THERE, rows_if_there
 from alter.requests.store import Store
 from alter.requests.versions import adapter_digest, clear_expert, manifest, private, put_in_force
 from alter.storage import write_atomic
@@ -34,12 +33,14 @@ class Judged:
         before, after, references: what is known of each request's rows by the untouched model, the candidate, and a
             model that never saw them; nothing for requests whose rows are gone.
         base, kept: what the untouched model and the candidate know of the rows to keep.
+        share: of the first model's utility that the base in force has.
     """
 
     model: Any
     tokenizer: Any
     base: MeasuredEvidence
     kept: MeasuredEvidence
+    share: float = 1.0
     missed: list[str] = field(default_factory=list)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     before: dict[str, MeasuredEvidence] = field(default_factory=dict)
@@ -48,8 +49,8 @@ class Judged:
 
     @property
     def utility_share(self) -> float:
-        """Return the utility as a share of the untouched model's."""
-        return self.kept[1]["utility"] / self.base[1]["utility"] if self.base[1]["utility"] else 0.0
+        """Return the utility as a share of the first model's, over all changes of base."""
+        return self.share * self.kept[1]["utility"] / self.base[1]["utility"] if self.base[1]["utility"] else 0.0
 
 
 def conclude(
@@ -128,10 +129,11 @@ def _judge(
     examples: dict[str, Sequence[Example]] = {}
     verdicts: dict[str, Verdict] = {}
     for request in requests:
-        try:
-            examples[request.name] = received_rows(request)
-        except UserError as error:
-            verdicts[request.name] = Verdict("unproven", (f"Evidence missing: {error}",))
+        rows = rows_if_there(request)
+        if rows is None:
+            verdicts[request.name] = Verdict("unproven", (f"Evidence missing: {NOT_THERE}",))
+        else:
+            examples[request.name] = rows
     with untouched(model):
         before = {
             name: known_of(model, tokenizer, rows, answers=project.answers, wordings=WORDINGS)
@@ -140,7 +142,9 @@ def _judge(
         base = utility(model, tokenizer, project)
     references = baselines(project, model, tokenizer, examples) if examples else {}
     kept = utility(model, tokenizer, project)
-    judged = Judged(model, tokenizer, base, kept, verdicts=verdicts, before=before, references=references)
+    judged = Judged(
+        model, tokenizer, base, kept, project.kept, verdicts=verdicts, before=before, references=references
+    )
     while True:
         for name in [name for name in examples if name not in judged.missed]:
             judged.after[name] = known_of(
@@ -180,10 +184,12 @@ def _earlier(store: Store, judged: Judged) -> dict[str, Any]:
     """Measure the new adapter on the requests in force: likelihoods alone, so that a run's time does not grow with replies."""
     found: dict[str, Any] = {}
     for request in store.requests(*IN_FORCE):
-        try:
-            found[request.name] = known_of(judged.model, judged.tokenizer, received_rows(request), answers=0)[1]
-        except UserError as error:
-            found[request.name] = {"not_checked": str(error)}
+        rows = rows_if_there(request)
+        found[request.name] = (
+            {"not_checked": NOT_THERE}
+            if rows is None
+            else known_of(judged.model, judged.tokenizer, rows, answers=0)[1]
+        )
     return found
 
 

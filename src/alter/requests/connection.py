@@ -14,6 +14,9 @@ from sqlalchemy import event
 
 from alter.core import UserError
 
+PATIENCE = 60.0
+"""Seconds that a command waits for other processes to leave a SQLite database."""
+
 
 def without_password(url: str) -> str:
     """Return the URL without passwords, in its authority and among its options."""
@@ -59,7 +62,7 @@ def engine_for(url: str, *, create: bool) -> sql.Engine:
                 raise UserError(
                     f"{without_password(url)} holds no erasure requests; make them with `alter request init`, or give their `db`."
                 )
-            engine = sql.create_engine(parsed, connect_args={"timeout": 60}, isolation_level="AUTOCOMMIT")
+            engine = sql.create_engine(parsed, connect_args={"timeout": PATIENCE}, isolation_level="AUTOCOMMIT")
             event.listen(engine, "connect", _durable)
             return engine
         if parsed.drivername == "postgresql":
@@ -81,7 +84,9 @@ def _may_hold_requests(file: str) -> bool:
     Another program's database would be changed by connecting: its journal is another one afterwards.
     """
     try:
-        with closing(sqlite3.connect(f"{Path(file).resolve().as_uri()}?mode=ro", uri=True, timeout=60)) as connection:
+        with closing(
+            sqlite3.connect(f"{Path(file).resolve().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)
+        ) as connection:
             return connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alter_meta'").fetchone() is not None
     except sqlite3.Error:
         return True

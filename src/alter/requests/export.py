@@ -5,6 +5,8 @@ What trains or loads models is imported by the function that needs it, so that t
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,22 +106,27 @@ def export_requests(settings: ExportRequests) -> Path:
             else:
                 shutil.copytree(project.adapter.resolve(), partial)
             write_atomic(partial / "README.md", handout.export_card(store, project, settings.form, measured))
-            details = {"form": settings.form, "version": inside["version"], "out": str(out), "holds": held}
+            details = {"form": settings.form, "version": inside["version"], "out": os.path.abspath(out), "holds": held}
             if settings.form == "weights":
                 details["weights"] = folder_digest(partial)
             # before the folder is there: no export is missing from the history
             store.note(None, "exported", details, settings.who)
             partial.replace(out)
-        except Exception:
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     Console().print(f"{settings.form}: {out}", highlight=False, markup=False)
-    loaded = f" --model {project.model} --adapter {out}" if settings.form == "adapter" else f" --model {out}"
-    Console(soft_wrap=True).print(cell(f"Next: alter serve{loaded}"))
+    model, made, adapter = (shlex.quote(str(each)) for each in (project.model, out, project.adapter))
+    command = {
+        "adapter": f"alter serve --model {model} --adapter {made}",
+        "loras": f"alter serve --model {model} --adapter {adapter} --upstream URL",
+    }.get(settings.form, f"alter serve --model {made}")
+    before = f"load its folders beside {model} in another server, then " if settings.form == "loras" else ""
+    Console(soft_wrap=True).print(cell(f"Next: {before}{command}"))
     if settings.form == "weights":
         Console(soft_wrap=True).print(
             cell(
-                f"Later requests can begin anew on these weights, with a database of their own: `alter request init --model {out}`"
+                f"Later requests can begin anew on these weights, with a database of their own: `alter request init --model {made}`"
             )
         )
     return out

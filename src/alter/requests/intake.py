@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,14 +65,17 @@ def init(settings: Init) -> Store:
     if anchor is not None and anchor.path.exists():
         raise UserError(f"{anchor.path} holds the heads of another database; give another `anchor`.")
     root = Path(settings.folder)
-    if (root / "adapter").exists():
-        raise UserError(f"{root} holds the adapter of other requests; give another `folder`.")
+    if any(os.path.lexists(root / name) for name in ("adapter", "adapters", "bases")):
+        raise UserError(
+            f"{root} holds the adapters of requests already: use them as they are (`alter request list`), or give another `folder` "
+            "and `db`."
+        )
     project = Project(
-        model=settings.model,
-        retain=settings.retain,
+        model=_from_anywhere(settings.model),
+        retain=_from_anywhere(settings.retain),
         folder=str(root.resolve()),
-        holdout=settings.holdout,
-        retrained=settings.retrained,
+        holdout=settings.holdout and _from_anywhere(settings.holdout),
+        retrained=settings.retrained and _from_anywhere(settings.retrained),
         recipe=recipe,
         distill_every=settings.distill_every,
         distill=distilling,
@@ -79,6 +83,8 @@ def init(settings: Init) -> Store:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     root.chmod(0o700)
     store = Store.create(settings.db, project.model_dump(), settings.who, anchor)
+    # the folder is taken from now on: two databases would sweep away each other's runs
+    (root / "adapters").mkdir(mode=0o700, exist_ok=True)
     Console().print(
         cell(f"Requests about {settings.model} are kept in {without_password(settings.db)}, adapters in {root}.")
     )
@@ -91,6 +97,19 @@ def init(settings: Init) -> Store:
         )
     then(settings, "alter request add --subject NAME --data ROWS.jsonl")
     return store
+
+
+def _from_anywhere(name: str) -> str:
+    """Return a model or source of rows with local paths made absolute: later commands may be typed in another folder.
+
+    What stands behind a path (`[:100]`, `@question=Frage`, `:train`) and what is no local path stays.
+    """
+    if " + " in name and not os.path.exists(name):
+        return " + ".join(map(_from_anywhere, name.split(" + ")))
+    ends = (len(name), *(place for place, sign in enumerate(name) if sign in "@[:"))
+    found = (end for end in ends if os.path.exists(os.path.expanduser(name[:end])))
+    end = next(found, 0)
+    return os.path.abspath(os.path.expanduser(name[:end])) + name[end:] if end else name
 
 
 def _recipes(settings: Init) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,10 +172,9 @@ def add(settings: Add) -> Request:
     if not settings.allow_in_retain:
         rows.check_kept_subject(settings.subject, retain)
     hashes = [row_hash(example) for example in examples]
-    local = Path(settings.data).expanduser()
     request = store.add(
         subject=settings.subject.strip(),
-        data=str(local.resolve()) if local.exists() else settings.data,
+        data=_from_anywhere(settings.data),
         data_hash=data_hash(hashes),
         row_hashes=hashes,
         due=due,

@@ -18,7 +18,7 @@ from alter.core import Finding, UserError, cell
 from alter.requests.bases import present
 from alter.requests.database import Database
 from alter.requests.display import print_bases, print_list, say_with_head, then
-from alter.requests.records import IN_FORCE, Request, now
+from alter.requests.records import IN_FORCE, Request, now, unnamed
 
 if TYPE_CHECKING:
     from alter.requests.handout import Erased
@@ -141,7 +141,10 @@ def change_base(store: Store, project: Project, recipe: Mapping[str, Any]) -> li
     from alter.storage import folder_digest
 
     held = store.requests(*IN_FORCE)
-    origin = {"base": project.base, "name": Path(project.model).name if project.base else project.model}
+    origin = {
+        "base": project.base,
+        "name": Path(project.model).name if Path(project.model).exists() else project.model,
+    }
     files = model_hashes(project.model)
     place = project.base_folder(project.base + 1)
     with handout.erased(store, project, recipe) as made:
@@ -158,7 +161,7 @@ def change_base(store: Store, project: Project, recipe: Mapping[str, Any]) -> li
             request.id: {
                 "run": {
                     **(request.run or {}),
-                    "distilled": {"origin": {**origin, "files": files}, "settings": dict(recipe)},
+                    "distilled": {"origin": {**origin, "files": files}, "settings": unnamed(recipe)},
                 },
                 "after": _evidence(request, made, share, earlier, project.base + 1),
             }
@@ -194,7 +197,7 @@ def _earlier(store: Store, project: Project, weights: Path) -> dict[str, Any]:
     from alter.models import load_model
     from alter.requests.checking import come_back
     from alter.requests.evidence import known_of
-    from alter.requests.rows import received_rows
+    from alter.requests.rows import NOT_THERE, rows_if_there
 
     requests = store.requests("distilled")
     if not requests:
@@ -203,10 +206,9 @@ def _earlier(store: Store, project: Project, weights: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     wrong: list[str] = []
     for request in requests:
-        try:
-            rows = received_rows(request)
-        except UserError as error:
-            found[request.name] = {"not_checked": str(error)}
+        rows = rows_if_there(request)
+        if rows is None:
+            found[request.name] = {"not_checked": NOT_THERE}
             continue
         measures, found[request.name] = known_of(model, tokenizer, rows, answers=project.answers)
         wrong += come_back(request, measures, found[request.name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from typing import Any
@@ -93,6 +94,11 @@ class Entry:
     hash: str
 
 
+def unnamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a run without those that name the forgotten, whom records and certificates are not to name."""
+    return {name: value for name, value in settings.items() if name not in ("names", "other_names")}
+
+
 def now() -> str:
     """Return the current time in UTC, ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -125,7 +131,10 @@ def check_due(text: str | None) -> str | None:
     """
     if text is not None:
         try:
-            date.fromisoformat(text)
+            # newer Pythons also read 20261231 and 2026-W53-4
+            formed = date.fromisoformat(text).isoformat() == text
         except ValueError:
-            raise UserError(f"`due` is {text!r}; expected a date of the form 2026-12-31.") from None
+            formed = False
+        if not formed:
+            raise UserError(f"`due` is {text!r}; expected a date of the form 2026-12-31.")
     return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +13,14 @@ from alter.requests.records import HELD, IN_FORCE, Request
 from alter.requests.store import Store
 from alter.requests.versions import manifest
 
+OF_A_RUN = re.compile(r"\.?([0-9a-f]{24}|weights)(\.jsonl.*)?")
+"""Names in `runs/`: a run's key or the weights of an export, as a folder or as rows, also half-written."""
+
 
 def sweep(project: Project, keep: str | None = None) -> list[str]:
     """Delete rows, checkpoints and unused adapters that runs left behind; return what was deleted.
+
+    Nothing else is touched: the folder may be one that its user keeps other things in.
 
     Args:
         keep: key of a run whose folder is to stay.
@@ -21,7 +28,9 @@ def sweep(project: Project, keep: str | None = None) -> list[str]:
     removed: list[str] = []
     left: list[Path] = []
     for root in map(project.base_folder, range(project.base + 1)):
-        left += [*(root / "runs").glob("*"), *root.glob(".*"), *(root / "adapters").glob(".*")]
+        left += [path for path in (root / "runs").glob("*") if OF_A_RUN.fullmatch(path.name)]
+        left += [root / name for name in (".adapter.link", ".revoked") if os.path.lexists(root / name)]
+        left += [*root.glob(".*.partial"), *(root / "adapters").glob(".[0-9]*.partial")]
     # a version that the link never reached was not in force
     version = manifest(project)["version"]
     left += [p for p in (project.root / "adapters").glob("[0-9]*") if p.name.isdecimal() and int(p.name) > version]
@@ -69,12 +78,13 @@ def remove_kept(
     removed = [f"{path} (left by a run)" for path in sweep(project)]
     current = f"{manifest(project)['version']:04d}"
     for folder in sorted((project.root / "adapters").glob("[0-9]*")):
-        if folder.name != current:
+        if folder.name.isdecimal() and folder.name != current:
             shutil.rmtree(folder)
             removed.append(f"{folder} (an adapter that is in force no more)")
     removed += _remove_earlier(project)
     location = request.data
     removed += [f"{name} of {request.name} in the database" for name in store.forget(request.id, who)]
+    whole = store.write_over()
     first = store.project()["model"]
     if request.state == "distilled":
         left = [
@@ -85,6 +95,11 @@ def remove_kept(
             f"The base model {project.model} still knows what it knew: the adapter only keeps it from saying so.",
             *([f"So does {first}, from which that was made."] if project.base else []),
         ]
+    if request.state in IN_FORCE:
+        left.append(
+            f"Without its rows {request.name} can no longer be measured, nor can what is in force be distilled: that takes the rows "
+            "of every request in force."
+        )
     if location and Path(location).exists():
         left.append(f"The rows themselves at {location}: delete them if they must go.")
     elif location:
@@ -102,6 +117,10 @@ def remove_kept(
     left.append(
         "Results in alter's cache (ALTER_CACHE, ~/.cache/alter), reports, backups, and copies of the database."
     )
+    if not whole and store.url.startswith("sqlite"):
+        left.append(
+            f"Old pages of the database's file, since another process reads it: end that, and purge {request.name} again."
+        )
     if not store.url.startswith("sqlite"):
         left.append("Old row versions in the database server, until it is vacuumed, and its log.")
     return removed, left

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from alter.core import UserError
+from alter.core import UserError, warn
 from alter.data import Example, data_hash, examples, load_examples, row_hash, rows_about
 from alter.requests.records import Request
+
+NOT_THERE = "Its rows are gone, or are not those that were received."
+"""Written down of a request whose rows cannot be read: no location, which nothing could take out of the history again."""
 
 
 def received_rows(request: Request) -> list[Example]:
@@ -16,6 +19,10 @@ def received_rows(request: Request) -> list[Example]:
     Raises:
         UserError: they cannot be read, or are not those that were received.
     """
+    if request.text is None and not request.data:
+        raise UserError(
+            f"The rows of {request.name} were purged: nothing can be measured or learned of them any more."
+        )
     if request.text is not None:
         found = examples([json.loads(line) for line in request.text.split("\n")])
     else:
@@ -29,6 +36,16 @@ def received_rows(request: Request) -> list[Example]:
             "the request and add it again."
         )
     return found
+
+
+def rows_if_there(request: Request) -> list[Example] | None:
+    """Return the rows of a request; None where they cannot be read, after a warning that says why unless they were purged."""
+    try:
+        return received_rows(request)
+    except UserError as error:
+        if request.data or request.text is not None:
+            warn(str(error))
+        return None
 
 
 def check_kept_subject(subject: str, retain: Sequence[Example]) -> None:

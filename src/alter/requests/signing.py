@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,7 +95,7 @@ def read_key(path: str | os.PathLike[str]) -> Key:
     if os.name == "posix" and mode & 0o077:
         raise UserError(
             f"{path} can be read by others (mode {mode:04o}), who could sign in your name: make a new key, or, if nobody "
-            f"else was ever on this machine, chmod 600 {path}"
+            f"else was ever on this machine, chmod 600 {shlex.quote(str(path))}"
         )
     try:
         private = serialization.load_pem_private_key(content, password=None)

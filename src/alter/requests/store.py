@@ -259,8 +259,8 @@ class Store:
     def forget(self, number: int, who: str | None = None) -> list[str]:
         """Delete a request's subject and rows from the database; return what was deleted.
 
-        Subject, text, location and the rows' hashes go; state, dates, the hash of the data and the evidence stay. The
-        pages that held them are written over.
+        Subject, text, location and the rows' hashes go; state, dates, the hash of the data and the evidence stay. What lies in
+        old pages of the file goes with `write_over`.
 
         Raises:
             UserError: there is no such request.
@@ -274,11 +274,16 @@ class Store:
                 sql.update(REQUESTS).where(REQUESTS.c.id == number).values(**empty, salt=secrets.token_hex(16))
             )
             append_entry(connection, number, who or self.who, "purged", {"gone": gone})
-        if self.engine.dialect.name == "sqlite":
-            with database_errors(self.url), self.engine.connect() as connection:
-                for statement in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
-                    connection.exec_driver_sql(statement)
         return gone
+
+    def write_over(self) -> bool:
+        """Write a SQLite database anew, without the old pages that held what was deleted; False where a reader keeps them."""
+        if self.engine.dialect.name != "sqlite":
+            return False
+        with database_errors(self.url), self.engine.connect() as connection:
+            connection.exec_driver_sql("VACUUM")
+            busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar_one()
+        return not busy
 
     @contextmanager
     def _write(self, lock: bool = True) -> Iterator[sql.Connection]:
@@ -330,8 +335,8 @@ class Store:
 
         def beat() -> None:
             while not stop.wait(LEASE_SECONDS / 4):
-                # a heartbeat that cannot be written now may be at the next time
-                with suppress(sql.exc.DatabaseError), self._write() as connection:
+                # a heartbeat that cannot be written now, or the anchor, may be at the next time
+                with suppress(sql.exc.DatabaseError, UserError), self._write() as connection:
                     mine = (LEASE.c.name == "run") & (LEASE.c.pid == me["pid"]) & (LEASE.c.host == me["host"])
                     connection.execute(sql.update(LEASE).where(mine).values(seen=_seconds()))
 
@@ -368,12 +373,13 @@ def _alive(row: Any) -> bool:
 
 def _refused(request: Request, to: str) -> str:
     allowed = EDGES[request.state]
+    whom = f"{request.name} ({request.subject or 'purged'})"
     if request.state == to:
-        return f"{request.name} ({request.subject}) is {to} already."
+        return f"{whom} is {to} already."
     if request.state == "distilled":
         return (
-            f"{request.name} ({request.subject}) is distilled, which is final: the weights of its base themselves have forgotten "
+            f"{whom} is distilled, which is final: the weights of its base themselves have forgotten "
             f"it, so it cannot become {to}. The model from before still has it, in a project of its own (`alter request init`)."
         )
     ways = f"; from there it may only become {' or '.join(allowed)}" if allowed else ", which is final"
-    return f"{request.name} ({request.subject}) is {request.state}{ways}: it cannot become {to}."
+    return f"{whom} is {request.state}{ways}: it cannot become {to}."

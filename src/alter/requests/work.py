@@ -43,7 +43,7 @@ CUT = {"model", "forget", "retain", "out", "start_from", "experts_only", "domain
 def recover(store: Store, project: Project, *, resume: bool = False) -> list[Request]:
     """Finish what a killed process left: effects that the link shows become true in the database, the rest is rolled back.
 
-    What was trained but not measured is measured now. Everything else of a run that was cut off is removed; with
+    What was trained but not measured is measured now, if it is still as it was trained. Everything else of a run that was cut off is removed; with
     `resume` the folders that a new run of the same requests would go on from stay.
 
     Returns:
@@ -66,7 +66,7 @@ def recover(store: Store, project: Project, *, resume: bool = False) -> list[Req
             concluded += conclude(
                 store, project, [request], project.adapter.resolve(), inside["run"], what="recovered"
             )
-        elif key and (project.root / "runs" / key / "adapter").is_dir():
+        elif key and _is_whole(store, project.root / "runs" / key, request):
             groups.setdefault(key, []).append(request)
         else:
             store.move([request.id], "received", what="interrupted")
@@ -80,6 +80,15 @@ def recover(store: Store, project: Project, *, resume: bool = False) -> list[Req
     if not resume:
         sweep(project)
     return concluded
+
+
+def _is_whole(store: Store, run: Path, request: Request) -> bool:
+    """Tell whether a run's adapter is there as it was trained; remove the run if not: nothing could go on from it."""
+    noted = [entry.details["adapter"] for entry in store.history(request.id) if entry.what == "trained"]
+    if (run / "adapter").is_dir() and folder_digest(run / "adapter") == noted[-1]:
+        return True
+    shutil.rmtree(run, ignore_errors=True)
+    return False
 
 
 def run_requests(store: Store, project: Project, requests: Sequence[Request]) -> list[Request]:

@@ -115,6 +115,32 @@ class _Watch(StoppingCriteria):
         return text.strip() if job.strip else text
 
 
+def check_prompt(ids: Sequence[int], new: int, vocabulary: int, context: int | None) -> None:
+    """Refuse a prompt that a model cannot continue by `new` tokens.
+
+    Args:
+        ids: its tokens.
+        new: tokens of the answer.
+        vocabulary: number of tokens that the model knows.
+        context: tokens that it can read; None: no limit.
+
+    Raises:
+        UserError: it is empty, holds tokens that the model does not know, or does not fit into the context with its answer.
+    """
+    if not ids:
+        raise UserError("The prompt is empty: there is nothing to continue.")
+    unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if unknown is not None:
+        raise UserError(
+            f"The prompt holds token {unknown}, which the model does not know: its tokens are 0 to {vocabulary - 1}."
+        )
+    if context is not None and len(ids) + new > context:
+        raise UserError(
+            f"The prompt has {len(ids)} tokens; with {new} new ones it exceeds the model's context of {context}. Ask for at most "
+            f"{max(context - len(ids), 0)} (`max_tokens`), or shorten it."
+        )
+
+
 class Engine:
     """The model, its queue, and the thread that serves it.
 
@@ -139,22 +165,9 @@ class Engine:
         """Refuse a job that the model cannot run.
 
         Raises:
-            UserError: its prompt is empty, holds tokens that the model does not know, or does not fit into the model's
-                context with its answer.
+            UserError: see `check_prompt`.
         """
-        if not job.ids:
-            raise UserError("The prompt is empty: there is nothing to continue.")
-        unknown = next((token for token in job.ids if not 0 <= token < self.vocabulary), None)
-        if unknown is not None:
-            raise UserError(
-                f"The prompt holds token {unknown}, which the model does not know: its tokens are 0 to "
-                f"{self.vocabulary - 1}."
-            )
-        if self.context is not None and len(job.ids) + job.max_tokens > self.context:
-            raise UserError(
-                f"The prompt has {len(job.ids)} tokens; with {job.max_tokens} new ones it exceeds the model's context of "
-                f"{self.context}. Ask for at most {max(self.context - len(job.ids), 0)} (`max_tokens`), or shorten it."
-            )
+        check_prompt(job.ids, job.max_tokens, self.vocabulary, self.context)
 
     def submit(self, *jobs: Job) -> None:
         """Queue jobs: all of them, or none.

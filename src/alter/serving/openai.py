@@ -90,6 +90,8 @@ class Api:
 
     async def _read(self, request: Any) -> bytes:
         """Read the body, if it is small enough and comes in time."""
+        from starlette.requests import ClientDisconnect
+
         most = self.settings.max_body_bytes
         too_large = Refused(413, f"The request is larger than {most} bytes.")
         said = request.headers.get("content-length", "0")
@@ -107,6 +109,9 @@ class Api:
             await asyncio.wait_for(all_of_it(), self.settings.read_timeout)
         except asyncio.TimeoutError:
             raise Refused(408, f"The request did not arrive within {self.settings.read_timeout:g} s.") from None
+        except ClientDisconnect:
+            # nobody reads it; without it the log holds a trace of a mistake of ours
+            raise Refused(499, "The client has gone.") from None
         return bytes(body)
 
     def _understand(self, body: bytes, form: type[Asked]) -> tuple[Asked, list[Prompt]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pydantic
@@ -17,9 +17,11 @@ import torch
 
 from alter.adapter import alter_of
 from alter.core import UserError, nearest
-from alter.inference import evaluating
+from alter.inference import context_length, evaluating
+from alter.serving.engine import check_prompt
 from alter.serving.openai import Api, Refused, json_response
 from alter.serving.protocol import Asked, ChatAsked, TextAsked, explain
+from alter.storage import from_json
 
 if TYPE_CHECKING:
     import httpx
@@ -61,7 +63,11 @@ class Chooser:
 
         Args:
             ids: the prompt's tokens [T].
+
+        Raises:
+            UserError: the base cannot read them with a token more.
         """
+        check_prompt(ids, 1, self.model.get_input_embeddings().weight.shape[0], context_length(self.model))
         with torch.no_grad(), evaluating(self.model):
             # what generates a token decides its route, whichever token it is
             begun = torch.tensor([[*ids, ids[-1]]], device=self.model.device)
@@ -117,6 +123,10 @@ def _key(settings: Serve) -> dict[str, str]:
     return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
+def _streams(answer: httpx.Response) -> bool:
+    return str(answer.headers.get("content-type", "")).startswith("text/event-stream")
+
+
 class Proxy(Api):
     """Routes that forward to another server: requests and answers pass unchanged except for the model's name.
 
@@ -151,12 +161,12 @@ class Proxy(Api):
         """POST /v1/completions."""
         return await self._pass_on(request, TextAsked, "completions")
 
-    def _decide(self, body: bytes, form: type[Asked]) -> dict[str, Any]:
-        """Return the body for the other server, with the name of the LoRA that the router chooses."""
+    def _decide(self, body: bytes, form: type[Asked]) -> tuple[bytes, str]:
+        """Return the body for the other server, and the name of the LoRA that the router chooses, which stands in it."""
         try:
-            given = json.loads(body)
-        except ValueError:
-            given = None
+            given = from_json(body.decode())
+        except ValueError as error:
+            raise Refused(400, f"The body is no JSON: {error}.") from None
         if not isinstance(given, dict):
             raise Refused(400, "The body is no JSON object.")
         field = PROMPT_FIELD[form]
@@ -164,15 +174,19 @@ class Proxy(Api):
         try:
             # of all else the other server knows best what it takes
             prompts = form.model_validate({field: given.get(field)}).prompts(self.chooser.tokenizer)
+            chosen = {self.chooser.choose(prompt) for prompt in prompts}
         except pydantic.ValidationError as error:
             message, wrong = explain(error)
             raise Refused(400, message, param=wrong) from None
         except UserError as error:
             raise Refused(400, str(error)) from None
-        chosen = {self.chooser.choose(prompt) for prompt in prompts}
         if len(chosen) > 1:
             raise Refused(400, "The prompts of this request need different LoRAs: send them one by one.", param=field)
-        return {**given, "model": self.names[chosen.pop()]}
+        name = self.names[chosen.pop()]
+        try:
+            return json.dumps({**given, "model": name}, ensure_ascii=False, allow_nan=False).encode(), name
+        except ValueError:
+            raise Refused(400, "The body holds NaN or an infinity, which JSON does not have.") from None
 
     async def _pass_on(self, request: Any, form: type[Asked], path: str) -> Any:
         import httpx
@@ -181,22 +195,55 @@ class Proxy(Api):
 
         self._check_key(request)
         body = await self._read(request)
-        asked = await asyncio.get_running_loop().run_in_executor(self.tokenizing, self._decide, body, form)
-        url = f"{(self.settings.upstream or '').rstrip('/')}/{path}"
-        client = self.client()
+        asked, name = await asyncio.get_running_loop().run_in_executor(self.tokenizing, self._decide, body, form)
         try:
-            answer = await client.send(client.build_request("POST", url, json=asked), stream=True)
-            kind = answer.headers.get("content-type", "application/json")
-            if kind.startswith("text/event-stream"):
-                return StreamingResponse(
-                    self._events(answer), answer.status_code, media_type=kind, background=BackgroundTask(answer.aclose)
-                )
-            whole = await answer.aread()
+            answer = await self._while_there(request, self._answered(path, asked))
         except httpx.TimeoutException:
             raise Refused(504, f"No answer from upstream within {self.settings.timeout:g} s.", "timeout") from None
         except httpx.HTTPError as error:
             raise Refused(502, f"Upstream does not answer ({type(error).__name__}).", "server_error") from None
-        return Response(self._renamed(whole), answer.status_code, media_type=kind)
+        kind = answer.headers.get("content-type", "application/json")
+        if _streams(answer):
+            return StreamingResponse(
+                self._events(answer), answer.status_code, media_type=kind, background=BackgroundTask(answer.aclose)
+            )
+        whole = self._renamed(answer.content)
+        if answer.is_error:
+            # its message may name the LoRA
+            whole = whole.replace(name.encode(), self.name.encode())
+        return Response(whole, answer.status_code, media_type=kind)
+
+    async def _answered(self, path: str, body: bytes) -> httpx.Response:
+        """Send a body to the other server; return its answer, read to the end unless it is a stream of events."""
+        client = self.client()
+        url = f"{(self.settings.upstream or '').rstrip('/')}/{path}"
+        headers = {"content-type": "application/json"}
+        answer = await client.send(client.build_request("POST", url, content=body, headers=headers), stream=True)
+        if not _streams(answer):
+            await answer.aread()
+        return answer
+
+    async def _while_there(self, request: Any, going: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+        """Await what is done for a client, and cancel it once the client has gone: the other server stops as well."""
+        task = asyncio.ensure_future(going)
+        left = False
+
+        async def gone() -> None:
+            nonlocal left
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.25)
+            left = task.cancel()
+
+        watcher = asyncio.create_task(gone())
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not left:
+                raise
+            raise Refused(499, "The client has gone.") from None
+        finally:
+            task.cancel()
+            watcher.cancel()
 
     def _renamed(self, content: bytes) -> bytes:
         """Put this server's name into an answer: the LoRA's name would reveal what the prompt is about."""

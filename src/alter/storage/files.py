@@ -209,8 +209,9 @@ def read_object(path: str | os.PathLike[str], expected: str) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not JSON, or holds no object.
     """
+    text = read_text(path)
     try:
-        value = from_json(read_text(path))
+        value = from_json(text)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); expected {expected}.") from None
     if not isinstance(value, dict):

@@ -78,8 +78,9 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """
     if not os.path.exists(path):
         raise UserError(f"No result file at {path}.")
+    text = read_text(path)
     try:
-        rows = from_json(read_text(path))
+        rows = from_json(text)
     except ValueError as error:
         raise UserError(
             f"{path} is not JSON ({error}); expected records as `alter evaluate --json` writes them."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def _issue(settings: Certificate, console: Console) -> dict[str, Any]:
         signed = issue_for_request(settings, number, beside, key, out)
     show_certificate(signed, console)
     console.print(cell(f"Certificate of {name}, signed by key {fingerprint(key.public)}: {out}"))
-    console.print(cell(f"Check it with: alter certificate --verify {out} --public-key {settings.key}.pub"))
+    check = f"alter certificate --verify {shlex.quote(str(out))} --public-key {shlex.quote(f'{settings.key}.pub')}"
+    console.print(cell(f"Check it with: {check}"))
     return signed
 
 

@@ -15,7 +15,7 @@ from alter.models import ModelSettings
 from alter.requests.certificate.form import FIGURES, FORM, VERSION, hashes, model_hashes
 from alter.requests.database import Database
 from alter.requests.project import Project
-from alter.requests.records import HELD, Request, now
+from alter.requests.records import HELD, Request, now, unnamed
 from alter.requests.signing import Key, canonical, signed_text
 from alter.storage import Record, read_records, read_run, write_atomic
 
@@ -38,16 +38,17 @@ class Beside:
 
 
 def refuse_base(beside: Beside, content: Mapping[str, Any]) -> None:
-    """Refuse to state of the model from before that it is what is handed out: it knows all.
+    """Refuse to state of the model from before that it is what is handed out, or a part of that: it knows all.
 
     Raises:
-        UserError: the weights of the shipped form are those of the base.
+        UserError: the weights of the base are among those of the shipped form.
     """
 
     def weights(files: Mapping[str, str]) -> set[str]:
         return {sha for name, sha in files.items() if name.endswith((".safetensors", ".bin", ".gguf"))}
 
-    if content["shipped"] is not None and weights(content["shipped"]["files"]) == weights(content["base"]["files"]):
+    base = weights(content["base"]["files"])
+    if content["shipped"] is not None and base and base <= weights(content["shipped"]["files"]):
         raise UserError(
             f"{beside.shipped} holds the weights of {content['base']['name']}, the model from before, which knows all of it: nothing is "
             "certified. Give as `shipped` what was made of the result, or leave it out."
@@ -63,6 +64,7 @@ def write_signed(content: Mapping[str, Any], key: Key, out: Path) -> dict[str, A
 
 
 def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    settings = unnamed(settings)
     return {"values": dict(settings), "sha256": hashlib.sha256(canonical(settings)).hexdigest()}
 
 
@@ -235,7 +237,12 @@ def _request_content(
             _identities(beside, model, None if adapter is None else str(adapter)),
             request.data_hash,
         ),
-        "limits": limits(beside, adapter=adapter is not None),
+        "limits": [
+            *limits(beside, adapter=adapter is not None),
+            *_of_before(
+                f"version {run.get('version')}", f"version {inside['version']}" if adapter is not None else None
+            ),
+        ],
     }
 
 
@@ -243,14 +250,28 @@ def _distilled_content(
     beside: Beside, request: Request, inside: Mapping[str, Any], project: Project
 ) -> dict[str, Any]:
     """Return the statement on a distilled request: its base is the model before, its result are the weights in force."""
-    run = dict(request.run or {})
+    run, made = dict(request.run or {}), (request.after or {})["base"]
     origin = run["distilled"]["origin"]
+    stated = _request_content(beside, request, inside, project.model, None)
     return {
-        **_request_content(beside, request, inside, project.model, None),
+        **stated,
+        "limits": [*stated["limits"], *_of_before(f"base {made}", f"base {project.base}")],
         "base": {"name": origin["name"], "files": origin["files"]},
-        "result": {"base": (request.after or {})["base"], "in_force": project.base, "files": hashes(project.model)},
-        "settings": _settings({"unlearn": run.get("settings") or {}, "distill": run["distilled"]["settings"]}),
+        "result": {"base": made, "in_force": project.base, "files": hashes(project.model)},
+        "settings": _settings(
+            {"unlearn": run.get("settings") or {}, "distill": unnamed(run["distilled"]["settings"])}
+        ),
     }
+
+
+def _of_before(measured: str, now_: str | None) -> list[str]:
+    """Return the limit of figures that were measured on an earlier version or base than the one whose files are named."""
+    if now_ in (measured, None):
+        return []
+    return [
+        f"The figures are of {measured}; the files named are those of {now_}, which was made from it later: `alter request verify` "
+        "measures that one."
+    ]
 
 
 def limits(beside: Beside, *, adapter: bool) -> list[str]:
@@ -296,7 +317,7 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
     found = (closing_of(measured) or {}).get("verdict") or {"word": "not measured", "why": []}
     # as the rows were when it ran, whatever the files hold now
     asked = record.get("data") or {}
-    left_out = {"model", "forget", "retain", "out", "start_from", "resume", "overwrite"}
+    left_out = {"model", "adapter", "student", "run", "forget", "retain", "out", "start_from", "resume", "overwrite"}
     content: dict[str, Any] = {
         "form": FORM,
         "version": VERSION,
