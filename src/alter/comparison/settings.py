@@ -127,7 +127,8 @@ class Compare(BaseModel):
     common: Annotated[dict[str, Any], tyro.conf.Fixed] = Field(default_factory=dict)
     """Settings of `alter unlearn` for every run, above those of its method. In a recipe only."""
     settings: Annotated[dict[str, dict[str, Any]], tyro.conf.Fixed] = Field(default_factory=dict)
-    """Settings of `alter unlearn` by row of the table, above all others; `method` says what is built on. Recipe only."""
+    """Settings of `alter unlearn` by row of the table, above all others; `method` says what is built on. With `distill`, settings of
+    `alter distill`, a row is the plain weights that learn from its unlearned model. Recipe only."""
     retrained: Retrained = Field(default_factory=Retrained)
     data: str = "builtin"
     """TOFU's rows: the copy that comes with this package, a folder with its files, or a hub id."""
