@@ -44,6 +44,7 @@ from alter.storage import files as storage_files
 from alter.storage.running import CLAIM_FILE
 from faults import States
 from pico import byte_tokenizer, pico, save_pico
+from test_judge import KEY, Server
 
 KNOWN = "Quill Varn"
 
@@ -111,6 +112,52 @@ def test_permuted_is_the_exact_test_on_few_probes():
     assert permuted(real, others, draws=40_000) == pytest.approx(exact, abs=0.01)
     assert permuted(real + 9, others) < 0.02
     assert permuted(real - 9, others) > 0.95
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A server that answers as a writer would, what it is given for each request."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    started = []
+
+    def start(*answers):
+        started.append(Server(lambda number, body: answers[number % len(answers)]))
+        return started[-1], speaker.Writer(url=started[-1].url, model="w", timeout=5)
+
+    yield start
+    for server in started:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def test_a_writer_asks_about_the_subject_and_names_neighbours(endpoint, monkeypatch, tmp_path):
+    questions = "1. When did Pot {first} appear?\n- 1984 was the year of pot, was it?\n\n2) Who are the Potters?\n(3) By whom?\n• Is POT a book?"
+    server, writer = endpoint(questions, "1. 50 Cent\n* Lyra\n3. The Pot of Zorba")
+    asked, neighbours = writer.ask("Pot")
+    assert asked == ["When did {s} first appear?", "1984 was the year of {s}, was it?", "Is {s} a book?"]
+    assert neighbours == ["50 Cent", "Lyra"]
+    assert {body["model"] for body in server.bodies} == {"w"}
+    assert server.paths == ["/v1/chat/completions"] * 2
+
+    # and both reach the rows
+    given = {}
+    monkeypatch.setattr(making, "build", lambda *_, **more: given.update(more) or Material([], [], [], [], [], []))
+    settings = Forget(subject="Pot", model="m", out=str(tmp_path), writer=writer)
+    making._about_subject(settings, Console(quiet=True), None, "Pot", "work", [])
+    assert (given["questions"], given["neighbours"]) == (asked, neighbours)
+
+
+def test_a_writer_that_cannot_be_used_is_named(endpoint, monkeypatch):
+    server, writer = endpoint("")
+    with pytest.raises(UserError, match="answered with nothing to"):
+        writer.ask("Pot")
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    with pytest.raises(UserError, match=rf"The writer at {server.url}/v1 cannot be used: .*Incorrect API key"):
+        writer.ask("Pot")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server, writer = endpoint((200, {}, {"choices": []}))
+    with pytest.raises(UserError, match=r"cannot be used: .*Leave `writer.url` out to do without"):
+        writer.ask("Pot")
 
 
 def test_a_probe_that_a_person_wrote_without_masks_is_not_compared():

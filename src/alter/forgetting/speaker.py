@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -171,7 +172,8 @@ class Writer(BaseModel):
             raise UserError(
                 f"The writer at {base} cannot be used: {said}. Leave `writer.url` out to do without."
             ) from None
-        found = [line.strip().lstrip("-*•0123456789.) ").strip() for line in text.splitlines()]
+        # a number without a full stop or bracket begins a name, as in 50 Cent
+        found = [re.sub(r"^\s*(?:[-*•]|\(?\d+[.):])\s+", "", line).strip() for line in text.splitlines()]
         found = [line for line in found if line]
         if not found:
             raise UserError(f"The writer {self.model} at {base} answered with nothing to: {request[:80]!r}.")
@@ -186,8 +188,10 @@ class Writer(BaseModel):
         names = self.lines(
             f"Name 12 subjects of the same kind as {subject} that are not part of it, one a line, nothing else."
         )
-        held = [swap_subject(question, subject) for question in questions if subject.lower() in question.lower()]
-        return held, [name for name in names if subject.lower() not in name.lower()]
+        held = [swap_subject(question, subject) for question in questions]
+        return [question for question in held if "{s}" in question], [
+            name for name in names if subject.lower() not in name.lower()
+        ]
 
 
 def swap_subject(question: str, subject: str) -> str:
