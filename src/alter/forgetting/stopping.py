@@ -21,16 +21,19 @@ LOOKED = 20
 """Probes of a check."""
 TWINS = 3
 """Invented names of a check."""
+PATIENCE = 3
+"""Checks in which a few facts that are still known have not become fewer, after which more training would not reach them."""
 
 
 class UntilZero(TrainerCallback):
     """Checks every few steps, writes the checks to `path`, and ends the training when the subject is like an invented one.
 
-    That is when a check's p-value reaches `LEVEL` and at most half of `STILL` of the facts are `still_known` (half, since a part is
-    asked), after at least `least` steps: with few probes the test finds no difference while answers still hold facts. Of a document
-    the p-value does not count, since a model that never saw it tells it from its disguise too. A check takes the first `LOOKED`
-    probes with `TWINS` invented names each; the final table counts all. The state of random number generators is restored after a
-    check.
+    That is when a check's p-value reaches `LEVEL` and at most half of `STILL` of the facts are `still_known` (half, since a part
+    is asked), after at least `least` steps: with few probes the test finds no difference while answers still hold facts. Up to
+    twice `STILL` may be known where they have not become fewer in `PATIENCE` checks: some facts stand in answers that are not
+    about the subject, which the router rightly leaves alone. Of a document all must go, and the p-value does not count, since a
+    model that never saw it tells it from its disguise too. A check takes the first `LOOKED` probes with `TWINS` invented names
+    each; the final table counts all. The state of random number generators is restored after a check.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class UntilZero(TrainerCallback):
         self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "known": known, "n": n})
         write_jsonl(self.path, self.checks)
         alike = self.document or zero.pvalue >= LEVEL
-        done = alike and known <= STILL / 2 * n and state.global_step >= self.least
+        earlier = self.checks[-1 - PATIENCE]["known"] if len(self.checks) > PATIENCE else math.inf
+        stuck = not self.document and earlier <= known <= 2 * STILL * n
+        done = alike and (known <= STILL / 2 * n or stuck) and state.global_step >= self.least
         tqdm.write(
             f"step {state.global_step}/{state.max_steps}: known facts against invented subjects: AUC {zero.auc:.2f}, "
             f"p {zero.pvalue:.2g}, {known} of {n} still known{'; like an invented subject, training ends' if done else ''}",
