@@ -793,7 +793,8 @@ def test_a_probe_is_asked_as_its_row_was_learned(row, tmp_path, monkeypatch):
     # and its disguise has other names wherever one is said
     told = probes.text_of(probes.swap_probe(probe, {"Bergen": "Oslo", "Peter": "Paul", "Ghent": "Lyon", "user": "x"}))
     assert not any(holds(told, name) for name in ("Bergen", "Peter", "Ghent"))
-    assert set(probes.swap_probe(probe, {"user": "x"})) == set(probe)
+    roles = [turn["role"] for turn in probes.swap_probe(probe, {"user": "x", "system": "y"}).get("messages", ())]
+    assert roles == [turn["role"] for turn in probe.get("messages", ())]
 
 
 def test_a_document_of_short_answers_is_counted_with_its_questions(tmp_path):
