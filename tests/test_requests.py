@@ -1280,6 +1280,19 @@ def test_data_that_was_deleted_locks_nothing(data, tmp_path, capsys):
         assert b"Lovelace" not in path.read_bytes()
 
 
+def test_another_programs_database_is_left_alone(data, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.execute("CREATE TABLE customers (name)")
+        other.commit()
+    before = (tmp_path / "other.db").read_bytes()
+    with pytest.raises(UserError, match=r"database of another program .with the table customers"):
+        start(data, tmp_path, db=f"sqlite:///{tmp_path}/other.db")
+    assert (tmp_path / "other.db").read_bytes() == before
+    # an empty file is nobody's
+    (tmp_path / "empty.db").touch()
+    assert start(data, tmp_path, db=f"sqlite:///{tmp_path}/empty.db").requests() == []
+
+
 def test_purge_says_when_a_reader_keeps_old_pages(tmp_path, monkeypatch):
     monkeypatch.setattr("alter.requests.connection.PATIENCE", 0.2)
     url = f"sqlite:///{tmp_path}/requests.db"
