@@ -53,10 +53,11 @@ class Upstream:
                     self.send_response(200)
                     self.send_header("content-type", "text/event-stream; charset=utf-8")
                     self.end_headers()
-                    for word in ("one", " two"):
+                    for word in ("one", " two\u2028\x85"):
                         delta = {"index": 0, "delta": {"content": word}, "finish_reason": None}
                         event = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
-                        self.wfile.write(f"data: {json.dumps({**event, 'choices': [delta]})}\n\n".encode())
+                        said = json.dumps({**event, "choices": [delta]}, ensure_ascii=False)
+                        self.wfile.write(f"data: {said}\n\n".encode())
                         self.wfile.flush()
                     self.wfile.write(b"data: [DONE]\n\n")
                 else:
@@ -140,7 +141,7 @@ def test_the_prompt_decides_and_all_else_is_passed_on(client, upstream, question
 
 def test_a_stream_comes_in_pieces_under_our_name(client, upstream):
     events = list(ask(client, "Who is Ada?", stream=True))
-    assert [event.choices[0].delta.content for event in events] == ["one", " two"]
+    assert [event.choices[0].delta.content for event in events] == ["one", " two\u2028\x85"]
     assert {event.model for event in events} == {"ours"}
     assert upstream.asked[0][1]["model"] == "lora-1"
 

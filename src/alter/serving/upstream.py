@@ -123,6 +123,17 @@ def _key(settings: Serve) -> dict[str, str]:
     return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
+async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield an answer's lines as events have them: U+2028 and others, at which httpx breaks lines too, may stand in a text."""
+    left = b""
+    async for piece in answer.aiter_bytes():
+        *lines, left = (left + piece).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r")
+    if left:
+        yield left
+
+
 def _streams(answer: httpx.Response) -> bool:
     return str(answer.headers.get("content-type", "")).startswith("text/event-stream")
 
@@ -257,9 +268,6 @@ class Proxy(Api):
 
     async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
         """Yield a stream's events as they come, each under this server's name."""
-        async for line in answer.aiter_lines():
+        async for line in _lines(answer):
             head, data = line[:5], line[5:].strip()
-            if head == "data:" and data:
-                yield b"data: " + self._renamed(data.encode()) + b"\n"
-            else:
-                yield line.encode() + b"\n"
+            yield (b"data: " + self._renamed(data) if head == b"data:" and data else line) + b"\n"
