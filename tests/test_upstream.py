@@ -201,6 +201,12 @@ def test_an_error_does_not_tell_which_lora_was_chosen(client):
     with pytest.raises(openai.NotFoundError, match="The model `ours` does not exist") as error:
         ask(client, "Who is Ada?", temperature=8)
     assert "lora" not in str(error.value)
+    # a name may be a part of other words, and of the form
+    proxy = Proxy(Serve(model="x", adapter="a", name="ours", upstream="u"), Chosen(), ["m", "m-1", "m-2"])
+    content = {"error": {"message": "m: `message` is too long for m.", "param": "m", "code": None}}
+    said = {"error": {"message": "ours: `message` is too long for ours.", "param": "ours", "code": None}}
+    assert json.loads(proxy._without("m", json.dumps(content).encode())) == said
+    assert proxy._without("m", b"no m here, ma'am") == b"no ours here, ma'am"
 
 
 def test_upstream_stops_when_the_client_has_gone(client, upstream):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -218,11 +219,8 @@ class Proxy(Api):
             return StreamingResponse(
                 self._events(answer), answer.status_code, media_type=kind, background=BackgroundTask(answer.aclose)
             )
-        whole = self._renamed(answer.content)
-        if answer.is_error:
-            # its message may name the LoRA
-            whole = whole.replace(name.encode(), self.name.encode())
-        return Response(whole, answer.status_code, media_type=kind)
+        content = self._without(name, answer.content) if answer.is_error else answer.content
+        return Response(self._renamed(content), answer.status_code, media_type=kind)
 
     async def _answered(self, path: str, body: bytes) -> httpx.Response:
         """Send a body to the other server; return its answer, read to the end unless it is a stream of events."""
@@ -265,6 +263,23 @@ class Proxy(Api):
         if not isinstance(found, dict) or "model" not in found:
             return content
         return json.dumps({**found, "model": self.name}, ensure_ascii=False).encode()
+
+    def _without(self, name: str, content: bytes) -> bytes:
+        """Put this server's name in place of another in the texts of an error, whose message may name the LoRA."""
+
+        def said(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: said(each) for key, each in value.items()}
+            if isinstance(value, list):
+                return [said(each) for each in value]
+            if isinstance(value, str):
+                return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _: self.name, value)
+            return value
+
+        try:
+            return json.dumps(said(json.loads(content)), ensure_ascii=False).encode()
+        except ValueError:
+            return str(said(content.decode(errors="replace"))).encode()
 
     async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
         """Yield a stream's events as they come, each under this server's name."""
