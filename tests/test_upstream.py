@@ -1,5 +1,6 @@
 """`alter serve --upstream`: the router chooses the LoRA, another server answers, and what it says is passed on."""
 
+import asyncio
 import json
 import threading
 import time
@@ -213,6 +214,33 @@ def test_upstream_stops_when_the_client_has_gone(client, upstream):
     with pytest.raises(openai.APITimeoutError):
         ask(client.with_options(timeout=0.3), "Who is Ada?", temperature=7)
     assert upstream.left.wait(4)
+
+
+def test_as_many_clients_as_come_are_passed_on_at_once():
+    """The other server decides how many it takes."""
+    clients = 120
+
+    async def go():
+        here, all_here = [], asyncio.Event()
+
+        async def answer(reader, writer):
+            await reader.readuntil(b"}")
+            here.append(writer)
+            if len(here) == clients:
+                all_here.set()
+            await all_here.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        proxy = Proxy(Serve(model="m", adapter="a", name="ours", upstream=url, timeout=5), Chosen(), NAMES)
+        found = await asyncio.gather(*(proxy._answered("completions", b"{}") for _ in range(clients)))
+        server.close()
+        return [each.status_code for each in found]
+
+    assert asyncio.run(go()) == [200] * clients
 
 
 def test_names_are_compared_before_anything_is_served(upstream, monkeypatch):

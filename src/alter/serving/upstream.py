@@ -158,7 +158,9 @@ class Proxy(Api):
         import httpx
 
         if self._client is None:
-            self._client = httpx.AsyncClient(timeout=self.settings.timeout, headers=_key(self.settings))
+            # how many answers are made at once is for the other server to decide
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+            self._client = httpx.AsyncClient(timeout=self.settings.timeout, headers=_key(self.settings), limits=limits)
         return self._client
 
     async def health(self, request: Any) -> Any:
