@@ -78,7 +78,7 @@ def run(settings: RunRequests) -> list[Request]:
             f"`recipe`, or try again with `again`.{''.join(f' {sentence}' for sentence in back)}"
         )
     say_with_head("The requests are in force.", store)
-    for share in {request.after["utility_share"] for request in found if request.after}:
+    for share in {request.after["utility_share"] or 0.0 for request in found if request.after}:
         if share < evidence.UTILITY_SHARE:
             warn(
                 f"Utility is {share:.3f} of the untouched model's, below {evidence.UTILITY_SHARE}, which `alter request verify` will "
