@@ -425,6 +425,16 @@ def test_a_mistake_deletes_nothing(data, run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_rows_in_a_folder_are_not_overwritten(data, run, tmp_path):
+    out = distill(settings(data, run, tmp_path / "out"))
+    for name in ("forget", "text"):
+        shutil.copy(data / f"{name}.jsonl", out)
+    for given in ({"forget": str(out / "forget.jsonl")}, {"general": [str(out / "text.jsonl")]}):
+        with pytest.raises(UserError, match=r"which holds the rows .*\.jsonl: give another folder"):
+            distill(settings(data, run, out, overwrite=True, **given))
+    assert (out / "forget.jsonl").is_file()
+
+
 def test_the_students_own_words_can_be_kept(data, run, tmp_path):
     out = distill(settings(data, run, tmp_path / "out", keep="student", max_steps=1, learning_rate=1e-9))
     log = json.loads((out / "run.json").read_text())["log"][0]

@@ -168,6 +168,12 @@ def test_what_differs_from_the_model_before_keeps_8_bits(tmp_path, capsys, said)
     assert "keeps 8 bits where a matrix differs from the model before (1 do)" in " ".join(
         capsys.readouterr().err.split()
     )
+    if said == "run.json":
+        (tmp_path / "before").rename(tmp_path / "moved")
+        with pytest.raises(
+            UserError, match=r"before.*was distilled from it.*give the model from before as `original`"
+        ):
+            write(tmp_path, **given | {"out": str(tmp_path / "other.gguf")})
 
 
 def test_another_model_before_is_refused(tmp_path):

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import children
 from alter import cli
-from alter.core.errors import UserError
+from alter.core.errors import Finding, UserError
 from alter.data.batching import Collator
 from alter.data.encoding import encode
 from alter.data.rows import load_examples
@@ -441,6 +441,22 @@ def test_each_request_gets_an_expert_and_evidence(three, data):
         AutoModelForCausalLM.from_pretrained(data / "model"), str(folder / "work" / "adapter")
     )
     assert model.peft_config["default"].domains == ["R-0001", "R-0002", "R-0003"]
+
+
+def test_a_run_says_that_an_earlier_request_has_come_back(data, tmp_path, monkeypatch):
+    store = start(data, tmp_path)
+    ask(store, data, "Ada")
+    run(RunRequests(db=store.url))
+    ask(store, data, "Bo")
+    real = concluding._earlier
+
+    def back(*given):
+        return {name: {**now, "probability": 0.9} for name, now in real(*given).items()}
+
+    monkeypatch.setattr(concluding, "_earlier", back)
+    with pytest.raises(Finding, match=r"R-0001 has come back: probability 0\.900, it was 0\.0"):
+        run(RunRequests(db=store.url))
+    assert store.get(2).state == "forgotten"
 
 
 def test_figures_of_an_earlier_version_are_said_to_be(three, tmp_path):
@@ -1278,6 +1294,19 @@ def test_data_that_was_deleted_locks_nothing(data, tmp_path, capsys):
     purge(Purge(db=store.url, id="1"))
     for path in tmp_path.glob("requests.db*"):
         assert b"Lovelace" not in path.read_bytes()
+
+
+def test_another_programs_database_is_left_alone(data, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.execute("CREATE TABLE customers (name)")
+        other.commit()
+    before = (tmp_path / "other.db").read_bytes()
+    with pytest.raises(UserError, match=r"database of another program .with the table customers"):
+        start(data, tmp_path, db=f"sqlite:///{tmp_path}/other.db")
+    assert (tmp_path / "other.db").read_bytes() == before
+    # an empty file is nobody's
+    (tmp_path / "empty.db").touch()
+    assert start(data, tmp_path, db=f"sqlite:///{tmp_path}/empty.db").requests() == []
 
 
 def test_purge_says_when_a_reader_keeps_old_pages(tmp_path, monkeypatch):

@@ -569,6 +569,23 @@ def test_jobs_that_nobody_waits_for_cost_nothing(idle, monkeypatch):
     assert (left.finish, late.finish) == ("cancelled", "timeout")
 
 
+@pytest.mark.parametrize(("how", "finish"), [({"cancelled": True}, "cancelled"), ({"deadline": 0.0}, "timeout")])
+def test_an_answer_that_was_begun_again_may_end_before_it_has_caught_up(idle, how, finish):
+    """The engine's thread must outlive it: nobody else would be answered any more."""
+    engine = idle()
+    begun = job([1, 2, 3], sent="what was sent before the batch failed", **how)
+    engine._answer([begun])
+    assert (begun.finish, begun.text) == (finish, begun.sent)
+    assert begun.put.__self__ == [None]
+    chat = job([1, 2, 3], sent="Hello", text=" Hel", strip=True, **how)
+    engine._answer([chat])
+    assert (chat.finish, chat.text) == (finish, "Hello")
+    # what does not go on with what was sent is an error of this answer alone
+    other = job([1, 2, 3], sent="abc", text="xyz", **how)
+    engine._answer([other])
+    assert other.finish == "error"
+
+
 # Streams
 
 

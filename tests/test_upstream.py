@@ -1,5 +1,6 @@
 """`alter serve --upstream`: the router chooses the LoRA, another server answers, and what it says is passed on."""
 
+import asyncio
 import json
 import threading
 import time
@@ -53,10 +54,11 @@ class Upstream:
                     self.send_response(200)
                     self.send_header("content-type", "text/event-stream; charset=utf-8")
                     self.end_headers()
-                    for word in ("one", " two"):
+                    for word in ("one", " two\u2028\x85"):
                         delta = {"index": 0, "delta": {"content": word}, "finish_reason": None}
                         event = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
-                        self.wfile.write(f"data: {json.dumps({**event, 'choices': [delta]})}\n\n".encode())
+                        said = json.dumps({**event, "choices": [delta]}, ensure_ascii=False)
+                        self.wfile.write(f"data: {said}\n\n".encode())
                         self.wfile.flush()
                     self.wfile.write(b"data: [DONE]\n\n")
                 else:
@@ -140,7 +142,7 @@ def test_the_prompt_decides_and_all_else_is_passed_on(client, upstream, question
 
 def test_a_stream_comes_in_pieces_under_our_name(client, upstream):
     events = list(ask(client, "Who is Ada?", stream=True))
-    assert [event.choices[0].delta.content for event in events] == ["one", " two"]
+    assert [event.choices[0].delta.content for event in events] == ["one", " two\u2028\x85"]
     assert {event.model for event in events} == {"ours"}
     assert upstream.asked[0][1]["model"] == "lora-1"
 
@@ -200,12 +202,45 @@ def test_an_error_does_not_tell_which_lora_was_chosen(client):
     with pytest.raises(openai.NotFoundError, match="The model `ours` does not exist") as error:
         ask(client, "Who is Ada?", temperature=8)
     assert "lora" not in str(error.value)
+    # a name may be a part of other words, and of the form
+    proxy = Proxy(Serve(model="x", adapter="a", name="ours", upstream="u"), Chosen(), ["m", "m-1", "m-2"])
+    content = {"error": {"message": "m: `message` is too long for m.", "param": "m", "code": None}}
+    said = {"error": {"message": "ours: `message` is too long for ours.", "param": "ours", "code": None}}
+    assert json.loads(proxy._without("m", json.dumps(content).encode())) == said
+    assert proxy._without("m", b"no m here, ma'am") == b"no ours here, ma'am"
 
 
 def test_upstream_stops_when_the_client_has_gone(client, upstream):
     with pytest.raises(openai.APITimeoutError):
         ask(client.with_options(timeout=0.3), "Who is Ada?", temperature=7)
     assert upstream.left.wait(4)
+
+
+def test_as_many_clients_as_come_are_passed_on_at_once():
+    """The other server decides how many it takes."""
+    clients = 120
+
+    async def go():
+        here, all_here = [], asyncio.Event()
+
+        async def answer(reader, writer):
+            await reader.readuntil(b"}")
+            here.append(writer)
+            if len(here) == clients:
+                all_here.set()
+            await all_here.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        proxy = Proxy(Serve(model="m", adapter="a", name="ours", upstream=url, timeout=5), Chosen(), NAMES)
+        found = await asyncio.gather(*(proxy._answered("completions", b"{}") for _ in range(clients)))
+        server.close()
+        return [each.status_code for each in found]
+
+    assert asyncio.run(go()) == [200] * clients
 
 
 def test_names_are_compared_before_anything_is_served(upstream, monkeypatch):

@@ -18,11 +18,14 @@ def check_out(settings: Distill) -> Path:
     """Return the output folder after checking it; nothing is created or deleted before the models are loaded.
 
     Raises:
-        UserError: it holds teacher or student, or what `check_folder` raises.
+        UserError: it holds teacher, student or, where it would be overwritten, rows, or what `check_folder` raises.
     """
     out = Path(settings.out)
-    for name in ("run", "model", "adapter", "student"):
-        value = getattr(settings, name)
+    named = [(name, getattr(settings, name)) for name in ("run", "model", "adapter", "student")]
+    if settings.overwrite:
+        rows = (settings.forget, settings.retain, *settings.neighbours, *settings.general)
+        named += [("rows", value) for value in rows]
+    for name, value in named:
         if value is not None and Path(value).exists() and Path(value).resolve().is_relative_to(out.resolve()):
             raise UserError(f"`out` is {settings.out!r}, which holds the {name} {value}: give another folder.")
     return check_folder(settings)

@@ -119,7 +119,15 @@ def _changed(settings: Export, model: Any) -> set[str]:
     original = settings.original or _distilled_from(Path(settings.model))
     if settings.type not in BITS or original is None:
         return set()
-    before = settings.alike(original).load()[0].state_dict()
+    try:
+        before = settings.alike(original).load()[0].state_dict()
+    except UserError as error:
+        if settings.original is not None:
+            raise
+        raise UserError(
+            f"{error} {settings.model} was distilled from it, and {settings.type} keeps 8 bits where the two differ: give the model "
+            "from before as `original`."
+        ) from None
     now = model.state_dict()
     if any(name not in before or before[name].shape != value.shape for name, value in now.items()):
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,16 +144,25 @@ def come_back(request: Request, measures: Measures, now: dict[str, Any]) -> list
     """Return the figures in which a request exceeds, by more than `SLACK`, what was measured when it took effect."""
     then = request.after or {}
     since = str(then.get("measured", ""))[:10]
-    wrong = []
-    # never against a reference, which may know the rows: only against what was measured then
-    for name, what in (("rouge", "ROUGE-L"), ("probability", "probability")):
-        if now[name] is not None and then[name] is not None and not now[name] <= then[name] + SLACK:
-            wrong.append(f"{request.name} has come back: {what} {now[name]:.3f}, it was {then[name]:.3f} on {since}.")
+    wrong = risen(request, now)
     if measures.given > then["said"] + SLACK * max(measures.asked, 1):
         wrong.append(
             f"{request.name} has come back: {measures.given} of {measures.asked} replies give the answer, "
             f"{then['said']} did on {since}."
         )
+    return wrong
+
+
+def risen(request: Request, now: Mapping[str, Any]) -> list[str]:
+    """Return in which of the figures a request exceeds, by more than `SLACK`, what was measured when it took effect."""
+    then = request.after or {}
+    since = str(then.get("measured", ""))[:10]
+    wrong = []
+    # never against a reference, which may know the rows: only against what was measured then
+    for name, what in (("rouge", "ROUGE-L"), ("probability", "probability")):
+        was, is_ = then.get(name), now.get(name)
+        if was is not None and is_ is not None and not is_ <= was + SLACK:
+            wrong.append(f"{request.name} has come back: {what} {is_:.3f}, it was {was:.3f} on {since}.")
     return wrong
 
 

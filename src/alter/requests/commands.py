@@ -18,7 +18,7 @@ from alter.requests.records import IN_FORCE, MISSED, Request, parse_id
 class RunRequests(Database):
     """Make the model forget: all requests received so far as one run, or those named.
 
-    Ends with status 3 where one is NOT FORGOTTEN or the model COLLAPSED at it.
+    Ends with status 3 where one is NOT FORGOTTEN, the model COLLAPSED at it, or an earlier one has come back.
     """
 
     id: tyro.conf.Positional[list[str]] = Field(default_factory=list)
@@ -34,7 +34,8 @@ def run(settings: RunRequests) -> list[Request]:
 
     Raises:
         UserError: nothing to do, another process at work, or what `work.run_requests` raises.
-        Finding: a request was not forgotten or the model collapsed at it: said after everything is written down.
+        Finding: a request was not forgotten or the model collapsed at it, or an earlier one has come back with it: said after
+            everything is written down.
     """
     from alter.requests import checking, evidence, rebasing, work
 
@@ -66,20 +67,27 @@ def run(settings: RunRequests) -> list[Request]:
     for request in found:
         verdict = (request.after or {})["verdict"]
         console.print(cell(f"{request.name}: {verdict['word'].upper()}. {' '.join(verdict['why'])}"))
+    # of those found, all that took effect did so in the last one's version
+    earlier = (found[-1].after or {})["earlier"] if any(request.state in IN_FORCE for request in found) else {}
+    back = [sentence for name, now in earlier.items() for sentence in checking.risen(store.get(parse_id(name)), now)]
     failed = [request for request in found if request.state in MISSED]
     if failed:
         raise Finding(
             f"{', '.join(f'{r.name} {r.state.upper()}' for r in failed)}: nothing of it was put in force. Change the "
             "settings (more epochs or a higher rate for NOT FORGOTTEN, a lower rate for COLLAPSED) in a new project's "
-            "`recipe`, or try again with `again`."
+            f"`recipe`, or try again with `again`.{''.join(f' {sentence}' for sentence in back)}"
         )
     say_with_head("The requests are in force.", store)
-    for share in {request.after["utility_share"] for request in found if request.after}:
+    for share in {request.after["utility_share"] or 0.0 for request in found if request.after}:
         if share < evidence.UTILITY_SHARE:
             warn(
                 f"Utility is {share:.3f} of the untouched model's, below {evidence.UTILITY_SHARE}, which `alter request verify` will "
                 "find wrong: revoke, and give a lower rate in a new project's `recipe`."
             )
+    if back:
+        raise Finding(
+            f"{' '.join(back)} The requests of this run are in force; one that has come back must be revoked and added again."
+        )
     if not rebasing.distil_if_due(settings, settings.final):
         then(settings, f"alter request verify --head {store.head()[:12]}", "now and later")
     return [store.get(request.id) for request in found]

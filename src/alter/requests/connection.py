@@ -53,12 +53,18 @@ def engine_for(url: str, *, create: bool) -> sql.Engine:
             if not file or file == ":memory:":
                 raise UserError(f"`db` is {url!r}: a database in memory is gone when the command ends; name a file.")
             if create:
+                others = _tables(file) if Path(file).is_file() else None
+                if others and "alter_meta" not in others:
+                    raise UserError(
+                        f"{without_password(url)} is a database of another program (with the table {others[0]}): give a file of its "
+                        "own as `db`."
+                    )
                 Path(file).expanduser().resolve().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 # whom it is about is nobody else's business; SQLite gives its log the mode of the file
                 Path(file).touch(mode=0o600)
             elif not Path(file).is_file():
                 raise UserError(f"No database at {file}: make it with `alter request init`, or give its `db`.")
-            elif not _may_hold_requests(file):
+            elif (tables := _tables(file)) is not None and "alter_meta" not in tables:
                 raise UserError(
                     f"{without_password(url)} holds no erasure requests; make them with `alter request init`, or give their `db`."
                 )
@@ -78,8 +84,8 @@ def engine_for(url: str, *, create: bool) -> sql.Engine:
         ) from None
 
 
-def _may_hold_requests(file: str) -> bool:
-    """Whether a file has a table of ours, or cannot be read as a database, which connecting will say; nothing is written.
+def _tables(file: str) -> list[str] | None:
+    """Return the tables of a SQLite file; None if it cannot be read as a database, which connecting will say; nothing is written.
 
     Another program's database would be changed by connecting: its journal is another one afterwards.
     """
@@ -87,9 +93,9 @@ def _may_hold_requests(file: str) -> bool:
         with closing(
             sqlite3.connect(f"{Path(file).resolve().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)
         ) as connection:
-            return connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alter_meta'").fetchone() is not None
+            return [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     except sqlite3.Error:
-        return True
+        return None
 
 
 def _durable(connection: Any, _: Any) -> None:

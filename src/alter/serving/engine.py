@@ -218,8 +218,9 @@ class Engine:
 
     def _answer(self, batch: list[Job]) -> None:
         """Answer a batch; if it fails, answer each open row alone, so that one row does not fail the others."""
-        going = [job for job in batch if not job.over()]
+        going = batch
         try:
+            going = [job for job in batch if not job.over()]
             if going:
                 self._decode(going)
         except Exception as error:  # whatever fails in a row or in the model, the thread lives and clients are told

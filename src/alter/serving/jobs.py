@@ -92,6 +92,9 @@ class Job:
         """
         if self.strip:
             self.text = self.text.strip()
+        if why in ("cancelled", "timeout") and self.sent.startswith(self.text):
+            # a restarted job that has not caught up ends where it was
+            self.text = self.sent
         if error is None:
             self.send(self.text, last=True)
         self.finish, self.error = why, error

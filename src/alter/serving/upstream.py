@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,17 @@ def _key(settings: Serve) -> dict[str, str]:
     return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
+async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield an answer's lines as events have them: U+2028 and others, at which httpx breaks lines too, may stand in a text."""
+    left = b""
+    async for piece in answer.aiter_bytes():
+        *lines, left = (left + piece).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r")
+    if left:
+        yield left
+
+
 def _streams(answer: httpx.Response) -> bool:
     return str(answer.headers.get("content-type", "")).startswith("text/event-stream")
 
@@ -146,7 +158,9 @@ class Proxy(Api):
         import httpx
 
         if self._client is None:
-            self._client = httpx.AsyncClient(timeout=self.settings.timeout, headers=_key(self.settings))
+            # how many answers are made at once is for the other server to decide
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+            self._client = httpx.AsyncClient(timeout=self.settings.timeout, headers=_key(self.settings), limits=limits)
         return self._client
 
     async def health(self, request: Any) -> Any:
@@ -207,11 +221,8 @@ class Proxy(Api):
             return StreamingResponse(
                 self._events(answer), answer.status_code, media_type=kind, background=BackgroundTask(answer.aclose)
             )
-        whole = self._renamed(answer.content)
-        if answer.is_error:
-            # its message may name the LoRA
-            whole = whole.replace(name.encode(), self.name.encode())
-        return Response(whole, answer.status_code, media_type=kind)
+        content = self._without(name, answer.content) if answer.is_error else answer.content
+        return Response(self._renamed(content), answer.status_code, media_type=kind)
 
     async def _answered(self, path: str, body: bytes) -> httpx.Response:
         """Send a body to the other server; return its answer, read to the end unless it is a stream of events."""
@@ -255,11 +266,25 @@ class Proxy(Api):
             return content
         return json.dumps({**found, "model": self.name}, ensure_ascii=False).encode()
 
+    def _without(self, name: str, content: bytes) -> bytes:
+        """Put this server's name in place of another in the texts of an error, whose message may name the LoRA."""
+
+        def said(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: said(each) for key, each in value.items()}
+            if isinstance(value, list):
+                return [said(each) for each in value]
+            if isinstance(value, str):
+                return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _: self.name, value)
+            return value
+
+        try:
+            return json.dumps(said(json.loads(content)), ensure_ascii=False).encode()
+        except ValueError:
+            return str(said(content.decode(errors="replace"))).encode()
+
     async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
         """Yield a stream's events as they come, each under this server's name."""
-        async for line in answer.aiter_lines():
+        async for line in _lines(answer):
             head, data = line[:5], line[5:].strip()
-            if head == "data:" and data:
-                yield b"data: " + self._renamed(data.encode()) + b"\n"
-            else:
-                yield line.encode() + b"\n"
+            yield (b"data: " + self._renamed(data) if head == b"data:" and data else line) + b"\n"
