@@ -8,7 +8,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from scipy import stats
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from alter import cli, metrics
 from alter.core.errors import UserError
@@ -218,6 +223,22 @@ def test_entailment_is_read_from_its_label(tmp_path):
     hit = EntailmentHit(model=name, probability=bound - 1e-6, batch_size=2)
     assert hit.judge(torch.device("cpu"))(QUESTION, TRUTH, replies) == [p >= bound - 1e-6 for p in probabilities]
     assert 0 < sum(p >= bound for p in probabilities) < 3
+
+
+def test_a_classifier_that_counts_positions_from_its_padding_on_reads_long_pairs():
+    """RoBERTa has two positions less than its configuration says, which ended in an IndexError."""
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=66, pad_token_id=1, num_labels=3, type_vocab_size=2,
+        )
+    ).eval()  # fmt: skip
+    found = leakage.label_probabilities(model, byte_tokenizer(), [("x" * n, "ab") for n in (10, 62, 63, 90)])
+    # a premise loses its end
+    assert found[1] == pytest.approx(found[2], abs=1e-6)
+    assert found[1] == pytest.approx(found[3], abs=1e-6)
+    assert found[0] != pytest.approx(found[1], abs=1e-6)
 
 
 @pytest.mark.parametrize("labels", [["positive", "negative"], ["entailment", "Entailment_2"]])

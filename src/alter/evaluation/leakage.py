@@ -138,6 +138,7 @@ def label_probabilities(
     A premise that is too long for the classifier loses its end.
     """
     device = next(classifier.parameters()).device
+    longest = min(tokenizer.model_max_length, _places(classifier))
     out = []
     with evaluating(classifier):
         for start in range(0, len(pairs), batch_size):
@@ -147,11 +148,20 @@ def label_probabilities(
                 [hypothesis for _, hypothesis in part],
                 padding=True,
                 truncation="only_first",
-                max_length=min(tokenizer.model_max_length, getattr(classifier.config, "max_position_embeddings", 512)),
+                max_length=longest,
                 return_tensors="pt",
             ).to(device)
             out.append(classifier(**batch).logits.double().softmax(dim=-1).cpu().numpy())
     return np.concatenate(out) if out else np.empty((0, classifier.config.num_labels))
+
+
+def _places(classifier: Any) -> int:
+    """Return how many tokens a classifier has positions for."""
+    rows = int(getattr(classifier.config, "max_position_embeddings", 512))
+    table = getattr(getattr(classifier.base_model, "embeddings", None), "position_embeddings", None)
+    # RoBERTa and its kin count from the padding token's number on
+    before = getattr(table, "padding_idx", None)
+    return rows if before is None else rows - before - 1
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
