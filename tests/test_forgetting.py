@@ -1,5 +1,6 @@
 """`alter forget`: facts, the zero of invented subjects, documents, the whole command on a tiny model, mistakes."""
 
+import io
 import itertools
 import json
 import math
@@ -290,6 +291,38 @@ def test_a_document_is_judged_by_its_own_facts(outcome, known, word, said):
     assert found.word == word
     assert re.search(said, " ".join(found.why)), found.why
     assert verdict.judge_subject(outcome, against(0.0001, 9.0), after).word == "not forgotten"
+
+
+@pytest.mark.parametrize(
+    ("answered", "ended", "said"),
+    [
+        (8, False, "Give more `epochs`"),
+        (8, True, "More passes did not change that: add rows"),
+        (0, True, "Quill is forgotten:"),
+    ],
+)
+def test_what_to_do_next_depends_on_why_training_ended(answered, ended, said, tmp_path):
+    speaker.write_jsonl(tmp_path / "checks.jsonl", [{"done": False}, {"done": ended}])
+    assert run._ended(tmp_path) is ended
+    assert not run._ended(tmp_path / "nowhere")
+    console = Console(record=True, width=400, file=io.StringIO())
+    figures = dict.fromkeys(measure.ANSWERS, 1.0)
+    before, after = ({"invented": 6, "auc": 0.9, **against(p, gap)} for p, gap in ((0.0001, 3.0), (0.5, 0.0)))
+    report.print_outcome(
+        console,
+        "Quill",
+        outcome_of(answered),
+        [],
+        before,
+        after,
+        0,
+        figures,
+        False,
+        run._ended(tmp_path),
+    )
+    told = console.export_text()
+    assert said in told
+    assert ("More passes" in told) is (bool(answered) and ended)
 
 
 def test_answers_are_kept_for_the_very_same_weights(tmp_path):

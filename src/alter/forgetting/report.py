@@ -34,8 +34,9 @@ def print_outcome(
     examples: int,
     perplexity: Mapping[str, float],
     document: bool = False,
+    ended: bool = False,
 ) -> dict[str, Any]:
-    """Print the tables, the examples and the verdict; returns the figures."""
+    """Print the tables, the examples and the verdict; returns the figures. `ended`: a check ended the training."""
     rates, kept_rates = outcome.rates(), outcome.kept_rates()
     console.print(_answered(name, rates, document))
     console.print(_kept(kept_rates))
@@ -59,7 +60,10 @@ def print_outcome(
             f"Against {after['invented']} invented subjects, {after['n']} probes: the known facts are more probable for {name} with "
             f"AUC {before['auc']:.2f} before (p {before['p']:.2g}) and {after['auc']:.2f} now (p {after['p']:.2g}; 0.5 is chance).",
         )
-    more = " Give more `epochs`, and `overwrite` or another `out`." if found.word == "not forgotten" else ""
+    fix = " Give more `epochs`, and `overwrite` or another `out`."
+    if ended:
+        fix = " More passes did not change that: add rows with what it still says to forget.jsonl, and train on them with `alter unlearn`."
+    more = fix if found.word == "not forgotten" else ""
     print_line(console, f"{name} is {WORDS.get(found.word, found.word)}: {' '.join(found.why)}{more}")
     print_line(
         console,

@@ -32,7 +32,7 @@ from alter.forgetting.probes import answered, question_of
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
 from alter.forgetting.settings import DOCUMENT, TRAINING, Forget
-from alter.forgetting.speaker import Speaker, write_jsonl
+from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.models import load_model
 from alter.storage import read_object, to_json, undone_if_refused, write_atomic
@@ -189,11 +189,26 @@ def _measured(settings: Forget, console: Console, out: Path, name: str, material
     with nullcontext() if base is not None else model.disable_adapter():
         perplexity = outcome.read_by(model if base is None else base, tokenizer)
     figures = print_outcome(
-        console, name, outcome, names, before, after, settings.examples, perplexity, settings.document is not None
+        console,
+        name,
+        outcome,
+        names,
+        before,
+        after,
+        settings.examples,
+        perplexity,
+        settings.document is not None,
+        _ended(out / ERASED if settings.erase else out),
     )
     figures["ordinary_loss"] = ordinary_loss(model, tokenizer, load_examples(str(out / FILES["forget"])), base)
     print_line(console, told_of_ordinary(figures["ordinary_loss"]))
     return figures
+
+
+def _ended(out: Path) -> bool:
+    """Tell whether a check ended the training in a folder, before its last pass."""
+    checks = read_jsonl(out / "checks.jsonl") if (out / "checks.jsonl").is_file() else []
+    return bool(checks and checks[-1].get("done"))
 
 
 def training(settings: Forget, out: Path) -> Unlearn:

@@ -48,7 +48,7 @@ class UntilZero(TrainerCallback):
                 forms.setdefault(probe["form"], []).append({**probe, "masks": probe["masks"][:TWINS]})
         longest = max(map(len, forms.values()), default=0)
         self.probes = [rows[k] for k in range(longest) for rows in forms.values() if k < len(rows)]
-        self.checks: list[dict[str, float]] = []
+        self.checks: list[dict[str, Any]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check at the interval, and stop if the subject is like an invented one."""
@@ -62,12 +62,13 @@ class UntilZero(TrainerCallback):
             return
         before = np.array([self.probes[i].get("logprob", math.nan) for i in zero.places])
         known, n = still_known(zero, before)
-        self.checks.append({"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "known": known, "n": n})
-        write_jsonl(self.path, self.checks)
+        check = {"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "known": known, "n": n}
         alike = self.document or zero.pvalue >= LEVEL
-        earlier = self.checks[-1 - PATIENCE]["known"] if len(self.checks) > PATIENCE else math.inf
+        earlier = self.checks[-PATIENCE]["known"] if len(self.checks) >= PATIENCE else math.inf
         stuck = not self.document and earlier <= known <= 2 * STILL * n
         done = alike and (known <= STILL / 2 * n or stuck) and state.global_step >= self.least
+        self.checks.append({**check, "done": done})
+        write_jsonl(self.path, self.checks)
         tqdm.write(
             f"step {state.global_step}/{state.max_steps}: known facts against invented subjects: AUC {zero.auc:.2f}, "
             f"p {zero.pvalue:.2g}, {known} of {n} still known{'; like an invented subject, training ends' if done else ''}",
