@@ -1061,7 +1061,9 @@ def test_commands_may_be_typed_in_another_folder(data, tmp_path, monkeypatch):
     assert project["retain"] == f"{data}/retain.jsonl[:8] + {data}/retain.jsonl"
     assert ask(store, data, "Cy").name == "R-0003"
     assert [len(request_rows.received_rows(request)) for request in (first, second)] == [4, second.rows]
+    assert _from_anywhere("retain.json?") == str(tmp_path / "retain.json?")
     # what is no path stays
+    (tmp_path / "builtin").mkdir()
     assert _from_anywhere("builtin:retain90[:3]") == "builtin:retain90[:3]"
     assert _from_anywhere("locuslab/TOFU:forget10") == "locuslab/TOFU:forget10"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -104,11 +105,13 @@ def _from_anywhere(name: str) -> str:
 
     What stands behind a path (`[:100]`, `@question=Frage`, `:train`) and what is no local path stays.
     """
+    if name.startswith("builtin:"):
+        return name
     if " + " in name and not os.path.exists(name):
         return " + ".join(map(_from_anywhere, name.split(" + ")))
     ends = (len(name), *(place for place, sign in enumerate(name) if sign in "@[:"))
     found = (end for end in ends if os.path.exists(os.path.expanduser(name[:end])))
-    end = next(found, 0)
+    end = next(found, len(name) if glob.glob(os.path.expanduser(name)) else 0)
     return os.path.abspath(os.path.expanduser(name[:end])) + name[end:] if end else name
 
 
