@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from scipy import stats
 
 from alter import AlterConfig, metrics
 from alter.cli import main
@@ -19,6 +20,7 @@ from alter.evaluation.harness import files as local
 from alter.evaluation.harness.benchmarks import HAZARDS, LmEvalEvaluation, MmluEvaluation, WmdpEvaluation
 from alter.evaluation.harness.files import local_task
 from alter.evaluation.harness.model import harness_model
+from alter.evaluation.harness.results import _interval
 from alter.inference.scoring import score
 from pico import byte_tokenizer, pico, save_pico
 
@@ -169,6 +171,8 @@ def test_numbers_are_those_of_the_harness_itself(monkeypatch, plain, tokenizer, 
     record = records["mmlu_high_school_stones_acc"]
     assert record.value == result["acc,none"]
     assert record.extra["stderr"] == pytest.approx(result["acc_stderr,none"])
+    right = int(sum(record.per_item))
+    assert record.extra["interval"] == pytest.approx(stats.binomtest(right, 13).proportion_ci(method="wilson"))
     assert record.per_item == [sample["acc"] for sample in samples]
     assert (record.n, record.extra["num_fewshot"]) == (13, shots)
     theirs = np.array([[answer[0][0] for answer in sample["resps"]] for sample in samples])
@@ -185,13 +189,32 @@ def test_the_total_weighs_questions_and_not_subjects(plain, tokenizer, folder):
     first, second = records["mmlu_high_school_stones_acc"], records["mmlu_weather_acc"]
     assert (first.n, second.n, records["mmlu_acc"].n) == (13, 6, 19)
     assert records["mmlu_acc"].value == pytest.approx((13 * first.value + 6 * second.value) / 19)
-    assert records["mmlu_acc"].extra["stderr"] > 0
+    whole = records["mmlu_acc"]
+    assert whole.extra["stderr"] > 0
+    ends = [whole.value - 1.96 * whole.extra["stderr"], whole.value + 1.96 * whole.extra["stderr"]]
+    assert whole.extra["interval"] == pytest.approx(np.clip(ends, 0, 1))
     assert sum(records["mmlu_answer_entropy"].extra["predicted"].values()) == 19
     assert records["mmlu_acc"].higher_is_better
     parts = [records[f"mmlu_{subject}_answer_entropy"] for subject in ("high_school_stones", "weather")]
     for key, total in (("ties", "mmlu_answer_ties"), ("mass", "mmlu_choice_mass")):
         assert sum(part.n * part.extra[key] for part in parts) / 19 == pytest.approx(records[total].value)
     assert [part.extra["top_share"] for part in parts] == [max(p.extra["predicted"].values()) / p.n for p in parts]
+
+
+@pytest.mark.parametrize(
+    ("value", "items", "stderr", "expected"),
+    [
+        (0.95, None, 0.05, [0.852, 1.0]),
+        (3.0, None, 0.5, [2.02, 3.98]),
+        # a figure that is no mean of its items
+        (0.5, [1.0, 1.0, 0.0], 0.1, [0.304, 0.696]),
+        (0.5, [0.4, 0.6], None, [0.4, 0.6]),
+        (0.5, None, None, None),
+    ],
+)
+def test_each_figure_has_an_interval(value, items, stderr, expected):
+    found = _interval(value, items, stderr)
+    assert found == (None if expected is None else pytest.approx(expected))
 
 
 def ask(model, tokenizer, texts, **settings):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -221,7 +223,8 @@ class HarnessEvaluation(Evaluation):
             n = results["n-samples"][name]["effective"] if name in results["n-samples"] else found["sample_len"]
             better = results["higher_is_better"].get(name, {}).get(metric)
             whole = None if items is None or None in items else [float(x) for x in items if x is not None]
-            extra = {**more, "stderr": _number(found.get(f"{metric}_stderr,{filtered}"))}
+            stderr = _number(found.get(f"{metric}_stderr,{filtered}"))
+            extra = {**more, "stderr": stderr, "interval": _interval(float(value), whole, stderr)}
             out.append(self._record(label, float(value), whole, extra, n=n, better=better))
         return out
 
@@ -246,6 +249,18 @@ class HarnessEvaluation(Evaluation):
             per_item=items,
             extra=dict(extra),
         )
+
+
+def _interval(value: float, items: list[float] | None, stderr: float | None) -> list[float] | None:
+    """Return the 95 % interval of a metric: over its items where it is their mean, else (a group, an F1) from the standard error."""
+    if items and abs(statistics.fmean(items) - value) < 1e-6:
+        found = metrics.samples.row_interval(items)
+        return None if found is None else list(found)
+    if stderr is None:
+        return None
+    # a share cannot leave 0 to 1
+    low, high = (0.0, 1.0) if 0 <= value <= 1 else (-math.inf, math.inf)
+    return [max(low, value - 1.96 * stderr), min(high, value + 1.96 * stderr)]
 
 
 def task_groups(loaded: Any) -> dict[str, list[str]]:
