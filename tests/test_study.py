@@ -288,6 +288,24 @@ def folder(tmp_path_factory):
     return path
 
 
+def test_the_text_is_written_with_the_templates_variables(folder, tmp_path):
+    save_pico(tmp_path / "model")
+    template = "{% if thinking %}Think. {% endif %}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    byte_tokenizer(chat_template=template).save_pretrained(tmp_path / "model")
+    found = {}
+    for told in ("true", "false"):
+        settings = Study(
+            model=str(tmp_path / "model"),
+            text=str(folder / "rows.jsonl"),
+            tokens="all",
+            chat_template_kwargs=[f"thinking={told}"],
+        )
+        tokens, _ = study.measure_study(settings)
+        found[told] = len(tokens.ids)
+    # three rows
+    assert found["true"] == found["false"] + 3 * len("Think. ")
+
+
 @pytest.mark.parametrize("after", ["adapter", "other"])
 def test_before_and_after_are_those_models(folder, after):
     settings = Study(model=str(folder / "model"), text=str(folder / "rows.jsonl"), after=str(folder / after))

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alter import metrics
 from alter.core import Array, UserError, console
-from alter.data import Collator, Encoded, Example, batches_by_length, encode, load_examples
+from alter.data import Collator, Encoded, Example, TemplateArguments, batches_by_length, encode, load_examples
 from alter.inference import MAX_LOGITS, evaluating
 from alter.logits import check_order, entropy_from_logits, max_entropy, threshold_from_quantile
 from alter.models import Bits, gguf, load_model, shipped_model
@@ -67,6 +67,7 @@ class Study(BaseModel):
     """Hold the linear layers of the model in 4bit or 8bit (bitsandbytes)."""
     device: str | None = None
     """cpu, cuda, cuda:0, mps; the GPU by default if there is one."""
+    chat_template_kwargs: TemplateArguments = []
     out: Annotated[str | None, Written(folder=True)] = None
     """Folder for records.json, tokens.csv, histogram.csv, entropies.safetensors and entropy.png."""
 
@@ -289,7 +290,14 @@ def measure_study(settings: Study) -> tuple[StudiedTokens, Any]:
     _check(settings)
     examples = _sample(load_examples(settings.text), settings.limit, settings.seed)
     adapter = settings.after if settings.after is not None and _is_adapter(settings.after) else None
-    model, tokenizer = load_model(settings.model, adapter, settings.dtype, settings.device, settings.quantization)
+    model, tokenizer = load_model(
+        settings.model,
+        adapter,
+        settings.dtype,
+        settings.device,
+        settings.quantization,
+        template=settings.chat_template_kwargs,
+    )
     if settings.after is not None and adapter is None:
         _same_tokens(tokenizer, settings.after)
     config = model.config.get_text_config()
