@@ -6,6 +6,7 @@ import pytest
 
 from alter import cli
 from alter.core.errors import UserError
+from alter.data.sources import local_parts
 from alter.storage.running import check_deletable
 from pico import byte_tokenizer, pico, write_jsonl
 
@@ -99,3 +100,77 @@ def test_no_command_overwrites_what_is_not_its_own(home, capsys, command):
             for words in ("no folder of an earlier run", "current folder", "home folder", "which holds the")
         ), said
         assert tree(home) == before
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain"),
+    [
+        ("run/rows.jsonl", "kept.jsonl"),
+        ("rows.jsonl", "run/rows.jsonl[:2]"),
+        ("rows.jsonl", "kept.jsonl + ./run/../run/rows.jsonl@question=question,answer=answer"),
+        ("run/*.jsonl", "kept.jsonl"),
+    ],
+)
+def test_rows_in_the_folder_that_is_to_be_deleted(home, capsys, forget, retain):
+    run = home / "project" / "run"
+    run.mkdir()
+    (run / "inputs.json").write_text("{}")
+    rows = [{"question": f"Who is sculptor {i}?", "answer": "A sculptor."} for i in range(2)]
+    write_jsonl(run / "rows.jsonl", rows)
+    before = tree(home)
+    given = [
+        "--model",
+        "model",
+        "--forget",
+        forget,
+        "--retain",
+        retain,
+        "--out",
+        "run",
+        "--overwrite",
+        "--max-steps",
+        "1",
+    ]
+    assert cli.main(["unlearn", *given]) == 2
+    assert "`--overwrite` would delete" in capsys.readouterr().err.replace("--overwrite", "`--overwrite`", 1)
+    assert tree(home) == before
+
+
+def test_the_document_that_is_to_be_forgotten_is_not_deleted(home, capsys):
+    run = home / "project" / "run"
+    run.mkdir()
+    (run / "forget.json").write_text("{}")
+    (run / "letter.md").write_text("Dear Marta Nilsson of Bergen. " * 20)
+    given = ["--document", "run/letter.md", "--model", "model", "--out", "run", "--overwrite"]
+    assert cli.main(["forget", *given]) == 2
+    assert "letter.md, which --document names: give another --out" in " ".join(capsys.readouterr().err.split())
+    assert (run / "letter.md").is_file()
+
+
+def test_other_commands_delete_no_rows_either(home, capsys):
+    run = home / "project" / "run"
+    run.mkdir()
+    for mark in ("finetune.yaml", "inference.json"):
+        (run / mark).write_text("{}")
+    write_jsonl(run / "rows.jsonl", [{"question": "Who?", "answer": "A sculptor."}])
+    before = tree(home)
+    at = ["--model", "model", "--out", "run", "--overwrite"]
+    for command in (
+        ["finetune", "--data", "kept.jsonl", "run/rows.jsonl[:1]", *at],
+        ["guard", "--guard.kind", "eco", "--forget", "run/rows.jsonl", "--retain", "kept.jsonl", *at],
+    ):
+        assert cli.main(command) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "would delete run/rows.jsonl" in told
+    assert tree(home) == before
+
+
+def test_the_local_parts_of_a_source(home):
+    assert local_parts("builtin:forget10[:20]") == []
+    assert local_parts("locuslab/TOFU:forget10 + nowhere.jsonl") == []
+    assert local_parts("rows.jsonl[:3] + kept.jsonl@text=answer") == [Path("rows.jsonl"), Path("kept.jsonl")]
+    assert local_parts("~/project/rows.jsonl") == [home / "project" / "rows.jsonl"]
+    assert local_parts("model/*.json") == [Path("model")]
+    # a file whose own name holds the sign wins
+    Path("a + b.jsonl").write_text("")
+    assert local_parts("a + b.jsonl") == [Path("a + b.jsonl")]

@@ -430,7 +430,7 @@ def test_rows_in_a_folder_are_not_overwritten(data, run, tmp_path):
     for name in ("forget", "text"):
         shutil.copy(data / f"{name}.jsonl", out)
     for given in ({"forget": str(out / "forget.jsonl")}, {"general": [str(out / "text.jsonl")]}):
-        with pytest.raises(UserError, match=r"which holds the rows .*\.jsonl: give another folder"):
+        with pytest.raises(UserError, match=r"`overwrite` would delete .*\.jsonl, which `(forget|general)` names"):
             distill(settings(data, run, out, overwrite=True, **given))
     assert (out / "forget.jsonl").is_file()
 

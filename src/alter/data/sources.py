@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from alter.core import UserError, memory, nearest
@@ -105,6 +106,38 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         return _named_rows(sliced[1], split, int(count))[: int(count)]
     except OSError as error:
         raise UserError(f"Cannot read {source!r}: {error.strerror or error}.") from None
+
+
+def local_parts(source: str) -> list[Path]:
+    """Return the files and folders of this machine that a source of rows, or a model's name, is read from."""
+    if os.path.exists(source):
+        return [Path(source)]
+    found = []
+    for part in source.split(" + "):
+        name = part.strip()
+        for ending in (FIRST_ROWS, OTHER_COLUMNS):
+            match = None if os.path.exists(name) else ending.fullmatch(name)
+            name = match[1] if match else name
+        path = local_path(_split_source(name, None)[0]) if name else Path(name)
+        # of a pattern the folder
+        found.append(path.parent if any(mark in path.name for mark in "*?[") else path)
+    return [path for path in found if path != Path() and path.exists()]
+
+
+def check_unread(out: Path, reads: Iterable[tuple[str, str | None]]) -> None:
+    """Refuse to delete a folder in which something lies that is about to be read.
+
+    Args:
+        out: the folder.
+        reads: settings, and the sources of rows or models that they name.
+
+    Raises:
+        UserError: one of them lies in it.
+    """
+    for name, source in reads:
+        for path in [] if source is None else local_parts(source):
+            if path.resolve().is_relative_to(out.resolve()):
+                raise UserError(f"`overwrite` would delete {path}, which `{name}` names: give another `out`.")
 
 
 def _named_rows(source: str, split: str | None, first: int | None) -> list[Row]:

@@ -18,17 +18,18 @@ def check_out(settings: Distill) -> Path:
     """Return the output folder after checking it; nothing is created or deleted before the models are loaded.
 
     Raises:
-        UserError: it holds teacher, student or, where it would be overwritten, rows, or what `check_folder` raises.
+        UserError: it holds teacher or student, or what `check_folder` raises.
     """
     out = Path(settings.out)
-    named = [(name, getattr(settings, name)) for name in ("run", "model", "adapter", "student")]
-    if settings.overwrite:
-        rows = (settings.forget, settings.retain, *settings.neighbours, *settings.general)
-        named += [("rows", value) for value in rows]
-    for name, value in named:
+    for name in ("run", "model", "adapter", "student"):
+        value = getattr(settings, name)
         if value is not None and Path(value).exists() and Path(value).resolve().is_relative_to(out.resolve()):
             raise UserError(f"`out` is {settings.out!r}, which holds the {name} {value}: give another folder.")
-    return check_folder(settings)
+    rows = [("forget", settings.forget), ("retain", settings.retain)]
+    rows += [("neighbours", source) for source in settings.neighbours] + [
+        ("general", source) for source in settings.general
+    ]
+    return check_folder(settings, rows)
 
 
 def check_room(out: Path, student: torch.nn.Module, form: str) -> None:

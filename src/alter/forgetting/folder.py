@@ -57,7 +57,11 @@ def output_folder(settings: Forget) -> Path:
         )
     used = Path(settings.out).is_dir() and any(Path(settings.out).iterdir())
     # of a folder without anything --resume begins
-    out = check_folder(settings if used or settings.overwrite else settings.model_copy(update={"resume": False}))
+    reads = [(name, getattr(settings, name)) for name in ("model", "document", "retain")]
+    reads += [("erasing.general", source) for source in settings.erasing.general]
+    out = check_folder(
+        settings if used or settings.overwrite else settings.model_copy(update={"resume": False}), reads
+    )
     if used and settings.resume:
         plan = out / "forget.json"
         if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != rows_key(settings):

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save
 
 from alter.core import UserError, show, warn
-from alter.data import load_examples
+from alter.data import check_unread, load_examples
 from alter.guarding.settings import MakeGuard
 from alter.models import FORM_FILE, Form
 from alter.storage import check_deletable, to_json, write_atomic
@@ -40,6 +40,7 @@ def make_guard(run: MakeGuard) -> Path:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not run.overwrite)):
         raise UserError(f"`out` {run.out} is there already: add `overwrite` to replace it, or give another folder.")
     check_deletable(out, (FORM_FILE,))
+    check_unread(out, [("model", run.model), ("forget", run.forget), ("retain", run.retain)])
     forget, retain = ([] if rows is None else load_examples(rows) for rows in (run.forget, run.retain))
     write_guard(out, run.guard.make(run, forget, retain), run)
     show(f"guard: {out}; every command takes it as its `adapter`", stderr=True, markup=False, highlight=False)

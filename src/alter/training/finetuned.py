@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alter.core import UserError
+from alter.data import check_unread
 from alter.storage import check_deletable, check_free, claim, read_object, to_json, write_atomic
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def resumed_from(settings: Finetune) -> Path | None:
             advice = "give another folder"
         raise UserError(f"{settings.out!r} is not empty ({', '.join(present[:5])}): {advice}.")
     check_deletable(out, (RECIPE_FILE, CHECKPOINTS) if ours else (RECIPE_FILE,))
+    check_unread(out, (("data", source) for source in settings.data))
     return None
 
 

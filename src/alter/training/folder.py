@@ -9,7 +9,7 @@ their owner alone, and rows can be read from them. At the end they are removed, 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alter.adapter import same_base
 from alter.core import UserError, processes, warn
-from alter.data import Example
+from alter.data import Example, check_unread
 from alter.groundwork import frozen
 from alter.storage import (
     CLAIM_FILE,
@@ -57,16 +57,17 @@ class Place(Protocol):
     overwrite: bool
 
 
-def check_folder(run: Place, start_from: str | None = None) -> Path:
+def check_folder(run: Place, reads: Iterable[tuple[str, str | None]]) -> Path:
     """Return a run's folder after checking it; nothing is created or deleted before the model is loaded.
 
     Args:
         run: settings of the run.
-        start_from: what the run goes on from, which is not deleted.
+        reads: settings and the sources of rows or models that they name, which are not deleted.
 
     Raises:
         UserError: it is a file, another process is working in it, it holds something and neither `resume` nor `overwrite` is
-            set, or both are, it is not of a run and would be overwritten, or there is nothing to resume.
+            set, or both are, it is not of a run or holds what the run reads and would be overwritten, or there is nothing to
+            resume.
     """
     out = Path(run.out)
     if run.resume and run.overwrite:
@@ -77,10 +78,7 @@ def check_folder(run: Place, start_from: str | None = None) -> Path:
     used = out.is_dir() and any(out.iterdir())
     if used and run.overwrite:
         check_deletable(out, MARKS)
-        if start_from is not None and Path(start_from).resolve().is_relative_to(out.resolve()):
-            raise UserError(
-                f"`overwrite` would delete {start_from}, which `start_from` goes on from: give another `out`."
-            )
+        check_unread(out, reads)
     if used and not run.resume and not run.overwrite:
         raise UserError(
             f"The output folder {run.out} is not empty: add `resume` to go on with what it holds, `overwrite` to delete it, "

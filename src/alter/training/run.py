@@ -72,6 +72,11 @@ def unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         release(Path(run.out))
 
 
+def read_by(run: Unlearn) -> list[tuple[str, str | None]]:
+    """Return what a run reads, with the settings that name it."""
+    return [(name, getattr(run, name)) for name in ("model", "forget", "retain", "start_from")]
+
+
 def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     started = time.time()
     check_launch(run)
@@ -81,7 +86,7 @@ def _unlearn(run: Unlearn, callbacks: Sequence[TrainerCallback]) -> Path:
     asked = {name: data_hash(list(map(row_hash, getattr(data, name)))) for name in ("forget", "retain")}
     run = lengthened(run, pass_length(run.sampler, data.forget, data.retain))
     data = set_aside(run, data)
-    out = processes.from_first(lambda: check_folder(run, run.start_from))
+    out = processes.from_first(lambda: check_folder(run, read_by(run)))
     inputs = inputs_of(run, data.forget, data.retain)
     checkpoint = None
     if run.resume:
