@@ -398,6 +398,13 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     assert signed["state"] in ("not forgotten", "unproven", "collapsed")
     assert signed["why"]
     again = {**given, "out": str(tmp_path / "d.json")}
+    told = (run_folder / "run.json").read_text()
+    for made_by in ({}, {"provenance": None}, {"provenance": {"python": "3"}}):
+        left = {key: value for key, value in json.loads(told).items() if key != "provenance"}
+        (run_folder / "run.json").write_text(json.dumps(left | made_by))
+        with pytest.raises(UserError, match=r"does not say when and by what the run was made"):
+            certificate(Certificate(**again))
+    (run_folder / "run.json").write_text(told)
     kept = (run_folder / "records.json").read_text()
     said = json.loads(kept)
     # weights that were put in the place of those that were measured, and figures that do not say of which they are

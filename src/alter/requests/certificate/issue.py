@@ -304,7 +304,12 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
             rows than those that it forgot, or attacks are on something else.
     """
     record = read_run(run)
-    given = record["settings"]
+    given, made = record["settings"], record.get("provenance")
+    if not isinstance(made, Mapping) or "measured" not in made:
+        raise UserError(
+            f"{run / 'run.json'} does not say when and by what the run was made (`provenance`): it was changed, or is of a version "
+            "before this one. Run it again to certify it."
+        )
     result = next((run / kind for kind in ("adapter", "model") if (run / kind).is_dir()), None)
     if result is None:
         raise UserError(f"{run} holds neither adapter nor model: there is nothing to certify.")
@@ -324,7 +329,7 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
         "issued": now(),
         "asked": {
             "run": True,
-            "received": record["provenance"]["measured"],
+            "received": made["measured"],
             "data": asked.get("forget"),
             "retain": asked.get("retain"),
         },
@@ -333,7 +338,7 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
         "base": {"name": Path(_base_of(given)).name, "files": model_hashes(_base_of(given))},
         "result": {"files": hashes(result)},
         "shipped": beside.files(),
-        "code": {"run": record["provenance"], "certificate": _issued()},
+        "code": {"run": made, "certificate": _issued()},
         "settings": _settings({name: value for name, value in given.items() if name not in left_out}),
         "measured": {"figures": [_figure(each) for each in measured]},
         "attacks": _attacks(
