@@ -223,7 +223,15 @@ def test_what_is_not_read_to_the_end_leaves_no_process(two_threads):
     found.close()
 
 
-def test_an_interrupt_that_comes_before_the_wait_is_seen(two_threads):
+@pytest.fixture
+def interruptible():
+    """Take interrupts as in a terminal, children too: a suite that was started in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_comes_before_the_wait_is_seen(two_threads, interruptible):
     # a thread of its own takes the signal, so that the system's wait is not broken off, as where it comes just before
     timer = threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
     timer.start()
@@ -250,7 +258,7 @@ sys.exit(cli.main(["evaluate"]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_nothing_outlives_the_process_that_forked(tmp_path, number):
+def test_nothing_outlives_the_process_that_forked(tmp_path, number, interruptible):
     child = children.Child(code=WORK, cwd=tmp_path)
     _wait(lambda: len(list(Path(tmp_path).glob("*.begun"))) == TWO)
     forks = psutil.Process(child.pid).children()
