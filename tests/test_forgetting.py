@@ -531,35 +531,6 @@ def test_training_ends_where_hardly_a_fact_is_known(real, step, stops, tmp_path,
     assert check["n"] == 20
 
 
-@pytest.mark.parametrize(
-    ("known", "document", "stops"),
-    [
-        # three checks later no fewer are known
-        ([3, 2, 2, 3, 2, 2], False, 4),
-        ([2, 2, 2, 2], False, 4),
-        ([4, 3, 4, 2, 3, 2, 3, 2, 2], False, 5),
-        # too many to leave
-        ([5] * 8, False, None),
-        ([2] * 8, True, None),
-        # still falling
-        ([9, 8, 7, 6, 4, 3, 2], False, None),
-    ],
-)
-def test_training_ends_where_the_last_few_facts_do_not_move(known, document, stops, tmp_path, monkeypatch):
-    probes = [{"form": "cloze", "masks": [{}], "logprob": -0.1} for _ in range(20)]
-    watcher = stopping.UntilZero(None, probes, tmp_path / "checks.jsonl", every=1, least=1, document=document)
-    monkeypatch.setattr(stopping, "LEVEL", -1.0)
-    control = SimpleNamespace(should_training_stop=False)
-    for step, n in enumerate(known, start=1):
-        real = [-0.1] * n + [-6.0] * (20 - n)
-        monkeypatch.setattr(stopping, "against_zero", lambda *a, r=real, **k: zero_of(r, [[-5.0] * 3] * 20, range(20)))
-        state = SimpleNamespace(global_step=step, max_steps=20)
-        watcher.on_step_end(None, state, control, model=torch.nn.Linear(1, 1))
-        if control.should_training_stop:
-            break
-    assert (step if control.should_training_stop else None) == stops
-
-
 def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):
     nothing = dict.fromkeys(("phrases", "probes", "stems", "invented"), ())
     world = templates.Template(questions=("What is {s}?",), neighbours=("Sun", "Moon"), **nothing)

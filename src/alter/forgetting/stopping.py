@@ -21,19 +21,15 @@ LOOKED = 20
 """Probes of a check."""
 TWINS = 3
 """Invented names of a check."""
-PATIENCE = 3
-"""Checks in which a few facts that are still known have not become fewer, after which more training would not reach them."""
 
 
 class UntilZero(TrainerCallback):
     """Checks every few steps, writes the checks to `path`, and ends the training when the subject is like an invented one.
 
     That is when a check's p-value reaches `LEVEL` and at most half of `STILL` of the facts are `still_known` (half, since a part
-    is asked), after at least `least` steps: with few probes the test finds no difference while answers still hold facts. Up to
-    twice `STILL` may be known where they have not become fewer in `PATIENCE` checks: some facts stand in answers that are not
-    about the subject, which the router rightly leaves alone. Of a document all must go, and the p-value does not count, since a
-    model that never saw it tells it from its disguise too. A check takes the first `LOOKED` probes with `TWINS` invented names
-    each; the final table counts all. The state of random number generators is restored after a check.
+    is asked), after at least `least` steps: with few probes the test finds no difference while answers still hold facts. Of a
+    document the p-value does not count, since a model that never saw it tells it from its disguise too. A check takes the first
+    `LOOKED` probes with `TWINS` invented names each; the final table counts all. The state of random number generators is restored after a check.
     """
 
     def __init__(
@@ -64,9 +60,7 @@ class UntilZero(TrainerCallback):
         known, n = still_known(zero, before)
         check = {"step": state.global_step, "auc": zero.auc, "p": zero.pvalue, "known": known, "n": n}
         alike = self.document or zero.pvalue >= LEVEL
-        earlier = self.checks[-PATIENCE]["known"] if len(self.checks) >= PATIENCE else math.inf
-        stuck = not self.document and earlier <= known <= 2 * STILL * n
-        done = alike and (known <= STILL / 2 * n or stuck) and state.global_step >= self.least
+        done = alike and known <= STILL / 2 * n and state.global_step >= self.least
         self.checks.append({**check, "done": done})
         write_jsonl(self.path, self.checks)
         tqdm.write(
