@@ -31,6 +31,7 @@ from alter.core.errors import Finding, UserError
 from alter.data.batching import Collator
 from alter.data.encoding import encode
 from alter.data.rows import load_examples
+from alter.data.sources import from_anywhere
 from alter.models.loading import load_model
 from alter.requests import concluding, work
 from alter.requests import rows as request_rows
@@ -39,7 +40,7 @@ from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, r
 from alter.requests.connection import without_password
 from alter.requests.evidence import known_of
 from alter.requests.export import ExportRequests, export_requests
-from alter.requests.intake import Add, Init, _from_anywhere, add, init
+from alter.requests.intake import Add, Init, add, init
 from alter.requests.project import Project
 from alter.requests.records import EDGES, IN_FORCE, parse_id
 from alter.requests.register import List, Show, list_requests, show_request
@@ -1061,11 +1062,11 @@ def test_commands_may_be_typed_in_another_folder(data, tmp_path, monkeypatch):
     assert project["retain"] == f"{data}/retain.jsonl[:8] + {data}/retain.jsonl"
     assert ask(store, data, "Cy").name == "R-0003"
     assert [len(request_rows.received_rows(request)) for request in (first, second)] == [4, second.rows]
-    assert _from_anywhere("retain.json?") == str(tmp_path / "retain.json?")
+    assert from_anywhere("retain.json?") == str(tmp_path / "retain.json?")
     # what is no path stays
     (tmp_path / "builtin").mkdir()
-    assert _from_anywhere("builtin:retain90[:3]") == "builtin:retain90[:3]"
-    assert _from_anywhere("locuslab/TOFU:forget10") == "locuslab/TOFU:forget10"
+    assert from_anywhere("builtin:retain90[:3]") == "builtin:retain90[:3]"
+    assert from_anywhere("locuslab/TOFU:forget10") == "locuslab/TOFU:forget10"
 
 
 def test_two_databases_do_not_share_a_folder(data, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterable
@@ -108,20 +109,38 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         raise UserError(f"Cannot read {source!r}: {error.strerror or error}.") from None
 
 
+def _local(name: str) -> tuple[str, str]:
+    """Split one source, or a model's name, into the path of this machine that it begins with ("" if none) and what stands behind it."""
+    if name.startswith("builtin:"):
+        return "", name
+    ends = (len(name), *(place for place, sign in enumerate(name) if sign in "@[:"))
+    begun = [name[:end] for end in ends if end]
+    there = (path for path in begun if os.path.exists(os.path.expanduser(path)))
+    path = next(there, None) or next((path for path in begun if glob.glob(os.path.expanduser(path))), "")
+    return path, name[len(path) :]
+
+
+def _parts(source: str) -> list[str]:
+    """Return the sources that are read one after the other; a file whose own name holds the sign wins."""
+    return source.split(" + ") if " + " in source and not os.path.exists(source) else [source]
+
+
 def local_parts(source: str) -> list[Path]:
-    """Return the files and folders of this machine that a source of rows, or a model's name, is read from."""
-    if os.path.exists(source):
-        return [Path(source)]
-    found = []
-    for part in source.split(" + "):
-        name = part.strip()
-        for ending in (FIRST_ROWS, OTHER_COLUMNS):
-            match = None if os.path.exists(name) else ending.fullmatch(name)
-            name = match[1] if match else name
-        path = local_path(_split_source(name, None)[0]) if name else Path(name)
-        # of a pattern the folder
-        found.append(path.parent if any(mark in path.name for mark in "*?[") else path)
-    return [path for path in found if path != Path() and path.exists()]
+    """Return the files and folders of this machine that a source of rows, or a model's name, is read from; of a pattern the folder."""
+    paths = [Path(found).expanduser() for part in _parts(source) if (found := _local(part.strip())[0])]
+    return [path if path.exists() else path.parent for path in paths]
+
+
+def from_anywhere(source: str) -> str:
+    """Return a model's name or a source of rows with local paths made absolute: what is read later may be read in another folder.
+
+    What stands behind a path (`[:100]`, `@question=Frage`, `:train`) and what is no local path stays.
+    """
+    made = []
+    for part in _parts(source):
+        path, behind = _local(part)
+        made.append(os.path.abspath(os.path.expanduser(path)) + behind if path else part)
+    return " + ".join(made)
 
 
 def check_unread(out: Path, reads: Iterable[tuple[str, str | None]]) -> None:

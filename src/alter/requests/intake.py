@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import Field
 from rich.console import Console
 
 from alter.core import UserError, cell
-from alter.data import check_overlap, data_hash, load_examples, row_hash
+from alter.data import check_overlap, data_hash, from_anywhere, load_examples, row_hash
 from alter.requests.database import Database
 from alter.requests.display import say_with_head, then
 from alter.requests.project import Project
@@ -72,11 +71,11 @@ def init(settings: Init) -> Store:
             "and `db`."
         )
     project = Project(
-        model=_from_anywhere(settings.model),
-        retain=_from_anywhere(settings.retain),
+        model=from_anywhere(settings.model),
+        retain=from_anywhere(settings.retain),
         folder=str(root.resolve()),
-        holdout=settings.holdout and _from_anywhere(settings.holdout),
-        retrained=settings.retrained and _from_anywhere(settings.retrained),
+        holdout=settings.holdout and from_anywhere(settings.holdout),
+        retrained=settings.retrained and from_anywhere(settings.retrained),
         recipe=recipe,
         distill_every=settings.distill_every,
         distill=distilling,
@@ -98,21 +97,6 @@ def init(settings: Init) -> Store:
         )
     then(settings, "alter request add --subject NAME --data ROWS.jsonl")
     return store
-
-
-def _from_anywhere(name: str) -> str:
-    """Return a model or source of rows with local paths made absolute: later commands may be typed in another folder.
-
-    What stands behind a path (`[:100]`, `@question=Frage`, `:train`) and what is no local path stays.
-    """
-    if name.startswith("builtin:"):
-        return name
-    if " + " in name and not os.path.exists(name):
-        return " + ".join(map(_from_anywhere, name.split(" + ")))
-    ends = (len(name), *(place for place, sign in enumerate(name) if sign in "@[:"))
-    found = (end for end in ends if os.path.exists(os.path.expanduser(name[:end])))
-    end = next(found, len(name) if glob.glob(os.path.expanduser(name)) else 0)
-    return os.path.abspath(os.path.expanduser(name[:end])) + name[end:] if end else name
 
 
 def _recipes(settings: Init) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -177,7 +161,7 @@ def add(settings: Add) -> Request:
     hashes = [row_hash(example) for example in examples]
     request = store.add(
         subject=settings.subject.strip(),
-        data=_from_anywhere(settings.data),
+        data=from_anywhere(settings.data),
         data_hash=data_hash(hashes),
         row_hashes=hashes,
         due=due,

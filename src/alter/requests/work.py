@@ -43,8 +43,8 @@ CUT = {"model", "forget", "retain", "out", "start_from", "experts_only", "domain
 def recover(store: Store, project: Project, *, resume: bool = False) -> list[Request]:
     """Finish what a killed process left: effects that the link shows become true in the database, the rest is rolled back.
 
-    What was trained but not measured is measured now, if it is still as it was trained. Everything else of a run that was cut off is removed; with
-    `resume` the folders that a new run of the same requests would go on from stay.
+    What was trained but not measured is measured now, if it is still as it was trained. Everything else of a run that was cut off
+    is removed; with `resume` the folders that a new run of the same requests would go on from stay.
 
     Returns:
         the requests that were measured now, in the state that the verdict gives.
@@ -66,9 +66,12 @@ def recover(store: Store, project: Project, *, resume: bool = False) -> list[Req
             concluded += conclude(
                 store, project, [request], project.adapter.resolve(), inside["run"], what="recovered"
             )
-        elif key and _is_whole(store, project.root / "runs" / key, request):
+        elif key and _as_trained(store, project.root / "runs" / key, request):
             groups.setdefault(key, []).append(request)
         else:
+            if key:
+                # nothing could go on from it
+                shutil.rmtree(project.root / "runs" / key, ignore_errors=True)
             store.move([request.id], "received", what="interrupted")
     for key, members in groups.items():
         trained = members[0].run or {}
@@ -82,13 +85,10 @@ def recover(store: Store, project: Project, *, resume: bool = False) -> list[Req
     return concluded
 
 
-def _is_whole(store: Store, run: Path, request: Request) -> bool:
-    """Tell whether a run's adapter is there as it was trained; remove the run if not: nothing could go on from it."""
+def _as_trained(store: Store, run: Path, request: Request) -> bool:
+    """Tell whether a run's adapter is there as it was trained."""
     noted = [entry.details["adapter"] for entry in store.history(request.id) if entry.what == "trained"]
-    if (run / "adapter").is_dir() and folder_digest(run / "adapter") == noted[-1]:
-        return True
-    shutil.rmtree(run, ignore_errors=True)
-    return False
+    return (run / "adapter").is_dir() and folder_digest(run / "adapter") in noted[-1:]
 
 
 def run_requests(store: Store, project: Project, requests: Sequence[Request]) -> list[Request]:
