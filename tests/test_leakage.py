@@ -21,7 +21,7 @@ from alter.data.encoding import encode
 from alter.data.rows import Example
 from alter.evaluation import leakage
 from alter.evaluation.leakage import EntailmentHit, FactsHit, Leak, Leaked, RougeHit, leaked
-from alter.inference import generation
+from alter.inference import decoding, generation
 from alter.models.loading import load_classifier
 from pico import PAD, VOCAB, byte_tokenizer, pico
 from test_scoring import adapted, gpt2, prompts, sliding
@@ -74,7 +74,7 @@ def test_samples_with_shared_caches_are_those_of_repeated_prompts(make, monkeypa
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.generation_config.eos_token_id = [*range(100, 120)]
     # rows that have ended leave both alike, so that the draws are the same
-    monkeypatch.setattr(generation, "SEGMENT", 1)
+    monkeypatch.setattr(decoding, "SEGMENT", 1)
     settings = dict(max_new_tokens=20, batch_size=6, progress=False, temperature=0.7)
     shared = generation.sample(model, tokenizer, rows, 3, **settings)
     assert [len(texts) for texts in shared] == [3] * len(rows)

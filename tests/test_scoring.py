@@ -21,7 +21,7 @@ import reference
 from alter import AlterConfig
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.inference import generation, internals, scoring, telling
+from alter.inference import decoding, generation, internals, scoring, telling
 from alter.models import loading, naming
 from alter.models.precision import multiplies
 from pico import EOS, PAD, VOCAB, byte_tokenizer, pico
@@ -363,7 +363,7 @@ def sliding(seed):
 @pytest.mark.parametrize("segment", [1, 5, 12, 100])
 @pytest.mark.parametrize("drop", [True, False])
 def test_generations_are_those_of_one_row_at_a_time(make, segment, drop, monkeypatch):
-    monkeypatch.setattr(generation, "SEGMENT", segment)
+    monkeypatch.setattr(decoding, "SEGMENT", segment)
     if not drop:
         monkeypatch.setattr(generation, "can_drop_rows", lambda cache: False)
     model, tokenizer = make(3), byte_tokenizer()
@@ -386,7 +386,7 @@ def test_generations_are_those_of_one_row_at_a_time(make, segment, drop, monkeyp
 @pytest.mark.parametrize("make", [pico, gpt2, sliding])
 @pytest.mark.parametrize("drop", [True, False])
 def test_known_beginnings_change_no_reply_and_are_not_said_again(make, drop, monkeypatch):
-    monkeypatch.setattr(generation, "SEGMENT", 5)
+    monkeypatch.setattr(decoding, "SEGMENT", 5)
     if not drop:
         monkeypatch.setattr(generation, "can_drop_rows", lambda cache: False)
     model, tokenizer = make(3), byte_tokenizer()
@@ -452,7 +452,7 @@ def test_which_models_say_what_they_score():
 
 
 def test_rows_that_have_ended_leave_the_batch(monkeypatch):
-    monkeypatch.setattr(generation, "SEGMENT", 2)
+    monkeypatch.setattr(decoding, "SEGMENT", 2)
     model, tokenizer = pico(3), byte_tokenizer()
     replies = [by_hand(model, prompt, 12, set()) for prompt in prompts()]
     model.generation_config.eos_token_id = replies[0][3]
@@ -471,7 +471,7 @@ def test_rows_that_have_ended_leave_the_batch(monkeypatch):
 
 @pytest.mark.parametrize("segment", [3, 100])
 def test_generations_of_an_adapter_do_not_depend_on_the_batch(segment, monkeypatch):
-    monkeypatch.setattr(generation, "SEGMENT", segment)
+    monkeypatch.setattr(decoding, "SEGMENT", segment)
     model, tokenizer = adapted(3), byte_tokenizer()
 
     def alone(prompt, stop=None):
@@ -524,12 +524,12 @@ def test_sampling_follows_torch_seed():
 
 @pytest.mark.parametrize("first", [3, 512])
 def test_a_nucleus_is_what_transformers_draws_from(first, monkeypatch):
-    monkeypatch.setattr(generation, "NUCLEUS", first)
+    monkeypatch.setattr(decoding, "NUCLEUS", first)
     torch.manual_seed(0)
     scores = torch.randn(2, 12) * torch.tensor([[3.0], [0.5]])
     kept = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(0.7)(None, scores)).softmax(-1)
     n = 4000
-    left = generation.Nucleus(0.7, 0.8)(None, scores.repeat_interleave(n, 0))
+    left = decoding.Nucleus(0.7, 0.8)(None, scores.repeat_interleave(n, 0))
     assert torch.equal(left.exp().sum(-1), torch.ones(2 * n))
     drawn = left.exp().view(2, n, -1).mean(1)
     assert torch.equal(drawn > 0, kept > 0)
@@ -540,7 +540,7 @@ def test_a_nucleus_is_what_transformers_draws_from(first, monkeypatch):
 
 def test_samples_are_drawn_by_the_nucleus_unless_a_model_reshapes_them_otherwise(monkeypatch):
     seen = []
-    monkeypatch.setattr(generation.Nucleus, "__call__", lambda self, ids, scores: seen.append(1) or scores)
+    monkeypatch.setattr(decoding.Nucleus, "__call__", lambda self, ids, scores: seen.append(1) or scores)
     model, tokenizer = pico(3), byte_tokenizer()
 
     def sample(**more):

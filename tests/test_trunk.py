@@ -17,7 +17,8 @@ from alter.training import frozenpass, trunk
 from alter.training.loss import UnlearnTrainer
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-from alter.training.trunk import WATCHED_FILE, States
+from alter.training.states import States
+from alter.training.trunk import WATCHED_FILE
 from alter.training.watcher import Watcher
 from pico import pico, run_on, save_pico, write_people
 
@@ -171,7 +172,7 @@ def test_a_lora_on_upper_blocks_begins_with_kept_states_too(data, tmp_path, monk
     ids=["all blocks", "no row twice"],
 )
 def test_where_nothing_is_gained_no_states_are_kept(data, tmp_path, monkeypatch, changes, steps):
-    monkeypatch.setattr(trunk.States, "write", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(States, "write", lambda *_: pytest.fail("written"))
     out = unlearn(plain_settings(data, tmp_path / "run", **{**UPPER, "max_steps": steps, **changes}))
     assert json.loads((out / "run.json").read_text())["steps"] == steps
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from alter.core import lazy
 
 if TYPE_CHECKING:
-    from alter.inference.generation import SEGMENT as SEGMENT
+    from alter.inference.decoding import SEGMENT as SEGMENT
+    from alter.inference.decoding import stop_ids as stop_ids
     from alter.inference.generation import can_drop_rows as can_drop_rows
     from alter.inference.generation import check_prompts as check_prompts
     from alter.inference.generation import contiguous_head as contiguous_head
     from alter.inference.generation import generate as generate
     from alter.inference.generation import left_padded as left_padded
     from alter.inference.generation import sample as sample
-    from alter.inference.generation import stop_ids as stop_ids
     from alter.inference.internals import gradient_norms as gradient_norms
     from alter.inference.internals import hidden_states as hidden_states
     from alter.inference.moments import InputMoments as InputMoments

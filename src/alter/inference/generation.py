@@ -4,32 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from alter.core import UserError, processes
-from alter.data import Collator, end_of_turn, ensure_pad_token
+from alter.data import Collator, ensure_pad_token
+from alter.inference.decoding import OTHERS, PENALTIES, Decoding
 from alter.inference.passes import context_length, device_of, evaluating, inner_model, shown, virtual_tokens
 
 if TYPE_CHECKING:
     from torch import nn
 
-SEGMENT = 16
-"""Number of tokens after which greedy decoding drops finished rows."""
-NUCLEUS = 512
-"""Likeliest tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
-
 
 # Generation ----------------------------------------------------------------------------------------------------------
-
-
-def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a reply: the generation configuration's, the tokenizer's, the chat template's end of turn."""
-    eos = inner_model(model).generation_config.eos_token_id
-    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return {i for i in [*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)] if i is not None}
 
 
 def check_prompts(
@@ -50,113 +38,6 @@ def check_prompts(
                 f"{name} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's context "
                 f"of {context}: generate at most {max(context - len(prompt), 0)}, or shorten the prompt."
             )
-
-
-class Nucleus:
-    """Logits processor that draws each row's next token from its nucleus and leaves that token alone possible.
-
-    As temperature and top_p of transformers, which sort the whole vocabulary and draw from all of it: with 49,152 tokens
-    on a CPU that takes as long as the model. The nucleus of a row is the fewest likeliest tokens whose probability, at
-    the temperature, reaches `top_p`; of logits that end in a tie the tokens kept may be others.
-
-    Args:
-        temperature: above 0.
-        top_p: in (0, 1).
-    """
-
-    def __init__(self, temperature: float, top_p: float) -> None:
-        self.temperature, self.top_p = temperature, top_p
-
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores [B, V]: 0 at the drawn token and -inf elsewhere."""
-        scores = scores.float() / self.temperature
-        total = scores.logsumexp(-1, keepdim=True)
-        most = scores.shape[-1]
-        values, places = scores.topk(min(NUCLEUS, most))
-        p = (values - total).exp()
-        if values.shape[-1] < most and bool((p.sum(-1) < self.top_p).any()):
-            values, places = scores.sort(descending=True)
-            p = (values - total).exp()
-        # a token is in the nucleus if those before it do not fill it; the first always is
-        p = p * (p.cumsum(-1) - p < self.top_p)
-        chosen = places.gather(-1, torch.multinomial(p, 1))
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
-
-
-WARPED = {"do_sample", "temperature", "top_p", "top_k"}
-"""Sampling settings that `Nucleus` replaces, with `top_k` 0."""
-OTHERS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""A model's own settings that also reshape what it samples from."""
-PENALTIES = (
-    "repetition_penalty",
-    "encoder_repetition_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty",
-    "min_length",
-    "min_new_tokens",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "sequence_bias",
-    "guidance_scale",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-)
-"""Those that move the logits themselves, greedily too."""
-
-
-@dataclass(frozen=True)
-class _Decoding:
-    """Decoding of replies: settings, stop tokens, length.
-
-    Attributes:
-        settings: what `model.generate` is told.
-        stop: tokens that end a reply.
-        new_tokens: most tokens of a reply.
-        whole: a reply is made by one call of `model.generate`.
-        draws: replies are drawn.
-    """
-
-    settings: dict[str, Any]
-    stop: set[int]
-    new_tokens: int
-    whole: bool
-    draws: bool
-
-    @classmethod
-    def of(cls, model: Any, tokenizer: Any, new_tokens: int, settings: dict[str, Any], whole: bool) -> _Decoding:
-        """Make the decoding for settings of `model.generate`; `whole`: they need the whole reply."""
-        stop = stop_ids(model, tokenizer)
-        own = inner_model(model).generation_config
-        # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
-        least = settings.get("min_new_tokens", own.min_new_tokens)
-        whole = whole or least is not None or own.cache_implementation is not None
-        settings = settings | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
-        if stop:
-            settings["eos_token_id"] = sorted(stop)
-        return cls(settings, stop, new_tokens, whole, bool(settings["do_sample"]))
-
-    def by_nucleus(self, asked: dict[str, Any], own: Any) -> _Decoding:
-        """Sample with `Nucleus` where the settings `asked` and the model's `own` allow it."""
-        plain = asked.get("do_sample") and asked.get("top_k") == 0 and asked.keys() <= WARPED
-        # all of the vocabulary is to be drawn from: there is nothing to look for
-        if (
-            not plain
-            or asked.get("top_p", 1.0) >= 1.0
-            or any(getattr(own, name, None) not in (None, 1.0, 0.0) for name in OTHERS)
-        ):
-            return self
-        from transformers import LogitsProcessorList
-
-        draw = Nucleus(asked.get("temperature") or 1.0, asked["top_p"])
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return replace(self, settings=self.settings | greedy | {"logits_processor": LogitsProcessorList([draw])})
-
-    @property
-    def segment(self) -> int:
-        """Number of tokens after which finished rows leave the batch."""
-        return self.new_tokens if self.whole else SEGMENT
 
 
 def left_padded(
@@ -206,7 +87,7 @@ def generate(
     check_prompts(model, prompts, max_new_tokens)
     ensure_pad_token(tokenizer)
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    decoding = _Decoding.of(model, tokenizer, max_new_tokens, greedy | sampling, whole=bool(sampling))
+    decoding = Decoding.of(model, tokenizer, max_new_tokens, greedy | sampling, whole=bool(sampling))
     decoding = decoding.by_nucleus(sampling, inner_model(model).generation_config)
     device = device_of(model)
     likely = [0] * len(prompts) if expected_lengths is None else expected_lengths
@@ -239,7 +120,7 @@ def generate(
     return texts
 
 
-def _told(begun: Sequence[Sequence[int]], decoding: _Decoding) -> tuple[list[list[int]], list[bool]]:
+def _told(begun: Sequence[Sequence[int]], decoding: Decoding) -> tuple[list[list[int]], list[bool]]:
     """Cut known beginnings at the first stop token and at the longest reply; return them, and which replies have ended."""
     told = []
     for tokens in begun:
@@ -286,7 +167,7 @@ def sample(
     ensure_pad_token(tokenizer)
     chosen = dict.fromkeys((*OTHERS, *PENALTIES)) | {"do_sample": True, "num_beams": 1, "top_k": 0}
     chosen |= {"temperature": temperature, "top_p": top_p}
-    decoding = _Decoding.of(model, tokenizer, max_new_tokens, chosen, whole=False)
+    decoding = Decoding.of(model, tokenizer, max_new_tokens, chosen, whole=False)
     device = device_of(model)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     together, each = max(1, batch_size // count), min(count, batch_size)
@@ -312,7 +193,7 @@ def sample(
 
 
 def _drawn(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, copies: int, decoding: _Decoding, seed: int
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, copies: int, decoding: Decoding, seed: int
 ) -> list[list[int]]:
     """Return `copies` sampled replies to each of the left-padded prompts [B, T], one prompt after the other."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -357,7 +238,7 @@ def _continue(
     model: Any,
     ids: torch.Tensor,
     mask: torch.Tensor,
-    decoding: _Decoding,
+    decoding: Decoding,
     begun: tuple[torch.Tensor, Any] | None = None,
     limits: Sequence[int] | None = None,
 ) -> list[list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from alter.data import Encoded
-from alter.inference.generation import OTHERS, WARPED
+from alter.inference.decoding import OTHERS, WARPED
 from alter.inference.passes import inner_model
 from alter.inference.sharing import known_kind
 

@@ -18,7 +18,8 @@ from alter.storage import digest
 from alter.training.batches import Order, RunRows, Traced
 from alter.training.router import fit_router
 from alter.training.settings import BRANCHES, Unlearn, batches_of_step, branch_needs, steps_of
-from alter.training.trunk import TRUNK_FILE, KeptStates, Sink, States, plain_because, say_plain, trunk_of
+from alter.training.states import States
+from alter.training.trunk import TRUNK_FILE, KeptStates, Sink, plain_because, say_plain, trunk_of
 
 
 def trace_run(
