@@ -651,6 +651,31 @@ def test_passages_hold_all_words_in_order():
     assert max(len(p.split()) for p in found) < 2 * documents.PASSAGE_WORDS
 
 
+def test_a_line_of_a_name_or_a_number_alone_is_part_of_a_passage(tmp_path):
+    path = tmp_path / "ticket.txt"
+    lines = ["Jane Doe", "+33 6 1234", LETTER.strip(), "Kind regards", "Tom Doe"]
+    path.write_text("\n\n".join(lines))
+    found = documents.read_document(str(path), 200).passages
+    assert " ".join(found).split() == " ".join(lines).split()
+    assert found[0].startswith("Jane Doe +33 6 1234")
+    assert found[-1].endswith("Kind regards Tom Doe")
+    path = tmp_path / "numbers.csv"
+    path.write_text("phone\n" + "".join(f"+33-6{n}\n" for n in range(1000, 1030)))
+    assert sum(passage.count("+33-6") for passage in documents.read_document(str(path), 200).passages) == 30
+    # the end of a long text, too
+    assert documents.split("The way was long and the men were tired. " * 9 + "Call 8812.")[-1].endswith("Call 8812.")
+
+
+def test_addresses_values_and_codes_are_details():
+    text = "name: Doe. city: Arles. From: Jane Doe <jane.doe+x@mail.example.org>, user jdoe84. Note: The man left. At 10:30."
+    assert documents.details(text) == ["Doe", "Arles", "Jane", "jane.doe+x@mail.example.org", "jdoe84", "10:30"]
+    mask = documents.disguise(["jane.doe+x@mail.example.org", "jdoe84"], 0)
+    assert "jane" not in mask["jane.doe+x@mail.example.org"]
+    assert mask["jane.doe+x@mail.example.org"].endswith("@mail.invalid")
+    assert mask["jdoe84"].startswith("jdoe")
+    assert mask["jdoe84"] != "jdoe84"
+
+
 def test_details_are_names_and_numbers():
     found = documents.details(LETTER)
     assert {"Marta", "Lisbon", "14", "Peter", "37", "Ghent"} - set(found) == {"Peter"}
