@@ -76,7 +76,8 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
             which `train` is read, or configuration and split (`muse-bench/MUSE-News:sust/forget_2`); a folder of that
             layout takes the latter too (see `muse_rows`). May be written behind a colon in `source` instead.
 
-    Behind that `@question=Frage,answer=Antwort` says which columns are meant (`letters.csv@text=Brief`), behind all of it
+    Behind that `@question=Frage,answer=Antwort` says which columns are meant (`letters.csv@text=Brief`; `@answer=Antwort` where the
+    other one is called `question` already), behind all of it
     `[:N]` takes the first N rows (`cais/wmdp-corpora:cyber-forget-corpus[:500]`), and several sources are read one after
     another if ` + ` stands between them; each of their rows then names its own in a column `source`. Hub rows that hold
     nothing but `text`, some of it blank, are the lines of a running text (wikitext): they are joined to passages as those
@@ -164,8 +165,10 @@ def _named_rows(source: str, split: str | None, first: int | None) -> list[Row]:
     found = None if os.path.exists(source) else OTHER_COLUMNS.fullmatch(source)
     if found is None:
         return _rows_of(source, split, first)
-    names = dict(part.split("=") for part in found[2].split(","))
-    return rename(_rows_of(found[1], split, first), {k.strip(): v.strip() for k, v in names.items()}, KNOWN_COLUMNS)
+    names = {k.strip(): v.strip() for k, v in (part.split("=") for part in found[2].split(","))}
+    # one that is named beside one that needs no other name is half of a kind
+    whole = any(set(columns) <= set(names) for _, columns in ROW_COLUMNS)
+    return rename(_rows_of(found[1], split, first), names, KNOWN_COLUMNS if whole else ())
 
 
 def _rows_of(source: str, split: str | None, first: int | None) -> list[Row]:
@@ -188,6 +191,9 @@ def _rows_of(source: str, split: str | None, first: int | None) -> list[Row]:
         return read_file(path)
     if any(mark in source for mark in "*?["):
         return _matching_rows(path)
+    if os.path.lexists(path):
+        what = "a device or a pipe" if path.exists() else "a link that leads nowhere"
+        raise UserError(f"{source!r} is {what}; expected a file, which can be read more than once.")
     if not is_hub_id(source):
         siblings = [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(str(path), siblings) or nearest(source, [f"builtin:{name}" for name in TOFU_SPLITS])
