@@ -149,6 +149,22 @@ def test_a_model_in_memory_needs_its_tokenizer_and_a_benchmark_its_name(named, t
         alter.Run.at(tmp_path)
 
 
+def test_what_are_no_rows_is_said_and_rows_that_are_gone_too(named, tmp_path):
+    import pandas
+
+    table = pandas.DataFrame(FORGET)
+    for rows, what in (
+        (table, "a DataFrame of str"),
+        (FORGET[0], "a dict"),
+        ([None], "a list of NoneType"),
+        (5, "a int"),
+    ):
+        with pytest.raises(alter.UserError, match=rf"The rows are {what}; expected a list of dicts"):
+            alter.unlearn(named, forget=rows, retain=RETAIN, out=tmp_path / "r")
+    with pytest.raises(alter.UserError, match="given in memory, and no file holds them"):
+        alter.evaluate(named, benchmark="rows", forget="memory:0123456789abcdef", retain=RETAIN, device="cpu")
+
+
 def test_evaluate_returns_records_and_prints_nothing(tmp_path, capfd, monkeypatch):
     named = save_pico(tmp_path / "model", max_position_embeddings=512)
     monkeypatch.setenv("ALTER_CACHE", "off")

@@ -107,11 +107,23 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
 
 @contextlib.contextmanager
 def _named_rows(rows: Rows) -> Iterator[str]:
-    """Yield a name under which the commands find the rows while the block runs."""
+    """Yield a name under which the commands find the rows while the block runs.
+
+    Raises:
+        UserError: they are none, or no rows.
+    """
     if isinstance(rows, (str, PathLike)):
         yield str(rows)
         return
-    held = [dict(row) for row in rows]
+    given = list(rows) if isinstance(rows, Iterable) and not isinstance(rows, (Mapping, bytes)) else None
+    wrong = [row for row in given or () if not isinstance(row, Mapping)]
+    if given is None or wrong:
+        what = f"a {type(rows).__name__}" + (f" of {type(wrong[0]).__name__}" if wrong else "")
+        raise UserError(
+            f"The rows are {what}; expected a list of dicts, each of a row's columns (of a DataFrame: `df.to_dict('records')`), "
+            "a `datasets.Dataset`, or the name of a file."
+        )
+    held = [dict(row) for row in given]
     if not held:
         raise UserError("The rows are empty; expected at least one, each a dict of its columns.")
     with memory.holding(digest(held)[:16], held) as name:

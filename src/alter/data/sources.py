@@ -88,6 +88,8 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     """
     if (rows := memory.held(source)) is not None:
         return [dict(row) for row in rows]
+    if source.startswith(memory.PREFIX):
+        raise UserError("The rows were given in memory, and no file holds them: give them again.")
     if not source.strip():
         raise UserError("A source of rows is empty; expected a file, a hub id, or a name like 'builtin:forget10'.")
     try:
