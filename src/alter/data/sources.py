@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from alter.core import UserError, memory, nearest
 from alter.data.files import Row, read_file, rename, with_columns
@@ -144,6 +145,43 @@ def from_anywhere(source: str) -> str:
         path, behind = _local(part)
         made.append(os.path.abspath(os.path.expanduser(path)) + behind if path else part)
     return " + ".join(made)
+
+
+LOCAL_ROWS = "local rows"
+"""What a card calls rows of a file: its name and its folder may be a person's."""
+
+
+def for_others(source: str) -> str:
+    """Return a source of rows as those may read it who get the weights: what lies on this machine is `LOCAL_ROWS`."""
+
+    def public(part: str) -> bool:
+        return not _local(part)[0] and (part.startswith("builtin:") or is_hub_id(re.split(r"[@\[:]", part)[0]))
+
+    parts = [part.strip() for part in _parts(source)]
+    return " + ".join(dict.fromkeys(part if public(part) else LOCAL_ROWS for part in parts))
+
+
+ROWS_NAMED = ("forget", "retain", "holdout", "general")
+PRIVATE = ("out", "run", "adapter", "start_from", "retain_records", "names", "other_names", "resume", "overwrite")
+
+
+def settings_for_others(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings as its card shows them: no folder or file of this machine, and none of the names that were given.
+
+    Args:
+        settings: as JSON has them; `adapter` and the like are left out where they are paths, `ROWS_NAMED` go through `for_others`.
+    """
+    told: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            told[name] = settings_for_others(value)
+        elif name in ROWS_NAMED and isinstance(value, str):
+            told[name] = for_others(value)
+        elif name in ROWS_NAMED and isinstance(value, list):
+            told[name] = [for_others(str(each)) for each in value]
+        elif name not in PRIVATE:
+            told[name] = value
+    return told
 
 
 def check_unread(out: Path, reads: Iterable[tuple[str, str | None]]) -> None:
