@@ -964,6 +964,7 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
     known = {row["word"] for row in speaker.read_jsonl(out / "facts.jsonl")}
     assert known == {"Zorba", "Mexico", "Lyra"}
     report = json.loads((out / "report.json").read_text())
+    assert (out / "forget.json").stat().st_mode & 0o777 == 0o600  # it names the subject
     assert report["zero"]["before"]["p"] < 0.05
     assert report["probes"]["all probes"]["after"] < report["probes"]["all probes"]["before"]
     assert load_model(str(small), str(out / "adapter"), device="cpu")
@@ -1164,6 +1165,8 @@ def test_subjects_that_are_none():
         ({"subject": "?!"}, "expected the name"),
         ({"subject": "x" * 101}, "101 characters.*`document`"),
         ({"subject": "the\nking"}, "several lines.*`document`"),
+        ({"subject": "the\u2028king"}, "several lines.*`document`"),
+        ({"subject": "the \x1b[31mking"}, r"holds '\\x1b': write the name without it"),
         ({"resume": True, "overwrite": True}, "contradict"),
         ({"erasing": {"max_steps": 3}}, "`erase`"),
         ({"writer": {"model": "m"}}, "`writer.url`"),
@@ -1175,6 +1178,13 @@ def test_settings_that_are_refused_before_anything_is_loaded(given, said, tmp_pa
     monkeypatch.setattr(making, "load_model", lambda *a: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         forget(settings("nowhere", tmp_path / "run", **given))
+
+
+def test_a_name_is_what_a_model_writes_for_it():
+    given = Forget(subject="\ufeff Rene\u0301e\u00a0 O\u00adNeill\u200b", keep=["A\u00a0B"], model="m", out="r")
+    assert (given.subject, given.keep) == ("Ren\u00e9e O" + "Neill", ["A B"])
+    # joiners are letters' own
+    assert Forget(subject="\u0645\u06cc\u200c\u062e", model="m", out="r").subject == "\u0645\u06cc\u200c\u062e"
 
 
 def test_a_folder_in_use_is_not_touched(tmp_path):

@@ -79,7 +79,7 @@ def forget(settings: Forget) -> Path:
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
     document = None if settings.document is None else read_document(settings.document, settings.max_passages)
-    name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
+    name = settings.subject if settings.subject is not None else Path(str(settings.document)).name
     with undone_if_refused(out):
         material, tokenizer = material_of(settings, console, out, name, document, retain)
     known = sum(answered(probe["before"], probe) for probe in material.probes)
