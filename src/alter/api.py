@@ -98,7 +98,8 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
     for name in keywords:
         if name not in kind.model_fields:
             raise UserError(f"{kind.__name__} has no setting {name!r}.{nearest(name, kind.model_fields)}")
-    below = {} if given is None else given.model_dump(exclude_unset=True)
+    # its parts as they are: what a part was made of does not say of which kind it is
+    below = {} if given is None else {name: getattr(given, name) for name in given.model_fields_set}
     try:
         return kind.model_validate({**below, **keywords})
     except ValidationError as error:
