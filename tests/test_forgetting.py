@@ -1020,6 +1020,17 @@ def test_a_text_without_names_or_numbers_cannot_be_asked_for(small, tmp_path):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "letter.txt"
+    text.write_text(LETTER)
+    made = Material([], [], [], [], [], [{"word": "Oslo"}])
+    monkeypatch.setattr(run, "material_of", lambda *given: (made, None))
+    forget(settings("nowhere", tmp_path / "run", subject=None, document=str(text), kind=None, rows_only=True))
+    said = capsys.readouterr().out
+    assert "What the document is asked for: Oslo." in said
+    assert "the model knows" not in said
+
+
 def test_what_is_not_forgotten_ends_with_a_status_of_its_own(small, tmp_path, capsys):
     out = tmp_path / "run"
     given = [
