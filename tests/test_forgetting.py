@@ -1020,6 +1020,23 @@ def test_a_text_without_names_or_numbers_cannot_be_asked_for(small, tmp_path):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_a_run_is_not_gone_on_with_where_what_its_rows_are_made_of_has_changed(tmp_path):
+    text, kept = tmp_path / "letter.txt", tmp_path / "kept.jsonl"
+    text.write_text(LETTER)
+    kept.write_text('{"question": "a", "answer": "b"}')
+    given = settings("m", tmp_path / "run", subject=None, document=str(text), kind=None, retain=str(kept), keep=["Bo"])
+    key = folders.rows_key(given)
+    assert folders.rows_key(given.model_copy(update={"resume": True, "epochs": 3.0, "erase": True})) == key
+    for change in ({"keep": []}, {"retain": None}, {"max_passages": 3}):
+        assert folders.rows_key(given.model_copy(update=change)) != key, change
+    for path in (text, kept):
+        whole = path.read_bytes()
+        path.write_bytes(whole + b"\n")
+        assert folders.rows_key(given) != key
+        path.write_bytes(whole)
+    assert folders.rows_key(given) == key
+
+
 def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):
     text = tmp_path / "letter.txt"
     text.write_text(LETTER)
