@@ -857,13 +857,13 @@ def test_chats_of_every_form_give_their_turns(tmp_path):
 
 def test_completions_and_tool_calls_keep_their_form():
     (told,) = examples([{"prompt": "The clerk of Bergen was", "completion": "Marta Nilsson."}])
-    row = documents._exchange(told, "a.jsonl")
+    row = documents.exchange(told, "a.jsonl")
     assert [each.kind for each in examples([row])] == ["completion"]
     assert documents._disguised(row, {"Bergen": "Oslo", "jsonl": "x"}) == {**row, "prompt": "The clerk of Oslo was"}
     calls = [{"type": "function", "function": {"name": "find", "arguments": {"name": "Marta", "ticket": 8812}}}]
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
     (called,) = examples([{"messages": turns}])
-    invented = documents._disguised(documents._exchange(called, "a.jsonl"), {"Marta": "Ann", "8812": "77"})
+    invented = documents._disguised(documents.exchange(called, "a.jsonl"), {"Marta": "Ann", "8812": "77"})
     (told,) = invented["messages"][1]["tool_calls"]
     assert told["function"] == {"name": "find", "arguments": {"name": "Ann", "ticket": 77}}
 
@@ -1035,6 +1035,24 @@ def test_a_run_is_not_gone_on_with_where_what_its_rows_are_made_of_has_changed(t
         assert folders.rows_key(given) != key
         path.write_bytes(whole)
     assert folders.rows_key(given) == key
+
+
+def test_rows_to_keep_stay_in_their_form(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+    more = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Arles."}]
+    text = "里斯本的会议改到五月十四日。彼得将从根特带来三十七个文件夹。"
+    given = [{"messages": turns + more}, {"prompt": "The clerk was", "completion": "Ada"}, {"text": text}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    first, later, plain, passage = retention.kept_rows(str(path))
+    assert examples([later])[0].messages == tuple(turns + more[:1])
+    assert [(e.prompt, e.answer, e.kind) for e in examples([first, plain])] == [
+        ("Who?", "Ada.", "messages"),
+        ("The clerk was", "Ada", "completion"),
+    ]
+    start = passage["question"].removeprefix("Continue this text: ")
+    assert start
+    assert start + passage["answer"] == text
 
 
 def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 from alter.core import UserError, edges, nearest
 from alter.data import ENDINGS, TEXT_ENDINGS, Example, Row, examples, read_file, turns_of
 from alter.forgetting.facts import WORD, holds, named, swap, swap_turns
-from alter.forgetting.material import Material
+from alter.forgetting.material import Material, exchange
 from alter.forgetting.probes import question_of, swap_probe, text_of
 from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker
@@ -215,7 +215,7 @@ def build_document(
     texts = [*document.passages, *(part for each in document.exchanges for part in (str(each.prompt), each.answer))]
     words = list(dict.fromkeys(word for text in texts for word in details(text)))
     masks = [disguise(words, speaker.seed + k) for k in range(twins)]
-    forget = [_exchange(each, name) for each in document.exchanges]
+    forget = [exchange(each, name) for each in document.exchanges]
     asked = [_Asked("exchange", _asking(each), each.answer) for each in document.exchanges]
     prompts = [each.asks for each in asked]
     for passage in document.passages:
@@ -243,18 +243,6 @@ def build_document(
     for probe, answer in zip(probes, answers, strict=True):
         probe["before"] = answer
     return Material(forget, invented, retained + retain, probes, kept_probes, [{"word": w} for w in words])
-
-
-def _exchange(example: Example, name: str) -> Row:
-    """Return the forget row of an exchange; of a chat with all turns before the answer."""
-    if example.kind == "completion":
-        # text that goes on, without the chat template of a question
-        return {"prompt": example.prompt, "completion": example.answer, "about": name}
-    if not example.messages:
-        return {"question": example.prompt, "answer": example.answer, "about": name}
-    # an earlier answer is an exchange of its own
-    before = [{**turn, "weight": 0} if turn["role"] == "assistant" else dict(turn) for turn in example.messages]
-    return {"messages": [*before, example.reply or {"role": "assistant", "content": example.answer}], "about": name}
 
 
 def _asking(example: Example) -> Row:
