@@ -1055,6 +1055,17 @@ def test_rows_to_keep_stay_in_their_form(tmp_path):
     assert start + passage["answer"] == text
 
 
+def test_a_document_that_is_to_be_kept_too_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "load_model", lambda *a: pytest.fail("loaded"))
+    text, kept = tmp_path / "letter.txt", tmp_path / "kept.txt"
+    text.write_text(LETTER)
+    kept.write_text("Dear all,\n\n" + LETTER)
+    with pytest.raises(
+        UserError, match=r"1 rows are in both forget and retain: forget .*letter.txt = retain .*kept.txt line 1"
+    ):
+        forget(settings("no", tmp_path / "run", subject=None, document=str(text), kind=None, retain=str(kept)))
+
+
 def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):
     text = tmp_path / "letter.txt"
     text.write_text(LETTER)
