@@ -666,6 +666,28 @@ def test_a_line_of_a_name_or_a_number_alone_is_part_of_a_passage(tmp_path):
     assert documents.split("The way was long and the men were tired. " * 9 + "Call 8812.")[-1].endswith("Call 8812.")
 
 
+def test_a_word_that_is_mostly_written_small_is_no_name(tmp_path):
+    told = (
+        "She wrote of the man and the law. Her book is called The Immutable Laws, by Jane Doe. Write to jane.doe@mail.org, "
+        "says jane, or to Jane. It is the law."
+    )
+    small = documents.written_small([told])
+    assert {"the", "law"} <= small
+    assert not {"jane", "doe"} & small
+    assert documents.details(told, small) == ["Immutable", "Laws", "Jane", "Doe", "jane.doe@mail.org"]
+    asked = documents.Document([], examples([{"question": "What did she write?", "answer": told}]))
+    made = documents.build_document(Echo(), "a.csv", asked, keep=[], retain=[])
+    assert {word for probe in made.probes for word in probe["wanted"]} == {
+        "Immutable",
+        "Laws",
+        "Jane",
+        "Doe",
+        "jane.doe@mail.org",
+    }
+    # what is disguised is the names alone
+    assert "wrote of the man and the law" in made.invented[0]["answer"]
+
+
 def test_addresses_values_and_codes_are_details():
     text = "name: Doe. city: Arles. From: Jane Doe <jane.doe+x@mail.example.org>, user jdoe84. Note: The man left. At 10:30."
     assert documents.details(text) == ["Doe", "Arles", "Jane", "jane.doe+x@mail.example.org", "jdoe84", "10:30"]
