@@ -42,6 +42,7 @@ from alter.forgetting.run import forget
 from alter.forgetting.settings import Forget
 from alter.models.loading import load_model
 from alter.storage import files as storage_files
+from alter.storage import folder_digest
 from alter.storage.running import CLAIM_FILE
 from faults import States
 from pico import byte_tokenizer, pico, save_pico
@@ -987,6 +988,7 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
     assert known == {"Zorba", "Mexico", "Lyra"}
     report = json.loads((out / "report.json").read_text())
     assert (out / "forget.json").stat().st_mode & 0o777 == 0o600  # it names the subject
+    assert report["weights"] == folder_digest(out / "adapter")
     assert report["zero"]["before"]["p"] < 0.05
     assert report["probes"]["all probes"]["after"] < report["probes"]["all probes"]["before"]
     assert load_model(str(small), str(out / "adapter"), device="cpu")
@@ -1001,6 +1003,7 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
         )
     )  # fmt: skip
     erased = json.loads((out / "report.json").read_text())
+    assert erased["weights"] == folder_digest(out / "erased" / "model")
     assert erased["probes"]["all probes"]["after"] < erased["probes"]["all probes"]["before"]
     # what the adapter keeps to the letter, weights of this size say in good part
     assert all(kept["same"] == kept["n"] for kept in report["kept"].values())

@@ -873,6 +873,35 @@ def test_what_was_found_at_the_end_of_the_run_counts():
     assert any("40 of 40 replies." in str(line) for line in summary._forgotten(run))
 
 
+@pytest.mark.parametrize("word", ["forgotten", "not forgotten", "collapsed"])
+def test_what_alter_forget_found_stands_on_the_page(tmp_path, word):
+    folder = make_run(tmp_path / "run")
+    kept = {"general": {"n": 16, "same": 15, "named": 14, "said": 13, "rouge": 1.0}}
+    told = {
+        "probes": {"all probes": {"before": 18, "after": 3, "invented": 0, "invented_n": 0}},
+        "kept": kept,
+        "verdict": {"word": word, "why": ["3 of 18 <b>probes</b>."]},
+        "weights": folder_digest(folder / "adapter"),
+    }
+    (folder / "forget.json").write_text("{}")
+    (folder / "report.json").write_text(to_json(told))
+    expected = {"forgotten": "unknown", "not forgotten": "no", "collapsed": "collapsed"}[word]
+    assert verdict(read_reported(str(folder))) == expected
+    for officer in (False, True):
+        shown = write(tmp_path, runs=[str(folder)], officer=officer)
+        assert "Of the 18 probes that the original model answered with a fact, 3 still are" in shown
+        assert f"{word.upper()}. 3 of 18 &lt;b&gt;probes" in shown
+        assert "13 of 14 still say the name that they said first" in shown
+        # what was asked for is not what came of it
+        assert "to be forgotten by" in shown
+    assert "probes answered with a fact" in shown
+    # figures of other weights, as of erased ones, are not this adapter's
+    (folder / "report.json").write_text(to_json({**told, "weights": "other"}))
+    assert "No figure says so." in write(tmp_path, runs=[str(folder)])
+    (folder / "report.json").write_text("{")
+    refused("is not JSON", out=str(tmp_path / "out.html"), runs=[str(folder)])
+
+
 # Wrong input ---------------------------------------------------------------------------------------------------------
 
 

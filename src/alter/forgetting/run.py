@@ -35,7 +35,7 @@ from alter.forgetting.settings import DOCUMENT, TRAINING, Forget
 from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.models import load_model
-from alter.storage import read_object, to_json, undone_if_refused, write_atomic
+from alter.storage import folder_digest, read_object, to_json, undone_if_refused, write_atomic
 from alter.training import Unlearn, unlearn
 
 ERASING_CHECKS = 4
@@ -118,6 +118,8 @@ def forget(settings: Forget) -> Path:
         **({"erase": round(erased - trained, 1)} if settings.erase else {}),
         "measure": round(time.time() - erased, 1),
     }
+    # whose figures these are, for a page about one of them
+    figures["weights"] = folder_digest(out / ERASED / "model" if settings.erase else out / "adapter")
     write_atomic(out / "report.json", to_json(figures))
     took = {"rows": "rows", "train": "training", "erase": "erasing", "measure": "measuring"}
     parts = ", ".join(f"{took[part]} {seconds:.0f}" for part, seconds in figures["seconds"].items())
@@ -141,7 +143,8 @@ def _next(settings: Forget, out: Path) -> str:
         )
     adapter = at("adapter")
     return (
-        f"Next:\n  alter inspect --model {model} --adapter {adapter}\n  alter chat --model {model} --adapter {adapter}\n"
+        f"Next:\n  alter report {shlex.quote(str(out))}\n  alter inspect --model {model} --adapter {adapter}\n"
+        f"  alter chat --model {model} --adapter {adapter}\n"
         f"  edit {at('forget.jsonl')} and {at('retain.jsonl')}, then `alter unlearn {at('run.yaml')} --out ANOTHER`"
     )
 
