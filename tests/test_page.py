@@ -917,6 +917,11 @@ def test_wrong_places(tmp_path, run):
     refused("which cannot be written", out=str(tmp_path), runs=[str(run)])
     refused("which cannot be written", out=str(run / "run.json" / "x.html"), runs=[str(run)])
     refused(r"ending in .html.*prints the page to PDF", out=str(tmp_path / "x.pdf"), runs=[str(run)])
+    distilled = tmp_path / "plain"
+    distilled.mkdir()
+    (distilled / "run.yaml").write_text("")
+    (distilled / "run.json").write_text('{"settings": {"student": "m"}}')
+    refused(r"made by `alter distill`.*give `records` .*plain/records\.json", out=out, runs=[str(distilled)])
     refused("No run at .*Did you mean", out=out, runs=[str(tmp_path / "rum")])
     refused("is no run: it has no run.yaml", out=out, runs=[str(run / "adapter")])
     refused("is a file.*`records`", out=out, runs=[str(run / "records.json")])

@@ -101,6 +101,10 @@ def read_reported(given: str) -> Reported:
     try:
         written = (folder / "run.yaml").read_text()
         facts = from_json((folder / "run.json").read_text())
+        if isinstance(facts, dict) and "student" in (facts.get("settings") or {}):
+            raise UserError(
+                f"{given} was made by `alter distill`, of which a page shows the figures: give `records` {given}/records.json."
+            )
         settings, log = facts["settings"], facts["log"]
         needed = {name: facts[name] for name in ("domains", "experts", "router", "steps", "seconds", "provenance")}
         needed |= {name: facts["provenance"][name] for name in ("measured", "versions", "python", "machine")}
