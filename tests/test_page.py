@@ -895,7 +895,14 @@ def test_what_alter_forget_found_stands_on_the_page(tmp_path, word):
         # what was asked for is not what came of it
         assert "to be forgotten by" in shown
     assert "probes answered with a fact" in shown
-    # figures of other weights, as of erased ones, are not this adapter's
+    # figures of erased weights are not this adapter's
+    (folder / "erased" / "model").mkdir(parents=True)
+    (folder / "erased" / "model" / "model.safetensors").write_bytes(b"e")
+    (folder / "report.json").write_text(to_json({**told, "weights": folder_digest(folder / "erased" / "model")}))
+    assert verdict(read_reported(str(folder))) == "unknown"
+    assert "figures of the plain weights in its folder `erased`, and not of the adapter" in write(
+        tmp_path, runs=[str(folder)]
+    )
     (folder / "report.json").write_text(to_json({**told, "weights": "other"}))
     assert "No figure says so." in write(tmp_path, runs=[str(folder)])
     (folder / "report.json").write_text("{")

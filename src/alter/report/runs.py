@@ -129,7 +129,7 @@ def read_reported(given: str) -> Reported:
 
 
 def _told(folder: Path, weights: str | None) -> dict[str, Any] | None:
-    """Return what `alter forget` measured of the weights that lie in its folder; None of others, as of those that it erased.
+    """Return what `alter forget` measured of the weights that lie in its folder, `erased` where of those that it erased; else None.
 
     Raises:
         UserError: it is broken.
@@ -137,7 +137,11 @@ def _told(folder: Path, weights: str | None) -> dict[str, Any] | None:
     if not (folder / "forget.json").is_file() or not (folder / "report.json").is_file():
         return None
     found = read_object(folder / "report.json", "what alter forget found")
-    return found if found.get("weights") == weights and isinstance(found.get("verdict"), dict) else None
+    if not isinstance(found.get("verdict"), dict):
+        return None
+    plain = folder / "erased" / "model"
+    erased = found.get("weights") != weights and plain.is_dir() and found.get("weights") == folder_digest(plain)
+    return {**found, "erased": erased} if erased or found.get("weights") == weights else None
 
 
 def read_tokens(path: Path, settings: Mapping[str, Any]) -> TokenFigures:

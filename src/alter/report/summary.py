@@ -79,6 +79,8 @@ def _forgotten(run: Reported) -> list[object]:
             found.append(named)
     if run.told is not None:
         asked = run.told["probes"]["all probes"]
+        if run.told["erased"]:
+            found.append("These are figures of the plain weights in its folder `erased`, and not of the adapter:")
         found.append(
             f"Of the {asked['before']} probes that the original model answered with a fact, {asked['after']} still are. Measured at the end, by "
             f"these: {run.told['verdict']['word'].upper()}. {' '.join(run.told['verdict']['why'])}"
@@ -196,7 +198,8 @@ def evidence(run: Reported) -> list[Html]:
             ["names first said in answers that were to stay", *(sum(k[c] for k in kept) for c in ("named", "said"))],
             ["the same answers among those", *[sum(k["n"] for k in kept), sum(k["same"] for k in kept)]],
         ]
-        shown.append(grid(["", "original", "unlearned"], counted, label="Probes", numbers=(1, 2)))
+        after = "plain weights (erased)" if run.told["erased"] else "unlearned"
+        shown.append(grid(["", "original", after], counted, label="Probes", numbers=(1, 2)))
     measured = sorted({str(r.provenance["measured"]) for r in run.records if r.provenance.get("measured")})
     facts = [f"{run.kind} {run.digest}"] if run.digest else []
     facts += [f"measured {measured[0]}" + (f" to {measured[-1]}" if len(measured) > 1 else "")] if measured else []

@@ -56,7 +56,8 @@ def verdict(run: Reported) -> VerdictAnswer:
     that was removed, or if more replies give their answer than the retrained model's do (`SLACK`;
     `SAID` where those are not counted), "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
     """
-    words = {found["verdict"]["word"] for found in (closing_of(run.records), run.told) if found is not None}
+    told = None if run.told is None or run.told["erased"] else run.told
+    words = {found["verdict"]["word"] for found in (closing_of(run.records), told) if found is not None}
     if "not forgotten" in words:
         return "no"
     counts, other = reply_counts(run, "unlearned"), reply_counts(run, "original")
