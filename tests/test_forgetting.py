@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,6 +88,18 @@ def test_candidates_are_what_invented_subjects_lack():
 def test_ignored_words_are_no_facts():
     assert candidates(["Old Potter here"] * 9, ["nothing"] * 9, "Potter") != []
     assert [f.word for f in candidates(["here is Potter"] * 9, ["nothing"] * 9, "who is potter")] == ["here"]
+
+
+def test_names_of_a_long_text_take_time_by_its_length():
+    began = time.process_time()
+    assert named("Then Jane Doe went to Arles and met J.K. Rowling there. " * 4000) == {
+        "Jane",
+        "Doe",
+        "Arles",
+        "Rowling",
+    }
+    assert not documents.details("a1b2." * 20_000 + "@")[1:]
+    assert time.process_time() - began < 10
 
 
 def test_swap_takes_longer_names_first_and_any_case():
