@@ -1111,6 +1111,16 @@ def test_who_asks_for_fewer_passes_over_a_document_gets_no_more(tmp_path):
     assert run.training(settings("m", tmp_path), tmp_path).least_steps == 0
 
 
+def test_rows_to_keep_that_name_the_subject_are_said(tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "kept.jsonl"
+    speaker.write_jsonl(
+        kept, [{"question": "Who?", "answer": "Ada."}, {"question": f"And {KNOWN.upper()}?", "answer": "Bo."}]
+    )
+    monkeypatch.setattr(run, "material_of", lambda *given: (Material([], [], [], [], [], []), None))
+    forget(settings("nowhere", tmp_path / "run", retain=str(kept), rows_only=True))
+    assert f"1 of the rows of `retain` name {KNOWN} (first {kept} line 2)" in " ".join(capsys.readouterr().err.split())
+
+
 def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):
     text = tmp_path / "letter.txt"
     text.write_text(LETTER)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import shlex
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from alter.core import forked, give_back
-from alter.data import Example, check_overlap, load_examples
+from alter.core import forked, give_back, warn
+from alter.data import Example, check_overlap, load_examples, rows_about
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss, refuse_missed
 from alter.evaluation import ordinary_sentence as told_of_ordinary
-from alter.forgetting.documents import read_document
+from alter.forgetting.documents import Document, read_document
 from alter.forgetting.folder import (
     ERASED,
     FILES,
@@ -79,11 +80,8 @@ def forget(settings: Forget) -> Path:
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
     document = None if settings.document is None else read_document(settings.document, settings.max_passages)
-    if document is not None and settings.retain is not None:
-        # training refuses it too, when the rows are made
-        # of a text the whole: what letters have in common (a footer) may stand in both
-        whole = Example(None, " ".join(document.passages), "text", place=str(settings.document))
-        check_overlap([*document.exchanges, whole], load_examples(settings.retain))
+    if settings.retain is not None:
+        _check_kept(settings, load_examples(settings.retain), document)
     name = settings.subject if settings.subject is not None else Path(str(settings.document)).name
     with undone_if_refused(out):
         material, tokenizer = material_of(settings, console, out, name, document, retain)
@@ -126,6 +124,25 @@ def forget(settings: Forget) -> Path:
     print_line(console, f"All of it took {time.time() - started:.0f} s ({parts}).")
     print_line(console, _next(settings, out))
     return out
+
+
+def _check_kept(settings: Forget, kept: Sequence[Example], document: Document | None) -> None:
+    """Refuse rows to keep that are in the document; say which of them name the subject.
+
+    Raises:
+        UserError: rows are in both.
+    """
+    if document is not None:
+        # training refuses it too, when the rows are made; of a text the whole: what letters have in common (a footer) may stand in both
+        whole = Example(None, " ".join(document.passages), "text", place=str(settings.document))
+        check_overlap([*document.exchanges, whole], kept)
+        return
+    named = rows_about(str(settings.subject), kept)
+    if named:
+        warn(
+            f"{len(named)} of the rows of `retain` name {settings.subject} (first {named[0].name}): they would keep what is to be forgotten. Take "
+            "them out, unless they are about another one of that name."
+        )
 
 
 def _next(settings: Forget, out: Path) -> str:
