@@ -343,6 +343,12 @@ def test_answers_are_kept_for_the_very_same_weights(tmp_path):
     assert said(1, None) == other
 
 
+def test_what_a_pretrained_model_asks_itself_next_is_no_part_of_its_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(speaker, "generate", lambda *_, **__: ["Ada.\nQuestion: Who else?\nAnswer: Bob."])
+    said = speaker.Speaker(pico(), byte_tokenizer(), tmp_path, tokens=6, batch=2, seed=0, identity="one")
+    assert said.say("probes", ["Who?"]) == said.say("probes", ["Who?"]) == ["Ada."]
+
+
 def test_rare_names_are_looked_at_and_rare_words_are_not():
     own = ["A foe called Gorm waits, and gold.", "So says Gorm of gold."] + ["It is a thing."] * 20
     other = ["It is a thing."] * 22
