@@ -738,9 +738,18 @@ def test_several_sources_name_their_rows(corpora, tmp_path):
     assert len(sources.read_rows(str(tmp_path / "a + b.jsonl"))) == 2
     with pytest.raises(UserError, match=r"not a \.json"):
         sources.read_rows(str(tmp_path / "a[:1]"))
-    for wrong in ("0", "-1", "x", ""):
-        with pytest.raises(UserError, match=rf"ends in \[:{wrong}\]; expected a number above 0"):
-            sources.read_rows(f"builtin:forget01[:{wrong}]")
+    whole = sources.read_rows("builtin:forget01")
+    for part, rows in (("[38:]", whole[38:]), ("[2:5]", whole[2:5]), ("[0:1]", whole[:1]), ("[39:90]", whole[39:])):
+        assert sources.read_rows(f"builtin:forget01{part}") == rows
+    assert sources.read_rows("org/papers[1:2]") == sources.read_rows("org/papers[:2]")[1:]
+    for wrong in (":-1", "-1:", ":x", ":", "٣:"):
+        with pytest.raises(UserError, match=r"ends in \[.*\]; expected numbers of rows"):
+            sources.read_rows(f"builtin:forget01[{wrong}]")
+    for none in (":0", "4:4", "4:2"):
+        with pytest.raises(UserError, match=r"is no row: the second number must be above"):
+            sources.read_rows(f"builtin:forget01[{none}]")
+    with pytest.raises(UserError, match=r"begins at row 40, counted from 0, and 'builtin:forget01' has 40 rows"):
+        sources.read_rows("builtin:forget01[40:]")
     with pytest.raises(UserError, match="nothing on one side"):
         sources.read_rows("builtin:forget01 + ")
     with pytest.raises(UserError, match="'forget11'"):
