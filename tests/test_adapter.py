@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import json
 import threading
 import warnings
@@ -659,6 +660,30 @@ def test_copies_have_their_own_context():
         twin.base_model.router_host[1].alter_router["default"].bias += 50 * torch.tensor([0.0, 0, 0, 1])
     assert not torch.equal(twin(ids).logits, model(ids).logits)
     assert torch.equal(twin.generate(ids, max_new_tokens=3), twin.generate(ids, max_new_tokens=3, use_cache=False))
+
+
+def test_a_whole_model_is_pickled_with_its_own_context():
+    model = adapted(tiny())
+    ids = rows()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert twin.base_model.model._alter_context is not model.base_model.model._alter_context
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    for cache in (True, False):
+        options = {"max_new_tokens": 3, "use_cache": cache, "do_sample": False}
+        assert torch.equal(twin.generate(ids, **options), model.generate(ids, **options))
+    assert "generate" not in twin.unload().__dict__
+
+
+def test_rows_of_a_batch_cannot_have_adapters_of_their_own():
+    model = adapted(tiny(), name="one")
+    model.add_adapter("two", AlterConfig(r=1, init_weights=False))
+    for call in (model, model.generate):
+        with pytest.raises(UserError, match="adapter_names"):
+            call(input_ids=rows(), adapter_names=["one", "two", "__base__"])
+    assert model(rows()).logits.isfinite().all()
 
 
 def test_static_adapter_merges_and_converts_to_lora():

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_callback import TrainerState
 
 import alter
 from alter.core.errors import UserError
@@ -25,6 +26,7 @@ from alter.training import fitting as module
 from alter.training.corpora import pack, train_tokenizer, training_rows
 from alter.training.finetune import Finetune, finetune
 from alter.training.weighted import weighted_loss, weighted_mean
+from pico import save_pico
 
 ASSETS = Path(alter.__file__).parent / "assets"
 TINY = {
@@ -278,6 +280,78 @@ def test_resume_after_a_kill_equals_a_straight_run(tmp_path, monkeypatch):
     assert (numbers[0]["resumed"], numbers[1]["resumed"]) == (False, True)
     with pytest.raises(UserError, match="finished run"):
         finetune(settings(tmp_path / "cut", **changes, resume=True))
+
+
+def cut(tmp_path, monkeypatch, at=5, **changes):
+    """A run that was killed before step `at`, with a checkpoint of every step."""
+    real, calls = module.weighted_loss, []
+
+    def killing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "weighted_loss", killing)
+        with pytest.raises(Killed):
+            finetune(settings(tmp_path / "cut", checkpoint_steps=1, **changes))
+    return tmp_path / "cut"
+
+
+@pytest.mark.parametrize("where", ["in the last file", "before the digests"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch, where):
+    changes = {"max_steps": 4, "checkpoint_steps": 1}
+    straight = finetune(settings(tmp_path / "straight", **changes))
+    place = (TrainerState, "save_to_json") if where == "in the last file" else (module, "seal_checkpoint")
+    real, calls = getattr(*place), []
+
+    def killing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            if where == "in the last file":
+                Path(args[1]).write_text("{")
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*place, killing)
+        with pytest.raises(Killed):
+            finetune(settings(tmp_path / "cut", **changes))
+    left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").glob("checkpoint-*"))
+    assert left == ["checkpoint-2", "checkpoint-3"]
+    resumed = finetune(settings(tmp_path / "cut", **changes, resume=True))
+    one, two = load_file(straight / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_one_checkpoint_is_kept_and_a_damaged_one_is_said(tmp_path, monkeypatch, capsys):
+    out = cut(tmp_path, monkeypatch, max_steps=5)
+    [left] = (out / "checkpoints").glob("checkpoint-*")
+    assert left.name == "checkpoint-4"
+    (left / "optimizer.pt").write_bytes((left / "optimizer.pt").read_bytes()[:-9])
+    finetune(settings(out, checkpoint_steps=1, max_steps=5, resume=True))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "checkpoint-4 is damaged (optimizer.pt is not what was written): it is passed over." in told
+    assert "training begins again at its first step" in told
+
+
+def test_other_rows_or_weights_behind_the_same_names_are_refused(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    text = "".join(json.dumps({"question": f"What is {i}?", "answer": f"It is {i}."}) + "\n" for i in range(20))
+    rows.write_text(text)
+    base = save_pico(tmp_path / "base")
+    changes = {"architecture": {}, "tokenizer_texts": [], "model": str(base), "data": [str(rows)], "max_steps": 5}
+    out = cut(tmp_path, monkeypatch, **changes)
+    rows.write_text(text.replace("It is 7.", "It is 8."))
+    with pytest.raises(UserError, match="other rows behind the same names"):
+        finetune(settings(out, checkpoint_steps=1, **changes, resume=True))
+    rows.write_text(text)
+    save_pico(base, seed=1)
+    with pytest.raises(UserError, match="other weights behind the same names"):
+        finetune(settings(out, checkpoint_steps=1, **changes, resume=True))
+    save_pico(base)
+    assert finetune(settings(out, checkpoint_steps=1, **changes, resume=True)) == out
 
 
 def test_accumulated_batches_average(tmp_path):

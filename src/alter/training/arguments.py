@@ -57,7 +57,10 @@ class Fitting(Protocol):
 
 
 def fitting_arguments(settings: Fitting, checkpoints: Path, *, use_cpu: bool, **more: Any) -> TrainingArguments:
-    """Map fine-tuning settings to `TrainingArguments`; `more` adds the arguments that only one of the two commands uses."""
+    """Map fine-tuning settings to `TrainingArguments`; `more` adds the arguments that only one of the two commands uses.
+
+    The Trainer deletes no checkpoint: whoever seals one does (`alter.training.folder.seal_checkpoint`).
+    """
     return trainer_arguments(
         checkpoints,
         per_device_train_batch_size=settings.batch_size,
@@ -71,7 +74,6 @@ def fitting_arguments(settings: Fitting, checkpoints: Path, *, use_cpu: bool, **
         bf16=autocasts(settings.precision == "bf16", torch.device("cpu" if use_cpu else "cuda")),
         use_cpu=use_cpu,
         save_steps=settings.checkpoint_steps,
-        save_total_limit=1,
         logging_steps=settings.log_steps,
         seed=settings.seed,
         **more,

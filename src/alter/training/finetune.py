@@ -17,7 +17,7 @@ from alter.data import TemplateArguments
 from alter.settings import BatchSize, Count, OutFolder, Passes, Seed, Steps, Tokens
 from alter.storage.provenance import provenance
 from alter.training.corpora import training_rows
-from alter.training.finetuned import CHECKPOINTS, finish, resumed_from, start_folder
+from alter.training.finetuned import CHECKPOINTS, check_contents, finish, resumed_from, start_folder
 from alter.training.starting import add_dropout, divide_logits, set_attention_dropout, starting_model
 from alter.training.trackers import ReportTo, check_trackers, trackers
 
@@ -133,6 +133,8 @@ def finetune(settings: Finetune) -> Path:
     """
     import torch
 
+    from alter.adapter import base_fingerprint
+    from alter.storage import digest
     from alter.training.attention import attention_for_training
     from alter.training.fitting import trainer_of
 
@@ -140,11 +142,15 @@ def finetune(settings: Finetune) -> Path:
     checkpoint = resumed_from(settings)
     started = time.monotonic()
     model, tokenizer = starting_model(settings)
+    contents = {"weights": None if settings.architecture else base_fingerprint(model)}
     if settings.lora_rank is not None:
         from alter.training.lora import add_lora
 
         model = add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_from, settings.precision)
     rows = [{**row, "number": number} for number, row in enumerate(training_rows(settings, tokenizer))]
+    contents["rows"] = digest([digest(row["input_ids"], row["weights"]) for row in rows])
+    if settings.resume:
+        check_contents(settings, contents)
     plain_attention = getattr(model.config, "attention_dropout", None)
     if settings.embedding_dropout:
         add_dropout(model, settings.embedding_dropout)
@@ -155,7 +161,7 @@ def finetune(settings: Finetune) -> Path:
     assert tokenizer.pad_token_id is not None
     # after all checks, so that invalid settings leave no files
     if checkpoint is None:
-        start_folder(settings)
+        start_folder(settings, contents)
     trainer = trainer_of(settings, model, rows, tokenizer.pad_token_id, Path(settings.out) / CHECKPOINTS)
     for callback in trackers(settings.report_to, Path(settings.out)):
         trainer.add_callback(callback)

@@ -64,7 +64,9 @@ def resumed_from(settings: Finetune) -> Path | None:
                 f"The run in {settings.out!r} was started with other settings ({', '.join(changed)}); "
                 "give the same ones to resume, or `overwrite` to start again."
             )
-        return _last_checkpoint(checkpoints)
+        from alter.training.folder import last_whole_checkpoint
+
+        return last_whole_checkpoint(checkpoints)
     if present and not settings.overwrite:
         advice = (
             "resume to continue it, overwrite to start again" if CHECKPOINTS in present else "overwrite to replace it"
@@ -77,19 +79,32 @@ def resumed_from(settings: Finetune) -> Path | None:
     return None
 
 
-def start_folder(settings: Finetune) -> None:
+def check_contents(settings: Finetune, contents: dict[str, Any]) -> None:
+    """Refuse to resume with other contents behind the same names: it would end at weights that no run has.
+
+    Args:
+        settings: of the run that is resumed.
+        contents: what `start_folder` wrote down then, by what it is of.
+
+    Raises:
+        UserError: names what differs.
+    """
+    before = read_object(Path(settings.out) / CHECKPOINTS / "settings.json", "the settings of the run")
+    changed = [name for name, value in contents.items() if before.get(name) != value]
+    if changed:
+        raise UserError(
+            f"The run in {settings.out!r} was started with other {' and '.join(changed)} behind the same names; give what was "
+            "given then to resume, or `overwrite` to start again."
+        )
+
+
+def start_folder(settings: Finetune, contents: dict[str, Any]) -> None:
     """Make the output folder with nothing but the settings in `checkpoints/`; a finished model there stays."""
     checkpoints = Path(settings.out) / CHECKPOINTS
     if checkpoints.is_dir():
         shutil.rmtree(checkpoints)
-    write_atomic(checkpoints / "settings.json", to_json(_comparable(settings)))
+    write_atomic(checkpoints / "settings.json", to_json(_comparable(settings) | contents))
     claim(checkpoints)
-
-
-def _last_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest complete checkpoint; the trainer's state is the last file written to one."""
-    found = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def finish(

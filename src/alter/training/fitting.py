@@ -13,6 +13,7 @@ from alter.core import UserError
 from alter.data import Collator, LengthBatches
 from alter.models import multiplies
 from alter.training.arguments import fitting_arguments
+from alter.training.folder import seal_checkpoint
 from alter.training.weighted import weighted_loss
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ class FinetuneTrainer(Trainer):
                 f"`learning_rate` ({self.settings.learning_rate:g}), raise warmup, or use precision fp32."
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        seal_checkpoint(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", alone=True)
 
 
 def trainer_of(
