@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 import alter
+from alter import api
 from alter.cli import main
 from alter.data import encode_prompt, examples
 from alter.exporting.run import Export, export
@@ -149,6 +150,35 @@ def test_a_model_in_memory_needs_its_tokenizer_and_a_benchmark_its_name(named, t
         alter.Run.at(tmp_path)
 
 
+def test_what_are_no_rows_is_said_and_rows_that_are_gone_too(named, tmp_path):
+    import pandas
+
+    table = pandas.DataFrame(FORGET)
+    for rows, what in (
+        (table, "a DataFrame of str"),
+        (FORGET[0], "a dict"),
+        ([None], "a list of NoneType"),
+        (5, "a int"),
+    ):
+        with pytest.raises(alter.UserError, match=rf"The rows are {what}; expected a list of dicts"):
+            alter.unlearn(named, forget=rows, retain=RETAIN, out=tmp_path / "r")
+    with pytest.raises(alter.UserError, match="given in memory, and no file holds them"):
+        alter.evaluate(named, benchmark="rows", forget="memory:0123456789abcdef", retain=RETAIN, device="cpu")
+
+
+def test_parts_of_settings_may_be_objects(named, tmp_path):
+    from alter.methods import presets
+
+    given = {"model": "m", "forget": "f", "retain": "r", "out": "o"}
+    bounded = type(Unlearn(**given, objective={"kind": "without_truth"}).objective)
+    lora = type(Unlearn(**given, adapter={"kind": "lora"}, objective={"kind": "npo"}).adapter)
+    own = Unlearn(**given, objective=bounded(hinge=3.0, only_low=False), adapter=lora(r=2))
+    found = api._settings(Unlearn, own, {"seed": 5})
+    assert (found.objective, found.adapter, found.seed) == (own.objective, own.adapter, 5)
+    # an adapter that is no ALTER's chooses, as its name does
+    assert "method" not in presets.with_default({**given, "adapter": lora(r=2)})
+
+
 def test_evaluate_returns_records_and_prints_nothing(tmp_path, capfd, monkeypatch):
     named = save_pico(tmp_path / "model", max_position_embeddings=512)
     monkeypatch.setenv("ALTER_CACHE", "off")
@@ -181,6 +211,7 @@ def test_a_run_brings_its_chat_templates_variables(tmp_path):
 QUIET = """
 import sys
 import alter
+from alter import api
 from alter.cli import main
 model, out = sys.argv[1:]
 rows = [{"question": f"Who is {n}?", "answer": f"{n} writes of the sea."} for n in ("Ada", "Bo", "Cy", "Di")]

@@ -6,6 +6,8 @@ import pytest
 import torch
 from peft import PeftModel
 
+from alter.distillation.run import _card
+from alter.distillation.settings import Distill
 from alter.models.loading import load_model
 from alter.training.card import model_card
 from alter.training.run import unlearn
@@ -34,6 +36,48 @@ def test_the_code_of_a_card_loads_the_adapter(tmp_path, monkeypatch, base):
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(made["model"].eval()(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["alter", "lora", "full"])
+def test_a_card_names_no_file_of_this_machine(tmp_path, kind):
+    path = tmp_path / "jane-doe.jsonl"
+    path.write_text('{"text": "x"}')
+    given = {"model": "org/model", "forget": f"{path}[:3]@text=x + builtin:forget01", "retain": "org/rows:train[:5]"}
+    run = Unlearn.model_validate(
+        {
+            **given,
+            "out": str(tmp_path / "jane-doe"),
+            "adapter": {"kind": kind},
+            "watch": {"holdout": str(path), "every_steps": 1},
+        }
+    )
+    card = model_card(run, ["all"])
+    assert "jane" not in card
+    assert str(tmp_path) not in card
+    assert "forget local rows + builtin:forget01" in card
+    assert "retain: org/rows:train[:5]" in card
+    assert "holdout: local rows" in card
+    assert Unlearn.model_validate(run).forget == given["forget"]
+
+
+def test_a_card_of_distilled_weights_names_none_of_the_names(tmp_path):
+    path = tmp_path / "jane-doe.jsonl"
+    given = {
+        "forget": str(path),
+        "retain": "builtin:retain90",
+        "general": [str(path)],
+        "adapter": str(tmp_path / "jane"),
+    }
+    settings = Distill(
+        model="org/model",
+        student="org/model",
+        out=str(tmp_path / "jane" / "plain"),
+        names=["Jane Doe", "Arles"],
+        **given,
+    )
+    card = _card(settings, "transformers")
+    assert not {"jane", "Jane", "Arles", str(tmp_path)} & set(re.findall(r"[/\w]+", card))
+    assert "retain: builtin:retain90" in card
 
 
 def test_a_gguf_base_is_loaded_by_alter(tmp_path):

@@ -399,6 +399,8 @@ def test_text_file_becomes_passages(tmp_path):
         ("rows.csv", "a,a\n1,2\n", "two columns named 'a'"),
         ("deep.jsonl", "[" * 100_000, "nested too deep"),
         ("deep.jsonl", '{"text": "a"}\n{"text": ' + "[" * 100_000, "line 2 is not JSON .it is nested too deep"),
+        ("deep.jsonl", '{"text": "a", "x": ' + "[" * 500 + "]" * 500 + "}", "nested too deep"),
+        ("twice.jsonl", '{"question": "a", "answer": "b", "answer": "c"}', "names 'answer' twice"),
         ("huge.jsonl", '{"text": ' + "9" * 5000 + "}", "too many digits"),
         ("half.jsonl", '{"text": "\\ud83d"}', r"half a character, \\ud83d"),
         ("bytes.txt", b"\xff\xff", "not UTF-8 text"),
@@ -535,6 +537,36 @@ def test_tables_and_their_columns(tmp_path):
 
     parquet.write_table(pyarrow.table({"text": ["a", "b"], "n": [1, 2]}), tmp_path / "b.PARQUET")
     assert [(e.answer, e.row["n"]) for e in load_examples(str(tmp_path / "b.PARQUET"))] == [("a", 1), ("b", 2)]
+
+
+def test_one_renamed_column_goes_with_one_that_has_its_name(tmp_path):
+    (tmp_path / "a.csv").write_text("question,reply,answer,text\nWho?,Ada.,x,y\n")
+    found = load_examples(f"{tmp_path}/a.csv@answer=reply")
+    assert [(e.kind, e.prompt, e.answer) for e in found] == [("qa", "Who?", "Ada.")]
+    # two that make a row by themselves decide what it is
+    assert [e.answer for e in load_examples(f"{tmp_path}/a.csv@text=reply")] == ["Ada."]
+
+
+def test_a_table_of_one_line_end_and_a_chat_of_any_spelling_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text("question;answer\ra, b;c, d, e\r", newline="")
+    assert [(e.prompt, e.answer) for e in load_examples(str(tmp_path / "a.csv"))] == [("a, b", "c, d, e")]
+    chat = [
+        {"role": "System", "content": "x"},
+        {"role": "USER", "content": "a"},
+        {"role": "Assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "model", "content": "d"},
+    ]
+    found = examples([{"messages": chat}])
+    assert [(e.prompt, e.answer) for e in found] == [("a", "b"), ("c", "d")]
+    assert [turn["role"] for turn in found[1].messages] == ["system", "user", "assistant", "user"]
+
+
+def test_what_is_no_file_is_said_to_be_none(tmp_path):
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    for source, what in ((tmp_path / "loop.jsonl", "a link that leads nowhere"), ("/dev/null", "a device or a pipe")):
+        with pytest.raises(UserError, match=what):
+            load_examples(str(source))
 
 
 def test_a_column_that_is_nearly_known_is_named(tmp_path):

@@ -657,6 +657,31 @@ def test_passages_hold_all_words_in_order():
     assert max(len(p.split()) for p in found) < 2 * documents.PASSAGE_WORDS
 
 
+def test_a_line_of_a_name_or_a_number_alone_is_part_of_a_passage(tmp_path):
+    path = tmp_path / "ticket.txt"
+    lines = ["Jane Doe", "+33 6 1234", LETTER.strip(), "Kind regards", "Tom Doe"]
+    path.write_text("\n\n".join(lines))
+    found = documents.read_document(str(path), 200).passages
+    assert " ".join(found).split() == " ".join(lines).split()
+    assert found[0].startswith("Jane Doe +33 6 1234")
+    assert found[-1].endswith("Kind regards Tom Doe")
+    path = tmp_path / "numbers.csv"
+    path.write_text("phone\n" + "".join(f"+33-6{n}\n" for n in range(1000, 1030)))
+    assert sum(passage.count("+33-6") for passage in documents.read_document(str(path), 200).passages) == 30
+    # the end of a long text, too
+    assert documents.split("The way was long and the men were tired. " * 9 + "Call 8812.")[-1].endswith("Call 8812.")
+
+
+def test_addresses_values_and_codes_are_details():
+    text = "name: Doe. city: Arles. From: Jane Doe <jane.doe+x@mail.example.org>, user jdoe84. Note: The man left. At 10:30."
+    assert documents.details(text) == ["Doe", "Arles", "Jane", "jane.doe+x@mail.example.org", "jdoe84", "10:30"]
+    mask = documents.disguise(["jane.doe+x@mail.example.org", "jdoe84"], 0)
+    assert "jane" not in mask["jane.doe+x@mail.example.org"]
+    assert mask["jane.doe+x@mail.example.org"].endswith("@mail.invalid")
+    assert mask["jdoe84"].startswith("jdoe")
+    assert mask["jdoe84"] != "jdoe84"
+
+
 def test_details_are_names_and_numbers():
     found = documents.details(LETTER)
     assert {"Marta", "Lisbon", "14", "Peter", "37", "Ghent"} - set(found) == {"Peter"}
@@ -945,6 +970,7 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
     known = {row["word"] for row in speaker.read_jsonl(out / "facts.jsonl")}
     assert known == {"Zorba", "Mexico", "Lyra"}
     report = json.loads((out / "report.json").read_text())
+    assert (out / "forget.json").stat().st_mode & 0o777 == 0o600  # it names the subject
     assert report["zero"]["before"]["p"] < 0.05
     assert report["probes"]["all probes"]["after"] < report["probes"]["all probes"]["before"]
     assert load_model(str(small), str(out / "adapter"), device="cpu")
@@ -998,6 +1024,17 @@ def test_a_text_without_names_or_numbers_cannot_be_asked_for(small, tmp_path):
     ):
         forget(settings(small, tmp_path / "run", subject=None, document=str(text), kind=None))
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "letter.txt"
+    text.write_text(LETTER)
+    made = Material([], [], [], [], [], [{"word": "Oslo"}])
+    monkeypatch.setattr(run, "material_of", lambda *given: (made, None))
+    forget(settings("nowhere", tmp_path / "run", subject=None, document=str(text), kind=None, rows_only=True))
+    said = capsys.readouterr().out
+    assert "What the document is asked for: Oslo." in said
+    assert "the model knows" not in said
 
 
 def test_what_is_not_forgotten_ends_with_a_status_of_its_own(small, tmp_path, capsys):
@@ -1145,6 +1182,8 @@ def test_subjects_that_are_none():
         ({"subject": "?!"}, "expected the name"),
         ({"subject": "x" * 101}, "101 characters.*`document`"),
         ({"subject": "the\nking"}, "several lines.*`document`"),
+        ({"subject": "the\u2028king"}, "several lines.*`document`"),
+        ({"subject": "the \x1b[31mking"}, r"holds '\\x1b': write the name without it"),
         ({"resume": True, "overwrite": True}, "contradict"),
         ({"erasing": {"max_steps": 3}}, "`erase`"),
         ({"writer": {"model": "m"}}, "`writer.url`"),
@@ -1156,6 +1195,13 @@ def test_settings_that_are_refused_before_anything_is_loaded(given, said, tmp_pa
     monkeypatch.setattr(making, "load_model", lambda *a: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         forget(settings("nowhere", tmp_path / "run", **given))
+
+
+def test_a_name_is_what_a_model_writes_for_it():
+    given = Forget(subject="\ufeff Rene\u0301e\u00a0 O\u00adNeill\u200b", keep=["A\u00a0B"], model="m", out="r")
+    assert (given.subject, given.keep) == ("Ren\u00e9e O" + "Neill", ["A B"])
+    # joiners are letters' own
+    assert Forget(subject="\u0645\u06cc\u200c\u062e", model="m", out="r").subject == "\u0645\u06cc\u200c\u062e"
 
 
 def test_a_folder_in_use_is_not_touched(tmp_path):

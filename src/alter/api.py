@@ -98,7 +98,8 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
     for name in keywords:
         if name not in kind.model_fields:
             raise UserError(f"{kind.__name__} has no setting {name!r}.{nearest(name, kind.model_fields)}")
-    below = {} if given is None else given.model_dump(exclude_unset=True)
+    # its parts as they are: what a part was made of does not say of which kind it is
+    below = {} if given is None else {name: getattr(given, name) for name in given.model_fields_set}
     try:
         return kind.model_validate({**below, **keywords})
     except ValidationError as error:
@@ -107,11 +108,23 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
 
 @contextlib.contextmanager
 def _named_rows(rows: Rows) -> Iterator[str]:
-    """Yield a name under which the commands find the rows while the block runs."""
+    """Yield a name under which the commands find the rows while the block runs.
+
+    Raises:
+        UserError: they are none, or no rows.
+    """
     if isinstance(rows, (str, PathLike)):
         yield str(rows)
         return
-    held = [dict(row) for row in rows]
+    given = list(rows) if isinstance(rows, Iterable) and not isinstance(rows, (Mapping, bytes)) else None
+    wrong = [row for row in given or () if not isinstance(row, Mapping)]
+    if given is None or wrong:
+        what = f"a {type(rows).__name__}" + (f" of {type(wrong[0]).__name__}" if wrong else "")
+        raise UserError(
+            f"The rows are {what}; expected a list of dicts, each of a row's columns (of a DataFrame: `df.to_dict('records')`), "
+            "a `datasets.Dataset`, or the name of a file."
+        )
+    held = [dict(row) for row in given]
     if not held:
         raise UserError("The rows are empty; expected at least one, each a dict of its columns.")
     with memory.holding(digest(held)[:16], held) as name:

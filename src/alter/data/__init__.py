@@ -49,8 +49,10 @@ if TYPE_CHECKING:
     from alter.data.rows import said as said
     from alter.data.rows import turns_of as turns_of
     from alter.data.sources import check_unread as check_unread
+    from alter.data.sources import for_others as for_others
     from alter.data.sources import from_anywhere as from_anywhere
     from alter.data.sources import read_rows as read_rows
+    from alter.data.sources import settings_for_others as settings_for_others
     from alter.data.subjects import rows_about as rows_about
     from alter.data.tofu import TOFU_SPLITS as TOFU_SPLITS
     from alter.data.tofu import refusals as refusals

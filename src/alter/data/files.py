@@ -121,7 +121,7 @@ def _paragraphs(text: str) -> Iterator[tuple[str, int]]:
 def _table(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a CSV file with a header; an empty cell is None."""
     text = read_text(path, line_ends=False)
-    header = text.partition("\n")[0]
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     signs = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=lambda sign: (header.count(sign), sign == ","))
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=signs, strict=True)
@@ -241,6 +241,11 @@ def rename(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], known: S
     """Give columns the names that `alter` knows: `{"question": "Frage"}` makes `question` of the column `Frage`.
 
     Other columns in `known` are left out: what was named decides what a row is.
+
+    Args:
+        rows: what was read.
+        names: column by the name that it gets.
+        known: names of columns that would decide what a row is.
 
     Raises:
         UserError: no row has such a column.

@@ -67,6 +67,7 @@ ROLE_NAMES = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "ai": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "observation": "tool",
     "function_response": "tool",
@@ -89,7 +90,7 @@ def _turn(given: Any, where: str) -> dict[str, Any]:
     calls = given.get("tool_calls") or []
     if not isinstance(role, str) or not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise UserError(f"{where} has a message without role and content.")
-    role = ROLE_NAMES.get(role, role)
+    role = ROLE_NAMES.get(role.lower(), role.lower())
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)
     if content is None and (calls or (role == "assistant" and {"content", "value"} & set(given))):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from alter.core import UserError, memory, nearest
 from alter.data.files import Row, read_file, rename, with_columns
@@ -73,17 +74,20 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
             which `train` is read, or configuration and split (`muse-bench/MUSE-News:sust/forget_2`); a folder of that
             layout takes the latter too (see `muse_rows`). May be written behind a colon in `source` instead.
 
-    Behind that `@question=Frage,answer=Antwort` says which columns are meant (`letters.csv@text=Brief`), behind all of it
-    `[:N]` takes the first N rows (`cais/wmdp-corpora:cyber-forget-corpus[:500]`), `[N:M]` and `[N:]` those from row N on,
-    counted from 0, and several sources are read one after another if ` + ` stands between them; each of their rows then
-    names its own in a column `source`. Hub rows that hold nothing but `text`, some of it blank, are the lines of a running
-    text (wikitext): the first M are joined to passages as those of a `.txt` file are, before `[N:M]` takes of these.
+    Behind that `@question=Frage,answer=Antwort` says which columns are meant (`letters.csv@text=Brief`; `@answer=Antwort` where the
+    other one is called `question` already), behind all of it `[:N]` takes the first N rows
+    (`cais/wmdp-corpora:cyber-forget-corpus[:500]`), `[N:M]` and `[N:]` those from row N on, counted from 0, and several sources
+    are read one after another if ` + ` stands between them; each of their rows then names its own in a column `source`. Hub
+    rows that hold nothing but `text`, some of it blank, are the lines of a running text (wikitext): the first M are joined to
+    passages as those of a `.txt` file are, before `[N:M]` takes of these.
 
     Raises:
         UserError: nothing there, empty, not readable, an unknown split or column, or the hub cannot be reached.
     """
     if (rows := memory.held(source)) is not None:
         return [dict(row) for row in rows]
+    if source.startswith(memory.PREFIX):
+        raise UserError("The rows were given in memory, and no file holds them: give them again.")
     if not source.strip():
         raise UserError("A source of rows is empty; expected a file, a hub id, or a name like 'builtin:forget10'.")
     try:
@@ -163,6 +167,43 @@ def from_anywhere(source: str) -> str:
     return " + ".join(made)
 
 
+LOCAL_ROWS = "local rows"
+"""What a card calls rows of a file: its name and its folder may be a person's."""
+
+
+def for_others(source: str) -> str:
+    """Return a source of rows as those may read it who get the weights: what lies on this machine is `LOCAL_ROWS`."""
+
+    def public(part: str) -> bool:
+        return not _local(part)[0] and (part.startswith("builtin:") or is_hub_id(re.split(r"[@\[:]", part)[0]))
+
+    parts = [part.strip() for part in _parts(source)]
+    return " + ".join(dict.fromkeys(part if public(part) else LOCAL_ROWS for part in parts))
+
+
+ROWS_NAMED = ("forget", "retain", "holdout", "general")
+PRIVATE = ("out", "run", "adapter", "start_from", "retain_records", "names", "other_names", "resume", "overwrite")
+
+
+def settings_for_others(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings as its card shows them: no folder or file of this machine, and none of the names that were given.
+
+    Args:
+        settings: as JSON has them; `adapter` and the like are left out where they are paths, `ROWS_NAMED` go through `for_others`.
+    """
+    told: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            told[name] = settings_for_others(value)
+        elif name in ROWS_NAMED and isinstance(value, str):
+            told[name] = for_others(value)
+        elif name in ROWS_NAMED and isinstance(value, list):
+            told[name] = [for_others(str(each)) for each in value]
+        elif name not in PRIVATE:
+            told[name] = value
+    return told
+
+
 def check_unread(out: Path, reads: Iterable[tuple[str, str | None]]) -> None:
     """Refuse to delete a folder in which something lies that is about to be read.
 
@@ -184,8 +225,10 @@ def _named_rows(source: str, split: str | None, first: int | None) -> list[Row]:
     found = None if os.path.exists(source) else OTHER_COLUMNS.fullmatch(source)
     if found is None:
         return _rows_of(source, split, first)
-    names = dict(part.split("=") for part in found[2].split(","))
-    return rename(_rows_of(found[1], split, first), {k.strip(): v.strip() for k, v in names.items()}, KNOWN_COLUMNS)
+    names = {k.strip(): v.strip() for k, v in (part.split("=") for part in found[2].split(","))}
+    # one that is named beside one that needs no other name is half of a kind
+    whole = any(set(columns) <= set(names) for _, columns in ROW_COLUMNS)
+    return rename(_rows_of(found[1], split, first), names, KNOWN_COLUMNS if whole else ())
 
 
 def _rows_of(source: str, split: str | None, first: int | None) -> list[Row]:
@@ -208,6 +251,9 @@ def _rows_of(source: str, split: str | None, first: int | None) -> list[Row]:
         return read_file(path)
     if any(mark in source for mark in "*?["):
         return _matching_rows(path)
+    if os.path.lexists(path):
+        what = "a device or a pipe" if path.exists() else "a link that leads nowhere"
+        raise UserError(f"{source!r} is {what}; expected a file, which can be read more than once.")
     if not is_hub_id(source):
         siblings = [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(str(path), siblings) or nearest(source, [f"builtin:{name}" for name in TOFU_SPLITS])

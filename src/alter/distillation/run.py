@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from alter.core import forked, show, warn
-from alter.data import Example, data_hash, row_hash
+from alter.data import Example, data_hash, for_others, row_hash, settings_for_others
 from alter.distillation.checks import check_out, check_pair, check_room, check_teacher
 from alter.distillation.closing import measure_distilled
 from alter.distillation.naming import AtNames, check_named, first_feed_forwards, named_rows, trained_layers
@@ -346,8 +346,8 @@ def _saved_dtype(settings: Distill) -> torch.dtype:
 
 
 def _card(settings: Distill, library: str) -> str:
-    """Return the result's model card."""
-    said = yaml.safe_dump(settings.model_dump(mode="json", exclude={"resume", "overwrite"}), sort_keys=False)
+    """Return the result's model card, which names no file of this machine, nor the names that were erased."""
+    said = yaml.safe_dump(settings_for_others(settings.model_dump(mode="json")), sort_keys=False)
     what = (
         "These are plain weights: nothing can be taken off. `AutoModelForCausalLM.from_pretrained` loads them."
         if settings.form == "full"
@@ -361,7 +361,7 @@ tags: [unlearning]
 
 # {settings.student}, distilled from its unlearned model
 
-Made by `alter distill`: the student learned the whole distribution of the model that had forgotten {settings.forget}. {what}
+Made by `alter distill`: the student learned the whole distribution of the model that had forgotten {for_others(str(settings.forget))}. {what}
 
 ## Settings
 

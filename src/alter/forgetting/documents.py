@@ -23,8 +23,14 @@ LEAST_WORDS = 40
 """Fewest words of a document."""
 LONG_WORD = 4
 """Characters for each of these words from which on a text is not short, but in a script without spaces."""
+SHORTEST = 4
+"""Fewest words of a passage: it goes on from its first ones."""
 PASSAGE_WORDS = 70
 """Words at which a passage ends, at the end of a sentence."""
+ADDRESS = r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+"""An address of e-mail."""
+ELSEWHERE = "mail.invalid"
+"""Where disguised addresses are."""
 CONTINUE = "Continue this text: {start}"
 ABOUT = "What does the text say about {f}?"
 CHATS = ("messages", "conversations")
@@ -101,8 +107,21 @@ def _texts(file: Path) -> tuple[list[str], list[Example]]:
             text = re.sub(r"^\s*(#+|[-*+>]|\d+\.)\s+", "", text, flags=re.MULTILINE)
             text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
             text = re.sub(r"[*_`]{1,3}(\S(?:.*?\S)?)[*_`]{1,3}", r"\1", text)
-        return re.split(r"\n\s*\n", text), []
+        return _joined(re.split(r"\n\s*\n", text)), []
     return _of_rows(read_file(file, texts=True))
+
+
+def _joined(texts: Sequence[str]) -> list[str]:
+    """Join texts of fewer than `SHORTEST` words with what follows, the last with what precedes: a name or a number may stand alone."""
+    joined: list[str] = []
+    for text in texts:
+        if joined and len(joined[-1].split()) < SHORTEST:
+            joined[-1] = f"{joined[-1]}\n{text}"
+        else:
+            joined.append(text)
+    if len(joined) > 1 and len(joined[-1].split()) < SHORTEST:
+        joined[-2:] = ["\n".join(joined[-2:])]
+    return joined
 
 
 def _of_rows(rows: Sequence[Row]) -> tuple[list[str], list[Example]]:
@@ -112,6 +131,7 @@ def _of_rows(rows: Sequence[Row]) -> tuple[list[str], list[Example]]:
         UserError: a chat has a turn that is no text.
     """
     texts: list[str] = []
+    running: list[str] = []
     exchanges: list[Example] = []
     for number, row in enumerate(rows):
         try:
@@ -126,40 +146,55 @@ def _of_rows(rows: Sequence[Row]) -> tuple[list[str], list[Example]]:
         elif own:
             texts += [each.answer for each in own]
         elif isinstance(row.get("text"), str):
-            texts.append(row["text"])
+            running.append(row["text"])
         else:
-            texts.append(". ".join(f"{name}: {value}" for name, value in row.items() if value not in (None, "")) + ".")
-    return texts, exchanges
+            running.append(
+                ". ".join(f"{name}: {value}" for name, value in row.items() if value not in (None, "")) + "."
+            )
+    return texts + _joined(running), exchanges
 
 
 def split(text: str) -> list[str]:
-    """Cut a text into passages of whole sentences, of about `PASSAGE_WORDS` words."""
+    """Cut a text into passages of whole sentences, of about `PASSAGE_WORDS` words; one of fewer than `SHORTEST` gives none."""
     passages, current = [], ""
     for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
         current = f"{current} {sentence}".strip()
         if len(current.split()) >= PASSAGE_WORDS:
             passages.append(current)
             current = ""
-    if current and len(current.split()) >= 4:
+    if passages and len(current.split()) < SHORTEST:
+        passages[-1] = f"{passages[-1]} {current}".strip()
+    elif len(current.split()) >= SHORTEST:
         passages.append(current)
     return passages
 
 
 def details(text: str) -> list[str]:
-    """Return the names and numbers of a text, which cannot be guessed, in order of first occurrence."""
-    names = named(text)
-    # a number first: of a long one `WORD` takes four digits
-    found = [m[0] for m in re.finditer(rf"\d+(?:[.,:]\d+)*|{WORD.pattern}", text)]
-    return list(dict.fromkeys(w for w in found if w in names or w[0].isdigit()))
+    """Return the names, numbers and addresses of a text, which cannot be guessed, in order of first occurrence."""
+    names = named(text) | _labelled(text)
+    # an address whole, and a number before a word: of a long one `WORD` takes four digits
+    found = [m[0] for m in re.finditer(rf"{ADDRESS}|\d+(?:[.,:]\d+)*|{WORD.pattern}", text)]
+    return list(dict.fromkeys(w for w in found if w in names or "@" in w or any(c.isdigit() for c in w)))
+
+
+def _labelled(text: str) -> set[str]:
+    """Return the capitalised words right after a label ("city: Arles.", "From: Jane Doe"), but for those that begin a sentence there."""
+    found = set()
+    for match in re.finditer(rf":[ \"'“‘(]+({WORD.pattern})\s*(\w?)", text):
+        if match[1][0].isupper() and not match[2].islower():
+            found.add(re.sub(r"['’]s$", "", match[1]))
+    return found
 
 
 def disguise(words: Sequence[str], seed: int) -> dict[str, str]:
-    """Replace each name by another name and each number by another number."""
+    """Replace each name by another name, each number by another number and each address by another address."""
     generator = np.random.default_rng(seed)
     nobody = [part for kind in ("person", "place") for name in TEMPLATES[kind].invented for part in name.split()]
     out = {}
     for word in words:
-        if word[0].isdigit():
+        if "@" in word:
+            out[word] = f"{nobody[int(generator.integers(len(nobody)))].lower()}@{ELSEWHERE}"
+        elif any(c.isdigit() for c in word):
             digits = "".join(str(generator.integers(1, 10)) if c.isdigit() else c for c in word)
             out[word] = digits if digits != word else "7" + word
         else:

@@ -65,7 +65,8 @@ def material_of(
     base = base_fingerprint(model)
     check_base(out, base)
     said = {"key": rows_key(settings), "settings": settings.model_dump(exclude={"resume", "overwrite"}), "base": base}
-    write_atomic(out / "forget.json", to_json(said))
+    # it names the subject
+    write_atomic(out / "forget.json", to_json(said), private=True)
     material = read_material(out)
     if material is not None:
         asked = read_object(out / "zero.json", "what alter forget wrote").get("probes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def check_name(subject: str) -> None:
     """Refuse a text that is no name, before any model is loaded.
 
     Raises:
-        UserError: nothing but space or signs, or a whole text.
+        UserError: nothing but space or signs, a whole text, or what no text holds.
     """
     if not subject.strip():
         raise UserError('The subject is empty; expected the name of what to forget: alter forget "Harry Potter".')
@@ -31,11 +32,14 @@ def check_name(subject: str) -> None:
         raise UserError(
             f'The subject is {subject!r}, expected the name of what to forget: alter forget "Harry Potter".'
         )
-    if len(subject) > 100 or "\n" in subject.strip():
+    if len(subject) > 100 or len(subject.strip().splitlines()) > 1:
         what = f"{len(subject)} characters" if len(subject) > 100 else "several lines"
         raise UserError(
             f"The subject has {what}, expected a name of one line and at most 100 characters: give a text with `document` FILE."
         )
+    control = next((character for character in subject if unicodedata.category(character) in ("Cc", "Cs")), None)
+    if control is not None:
+        raise UserError(f"The subject is {subject!r}, which holds {control!r}: write the name without it.")
 
 
 def check_uncommon(subject: str, tokenizer: Any, kind: Kind | None) -> None:

@@ -79,14 +79,16 @@ def forget(settings: Forget) -> Path:
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
     document = None if settings.document is None else read_document(settings.document, settings.max_passages)
-    name = settings.subject.strip() if settings.subject is not None else Path(str(settings.document)).name
+    name = settings.subject if settings.subject is not None else Path(str(settings.document)).name
     with undone_if_refused(out):
         material, tokenizer = material_of(settings, console, out, name, document, retain)
     known = sum(answered(probe["before"], probe) for probe in material.probes)
     facts = ", ".join(str(row["word"]) for row in material.facts[:12])
+    # of a document these are its own words, known or not
+    what = "What the model knows" if document is None else "What the document is asked for"
     print_line(
         console,
-        f"What the model knows: {facts}. {len(material.forget)} rows to forget, {len(material.retain)} to keep, "
+        f"{what}: {facts}. {len(material.forget)} rows to forget, {len(material.retain)} to keep, "
         f"{len(material.probes)} probes, of which it answers {known} ({time.time() - started:.0f} s).",
     )
     if settings.rows_only:

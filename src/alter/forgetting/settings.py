@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alter.data import TemplateArguments
 from alter.forgetting.speaker import Writer
@@ -30,6 +32,16 @@ TRAINING: dict[str, Any] = {
 DOCUMENT: dict[str, Any] = {"objective": {"kind": "substitute", "hinge": 4.0}, "least_steps": 120}
 """What differs for a document: it may be known to the letter. Measured on SmolLM2-135M that knows 20 answers by heart
 (docs/experiments.md)."""
+
+
+_SPACE = re.compile(r"[ \t\u00a0\u2000-\u200a\u202f\u3000]+")
+_UNSEEN = re.compile(r"[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+"""What word processors and web pages put into a name and nobody sees. Joiners stay: some scripts are written with them."""
+
+
+def as_written(name: str) -> str:
+    """Return a name as a model writes it: composed letters, single plain spaces, no characters that nobody sees."""
+    return _SPACE.sub(" ", _UNSEEN.sub("", unicodedata.normalize("NFC", name))).strip(" ")
 
 
 class Erasing(BaseModel):
@@ -111,3 +123,13 @@ class Forget(BaseModel):
     """Resume in `out`: existing answers, rows and training are reused."""
     overwrite: bool = False
     """Delete what `out` holds."""
+
+    @field_validator("subject")
+    @classmethod
+    def _subject_as_written(cls, subject: str | None) -> str | None:
+        return None if subject is None else as_written(subject)
+
+    @field_validator("keep")
+    @classmethod
+    def _kept_as_written(cls, keep: list[str]) -> list[str]:
+        return [as_written(name) for name in keep]

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save
 
 from alter.core import UserError, show, warn
-from alter.data import check_unread, load_examples
+from alter.data import check_unread, for_others, load_examples
 from alter.guarding.settings import MakeGuard
 from alter.models import FORM_FILE, Form
 from alter.storage import check_deletable, to_json, write_atomic
@@ -63,7 +63,7 @@ def write_guard(out: Path, form: Form, run: MakeGuard) -> None:
     write_atomic(partial / FORM_FILE, to_json({**settings, "made": made}))
     for name, tensors in files.items():
         write_atomic(partial / name, save({key: value.contiguous() for key, value in tensors.items()}))
-    what = "what it was told to" if run.forget is None else f"what {run.forget} says"
+    what = "what it was told to" if run.forget is None else f"what {for_others(run.forget)} say"
     share = "" if caught is None else f", and recognised {caught:.0%} of its prompts when it was made"
     write_atomic(partial / "README.md", CARD.format(model=run.model, what=what, kind=run.guard.kind, share=share))
     if out.exists():

@@ -616,7 +616,7 @@ def with_default(given: Mapping[str, Any]) -> dict[str, Any]:
     mean the same whatever the default becomes.
     """
     adapter = given.get("adapter") or {}
-    kind = adapter.get("kind", "alter") if isinstance(adapter, Mapping) else "alter"
+    kind = adapter.get("kind", "alter") if isinstance(adapter, Mapping) else getattr(adapter, "kind", "alter")
     chosen = given.get("method") is not None or "objective" in given or kind != "alter"
     return dict(given) if chosen else {**given, "method": DEFAULT}
 

@@ -175,21 +175,54 @@ def read_text(path: str | os.PathLike[str], *, line_ends: bool = True) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if line_ends else text
 
 
+DEEPEST = 100
+"""Most lists and objects inside each other in JSON that others wrote: what walks through them calls itself for each."""
+
+
+class _Twice(ValueError):
+    """An object names a key twice: readers differ in which they take."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's keys and values, each key once."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Twice(f"it names {twice!r} twice in one object")
+    return made
+
+
+def _too_deep(value: Any) -> bool:
+    """Tell whether lists and objects stand inside each other more than `DEEPEST` times."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        found = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
+        level = [each for inside in found for each in inside if isinstance(each, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
 def from_json(text: str) -> Any:
     """Parse JSON that others wrote.
 
     Raises:
-        ValueError: it is not JSON, is nested too deep, holds a number too long to read, or half a character (a lone
-            surrogate, which no file can hold); the message says which.
+        ValueError: it is not JSON, is nested too deep, names a key twice in an object, holds a number too long to read, or half a
+            character (a lone surrogate, which no file can hold); the message says which.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg}: line {error.lineno} column {error.colno}") from None
+    except _Twice:
+        raise
     except ValueError:
         raise ValueError("it holds a number of too many digits") from None
+    if _too_deep(value):
+        raise ValueError("it is nested too deep")
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()

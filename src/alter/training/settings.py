@@ -68,7 +68,8 @@ class Unlearn(BaseModel):
     out: OutFolder = Field(description="Folder of this run; must be empty or missing.")
 
     domain_column: str | None = Field(
-        None, description="Column that names each forget row's sub-domain (author, request)."
+        None,
+        description="Column that names each forget row's sub-domain (author, request). Cards, configurations and run.json carry the names.",
     )
     num_forget_experts: Count | None = Field(None, ge=1, description="Experts; by default one per sub-domain.")
     max_domains: Count = Field(8, ge=1, description="Most sub-domains that clustering may choose.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from alter.data import for_others
 from alter.models import gguf
 
 
@@ -64,7 +65,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({run.mode
 
 {base}It is an adapter: whoever has the base
 weights has the knowledge, and `disable_adapter()` brings it back.{merging}"""
-    return Card("peft", f"{what}: makes {run.model} forget {run.forget}", text)
+    return Card("peft", f"{what}: makes {run.model} forget {for_others(run.forget)}", text)
 
 
 def guarded_card(what: str, run: Trained, title: str | None, about: str) -> Card:
@@ -74,4 +75,4 @@ def guarded_card(what: str, run: Trained, title: str | None, about: str) -> Card
 ```python
 {own_loader(run)}
 ```"""
-    return Card("peft", f"{what}: makes {run.model} forget {run.forget}", text)
+    return Card("peft", f"{what}: makes {run.model} forget {for_others(run.forget)}", text)

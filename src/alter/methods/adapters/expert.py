@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 from pydantic import Field, PrivateAttr
 
 from alter.core import UserError
+from alter.data import for_others
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card
 
@@ -116,7 +117,7 @@ class OneExpert(Adapter):
             f"{title or 'ALTER'}; adapter.kind expert: these are the model's own weights, of which expert {expert} of block "
             f"{block} and that block's router have changed. `AutoModelForCausalLM.from_pretrained` loads them."
         )
-        return Card("transformers", f"{run.model}, made to forget {run.forget}", text)
+        return Card("transformers", f"{run.model}, made to forget {for_others(run.forget)}", text)
 
 
 def _only(grad: torch.Tensor, expert: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 from pydantic import Field
 
 from alter.core import UserError
+from alter.data import for_others
 from alter.methods.adapters.base import Adapter, Beginning, Settings
 from alter.methods.adapters.cards import Card
 from alter.methods.places import Share, blocks, blocks_within
@@ -95,4 +96,4 @@ class FullWeights(Adapter):
             f"{title or 'ALTER'}; adapter.kind full: these are the model's own weights, changed. "
             "`AutoModelForCausalLM.from_pretrained` loads them."
         )
-        return Card("transformers", f"{run.model}, made to forget {run.forget}", text)
+        return Card("transformers", f"{run.model}, made to forget {for_others(run.forget)}", text)
