@@ -417,8 +417,15 @@ METHODS: dict[str, Method] = {
     ),
     "seuf": Method(
         "SEUF, first UOE: GradDiff on the one expert that forget rows go to most, and its router",
-        "Zhuang et al. 2024, arXiv:2411.18797 (no code: rebuilt from a description); for mixtures of experts",
-        {**FULL, "adapter": {"kind": "expert", "alpha": 1.0}, "objective": ASCENT, "retain_objective": CE},
+        "Zhuang et al. 2024, arXiv:2411.18797 (from the paper: its code is not to be had); for mixtures of experts",
+        {
+            **FULL,
+            "adapter": {"kind": "expert", "alpha": 1.0},
+            "objective": ASCENT,
+            "retain_objective": CE,
+            "learning_rate": 1e-4,
+            "batch_size": 16,
+        },
     ),
     # LoRA relatives
     "loku": Method(
