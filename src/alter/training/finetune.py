@@ -197,10 +197,11 @@ def _check_fit(settings: Finetune, model: Any, tokenizer: Any, rows: list[dict[s
     context, tokens = context_length(model), model.get_input_embeddings()
     # rotary positions have no end
     tables = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens)
-    learned = context is not None and any(table.num_embeddings >= context for table in tables)
+    if context is not None and not any(table.num_embeddings >= context for table in tables):
+        context = None
     for row in rows:
         ids, name = row["input_ids"], f"Row {row['number']}"
-        if learned and len(ids) > context:
+        if context is not None and len(ids) > context:
             raise UserError(
                 f"{name} has {len(ids)} tokens, and the model has {context} positions: give `max_length` {context} "
                 f"({settings.max_length}), so that longer rows become several."
