@@ -984,6 +984,25 @@ def test_bfloat16_layer(case, training):
     assert (found.double() - expected).abs().max() <= 0.03 * expected.abs().max()
 
 
+def test_training_goes_on_alike_in_eval_mode():
+    """A fused optimizer goes by places in memory, and B is stored otherwise for inference."""
+    trained = []
+    for evaluated in (False, True):
+        model = adapted(tiny(), alter_dropout=0.0).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)
+        for step in range(3):
+            if evaluated and step == 1:
+                model.eval()
+                with torch.no_grad():
+                    model(rows())
+            optimizer.zero_grad()
+            model(rows(), labels=rows()).loss.backward()
+            optimizer.step()
+        trained.append({name: p.detach().clone() for name, p in model.named_parameters() if "alter_B" in name})
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_a_retention_expert_of_zeros_costs_nothing():
     model = adapted(tiny(), r=4).eval()
     ids = rows()

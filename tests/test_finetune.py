@@ -12,7 +12,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.trainer_callback import TrainerState
 
 import alter
@@ -26,7 +26,7 @@ from alter.training import fitting as module
 from alter.training.corpora import pack, train_tokenizer, training_rows
 from alter.training.finetune import Finetune, finetune
 from alter.training.weighted import weighted_loss, weighted_mean
-from pico import save_pico
+from pico import byte_tokenizer, save_pico
 
 ASSETS = Path(alter.__file__).parent / "assets"
 TINY = {
@@ -352,6 +352,69 @@ def test_other_rows_or_weights_behind_the_same_names_are_refused(tmp_path, monke
         finetune(settings(out, checkpoint_steps=1, **changes, resume=True))
     save_pico(base)
     assert finetune(settings(out, checkpoint_steps=1, **changes, resume=True)) == out
+
+
+def on_model(folder, **changes):
+    """Settings of a run on the model in `folder`."""
+    return settings(folder.with_name("out"), architecture={}, tokenizer_texts=[], model=str(folder), **changes)
+
+
+def gpt2(folder):
+    """A model with learned positions and Conv1D layers."""
+    config = GPT2Config(
+        vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_rows_that_the_model_has_no_positions_or_embeddings_for_are_refused(tmp_path):
+    folder, rows = gpt2(tmp_path / "base"), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "abc " * 40}))
+    with pytest.raises(
+        UserError, match=r"Row 0 has 160 tokens, and the model has 128 positions: give `max_length` 128"
+    ):
+        finetune(on_model(folder, data=[str(rows)]))
+    assert finetune(on_model(folder, data=[str(rows)], max_length=128, max_steps=1)).is_dir()
+    # rotary positions go on
+    assert finetune(on_model(save_pico(folder), data=[str(rows)], max_steps=1, overwrite=True)).is_dir()
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(9)])
+    tokenizer.save_pretrained(folder)
+    rows.write_text(json.dumps({"text": "abc <new5> abc"}))
+    with pytest.raises(UserError, match=r"the token '<new5>' 305, but the model has embeddings for 300 tokens"):
+        finetune(on_model(folder, data=[str(rows)], overwrite=True))
+
+
+def test_a_lora_on_upper_blocks_of_any_kind_of_linear_layer(tmp_path):
+    folder, rows = gpt2(tmp_path / "base"), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "abc " * 9}))
+    out = finetune(on_model(folder, data=[str(rows)], lora_rank=2, lora_from=1, max_steps=1))
+    names = load_file(out / "adapter_model.safetensors")
+    assert names
+    assert all(".h.1." in name for name in names)
+    with pytest.raises(UserError, match="`lora_from` is 2, but the model has 2 blocks"):
+        finetune(on_model(folder, data=[str(rows)], lora_rank=2, lora_from=2, overwrite=True))
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(tmp_path, monkeypatch):
+    """Nor are those that the number format cannot hold, and training is not lost."""
+    real = module.FinetuneTrainer.train
+    broken = float("nan")
+
+    def train(self, *args, **kwargs):
+        result = real(self, *args, **kwargs)
+        next(self.model.parameters()).data[0, 0] = broken
+        return result
+
+    monkeypatch.setattr(module.FinetuneTrainer, "train", train)
+    with pytest.raises(UserError, match=r"holds NaN or infinite values: nothing is saved\. Lower `learning_rate`"):
+        finetune(settings(tmp_path / "out"))
+    broken = 1e6
+    with pytest.raises(UserError, match=r"holds 1e\+06, and `dtype` float16 ends at 6.55e\+04"):
+        finetune(settings(tmp_path / "out", dtype="float16", resume=True))
+    assert (finetune(settings(tmp_path / "out", dtype="bfloat16", resume=True)) / "model.safetensors").is_file()
 
 
 def test_accumulated_batches_average(tmp_path):

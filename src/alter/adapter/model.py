@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from alter.adapter.base import check_base
-from alter.adapter.config import AlterConfig
+from alter.adapter.config import AlterConfig, NotMergeable
 from alter.adapter.hooks import connect, disconnect
 from alter.adapter.inputs import SharedRows
-from alter.adapter.layer import AlterLinear, NotMergeable
+from alter.adapter.layer import AlterLinear
 from alter.adapter.layers import TARGETS, adapted_layers, block_of, first_block, linear_layers, router_layer
 from alter.adapter.routing import Routing, Trace
 from alter.adapter.saved import placed_tensors, stored_tensors, without_wrappers

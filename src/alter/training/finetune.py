@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from alter.core import UserError
 from alter.data import TemplateArguments
 from alter.settings import BatchSize, Count, OutFolder, Passes, Seed, Steps, Tokens
 from alter.storage.provenance import provenance
@@ -148,6 +149,7 @@ def finetune(settings: Finetune) -> Path:
 
         model = add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_from, settings.precision)
     rows = [{**row, "number": number} for number, row in enumerate(training_rows(settings, tokenizer))]
+    _check_fit(settings, model, tokenizer, rows)
     contents["rows"] = digest([digest(row["input_ids"], row["weights"]) for row in rows])
     if settings.resume:
         check_contents(settings, contents)
@@ -180,6 +182,31 @@ def finetune(settings: Finetune) -> Path:
         "made_by": provenance(),
     }
     return finish(settings, model, tokenizer, numbers)
+
+
+def _check_fit(settings: Finetune, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+    """Refuse rows that the model has no positions or no embeddings for.
+
+    Raises:
+        UserError: names the first one.
+    """
+    from torch import nn
+
+    from alter.inference import check_embedded, context_length
+
+    context, tokens = context_length(model), model.get_input_embeddings()
+    # rotary positions have no end
+    tables = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens)
+    if context is not None and not any(table.num_embeddings >= context for table in tables):
+        context = None
+    for row in rows:
+        ids, name = row["input_ids"], f"Row {row['number']}"
+        if context is not None and len(ids) > context:
+            raise UserError(
+                f"{name} has {len(ids)} tokens, and the model has {context} positions: give `max_length` {context} "
+                f"({settings.max_length}), so that longer rows become several."
+            )
+        check_embedded(model, ids, name, tokenizer)
 
 
 def _numbers(settings: Finetune, trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from alter.data import check_unread
 from alter.storage import check_deletable, check_free, claim, read_object, to_json, write_atomic
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from alter.training.finetune import Finetune
@@ -107,6 +108,23 @@ def start_folder(settings: Finetune, contents: dict[str, Any]) -> None:
     claim(checkpoints)
 
 
+def _check_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Refuse to write weights that the last step has broken, or that are too large for `dtype`; the checkpoint stays."""
+    import torch
+
+    from alter.training.saving import check_finite
+
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    check_finite(trained, "learning_rate")
+    most = torch.finfo(dtype).max
+    for name, weight in trained.items():
+        if (largest := float(weight.detach().abs().max())) > most:
+            raise UserError(
+                f"{name} holds {largest:.3g}, and `dtype` {str(dtype).removeprefix('torch.')} ends at {most:.3g}: nothing is "
+                "saved. `resume` with `dtype` bfloat16."
+            )
+
+
 def finish(
     settings: Finetune, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, numbers: dict[str, Any]
 ) -> Path:
@@ -114,6 +132,7 @@ def finish(
     import torch
     import yaml
 
+    _check_weights(model, getattr(torch, settings.dtype))
     out = Path(settings.out)
     fresh = out.with_name(f".{out.name}.new")
     old = out.with_name(f".{out.name}.old")
