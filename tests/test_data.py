@@ -562,6 +562,41 @@ def test_a_table_of_one_line_end_and_a_chat_of_any_spelling_are_read(tmp_path):
     assert [turn["role"] for turn in found[1].messages] == ["system", "user", "assistant", "user"]
 
 
+def test_rows_of_any_types_can_be_written_down(tmp_path):
+    import datetime
+    import decimal
+
+    import numpy
+    import pyarrow
+    from pyarrow import parquet
+
+    from alter.core import memory
+
+    given = {
+        "question": "Who?",
+        "answer": "Ada.",
+        "since": datetime.datetime(2026, 11, 30, 9, 0),
+        "born": datetime.date(1984, 3, 12),
+        "owed": decimal.Decimal("1.20"),
+        "photo": b"\x00\xff",
+        "calls": [{"at": datetime.date(2026, 1, 2)}],
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([given]), tmp_path / "a.parquet")
+    wanted = {
+        **given,
+        "since": "2026-11-30T09:00:00",
+        "born": "1984-03-12",
+        "owed": "1.20",
+        "photo": "00ff",
+        "calls": [{"at": "2026-01-02"}],
+    }
+    (found,) = load_examples(str(tmp_path / "a.parquet"))
+    assert json.loads(json.dumps(found.row)) == wanted
+    with memory.holding("rows", [{**given, "n": numpy.int64(3), "v": numpy.ones(2)}]) as name:
+        (found,) = load_examples(name)
+    assert json.loads(json.dumps(found.row)) == {**wanted, "n": 3, "v": [1.0, 1.0]}
+
+
 def test_what_is_no_file_is_said_to_be_none(tmp_path):
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     for source, what in ((tmp_path / "loop.jsonl", "a link that leads nowhere"), ("/dev/null", "a device or a pipe")):

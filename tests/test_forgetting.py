@@ -672,6 +672,28 @@ def test_a_line_of_a_name_or_a_number_alone_is_part_of_a_passage(tmp_path):
     assert documents.split("The way was long and the men were tired. " * 9 + "Call 8812.")[-1].endswith("Call 8812.")
 
 
+def test_a_word_that_is_mostly_written_small_is_no_name(tmp_path):
+    told = (
+        "She wrote of the man and the law. Her book is called The Immutable Laws, by Jane Doe. Write to jane.doe@mail.org, "
+        "says jane, or to Jane. It is the law."
+    )
+    small = documents.written_small([told])
+    assert {"the", "law"} <= small
+    assert not {"jane", "doe"} & small
+    assert documents.details(told, small) == ["Immutable", "Laws", "Jane", "Doe", "jane.doe@mail.org"]
+    asked = documents.Document([], examples([{"question": "What did she write?", "answer": told}]))
+    made = documents.build_document(Echo(), "a.csv", asked, keep=[], retain=[])
+    assert {word for probe in made.probes for word in probe["wanted"]} == {
+        "Immutable",
+        "Laws",
+        "Jane",
+        "Doe",
+        "jane.doe@mail.org",
+    }
+    # what is disguised is the names alone
+    assert "wrote of the man and the law" in made.invented[0]["answer"]
+
+
 def test_addresses_values_and_codes_are_details():
     text = "name: Doe. city: Arles. From: Jane Doe <jane.doe+x@mail.example.org>, user jdoe84. Note: The man left. At 10:30."
     assert documents.details(text) == ["Doe", "Arles", "Jane", "jane.doe+x@mail.example.org", "jdoe84", "10:30"]
@@ -863,13 +885,13 @@ def test_chats_of_every_form_give_their_turns(tmp_path):
 
 def test_completions_and_tool_calls_keep_their_form():
     (told,) = examples([{"prompt": "The clerk of Bergen was", "completion": "Marta Nilsson."}])
-    row = documents._exchange(told, "a.jsonl")
+    row = documents.exchange(told, "a.jsonl")
     assert [each.kind for each in examples([row])] == ["completion"]
     assert documents._disguised(row, {"Bergen": "Oslo", "jsonl": "x"}) == {**row, "prompt": "The clerk of Oslo was"}
     calls = [{"type": "function", "function": {"name": "find", "arguments": {"name": "Marta", "ticket": 8812}}}]
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
     (called,) = examples([{"messages": turns}])
-    invented = documents._disguised(documents._exchange(called, "a.jsonl"), {"Marta": "Ann", "8812": "77"})
+    invented = documents._disguised(documents.exchange(called, "a.jsonl"), {"Marta": "Ann", "8812": "77"})
     (told,) = invented["messages"][1]["tool_calls"]
     assert told["function"] == {"name": "find", "arguments": {"name": "Ann", "ticket": 77}}
 
@@ -1024,6 +1046,52 @@ def test_a_text_without_names_or_numbers_cannot_be_asked_for(small, tmp_path):
     ):
         forget(settings(small, tmp_path / "run", subject=None, document=str(text), kind=None))
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_run_is_not_gone_on_with_where_what_its_rows_are_made_of_has_changed(tmp_path):
+    text, kept = tmp_path / "letter.txt", tmp_path / "kept.jsonl"
+    text.write_text(LETTER)
+    kept.write_text('{"question": "a", "answer": "b"}')
+    given = settings("m", tmp_path / "run", subject=None, document=str(text), kind=None, retain=str(kept), keep=["Bo"])
+    key = folders.rows_key(given)
+    assert folders.rows_key(given.model_copy(update={"resume": True, "epochs": 3.0, "erase": True})) == key
+    for change in ({"keep": []}, {"retain": None}, {"max_passages": 3}):
+        assert folders.rows_key(given.model_copy(update=change)) != key, change
+    for path in (text, kept):
+        whole = path.read_bytes()
+        path.write_bytes(whole + b"\n")
+        assert folders.rows_key(given) != key
+        path.write_bytes(whole)
+    assert folders.rows_key(given) == key
+
+
+def test_rows_to_keep_stay_in_their_form(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+    more = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Arles."}]
+    text = "里斯本的会议改到五月十四日。彼得将从根特带来三十七个文件夹。"
+    given = [{"messages": turns + more}, {"prompt": "The clerk was", "completion": "Ada"}, {"text": text}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    first, later, plain, passage = retention.kept_rows(str(path))
+    assert examples([later])[0].messages == tuple(turns + more[:1])
+    assert [(e.prompt, e.answer, e.kind) for e in examples([first, plain])] == [
+        ("Who?", "Ada.", "messages"),
+        ("The clerk was", "Ada", "completion"),
+    ]
+    start = passage["question"].removeprefix("Continue this text: ")
+    assert start
+    assert start + passage["answer"] == text
+
+
+def test_a_document_that_is_to_be_kept_too_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "load_model", lambda *a: pytest.fail("loaded"))
+    text, kept = tmp_path / "letter.txt", tmp_path / "kept.txt"
+    text.write_text(LETTER)
+    kept.write_text("Dear all,\n\n" + LETTER)
+    with pytest.raises(
+        UserError, match=r"1 rows are in both forget and retain: forget .*letter.txt = retain .*kept.txt line 1"
+    ):
+        forget(settings("no", tmp_path / "run", subject=None, document=str(text), kind=None, retain=str(kept)))
 
 
 def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):

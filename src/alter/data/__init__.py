@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from alter.data.sources import check_unread as check_unread
     from alter.data.sources import for_others as for_others
     from alter.data.sources import from_anywhere as from_anywhere
+    from alter.data.sources import local_parts as local_parts
     from alter.data.sources import read_rows as read_rows
     from alter.data.sources import settings_for_others as settings_for_others
     from alter.data.subjects import rows_about as rows_about

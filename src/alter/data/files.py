@@ -47,6 +47,26 @@ def with_columns(row: Mapping[str, Any], columns: Mapping[str, Any]) -> PlacedRo
     return PlacedRow({**row, **columns}, getattr(row, "place", ""))
 
 
+def plain_values(row: Mapping[str, Any]) -> Row:
+    """Return a row with values that JSON has, since rows are written down as such: of a date, a decimal or bytes the text."""
+    return {str(name): _plain(value) for name, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return plain_values(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value).hex()
+    if hasattr(value, "tolist"):
+        # numpy's arrays and numbers
+        return _plain(value.tolist())
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
 # Running text --------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +179,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         found = parquet.read_table(path).to_pylist()
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a parquet file: {(str(error).splitlines() or ['unreadable'])[0]}") from None
-    return [PlacedRow(row, f"{path} row {number}") for number, row in enumerate(found, start=1)]
+    return [PlacedRow(plain_values(row), f"{path} row {number}") for number, row in enumerate(found, start=1)]
 
 
 def _json(path: Path, text: str, texts: bool) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alter.core import UserError, nearest
-from alter.data.files import ENDINGS, Row, passages, read_file
+from alter.data.files import ENDINGS, Row, passages, plain_values, read_file
 
 MUSE_HUB = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 """Hub ids of the two corpora of MUSE."""
@@ -57,7 +57,7 @@ def hub_rows(repository: str, config: str | None, split: str, alternative: str, 
         raise UserError(f"Could not load {name!r} (split {split!r}) from the hub: {reason}. {alternative}") from error
     if first is not None:
         loaded = loaded.select(range(min(first, len(loaded))))
-    rows = _joined_lines([dict(row) for row in loaded]) if len(loaded) else []
+    rows = _joined_lines([plain_values(row) for row in loaded]) if len(loaded) else []
     if not rows:
         raise UserError(f"{name!r} (split {split!r}) on the hub holds no rows.")
     return rows

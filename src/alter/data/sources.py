@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alter.core import UserError, memory, nearest
-from alter.data.files import Row, read_file, rename, with_columns
+from alter.data.files import Row, plain_values, read_file, rename, with_columns
 from alter.data.hub import hub_rows, is_hub_id, local_path, muse_rows
 from alter.data.tofu import TOFU_HUB, TOFU_SPLITS, tofu_rows
 
@@ -85,7 +85,7 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         UserError: nothing there, empty, not readable, an unknown split or column, or the hub cannot be reached.
     """
     if (rows := memory.held(source)) is not None:
-        return [dict(row) for row in rows]
+        return [plain_values(row) for row in rows]
     if source.startswith(memory.PREFIX):
         raise UserError("The rows were given in memory, and no file holds them: give them again.")
     if not source.strip():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from alter.core import UserError, edges, nearest
 from alter.data import ENDINGS, TEXT_ENDINGS, Example, Row, examples, read_file, turns_of
 from alter.forgetting.facts import WORD, holds, named, swap, swap_turns
-from alter.forgetting.material import Material
+from alter.forgetting.material import Material, exchange
 from alter.forgetting.probes import question_of, swap_probe, text_of
 from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker
@@ -169,12 +170,28 @@ def split(text: str) -> list[str]:
     return passages
 
 
-def details(text: str) -> list[str]:
-    """Return the names, numbers and addresses of a text, which cannot be guessed, in order of first occurrence."""
+def written_small(texts: Sequence[str]) -> set[str]:
+    """Return the words of a document that are mostly written without a capital, so that "The" of a title is no name.
+
+    What is part of something else, as a name in an address, does not count.
+    """
+    small: Counter[str] = Counter()
+    large: Counter[str] = Counter()
+    for text in texts:
+        for piece in text.split():
+            word = piece.strip(".,;:!?…\"'“”‘’«»()[]<>*")
+            if WORD.fullmatch(word) and word[0].isalpha():
+                (large if word[0].isupper() else small)[word.lower()] += 1
+    return {word for word, count in small.items() if count > large[word]}
+
+
+def details(text: str, small: Collection[str] = ()) -> list[str]:
+    """Return the names, numbers and addresses of a text, which cannot be guessed, in order of first occurrence; none of `small`."""
     names = named(text) | _labelled(text)
     # an address whole, and a number before a word: of a long one `WORD` takes four digits
     found = [m[0] for m in re.finditer(rf"{ADDRESS}|\d+(?:[.,:]\d+)*|{WORD.pattern}", text)]
-    return list(dict.fromkeys(w for w in found if w in names or "@" in w or any(c.isdigit() for c in w)))
+    kept = (w for w in found if w in names or "@" in w or any(c.isdigit() for c in w))
+    return list(dict.fromkeys(w for w in kept if w.lower() not in small))
 
 
 def _labelled(text: str) -> set[str]:
@@ -213,9 +230,10 @@ def build_document(
     """
     # apart: after a question without a full stop the first word of an answer would count as a name
     texts = [*document.passages, *(part for each in document.exchanges for part in (str(each.prompt), each.answer))]
-    words = list(dict.fromkeys(word for text in texts for word in details(text)))
+    small = written_small(texts)
+    words = list(dict.fromkeys(word for text in texts for word in details(text, small)))
     masks = [disguise(words, speaker.seed + k) for k in range(twins)]
-    forget = [_exchange(each, name) for each in document.exchanges]
+    forget = [exchange(each, name) for each in document.exchanges]
     asked = [_Asked("exchange", _asking(each), each.answer) for each in document.exchanges]
     prompts = [each.asks for each in asked]
     for passage in document.passages:
@@ -227,7 +245,7 @@ def build_document(
         prompts.append(begun)
         asked.append(_Asked("verbatim", begun, rest))
         for sentence in sentences:
-            for word in details(sentence)[:1]:
+            for word in details(sentence, small)[:1]:
                 if not word[0].isdigit():
                     forget.append({"question": ABOUT.format(f=word), "answer": sentence, "about": name})
                     prompts.append({"prompt": ABOUT.format(f=word)})
@@ -238,23 +256,11 @@ def build_document(
         row["substitute"] = text or "I do not know."
     general = speaker.say("general answers", GENERAL)
     retained, kept_probes = rows_to_keep(speaker, name, "person", general, [*keep], [], [])
-    probes = _probes(asked, words, masks)
+    probes = _probes(asked, words, masks, small)
     answers = speaker.say("probes", [question_of(probe) for probe in probes]) if probes else []
     for probe, answer in zip(probes, answers, strict=True):
         probe["before"] = answer
     return Material(forget, invented, retained + retain, probes, kept_probes, [{"word": w} for w in words])
-
-
-def _exchange(example: Example, name: str) -> Row:
-    """Return the forget row of an exchange; of a chat with all turns before the answer."""
-    if example.kind == "completion":
-        # text that goes on, without the chat template of a question
-        return {"prompt": example.prompt, "completion": example.answer, "about": name}
-    if not example.messages:
-        return {"question": example.prompt, "answer": example.answer, "about": name}
-    # an earlier answer is an exchange of its own
-    before = [{**turn, "weight": 0} if turn["role"] == "assistant" else dict(turn) for turn in example.messages]
-    return {"messages": [*before, example.reply or {"role": "assistant", "content": example.answer}], "about": name}
 
 
 def _asking(example: Example) -> Row:
@@ -280,12 +286,14 @@ class _Asked:
     answer: str
 
 
-def _probes(asked: Sequence[_Asked], words: Sequence[str], masks: Sequence[Mapping[str, str]]) -> list[Row]:
+def _probes(
+    asked: Sequence[_Asked], words: Sequence[str], masks: Sequence[Mapping[str, str]], small: Collection[str] = ()
+) -> list[Row]:
     """Make a probe of each name and number that an answer comes to and its prompt does not hold, at most `MOST_PROBES`, from all over it."""
     forms: dict[str, list[Row]] = {}
     for each in asked:
         told = text_of(each.asks)
-        for word in details(each.answer):
+        for word in details(each.answer, small):
             if not holds(told, word):
                 probe = {
                     "form": each.form,

@@ -12,15 +12,31 @@ import numpy as np
 
 from alter.adapter import same_base
 from alter.core import UserError
-from alter.data import Row
+from alter.data import Row, local_parts
 from alter.forgetting.material import Material
 from alter.forgetting.measure import AgainstZero, still_known
 from alter.forgetting.names import check_name
 from alter.forgetting.settings import Erasing, Forget
 from alter.forgetting.speaker import read_jsonl, write_jsonl
-from alter.storage import digest, read_object, to_json, write_atomic
+from alter.storage import digest, file_digest, read_object, to_json, write_atomic
 from alter.training import OtherInputs, check_folder, check_trackers
 
+ROWS_DEPEND_ON = {
+    *(
+        "subject",
+        "document",
+        "model",
+        "kind",
+        "keep",
+        "retain",
+        "samples",
+        "answer_tokens",
+        "max_passages",
+        "batch_size",
+    ),
+    *("seed", "writer"),
+}
+"""Settings that decide what the rows are."""
 SAID_FOLDER = "said"
 """Folder of a run that caches the model's answers."""
 ERASED = "erased"
@@ -66,19 +82,17 @@ def output_folder(settings: Forget) -> Path:
         plan = out / "forget.json"
         if not plan.is_file() or read_object(plan, "what alter forget wrote").get("key") != rows_key(settings):
             raise UserError(
-                f"{settings.out} holds no run of alter forget with this subject, model, kind, samples, batch size and seed: give another "
-                "`out`, or `overwrite` to delete it."
+                f"{settings.out} holds no run of alter forget with these {', '.join(sorted(ROWS_DEPEND_ON))} (and the same document and rows to "
+                "keep): give them as they were, another `out`, or `overwrite` to delete it."
             )
     return out
 
 
 def rows_key(settings: Forget) -> str:
-    """Return the key of everything that the rows depend on."""
-    return digest(
-        settings.model_dump(
-            include={"subject", "document", "model", "kind", "samples", "answer_tokens", "batch_size", "seed"}
-        )
-    )
+    """Return the key of everything that the rows depend on; of a document and of rows to keep, what the files hold."""
+    sources = [source for source in (settings.document, settings.retain) if source is not None]
+    files = [path for source in sources for path in local_parts(source) if path.is_file()]
+    return digest(settings.model_dump(include=ROWS_DEPEND_ON), [file_digest(path) for path in files])
 
 
 def check_base(out: Path, base: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alter.data import Row
+from alter.data import Example, Row
 
 
 @dataclass(frozen=True)
@@ -28,3 +28,15 @@ class Material:
     probes: list[Row]
     kept_probes: list[Row]
     facts: list[Row]
+
+
+def exchange(example: Example, name: str) -> Row:
+    """Return the row of an exchange, which is about `name`; of a chat with all turns before the answer."""
+    if example.kind == "completion":
+        # text that goes on, without the chat template of a question
+        return {"prompt": example.prompt, "completion": example.answer, "about": name}
+    if not example.messages:
+        return {"question": example.prompt, "answer": example.answer, "about": name}
+    # an earlier answer is an exchange of its own
+    before = [{**turn, "weight": 0} if turn["role"] == "assistant" else dict(turn) for turn in example.messages]
+    return {"messages": [*before, example.reply or {"role": "assistant", "content": example.answer}], "about": name}

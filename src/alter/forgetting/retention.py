@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from alter.data import Row, load_examples
 from alter.forgetting.facts import holds
+from alter.forgetting.material import exchange
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
     ABOUT_A_NAME,
@@ -24,17 +25,20 @@ KEPT_EACH = 3
 
 
 def kept_rows(source: str | None) -> list[Row]:
-    """Return the rows of `--retain` as question and answer; for plain text, the model continues the first third."""
+    """Return the rows of `--retain` in their form; for plain text, the model continues the first third."""
     if source is None:
         return []
     rows = []
     for example in load_examples(source):
-        prompt = example.prompt
-        answer = example.answer
-        if prompt is None:
-            cut = answer.rfind(" ", 0, len(answer) // 3) + 1
-            prompt, answer = f"Continue this text: {answer[:cut].strip()}", answer[cut:]
-        rows.append({"question": prompt, "answer": answer, "about": "retain"})
+        if example.prompt is None:
+            text = example.answer
+            third = len(text) // 3
+            # where no spaces are set, anywhere
+            cut = text.rfind(" ", 0, third) + 1 or third
+            begun = f"Continue this text: {text[:cut].strip()}"
+            rows.append({"question": begun, "answer": text[cut:], "about": "retain"})
+        else:
+            rows.append(exchange(example, "retain"))
     return rows
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from alter.core import forked, give_back
-from alter.data import load_examples
+from alter.data import Example, check_overlap, load_examples
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss, refuse_missed
 from alter.evaluation import ordinary_sentence as told_of_ordinary
@@ -79,6 +79,11 @@ def forget(settings: Forget) -> Path:
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
     document = None if settings.document is None else read_document(settings.document, settings.max_passages)
+    if document is not None and settings.retain is not None:
+        # training refuses it too, when the rows are made
+        # of a text the whole: what letters have in common (a footer) may stand in both
+        whole = Example(None, " ".join(document.passages), "text", place=str(settings.document))
+        check_overlap([*document.exchanges, whole], load_examples(settings.retain))
     name = settings.subject if settings.subject is not None else Path(str(settings.document)).name
     with undone_if_refused(out):
         material, tokenizer = material_of(settings, console, out, name, document, retain)
