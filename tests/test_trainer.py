@@ -22,7 +22,7 @@ from alter.inference.scoring import score
 from alter.logits import entropy
 from alter.methods import objectives
 from alter.methods.adapters import Beginning
-from alter.training import folder, loss, saving
+from alter.training import arguments, folder, loss, saving
 from alter.training.batches import Batch, schedule
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
@@ -422,6 +422,19 @@ def test_a_token_without_an_embedding_is_named(data, tmp_path):
         score(pico(), [row], pad_token_id=257)
     with pytest.raises(UserError, match="Prompt 0 has the token 303"):
         generate(pico(), tokenizer, [ids], max_new_tokens=2)
+
+
+def test_training_stays_on_one_device_however_many_gpus_there_are(tmp_path, monkeypatch):
+    """transformers takes all that a process sees: batches three times as large, and the model in three threads."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda:2"):
+        device = torch.device(name)
+        made = arguments.trainer_arguments(tmp_path, device, per_device_train_batch_size=4)
+        assert (made.device, made.n_gpu, made.train_batch_size) == (device, int(name != "cpu"), 4)
+    # where accelerate moves the batches to
+    assert chosen[-1] == torch.device("cuda:2")
 
 
 def test_a_first_phase_is_for_an_adapter_that_knows_entropies(data, tmp_path):

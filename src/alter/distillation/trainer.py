@@ -194,7 +194,7 @@ def _arguments(settings: Distill, out: Path, device: torch.device) -> TrainingAr
     return fitting_arguments(
         settings,
         out / "checkpoints",
-        use_cpu=device.type == "cpu",
+        device,
         learning_rate=settings.rate,
         gradient_checkpointing=settings.gradient_checkpointing,
         disable_tqdm=True,

@@ -78,17 +78,17 @@ def trainer_of(
 ) -> FinetuneTrainer:
     """Build the trainer of a run; it writes to `checkpoints`."""
     step = None
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if settings.lora_rank is not None:
         from alter.training.lora import Step
 
-        if torch.cuda.is_available():
-            model = model.to("cuda")
+        model = model.to(device)
         narrow = settings.precision == "bf16" and multiplies(torch.bfloat16, model.device)
         step = Step(model, settings.lora_from, rows, narrow)
     arguments = fitting_arguments(
         settings,
         checkpoints,
-        use_cpu=not torch.cuda.is_available(),
+        device,
         learning_rate=settings.learning_rate,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
