@@ -1094,6 +1094,13 @@ def test_a_document_that_is_to_be_kept_too_is_refused_before_anything_is_loaded(
         forget(settings("no", tmp_path / "run", subject=None, document=str(text), kind=None, retain=str(kept)))
 
 
+def test_who_asks_for_fewer_passes_over_a_document_gets_no_more(tmp_path):
+    given = settings("m", tmp_path, subject=None, document="a.txt", kind=None)
+    assert run.training(given, tmp_path).least_steps == 120
+    assert run.training(given.model_copy(update={"epochs": 2.0}), tmp_path).least_steps == 0
+    assert run.training(settings("m", tmp_path), tmp_path).least_steps == 0
+
+
 def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):
     text = tmp_path / "letter.txt"
     text.write_text(LETTER)

@@ -220,10 +220,14 @@ def _ended(out: Path) -> bool:
 
 def training(settings: Forget, out: Path) -> Unlearn:
     """Return the settings of the run that trains on the rows of `out`."""
+    document = dict(DOCUMENT) if settings.document is not None else {}
+    if settings.epochs < TRAINING["epochs"]:
+        # who asks for fewer passes gets no more
+        document.pop("least_steps", None)
     return Unlearn.model_validate(
         {
             **TRAINING,
-            **(DOCUMENT if settings.document is not None else {}),
+            **document,
             "model": settings.model,
             "forget": str(out / "forget.jsonl"),
             "retain": str(out / "retain.jsonl"),

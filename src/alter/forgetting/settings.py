@@ -102,7 +102,7 @@ class Forget(BaseModel):
     writer: Writer = Field(default_factory=Writer)
     """A stronger model that writes further questions; needs `writer.url` and `writer.model`."""
     epochs: Passes = Field(TRAINING["epochs"], gt=0)
-    """Passes over the forget rows, at most."""
+    """Passes over the forget rows, at most; by default a short document gets more, 120 steps."""
     learning_rate: float = Field(TRAINING["learning_rate_experts"], gt=0)
     """Learning rate of the forget expert."""
     erase: bool = False
