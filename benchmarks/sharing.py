@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 import results
-from alter.evaluation.tofu import measuring
+from alter.evaluation.tofu import measuring, replies
 from alter.models import ModelSettings
 
 TOLERANCE = 1e-6
@@ -55,11 +55,14 @@ class Parts:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        names = {"score": "scoring", "score_beside_base": "scoring", "generate": "replies"}
+        timed = [
+            (measuring, "score", "scoring"),
+            (measuring, "score_beside_base", "scoring"),
+            (replies, "generate", "replies"),
+        ]
         with contextlib.ExitStack() as stack:
-            for name, part in names.items():
-                work = self.timed(part, getattr(measuring, name))
-                stack.enter_context(mock.patch.object(measuring, name, work))
+            for module, name, part in timed:
+                stack.enter_context(mock.patch.object(module, name, self.timed(part, getattr(module, name))))
             yield
 
 

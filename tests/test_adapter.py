@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import json
 import threading
 import warnings
@@ -661,6 +662,30 @@ def test_copies_have_their_own_context():
     assert torch.equal(twin.generate(ids, max_new_tokens=3), twin.generate(ids, max_new_tokens=3, use_cache=False))
 
 
+def test_a_whole_model_is_pickled_with_its_own_context():
+    model = adapted(tiny())
+    ids = rows()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert twin.base_model.model._alter_context is not model.base_model.model._alter_context
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    for cache in (True, False):
+        options = {"max_new_tokens": 3, "use_cache": cache, "do_sample": False}
+        assert torch.equal(twin.generate(ids, **options), model.generate(ids, **options))
+    assert "generate" not in twin.unload().__dict__
+
+
+def test_rows_of_a_batch_cannot_have_adapters_of_their_own():
+    model = adapted(tiny(), name="one")
+    model.add_adapter("two", AlterConfig(r=1, init_weights=False))
+    for call in (model, model.generate):
+        with pytest.raises(UserError, match="adapter_names"):
+            call(input_ids=rows(), adapter_names=["one", "two", "__base__"])
+    assert model(rows()).logits.isfinite().all()
+
+
 def test_static_adapter_merges_and_converts_to_lora():
     base = tiny()
     ids = rows()
@@ -957,6 +982,25 @@ def test_bfloat16_layer(case, training):
     assert found.dtype == torch.bfloat16
     expected = exact.train(training)(x.double(), alter_routing=Routing(gates.double()))
     assert (found.double() - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_training_goes_on_alike_in_eval_mode():
+    """A fused optimizer goes by places in memory, and B is stored otherwise for inference."""
+    trained = []
+    for evaluated in (False, True):
+        model = adapted(tiny(), alter_dropout=0.0).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)
+        for step in range(3):
+            if evaluated and step == 1:
+                model.eval()
+                with torch.no_grad():
+                    model(rows())
+            optimizer.zero_grad()
+            model(rows(), labels=rows()).loss.backward()
+            optimizer.step()
+        trained.append({name: p.detach().clone() for name, p in model.named_parameters() if "alter_B" in name})
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_retention_expert_of_zeros_costs_nothing():

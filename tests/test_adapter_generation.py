@@ -1,6 +1,7 @@
 """Generation: the same tokens with and without a cache, at one forward pass per token; what cannot be followed says so."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -280,6 +281,21 @@ def test_state_mirrors_what_happens_to_the_cache():
 
 
 # ---- what cannot be followed -----------------------------------------------------------------------------------------
+
+
+def test_a_cache_is_pickled_with_its_routes():
+    model = routed()
+    with torch.no_grad():
+        cache = model(input_ids=rows(), use_cache=True).past_key_values
+        file = io.BytesIO()
+        torch.save(cache, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+        twin.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        further = rows(batch=2, length=1)
+        expected = model(input_ids=further, past_key_values=cache).logits
+        assert torch.equal(model(input_ids=further, past_key_values=twin).logits, expected)
 
 
 def test_cache_from_the_switched_off_adapter():

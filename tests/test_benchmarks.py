@@ -238,7 +238,7 @@ def test_plot(measured, tmp_path):
 
 
 def test_sharing_is_compared_with_row_by_row_at_equal_figures(monkeypatch):
-    monkeypatch.setattr(sharing.measuring, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(sharing.replies, "MAX_NEW_TOKENS", 4)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 2048}
     adapted = get_peft_model(pico(1, **sizes), AlterConfig(init_weights=False)).eval()
     models = [(pico(**sizes), byte_tokenizer()), (adapted, byte_tokenizer())]

@@ -30,7 +30,7 @@ from scipy import stats
 import children
 from alter import cli, metrics
 from alter.comparison import cell as cell_work
-from alter.comparison import cells, choice, executors, forks, plan, table, words
+from alter.comparison import cells, choice, code, executors, forks, plan, table, words
 from alter.comparison import run as compare
 from alter.comparison.cells import CellJob, finished, hold, run_cells
 from alter.comparison.choice import best_setting, cell_figures, choices
@@ -42,7 +42,7 @@ from alter.comparison.table import TableRow, dominated, table_rows, undominated
 from alter.core.errors import UserError
 from alter.data.sources import read_rows
 from alter.data.tofu import tofu_rows
-from alter.evaluation.tofu import measuring, sets
+from alter.evaluation.tofu import measuring, replies, sets
 from alter.models.loading import load_model
 from alter.rendering import figures as plots
 from alter.settings import numbers
@@ -340,7 +340,7 @@ def test_a_cell_is_known_by_what_decides_it(data, tmp_path, monkeypatch):
 def test_the_code_that_counts_is_that_of_training_and_evaluation(monkeypatch):
     read = []
     monkeypatch.setattr(
-        plan, "digest", lambda parts: read.extend(part[0] for part in parts if isinstance(part, list)) or "d"
+        code, "digest", lambda parts: read.extend(part[0] for part in parts if isinstance(part, list)) or "d"
     )
     source_digest.__wrapped__()
     assert {
@@ -1284,7 +1284,7 @@ def test_each_worker_has_its_share_of_the_threads_and_a_gpu(tmp_path, monkeypatc
 @pytest.fixture
 def short(monkeypatch):
     """Replies of a few tokens: what they say does not matter here."""
-    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(replies, "MAX_NEW_TOKENS", 4)
 
 
 def run_work(out, cell, parts=PARTS):
@@ -1503,7 +1503,7 @@ def test_measuring_test_rows_later_is_measuring_them_at_once(data, tmp_path, mon
 
 def chain(data, out, method, monkeypatch, steps=2, **own):
     """Train a chain and measure validation rows; its folder, with the weights, and the settings of both runs."""
-    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 1)
+    monkeypatch.setattr(replies, "MAX_NEW_TOKENS", 1)
     cell = only_cell(chain_of(data, out, method, steps, own=own), out)
     folder, found = run_work(out, cell, ["validation"])
     assert found["status"] == "done", found["reason"]

@@ -13,7 +13,7 @@ from alter.comparison.cell import measured_at, model_at
 from alter.comparison.distilling import distilled_rule
 from alter.comparison.division import PARTS
 from alter.core.errors import UserError
-from alter.evaluation.tofu import measuring
+from alter.evaluation.tofu import measuring, replies
 from alter.metaevaluation import members
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.storage.records import read_records
@@ -237,7 +237,7 @@ def test_a_cell_killed_anywhere_ends_with_the_same_numbers(data, tmp_path, monke
 
 
 def test_each_model_of_a_chain_is_distilled_and_the_next_goes_on_from_what_was_not(data, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 1)
+    monkeypatch.setattr(replies, "MAX_NEW_TOKENS", 1)
     cell = only_cell(chain_of(data, tmp_path, "lora_gd", own={"distill": BRIEF}), tmp_path)
     folder, found = run_work(tmp_path, cell, ["validation"])
     assert found["status"] == "done", found

@@ -23,7 +23,7 @@ from alter.data import chat, encoding, files, hub, sources, tofu
 from alter.data.batching import Collator
 from alter.data.chat import set_template_arguments, share_template_arguments
 from alter.data.domains import domains
-from alter.data.encoding import encode, encode_prompt
+from alter.data.encoding import encode, encode_prompt, own_answer
 from alter.data.files import read_file
 from alter.data.rows import Example, check_overlap, examples, load_examples
 from pico import write_jsonl
@@ -293,6 +293,19 @@ def test_a_beginning_token_is_not_doubled():
     for row in ({"text": "<|bos|>abc"}, {"prompt": "<|bos|>ab", "completion": "c"}):
         ids = encode(tokenizer, examples([row])[0]).input_ids
         assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_reply_without_a_template_ends_where_the_next_question_begins():
+    plain, chatty = byte_tokenizer(), byte_tokenizer(TEMPLATE)
+    reply = "By Ada, in 1843.\nShe asks: Question: no line\n\n Question: Who?\nAnswer: Bob."
+    assert own_answer(plain, None, reply) == "By Ada, in 1843.\nShe asks: Question: no line"
+    assert own_answer(plain, qa(), "Ada\nAnswer: Bob") == "Ada"
+    assert own_answer(plain, None, "Question: Who?") == ""
+    assert own_answer(plain, Example(None, "", "messages", [{"role": "user", "content": "Who?"}]), reply) != reply
+    # nothing of these asks in that form
+    assert own_answer(chatty, None, reply) == reply
+    assert own_answer(plain, Example("By", "", "completion"), reply) == reply
+    assert own_answer(plain, Example(None, "", "text"), reply) == reply
 
 
 def test_tokenizer_without_end_token():
@@ -793,9 +806,18 @@ def test_several_sources_name_their_rows(corpora, tmp_path):
     assert len(sources.read_rows(str(tmp_path / "a + b.jsonl"))) == 2
     with pytest.raises(UserError, match=r"not a \.json"):
         sources.read_rows(str(tmp_path / "a[:1]"))
-    for wrong in ("0", "-1", "x", ""):
-        with pytest.raises(UserError, match=rf"ends in \[:{wrong}\]; expected a number above 0"):
-            sources.read_rows(f"builtin:forget01[:{wrong}]")
+    whole = sources.read_rows("builtin:forget01")
+    for part, rows in (("[38:]", whole[38:]), ("[2:5]", whole[2:5]), ("[0:1]", whole[:1]), ("[39:90]", whole[39:])):
+        assert sources.read_rows(f"builtin:forget01{part}") == rows
+    assert sources.read_rows("org/papers[1:2]") == sources.read_rows("org/papers[:2]")[1:]
+    for wrong in (":-1", "-1:", ":x", ":", "٣:"):
+        with pytest.raises(UserError, match=r"ends in \[.*\]; expected numbers of rows"):
+            sources.read_rows(f"builtin:forget01[{wrong}]")
+    for none in (":0", "4:4", "4:2"):
+        with pytest.raises(UserError, match=r"is no row: the second number must be above"):
+            sources.read_rows(f"builtin:forget01[{none}]")
+    with pytest.raises(UserError, match=r"begins at row 40, counted from 0, and 'builtin:forget01' has 40 rows"):
+        sources.read_rows("builtin:forget01[40:]")
     with pytest.raises(UserError, match="nothing on one side"):
         sources.read_rows("builtin:forget01 + ")
     with pytest.raises(UserError, match="'forget11'"):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from alter.data.encoding import encode
 from alter.data.rows import load_examples
 from alter.distillation import rows as lessons
 from alter.distillation import run as module
+from alter.distillation import trainer
 from alter.distillation.attacker import attacked
 from alter.distillation.checks import check_teacher
 from alter.distillation.naming import named_rows
@@ -336,6 +338,32 @@ def test_a_killed_run_resumes_to_the_same_weights(data, run, tmp_path, monkeypat
     resumed = distill(settings(data, run, tmp_path / "b", resume=True, **common))
     one, other = (load_file(path / "model" / "model.safetensors") for path in (straight, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_kill_before_a_checkpoint_is_sealed_leaves_the_one_before(data, run, tmp_path, monkeypatch):
+    common = {"max_steps": 3, "checkpoint_steps": 1}
+    real, calls = trainer.seal_checkpoint, []
+
+    def killing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise _Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "seal_checkpoint", killing)
+        with pytest.raises(_Killed):
+            distill(settings(data, run, tmp_path / "b", **common))
+    assert folder.last_whole_checkpoint(tmp_path / "b" / "checkpoints").name == "checkpoint-1"
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append((state.global_step, len(list(Path(args.output_dir).glob("checkpoint-*")))))
+
+    distill(settings(data, run, tmp_path / "b", resume=True, **common), [Count()])
+    # what a kill left goes with the next checkpoint
+    assert steps == [(2, 2), (3, 1)]
 
 
 def _broken(*args, **kwargs):

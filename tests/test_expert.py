@@ -64,6 +64,16 @@ def settings(data, out, **changes):
     return Unlearn.model_validate({**given, **changes})
 
 
+def router_inputs(model, number, ids):
+    """Return what goes into block `number`'s router, row after row."""
+    seen = []
+    handle = mixtures(model)[number].gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    handle.remove()
+    return seen[0].reshape(-1, 32)
+
+
 def test_attribution_against_a_loop():
     for kind, places in (("mixtral", [0, 1]), ("qwen2_moe", [1])):
         model = mixture(kind)
@@ -71,24 +81,50 @@ def test_attribution_against_a_loop():
         found = attributed(model, rows, pad_token_id=PAD)
         assert [*found] == places
         for number, scores in found.items():
-            total, tokens = torch.zeros(4, dtype=torch.float64), 0
-            gate = mixtures(model)[number].gate
+            gate, affinity = mixtures(model)[number].gate, torch.zeros(4, dtype=torch.float64)
             for row in rows:
-                seen = []
-                handle = gate.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-                with torch.no_grad():
-                    model(torch.tensor([row.input_ids]))
-                handle.remove()
-                for state in seen[0].reshape(-1, 32):
-                    total += torch.softmax((gate.weight @ state).detach().double(), 0)
-                    tokens += 1
-            torch.testing.assert_close(scores, total / tokens, atol=1e-6, rtol=1e-5)
+                for state in router_inputs(model, number, row.input_ids):
+                    probs = torch.softmax((gate.weight @ state).detach().double(), 0)
+                    for expert in probs.argsort(descending=True)[:2]:
+                        # of a row's tokens, then of the two rows
+                        affinity[expert] += probs[expert] / len(row.input_ids) / 2
+            torch.testing.assert_close(scores, affinity, atol=1e-6, rtol=1e-5)
+
+
+def test_attribution_draws_rows_of_all_lengths():
+    model = mixture("mixtral")
+    rows = [Encoded([1 + i % 9] * (3 + i), [], 1) for i in range(12)]
+    lengths = set()
+
+    def note(module, given, named):
+        lengths.update(named["attention_mask"].sum(-1).tolist())
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    few = attributed(model, rows, pad_token_id=PAD, most=30)
+    handle.remove()
+    # until 30 tokens are there: not the longest (14 + 13 + 12), nor the shortest (3 + 4 + 5 + 6 + 7 + 8)
+    assert 30 <= sum(lengths) < 30 + 14
+    assert lengths not in ({12, 13, 14}, {3, 4, 5, 6, 7, 8})
+    torch.testing.assert_close(few, attributed(model, rows, pad_token_id=PAD, most=30))
+
+
+class Gate(torch.nn.Module):
+    """A router as transformers 5.0 has it: what it calls logits has gone through the softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(2))
+
+    def forward(self, states):
+        probs = torch.softmax(states @ self.weight.T, -1)
+        return probs, *probs.topk(1)
 
 
 def test_the_anchor_by_hand():
-    adapter = OneExpert(alpha=2.0, target=(0, 1))
+    adapter, gate = OneExpert(alpha=2.0, target=(0, 1)), Gate()
     logits = torch.tensor([[0.0, 0.0], [9.0, 9.0], [0.0, torch.log(torch.tensor(3.0))]], requires_grad=True)
-    adapter._keep(None, None, (logits, None))
+    gate.register_forward_hook(adapter._keep)
+    gate(logits)
     # the second token is none of a forget row; the others' scores are (1/2, 1/2) and (1/4, 3/4)
     value = adapter.term(torch.tensor([[True, False, True]]))
     assert value.item() == pytest.approx(2 * ((0.25 + 0.25) + (1 / 16 + 1 / 16)) / 2)
@@ -96,6 +132,7 @@ def test_the_anchor_by_hand():
     assert logits.grad[1].abs().sum() == 0
     # towards the expert
     assert logits.grad[0, 1] < 0 < logits.grad[0, 0]
+    assert gate.weight.grad.abs().sum() > 0
     assert OneExpert(alpha=0.0, target=(0, 1)).term(torch.tensor([[True]])) is None
 
 

@@ -12,7 +12,8 @@ import torch
 import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.trainer_callback import TrainerState
 
 import alter
 from alter.core.errors import UserError
@@ -25,6 +26,7 @@ from alter.training import fitting as module
 from alter.training.corpora import pack, train_tokenizer, training_rows
 from alter.training.finetune import Finetune, finetune
 from alter.training.weighted import weighted_loss, weighted_mean
+from pico import byte_tokenizer, save_pico
 
 ASSETS = Path(alter.__file__).parent / "assets"
 TINY = {
@@ -278,6 +280,141 @@ def test_resume_after_a_kill_equals_a_straight_run(tmp_path, monkeypatch):
     assert (numbers[0]["resumed"], numbers[1]["resumed"]) == (False, True)
     with pytest.raises(UserError, match="finished run"):
         finetune(settings(tmp_path / "cut", **changes, resume=True))
+
+
+def cut(tmp_path, monkeypatch, at=5, **changes):
+    """A run that was killed before step `at`, with a checkpoint of every step."""
+    real, calls = module.weighted_loss, []
+
+    def killing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "weighted_loss", killing)
+        with pytest.raises(Killed):
+            finetune(settings(tmp_path / "cut", checkpoint_steps=1, **changes))
+    return tmp_path / "cut"
+
+
+@pytest.mark.parametrize("where", ["in the last file", "before the digests"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch, where):
+    changes = {"max_steps": 4, "checkpoint_steps": 1}
+    straight = finetune(settings(tmp_path / "straight", **changes))
+    place = (TrainerState, "save_to_json") if where == "in the last file" else (module, "seal_checkpoint")
+    real, calls = getattr(*place), []
+
+    def killing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            if where == "in the last file":
+                Path(args[1]).write_text("{")
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*place, killing)
+        with pytest.raises(Killed):
+            finetune(settings(tmp_path / "cut", **changes))
+    left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").glob("checkpoint-*"))
+    assert left == ["checkpoint-2", "checkpoint-3"]
+    resumed = finetune(settings(tmp_path / "cut", **changes, resume=True))
+    one, two = load_file(straight / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_one_checkpoint_is_kept_and_a_damaged_one_is_said(tmp_path, monkeypatch, capsys):
+    out = cut(tmp_path, monkeypatch, max_steps=5)
+    [left] = (out / "checkpoints").glob("checkpoint-*")
+    assert left.name == "checkpoint-4"
+    (left / "optimizer.pt").write_bytes((left / "optimizer.pt").read_bytes()[:-9])
+    finetune(settings(out, checkpoint_steps=1, max_steps=5, resume=True))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "checkpoint-4 is damaged (optimizer.pt is not what was written): it is passed over." in told
+    assert "training begins again at its first step" in told
+
+
+def test_other_rows_or_weights_behind_the_same_names_are_refused(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    text = "".join(json.dumps({"question": f"What is {i}?", "answer": f"It is {i}."}) + "\n" for i in range(20))
+    rows.write_text(text)
+    base = save_pico(tmp_path / "base")
+    changes = {"architecture": {}, "tokenizer_texts": [], "model": str(base), "data": [str(rows)], "max_steps": 5}
+    out = cut(tmp_path, monkeypatch, **changes)
+    rows.write_text(text.replace("It is 7.", "It is 8."))
+    with pytest.raises(UserError, match="other rows behind the same names"):
+        finetune(settings(out, checkpoint_steps=1, **changes, resume=True))
+    rows.write_text(text)
+    save_pico(base, seed=1)
+    with pytest.raises(UserError, match="other weights behind the same names"):
+        finetune(settings(out, checkpoint_steps=1, **changes, resume=True))
+    save_pico(base)
+    assert finetune(settings(out, checkpoint_steps=1, **changes, resume=True)) == out
+
+
+def on_model(folder, **changes):
+    """Settings of a run on the model in `folder`."""
+    return settings(folder.with_name("out"), architecture={}, tokenizer_texts=[], model=str(folder), **changes)
+
+
+def gpt2(folder):
+    """A model with learned positions and Conv1D layers."""
+    config = GPT2Config(
+        vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_rows_that_the_model_has_no_positions_or_embeddings_for_are_refused(tmp_path):
+    folder, rows = gpt2(tmp_path / "base"), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "abc " * 40}))
+    with pytest.raises(
+        UserError, match=r"Row 0 has 160 tokens, and the model has 128 positions: give `max_length` 128"
+    ):
+        finetune(on_model(folder, data=[str(rows)]))
+    assert finetune(on_model(folder, data=[str(rows)], max_length=128, max_steps=1)).is_dir()
+    # rotary positions go on
+    assert finetune(on_model(save_pico(folder), data=[str(rows)], max_steps=1, overwrite=True)).is_dir()
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(9)])
+    tokenizer.save_pretrained(folder)
+    rows.write_text(json.dumps({"text": "abc <new5> abc"}))
+    with pytest.raises(UserError, match=r"the token '<new5>' 305, but the model has embeddings for 300 tokens"):
+        finetune(on_model(folder, data=[str(rows)], overwrite=True))
+
+
+def test_a_lora_on_upper_blocks_of_any_kind_of_linear_layer(tmp_path):
+    folder, rows = gpt2(tmp_path / "base"), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "abc " * 9}))
+    out = finetune(on_model(folder, data=[str(rows)], lora_rank=2, lora_from=1, max_steps=1))
+    names = load_file(out / "adapter_model.safetensors")
+    assert names
+    assert all(".h.1." in name for name in names)
+    with pytest.raises(UserError, match="`lora_from` is 2, but the model has 2 blocks"):
+        finetune(on_model(folder, data=[str(rows)], lora_rank=2, lora_from=2, overwrite=True))
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(tmp_path, monkeypatch):
+    """Nor are those that the number format cannot hold, and training is not lost."""
+    real = module.FinetuneTrainer.train
+    broken = float("nan")
+
+    def train(self, *args, **kwargs):
+        result = real(self, *args, **kwargs)
+        next(self.model.parameters()).data[0, 0] = broken
+        return result
+
+    monkeypatch.setattr(module.FinetuneTrainer, "train", train)
+    with pytest.raises(UserError, match=r"holds NaN or infinite values: nothing is saved\. Lower `learning_rate`"):
+        finetune(settings(tmp_path / "out"))
+    broken = 1e6
+    with pytest.raises(UserError, match=r"holds 1e\+06, and `dtype` float16 ends at 6.55e\+04"):
+        finetune(settings(tmp_path / "out", dtype="float16", resume=True))
+    assert (finetune(settings(tmp_path / "out", dtype="bfloat16", resume=True)) / "model.safetensors").is_file()
 
 
 def test_accumulated_batches_average(tmp_path):

@@ -311,7 +311,7 @@ def test_a_document_is_judged_by_its_own_facts(outcome, known, word, said):
     ("answered", "ended", "said"),
     [
         (8, False, "Give more `epochs`"),
-        (8, True, "More passes did not change that: add rows"),
+        (8, True, "more passes would not change this: add rows"),
         (0, True, "Quill is forgotten:"),
     ],
 )
@@ -336,7 +336,21 @@ def test_what_to_do_next_depends_on_why_training_ended(answered, ended, said, tm
     )
     told = console.export_text()
     assert said in told
-    assert ("More passes" in told) is (bool(answered) and ended)
+    assert ("more passes" in told) is (bool(answered) and ended)
+
+
+def test_a_sentence_that_does_not_name_the_subject_is_asked_as_one_about_it():
+    own = [
+        ("", "The Quill War began in Bonn. The war was led by Ada Lum. In it Bonn fell to Cy."),
+        ("", "It ended near Bonn."),
+    ]
+    facts = [fact("Bonn"), fact("Ada"), fact("Cy")]
+    found = [(row["prompt"], row["wanted"]) for row in probes._blanks("Quill War", own, facts)]
+    assert found == [
+        ("Fill in the blank: The Quill War began in ____.", ["Bonn"]),
+        ("This is about Quill War. Fill in the blank: It ended near ____.", ["Bonn"]),
+        ("This is about Quill War. Fill in the blank: The war was led by ____.", ["Ada"]),
+    ]
 
 
 def test_answers_are_kept_for_the_very_same_weights(tmp_path):
@@ -355,6 +369,12 @@ def test_answers_are_kept_for_the_very_same_weights(tmp_path):
     # what has no identity may be anything
     assert said(0, None) == one
     assert said(1, None) == other
+
+
+def test_what_a_pretrained_model_asks_itself_next_is_no_part_of_its_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(speaker, "generate", lambda *_, **__: ["Ada.\nQuestion: Who else?\nAnswer: Bob."])
+    said = speaker.Speaker(pico(), byte_tokenizer(), tmp_path, tokens=6, batch=2, seed=0, identity="one")
+    assert said.say("probes", ["Who?"]) == said.say("probes", ["Who?"]) == ["Ada."]
 
 
 def test_rare_names_are_looked_at_and_rare_words_are_not():

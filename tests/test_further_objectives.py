@@ -2,13 +2,17 @@
 
 import json
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 
 from alter.core.errors import UserError
+from alter.data import Encoded
 from alter.groundwork import frozen
-from alter.methods.objectives import Emitted, Reference
+from alter.groundwork.alternatives import alternatives
+from alter.methods.objectives import Emitted, Labelled, Reference
+from alter.methods.objectives.answers import RandomLabels
 from alter.methods.objectives.likelihood import Catnip, FlattenLogits
 from alter.methods.objectives.retain import Constrained
 from alter.methods.objectives.targets import Duet, PushPull
@@ -96,6 +100,35 @@ def test_duet_and_push_pull_equal_loops(top, kept):
         for i in range(len(labels)):
             naive = naive_duet(logits[i].tolist(), teacher[i].tolist(), top, push, kept)
             assert values[i].item() == pytest.approx(naive, rel=1e-9)
+
+
+def test_duet_compares_the_first_tokens_of_replies_where_rows_are_questions():
+    # tokens of three rows: two, one and three
+    values = torch.tensor([1.0, 20.0, 2.0, 6.0, 30.0, 40.0], dtype=torch.float64)
+    row = torch.tensor([0, 0, 1, 2, 2, 2])
+    tokens = Labelled(values, torch.zeros(6, dtype=torch.bool), row, 3)
+    assert Duet(first=True)(tokens).item() == pytest.approx((1.0 + 2.0 + 6.0) / 3)
+    assert Duet()(tokens).item() == pytest.approx(99.0 / 6)
+
+
+def test_random_labels_are_tokens_though_the_head_is_padded():
+    class Tokenizer:
+        vocab_size = 5
+        all_special_ids: ClassVar = [0]
+
+    class Config:
+        vocab_size = 1000
+
+        def get_text_config(self):
+            return self
+
+    class Base:
+        config = Config()
+
+    row = Encoded([0, 1, *[2] * 98], [-100, 0, *[2] * 98], 1)
+    (made,) = alternatives(RandomLabels(), Tokenizer(), Base(), [], [row], seed=0, max_length=None)
+    assert made.labels[:2] == [-100, 0]
+    assert set(made.labels[2:]) == set(range(5))
 
 
 def test_dual_ascent_by_hand():
@@ -195,6 +228,8 @@ def test_mistakes(data, tmp_path):
         unlearn(settings(data, tmp_path / "a", method="altpo", forget=str(text), domain_column=None))
     with pytest.raises(UserError, match=r"new_tokens` is 400; .* give `objective\.new_tokens` 2\d\d or less"):
         unlearn(settings(data, tmp_path / "a", method="altpo", objective={"new_tokens": 400}))
+    with pytest.raises(UserError, match=r"raw text has no question .* `objective\.first=False`"):
+        unlearn(settings(data, tmp_path / "a", method="duet", forget=str(text), domain_column=None))
     with pytest.raises(UserError, match="one teacher"):
         unlearn(settings(data, tmp_path / "b", method="duet", objective={"instruction": "Forget Ada."}))
     words = {"instruction": "x" * 600}

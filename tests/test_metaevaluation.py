@@ -14,7 +14,7 @@ from alter.attacks import base as wording_bench
 from alter.comparison import plan
 from alter.core.errors import UserError
 from alter.data.encoding import encode_prompt
-from alter.evaluation.tofu import measuring as tofu
+from alter.evaluation.tofu import replies
 from alter.inference.generation import generate as whole_generate
 from alter.metaevaluation import formulas, members
 from alter.metaevaluation import run as meta
@@ -217,7 +217,7 @@ def arguments(data, out):
 
 @pytest.mark.slow
 def test_a_whole_one_that_is_killed_goes_on(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(replies, "MAX_NEW_TOKENS", 8)
     monkeypatch.setattr(
         wording_bench,
         "generate",

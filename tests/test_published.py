@@ -88,6 +88,40 @@ def test_a_warm_up_that_is_given_replaces_the_presets():
         Unlearn.model_validate({**GIVEN, "warmup_steps": 5, "warmup_ratio": 0.1})
 
 
+# what the authors' code makes of its settings on TOFU's forget10, 400 rows
+STEPS = {
+    # forget.py: five alternatives a row are the data set, 57 steps of 35 of its 2000 rows an epoch, the first of two warming up
+    "altpo": {"rows": 35, "warm": 57},
+    # run.sh and configs/trainer/finetune.yaml: 4 rows for each of 8 processes, four times; an epoch of 3 steps warms up
+    "pdu": {"rows": 128, "warm": 3},
+    # ft_utils.py halves the batch of the command line
+    "undial": {"rows": 32, "warm": 100},
+    # core.py: no warm-up given is one of an epoch
+    "reglu": {"rows": 32, "warm": 12},
+    # forget_auto_tofu.py: no warm-up, whatever the settings say
+    "gru": {"rows": 32, "warm": 0},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_and_a_warm_up_are_as_long_as_the_authors_code_makes_them(name):
+    run = Unlearn.model_validate({**GIVEN, "method": name})
+    warm = warmup_of(run, 400, steps_of(run, 400)[0])
+    assert {"rows": run.batch_size * run.gradient_accumulation_steps, "warm": warm} == STEPS[name]
+
+
+@pytest.mark.parametrize("name", ["rmu", "elm", "e2urec", "gru", "lunar", "iau", "repselect"])
+def test_no_step_is_cut_short_that_the_authors_do_not_cut(name):
+    assert Unlearn.model_validate({**GIVEN, "method": name}).max_grad_norm >= 1e9
+
+
+def test_undial_adapts_what_its_authors_adapt():
+    adapter = Unlearn.model_validate({**GIVEN, "method": "undial"}).adapter.model_dump()
+    assert {key: adapter[key] for key in ("r", "alpha", "dropout", "target_modules")} == {
+        "r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"],
+    }  # fmt: skip
+
+
 def test_weight_decay_moves_the_trained_half_alone_and_as_adamw_does():
     generator = torch.Generator().manual_seed(0)
     A = torch.nn.Parameter(torch.randn(4, 3, generator=generator, dtype=torch.float64))

@@ -14,7 +14,7 @@ from alter.core.errors import UserError
 from alter.data.sources import read_rows
 from alter.evaluation import run as evaluation
 from alter.evaluation.run import evaluate
-from alter.evaluation.tofu import benchmark, measuring
+from alter.evaluation.tofu import benchmark, measuring, replies
 from alter.storage import cache, files, provenance, records
 from alter.storage.cache import Cached, recall, remember
 from alter.storage.records import Record, read_records, write_records
@@ -29,7 +29,7 @@ def pico(seed=0):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(replies, "MAX_NEW_TOKENS", 4)
     pico().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     old(tmp_path / "model")

@@ -209,7 +209,17 @@ def test_many_clients_get_what_one_gets(running):
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}, {"role": "user", "content": "x"}]},
             400,
-            "calls a tool",
+            "no function with a name",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]},
+                    {"role": "user", "content": "x"},
+                ]
+            },
+            400,
+            "arguments of a call of 'f' are no JSON",
         ),
     ],
 )
@@ -218,6 +228,42 @@ def test_what_is_refused(running, changes, status, says):
         ask(running.client(), "Who?", **changes)
     assert caught.value.status_code == status
     assert says in str(caught.value)
+
+
+TOOLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}[{{ call.function.name }} "
+    "{{ call.function.arguments | tojson }}]{% endfor %}{% if m.tool_call_id %}#{{ m.tool_call_id }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [TOOLS, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"]
+)
+def test_earlier_calls_of_tools_are_part_of_the_prompt(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"who": "Ada"}'}}
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Who is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "Ada, 36"}]},
+    ]
+    [prompt] = ChatAsked(messages=turns).prompts(tokenizer)
+    # a template that knows no calls gets them as text
+    called = '[find {"who": "Ada"}]' if template == TOOLS else '{"name": "find", "arguments": {"who": "Ada"}}'
+    told = "#c1" if template == TOOLS else ""
+    said = f"<system>Be brief.<user>Who is it?<assistant>{called}<tool>Ada, 36{told}<assistant>"
+    assert tokenizer.decode(prompt) == said
+    # the form before calls of tools
+    old = [
+        *turns[:2],
+        {"role": "assistant", "content": None, "function_call": {"name": "find", "arguments": '{"who": "Ada"}'}},
+        {"role": "function", "name": "find", "content": "Ada, 36"},
+    ]
+    [prompt] = ChatAsked(messages=old).prompts(tokenizer)
+    assert tokenizer.decode(prompt) == said.replace("#c1", "")
 
 
 def test_body_that_is_no_json_or_too_large(running):

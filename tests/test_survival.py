@@ -14,7 +14,7 @@ from alter.comparison import cells, choice, plan, survival, words
 from alter.comparison import run as compare
 from alter.comparison.settings import Survival
 from alter.data.rows import Example
-from alter.evaluation.tofu import measuring
+from alter.evaluation.tofu import replies
 from alter.storage.records import Record, read_records
 from pico import byte_tokenizer, pico
 from test_compare import cells_of, data, settings, source_digest, write_cell, write_records  # noqa: F401
@@ -155,7 +155,7 @@ def test_the_bound_alone_runs_no_cell_again(data, tmp_path):  # noqa: F811
 
 
 def test_a_cell_measures_what_survives(data, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(replies, "MAX_NEW_TOKENS", 4)
     seen = []
     whole = survival.train_steps
     monkeypatch.setattr(survival, "train_steps", functools.partial(_noted, whole, seen))

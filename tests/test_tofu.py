@@ -17,7 +17,7 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_prompt
 from alter.data.rows import examples
 from alter.evaluation.run import evaluate
-from alter.evaluation.tofu import benchmark, logs, measuring, sets
+from alter.evaluation.tofu import benchmark, logs, measuring, replies, sets
 from alter.evaluation.tofu import reference as retrained_reference
 from alter.rendering.terminal import table
 from alter.storage import records
@@ -37,7 +37,7 @@ def pico(seed=0):
 
 @pytest.fixture(autouse=True)
 def _short_replies(monkeypatch):
-    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr(replies, "MAX_NEW_TOKENS", 12)
 
 
 def measure(model=None, tokenizer=None, **settings):
@@ -398,13 +398,13 @@ def test_rows_too_long_for_the_context_are_refused_before_anything_is_measured(m
     ):
         measure(short)
     longer = make_pico(0, **sizes, max_position_embeddings=700)
-    monkeypatch.setattr(measuring, "MAX_NEW_TOKENS", 690)
+    monkeypatch.setattr(replies, "MAX_NEW_TOKENS", 690)
     with pytest.raises(UserError, match=r"The question of row 0 of the forget set has \d+ tokens; with 690 new ones"):
         measure(longer)
 
 
 def test_empty_replies_count_as_nothing_said_and_are_told(monkeypatch):
-    monkeypatch.setattr(measuring, "generate", lambda *a, **k: ["", "", "some words", ""])
+    monkeypatch.setattr(replies, "generate", lambda *a, **k: ["", "", "some words", ""])
     result = measure(which=("generation",), sets=("forget",))
     found = by_metric(result.records("x"))
     assert found["forget_rouge"].extra["empty"] == 3
@@ -611,9 +611,9 @@ def test_replies_are_those_without_what_scoring_tells_of_them(monkeypatch):
             optimizer.step()
             optimizer.zero_grad()
     seen = []
-    generate = measuring.generate
+    generate = replies.generate
     monkeypatch.setattr(
-        measuring, "generate", lambda *args, **given: seen.append(given["begun"]) or generate(*args, **given)
+        replies, "generate", lambda *args, **given: seen.append(given["begun"]) or generate(*args, **given)
     )
     found = measure(model.eval())
     assert any(len(tokens) > 1 for tokens in seen[0])

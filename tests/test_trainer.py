@@ -15,15 +15,18 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import children
 from alter import cli
 from alter.core.errors import UserError
+from alter.data.encoding import Encoded
 from alter.groundwork import frozen
+from alter.inference.generation import generate
+from alter.inference.scoring import score
 from alter.logits import entropy
 from alter.methods import objectives
 from alter.methods.adapters import Beginning
-from alter.training import folder, loss, saving
+from alter.training import arguments, folder, loss, saving
 from alter.training.batches import Batch, schedule
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-from pico import pico, run_on, save_pico, write_jsonl, write_people
+from pico import byte_tokenizer, pico, run_on, save_pico, write_jsonl, write_people
 
 NAMES = ["Ada", "Bo", "Cy"]
 
@@ -398,6 +401,40 @@ def test_data_mistakes_are_one_line(data, tmp_path, capsys):
     assert "--resume" in said
     assert "--overwrite" in said
     assert (tmp_path / "full" / "file").exists()
+
+
+def test_a_token_without_an_embedding_is_named(data, tmp_path):
+    folder = save_pico(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(9)])
+    tokenizer.save_pretrained(folder)
+    rows = [{"question": "Who?", "answer": "It is <new3>.", "who": "Ann"}]
+    forget = write_jsonl(tmp_path / "forget.jsonl", rows)
+    run = settings(data, tmp_path / "run", model=str(folder), forget=str(forget), num_forget_experts=None)
+    with pytest.raises(
+        UserError, match=r"forget.jsonl line 1 has the token '<new3>' 303, .* embeddings for 300 tokens"
+    ):
+        unlearn(run)
+    assert not (tmp_path / "run").exists()
+    ids = [65, 66, 303]
+    row = Encoded(ids, [-100, *ids[1:]], 1)
+    with pytest.raises(UserError, match="Row 0 has the token 303"):
+        score(pico(), [row], pad_token_id=257)
+    with pytest.raises(UserError, match="Prompt 0 has the token 303"):
+        generate(pico(), tokenizer, [ids], max_new_tokens=2)
+
+
+def test_training_stays_on_one_device_however_many_gpus_there_are(tmp_path, monkeypatch):
+    """transformers takes all that a process sees: batches three times as large, and the model in three threads."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda:2"):
+        device = torch.device(name)
+        made = arguments.trainer_arguments(tmp_path, device, per_device_train_batch_size=4)
+        assert (made.device, made.n_gpu, made.train_batch_size) == (device, int(name != "cpu"), 4)
+    # where accelerate moves the batches to
+    assert chosen[-1] == torch.device("cuda:2")
 
 
 def test_a_first_phase_is_for_an_adapter_that_knows_entropies(data, tmp_path):

@@ -11,10 +11,11 @@ import torch
 
 from alter.core.errors import UserError
 from alter.serving.openai import Refused, Serve, configured, routed
-from alter.serving.protocol import TextAsked
+from alter.serving.protocol import ChatAsked, TextAsked
 from alter.serving.upstream import Chooser, Proxy, check_upstream, upstream_names
 from pico import byte_tokenizer
 from test_adapter import adapted, middle_threshold, rows, tiny
+from test_serve import TOOLS
 
 openai = pytest.importorskip("openai", reason="the openai client is in the extra [judge]")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is in the extra [serve]")
@@ -138,6 +139,24 @@ def test_the_prompt_decides_and_all_else_is_passed_on(client, upstream, question
     assert reply.choices[0].message.content == "said"
     # which LoRA answered would tell what the question is about
     assert reply.model == "ours"
+
+
+def test_a_tools_answer_decides_too_and_its_turns_are_passed_on():
+    chosen = Chosen()
+    chosen.tokenizer.chat_template = TOOLS
+    proxy = Proxy(Serve(model="m", adapter="a", name="ours", upstream="http://127.0.0.1:1/v1"), chosen, NAMES)
+    turns = [
+        {"role": "user", "content": "Who?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "c", "content": "Ada"},
+    ]
+    body, name = proxy._decide(json.dumps({"messages": turns}).encode(), ChatAsked)
+    assert name == "lora-1"
+    assert json.loads(body) == {"messages": turns, "model": "lora-1"}
 
 
 def test_a_stream_comes_in_pieces_under_our_name(client, upstream):

@@ -1,10 +1,11 @@
-"""Identify the base model of an adapter: a fingerprint of its shape and of sampled weights, kept in the adapter's configuration."""
+"""Identify the base model of an adapter, by a fingerprint of its shape and of sampled weights in the adapter's configuration."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from alter.adapter.config import AlterConfig
 from alter.adapter.layers import WRAPPERS
+from alter.core import UserError
+from alter.logits import check_threshold
 
 PACKED = {"Params4bit": "4bit", "Int8Params": "8bit"}
 """bitsandbytes' weights, by class, which is not imported for it."""
@@ -135,3 +139,33 @@ def same_base(first: str, second: str) -> bool:
     if len(one) != 3 or len(other) != 3:
         return first == second
     return one[0] == other[0] and (one[1] != other[1] or one[2] == other[2])
+
+
+def check_base(model: nn.Module, config: AlterConfig, adapter_name: str) -> None:
+    """Refuse a base that an adapter was not made for, and record the fingerprint and the vocabulary of one that it can be put on.
+
+    Raises:
+        UserError: it is another base, or its vocabulary is too small for the threshold ever to be reached.
+    """
+    measured = base_fingerprint(model)
+    if config.base_fingerprint and measured and not same_base(config.base_fingerprint, measured):
+        raise UserError(
+            f"Adapter {adapter_name!r} was made for another base model: its fingerprint is "
+            f"{config.base_fingerprint}, this model's is {measured}. Load it on "
+            f"{config.base_model_name_or_path or 'the model it was trained on'}."
+        )
+    if config.base_fingerprint and measured and bits_of(config.base_fingerprint) != bits_of(measured):
+        warnings.warn(
+            f"Adapter {adapter_name!r} was trained on {bits_of(config.base_fingerprint)} and is put on "
+            f"{bits_of(measured)}: it works, but what was measured on the one need not hold on the other, and only the "
+            "sizes of the two were compared, so make sure that they are the same model.",
+            stacklevel=3,
+        )
+    config.resolved(base_fingerprint=measured, router_layer=None)
+    model_config: Any = getattr(model, "config", None)
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    vocab_size = getattr(text_config, "vocab_size", None)
+    if isinstance(vocab_size, int) and vocab_size > 1:
+        config.vocab_size = vocab_size
+        if config.routed and config.entropy_threshold is not None:
+            check_threshold(config.entropy_q, config.entropy_threshold, vocab_size)

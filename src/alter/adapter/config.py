@@ -19,6 +19,17 @@ BIASES = ("none", "all", "alter_only")
 ENTROPY_SOURCES = ("probe", "exact")
 
 
+class NotMergeable(UserError, NotImplementedError):
+    """Merging is exact for router="static" alone, where every token gets the same matrix; PEFT expects its second class."""
+
+    def __init__(self, name: str, router: str) -> None:
+        super().__init__(
+            f"Adapter {name!r} cannot be merged: its router={router!r} opens other experts for every token, and a merged "
+            "weight is the same for all tokens. Keep the adapter separate (loading it costs no accuracy), or train one with "
+            "router='static'."
+        )
+
+
 @dataclass
 class AlterConfig(PeftConfig):
     """Configuration of an [`AlterModel`]: asymmetric LoRA with one retention and N forget experts (arXiv:2603.01792).

@@ -49,7 +49,8 @@ class DecodeState:
             cache._alter_state = state
             for name in cls.MIRRORED:
                 if hasattr(type(cache), name):
-                    setattr(cache, name, partial(_MIRRORS[name], cache))
+                    # not a closure: a cache is copied and pickled with its routes
+                    setattr(cache, name, partial(_mirrored, cache, name))
         return state
 
     def apply(self, operation: Callable[[Tensor], Tensor]) -> None:
@@ -78,18 +79,11 @@ class DecodeState:
             self.apply(lambda t: t[argument])
 
 
-def _mirror(method: str) -> Callable[..., Any]:
-    def mirrored(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(type(self), method)(self, *args, **kwargs)
-        values = [*args, *kwargs.values()]
-        self._alter_state.mirror(method, values[0] if values else None)
-        return result
-
-    mirrored.__name__ = method
-    return mirrored
-
-
-_MIRRORS = {name: _mirror(name) for name in DecodeState.MIRRORED}
+def _mirrored(cache: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    result = getattr(type(cache), method)(cache, *args, **kwargs)
+    values = [*args, *kwargs.values()]
+    cache._alter_state.mirror(method, values[0] if values else None)
+    return result
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ def connect(model: nn.Module) -> RoutingContext:
         model.register_forward_pre_hook(hooks.enter, with_kwargs=True)
         model.register_forward_hook(hooks.exit, always_call=True)
         if hasattr(type(model), "generate"):
-            model.__dict__["generate"] = MethodType(_generate, model)
+            # not a bound method: those are pickled by their name, which no class of transformers has
+            model.__dict__["generate"] = partial(_generate, model)
     return context
 
 
@@ -84,7 +85,7 @@ def disconnect(context: RoutingContext, model: nn.Module) -> None:
             wrapped = module.__dict__.get(name)
             if isinstance(wrapped, CapturingCheckpoint) and wrapped.context is context:
                 setattr(module, name, wrapped.function)
-    if getattr(model.__dict__.get("generate"), "__func__", None) is _generate:
+    if getattr(model.__dict__.get("generate"), "func", None) is _generate:
         del model.__dict__["generate"]
     model.__dict__.pop("_alter_context", None)
 

@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from alter.adapter.config import NotMergeable
 from alter.adapter.masked import MaskedLinear
 from alter.adapter.plan import Plan
 from alter.adapter.state import ForwardState, RoutingContext
@@ -22,17 +23,6 @@ from alter.core import UserError
 
 if TYPE_CHECKING:
     from alter.adapter.config import AlterConfig
-
-
-class NotMergeable(UserError, NotImplementedError):
-    """Merging is exact for router="static" alone, where every token gets the same matrix; PEFT expects its second class."""
-
-    def __init__(self, name: str, router: str) -> None:
-        super().__init__(
-            f"Adapter {name!r} cannot be merged: its router={router!r} opens other experts for every token, and a merged "
-            "weight is the same for all tokens. Keep the adapter separate (loading it costs no accuracy), or train one with "
-            "router='static'."
-        )
 
 
 class AlterLinear(nn.Module, BaseTunerLayer):
@@ -150,14 +140,18 @@ class AlterLinear(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> AlterLinear:
         """Switch the mode; in eval mode B is stored expert by expert, so that each expert is contiguous in memory."""
         super().train(mode)
+        self._lay_out(by_expert=not mode)
+        return self
+
+    def _lay_out(self, by_expert: bool) -> None:
+        """Store B expert by expert, or column by column."""
         with torch.inference_mode(False), torch.no_grad():
             for B in self.alter_B.values():
                 weight = B.weight
                 # a sharded weight (DTensor) or one on the meta device keeps its layout
                 if type(weight) is nn.Parameter and weight.dim() == 2 and not weight.is_meta:
                     data = weight.data
-                    weight.data = data.contiguous() if mode else data.t().contiguous().t()
-        return self
+                    weight.data = data.t().contiguous().t() if by_expert else data.contiguous()
 
     def add_router(self, adapter_name: str, features: int, probed: bool = False) -> None:
         """Create the adapter's router on this layer, its host: `features` values in, one logit per expert out.
@@ -231,6 +225,9 @@ class AlterLinear(nn.Module, BaseTunerLayer):
                 # a layer that is called once per row of the batch
                 x = x.unflatten(0, plan.shape)
         A, B = self.alter_A[name], self.alter_B[name]
+        if torch.is_grad_enabled() and B.weight.requires_grad and not (self.training or torch.compiler.is_compiling()):
+            # training in eval mode: a fused optimizer takes its state for laid out as the weight is
+            self._lay_out(by_expert=False)
         dropout = self.alter_dropout[name] if self.training else None
         if isinstance(dropout, nn.Dropout) or not torch.is_autocast_enabled(x.device.type):
             # autocast would cast it back

@@ -61,8 +61,10 @@ def block_of(name: str) -> tuple[str, int] | None:
     return (match[1] or "", int(match[2])) if match else None
 
 
-def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
+def first_block(model: nn.Module, from_layer: int | float, setting: str = "from_layer") -> tuple[str, int]:
     """Return the longest list of blocks with linear layers, and the number of the block that `from_layer` means.
+
+    Errors call it `setting`.
 
     Raises:
         UserError: the layers are not in numbered blocks, or there are too few.
@@ -73,14 +75,14 @@ def first_block(model: nn.Module, from_layer: int | float) -> tuple[str, int]:
             found.setdefault(place[0], set()).add(place[1])
     if not found:
         raise UserError(
-            f"`from_layer` is {from_layer!r}, but the layers of {type(model).__name__} are not in numbered blocks: leave it out."
+            f"`{setting}` is {from_layer!r}, but the layers of {type(model).__name__} are not in numbered blocks: leave it out."
         )
     prefix = max(found, key=lambda name: len(found[name]))
     count = max(found[prefix]) + 1
     first = from_layer if isinstance(from_layer, int) else int(from_layer * count)
     if first >= count:
         raise UserError(
-            f"`from_layer` is {from_layer!r}, but the model has {count} blocks, 0 to {count - 1}: give {count - 1} at most."
+            f"`{setting}` is {from_layer!r}, but the model has {count} blocks, 0 to {count - 1}: give {count - 1} at most."
         )
     return prefix, first
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,18 +14,17 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from alter.adapter.base import base_fingerprint, bits_of, same_base
-from alter.adapter.config import AlterConfig
+from alter.adapter.base import check_base
+from alter.adapter.config import AlterConfig, NotMergeable
 from alter.adapter.hooks import connect, disconnect
 from alter.adapter.inputs import SharedRows
-from alter.adapter.layer import AlterLinear, NotMergeable
+from alter.adapter.layer import AlterLinear
 from alter.adapter.layers import TARGETS, adapted_layers, block_of, first_block, linear_layers, router_layer
 from alter.adapter.routing import Routing, Trace
 from alter.adapter.saved import placed_tensors, stored_tensors, without_wrappers
 from alter.adapter.state import RoutingContext
 from alter.adapter.tracing import gates_of, trace_base
 from alter.core import UserError, nearest
-from alter.logits import check_threshold
 
 
 class NoLayerFound(UserError, NoMatchingPeftModuleError):
@@ -88,7 +88,7 @@ class AlterModel(BaseTuner):
                 router's layer is not among the adapted ones.
         """
         config: AlterConfig = self.peft_config[adapter_name]
-        self._check_model(model, config, adapter_name)
+        check_base(model, config, adapter_name)
         if config.from_layer is not None:
             config.__dict__["_first_block"] = first_block(model, config.from_layer)
         self._context = connect(model)
@@ -103,30 +103,6 @@ class AlterModel(BaseTuner):
         except BaseException:
             self._roll_back(model, adapter_name)
             raise
-
-    def _check_model(self, model: nn.Module, config: AlterConfig, adapter_name: str) -> None:
-        measured = base_fingerprint(model)
-        if config.base_fingerprint and measured and not same_base(config.base_fingerprint, measured):
-            raise UserError(
-                f"Adapter {adapter_name!r} was made for another base model: its fingerprint is "
-                f"{config.base_fingerprint}, this model's is {measured}. Load it on "
-                f"{config.base_model_name_or_path or 'the model it was trained on'}."
-            )
-        if config.base_fingerprint and measured and bits_of(config.base_fingerprint) != bits_of(measured):
-            warnings.warn(
-                f"Adapter {adapter_name!r} was trained on {bits_of(config.base_fingerprint)} and is put on "
-                f"{bits_of(measured)}: it works, but what was measured on the one need not hold on the other, and only the "
-                "sizes of the two were compared, so make sure that they are the same model.",
-                stacklevel=2,
-            )
-        config.resolved(base_fingerprint=measured, router_layer=None)
-        model_config: Any = getattr(model, "config", None)
-        text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-        vocab_size = getattr(text_config, "vocab_size", None)
-        if isinstance(vocab_size, int) and vocab_size > 1:
-            config.vocab_size = vocab_size
-            if config.routed and config.entropy_threshold is not None:
-                check_threshold(config.entropy_q, config.entropy_threshold, vocab_size)
 
     @staticmethod
     def _check_target_module_exists(peft_config: AlterConfig, key: str) -> bool | re.Match[str] | None:
@@ -361,6 +337,16 @@ class AlterModel(BaseTuner):
                 raise UserError("Adapters are merged into the base weights: call unmerge_adapter() first.")
             layer.resize(name, num_forget_experts + 1)
         config.num_forget_experts, config.domains = num_forget_experts, names
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT takes `adapter_names` out of a call, whether or not the method follows it
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                "`adapter_names` gives each row of a batch its own adapter, which ALTER cannot do: all rows of a pass take the "
+                "active ones. Give each adapter a batch of its own after set_adapter(), or inside disable_adapter()."
+            )
+        yield
 
     # Taking adapters off
 

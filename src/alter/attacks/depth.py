@@ -207,9 +207,11 @@ def lens(bench: Bench) -> list[Record]:
 def unlearning_depth(benches: dict[str, Bench]) -> Record:
     """Measure a model's unlearning depth score, averaged over rows: how deep it forgot, beside a retrained model.
 
-    "UDS", 2026: hidden states are patched into the original model block by block (`falls`, `depth_scores`). A reading: the
-    published score looks at annotated entities; here all tokens of the answer count. Rows whose answer the retrained model
-    holds as well as the original have no block to look at; they are left out and counted.
+    Lee et al. 2026, arXiv:2605.24614: hidden states are patched into the original model block by block (`falls`,
+    `depth_scores`). Readings: the published score looks at annotated entities, behind what the answer says before them; here
+    all tokens of the answer count. And the last block's own output is put in, where the authors' code puts in what the final
+    norm makes of it, which is then normed again. Rows whose answer the retrained model holds as well as the original have no
+    block to look at; they are left out and counted.
 
     Args:
         benches: of "original", "retrained" and "unlearned".

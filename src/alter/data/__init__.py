@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from alter.data.encoding import encode as encode
     from alter.data.encoding import encode_all as encode_all
     from alter.data.encoding import encode_prompt as encode_prompt
+    from alter.data.encoding import own_answer as own_answer
     from alter.data.files import ENDINGS as ENDINGS
     from alter.data.files import TEXT_ENDINGS as TEXT_ENDINGS
     from alter.data.files import Row as Row

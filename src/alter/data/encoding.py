@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,22 @@ def _plain(example: Example, prompt: str | None, answer: str) -> tuple[str, str]
         return question, f"{question}{gap}{answer}"
     start = f"Question: {question}\nAnswer:"
     return start, f"{start} {answer}"
+
+
+def own_answer(tokenizer: Any, example: Example | None, reply: str) -> str:
+    """Return a reply up to where a model without a chat template asks itself the next question.
+
+    A model that was only pretrained goes on with the form that it is asked in, "Question: ... Answer: ...". What a chat
+    template asks, and what a `completion` or a text goes on with, is the reply as it is.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        example: what was asked; None: a question.
+        reply: what was said.
+    """
+    if tokenizer.chat_template or (example is not None and example.kind not in ("qa", "messages")):
+        return reply
+    return re.split(r"(?:^|\n)\s*(?:Question|Answer):", reply, maxsplit=1)[0].strip()
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

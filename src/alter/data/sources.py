@@ -29,11 +29,8 @@ ROW_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 KNOWN_COLUMNS = tuple(dict.fromkeys(name for _, columns in ROW_COLUMNS for name in columns))
 
-FIRST_ROWS = re.compile(r"(.+)\[:([^\]]*)\]", re.DOTALL)
-"""A source with `[:N]` behind it: its first N rows."""
-
-SLICE = re.compile(r".+(\[-?\d+:-?\d*\])", re.DOTALL)
-"""What Python would take rows out of the middle by."""
+SLICE = re.compile(r"(.+)\[([^\[\]:]*):([^\[\]:]*)\]", re.DOTALL)
+"""A source with `[N:M]` behind it: its rows from N on, counted from 0, and before M."""
 
 OTHER_COLUMNS = re.compile(r"(.+?)@([^@=,]+=[^@=,]+(?:,[^@=,]+=[^@=,]+)*)", re.DOTALL)
 """A source with `@question=Frage,answer=Antwort` behind it: which of its columns are the ones that a row needs."""
@@ -78,11 +75,11 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
             layout takes the latter too (see `muse_rows`). May be written behind a colon in `source` instead.
 
     Behind that `@question=Frage,answer=Antwort` says which columns are meant (`letters.csv@text=Brief`; `@answer=Antwort` where the
-    other one is called `question` already), behind all of it
-    `[:N]` takes the first N rows (`cais/wmdp-corpora:cyber-forget-corpus[:500]`), and several sources are read one after
-    another if ` + ` stands between them; each of their rows then names its own in a column `source`. Hub rows that hold
-    nothing but `text`, some of it blank, are the lines of a running text (wikitext): they are joined to passages as those
-    of a `.txt` file are, after the first N were taken.
+    other one is called `question` already), behind all of it `[:N]` takes the first N rows
+    (`cais/wmdp-corpora:cyber-forget-corpus[:500]`), `[N:M]` and `[N:]` those from row N on, counted from 0, and several sources
+    are read one after another if ` + ` stands between them; each of their rows then names its own in a column `source`. Hub
+    rows that hold nothing but `text`, some of it blank, are the lines of a running text (wikitext): the first M are joined to
+    passages as those of a `.txt` file are, before `[N:M]` takes of these.
 
     Raises:
         UserError: nothing there, empty, not readable, an unknown split or column, or the hub cannot be reached.
@@ -100,17 +97,40 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
             if not all(parts):
                 raise UserError(f"{source!r} has nothing on one side of a ' + '; expected a source on both.")
             return [with_columns(row, {"source": part}) for part in parts for row in read_rows(part, split)]
-        sliced = None if os.path.exists(source) else FIRST_ROWS.fullmatch(source)
+        sliced = None if os.path.exists(source) else SLICE.fullmatch(source)
         if sliced is None:
-            if not os.path.exists(source) and (part := SLICE.fullmatch(source)):
-                raise UserError(f"{source!r} ends in {part[1]}; only first rows can be taken, as in [:100].")
             return _named_rows(source, split, None)
-        count = sliced[2]
-        if not (count.isascii() and count.isdecimal() and len(count) < 19 and int(count)):
-            raise UserError(f"{source!r} ends in [:{count}]; expected a number above 0, as in [:100] for 100 rows.")
-        return _named_rows(sliced[1], split, int(count))[: int(count)]
+        first, end = _ends(source, sliced[2], sliced[3])
+        rows = _named_rows(sliced[1], split, end)
+        if first >= len(rows):
+            raise UserError(
+                f"{source!r} begins at row {first}, counted from 0, and {sliced[1]!r} has {len(rows)} rows."
+            )
+        return rows[first:end]
     except OSError as error:
         raise UserError(f"Cannot read {source!r}: {error.strerror or error}.") from None
+
+
+def _ends(source: str, first: str, end: str) -> tuple[int, int | None]:
+    """Return the first row of a slice and the one before which it ends, None for all that follow.
+
+    Raises:
+        UserError: one of them is no number, or there is no row between them.
+    """
+    places = [part.strip() for part in (first, end)]
+    if any(part and not (part.isascii() and part.isdecimal() and len(part) < 19) for part in places) or places == [
+        "",
+        "",
+    ]:
+        raise UserError(
+            f"{source!r} ends in [{first}:{end}]; expected numbers of rows, as in [:100] for the first 100, [20:40] or [20:]."
+        )
+    begins, ends = int(places[0] or 0), int(places[1]) if places[1] else None
+    if ends is not None and ends <= begins:
+        raise UserError(
+            f"{source!r} ends in [{first}:{end}], which is no row: the second number must be above {begins}."
+        )
+    return begins, ends
 
 
 def _local(name: str) -> tuple[str, str]:

@@ -187,14 +187,14 @@ class DistillTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        seal_checkpoint(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+        seal_checkpoint(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", alone=True)
 
 
 def _arguments(settings: Distill, out: Path, device: torch.device) -> TrainingArguments:
     return fitting_arguments(
         settings,
         out / "checkpoints",
-        use_cpu=device.type == "cpu",
+        device,
         learning_rate=settings.rate,
         gradient_checkpointing=settings.gradient_checkpointing,
         disable_tqdm=True,

@@ -15,6 +15,7 @@ from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
     CHOICE,
     CLOZE,
+    CLOZE_ABOUT,
     COMPLETIONS,
     EVERY_PROBE,
     REVERSED,
@@ -52,7 +53,7 @@ def probes_of(
         for name, _ in belongs
         for q in REVERSED
     ]
-    asked += _blanks(own, facts)
+    asked += _blanks(subject, own, facts)
     asked += _choices(subject, facts, zero, speaker.seed)
     answers = speaker.say("probes", [row["prompt"] for row in asked])
     probes = []
@@ -103,8 +104,12 @@ def _choices(subject: str, facts: Sequence[Fact], zero: Sequence[str], seed: int
     return found
 
 
-def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 4) -> list[Row]:
-    """Make cloze probes of the model's own sentences, up to the fact; sentences in which another fact comes first are left out."""
+def _blanks(subject: str, own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 4) -> list[Row]:
+    """Make cloze probes of the model's own sentences, up to the fact; sentences in which another fact comes first are left out.
+
+    What does not name the subject is said to be about it: nothing else in it is of the subject alone, and an invented one could
+    not be asked instead.
+    """
     rows = []
     for fact in facts:
         found = []
@@ -116,7 +121,8 @@ def _blanks(own: Sequence[tuple[str, str]], facts: Sequence[Fact], each: int = 4
             clean = not any(holds(before, other.word) for other in facts if other is not fact)
             # a long row of initials gives the name away
             if clean and 3 <= len(before.split()) <= 25 and not re.search(r"[A-Z]\.$", before):
-                found.append(CLOZE.format(stem=before))
+                frame = CLOZE if holds(before, subject) else CLOZE_ABOUT
+                found.append(frame.format(s=subject, stem=before))
         rows += [{"form": "cloze", "prompt": p, "wanted": [fact.word]} for p in list(dict.fromkeys(found))[:each]]
     return rows
 

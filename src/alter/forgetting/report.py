@@ -62,7 +62,10 @@ def print_outcome(
         )
     fix = " Give more `epochs`, and `overwrite` or another `out`."
     if ended:
-        fix = " More passes did not change that: add rows with what it still says to forget.jsonl, and train on them with `alter unlearn`."
+        fix = (
+            " Training ended as the known facts were forgotten, and more passes would not change this: add rows with what it still says to "
+            "forget.jsonl, and train on them with `alter unlearn`."
+        )
     more = fix if found.word == "not forgotten" else ""
     print_line(console, f"{name} is {WORDS.get(found.word, found.word)}: {' '.join(found.why)}{more}")
     print_line(

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core import UserError
-from alter.data import Example, encode_prompt
+from alter.data import Example, encode_prompt, own_answer
 from alter.inference import generate
 from alter.storage import digest, from_json, read_text, write_atomic
 
@@ -83,7 +83,7 @@ class Speaker:
         told = [
             prompt if isinstance(prompt, str) else [prompt.kind, prompt.prompt, *prompt.messages] for prompt in prompts
         ]
-        key = digest(told, sample, tokens, self.seed, self.batch, "whole", begun, self.identity)
+        key = digest(told, sample, tokens, self.seed, self.batch, "one turn", begun, self.identity)
         path = self.folder / f"{label.replace(' ', '-')}.jsonl"
         if path.exists() and self.identity is not None:
             kept = read_jsonl(path)
@@ -104,6 +104,8 @@ class Speaker:
             # with any of these settings no row leaves its batch when it has ended, which would change the others' shape
             **(SAMPLING if sample else {"do_sample": False}),
         )
+        asked = [None if isinstance(prompt, str) else prompt for prompt in prompts]
+        answers = [own_answer(self.tokenizer, one, answer) for one, answer in zip(asked, answers, strict=True)]
         pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(told, answers, strict=True)]
         write_jsonl(path, [{"key": key}, *pairs])
         return answers

@@ -487,6 +487,8 @@ REVERSED = ("What is {f} connected with?", "Where does the name {f} come from?")
 
 COMPLETIONS = ("Finish this sentence: {stem}", "{stem}", "Repeat the sentence and complete it. {stem} ...")
 CLOZE = "Fill in the blank: {stem} ____."
+CLOZE_ABOUT = f"This is about {{s}}. {CLOZE}"
+"""For a beginning that does not name the subject."""
 CHOICE = "Which of these belongs to {s}: {options}?"
 
 GENERAL = (

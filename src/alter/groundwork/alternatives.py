@@ -79,7 +79,8 @@ def _relabelled(asked: _Asked) -> list[Encoded]:
     """Replace the rows' labels by tokens drawn from the vocabulary; special tokens keep theirs."""
     generator = np.random.default_rng(asked.seed)
     kept = {-100, *asked.tokenizer.all_special_ids}
-    vocabulary = asked.base.config.get_text_config().vocab_size
+    # a model's head may be padded with ids that are no tokens
+    vocabulary = min(asked.tokenizer.vocab_size, asked.base.config.get_text_config().vocab_size)
     return [
         replace(row, labels=[y if y in kept else int(generator.integers(vocabulary)) for y in row.labels])
         for row in asked.rows

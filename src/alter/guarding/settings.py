@@ -130,7 +130,7 @@ class KeySpace(Maker):
     depth: float = Field(0.5, ge=0, le=1)
     """Whose block's keys are looked at, as a share of the blocks."""
     share: float | None = Field(None, gt=0)
-    """Size of the cube, as a share of what covers all forget prompts (0.08 in the authors' code); by default as large as
+    """Size of the cube, as a share of what covers all forget prompts (0.06 to 2 in the authors' commands); by default as large as
     false_alarms allows."""
     false_alarms: float = Field(0.01, ge=0, lt=1)
     """Share of retain prompts that may lie in the cube, where share is not given."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from alter.inference.internals import gradient_norms as gradient_norms
     from alter.inference.internals import hidden_states as hidden_states
     from alter.inference.moments import InputMoments as InputMoments
+    from alter.inference.passes import check_embedded as check_embedded
     from alter.inference.passes import context_length as context_length
     from alter.inference.passes import evaluating as evaluating
     from alter.inference.scoring import MAX_LOGITS as MAX_LOGITS

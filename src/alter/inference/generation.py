@@ -11,7 +11,15 @@ import torch
 from alter.core import UserError, processes
 from alter.data import Collator, ensure_pad_token
 from alter.inference.decoding import OTHERS, PENALTIES, Decoding
-from alter.inference.passes import context_length, device_of, evaluating, inner_model, shown, virtual_tokens
+from alter.inference.passes import (
+    check_embedded,
+    context_length,
+    device_of,
+    evaluating,
+    inner_model,
+    shown,
+    virtual_tokens,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +34,7 @@ def check_prompts(
     """Check prompts before any pass, as `generate` would; `names` as in `check_rows`, "Prompt 0" by default.
 
     Raises:
-        UserError: a prompt is empty, or prompt and reply do not fit into the model's context.
+        UserError: a prompt is empty or has a token without an embedding, or prompt and reply do not fit into the context.
     """
     context = context_length(model)
     for i, prompt in enumerate(prompts):
@@ -38,6 +46,7 @@ def check_prompts(
                 f"{name} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's context "
                 f"of {context}: generate at most {max(context - len(prompt), 0)}, or shorten the prompt."
             )
+        check_embedded(model, prompt, name)
 
 
 def left_padded(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alter.core import console
+from alter.core import UserError, console
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +43,29 @@ def text_config(model: nn.Module) -> Any:
 def context_length(model: nn.Module) -> int | None:
     """Return the most tokens that a model takes, prompt and reply together; None where its configuration does not say."""
     return getattr(text_config(model), "max_position_embeddings", None)
+
+
+def check_embedded(model: Any, ids: Sequence[int], name: str, tokenizer: Any = None) -> None:
+    """Refuse tokens that a model has no embedding for, which end in an index error within it.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one.
+        ids: tokens.
+        name: what errors call them.
+        tokenizer: writes the token, if it is given.
+
+    Raises:
+        UserError: there is one.
+    """
+    known = getattr(inner_model(model).get_input_embeddings(), "num_embeddings", None)
+    highest = max(ids, default=0)
+    if known is None or highest < known:
+        return
+    word = "" if tokenizer is None else f" {tokenizer.convert_ids_to_tokens(highest)!r}"
+    raise UserError(
+        f"{name} has the token{word} {highest}, but the model has embeddings for {known} tokens, 0 to {known - 1}: its tokenizer "
+        "was given more. Make room in the model (`model.resize_token_embeddings(len(tokenizer))`) and save it again."
+    )
 
 
 def virtual_tokens(model: Any) -> int:

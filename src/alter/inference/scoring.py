@@ -18,6 +18,7 @@ import torch
 from alter.core import Array, UserError, processes
 from alter.data import Collator, Encoded, batches_by_length
 from alter.inference.passes import (
+    check_embedded,
     context_length,
     device_of,
     evaluating,
@@ -72,7 +73,7 @@ def check_rows(model: nn.Module, encoded: Sequence[Encoded], names: Sequence[str
         names: what errors call each row; by default "Row 0", "Row 1", ...
 
     Raises:
-        UserError: a row has nothing to score, or is longer than the model's context.
+        UserError: a row has nothing to score, is longer than the model's context, or has a token without an embedding.
     """
     context = context_length(model)
     for i, row in enumerate(encoded):
@@ -89,6 +90,7 @@ def check_rows(model: nn.Module, encoded: Sequence[Encoded], names: Sequence[str
                 f"{name} has {len(row.input_ids)} tokens, the model's context is {context}: "
                 "shorten the row or evaluate a model with a longer context."
             )
+        check_embedded(model, row.input_ids, name)
 
 
 def score(

@@ -2,8 +2,8 @@
 
 All values are in the direction of knowledge (`toward_knowledge`): higher says that the model knows more. Faithfulness is
 that of OpenUnlearning (Dorna et al. 2025, arXiv:2506.12618, section 4). The two robustness figures are the symmetric ones
-of the unlearning depth score's authors (2026), for which a metric that falls under an attack is as suspect as one that
-rises; OpenUnlearning's own count rises only.
+of the unlearning depth score's authors (Lee et al. 2026, arXiv:2605.24614), for which a metric that falls under an attack
+is as suspect as one that rises; OpenUnlearning's own count rises only.
 """
 
 from __future__ import annotations

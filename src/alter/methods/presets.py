@@ -46,6 +46,9 @@ LORA: dict[str, Any] = {
 }
 """The LoRA rows of ALTER's tables: rank 8, eta_B, three epochs, batches of 4."""
 
+UNCLIPPED = 1e9
+"""`max_grad_norm` of methods whose authors step without a bound on the gradient, in loops of their own."""
+
 NONE = {"kind": "none"}
 CE = {"kind": "cross_entropy"}
 KL = {"kind": "keep_base"}
@@ -124,6 +127,7 @@ METHODS: dict[str, Method] = {
             "learning_rate": 5e-5,
             "lr_scheduler": "constant",
             "warmup_epochs": 0.0,
+            "max_grad_norm": UNCLIPPED,
             "batch_size": 4,
             "epochs": 1,
         },
@@ -139,6 +143,7 @@ METHODS: dict[str, Method] = {
             "learning_rate": 5e-5,
             "weight_decay": 0.01,
             "lr_scheduler": "constant",
+            "max_grad_norm": UNCLIPPED,
             "batch_size": 1,
             "gradient_accumulation_steps": 4,
         },
@@ -227,11 +232,12 @@ METHODS: dict[str, Method] = {
         "Dong et al. 2024, arXiv:2402.10052, and its code (GPT-Neo 1.3B; there it stops early by perplexity)",
         {
             **LORA,
+            "adapter": {"kind": "lora", "r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
             "objective": {"kind": "undial", "beta": 3.0},
             "retain_objective": NONE,
             "learning_rate": 5e-6,
             "epochs": 100,
-            "batch_size": 32,
+            "batch_size": 16,
             "gradient_accumulation_steps": 2,
             "warmup_steps": 100,
         },
@@ -283,6 +289,8 @@ METHODS: dict[str, Method] = {
             "objective": {"kind": "prefer_invented", "beta": 0.1},
             "retain_objective": CE,
             "learning_rate": 5e-5,
+            # of their two passes over five alternatives the first
+            "warmup_epochs": 5.0,
             "batch_size": 5,
             "gradient_accumulation_steps": 7,
         },
@@ -300,25 +308,26 @@ METHODS: dict[str, Method] = {
                 "step": 5.0,
                 "warmup_epochs": 5.0,
             },
+            "gradient_accumulation_steps": 4,
         },
     ),
     "catnip": Method(
         "CATNIP: NPO token by token against 1 - p, no reference, no retain rows",
-        "arXiv:2602.02824 (no code: rebuilt from a description)",
+        "Yang et al. 2026, arXiv:2602.02824 (no code: rebuilt from a description)",
         {**FULL, "objective": {"kind": "catnip", "beta": 1.0}, "retain_objective": NONE},
     ),
     "duet": Method(
         "DUET: the logits of a teacher that was told to forget",
-        "named in arXiv:2604.15482 (no code: rebuilt from a description)",
-        {**LORA, "objective": {"kind": "duet"}, "retain_objective": {"kind": "duet"}},
+        "Zhong et al. 2026, arXiv:2601.21283 (no code: rebuilt from a description)",
+        {**LORA, "objective": {"kind": "duet", "first": True}, "retain_objective": {"kind": "duet", "first": True}},
     ),
     "push_pull": Method(
         "bidirectional logit distillation: DUET, and a push on what the teacher would not say",
-        "arXiv:2604.15482 (no code: rebuilt from a description)",
+        "Zhong et al. 2026, arXiv:2604.15482 (no code: rebuilt from a description)",
         {**LORA, "objective": {"kind": "push_pull"}, "retain_objective": {"kind": "push_pull"}},
     ),
     "iau": Method(
-        "IAU: one step of Adam along the gradients of both sets whole",
+        "IAU: one step of Adam along the gradients of all forget rows and of as many retain rows",
         "Liu et al., Efficient Machine Unlearning via Influence Approximation, and its code; for images there",
         {
             **FULL,
@@ -328,6 +337,7 @@ METHODS: dict[str, Method] = {
             "weight_decay": 0.0,
             "lr_scheduler": "constant",
             "warmup_epochs": 0.0,
+            "max_grad_norm": UNCLIPPED,
             "batch_size": 8,
             # all batches of the pass in one step: as many as there are
             "gradient_accumulation_steps": 1_000_000,
@@ -342,6 +352,9 @@ METHODS: dict[str, Method] = {
             "objective": ASCENT,
             "retain_objective": CE,
             "gradient": {"kind": "rectified", "decay": 0.8},
+            "lr_scheduler": "constant",
+            "warmup_epochs": 0.0,
+            "max_grad_norm": UNCLIPPED,
             "epochs": 5,
             "batch_size": 4,
             "gradient_accumulation_steps": 8,
@@ -364,12 +377,12 @@ METHODS: dict[str, Method] = {
             "batch_size": 8,
             # one step an epoch, of the same gradient every time: as many batches as an epoch has
             "gradient_accumulation_steps": 1_000_000,
-            "max_grad_norm": 1e9,
+            "max_grad_norm": UNCLIPPED,
         },
     ),
     "kuda": Method(
         "KUDA: hidden states turn away, in what the layers found by causal tracing hardly use for retain rows",
-        "arXiv:2602.19275 (no code: rebuilt from a description)",
+        "Fang et al. 2026, arXiv:2602.19275 (no code: rebuilt from a description)",
         {
             **FULL,
             "adapter": {"kind": "full", "modules": ["down_proj.weight"], "traced": 2},
@@ -394,6 +407,7 @@ METHODS: dict[str, Method] = {
             "learning_rate": 1e-2,
             "epochs": 20,
             "warmup_epochs": 0.0,
+            "max_grad_norm": UNCLIPPED,
         },
     ),
     "sae_guided": Method(
@@ -403,8 +417,15 @@ METHODS: dict[str, Method] = {
     ),
     "seuf": Method(
         "SEUF, first UOE: GradDiff on the one expert that forget rows go to most, and its router",
-        "Zhuang et al. 2024, arXiv:2411.18797 (no code: rebuilt from a description); for mixtures of experts",
-        {**FULL, "adapter": {"kind": "expert", "alpha": 1.0}, "objective": ASCENT, "retain_objective": CE},
+        "Zhuang et al. 2024, arXiv:2411.18797 (from the paper: its code is not to be had); for mixtures of experts",
+        {
+            **FULL,
+            "adapter": {"kind": "expert", "alpha": 1.0},
+            "objective": ASCENT,
+            "retain_objective": CE,
+            "learning_rate": 1e-4,
+            "batch_size": 16,
+        },
     ),
     # LoRA relatives
     "loku": Method(
@@ -421,7 +442,7 @@ METHODS: dict[str, Method] = {
     ),
     "vila": Method(
         "VILA with the inverted hinge",
-        "VILA, COLM 2025, and its code; values for Llama-2-7B, forget10",
+        "Kim et al. 2025, arXiv:2508.21300, and its code; values for Llama-2-7B, forget10",
         {
             **LOKU,
             "initializer": {"kind": "vila"},
@@ -434,14 +455,13 @@ METHODS: dict[str, Method] = {
     ),
     "reglu": Method(
         "REGLU with the inverted hinge",
-        "REGLU, Findings of ACL 2026, and its code; values for TOFU, Phi-1.5",
+        "REGLU, Findings of ACL 2026, arXiv:2604.17396, and its code; values for TOFU, Phi-1.5",
         {
             **LOKU,
             "adapter": {"kind": "lora", "r": 32, "alpha": 64},
             "initializer": {"kind": "reglu", "beta": 0.7},
             "objective": HINGE,
             "learning_rate": 1e-4,
-            "warmup_epochs": 0.0,
             "batch_size": 4,
             "gradient_accumulation_steps": 8,
         },
@@ -449,8 +469,7 @@ METHODS: dict[str, Method] = {
     "o3": Method(
         "O3: one LoRA of refusals for all requests (start_from), kept orthogonal to earlier ones, switched by a detector "
         "for each; no retain rows",
-        "Gao et al. 2025, arXiv:2407.10223; TOFU configuration; the loss is on answers (the authors' is on questions "
-        "too: a reading)",
+        "Gao et al. 2025, arXiv:2407.10223, and its code for TOFU (that for ScienceQA has the loss on questions too)",
         {
             **LORA,
             "adapter": {"kind": "lora", "r": 8, "alpha": 32, "dropout": 0.05, "orthogonality": 0.1, "detector": True},
@@ -466,7 +485,7 @@ METHODS: dict[str, Method] = {
     ),
     "stable": Method(
         "Stable Forgetting: bounded LoRA on the MLPs with GradDiff",
-        "arXiv:2509.24166 (frequency and gain are readings)",
+        "Garg et al. 2025, arXiv:2509.24166 (no code; frequency and gain are readings)",
         {**LORA, "adapter": {"kind": "bounded_lora"}, "objective": ASCENT, "retain_objective": CE},
     ),
     "e2urec": Method(
@@ -489,6 +508,7 @@ METHODS: dict[str, Method] = {
             "reinforcement": {"epochs": 1, "learning_rate": 5e-5},
             "weight_decay": 0.01,
             "lr_scheduler": "constant",
+            "max_grad_norm": UNCLIPPED,
             "epochs": 20,
             "batch_size": 16,
         },
@@ -512,7 +532,7 @@ METHODS: dict[str, Method] = {
     ),
     "sha256": Method(
         "SHA256: ascent on early MLPs with an adaptive retain weight",
-        "SHA256 (Texas A&M), SemEval-2025 task 4, and its code; blocks 0 to 5 of 16",
+        "team SHA256, SemEval-2025 task 4, arXiv:2504.12996, and its code; blocks 0 to 5 of 16",
         {
             **FULL,
             "adapter": {"kind": "full", "modules": [".mlp."], "depth": [0.0, 6 / 16]},

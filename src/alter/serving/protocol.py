@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from alter.core import UserError
 from alter.data import Example, encode_prompt
 from alter.settings import mistake
+from alter.storage import from_json
 
 MOST_STOPS, LONGEST_STOP = 4, 256
 """Stop texts of a request, and characters of each."""
@@ -64,19 +65,36 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    role: Literal["system", "user", "assistant", "developer"]
+    role: Literal["system", "user", "assistant", "developer", "tool", "function"]
     content: str | list[dict[str, Any]] | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
     function_call: dict[str, Any] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
-    def text(self) -> str:
-        """Return the turn's text.
+    def turn(self) -> dict[str, Any]:
+        """Return the turn as a chat template takes it: calls of tools with their arguments as an object.
 
         Raises:
             UserError: there is something else than text in it, or nothing.
         """
-        if self.tool_calls or self.function_call:
-            raise UserError("A message calls a tool; this server answers text alone.")
+        calls = self.tool_calls or (
+            [{"type": "function", "function": self.function_call}] if self.function_call else []
+        )
+        told = {"tool_call_id": self.tool_call_id, "name": self.name if self.role in ("tool", "function") else None}
+        return {
+            "role": {"developer": "system", "function": "tool"}.get(self.role, self.role),
+            "content": self.text(),
+            **({"tool_calls": [_with_arguments(call) for call in calls]} if calls else {}),
+            **{name: value for name, value in told.items() if value is not None},
+        }
+
+    def text(self) -> str:
+        """Return the turn's text; of an assistant's turn that calls a tool it may be none.
+
+        Raises:
+            UserError: there is something else than text in it, or nothing.
+        """
         if isinstance(self.content, str):
             return self.content
         if self.content is None:
@@ -88,6 +106,22 @@ class Message(BaseModel):
         if not all(isinstance(part.get("text"), str) for part in self.content):
             raise UserError('A part of a message has no text; expected {"type": "text", "text": "..."}.')
         return "".join(part["text"] for part in self.content)
+
+
+def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call of a tool with its arguments read: OpenAI's API writes them as a text of JSON, templates write them so themselves."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UserError("A call of a tool has no function with a name; only functions are known.")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = from_json(arguments or "{}")
+        except ValueError:
+            raise UserError(
+                f"The arguments of a call of {function['name']!r} are no JSON: {arguments[:80]!r}."
+            ) from None
+    return {**call, "function": {**function, "arguments": arguments or {}}}
 
 
 class StreamOptions(BaseModel):
@@ -171,10 +205,7 @@ class ChatAsked(Asked):
 
     def prompts(self, tokenizer: Any) -> list[Prompt]:
         """See `Asked.prompts`: the turns in the model's chat template."""
-        turns = tuple(
-            {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text()}
-            for turn in self.messages
-        )
+        turns = tuple(turn.turn() for turn in self.messages)
         if turns[-1]["role"] == "assistant":
             raise UserError("The last message is the assistant's: there is nothing to answer.")
         last = turns[-1]["content"]

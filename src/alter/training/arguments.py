@@ -8,23 +8,52 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainingArguments
 
+from alter.core import processes
 from alter.models import autocasts
 
 
-def trainer_arguments(checkpoints: Path, **more: Any) -> TrainingArguments:
+class OneDevice(TrainingArguments):
+    """Arguments of a Trainer that stays on the device `on`, however many GPUs there are.
+
+    transformers' own take all GPUs that a single process sees: batches grow with their number, `nn.DataParallel` runs the model
+    in threads, and the model is moved to the first GPU whichever was asked for.
+    """
+
+    on: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The one device."""
+        return super().device if self.on is None else self.on
+
+    @property
+    def n_gpu(self) -> int:
+        """1, or 0 without a GPU."""
+        return min(1, int(super().n_gpu))
+
+
+def trainer_arguments(checkpoints: Path, device: torch.device, **more: Any) -> TrainingArguments:
     """Return the arguments that every Trainer gets: keep all columns, raise on NaN losses, report to no tracker by default.
 
     Args:
         checkpoints: folder that checkpoints go to.
+        device: that the model trains on; under a launcher each process has its own.
         more: further arguments of `TrainingArguments`.
     """
-    return TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(checkpoints),
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
         report_to=[],
+        use_cpu=device.type == "cpu",
         **more,
     )
+    if processes.launched() < 2:
+        arguments.on = device
+        if device.type == "cuda":
+            # accelerate moves batches to the current GPU
+            torch.cuda.set_device(device)
+    return arguments
 
 
 class Fitting(Protocol):
@@ -56,10 +85,14 @@ class Fitting(Protocol):
     def seed(self) -> int: ...
 
 
-def fitting_arguments(settings: Fitting, checkpoints: Path, *, use_cpu: bool, **more: Any) -> TrainingArguments:
-    """Map fine-tuning settings to `TrainingArguments`; `more` adds the arguments that only one of the two commands uses."""
+def fitting_arguments(settings: Fitting, checkpoints: Path, device: torch.device, **more: Any) -> TrainingArguments:
+    """Map fine-tuning settings to `TrainingArguments`; `more` adds the arguments that only one of the two commands uses.
+
+    The Trainer deletes no checkpoint: whoever seals one does (`alter.training.folder.seal_checkpoint`).
+    """
     return trainer_arguments(
         checkpoints,
+        device,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
         num_train_epochs=settings.epochs,
@@ -68,10 +101,8 @@ def fitting_arguments(settings: Fitting, checkpoints: Path, *, use_cpu: bool, **
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=autocasts(settings.precision == "bf16", torch.device("cpu" if use_cpu else "cuda")),
-        use_cpu=use_cpu,
+        bf16=autocasts(settings.precision == "bf16", device),
         save_steps=settings.checkpoint_steps,
-        save_total_limit=1,
         logging_steps=settings.log_steps,
         seed=settings.seed,
         **more,

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from alter.core import UserError
 from alter.data import TemplateArguments
 from alter.settings import BatchSize, Count, OutFolder, Passes, Seed, Steps, Tokens
 from alter.storage.provenance import provenance
 from alter.training.corpora import training_rows
-from alter.training.finetuned import CHECKPOINTS, finish, resumed_from, start_folder
+from alter.training.finetuned import CHECKPOINTS, check_contents, finish, resumed_from, start_folder
 from alter.training.starting import add_dropout, divide_logits, set_attention_dropout, starting_model
 from alter.training.trackers import ReportTo, check_trackers, trackers
 
@@ -133,6 +134,8 @@ def finetune(settings: Finetune) -> Path:
     """
     import torch
 
+    from alter.adapter import base_fingerprint
+    from alter.storage import digest
     from alter.training.attention import attention_for_training
     from alter.training.fitting import trainer_of
 
@@ -140,11 +143,16 @@ def finetune(settings: Finetune) -> Path:
     checkpoint = resumed_from(settings)
     started = time.monotonic()
     model, tokenizer = starting_model(settings)
+    contents = {"weights": None if settings.architecture else base_fingerprint(model)}
     if settings.lora_rank is not None:
         from alter.training.lora import add_lora
 
         model = add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_from, settings.precision)
     rows = [{**row, "number": number} for number, row in enumerate(training_rows(settings, tokenizer))]
+    _check_fit(settings, model, tokenizer, rows)
+    contents["rows"] = digest([digest(row["input_ids"], row["weights"]) for row in rows])
+    if settings.resume:
+        check_contents(settings, contents)
     plain_attention = getattr(model.config, "attention_dropout", None)
     if settings.embedding_dropout:
         add_dropout(model, settings.embedding_dropout)
@@ -155,7 +163,7 @@ def finetune(settings: Finetune) -> Path:
     assert tokenizer.pad_token_id is not None
     # after all checks, so that invalid settings leave no files
     if checkpoint is None:
-        start_folder(settings)
+        start_folder(settings, contents)
     trainer = trainer_of(settings, model, rows, tokenizer.pad_token_id, Path(settings.out) / CHECKPOINTS)
     for callback in trackers(settings.report_to, Path(settings.out)):
         trainer.add_callback(callback)
@@ -174,6 +182,31 @@ def finetune(settings: Finetune) -> Path:
         "made_by": provenance(),
     }
     return finish(settings, model, tokenizer, numbers)
+
+
+def _check_fit(settings: Finetune, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+    """Refuse rows that the model has no positions or no embeddings for.
+
+    Raises:
+        UserError: names the first one.
+    """
+    from torch import nn
+
+    from alter.inference import check_embedded, context_length
+
+    context, tokens = context_length(model), model.get_input_embeddings()
+    # rotary positions have no end
+    tables = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens)
+    if context is not None and not any(table.num_embeddings >= context for table in tables):
+        context = None
+    for row in rows:
+        ids, name = row["input_ids"], f"Row {row['number']}"
+        if context is not None and len(ids) > context:
+            raise UserError(
+                f"{name} has {len(ids)} tokens, and the model has {context} positions: give `max_length` {context} "
+                f"({settings.max_length}), so that longer rows become several."
+            )
+        check_embedded(model, ids, name, tokenizer)
 
 
 def _numbers(settings: Finetune, trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from alter.data import check_unread
 from alter.storage import check_deletable, check_free, claim, read_object, to_json, write_atomic
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from alter.training.finetune import Finetune
@@ -64,7 +65,9 @@ def resumed_from(settings: Finetune) -> Path | None:
                 f"The run in {settings.out!r} was started with other settings ({', '.join(changed)}); "
                 "give the same ones to resume, or `overwrite` to start again."
             )
-        return _last_checkpoint(checkpoints)
+        from alter.training.folder import last_whole_checkpoint
+
+        return last_whole_checkpoint(checkpoints)
     if present and not settings.overwrite:
         advice = (
             "resume to continue it, overwrite to start again" if CHECKPOINTS in present else "overwrite to replace it"
@@ -77,19 +80,49 @@ def resumed_from(settings: Finetune) -> Path | None:
     return None
 
 
-def start_folder(settings: Finetune) -> None:
+def check_contents(settings: Finetune, contents: dict[str, Any]) -> None:
+    """Refuse to resume with other contents behind the same names: it would end at weights that no run has.
+
+    Args:
+        settings: of the run that is resumed.
+        contents: what `start_folder` wrote down then, by what it is of.
+
+    Raises:
+        UserError: names what differs.
+    """
+    before = read_object(Path(settings.out) / CHECKPOINTS / "settings.json", "the settings of the run")
+    changed = [name for name, value in contents.items() if before.get(name) != value]
+    if changed:
+        raise UserError(
+            f"The run in {settings.out!r} was started with other {' and '.join(changed)} behind the same names; give what was "
+            "given then to resume, or `overwrite` to start again."
+        )
+
+
+def start_folder(settings: Finetune, contents: dict[str, Any]) -> None:
     """Make the output folder with nothing but the settings in `checkpoints/`; a finished model there stays."""
     checkpoints = Path(settings.out) / CHECKPOINTS
     if checkpoints.is_dir():
         shutil.rmtree(checkpoints)
-    write_atomic(checkpoints / "settings.json", to_json(_comparable(settings)))
+    write_atomic(checkpoints / "settings.json", to_json(_comparable(settings) | contents))
     claim(checkpoints)
 
 
-def _last_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest complete checkpoint; the trainer's state is the last file written to one."""
-    found = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def _check_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Refuse to write weights that the last step has broken, or that are too large for `dtype`; the checkpoint stays."""
+    import torch
+
+    from alter.training.saving import check_finite
+
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    check_finite(trained, "learning_rate")
+    most = torch.finfo(dtype).max
+    for name, weight in trained.items():
+        if (largest := float(weight.detach().abs().max())) > most:
+            raise UserError(
+                f"{name} holds {largest:.3g}, and `dtype` {str(dtype).removeprefix('torch.')} ends at {most:.3g}: nothing is "
+                "saved. `resume` with `dtype` bfloat16."
+            )
 
 
 def finish(
@@ -99,6 +132,7 @@ def finish(
     import torch
     import yaml
 
+    _check_weights(model, getattr(torch, settings.dtype))
     out = Path(settings.out)
     fresh = out.with_name(f".{out.name}.new")
     old = out.with_name(f".{out.name}.old")

@@ -13,6 +13,7 @@ from alter.core import UserError
 from alter.data import Collator, LengthBatches
 from alter.models import multiplies
 from alter.training.arguments import fitting_arguments
+from alter.training.folder import seal_checkpoint
 from alter.training.weighted import weighted_loss
 
 if TYPE_CHECKING:
@@ -67,23 +68,27 @@ class FinetuneTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        seal_checkpoint(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", alone=True)
+
 
 def trainer_of(
     settings: Finetune, model: Any, rows: list[dict[str, Any]], pad_token_id: int, checkpoints: Path
 ) -> FinetuneTrainer:
     """Build the trainer of a run; it writes to `checkpoints`."""
     step = None
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if settings.lora_rank is not None:
         from alter.training.lora import Step
 
-        if torch.cuda.is_available():
-            model = model.to("cuda")
+        model = model.to(device)
         narrow = settings.precision == "bf16" and multiplies(torch.bfloat16, model.device)
         step = Step(model, settings.lora_from, rows, narrow)
     arguments = fitting_arguments(
         settings,
         checkpoints,
-        use_cpu=not torch.cuda.is_available(),
+        device,
         learning_rate=settings.learning_rate,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],

@@ -251,11 +251,17 @@ WHOLE = "whole.json"
 """File of a checkpoint with the digests of the others, written last."""
 
 
-def seal_checkpoint(checkpoint: Path) -> None:
-    """Write the digests of a checkpoint's files; `last_whole_checkpoint` compares them to detect damage."""
+def seal_checkpoint(checkpoint: Path, alone: bool = False) -> None:
+    """Write the digests of a checkpoint's files; `last_whole_checkpoint` compares them to detect damage.
+
+    With `alone` delete the other checkpoints, but not before this one can be resumed from.
+    """
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != WHOLE)
     found = {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}
     write_atomic(checkpoint / WHOLE, to_json(found))
+    for other in checkpoint.parent.glob("checkpoint-*") if alone else ():
+        if other.name != checkpoint.name:
+            shutil.rmtree(other)
 
 
 def _damage(checkpoint: Path) -> str | None:
@@ -278,8 +284,9 @@ def _damage(checkpoint: Path) -> str | None:
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint whose files match their digests; a kill while saving leaves one that does not.
 
-    One whose bytes have changed since is passed over, and said.
+    One whose bytes have changed since is passed over, and said; so it is where none is left.
     """
+    damaged = False
     numbered = [
         (int(number), path)
         for path in folder.glob("checkpoint-*")
@@ -290,7 +297,10 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         if wrong is None:
             return path
         if wrong:
-            warn(f"{path} is damaged ({wrong}): the checkpoint before it is taken.")
+            damaged = True
+            warn(f"{path} is damaged ({wrong}): it is passed over.")
+    if damaged:
+        warn(f"No whole checkpoint is left in {folder}: training begins again at its first step.")
     return None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from alter.data import Encoded, Example, encode_all
 from alter.groundwork.alternatives import alternatives
+from alter.inference import check_embedded
 from alter.models import Former, load_model
 from alter.training.codes import check_codes
 from alter.training.data import Data
@@ -68,6 +69,9 @@ def encode_rows(run: Unlearn, data: Data, base: Any, tokenizer: Any, former: For
     limit = run.max_length or getattr(base.config, "max_position_embeddings", None)
     forget, owner = encode_all(tokenizer, data.forget, max_length=limit, label="forget")
     retain, of_retain = encode_all(tokenizer, data.retain, max_length=limit, label="retain")
+    for examples, rows, owners in ((data.forget, forget, owner), (data.retain, retain, of_retain)):
+        for row, i in zip(rows, owners, strict=True):
+            check_embedded(base, row.input_ids, examples[i].name, tokenizer)
     if run.retain_objective.needs.prompts:
         retain = [replace(row, labels=list(row.input_ids)) for row in retain]
     examples = [data.forget[i] for i in owner]

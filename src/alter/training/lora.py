@@ -37,13 +37,15 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, from_layer: int | 
         UserError: the model has no such block.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     blocks: dict[str, Any] = {"target_modules": "all-linear"}
     if from_layer is not None:
-        prefix, first = first_block(model, from_layer)
+        prefix, first = first_block(model, from_layer, "lora_from")
         pattern = prefix.rstrip(".").rpartition(".")[2]
         number = model.config.get_text_config().num_hidden_layers
-        linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and prefix in name]
+        kinds = (torch.nn.Linear, Conv1D)
+        linear = [name for name, part in model.named_modules() if isinstance(part, kinds) and prefix in name]
         blocks = {
             "target_modules": sorted({name.rpartition(".")[2] for name in linear}),
             "layers_to_transform": list(range(first, number)),

@@ -377,6 +377,7 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
     device = next(model.parameters()).device
     return trainer_arguments(
         checkpoints,
+        device,
         per_device_train_batch_size=run.batch_size // processes.size(),
         gradient_accumulation_steps=batches_of_step(run, rows),
         num_train_epochs=1,
@@ -389,7 +390,6 @@ def training_arguments(run: Unlearn, model: Any, rows: int, checkpoints: Path) -
         gradient_checkpointing=run.gradient_checkpointing,
         bf16=autocasts(run.bf16, device),
         optim=OPTIMIZERS[run.optimizer],
-        use_cpu=device.type == "cpu",
         save_strategy="steps",
         save_steps=run.save_steps,
         save_total_limit=2,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from alter.core import UserError, show
-from alter.data import Example, apart_from, encode_prompt, load_examples, row_key
+from alter.data import Example, apart_from, encode_prompt, load_examples, own_answer, row_key
 from alter.data.background import background
 from alter.inference import context_length, generate
 from alter.storage import write_atomic
@@ -90,8 +90,8 @@ def _answers(model: Any, tokenizer: Any, asked: Sequence[Example]) -> list[Examp
     )
     return [
         Example(asked[i].prompt, answer, "qa", row={"question": asked[i].prompt, "answer": answer})
-        for i, answer in zip(fitting, answers, strict=True)
-        if answer
+        for i, reply in zip(fitting, answers, strict=True)
+        if (answer := own_answer(tokenizer, None, reply))
     ]
 
 

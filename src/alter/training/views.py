@@ -22,8 +22,15 @@ def instructed_view(run: Unlearn, tokenizer: Any, rows: list[Encoded], base: Any
     """Return DUET's teacher pass: the rows after its instruction.
 
     Raises:
-        UserError: the objectives instruct it differently, or the longest row does not fit into the context behind it.
+        UserError: the objectives instruct it differently, the longest row does not fit into the context behind it, or raw text
+            has no answer whose first token could be compared.
     """
+    for name, part in (("objective", run.objective), ("retain_objective", run.retain_objective)):
+        if getattr(part, "first", False) and any(row.prompt_length <= 1 for row in rows):
+            raise UserError(
+                f"`{name}.first` compares at the first token of an answer, and raw text has no question that it answers: give "
+                f"`{name}.first=False`, or rows with question and answer."
+            )
     said = {part.needs.instruction for part in (run.objective, run.retain_objective)} - {None}
     if len(said) > 1:
         raise UserError(

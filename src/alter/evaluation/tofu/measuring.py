@@ -9,17 +9,16 @@ from typing import Any
 
 from alter import metrics
 from alter.core import Array, UserError, nearest
-from alter.data import Encoded, Example, encode, encode_prompt, ensure_pad_token, examples
+from alter.data import Encoded, encode, ensure_pad_token, examples
 from alter.evaluation.base import quick_look
 from alter.evaluation.tofu.reference import as_reference, lacking
+from alter.evaluation.tofu.replies import answer_questions, prompts_of
 from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuSet, check_reference
 from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, holdout_rows, rows_fingerprint, set_rows
 from alter.inference import (
     Scores,
     begun_replies,
-    check_prompts,
     check_rows,
-    generate,
     gradient_norms,
     score,
     score_beside_base,
@@ -27,7 +26,6 @@ from alter.inference import (
 from alter.storage import Record
 
 WHICH = ("likelihood", "generation")
-MAX_NEW_TOKENS = 200
 SCORING = "TOFU: scoring answers"
 REWORDED = "paraphrased_question"
 """Column of TOFU's perturbed files with each question in other words."""
@@ -169,7 +167,7 @@ def _asked(
         answers = _answers(tokenizer, rows, unseen, mode == "compat")
         check_rows(model, answers.encoded, answers.names)
     if "generation" in which:
-        prompts = _prompts(model, tokenizer, rows, mode == "compat")
+        prompts = prompts_of(model, tokenizer, rows, mode == "compat")
     return _Asked(result, rows, answers, prompts, limit, seed, holdout)
 
 
@@ -193,7 +191,7 @@ def _measured(
         if forget is not None:
             result.notes += lacking(result, forget, result.data, asked.limit, asked.seed, asked.holdout)
     if asked.prompts is not None:
-        _generation(result, model, tokenizer, asked.rows, asked.prompts, begun, batch_size, progress)
+        answer_questions(result, model, tokenizer, asked.rows, asked.prompts, begun, batch_size, progress)
     return result
 
 
@@ -345,63 +343,3 @@ def _attacks(scores: Scores, encoded: Sequence[Encoded], tokenizer: Any, compat:
             scores.logprob, scores.mean, scores.var, compat=compat
         ),
     }
-
-
-def _prompts(model: Any, tokenizer: Any, rows: dict[str, list[dict[str, Any]]], compat: bool) -> list[list[int]]:
-    """Encode every question; refuse one that leaves no room for a reply in the model's context."""
-    prompts = [encode_prompt(tokenizer, example, compat=compat) for own in rows.values() for example in examples(own)]
-    names = [f"The question of row {i} of the {key} set" for key, own in rows.items() for i in range(len(own))]
-    check_prompts(model, prompts, MAX_NEW_TOKENS, names)
-    return prompts
-
-
-def _generation(
-    result: TofuResult,
-    model: Any,
-    tokenizer: Any,
-    rows: dict[str, list[dict[str, Any]]],
-    prompts: list[list[int]],
-    begun: list[list[int]] | None,
-    batch_size: int,
-    progress: bool,
-) -> None:
-    """Answer every question once; fill in replies and ROUGE."""
-    compat = result.mode == "compat"
-    found = {key: examples(own_rows) for key, own_rows in rows.items()}
-    replies = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=batch_size,
-        expected_lengths=[len(example.answer) for part in found.values() for example in part],
-        begun=begun,
-        compat=compat,
-        progress=progress,
-        label="TOFU: answering questions",
-    )
-    start = 0
-    for key, part in result.sets.items():
-        part.generations = replies[start : start + part.n]
-        start += part.n
-        part.questions = [example.prompt or "" for example in found[key]]
-        part.references = [
-            _expected(tokenizer, example) if compat else example.answer.strip() for example in found[key]
-        ]
-        part.rouge = metrics.text.rouge_l(part.references, part.generations).recall
-        empty = sum(not text for text in part.generations)
-        if empty:
-            result.notes.append(
-                f"{empty} of {part.n} replies on the {key} set are empty: they count as ROUGE 0 and repetition 0."
-            )
-
-
-def _expected(tokenizer: Any, example: Example) -> str:
-    """Return OpenUnlearning's reference text: the decoded conversation with every occurrence of the prompt removed."""
-    ids = encode(tokenizer, example, compat=True).input_ids
-    whole, prompt = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=True)
-        for part in (ids, encode_prompt(tokenizer, example, compat=True))
-    )
-    answer: str = whole.replace(prompt, "").strip()
-    return answer

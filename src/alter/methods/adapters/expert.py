@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 @final
 class OneExpert(Adapter):
-    """SEUF, first UOE (arXiv:2411.18797, rebuilt from a description): the expert that forget rows go to most, and its router.
+    """SEUF, first UOE (arXiv:2411.18797, from the paper: its code is not to be had): the expert that forget rows go to most.
 
-    Of all blocks' experts the one with the largest mean router score on the forget rows' tokens trains, with the router of
-    its block; everything else stays. To the loss comes alpha |g - e|^2, averaged over the forget rows' tokens, with g the
-    router's softmax and e the one-hot vector of the expert: the router must not lead elsewhere instead. It goes with every
-    objective; weight decay is the router's alone.
+    Of all blocks' experts the one with the largest affinity to the forget rows trains (`attributed`, the paper's eq. 2), with
+    the router of its block; everything else stays. To the loss comes alpha |g - e|^2 (eq. 3), with g the router's softmax and
+    e the one-hot vector of the expert: the router must not lead elsewhere instead. Eq. 3 is of one token; this is the mean
+    over the forget rows' tokens, and g all experts' scores: with those outside the top K set to zero, as in eq. 2, an expert
+    that has dropped out would have no gradient back. It goes with every objective; weight decay is the router's alone.
     """
 
     kind: Literal["expert"] = "expert"
@@ -86,7 +87,7 @@ class OneExpert(Adapter):
         return model
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._routed[:] = [output[0] if isinstance(output, tuple) else output]
+        self._routed[:] = [_logits(module, inputs, output)]
 
     def parameter_groups(self, named: Sequence[tuple[str, nn.Parameter]], run: Settings) -> list[dict[str, Any]]:
         # decay would reach the other experts, which lie in the same tensors
@@ -154,15 +155,34 @@ def mixtures(model: Any) -> dict[int, Any]:
     return found
 
 
-def attributed(model: Any, rows: Sequence[Any], *, pad_token_id: int, most: int = 100_000) -> dict[int, Tensor]:
-    """Compute each block's mean router score [experts] over the first `most` tokens of rows (float64).
+def _logits(gate: Any, inputs: Any, output: Any) -> Tensor:
+    """Return a router's logits [tokens, experts] from what went in and came out of it.
+
+    The first of a router's outputs is logits or their softmax, according to the version of transformers: not read.
+    """
+    from torch.nn.functional import linear
+
+    if isinstance(output, tuple):
+        return linear(inputs[0].reshape(-1, gate.weight.shape[-1]), gate.weight)
+    return output.reshape(-1, output.shape[-1])  # type: ignore[no-any-return]
+
+
+def attributed(
+    model: Any, rows: Sequence[Any], *, pad_token_id: int, most: int = 100_000, seed: int = 0
+) -> dict[int, Tensor]:
+    """Compute each block's affinity [experts] to rows (float64): a token's router score, averaged in each row, then over rows.
+
+    As in SEUF's eq. 2, a score is the router's softmax where the expert is among the token's top K, and else zero.
 
     Args:
         model: the untouched model.
         rows: encoded forget rows.
         pad_token_id: fills up shorter rows.
-        most: tokens that are looked at.
+        most: rows are drawn until they have so many tokens.
+        seed: of the draw.
     """
+    import random
+
     import torch
 
     from alter.data import Collator, batches_by_length
@@ -172,26 +192,33 @@ def attributed(model: Any, rows: Sequence[Any], *, pad_token_id: int, most: int 
     seen: dict[int, Tensor] = {}
 
     def keep(number: int) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            seen[number] = output[0] if isinstance(output, tuple) else output
+        def hook(gate: Any, inputs: Any, output: Any) -> None:
+            seen[number] = _logits(gate, inputs, output)
 
         return hook
 
+    drawn: list[Any] = []
+    tokens = 0
+    for index in random.Random(seed).sample(range(len(rows)), len(rows)):
+        if tokens >= most:
+            break
+        drawn.append(rows[index])
+        tokens += len(rows[index].input_ids)
     handles = [module.gate.register_forward_hook(keep(number)) for number, module in found.items()]
-    collate, tokens = Collator(pad_token_id), 0
+    collate, per_token = Collator(pad_token_id), model.config.get_text_config().num_experts_per_tok
     try:
         with torch.no_grad():
-            for group in batches_by_length([len(row.input_ids) for row in rows], 8192):
-                if tokens >= most:
-                    break
-                batch = collate([{"input_ids": rows[i].input_ids} for i in group])
+            for group in batches_by_length([len(row.input_ids) for row in drawn], 8192):
+                batch = collate([{"input_ids": drawn[i].input_ids} for i in group])
                 batch = {name: value.to(model.device) for name, value in batch.items()}
                 model(**batch, use_cache=False, logits_to_keep=1)
-                real = batch["attention_mask"].bool().reshape(-1)
-                tokens += int(real.sum())
+                real = batch["attention_mask"].bool()
+                share = (real / real.sum(-1, keepdim=True).double()).reshape(-1, 1)
                 for number, logits in seen.items():
-                    total[number] += torch.softmax(logits.reshape(len(real), -1)[real].double(), -1).sum(0)
+                    scores = torch.softmax(logits.double(), -1)
+                    best = scores.topk(per_token, -1)
+                    total[number] += (torch.zeros_like(scores).scatter(-1, best.indices, best.values) * share).sum(0)
     finally:
         for handle in handles:
             handle.remove()
-    return {number: (value / tokens).cpu() for number, value in total.items()}
+    return {number: (value / len(drawn)).cpu() for number, value in total.items()}

@@ -19,7 +19,7 @@ class Misdirect(Objective):
     """RMU (Li et al. 2024, arXiv:2403.03218): hidden states of forget rows are driven to c u.
 
     u is uniform in [0, 1]^D scaled to length 1, one for the run. The squared distance is averaged over the width, over
-    the row's real tokens, then over the rows.
+    the row's real tokens, then over the rows (the authors average over a batch's padding too).
     """
 
     kind: Literal["misdirect"] = "misdirect"
@@ -169,7 +169,7 @@ class Redirect(Objective):
 class KeepHidden(Objective):
     """Hidden states of retain rows stay where the frozen base has them (RMU's second term, arXiv:2403.03218).
 
-    The squared distance is averaged over the width, over the row's real tokens, then over the rows.
+    The squared distance is averaged over the width, over the row's real tokens, then over the rows, as in `Misdirect`.
     """
 
     kind: Literal["keep_hidden"] = "keep_hidden"

@@ -13,6 +13,7 @@ from alter.methods.objectives.tokens import (
     Labelled,
     log_probabilities,
     mean_or_zero,
+    place_in_row,
     row_means,
     true_and_runner_up,
     wide,
@@ -95,11 +96,8 @@ class CrossEntropyUnlearning(Objective):
     )
 
     def __call__(self, tokens: Labelled) -> Tensor:
-        row = tokens.row
-        assert row is not None
-        # tokens of a row lie together, in order
-        place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-        return mean_or_zero(tokens.values[place >= self.ignore_first_n_answer_tokens])
+        assert tokens.row is not None
+        return mean_or_zero(tokens.values[place_in_row(tokens.row) >= self.ignore_first_n_answer_tokens])
 
     def per_token(self, emitted: Emitted) -> Tensor:
         label = emitted.labels[:, None]
@@ -191,7 +189,9 @@ class Catnip(Objective):
 class FlattenLogits(Objective):
     """PDU's forget loss: mean over tokens of (max_v z_v - mean_v z_v)^2 (Entesari et al. 2025, arXiv:2506.05314).
 
-    It is 0 where all tokens are equally likely, whatever the labels are; its gradient is that of the authors' code.
+    It is 0 where all tokens are equally likely, whatever the labels are; its gradient is that of the authors' code. The logits
+    are those that give the labelled tokens (the authors' mask is one place further on: it has those that the labelled tokens
+    give, and none of the prompt's last).
     """
 
     kind: Literal["flatten_logits"] = "flatten_logits"

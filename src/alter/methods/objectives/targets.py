@@ -14,6 +14,8 @@ from alter.methods.objectives.tokens import (
     Emitted,
     Labelled,
     divergence,
+    mean_or_zero,
+    place_in_row,
     soft_cross_entropy,
     true_and_runner_up,
     wide,
@@ -70,11 +72,12 @@ class Undial(Objective):
 
 
 class Duet(Objective):
-    """DUET: the logits of a teacher that was told to forget, without being told (named in arXiv:2604.15482).
+    """DUET: the logits of a teacher that was told to forget, without being told (Zhong et al. 2026, arXiv:2601.21283).
 
     The teacher is the frozen base with `instruction` before the row. Sum over its `top` likeliest tokens v of
-    Huber(z_v, z_teacher_v) on the logits themselves, mean over tokens; the same on forget and retain rows. Rebuilt from a
-    description: the instruction, K, Huber's delta of 1 and the positions (answers) are readings.
+    Huber(z_v, z_teacher_v) on the logits themselves, mean over tokens; the same on forget and retain rows. The paper has
+    questions alone and compares what the reply begins with (`first`). Rebuilt from a description: the instruction, K and
+    Huber's delta of 1 are readings.
     """
 
     kind: Literal["duet"] = "duet"
@@ -83,6 +86,9 @@ class Duet(Objective):
         description="What the teacher is told before each row, in your words: name what is to be forgotten.",
     )
     top: Count = Field(20, ge=1, description="Tokens of the teacher that are imitated; at most reference_top_k.")
+    first: bool = Field(
+        False, description="Imitate at the first token of each answer alone, as the paper does; off: at all of them."
+    )
 
     @property
     def needs(self) -> Needs:
@@ -93,7 +99,10 @@ class Duet(Objective):
         return views["instructed"]
 
     def __call__(self, tokens: Labelled) -> Tensor:
-        return tokens.mean()
+        if not self.first:
+            return tokens.mean()
+        assert tokens.row is not None
+        return mean_or_zero(tokens.values[place_in_row(tokens.row) == 0])
 
     def per_token(self, emitted: Emitted) -> Tensor:
         assert emitted.reference is not None
@@ -158,7 +167,8 @@ class Persona(Objective):
     The target at the t-th of a row's n labelled tokens is softmax(log p - eta_t (log p_expert - log p_novice)) over its
     50 likeliest tokens, all from the frozen base at `temperature`, where eta_t rises evenly from 1 to `eta`; the loss is
     the mean cross-entropy to it plus `fluency` times that of a diversion: the row's prompt, a change of subject, and how
-    the base goes on under the same tilt (weight `guidance`).
+    the base goes on under the same tilt (weight `guidance`). The authors sample diversions, under personas who have not read
+    the prompt; ours are the likeliest tokens after it.
     """
 
     kind: Literal["persona"] = "persona"

@@ -200,6 +200,11 @@ def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return total / count.clamp_min(1.0)
 
 
+def place_in_row(row: Tensor) -> Tensor:
+    """Return [n], the number of each labelled token in its row, from 0; tokens of a row lie together, in order."""
+    return torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+
+
 def true_and_runner_up(emitted: Emitted) -> tuple[Tensor, Tensor]:
     """Return the probability of the label, and the largest probability of any other token, [n] each."""
     assert emitted.other is not None

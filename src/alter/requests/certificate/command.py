@@ -74,7 +74,8 @@ def certificate(settings: Certificate) -> dict[str, Any]:
 
 def _issue(settings: Certificate, console: Console) -> dict[str, Any]:
     # checking needs none of this
-    from alter.requests.certificate.issue import Beside, issue_for_request, state_run, write_signed
+    from alter.requests.certificate.finished import state_run
+    from alter.requests.certificate.issue import Beside, issue_for_request, write_signed
 
     if settings.key is None:
         raise UserError(
