@@ -389,6 +389,23 @@ def test_places_that_can_be_written(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "there"]
 
 
+def test_a_file_that_is_read_is_not_replaced_by_the_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"question": "Who?", "answer": "Ada."}])
+    (tmp_path / "link.json").symlink_to(rows)
+    before = rows.read_bytes()
+    asked = ["evaluate", "--benchmark", "rows", "--model", "no", "--json"]
+    for out, forget, retain, names in (
+        ("rows.jsonl", f"{rows}[:1]", "x", "--forget"),
+        ("link.json", "x", "./y.jsonl + ./rows.jsonl@question=question,answer=answer", "--retain"),
+    ):
+        assert cli.main([*asked, out, "--forget", forget, "--retain", retain]) == 2
+        assert f"--json is '{out}', which {names} reads: it would be replaced." in capsys.readouterr().err
+    assert cli.main(["judge", "--file", str(rows), "--json", str(rows), "--judge.url", "http://h", "--judge.model", "m"]) == 2
+    assert "reads: it would be replaced" in capsys.readouterr().err
+    assert rows.read_bytes() == before
+
+
 LONG = {
     "unlearn instruction",
     "evaluate lm-eval tasks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def shown(path: str) -> str:
 
 
 def check_outputs(settings: BaseModel) -> None:
-    """Refuse settings whose output could not be written (see `check_place`); nothing is created.
+    """Refuse settings whose output could not be written (see `check_place`) or is a file that they read; nothing is created.
 
     Raises:
         UserError: names the setting and the place.
@@ -59,6 +60,37 @@ def check_outputs(settings: BaseModel) -> None:
         for mark in info.metadata:
             if isinstance(mark, Written) and isinstance(value, str):
                 check_place(value, name, mark.folder)
+                _check_apart(value, name, settings)
+
+
+def _check_apart(path: str, setting: str, settings: BaseModel) -> None:
+    """Refuse a file for results that another setting names: what is read would be replaced.
+
+    Raises:
+        UserError: names both settings.
+    """
+    place = os.path.realpath(path)
+    if not os.path.isfile(place):
+        return
+    for name, value in _texts(settings):
+        # rows.csv@answer=Antwort[:100] + others.jsonl
+        for part in value.split(" + ") if name != setting else ():
+            for read in (part, re.split(r"@|\[", part)[0].strip()):
+                if read and os.path.realpath(os.path.expanduser(read)) == place:
+                    raise UserError(
+                        f"`{setting}` is {path!r}, which `{name}` reads: it would be replaced. Give another file."
+                    )
+
+
+def _texts(settings: BaseModel, within: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each setting that is a text or a list of texts, by its whole name."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if hasattr(type(value), "model_fields"):
+            yield from _texts(value, f"{within}{name}.")
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, str) and "\0" not in each:
+                yield f"{within}{name}", each
 
 
 def check_place(path: str, setting: str, folder: bool | None = False) -> None:
