@@ -379,6 +379,7 @@ def refused(data, out, capsys, *args):
         (["--adapter.target-modules", "q_prj"], "q_proj"),
         (["--objective.kind", "inverted"], "inverted_hinge"),
         (["--resume"], "Nothing to resume"),
+        (["--lr-scheduler", "polynomial", "--learning-rate-experts", 1e-7], "--learning-rate-experts is 1e-07"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
 )
