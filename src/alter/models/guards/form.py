@@ -51,7 +51,8 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         self.generation_config = base.generation_config
         self.enabled = True
         # the first pass of assisted decoding holds guesses behind the prompt: transformers refuses it then
-        self._is_stateful: bool = type(self)._is_stateful or self.decides
+        if self.decides:
+            self._is_stateful = True
 
     @classmethod
     @abstractmethod
