@@ -43,20 +43,15 @@ def test_a_card_names_no_file_of_this_machine(tmp_path, kind):
     path = tmp_path / "jane-doe.jsonl"
     path.write_text('{"text": "x"}')
     given = {"model": "org/model", "forget": f"{path}[:3]@text=x + builtin:forget01", "retain": "org/rows:train[:5]"}
-    run = Unlearn.model_validate(
-        {
-            **given,
-            "out": str(tmp_path / "jane-doe"),
-            "adapter": {"kind": kind},
-            "watch": {"holdout": str(path), "every_steps": 1},
-        }
-    )
+    watch = {} if kind == "full" else {"watch": {"holdout": str(path), "every_steps": 1}}
+    own = {"out": str(tmp_path / "jane-doe"), "adapter": {"kind": kind}, "objective": {"kind": "npo"}, **watch}
+    run = Unlearn.model_validate({**given, **own})
     card = model_card(run, ["all"])
     assert "jane" not in card
     assert str(tmp_path) not in card
     assert "forget local rows + builtin:forget01" in card
     assert "retain: org/rows:train[:5]" in card
-    assert "holdout: local rows" in card
+    assert ("holdout: local rows" in card) is (kind != "full")
     assert Unlearn.model_validate(run).forget == given["forget"]
 
 

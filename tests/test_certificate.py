@@ -26,6 +26,7 @@ from alter.requests.register import List, list_requests
 from alter.requests.signing import Forged, canonical, new_key, read_key, read_public, signed_text
 from alter.requests.store import Store
 from alter.requests.verification import Verify, verify
+from alter.storage import folder_digest
 from alter.storage.records import Record, write_records
 from test_requests import ask, memorise, rows, start, write_jsonl
 
@@ -445,6 +446,21 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     unsaid = certificate(Certificate(**{**again, "out": str(tmp_path / "e.json")}))["settings"]["values"]
     assert not {"names", "adapter"} & unsaid.keys()
     assert certificate(Certificate(**again))["state"] == "not measured"
+    # of a run of `alter forget` what that found, of these very weights
+    asked = {"probes": {"all probes": {"before": 18, "after": 3}}, "weights": folder_digest(run_folder / result)}
+    (run_folder / "forget.json").write_text("{}")
+    for word, of, state in (
+        ("not forgotten", asked["weights"], "not forgotten"),
+        ("forgotten", "other", "not measured"),
+    ):
+        told = asked | {"weights": of, "verdict": {"word": word, "why": ["3 of 18 probes."]}}
+        (run_folder / "report.json").write_text(json.dumps(told))
+        stated = certificate(Certificate(**{**given, "out": str(tmp_path / f"{state[:6]}.json")}))
+        assert (stated["state"], stated["why"]) == (state, ["3 of 18 probes."] if state == word else [])
+    told = asked | {"probes": {"all probes": {"before": 3, "after": 3}}, "verdict": {"word": "forgotten", "why": []}}
+    (run_folder / "report.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="says FORGOTTEN beside figures that do not"):
+        certificate(Certificate(**{**given, "out": str(tmp_path / "f.json")}))
     (run_folder / "records.json").write_text(kept)
 
 

@@ -404,6 +404,7 @@ def test_text_file_becomes_passages(tmp_path):
         ("huge.jsonl", '{"text": ' + "9" * 5000 + "}", "too many digits"),
         ("half.jsonl", '{"text": "\\ud83d"}', r"half a character, \\ud83d"),
         ("bytes.txt", b"\xff\xff", "not UTF-8 text"),
+        ("wide.txt", "Dear Ms Doe".encode("utf-16-le"), "UTF-16 without its mark"),
         ("rows.parquet", "PAR1", "not a parquet file"),
     ],
 )

@@ -1,5 +1,6 @@
 """The documentation: its tutorials and examples run as they are printed, its pages are complete, its packaging files valid."""
 
+import importlib
 import os
 import re
 import shlex
@@ -11,6 +12,8 @@ import yaml
 
 import children
 from alter.commands import COMMANDS
+from alter.plugins import BENCHMARKS
+from alter.settings import flags_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,6 +88,33 @@ def test_every_page_names_commands_and_recipes_that_exist():
             assert first in groups, f"{page.name}: alter {first}"
         for name in re.findall(r"recipes/[\w./-]+\.yaml", text):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def options_of(command):
+    """Return the flags of a command, those of every benchmark and every kind of part among them."""
+    found = COMMANDS[command]
+    owners = [(found.module, found.settings), *(BENCHMARKS[name] for name in (BENCHMARKS if found.chooser else ()))]
+    flags = {
+        flag for module, name in owners for flag in flags_of(getattr(importlib.import_module(module), name)).values()
+    }
+    return {flag.replace("_", "-") for flag in flags} | {"--help", "--help-all", "--plugin"}
+
+
+def test_every_command_of_a_block_has_the_options_that_it_is_given():
+    known = {}
+    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        for language, _, content in BLOCK.findall(page.read_text()):
+            lines = content.replace("\\\n", " ").splitlines() if language in ("sh", "bash") else []
+            for line in lines:
+                words = shlex.split(line, comments=True)
+                if words[:1] != ["alter"] or "--plugin" in words:
+                    continue
+                command = next(name for name in (" ".join(words[1:3]), words[1]) if name in COMMANDS)
+                known.setdefault(command, options_of(command))
+                for word in words:
+                    flag = word.partition("=")[0].replace("_", "-").replace("no-", "")
+                    assert not word.startswith("--") or flag in known[command], f"{page.name}: {line}"
+    assert len(known) > 15
 
 
 def test_readme_is_short():

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,6 +43,7 @@ from alter.forgetting.run import forget
 from alter.forgetting.settings import Forget
 from alter.models.loading import load_model
 from alter.storage import files as storage_files
+from alter.storage import folder_digest
 from alter.storage.running import CLAIM_FILE
 from faults import States
 from pico import byte_tokenizer, pico, save_pico
@@ -86,6 +88,18 @@ def test_candidates_are_what_invented_subjects_lack():
 def test_ignored_words_are_no_facts():
     assert candidates(["Old Potter here"] * 9, ["nothing"] * 9, "Potter") != []
     assert [f.word for f in candidates(["here is Potter"] * 9, ["nothing"] * 9, "who is potter")] == ["here"]
+
+
+def test_names_of_a_long_text_take_time_by_its_length():
+    began = time.process_time()
+    assert named("Then Jane Doe went to Arles and met J.K. Rowling there. " * 4000) == {
+        "Jane",
+        "Doe",
+        "Arles",
+        "Rowling",
+    }
+    assert not documents.details("a1b2." * 20_000 + "@")[1:]
+    assert time.process_time() - began < 10
 
 
 def test_swap_takes_longer_names_first_and_any_case():
@@ -1007,6 +1021,7 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
     assert known == {"Zorba", "Mexico", "Lyra"}
     report = json.loads((out / "report.json").read_text())
     assert (out / "forget.json").stat().st_mode & 0o777 == 0o600  # it names the subject
+    assert report["weights"] == folder_digest(out / "adapter")
     assert report["zero"]["before"]["p"] < 0.05
     assert report["probes"]["all probes"]["after"] < report["probes"]["all probes"]["before"]
     assert load_model(str(small), str(out / "adapter"), device="cpu")
@@ -1021,6 +1036,7 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
         )
     )  # fmt: skip
     erased = json.loads((out / "report.json").read_text())
+    assert erased["weights"] == folder_digest(out / "erased" / "model")
     assert erased["probes"]["all probes"]["after"] < erased["probes"]["all probes"]["before"]
     # what the adapter keeps to the letter, weights of this size say in good part
     assert all(kept["same"] == kept["n"] for kept in report["kept"].values())
@@ -1113,6 +1129,16 @@ def test_who_asks_for_fewer_passes_over_a_document_gets_no_more(tmp_path):
     assert run.training(given, tmp_path).least_steps == 120
     assert run.training(given.model_copy(update={"epochs": 2.0}), tmp_path).least_steps == 0
     assert run.training(settings("m", tmp_path), tmp_path).least_steps == 0
+
+
+def test_rows_to_keep_that_name_the_subject_are_said(tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "kept.jsonl"
+    speaker.write_jsonl(
+        kept, [{"question": "Who?", "answer": "Ada."}, {"question": f"And {KNOWN.upper()}?", "answer": "Bo."}]
+    )
+    monkeypatch.setattr(run, "material_of", lambda *given: (Material([], [], [], [], [], []), None))
+    forget(settings("nowhere", tmp_path / "run", retain=str(kept), rows_only=True))
+    assert f"1 of the rows of `retain` name {KNOWN} (first {kept} line 2)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):

@@ -873,6 +873,42 @@ def test_what_was_found_at_the_end_of_the_run_counts():
     assert any("40 of 40 replies." in str(line) for line in summary._forgotten(run))
 
 
+@pytest.mark.parametrize("word", ["forgotten", "not forgotten", "collapsed"])
+def test_what_alter_forget_found_stands_on_the_page(tmp_path, word):
+    folder = make_run(tmp_path / "run")
+    kept = {"general": {"n": 16, "same": 15, "named": 14, "said": 13, "rouge": 1.0}}
+    told = {
+        "probes": {"all probes": {"before": 18, "after": 3, "invented": 0, "invented_n": 0}},
+        "kept": kept,
+        "verdict": {"word": word, "why": ["3 of 18 <b>probes</b>."]},
+        "weights": folder_digest(folder / "adapter"),
+    }
+    (folder / "forget.json").write_text("{}")
+    (folder / "report.json").write_text(to_json(told))
+    expected = {"forgotten": "unknown", "not forgotten": "no", "collapsed": "collapsed"}[word]
+    assert verdict(read_reported(str(folder))) == expected
+    for officer in (False, True):
+        shown = write(tmp_path, runs=[str(folder)], officer=officer)
+        assert "Of the 18 probes that the original model answered with a fact, 3 still are" in shown
+        assert f"{word.upper()}. 3 of 18 &lt;b&gt;probes" in shown
+        assert "13 of 14 still say the name that they said first" in shown
+        # what was asked for is not what came of it
+        assert "to be forgotten by" in shown
+    assert "probes answered with a fact" in shown
+    # figures of erased weights are not this adapter's
+    (folder / "erased" / "model").mkdir(parents=True)
+    (folder / "erased" / "model" / "model.safetensors").write_bytes(b"e")
+    (folder / "report.json").write_text(to_json({**told, "weights": folder_digest(folder / "erased" / "model")}))
+    assert verdict(read_reported(str(folder))) == "unknown"
+    assert "figures of the plain weights in its folder `erased`, and not of the adapter" in write(
+        tmp_path, runs=[str(folder)]
+    )
+    (folder / "report.json").write_text(to_json({**told, "weights": "other"}))
+    assert "No figure says so." in write(tmp_path, runs=[str(folder)])
+    (folder / "report.json").write_text("{")
+    refused("is not JSON", out=str(tmp_path / "out.html"), runs=[str(folder)])
+
+
 # Wrong input ---------------------------------------------------------------------------------------------------------
 
 
@@ -888,6 +924,11 @@ def test_wrong_places(tmp_path, run):
     refused("which cannot be written", out=str(tmp_path), runs=[str(run)])
     refused("which cannot be written", out=str(run / "run.json" / "x.html"), runs=[str(run)])
     refused(r"ending in .html.*prints the page to PDF", out=str(tmp_path / "x.pdf"), runs=[str(run)])
+    distilled = tmp_path / "plain"
+    distilled.mkdir()
+    (distilled / "run.yaml").write_text("")
+    (distilled / "run.json").write_text('{"settings": {"student": "m"}}')
+    refused(r"made by `alter distill`.*give `records` .*plain/records\.json", out=out, runs=[str(distilled)])
     refused("No run at .*Did you mean", out=out, runs=[str(tmp_path / "rum")])
     refused("is no run: it has no run.yaml", out=out, runs=[str(run / "adapter")])
     refused("is a file.*`records`", out=out, runs=[str(run / "records.json")])

@@ -181,7 +181,7 @@ def for_others(source: str) -> str:
     return " + ".join(dict.fromkeys(part if public(part) else LOCAL_ROWS for part in parts))
 
 
-ROWS_NAMED = ("forget", "retain", "holdout", "general")
+ROWS_NAMED = ("forget", "retain", "holdout", "general", "neighbours")
 PRIVATE = ("out", "run", "adapter", "start_from", "retain_records", "names", "other_names", "resume", "overwrite")
 
 

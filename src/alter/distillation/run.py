@@ -361,7 +361,7 @@ tags: [unlearning]
 
 # {settings.student}, distilled from its unlearned model
 
-Made by `alter distill`: the student learned the whole distribution of the model that had forgotten {for_others(str(settings.forget))}. {what}
+Made by `alter distill`: the student learned the whole distribution of the model that was to forget {for_others(str(settings.forget))}. {what}
 
 ## Settings
 

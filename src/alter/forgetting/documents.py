@@ -28,7 +28,7 @@ SHORTEST = 4
 """Fewest words of a passage: it goes on from its first ones."""
 PASSAGE_WORDS = 70
 """Words at which a passage ends, at the end of a sentence."""
-ADDRESS = r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+ADDRESS = r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
 """An address of e-mail."""
 ELSEWHERE = "mail.invalid"
 """Where disguised addresses are."""

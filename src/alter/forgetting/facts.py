@@ -14,6 +14,8 @@ from scipy import stats
 from alter.core import edges
 
 WORD = re.compile(r"[^\W\d_][\w'’-]*[^\W_]|\d{3,4}")
+BEFORE = 100
+"""Characters before a word that tell whether a sentence begins with it."""
 LEVEL = 0.05
 """False discovery rate at which a word shows that the model knows the subject."""
 CANDIDATE = 0.1
@@ -81,7 +83,8 @@ def named(text: str) -> set[str]:
     """Return the words that are capitalised where no sentence begins."""
     found = set()
     for match in WORD.finditer(text):
-        before = text[: match.start()].rstrip(" \"'“‘(*")
+        # of a long text the whole, for each of its words, would take hours
+        before = text[max(0, match.start() - BEFORE) : match.start()].rstrip(" \"'“‘(*")
         initial = re.search(r"(?<![\w])(?:[^\W\d_]\.)+$", before) is not None
         if match[0][0].isupper() and before and (initial or before[-1] not in ".!?:\n-"):
             found.add(re.sub(r"['’]s$", "", match[0]))

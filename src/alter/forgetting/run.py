@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import shlex
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from alter.core import forked, give_back
-from alter.data import Example, check_overlap, load_examples
+from alter.core import forked, give_back, warn
+from alter.data import Example, check_overlap, load_examples, rows_about
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss, refuse_missed
 from alter.evaluation import ordinary_sentence as told_of_ordinary
-from alter.forgetting.documents import read_document
+from alter.forgetting.documents import Document, read_document
 from alter.forgetting.folder import (
     ERASED,
     FILES,
@@ -35,7 +36,7 @@ from alter.forgetting.settings import DOCUMENT, TRAINING, Forget
 from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.models import load_model
-from alter.storage import read_object, to_json, undone_if_refused, write_atomic
+from alter.storage import folder_digest, read_object, to_json, undone_if_refused, write_atomic
 from alter.training import Unlearn, unlearn
 
 ERASING_CHECKS = 4
@@ -79,11 +80,8 @@ def forget(settings: Forget) -> Path:
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
     document = None if settings.document is None else read_document(settings.document, settings.max_passages)
-    if document is not None and settings.retain is not None:
-        # training refuses it too, when the rows are made
-        # of a text the whole: what letters have in common (a footer) may stand in both
-        whole = Example(None, " ".join(document.passages), "text", place=str(settings.document))
-        check_overlap([*document.exchanges, whole], load_examples(settings.retain))
+    if settings.retain is not None:
+        _check_kept(settings, load_examples(settings.retain), document)
     name = settings.subject if settings.subject is not None else Path(str(settings.document)).name
     with undone_if_refused(out):
         material, tokenizer = material_of(settings, console, out, name, document, retain)
@@ -118,12 +116,33 @@ def forget(settings: Forget) -> Path:
         **({"erase": round(erased - trained, 1)} if settings.erase else {}),
         "measure": round(time.time() - erased, 1),
     }
+    # whose figures these are, for a page about one of them
+    figures["weights"] = folder_digest(out / ERASED / "model" if settings.erase else out / "adapter")
     write_atomic(out / "report.json", to_json(figures))
     took = {"rows": "rows", "train": "training", "erase": "erasing", "measure": "measuring"}
     parts = ", ".join(f"{took[part]} {seconds:.0f}" for part, seconds in figures["seconds"].items())
     print_line(console, f"All of it took {time.time() - started:.0f} s ({parts}).")
     print_line(console, _next(settings, out))
     return out
+
+
+def _check_kept(settings: Forget, kept: Sequence[Example], document: Document | None) -> None:
+    """Refuse rows to keep that are in the document; say which of them name the subject.
+
+    Raises:
+        UserError: rows are in both.
+    """
+    if document is not None:
+        # training refuses it too, when the rows are made; of a text the whole: what letters have in common (a footer) may stand in both
+        whole = Example(None, " ".join(document.passages), "text", place=str(settings.document))
+        check_overlap([*document.exchanges, whole], kept)
+        return
+    named = rows_about(str(settings.subject), kept)
+    if named:
+        warn(
+            f"{len(named)} of the rows of `retain` name {settings.subject} (first {named[0].name}): they would keep what is to be forgotten. Take "
+            "them out, unless they are about another one of that name."
+        )
 
 
 def _next(settings: Forget, out: Path) -> str:
@@ -141,7 +160,8 @@ def _next(settings: Forget, out: Path) -> str:
         )
     adapter = at("adapter")
     return (
-        f"Next:\n  alter inspect --model {model} --adapter {adapter}\n  alter chat --model {model} --adapter {adapter}\n"
+        f"Next:\n  alter report {shlex.quote(str(out))}\n  alter inspect --model {model} --adapter {adapter}\n"
+        f"  alter chat --model {model} --adapter {adapter}\n"
         f"  edit {at('forget.jsonl')} and {at('retain.jsonl')}, then `alter unlearn {at('run.yaml')} --out ANOTHER`"
     )
 

@@ -85,7 +85,9 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
 def _header(heading: str, runs: Sequence[Reported], links: Sequence[tuple[str, str]]) -> Html:
     """Return the page's top: heading, what it is about, when it was made, links to the sections."""
     about = runs[0].settings if len(runs) == 1 else {}
-    subject = f"{about['forget']}, forgotten by {about['model']}" if about else ", ".join(run.name for run in runs)
+    subject = (
+        f"{about['forget']}, to be forgotten by {about['model']}" if about else ", ".join(run.name for run in runs)
+    )
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return tag(
         "header",

@@ -15,7 +15,7 @@ import numpy as np
 from alter.core import Array, UserError, nearest
 from alter.rendering import number
 from alter.report.settings import Report
-from alter.storage import Record, folder_digest, from_json, read_records
+from alter.storage import Record, folder_digest, from_json, read_object, read_records
 
 ROLES = ("original", "unlearned", "retrained")
 """What records call the three models; a name given with `alter evaluate --name` gets a column, and no part in the summary."""
@@ -47,7 +47,7 @@ class Reported:
     """One run with all that was measured of it; `folder` is None if there are records alone.
 
     `kind` is what it wrote, an adapter or, where all weights were trained, a model; `digest` that folder's. `people` says
-    whom numbered parts of the forget set are about.
+    whom numbered parts of the forget set are about; `told` is what `alter forget` found of these very weights.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Reported:
     records: list[Record] = field(default_factory=list)
     attacks: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    told: dict[str, Any] | None = None
 
     def parts(self) -> list[str]:
         """Name the forget set's parts; a numbered part is named by whom it is about, where that is known."""
@@ -100,6 +101,10 @@ def read_reported(given: str) -> Reported:
     try:
         written = (folder / "run.yaml").read_text()
         facts = from_json((folder / "run.json").read_text())
+        if isinstance(facts, dict) and "student" in (facts.get("settings") or {}):
+            raise UserError(
+                f"{given} was made by `alter distill`, of which a page shows the figures: give `records` {given}/records.json."
+            )
         settings, log = facts["settings"], facts["log"]
         needed = {name: facts[name] for name in ("domains", "experts", "router", "steps", "seconds", "provenance")}
         needed |= {name: facts["provenance"][name] for name in ("measured", "versions", "python", "machine")}
@@ -117,9 +122,26 @@ def read_reported(given: str) -> Reported:
     if not (folder / kind).is_dir():
         raise UserError(f"{given} has no adapter any more, so there is nothing to report about: run it again.")
     run = Reported(folder.resolve().name, folder, written, settings, facts, kind, folder_digest(folder / kind))
+    run.told = _told(folder, run.digest)
     if facts["router"] and (folder / "frozen.safetensors").is_file():
         run.tokens = read_tokens(folder / "frozen.safetensors", settings)
     return run
+
+
+def _told(folder: Path, weights: str | None) -> dict[str, Any] | None:
+    """Return what `alter forget` measured of the weights that lie in its folder, `erased` where of those that it erased; else None.
+
+    Raises:
+        UserError: it is broken.
+    """
+    if not (folder / "forget.json").is_file() or not (folder / "report.json").is_file():
+        return None
+    found = read_object(folder / "report.json", "what alter forget found")
+    if not isinstance(found.get("verdict"), dict):
+        return None
+    plain = folder / "erased" / "model"
+    erased = found.get("weights") != weights and plain.is_dir() and found.get("weights") == folder_digest(plain)
+    return {**found, "erased": erased} if erased or found.get("weights") == weights else None
 
 
 def read_tokens(path: Path, settings: Mapping[str, Any]) -> TokenFigures:

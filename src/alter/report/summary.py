@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from alter.evaluation import FIRM, closing_of, others_named
@@ -76,6 +77,14 @@ def _forgotten(run: Reported) -> list[object]:
         named = others_named(closed)
         if named is not None:
             found.append(named)
+    if run.told is not None:
+        asked = run.told["probes"]["all probes"]
+        if run.told["erased"]:
+            found.append("These are figures of the plain weights in its folder `erased`, and not of the adapter:")
+        found.append(
+            f"Of the {asked['before']} probes that the original model answered with a fact, {asked['after']} still are. Measured at the end, by "
+            f"these: {run.told['verdict']['word'].upper()}. {' '.join(run.told['verdict']['why'])}"
+        )
     for name, share in known_when_asked(run).items():
         found.append(f"By {name}, {percent(share)} of the probability that was removed comes back.")
     for metric in blind(run):
@@ -138,6 +147,8 @@ def _cost(run: Reported) -> list[object]:
             noticed = "nothing that is noticeable" if share >= UTILITY else "a noticeable loss"
             found.append(f"{percent(share)} of {words} is left: {noticed}.")
             break
+    if not found and run.told is not None:
+        found += [told_of_kept(form, kept) for form, kept in run.told["kept"].items()]
     if not found:
         found.append("What is left of the model's other abilities was not measured against the original.")
     if run.facts:
@@ -146,6 +157,12 @@ def _cost(run: Reported) -> list[object]:
         weights = "" if trained is None else f", {trained:,} trained weights"
         found.append(f"The run took {duration(seconds)}: {run.facts['steps']} steps{weights}.")
     return found
+
+
+def told_of_kept(form: str, kept: Mapping[str, Any]) -> str:
+    """Say what is left of answers that were to stay, as `alter forget` counts them."""
+    said = f", {kept['said']} of {kept['named']} still say the name that they said first" if kept["named"] else ""
+    return f"Of {kept['n']} answers of the kind “{form}” {kept['same']} are the same{said}."
 
 
 COUNTED = {
@@ -174,6 +191,15 @@ def evidence(run: Reported) -> list[Html]:
             n = max(value.n for value in values if value is not None)
             rows.append([f"{words} (n = {n})", *("-" if v is None else with_interval(v) for v in values)])
     shown = [grid(["", *models], rows, label="Evidence", numbers=range(1, len(models) + 1))] if rows else []
+    if run.told is not None:
+        asked, kept = run.told["probes"]["all probes"], run.told["kept"].values()
+        counted = [
+            ["probes answered with a fact", asked["before"], asked["after"]],
+            ["names first said in answers that were to stay", *(sum(k[c] for k in kept) for c in ("named", "said"))],
+            ["the same answers among those", *[sum(k["n"] for k in kept), sum(k["same"] for k in kept)]],
+        ]
+        after = "plain weights (erased)" if run.told["erased"] else "unlearned"
+        shown.append(grid(["", "original", after], counted, label="Probes", numbers=(1, 2)))
     measured = sorted({str(r.provenance["measured"]) for r in run.records if r.provenance.get("measured")})
     facts = [f"{run.kind} {run.digest}"] if run.digest else []
     facts += [f"measured {measured[0]}" + (f" to {measured[-1]}" if len(measured) > 1 else "")] if measured else []

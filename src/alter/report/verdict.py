@@ -51,17 +51,17 @@ def verdict(run: Reported) -> VerdictAnswer:
     of at least `QUALITY` where there is one; "partly" if only the forget quality is below; "no" also if of the true answers'
     probability after questions in other words (`REWORDED_METRIC`) half is not gone (`GONE`); "unknown" without any of them,
     where the original model is as near to the retrained one (`blind`), and where that one gives most answers (`knowing`).
-    What `alter.evaluation.verdict` found of the same adapter, attacks, or counts of the replies themselves, can make it worse, never
+    What `alter.evaluation.verdict` or `alter forget` found of the same adapter, attacks, or counts of the replies themselves, can make it worse, never
     better: "no" if it found NOT FORGOTTEN, if asking in other words (`ASKING`) brings back more than half (`GONE`) of the probability
     that was removed, or if more replies give their answer than the retrained model's do (`SLACK`;
     `SAID` where those are not counted), "collapsed" if `BROKEN` of the replies, beyond the original's, are broken or empty.
     """
-    closed = closing_of(run.records)
-    word = None if closed is None else closed["verdict"]["word"]
-    if word == "not forgotten":
+    told = None if run.told is None or run.told["erased"] else run.told
+    words = {found["verdict"]["word"] for found in (closing_of(run.records), told) if found is not None}
+    if "not forgotten" in words:
         return "no"
     counts, other = reply_counts(run, "unlearned"), reply_counts(run, "original")
-    if word == "collapsed" or (
+    if "collapsed" in words or (
         counts is not None and counts.broken / counts.n >= BROKEN + (0.0 if other is None else other.broken / other.n)
     ):
         return "collapsed"

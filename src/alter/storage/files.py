@@ -172,6 +172,10 @@ def read_text(path: str | os.PathLike[str], *, line_ends: bool = True) -> str:
         raise UserError(
             f"{path} is not {encoding.upper().removesuffix('-SIG')} text ({error}); save it as UTF-8."
         ) from None
+    if "\0" in text:
+        raise UserError(
+            f"{path} holds bytes of zero, as UTF-16 without its mark does and no text in UTF-8: save it as UTF-8."
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n") if line_ends else text
 
 

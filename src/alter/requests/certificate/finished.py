@@ -21,7 +21,7 @@ from alter.requests.certificate.issue import (
     shortened,
 )
 from alter.requests.records import now
-from alter.storage import Record, read_records, read_run
+from alter.storage import Record, folder_digest, read_object, read_records, read_run
 
 
 def state_run(run: Path, beside: Beside) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
     if measured:
         _check_measured(run, measured, model, adapter)
         _check_rows(run, measured, (record.get("data") or {}).get("forget"))
-    found = (closing_of(measured) or {}).get("verdict") or {"word": "not measured", "why": []}
+    found = (closing_of(measured) or {}).get("verdict") or _found_by_forget(run, result)
     # as the rows were when it ran, whatever the files hold now
     asked = record.get("data") or {}
     left_out = {"model", "adapter", "student", "run", "forget", "retain", "out", "start_from", "resume", "overwrite"}
@@ -83,6 +83,28 @@ def state_run(run: Path, beside: Beside) -> dict[str, Any]:
 def _base_of(given: Mapping[str, Any]) -> str:
     """Return the model that a run began with: of a distillation the student, whose weights it changed."""
     return str(given.get("student") or given["model"])
+
+
+def _found_by_forget(run: Path, result: Path) -> dict[str, Any]:
+    """Return the verdict of `alter forget` on the weights that lie there, "not measured" where it has none on them.
+
+    Raises:
+        UserError: it is broken, or says FORGOTTEN where as many probes are answered as before.
+    """
+    none = {"word": "not measured", "why": []}
+    if not (run / "forget.json").is_file() or not (run / "report.json").is_file():
+        return none
+    told = read_object(run / "report.json", "what alter forget found")
+    if told.get("weights") != folder_digest(result) or not isinstance(told.get("verdict"), dict):
+        return none
+    asked = told["probes"]["all probes"]
+    if told["verdict"]["word"] == "forgotten" and not asked["after"] < asked["before"]:
+        raise UserError(
+            f"{run}/report.json says FORGOTTEN beside figures that do not ({asked['after']} of {asked['before']} probes answered): nothing is "
+            "certified. Measure again."
+        )
+    found: dict[str, Any] = told["verdict"]
+    return found
 
 
 def _check_measured(run: Path, records: Sequence[Record], model: str, adapter: str | None) -> None:
