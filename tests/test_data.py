@@ -563,6 +563,16 @@ def test_a_table_of_one_line_end_and_a_chat_of_any_spelling_are_read(tmp_path):
     assert [turn["role"] for turn in found[1].messages] == ["system", "user", "assistant", "user"]
 
 
+def test_one_object_over_several_lines_is_a_row(tmp_path):
+    path = tmp_path / "ticket.json"
+    path.write_text(json.dumps({"question": "Who?", "answer": "Ada."}, indent=1))
+    assert [(e.prompt, e.answer, e.place) for e in load_examples(str(path))] == [("Who?", "Ada.", f"{path} row 1")]
+    for broken in ('{"text": "a"}\n{"text":\n"b"}', '{"text":\n"a"', '{"text":\n"a",\n"text": "b"}'):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="is not JSON"):
+            load_examples(str(path))
+
+
 def test_rows_of_any_types_can_be_written_down(tmp_path):
     import datetime
     import decimal

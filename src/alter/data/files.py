@@ -182,8 +182,17 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     return [PlacedRow(plain_values(row), f"{path} row {number}") for number, row in enumerate(found, start=1)]
 
 
+def _one_object(text: str) -> Row | None:
+    """Return the object that a text is, over any number of lines; None if it is none."""
+    try:
+        whole = from_json(text)
+    except ValueError:
+        return None
+    return whole if isinstance(whole, dict) else None
+
+
 def _json(path: Path, text: str, texts: bool) -> list[dict[str, Any]]:
-    """Read the rows of JSON lines, or of one array over any number of lines; with `texts`, a string is a row's text."""
+    """Read the rows of JSON lines, or of one array or object over any number of lines; with `texts`, a string is a row's text."""
     found: list[tuple[Any, str]] = []
     if text.lstrip().startswith("["):
         try:
@@ -198,6 +207,9 @@ def _json(path: Path, text: str, texts: bool) -> list[dict[str, Any]]:
             try:
                 found.append((from_json(line), f"{path} line {number}"))
             except ValueError as error:
+                if (whole := _one_object(text)) is not None and not found:
+                    found.append((whole, f"{path} row 1"))
+                    break
                 raise UserError(f"{path}, line {number} is not JSON ({error}); expected one object a line.") from None
     if texts:
         found = [({"text": row} if isinstance(row, str) else row, place) for row, place in found]
@@ -210,7 +222,7 @@ def _json(path: Path, text: str, texts: bool) -> list[dict[str, Any]]:
 def read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a local file (see `ENDINGS`).
 
-    `.json` holds lines or one array, `.csv` and `.tsv` a header and rows (separated by comma, semicolon, tab or bar), and
+    `.json` holds lines, one array or one object, `.csv` and `.tsv` a header and rows (separated by comma, semicolon, tab or bar), and
     `.txt` and `.md` a running text, cut into `passages`.
 
     Args:
