@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCache
 
 from alter import AlterConfig
 from alter.adapter.generation import DecodeState
@@ -86,6 +86,24 @@ def test_other_routers(router):
     for way in ("greedy", "beams"):
         with_cache = generated(model, ids, cache=True, mask=mask, **WAYS[way])
         assert torch.equal(with_cache, generated(model, ids, cache=False, mask=mask, **WAYS[way]))
+
+
+@pytest.mark.parametrize("config", [{"entropy_threshold": 1.0}, {"from_layer": 1}], ids=["two passes", "one pass"])
+def test_a_cache_of_recurrent_states_alone(config):
+    """Such a cache does not tell how many tokens it holds."""
+    torch.manual_seed(0)
+    settings = MambaConfig(
+        vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=3, initializer_range=0.3, eos_token_id=None
+    )
+    model = adapted(MambaForCausalLM(settings), target_modules=["in_proj", "out_proj"], **config).eval()
+    for way in WAYS.values():
+        found = generated(model, rows(), cache=True, **way)
+        assert torch.equal(found, generated(model, rows(), cache=False, **way)), way
+    with torch.no_grad():
+        with model.disable_adapter():
+            cache = model(input_ids=rows(), use_cache=True).cache_params
+        with pytest.raises(UserError, match="routes of their tokens are unknown"):
+            model(input_ids=rows(length=1), cache_params=cache)
 
 
 @pytest.mark.parametrize("padded", [False, True])

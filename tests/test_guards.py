@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from alter import cli
 from alter.attacks import run as attacks
@@ -94,6 +94,38 @@ def test_a_guard_is_one_model_off_the_base_and_on_another(folder, kind):
         assert np.isfinite(c).all()
     assert not np.allclose(on.logprob[0], plain.logprob[0])
     assert model.get_output_embeddings() is model.base.get_output_embeddings()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guard_is_called_as_a_model_of_transformers(folder, kind):
+    base, model, tokenizer = loaded(folder, kind)
+    row = rows_of(folder, tokenizer)[0]
+    ids = torch.tensor([row.input_ids])
+    with torch.no_grad():
+        out = model(input_ids=ids, labels=ids)
+        expected = torch.nn.functional.cross_entropy(out.logits[0, :-1], ids[0, 1:])
+        torch.testing.assert_close(out.loss, expected)
+        with model.disable_adapter():
+            with model.disable_adapter():
+                pass
+            assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+    assert model.enabled
+    with pytest.raises(UserError, match="not inputs_embeds"):
+        model(inputs_embeds=base.get_input_embeddings()(ids))
+    prompt = torch.tensor([[*row.input_ids[: row.prompt_length]]])
+    said = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
+    # tokens that are taken back leave what is known of the prompt
+    cache, further = DynamicCache(config=model.config), ids[:, row.prompt_length : row.prompt_length + 2]
+    with torch.no_grad():
+        model(input_ids=prompt, past_key_values=cache)
+        first = model(input_ids=further, past_key_values=cache).logits
+        cache.crop(-2)
+        torch.testing.assert_close(model(input_ids=further, past_key_values=cache).logits, first)
+    if model.decides:
+        with pytest.raises(ValueError, match="assisted generation is not supported"):
+            model.generate(**said, prompt_lookup_num_tokens=2)
+    else:
+        assert torch.equal(model.generate(**said, prompt_lookup_num_tokens=2), model.generate(**said))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """Loading: an adapter is loaded whole or refused, from the command line's door and from PEFT's own."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from alter import AlterConfig
-from alter.core.errors import UserError
+from alter.core.errors import UserError, nearest
 from alter.models.gguf import one_name_map
 from alter.models.loading import ModelSettings, load_model
 from pico import save_pico
@@ -262,3 +263,15 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path, capfd):
     with pytest.raises(UserError, match=r"do not fit its config\.json: they also hold"):
         load_model(str(tmp_path / "model"), device="cpu")
     assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_compared_by_its_own_name(tmp_path):
+    """All folders beside it would be near by the path that they share."""
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError) as refused:
+        load_model(str(tmp_path / "llama"), device="cpu")
+    assert "Did you mean" not in str(refused.value)
+    (tmp_path / "lama").mkdir()
+    with pytest.raises(UserError, match=f"Did you mean '{re.escape(str(tmp_path))}/lama'"):
+        load_model(str(tmp_path / "llama"), device="cpu")
+    assert nearest("locuslab/TOFU", ["locuslab/MUSE", "locuslabs/TOFU"]) == " Did you mean 'locuslabs/TOFU'?"

@@ -379,6 +379,7 @@ def refused(data, out, capsys, *args):
         (["--adapter.target-modules", "q_prj"], "q_proj"),
         (["--objective.kind", "inverted"], "inverted_hinge"),
         (["--resume"], "Nothing to resume"),
+        (["--lr-scheduler", "polynomial", "--learning-rate-experts", 1e-7], "--learning-rate-experts is 1e-07"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
 )
@@ -401,6 +402,23 @@ def test_data_mistakes_are_one_line(data, tmp_path, capsys):
     assert "--resume" in said
     assert "--overwrite" in said
     assert (tmp_path / "full" / "file").exists()
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": "full"},
+        {"kind": "peft", "config": {"peft_type": "LN_TUNING", "target_modules": ["input_layernorm"]}},
+    ],
+    ids=lambda adapter: adapter["kind"],
+)
+def test_weights_do_not_train_in_float16(data, tmp_path, adapter):
+    """AdamW moved some by 7 in four steps at a rate of 1e-4."""
+    common = {"adapter": adapter, "objective": {"kind": "npo"}, "lambda_": 0.0, "max_steps": 1}
+    with pytest.raises(UserError, match="weight would train in float16"):
+        unlearn(settings(data, tmp_path / "run", dtype="float16", **common))
+    assert not (tmp_path / "run").exists()
+    assert unlearn(settings(data, tmp_path / "run", dtype="bfloat16", **common)).is_dir()
 
 
 def test_a_token_without_an_embedding_is_named(data, tmp_path):

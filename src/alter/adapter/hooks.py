@@ -12,11 +12,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from alter.adapter.decoding import route_next
 from alter.adapter.frozen import base_modules
 from alter.adapter.generation import Session
 from alter.adapter.inputs import SharedRows
 from alter.adapter.plan import plan
-from alter.adapter.routes import given_routes, keep_evidence, route_next, routes_of
+from alter.adapter.routes import given_routes, keep_evidence, routes_of
 from alter.adapter.state import ForwardState, Host, RoutingContext
 from alter.core import UserError
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from alter.core import UserError
 
@@ -145,6 +145,14 @@ def output_cache(output: Any) -> Any:
     if isinstance(output, tuple):
         return next((part for part in output if isinstance(part, Cache)), None)
     return None
+
+
+def cached_tokens(cache: Any, known: int) -> int:
+    """Return how many tokens a cache holds; where recurrent states alone are in it, which do not tell, `known`, or 1."""
+    layers = getattr(cache, "layers", ())
+    if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return max(known, 1) if cache.has_previous_state() else 0
+    return int(cache.get_seq_length())
 
 
 def model_logits(module: nn.Module, output: Any) -> Tensor | None:

@@ -140,18 +140,9 @@ class AlterLinear(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> AlterLinear:
         """Switch the mode; in eval mode B is stored expert by expert, so that each expert is contiguous in memory."""
         super().train(mode)
-        self._lay_out(by_expert=not mode)
+        for B in self.alter_B.values():
+            B.lay_out(by_expert=not mode)
         return self
-
-    def _lay_out(self, by_expert: bool) -> None:
-        """Store B expert by expert, or column by column."""
-        with torch.inference_mode(False), torch.no_grad():
-            for B in self.alter_B.values():
-                weight = B.weight
-                # a sharded weight (DTensor) or one on the meta device keeps its layout
-                if type(weight) is nn.Parameter and weight.dim() == 2 and not weight.is_meta:
-                    data = weight.data
-                    weight.data = data.t().contiguous().t() if by_expert else data.contiguous()
 
     def add_router(self, adapter_name: str, features: int, probed: bool = False) -> None:
         """Create the adapter's router on this layer, its host: `features` values in, one logit per expert out.
@@ -225,9 +216,8 @@ class AlterLinear(nn.Module, BaseTunerLayer):
                 # a layer that is called once per row of the batch
                 x = x.unflatten(0, plan.shape)
         A, B = self.alter_A[name], self.alter_B[name]
-        if torch.is_grad_enabled() and B.weight.requires_grad and not (self.training or torch.compiler.is_compiling()):
-            # training in eval mode: a fused optimizer takes its state for laid out as the weight is
-            self._lay_out(by_expert=False)
+        if torch.is_grad_enabled() and not (self.training or torch.compiler.is_compiling()):
+            B.columns_once_trained()
         dropout = self.alter_dropout[name] if self.training else None
         if isinstance(dropout, nn.Dropout) or not torch.is_autocast_enabled(x.device.type):
             # autocast would cast it back

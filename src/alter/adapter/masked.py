@@ -52,6 +52,11 @@ class _MaskedWeightGradient(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
+def _by_columns(weight: Tensor) -> None:
+    if not weight.is_contiguous() and weight.grad is not None:
+        weight.data, weight.grad = weight.data.contiguous(), weight.grad.contiguous()
+
+
 class MaskedLinear(nn.Linear):
     """A linear layer without bias that can compute on some blocks of its inputs, and take weight gradients from some
     tokens, only.
@@ -59,6 +64,26 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, bias=False, **kwargs)
+        self._hooked: int | None = None
+
+    def lay_out(self, by_expert: bool) -> None:
+        """Store the weight input by input, so that each expert's block is contiguous, or else column by column."""
+        weight = self.weight
+        # a sharded weight (DTensor) or one on the meta device keeps its layout
+        if type(weight) is nn.Parameter and weight.dim() == 2 and not weight.is_meta:
+            with torch.inference_mode(False), torch.no_grad():
+                weight.data = weight.data.t().contiguous().t() if by_expert else weight.data.contiguous()
+
+    def columns_once_trained(self) -> None:
+        """Store the weight column by column as soon as it gets a gradient: training in eval mode, too, keeps one layout.
+
+        A fused optimizer goes by places in memory, in the weight as in its own state.
+        """
+        weight = self.weight
+        # a copy of the module has a weight of its own, without the hook
+        if type(weight) is nn.Parameter and weight.requires_grad and self._hooked != id(weight):
+            self._hooked = id(weight)
+            weight.register_post_accumulate_grad_hook(_by_columns)
 
     def forward(
         self,

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alter.adapter.decoding import decode, extend
 from alter.adapter.frozen import read_frozen, run_frozen
 from alter.adapter.generation import Continuation, DecodeState
 from alter.adapter.inputs import (
     SharedRows,
+    cached_tokens,
     frozen_inputs,
     model_logits,
     output_cache,
-    output_logits,
     parameter_names,
     sequence_starts,
     token_mask,
@@ -28,7 +29,6 @@ from alter.adapter.routing import (
     Routing,
     entropy_sides,
     expert_gates,
-    next_gates,
     previous_real,
     route_tokens,
     take_previous,
@@ -113,19 +113,20 @@ def routes_of(
             f"({type(module).__name__}) the layers of encoder and decoder see different tokens. Use router='static'."
         )
     batch, length = tokens.shape[:2]
-    cached = 0 if cache is None else int(cache.get_seq_length())
+    history = None if decoding is None else decoding.history
+    cached = 0 if cache is None else cached_tokens(cache, history.length if history else 0)
     if _routes_itself(context, module, names) and not (decoding is not None and decoding.gates):
         mask = token_mask(inputs.get("attention_mask"), batch, length, tokens.device, cached)
         return _trunk(context, names[0], inputs, mask, decoding, cached, shared)
     mask = token_mask(inputs.get("attention_mask"), batch, length, tokens.device)
     observe = not isinstance(inputs.get("logits_to_keep"), Tensor)
     if decoding is not None and decoding.gates:
-        return _decode(context, decoding, names, mask, observe)
+        return decode(context, decoding, names, mask, observe)
     if cached > 0:
         raise UserError(UNKNOWN_CACHE)
     ids = inputs.get("input_ids")
     if context.session is not None and cache is None and context.session.ids is not None:
-        return _extend(context, names, ids, mask, observe)
+        return extend(context, names, ids, mask, observe)
     return _prompt(context, module, inputs, names, ids, mask, observe, shared)
 
 
@@ -187,59 +188,6 @@ def keep_evidence(state: ForwardState, output: Any) -> None:
     decoding = DecodeState.attach(cache)
     history = History(trunk.name) if trunk.past is None else trunk.past
     decoding.history, decoding.silent, decoding.stale = history.then(trunk.own), state.silent, None
-
-
-def _decode(
-    context: RoutingContext, decoding: DecodeState, names: list[str], mask: Tensor, observe: bool
-) -> ForwardState:
-    batch, length = mask.shape
-    if decoding.stale is not None:
-        raise UserError(
-            f"ALTER lost track of these past_key_values: {decoding.stale}. Leave past_key_values out, so that the whole "
-            "sequence is routed again; in generate(), do without assistant_model and prompt_lookup_num_tokens."
-        )
-    if length != 1:
-        raise UserError(
-            f"ALTER follows a cache one token at a time, but this forward pass adds {length} tokens to a non-empty one: "
-            "the frozen base has not seen them. Leave past_key_values out, or, in generate(), do without "
-            "prefill_chunk_size, assistant_model and prompt_lookup_num_tokens."
-        )
-    for name in names:
-        if name not in decoding.gates:
-            raise UserError(
-                f"These past_key_values were filled while adapter {name!r} was not active; leave past_key_values out."
-            )
-        if len(decoding.gates[name]) != batch:
-            raise UserError(
-                f"These past_key_values hold routes for {len(decoding.gates[name])} rows, but the batch has {batch}: use "
-                "the cache's own batch_repeat_interleave or batch_select_indices to change its rows."
-            )
-    state = ForwardState(
-        routing={name: Routing(decoding.gates[name].unsqueeze(1)) for name in names},
-        observe=observe,
-        names=tuple(names),
-        silent=dict(decoding.silent),
-    )
-    if observe:
-        state.continuation = Continuation(mask, {name: decoding.past[name] for name in names})
-    return state
-
-
-def _extend(
-    context: RoutingContext, names: list[str], ids: Tensor | None, mask: Tensor, observe: bool
-) -> ForwardState:
-    session = context.session
-    assert session is not None
-    if ids is None:
-        raise UserError("ALTER generates without a cache from input_ids only; pass them, or use_cache=True.")
-    rows = session.rows(ids, mask)
-    routing, past = {}, {}
-    for name in names:
-        gates = torch.cat([session.gates[name][rows], session.next[name][rows].unsqueeze(1)], 1)
-        routing[name] = Routing(gates)
-        past[name] = session.past[name][rows]
-    continuation = Continuation(mask, past, ids) if observe else None
-    return ForwardState(routing=routing, observe=observe, names=tuple(names), continuation=continuation)
 
 
 def _prompt(
@@ -339,7 +287,7 @@ def _router_logits(
     context: RoutingContext, name: str, frozen: ForwardState, entropy: Tensor, previous: Tensor
 ) -> Tensor:
     if context.configs[name].router == "entropy":
-        return entropy_router(context, name, entropy)
+        return context.entropy_gate(name, entropy)
     raw = frozen.router_logits.get(name)
     if raw is None or raw.shape[:2] != entropy.shape:
         layer = context.anchors[name].layer_name
@@ -349,14 +297,6 @@ def _router_logits(
             f"{list(entropy.shape)}. Choose another `router_layer`, whose input holds every token in order."
         )
     return take_previous(raw, previous.to(raw.device), 0.0).to(entropy.device)
-
-
-def entropy_router(context: RoutingContext, name: str, entropy: Tensor) -> Tensor:
-    """Return W_g S_q + b [..., N + 1] of the literal gate (Eq. 7), for entropies [...]; tokens without one count as 0."""
-    router = context.anchors[name].alter_router[name]
-    finite = torch.where(entropy.abs() < UNKNOWN_ENTROPY, entropy, 0.0)
-    gate: Tensor = router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype))
-    return gate.to(entropy.device)
 
 
 def _route_each(
@@ -384,37 +324,3 @@ def _route_each(
         high = torch.ones(raw.shape[:-1], dtype=torch.bool, device=raw.device)
         routing[name] = Routing(expert_gates(raw, high, config))
     return ForwardState(routing=routing)
-
-
-@torch.no_grad()
-def route_next(context: RoutingContext, state: ForwardState, output: Any) -> None:
-    """Route the token that a forward pass generates, and store its evidence on the cache in `output` or on the session."""
-    going = state.continuation
-    assert going is not None
-    cache = output_cache(output)
-    session = context.session if cache is None else None
-    if cache is None and session is None:
-        return
-    logits = output_logits(output)
-    if logits is None:
-        return
-    mask = going.mask[:, -1]
-    gates: dict[str, Tensor] = {}
-    past: dict[str, Tensor] = {}
-    for name in state.names:
-        config = context.configs[name]
-        entropy = entropy_from_logits(logits[:, -1], config.entropy_q)
-        if config.router == "entropy":
-            raw = entropy_router(context, name, entropy)
-        else:
-            raw = state.router_logits[name].to(entropy.device)
-        gates[name], past[name] = next_gates(
-            raw, entropy, mask.to(entropy.device), going.past[name].to(entropy.device), config
-        )
-    if cache is not None:
-        decoding = DecodeState.attach(cache)
-        decoding.gates, decoding.past, decoding.silent, decoding.stale = gates, past, state.silent, None
-    elif session is not None and going.ids is not None:
-        session.ids, session.mask = going.ids, going.mask
-        session.gates = {name: state.routing[name].gates.detach() for name in state.names}
-        session.next, session.past = gates, past

@@ -11,7 +11,7 @@ from torch import Tensor
 from alter.adapter.generation import Continuation, Session
 from alter.adapter.inputs import SharedRows
 from alter.adapter.plan import Plan, plan
-from alter.adapter.routing import History, Routing, Running, continue_routes
+from alter.adapter.routing import UNKNOWN_ENTROPY, History, Routing, Running, continue_routes
 from alter.core import UserError
 
 if TYPE_CHECKING:
@@ -181,3 +181,10 @@ class RoutingContext:
     def routed(self) -> list[str]:
         """Return the names of the active adapters whose experts are opened by a router."""
         return [name for name in self.active() if self.configs[name].routed]
+
+    def entropy_gate(self, name: str, entropy: Tensor) -> Tensor:
+        """Return W_g S_q + b [..., N + 1] of the literal gate (Eq. 7), for entropies [...]; tokens without one count as 0."""
+        router = self.anchors[name].alter_router[name]
+        finite = torch.where(entropy.abs() < UNKNOWN_ENTROPY, entropy, 0.0)
+        gate: Tensor = router(finite.unsqueeze(-1).to(device=router.weight.device, dtype=router.weight.dtype))
+        return gate.to(entropy.device)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from alter.adapter.config import AlterConfig
 from alter.adapter.frozen import read_frozen
 from alter.adapter.inputs import SharedRows, frozen_inputs, sequence_starts, token_mask
-from alter.adapter.routes import entropy_router
 from alter.adapter.routing import INFINITE, Trace, entropy_sides, previous_real, route_tokens, take_previous
 from alter.adapter.state import ForwardState, RoutingContext
 from alter.core import UserError
@@ -81,7 +80,7 @@ def gates_of(
     if config.router == "static":
         return torch.ones(*entropy.shape, config.num_forget_experts + 1, device=entropy.device)
     if config.router == "entropy":
-        raw = entropy_router(context, name, entropy)
+        raw = context.entropy_gate(name, entropy)
     else:
         if features is None:
             raise UserError("router='learned' routes by features; pass those that trace() returned.")

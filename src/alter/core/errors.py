@@ -37,6 +37,14 @@ def passing(error: BaseException) -> bool:
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the choice nearest to `value`, or an empty string if none is near."""
-    match = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""
+    """Return `" Did you mean 'x'?"` for the choice nearest to `value`, or an empty string if none is near.
+
+    Paths in the folder of `value` are compared by what follows it: all would be near by the folder alone.
+    """
+    known, folder = list(choices), value[: value.rfind("/") + 1]
+    beside = [choice.removeprefix(folder) for choice in known if choice.startswith(folder)]
+    match = difflib.get_close_matches(value.removeprefix(folder), beside, n=1, cutoff=0.5)
+    others = difflib.get_close_matches(value, known, n=1, cutoff=0.5) if folder and len(beside) < len(known) else []
+    if match:
+        return f" Did you mean {folder + match[0]!r}?"
+    return f" Did you mean {others[0]!r}?" if others and not others[0].startswith(folder) else ""

@@ -22,19 +22,18 @@ from alter.storage import digest, file_digest, read_object, to_json, write_atomi
 from alter.training import OtherInputs, check_folder, check_trackers
 
 ROWS_DEPEND_ON = {
-    *(
-        "subject",
-        "document",
-        "model",
-        "kind",
-        "keep",
-        "retain",
-        "samples",
-        "answer_tokens",
-        "max_passages",
-        "batch_size",
-    ),
-    *("seed", "writer"),
+    "subject",
+    "document",
+    "model",
+    "kind",
+    "keep",
+    "retain",
+    "samples",
+    "answer_tokens",
+    "max_passages",
+    "batch_size",
+    "seed",
+    "writer",
 }
 """Settings that decide what the rows are."""
 SAID_FOLDER = "said"

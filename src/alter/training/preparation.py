@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alter.adapter import base_fingerprint
+from alter.core import UserError
 from alter.groundwork import Depth, MeasuredGradients, marked
 from alter.methods import Beginning, Codes, Penalty, block_at, blocks
 from alter.models import Form
@@ -93,6 +94,7 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
     numbered = grows and run.domain_column is None and not run.name_clusters
     names = clusters(first, len(data.names)) if numbered else data.names
     model = run.adapter.attach(base, run, Beginning(names, start, former))
+    _check_numbers(model)
     experts = [first + d for d in loaded.domain]
     paired = run.sampler.epoch_length(loaded.kin, len(loaded.forget), len(loaded.retain))
     rows = RunRows(loaded.forget, loaded.retain, experts, loaded.alternative, loaded.examples, paired)
@@ -128,6 +130,20 @@ def prepare(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Prepared:
         measured,
         codes,
     )
+
+
+def _check_numbers(model: Any) -> None:
+    """Refuse to train weights in float16, where squared gradients become 0 and AdamW divides by them.
+
+    Raises:
+        UserError: names the first such weight.
+    """
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.dtype == torch.float16:
+            raise UserError(
+                f"{name} would train in float16, where gradients are too small for AdamW, whose steps then are of any size: give "
+                "`dtype` float32, or bfloat16."
+            )
 
 
 def _watcher_of(run: Unlearn, data: Data, loaded: Loaded, out: Path) -> Watcher | None:

@@ -35,6 +35,9 @@ BRANCHES = ("forget", "alternative", "retain")
 """Kinds of rows in a step's batch, in this order."""
 
 
+POLYNOMIAL_END = 1e-7
+"""Rate at which transformers' polynomial schedule ends."""
+
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
     "sgd": "sgd",
@@ -235,6 +238,16 @@ class Unlearn(BaseModel):
         if len(given) > 1:
             raise ValueError(
                 f"{' and '.join(f'`{name}` {getattr(self, name):g}' for name in given)} say the same in different units: give one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _falls_to_its_end(self) -> Unlearn:
+        rate = self.adapter.learning_rate(self)
+        if self.lr_scheduler == "polynomial" and rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"`lr_scheduler` polynomial ends at a rate of {POLYNOMIAL_END:g}, and `{self.adapter.rate}` is {rate:g}: give a "
+                "higher rate, or `lr_scheduler` linear"
             )
         return self
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from alter.core import UserError
 from alter.data import Example, encode_prompt
 from alter.inference import check_prompts, context_length, stop_ids
-from alter.models.guards.form import Guard, layers_behind
+from alter.models.guards.form import Guard, OfPrompt, layers_behind
 
 Ask = Callable[[str, str], str]
 """What a language model replies to an instruction and a message."""
@@ -135,6 +135,7 @@ class Agents(Guard):
     """
 
     kind: ClassVar[str] = "agents"
+    _is_stateful = True
 
     def __init__(self, base: Any, settings: dict[str, Any]) -> None:
         super().__init__(base)
@@ -197,7 +198,7 @@ class Agents(Guard):
         """See `Guard.unlearned`."""
         if cache is None:
             return self.untouched(inputs, cache)
-        kept = layers_behind(cache, self.config.num_hidden_layers, 1)[0]
+        kept = layers_behind(cache, self.config.num_hidden_layers, 1, OfPrompt)[0]
         ids, mask, before = inputs["input_ids"], inputs["attention_mask"], cache.get_seq_length()
         if not kept.is_initialized:
             mask = torch.ones_like(ids) if mask is None else mask

@@ -50,6 +50,9 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         self.base = base
         self.generation_config = base.generation_config
         self.enabled = True
+        # the first pass of assisted decoding holds guesses behind the prompt: transformers refuses it then
+        if self.decides:
+            self._is_stateful = True
 
     @classmethod
     @abstractmethod
@@ -105,11 +108,11 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block this is the untouched base."""
-        self.enabled = False
+        before, self.enabled = self.enabled, False
         try:
             yield
         finally:
-            self.enabled = True
+            self.enabled = before
 
     def forward(
         self,
@@ -121,6 +124,8 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         decision: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits at the positions that `logits_to_keep` names, as transformers' models give them.
@@ -129,8 +134,10 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
             decision: what `decide` gave for these rows; None: that of the first call with this cache, or what it gives now.
 
         Raises:
-            UserError: the cache is not one that grows, or was filled by another model.
+            UserError: the cache is not one that grows, or was filled by another model, or embeddings are given for tokens.
         """
+        if inputs_embeds is not None:
+            raise UserError("This model looks at the tokens of its input: give input_ids, not inputs_embeds.")
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and type(past_key_values) is not DynamicCache:
@@ -149,13 +156,16 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
             if self.decides and decision is None:
                 decision = self._decision(inputs, past_key_values)
             out = self.unlearned(inputs, past_key_values, decision)
+        loss = None
+        if labels is not None:
+            loss = self.base.loss_function(logits=out.logits, labels=labels, vocab_size=out.logits.shape[-1])
         return CausalLMOutputWithPast(
-            logits=out.logits, past_key_values=past_key_values, hidden_states=out.hidden_states
+            loss=loss, logits=out.logits, past_key_values=past_key_values, hidden_states=out.hidden_states
         )
 
     def _decision(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
         """Return the decision that the first call stored in this cache, behind the base's keys and values; else make it."""
-        kept = None if cache is None else layers_behind(cache, self.config.num_hidden_layers, 1)[0]
+        kept = None if cache is None else layers_behind(cache, self.config.num_hidden_layers, 1, OfPrompt)[0]
         if kept is not None and kept.is_initialized:
             stored: Tensor = kept.keys[:, 0, 0, 0]
             return stored
@@ -169,10 +179,17 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         return decision
 
 
-def layers_behind(cache: DynamicCache, blocks: int, count: int) -> list[Any]:
+class OfPrompt(DynamicLayer):
+    """A cache layer of what is known of the prompt, which stays when tokens after it are taken back."""
+
+    def crop(self, *_: Any) -> None:
+        """Keep all."""
+
+
+def layers_behind(cache: DynamicCache, blocks: int, count: int, kind: type[DynamicLayer] = DynamicLayer) -> list[Any]:
     """Return the `count` layers of a cache behind the base's; operations on the cache's rows act on them too."""
     while len(cache.layers) < blocks + count:
-        cache.layers.append(DynamicLayer())
+        cache.layers.append(kind())
     layers: list[Any] = cache.layers
     return layers[blocks:]
 
