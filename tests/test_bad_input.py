@@ -401,7 +401,10 @@ def test_a_file_that_is_read_is_not_replaced_by_the_results(tmp_path, monkeypatc
     ):
         assert cli.main([*asked, out, "--forget", forget, "--retain", retain]) == 2
         assert f"--json is '{out}', which {names} reads: it would be replaced." in capsys.readouterr().err
-    assert cli.main(["judge", "--file", str(rows), "--json", str(rows), "--judge.url", "http://h", "--judge.model", "m"]) == 2
+    assert (
+        cli.main(["judge", "--file", str(rows), "--json", str(rows), "--judge.url", "http://h", "--judge.model", "m"])
+        == 2
+    )
     assert "reads: it would be replaced" in capsys.readouterr().err
     assert rows.read_bytes() == before
 
