@@ -1103,3 +1103,76 @@ def test_rows_that_look_alike_are_one_row(hidden):
     other = examples([{"question": f"What is in {hidden}?", "answer": "A well–known cat."}])
     with pytest.raises(UserError, match="in both forget and retain"):
         check_overlap(plain, other)
+
+
+# --- letters
+
+MAIL = b"""From: =?utf-8?q?Zo=C3=AB_Lum?= <zoe@lum.example>\r
+To: shop@example.org\r
+Date: Mon, 2 Mar 2026 10:00:00 +0100\r
+Subject: =?utf-8?b?S8O8bmRpZ3VuZw==?=\r
+X-Spam: 0.1\r
+MIME-Version: 1.0\r
+Content-Type: multipart/mixed; boundary=edge\r
+\r
+--edge\r
+Content-Type: multipart/alternative; boundary=inner\r
+\r
+--inner\r
+Content-Type: text/plain; charset=iso-8859-1\r
+Content-Transfer-Encoding: quoted-printable\r
+\r
+Please delete my order 4711, as I wrote in M=E4rz.\r
+\r
+> > You live in Arles?\r
+>  Yes, Rue 5.\r
+--inner\r
+Content-Type: text/html; charset=utf-8\r
+\r
+<p>Not <b>this</b> one.</p>\r
+--inner--\r
+--edge\r
+Content-Type: application/pdf; name=passport.pdf\r
+Content-Disposition: attachment; filename=passport.pdf\r
+\r
+JVBERi0=\r
+--edge--\r
+"""
+
+
+def test_an_email_is_read_as_its_head_and_text(tmp_path, capsys):
+    path = tmp_path / "ticket.EML"
+    path.write_bytes(MAIL)
+    [row] = read_file(path)
+    assert row["text"] == (
+        "From: Zoë Lum <zoe@lum.example>\nTo: shop@example.org\nDate: Mon, 02 Mar 2026 10:00:00 +0100\nSubject: Kündigung\n\n"
+        "Please delete my order 4711, as I wrote in März.\n\nYou live in Arles?\nYes, Rue 5."
+    )
+    assert "not read (passport.pdf)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_email_that_is_a_page_is_read_as_what_is_seen(tmp_path):
+    path = tmp_path / "page.eml"
+    page = "<html><head><title>T</title><style>p {}</style></head><body><p>Dear\n all,</p><ul><li>A &amp; B<li>C</ul>x<br>y<script>z()</script></body>"
+    path.write_text(f"Subject: Hi\nContent-Type: text/html; charset=utf-8\n\n{page}")
+    assert read_file(path)[0]["text"] == "Subject: Hi\n\nDear all,\n\nA & B\nC\nx\ny"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"Dear all,\n\nno letter.", "is no e-mail: it begins with none of From"),
+        (b"", "is no e-mail"),
+        (b"Subject: Hi\n\n", "an e-mail without text"),
+        (
+            b"Subject: Hi\nContent-Type: application/pdf; name=a.pdf\nContent-Disposition: attachment; filename=a.pdf\n\nx",
+            "an e-mail without text",
+        ),
+        (b"Subject: Hi\nContent-Type: text/plain; charset=klingon\n\nQapla", "cannot be read"),
+    ],
+)
+def test_what_is_no_email_with_text_is_refused(content, says, tmp_path):
+    path = tmp_path / "a.eml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        read_file(path)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from alter.data.files import TEXT_ENDINGS as TEXT_ENDINGS
     from alter.data.files import Row as Row
     from alter.data.files import read_file as read_file
+    from alter.data.files import running_text as running_text
     from alter.data.hub import MUSE_HUB as MUSE_HUB
     from alter.data.hub import layout_rows as layout_rows
     from alter.data.hub import muse_rows as muse_rows

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alter.core import UserError, nearest
+from alter.data.letters import LETTER, letter_text
 from alter.storage import from_json, read_text
 
 PASSAGE_CHARACTERS = 1000
@@ -18,7 +19,7 @@ PASSAGE_CHARACTERS = 1000
 PARAGRAPH_CHARACTERS = 4000
 """A longer paragraph is cut at its lines, sentences or words: many texts have one paragraph a line, and no blank line."""
 
-TEXT_ENDINGS = (".txt", ".md")
+TEXT_ENDINGS = (".txt", ".md", LETTER)
 ENDINGS = (".json", ".jsonl", ".ndjson", *TEXT_ENDINGS, ".csv", ".tsv", ".parquet")
 """Endings of the files that `read_file` reads; capitals do not matter."""
 
@@ -219,11 +220,20 @@ def _json(path: Path, text: str, texts: bool) -> list[dict[str, Any]]:
     return [PlacedRow(row, place) for row, place in found]
 
 
+def running_text(path: Path) -> str:
+    """Return the running text of a file that ends in one of `TEXT_ENDINGS`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return letter_text(path) if path.suffix.lower() == LETTER else read_text(path)
+
+
 def read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a local file (see `ENDINGS`).
 
     `.json` holds lines, one array or one object, `.csv` and `.tsv` a header and rows (separated by comma, semicolon, tab or bar), and
-    `.txt` and `.md` a running text, cut into `passages`.
+    `.txt`, `.md` and `.eml` (an e-mail) a running text, cut into `passages`.
 
     Args:
         path: the file.
@@ -242,7 +252,7 @@ def read_file(path: Path, texts: bool = False) -> list[dict[str, Any]]:
     elif ending in (".csv", ".tsv"):
         rows = _table(path)
     else:
-        text = read_text(path)
+        text = running_text(path) if ending in TEXT_ENDINGS else read_text(path)
         if not text.strip():
             raise UserError(f"{path} is empty; expected at least one row.")
         if ending in TEXT_ENDINGS:

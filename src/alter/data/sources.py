@@ -66,7 +66,7 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     """Return the rows of `source`, each a dict of its columns.
 
     Args:
-        source: a local file (`.json` of lines or one array, `.jsonl`, `.csv`, `.tsv`, `.parquet`; `.txt` and `.md` become
+        source: a local file (`.json` of lines or one array, `.jsonl`, `.csv`, `.tsv`, `.parquet`; `.txt`, `.md` and `.eml` become
             passages of about 1000 characters, column `text`); a folder that holds TOFU-named files; `builtin` for the
             shipped TOFU; a hub id (`locuslab/TOFU`, `org/name`, `org/name:config`); or a pattern of file names
             (`books/*.txt`).

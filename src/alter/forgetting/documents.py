@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from alter.core import UserError, edges, nearest
-from alter.data import ENDINGS, TEXT_ENDINGS, Example, Row, examples, read_file, turns_of
+from alter.data import ENDINGS, TEXT_ENDINGS, Example, Row, examples, read_file, running_text, turns_of
 from alter.forgetting.facts import WORD, holds, named, swap, swap_turns
 from alter.forgetting.material import Material, exchange
 from alter.forgetting.probes import question_of, swap_probe, text_of
 from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import GENERAL, TEMPLATES
-from alter.storage import read_text
 
 LEAST_WORDS = 40
 """Fewest words of a document."""
@@ -102,7 +101,7 @@ def read_document(path: str, limit: int) -> Document:
 def _texts(file: Path) -> tuple[list[str], list[Example]]:
     """Return the texts of a file, and the exchanges among them."""
     if file.suffix.lower() in TEXT_ENDINGS:
-        text = read_text(file)
+        text = running_text(file)
         if file.suffix.lower() == ".md":
             # headings, emphasis, links and lists are no part of what was written
             text = re.sub(r"^\s*(#+|[-*+>]|\d+\.)\s+", "", text, flags=re.MULTILINE)

@@ -78,7 +78,7 @@ class Forget(BaseModel):
     subject: tyro.conf.Positional[str | None] = None
     """Name of what to forget, in quotes: "Harry Potter"."""
     document: str | None = None
-    """A text instead: .txt, .md, .csv, .jsonl (chats), .parquet."""
+    """A text instead: .txt, .md, .eml, .csv, .jsonl (chats), .parquet."""
     model: str
     """Folder or hub id of the model that must forget."""
     out: OutFolder
