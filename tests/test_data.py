@@ -186,6 +186,12 @@ def test_raw_text_labels_all_but_the_first():
     assert encoded.prompt_length == 1
 
 
+def test_a_text_of_one_token_is_said():
+    # the one that begins every text
+    with pytest.raises(UserError, match="is one token long, which nothing precedes"):
+        encode(byte_tokenizer(), Example(None, "", "text"))
+
+
 def test_max_length():
     tokenizer = byte_tokenizer()
     whole = encode(tokenizer, qa())

@@ -2,7 +2,7 @@
 
 `config`, `layer` and `model` are the method in PEFT's own shape; `layers` says where it goes. Which experts a token takes is
 computed once for the whole network: `tracing` and `frozen` read the base, `routing` and `routes` decide, `state` and `hooks` bring it
-to the layers, `plan` and `masked` compute them, `generation` goes on from token to token. `base` knows an adapter's base again,
+to the layers, `plan` and `masked` compute them, `decoding` and `generation` go on from token to token. `base` knows an adapter's base again,
 `saved` its file.
 """
 

@@ -120,8 +120,7 @@ class AlterModel(BaseTuner):
             if kind not in self.target_module_mapping:
                 raise UserError(
                     "Please specify `target_modules` in `peft_config`: no default is known for model type "
-                    f"{kind!r}.{nearest(str(kind), self.target_module_mapping)} The linear layers of this model are: "
-                    f"{', '.join(linear_layers(self.model))}."
+                    f"{kind!r}. The linear layers of this model are: {', '.join(linear_layers(self.model))}."
                 )
             peft_config.target_modules = set(self.target_module_mapping[kind])
         return peft_config
@@ -309,8 +308,9 @@ class AlterModel(BaseTuner):
     def resize_experts(self, adapter_name: str, num_forget_experts: int, domains: list[str] | None = None) -> None:
         """Append forget experts to an adapter, one for each further request; the existing ones stay bit-exact.
 
-        New experts and their rows of the router start at zero. The parameters are replaced by larger ones: create the
-        optimizer afterwards.
+        New experts and their rows of the router start at zero: until these rows are fitted, a token whose other logits are all
+        below 0 takes a new expert, which adds nothing. The parameters are replaced by larger ones: create the optimizer
+        afterwards.
 
         Args:
             adapter_name: adapter to grow.

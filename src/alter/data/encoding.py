@@ -124,6 +124,10 @@ def encode(
     ids, length = _tokens(tokenizer, example, answer, prompt, compat)
     if max_length is not None:
         ids = ids[:max_length]
+    if example.kind == "text" and len(ids) == length:
+        raise UserError(
+            f"{example.name} is one token long, which nothing precedes: give a longer text, or leave it out."
+        )
     if length >= len(ids):
         raise UserError(
             f"{example.name} leaves no labelled token (prompt of {length}, {len(ids)} in all, "

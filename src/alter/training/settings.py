@@ -135,7 +135,9 @@ class Unlearn(BaseModel):
         "share them.",
     )
     gradient_accumulation_steps: Steps = Field(
-        1, ge=1, description="Batches whose gradients make a step; no more than an epoch has."
+        1,
+        ge=1,
+        description="Batches whose gradients, averaged, make a step: each counts alike, whatever its tokens. No more than an epoch has.",
     )
     learning_rate_experts: float = Field(
         1e-3, gt=0, description="ALTER's adapter: eta_B, the learning rate of the experts."
