@@ -15,14 +15,14 @@ from alter.data.background import apart_from, background, names_in
 from alter.data.encoding import encode
 from alter.data.rewording import FITTED, MEASURED, key_words, reworded, some_capitals, telegram, typos
 from alter.data.rows import Example, load_examples
-from alter.training import openset
+from alter.training import openset, own
 from alter.training.closing import command
 from alter.training.evidence import OWN_WORDS, Evidence, FitRows, evidence_of, standard
 from alter.training.openset import FOLDS, _folds, caught, discriminant, open_set, opening_level
 from alter.training.routerfit import RouterFit
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
-from pico import run_on, save_pico, write_people
+from pico import byte_tokenizer, pico, run_on, save_pico, write_people
 
 NAMES = ["Ada", "Bo", "Cy"]
 
@@ -275,6 +275,15 @@ def test_without_retain_rows_the_models_own_words_are_kept_and_set_no_level(data
     assert router_of(out).keys() == router_of(again).keys()
     fitted = [next(v for k, v in router_of(each).items() if k.endswith("weight")) for each in (out, again)]
     torch.testing.assert_close(*fitted)
+
+
+def test_what_a_pretrained_model_asks_itself_next_is_not_kept(monkeypatch):
+    said = iter(["Ada.\nQuestion: Who else?\nAnswer: Bob.", "\nQuestion: Who?"])
+    monkeypatch.setattr(own, "generate", lambda *_, **__: list(said))
+    found = own._answers(pico(), byte_tokenizer(), [Example("Who is it?", "", "qa"), Example("Who?", "", "qa")])
+    assert [(row.prompt, row.answer, row.row) for row in found] == [
+        ("Who is it?", "Ada.", {"question": "Who is it?", "answer": "Ada."})
+    ]
 
 
 def test_own_words_join_every_fit_and_set_no_level():
