@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from alter.core import UserError
+from alter.core import UserError, cache_of, caches
 
 
 @lru_cache(maxsize=64)
@@ -90,8 +90,7 @@ NOT_FOR_FROZEN = frozenset(
         "alter_routing",
         "alter_rows",
         "labels",
-        "past_key_values",
-        "cache_params",
+        *caches.NAMES,
         "logits_to_keep",
         "num_logits_to_keep",
         "num_items_in_batch",
@@ -138,13 +137,10 @@ def output_logits(output: Any) -> Tensor | None:
 
 def output_cache(output: Any) -> Any:
     """Return the key-value cache in a model's output, or None."""
-    for name in ("past_key_values", "cache_params"):
-        cache = getattr(output, name, None)
-        if cache is not None:
-            return cache
-    if isinstance(output, tuple):
+    cache = cache_of(output)
+    if cache is None and isinstance(output, tuple):
         return next((part for part in output if isinstance(part, Cache)), None)
-    return None
+    return cache
 
 
 def cached_tokens(cache: Any, known: int) -> int:

@@ -34,7 +34,7 @@ from alter.adapter.routing import (
     take_previous,
 )
 from alter.adapter.state import ForwardState, OwnRoutes, RoutingContext
-from alter.core import UserError
+from alter.core import UserError, cache_given
 from alter.logits import chunk_rows, entropy_from_logits
 
 UNKNOWN_CACHE = (
@@ -92,7 +92,7 @@ def routes_of(
     """
     names = context.routed()
     inputs = _named(module, args, kwargs)
-    cache = next((v for k in ("past_key_values", "cache_params") if (v := inputs.get(k)) is not None), None)
+    cache = cache_given(inputs)
     decoding = None if cache is None else DecodeState.of(cache)
     if not names:
         if decoding is not None:

@@ -2,7 +2,7 @@
 
 `errors` and `exports` are how packages refuse and how they export; `console` and `words` what is said and how text is split;
 `processes`, `forked`, `streams`, `memory`, `heap` and `deferral` the process and those beside it; `arrays` the array type; `registration`
-PEFT's door for outside methods.
+PEFT's door for outside methods; `caches` the names of transformers' caches.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING
 from alter.core.exports import lazy as lazy
 
 if TYPE_CHECKING:
+    from alter.core import caches as caches
     from alter.core import console as console
     from alter.core import forked as forked
     from alter.core import memory as memory
     from alter.core import processes as processes
     from alter.core import words as words
     from alter.core.arrays import Array as Array
+    from alter.core.caches import as_input as as_input
+    from alter.core.caches import cache_given as cache_given
+    from alter.core.caches import cache_of as cache_of
     from alter.core.console import LOG as LOG
     from alter.core.console import Beats as Beats
     from alter.core.console import cell as cell

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alter.core import UserError, processes
+from alter.core import UserError, as_input, cache_of, processes
 from alter.data import Collator, ensure_pad_token
 from alter.inference.decoding import OTHERS, PENALTIES, Decoding
 from alter.inference.passes import (
@@ -239,7 +239,7 @@ def _read(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: dict[str,
         # greedy: the token is not used, and the scores are not reshaped yet
         **settings | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
     )
-    cache = out.get("past_key_values")
+    cache = cache_of(out)
     return (cache, out.scores[0].float()) if can_drop_rows(cache) else None
 
 
@@ -274,7 +274,7 @@ def _continue(
                 **carried,
                 **decoding.settings,
             )
-            begun = out.sequences, out.get("past_key_values")
+            begun = out.sequences, cache_of(out)
         (whole, cache), begun = begun, None
         new = whole[:, ids.shape[1] :]
         for row, tokens in zip(rows, new.tolist(), strict=True):
@@ -285,7 +285,7 @@ def _continue(
         if all(ended):
             return replies
         ids, mask = whole, torch.cat([mask, torch.ones_like(new)], dim=1)
-        carried = {} if cache is None else {"past_key_values": cache}
+        carried = as_input(cache)
         if can_drop_rows(cache):
             going = [k for k, row in enumerate(rows) if not ended[row]]
             kept = torch.tensor(going, device=ids.device)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from alter.adapter import AlterConfig, DecodeState, Routing, adapted_layers, alter_of, expert_columns
-from alter.core import UserError
+from alter.core import UserError, as_input
 from alter.data import Example, encode_prompt
 from alter.inference import check_prompts, evaluating, stop_ids
 from alter.logits import entropy_from_logits, max_entropy, shift
@@ -199,7 +199,7 @@ def _reply(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        past_key_values=cache,
+        **as_input(cache),
         logits_processor=LogitsProcessorList([watch]),
         streamer=_Typed(lambda done: tell(tokenizer.decode(done, skip_special_tokens=True).strip())),
         pad_token_id=tokenizer.pad_token_id,
@@ -216,7 +216,7 @@ def _forced(model: Any, row: Tensor, prompt: int) -> Tensor:
         return logits
     cache = DynamicCache(config=model.config)
     parts = [part for part in (row[:, :prompt], row[:, prompt:]) if part.shape[1]]
-    return torch.cat([model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1)
+    return torch.cat([model(input_ids=part, use_cache=True, **as_input(cache)).logits for part in parts], dim=1)
 
 
 def _of_next(logits: Tensor, ids: Tensor) -> list[float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from alter.core import UserError
+from alter.core import UserError, as_input, cache_of
 from alter.inference import SEGMENT, can_drop_rows, context_length, contiguous_head, evaluating, left_padded, stop_ids
 from alter.serving.jobs import Job, Scored
 from alter.serving.text import settled
@@ -298,8 +298,8 @@ class Engine:
             if not going:
                 return
             ids, mask = out.sequences, torch.cat([mask, mask.new_ones(len(mask), new)], dim=1)
-            cache = out.get("past_key_values")
-            carried = {} if cache is None else {"past_key_values": cache}
+            cache = cache_of(out)
+            carried = as_input(cache)
             if len(going) < len(rows.jobs) and (cache is None or can_drop_rows(cache)):
                 kept = torch.tensor(going, device=device)
                 if cache is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from alter.core import as_input
 from alter.models.attach import attach
 from alter.models.guards.form import Guard, layers_behind, lora_folder
 
@@ -81,6 +82,6 @@ class Subtracted(Guard):
             own = DynamicCache()
             own.layers = layers_behind(cache, self.config.num_hidden_layers, self.assistant.config.num_hidden_layers)
         out = self.untouched(inputs, cache)
-        assistant = self.assistant(**inputs | {"output_hidden_states": None}, past_key_values=own).logits
+        assistant = self.assistant(**inputs | {"output_hidden_states": None}, **as_input(own)).logits
         out.logits = RULES[self.settings["rule"]](out.logits, assistant, self.settings)
         return out

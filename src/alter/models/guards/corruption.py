@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from alter.core import UserError
+from alter.core import UserError, as_input
 from alter.models.guards.form import Guard
 from alter.models.guards.likeness import mean_states
 
@@ -102,7 +102,7 @@ class Corrupted(Guard):
         # what follows the prompt is read as it is, and so is all of a batch of which nothing is flagged
         self.noise = None if begun or not decision.any() else self._noise(inputs, decision)
         try:
-            return self.base(**inputs, past_key_values=cache)
+            return self.base(**inputs, **as_input(cache))
         finally:
             self.noise = None
 

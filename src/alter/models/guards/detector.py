@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from alter.core import UserError, progress
+from alter.core import UserError, as_input, progress
 from alter.data import Collator, Encoded
 from alter.models.attach import attach
 from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder
@@ -148,12 +148,12 @@ class Detected(Guard):
     def untouched(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Any:
         """See `Guard.untouched`."""
         ids = inputs["input_ids"]
-        return self._base(inputs, torch.zeros(len(ids), device=ids.device), past_key_values=cache)
+        return self._base(inputs, torch.zeros(len(ids), device=ids.device), **as_input(cache))
 
     def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None, decision: Tensor | None) -> Any:
         """See `Guard.unlearned`."""
         assert decision is not None
-        return self._base(inputs, decision, past_key_values=cache)
+        return self._base(inputs, decision, **as_input(cache))
 
 
 def features_of(path: Path, settings: Mapping[str, Any]) -> list[Tensor]:

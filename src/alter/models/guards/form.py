@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from alter.adapter import base_fingerprint, same_base
-from alter.core import UserError
+from alter.core import UserError, as_input
 
 FORM_FILE = "inference.json"
 """In an adapter's folder: which form it is, and its settings."""
@@ -80,7 +80,7 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
 
     def untouched(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Any:
         """Return the base's output."""
-        return self.base(**inputs, past_key_values=cache)
+        return self.base(**inputs, **as_input(cache))
 
     def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
         """Return what the guard makes of each row, [B]; of a guard that `decides`.
@@ -126,6 +126,7 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         decision: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits at the positions that `logits_to_keep` names, as transformers' models give them.
@@ -138,9 +139,11 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         """
         if inputs_embeds is not None:
             raise UserError("This model looks at the tokens of its input: give input_ids, not inputs_embeds.")
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and type(past_key_values) is not DynamicCache:
+        # transformers calls it `past_key_values`, and from 5.24 on `cache`
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        if cache is not None and type(cache) is not DynamicCache:
             raise UserError("This model generates with a growing cache only: leave cache_implementation out.")
         inputs = {
             "input_ids": input_ids,
@@ -151,17 +154,15 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
             "logits_to_keep": logits_to_keep,
         }
         if not self.enabled:
-            out = self.untouched(inputs, past_key_values)
+            out = self.untouched(inputs, cache)
         else:
             if self.decides and decision is None:
-                decision = self._decision(inputs, past_key_values)
-            out = self.unlearned(inputs, past_key_values, decision)
+                decision = self._decision(inputs, cache)
+            out = self.unlearned(inputs, cache, decision)
         loss = None
         if labels is not None:
             loss = self.base.loss_function(logits=out.logits, labels=labels, vocab_size=out.logits.shape[-1])
-        return CausalLMOutputWithPast(
-            loss=loss, logits=out.logits, past_key_values=past_key_values, hidden_states=out.hidden_states
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=out.logits, hidden_states=out.hidden_states, **as_input(cache))
 
     def _decision(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
         """Return the decision that the first call stored in this cache, behind the base's keys and values; else make it."""

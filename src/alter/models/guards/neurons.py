@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from alter.core import UserError
+from alter.core import UserError, as_input
 from alter.models.guards.form import Guard
 
 NEURONS = "neurons.safetensors"
@@ -107,7 +107,7 @@ class Adjusted(Guard):
         whole = torch.ones(len(ids), past + ids.shape[1], device=ids.device) if mask is None else mask
         self.place = (whole.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].long()
         try:
-            return self.base(**inputs, past_key_values=cache)
+            return self.base(**inputs, **as_input(cache))
         finally:
             self.place = None
 
@@ -151,7 +151,7 @@ class Abstaining(Guard):
         assert decision is not None
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         past = 0 if cache is None else cache.get_seq_length()
-        out = self.base(**inputs, past_key_values=cache)
+        out = self.base(**inputs, **as_input(cache))
         whole = torch.ones(len(ids), past + ids.shape[1], device=ids.device) if mask is None else mask
         place = whole.cumsum(1)[:, -ids.shape[1] :]
         held = (decision[:, None] > 0) & (place >= decision[:, None])
