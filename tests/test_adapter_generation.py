@@ -11,6 +11,7 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCach
 from alter import AlterConfig
 from alter.adapter.generation import DecodeState
 from alter.adapter.inputs import token_mask
+from alter.core import caches
 from alter.core.errors import UserError
 from alter.logits import entropy
 from test_adapter import ARCHITECTURES, adapted, counted, middle_threshold, rows, tiny
@@ -43,6 +44,15 @@ def left_padded():
     mask[0, :4] = 0
     mask[2, :1] = 0
     return ids * mask, mask
+
+
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_a_cache_is_known_by_what_it_is_whatever_it_is_called(two_passes, monkeypatch):
+    """transformers 5.24 called it otherwise, and what stood in it was no evidence any more."""
+    monkeypatch.setattr(caches, "NAMES", ("what_it_was_called",))
+    model = routed(router_memory=0.8, **({} if two_passes else {"from_layer": 1}))
+    ids = rows(seed=1)
+    assert torch.equal(generated(model, ids, cache=True), generated(model, ids, cache=False))
 
 
 @pytest.mark.parametrize("way", WAYS)

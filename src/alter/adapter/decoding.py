@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from alter.adapter.generation import Continuation, DecodeState
-from alter.adapter.inputs import output_cache, output_logits
+from alter.adapter.inputs import output_logits
 from alter.adapter.routing import Routing, next_gates
 from alter.adapter.state import ForwardState, RoutingContext
-from alter.core import UserError
+from alter.core import UserError, cache_of
 from alter.logits import entropy_from_logits
 
 
@@ -81,7 +81,7 @@ def route_next(context: RoutingContext, state: ForwardState, output: Any) -> Non
     """Route the token that a forward pass generates, and store its evidence on the cache in `output` or on the session."""
     going = state.continuation
     assert going is not None
-    cache = output_cache(output)
+    cache = cache_of(output)
     session = context.session if cache is None else None
     if cache is None and session is None:
         return

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
-from alter.core import UserError, cache_of, caches
+from alter.core import UserError, caches, is_cache
 
 
 @lru_cache(maxsize=64)
@@ -105,7 +105,7 @@ NOT_FOR_FROZEN = frozenset(
 
 def frozen_inputs(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's inputs for one pass over whole rows: no labels, no cache, all logits."""
-    kwargs = {name: value for name, value in inputs.items() if name not in NOT_FOR_FROZEN}
+    kwargs = {name: value for name, value in inputs.items() if name not in NOT_FOR_FROZEN and not is_cache(value)}
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if isinstance(tokens, Tensor):
@@ -133,14 +133,6 @@ def output_logits(output: Any) -> Tensor | None:
     if logits is None and isinstance(output, tuple):
         logits = next((part for part in output if isinstance(part, Tensor) and part.dim() == 3), None)
     return logits if isinstance(logits, Tensor) and logits.dim() == 3 else None
-
-
-def output_cache(output: Any) -> Any:
-    """Return the key-value cache in a model's output, or None."""
-    cache = cache_of(output)
-    if cache is None and isinstance(output, tuple):
-        return next((part for part in output if isinstance(part, Cache)), None)
-    return cache
 
 
 def cached_tokens(cache: Any, known: int) -> int:

@@ -17,7 +17,6 @@ from alter.adapter.inputs import (
     cached_tokens,
     frozen_inputs,
     model_logits,
-    output_cache,
     parameter_names,
     sequence_starts,
     token_mask,
@@ -34,7 +33,7 @@ from alter.adapter.routing import (
     take_previous,
 )
 from alter.adapter.state import ForwardState, OwnRoutes, RoutingContext
-from alter.core import UserError, cache_given
+from alter.core import UserError, cache_given, cache_of
 from alter.logits import chunk_rows, entropy_from_logits
 
 UNKNOWN_CACHE = (
@@ -182,7 +181,7 @@ def _trunk(
 
 def keep_evidence(state: ForwardState, output: Any) -> None:
     """Store the evidence of a pass that routed its own tokens on the cache in its output."""
-    cache, trunk = output_cache(output), state.trunk
+    cache, trunk = cache_of(output), state.trunk
     if cache is None or trunk is None or trunk.own is None:
         return
     decoding = DecodeState.attach(cache)

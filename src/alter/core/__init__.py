@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from alter.core.caches import as_input as as_input
     from alter.core.caches import cache_given as cache_given
     from alter.core.caches import cache_of as cache_of
+    from alter.core.caches import is_cache as is_cache
     from alter.core.console import LOG as LOG
     from alter.core.console import Beats as Beats
     from alter.core.console import cell as cell

@@ -11,14 +11,24 @@ NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def cache_given(inputs: Mapping[str, Any]) -> Any:
-    """Return the cache among a model's inputs, or None."""
-    return next((value for name in NAMES if (value := inputs.get(name)) is not None), None)
+    """Return the cache among a model's inputs, under whatever name; None if there is none."""
+    found = next((value for name in NAMES if (value := inputs.get(name)) is not None), None)
+    return next(filter(is_cache, inputs.values()), None) if found is None else found
 
 
 def cache_of(output: Any) -> Any:
-    """Return the cache in the output of a model or of `generate`, or None."""
+    """Return the cache in the output of a model or of `generate`, under whatever name; None if there is none."""
     # the newest name first: the others warn there
-    return next((value for name in NAMES if (value := getattr(output, name, None)) is not None), None)
+    found = next((value for name in NAMES if (value := getattr(output, name, None)) is not None), None)
+    parts = output if isinstance(output, tuple) else output.values() if isinstance(output, Mapping) else ()
+    return next(filter(is_cache, parts), None) if found is None else found
+
+
+def is_cache(value: Any) -> bool:
+    """Tell whether a value is a cache of transformers'."""
+    from transformers.cache_utils import Cache
+
+    return isinstance(value, Cache)
 
 
 def as_input(cache: Any) -> dict[str, Any]:
