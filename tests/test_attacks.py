@@ -227,7 +227,7 @@ def test_text_is_its_first_half_and_the_second():
     item = base.make_item(tokenizer, row, longest=3)
     assert (item.start, tokenizer.decode(item.ids), item.reference) == (5, "abcdefgh", "fgh")
     (short,) = examples([{"text": "a"}])
-    with pytest.raises(UserError, match="no labelled token"):
+    with pytest.raises(UserError, match="is one token long"):
         base.make_item(tokenizer, short)
 
 

@@ -124,7 +124,7 @@ def test_recipes_in_other_encodings(tmp_path):
     for encoding in ("utf-16", "utf-8-sig"):
         recipe.write_bytes("model: größe\nforget: f\nretain: r\nout: o\n".encode(encoding))
         assert cli.parse("unlearn", Unlearn, [str(recipe)]).model == "größe"
-    for content, says in ((b"model: gr\xf6\xdfe", "not UTF-8"), (b"a: \x00", "not YAML")):
+    for content, says in ((b"model: gr\xf6\xdfe", "not UTF-8"), (b"a: \x00", "holds bytes of zero")):
         recipe.write_bytes(content)
         with pytest.raises(UserError, match=says):
             cli.parse("unlearn", Unlearn, [str(recipe)])
