@@ -143,9 +143,8 @@ def _named_model(model: Any, tokenizer: Any) -> Iterator[str]:
         raise UserError("A model in memory needs its tokenizer: give tokenizer=...")
     from alter.adapter import base_fingerprint
 
-    with memory.holding(
-        f"model-{(base_fingerprint(model) or 'without a fingerprint')[:16]}", (model, tokenizer)
-    ) as name:
+    key = base_fingerprint(model) or "without a fingerprint"
+    with memory.holding(f"model-{key[:16]}", (model, tokenizer)) as name:
         yield name
 
 

@@ -118,10 +118,8 @@ def _ends(source: str, first: str, end: str) -> tuple[int, int | None]:
         UserError: one of them is no number, or there is no row between them.
     """
     places = [part.strip() for part in (first, end)]
-    if any(part and not (part.isascii() and part.isdecimal() and len(part) < 19) for part in places) or places == [
-        "",
-        "",
-    ]:
+    numbers = [part.isascii() and part.isdecimal() and len(part) < 19 for part in places if part]
+    if not numbers or not all(numbers):
         raise UserError(
             f"{source!r} ends in [{first}:{end}]; expected numbers of rows, as in [:100] for the first 100, [20:40] or [20:]."
         )
