@@ -1151,7 +1151,7 @@ def test_an_email_is_read_as_its_head_and_text(tmp_path, capsys):
     path.write_bytes(MAIL)
     [row] = read_file(path)
     assert row["text"] == (
-        "From: Zoë Lum <zoe@lum.example>\nTo: shop@example.org\nDate: Mon, 02 Mar 2026 10:00:00 +0100\nSubject: Kündigung\n\n"
+        "Zoë Lum <zoe@lum.example> wrote to shop@example.org on 2 March 2026: Kündigung\n\n"
         "Please delete my order 4711, as I wrote in März.\n\nYou live in Arles?\nYes, Rue 5."
     )
     assert "not read (passport.pdf)" in " ".join(capsys.readouterr().err.split())
@@ -1161,7 +1161,7 @@ def test_an_email_that_is_a_page_is_read_as_what_is_seen(tmp_path):
     path = tmp_path / "page.eml"
     page = "<html><head><title>T</title><style>p {}</style></head><body><p>Dear\n all,</p><ul><li>A &amp; B<li>C</ul>x<br>y<script>z()</script></body>"
     path.write_text(f"Subject: Hi\nContent-Type: text/html; charset=utf-8\n\n{page}")
-    assert read_file(path)[0]["text"] == "Subject: Hi\n\nDear all,\n\nA & B\nC\nx\ny"
+    assert read_file(path)[0]["text"] == "Somebody wrote: Hi\n\nDear all,\n\nA & B\nC\nx\ny"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def _seen(page: str) -> str:
 
 
 def letter_text(path: Path) -> str:
-    """Return an e-mail (RFC 5322, `.eml`) as text: its `HEADERS`, a blank line, and its body, plain if it has one, else the page's text.
+    """Return an e-mail (RFC 5322, `.eml`) as text: its `HEADERS` as a sentence, a blank line, and its body, plain if it has one, else the page's text.
 
     Marks of quotation (`>`) are left out. Attached files are not read, which is said.
 
@@ -67,8 +67,7 @@ def letter_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
     assert isinstance(letter, EmailMessage)
-    head = [f"{name}: {value}" for name in HEADERS if (value := str(letter.get(name) or "").strip())]
-    if not head:
+    if not any(letter.get(name) for name in HEADERS):
         raise UserError(
             f"{path} is no e-mail: it begins with none of {', '.join(HEADERS)}. Save its text as a .txt file."
         )
@@ -89,4 +88,15 @@ def letter_text(path: Path) -> str:
         raise UserError(f"{path} is an e-mail without text{also}: give what is to be read as a file of its own.")
     if attached:
         warn(f"{path}: files attached to it are not read ({', '.join(attached)}).")
-    return "\n".join(head) + f"\n\n{text}\n"
+    return f"{_head(letter)}\n\n{text}\n"
+
+
+def _head(letter: EmailMessage) -> str:
+    """Return who wrote to whom, when and about what as a sentence: labels and times of day would pass for names and numbers of the letter."""
+    sender, to, copy, subject = (
+        " ".join(str(letter.get(name) or "").split()) for name in ("From", "To", "Cc", "Subject")
+    )
+    sent = getattr(letter.get("Date"), "datetime", None)
+    day = f" on {sent.day} {sent:%B %Y}" if sent else ""
+    others = " and ".join(filter(None, (to, copy)))
+    return f"{sender or 'Somebody'} wrote{f' to {others}' if others else ''}{day}{f': {subject}' if subject else '.'}"
