@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCache
 
 from alter import AlterConfig
+from alter.adapter import inputs
 from alter.adapter.generation import DecodeState
 from alter.adapter.inputs import token_mask
 from alter.core import caches
@@ -49,6 +50,7 @@ def left_padded():
 @pytest.mark.parametrize("two_passes", [False, True])
 def test_a_cache_is_known_by_what_it_is_whatever_it_is_called(two_passes, monkeypatch):
     """transformers 5.24 called it otherwise, and what stood in it was no evidence any more."""
+    monkeypatch.setattr(inputs, "NOT_FOR_FROZEN", inputs.NOT_FOR_FROZEN - set(caches.NAMES))
     monkeypatch.setattr(caches, "NAMES", ("what_it_was_called",))
     model = routed(router_memory=0.8, **({} if two_passes else {"from_layer": 1}))
     ids = rows(seed=1)

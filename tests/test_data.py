@@ -1111,6 +1111,14 @@ def test_rows_that_look_alike_are_one_row(hidden):
         check_overlap(plain, other)
 
 
+def test_a_file_of_this_machine_that_looks_like_a_hub_id_is_not_named_to_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sources.for_others("org/name") == "org/name"
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "name").write_text("x")
+    assert sources.for_others("org/name") == sources.LOCAL_ROWS
+
+
 # --- letters
 
 MAIL = b"""From: =?utf-8?q?Zo=C3=AB_Lum?= <zoe@lum.example>\r
