@@ -25,7 +25,7 @@ from alter.data.tofu import tofu_rows
 from alter.inference import internals
 from alter.models import loading
 from alter.storage.records import Record, read_records
-from pico import PAD, byte_tokenizer, pico, write_jsonl
+from pico import PAD, byte_tokenizer, mixture, pico, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lu", "Max", "Ned"]
 ROWS = [
@@ -292,6 +292,33 @@ def test_conv1d_is_quantised_in_the_layout_of_a_linear_layer():
     weights.quantize(gpt2, 8)
     after = gpt2.transformer.h[0].mlp.c_fc.weight.detach()
     torch.testing.assert_close(after.t(), naive_round_trip(before.t(), 8), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantising_reaches_the_experts_of_a_mixture(turned, bits):
+    """Most weights of such a model; they are no linear layers, and were passed over in silence."""
+    model = mixture(turned)
+    experts = model.model.layers[0].mlp.experts
+    before = {name: getattr(experts, name).detach().clone() for name in ("gate_up_proj", "down_proj")}
+    assert weights.quantize(model, bits) == 4 + 2 * 3
+    for name, old in before.items():
+        for new, each in zip(getattr(experts, name).detach(), old, strict=True):
+            new, each = (new.t(), each.t()) if turned else (new, each)
+            torch.testing.assert_close(new, naive_round_trip(each, bits), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_lora_reaches_the_experts_of_a_mixture(turned):
+    model = mixture(turned)
+    plain = logits(model)
+    trained = weights.add_update(model, 2, seed=0)
+    assert len(trained) == 2 * (4 + 2)
+    assert torch.equal(logits(model), plain)
+    rows = [Encoded([1, 2, 3, 4, 5], [-100, -100, 3, 4, 5], 2)]
+    list(weights.train_steps(model, rows, trained, rate=0.05, steps=3, batch_size=2, pad_token_id=PAD, seed=0))
+    assert all(weight.detach().abs().sum() > 0 for weight in trained)
+    assert not torch.allclose(logits(model), plain, atol=1e-3)
 
 
 def test_lora_starts_at_nothing_trains_alone_and_under_the_adapter():
