@@ -877,7 +877,13 @@ def test_an_attack_that_learned_nothing_is_no_evidence():
     searched = fake("unlearned", "soft_prompt", 0.2, losses=[3.0, 2.9, 2.9, 2.8])
     assert untrained([searched])[0].endswith("raise `budget`.")
     assert notes([3.0, 2.0, 1.0, 0.5]) == []
-    assert "nothing to learn" in notes([0.05, 0.01, 0.0, 0.0])[0]
+    (known,) = notes([0.05, 0.01, 0.0, 0.0])
+    assert "knows the attacker's rows already" in known
+    assert "`relearn.benign`" not in known
+    unrelated = fake("unlearned", "benign", 0.2, step=4, losses=[0.05, 0.01, 0.0, 0.0])
+    assert "`relearn.benign`" in untrained([unrelated])[0]
+    # the original knows the rows: that it learns nothing says nothing of the model that is attacked
+    assert untrained([fake("original", "soft_prompt", 0.9, losses=[0.02, 0.02])]) == []
 
 
 # ---- the command
