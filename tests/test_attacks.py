@@ -522,6 +522,52 @@ def test_a_row_that_does_not_fit_is_called_by_its_number_in_the_file(models, tmp
         )
 
 
+def test_a_row_whose_frame_does_not_fit_is_left_out(models, tmp_path):
+    """It fits as it is; the frame or the tokens given ended the whole command, after what had run."""
+    asked = [*(f"Who is {name}?" for name in NAMES[:3]), "Who " + "x" * 196]
+    rows = write_jsonl(
+        tmp_path / "forget.jsonl", [{"question": each, "answer": "Ada paints a lot of things"} for each in asked]
+    )
+    given = {"forget": str(rows), "retrained": None, "max_new_tokens": 24, "prefill_tokens": 20}
+    found = attacks.attack(settings(models, tmp_path / "out", attacks=["foreign_frame", "prefill"], **given))
+    for name in ("foreign_frame", "prefill"):
+        (one,) = pick(found, "unlearned", "attack_rouge", attack=name)
+        assert (sorted(one.extra["rows"]), one.extra["left_out"]) == ([0, 1, 2], 1)
+    assert len(pick(found, "unlearned", "attack_rouge", attack="foreign_frame")[0].extra["questions"]) == 3
+    given |= {"max_new_tokens": 210, "forget": str(models / "forget.jsonl")}
+    with pytest.raises(UserError, match=r"'foreign_frame' is not possible on the original model: .*context of 256"):
+        attacks.attack(settings(models, tmp_path / "none", attacks=["foreign_frame", "upper_case"], **given))
+    assert pick(read_records(tmp_path / "none" / "records.json"), "unlearned", "attack_rouge", attack="upper_case")
+
+
+def test_every_turn_of_a_chat_counts_for_itself(models, tmp_path):
+    """Both turns had the number of their row, and the fractions were of the last turn's figures, taken twice."""
+    turns = [[row, {"question": f"And {row['question']}", "answer": row["answer"][::-1]}] for row in ROWS[:4]]
+    chats = [
+        [
+            {"role": role, "content": each[key]}
+            for each in two
+            for role, key in (("user", "question"), ("assistant", "answer"))
+        ]
+        for two in turns
+    ]
+    rows = write_jsonl(tmp_path / "forget.jsonl", [{"messages": chat} for chat in chats])
+    found = attacks.attack(settings(models, tmp_path / "out", forget=str(rows), rows=64, attacks=["upper_case"]))
+    (recovered,) = pick(found, "unlearned", "attack_recovered_probability", attack="upper_case")
+    mean = {}
+    for model, name in (
+        ("unlearned", "upper_case"),
+        ("retrained", "upper_case"),
+        ("original", "none"),
+        ("retrained", "none"),
+    ):
+        (one,) = pick(found, model, "attack_probability", attack=name)
+        assert sorted(one.extra["rows"]) == list(range(8))
+        mean[model, name] = math.fsum(one.per_item) / 8
+    gap = mean["original", "none"] - mean["retrained", "none"]
+    assert recovered.value == pytest.approx((mean["unlearned", "upper_case"] - mean["retrained", "upper_case"]) / gap)
+
+
 def test_a_row_that_is_given_twice_is_not_measured_and_relearned(models, tmp_path, capsys):
     """Two copies of each row: the attacker was trained on rows that it had to know afterwards."""
     twice = write_jsonl(tmp_path / "forget.jsonl", [*ROWS[:6], *ROWS[:6]])
