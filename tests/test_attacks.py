@@ -540,6 +540,32 @@ def test_a_row_whose_frame_does_not_fit_is_left_out(models, tmp_path):
     assert pick(read_records(tmp_path / "none" / "records.json"), "unlearned", "attack_rouge", attack="upper_case")
 
 
+def test_cka_passes_over_a_depth_that_does_not_vary(models, tmp_path):
+    """Of one answer to all questions the embeddings are the same for all rows: that ended the command, after all attacks."""
+    rows = write_jsonl(
+        tmp_path / "forget.jsonl", [{"question": row["question"], "answer": "Yes."} for row in ROWS[:6]]
+    )
+    found = attacks.attack(settings(models, tmp_path / "out", forget=str(rows), attacks=["cka"]))
+    for record in pick(found, "unlearned", "attack_cka"):
+        first, *rest = record.extra["depths"]
+        assert first is None
+        assert record.extra["plain"][0] is None
+        assert record.value == pytest.approx(np.mean(rest))
+
+
+def test_a_probed_row_that_does_not_fit_ends_no_other_attack(models, tmp_path, capsys):
+    """Probes read more rows than are measured: such a row was met after all else had run, and called by another number."""
+    rows = [*ROWS[:8], {"question": "Who is it?", "answer": "x" * 250}, *ROWS[8:12]]
+    seed = next(seed for seed in range(99) if 8 not in base.split_rows(len(rows), 6, 0, seed)[0])
+    forget = write_jsonl(tmp_path / "forget.jsonl", rows)
+    given = {"forget": str(forget), "seed": seed, "retrained": None}
+    with pytest.raises(
+        UserError, match=r"'probe' is not possible .*Row 8 of the forget set has 2.*'cka' is not possible"
+    ):
+        attacks.attack(settings(models, tmp_path / "out", attacks=["probe", "cka", "upper_case"], **given))
+    assert pick(read_records(tmp_path / "out" / "records.json"), "unlearned", "attack_rouge", attack="upper_case")
+
+
 def test_every_turn_of_a_chat_counts_for_itself(models, tmp_path):
     """Both turns had the number of their row, and the fractions were of the last turn's figures, taken twice."""
     turns = [[row, {"question": f"And {row['question']}", "answer": row["answer"][::-1]}] for row in ROWS[:4]]

@@ -200,7 +200,8 @@ def attack(settings: Attack) -> list[Record]:
             with _if_possible(failed, name, model):
                 found += _measured(bench, name, identities[model], texts)
         if "cka" in names:
-            pooled[model] = _pooled_states(bench, identities[model], texts)
+            with _if_possible(failed, "cka", model):
+                pooled[model] = _pooled_states(bench, identities[model], texts)
     deep: list[Record] = []
     if "uds" in names:
         benches = {
