@@ -4,7 +4,15 @@ import json
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 EOS, PAD, VOCAB = 256, 257, 300
 
@@ -25,6 +33,16 @@ def pico(seed=0, **settings):
         pad_token_id=PAD,
     )
     return LlamaForCausalLM(LlamaConfig(**{**config, **settings})).eval()
+
+
+def mixture(turned=False):
+    """A mixture of experts, whose experts' weights lie in one tensor: [experts, out, in], or `turned` [experts, in, out]."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": VOCAB, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}
+    if turned:
+        return GptOssForCausalLM(GptOssConfig(**sizes, head_dim=8, initializer_range=0.3)).eval()
+    return MixtralForCausalLM(MixtralConfig(**sizes, initializer_range=0.3)).eval()
 
 
 def byte_tokenizer(**settings):

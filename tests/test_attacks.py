@@ -25,7 +25,7 @@ from alter.data.tofu import tofu_rows
 from alter.inference import internals
 from alter.models import loading
 from alter.storage.records import Record, read_records
-from pico import PAD, byte_tokenizer, pico, write_jsonl
+from pico import PAD, byte_tokenizer, mixture, pico, write_jsonl
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lu", "Max", "Ned"]
 ROWS = [
@@ -294,6 +294,33 @@ def test_conv1d_is_quantised_in_the_layout_of_a_linear_layer():
     torch.testing.assert_close(after.t(), naive_round_trip(before.t(), 8), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantising_reaches_the_experts_of_a_mixture(turned, bits):
+    """Most weights of such a model; they are no linear layers, and were passed over in silence."""
+    model = mixture(turned)
+    experts = model.model.layers[0].mlp.experts
+    before = {name: getattr(experts, name).detach().clone() for name in ("gate_up_proj", "down_proj")}
+    assert weights.quantize(model, bits) == 4 + 2 * 3
+    for name, old in before.items():
+        for new, each in zip(getattr(experts, name).detach(), old, strict=True):
+            new, each = (new.t(), each.t()) if turned else (new, each)
+            torch.testing.assert_close(new, naive_round_trip(each, bits), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_lora_reaches_the_experts_of_a_mixture(turned):
+    model = mixture(turned)
+    plain = logits(model)
+    trained = weights.add_update(model, 2, seed=0)
+    assert len(trained) == 2 * (4 + 2)
+    assert torch.equal(logits(model), plain)
+    rows = [Encoded([1, 2, 3, 4, 5], [-100, -100, 3, 4, 5], 2)]
+    list(weights.train_steps(model, rows, trained, rate=0.05, steps=3, batch_size=2, pad_token_id=PAD, seed=0))
+    assert all(weight.detach().abs().sum() > 0 for weight in trained)
+    assert not torch.allclose(logits(model), plain, atol=1e-3)
+
+
 def test_lora_starts_at_nothing_trains_alone_and_under_the_adapter():
     model = with_alter(pico())
     plain, started = logits(model), {name: weight.clone() for name, weight in model.named_parameters()}
@@ -493,6 +520,78 @@ def test_a_row_that_does_not_fit_is_called_by_its_number_in_the_file(models, tmp
                 max_new_tokens=2,
             )
         )
+
+
+def test_a_row_whose_frame_does_not_fit_is_left_out(models, tmp_path):
+    """It fits as it is; the frame or the tokens given ended the whole command, after what had run."""
+    asked = [*(f"Who is {name}?" for name in NAMES[:3]), "Who " + "x" * 196]
+    rows = write_jsonl(
+        tmp_path / "forget.jsonl", [{"question": each, "answer": "Ada paints a lot of things"} for each in asked]
+    )
+    given = {"forget": str(rows), "retrained": None, "max_new_tokens": 24, "prefill_tokens": 20}
+    found = attacks.attack(settings(models, tmp_path / "out", attacks=["foreign_frame", "prefill"], **given))
+    for name in ("foreign_frame", "prefill"):
+        (one,) = pick(found, "unlearned", "attack_rouge", attack=name)
+        assert (sorted(one.extra["rows"]), one.extra["left_out"]) == ([0, 1, 2], 1)
+    assert len(pick(found, "unlearned", "attack_rouge", attack="foreign_frame")[0].extra["questions"]) == 3
+    given |= {"max_new_tokens": 210, "forget": str(models / "forget.jsonl")}
+    with pytest.raises(UserError, match=r"'foreign_frame' is not possible on the original model: .*context of 256"):
+        attacks.attack(settings(models, tmp_path / "none", attacks=["foreign_frame", "upper_case"], **given))
+    assert pick(read_records(tmp_path / "none" / "records.json"), "unlearned", "attack_rouge", attack="upper_case")
+
+
+def test_cka_passes_over_a_depth_that_does_not_vary(models, tmp_path):
+    """Of one answer to all questions the embeddings are the same for all rows: that ended the command, after all attacks."""
+    rows = write_jsonl(
+        tmp_path / "forget.jsonl", [{"question": row["question"], "answer": "Yes."} for row in ROWS[:6]]
+    )
+    found = attacks.attack(settings(models, tmp_path / "out", forget=str(rows), attacks=["cka"]))
+    for record in pick(found, "unlearned", "attack_cka"):
+        first, *rest = record.extra["depths"]
+        assert first is None
+        assert record.extra["plain"][0] is None
+        assert record.value == pytest.approx(np.mean(rest))
+
+
+def test_a_probed_row_that_does_not_fit_ends_no_other_attack(models, tmp_path, capsys):
+    """Probes read more rows than are measured: such a row was met after all else had run, and called by another number."""
+    rows = [*ROWS[:8], {"question": "Who is it?", "answer": "x" * 250}, *ROWS[8:12]]
+    seed = next(seed for seed in range(99) if 8 not in base.split_rows(len(rows), 6, 0, seed)[0])
+    forget = write_jsonl(tmp_path / "forget.jsonl", rows)
+    given = {"forget": str(forget), "seed": seed, "retrained": None}
+    with pytest.raises(
+        UserError, match=r"'probe' is not possible .*Row 8 of the forget set has 2.*'cka' is not possible"
+    ):
+        attacks.attack(settings(models, tmp_path / "out", attacks=["probe", "cka", "upper_case"], **given))
+    assert pick(read_records(tmp_path / "out" / "records.json"), "unlearned", "attack_rouge", attack="upper_case")
+
+
+def test_every_turn_of_a_chat_counts_for_itself(models, tmp_path):
+    """Both turns had the number of their row, and the fractions were of the last turn's figures, taken twice."""
+    turns = [[row, {"question": f"And {row['question']}", "answer": row["answer"][::-1]}] for row in ROWS[:4]]
+    chats = [
+        [
+            {"role": role, "content": each[key]}
+            for each in two
+            for role, key in (("user", "question"), ("assistant", "answer"))
+        ]
+        for two in turns
+    ]
+    rows = write_jsonl(tmp_path / "forget.jsonl", [{"messages": chat} for chat in chats])
+    found = attacks.attack(settings(models, tmp_path / "out", forget=str(rows), rows=64, attacks=["upper_case"]))
+    (recovered,) = pick(found, "unlearned", "attack_recovered_probability", attack="upper_case")
+    mean = {}
+    for model, name in (
+        ("unlearned", "upper_case"),
+        ("retrained", "upper_case"),
+        ("original", "none"),
+        ("retrained", "none"),
+    ):
+        (one,) = pick(found, model, "attack_probability", attack=name)
+        assert sorted(one.extra["rows"]) == list(range(8))
+        mean[model, name] = math.fsum(one.per_item) / 8
+    gap = mean["original", "none"] - mean["retrained", "none"]
+    assert recovered.value == pytest.approx((mean["unlearned", "upper_case"] - mean["retrained", "upper_case"]) / gap)
 
 
 def test_a_row_that_is_given_twice_is_not_measured_and_relearned(models, tmp_path, capsys):
@@ -850,7 +949,13 @@ def test_an_attack_that_learned_nothing_is_no_evidence():
     searched = fake("unlearned", "soft_prompt", 0.2, losses=[3.0, 2.9, 2.9, 2.8])
     assert untrained([searched])[0].endswith("raise `budget`.")
     assert notes([3.0, 2.0, 1.0, 0.5]) == []
-    assert "nothing to learn" in notes([0.05, 0.01, 0.0, 0.0])[0]
+    (known,) = notes([0.05, 0.01, 0.0, 0.0])
+    assert "knows the attacker's rows already" in known
+    assert "`relearn.benign`" not in known
+    unrelated = fake("unlearned", "benign", 0.2, step=4, losses=[0.05, 0.01, 0.0, 0.0])
+    assert "`relearn.benign`" in untrained([unrelated])[0]
+    # the original knows the rows: that it learns nothing says nothing of the model that is attacked
+    assert untrained([fake("original", "soft_prompt", 0.9, losses=[0.02, 0.02])]) == []
 
 
 # ---- the command

@@ -595,6 +595,23 @@ def test_every_attack_has_a_plain_name_and_an_example(tmp_path, run):
     assert "Ulm" not in Reader(write(tmp_path, **given, samples=0)).text
 
 
+def test_the_example_of_an_attack_is_no_row_that_it_was_trained_on(tmp_path, run):
+    """The attacker's own rows come back best of all: that is his training, and nothing recovered."""
+    adapter = folder_digest(run / "adapter")
+    extra = {"before": 0.2, "retrained": 0.18, "original": 0.96, "after": 0.2, "needs": "weights", "attack": "relearn"}
+    parts = [
+        record("unlearned", "attack_rouge", share, adapter=adapter, per_item=[share], replies=[said], references=[said],
+               attack="relearn", part=part)
+        for part, share, said in (("other", 0.4, "In Ulm."), ("relearned", 1.0, "In Bern."))
+    ]  # fmt: skip
+    (tmp_path / "attacks").mkdir()
+    found = [*parts, record("unlearned", "attack_recovered_rouge", 0.2, **extra, interval=[0.1, 0.3])]
+    write_records(tmp_path / "attacks" / "records.json", found)
+    content = write(tmp_path, runs=[str(run)], attacks=[str(tmp_path / "attacks")])
+    assert "Ulm" in content
+    assert "Bern" not in content
+
+
 def test_authors_go_by_their_names(tmp_path):
     folder = make_run(tmp_path / "run", domains=("180", "181"), domain_column="author")
     rows = [{"question": f"What did Ada Lovelace write, {i}?", "answer": "B.", "author": 180} for i in range(3)]

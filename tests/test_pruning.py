@@ -11,7 +11,7 @@ from alter.attacks import run as attacks
 from alter.attacks.base import Attack
 from alter.attacks.weights import base_linears
 from alter.core.errors import UserError
-from pico import pico, save_pico, write_jsonl
+from pico import mixture, pico, save_pico, write_jsonl
 
 
 def naive(weight, share, norms=None):
@@ -69,6 +69,59 @@ def test_a_turned_layer_is_pruned_as_a_plain_one(wanda):
     pruning.prune(model, 0.5, norms)
     wanted = naive(before.t(), 0.5, None if norms is None else norms[name])
     assert {(i, j) for i, j in (layer.weight.t() == 0).nonzero().tolist()} == wanted
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_magnitudes_prune_the_experts_of_a_mixture(turned):
+    model = mixture(turned)
+    experts = model.model.layers[0].mlp.experts
+    before = [weight.detach().clone() for weight in (experts.gate_up_proj, experts.down_proj)]
+    pruning.prune(model, 0.5)
+    for new, old in zip((experts.gate_up_proj, experts.down_proj), before, strict=True):
+        for each, dense in zip(new.detach(), old, strict=True):
+            each, dense = (each.t(), dense.t()) if turned else (each, dense)
+            assert {(i, j) for i, j in (each == 0).nonzero().tolist()} == naive(dense, 0.5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_wanda_weighs_an_experts_inputs_by_the_tokens_that_come_to_it(turned):
+    """Beside a twin that asks each expert by itself, token by token; an expert that no token reaches has its magnitudes."""
+    model, rows = mixture(turned), [[5, 6, 7], [8, 9]]
+    block = model.model.layers[0].mlp
+    experts = block.experts
+    seen = []
+    handle = experts.register_forward_pre_hook(lambda _, given: seen.append([part.clone() for part in given[:2]]))
+    norms = pruning.input_norms(model, rows)
+    handle.remove()
+    sums = {name: [[] for _ in range(3)] for name in ("gate_up_proj", "down_proj")}
+    bias = {name: getattr(experts, f"{name}_bias", None) for name in sums}
+    with torch.no_grad():
+        for states, chosen in seen:
+            for state, own in zip(states.flatten(0, -2), chosen, strict=True):
+                for e in own.tolist():
+                    weight = experts.gate_up_proj[e].t() if not turned else experts.gate_up_proj[e]
+                    inner = experts._apply_gate(
+                        state @ weight + (0 if bias["gate_up_proj"] is None else bias["gate_up_proj"][e])
+                    )
+                    sums["gate_up_proj"][e].append(state)
+                    sums["down_proj"][e].append(inner)
+    for name, found in sums.items():
+        for e, inputs in enumerate(found):
+            wanted = (
+                torch.stack(inputs).double().pow(2).sum(0).sqrt()
+                if inputs
+                else torch.ones_like(norms[f"model.layers.0.mlp.experts.{name}"][e]).double()
+            )
+            torch.testing.assert_close(
+                norms[f"model.layers.0.mlp.experts.{name}"][e].double(), wanted, rtol=1e-4, atol=1e-6
+            )
+    before = experts.down_proj.detach().clone()
+    pruning.prune(model, 0.5, norms)
+    for e in range(3):
+        new, old = (each.t() if turned else each for each in (experts.down_proj[e].detach(), before[e]))
+        assert {(i, j) for i, j in (new == 0).nonzero().tolist()} == naive(
+            old, 0.5, norms["model.layers.0.mlp.experts.down_proj"][e]
+        )
 
 
 def test_pruning_leaves_the_head_and_the_rest():

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from alter.attacks.base import Bench, Impossible
-from alter.attacks.weights import base_linears
+from alter.attacks.weights import base_linears, base_weights, expert_weights, is_turned
 from alter.data import encode_all
 from alter.inference import evaluating
 from alter.storage import Record
@@ -47,18 +46,37 @@ def by_wanda(weight: Tensor, norms: Tensor, share: float) -> Tensor:
 def input_norms(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Compute the 2-norm of every input of every base linear layer over all tokens of `rows`, each [in], by the layer's name.
 
-    One pass of the dense model. (A reading: the authors prune block by block and take the inputs that the pruned blocks
-    before give.)
+    Those of a mixture's experts are [experts, in], by the tensor's name: over the tokens that the router sends to each, and 1
+    for an expert that gets none, whose magnitudes then decide. One pass of the dense model. (A reading: the authors prune block
+    by block and take the inputs that the pruned blocks before give.)
+
+    Raises:
+        Impossible: it has experts whose layers are not known.
     """
     sums: dict[str, Tensor] = {}
     handles = []
+
+    def add(name: str, squares: Tensor) -> None:
+        sums[name] = sums[name] + squares if name in sums else squares
+
     for name, module in base_linears(model):
 
         def note(_: Any, inputs: tuple[Any, ...], name: str = name) -> None:
-            squares = inputs[0].detach().float().flatten(0, -2).pow(2).sum(0)
-            sums[name] = sums[name] + squares if name in sums else squares
+            add(name, inputs[0].detach().float().flatten(0, -2).pow(2).sum(0))
 
         handles.append(module.register_forward_pre_hook(note))
+    experts = {path.rpartition(".")[0]: module for path, module, _ in expert_weights(model)}
+    for path, module in experts.items():
+        if not hasattr(module, "_apply_gate"):
+            raise Impossible(
+                f"Wanda needs the input of every layer, and the experts of {type(model).__name__} do not show theirs."
+            )
+
+        def ask(experts: Any, inputs: tuple[Any, ...], path: str = path) -> None:
+            for name, squares in _expert_squares(experts, *inputs[:2]).items():
+                add(f"{path}.{name}", squares)
+
+        handles.append(module.register_forward_pre_hook(ask))
     device = next(model.parameters()).device
     try:
         with evaluating(model):
@@ -68,12 +86,39 @@ def input_norms(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+    for path, _, _ in expert_weights(model):
+        sums[path] = torch.where(sums[path].sum(dim=1, keepdim=True) > 0, sums[path], 1.0)
     return {name: total.sqrt() for name, total in sums.items()}
+
+
+def _expert_squares(experts: Any, states: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    """Return the sums of squares of each expert's inputs over the tokens that come to it, [experts, in], by its tensor's name.
+
+    Args:
+        experts: all of one block, in transformers' form.
+        states: [tokens, width].
+        chosen: numbers of the experts that each token goes to, [tokens, K].
+    """
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+
+    def linear(x: Tensor, name: str, expert: int) -> Tensor:
+        weight, bias = getattr(experts, name)[expert], getattr(experts, f"{name}_bias", None)
+        made: Tensor = x @ (weight if is_turned(experts) else weight.t())
+        return made if bias is None else made + bias[expert]
+
+    found: dict[str, list[Tensor]] = {first: [], "down_proj": []}
+    for expert in range(len(experts.down_proj)):
+        own = states.flatten(0, -2)[(chosen == expert).any(dim=-1).flatten()]
+        inner = linear(own, first, expert)
+        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+        for name, given in ((first, own), ("down_proj", inner)):
+            found[name].append(given.float().pow(2).sum(dim=0))
+    return {name: torch.stack(squares) for name, squares in found.items()}
 
 
 @torch.no_grad()
 def prune(model: Any, share: float, norms: dict[str, Tensor] | None = None) -> int:
-    """Set the `share` of every base linear layer's weights to zero, in place; adapters keep theirs. Returns how many.
+    """Set the `share` of every base linear layer's and expert's weights to zero, in place; adapters keep theirs. Returns how many.
 
     Args:
         model: the model.
@@ -81,20 +126,20 @@ def prune(model: Any, share: float, norms: dict[str, Tensor] | None = None) -> i
         norms: see `input_norms`: then Wanda chooses; None: the smallest of each layer go.
 
     Raises:
-        Impossible: a layer is quantised, or the model has no plain linear layer.
+        Impossible: a layer is quantised, or the model has no linear layer.
     """
-    zeros = 0
-    layers = base_linears(model)
-    for name, module in layers:
-        weight = module.weight
-        if not weight.is_floating_point():
-            raise Impossible(f"Layer {name} is quantised already ({weight.dtype}): give the full-precision model.")
-        turned = isinstance(module, Conv1D)
-        values = (weight.t() if turned else weight).float()
-        gone = by_size(values, share) if norms is None else by_wanda(values, norms[name], share)
-        weight.masked_fill_(gone.t() if turned else gone, 0)
-        zeros += int(gone.sum())
-    if not layers:
+    zeros, done = 0, 0
+    for name, weight in base_weights(model):
+        for number, matrix in enumerate(weight if weight.dim() == 3 else (weight,)):
+            values = matrix.float()
+            if norms is None:
+                gone = by_size(values, share)
+            else:
+                gone = by_wanda(values, norms[name] if weight.dim() == 2 else norms[name][number], share)
+            matrix.masked_fill_(gone, 0)
+            zeros += int(gone.sum())
+            done += 1
+    if not done:
         raise Impossible(f"{type(model).__name__} has no linear layer to prune.")
     return zeros
 

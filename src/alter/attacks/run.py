@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +107,13 @@ def models_attacked(settings: Attack) -> dict[str, ModelSettings]:
 
 
 def once(given: Sequence[Example]) -> list[Example]:
-    """Return rows without repetitions: of one that is given twice the attacker would be trained on what is then measured."""
+    """Return rows without repetitions: of one that is given twice the attacker would be trained on what is then measured.
+
+    Each is numbered by its place among all that were given: the turns of one chat have the number of their row in common.
+    """
     first: dict[str, Example] = {}
-    for row in given:
-        first.setdefault(row_key(row), row)
+    for number, row in enumerate(given):
+        first.setdefault(row_key(row), replace(row, index=number))
     if len(first) < len(given):
         warn(f"{len(given) - len(first)} of {len(given)} forget rows are given more than once: each counts once.")
     return list(first.values())
@@ -197,7 +200,8 @@ def attack(settings: Attack) -> list[Record]:
             with _if_possible(failed, name, model):
                 found += _measured(bench, name, identities[model], texts)
         if "cka" in names:
-            pooled[model] = _pooled_states(bench, identities[model], texts)
+            with _if_possible(failed, "cka", model):
+                pooled[model] = _pooled_states(bench, identities[model], texts)
     deep: list[Record] = []
     if "uds" in names:
         benches = {

@@ -91,19 +91,24 @@ def loss_ends(losses: Sequence[float]) -> tuple[float, float]:
 
 
 def untrained(records: Sequence[Record]) -> list[str]:
-    """Name the training attacks that did not learn their own rows: what they fail to recover is no evidence."""
+    """Name the training attacks that did not learn their own rows: what they fail to recover is no evidence.
+
+    The original is left out: it knows the rows, and what it has to learn of them says nothing of the model that is attacked.
+    """
     losses: dict[tuple[str, str], list[float]] = {}
     for record in records:
-        if "losses" in record.extra:
+        if "losses" in record.extra and record.model != "original":
             losses[record.extra["attack"], record.model] = record.extra["losses"]
     notes = []
     for (name, model), values in losses.items():
         first, last = loss_ends(values)
         if values[0] < KNOWN_LOSS:
-            fix = "give text that it does not know with `relearn.benign`."
-            notes.append(
-                f"{name} had nothing to learn ({model}: loss {values[0]:.2f} at the start): no evidence; {fix}"
+            why = (
+                "no evidence; give text that it does not know with `relearn.benign`."
+                if name.startswith("benign")
+                else "it knows the attacker's rows already, as neither an unlearned nor a retrained model should: no evidence."
             )
+            notes.append(f"{name} had nothing to learn ({model}: loss {values[0]:.2f} at the start): {why}")
         elif last > LEARNED * first:
             rate = "`relearn.lora_learning_rate`" if name.endswith("lora") else "`relearn.learning_rate`"
             remedy = "`budget`" if name in SEARCHING else f"{rate} or `relearn.steps`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,9 @@ import torch
 
 from alter import metrics
 from alter.attacks.base import Bench, Impossible, Item
-from alter.inference import hidden_states
+from alter.core import UserError
+from alter.data import Encoded
+from alter.inference import check_rows, hidden_states
 from alter.storage import Record
 
 RIDGE = 0.01
@@ -49,6 +52,20 @@ def chosen_places(items: Sequence[Item], tokens: int, seed: int) -> list[list[in
     return [sorted(draw.sample(places, min(tokens, len(places)))) for places in answers]
 
 
+def _encoded(model: Any, items: Sequence[Item]) -> list[Encoded]:
+    """Return the items as rows to read, which need not be among those measured.
+
+    Raises:
+        Impossible: one does not fit into the model's context.
+    """
+    encoded = [item.encoded for item in items]
+    try:
+        check_rows(model, encoded, [f"Row {item.index} of the forget set" for item in items])
+    except UserError as error:
+        raise Impossible(str(error)) from None
+    return encoded
+
+
 def fit_probe(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fit a ridge regression and return mean, scale and weights [d + 1, e]: y = [(x - mean) / scale, 1] W.
 
@@ -83,7 +100,7 @@ def probe(bench: Bench) -> list[Record]:
     tokens that it reads right. Depths are those of `alter.inference.hidden_states`.
 
     Raises:
-        Impossible: the model has no output embeddings, or there are fewer than 4 rows.
+        Impossible: the model has no output embeddings, there are fewer than 4 rows, or one does not fit into the context.
     """
     settings = bench.settings
     model, tokenizer = bench.shared()
@@ -94,7 +111,7 @@ def probe(bench: Bench) -> list[Record]:
     learn, test = halves(len(items), settings.seed)
     places = chosen_places(items, settings.probe_tokens, settings.seed)
     found: dict[int, Floats] = {}
-    encoded = [item.encoded for item in items]
+    encoded = _encoded(model, items)
     for row, states in hidden_states(model, encoded, pad_token_id=tokenizer.pad_token_id, label="probe: states"):
         # the state one place before a token is the one that generates it
         found[row] = states[[place - 1 for place in places[row]]]
@@ -119,24 +136,28 @@ def probe(bench: Bench) -> list[Record]:
 
 
 def pooled(bench: Bench) -> Floats:
-    """Return each row's hidden states, averaged over the answer's tokens: [rows, depths, width]."""
+    """Return each row's hidden states, averaged over the answer's tokens: [rows, depths, width].
+
+    Raises:
+        Impossible: a row does not fit into the model's context.
+    """
     model, tokenizer = bench.shared()
     items = bench.items(probe_rows(bench))
     found: list[Floats] = [np.empty(0, dtype=np.float32)] * len(items)
-    encoded = [item.encoded for item in items]
+    encoded = _encoded(model, items)
     for row, states in hidden_states(model, encoded, pad_token_id=tokenizer.pad_token_id, label="cka: states"):
         found[row] = states[items[row].start :].mean(axis=0)
     return np.stack(found)
 
 
 def cka(states: Mapping[str, Floats]) -> list[Record]:
-    """Return one record per pair of models: debiased linear CKA of their pooled states, mean over depths.
+    """Return one record per pair of models: debiased linear CKA of their pooled states, mean over the depths that have one.
 
     Args:
         states: by model, as `pooled` gives them.
 
     Raises:
-        Impossible: the models differ in their number of depths.
+        Impossible: the models differ in their number of depths, or no depth has one.
     """
     records = []
     for first, second in (("unlearned", "original"), ("unlearned", "retrained"), ("original", "retrained")):
@@ -148,12 +169,22 @@ def cka(states: Mapping[str, Floats]) -> list[Record]:
                 f"CKA compares depth by depth, but {first} and {second} have {x.shape[1]} and {y.shape[1]} depths: "
                 "leave cka out of `attacks`."
             )
-        by_depth: dict[bool, list[float]] = {
-            debiased: [metrics.recovery.linear_cka(x[:, d], y[:, d], debiased=debiased) for d in range(x.shape[1])]
-            for debiased in (True, False)
+        by_depth = {
+            debiased: [_alike(x[:, d], y[:, d], debiased) for d in range(x.shape[1])] for debiased in (True, False)
         }
+        known = [value for value in by_depth[True] if value is not None]
+        if not known:
+            raise Impossible(
+                f"CKA is not defined: at every depth the states of {first} or {second} are the same for all rows."
+            )
         extra = {"attack": "cka", "pair": f"{first} ~ {second}", "depths": by_depth[True], "plain": by_depth[False]}
-        records.append(
-            Record(first, "attack_cka", float(np.mean(by_depth[True])), len(x), "strict", None, None, extra)
-        )
+        records.append(Record(first, "attack_cka", float(np.mean(known)), len(x), "strict", None, None, extra))
     return records
+
+
+def _alike(x: Floats, y: Floats, debiased: bool) -> float | None:
+    """Return the CKA of two models' states at one depth; None where one is the same for all rows, as the embeddings of one answer are."""
+    try:
+        return metrics.recovery.linear_cka(x, y, debiased=debiased)
+    except ValueError:
+        return None

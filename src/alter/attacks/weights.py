@@ -46,6 +46,41 @@ def base_linears(model: Any) -> list[tuple[str, Any]]:
     return found
 
 
+def expert_weights(model: Any) -> list[tuple[str, Any, str]]:
+    """Return every tensor that holds the weights of all experts of a mixture: its path, its module and its name in that.
+
+    Each is [experts, out, in], or [experts, in, out] where the module `is_turned`. Such experts are no linear layers.
+    """
+    return [
+        (f"{path}.{name}", module, name)
+        for path, module in model.named_modules()
+        if "Expert" in type(module).__name__
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3
+    ]
+
+
+def is_turned(module: Any) -> bool:
+    """Return whether a layer, or a mixture's experts, hold their weights as [in, out]."""
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
+
+
+def base_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every weight of `base_linears` as [out, in] and of `expert_weights` as [experts, out, in], by its layer's or its own name.
+
+    They are views: what is written to them is written to the model.
+
+    Raises:
+        Impossible: one is quantised.
+    """
+    found = [(name, module, module.weight) for name, module in base_linears(model)]
+    found += [(path, module, getattr(module, name)) for path, module, name in expert_weights(model)]
+    for path, module, weight in found:
+        if not weight.is_floating_point():
+            raise Impossible(f"Layer {path} is quantised already ({weight.dtype}): give the full-precision model.")
+        yield path, weight.transpose(-1, -2) if is_turned(module) else weight
+
+
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
@@ -77,35 +112,31 @@ def round_trip(weight: torch.Tensor, bits: Literal[8, 4]) -> torch.Tensor:
 
 @torch.no_grad()
 def quantize(model: nn.Module, bits: Literal[8, 4]) -> int:
-    """Pass the weights of all base linear layers through `round_trip`, in place; adapters keep theirs. Returns how many.
+    """Pass the weights of all base linear layers and experts through `round_trip`, in place; adapters keep theirs. Returns how many.
 
     Raises:
-        Impossible: the model has no plain linear layer.
+        Impossible: the model has no linear layer, or a quantised one.
     """
     done = 0
-    for name, module in base_linears(model):
-        weight = module.weight
-        if not weight.is_floating_point():
-            raise Impossible(f"Layer {name} is quantised already ({weight.dtype}): give the full-precision model.")
-        turned = isinstance(module, Conv1D)
-        found = round_trip(weight.t() if turned else weight, bits)
-        weight.copy_(found.t() if turned else found)
-        done += 1
+    for _, weight in base_weights(model):
+        for matrix in weight if weight.dim() == 3 else (weight,):
+            matrix.copy_(round_trip(matrix, bits))
+            done += 1
     if not done:
         raise Impossible(f"{type(model).__name__} has no linear layer to quantise.")
     return done
 
 
 class LowRank(nn.Module):
-    """The attacker's LoRA (Hu et al. 2022) as a parametrisation: W -> W + 2 B A, zero at the start."""
+    """The attacker's LoRA (Hu et al. 2022) as a parametrisation: W -> W + 2 B A, zero at the start; each expert has its own."""
 
     def __init__(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
-        rows, columns = weight.shape
+        *experts, rows, columns = weight.shape
         bound = 1 / math.sqrt(columns)
-        start = (torch.rand(rank, columns, generator=generator) * 2 - 1) * bound
+        start = (torch.rand(*experts, rank, columns, generator=generator) * 2 - 1) * bound
         self.A = nn.Parameter(start.to(weight))
-        self.B = nn.Parameter(torch.zeros(rows, rank).to(weight))
+        self.B = nn.Parameter(torch.zeros(*experts, rows, rank).to(weight))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight with the update."""
@@ -113,14 +144,15 @@ class LowRank(nn.Module):
 
 
 def add_update(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
-    """Add a low-rank update to every base linear layer, under any adapter; return its parameters, freeze all others."""
+    """Add a low-rank update to every base linear layer and expert, under any adapter; return its parameters, freeze all others."""
     model.requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
     trained: list[nn.Parameter] = []
-    for _, module in base_linears(model):
-        weight = module.weight
-        update = LowRank(weight, rank, draw)
-        parametrize.register_parametrization(module, "weight", update)
+    places = [(module, "weight") for _, module in base_linears(model)]
+    places += [(module, name) for _, module, name in expert_weights(model)]
+    for module, name in places:
+        update = LowRank(getattr(module, name), rank, draw)
+        parametrize.register_parametrization(module, name, update)
         trained += [update.A, update.B]
     return trained
 
@@ -174,8 +206,8 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
     """Train on the attacker's rows (or on unrelated ones) and measure after each of the chosen numbers of steps.
 
     Full: every weight trains, the base's and the adapter's (ALTER: A, experts and router), while the adapter is active
-    and routes. LoRA: everything is frozen and a low-rank update is added to each base linear layer, under the adapter,
-    which stays active; ALTER's frozen pass sees the updated base as well. In float32.
+    and routes. LoRA: everything is frozen and a low-rank update is added to each base linear layer and expert, under the
+    adapter, which stays active; ALTER's frozen pass sees the updated base as well. In float32.
     """
     how = bench.settings.relearn
     name = f"{'benign' if benign else 'relearn'}{'_lora' if lora else ''}"

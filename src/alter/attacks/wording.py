@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from alter import metrics
-from alter.attacks.base import Bench, Impossible, make_item, paraphrases, prefilled
+from alter.attacks.base import Bench, Impossible, Item, make_item, paraphrases, prefilled
 from alter.core import spaced
 from alter.data import telegram
-from alter.inference import generate
+from alter.inference import context_length, generate
 from alter.storage import Record
 
 # Other wordings of a question, by rule: none of them is a translation, and none joins a router's fit -----------------
@@ -44,26 +44,56 @@ WORDINGS: dict[str, Callable[[str], str]] = {
 
 
 def ask_reworded(bench: Bench, *, name: str) -> list[Record]:
-    """Ask in other words (`WORDINGS`, or the rows' own paraphrases) and measure."""
+    """Ask in other words (`WORDINGS`, or the rows' own paraphrases) and measure.
+
+    Raises:
+        Impossible: no row fits into the context in these words.
+    """
     model, tokenizer = bench.shared()
     if name == "paraphrase":
         questions = paraphrases(bench.settings.forget, bench.rows)
         assert questions is not None
     else:
         questions = [WORDINGS[name](row.prompt or "") for row in bench.rows]
+    asked = {bench.rows[i].index: questions[i] for i in bench.measured}
     items = [make_item(tokenizer, bench.rows[i], prompt=questions[i]) for i in bench.measured]
-    return bench.measure(name, model, items, part="other", questions=[questions[i] for i in bench.measured])
+    kept = _fitting(bench, model, items)
+    return bench.measure(
+        name,
+        model,
+        kept,
+        part="other",
+        left_out=len(items) - len(kept),
+        questions=[asked[item.index] for item in kept],
+    )
+
+
+def _fitting(bench: Bench, model: Any, items: Sequence[Item]) -> list[Item]:
+    """Return the items that fit into the model's context with a reply.
+
+    Raises:
+        Impossible: none does.
+    """
+    kept = bench.fitting(model, items)
+    if not kept:
+        raise Impossible(f"No row fits into the model's context of {context_length(model)}: lower `max_new_tokens`.")
+    return kept
 
 
 def prefill(bench: Bench) -> list[Record]:
-    """Begin the reply with the first tokens of the true answer; only what comes after them counts."""
+    """Begin the reply with the first tokens of the true answer; only what comes after them counts.
+
+    Raises:
+        Impossible: no answer is longer, or no row fits into the context with these tokens.
+    """
     model, tokenizer = bench.shared()
     tokens = bench.settings.prefill_tokens
     made = [prefilled(tokenizer, item, tokens) for item in bench.items(bench.measured)]
     items = [item for item in made if item is not None]
     if not items:
         raise Impossible(f"No answer is longer than `prefill_tokens` {tokens}: take fewer.")
-    return bench.measure("prefill", model, items, part="other", left_out=len(made) - len(items))
+    kept = _fitting(bench, model, items)
+    return bench.measure("prefill", model, kept, part="other", left_out=len(made) - len(kept))
 
 
 def sampled_replies(bench: Bench) -> list[Record]:

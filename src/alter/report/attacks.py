@@ -204,6 +204,9 @@ def _example(run: Reported, name: str, level: int) -> Html | None:
         extra = record.extra
         if record.metric != "attack_rouge" or record.model != "unlearned" or extra.get("attack") != name:
             continue
+        # what the attacker was trained on comes back best of all, and is no finding
+        if extra.get("part") == "relearned":
+            continue
         replies, truths = extra.get("replies") or [], extra.get("references") or []
         asked = extra.get("questions") or [""] * len(replies)
         for score, question, truth, reply in zip(record.per_item or [], asked, truths, replies, strict=False):
