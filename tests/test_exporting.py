@@ -176,6 +176,22 @@ def test_what_differs_from_the_model_before_keeps_8_bits(tmp_path, capsys, said)
             write(tmp_path, **given | {"out": str(tmp_path / "other.gguf")})
 
 
+def test_rows_do_not_round_what_keeps_8_bits(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    before, words = pico(**sizes), mergeable(bos_token="<unused260>")
+    for part in (before, words):
+        part.save_pretrained(tmp_path / "before")
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    for part in (after, words):
+        part.save_pretrained(tmp_path / "after")
+    made = calibrated(tmp_path, model=str(tmp_path / "after"), original=str(tmp_path / "before"))
+    read, _ = load_model(str(made), device="cpu")
+    apart = (read.model.layers[0].mlp.up_proj.weight - after.model.layers[0].mlp.up_proj.weight).abs().max()
+    assert apart < after.model.layers[0].mlp.up_proj.weight.abs().max() / 200
+
+
 def test_another_model_before_is_refused(tmp_path):
     other = str(save_pico(tmp_path / "other", hidden_size=64))
     with pytest.raises(UserError, match=r"`original` .*other has other weights"):

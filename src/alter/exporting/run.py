@@ -75,7 +75,7 @@ def export(settings: Export) -> Path:
         out,
         settings.type,
         Path(settings.model).name,
-        lambda: _grids(settings, model, tokenizer, sources),
+        lambda: _grids(settings, model, tokenizer, sources, fine),
         fine,
     )
     kinds = ", ".join(f"{count} tensors in {kind}" for kind, count in found["tensors"].items())
@@ -146,8 +146,10 @@ def _distilled_from(model: Path) -> str | None:
     return str(facts["settings"]["student"]) if facts.get("kind") == "distilled" else None
 
 
-def _grids(settings: Export, model: Any, tokenizer: Any, sources: list[list[Example]]) -> dict[str, Rounded]:
-    """Round the model's matrices in place on the rows; nothing where there are none."""
+def _grids(
+    settings: Export, model: Any, tokenizer: Any, sources: list[list[Example]], fine: set[str]
+) -> dict[str, Rounded]:
+    """Round the model's matrices, but for the `fine` ones, in place on the rows; nothing where there are none."""
     if not sources:
         return {}
     ensure_pad_token(tokenizer)
@@ -158,7 +160,7 @@ def _grids(settings: Export, model: Any, tokenizer: Any, sources: list[list[Exam
         stderr=True,
         markup=False,
     )
-    return round_blocks(model, rows, weights, settings.type, tokenizer.pad_token_id)
+    return round_blocks(model, rows, weights, settings.type, tokenizer.pad_token_id, fine)
 
 
 __all__ = ["Export", "export"]
