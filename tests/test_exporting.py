@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from alter import AlterConfig
+from alter.adapter.routing import Routing
 from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_all
 from alter.data.rows import load_examples
@@ -380,6 +381,30 @@ def test_an_expert_loads_as_a_lora_without_alter(tmp_path, adapter):
     torch.testing.assert_close(torch.load(tmp_path / "logits"), logits(adapter), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"from_layer": 1}, {"retention_expert": False}, {"r": 1, "num_forget_experts": 3}]
+)
+def test_a_lora_says_what_the_routed_model_says_of_its_expert(tmp_path, changes):
+    save_pico(tmp_path / "model")
+    base = pico()
+    base.name_or_path = str(tmp_path / "model")
+    given = {"r": 3, "alter_alpha": 7, "num_forget_experts": 2, "target_modules": ["q_proj", "down_proj"]}
+    patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 5}, "init_weights": False}
+    routed = get_peft_model(base, AlterConfig(**given | patterns | {"task_type": "CAUSAL_LM"} | changes)).double()
+    routed.save_pretrained(tmp_path / "adapter")
+    made = {"model": str(tmp_path / "model"), "adapter": str(tmp_path / "adapter"), "form": "loras"}
+    out = write(tmp_path, "loras", **made)
+    experts = routed.active_peft_config.num_forget_experts
+    gates = torch.zeros(1, 40, experts + 1, dtype=torch.float64)
+    gates[..., 2] = 1
+    gates[..., 0] = float(routed.active_peft_config.retention_expert)
+    with torch.no_grad():
+        expected = routed.eval()(input_ids=torch.arange(40)[None], alter_routing=Routing(gates)).logits
+    # refuses an adapter of which a weight has no place, or a place no weight
+    plain, _ = load_model(str(tmp_path / "model"), str(out / "expert-2"), device="cpu", dtype="float32")
+    torch.testing.assert_close(logits(plain.double()), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_experts_weights_are_their_naive_twin():
     B = torch.randn(3, 6)
     found = expert_weights(
@@ -393,7 +418,11 @@ def test_an_experts_weights_are_their_naive_twin():
 
 def test_an_adapter_without_experts_is_refused(tmp_path, adapter):
     path = tmp_path / "adapter" / "adapter_config.json"
-    for changes, said in (({"peft_type": "LORA"}, "LORA"), ({"bound": "tanh"}, "tanh")):
+    for changes, said in (
+        ({"peft_type": "LORA"}, "LORA"),
+        ({"bound": "tanh"}, "tanh"),
+        ({"router": "dense"}, "dense"),
+    ):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "ALTER"} | changes))
         with pytest.raises(UserError, match=said):
             write(tmp_path, "loras", model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), form="loras")
