@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -175,6 +175,20 @@ def test_what_differs_from_the_model_before_keeps_8_bits(tmp_path, capsys, said)
             UserError, match=r"before.*was distilled from it.*give the model from before as `original`"
         ):
             write(tmp_path, **given | {"out": str(tmp_path / "other.gguf")})
+
+
+def test_what_a_merged_adapter_changes_keeps_8_bits(tmp_path):
+    before, words = pico(hidden_size=64, intermediate_size=64), mergeable(bos_token="<unused260>")
+    for part in (before, words):
+        part.save_pretrained(tmp_path / "before")
+    lora = get_peft_model(before, LoraConfig(r=2, target_modules=["up_proj"], layers_to_transform=[0]))
+    torch.nn.init.normal_(lora.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight, std=1e-3)
+    lora.save_pretrained(tmp_path / "lora")
+    given = {"model": str(tmp_path / "before"), "adapter": str(tmp_path / "lora"), "merged": True}
+    kinds = {
+        each.name: each.tensor_type.name for each in gguf.GGUFReader(write(tmp_path, type="q4_1", **given)).tensors
+    }
+    assert (kinds["blk.0.ffn_up.weight"], kinds["blk.1.ffn_up.weight"]) == ("Q8_0", "Q4_1")
 
 
 def test_rows_do_not_round_what_keeps_8_bits(tmp_path):
