@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from alter import AlterConfig
@@ -273,6 +273,30 @@ def test_pieces_get_scores_in_the_order_of_their_merges(tmp_path):
     assert (found.model, found.merges) == ("llama", None)
     assert [found.scores[found.tokens.index(each)] for each in ("the", "th", "t")] == [-2.0, -1.0, 0.0]
     assert found.kinds[-3:] == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "splitter", "spaced"),
+    [
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False), False),
+        (normalizers.Replace(" ", "▁"), None, False),
+    ],
+    ids=["Llama 2", "Mistral", "without", "Gemma"],
+)
+def test_a_space_before_texts_is_told(tmp_path, normalizer, splitter, spaced):
+    pieces = Tokenizer(models.BPE({"<eos>": 0, "<0x61>": 1, "▁": 2}, [], byte_fallback=True))
+    if normalizer is not None:
+        pieces.normalizer = normalizer
+    if splitter is not None:
+        pieces.pre_tokenizer = splitter
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<eos>", pad_token="<eos>")
+    pico(eos_token_id=0, pad_token_id=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = write(tmp_path, model=str(tmp_path / "model"))
+    field = gguf.GGUFReader(made).fields["tokenizer.ggml.add_space_prefix"]
+    assert field.contents() is spaced
 
 
 Usage = namedtuple("Usage", "total used free")

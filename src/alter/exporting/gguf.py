@@ -227,7 +227,7 @@ def _describe(writer: Any, model: Any, kind: Architecture, words: Vocabulary, wa
     for name, number in words.special.items():
         getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(words.begins)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(words.spaced)
     if words.template is not None:
         writer.add_chat_template(words.template)
 
