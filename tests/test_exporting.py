@@ -13,7 +13,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from alter import AlterConfig
@@ -335,6 +343,35 @@ def test_an_unknown_rotary_embedding_and_a_window_are_refused():
     config.sliding_window = 16
     with pytest.raises(UserError, match="no sliding window"):
         writing.architecture(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        (Gemma2Config, {}, None),
+        (Gemma2Config, {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar of 16 .* has 256"),
+        (Gemma2Config, {"num_hidden_layers": 46}, "query_pre_attn_scalar of 32"),
+        (Gemma2Config, {"num_hidden_layers": 46, "query_pre_attn_scalar": 32}, None),
+        (Gemma2Config, {"attn_logit_softcapping": None}, "caps .* attn_logit_softcapping is None"),
+        (Gemma3TextConfig, {}, None),
+        (Gemma3TextConfig, {"query_pre_attn_scalar": 168}, "query_pre_attn_scalar of 16"),
+        (Gemma3TextConfig, {"final_logit_softcapping": 30.0}, "does not cap .* final_logit_softcapping is 30.0"),
+    ],
+)
+def test_an_attention_that_llama_cpp_would_scale_otherwise_is_refused(kind, changes, said):
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
+    config = kind(**sizes | changes)
+    if said is None:
+        writing.architecture(config)
+    else:
+        with pytest.raises(UserError, match=said):
+            writing.architecture(config)
+
+
+def test_of_several_chat_templates_the_default_is_written():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"tool_use": "tools", "default": "{{ messages }}"}
+    assert vocabulary(tokenizer, VOCAB).template == "{{ messages }}"
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ class Vocabulary:
         special: numbers of the tokens bos, eos, unk, pad that there are.
         begins: whether every text begins with bos.
         spaced: whether a text begins with a space that is put before it, as of Llama 2 and Mistral.
-        template: the chat template, if there is one.
+        template: the chat template, if there is one; of several that called default.
     """
 
     model: str
@@ -123,6 +123,9 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     begins = "bos" in special and tokenizer("a")["input_ids"][:1] == [special["bos"]]
     spaced = pieces and backend.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE)
     template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        # of several by name, the one that transformers takes
+        template = template.get("default")
     return Vocabulary(
         "llama" if pieces else "gpt2",
         split,
@@ -133,7 +136,7 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         special,
         begins,
         spaced,
-        template if isinstance(template, str) else None,
+        template,
     )
 
 
