@@ -678,6 +678,18 @@ def test_each_request_is_a_lora_by_its_name(three, data, tmp_path):
     assert torch.equal(tensors[name], whole[name.replace(".lora_B.", ".alter_B.")][:, 8:12])
 
 
+def test_a_server_is_told_which_expert_is_whose_lora_and_that_a_revoked_one_is_the_base(three, tmp_path, capsys):
+    store, copy = copied(three, tmp_path)
+    moved(store, copy)
+    # in so small a model others may come back with it
+    with contextlib.suppress(UserError):
+        revoke(Revoke(db=store.url, id="2"))
+    capsys.readouterr()
+    export_requests(ExportRequests(db=store.url, out=str(tmp_path / "loras"), form="loras"))
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.endswith(f"--upstream URL --upstream-loras R-0001 {store.project()['model']} R-0003")
+
+
 def test_several_requests_are_one_run_and_text_may_be_kept(data, tmp_path, capsys):
     store = start(data, tmp_path)
     moved = tmp_path / "Ada.jsonl"
