@@ -607,6 +607,12 @@ def test_jobs_of_one_request_are_queued_together_or_not_at_all(idle):
         engine.submit(*(job([1]) for _ in range(4)))
 
 
+def test_a_small_body_that_asks_for_millions_of_answers_is_refused_before_a_prompt_is_read(running, monkeypatch):
+    monkeypatch.setattr(TextAsked, "prompts", lambda *_: pytest.fail("a prompt was read"))
+    with pytest.raises(openai.BadRequestError, match="asks for 4800 answers at once; at most 256 may wait"):
+        running.client().completions.create(model="pico", prompt=["a"] * 300, n=16, max_tokens=1)
+
+
 def test_jobs_that_nobody_waits_for_cost_nothing(idle, monkeypatch):
     engine = idle()
     monkeypatch.setattr(engine.model, "generate", None)

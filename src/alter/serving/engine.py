@@ -141,6 +141,16 @@ def check_prompt(ids: Sequence[int], new: int, vocabulary: int, context: int | N
         )
 
 
+def check_count(count: int, most: int) -> None:
+    """Refuse a request for more answers than may ever wait.
+
+    Raises:
+        UserError: there are more than `most`.
+    """
+    if count > most:
+        raise UserError(f"The request asks for {count} answers at once; at most {most} may wait (`max_waiting`).")
+
+
 class Engine:
     """The model, its queue, and the thread that serves it.
 
@@ -173,19 +183,15 @@ class Engine:
         """Queue jobs: all of them, or none.
 
         Raises:
-            UserError: see `check`; or there are more than may ever wait.
+            UserError: see `check` and `check_count`.
             queue.Full: the queue is full at present.
         """
         for job in jobs:
             self.check(job)
-        most = self.waiting.maxsize
-        if len(jobs) > most:
-            raise UserError(
-                f"The request asks for {len(jobs)} answers at once; at most {most} may wait (`max_waiting`)."
-            )
+        check_count(len(jobs), self.waiting.maxsize)
         # the engine only takes away, so what has room now has room below
         with self.entry:
-            if self.waiting.qsize() + len(jobs) > most:
+            if self.waiting.qsize() + len(jobs) > self.waiting.maxsize:
                 raise queue.Full
             for job in jobs:
                 self.waiting.put_nowait(job)
