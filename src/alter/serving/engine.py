@@ -100,10 +100,11 @@ class _Watch(StoppingCriteria):
         """Cut the text at a stop text, and drop the tokens that add nothing before it."""
         job.text = job.text[:end]
         if job.logprobs is not None:
-            lengths = (
-                len(self.tokenizer.decode(job.tokens[:n], skip_special_tokens=True)) for n in range(len(job.tokens))
-            )
-            del job.scored[next((n for n, length in enumerate(lengths) if length >= end), len(job.tokens)) :]
+            # a character that is not finished looks as long as a whole one
+            texts = (self.tokenizer.decode(job.tokens[:n], skip_special_tokens=True) for n in range(len(job.tokens)))
+            del job.scored[
+                next((n for n, text in enumerate(texts) if text.startswith(job.text)), len(job.tokens)) :
+            ]
 
     def _certain(self, job: Job) -> str:
         """Return the part of the text that no later token can change or take back."""
