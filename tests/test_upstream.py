@@ -217,6 +217,12 @@ def test_what_the_router_cannot_read_is_refused_in_words(upstream, body, says):
     assert says in error.value.content["error"]["message"]
 
 
+def test_more_prompts_than_may_wait_cost_no_pass(client, upstream, monkeypatch):
+    monkeypatch.setattr(Chosen, "choose", lambda *_: pytest.fail("the router read a prompt"))
+    with pytest.raises(openai.BadRequestError, match="asks for 257 answers at once; at most 256 may wait"):
+        client.completions.create(model="ours", prompt=["a"] * 257)
+
+
 def test_an_error_does_not_tell_which_lora_was_chosen(client):
     with pytest.raises(openai.NotFoundError, match="The model `ours` does not exist") as error:
         ask(client, "Who is Ada?", temperature=8)

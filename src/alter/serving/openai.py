@@ -18,7 +18,7 @@ from typing import Any
 import pydantic
 
 from alter.core import UserError
-from alter.serving.engine import Engine
+from alter.serving.engine import Engine, check_count
 from alter.serving.protocol import Asked, ChatAsked, Prompt, TextAsked, error_body, explain
 from alter.serving.replies import ChatReply, Reply, TextReply
 from alter.serving.settings import Serve
@@ -123,6 +123,8 @@ class Api:
             raise Refused(400, message, param=field) from None
         self._check_name(asked.model)
         try:
+            # before any prompt is read: a small body can ask for millions of answers
+            check_count(asked.count, self.engine.waiting.maxsize)
             return asked, asked.prompts(self.engine.tokenizer)
         except UserError as error:
             raise Refused(400, str(error)) from None

@@ -19,7 +19,7 @@ import torch
 from alter.adapter import alter_of
 from alter.core import UserError, nearest
 from alter.inference import context_length, evaluating
-from alter.serving.engine import check_prompt
+from alter.serving.engine import check_count, check_prompt
 from alter.serving.openai import Api, Refused, json_response
 from alter.serving.protocol import Asked, ChatAsked, TextAsked, explain
 from alter.storage import from_json
@@ -187,7 +187,10 @@ class Proxy(Api):
         self._check_name(str(given.get("model") or ""))
         try:
             # of all else the other server knows best what it takes
-            prompts = form.model_validate({field: given.get(field)}).prompts(self.chooser.tokenizer)
+            asked = form.model_validate({field: given.get(field)})
+            # each prompt costs a pass of the base
+            check_count(asked.count, self.settings.max_waiting)
+            prompts = asked.prompts(self.chooser.tokenizer)
             chosen = {self.chooser.choose(prompt) for prompt in prompts}
         except pydantic.ValidationError as error:
             message, wrong = explain(error)
