@@ -121,7 +121,9 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         if (number := getattr(tokenizer, f"{name}_token_id")) is not None and number < rows
     }
     begins = "bos" in special and tokenizer("a")["input_ids"][:1] == [special["bos"]]
-    spaced = backend is not None and pieces and backend.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE)
+    spaced = (
+        backend is not None and pieces and backend.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE)
+    )
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         # of several by name, the one that transformers takes
