@@ -90,6 +90,7 @@ def test_certificate_states_what_was_done(made, capsys):
     assert content["asked"]["data"] == request.data_hash
     assert content["measured"]["after"]["said"]["interval"] == request.after["said_interval"]
     assert content["measured"]["before"]["probability"]["value"] == request.before["probability"]
+    assert content["measured"]["utility_data"] == request.after["utility"]["data"] is not None
     weights = folder / "work" / "adapter" / "adapter_model.safetensors"
     assert content["result"]["files"]["adapter_model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     entry = store.history()[content["history"]["entries"] - 1]

@@ -30,7 +30,7 @@ from alter import cli
 from alter.core.errors import Finding, UserError
 from alter.data.batching import Collator
 from alter.data.encoding import encode
-from alter.data.rows import load_examples
+from alter.data.rows import data_hash, load_examples, row_hash
 from alter.data.sources import from_anywhere
 from alter.models.loading import load_model
 from alter.requests import concluding, work
@@ -433,6 +433,9 @@ def test_each_request_gets_an_expert_and_evidence(three, data):
     for request in found:
         assert request.after["probability"] < request.before["probability"]
         assert request.after["reference"]["by"] == "holdout"
+        for part, file in (("reference", "holdout"), ("utility", "retain")):
+            rows = load_examples(str(data / f"{file}.jsonl"))
+            assert request.after[part]["data"] == data_hash([row_hash(row) for row in rows])
         assert 0.5 < request.after["utility_share"] < 1.5
     assert {entry.who for entry in store.history(1)} == {"Eve"}
     assert [entry.what for entry in store.history(1)] == ["received", "running", "trained", "forgotten"]
