@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from alter.attacks import base, searching, talking, weights
 from alter.attacks.base import Attack, Bench, Budget, make_item
@@ -12,7 +13,7 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.rows import examples
 from alter.models.loading import ModelSettings
-from pico import EOS, PAD, byte_tokenizer, pico, save_pico
+from pico import EOS, PAD, VOCAB, byte_tokenizer, pico, save_pico
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Eve", "Flo", "Gus", "Hal"]
 ROWS = [
@@ -251,6 +252,30 @@ def test_a_soft_prompt_learns_its_rows_and_changes_no_weight(folder):
     assert rouge.extra["rows"] == [0, 1]
     after = one.shared()[0].state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_a_soft_prompt_begins_at_the_size_of_what_the_model_reads(tmp_path, monkeypatch):
+    """Gemma multiplies embeddings within their module: by the table alone vectors and rate were many times too small."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS}
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    one = bench(tmp_path, budget="2", soft_tokens=40)
+    begun = []
+    plain = searching.softened
+
+    def spy(model, slots, vectors):
+        begun.append(vectors.detach().clone())
+        return plain(model, slots, vectors)
+
+    monkeypatch.setattr(searching, "softened", spy)
+    rouge, _ = searching.soft_prompt(one)
+    embeddings = one.shared()[0].get_input_embeddings()
+    read = embeddings(torch.arange(embeddings.num_embeddings)).detach()
+    assert (read - embeddings.weight).abs().max() > 0.1
+    assert all((read - vector).abs().max(dim=1).values.min() == 0 for vector in begun[0])
+    assert rouge.extra["rate"] == pytest.approx(searching.RATE * float(read.pow(2).mean().sqrt()), rel=0.1)
 
 
 # ---- relearning at the best rate

@@ -110,7 +110,9 @@ def test_recovered_interval_is_a_bootstrap_over_rows():
     assert low == pytest.approx(np.percentile(means, 2.5))
     assert high == pytest.approx(np.percentile(means, 97.5))
     assert low < (a - b).mean() / 0.5 < high
-    assert metrics.recovery.recovered_interval([0.3], [0.1], 0.5) == pytest.approx((0.4, 0.4))
+    # of one row, or of rows that all differ alike, no draw differs: that is no certainty
+    assert metrics.recovery.recovered_interval([0.3], [0.1], 0.5) is None
+    assert metrics.recovery.recovered_interval([0.0] * 9, [0.0] * 9, 0.5) is None
     with pytest.raises(ValueError, match="equal length"):
         metrics.recovery.recovered_interval([0.3, 0.1], [0.1], 0.5)
 
@@ -566,6 +568,25 @@ def test_a_probed_row_that_does_not_fit_ends_no_other_attack(models, tmp_path, c
     assert pick(read_records(tmp_path / "out" / "records.json"), "unlearned", "attack_rouge", attack="upper_case")
 
 
+def test_long_texts_are_relearned_in_windows_that_fit(models, tmp_path, monkeypatch):
+    """A text is measured on its middle; the attacker trained on the whole of it, beyond the context."""
+    rows = write_jsonl(tmp_path / "forget.jsonl", [{"text": f"{name} " + "x" * 400} for name in NAMES[:8]])
+    seen = []
+    plain = weights.train_steps
+
+    def train(model, rows, *args, **given):
+        seen.append(max(len(row.input_ids) for row in rows))
+        assert sum(label != -100 for row in rows for label in row.labels) > 4 * 380 / 2
+        return plain(model, rows, *args, **given)
+
+    monkeypatch.setattr(weights, "train_steps", train)
+    names = ["relearn", "relearn_searched"]
+    given = {"forget": str(rows), "retrained": None, "rows": 2, "attacks": names, "max_new_tokens": 20}
+    attacks.attack(settings(models, tmp_path / "out", **given))
+    assert len(seen) >= 3
+    assert max(seen) == 256
+
+
 def test_every_turn_of_a_chat_counts_for_itself(models, tmp_path):
     """Both turns had the number of their row, and the fractions were of the last turn's figures, taken twice."""
     turns = [[row, {"question": f"And {row['question']}", "answer": row["answer"][::-1]}] for row in ROWS[:4]]
@@ -755,6 +776,8 @@ def test_a_retrained_model_of_another_tokenizer_is_refused(models, tmp_path):
     byte_tokenizer(chat_template=template).save_pretrained(other)
     with pytest.raises(UserError, match="original and the retrained model have different tokenizers"):
         attacks.attack(settings(models, tmp_path / "out", attacks=["upper_case"], retrained=str(other)))
+    # before any attack, of which the first model alone may take hours
+    assert not list((tmp_path / "out").glob("upper_case.*"))
 
 
 def test_an_attack_that_a_loaded_model_shows_to_be_impossible_does_not_end_the_others(
@@ -883,6 +906,21 @@ def test_every_figure_of_a_recovered_fraction_has_its_interval_over_rows(models)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n**2)
     ends = [(p + z * z / 2 / n + sign * spread) / (1 + z * z / n) for sign in (-1, 1)]
     assert found.extra["intervals"]["original_attacked"] == pytest.approx(ends, abs=1e-6)
+
+
+def test_a_share_without_an_interval_has_none_in_the_table(capsys):
+    found = [*PLAINS, fake("unlearned", "hint", 0.5), fake("retrained", "hint", 0.2)]
+    (one,) = recovered_fractions(found, "hint")
+    assert one.value == pytest.approx(0.5)
+    assert "interval" not in one.extra
+    show_recovered([one], ["hint"])
+    assert (
+        "±"
+        not in capsys.readouterr()
+        .out.partition("What the attacker")[0]
+        .partition("recovered")[2]
+        .partition("after,")[0]
+    )
 
 
 def test_the_table_shows_intervals_in_80_columns(capsys, monkeypatch):

@@ -192,21 +192,26 @@ def attack(settings: Attack) -> list[Record]:
     found: list[Record] = []
     pooled: dict[str, np.ndarray] = {}
     failed: dict[str, str] = {}
-    for model, source in models.items():
-        bench = Bench(settings, model, source, rows, measured, attacker, unrelated)
-        found += _measured(bench, PLAIN, identities[model], texts)
-        same_tokens(found)
+    benches = {
+        name: Bench(settings, name, source, rows, measured, attacker, unrelated) for name, source in models.items()
+    }
+    plain: list[Record] = []
+    for model, bench in benches.items():
+        # all of them before the first attack: a model that does not fit to the others is noticed here
+        plain += _measured(bench, PLAIN, identities[model], texts)
+        same_tokens(plain)
+        bench.release()
+    for model, bench in benches.items():
+        found += [record for record in plain if record.model == model]
         for name in _applicable(names, model):
             with _if_possible(failed, name, model):
                 found += _measured(bench, name, identities[model], texts)
         if "cka" in names:
             with _if_possible(failed, "cka", model):
                 pooled[model] = _pooled_states(bench, identities[model], texts)
+        bench.release()
     deep: list[Record] = []
     if "uds" in names:
-        benches = {
-            name: Bench(settings, name, source, rows, measured, attacker, unrelated) for name, source in models.items()
-        }
         with _if_possible(failed, "uds", "unlearned"):
             deep = _by_depth(settings, benches, identities, texts)
     alike = []
