@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils import parametrize
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from alter import AlterConfig, cli, metrics
 from alter.attacks import base, states, weights, wording
@@ -585,6 +585,22 @@ def test_long_texts_are_relearned_in_windows_that_fit(models, tmp_path, monkeypa
     attacks.attack(settings(models, tmp_path / "out", **given))
     assert len(seen) >= 3
     assert max(seen) == 256
+
+
+def test_a_checkpoint_stored_in_4_bits_is_not_relearned(models, tmp_path):
+    """Its weights have no gradient: all of them but the norms and embeddings stayed as they were, and LoRA ended the command."""
+    pytest.importorskip("bitsandbytes")
+    packed = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(models / "original", quantization_config=packed)
+    model.save_pretrained(tmp_path / "packed")
+    byte_tokenizer().save_pretrained(tmp_path / "packed")
+    names = ["relearn", "relearn_lora", "relearn_searched", "quantize_8", "upper_case"]
+    given = {"model": str(tmp_path / "packed"), "adapter": None, "retrained": None, "attacks": names}
+    with pytest.raises(
+        UserError, match=r"'relearn' .*quantised already.*'relearn_lora' .*'relearn_searched' .*'quantize_8'"
+    ):
+        attacks.attack(settings(models, tmp_path / "out", **given))
+    assert pick(read_records(tmp_path / "out" / "records.json"), "unlearned", "attack_rouge", attack="upper_case")
 
 
 def test_every_turn_of_a_chat_counts_for_itself(models, tmp_path):

@@ -157,6 +157,16 @@ def add_update(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
     return trained
 
 
+def check_trainable(model: Any) -> None:
+    """Refuse a model whose linear layers cannot be trained: an attack on the rest would be weaker than it says.
+
+    Raises:
+        Impossible: it is quantised, or has no linear layer.
+    """
+    if not list(base_weights(model)):
+        raise Impossible(f"{type(model).__name__} has no linear layer to train.")
+
+
 class Diverged(Impossible):
     """The loss of a training, or its gradient, is not finite."""
 
@@ -208,10 +218,14 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
     Full: every weight trains, the base's and the adapter's (ALTER: A, experts and router), while the adapter is active
     and routes. LoRA: everything is frozen and a low-rank update is added to each base linear layer and expert, under the
     adapter, which stays active; ALTER's frozen pass sees the updated base as well. In float32.
+
+    Raises:
+        Impossible: the weights are quantised, or the training diverges.
     """
     how = bench.settings.relearn
     name = f"{'benign' if benign else 'relearn'}{'_lora' if lora else ''}"
     model, tokenizer = bench.fresh("float32")
+    check_trainable(model)
     torch.manual_seed(bench.settings.seed)
     if benign:
         count = min(how.rows, len(bench.unrelated))
@@ -292,6 +306,7 @@ def _begin(
     """Return a freshly loaded model, the rows of each step, and the iterator that trains all its weights on the rows with these numbers."""
     how = bench.settings.relearn
     model, tokenizer = bench.fresh("float32")
+    check_trainable(model)
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     for weight in weights:
         weight.requires_grad_(True)
@@ -311,7 +326,7 @@ def relearn_searched(bench: Bench) -> list[Record]:
     all of the attacker's rows. Every model gets a search of its own.
 
     Raises:
-        Diverged: the loss was finite at no rate.
+        Impossible: the weights are quantised, or the loss was finite at no rate.
     """
     settings, how = bench.settings, bench.settings.relearn
     count = max(1, len(bench.attacker) // 4)
