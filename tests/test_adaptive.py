@@ -321,6 +321,16 @@ def test_relearning_takes_the_rate_that_is_best_on_rows_kept_back(folder, monkey
     assert len(found[0].extra["losses"]) == best["steps"]
 
 
+def test_a_rate_is_not_trained_beyond_the_budget(folder):
+    """A training went on to its last step: of `30s` on a large model that is many times what the attacker has."""
+    one = bench(folder, budget="5", relearn={"rows": 4, "steps": [1, 3, 9], "batch_size": 2, "learning_rate": 1e-3})
+    found = weights.relearn_searched(one)
+    # two rows a step: spent after three steps, at which it is measured
+    assert found[0].extra["questions_asked"] == 6
+    assert [each["rate"] for each in found[0].extra["tried"]] == [1e-3]
+    assert found[0].extra["steps"] in (1, 3)
+
+
 def test_a_rate_that_breaks_the_model_is_passed_over(folder, monkeypatch):
     train = weights.train_steps
 

@@ -504,6 +504,10 @@ def test_a_model_is_not_its_own_reference(models, tmp_path):
             settings(models, tmp_path / "out", model=same, adapter=None, retrained=same, attacks=["upper_case"])
         )
     assert not (tmp_path / "out").exists()
+    # nor is the one before unlearning, which knows all: there would be no gap to take a share of
+    with pytest.raises(UserError, match=r"`retrained` is .* the weights of the original"):
+        attacks.attack(settings(models, tmp_path / "out", retrained=str(models / "original"), attacks=["upper_case"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_row_that_does_not_fit_is_called_by_its_number_in_the_file(models, tmp_path):

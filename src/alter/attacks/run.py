@@ -155,7 +155,7 @@ def attack(settings: Attack) -> list[Record]:
     does so on a copy of its own, loaded for it.
 
     Raises:
-        UserError: an unknown or impossible attack, models or rows that are not there, the attacked model as its own reference, or an
+        UserError: an unknown or impossible attack, models or rows that are not there, the attacked model or the original as `retrained`, or an
             output folder that is a file.
             Of an attack asked for by name that only a loaded model shows to be impossible: after all others have run.
     """
@@ -182,6 +182,11 @@ def attack(settings: Attack) -> list[Record]:
         raise UserError(
             f"`retrained` is {settings.retrained!r}, which has the weights of the model that is attacked: no attack would ever recover "
             "more than from it. Give one that was trained without the rows, or leave it out."
+        )
+    if identities.get("retrained") == identities.get("original", own) and "unknown" not in own.values():
+        raise UserError(
+            f"`retrained` is {settings.retrained!r}, which has the weights of the original: nothing lies between the two that an "
+            "attack could bring back. Give one that was trained without the rows, or leave it out."
         )
     texts = Texts.of(given, unrelated)
     if settings.retrained is None:

@@ -352,6 +352,8 @@ def relearn_searched(bench: Bench) -> list[Record]:
                     ).logprob
                     mean = -float(np.mean(metrics.likelihood.average_loss(found)))
                     reached[rate] = max(reached[rate], (mean, step))
+                    if not budget.left:
+                        break
         except Diverged:
             # a rate that breaks the model is none for the attacker
             reached[rate] = (-math.inf, how.steps[0])
