@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from alter.attacks import base, searching, talking, weights
 from alter.attacks.base import Attack, Bench, Budget, make_item
@@ -12,7 +13,7 @@ from alter.core.errors import UserError
 from alter.data.encoding import encode
 from alter.data.rows import examples
 from alter.models.loading import ModelSettings
-from pico import EOS, PAD, byte_tokenizer, pico, save_pico
+from pico import EOS, PAD, VOCAB, byte_tokenizer, pico, save_pico
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Eve", "Flo", "Gus", "Hal"]
 ROWS = [
@@ -253,6 +254,30 @@ def test_a_soft_prompt_learns_its_rows_and_changes_no_weight(folder):
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
+def test_a_soft_prompt_begins_at_the_size_of_what_the_model_reads(tmp_path, monkeypatch):
+    """Gemma multiplies embeddings within their module: by the table alone vectors and rate were many times too small."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS}
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    one = bench(tmp_path, budget="2", soft_tokens=40)
+    begun = []
+    plain = searching.softened
+
+    def spy(model, slots, vectors):
+        begun.append(vectors.detach().clone())
+        return plain(model, slots, vectors)
+
+    monkeypatch.setattr(searching, "softened", spy)
+    rouge, _ = searching.soft_prompt(one)
+    embeddings = one.shared()[0].get_input_embeddings()
+    read = embeddings(torch.arange(embeddings.num_embeddings)).detach()
+    assert (read - embeddings.weight).abs().max() > 0.1
+    assert all((read - vector).abs().max(dim=1).values.min() == 0 for vector in begun[0])
+    assert rouge.extra["rate"] == pytest.approx(searching.RATE * float(read.pow(2).mean().sqrt()), rel=0.1)
+
+
 # ---- relearning at the best rate
 
 
@@ -294,6 +319,16 @@ def test_relearning_takes_the_rate_that_is_best_on_rows_kept_back(folder, monkey
     assert trained[-1] == (4, best["rate"], best["steps"])
     assert {r.extra["part"] for r in found} == {"other", "relearned"}
     assert len(found[0].extra["losses"]) == best["steps"]
+
+
+def test_a_rate_is_not_trained_beyond_the_budget(folder):
+    """A training went on to its last step: of `30s` on a large model that is many times what the attacker has."""
+    one = bench(folder, budget="5", relearn={"rows": 4, "steps": [1, 3, 9], "batch_size": 2, "learning_rate": 1e-3})
+    found = weights.relearn_searched(one)
+    # two rows a step: spent after three steps, at which it is measured
+    assert found[0].extra["questions_asked"] == 6
+    assert [each["rate"] for each in found[0].extra["tried"]] == [1e-3]
+    assert found[0].extra["steps"] in (1, 3)
 
 
 def test_a_rate_that_breaks_the_model_is_passed_over(folder, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils import parametrize
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from alter import AlterConfig, cli, metrics
 from alter.attacks import base, states, weights, wording
@@ -110,7 +110,9 @@ def test_recovered_interval_is_a_bootstrap_over_rows():
     assert low == pytest.approx(np.percentile(means, 2.5))
     assert high == pytest.approx(np.percentile(means, 97.5))
     assert low < (a - b).mean() / 0.5 < high
-    assert metrics.recovery.recovered_interval([0.3], [0.1], 0.5) == pytest.approx((0.4, 0.4))
+    # of one row, or of rows that all differ alike, no draw differs: that is no certainty
+    assert metrics.recovery.recovered_interval([0.3], [0.1], 0.5) is None
+    assert metrics.recovery.recovered_interval([0.0] * 9, [0.0] * 9, 0.5) is None
     with pytest.raises(ValueError, match="equal length"):
         metrics.recovery.recovered_interval([0.3, 0.1], [0.1], 0.5)
 
@@ -502,6 +504,10 @@ def test_a_model_is_not_its_own_reference(models, tmp_path):
             settings(models, tmp_path / "out", model=same, adapter=None, retrained=same, attacks=["upper_case"])
         )
     assert not (tmp_path / "out").exists()
+    # nor is the one before unlearning, which knows all: there would be no gap to take a share of
+    with pytest.raises(UserError, match=r"`retrained` is .* the weights of the original"):
+        attacks.attack(settings(models, tmp_path / "out", retrained=str(models / "original"), attacks=["upper_case"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_row_that_does_not_fit_is_called_by_its_number_in_the_file(models, tmp_path):
@@ -563,6 +569,41 @@ def test_a_probed_row_that_does_not_fit_ends_no_other_attack(models, tmp_path, c
         UserError, match=r"'probe' is not possible .*Row 8 of the forget set has 2.*'cka' is not possible"
     ):
         attacks.attack(settings(models, tmp_path / "out", attacks=["probe", "cka", "upper_case"], **given))
+    assert pick(read_records(tmp_path / "out" / "records.json"), "unlearned", "attack_rouge", attack="upper_case")
+
+
+def test_long_texts_are_relearned_in_windows_that_fit(models, tmp_path, monkeypatch):
+    """A text is measured on its middle; the attacker trained on the whole of it, beyond the context."""
+    rows = write_jsonl(tmp_path / "forget.jsonl", [{"text": f"{name} " + "x" * 400} for name in NAMES[:8]])
+    seen = []
+    plain = weights.train_steps
+
+    def train(model, rows, *args, **given):
+        seen.append(max(len(row.input_ids) for row in rows))
+        assert sum(label != -100 for row in rows for label in row.labels) > 4 * 380 / 2
+        return plain(model, rows, *args, **given)
+
+    monkeypatch.setattr(weights, "train_steps", train)
+    names = ["relearn", "relearn_searched"]
+    given = {"forget": str(rows), "retrained": None, "rows": 2, "attacks": names, "max_new_tokens": 20}
+    attacks.attack(settings(models, tmp_path / "out", **given))
+    assert len(seen) >= 3
+    assert max(seen) == 256
+
+
+def test_a_checkpoint_stored_in_4_bits_is_not_relearned(models, tmp_path):
+    """Its weights have no gradient: all of them but the norms and embeddings stayed as they were, and LoRA ended the command."""
+    pytest.importorskip("bitsandbytes")
+    packed = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(models / "original", quantization_config=packed)
+    model.save_pretrained(tmp_path / "packed")
+    byte_tokenizer().save_pretrained(tmp_path / "packed")
+    names = ["relearn", "relearn_lora", "relearn_searched", "quantize_8", "upper_case"]
+    given = {"model": str(tmp_path / "packed"), "adapter": None, "retrained": None, "attacks": names}
+    with pytest.raises(
+        UserError, match=r"'relearn' .*quantised already.*'relearn_lora' .*'relearn_searched' .*'quantize_8'"
+    ):
+        attacks.attack(settings(models, tmp_path / "out", **given))
     assert pick(read_records(tmp_path / "out" / "records.json"), "unlearned", "attack_rouge", attack="upper_case")
 
 
@@ -755,6 +796,8 @@ def test_a_retrained_model_of_another_tokenizer_is_refused(models, tmp_path):
     byte_tokenizer(chat_template=template).save_pretrained(other)
     with pytest.raises(UserError, match="original and the retrained model have different tokenizers"):
         attacks.attack(settings(models, tmp_path / "out", attacks=["upper_case"], retrained=str(other)))
+    # before any attack, of which the first model alone may take hours
+    assert not list((tmp_path / "out").glob("upper_case.*"))
 
 
 def test_an_attack_that_a_loaded_model_shows_to_be_impossible_does_not_end_the_others(
@@ -883,6 +926,21 @@ def test_every_figure_of_a_recovered_fraction_has_its_interval_over_rows(models)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n**2)
     ends = [(p + z * z / 2 / n + sign * spread) / (1 + z * z / n) for sign in (-1, 1)]
     assert found.extra["intervals"]["original_attacked"] == pytest.approx(ends, abs=1e-6)
+
+
+def test_a_share_without_an_interval_has_none_in_the_table(capsys):
+    found = [*PLAINS, fake("unlearned", "hint", 0.5), fake("retrained", "hint", 0.2)]
+    (one,) = recovered_fractions(found, "hint")
+    assert one.value == pytest.approx(0.5)
+    assert "interval" not in one.extra
+    show_recovered([one], ["hint"])
+    assert (
+        "±"
+        not in capsys.readouterr()
+        .out.partition("What the attacker")[0]
+        .partition("recovered")[2]
+        .partition("after,")[0]
+    )
 
 
 def test_the_table_shows_intervals_in_80_columns(capsys, monkeypatch):

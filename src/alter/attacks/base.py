@@ -196,6 +196,10 @@ class Bench:
         model, self.vocabulary = source.load()
         return model, self.vocabulary
 
+    def release(self) -> None:
+        """Let go of the shared model: two models at a time are one too many."""
+        self.model = None
+
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""

@@ -113,7 +113,8 @@ def _fraction(after: Record, zero: Record | None, plains: dict[str, Record], sam
                 extra["after"], extra["retrained"], mean["original"], mean["retrained"]
             )
             gap = mean["original"] - mean["retrained"]
-            extra["interval"] = list(metrics.recovery.recovered_interval(attacked, attacked_retrained, gap))
+            ends = metrics.recovery.recovered_interval(attacked, attacked_retrained, gap)
+            extra |= {} if ends is None else {"interval": list(ends)}
         except ValueError as error:
             extra["refused"] = str(error)
     metric = after.metric.replace("attack_", "attack_recovered_")

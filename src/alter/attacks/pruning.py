@@ -12,7 +12,7 @@ from torch import Tensor
 from alter.attacks.base import Bench, Impossible
 from alter.attacks.weights import base_linears, base_weights, expert_weights, is_turned
 from alter.data import encode_all
-from alter.inference import evaluating
+from alter.inference import context_length, evaluating
 from alter.storage import Record
 
 
@@ -150,9 +150,8 @@ def pruned(bench: Bench, *, percent: int, wanda: bool) -> list[Record]:
     norms = None
     if wanda:
         count = min(bench.settings.relearn.rows, len(bench.unrelated))
-        chosen = random.Random(bench.settings.seed).sample(range(len(bench.unrelated)), count)
-        longest = getattr(model.config, "max_position_embeddings", None)
-        rows = encode_all(tokenizer, [bench.unrelated[i] for i in chosen], max_length=longest)[0]
+        given = random.Random(bench.settings.seed).sample(bench.unrelated, count)
+        rows = encode_all(tokenizer, given, max_length=context_length(model))[0]
         norms = input_norms(model, [row.input_ids for row in rows])
     zeros = prune(model, percent / 100, norms)
     name = f"{'wanda' if wanda else 'prune'}_{percent}"

@@ -155,7 +155,7 @@ def attack(settings: Attack) -> list[Record]:
     does so on a copy of its own, loaded for it.
 
     Raises:
-        UserError: an unknown or impossible attack, models or rows that are not there, the attacked model as its own reference, or an
+        UserError: an unknown or impossible attack, models or rows that are not there, the attacked model or the original as `retrained`, or an
             output folder that is a file.
             Of an attack asked for by name that only a loaded model shows to be impossible: after all others have run.
     """
@@ -183,6 +183,11 @@ def attack(settings: Attack) -> list[Record]:
             f"`retrained` is {settings.retrained!r}, which has the weights of the model that is attacked: no attack would ever recover "
             "more than from it. Give one that was trained without the rows, or leave it out."
         )
+    if identities.get("retrained") == identities.get("original", own) and "unknown" not in own.values():
+        raise UserError(
+            f"`retrained` is {settings.retrained!r}, which has the weights of the original: nothing lies between the two that an "
+            "attack could bring back. Give one that was trained without the rows, or leave it out."
+        )
     texts = Texts.of(given, unrelated)
     if settings.retrained is None:
         warn(f"No recovered fractions: {NO_RETRAINED}")
@@ -192,21 +197,26 @@ def attack(settings: Attack) -> list[Record]:
     found: list[Record] = []
     pooled: dict[str, np.ndarray] = {}
     failed: dict[str, str] = {}
-    for model, source in models.items():
-        bench = Bench(settings, model, source, rows, measured, attacker, unrelated)
-        found += _measured(bench, PLAIN, identities[model], texts)
-        same_tokens(found)
+    benches = {
+        name: Bench(settings, name, source, rows, measured, attacker, unrelated) for name, source in models.items()
+    }
+    plain: list[Record] = []
+    for model, bench in benches.items():
+        # all of them before the first attack: a model that does not fit to the others is noticed here
+        plain += _measured(bench, PLAIN, identities[model], texts)
+        same_tokens(plain)
+        bench.release()
+    for model, bench in benches.items():
+        found += [record for record in plain if record.model == model]
         for name in _applicable(names, model):
             with _if_possible(failed, name, model):
                 found += _measured(bench, name, identities[model], texts)
         if "cka" in names:
             with _if_possible(failed, "cka", model):
                 pooled[model] = _pooled_states(bench, identities[model], texts)
+        bench.release()
     deep: list[Record] = []
     if "uds" in names:
-        benches = {
-            name: Bench(settings, name, source, rows, measured, attacker, unrelated) for name, source in models.items()
-        }
         with _if_possible(failed, "uds", "unlearned"):
             deep = _by_depth(settings, benches, identities, texts)
     alike = []

@@ -229,8 +229,11 @@ def soft_prompt(bench: Bench) -> list[Record]:
         raise Impossible(f"No row fits with `soft_tokens` {len(slots)} into the context of {limit}: take fewer.")
     table = embeddings.weight.detach().float()
     drawn = torch.randint(len(table), (len(slots),), generator=torch.Generator().manual_seed(settings.seed))
-    vectors = nn.Parameter(table[drawn.to(table.device)].clone())
-    rate = RATE * float(table.pow(2).mean().sqrt())
+    # some models (Gemma) scale embeddings within their module: what counts is what comes out of it
+    vectors = nn.Parameter(embeddings(drawn.to(table.device)).detach().float())
+    longest = table.norm(dim=1).argmax()
+    scale = float(embeddings(longest).detach().float().norm() / table[longest].norm())
+    rate = RATE * scale * float(table.pow(2).mean().sqrt())
     losses = _trained(bench, model, rows, vectors, slots, rate, Budget.of(settings.budget, ROWS_SHOWN))
     with softened(model, slots, vectors.detach()):
         return bench.measure(

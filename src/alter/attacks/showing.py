@@ -49,8 +49,8 @@ def show_recovered(records: Sequence[Record], names: Sequence[str]) -> None:
             extra = record.extra
             share = "-"
             if record.value is not None:
-                low, high = extra["interval"]
-                share = f"{rounded(record.value, '.2f')}\n±{(high - low) / 2:.2f}"
+                ends = extra.get("interval")
+                share = rounded(record.value, ".2f") + (f"\n±{(ends[1] - ends[0]) / 2:.2f}" if ends else "")
             label = MEASURES[record.metric.replace("recovered_", "")]
             step = "".join(f"\n@{extra[key]}" for key in PLACES if key in extra)
             figures = (

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from alter import metrics
 from alter.attacks.base import Bench, Budget, Impossible
-from alter.data import Collator, Encoded, encode, encode_all
-from alter.inference import decided, evaluating, score
+from alter.data import Collator, Encoded, encode_all
+from alter.inference import context_length, decided, evaluating, score
 from alter.storage import Record
 
 
@@ -157,6 +157,16 @@ def add_update(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
     return trained
 
 
+def check_trainable(model: Any) -> None:
+    """Refuse a model whose linear layers cannot be trained: an attack on the rest would be weaker than it says.
+
+    Raises:
+        Impossible: it is quantised, or has no linear layer.
+    """
+    if not list(base_weights(model)):
+        raise Impossible(f"{type(model).__name__} has no linear layer to train.")
+
+
 class Diverged(Impossible):
     """The loss of a training, or its gradient, is not finite."""
 
@@ -208,18 +218,22 @@ def relearn(bench: Bench, *, lora: bool, benign: bool) -> list[Record]:
     Full: every weight trains, the base's and the adapter's (ALTER: A, experts and router), while the adapter is active
     and routes. LoRA: everything is frozen and a low-rank update is added to each base linear layer and expert, under the
     adapter, which stays active; ALTER's frozen pass sees the updated base as well. In float32.
+
+    Raises:
+        Impossible: the weights are quantised, or the training diverges.
     """
     how = bench.settings.relearn
     name = f"{'benign' if benign else 'relearn'}{'_lora' if lora else ''}"
     model, tokenizer = bench.fresh("float32")
+    check_trainable(model)
     torch.manual_seed(bench.settings.seed)
     if benign:
         count = min(how.rows, len(bench.unrelated))
-        chosen = random.Random(bench.settings.seed).sample(range(len(bench.unrelated)), count)
-        longest = getattr(model.config, "max_position_embeddings", None)
-        rows = encode_all(tokenizer, [bench.unrelated[i] for i in chosen], max_length=longest)[0]
+        given = random.Random(bench.settings.seed).sample(bench.unrelated, count)
     else:
-        rows = [encode(tokenizer, bench.rows[i]) for i in bench.attacker]
+        given = [bench.rows[i] for i in bench.attacker]
+    # a text longer than the context is trained on in windows
+    rows = encode_all(tokenizer, given, max_length=context_length(model))[0]
     if lora:
         weights = add_update(model, how.lora_rank, bench.settings.seed)
     else:
@@ -286,16 +300,21 @@ def best_rate(first: float, value: Callable[[float], float | None]) -> list[tupl
     return list(tried.items())
 
 
-def _begin(bench: Bench, rate: float, numbers: Sequence[int], steps: int) -> tuple[Any, Iterator[tuple[int, float]]]:
-    """Return a freshly loaded model and the iterator that trains all its weights on the rows with these numbers."""
+def _begin(
+    bench: Bench, rate: float, numbers: Sequence[int], steps: int
+) -> tuple[Any, int, Iterator[tuple[int, float]]]:
+    """Return a freshly loaded model, the rows of each step, and the iterator that trains all its weights on the rows with these numbers."""
+    how = bench.settings.relearn
     model, tokenizer = bench.fresh("float32")
+    check_trainable(model)
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     for weight in weights:
         weight.requires_grad_(True)
     torch.manual_seed(bench.settings.seed)
-    return model, train_steps(
-        model, [encode(tokenizer, bench.rows[i]) for i in numbers], weights, rate=rate, steps=steps,
-        batch_size=bench.settings.relearn.batch_size, pad_token_id=tokenizer.pad_token_id, seed=bench.settings.seed,
+    rows = encode_all(tokenizer, [bench.rows[i] for i in numbers], max_length=context_length(model))[0]
+    return model, min(how.batch_size, len(rows)), train_steps(
+        model, rows, weights, rate=rate, steps=steps, batch_size=how.batch_size, pad_token_id=tokenizer.pad_token_id,
+        seed=bench.settings.seed,
     )  # fmt: skip
 
 
@@ -307,7 +326,7 @@ def relearn_searched(bench: Bench) -> list[Record]:
     all of the attacker's rows. Every model gets a search of its own.
 
     Raises:
-        Diverged: the loss was finite at no rate.
+        Impossible: the weights are quantised, or the loss was finite at no rate.
     """
     settings, how = bench.settings, bench.settings.relearn
     count = max(1, len(bench.attacker) // 4)
@@ -320,10 +339,10 @@ def relearn_searched(bench: Bench) -> list[Record]:
             return None
         reached[rate] = (-math.inf, how.steps[0])
         items = bench.items(chosen)
-        model, steps = _begin(bench, rate, rest, how.steps[-1])
+        model, size, steps = _begin(bench, rate, rest, how.steps[-1])
         try:
             for step, _ in steps:
-                budget.spend(min(how.batch_size, len(rest)))
+                budget.spend(size)
                 if step in how.steps:
                     found = score(
                         model,
@@ -333,6 +352,8 @@ def relearn_searched(bench: Bench) -> list[Record]:
                     ).logprob
                     mean = -float(np.mean(metrics.likelihood.average_loss(found)))
                     reached[rate] = max(reached[rate], (mean, step))
+                    if not budget.left:
+                        break
         except Diverged:
             # a rate that breaks the model is none for the attacker
             reached[rate] = (-math.inf, how.steps[0])
@@ -341,7 +362,7 @@ def relearn_searched(bench: Bench) -> list[Record]:
     tried = best_rate(how.learning_rate, value)
     rate = max(reached, key=lambda each: reached[each])
     steps = reached[rate][1]
-    model, final = _begin(bench, rate, bench.attacker, steps)
+    model, _, final = _begin(bench, rate, bench.attacker, steps)
     losses = [loss for _, loss in final]
     extra = {
         "trained_rows": len(bench.attacker), "losses": losses, "rate": rate, "steps": steps,

@@ -43,10 +43,11 @@ def recovered_fraction(attacked: float, attacked_retrained: float, original: flo
 
 def recovered_interval(
     attacked: npt.ArrayLike, attacked_retrained: npt.ArrayLike, gap: float, *, seed: int = 0, draws: int = 2000
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Return the 95 % percentile bootstrap interval of the recovered fraction over rows (Efron 1979).
 
-    Rows are drawn with replacement, the same ones of both models; the gap stays as it is.
+    Rows are drawn with replacement, the same ones of both models; the gap stays as it is. None for a single row, or where all
+    rows differ alike: no draw then differs from another, which is no certainty (as in `samples.bootstrap_interval`).
 
     Args:
         attacked, attacked_retrained: per row, [n].
@@ -58,6 +59,8 @@ def recovered_interval(
     difference = floats(attacked) - floats(attacked_retrained)
     if difference.ndim != 1 or not difference.size or floats(attacked).shape != floats(attacked_retrained).shape:
         raise ValueError("recovered interval: expected two rows of figures of equal length, at least one each")
+    if difference.size < 2 or np.ptp(difference) == 0:
+        return None
     rows = np.random.default_rng(seed).integers(0, difference.size, (draws, difference.size))
     low, high = np.percentile(difference[rows].mean(axis=1) / gap, [2.5, 97.5])
     return float(low), float(high)
