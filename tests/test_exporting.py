@@ -90,6 +90,31 @@ def test_transformers_reads_back_what_was_written(tmp_path, form, tied, monkeypa
     assert words.eos_token_id == EOS
 
 
+def test_text_is_split_as_the_file_says(tmp_path):
+    tokenizer = mergeable(bos_token="<unused260>")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # two line breaks are one token, also before a digit
+    content["model"]["merges"].append(["Ċ", "Ċ"])
+    content["model"]["vocab"] |= {"ĊĊ": 261}
+    del content["model"]["vocab"]["<unused261>"]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    pico().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = write(tmp_path, model=str(tmp_path / "model"))
+    read = load_model(str(made), device="cpu")[1]
+    text = "Steps:\n\n1. Mix 22 eggs."
+    assert 261 in read(text)["input_ids"]
+    assert read(text)["input_ids"] == tokenizer(text)["input_ids"]
+    # and by the next file
+    for part in (pico(), read):
+        part.save_pretrained(tmp_path / "again")
+    made = write(tmp_path, "again.gguf", model=str(tmp_path / "again"))
+    assert gguf.GGUFReader(made).fields["tokenizer.ggml.pre"].contents() == "smollm"
+
+
 def test_tensors_are_in_the_format_that_was_asked_for(tmp_path):
     made = write(tmp_path, type="q4_0", model=str(save_pico(tmp_path / "wide", hidden_size=64, intermediate_size=80)))
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(made).tensors}
