@@ -198,7 +198,11 @@ def rules(settings: MetaEvaluate, table: Table) -> list[str]:
         )
     told.append(
         "Not tried: figures of what is kept, of fluency and of other benchmarks, which claim nothing about forgetting"
-        + (f"; and {', '.join(table.untried)}, which do not have a value for every model of both pools." if table.untried else ".")
+        + (
+            f"; and {', '.join(table.untried)}, which do not have a value for every model of both pools."
+            if table.untried
+            else "."
+        )
     )
     return told
 
