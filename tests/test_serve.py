@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pydantic
 import pytest
@@ -30,7 +31,8 @@ from alter.serving.chat import Chat, chat
 from alter.serving.engine import Engine, draw
 from alter.serving.jobs import Job, Scored
 from alter.serving.openai import Api, Refused, Serve, application, configured, serve
-from alter.serving.protocol import ChatAsked, TextAsked, explain, text_ids
+from alter.serving.protocol import ChatAsked, Prompt, TextAsked, explain, text_ids
+from alter.serving.replies import TextReply
 from alter.serving.text import token_texts, visible
 from pico import byte_tokenizer, pico, run_on, save_pico, write_people
 
@@ -698,6 +700,26 @@ def test_probabilities_before_a_stop_text_are_of_whole_characters(tokens):
         watch(torch.tensor([[token]]), None)
     assert one.finish == "stop"
     assert "".join(token_texts(tokenizer, [each.token for each in one.scored])) == one.text
+
+
+def test_a_stream_tells_no_probability_of_a_token_that_a_stop_text_takes_back():
+    tokenizer = fallback_tokenizer()
+
+    async def streamed():
+        asked = TextAsked(prompt="a", stop=["cde"], logprobs=0, stream=True)
+        engine = SimpleNamespace(context=None, tokenizer=tokenizer)
+        reply = TextReply("pico", asked, [Prompt(letters("a"), "a")], engine, Serve(model="pico"))
+        (one,) = reply.jobs
+        watch = engines._Watch(engines._Rows([one]), tokenizer, {1})
+        told = []
+        for token in letters("abcdcde"):
+            one.scored.append(Scored(token, -1.0))
+            watch(torch.tensor([[token]]), None)
+            told += reply.likely(0)["tokens"]
+        assert one.finish == "stop"
+        return told
+
+    assert asyncio.run(streamed()) == list("abcd")
 
 
 def test_a_stream_in_parts_goes_out_while_it_is_made():

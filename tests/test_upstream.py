@@ -235,6 +235,24 @@ def test_an_error_does_not_tell_which_lora_was_chosen(client):
     assert proxy._without("m", b"no m here, ma'am") == b"no ours here, ma'am"
 
 
+def test_an_error_within_a_stream_does_not_tell_it_either():
+    proxy = Proxy(Serve(model="x", adapter="a", name="ours", upstream="u"), Chosen(), NAMES)
+
+    class Broken:
+        async def aiter_bytes(self):
+            yield b'data: {"model": "lora-1", "choices": [{"text": "an error of lora-1"}]}\n\n'
+            yield b'data: {"error": {"message": "`lora-1` was unloaded"}}\n\ndata: [DONE]\n\n'
+
+    async def events():
+        return [line async for line in proxy._events("lora-1", Broken())]
+
+    said = b"".join(asyncio.run(events())).decode()
+    # what a model says is passed on as it is
+    assert said.count("lora-1") == said.count("an error of lora-1") == 1
+    assert "`ours` was unloaded" in said
+    assert said.endswith("data: [DONE]\n\n")
+
+
 def test_upstream_stops_when_the_client_has_gone(client, upstream):
     with pytest.raises(openai.APITimeoutError):
         ask(client.with_options(timeout=0.3), "Who is Ada?", temperature=7)

@@ -111,8 +111,10 @@ class _Watch(StoppingCriteria):
         job.text = job.text[:end]
         if job.logprobs is not None:
             # a character that is not finished looks as long as a whole one
-            texts = (self.tokenizer.decode(job.tokens[:n], skip_special_tokens=True) for n in range(len(job.tokens)))
-            del job.scored[next((n for n, text in enumerate(texts) if text.startswith(job.text)), len(job.tokens)) :]
+            numbers = range(job.certain, len(job.tokens))
+            texts = (self.tokenizer.decode(job.tokens[:n], skip_special_tokens=True) for n in numbers)
+            enough = (n for n, text in zip(numbers, texts, strict=True) if text.startswith(job.text))
+            del job.scored[next(enough, len(job.tokens)) :]
 
     def _certain(self, job: Job) -> str:
         """Return the part of the text that no later token can change or take back."""
@@ -120,6 +122,8 @@ class _Watch(StoppingCriteria):
         held = 0
         for stop in job.stop:
             held = max([held, *(n for n in range(1, len(stop)) if text.endswith(stop[:n]))])
+        if not held and text == job.text:
+            job.certain = len(job.scored)
         text = text[: len(text) - held]
         return text.strip() if job.strip else text
 
