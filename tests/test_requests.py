@@ -332,6 +332,12 @@ def test_what_is_no_database(tmp_path, url, says):
         Store.open(url.format(tmp=tmp_path))
 
 
+def test_a_missing_driver_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(UserError, match=r'pip install "alter-unlearning\[postgres\]"'):
+        Store.open("postgresql://nobody@127.0.0.1:1/x")
+
+
 def test_newer_database_is_refused(store):
     raw(store, "UPDATE alter_meta SET value = '99' WHERE key = 'schema'")
     with pytest.raises(UserError, match="newer version"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from alter.core.errors import UserError
-from alter.serving.openai import Refused, Serve, configured, routed
+from alter.serving.openai import Refused, Serve, configured, routed, serve
 from alter.serving.protocol import ChatAsked, TextAsked
 from alter.serving.upstream import Chooser, Proxy, check_upstream, upstream_names
 from pico import byte_tokenizer
@@ -304,6 +305,13 @@ def test_names_are_compared_before_anything_is_served(upstream, monkeypatch):
     check_upstream(keyed, NAMES)
     with pytest.raises(UserError, match="`upstream_key_env` names MISSING"):
         check_upstream(settings.model_copy(update={"upstream_key_env": "MISSING"}), NAMES)
+
+
+@pytest.mark.parametrize("name", ["starlette", "uvicorn", "httpx"])
+def test_a_missing_package_is_said_before_the_model_is_loaded(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=rf'needs {name}, .*pip install "alter-unlearning\[serve\]"'):
+        serve(Serve(model="missing", adapter="missing", upstream="http://127.0.0.1:1/v1"))
 
 
 @pytest.mark.parametrize(

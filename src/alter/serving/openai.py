@@ -13,6 +13,7 @@ import secrets
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import pydantic
@@ -107,7 +108,7 @@ class Api:
 
         try:
             await asyncio.wait_for(all_of_it(), self.settings.read_timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise Refused(408, f"The request did not arrive within {self.settings.read_timeout:g} s.") from None
         except ClientDisconnect:
             # nobody reads it; without it the log holds a trace of a mistake of ours
@@ -215,14 +216,13 @@ def routed(settings: Serve, api: Api) -> Any:
     Raises:
         UserError: Starlette is not installed.
     """
-    try:
-        from starlette.applications import Starlette
-        from starlette.exceptions import HTTPException
-        from starlette.middleware import Middleware
-        from starlette.middleware.cors import CORSMiddleware
-        from starlette.routing import Route
-    except ImportError:
-        raise _missing() from None
+    _check_installed("starlette")
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.routing import Route
+
     routes = [
         Route("/health", api.health),
         Route("/v1/models", api.models),
@@ -240,8 +240,10 @@ def routed(settings: Serve, api: Api) -> Any:
     )
 
 
-def _missing() -> UserError:
-    return UserError('alter serve needs Starlette and uvicorn: pip install "alter-unlearning[serve]"')
+def _check_installed(*names: str) -> None:
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f'alter serve needs {name}, which is not installed: pip install "alter-unlearning[serve]"')
 
 
 def configured(app: Any, settings: Serve) -> Any:
@@ -263,10 +265,9 @@ def serve(settings: Serve) -> None:
     Raises:
         UserError: see `routed` and `load_model`; or the address is taken.
     """
-    try:
-        import uvicorn
-    except ImportError:
-        raise _missing() from None
+    _check_installed("starlette", "uvicorn", *(["httpx"] if settings.upstream is not None else []))
+    import uvicorn
+
     listener = listen(settings.host, settings.port)
     # read the keys before the slow loading of the model
     settings.key()
