@@ -128,6 +128,19 @@ def test_several_turns_hold_the_models_own_replies(folder, monkeypatch):
     assert len(said) == 2 * (1 + 1 + 2)
 
 
+def test_a_row_whose_dialogue_outgrows_the_context_is_counted_as_left_out(tmp_path, monkeypatch):
+    """Rows that had no room for a reply between were dropped without a word of it in the records."""
+    long = {"question": "Who is " + "x" * 120 + "?", "answer": "Ada"}
+    one = bench(save_pico(tmp_path, max_position_embeddings=280), rows=[ROWS[0], long, *ROWS[2:]])
+    monkeypatch.setattr(talking, "generate", lambda model, tokenizer, prompts, **_: ["No."] * len(prompts))
+    monkeypatch.setattr(
+        Bench, "measure", lambda self, attack, model, items, **extra: [(extra["variant"], items, extra)]
+    )
+    found = {variant: (len(items), extra["left_out"]) for variant, items, extra in talking.dialogue(one)}
+    assert found["again"] == (1, 1)
+    assert found["led"] == (1, 1)
+
+
 def test_examples_are_the_attackers_rows_and_as_many_as_fit(folder):
     one = bench(folder)
     (rouge, _) = talking.few_shot(one)
@@ -248,6 +261,7 @@ def test_a_soft_prompt_learns_its_rows_and_changes_no_weight(folder):
     losses = rouge.extra["losses"]
     # two rows a step
     assert len(losses) == 30
+    assert rouge.extra["questions_asked"] == 60
     assert sum(losses[-5:]) < sum(losses[:5])
     assert rouge.extra["rows"] == [0, 1]
     after = one.shared()[0].state_dict()

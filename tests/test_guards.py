@@ -32,7 +32,7 @@ from alter.storage.records import read_records
 from alter.training.run import Unlearn, unlearn
 from pico import PAD, pico, run_on, save_pico, write_jsonl, write_people
 
-# these rows have no paraphrases, translations or second turns; UDS needs another retrained model; searches repeat the rest
+# these rows have no paraphrases, translations or second turns; UDS needs an original that knows them; searches repeat the rest
 SKIPPED = ("paraphrase", "languages", "dialogue", "beginning", "hint", "few_shot", "uds")
 SKIPPED += ("jailbreak", "evolve", "soft_prompt", "relearn_searched")
 TRAINED = ["uld", "whp_logits", "o3"]
@@ -44,6 +44,7 @@ def folder(tmp_path_factory):
     """A pico model, rows, and a run of every method that makes a guard."""
     folder = write_people(tmp_path_factory.mktemp("guards"), ["Ada", "Bo"], 4, 8)
     save_pico(folder / "model", initializer_range=0.2, max_position_embeddings=256)
+    save_pico(folder / "retrained", seed=1, initializer_range=0.2, max_position_embeddings=256)
     write_jsonl(folder / "benign.jsonl", [{"text": "The sea is blue and the sky is too."}] * 4)
     for method in TRAINED:
         given = {"method": method, **run_on(folder, folder / method), "max_steps": 3, "batch_size": 2}
@@ -173,7 +174,7 @@ def test_every_attack_runs_on_a_guard(folder, tmp_path, kind, others):
     shutil.copytree(others, tmp_path / "out")
     settings = attacks.Attack.model_validate(
         {
-            "model": str(folder / "model"), "adapter": adapter(folder, kind), "retrained": str(folder / "model"),
+            "model": str(folder / "model"), "adapter": adapter(folder, kind), "retrained": str(folder / "retrained"),
             "forget": str(folder / "forget.jsonl"), "out": str(tmp_path / "out"), "rows": 3, "max_new_tokens": 6,
             "samples": 2, "prefill_tokens": 2, "probe_rows": 8, "device": "cpu", "budget": "8",
             "attacks": [name for name in attacks.ATTACKS if name not in SKIPPED],

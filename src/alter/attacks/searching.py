@@ -234,11 +234,12 @@ def soft_prompt(bench: Bench) -> list[Record]:
     longest = table.norm(dim=1).argmax()
     scale = float(embeddings(longest).detach().float().norm() / table[longest].norm())
     rate = RATE * scale * float(table.pow(2).mean().sqrt())
-    losses = _trained(bench, model, rows, vectors, slots, rate, Budget.of(settings.budget, ROWS_SHOWN))
+    budget = Budget.of(settings.budget, ROWS_SHOWN)
+    losses = _trained(bench, model, rows, vectors, slots, rate, budget)
     with softened(model, slots, vectors.detach()):
         return bench.measure(
             "soft_prompt", model, kept, part="other", losses=losses, tokens=len(slots), trained_rows=len(rows),
-            left_out=len(other) - len(kept), rate=rate,
+            left_out=len(other) - len(kept), rate=rate, **budget.told(),
         )  # fmt: skip
 
 

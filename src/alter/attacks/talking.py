@@ -106,7 +106,8 @@ def _measured(bench: Bench, attack: str, variants: Mapping[str, Sequence[Item]],
                 f"{context_length(model)}: left out. Lower `max_new_tokens`."
             )
             continue
-        left = len(items) - len(kept)
+        # a dialogue may have outgrown the context before its last question
+        left = len(bench.measured) - len(kept)
         found += bench.measure(attack, model, kept, part="other", variant=name, left_out=left, **extra)
     return found
 
