@@ -212,6 +212,9 @@ def test_what_differs_from_the_model_before_keeps_8_bits(tmp_path, capsys, said)
             UserError, match=r"before.*was distilled from it.*give the model from before as `original`"
         ):
             write(tmp_path, **given | {"out": str(tmp_path / "other.gguf")})
+        # of which 8 bits ask nothing, nor what it is that a file of that name holds
+        (tmp_path / "r" / "run.json").write_text("[]")
+        write(tmp_path, **given | {"out": str(tmp_path / "other.gguf"), "type": "q8_0"})
 
 
 def test_what_a_merged_adapter_changes_keeps_8_bits(tmp_path):

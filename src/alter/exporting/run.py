@@ -122,9 +122,11 @@ def _changed(settings: Export, model: Any) -> set[str]:
     Raises:
         UserError: it cannot be loaded, or is of another architecture.
     """
+    if settings.type not in BITS:
+        return set()
     made_of = _distilled_from(Path(settings.model)) or (settings.model if settings.adapter else None)
     original = settings.original or made_of
-    if settings.type not in BITS or original is None:
+    if original is None:
         return set()
     try:
         before = settings.alike(original).load()[0].state_dict()
