@@ -116,7 +116,11 @@ def test_text_is_split_as_the_file_says(tmp_path):
 
 
 def test_tensors_are_in_the_format_that_was_asked_for(tmp_path):
-    made = write(tmp_path, type="q4_0", model=str(save_pico(tmp_path / "wide", hidden_size=64, intermediate_size=80)))
+    made = write(
+        tmp_path, "m.gguf", type="q4_0", model=str(save_pico(tmp_path / "ada", hidden_size=64, intermediate_size=80))
+    )
+    # folders are often called after whom they are about
+    assert gguf.GGUFReader(made).fields["general.name"].contents() == "m"
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(made).tensors}
     assert kinds["blk.0.attn_q.weight"] == "Q4_0"
     # embeddings and head keep 8 bits; rows of 80 do not divide into blocks of 32
@@ -208,6 +212,9 @@ def test_what_differs_from_the_model_before_keeps_8_bits(tmp_path, capsys, said)
             UserError, match=r"before.*was distilled from it.*give the model from before as `original`"
         ):
             write(tmp_path, **given | {"out": str(tmp_path / "other.gguf")})
+        # of which 8 bits ask nothing, nor what it is that a file of that name holds
+        (tmp_path / "r" / "run.json").write_text("[]")
+        write(tmp_path, **given | {"out": str(tmp_path / "other.gguf"), "type": "q8_0"})
 
 
 def test_what_a_merged_adapter_changes_keeps_8_bits(tmp_path):
@@ -350,6 +357,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypa
         ({"out": str(tmp_path / "model.bin")}, "ends in .gguf"),
         ({"adapter": "x"}, "alter distill"),
         ({"form": "loras"}, "`adapter`"),
+        ({"quantization": "4bit"}, "`quantization` 4bit .* leave it out"),
         ({"model": str(tmp_path / "large"), "type": "f16"}, "bf16 or f32"),
     ):
         with pytest.raises(UserError, match=said):

@@ -60,6 +60,11 @@ def export(settings: Export) -> Path:
             "A GGUF file holds plain weights: fold an adapter that can be merged into them with `merged`, or make weights of "
             "a routed one with `alter distill`."
         )
+    if settings.quantization is not None:
+        raise UserError(
+            f"`quantization` {settings.quantization} packs the weights as no GGUF file holds them: leave it out, and choose the file's "
+            "own number format by `type`."
+        )
     name = shipped_model(settings.model)
     if memory.held(name) is None and gguf_place(name) is None and (Path(name).expanduser() / "config.json").is_file():
         # said before the weights are read
@@ -74,7 +79,8 @@ def export(settings: Export) -> Path:
         tokenizer,
         out,
         settings.type,
-        Path(settings.model).name,
+        # a folder is often called after whom it is about
+        out.stem,
         lambda: _grids(settings, model, tokenizer, sources, fine),
         fine,
     )
@@ -116,9 +122,11 @@ def _changed(settings: Export, model: Any) -> set[str]:
     Raises:
         UserError: it cannot be loaded, or is of another architecture.
     """
+    if settings.type not in BITS:
+        return set()
     made_of = _distilled_from(Path(settings.model)) or (settings.model if settings.adapter else None)
     original = settings.original or made_of
-    if settings.type not in BITS or original is None:
+    if original is None:
         return set()
     try:
         before = settings.alike(original).load()[0].state_dict()

@@ -105,12 +105,11 @@ def _told(path: Path, changed: int) -> tuple[str, str | None, int]:
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
-    split = fields.get("tokenizer.ggml.pre")
-    tokens = fields["tokenizer.ggml.tokens"]
+    split, tokens = fields.get("tokenizer.ggml.pre"), fields.get("tokenizer.ggml.tokens")
     return (
         str(fields["general.architecture"].contents()),
         None if split is None else str(split.contents()),
-        len(tokens.data),
+        0 if tokens is None else len(tokens.data),
     )
 
 
