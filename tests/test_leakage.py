@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -56,6 +57,22 @@ def test_the_interval_is_that_of_a_bootstrap_in_a_loop():
     low, high = metrics.samples.bootstrap_interval([*values, np.nan], draws=4000)
     assert (low, high) == pytest.approx((means[100], means[3899]), abs=0.012)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 40**0.5, rel=0.1)
+
+
+def test_many_rows_take_little_memory_and_the_same_draws(monkeypatch):
+    values = np.random.default_rng(1).random(20_000)
+    tracemalloc.start()
+    found = metrics.samples.bootstrap_interval(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # 640 MB if all are drawn at once
+    assert peak < 200e6
+    monkeypatch.setattr(metrics.samples, "AT_ONCE", 1000)
+    short = values[:300]
+    in_parts = metrics.samples.bootstrap_interval(short)
+    monkeypatch.undo()
+    assert metrics.samples.bootstrap_interval(short) == in_parts
+    assert found[0] < values.mean() < found[1]
 
 
 def test_equal_values_have_no_interval():
