@@ -71,7 +71,18 @@ LAYERS = {
     "metaevaluation": BASE
     | {"metrics", "data", "inference", "rendering", "models", "attacks", "evaluation", "training", "comparison"},
     "api": BASE
-    | {"plugins", "adapter", "models", "attacks", "evaluation", "methods", "training", "comparison", "distillation"},
+    | {
+        "plugins",
+        "data",
+        "adapter",
+        "models",
+        "attacks",
+        "evaluation",
+        "methods",
+        "training",
+        "comparison",
+        "distillation",
+    },
     "forgetting": BASE
     | {"adapter", "metrics", "data", "inference", "rendering", "models", "evaluation", "training", "distillation"},
     "requests": BASE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -18,19 +18,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from alter.core import UserError, ignore_known_warnings, memory, nearest, silent
+from alter.data import named_rows
 from alter.settings import refusal
-from alter.storage import digest, read_run
+from alter.storage import read_run
 
 if TYPE_CHECKING:
     from alter.attacks import Attack
     from alter.comparison import Compare
+    from alter.data import GivenRows
     from alter.distillation import Distill
     from alter.evaluation import Evaluation
     from alter.storage import Record
     from alter.training import Unlearn
-
-Rows = str | PathLike[str] | Iterable[Mapping[str, Any]]
-"""Rows of a set: what a command takes (a file, NAME:SPLIT), or the rows themselves: dicts, or a `datasets.Dataset`."""
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -107,31 +106,6 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
 
 
 @contextlib.contextmanager
-def _named_rows(rows: Rows) -> Iterator[str]:
-    """Yield a name under which the commands find the rows while the block runs.
-
-    Raises:
-        UserError: they are none, or no rows.
-    """
-    if isinstance(rows, (str, PathLike)):
-        yield str(rows)
-        return
-    given = list(rows) if isinstance(rows, Iterable) and not isinstance(rows, (Mapping, bytes)) else None
-    wrong = [row for row in given or () if not isinstance(row, Mapping)]
-    if given is None or wrong:
-        what = f"a {type(rows).__name__}" + (f" of {type(wrong[0]).__name__}" if wrong else "")
-        raise UserError(
-            f"The rows are {what}; expected a list of dicts, each of a row's columns (of a DataFrame: `df.to_dict('records')`), "
-            "a `datasets.Dataset`, or the name of a file."
-        )
-    held = [dict(row) for row in given]
-    if not held:
-        raise UserError("The rows are empty; expected at least one, each a dict of its columns.")
-    with memory.holding(digest(held)[:16], held) as name:
-        yield name
-
-
-@contextlib.contextmanager
 def _named_model(model: Any, tokenizer: Any) -> Iterator[str]:
     """Yield a name under which the commands find the model while the block runs."""
     if isinstance(model, (str, PathLike)):
@@ -172,8 +146,8 @@ def _as_library() -> Iterator[None]:
 def unlearn(
     model: Any = None,
     *,
-    forget: Rows | None = None,
-    retain: Rows | None = None,
+    forget: GivenRows | None = None,
+    retain: GivenRows | None = None,
     out: str | PathLike[str] | None = None,
     tokenizer: Any = None,
     settings: Unlearn | None = None,
@@ -207,7 +181,7 @@ def unlearn(
             keywords["model"] = stack.enter_context(_named_model(model, tokenizer))
         for name, rows in (("forget", forget), ("retain", retain)):
             if rows is not None:
-                keywords[name] = stack.enter_context(_named_rows(rows))
+                keywords[name] = stack.enter_context(named_rows(rows))
         if out is not None:
             keywords["out"] = str(out)
         if settings is None:
@@ -248,7 +222,7 @@ def distill(
             keywords["run"] = str(run.folder if isinstance(run, Run) else run)
         for name in ("forget", "retain"):
             if keywords.get(name) is not None:
-                keywords[name] = stack.enter_context(_named_rows(keywords[name]))
+                keywords[name] = stack.enter_context(named_rows(keywords[name]))
         if out is not None:
             keywords["out"] = str(out)
         chosen = _settings(Kind, settings, keywords)
@@ -297,7 +271,7 @@ def evaluate(
         kind = type(settings) if settings is not None else _benchmark(benchmark)
         for name in ("forget", "retain", "holdout"):
             if keywords.get(name) is not None:
-                keywords[name] = stack.enter_context(_named_rows(keywords[name]))
+                keywords[name] = stack.enter_context(named_rows(keywords[name]))
         chosen = _settings(kind, settings, keywords)
         stack.enter_context(_as_library())
         return measure(chosen)
@@ -341,7 +315,7 @@ def attack(
             keywords.setdefault("out", str(model.folder / "attack"))
         _subject(model, tokenizer, keywords, stack)
         if keywords.get("forget") is not None:
-            keywords["forget"] = stack.enter_context(_named_rows(keywords["forget"]))
+            keywords["forget"] = stack.enter_context(named_rows(keywords["forget"]))
         chosen = _settings(Kind, settings, keywords)
         stack.enter_context(_as_library())
         return run(chosen)

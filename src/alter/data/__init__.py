@@ -49,10 +49,12 @@ if TYPE_CHECKING:
     from alter.data.rows import row_key as row_key
     from alter.data.rows import said as said
     from alter.data.rows import turns_of as turns_of
+    from alter.data.sources import GivenRows as GivenRows
     from alter.data.sources import check_unread as check_unread
     from alter.data.sources import for_others as for_others
     from alter.data.sources import from_anywhere as from_anywhere
     from alter.data.sources import local_parts as local_parts
+    from alter.data.sources import named_rows as named_rows
     from alter.data.sources import read_rows as read_rows
     from alter.data.sources import settings_for_others as settings_for_others
     from alter.data.subjects import rows_about as rows_about

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from alter.core import UserError, memory, nearest
 from alter.data.files import Row, plain_values, read_file, rename, with_columns
 from alter.data.hub import hub_rows, is_hub_id, local_path, muse_rows
 from alter.data.tofu import TOFU_HUB, TOFU_SPLITS, tofu_rows
+from alter.storage import digest
 
 ROW_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qa", ("question", "answer")),
@@ -31,6 +34,9 @@ KNOWN_COLUMNS = tuple(dict.fromkeys(name for _, columns in ROW_COLUMNS for name 
 
 SLICE = re.compile(r"(.+)\[([^\[\]:]*):([^\[\]:]*)\]", re.DOTALL)
 """A source with `[N:M]` behind it: its rows from N on, counted from 0, and before M."""
+
+GivenRows = str | PathLike[str] | Iterable[Mapping[str, Any]]
+"""Rows of a set: what a command takes (a file, NAME:SPLIT), or the rows themselves: dicts, or a `datasets.Dataset`."""
 
 OTHER_COLUMNS = re.compile(r"(.+?)@([^@=,]+=[^@=,]+(?:,[^@=,]+=[^@=,]+)*)", re.DOTALL)
 """A source with `@question=Frage,answer=Antwort` behind it: which of its columns are the ones that a row needs."""
@@ -258,3 +264,28 @@ def _rows_of(source: str, split: str | None, first: int | None) -> list[Row]:
         raise UserError(f"No file or folder at {source!r}.{near} A hub id has the form org/name.")
     alternative = "Download its rows as a .jsonl file and give that file's path instead."
     return hub_rows(source, split, "train", alternative, first)
+
+
+@contextlib.contextmanager
+def named_rows(rows: GivenRows) -> Iterator[str]:
+    """Yield a name under which the commands find the rows while the block runs.
+
+    Raises:
+        UserError: they are none, or no rows.
+    """
+    if isinstance(rows, (str, PathLike)):
+        yield str(rows)
+        return
+    given = list(rows) if isinstance(rows, Iterable) and not isinstance(rows, (Mapping, bytes)) else None
+    wrong = [row for row in given or () if not isinstance(row, Mapping)]
+    if given is None or wrong:
+        what = f"a {type(rows).__name__}" + (f" of {type(wrong[0]).__name__}" if wrong else "")
+        raise UserError(
+            f"The rows are {what}; expected a list of dicts, each of a row's columns (of a DataFrame: `df.to_dict('records')`), "
+            "a `datasets.Dataset`, or the name of a file."
+        )
+    held = [dict(row) for row in given]
+    if not held:
+        raise UserError("The rows are empty; expected at least one, each a dict of its columns.")
+    with memory.holding(digest(held)[:16], held) as name:
+        yield name
