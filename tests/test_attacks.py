@@ -510,6 +510,20 @@ def test_a_model_is_not_its_own_reference(models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_no_retrained_model(models, tmp_path):
+    """The advice was to give it as `adapter`, in place of the one that is attacked."""
+    for name in ("retrained", "original"):
+        with pytest.raises(UserError, match=rf"`{name}` .* is an adapter.*merge_and_unload") as said:
+            attacks.attack(settings(models, tmp_path / "out", **{name: str(models / "adapter")}))
+        assert "`adapter`" not in str(said.value)
+
+
+def test_a_missing_original_is_said_before_anything_runs(models, tmp_path, capsys):
+    attacks.attack(settings(models, tmp_path / "out", adapter=None, attacks=["upper_case"]))
+    said = capsys.readouterr().err
+    assert said.index("give it as `original`") < said.index("retrained: none")
+
+
 def test_a_row_that_does_not_fit_is_called_by_its_number_in_the_file(models, tmp_path):
     rows = write_jsonl(
         tmp_path / "forget.jsonl", [*({"text": text} for text in ("One.", "Two.", "Three.")), {"text": "x" * 600}]
