@@ -910,6 +910,17 @@ def test_the_attacker_stops_at_the_best_step():
     assert [point["fraction"] for point in one.extra["curve"]] == pytest.approx([0, 0.5, 0.2])
 
 
+def test_without_a_retrained_model_the_attacker_has_his_best_variant_too():
+    """It was the last one, whatever it brought back."""
+    values = (("role_play", 0.7), ("override", 0.8), ("permitted", 0.1))
+    found = [fake("unlearned", "jailbreak", value, variant=name) for name, value in values]
+    (one,) = recovered_fractions([PLAINS[2], *found], "jailbreak")
+    assert (one.value, one.extra["variant"], one.extra["after"]) == (None, "override", 0.8)
+    # of steps that bring back as much, the last
+    steps = [fake("unlearned", "relearn", value, step=step) for step, value in ((2, 0.1), (5, 0.4), (10, 0.4))]
+    assert recovered_fractions([PLAINS[2], *steps], "relearn")[0].extra["step"] == 10
+
+
 def naive_interval(values, seed):
     """Of means of rows drawn one by one."""
     draw = random.Random(seed)

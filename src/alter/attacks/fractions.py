@@ -42,7 +42,8 @@ def _select(records: Sequence[Record], model: str, attack_name: str, metric: str
 def recovered_fractions(records: Sequence[Record], name: str) -> list[Record]:
     """Return the recovered fractions of an attack: one record per figure, whose value is None where it is refused.
 
-    Of several numbers of steps, depths or variants the attacker takes the one at which the fraction is largest;
+    Of several numbers of steps, depths or variants the attacker takes the one at which the fraction is largest, or where there is
+    none the figure under the attack;
     `extra` says which, and `curve` holds all; `intervals` holds the 95 % interval over rows of each figure. Everything is on the rows that all models were measured on, but
     `original_attacked`, the original's own figure under the attack: what the attack can bring out of a model that knows.
     """
@@ -73,7 +74,11 @@ def recovered_fractions(records: Sequence[Record], name: str) -> list[Record]:
         if not candidates:
             continue
         known = [candidate for candidate in candidates if candidate.value is not None]
-        best = max(known, key=lambda candidate: candidate.value or 0.0) if known else candidates[-1]
+        if known:
+            best = max(known, key=lambda candidate: candidate.value or 0.0)
+        else:
+            # of equal ones the last: after the most steps
+            best = max(reversed(candidates), key=lambda candidate: candidate.extra["after"])
         extra = {**best.extra, "attack": name, "needs": ATTACKS[name].needs}
         if len(candidates) > 1:
             shown = (*PLACES, "after", "retrained", "original")
