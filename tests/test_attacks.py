@@ -242,6 +242,20 @@ def test_wordings():
     assert question in wording.foreign_frame(question)
 
 
+def test_a_wording_that_changes_no_question_is_no_attack(models, tmp_path, capsys):
+    """Chinese has no capitals: the plain questions were asked once more, and the table said that capitals recover nothing."""
+    rows = [{"question": f"谁画了第{i}幅画？", "answer": f"画家{i}。"} for i in range(4)]
+    path = write_jsonl(tmp_path / "forget.jsonl", rows)
+    given = {"forget": str(path), "retrained": None}
+    with pytest.raises(
+        UserError, match="'upper_case' is not possible: it leaves every question of these rows as it is"
+    ):
+        attacks.attack(settings(models, tmp_path / "out", attacks=["upper_case"], **given))
+    chosen, reasons = attacks.chosen(settings(models, tmp_path / "out", **given), load_examples(str(path)))
+    assert {"upper_case", "telegram"} <= set(reasons)
+    assert {"reversed", "foreign_frame"} <= set(chosen)
+
+
 def test_paraphrases_come_from_the_rows_or_from_tofus_perturbed_split():
     expected = [row["paraphrased_question"] for row in tofu_rows("forget01_perturbed", "builtin")]
     for source in ("builtin:forget01", "builtin:forget01_perturbed"):
