@@ -1025,6 +1025,9 @@ def test_only_rows_measured_on_all_models_count():
 
 def test_no_fraction_without_its_parts():
     after = fake("unlearned", "sample", 0.5)
+    # the retrained model is there, and only this attack was not possible on it: the advice was to make one
+    (unattacked,) = recovered_fractions([*PLAINS, after], "sample")
+    assert "retrained model has no such measurement" in unattacked.extra["refused"]
     (no_zero,) = recovered_fractions([PLAINS[0], PLAINS[2], after], "sample")
     assert no_zero.value is None
     assert "alter finetune" in no_zero.extra["refused"]
