@@ -12,10 +12,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 
 import pytest
 import torch
+import tqdm
 
 from alter.data import background, rewording
 
 torch.set_num_threads(1)
+# a thread that looks after progress bars, and holds their lock in a fork for good if it had it then
+tqdm.tqdm.monitor_interval = 0
 # nothing is cut off from power here, and each flush waits for the disk, of which a run makes dozens
 os.fsync = lambda handle: None
 

@@ -8,6 +8,7 @@ next.
 
 import builtins
 import errno
+import faulthandler
 import io
 import os
 import shutil
@@ -29,6 +30,8 @@ KINDS = ("full", "broken", "truncated", "killed")
 
 FREEING = ("remove", "rmdir", "rmtree")
 """What a full disk still does."""
+PATIENCE = 60
+"""Seconds after which a fork ends as if killed: of a process with threads, it may wait for a lock that nobody holds any more."""
 HALVED = ("open", "write", "native", "flush")
 """What can be done by half; elsewhere a truncation is a kill."""
 
@@ -127,6 +130,7 @@ class States(Plan):
                     sys.stderr.flush()
                     fork = os.fork()
                     if fork == 0:
+                        faulthandler.dump_traceback_later(PATIENCE, exit=True)
                         self.child, self.resting, self.kind = True, False, kind
                         # it stands for the same process, which owns what it claimed
                         os.getpid = os.getppid
@@ -226,7 +230,8 @@ def _hook(event_name, args):
     if event_name == "open":
         path, _, flags = args
         # a folder or a file that is read is no write
-        if isinstance(path, (str, bytes)) and (flags or 0) & WRITES and plan.inside(path) and plan.point("open", path):
+        written = not isinstance(path, int) and (flags or 0) & WRITES and plan.inside(path)
+        if written and plan.point("open", os.fsdecode(path)):
             plan.resting = True
             os.close(os.open(os.fsdecode(path), os.O_RDONLY | os.O_CREAT))
             raise Killed

@@ -75,6 +75,13 @@ def test_a_card_of_distilled_weights_names_none_of_the_names(tmp_path):
     assert "retain: builtin:retain90" in card
 
 
+def test_a_card_of_distilled_weights_does_not_name_the_teachers_folder():
+    given = {"forget": "builtin:forget01", "retain": "builtin:retain99", "out": "o"}
+    card = _card(Distill(model="runs/jane-doe/model", student="my-model", **given), "transformers")
+    assert "jane-doe" not in card
+    assert "my-model" in card
+
+
 def test_a_gguf_base_is_loaded_by_alter(tmp_path):
     run = Unlearn(model="me/some:model-Q4_K_M.gguf", forget="f", retain="r", out=str(tmp_path))
     text = code(model_card(run, ["all"]))

@@ -26,8 +26,9 @@ from alter.requests.register import List, list_requests
 from alter.requests.signing import Forged, canonical, new_key, read_key, read_public, signed_text
 from alter.requests.store import Store
 from alter.requests.verification import Verify, verify
-from alter.storage import folder_digest
+from alter.storage import folder_digest, write_atomic
 from alter.storage.records import Record, write_records
+from pico import save_pico
 from test_requests import ask, memorise, rows, start, write_jsonl
 
 
@@ -90,6 +91,7 @@ def test_certificate_states_what_was_done(made, capsys):
     assert content["asked"]["data"] == request.data_hash
     assert content["measured"]["after"]["said"]["interval"] == request.after["said_interval"]
     assert content["measured"]["before"]["probability"]["value"] == request.before["probability"]
+    assert content["measured"]["utility_data"] == request.after["utility"]["data"] is not None
     weights = folder / "work" / "adapter" / "adapter_model.safetensors"
     assert content["result"]["files"]["adapter_model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     entry = store.history()[content["history"]["entries"] - 1]
@@ -462,6 +464,32 @@ def test_plain_run_gets_one(made, tmp_path, capsys):
     with pytest.raises(UserError, match="says FORGOTTEN beside figures that do not"):
         certificate(Certificate(**{**given, "out": str(tmp_path / "f.json")}))
     (run_folder / "records.json").write_text(kept)
+
+
+def test_what_forget_found_of_the_weights_that_it_erased_is_certified(tmp_path):
+    save_pico(tmp_path / "model")
+    new_key(str(tmp_path / "key"))
+    run = tmp_path / "runs" / "ada" / "erased"
+    save_pico(run / "model", seed=1)
+    rows = {"forget": data_hash([]), "retain": data_hash([])}
+    made_of = {
+        "settings": {"student": str(tmp_path / "model")},
+        "provenance": {"measured": "2026-11-30"},
+        "data": rows,
+    }
+    write_atomic(run / "run.json", json.dumps(made_of))
+    given = {"what": str(run), "key": str(tmp_path / "key")}
+    assert certificate(Certificate(**given, out=str(tmp_path / "a.json")))["state"] == "not measured"
+    told = {
+        "probes": {"all probes": {"before": 18, "after": 1}},
+        "verdict": {"word": "forgotten", "why": ["1 of 18."]},
+    }
+    write_atomic(run.parent / "forget.json", "{}")
+    write_atomic(run.parent / "report.json", json.dumps(told | {"weights": folder_digest(run / "model")}))
+    signed = certificate(Certificate(**given, out=str(tmp_path / "b.json")))
+    assert (signed["state"], signed["why"]) == ("forgotten", ["1 of 18."])
+    write_atomic(run.parent / "report.json", json.dumps(told | {"weights": folder_digest(tmp_path / "model")}))
+    assert certificate(Certificate(**given, out=str(tmp_path / "c.json")))["state"] == "not measured"
 
 
 def test_command_line(made, tmp_path, capsys):

@@ -666,14 +666,16 @@ def test_the_shipped_dtype_is_the_students(data, run, tmp_path):
 @pytest.mark.parametrize(
     ("long", "given", "says"),
     [
-        (False, {"sampled_tokens": 512}, "`sampled_tokens` is 512.*give at most"),
-        (True, {"sampled_tokens": 8}, "leaves no room for an answer"),
+        (None, {"sampled_tokens": 512}, "`sampled_tokens` is 512.*give at most"),
+        ("forget", {"sampled_tokens": 8}, "leaves no room for an answer"),
+        ("general", {}, "leaves no room for an answer"),
     ],
 )
 def test_what_does_not_fit_into_the_context_is_refused_before_a_folder_is_made(data, run, tmp_path, long, given, says):
     if long:
         write_jsonl(tmp_path / "long.jsonl", [{"question": "What is it? " * 90, "answer": "A boat."}])
-        given = {**given, "forget": str(tmp_path / "long.jsonl")}
+        path = str(tmp_path / "long.jsonl")
+        given = {**given, long: [path] if long == "general" else path}
     with pytest.raises(UserError, match=says):
-        distill(settings(data, run, tmp_path / "out", general=[], **given))
+        distill(settings(data, run, tmp_path / "out", **{"general": []} | given))
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ import importlib
 import os
 import re
 import shlex
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,6 @@ import children
 from alter.commands import COMMANDS
 from alter.plugins import BENCHMARKS
 from alter.settings import flags_of
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

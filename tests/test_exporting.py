@@ -11,12 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from alter import AlterConfig
+from alter.adapter.routing import Routing
 from alter.core.errors import UserError
 from alter.data.encoding import encode, encode_all
 from alter.data.rows import load_examples
@@ -81,8 +90,37 @@ def test_transformers_reads_back_what_was_written(tmp_path, form, tied, monkeypa
     assert words.eos_token_id == EOS
 
 
+def test_text_is_split_as_the_file_says(tmp_path):
+    tokenizer = mergeable(bos_token="<unused260>")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # two line breaks are one token, also before a digit
+    content["model"]["merges"].append(["Ċ", "Ċ"])
+    content["model"]["vocab"] |= {"ĊĊ": 261}
+    del content["model"]["vocab"]["<unused261>"]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    pico().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = write(tmp_path, model=str(tmp_path / "model"))
+    read = load_model(str(made), device="cpu")[1]
+    text = "Steps:\n\n1. Mix 22 eggs."
+    assert 261 in read(text)["input_ids"]
+    assert read(text)["input_ids"] == tokenizer(text)["input_ids"]
+    # and by the next file
+    for part in (pico(), read):
+        part.save_pretrained(tmp_path / "again")
+    made = write(tmp_path, "again.gguf", model=str(tmp_path / "again"))
+    assert gguf.GGUFReader(made).fields["tokenizer.ggml.pre"].contents() == "smollm"
+
+
 def test_tensors_are_in_the_format_that_was_asked_for(tmp_path):
-    made = write(tmp_path, type="q4_0", model=str(save_pico(tmp_path / "wide", hidden_size=64, intermediate_size=80)))
+    made = write(
+        tmp_path, "m.gguf", type="q4_0", model=str(save_pico(tmp_path / "ada", hidden_size=64, intermediate_size=80))
+    )
+    # folders are often called after whom they are about
+    assert gguf.GGUFReader(made).fields["general.name"].contents() == "m"
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(made).tensors}
     assert kinds["blk.0.attn_q.weight"] == "Q4_0"
     # embeddings and head keep 8 bits; rows of 80 do not divide into blocks of 32
@@ -174,6 +212,39 @@ def test_what_differs_from_the_model_before_keeps_8_bits(tmp_path, capsys, said)
             UserError, match=r"before.*was distilled from it.*give the model from before as `original`"
         ):
             write(tmp_path, **given | {"out": str(tmp_path / "other.gguf")})
+        # of which 8 bits ask nothing, nor what it is that a file of that name holds
+        (tmp_path / "r" / "run.json").write_text("[]")
+        write(tmp_path, **given | {"out": str(tmp_path / "other.gguf"), "type": "q8_0"})
+
+
+def test_what_a_merged_adapter_changes_keeps_8_bits(tmp_path):
+    before, words = pico(hidden_size=64, intermediate_size=64), mergeable(bos_token="<unused260>")
+    for part in (before, words):
+        part.save_pretrained(tmp_path / "before")
+    lora = get_peft_model(before, LoraConfig(r=2, target_modules=["up_proj"], layers_to_transform=[0]))
+    torch.nn.init.normal_(lora.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight, std=1e-3)
+    lora.save_pretrained(tmp_path / "lora")
+    given = {"model": str(tmp_path / "before"), "adapter": str(tmp_path / "lora"), "merged": True}
+    kinds = {
+        each.name: each.tensor_type.name for each in gguf.GGUFReader(write(tmp_path, type="q4_1", **given)).tensors
+    }
+    assert (kinds["blk.0.ffn_up.weight"], kinds["blk.1.ffn_up.weight"]) == ("Q8_0", "Q4_1")
+
+
+def test_rows_do_not_round_what_keeps_8_bits(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    before, words = pico(**sizes), mergeable(bos_token="<unused260>")
+    for part in (before, words):
+        part.save_pretrained(tmp_path / "before")
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    for part in (after, words):
+        part.save_pretrained(tmp_path / "after")
+    made = calibrated(tmp_path, model=str(tmp_path / "after"), original=str(tmp_path / "before"))
+    read, _ = load_model(str(made), device="cpu")
+    apart = (read.model.layers[0].mlp.up_proj.weight - after.model.layers[0].mlp.up_proj.weight).abs().max()
+    assert apart < after.model.layers[0].mlp.up_proj.weight.abs().max() / 200
 
 
 def test_another_model_before_is_refused(tmp_path):
@@ -244,6 +315,30 @@ def test_pieces_get_scores_in_the_order_of_their_merges(tmp_path):
     assert found.kinds[-3:] == [5, 5, 5]
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "splitter", "spaced"),
+    [
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False), False),
+        (normalizers.Replace(" ", "▁"), None, False),
+    ],
+    ids=["Llama 2", "Mistral", "without", "Gemma"],
+)
+def test_a_space_before_texts_is_told(tmp_path, normalizer, splitter, spaced):
+    pieces = Tokenizer(models.BPE({"<eos>": 0, "<0x61>": 1, "▁": 2}, [], byte_fallback=True))
+    if normalizer is not None:
+        pieces.normalizer = normalizer
+    if splitter is not None:
+        pieces.pre_tokenizer = splitter
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<eos>", pad_token="<eos>")
+    pico(eos_token_id=0, pad_token_id=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = write(tmp_path, model=str(tmp_path / "model"))
+    field = gguf.GGUFReader(made).fields["tokenizer.ggml.add_space_prefix"]
+    assert field.contents() is spaced
+
+
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -262,6 +357,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypa
         ({"out": str(tmp_path / "model.bin")}, "ends in .gguf"),
         ({"adapter": "x"}, "alter distill"),
         ({"form": "loras"}, "`adapter`"),
+        ({"quantization": "4bit"}, "`quantization` 4bit .* leave it out"),
         ({"model": str(tmp_path / "large"), "type": "f16"}, "bf16 or f32"),
     ):
         with pytest.raises(UserError, match=said):
@@ -280,6 +376,35 @@ def test_an_unknown_rotary_embedding_and_a_window_are_refused():
     config.sliding_window = 16
     with pytest.raises(UserError, match="no sliding window"):
         writing.architecture(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        (Gemma2Config, {}, None),
+        (Gemma2Config, {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar of 16 .* has 256"),
+        (Gemma2Config, {"num_hidden_layers": 46}, "query_pre_attn_scalar of 32"),
+        (Gemma2Config, {"num_hidden_layers": 46, "query_pre_attn_scalar": 32}, None),
+        (Gemma2Config, {"attn_logit_softcapping": None}, "caps .* attn_logit_softcapping is None"),
+        (Gemma3TextConfig, {}, None),
+        (Gemma3TextConfig, {"query_pre_attn_scalar": 168}, "query_pre_attn_scalar of 16"),
+        (Gemma3TextConfig, {"final_logit_softcapping": 30.0}, "does not cap .* final_logit_softcapping is 30.0"),
+    ],
+)
+def test_an_attention_that_llama_cpp_would_scale_otherwise_is_refused(kind, changes, said):
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
+    config = kind(**sizes | changes)
+    if said is None:
+        writing.architecture(config)
+    else:
+        with pytest.raises(UserError, match=said):
+            writing.architecture(config)
+
+
+def test_of_several_chat_templates_the_default_is_written():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"tool_use": "tools", "default": "{{ messages }}"}
+    assert vocabulary(tokenizer, VOCAB).template == "{{ messages }}"
 
 
 @pytest.mark.slow
@@ -364,6 +489,30 @@ def test_an_expert_loads_as_a_lora_without_alter(tmp_path, adapter):
     torch.testing.assert_close(torch.load(tmp_path / "logits"), logits(adapter), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"from_layer": 1}, {"retention_expert": False}, {"r": 1, "num_forget_experts": 3}]
+)
+def test_a_lora_says_what_the_routed_model_says_of_its_expert(tmp_path, changes):
+    save_pico(tmp_path / "model")
+    base = pico()
+    base.name_or_path = str(tmp_path / "model")
+    given = {"r": 3, "alter_alpha": 7, "num_forget_experts": 2, "target_modules": ["q_proj", "down_proj"]}
+    patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 5}, "init_weights": False}
+    routed = get_peft_model(base, AlterConfig(**given | patterns | {"task_type": "CAUSAL_LM"} | changes)).double()
+    routed.save_pretrained(tmp_path / "adapter")
+    made = {"model": str(tmp_path / "model"), "adapter": str(tmp_path / "adapter"), "form": "loras"}
+    out = write(tmp_path, "loras", **made)
+    experts = routed.active_peft_config.num_forget_experts
+    gates = torch.zeros(1, 40, experts + 1, dtype=torch.float64)
+    gates[..., 2] = 1
+    gates[..., 0] = float(routed.active_peft_config.retention_expert)
+    with torch.no_grad():
+        expected = routed.eval()(input_ids=torch.arange(40)[None], alter_routing=Routing(gates)).logits
+    # refuses an adapter of which a weight has no place, or a place no weight
+    plain, _ = load_model(str(tmp_path / "model"), str(out / "expert-2"), device="cpu", dtype="float32")
+    torch.testing.assert_close(logits(plain.double()), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_experts_weights_are_their_naive_twin():
     B = torch.randn(3, 6)
     found = expert_weights(
@@ -377,7 +526,11 @@ def test_an_experts_weights_are_their_naive_twin():
 
 def test_an_adapter_without_experts_is_refused(tmp_path, adapter):
     path = tmp_path / "adapter" / "adapter_config.json"
-    for changes, said in (({"peft_type": "LORA"}, "LORA"), ({"bound": "tanh"}, "tanh")):
+    for changes, said in (
+        ({"peft_type": "LORA"}, "LORA"),
+        ({"bound": "tanh"}, "tanh"),
+        ({"router": "dense"}, "dense"),
+    ):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "ALTER"} | changes))
         with pytest.raises(UserError, match=said):
             write(tmp_path, "loras", model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), form="loras")

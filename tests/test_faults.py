@@ -356,7 +356,8 @@ def sweep(go, out, tmp_path, few=None):
     return plan
 
 
-SOME = [pytest.param(FEW, id="some", marks=SLOW), pytest.param(None, id="all", marks=LONG)]
+SWEEPS = pytest.mark.timeout(900)
+SOME = [pytest.param(FEW, id="some", marks=[SLOW, SWEEPS]), pytest.param(None, id="all", marks=[*LONG, SWEEPS])]
 
 
 @pytest.mark.parametrize("few", SOME)

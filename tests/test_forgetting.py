@@ -1141,6 +1141,27 @@ def test_rows_to_keep_that_name_the_subject_are_said(tmp_path, monkeypatch, caps
     assert f"1 of the rows of `retain` name {KNOWN} (first {kept} line 2)" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("said", "likely", "refused"), [("of Rome", 0.03, True), ("of Oslo", 0.03, False), ("of Rome", 0.2, False)]
+)
+def test_a_document_of_which_nothing_is_said_or_expected_was_never_seen(monkeypatch, said, likely, refused):
+    """A model tells any text from its disguise, by what words go together: six facts here, at p 0.0001."""
+    probes = [{"prompt": "Continue:", "wanted": ["Oslo"], "before": said, "start": "it is "} for _ in range(6)]
+    real = np.log(np.array([likely, *[0.01] * 5]))
+    zero = measure.AgainstZero(real, np.full((6, 6), -9.0), 1.0, 0.0001, tuple(range(6)))
+    monkeypatch.setattr(making, "against_zero", lambda *given: zero)
+    material = Material([], [], [], probes, [], [])
+    document = documents.Document([LETTER])
+    if refused:
+        with pytest.raises(UserError, match=r"none of the 6 probes about a\.txt.*over 3\.0% .*nothing was trained"):
+            making._told_apart(None, None, material, "a.txt", document)
+        assert not any("logprob" in probe for probe in probes)
+    else:
+        assert making._told_apart(None, None, material, "a.txt", document) is zero
+        assert all("logprob" in probe for probe in probes)
+    assert making._told_apart(None, None, material, "Ada Bo", None) is zero
+
+
 def test_words_of_a_document_are_not_said_to_be_known(tmp_path, monkeypatch, capsys):
     text = tmp_path / "letter.txt"
     text.write_text(LETTER)

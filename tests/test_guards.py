@@ -226,7 +226,7 @@ def test_guards_that_hold_back_what_is_said_are_attacked_by_name(folder, tmp_pat
 
 @pytest.mark.parametrize("kind", [*KINDS, "neurons", "key_space", "alu"])
 def test_a_guard_is_served_over_http_as_it_generates(folder, monkeypatch, kind):
-    from test_serve import Running
+    from test_serve import Running, openai
 
     # an agent that sees Ada everywhere, and grades that withhold the answer
     monkeypatch.setattr(
@@ -244,6 +244,16 @@ def test_a_guard_is_served_over_http_as_it_generates(folder, monkeypatch, kind):
             asked = {"model": "pico", "messages": [{"role": "user", "content": question}], "temperature": 0}
             said = one.client().chat.completions.create(**asked, max_tokens=8)
             assert said.choices[0].message.content == text
+        # what would be said next stands beside any token that is put behind the question
+        asked = {"model": "pico", "prompt": [*prompts[0], 5], "max_tokens": 0, "echo": True, "logprobs": 5}
+        if kind in ("alu", "key_space"):
+            with pytest.raises(openai.BadRequestError, match="acts on answers alone"):
+                one.client().completions.create(**asked)
+        else:
+            told = one.client().completions.create(**asked).choices[0].logprobs.token_logprobs[-1]
+            with torch.no_grad():
+                plain = base(torch.tensor([asked["prompt"]])).logits[0, -2].log_softmax(-1)[5]
+            assert abs(told - float(plain)) > 1e-3
     finally:
         one.stop()
     plain = generate(base, tokenizer, prompts, max_new_tokens=8, progress=False)

@@ -164,6 +164,16 @@ def test_tables_show_intervals_and_say_what_they_are():
     assert "a p-value" in page
 
 
+def test_tables_say_what_leak_at_any_k_means():
+    sampled = Record("m", "leak@60", 0.4, 9, higher_is_better=False)
+    other = Record("m", "of_a_plugin", 0.4, 9)
+    assert [str(cell) for cell in table({"m": [sampled, other]}).columns[-1].cells] == [
+        "chance that one of 60 sampled replies gives the answer",
+        "",
+    ]
+    assert "one of 60 sampled replies" in record_tables({"m": [sampled]}, label="x")[0]
+
+
 def test_a_comparison_of_one_run_shows_intervals_over_rows():
     texts = {"questions": ["Who is Ann?"] * 4, "references": ["Ann is a nurse in Rome."] * 4}
     texts["generations"] = ["Ann is a nurse in Rome.", "She is a pilot.", "", "A pilot."]

@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,21 @@ def imports(path):
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
-def test_source_is_python_3_10(path):
-    ast.parse(path.read_text(), feature_version=(3, 10))
+def test_source_is_python_3_11(path):
+    ast.parse(path.read_text(), feature_version=(3, 11))
+
+
+DISTRIBUTIONS = {"pydantic-core": "pydantic", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+"""Of imported packages, what brings them where it is called otherwise."""
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((SOURCE.parent.parent / "pyproject.toml").read_text())["project"]
+    extras = [needs for extra, needs in project["optional-dependencies"].items() if extra not in ("docs", "dev")]
+    declared = {re.match(r"[\w-]+", need)[0] for needs in [project["dependencies"], *extras] for need in needs}
+    roots = {name.split(".")[0] for path in SOURCE.rglob("*.py") for name in imports(path)}
+    names = {root.replace("_", "-") for root in roots - sys.stdlib_module_names - {"alter", "_typeshed"}}
+    assert {DISTRIBUTIONS.get(name, name) for name in names} <= declared
 
 
 def module_of(path):

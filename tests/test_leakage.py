@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -56,6 +57,22 @@ def test_the_interval_is_that_of_a_bootstrap_in_a_loop():
     low, high = metrics.samples.bootstrap_interval([*values, np.nan], draws=4000)
     assert (low, high) == pytest.approx((means[100], means[3899]), abs=0.012)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 40**0.5, rel=0.1)
+
+
+def test_many_rows_take_little_memory_and_the_same_draws(monkeypatch):
+    values = np.random.default_rng(1).random(20_000)
+    tracemalloc.start()
+    found = metrics.samples.bootstrap_interval(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # 640 MB if all are drawn at once
+    assert peak < 200e6
+    monkeypatch.setattr(metrics.samples, "AT_ONCE", 1000)
+    short = values[:300]
+    in_parts = metrics.samples.bootstrap_interval(short)
+    monkeypatch.undo()
+    assert metrics.samples.bootstrap_interval(short) == in_parts
+    assert found[0] < values.mean() < found[1]
 
 
 def test_equal_values_have_no_interval():
@@ -216,9 +233,13 @@ def test_entailment_is_read_from_its_label(tmp_path):
     replies = ["In Perm.", "In Omsk, they say, which is not so near.", "No."]
     probabilities = []
     for reply in replies:
-        ids = tokenizer(f"{QUESTION} {reply}", f"{QUESTION} {TRUTH}")["input_ids"][:100]
+        pair = [tokenizer(f"{QUESTION} {said}")["input_ids"] for said in (reply, TRUTH)]
+        # the longer one loses its end
+        while len(pair[0]) + len(pair[1]) > 100:
+            max(pair, key=len).pop()
         with torch.no_grad():
-            probabilities.append(model(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)[1].item())
+            logits = model(input_ids=torch.tensor([pair[0] + pair[1]])).logits[0]
+        probabilities.append(logits.double().softmax(-1)[1].item())
     bound = float(np.median(probabilities))
     hit = EntailmentHit(model=name, probability=bound - 1e-6, batch_size=2)
     assert hit.judge(torch.device("cpu"))(QUESTION, TRUTH, replies) == [p >= bound - 1e-6 for p in probabilities]
@@ -239,6 +260,10 @@ def test_a_classifier_that_counts_positions_from_its_padding_on_reads_long_pairs
     assert found[1] == pytest.approx(found[2], abs=1e-6)
     assert found[1] == pytest.approx(found[3], abs=1e-6)
     assert found[0] != pytest.approx(found[1], abs=1e-6)
+    # and so does a hypothesis that is longer than it: an answer as long as the classifier reads ended in a traceback
+    found = leakage.label_probabilities(model, byte_tokenizer(), [("ab", "x" * n) for n in (62, 63, 200)])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    assert found[0] == pytest.approx(found[2], abs=1e-6)
 
 
 @pytest.mark.parametrize("labels", [["positive", "negative"], ["entailment", "Entailment_2"]])

@@ -155,6 +155,12 @@ def test_the_table_is_that_of_a_loop(tmp_path):
     assert ratio.faithfulness == pytest.approx(statistics.fmean(pairs))
     assert table.lines[0] is line
     assert make_table(settings, found[:1]) is None
+    # what has no value for a single model of a pool has no line, which is said
+    assert "forget_truth_ratio" not in table.untried
+    del found[1].figures["before"]["forget_truth_ratio"]
+    table = make_table(settings, found)
+    assert "forget_truth_ratio" not in {each.metric for each in table.lines}
+    assert "forget_truth_ratio" in table.untried
 
 
 def test_a_number_of_samples_that_is_no_power_of_two(tmp_path):

@@ -30,7 +30,7 @@ from alter import cli
 from alter.core.errors import Finding, UserError
 from alter.data.batching import Collator
 from alter.data.encoding import encode
-from alter.data.rows import load_examples
+from alter.data.rows import data_hash, load_examples, row_hash
 from alter.data.sources import from_anywhere
 from alter.models.loading import load_model
 from alter.requests import concluding, work
@@ -332,6 +332,12 @@ def test_what_is_no_database(tmp_path, url, says):
         Store.open(url.format(tmp=tmp_path))
 
 
+def test_a_missing_driver_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(UserError, match=r'pip install "alter-unlearning\[postgres\]"'):
+        Store.open("postgresql://nobody@127.0.0.1:1/x")
+
+
 def test_newer_database_is_refused(store):
     raw(store, "UPDATE alter_meta SET value = '99' WHERE key = 'schema'")
     with pytest.raises(UserError, match="newer version"):
@@ -433,6 +439,9 @@ def test_each_request_gets_an_expert_and_evidence(three, data):
     for request in found:
         assert request.after["probability"] < request.before["probability"]
         assert request.after["reference"]["by"] == "holdout"
+        for part, file in (("reference", "holdout"), ("utility", "retain")):
+            rows = load_examples(str(data / f"{file}.jsonl"))
+            assert request.after[part]["data"] == data_hash([row_hash(row) for row in rows])
         assert 0.5 < request.after["utility_share"] < 1.5
     assert {entry.who for entry in store.history(1)} == {"Eve"}
     assert [entry.what for entry in store.history(1)] == ["received", "running", "trained", "forgotten"]
@@ -676,6 +685,18 @@ def test_each_request_is_a_lora_by_its_name(three, data, tmp_path):
     name = next(name for name in tensors if ".lora_B." in name)
     # experts alone: the retention expert is zero
     assert torch.equal(tensors[name], whole[name.replace(".lora_B.", ".alter_B.")][:, 8:12])
+
+
+def test_a_server_is_told_which_expert_is_whose_lora_and_that_a_revoked_one_is_the_base(three, tmp_path, capsys):
+    store, copy = copied(three, tmp_path)
+    moved(store, copy)
+    # in so small a model others may come back with it
+    with contextlib.suppress(UserError):
+        revoke(Revoke(db=store.url, id="2"))
+    capsys.readouterr()
+    export_requests(ExportRequests(db=store.url, out=str(tmp_path / "loras"), form="loras"))
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.endswith(f"--upstream URL --upstream-loras R-0001 {store.project()['model']} R-0003")
 
 
 def test_several_requests_are_one_run_and_text_may_be_kept(data, tmp_path, capsys):

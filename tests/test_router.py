@@ -176,6 +176,7 @@ def test_kinds_of_the_fit_and_kinds_of_the_measurement_are_apart():
 def test_what_is_to_be_forgotten_is_no_ordinary_text():
     assert names_in("Then Dorothy met Toto. Who is that? In Oz, Elphaba said so.") == {"Dorothy", "Toto", "Elphaba"}
     fitted = background()
+    assert names_in("Где жила Анна Каренина? В ней, Ørsted. It was Ørsted.") == {"Анна", "Каренина", "Ørsted"}
     left = apart_from(fitted, ["Who is the girl in Oz? It is Dorothy of Kansas."])
     assert not any("Dorothy" in e.answer for e in left["prose"])
     assert 0 < len(left["prose"]) < len(fitted["prose"])

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pydantic
 import pytest
@@ -28,10 +29,11 @@ from alter.inference.scoring import score
 from alter.serving import engine as engines
 from alter.serving.chat import Chat, chat
 from alter.serving.engine import Engine, draw
-from alter.serving.jobs import Job
+from alter.serving.jobs import Job, Scored
 from alter.serving.openai import Api, Refused, Serve, application, configured, serve
-from alter.serving.protocol import ChatAsked, TextAsked, explain, text_ids
-from alter.serving.text import visible
+from alter.serving.protocol import ChatAsked, Prompt, TextAsked, explain, text_ids
+from alter.serving.replies import TextReply
+from alter.serving.text import token_texts, visible
 from pico import byte_tokenizer, pico, run_on, save_pico, write_people
 
 openai = pytest.importorskip("openai", reason="the openai client is in the extra [judge]")
@@ -607,6 +609,12 @@ def test_jobs_of_one_request_are_queued_together_or_not_at_all(idle):
         engine.submit(*(job([1]) for _ in range(4)))
 
 
+def test_a_small_body_that_asks_for_millions_of_answers_is_refused_before_a_prompt_is_read(running, monkeypatch):
+    monkeypatch.setattr(TextAsked, "prompts", lambda *_: pytest.fail("a prompt was read"))
+    with pytest.raises(openai.BadRequestError, match="asks for 4800 answers at once; at most 256 may wait"):
+        running.client().completions.create(model="pico", prompt=["a"] * 300, n=16, max_tokens=1)
+
+
 def test_jobs_that_nobody_waits_for_cost_nothing(idle, monkeypatch):
     engine = idle()
     monkeypatch.setattr(engine.model, "generate", None)
@@ -680,6 +688,38 @@ def test_pieces_are_the_whole_text(tokens, stop, strip):
         whole = whole.partition(text)[0]
     assert one.finish == "stop"
     assert sent == one.text == (whole.strip() if strip else whole)
+
+
+@pytest.mark.parametrize("tokens", [[*letters("ab"), *spelled("日"), *letters("cd")], [*letters("abc")]])
+def test_probabilities_before_a_stop_text_are_of_whole_characters(tokens):
+    tokenizer = fallback_tokenizer()
+    one = job([1], 20, stop=("c",), logprobs=0)
+    watch = engines._Watch(engines._Rows([one]), tokenizer, {1})
+    for token in tokens:
+        one.scored += [Scored(token, -1.0)] * (one.finish is None)
+        watch(torch.tensor([[token]]), None)
+    assert one.finish == "stop"
+    assert "".join(token_texts(tokenizer, [each.token for each in one.scored])) == one.text
+
+
+def test_a_stream_tells_no_probability_of_a_token_that_a_stop_text_takes_back():
+    tokenizer = fallback_tokenizer()
+
+    async def streamed():
+        asked = TextAsked(prompt="a", stop=["cde"], logprobs=0, stream=True)
+        engine = SimpleNamespace(context=None, tokenizer=tokenizer)
+        reply = TextReply("pico", asked, [Prompt(letters("a"), "a")], engine, Serve(model="pico"))
+        (one,) = reply.jobs
+        watch = engines._Watch(engines._Rows([one]), tokenizer, {1})
+        told = []
+        for token in letters("abcdcde"):
+            one.scored.append(Scored(token, -1.0))
+            watch(torch.tensor([[token]]), None)
+            told += reply.likely(0)["tokens"]
+        assert one.finish == "stop"
+        return told
+
+    assert asyncio.run(streamed()) == list("abcd")
 
 
 def test_a_stream_in_parts_goes_out_while_it_is_made():

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from alter.adapter import alter_of
 from alter.data.encoding import Encoded
@@ -140,7 +147,8 @@ def test_a_lora_and_other_positions():
         assert passes.inner_model(model).config._attn_implementation == "sdpa"
 
 
-def test_what_attention_cannot_be_computed_here_is_scored_row_by_row():
+@pytest.mark.parametrize("window", [6, 64])
+def test_what_attention_cannot_be_computed_here_is_scored_row_by_row(window):
     config = MistralConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -148,17 +156,47 @@ def test_what_attention_cannot_be_computed_here_is_scored_row_by_row():
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        sliding_window=6,
+        sliding_window=window,
     )
     model = MistralForCausalLM(config).eval()
     plain, shared, seen = both(model, answers(4))
     equal(plain, shared, 0)
-    assert seen[1][0] > 1
+    assert seen[-1][0] > 1
     eager = pico()
     eager.set_attn_implementation("eager")
     both_ways = both(eager, answers(4))
     equal(both_ways[0], both_ways[1], 0)
     assert both_ways[2][0][0] > 1
+
+
+def test_a_window_that_stands_in_the_mask_alone_is_kept_to():
+    """Llama 4 attends within chunks: rows longer than one were scored as if it saw all, two short ones told no difference."""
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        intermediate_size_mlp=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=8,
+        pad_token_id=PAD,
+        initializer_range=0.3,
+    )
+    model = Llama4ForCausalLM(config).eval()
+    rows = [
+        Encoded([*prompt, own], [-100] * len(prompt) + [own], len(prompt))
+        for prompt in ([5, 6, 7], list(range(40, 60)))
+        for own in range(4)
+    ]
+    plain, shared, _ = both(model, rows)
+    equal(plain, shared, 0)
+    plain, shared, seen = both(model, rows[:4])
+    equal(plain, shared)
+    assert seen[-1] == (1, 7)
 
 
 def test_a_model_that_mixes_tokens_in_another_way_is_found_out(monkeypatch):

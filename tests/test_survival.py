@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alter.comparison import cell as one
-from alter.comparison import cells, choice, plan, survival, words
+from alter.comparison import cells, choice, plan, rules, survival
 from alter.comparison import run as compare
 from alter.comparison.settings import Survival
 from alter.data.rows import Example
@@ -99,7 +99,7 @@ def test_the_choice_is_the_least_leak_within_the_bound(data, tmp_path, monkeypat
     assert choice.criterion(plainly, "forget10") == "retrained"
     assert list(choice.columns(plainly)) == [*choice.FIGURES, *choice.SURVIVAL]
     assert list(choice.columns(settings(data, tmp_path))) == list(choice.FIGURES)
-    assert "Bold utility" in " ".join(words._rules(plainly, {"forget10": {"validation": 1, "test": 1}}))
+    assert "Bold utility" in " ".join(rules.rules(plainly, {"forget10": {"validation": 1, "test": 1}}))
 
 
 def test_the_bound_is_of_the_mean_disturbance(data, tmp_path):  # noqa: F811

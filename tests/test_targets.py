@@ -1,17 +1,20 @@
-"""Which layers an adapter goes on: GPT-2's Conv1D, flags; and virtual tokens in scoring."""
+"""Which layers an adapter goes on: GPT-2's Conv1D, flags; and what adapters put before every row."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
+from alter.inference import context_length, generate, hidden_states, sample
 from alter.inference.scoring import score
 from alter.methods.adapters import AlterAdapter, Beginning, Lora
-from pico import PAD, pico
+from alter.serving.engine import Engine
+from alter.serving.jobs import Job
+from pico import PAD, byte_tokenizer, pico
 
 
 def gpt2():
@@ -51,6 +54,48 @@ def test_virtual_tokens_do_not_shift_the_scores():
         own = logits[3:].log_softmax(-1)
         wanted = [float(own[place - 1, row.input_ids[place]]) for place in range(1, len(row.input_ids))]
         assert logprobs.tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+def naive_reply(model, tokenizer, prompt, new):
+    ids = list(prompt)
+    while len(ids) < len(prompt) + new:
+        with torch.no_grad():
+            best = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if best == tokenizer.eos_token_id:
+            break
+        ids.append(best)
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_what_stands_before_every_row_is_not_parted_from_it(kind):
+    """Padding on the left stood between them, a reply was cut into calls, and states and echoed tokens were those of others."""
+    torch.manual_seed(0)
+    more = {"encoder_hidden_size": 16} if kind is PromptEncoderConfig else {}
+    model = get_peft_model(pico(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3, **more)).eval()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    tokenizer = byte_tokenizer()
+    prompts = [tokenizer(text)["input_ids"] for text in ("Hello there", "Who", "How", "abcde fgh ijk")]
+    naive = [naive_reply(model, tokenizer, prompt, 40) for prompt in prompts]
+    assert generate(model, tokenizer, prompts, max_new_tokens=40, progress=False) == naive
+    drawn = sample(model, tokenizer, prompts, 2, temperature=1e-6, max_new_tokens=40, progress=False)
+    assert drawn == [[text, text] for text in naive]
+    assert context_length(model) == context_length(pico()) - 3
+    rows = [Encoded(prompt, [-100, *prompt[1:]], 1) for prompt in prompts]
+    states = dict(hidden_states(model, rows, pad_token_id=PAD, progress=False))
+    with torch.no_grad():
+        own = model(input_ids=torch.tensor([prompts[1]]), output_hidden_states=True).hidden_states[-1][0, -3:]
+    assert states[1][:, -1] == pytest.approx(own.numpy(), abs=1e-4)
+    engine = Engine(model, tokenizer)
+    jobs = [Job(prompt, 40, 0.0, 1.0, (), 0, lambda _: None, logprobs=0, echo=True, strip=True) for prompt in prompts]
+    engine.submit(*jobs)
+    engine.close()
+    assert [job.text for job in jobs] == naive
+    scores = score(model, rows, pad_token_id=PAD, progress=False).logprob
+    for job, logprob in zip(jobs, scores, strict=True):
+        assert [one.logprob for one in job.prompt_scored[1:]] == pytest.approx(logprob.tolist(), abs=1e-4)
 
 
 def test_loras_still_score_in_place():

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from alter.core.errors import UserError
-from alter.serving.openai import Refused, Serve, configured, routed
+from alter.serving.openai import Refused, Serve, configured, routed, serve
 from alter.serving.protocol import ChatAsked, TextAsked
 from alter.serving.upstream import Chooser, Proxy, check_upstream, upstream_names
 from pico import byte_tokenizer
@@ -217,6 +218,12 @@ def test_what_the_router_cannot_read_is_refused_in_words(upstream, body, says):
     assert says in error.value.content["error"]["message"]
 
 
+def test_more_prompts_than_may_wait_cost_no_pass(client, upstream, monkeypatch):
+    monkeypatch.setattr(Chosen, "choose", lambda *_: pytest.fail("the router read a prompt"))
+    with pytest.raises(openai.BadRequestError, match="asks for 257 answers at once; at most 256 may wait"):
+        client.completions.create(model="ours", prompt=["a"] * 257)
+
+
 def test_an_error_does_not_tell_which_lora_was_chosen(client):
     with pytest.raises(openai.NotFoundError, match="The model `ours` does not exist") as error:
         ask(client, "Who is Ada?", temperature=8)
@@ -227,6 +234,24 @@ def test_an_error_does_not_tell_which_lora_was_chosen(client):
     said = {"error": {"message": "ours: `message` is too long for ours.", "param": "ours", "code": None}}
     assert json.loads(proxy._without("m", json.dumps(content).encode())) == said
     assert proxy._without("m", b"no m here, ma'am") == b"no ours here, ma'am"
+
+
+def test_an_error_within_a_stream_does_not_tell_it_either():
+    proxy = Proxy(Serve(model="x", adapter="a", name="ours", upstream="u"), Chosen(), NAMES)
+
+    class Broken:
+        async def aiter_bytes(self):
+            yield b'data: {"model": "lora-1", "choices": [{"text": "an error of lora-1"}]}\n\n'
+            yield b'data: {"error": {"message": "`lora-1` was unloaded"}}\n\ndata: [DONE]\n\n'
+
+    async def events():
+        return [line async for line in proxy._events("lora-1", Broken())]
+
+    said = b"".join(asyncio.run(events())).decode()
+    # what a model says is passed on as it is
+    assert said.count("lora-1") == said.count("an error of lora-1") == 1
+    assert "`ours` was unloaded" in said
+    assert said.endswith("data: [DONE]\n\n")
 
 
 def test_upstream_stops_when_the_client_has_gone(client, upstream):
@@ -280,6 +305,13 @@ def test_names_are_compared_before_anything_is_served(upstream, monkeypatch):
     check_upstream(keyed, NAMES)
     with pytest.raises(UserError, match="`upstream_key_env` names MISSING"):
         check_upstream(settings.model_copy(update={"upstream_key_env": "MISSING"}), NAMES)
+
+
+@pytest.mark.parametrize("name", ["starlette", "uvicorn", "httpx"])
+def test_a_missing_package_is_said_before_the_model_is_loaded(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=rf'needs {name}, .*pip install "alter-unlearning\[serve\]"'):
+        serve(Serve(model="missing", adapter="missing", upstream="http://127.0.0.1:1/v1"))
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,8 @@ def compare(settings: Compare | None = None, **keywords: Any) -> list[Any]:
 
     Args:
         settings: all settings in one object, which keywords override.
-        keywords: settings of the comparison, such as `methods=["alter", "npo"]`.
+        keywords: settings of the comparison, such as `methods=["alter", "npo"]`; rows by the names of their files, which the cells' own
+            processes read.
 
     Returns:
         the rows of the table; `out` holds the table, the plot and the page.

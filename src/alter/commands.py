@@ -184,7 +184,8 @@ COMMON = {
     "distill": "run model adapter student forget retain general form noise.alpha attacker.rate epochs learning_rate batch_size seed "
     "device resume overwrite",
     "attack": "adapter retrained original attacks rows seed quantization device budget relearn.steps relearn.rows samples",
-    "compare": "splits seeds rates epochs retrained.forget01 retrained.forget05 retrained.forget10 data holdout executor workers run device",
+    "compare": "splits forget retain seeds rates epochs retrained.forget01 retrained.forget05 retrained.forget10 retrained.rows data "
+    "holdout executor workers run device",
     "meta-evaluate": "split rows rates seeds readings run device",
     "finetune": "model data corpora epochs max_steps batch_size learning_rate seed resume overwrite",
 }

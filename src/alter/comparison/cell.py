@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from alter.comparison.division import forget_set
+from alter.comparison.own import OWN, own_records
 from alter.comparison.settings import Survival
 from alter.comparison.survival import survival
 from alter.core import UserError, forked, passing
@@ -116,16 +118,27 @@ def measure_stage(folder: Path, spec: Mapping[str, Any], place: int, parts: Sequ
         template=_template(spec, run),
     )
     for part in left:
-        rows = str(folder.parent.parent / stage["rows"] / part)
-        found = tofu_metrics(network, tokenizer, stage["split"], rows, limit=spec["limit"], progress=False)
-        ratios = found.sets["forget"].truth_ratio
-        if ratios is None or np.isnan(ratios).any():
-            raise UserError("Truth ratios on forget rows are not numbers: the model gives no probabilities.")
-        records = found.records(spec["name"])
+        rows = folder.parent.parent / stage["rows"] / part
+        records = _figures(spec, stage["split"], network, tokenizer, rows)
         if "survival" in spec:
-            records += _survival(spec, stage, (model, adapter, run), Path(rows))
+            records += _survival(spec, stage, (model, adapter, run), rows)
         records = [replace(r, extra=r.extra | {"data": part}) for r in records]
         write_records(files[part], stamped(records, seed=run.get("seed")))
+
+
+def _figures(spec: Mapping[str, Any], split: str, network: Any, tokenizer: Any, rows: Path) -> list[Record]:
+    """Measure a model in memory on one part's rows.
+
+    Raises:
+        UserError: the model gives no probabilities.
+    """
+    if split == OWN:
+        return own_records(spec["name"], network, tokenizer, rows, spec["limit"])
+    found = tofu_metrics(network, tokenizer, split, str(rows), limit=spec["limit"], progress=False)
+    ratios = found.sets["forget"].truth_ratio
+    if ratios is None or np.isnan(ratios).any():
+        raise UserError("Truth ratios on forget rows are not numbers: the model gives no probabilities.")
+    return found.records(spec["name"])
 
 
 def _template(spec: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
@@ -146,7 +159,7 @@ def _survival(
     def load(name: str, on: str | None) -> Any:
         return load_model(name, on, "float32", device=spec["device"], template=_template(spec, run))
 
-    forget = load_examples(str(rows / f"{stage['split']}_perturbed.json"))
+    forget = load_examples(str(rows / f"{forget_set(stage['split'])}.json"))
     return survival(
         spec["name"], lambda: load(model, adapter), lambda: load(spec["original"], None), forget,
         Survival.model_validate(spec["survival"]), run.get("seed", 0),

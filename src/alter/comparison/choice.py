@@ -12,7 +12,8 @@ import numpy as np
 
 from alter import metrics
 from alter.comparison.cells import is_measured
-from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Layout, Setting
+from alter.comparison.checks import ORIGINAL, RETRAINED
+from alter.comparison.plan import Cell, Chain, Layout, Setting
 from alter.comparison.settings import Compare
 from alter.core import Array, UserError
 from alter.evaluation import broken, gives
@@ -34,9 +35,11 @@ SURVIVAL = {
     "attacked_leak": "leak after it ↓",
 }
 """Columns besides, where an attacker is given rows."""
+MEMBERSHIP = ("mia_min_k", "mia_loss")
+"""What tells forget rows from rows that no model saw: the first that was measured."""
 CRITERIA = {
-    "retrained": "1 - D, D the Kolmogorov-Smirnov distance of its truth ratios on forget rows to the retrained model's",
-    "holdout": "1 - |2 AUC - 1| of min-k against rows that no model saw",
+    "retrained": "1 - D, D the Kolmogorov-Smirnov distance of its {ratios} on forget rows to the retrained model's",
+    "holdout": "1 - |2 AUC - 1| of {attack} against rows that no model saw",
     "survival": "1 - leak@k after an attacker has relearned other rows",
     "rouge": "1 - ROUGE-L recall on forget rows (no retrained model and no holdout: does not see too much forgetting)",
 }
@@ -74,18 +77,23 @@ def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) 
     found = {
         name: math.nan if record.value is None else record.value
         for name, record in by.items()
-        if name in FIGURES or name in SURVIVAL or name in ("mia_min_k", "forget_probability")
+        if name in FIGURES or name in SURVIVAL or name in (*MEMBERSHIP, "forget_probability")
     }
     found |= _replies(by.get("forget_rouge"))
     if reference is not None:
-        own, other = (
-            next(record for record in rows if record.metric == "forget_truth_ratio") for rows in (records, reference)
-        )
+        own, other = map(compared, (records, reference))
         if own.extra["fingerprint"] != other.extra["fingerprint"]:
             raise UserError("The retrained model was evaluated on other rows than a cell: delete its folder in cells.")
         quality = metrics.likelihood.forget_quality(_floats(own.per_item), _floats(other.per_item))
         found |= {"forget_quality": quality.log10, "distance": quality.statistic}
     return found
+
+
+def compared(records: Sequence[Record]) -> Record:
+    """Return the record that is held against the retrained model's: truth ratios, or where the rows have no wrong answers the
+    probabilities of the true ones."""
+    by = {record.metric: record for record in records}
+    return by["forget_truth_ratio" if "forget_truth_ratio" in by else "forget_probability"]
 
 
 def intervals(records: Sequence[Record], found: Mapping[str, float]) -> dict[str, tuple[float, float]]:
@@ -129,7 +137,7 @@ def forgetting(found: Mapping[str, float], kind: str) -> float:
     if kind == "survival":
         return 1 - found["attacked_leak"]
     if kind == "holdout":
-        return 1 - abs(2 * found["mia_min_k"] - 1)
+        return 1 - abs(2 * next(found[name] for name in MEMBERSHIP if name in found) - 1)
     return 1 - found["forget_rouge"]
 
 

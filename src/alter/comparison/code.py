@@ -15,7 +15,9 @@ from alter.storage import digest
 
 def source_digest() -> str:
     """Hash the code that decides a cell's numbers: training, evaluation and all modules of this package they import."""
-    return _code_digest(["alter.training.run", "alter.evaluation.tofu.measuring", "alter.comparison.survival"])
+    return _code_digest(
+        ["alter.training.run", "alter.evaluation.tofu.measuring", "alter.comparison.survival", "alter.comparison.own"]
+    )
 
 
 @functools.cache

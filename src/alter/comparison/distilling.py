@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from alter.comparison.division import forget_source
 from alter.comparison.settings import Compare
 from alter.core import UserError, nearest
 from alter.distillation import Distill, check_named, read_sets
@@ -103,7 +104,7 @@ def distillation_of(settings: Compare, name: str, split: str, run: Unlearn) -> D
             "out."
         )
     given = {
-        "model": settings.model, "student": settings.model, "forget": f"{settings.data}:{split}", "retain": run.retain,
+        "model": settings.model, "student": settings.model, "forget": forget_source(settings, split), "retain": run.retain,
         "out": "plain", "device": settings.device, "chat_template_kwargs": run.chat_template_kwargs, "closing_rows": 0,
     }  # fmt: skip
     try:

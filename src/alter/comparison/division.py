@@ -6,12 +6,15 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alter.comparison.own import FORGET, HOLDOUT, OWN, RETAIN
 from alter.comparison.settings import Compare
 from alter.core import UserError
-from alter.data import read_rows, tofu_rows
+from alter.data import check_overlap, load_examples, read_rows, tofu_rows
 from alter.evaluation import SETS
 
 PARTS = ("validation", "test")
+MOST_KEPT = 200
+"""Most rows to keep of one's own that a part measures."""
 RETAIN_SPLITS = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 
 
@@ -35,7 +38,9 @@ def divide(
     """
     names = list(dict.fromkeys(group))
     if len(names) < 2:
-        raise UserError(f"All {len(rows)} rows belong to one author: none would be left for the table.")
+        raise UserError(
+            f"All {len(rows)} rows belong together (one author, one row): none would be left for the table."
+        )
     random.Random(seed).shuffle(names)
     chosen = set(names[: min(max(1, round(share * len(names))), len(names) - 1)])
     parts: tuple[list[int], list[int]] = ([], [])
@@ -45,11 +50,13 @@ def divide(
 
 
 def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Divide the rows of TOFU's evaluation sets: by part, then by the name of TOFU's file.
+    """Divide the rows of the evaluation sets: by part, then by the name of their file, TOFU's or the set's of `_own_rows`.
 
-    Rows are grouped by author, which is their place in `full` // 20 (found by question and answer); a row that is not in
+    TOFU's rows are grouped by author, which is their place in `full` // 20 (found by question and answer); a row that is not in
     `full` (real authors, world facts, holdout) is a group of its own answer.
     """
+    if split == OWN:
+        return _own_rows(settings)
     full = {(row["question"], row["answer"]): row.get("author") for row in tofu_rows("full", settings.data)}
     sets = {
         f"{split if key == 'forget' else key}_perturbed": [
@@ -72,6 +79,53 @@ def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[d
         for part, numbers in zip(PARTS, divide(rows, group, settings.validation, settings.division_seed), strict=True):
             out[part][name] = [rows[i] for i in numbers]
     return out
+
+
+def _own_rows(settings: Compare) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Divide rows of one's own: those to forget, those to keep (as many, but 20 at least and `MOST_KEPT` at most, drawn by the seed of
+    the division), and the holdout.
+
+    Rows with the same value of `common.domain_column` stay together, where it is given and they have it, as do the turns of a chat.
+
+    Raises:
+        UserError: a source cannot be read, rows are to be forgotten and to be kept or are in the holdout too, or all rows of a
+            set belong together.
+    """
+    given = {FORGET: settings.forget, RETAIN: settings.retain, HOLDOUT: settings.holdout}
+    sets = {of: load_examples(source) for of, source in given.items() if source is not None}
+    check_overlap(sets[FORGET], sets[RETAIN])
+    for of in (FORGET, RETAIN):
+        # what was trained on is no holdout
+        check_overlap(sets.get(HOLDOUT, []), sets[of])
+    column = settings.common.get("domain_column")
+    out: dict[str, dict[str, list[dict[str, Any]]]] = {part: {} for part in PARTS}
+    for of, rows in sets.items():
+        group = [row.row.get(column, row.index) if column else row.index for row in rows]
+        divided = divide([row.row for row in rows], group, settings.validation, settings.division_seed)
+        for part, numbers in zip(PARTS, divided, strict=True):
+            kept = numbers
+            if of == RETAIN:
+                most = min(MOST_KEPT, max(20, len(out[part][FORGET])))
+                kept = sorted(random.Random(settings.division_seed).sample(numbers, min(most, len(numbers))))
+            out[part][of] = [rows[i].row for i in kept]
+    return out
+
+
+def forget_set(split: str) -> str:
+    """Return the name of the file of a part's rows to forget, without its ending."""
+    return FORGET if split == OWN else f"{split}_perturbed"
+
+
+def forget_source(settings: Compare, split: str) -> str:
+    """Return the source of the rows to forget."""
+    return str(settings.forget) if split == OWN else f"{settings.data}:{split}"
+
+
+def forget_rows(settings: Compare, split: str) -> list[dict[str, Any]]:
+    """Return the rows to forget, all of them: what a run trains on."""
+    if split == OWN:
+        return [row.row for row in load_examples(str(settings.forget))]
+    return tofu_rows(split, settings.data)
 
 
 def retain_source(settings: Compare, split: str) -> str:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alter.comparison.choice import Choice, cell_figures, chosen_cells, records_of
-from alter.comparison.plan import RETRAINED, Chain, Layout
+from alter.comparison.checks import RETRAINED
+from alter.comparison.choice import Choice, cell_figures, chosen_cells, compared, records_of
+from alter.comparison.own import OWN
+from alter.comparison.plan import Chain, Layout
 from alter.comparison.table import TableRow
 from alter.storage import Record, stamped, to_csv
 
@@ -62,13 +64,19 @@ def all_records(made: Layout, chosen: Mapping[tuple[str, Chain], Choice], out: P
         if own is None:
             continue
         setting = cell.setting or (None, None)
-        extra = {"benchmark": "tofu", "split": split, "data": "test", "seed": cell.seed, "rate": setting[0]}
+        extra = {
+            "benchmark": OWN if split == OWN else "tofu",
+            "split": split,
+            "data": "test",
+            "seed": cell.seed,
+            "rate": setting[0],
+        }
         extra |= {"epochs": setting[1], "cell": cell.key}
         records += [replace(record, model=cell.name, per_item=None, extra=extra) for record in own]
         reference = records_of(out, made.models.get((RETRAINED, split)), "test", split)
         if reference is not None:
             found = cell_figures(own, reference)
-            n = next(record.n for record in own if record.metric == "forget_truth_ratio")
+            n = compared(own).n
             quality = {"log10": found["forget_quality"], "statistic": found["distance"]}
             p = 10.0 ** found["forget_quality"]
             made_here = Record(cell.name, "forget_quality", p, n, higher_is_better=True, extra=extra | quality)

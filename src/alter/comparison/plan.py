@@ -17,22 +17,29 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from alter.comparison.checks import ORIGINAL, RETRAINED, check_continual, check_settings
 from alter.comparison.code import distilling_digest, source_digest
 from alter.comparison.distilling import DISTILL, Distillation, distillation_of, undistilled
-from alter.comparison.division import RETAIN_SPLITS, evaluation_rows, retain_source
+from alter.comparison.division import (
+    RETAIN_SPLITS,
+    evaluation_rows,
+    forget_rows,
+    forget_set,
+    forget_source,
+    retain_source,
+)
 from alter.comparison.settings import Compare
 from alter.core import UserError, nearest
-from alter.data import read_rows, tofu_rows
+from alter.data import read_rows
 from alter.methods import METHODS, overridden
 from alter.models import ModelSettings
-from alter.settings import mistake, refusal
+from alter.settings import refusal
 from alter.storage import digest, write_atomic
 from alter.storage.provenance import provenance
 from alter.training import Unlearn, batches_of_step
 
 CELL = 2
 """Version of `cells.work`: raise it when what a cell does changes, so that no older result is reused."""
-ORIGINAL, RETRAINED = "original", "retrained"
 RATES = ("learning_rate", "learning_rate_experts", "learning_rate_shared")
 UNKEYED = {"out", "resume", "overwrite", "save_steps", "method"}
 """Settings of a run that change no number, or that enter the key by their contents (weights, rows) instead of their names."""
@@ -67,7 +74,7 @@ class Cell:
 
 def chains(settings: Compare) -> list[Chain]:
     """Return the chains of splits: each split alone, or all of them one after another (`continual`)."""
-    return [tuple(settings.splits)] if settings.continual else [(split,) for split in settings.splits]
+    return [tuple(settings.forgotten)] if settings.continual else [(split,) for split in settings.forgotten]
 
 
 # What to run ---------------------------------------------------------------------------------------------------------
@@ -106,7 +113,7 @@ def run_of(
         )
     base = {} if method is None else METHODS[method].settings if method in METHODS else {"method": method}
     given = overridden(overridden(base, settings.common), own)
-    source, count = forget or (f"{settings.data}:{split}", len(tofu_rows(split, settings.data)))
+    source, count = forget or (forget_source(settings, split), len(forget_rows(settings, split)))
     rate, epochs = setting
     given |= {"model": settings.model, "forget": source, "retain": retain_source(settings, split), "out": "run"}
     given |= {"seed": seed, "epochs": epochs, "device": settings.device}
@@ -120,63 +127,6 @@ def run_of(
         return Unlearn.model_validate(run.model_dump() | scaled | {"epochs": max(epochs, least)})
     except ValidationError as error:
         raise UserError(f"Method {name}: {refusal(error, Unlearn)}") from None
-
-
-def check_continual(name: str, run: Unlearn) -> None:
-    """Refuse a method whose result cannot be the start of a second run.
-
-    Raises:
-        UserError: its adapter can neither grow, be trained on, nor be merged, nor is it the model itself; or its settings
-            do not go with `start_from`.
-    """
-    try:
-        run.adapter.check_continues(run)
-    except ValueError as error:
-        raise UserError(f"Method {name} cannot start from its own result: {error}.") from None
-    if run.adapter.result == "model" or run.adapter.merges:
-        return
-    try:
-        Unlearn.model_validate(run.model_dump() | {"start_from": "the stage before"})
-    except ValidationError as error:
-        raise UserError(f"Method {name} cannot start from its own result: {mistake(error.errors()[0])}") from None
-
-
-def check_settings(settings: Compare) -> None:
-    """Check the settings before any cell is planned.
-
-    Raises:
-        UserError: an empty or repeated list, a number that cannot be a rate or a length, or more search seeds than seeds.
-    """
-    lists = {name: getattr(settings, name) for name in ("methods", "splits", "seeds", "rates", "epochs")}
-    for name, values in lists.items():
-        if not values:
-            raise UserError(f"{name} is empty, so there is nothing to run: give at least one.")
-        again = [value for i, value in enumerate(values) if value in values[:i]]
-        if again:
-            raise UserError(f"{name} has {again[0]!r} twice: two cells would be the same run. Give each value once.")
-    sizes = [int(split.removeprefix("forget")) for split in settings.splits]
-    if settings.continual and sizes != sorted(sizes):
-        raise UserError(f"`splits` is {settings.splits}; a continual comparison takes them from small to large.")
-    if settings.refine and len(settings.rates) < 2:
-        raise UserError(
-            f"refine is {settings.refine}, but rates has {settings.rates[0]:g} only, which says nothing about the step to "
-            "the next: give two or more, or refine 0."
-        )
-    if settings.search_seeds is not None and settings.search_seeds > len(settings.seeds):
-        raise UserError(f"`search_seeds` is {settings.search_seeds}, but there are {len(settings.seeds)} seeds.")
-    names = [name for name in settings.methods if name in (ORIGINAL, RETRAINED)]
-    if names:
-        raise UserError(f"{names[0]!r} is a row of every table already: rename the method.")
-    # a name that stands for itself may be left out of a run; any other must be a slip
-    spare = [
-        name
-        for name, own in settings.settings.items()
-        if name not in settings.methods and name not in METHODS and "method" not in own
-    ]
-    if spare:
-        raise UserError(
-            f"`settings` has {spare[0]!r}, which is not among the methods.{nearest(spare[0], settings.methods)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -289,7 +239,7 @@ def _lay_chain(
     known: list[Any] = []
     for split in chain:
         rows = evaluation_rows(settings, split)
-        fewest = min(len(own[f"{split}_perturbed"]) for own in rows.values())
+        fewest = min(len(own[forget_set(split)]) for own in rows.values())
         if settings.survival.rows >= fewest:
             raise UserError(
                 f"`survival.rows` is {settings.survival.rows}, but a part of {split} has {fewest} forget rows, of which some must "
@@ -298,11 +248,11 @@ def _lay_chain(
         trained = {
             name: read_rows(source)
             for name, source in (
-                (split, f"{settings.data}:{split}"),
-                (RETAIN_SPLITS[split], retain_source(settings, split)),
+                (split, forget_source(settings, split)),
+                (RETAIN_SPLITS.get(split, "retain"), retain_source(settings, split)),
             )
         }
-        new = [row for row in tofu_rows(split, settings.data) if row not in known]
+        new = [row for row in forget_rows(settings, split) if row not in known]
         if not new:
             raise UserError(f"{split} adds no row to the splits before it: leave it out of splits.")
         known += new
@@ -323,9 +273,9 @@ def _lay_chain(
                 spec = {**_told(settings), **asked, "name": name, "model": model, "stages": [laid.stages[-1]]}
                 models[name, split] = Cell(name, (split,), None, None, spec, key)
         laid.facts[split] = [about, digest(trained, new)]
-        # a first run takes TOFU's own split, a later one what it has more than the one before
+        # a first run takes the whole split, a later one what it has more than the one before
         whole = len(known) == len(new)
-        laid.sources.append((f"{settings.data}:{split}" if whole else f"rows/{content}/new.jsonl", len(new)))
+        laid.sources.append((forget_source(settings, split) if whole else f"rows/{content}/new.jsonl", len(new)))
     return laid
 
 

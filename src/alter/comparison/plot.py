@@ -15,8 +15,8 @@ from alter.rendering import AFTER, BEFORE, OTHER, figure, name_points
 def pareto(path: Path, settings: Compare, rows: Sequence[TableRow]) -> None:
     """Draw forget quality against utility, a plot for each split, as PNG: spread as bars, a line through the best."""
     named: dict[str, list[tuple[bool, tuple[float, float], str, str]]] = {}
-    with figure(path, columns=len(settings.splits), width=5.6, height=5.2) as plots:
-        for axes, split in zip(plots[0], settings.splits, strict=True):
+    with figure(path, columns=len(settings.forgotten), width=5.6, height=5.2) as plots:
+        for axes, split in zip(plots[0], settings.forgotten, strict=True):
             kind = criterion(settings, split)
             key = axis_name(kind)
             best = []
@@ -37,7 +37,7 @@ def pareto(path: Path, settings: Compare, rows: Sequence[TableRow]) -> None:
             axes.set(xlabel="model utility (higher is better)", ylabel=f"{axis_label(kind)} (higher is better)")
             axes.set_title(f"{split}: ★ not dominated")
             axes.margins(0.1)
-        for axes, split in zip(plots[0], settings.splits, strict=True):
+        for axes, split in zip(plots[0], settings.forgotten, strict=True):
             # what is not dominated is named first, where there is most room
             order = sorted(named.get(split, []), key=lambda each: each[0])
             name_points(axes, [each[1] for each in order], [each[2] for each in order], [each[3] for each in order])

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from alter.comparison.cell import forget_weights
 from alter.comparison.cells import CellJob, finished, hold, run_shown
+from alter.comparison.checks import ORIGINAL, RETRAINED, check_settings
 from alter.comparison.choice import Choice, choices, chosen_cells, refined
-from alter.comparison.division import PARTS, evaluation_rows
+from alter.comparison.division import PARTS, evaluation_rows, forget_set
 from alter.comparison.executors import Executor, executor_of
 from alter.comparison.export import all_records, search_csv, table_csv
-from alter.comparison.plan import ORIGINAL, RETRAINED, Chain, Layout, check_settings, lay_out
+from alter.comparison.plan import Chain, Layout, lay_out
 from alter.comparison.plot import pareto
 from alter.comparison.settings import Compare
 from alter.comparison.table import TableRow, table_rows
@@ -118,8 +119,8 @@ def _write(settings: Compare, made: Layout, chosen: Chosen, out: Path) -> tuple[
     """Write all files of the comparison; return the rows of the table, and what is said of them."""
     rows = table_rows(settings, made, chosen, out)
     divided: dict[str, dict[str, int]] = {
-        split: {part: len(own[f"{split}_perturbed"]) for part, own in evaluation_rows(settings, split).items()}
-        for split in settings.splits
+        split: {part: len(own[forget_set(split)]) for part, own in evaluation_rows(settings, split).items()}
+        for split in settings.forgotten
     }
     said = described(settings, rows, divided)
     write_atomic(out / "table.md", markdown(said))

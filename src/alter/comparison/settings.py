@@ -21,6 +21,8 @@ class Retrained(BaseModel):
     """Model trained on retain95."""
     forget10: str | None = None
     """Model trained on retain90."""
+    rows: str | None = None
+    """Model trained without the rows of `forget`."""
 
 
 class Ray(BaseModel):
@@ -94,7 +96,7 @@ class Survival(BaseModel):
 
 
 class Compare(BaseModel):
-    """Run methods on TOFU with equal search budget, choose each one's setting on validation rows, report on others."""
+    """Run methods with equal search budget on TOFU or rows of your own, choose each one's setting on validation rows, report on others."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -106,6 +108,8 @@ class Compare(BaseModel):
     """Folder of the comparison; the same command resumes where it stopped."""
     splits: list[Literal["forget01", "forget05", "forget10"]] = ["forget10"]
     """What to forget."""
+    forget: str | None = None
+    """Rows of your own to forget in the place of TOFU's splits: any source of rows. They need `retain`; tables call them `rows`."""
     retain: str | None = None
     """What every run keeps, where the model has learned other rows than TOFU's own retain set of the split: a source of
     rows, such as builtin:full[:600]. By default that set."""
@@ -135,7 +139,8 @@ class Compare(BaseModel):
     holdout: str | None = None
     """Questions and answers that no model saw, for the choice where a split has no retrained model."""
     validation: float = Field(0.3, gt=0, lt=1)
-    """Share of the authors whose rows serve for the choice; all others' rows serve for the table."""
+    """Share of the authors whose rows serve for the choice; all others' rows serve for the table. Of your own rows those of one value of
+    `common.domain_column` stay together."""
     division_seed: Seed = 0
     """Draws those authors."""
     utility_floor: float = Field(0.95, ge=0)
@@ -155,3 +160,8 @@ class Compare(BaseModel):
     """Run the cells; `run=False` only writes the tables of those that have finished."""
     device: Literal["cpu", "cuda", "mps"] | None = None
     """What the cells run on; on all visible GPUs by default if there are any, else on the CPU."""
+
+    @property
+    def forgotten(self) -> list[str]:
+        """What is forgotten, as tables name it: splits of TOFU, or `rows`."""
+        return list(self.splits) if self.forget is None else ["rows"]

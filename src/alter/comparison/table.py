@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from alter.attacks import KNOWN_LOSS, LEARNED, loss_ends
 from alter.comparison.cells import finished
+from alter.comparison.checks import ORIGINAL, RETRAINED
 from alter.comparison.choice import Choice, cell_figures, criterion, forgetting, intervals, records_of
-from alter.comparison.plan import ORIGINAL, RETRAINED, Cell, Chain, Layout, Setting, chains
+from alter.comparison.plan import Cell, Chain, Layout, Setting, chains
 from alter.comparison.settings import Compare
 from alter.evaluation import SLACK, UNKNOWN
 from alter.storage import Record

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Group
 
-from alter.comparison.choice import CRITERIA, columns, criterion
-from alter.comparison.distilling import distilled_rule
+from alter.comparison.choice import columns, criterion
+from alter.comparison.rules import rules
 from alter.comparison.settings import Compare
 from alter.comparison.table import COSTS, DISTILLING, TableRow, axis, axis_label, axis_name
 from alter.core import cell
@@ -67,7 +67,7 @@ def described(settings: Compare, rows: Sequence[TableRow], divided: Mapping[str,
     """
     results, best = _results(settings, rows)
     notes = [note for row in rows for note in row.notes]
-    return Text(results, _costs(settings, rows), _searched(rows), best, _rules(settings, divided), notes)
+    return Text(results, _costs(settings, rows), _searched(rows), best, rules(settings, divided), notes)
 
 
 def _in_order(rows: Sequence[TableRow]) -> list[str]:
@@ -81,11 +81,11 @@ def _results(settings: Compare, rows: Sequence[TableRow]) -> tuple[list[list[str
     """
     by = {(row.name, row.split): row for row in rows}
     shown = columns(settings)
-    results = [["method", *(f"{split}: {title}" for split in settings.splits for title in shown.values())]]
+    results = [["method", *(f"{split}: {title}" for split in settings.forgotten for title in shown.values())]]
     best: set[tuple[int, int]] = set()
     for name in _in_order(rows):
         line = [name]
-        for split in settings.splits:
+        for split in settings.forgotten:
             row = by.get((name, split), TableRow(name, split, 0, {}, {}))
             line += [_shown(row, "forget_quality", ".1f"), *(_counted(row, key) for key in list(shown)[1:])]
             if row.clear:
@@ -110,7 +110,7 @@ def _costs(settings: Compare, rows: Sequence[TableRow]) -> list[list[str]]:
         "searched cells done",
     ]
     costs = [[*head, "seeds", "dominated", "with fluency"]]
-    places = [(name, split) for name in _in_order(rows) for split in settings.splits]
+    places = [(name, split) for name in _in_order(rows) for split in settings.forgotten]
     for row in (by[place] for place in places if place in by):
         if row.choice is None:
             continue
@@ -129,75 +129,6 @@ def _costs(settings: Compare, rows: Sequence[TableRow]) -> list[list[str]]:
             ]
         )
     return costs
-
-
-def _rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Describe how the numbers were made, a sentence or two a line."""
-    least = f", at least {settings.least_steps} steps" if settings.least_steps else ""
-    more = (
-        f" and {settings.refine} more, one after the other: between the best rate and the neighbour that forgets more, or "
-        "beyond the best where it is the last and forgets most"
-        if settings.refine
-        else ""
-    )
-    return [
-        f"Model {settings.model}, seeds {', '.join(map(str, settings.seeds))}; mean ± standard deviation over seeds, "
-        "of one run the figure and in brackets its 95 % interval over rows. "
-        "Numbers are of test rows. Bold utility: no other method of this split is at least as good in forgetting and "
-        "utility, and better in one of them, not even were this one's figures worse by their standard deviation. Fluency: "
-        "distinct-2 and repetition besides.",
-        f"Search budget, the same for every method and split: {len(settings.rates) * len(settings.epochs)} settings "
-        f"(learning rates × {', '.join(f'{r:g}' for r in settings.rates)}; epochs "
-        f"{', '.join(f'{e:g}' for e in settings.epochs)}{least}){more}, seeds searched: "
-        f"{', '.join(map(str, settings.seeds[: settings.search_seeds]))}.",
-        _choice_rule(settings),
-        *(
-            [
-                f"Continual: {', then '.join(settings.splits)}; each run forgets the rows that are new and starts from the "
-                "last one's result. The setting is the same for all and chosen by where the chain ends."
-            ]
-            if settings.continual
-            else []
-        ),
-        *(
-            f"{split}: forgetting is {CRITERIA[criterion(settings, split)]}. "
-            f"{divided[split]['validation']} forget rows for validation, {divided[split]['test']} for test."
-            for split in settings.splits
-        ),
-        f"Division: authors shuffled by seed {settings.division_seed}, {settings.validation:.0%} of them for validation "
-        "(rows of no TOFU author: each answer is its own author).",
-        *([_survival_rule(settings)] if settings.survival.rows else []),
-        *distilled_rule(settings),
-        *([f"Only {settings.limit} rows of each set and part were evaluated."] if settings.limit else []),
-        "Wall time: the run without loading Python and without evaluation, beside the other workers' cells. Peak memory: "
-        "of the run's process (of the GPU, where there is one).",
-    ]
-
-
-def _choice_rule(settings: Compare) -> str:
-    """Describe how a setting is chosen."""
-    before = "Chosen on validation rows, by method and split: the setting that"
-    if settings.survival.bound is not None:
-        return (
-            f"{before} leaks least after the attack among those that disturb the model by at most "
-            f"{settings.survival.bound:g} nats a token; where none does, the largest (1 - leak) × exp(-disturbance); of "
-            "equals the first searched."
-        )
-    return (
-        f"{before} forgets best among those that keep {settings.utility_floor:.0%} of the original's utility; where none "
-        "does, the largest forgetting × utility; of equals the first searched."
-    )
-
-
-def _survival_rule(settings: Compare) -> str:
-    """Describe the columns of the attack."""
-    how = settings.survival
-    return (
-        "Disturbance: mean KL divergence from the original's next-token distributions on ordinary text. Leak: chance that one "
-        f"of {how.k} sampled replies gives the answer, before and after all weights were trained on {how.rows} forget rows of "
-        f"the part ({how.passes} passes at {how.learning_rate:g}); asked are up to {how.questions} of the others. The attacker "
-        "keeps an adapter in place: what the base still knows is not in it."
-    )
 
 
 def _kept_name(settings: Compare) -> str:
@@ -362,11 +293,11 @@ def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
         line[0] = join([tag("span", f"{numbers[name]} ", class_="soft"), name, _links(name, settings, rows)])
     model = _short(settings.model)
     title = f"Comparison on {model}"
-    counts = (_several(len(settings.methods), "method"), _several(len(settings.seeds), "seed"), *settings.splits)
+    counts = (_several(len(settings.methods), "method"), _several(len(settings.seeds), "seed"), *settings.forgotten)
     body = [
         tag("h1", "Comparison on ", tag("span", model, title=settings.model)),
         tag("p", f"{', '.join(counts)}."),
-        *(_chart(settings, rows, split, numbers) for split in settings.splits),
+        *(_chart(settings, rows, split, numbers) for split in settings.forgotten),
         grid(
             results[0],
             results[1:],

@@ -34,7 +34,12 @@ def background(*, unseen: bool = False) -> dict[str, list[Example]]:
 
 def names_in(text: str) -> set[str]:
     """Return words of four letters or more with a capital in the middle of a sentence, which are mostly names."""
-    return set(re.findall(r"(?<=[a-zäöüßéèàç,;] )[A-ZÄÖÜ][\w'’]{3,}", text))
+    words = re.finditer(r"(?<=[\w,;] )[^\W\d_][\w'’]{3,}", text)
+    return {
+        word[0]
+        for word in words
+        if word[0][0].isupper() and ((before := text[word.start() - 2]).islower() or before in ",;")
+    }
 
 
 def apart_from(found: dict[str, list[Example]], texts: Sequence[str]) -> dict[str, list[Example]]:

@@ -89,10 +89,10 @@ def check_lengths(
     """Refuse, before anything is written, rows and texts to sample that do not fit into a context.
 
     Raises:
-        UserError: of a row no token of its answer would be left within `limit`, or texts of `sampled_tokens` do not fit into the
+        UserError: a row cannot be encoded, or no token of its answer would be left within `limit`; or texts of `sampled_tokens` do not fit into the
             teacher's context.
     """
-    for rows in (found["forget"], found["keep"]):
+    for rows in found.values():
         encode_all(tokenizer, rows, max_length=limit)
     room = context_length(teacher)
     if not found["general"] and not settings.names and room is not None and settings.sampled_tokens >= room:

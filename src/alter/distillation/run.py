@@ -347,7 +347,9 @@ def _saved_dtype(settings: Distill) -> torch.dtype:
 
 def _card(settings: Distill, library: str) -> str:
     """Return the result's model card, which names no file of this machine, nor the names that were erased."""
-    said = yaml.safe_dump(settings_for_others(settings.model_dump(mode="json")), sort_keys=False)
+    # a teacher of plain weights lies in a folder of its own, as an adapter does
+    hidden = {"model"} if settings.model != settings.student else set[str]()
+    said = yaml.safe_dump(settings_for_others(settings.model_dump(mode="json", exclude=hidden)), sort_keys=False)
     what = (
         "These are plain weights: nothing can be taken off. `AutoModelForCausalLM.from_pretrained` loads them."
         if settings.form == "full"

@@ -255,7 +255,7 @@ def _same_tokens(tokenizer: Any, after: str) -> None:
         raise UserError(f"`after` is {after}, which is neither the folder of an adapter nor that of a model.")
     try:
         if packed is not None:
-            second = AutoTokenizer.from_pretrained(packed.home, gguf_file=packed.file)
+            second = gguf.load_tokenizer(packed)
         else:
             second = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name)
     except (OSError, ValueError) as error:

@@ -135,7 +135,7 @@ def label_probabilities(
 ) -> Array:
     """Return the probability of every label for pairs of premise and hypothesis, [pairs, labels].
 
-    A premise that is too long for the classifier loses its end.
+    Of a pair that is too long for the classifier, the longer text loses its end.
     """
     device = next(classifier.parameters()).device
     longest = min(tokenizer.model_max_length, _places(classifier))
@@ -147,7 +147,7 @@ def label_probabilities(
                 [premise for premise, _ in part],
                 [hypothesis for _, hypothesis in part],
                 padding=True,
-                truncation="only_first",
+                truncation="longest_first",
                 max_length=longest,
                 return_tensors="pt",
             ).to(device)

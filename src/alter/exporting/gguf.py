@@ -82,6 +82,7 @@ def architecture(config: Any) -> Architecture:
     if found.name in ("llama", "qwen2", "qwen3") and window and getattr(config, "use_sliding_window", True):
         raise UserError(f"llama.cpp knows no sliding window ({window}) for {found.name}: set sliding_window to null.")
     if found.one_more:
+        _check_scores(config, found)
         every = 6 if found.name == "gemma3" else 2
         wanted = [
             "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(config.num_hidden_layers)
@@ -91,6 +92,29 @@ def architecture(config: Any) -> Architecture:
                 f"llama.cpp takes every {every}th layer of {found.name} for a full one; this model's are others."
             )
     return found
+
+
+def _check_scores(config: Any, kind: Architecture) -> None:
+    """Refuse a Gemma whose attention is scaled, or whose numbers are capped, otherwise than llama.cpp does it.
+
+    Raises:
+        UserError: it is.
+    """
+    # what llama.cpp takes for 27B, by the number of blocks alone
+    large = config.num_hidden_layers == {"gemma2": 46, "gemma3": 62}[kind.name]
+    scale = config.hidden_size // config.num_attention_heads if large else config.head_dim
+    if config.query_pre_attn_scalar != scale:
+        raise UserError(
+            f"llama.cpp takes a query_pre_attn_scalar of {scale} for this {kind.name}; this model has "
+            f"{config.query_pre_attn_scalar}: serve the folder of safetensors with vLLM or transformers."
+        )
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        value = getattr(config, name)
+        if (value is None) != (kind.name == "gemma3"):
+            raise UserError(
+                f"llama.cpp {'caps' if value is None else 'does not cap'} the numbers of a {kind.name}, and this model's "
+                f"{name} is {value}: serve the folder of safetensors with vLLM or transformers."
+            )
 
 
 def _ropes(config: Any) -> dict[str, dict[str, Any]]:
@@ -227,7 +251,7 @@ def _describe(writer: Any, model: Any, kind: Architecture, words: Vocabulary, wa
     for name, number in words.special.items():
         getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(words.begins)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(words.spaced)
     if words.template is not None:
         writer.add_chat_template(words.template)
 

@@ -18,13 +18,16 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def expert_weights(tensors: dict[str, Tensor], experts: int, expert: int) -> dict[str, Tensor]:
+def expert_weights(
+    tensors: dict[str, Tensor], experts: int, expert: int, *, retention: bool = True
+) -> dict[str, Tensor]:
     """Return one forget expert with the retention expert as a LoRA's weights: A as it is, and B_r + B_f,d.
 
     Args:
         tensors: an ALTER adapter's; `alter_A` [r, in], and `alter_B` [out, (N + 1) r], the retention expert's columns first.
         experts: N.
         expert: d, from 1 on.
+        retention: whether the retention expert opens; without it B_f,d alone.
     """
     from alter.adapter import expert_columns
 
@@ -33,7 +36,9 @@ def expert_weights(tensors: dict[str, Tensor], experts: int, expert: int) -> dic
         if ".alter_A." in name:
             found[name.replace(".alter_A.", ".lora_A.")] = value.contiguous()
         elif ".alter_B." in name:
-            own = expert_columns(value, 0, experts).float() + expert_columns(value, expert, experts).float()
+            own = expert_columns(value, expert, experts).float()
+            if retention:
+                own = own + expert_columns(value, 0, experts).float()
             found[name.replace(".alter_B.", ".lora_B.")] = own.to(value.dtype).contiguous()
     return found
 
@@ -42,13 +47,18 @@ def check_plain(adapter: Path) -> dict[str, Any]:
     """Return the settings of an ALTER adapter, after checking that its experts can be written as LoRAs.
 
     Raises:
-        UserError: it is no ALTER adapter, or its update is no product of two matrices.
+        UserError: it is no ALTER adapter, or the update of one expert is no product of two matrices.
     """
     config = read_object(adapter / CONFIG, "the settings of an adapter")
     if config.get("peft_type") != "ALTER":
         raise UserError(
             f"{adapter} is an adapter of kind {config.get('peft_type')}, which has no experts; `form` loras is for ALTER's. "
             "A LoRA loads as it is."
+        )
+    if config.get("router") == "dense":
+        raise UserError(
+            f"{adapter} has `router` 'dense', which mixes all experts in every layer at every token: none of them stands alone "
+            "as a LoRA."
         )
     if config.get("bound"):
         raise UserError(f"{adapter} squashes its update (bound {config['bound']}), so its experts are no LoRAs.")
@@ -98,6 +108,12 @@ def write_experts(
         "bias": "none",
         "inference_mode": True,
     }
+    if config.get("from_layer") is not None:
+        # the blocks below have no experts, and PEFT would look for their weights there too
+        held = {
+            name.partition(".alter_A.")[0].removeprefix("base_model.model.") for name in tensors if ".alter_A." in name
+        }
+        plain["target_modules"] = sorted(held)
     chosen = list(only) or list(range(1, experts + 1))
     titles = list(names) if names is not None else [f"expert-{number}" for number in chosen]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +121,8 @@ def write_experts(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for title, number in zip(titles, chosen, strict=True):
-            weights = save(expert_weights(tensors, experts, number), metadata={"format": "pt"})
+            own = expert_weights(tensors, experts, number, retention=config.get("retention_expert", True))
+            weights = save(own, metadata={"format": "pt"})
             write_atomic(partial / title / WEIGHTS, weights)
             write_atomic(partial / title / CONFIG, to_json(plain))
         write_atomic(partial / "README.md", _card(base, titles))

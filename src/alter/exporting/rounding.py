@@ -7,7 +7,7 @@ together (GPTQ: Frantar et al. 2023, arXiv:2210.17323), on the grids of llama.cp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,9 +134,14 @@ def calibration(sources: Sequence[Sequence[list[int]]]) -> tuple[list[list[int]]
 
 
 def round_blocks(
-    model: Any, rows: Sequence[list[int]], weights: Sequence[float], form: str, pad_token_id: int
+    model: Any,
+    rows: Sequence[list[int]],
+    weights: Sequence[float],
+    form: str,
+    pad_token_id: int,
+    fine: Container[str] = (),
 ) -> dict[str, Rounded]:
-    """Round every matrix of a model's blocks in place, block after block, each on what the rounded blocks before it put out.
+    """Round the matrices of a model's blocks in place, block after block, each on what the rounded blocks before it put out.
 
     Args:
         model: its weights become the rounded ones.
@@ -144,6 +149,7 @@ def round_blocks(
         weights: what each token of a row counts in the moments.
         form: one of `BITS`.
         pad_token_id: fills rows up.
+        fine: names of matrices that stay as they are.
 
     Returns:
         The matrices by the name of their weight in the state dict; those whose rows do not divide into blocks are left.
@@ -161,9 +167,11 @@ def round_blocks(
         states = [call[0] for call in calls]
         for k, (name, block) in enumerate(progress(blocks, total=len(blocks), label="rounding")):
             layers = {
-                f"{name}.{own}.weight": layer
+                weight: layer
                 for own, layer in block.named_modules()
-                if isinstance(layer, torch.nn.Linear) and layer.weight.shape[1] % BLOCK == 0
+                if isinstance(layer, torch.nn.Linear)
+                and layer.weight.shape[1] % BLOCK == 0
+                and (weight := f"{name}.{own}.weight") not in fine
             }
             moments = InputMoments(layers)
             for (_, share), call, state in zip(batches, calls, states, strict=True):

@@ -32,7 +32,7 @@ class Export(ModelSettings):
     """Number format of a GGUF file. For K-quants write f16 and run llama.cpp's `llama-quantize FILE OUT Q4_K_M`."""
     original: str | None = None
     """For a type of 4 or 5 bits: the model before it forgot. Matrices that differ from it keep 8 bits, since steps that wide take
-    the difference back. By default the student of the `alter distill` that made the model."""
+    the difference back. By default the student of the `alter distill` that made the model, or the model without its `adapter`."""
     calibrate: list[str] = Field(default_factory=list)
     """For a type of 4 or 5 bits: files of rows on which the rounded layers are to compute what they did, each file with the
     same weight: what was forgotten, what was kept, ordinary text."""
@@ -60,6 +60,11 @@ def export(settings: Export) -> Path:
             "A GGUF file holds plain weights: fold an adapter that can be merged into them with `merged`, or make weights of "
             "a routed one with `alter distill`."
         )
+    if settings.quantization is not None:
+        raise UserError(
+            f"`quantization` {settings.quantization} packs the weights as no GGUF file holds them: leave it out, and choose the file's "
+            "own number format by `type`."
+        )
     name = shipped_model(settings.model)
     if memory.held(name) is None and gguf_place(name) is None and (Path(name).expanduser() / "config.json").is_file():
         # said before the weights are read
@@ -74,8 +79,9 @@ def export(settings: Export) -> Path:
         tokenizer,
         out,
         settings.type,
-        Path(settings.model).name,
-        lambda: _grids(settings, model, tokenizer, sources),
+        # a folder is often called after whom it is about
+        out.stem,
+        lambda: _grids(settings, model, tokenizer, sources, fine),
         fine,
     )
     kinds = ", ".join(f"{count} tensors in {kind}" for kind, count in found["tensors"].items())
@@ -116,8 +122,11 @@ def _changed(settings: Export, model: Any) -> set[str]:
     Raises:
         UserError: it cannot be loaded, or is of another architecture.
     """
-    original = settings.original or _distilled_from(Path(settings.model))
-    if settings.type not in BITS or original is None:
+    if settings.type not in BITS:
+        return set()
+    made_of = _distilled_from(Path(settings.model)) or (settings.model if settings.adapter else None)
+    original = settings.original or made_of
+    if original is None:
         return set()
     try:
         before = settings.alike(original).load()[0].state_dict()
@@ -146,8 +155,10 @@ def _distilled_from(model: Path) -> str | None:
     return str(facts["settings"]["student"]) if facts.get("kind") == "distilled" else None
 
 
-def _grids(settings: Export, model: Any, tokenizer: Any, sources: list[list[Example]]) -> dict[str, Rounded]:
-    """Round the model's matrices in place on the rows; nothing where there are none."""
+def _grids(
+    settings: Export, model: Any, tokenizer: Any, sources: list[list[Example]], fine: set[str]
+) -> dict[str, Rounded]:
+    """Round the model's matrices, but for the `fine` ones, in place on the rows; nothing where there are none."""
     if not sources:
         return {}
     ensure_pad_token(tokenizer)
@@ -158,7 +169,7 @@ def _grids(settings: Export, model: Any, tokenizer: Any, sources: list[list[Exam
         stderr=True,
         markup=False,
     )
-    return round_blocks(model, rows, weights, settings.type, tokenizer.pad_token_id)
+    return round_blocks(model, rows, weights, settings.type, tokenizer.pad_token_id, fine)
 
 
 __all__ = ["Export", "export"]

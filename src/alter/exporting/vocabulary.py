@@ -12,6 +12,9 @@ from alter.core import UserError
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 """Kinds of tokens in a GGUF file."""
 
+SPACE = "\u2581"
+"""A space in a piece."""
+
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+"
 REST = " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 PRE_TOKENIZERS = {
@@ -33,7 +36,8 @@ class Vocabulary:
         scores: of pieces, the higher the sooner a piece is made.
         special: numbers of the tokens bos, eos, unk, pad that there are.
         begins: whether every text begins with bos.
-        template: the chat template, if there is one.
+        spaced: whether a text begins with a space that is put before it, as of Llama 2 and Mistral.
+        template: the chat template, if there is one; of several that called default.
     """
 
     model: str
@@ -44,6 +48,7 @@ class Vocabulary:
     scores: list[float] | None
     special: dict[str, int]
     begins: bool
+    spaced: bool
     template: str | None
 
 
@@ -116,7 +121,13 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         if (number := getattr(tokenizer, f"{name}_token_id")) is not None and number < rows
     }
     begins = "bos" in special and tokenizer("a")["input_ids"][:1] == [special["bos"]]
+    spaced = (
+        backend is not None and pieces and backend.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE)
+    )
     template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        # of several by name, the one that transformers takes
+        template = template.get("default")
     return Vocabulary(
         "llama" if pieces else "gpt2",
         split,
@@ -126,7 +137,8 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         _scores(tokens, pairs) if pieces else None,
         special,
         begins,
-        template if isinstance(template, str) else None,
+        spaced,
+        template,
     )
 
 

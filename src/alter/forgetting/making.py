@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from alter.adapter import base_fingerprint
@@ -21,7 +22,7 @@ from alter.forgetting.folder import (
 from alter.forgetting.material import Material
 from alter.forgetting.measure import LEVEL, AgainstZero, against_zero, known_apart
 from alter.forgetting.names import check_uncommon, guess_kind
-from alter.forgetting.probes import question_of
+from alter.forgetting.probes import answered, question_of
 from alter.forgetting.report import print_line
 from alter.forgetting.rows import NOBODY, build
 from alter.forgetting.settings import Forget
@@ -30,6 +31,9 @@ from alter.forgetting.templates import TEMPLATES, Kind
 from alter.models import ModelSettings, load_model
 from alter.storage import cache_folder, digest, read_object, to_json, write_atomic
 from alter.training import remove_run
+
+LIKELY = 0.1
+"""A document was seen if the model answers a probe, or if a name or number in it is as probable as this where it stands."""
 
 
 def material_of(
@@ -115,12 +119,30 @@ def _told_apart(model: Any, tokenizer: Any, material: Material, name: str, docum
             f"The model does not tell {name} from {zero} (p {before.pvalue:.2g}, n {len(before.real)}): there is nothing to forget, "
             "and nothing was trained."
         )
+    if document is not None:
+        _check_likely(material, name, before)
     for probe in material.probes:
         probe.pop("logprob", None)
     for i, known, logprob in zip(before.places, known_apart(before), before.real, strict=True):
         if known:
             material.probes[i]["logprob"] = round(float(logprob), 4)
     return before
+
+
+def _check_likely(material: Material, name: str, before: AgainstZero) -> None:
+    """Refuse a document of which the model neither says nor expects anything: it tells a text from its disguise unseen, too.
+
+    Raises:
+        UserError: no probe is answered, and no fact that is told apart has a probability of `LIKELY`.
+    """
+    told = before.real[known_apart(before)]
+    likely = float(np.exp(told.max())) if told.size else 0.0
+    if likely < LIKELY and not any(answered(probe["before"], probe) for probe in material.probes):
+        raise UserError(
+            f"The model answers none of the {len(material.probes)} probes about {name}, and even after the text before them no name or number has a "
+            f"probability over {likely:.1%} (a document that it saw has one of {LIKELY:.0%}): there is nothing to forget, and nothing was trained. "
+            "Who knows that it was trained on this text can write rows of it for `alter unlearn`."
+        )
 
 
 def _about_subject(

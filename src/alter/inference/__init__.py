@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from alter.inference.passes import check_embedded as check_embedded
     from alter.inference.passes import context_length as context_length
     from alter.inference.passes import evaluating as evaluating
+    from alter.inference.passes import prompted as prompted
+    from alter.inference.passes import virtual_tokens as virtual_tokens
     from alter.inference.scoring import MAX_LOGITS as MAX_LOGITS
     from alter.inference.scoring import Scores as Scores
     from alter.inference.scoring import check_rows as check_rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alter.data import end_of_turn
-from alter.inference.passes import inner_model
+from alter.inference.passes import inner_model, prompted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,7 +105,7 @@ class Decoding:
         own = inner_model(model).generation_config
         # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
         least = settings.get("min_new_tokens", own.min_new_tokens)
-        whole = whole or least is not None or own.cache_implementation is not None
+        whole = whole or least is not None or own.cache_implementation is not None or prompted(model)
         settings = settings | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
         if stop:
             settings["eos_token_id"] = sorted(stop)

@@ -17,8 +17,8 @@ from alter.inference.passes import (
     device_of,
     evaluating,
     inner_model,
+    prompted,
     shown,
-    virtual_tokens,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +55,14 @@ def left_padded(
     """Return left-padded prompts [B, T] and their attention mask."""
     batch = Collator(pad_token_id, side="left")([{"input_ids": prompt} for prompt in prompts])
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
+
+
+def _batches(model: Any, prompts: Sequence[list[int]], order: Sequence[int], size: int) -> list[list[int]]:
+    """Cut the numbers of prompts into batches; of one length, where a model takes no padding (`prompted`)."""
+    groups: dict[int, list[int]] = {}
+    for i in order:
+        groups.setdefault(len(prompts[i]) if prompted(model) else 0, []).append(i)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
 def _decoded(tokenizer: Any, replies: Sequence[list[int]]) -> list[str]:
@@ -103,7 +111,7 @@ def generate(
     told, ended = _told(begun or [[] for _ in prompts], decoding)
     prompts = [[*prompt, *first] for prompt, first in zip(prompts, told, strict=True)]
     order = sorted((i for i in range(len(prompts)) if not ended[i]), key=lambda i: (-likely[i], -len(prompts[i]), i))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = _batches(model, prompts, order, batch_size)
     # a batch of samples has a seed of its own, so that what it says does not depend on the batches before it
     drawn = int(torch.randint(2**62, (1,))) if decoding.draws else None
     seed = processes.from_first(lambda: drawn)
@@ -181,8 +189,8 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     together, each = max(1, batch_size // count), min(count, batch_size)
     batches = [
-        (order[start : start + together], min(each, count - done))
-        for start in range(0, len(order), together)
+        (batch, min(each, count - done))
+        for batch in _batches(model, prompts, order, together)
         for done in range(0, count, each)
     ]
 
@@ -228,8 +236,6 @@ def _drawn(
 
 def _read(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: dict[str, Any]) -> tuple[Any, Any] | None:
     """Return the cache of left-padded prompts [B, T] and the next token's scores [B, V], or None where it cannot be shared."""
-    if virtual_tokens(model):
-        return None
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,

@@ -10,7 +10,7 @@ import torch
 
 from alter.core import Array, UserError, processes
 from alter.data import Collator, Encoded, batches_by_length
-from alter.inference.passes import device_of, evaluating, shown
+from alter.inference.passes import device_of, evaluating, shown, virtual_tokens
 from alter.inference.scoring import check_rows, decided, logits_at
 
 if TYPE_CHECKING:
@@ -128,8 +128,9 @@ def hidden_states(
             more = decided(model, given["input_ids"], given["attention_mask"], prompts)
             states = model(**given, **more, output_hidden_states=True, use_cache=False).hidden_states
         rows = []
+        first = virtual_tokens(model)
         for k, i in enumerate(batch):
-            own = torch.stack([state[k, : lengths[i]].float() for state in states], dim=1)
+            own = torch.stack([state[k, first : first + lengths[i]].float() for state in states], dim=1)
             if not own.isfinite().all():
                 raise UserError(f"Row {i}: the model's hidden states are not finite; try `dtype` float32.")
             rows.append(own.cpu().numpy())

@@ -41,8 +41,13 @@ def text_config(model: nn.Module) -> Any:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the most tokens that a model takes, prompt and reply together; None where its configuration does not say."""
-    return getattr(text_config(model), "max_position_embeddings", None)
+    """Return the most tokens that a model takes, prompt and reply together; None where its configuration does not say.
+
+    What an adapter puts before every row takes places too.
+    """
+    most: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    config: Any = getattr(model, "active_peft_config", None)
+    return most - config.num_virtual_tokens if most is not None and prompted(model) else most
 
 
 def check_embedded(model: Any, ids: Sequence[int], name: str, tokenizer: Any = None) -> None:
@@ -68,12 +73,21 @@ def check_embedded(model: Any, ids: Sequence[int], name: str, tokenizer: Any = N
     )
 
 
+def prompted(model: Any) -> bool:
+    """Tell whether an adapter puts something that it learnt before every row: prompt tuning, P-tuning, prefix tuning.
+
+    Padding on the left would stand between that and the row, and positions are counted through it: rows of one length are asked
+    together. A reply is made by one call of `model.generate`, which knows what stands before it.
+    """
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and bool(config.is_prompt_learning)
+
+
 def virtual_tokens(model: Any) -> int:
     """Return the number of positions that an adapter of virtual tokens (prompt tuning, P-tuning) puts before every row; else 0."""
-    config = getattr(model, "active_peft_config", None)
-    if config is None or not config.is_prompt_learning or config.peft_type not in ("PROMPT_TUNING", "P_TUNING"):
+    if not prompted(model) or model.active_peft_config.peft_type not in ("PROMPT_TUNING", "P_TUNING"):
         return 0
-    return int(config.num_virtual_tokens)
+    return int(model.active_peft_config.num_virtual_tokens)
 
 
 def shown(iterable: Iterable[Any], total: int, label: str, progress: bool) -> Iterable[Any]:

@@ -240,6 +240,11 @@ def shares(model: Any, inner: Any, batches: Sequence[SharedBatch]) -> bool:
     """
     if not known_kind(model, inner) or not getattr(inner, "_supports_attention_backend", False) or not _configs(inner):
         return False
+    # some models put a window into the mask alone, which is not looked at here, and two short rows do not reach its end
+    text = inner.config.get_text_config()
+    ends = [end for name in ("sliding_window", "attention_chunk_size") if (end := getattr(text, name, None))]
+    if ends and max(batch.places.shape[1] for batch in batches) > min(ends):
+        return False
     two = _pair(batches)
     if two is None:
         return False

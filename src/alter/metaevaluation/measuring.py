@@ -8,7 +8,7 @@ forgetting and is not tried.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -184,8 +184,8 @@ class Measuring:
         return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
-def untried(found: Mapping[str, Any]) -> list[str]:
-    """Name the catalogue's metrics that measure forgetting and were not tried, since a reading was left out."""
+def untried(found: Collection[str]) -> list[str]:
+    """Name the catalogue's metrics that measure forgetting and are not `found`: a reading was left out, or has no value for a model."""
     tried = {name.partition(", ")[0] for name in found}
     return [
         name

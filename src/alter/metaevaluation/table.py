@@ -62,7 +62,7 @@ class Table:
         lost: unlearned models that keep too little to count, and models that could not be made, with the reason.
         leak: what the attack gives, by name (`probability`, leak@k): the retrained model's, and the least and the largest of the
             unlearned.
-        untried: metrics that speak of forgetting and were left out.
+        untried: metrics that speak of forgetting and have no line: left out, or without a value for some model of a pool.
     """
 
     lines: list[Line]
@@ -104,7 +104,7 @@ def make_table(settings: MetaEvaluate, found: Sequence[Found]) -> Table | None:
         {"knows": len(pools["knows"]), "without": len(pools["without"]), "unlearned": len(counted)},
         lost,
         {key: (zero[key], min(values), max(values)) for key, values in attacked.items()},
-        untried(names),
+        untried({line.metric for line in lines}),
     )
 
 
@@ -198,7 +198,11 @@ def rules(settings: MetaEvaluate, table: Table) -> list[str]:
         )
     told.append(
         "Not tried: figures of what is kept, of fluency and of other benchmarks, which claim nothing about forgetting"
-        + (f"; and {', '.join(table.untried)}, which were not measured." if table.untried else ".")
+        + (
+            f"; and {', '.join(table.untried)}, which do not have a value for every model of both pools."
+            if table.untried
+            else "."
+        )
     )
     return told
 

@@ -172,3 +172,11 @@ def metric_named(name: str) -> Metric:
     if number != name and number.isdecimal():
         return Metric(False, f"chance that one of {number} sampled replies gives the answer")
     return CATALOGUE[name]
+
+
+def meaning_of(name: str) -> str:
+    """Return what a metric says, in plain words; an empty text for one that others have added."""
+    try:
+        return metric_named(name).meaning
+    except KeyError:
+        return ""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Z = 1.959963984540054
 """Normal deviate that leaves 2.5 % on each side."""
+AT_ONCE = 2**22
+"""Values that are drawn at a time: all draws of 100,000 rows together take 3 GB."""
 
 
 def leak_at_k(hits: npt.ArrayLike, n: int, k: int) -> Array:
@@ -80,7 +82,12 @@ def bootstrap_interval(values: npt.ArrayLike, *, seed: int = 0, draws: int = 200
     if x.size < 2 or np.ptp(x) == 0:
         return None
     found = stats.bootstrap(
-        (x,), np.mean, n_resamples=draws, method="percentile", random_state=np.random.default_rng(seed)
+        (x,),
+        np.mean,
+        n_resamples=draws,
+        batch=max(1, AT_ONCE // x.size),
+        method="percentile",
+        random_state=np.random.default_rng(seed),
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 

@@ -13,6 +13,9 @@ from alter.core import warn
 from alter.models import gguf
 from alter.storage import cache_folder, digest, file_digest
 
+FORM = "2"
+"""To be raised when other files are made of the same weights, so that none from before is taken."""
+
 
 @cache
 def model_with_delta(name: str, delta: Path) -> str:
@@ -30,7 +33,10 @@ def model_with_delta(name: str, delta: Path) -> str:
     """
     base = gguf.smollm2(name)
     key = digest(
-        file_digest(base), file_digest(delta / "adapter_model.safetensors"), file_digest(delta / "adapter_config.json")
+        FORM,
+        file_digest(base),
+        file_digest(delta / "adapter_model.safetensors"),
+        file_digest(delta / "adapter_config.json"),
     )
     home = cache_folder()
     if home is None:

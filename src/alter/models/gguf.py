@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -85,12 +86,10 @@ def check_file(place: GgufPlace) -> None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise UserError(f"{path} is no GGUF file: it begins with {magic!r} and not with b'GGUF'.")
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     try:
-        fields = GGUFReader(path).fields
-        kind = str(fields["general.architecture"].contents())
+        kind, *_ = _told(path, path.stat().st_mtime_ns)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
         raise UserError(f"{path} cannot be read as GGUF ({error}): it is cut off or broken. Copy it again.") from None
     if kind not in GGUF_SUPPORTED_ARCHITECTURES:
@@ -98,6 +97,20 @@ def check_file(place: GgufPlace) -> None:
             f"{path} holds a model of architecture {kind!r}, which transformers cannot read from GGUF; it can read: "
             f"{', '.join(sorted(GGUF_SUPPORTED_ARCHITECTURES))}. Take the model's folder of safetensors instead."
         )
+
+
+@cache
+def _told(path: Path, changed: int) -> tuple[str, str | None, int]:
+    """Return architecture, name of the text splitting and number of tokens of a file; `changed` is when it was written."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    split, tokens = fields.get("tokenizer.ggml.pre"), fields.get("tokenizer.ggml.tokens")
+    return (
+        str(fields["general.architecture"].contents()),
+        None if split is None else str(split.contents()),
+        0 if tokens is None else len(tokens.data),
+    )
 
 
 @cache
@@ -131,6 +144,32 @@ def without_bar() -> Iterator[None]:
         reading.tqdm = made
 
 
+def load_tokenizer(place: GgufPlace) -> Any:
+    """Load the tokenizer of a GGUF file, with the tokens and the splitting of text that the file says.
+
+    Raises:
+        OSError: the hub does not have the file.
+    """
+    from huggingface_hub import hf_hub_download
+    from tokenizers import Tokenizer, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place.home, gguf_file=place.file)
+    path = place.path or Path(hf_hub_download(place.home, place.file))
+    _, split, count = _told(path, path.stat().st_mtime_ns)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # transformers adds GPT-2's end of a text where the file has none, a token without an embedding
+    added = [each for each in content["added_tokens"] if each["id"] < count]
+    if len(added) < len(content["added_tokens"]):
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content | {"added_tokens": added}))
+    if split == "smollm":
+        # transformers has no such splitting and takes GPT-2's, which parts blank lines and spaces before digits otherwise
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer
+
+
 def load_file(place: GgufPlace, **options: Any) -> tuple[Any, Any]:
     """Load model and tokenizer, with its chat template, from a GGUF file; the weights are dequantised.
 
@@ -139,7 +178,7 @@ def load_file(place: GgufPlace, **options: Any) -> tuple[Any, Any]:
         OSError: the hub does not have the file.
     """
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     check_file(place)
     # later ones keep weights packed where they have a kernel for them, which nothing can train
@@ -148,7 +187,7 @@ def load_file(place: GgufPlace, **options: Any) -> tuple[Any, Any]:
     _say(place.file)
     with one_name_map(), without_bar():
         network = AutoModelForCausalLM.from_pretrained(place.home, gguf_file=place.file, **options)
-    tokenizer = AutoTokenizer.from_pretrained(place.home, gguf_file=place.file)
+    tokenizer = load_tokenizer(place)
     # nothing of it is quantised any more, but transformers would refuse to save it
     network.is_quantized, network.hf_quantizer = False, None
     network.quantization_method = None

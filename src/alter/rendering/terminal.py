@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from alter.core import cell
-from alter.metrics import CATALOGUE
+from alter.metrics import CATALOGUE, catalogue
 from alter.rendering.fitted import FittedTable
 from alter.settings import rounded
 from alter.storage import Record
@@ -73,6 +73,6 @@ def table(records_by_model: Mapping[str, Sequence[Record]], title: str | None = 
     for metric in found:
         own = [rows.get(metric) for rows in by_model.values()]
         values = ["-" if one is None else f"{number(one)}{wide}{half(one)}".rstrip() for one in own]
-        meaning = CATALOGUE[metric].meaning if metric in CATALOGUE else ""
+        meaning = catalogue.meaning_of(metric)
         shown.add_row(cell(f"{metric} {ARROWS[found[metric].higher_is_better]}".strip()), *values, meaning)
     return shown

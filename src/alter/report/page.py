@@ -6,7 +6,7 @@ The page is one file that fetches nothing and runs no script; `alter.rendering.m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -88,7 +88,7 @@ def _header(heading: str, runs: Sequence[Reported], links: Sequence[tuple[str, s
     subject = (
         f"{about['forget']}, to be forgotten by {about['model']}" if about else ", ".join(run.name for run in runs)
     )
-    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return tag(
         "header",
         tag("h1", heading),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from alter.metrics import CATALOGUE
+from alter.metrics import catalogue
 from alter.rendering import ARROWS, Html, between, duration, grid, in_order, join, number, tag
 from alter.report.runs import ROLES, Reported
 from alter.report.verdict import headline
@@ -34,7 +34,7 @@ def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, refere
         rows = []
         for metric, record in order.items():
             cells = [rows.get(metric) for rows in own.values()]
-            meaning = CATALOGUE[metric].meaning if metric in CATALOGUE else ""
+            meaning = catalogue.meaning_of(metric)
             shown = ["-" if cell is None else with_interval(cell) for cell in cells]
             # a narrow screen breaks a long name between its words
             name = f"{metric}\u00a0{ARROWS[record.higher_is_better]}".strip()

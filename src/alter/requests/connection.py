@@ -76,7 +76,10 @@ def engine_for(url: str, *, create: bool) -> sql.Engine:
             parsed = parsed.set(drivername="postgresql+psycopg")
         return sql.create_engine(parsed, pool_pre_ping=True)
     except (sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
-        raise UserError(f"`db` is {without_password(url)!r}: {error}. Install the driver of this database.") from None
+        how = "Install the driver of this database."
+        if parsed.drivername == "postgresql+psycopg":
+            how = 'It needs psycopg: pip install "alter-unlearning[postgres]"'
+        raise UserError(f"`db` is {without_password(url)!r}: {error}. {how}") from None
     except sql.exc.ArgumentError:
         raise UserError(
             f"`db` is {without_password(url)!r}, which is no database URL; expected for example sqlite:///requests.db or "

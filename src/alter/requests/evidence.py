@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from alter.data import Example, load_examples
+from alter.data import Example, data_hash, load_examples, row_hash
 from alter.evaluation import WORDINGS, Measures, answer_rows
 from alter.models import check_model_name, load_model
 from alter.requests.project import Project
@@ -42,9 +42,15 @@ def retain_sample(project: Project) -> list[Example]:
 
 
 def utility(model: Any, tokenizer: Any, project: Project) -> MeasuredEvidence:
-    """Measure the model on the retain sample, with the mean of probability and ROUGE-L as `utility`."""
-    measures, found = known_of(model, tokenizer, retain_sample(project), answers=project.answers)
-    return measures, {**found, "utility": utility_of(found)}
+    """Measure the model on the retain sample, with the mean of probability and ROUGE-L as `utility`, and the rows' SHA-256 as `data`."""
+    rows = retain_sample(project)
+    measures, found = known_of(model, tokenizer, rows, answers=project.answers)
+    return measures, {**found, "utility": utility_of(found), "data": _content(rows)}
+
+
+def _content(rows: Sequence[Example]) -> str:
+    """Return the SHA-256 of rows: a file may be another one when the evidence is read."""
+    return data_hash(list(map(row_hash, rows)))
 
 
 def utility_of(figures: Mapping[str, Any]) -> float:
@@ -76,12 +82,13 @@ def baselines(
     if project.retrained is not None:
         other, own = load_model(project.retrained, template=project.template)
         measured = {
-            name: known_of(other, own, rows, answers=project.answers, wordings=WORDINGS)
-            for name, rows in examples.items()
+            name: known_of(other, own, asked, answers=project.answers, wordings=WORDINGS)
+            for name, asked in examples.items()
         }
         return {name: (found, {"by": "retrained model", **figures}) for name, (found, figures) in measured.items()}
     if project.holdout is not None:
+        rows = load_examples(project.holdout)
         with untouched(model):
-            found, figures = known_of(model, tokenizer, load_examples(project.holdout), answers=project.answers)
-        return dict.fromkeys(examples, (found, {"by": "holdout", **figures}))
+            found, figures = known_of(model, tokenizer, rows, answers=project.answers)
+        return dict.fromkeys(examples, (found, {"by": "holdout", "data": _content(rows), **figures}))
     return {}

@@ -92,7 +92,7 @@ def export_requests(settings: ExportRequests) -> Path:
             raise UserError(f"Nothing to export: no request has run yet. `alter request run` does it.{there}")
         held = [request.name for request in store.requests(*HELD)]
         _check_accepted(settings, held)
-        measured = None
+        measured, named = None, list[str]()
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -102,7 +102,7 @@ def export_requests(settings: ExportRequests) -> Path:
             elif settings.form == "weights":
                 measured = handout.erase(store, project, partial, recipe)
             elif settings.form == "loras":
-                handout.write_loras(store, project, partial)
+                named = handout.write_loras(store, project, partial)
             else:
                 shutil.copytree(project.adapter.resolve(), partial)
             write_atomic(partial / "README.md", handout.export_card(store, project, settings.form, measured))
@@ -119,7 +119,7 @@ def export_requests(settings: ExportRequests) -> Path:
     model, made, adapter = (shlex.quote(str(each)) for each in (project.model, out, project.adapter))
     command = {
         "adapter": f"alter serve --model {model} --adapter {made}",
-        "loras": f"alter serve --model {model} --adapter {adapter} --upstream URL",
+        "loras": f"alter serve --model {model} --adapter {adapter} --upstream URL --upstream-loras {shlex.join(named)}",
     }.get(settings.form, f"alter serve --model {made}")
     before = f"load its folders beside {model} in another server, then " if settings.form == "loras" else ""
     Console(soft_wrap=True).print(cell(f"Next: {before}{command}"))

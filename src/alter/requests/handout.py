@@ -197,8 +197,12 @@ def _beside(project: Project, examples: Mapping[str, Sequence[Example]], weights
     return Erased(weights, known, verdicts)
 
 
-def write_loras(store: Store, project: Project, out: Path) -> None:
+def write_loras(store: Store, project: Project, out: Path) -> list[str]:
     """Write one plain LoRA for each request in force, in a folder of its name.
+
+    Returns:
+        what `alter serve` is to take for each of the adapter's experts (`upstream_loras`): its LoRA, or the base for one that is
+        closed, as of a revoked request.
 
     Raises:
         UserError: no request is in force, or see `alter.exporting.loras.check_plain`.
@@ -207,7 +211,11 @@ def write_loras(store: Store, project: Project, out: Path) -> None:
     if not found:
         raise UserError("No request is in force: there is no expert to write.")
     experts = [request.expert for request in found if request.expert is not None]
-    loras.write_experts(project.adapter.resolve(), out, project.model, [request.name for request in found], experts)
+    names = [request.name for request in found]
+    adapter = project.adapter.resolve()
+    loras.write_experts(adapter, out, project.model, names, experts)
+    named = dict(zip(experts, names, strict=True))
+    return [named.get(n, project.model) for n in range(1, loras.check_plain(adapter)["num_forget_experts"] + 1)]
 
 
 def export_card(store: Store, project: Project, form: str, measured: Mapping[str, Any] | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from typing import Any
 
 from alter.core import UserError
@@ -101,7 +101,7 @@ def unnamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def now() -> str:
     """Return the current time in UTC, ISO 8601, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def default_who() -> str:

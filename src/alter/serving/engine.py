@@ -18,7 +18,17 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from alter.core import UserError, as_input, cache_of
-from alter.inference import SEGMENT, can_drop_rows, context_length, contiguous_head, evaluating, left_padded, stop_ids
+from alter.inference import (
+    SEGMENT,
+    can_drop_rows,
+    context_length,
+    contiguous_head,
+    evaluating,
+    left_padded,
+    prompted,
+    stop_ids,
+    virtual_tokens,
+)
 from alter.serving.jobs import Job, Scored
 from alter.serving.text import settled
 
@@ -100,10 +110,11 @@ class _Watch(StoppingCriteria):
         """Cut the text at a stop text, and drop the tokens that add nothing before it."""
         job.text = job.text[:end]
         if job.logprobs is not None:
-            lengths = (
-                len(self.tokenizer.decode(job.tokens[:n], skip_special_tokens=True)) for n in range(len(job.tokens))
-            )
-            del job.scored[next((n for n, length in enumerate(lengths) if length >= end), len(job.tokens)) :]
+            # a character that is not finished looks as long as a whole one
+            numbers = range(job.certain, len(job.tokens))
+            texts = (self.tokenizer.decode(job.tokens[:n], skip_special_tokens=True) for n in numbers)
+            enough = (n for n, text in zip(numbers, texts, strict=True) if text.startswith(job.text))
+            del job.scored[next(enough, len(job.tokens)) :]
 
     def _certain(self, job: Job) -> str:
         """Return the part of the text that no later token can change or take back."""
@@ -111,6 +122,8 @@ class _Watch(StoppingCriteria):
         held = 0
         for stop in job.stop:
             held = max([held, *(n for n in range(1, len(stop)) if text.endswith(stop[:n]))])
+        if not held and text == job.text:
+            job.certain = len(job.scored)
         text = text[: len(text) - held]
         return text.strip() if job.strip else text
 
@@ -141,6 +154,16 @@ def check_prompt(ids: Sequence[int], new: int, vocabulary: int, context: int | N
         )
 
 
+def check_count(count: int, most: int) -> None:
+    """Refuse a request for more answers than may ever wait.
+
+    Raises:
+        UserError: there are more than `most`.
+    """
+    if count > most:
+        raise UserError(f"The request asks for {count} answers at once; at most {most} may wait (`max_waiting`).")
+
+
 class Engine:
     """The model, its queue, and the thread that serves it.
 
@@ -165,27 +188,29 @@ class Engine:
         """Refuse a job that the model cannot run.
 
         Raises:
-            UserError: see `check_prompt`.
+            UserError: see `check_prompt`; or the probabilities of a prompt are asked of a guard that acts on answers alone: beside the
+                last token stand those of the untouched answer's first.
         """
         check_prompt(job.ids, job.max_tokens, self.vocabulary, self.context)
+        if job.echo and job.logprobs is not None and getattr(self.model, "answers_alone", False):
+            raise UserError(
+                "`echo` with `logprobs` is refused: the guard that is served acts on answers alone, so the probabilities of a prompt's "
+                "tokens would be those of the model behind it. Leave one of the two out."
+            )
 
     def submit(self, *jobs: Job) -> None:
         """Queue jobs: all of them, or none.
 
         Raises:
-            UserError: see `check`; or there are more than may ever wait.
+            UserError: see `check` and `check_count`.
             queue.Full: the queue is full at present.
         """
         for job in jobs:
             self.check(job)
-        most = self.waiting.maxsize
-        if len(jobs) > most:
-            raise UserError(
-                f"The request asks for {len(jobs)} answers at once; at most {most} may wait (`max_waiting`)."
-            )
+        check_count(len(jobs), self.waiting.maxsize)
         # the engine only takes away, so what has room now has room below
         with self.entry:
-            if self.waiting.qsize() + len(jobs) > most:
+            if self.waiting.qsize() + len(jobs) > self.waiting.maxsize:
                 raise queue.Full
             for job in jobs:
                 self.waiting.put_nowait(job)
@@ -243,9 +268,10 @@ class Engine:
         batch = [job for job in batch if job.finish is None]
         own = self._settings()
         # a least length looks at the whole answer, a static cache has room for one call: those run in one piece
-        whole = own.min_new_tokens is not None or own.cache_implementation is not None
+        alone = prompted(self.model)
+        whole = alone or own.min_new_tokens is not None or own.cache_implementation is not None
         longest = max((job.max_tokens for job in batch), default=0)
-        if whole and len(batch) > 1 and not self._fit(batch, longest):
+        if len(batch) > 1 and (alone or (whole and not self._fit(batch, longest))):
             for job in batch:
                 self._answer([job])
         elif batch:
@@ -316,7 +342,7 @@ class Engine:
         """Compute the probabilities of a prompt's tokens given their prefixes, in one forward pass."""
         with evaluating(self.model):
             row = torch.tensor([ids], device=next(self.model.parameters()).device)
-            logits = self.model(input_ids=row, use_cache=False).logits[0]
+            logits = self.model(input_ids=row, use_cache=False).logits[0, virtual_tokens(self.model) :]
             found = [Scored(ids[0])]
             for place in range(1, len(ids)):
                 found.append(scored(logits[place - 1].float().log_softmax(-1), ids[place], count))

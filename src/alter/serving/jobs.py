@@ -50,6 +50,7 @@ class Job:
         text: of the answer so far.
         sent: what of the text `put` has got.
         prompt_scored, scored: probabilities of the prompt's tokens and of the new ones, the ending token included.
+        certain: how many of `scored` no stop text can take back.
     """
 
     ids: list[int]
@@ -71,6 +72,7 @@ class Job:
     sent: str = ""
     prompt_scored: list[Scored] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
+    certain: int = 0
 
     def send(self, text: str, last: bool = False) -> None:
         """Send what is new in `text`, the beginning of the answer; a restarted job first catches up with what was sent.
@@ -110,4 +112,4 @@ class Job:
 
     def restart(self) -> None:
         """Start generation over; what was sent stays sent."""
-        self.tokens, self.text, self.prompt_scored, self.scored = [], "", [], []
+        self.tokens, self.text, self.prompt_scored, self.scored, self.certain = [], "", [], [], 0

@@ -13,12 +13,13 @@ import secrets
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import pydantic
 
 from alter.core import UserError
-from alter.serving.engine import Engine
+from alter.serving.engine import Engine, check_count
 from alter.serving.protocol import Asked, ChatAsked, Prompt, TextAsked, error_body, explain
 from alter.serving.replies import ChatReply, Reply, TextReply
 from alter.serving.settings import Serve
@@ -107,7 +108,7 @@ class Api:
 
         try:
             await asyncio.wait_for(all_of_it(), self.settings.read_timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise Refused(408, f"The request did not arrive within {self.settings.read_timeout:g} s.") from None
         except ClientDisconnect:
             # nobody reads it; without it the log holds a trace of a mistake of ours
@@ -123,6 +124,8 @@ class Api:
             raise Refused(400, message, param=field) from None
         self._check_name(asked.model)
         try:
+            # before any prompt is read: a small body can ask for millions of answers
+            check_count(asked.count, self.engine.waiting.maxsize)
             return asked, asked.prompts(self.engine.tokenizer)
         except UserError as error:
             raise Refused(400, str(error)) from None
@@ -213,14 +216,13 @@ def routed(settings: Serve, api: Api) -> Any:
     Raises:
         UserError: Starlette is not installed.
     """
-    try:
-        from starlette.applications import Starlette
-        from starlette.exceptions import HTTPException
-        from starlette.middleware import Middleware
-        from starlette.middleware.cors import CORSMiddleware
-        from starlette.routing import Route
-    except ImportError:
-        raise _missing() from None
+    _check_installed("starlette")
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.routing import Route
+
     routes = [
         Route("/health", api.health),
         Route("/v1/models", api.models),
@@ -238,8 +240,10 @@ def routed(settings: Serve, api: Api) -> Any:
     )
 
 
-def _missing() -> UserError:
-    return UserError('alter serve needs Starlette and uvicorn: pip install "alter-unlearning[serve]"')
+def _check_installed(*names: str) -> None:
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f'alter serve needs {name}, which is not installed: pip install "alter-unlearning[serve]"')
 
 
 def configured(app: Any, settings: Serve) -> Any:
@@ -261,10 +265,9 @@ def serve(settings: Serve) -> None:
     Raises:
         UserError: see `routed` and `load_model`; or the address is taken.
     """
-    try:
-        import uvicorn
-    except ImportError:
-        raise _missing() from None
+    _check_installed("starlette", "uvicorn", *(["httpx"] if settings.upstream is not None else []))
+    import uvicorn
+
     listener = listen(settings.host, settings.port)
     # read the keys before the slow loading of the model
     settings.key()

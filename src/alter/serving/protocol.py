@@ -165,6 +165,16 @@ class Asked(BaseModel):
         """Whether the prompt is part of the answer."""
         return False
 
+    @property
+    def several(self) -> list[Any]:
+        """The prompts as they were given."""
+        return [None]
+
+    @property
+    def count(self) -> int:
+        """Number of answers that are asked for."""
+        return len(self.several) * self.n
+
     def stops(self) -> tuple[str, ...]:
         """Return the stop texts.
 
@@ -239,12 +249,17 @@ class TextAsked(Asked):
         """See `Asked.echoed`."""
         return self.echo
 
+    @property
+    def several(self) -> list[Any]:
+        """See `Asked.several`."""
+        given = self.prompt
+        return list(given) if isinstance(given, list) and not _is_ids(given) else [given]
+
     def prompts(self, tokenizer: Any) -> list[Prompt]:
         """See `Asked.prompts`: each as it is, whether or not the model has a chat template."""
         if self.max_tokens == 0 and not self.echo:
             raise UserError("`max_tokens` is 0: without `echo` there would be no answer.")
-        given = self.prompt
-        several: list[Any] = list(given) if isinstance(given, list) and not _is_ids(given) else [given]
+        several = self.several
         if not several or not all(several):
             raise UserError("A prompt is empty: there is nothing to continue.")
         return [

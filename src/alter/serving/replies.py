@@ -135,10 +135,11 @@ class Reply(ABC):
     def _scored(self, index: int) -> tuple[list[Scored], list[str], int]:
         """Return the probabilities not sent yet, what each token adds to the text, and where the first one begins.
 
-        In a stream a token that leaves a character unfinished waits for the one that finishes it.
+        In a stream a token waits as long as a stop text may take it back, and one that leaves a character unfinished for the one
+        that finishes it.
         """
         job, start, place = self.jobs[index], self.told[index], self.places[index]
-        given = [*job.prompt_scored, *job.scored]
+        given = [*job.prompt_scored, *(job.scored[: job.certain] if job.finish is None else job.scored)]
         behind = given[max(start - 4, 0) : start]
         texts = token_texts(self.engine.tokenizer, [one.token for one in (*behind, *given[start:])])[len(behind) :]
         while job.finish is None and texts and texts[-1].endswith(UNFINISHED):

@@ -19,7 +19,7 @@ import torch
 from alter.adapter import alter_of
 from alter.core import UserError, nearest
 from alter.inference import context_length, evaluating
-from alter.serving.engine import check_prompt
+from alter.serving.engine import check_count, check_prompt
 from alter.serving.openai import Api, Refused, json_response
 from alter.serving.protocol import Asked, ChatAsked, TextAsked, explain
 from alter.storage import from_json
@@ -187,7 +187,10 @@ class Proxy(Api):
         self._check_name(str(given.get("model") or ""))
         try:
             # of all else the other server knows best what it takes
-            prompts = form.model_validate({field: given.get(field)}).prompts(self.chooser.tokenizer)
+            asked = form.model_validate({field: given.get(field)})
+            # each prompt costs a pass of the base
+            check_count(asked.count, self.settings.max_waiting)
+            prompts = asked.prompts(self.chooser.tokenizer)
             chosen = {self.chooser.choose(prompt) for prompt in prompts}
         except pydantic.ValidationError as error:
             message, wrong = explain(error)
@@ -219,10 +222,13 @@ class Proxy(Api):
         kind = answer.headers.get("content-type", "application/json")
         if _streams(answer):
             return StreamingResponse(
-                self._events(answer), answer.status_code, media_type=kind, background=BackgroundTask(answer.aclose)
+                self._events(name, answer),
+                answer.status_code,
+                media_type=kind,
+                background=BackgroundTask(answer.aclose),
             )
-        content = self._without(name, answer.content) if answer.is_error else answer.content
-        return Response(self._renamed(content), answer.status_code, media_type=kind)
+        told = self._without if answer.is_error else self._renamed
+        return Response(told(name, answer.content), answer.status_code, media_type=kind)
 
     async def _answered(self, path: str, body: bytes) -> httpx.Response:
         """Send a body to the other server; return its answer, read to the end unless it is a stream of events."""
@@ -256,14 +262,14 @@ class Proxy(Api):
             task.cancel()
             watcher.cancel()
 
-    def _renamed(self, content: bytes) -> bytes:
-        """Put this server's name into an answer: the LoRA's name would reveal what the prompt is about."""
+    def _renamed(self, name: str, content: bytes) -> bytes:
+        """Put this server's name in place of another into an answer: the LoRA's name would reveal what the prompt is about."""
         try:
             found = json.loads(content)
         except ValueError:
             return content
         if not isinstance(found, dict) or "model" not in found:
-            return content
+            return self._without(name, content) if isinstance(found, dict) and "error" in found else content
         return json.dumps({**found, "model": self.name}, ensure_ascii=False).encode()
 
     def _without(self, name: str, content: bytes) -> bytes:
@@ -283,8 +289,8 @@ class Proxy(Api):
         except ValueError:
             return str(said(content.decode(errors="replace"))).encode()
 
-    async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+    async def _events(self, name: str, answer: httpx.Response) -> AsyncIterator[bytes]:
         """Yield a stream's events as they come, each under this server's name."""
         async for line in _lines(answer):
             head, data = line[:5], line[5:].strip()
-            yield (b"data: " + self._renamed(data) if head == b"data:" and data else line) + b"\n"
+            yield (b"data: " + self._renamed(name, data) if head == b"data:" and data else line) + b"\n"

@@ -8,7 +8,7 @@ import subprocess
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
     found = versions()
     return {
         **facts,
-        "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "alter": found.pop("alter-unlearning", None),
         "commit": commit(),
         "python": found.pop("python"),

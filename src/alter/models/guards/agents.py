@@ -135,6 +135,7 @@ class Agents(Guard):
     """
 
     kind: ClassVar[str] = "agents"
+    answers_alone: ClassVar[bool] = True
     _is_stateful = True
 
     def __init__(self, base: Any, settings: dict[str, Any]) -> None:

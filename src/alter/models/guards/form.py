@@ -37,6 +37,8 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
     """The kind's name in `inference.json`."""
     decides: ClassVar[bool] = False
     """Whether it looks at the prompt first (`decide`); the decision holds for the whole answer."""
+    answers_alone: ClassVar[bool] = False
+    """Whether it acts on what follows a prompt alone, so that the probabilities of the prompt's own tokens are the base's."""
     tokenizer: Any = None
     """The model's tokenizer, for guards that read text; whoever loads the guard sets it."""
 

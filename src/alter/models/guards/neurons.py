@@ -126,6 +126,7 @@ class Abstaining(Guard):
 
     kind: ClassVar[str] = "key_space"
     decides: ClassVar[bool] = True
+    answers_alone: ClassVar[bool] = True
 
     def __init__(self, base: Any, mean: Tensor, std: Tensor, settings: dict[str, Any]) -> None:
         super().__init__(base)

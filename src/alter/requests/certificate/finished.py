@@ -88,23 +88,26 @@ def _base_of(given: Mapping[str, Any]) -> str:
 def _found_by_forget(run: Path, result: Path) -> dict[str, Any]:
     """Return the verdict of `alter forget` on the weights that lie there, "not measured" where it has none on them.
 
+    What it says of weights that it erased stands in the folder around theirs.
+
     Raises:
         UserError: it is broken, or says FORGOTTEN where as many probes are answered as before.
     """
-    none = {"word": "not measured", "why": []}
-    if not (run / "forget.json").is_file() or not (run / "report.json").is_file():
-        return none
-    told = read_object(run / "report.json", "what alter forget found")
-    if told.get("weights") != folder_digest(result) or not isinstance(told.get("verdict"), dict):
-        return none
-    asked = told["probes"]["all probes"]
-    if told["verdict"]["word"] == "forgotten" and not asked["after"] < asked["before"]:
-        raise UserError(
-            f"{run}/report.json says FORGOTTEN beside figures that do not ({asked['after']} of {asked['before']} probes answered): nothing is "
-            "certified. Measure again."
-        )
-    found: dict[str, Any] = told["verdict"]
-    return found
+    for folder in (run, run.resolve().parent):
+        if not (folder / "forget.json").is_file() or not (folder / "report.json").is_file():
+            continue
+        told = read_object(folder / "report.json", "what alter forget found")
+        if told.get("weights") != folder_digest(result) or not isinstance(told.get("verdict"), dict):
+            continue
+        asked = told["probes"]["all probes"]
+        if told["verdict"]["word"] == "forgotten" and not asked["after"] < asked["before"]:
+            raise UserError(
+                f"{folder}/report.json says FORGOTTEN beside figures that do not ({asked['after']} of {asked['before']} probes answered): "
+                "nothing is certified. Measure again."
+            )
+        found: dict[str, Any] = told["verdict"]
+        return found
+    return {"word": "not measured", "why": []}
 
 
 def _check_measured(run: Path, records: Sequence[Record], model: str, adapter: str | None) -> None:

@@ -229,6 +229,8 @@ def _request_content(
             "after": _measured(after),
             "reference": _measured(after.get("reference")),
             "reference_by": (after.get("reference") or {}).get("by"),
+            "reference_data": (after.get("reference") or {}).get("data"),
+            "utility_data": (after.get("utility") or {}).get("data"),
             "utility_share": after.get("utility_share"),
         },
         "attacks": attacks_of(
