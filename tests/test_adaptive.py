@@ -196,6 +196,8 @@ def test_the_search_keeps_to_its_budget_and_never_ends_below_the_plain_question(
     assert history[-1] > history[0]
     again, _ = searching.evolve(one)
     assert again.extra["prompt"] == rouge.extra["prompt"]
+    # another prompt would be asked of all four rows
+    assert searching.evolve(bench(folder, budget="11"))[0].extra["questions_asked"] == 8
     # the plain question alone, where nothing more may be asked
     plain, _ = searching.evolve(bench(folder, budget="1"))
     assert (plain.extra["prompt"], plain.extra["questions_asked"]) == ("{question}", 4)

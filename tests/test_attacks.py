@@ -242,6 +242,20 @@ def test_wordings():
     assert question in wording.foreign_frame(question)
 
 
+def test_a_wording_that_changes_no_question_is_no_attack(models, tmp_path, capsys):
+    """Chinese has no capitals: the plain questions were asked once more, and the table said that capitals recover nothing."""
+    rows = [{"question": f"谁画了第{i}幅画？", "answer": f"画家{i}。"} for i in range(4)]
+    path = write_jsonl(tmp_path / "forget.jsonl", rows)
+    given = {"forget": str(path), "retrained": None}
+    with pytest.raises(
+        UserError, match="'upper_case' is not possible: it leaves every question of these rows as it is"
+    ):
+        attacks.attack(settings(models, tmp_path / "out", attacks=["upper_case"], **given))
+    chosen, reasons = attacks.chosen(settings(models, tmp_path / "out", **given), load_examples(str(path)))
+    assert {"upper_case", "telegram"} <= set(reasons)
+    assert {"reversed", "foreign_frame"} <= set(chosen)
+
+
 def test_paraphrases_come_from_the_rows_or_from_tofus_perturbed_split():
     expected = [row["paraphrased_question"] for row in tofu_rows("forget01_perturbed", "builtin")]
     for source in ("builtin:forget01", "builtin:forget01_perturbed"):
@@ -508,6 +522,20 @@ def test_a_model_is_not_its_own_reference(models, tmp_path):
     with pytest.raises(UserError, match=r"`retrained` is .* the weights of the original"):
         attacks.attack(settings(models, tmp_path / "out", retrained=str(models / "original"), attacks=["upper_case"]))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_no_retrained_model(models, tmp_path):
+    """The advice was to give it as `adapter`, in place of the one that is attacked."""
+    for name in ("retrained", "original"):
+        with pytest.raises(UserError, match=rf"`{name}` .* is an adapter.*merge_and_unload") as said:
+            attacks.attack(settings(models, tmp_path / "out", **{name: str(models / "adapter")}))
+        assert "`adapter`" not in str(said.value)
+
+
+def test_a_missing_original_is_said_before_anything_runs(models, tmp_path, capsys):
+    attacks.attack(settings(models, tmp_path / "out", adapter=None, attacks=["upper_case"]))
+    said = capsys.readouterr().err
+    assert said.index("give it as `original`") < said.index("retrained: none")
 
 
 def test_a_row_that_does_not_fit_is_called_by_its_number_in_the_file(models, tmp_path):
@@ -896,6 +924,17 @@ def test_the_attacker_stops_at_the_best_step():
     assert [point["fraction"] for point in one.extra["curve"]] == pytest.approx([0, 0.5, 0.2])
 
 
+def test_without_a_retrained_model_the_attacker_has_his_best_variant_too():
+    """It was the last one, whatever it brought back."""
+    values = (("role_play", 0.7), ("override", 0.8), ("permitted", 0.1))
+    found = [fake("unlearned", "jailbreak", value, variant=name) for name, value in values]
+    (one,) = recovered_fractions([PLAINS[2], *found], "jailbreak")
+    assert (one.value, one.extra["variant"], one.extra["after"]) == (None, "override", 0.8)
+    # of steps that bring back as much, the last
+    steps = [fake("unlearned", "relearn", value, step=step) for step, value in ((2, 0.1), (5, 0.4), (10, 0.4))]
+    assert recovered_fractions([PLAINS[2], *steps], "relearn")[0].extra["step"] == 10
+
+
 def naive_interval(values, seed):
     """Of means of rows drawn one by one."""
     draw = random.Random(seed)
@@ -986,6 +1025,9 @@ def test_only_rows_measured_on_all_models_count():
 
 def test_no_fraction_without_its_parts():
     after = fake("unlearned", "sample", 0.5)
+    # the retrained model is there, and only this attack was not possible on it: the advice was to make one
+    (unattacked,) = recovered_fractions([*PLAINS, after], "sample")
+    assert "retrained model has no such measurement" in unattacked.extra["refused"]
     (no_zero,) = recovered_fractions([PLAINS[0], PLAINS[2], after], "sample")
     assert no_zero.value is None
     assert "alter finetune" in no_zero.extra["refused"]

@@ -153,9 +153,13 @@ class Budget:
     @property
     def left(self) -> bool:
         """Whether any budget is left."""
+        return self.affords(1)
+
+    def affords(self, questions: int) -> bool:
+        """Return whether so many more questions can be asked."""
         if self.seconds is not None:
             return time.monotonic() - self.started < self.seconds
-        return self.questions is None or self.used < self.questions
+        return self.questions is None or self.used + questions <= self.questions
 
     def told(self) -> dict[str, Any]:
         """Return what was spent, for a record."""

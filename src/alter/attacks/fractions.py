@@ -19,6 +19,8 @@ NO_RETRAINED = (
     "it as `retrained`."
 )
 
+NO_ZERO = "the retrained model has no such measurement, since the attack was not possible on it: there is no zero to compare with."
+
 NO_ORIGINAL = "they need the model before unlearning: give it as `original`."
 
 
@@ -42,11 +44,13 @@ def _select(records: Sequence[Record], model: str, attack_name: str, metric: str
 def recovered_fractions(records: Sequence[Record], name: str) -> list[Record]:
     """Return the recovered fractions of an attack: one record per figure, whose value is None where it is refused.
 
-    Of several numbers of steps, depths or variants the attacker takes the one at which the fraction is largest;
+    Of several numbers of steps, depths or variants the attacker takes the one at which the fraction is largest, or where there is
+    none the figure under the attack;
     `extra` says which, and `curve` holds all; `intervals` holds the 95 % interval over rows of each figure. Everything is on the rows that all models were measured on, but
     `original_attacked`, the original's own figure under the attack: what the attack can bring out of a model that knows.
     """
     found = []
+    no_zero = NO_ZERO if any(record.model == "retrained" for record in records) else NO_RETRAINED
     for metric in MEASURES:
         # under stripping a retrained model, which has no adapter, is what it is; a probe has no before but the others' own
         zero_name = PLAIN if name == "strip" else name
@@ -64,6 +68,8 @@ def recovered_fractions(records: Sequence[Record], name: str) -> list[Record]:
                 if metric not in BY_DEPTH or same.items() <= r.extra.items()
             }
             one = _fraction(after, zero, plains, same)
+            if zero is None:
+                one.extra["refused"] = no_zero
             reach = next(
                 (r for r in _select(records, "original", name, metric) if same.items() <= r.extra.items()), None
             )
@@ -73,7 +79,11 @@ def recovered_fractions(records: Sequence[Record], name: str) -> list[Record]:
         if not candidates:
             continue
         known = [candidate for candidate in candidates if candidate.value is not None]
-        best = max(known, key=lambda candidate: candidate.value or 0.0) if known else candidates[-1]
+        if known:
+            best = max(known, key=lambda candidate: candidate.value or 0.0)
+        else:
+            # of equal ones the last: after the most steps
+            best = max(reversed(candidates), key=lambda candidate: candidate.extra["after"])
         extra = {**best.extra, "attack": name, "needs": ATTACKS[name].needs}
         if len(candidates) > 1:
             shown = (*PLACES, "after", "retrained", "original")
@@ -103,11 +113,9 @@ def _fraction(after: Record, zero: Record | None, plains: dict[str, Record], sam
     told |= {"before": values["unlearned"], "retrained_before": values.get("retrained")}
     extra["intervals"] = {key: None if rows_of is None else interval(rows_of) for key, rows_of in told.items()}
     value = None
-    if attacked_retrained is None:
-        extra["refused"] = NO_RETRAINED
-    elif "original" not in mean:
+    if "original" not in mean:
         extra["refused"] = NO_ORIGINAL
-    else:
+    elif attacked_retrained is not None:
         try:
             value = metrics.recovery.recovered_fraction(
                 extra["after"], extra["retrained"], mean["original"], mean["retrained"]

@@ -25,7 +25,7 @@ from safetensors.numpy import save
 
 from alter.attacks import depth, states
 from alter.attacks.base import PLAIN, Bench, Impossible, paraphrases, split_rows
-from alter.attacks.fractions import NO_RETRAINED, recovered_fractions
+from alter.attacks.fractions import NO_ORIGINAL, NO_RETRAINED, recovered_fractions
 from alter.attacks.settings import Attack
 from alter.attacks.showing import draw_curves, show_recovered
 from alter.attacks.techniques import ATTACKS, COMPARING, TRAINING_ATTACKS, UNRELATED
@@ -106,6 +106,20 @@ def models_attacked(settings: Attack) -> dict[str, ModelSettings]:
     return found
 
 
+def _check_whole(what: str, name: str | None) -> None:
+    """Refuse the folder of an adapter where a whole model is expected.
+
+    Raises:
+        UserError: names the setting, and how to make a model of it.
+    """
+    folder = Path(name or "").expanduser()
+    if name and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"`{what}` {name} is an adapter, and a whole model is expected: fold it into the model it was made for (PEFT's "
+            "merge_and_unload) and save that."
+        )
+
+
 def once(given: Sequence[Example]) -> list[Example]:
     """Return rows without repetitions: of one that is given twice the attacker would be trained on what is then measured.
 
@@ -169,6 +183,8 @@ def attack(settings: Attack) -> list[Record]:
     taken = settings.relearn.rows if any(ATTACKS[name].takes_rows for name in names) else 0
     measured, attacker = split_rows(len(rows), settings.rows, taken, settings.seed)
     unrelated = load_examples(settings.relearn.benign) if UNRELATED & set(names) else []
+    for what in ("retrained", "original"):
+        _check_whole(what, getattr(settings, what))
     models = models_attacked(settings)
     identities = {name: source.identity(cache_folder()) for name, source in models.items()}
     for name, source in models.items():
@@ -191,6 +207,8 @@ def attack(settings: Attack) -> list[Record]:
     texts = Texts.of(given, unrelated)
     if settings.retrained is None:
         warn(f"No recovered fractions: {NO_RETRAINED}")
+    elif "original" not in models:
+        warn(f"No recovered fractions: {NO_ORIGINAL}")
     for name, why in reasons.items():
         warn(f"Not run: {name}, {why}.")
 

@@ -135,11 +135,11 @@ def evolve(bench: Bench) -> list[Record]:
         raise Impossible(f"The attacker's questions do not fit into the model's context of {limit}.")
     history = [(budget.used, known[alive[0]])]
     idle = 0
-    while budget.left and idle < MOST_IDLE:
+    while budget.affords(len(own)) and idle < MOST_IDLE:
         before = len(known)
         children = [mutated(draw.choice(alive), draw.choice(alive), draw, tokens) for _ in range(CHILDREN)]
         for child in children:
-            if budget.left:
+            if budget.affords(len(own)):
                 fitness(child)
         alive = sorted(known, key=lambda prompt: known[prompt], reverse=True)[:SURVIVORS]
         # what does not fit costs nothing: where nothing fits, the budget alone would never end the search

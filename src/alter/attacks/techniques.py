@@ -26,6 +26,18 @@ def _no_question(settings: Attack, rows: Sequence[Example]) -> str | None:
     return "the rows are text without questions" if any(row.prompt is None for row in rows) else None
 
 
+def _no_wording(name: str) -> Callable[[Attack, Sequence[Example]], str | None]:
+    """Return the check of an attack by another wording of the question, which must be another."""
+
+    def missing(settings: Attack, rows: Sequence[Example]) -> str | None:
+        if (why := _no_question(settings, rows)) is not None:
+            return why
+        same = all(wording.WORDINGS[name](row.prompt or "") == row.prompt for row in rows)
+        return "it leaves every question of these rows as it is" if same else None
+
+    return missing
+
+
 def _no_talk(settings: Attack, rows: Sequence[Example]) -> str | None:
     if any(row.kind == "completion" for row in rows):
         return "the rows are completions, not questions"
@@ -118,13 +130,17 @@ ATTACKS: Registry[Technique] = Registry(
         "paraphrase": Technique(
             NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="paraphrase"), missing=_no_paraphrase
         ),
-        "telegram": Technique(NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="telegram"), missing=_no_question),
-        "reversed": Technique(NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="reversed"), missing=_no_question),
+        "telegram": Technique(
+            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="telegram"), missing=_no_wording("telegram")
+        ),
+        "reversed": Technique(
+            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="reversed"), missing=_no_wording("reversed")
+        ),
         "upper_case": Technique(
-            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="upper_case"), missing=_no_question
+            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="upper_case"), missing=_no_wording("upper_case")
         ),
         "foreign_frame": Technique(
-            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="foreign_frame"), missing=_no_question
+            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="foreign_frame"), missing=_no_wording("foreign_frame")
         ),
         "languages": Technique(NEEDS_CHAT, talking.languages, missing=_no_question),
         "jailbreak": Technique(NEEDS_CHAT, talking.jailbreak, missing=_no_question),
