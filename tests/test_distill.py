@@ -641,6 +641,20 @@ def test_what_is_refused_before_any_work(data, run, tmp_path):
         settings(data, run, "o", form="lora", noise={"alpha": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"names": ["Ada"], "forget_repeats": 0}, "which `forget_repeats` 0 leaves out"),
+        ({"shares": {"forget": 1, "keep": 0, "general": 0}, "forget_repeats": 0}, r"\(keep, general\)"),
+        ({"shares": {"forget": 0}, "names": ["Ada"]}, r"\(forget\)"),
+    ],
+)
+def test_settings_under_which_nothing_trains_are_refused_before_anything_is_deleted(data, run, changes, says):
+    with pytest.raises(ValueError, match=says):
+        settings(data, run, "o", **changes)
+    settings(data, run, "o", shares={"forget": 0}, names=["Ada"], other_names=["Bo"])
+
+
 def test_a_detached_adapter_is_refused(data, run):
     teacher, _ = load_model(str(data / "model"), str(run / "adapter"), device="cpu")
     check_teacher(teacher)

@@ -174,6 +174,16 @@ class Distill(BaseModel):
             )
         if self.names and self.noise.alpha:
             raise ValueError("`noise.alpha` damages all weights, which `names` leaves as they are: give one")
+        if self.names and self.forget_repeats == 0:
+            raise ValueError("`names` train on forget rows, which `forget_repeats` 0 leaves out: give one")
+        shares = {
+            "forget": self.forget_repeats != 0,
+            "keep": bool(self.other_names or not self.names),
+            "general": not self.names,
+        }
+        if not any(trains and getattr(self.shares, name) for name, trains in shares.items()):
+            there = ", ".join(name for name, trains in shares.items() if trains)
+            raise ValueError(f"`shares` are 0 of all rows that train here ({there}): give one of them a share")
         for name in ("names", "other_names"):
             if any(not each.strip() for each in getattr(self, name)):
                 raise ValueError(f"`{name}` holds an empty one: leave it out")

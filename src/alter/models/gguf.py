@@ -154,7 +154,7 @@ def load_tokenizer(place: GgufPlace) -> Any:
     from tokenizers import Tokenizer, pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(place.home, gguf_file=place.file)
+    tokenizer: Any = AutoTokenizer.from_pretrained(place.home, gguf_file=place.file)
     path = place.path or Path(hf_hub_download(place.home, place.file))
     _, split, count = _told(path, path.stat().st_mtime_ns)
     content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -92,7 +92,8 @@ def export_requests(settings: ExportRequests) -> Path:
             raise UserError(f"Nothing to export: no request has run yet. `alter request run` does it.{there}")
         held = [request.name for request in store.requests(*HELD)]
         _check_accepted(settings, held)
-        measured, named = None, list[str]()
+        measured = None
+        named: list[str] = []
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
