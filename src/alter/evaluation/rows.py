@@ -185,7 +185,7 @@ class RowsEvaluation(Evaluation):
         judged = [] if before is None else self._judged("original", before, told, judge_of)
         judged += self._judged(self.label, after, told, judge_of)
         if self.rates and self.retrained is not None and before is not None and reference is not None:
-            judged.append(self._completeness(after["forget"], before["forget"], reference, told))
+            judged += self._completeness(after["forget"], before["forget"], reference, told)
         if closed is not None and judged:
             closed["judged"] = [
                 {
@@ -243,21 +243,23 @@ class RowsEvaluation(Evaluation):
             out.append(metric_record(name, "sarr", values.mean(), len(values), values, extra=extra | refused))
         return out
 
-    def _completeness(self, after: Answered, before: Answered, reference: Answered, extra: dict[str, Any]) -> Record:
+    def _completeness(
+        self, after: Answered, before: Answered, reference: Answered, extra: dict[str, Any]
+    ) -> list[Record]:
         """Compute IAM of the rows to forget, between the model before and the retrained one.
 
-        Raises:
-            UserError: the rows are too few or too alike for it.
+        Rows that are too few or too alike for it have none, which is said: all else is measured by then.
         """
         try:
             values = metrics.completeness.unlearning_completeness(
                 after.measures.probability, before.measures.probability, reference.measures.probability
             )
         except ValueError as error:
-            raise UserError(f"{error}. Leave `rates` out, or give more rows.") from None
+            say([f"No {error}."])
+            return []
         interval = metrics.samples.bootstrap_interval(values)
         more = {"interval": None if interval is None else list(interval)}
-        return metric_record(self.label, "iam", values.mean(), len(values), values, extra=extra | more)
+        return [metric_record(self.label, "iam", values.mean(), len(values), values, extra=extra | more)]
 
     def _records(self, name: str, found: Mapping[str, Answered], extra: dict[str, Any]) -> list[Record]:
         out: list[Record] = []
