@@ -146,6 +146,8 @@ class RowsEvaluation(Evaluation):
             yield self.alike(self.model).load()
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
+        if self.retrained is not None:
+            _another(self, self.retrained)
         sets = self._sets()
         judge_of = None if self.nli is None else Contradictions(self.nli, next(model.parameters()).device)
         after = self._measure(model, tokenizer, sets, "after")
@@ -159,7 +161,6 @@ class RowsEvaluation(Evaluation):
                 leaks |= self._leaks(*other, sets, "before")
         reference, by = None, "holdout"
         if self.retrained is not None:
-            _another(self, self.retrained)
             other_model = self.alike(self.retrained).load()
             _same_tokens(tokenizer, other_model[1], sets["forget"], f"The retrained model {self.retrained}")
             reference, by = self._measure(*other_model, {"forget": sets["forget"]}, "retrained")["forget"], "retrained"
