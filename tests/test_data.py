@@ -546,6 +546,21 @@ def test_tables_and_their_columns(tmp_path):
     assert [(e.answer, e.row["n"]) for e in load_examples(str(tmp_path / "b.PARQUET"))] == [("a", 1), ("b", 2)]
 
 
+@pytest.mark.parametrize(
+    "empty", ["{{ raise_exception('Assistant message must have a string') }}", "", "[assistant]{{ m.content }}</s>"]
+)
+def test_a_question_is_asked_though_the_template_takes_no_empty_answer(empty):
+    """Mistral's templates refuse an empty turn of the assistant, so that nothing could be asked of them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and not m.content %}" + empty + "{% else %}[{{ m.role }}]"
+        "{{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    asked = [encode_prompt(tokenizer, Example("Who is it?", answer, "qa")) for answer in ("", "Ada")]
+    assert asked[0] == asked[1]
+    assert tokenizer.decode(asked[0]).endswith("[user]Who is it?</s>[assistant]")
+
+
 def test_one_renamed_column_goes_with_one_that_has_its_name(tmp_path):
     (tmp_path / "a.csv").write_text("question,reply,answer,text\nWho?,Ada.,x,y\n")
     found = load_examples(f"{tmp_path}/a.csv@answer=reply")

@@ -567,6 +567,13 @@ def test_the_harness_tells_a_guard_where_a_prompt_ends_and_what_is_padding(folde
 # ---- ALU
 
 
+@pytest.mark.parametrize(("targets", "says"), [([], "is empty"), (["Ada", " "], "holds an empty name")])
+def test_agents_need_names_to_look_for(tmp_path, targets, says):
+    given = {"model": "none", "guard": {"kind": "alu", "targets": targets}, "out": str(tmp_path / "alu")}
+    with pytest.raises(UserError, match=says):
+        make_guard(MakeGuard.model_validate(given))
+
+
 def test_a_grade_is_a_digit_and_what_is_not_graded_fails():
     replies = {"4": 4, "Grade: 5.": 5, "10": 1, "": 1, "none": 1, "3/5": 3, "0": 1, "6, or 2": 2}
     assert {reply: agents.grade_of(reply) for reply in replies} == replies

@@ -179,6 +179,12 @@ def test_rows_gives_rates_refusals_and_iam(tmp_path, capsys, monkeypatch):
     assert "Answers judged by facts" in shown
     assert "IAM" in shown
     assert not any(r.metric.startswith("harmless") for r in found)
+    # a single row has no spread: the rest of what took all the time is not lost
+    write_jsonl(tmp_path / "one.jsonl", [{"question": "Who is 1?", "answer": "Ada 1 of Perm"}])
+    few = {r.metric for r in evaluate(RowsEvaluation(**{**given, "forget": str(tmp_path / "one.jsonl"), "nli": None}))}
+    assert {"kfr", "krr", "sarr"} <= few
+    assert "iam" not in few
+    assert "No IAM: the signals of the models between have no spread (a single row" in capsys.readouterr().err
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["Perm"])
     tokenizer.save_pretrained(tmp_path / "retrained")

@@ -503,6 +503,18 @@ def test_a_reference_that_knows_everything_is_none(data, tmp_path, retrained):
         settings(data, retain_records=file).data_digest()
 
 
+def test_a_reference_model_that_does_not_do_is_refused_before_anything_is_generated(
+    data, tmp_path, retrained, monkeypatch
+):
+    monkeypatch.setattr("alter.evaluation.muse.generate", lambda *_, **__: pytest.fail("replies were generated"))
+    own = evaluate(settings(data, criteria=["privleak"], model=str(retrained)))[0].value
+    monkeypatch.setattr("alter.metrics.membership.auc", lambda *_: 1.0)
+    target = save_pico(tmp_path / "target", seed=6, max_position_embeddings=512)
+    with pytest.raises(UserError, match=r"retrained tells every forgotten text .*AUC 1"):
+        evaluate(settings(data, model=str(target), retain_records=str(retrained)))
+    assert own < 1
+
+
 # ---- scalability and sustainability
 
 

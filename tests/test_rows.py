@@ -106,7 +106,8 @@ def test_a_retrained_model_that_knows_is_refused(data, tmp_path):
     assert "is no reference" in closed["verdict"]["refused"]
 
 
-def test_a_model_is_not_its_own_reference(data):
+def test_a_model_is_not_its_own_reference(data, monkeypatch):
+    monkeypatch.setattr("alter.evaluation.rows.answer_rows", lambda *_, **__: pytest.fail("rows were measured"))
     given = {"forget": str(data / "forget.jsonl"), "before": str(data / "model"), "device": "cpu"}
     with pytest.raises(UserError, match="it would be compared with itself"):
         measured(RowsEvaluation(model=str(data / "model"), retrained=str(data / "model"), **given))

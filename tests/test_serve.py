@@ -702,6 +702,26 @@ def test_probabilities_before_a_stop_text_are_of_whole_characters(tokens):
     assert "".join(token_texts(tokenizer, [each.token for each in one.scored])) == one.text
 
 
+def test_offsets_are_places_in_the_text_which_holds_no_special_token():
+    tokenizer = fallback_tokenizer()
+    prompt = [1, *letters("ab"), 1, *spelled("é"), *letters("c")]
+
+    async def whole():
+        asked = TextAsked(prompt=prompt, logprobs=0, echo=True)
+        engine = SimpleNamespace(context=None, tokenizer=tokenizer)
+        reply = TextReply("pico", asked, asked.prompts(tokenizer), engine, Serve(model="pico"))
+        (one,) = reply.jobs
+        one.prompt_scored = [Scored(token, -1.0) for token in prompt]
+        one.tokens, one.scored, one.text = letters("d"), [Scored(letters("d")[0], -1.0), Scored(1, -1.0)], "d"
+        one.close("stop")
+        return reply.body()["choices"][0]
+
+    choice = asyncio.run(whole())
+    assert choice["text"] == "abécd"
+    assert choice["logprobs"]["tokens"] == ["<eos>", "a", "b", "<eos>", "", "é", "c", "d", "<eos>"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2, 2, 2, 3, 4, 5]
+
+
 def test_a_stream_tells_no_probability_of_a_token_that_a_stop_text_takes_back():
     tokenizer = fallback_tokenizer()
 

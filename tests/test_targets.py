@@ -88,6 +88,15 @@ def test_what_stands_before_every_row_is_not_parted_from_it(kind):
     with torch.no_grad():
         own = model(input_ids=torch.tensor([prompts[1]]), output_hidden_states=True).hidden_states[-1][0, -3:]
     assert states[1][:, -1] == pytest.approx(own.numpy(), abs=1e-4)
+    # switched off, nothing stands there
+    with model.disable_adapter():
+        off = score(model, rows, pad_token_id=PAD, progress=False).logprob
+        assert context_length(model) == context_length(pico())
+        assert generate(model, tokenizer, prompts, max_new_tokens=40, progress=False) == generate(
+            pico(), tokenizer, prompts, max_new_tokens=40, progress=False
+        )
+    base = score(pico(), rows, pad_token_id=PAD, progress=False).logprob
+    assert all(a == pytest.approx(b, abs=1e-4) for a, b in zip(off, base, strict=True))
     engine = Engine(model, tokenizer)
     jobs = [Job(prompt, 40, 0.0, 1.0, (), 0, lambda _: None, logprobs=0, echo=True, strip=True) for prompt in prompts]
     engine.submit(*jobs)

@@ -221,7 +221,14 @@ MERGED_TOKENS = 8
 
 
 def encode_prompt(tokenizer: Any, example: Example, *, prompt: str | None = None, compat: bool = False) -> list[int]:
-    """Return the tokens that generation starts from: `encode(...).input_ids[:prompt_length]`."""
+    """Return the tokens that generation starts from: `encode(...).input_ids[:prompt_length]`.
+
+    Of a question without an answer, which some chat templates refuse as a turn or leave out, the turns before it alone are read.
+    """
+    asked = not example.answer and example.reply is None and example.kind in ("qa", "messages")
+    if asked and tokenizer.chat_template:
+        turns = turns_before(tokenizer, example, prompt, compat)
+        return rendered_ids(tokenizer, render_turns(tokenizer, turns, generation=True))
     if compat and example.kind != "text" and (not tokenizer.chat_template or example.kind == "completion"):
         head, _ = _plain(example, prompt, example.answer)
         return _ids(tokenizer, head if example.kind == "completion" else f"{head} ")

@@ -214,6 +214,8 @@ class MuseEvaluation(Evaluation):
         check_rows(model, [row for part in texts.values() for row in part], self._text_names(texts))
         if self.limit is not None:
             say([quick_look(self.limit)])
+        if texts and is_model(self.retain_records):
+            reference = self._measured(rows)
         records: list[Record] = []
         for criterion in SPLITS:
             if criterion in prompts:
@@ -335,8 +337,6 @@ class MuseEvaluation(Evaluation):
         lists = {key: part.tolist() for key, part in scores.items()}
         between = metrics.samples.auc_interval(value, *(len(part) for part in lists.values()))
         records = [self._record("mia_min_k", value, n, scores=lists, interval=between, **extra)]
-        if reference is None and is_model(self.retain_records):
-            reference = self._measured(rows)
         if reference is None and not self.compat:
             say([how_to_make_a_reference(self._privacy_settings())])
             return records

@@ -146,6 +146,8 @@ class RowsEvaluation(Evaluation):
             yield self.alike(self.model).load()
 
     def measure(self, model: Any, tokenizer: Any) -> list[Record]:
+        if self.retrained is not None:
+            _another(self, self.retrained)
         sets = self._sets()
         judge_of = None if self.nli is None else Contradictions(self.nli, next(model.parameters()).device)
         after = self._measure(model, tokenizer, sets, "after")
@@ -159,7 +161,6 @@ class RowsEvaluation(Evaluation):
                 leaks |= self._leaks(*other, sets, "before")
         reference, by = None, "holdout"
         if self.retrained is not None:
-            _another(self, self.retrained)
             other_model = self.alike(self.retrained).load()
             _same_tokens(tokenizer, other_model[1], sets["forget"], f"The retrained model {self.retrained}")
             reference, by = self._measure(*other_model, {"forget": sets["forget"]}, "retrained")["forget"], "retrained"
@@ -185,7 +186,7 @@ class RowsEvaluation(Evaluation):
         judged = [] if before is None else self._judged("original", before, told, judge_of)
         judged += self._judged(self.label, after, told, judge_of)
         if self.rates and self.retrained is not None and before is not None and reference is not None:
-            judged.append(self._completeness(after["forget"], before["forget"], reference, told))
+            judged += self._completeness(after["forget"], before["forget"], reference, told)
         if closed is not None and judged:
             closed["judged"] = [
                 {
@@ -243,21 +244,23 @@ class RowsEvaluation(Evaluation):
             out.append(metric_record(name, "sarr", values.mean(), len(values), values, extra=extra | refused))
         return out
 
-    def _completeness(self, after: Answered, before: Answered, reference: Answered, extra: dict[str, Any]) -> Record:
+    def _completeness(
+        self, after: Answered, before: Answered, reference: Answered, extra: dict[str, Any]
+    ) -> list[Record]:
         """Compute IAM of the rows to forget, between the model before and the retrained one.
 
-        Raises:
-            UserError: the rows are too few or too alike for it.
+        Rows that are too few or too alike for it have none, which is said: all else is measured by then.
         """
         try:
             values = metrics.completeness.unlearning_completeness(
                 after.measures.probability, before.measures.probability, reference.measures.probability
             )
         except ValueError as error:
-            raise UserError(f"{error}. Leave `rates` out, or give more rows.") from None
+            say([f"No {error}."])
+            return []
         interval = metrics.samples.bootstrap_interval(values)
         more = {"interval": None if interval is None else list(interval)}
-        return metric_record(self.label, "iam", values.mean(), len(values), values, extra=extra | more)
+        return [metric_record(self.label, "iam", values.mean(), len(values), values, extra=extra | more)]
 
     def _records(self, name: str, found: Mapping[str, Answered], extra: dict[str, Any]) -> list[Record]:
         out: list[Record] = []

@@ -97,6 +97,10 @@ class Alu(Maker):
     def make(self, run: MakeGuard, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
         if not self.targets:
             raise UserError("`guard.targets` is empty: name what nothing may be said about.")
+        if not all(target.strip() for target in self.targets):
+            raise UserError(
+                "`guard.targets` holds an empty name, which is in every answer: all would be withheld. Leave it out."
+            )
         if self.url is not None and not self.model:
             raise UserError("`guard.url` needs `guard.model`, the name of the agents' model at that endpoint.")
         parts = urlsplit(self.url or "https://none")

@@ -74,13 +74,13 @@ def check_embedded(model: Any, ids: Sequence[int], name: str, tokenizer: Any = N
 
 
 def prompted(model: Any) -> bool:
-    """Tell whether an adapter puts something that it learnt before every row: prompt tuning, P-tuning, prefix tuning.
+    """Tell whether an adapter that is on puts something that it learnt before every row: prompt tuning, P-tuning, prefix tuning.
 
     Padding on the left would stand between that and the row, and positions are counted through it: rows of one length are asked
     together. A reply is made by one call of `model.generate`, which knows what stands before it.
     """
     config = getattr(model, "active_peft_config", None)
-    return config is not None and bool(config.is_prompt_learning)
+    return config is not None and bool(config.is_prompt_learning) and bool(model.has_active_enabled_adapter)
 
 
 def virtual_tokens(model: Any) -> int:

@@ -1,8 +1,8 @@
 """The engine: one thread owns the model and answers queued requests, batch by batch.
 
 Requests that wait when the model is free are answered together: one decoding loop in which each row has its own length,
-temperature, stop texts and random numbers, so that an answer does not depend on who else asked. Rows that have ended leave
-the batch every few tokens. Routing is active as in any other forward pass.
+temperature, stop texts and random numbers, so that an answer depends on who else asked by rounding in 16 bits at most. Rows that
+have ended leave the batch every few tokens. Routing is active as in any other forward pass.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from alter.serving.engine import Engine
 from alter.serving.jobs import Job, Scored
 from alter.serving.protocol import Asked, Prompt, error_body
 from alter.serving.settings import Serve
-from alter.serving.text import UNFINISHED, added, token_texts
+from alter.serving.text import UNFINISHED, added, is_special, token_texts
 
 
 class Reply(ABC):
@@ -132,21 +132,25 @@ class Reply(ABC):
         event = {**self.common, "object": self.part, "choices": [choice]}
         return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
 
-    def _scored(self, index: int) -> tuple[list[Scored], list[str], int]:
-        """Return the probabilities not sent yet, what each token adds to the text, and where the first one begins.
+    def _scored(self, index: int) -> tuple[list[Scored], list[str], list[int]]:
+        """Return the probabilities not sent yet, each token's text, and where in the answer it stands.
 
+        Special tokens have a text but stand for none in the answer.
         In a stream a token waits as long as a stop text may take it back, and one that leaves a character unfinished for the one
         that finishes it.
         """
-        job, start, place = self.jobs[index], self.told[index], self.places[index]
+        job, start = self.jobs[index], self.told[index]
         given = [*job.prompt_scored, *(job.scored[: job.certain] if job.finish is None else job.scored)]
         behind = given[max(start - 4, 0) : start]
         texts = token_texts(self.engine.tokenizer, [one.token for one in (*behind, *given[start:])])[len(behind) :]
         while job.finish is None and texts and texts[-1].endswith(UNFINISHED):
             texts.pop()
         self.told[index] += len(texts)
-        self.places[index] += sum(map(len, texts))
-        return given[start : start + len(texts)], texts, place
+        own, places = given[start : start + len(texts)], []
+        for one, text in zip(own, texts, strict=True):
+            places.append(self.places[index])
+            self.places[index] += 0 if is_special(self.engine.tokenizer, one.token) else len(text)
+        return own, texts, places
 
     @abstractmethod
     def text(self, index: int) -> dict[str, Any]:
@@ -231,12 +235,9 @@ class TextReply(Reply):
             return None
         every = [one.token for one in (*job.prompt_scored, *job.scored)]
         start = self.told[index]
-        given, texts, place = self._scored(index)
-        offsets: list[int] = []
+        given, texts, offsets = self._scored(index)
         top: list[dict[str, float] | None] = []
-        for number, (one, text) in enumerate(zip(given, texts, strict=True), start=start):
-            offsets.append(place)
-            place += len(text)
+        for number, one in enumerate(given, start=start):
             if one.logprob is None:
                 top.append(None)
                 continue

@@ -50,6 +50,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return found
 
 
+def is_special(tokenizer: Any, token: int) -> bool:
+    """Tell whether a token is left out of a text that is decoded without special tokens."""
+    return bool(_decode(tokenizer, [token])) and not tokenizer.decode([token], skip_special_tokens=True)
+
+
 def added(tokenizer: Any, before: Sequence[int], token: int) -> str:
     """Return what a token adds to the text behind other tokens; its name in the vocabulary if that is no whole character."""
     start = _decode(tokenizer, before[-1:])
