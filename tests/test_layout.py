@@ -121,7 +121,7 @@ def test_source_is_python_3_11(path):
     ast.parse(path.read_text(), feature_version=(3, 11))
 
 
-DISTRIBUTIONS = {"pydantic-core": "pydantic", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"google": "protobuf", "pydantic-core": "pydantic", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Of imported packages, what brings them where it is called otherwise."""
 
 

