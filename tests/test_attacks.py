@@ -524,6 +524,18 @@ def test_a_model_is_not_its_own_reference(models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_it_is_said_where_the_attacker_leaves_few_rows_to_measure(models, tmp_path, capsys):
+    """Of 21 rows and an attacker's 20 the whole table was of one row, and nothing said so."""
+    how = {"rows": 12, "steps": [1], "learning_rate": 1e-3}
+    given = {"adapter": None, "retrained": None, "attacks": ["relearn"], "rows": 64}
+    attacks.attack(settings(models, tmp_path / "few", relearn=how, **given))
+    said = capsys.readouterr().err
+    assert "2 of 14 forget rows are measured, since 12 are the attacker's" in said
+    assert said.index("2 of 14") < said.index("unlearned: none")
+    attacks.attack(settings(models, tmp_path / "many", relearn=how | {"rows": 4}, **given))
+    assert "are measured" not in capsys.readouterr().err
+
+
 def test_an_adapter_is_no_retrained_model(models, tmp_path):
     """The advice was to give it as `adapter`, in place of the one that is attacked."""
     for name in ("retrained", "original"):

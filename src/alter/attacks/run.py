@@ -209,6 +209,11 @@ def attack(settings: Attack) -> list[Record]:
         warn(f"No recovered fractions: {NO_RETRAINED}")
     elif "original" not in models:
         warn(f"No recovered fractions: {NO_ORIGINAL}")
+    if len(measured) < min(settings.rows, len(attacker)):
+        warn(
+            f"{len(measured)} of {len(rows)} forget rows are measured, since {len(attacker)} are the attacker's: lower `relearn.rows` "
+            "to measure more."
+        )
     for name, why in reasons.items():
         warn(f"Not run: {name}, {why}.")
 
