@@ -87,7 +87,7 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     Raises:
         UserError: it is none of these, splits text in a way that llama.cpp does not know, or has more tokens than rows.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     content = {} if backend is None else json.loads(backend.to_str())
     model = content.get("model", {})
     if model.get("type") != "BPE":
