@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -140,6 +140,8 @@ def test_extraction_strength_differs_only_where_the_last_token_is_wrong():
 # ---- text
 
 
+# the first example may load the library
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from("abcd"), min_size=1, max_size=7),
     st.lists(st.sampled_from("abcd"), min_size=1, max_size=7),
