@@ -19,7 +19,7 @@ from alter.report.settings import Report
 from alter.storage import check_disk, files, to_json, write_atomic
 from alter.storage.records import Record, read_records, write_records
 from test_compare import _code_is_read_once, data, figures_of, settings, write_all  # noqa: F401
-from test_faults import EVERY, each
+from test_faults import EVERY, LONG, each
 
 TABLES = (
     "report.html",
@@ -78,7 +78,7 @@ def test_every_write_of_a_report(tmp_path, every):
         assert hidden(place) == [], fault
 
 
-@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("every", ["", pytest.param("all", marks=LONG)])
 def test_every_write_of_a_comparisons_tables(data, tmp_path, every, monkeypatch):  # noqa: F811
     place, template = tmp_path / "place", tmp_path / "template"
     wanted = settings(data, place, run=False, methods=["npo"], rates=[1.0])
