@@ -182,18 +182,22 @@ def test_rows_say_what_rounding_is_to_keep(tmp_path, capsys):
     assert not torch.equal(logits(read), logits(nearest))
 
 
-@pytest.mark.parametrize("said", ["original", "run.json"])
-def test_what_differs_from_the_model_before_keeps_8_bits(tmp_path, capsys, said):
-    sizes = {"hidden_size": 64, "intermediate_size": 64}
-    before, words = pico(**sizes), mergeable(bos_token="<unused260>")
-    for part in (before, words):
-        part.save_pretrained(tmp_path / "before")
+def one_number_changed(first, second, *, norm=False):
+    """Write a model into two folders, in the second with one number of a matrix, and of a vector if asked for, changed; returns that one."""
+    before, words = pico(hidden_size=64, intermediate_size=64), mergeable(bos_token="<unused260>")
     after = copy.deepcopy(before)
     with torch.no_grad():
         after.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
-        after.model.norm.weight[0] += 1
-    for part in (after, words):
-        part.save_pretrained(tmp_path / "r" / "model")
+        after.model.norm.weight[0] += norm
+    for folder, model in ((first, before), (second, after)):
+        for part in (model, words):
+            part.save_pretrained(folder)
+    return after
+
+
+@pytest.mark.parametrize("said", ["original", "run.json"])
+def test_what_differs_from_the_model_before_keeps_8_bits(tmp_path, capsys, said):
+    one_number_changed(tmp_path / "before", tmp_path / "r" / "model", norm=True)
     given = {"model": str(tmp_path / "r" / "model"), "type": "q4_1"}
     if said == "original":
         given["original"] = str(tmp_path / "before")
@@ -232,15 +236,7 @@ def test_what_a_merged_adapter_changes_keeps_8_bits(tmp_path):
 
 
 def test_rows_do_not_round_what_keeps_8_bits(tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 64}
-    before, words = pico(**sizes), mergeable(bos_token="<unused260>")
-    for part in (before, words):
-        part.save_pretrained(tmp_path / "before")
-    after = copy.deepcopy(before)
-    with torch.no_grad():
-        after.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
-    for part in (after, words):
-        part.save_pretrained(tmp_path / "after")
+    after = one_number_changed(tmp_path / "before", tmp_path / "after")
     made = calibrated(tmp_path, model=str(tmp_path / "after"), original=str(tmp_path / "before"))
     read, _ = load_model(str(made), device="cpu")
     apart = (read.model.layers[0].mlp.up_proj.weight - after.model.layers[0].mlp.up_proj.weight).abs().max()
