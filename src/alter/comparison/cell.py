@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from alter.comparison.division import forget_set
-from alter.comparison.own import OWN, own_records
-from alter.comparison.settings import Survival
+from alter.comparison.own import own_records
+from alter.comparison.settings import OWN, Survival
 from alter.comparison.survival import survival
 from alter.core import UserError, forked, passing
 from alter.data import load_examples

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from alter.comparison.own import OWN
-from alter.comparison.settings import Compare
+from alter.comparison.settings import OWN, Compare
 from alter.core import UserError, nearest
 from alter.methods import METHODS
 from alter.settings import mistake

@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alter.comparison.own import FORGET, HOLDOUT, OWN, RETAIN
-from alter.comparison.settings import Compare
+from alter.comparison.own import FORGET, HOLDOUT, RETAIN
+from alter.comparison.settings import OWN, Compare
 from alter.core import UserError
 from alter.data import check_overlap, load_examples, read_rows, tofu_rows
 from alter.evaluation import SETS

@@ -10,8 +10,8 @@ from typing import Any
 
 from alter.comparison.checks import RETRAINED
 from alter.comparison.choice import Choice, cell_figures, chosen_cells, compared, records_of
-from alter.comparison.own import OWN
 from alter.comparison.plan import Chain, Layout
+from alter.comparison.settings import OWN
 from alter.comparison.table import TableRow
 from alter.storage import Record, stamped, to_csv
 

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from alter import metrics
+from alter.comparison.settings import OWN
 from alter.core import UserError
 from alter.data import Example, data_hash, load_examples, row_hash
 from alter.evaluation import Answered, Figures, answer_rows
 from alter.storage import Record
 
-OWN = "rows"
-"""What tables call the rows of `forget`, where they call others by TOFU's split."""
 FORGET, RETAIN, HOLDOUT = "forget", "retain", "holdout"
 
 

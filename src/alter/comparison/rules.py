@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from alter.comparison.choice import CRITERIA, criterion
 from alter.comparison.distilling import distilled_rule
-from alter.comparison.own import OWN
-from alter.comparison.settings import Compare
+from alter.comparison.settings import OWN, Compare
 
 
 def rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alter.settings import BatchSize, Count, OutFolder, Passes, Rows, Seed, Steps
 
+OWN = "rows"
+"""What tables call the rows of `forget`, where they call others by TOFU's split."""
+
 
 class Retrained(BaseModel):
     """Models retrained without the forget set, one for each split; without one a split has no forget quality."""
@@ -164,4 +167,4 @@ class Compare(BaseModel):
     @property
     def forgotten(self) -> list[str]:
         """What is forgotten, as tables name it: splits of TOFU, or `rows`."""
-        return list(self.splits) if self.forget is None else ["rows"]
+        return list(self.splits) if self.forget is None else [OWN]
