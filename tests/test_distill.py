@@ -29,7 +29,7 @@ from alter.distillation.rows import Lesson, LessonRow, lesson
 from alter.distillation.run import distill
 from alter.distillation.settings import Distill, Shares, completed
 from alter.distillation.teacher import Teacher, kl_of_logits, part
-from alter.distillation.trainer import weights_of
+from alter.distillation.trainer import passes_of, weights_of
 from alter.logits.head import measuring
 from alter.models.loading import ModelSettings, load_model
 from alter.storage.records import Record, read_records, write_records
@@ -599,6 +599,39 @@ def test_a_protected_run_resumes_to_the_same_weights(data, run, tmp_path, more):
     resumed = distill(settings(data, run, tmp_path / "b", resume=True, **common))
     one, other = (load_file(path / "model" / "model.safetensors") for path in (straight, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("more", [{}, {"names": ["Ada", "Bo"]}, {"attacker": {"rate": 5e-3, "rows": 2}}], ids=str)
+def test_a_step_in_passes_is_the_step_at_once(data, run, tmp_path, more):
+    common = {"max_steps": 1, "batch_size": 64, "warmup": 0, **more}
+    whole = distill(settings(data, run, tmp_path / "a", tokens_per_pass=10_000, **common))
+    parts = distill(settings(data, run, tmp_path / "b", tokens_per_pass=1, **common))
+    logs = [json.loads((out / "run.json").read_text())["log"][0] for out in (whole, parts)]
+    for figure in ("loss", "grad_norm", "forget"):
+        assert logs[0][figure] == pytest.approx(logs[1][figure], rel=1e-4), figure
+    one, other = (load_file(out / "model" / "model.safetensors") for out in (whole, parts))
+    # the first step of Adam is the rate times the gradient's sign, which is chance where it is next to nothing
+    near = torch.cat([((one[name] - other[name]).abs() < 1e-5).flatten() for name in one])
+    assert near.double().mean() > 0.995
+
+
+def test_passes_hold_every_row_once_within_the_bound():
+    lengths = [3, 9, 30, 2, 16, 1]
+    mask = (torch.arange(32) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.arange(6 * 32).reshape(6, 32)
+    batch = {"attention_mask": mask, "input_ids": ids, "kind": torch.arange(6)}
+    for bound, sizes in [(1, [1] * 6), (32, [2, 1, 2, 1]), (48, [2, 1, 3]), (10_000, [6])]:
+        found = list(passes_of(batch, bound))
+        assert [len(part["kind"]) for part in found] == sizes
+        assert torch.cat([part["kind"] for part in found]).tolist() == list(range(6))
+        at = 0
+        for part in found:
+            rows, width = part["input_ids"].shape
+            assert rows == 1 or rows * width <= bound
+            assert width % 8 == 0
+            assert torch.equal(part["input_ids"], ids[at : at + rows, :width])
+            assert int(part["attention_mask"].sum()) == sum(lengths[at : at + rows])
+            at += rows
 
 
 def test_an_attacker_makes_another_student(data, run, tmp_path):

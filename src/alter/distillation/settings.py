@@ -123,6 +123,8 @@ class Distill(BaseModel):
     """Stop after this many optimizer steps (overrides epochs)."""
     batch_size: BatchSize = Field(16, ge=1)
     """Rows a step."""
+    tokens_per_pass: Tokens = Field(1024, ge=1)
+    """A step's rows go through the student in passes of at most so many tokens, padding included: bounds memory, not what is learned."""
     accumulate: Count = Field(1, ge=1)
     """Batches whose gradients are averaged into one step."""
     learning_rate: float | None = Field(None, gt=0)

@@ -21,6 +21,9 @@ from alter.distillation.teacher import Teacher, part
 from alter.logits import measuring
 from alter.training import Steps, attention_for_training, fitting_arguments, seal_checkpoint
 
+# widths of batches are multiples of it: fewer shapes, less memory in caches that are kept for each
+WIDTHS = 8
+
 
 def weights_of(shares: Shares, tokens: Sequence[int]) -> list[float]:
     """Return each kind's weight per token, so that kinds have their shares of the loss and the mean weight is 1.
@@ -45,6 +48,25 @@ def weights_of(shares: Shares, tokens: Sequence[int]) -> list[float]:
     return [share / whole * sum(tokens) / count if count else 0.0 for share, count in zip(given, tokens, strict=True)]
 
 
+def passes_of(batch: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]]:
+    """Yield a step's rows in passes of at most so many tokens, padding included, or of one longer row; in their order.
+
+    Args:
+        batch: tensors [B] or [B, T] padded on the right, with `attention_mask`.
+        tokens: the bound.
+    """
+    # rounded up as the collator rounds
+    widths = [-(-int(length) // WIDTHS) * WIDTHS for length in batch["attention_mask"].sum(1)]
+    start = 0
+    while start < len(widths):
+        end = start + 1
+        while end < len(widths) and (end + 1 - start) * max(widths[start : end + 1]) <= tokens:
+            end += 1
+        width = max(widths[start:end])
+        yield {name: value[start:end, :width] if value.dim() > 1 else value[start:end] for name, value in batch.items()}
+        start = end
+
+
 class DistillTrainer(Trainer):
     """transformers' Trainer with length-grouped batches and, as loss, the weighted mean divergence at the counted tokens.
 
@@ -65,7 +87,7 @@ class DistillTrainer(Trainer):
         self.lesson = lesson
         self.teachers = teachers
         self.settings = settings
-        self.collate = Collator(pad_token_id, multiple_of=8)
+        self.collate = Collator(pad_token_id, multiple_of=WIDTHS)
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.at_names: AtNames | None = None
         tokens = [sum(row.counted for row in lesson.rows if row.kind == k) for k in range(len(KINDS))]
@@ -127,9 +149,10 @@ class DistillTrainer(Trainer):
         return loss + self._plain_step(model, rest, *args, **kwargs) if len(rest["kind"]) else loss
 
     def _plain_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the gradient of these rows as transformers does."""
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        return loss
+        """Compute the gradient of these rows as transformers does, in passes that fit into `tokens_per_pass`."""
+        step = super().training_step
+        losses = [step(model, part, *args, **kwargs) for part in passes_of(inputs, self.settings.tokens_per_pass)]
+        return torch.stack(losses).sum()
 
     def _attacks(self, draw: random.Random) -> Iterator[dict[str, Tensor]]:
         """Draw the batches of each of the attacker's steps."""
