@@ -622,15 +622,15 @@ def test_passes_hold_every_row_once_within_the_bound():
     batch = {"attention_mask": mask, "input_ids": ids, "kind": torch.arange(6)}
     for bound, sizes in [(1, [1] * 6), (32, [2, 1, 2, 1]), (48, [2, 1, 3]), (10_000, [6])]:
         found = list(passes_of(batch, bound))
-        assert [len(part["kind"]) for part in found] == sizes
-        assert torch.cat([part["kind"] for part in found]).tolist() == list(range(6))
+        assert [len(some["kind"]) for some in found] == sizes
+        assert torch.cat([some["kind"] for some in found]).tolist() == list(range(6))
         at = 0
-        for part in found:
-            rows, width = part["input_ids"].shape
+        for some in found:
+            rows, width = some["input_ids"].shape
             assert rows == 1 or rows * width <= bound
             assert width % 8 == 0
-            assert torch.equal(part["input_ids"], ids[at : at + rows, :width])
-            assert int(part["attention_mask"].sum()) == sum(lengths[at : at + rows])
+            assert torch.equal(some["input_ids"], ids[at : at + rows, :width])
+            assert int(some["attention_mask"].sum()) == sum(lengths[at : at + rows])
             at += rows
 
 
