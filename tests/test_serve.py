@@ -589,10 +589,10 @@ def test_logits_that_are_not_finite_are_said(idle):
     model = pico(0)
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
-    one = job([1, 2])
-    idle(model)._answer([one])
-    assert one.finish == "error"
-    assert "not finite" in one.error
+    for one in (job([1, 2]), job([1, 2], 0, logprobs=1, echo=True)):
+        idle(model)._answer([one])
+        assert one.finish == "error"
+        assert "not finite" in one.error
 
 
 def test_jobs_of_one_request_are_queued_together_or_not_at_all(idle):
