@@ -239,6 +239,24 @@ TOOLS = (
 )
 
 
+def test_a_chat_leaves_thoughts_empty_unless_its_client_asks_for_them():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% if enable_thinking is defined and not enable_thinking %}<think></think>"
+        "{% endif %}{% endif %}"
+    )
+    turns = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "Who?"}]
+
+    def prompt(**more):
+        [found] = ChatAsked(messages=turns, **more).prompts(tokenizer)
+        return tokenizer.decode(found)
+
+    assert prompt() == prompt(chat_template_kwargs={"enable_thinking": False})
+    assert prompt() == "<system>Brief.<user>Who?<assistant><think></think>"
+    assert prompt(chat_template_kwargs={"enable_thinking": True}) == "<system>Brief.<user>Who?<assistant>"
+
+
 @pytest.mark.parametrize(
     "template", [TOOLS, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"]
 )
