@@ -578,12 +578,12 @@ def test_a_model_whose_logits_are_not_finite_says_nothing(value, how):
     assert len(say()) == len(prompts())
     forbidden.remove()
     beyond = head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([5]), value))
-    with pytest.raises(UserError, match="not finite.*its numbers are beyond its dtype; try `dtype` float32"):
+    with pytest.raises(UserError, match=r"not finite.*its numbers are beyond its dtype; try `dtype` float32"):
         say()
     beyond.remove()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = value
-    with pytest.raises(UserError, match="its weights hold NaN or infinite values, model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"its weights hold NaN or infinite values, model\.layers\.1\.mlp\.up_proj\.weight"):
         say()
 
 

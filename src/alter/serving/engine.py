@@ -32,7 +32,6 @@ from alter.inference import (
 from alter.serving.jobs import Job, Scored
 from alter.serving.text import settled
 
-
 NOT_FINITE = "The model's logits are not finite; serve it with `alter serve --dtype float32`."
 
 
