@@ -583,7 +583,9 @@ def test_a_model_whose_logits_are_not_finite_says_nothing(value, how):
     beyond.remove()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = value
-    with pytest.raises(UserError, match=r"its weights hold NaN or infinite values, model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        UserError, match=r"its weights hold NaN or infinite values, model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         say()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from alter.comparison.own import FORGET, HOLDOUT, RETAIN
 from alter.comparison.settings import OWN, Compare
 from alter.core import UserError
-from alter.data import check_overlap, load_examples, read_rows, tofu_rows
+from alter.data import check_overlap, load_examples, read_rows, tofu_authors, tofu_rows
 from alter.evaluation import SETS
 
 PARTS = ("validation", "test")
@@ -57,7 +57,6 @@ def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[d
     """
     if split == OWN:
         return _own_rows(settings)
-    full = {(row["question"], row["answer"]): row.get("author") for row in tofu_rows("full", settings.data)}
     sets = {
         f"{split if key == 'forget' else key}_perturbed": [
             {name: value for name, value in row.items() if name != "author"}
@@ -72,12 +71,11 @@ def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[d
         for i, row in enumerate(rows):
             if not row.get("question") or not row.get("answer"):
                 raise UserError(f"Row {i} of {name} has no question or no answer; it has {', '.join(row)}.")
-        group = [
-            full[pair] if full.get(pair) is not None else pair[1]
-            for pair in ((row["question"], row["answer"]) for row in rows)
-        ]
+        authors = tofu_authors(rows, settings.data)
+        group = [row["answer"] if author is None else author for row, author in zip(rows, authors, strict=True)]
         for part, numbers in zip(PARTS, divide(rows, group, settings.validation, settings.division_seed), strict=True):
-            out[part][name] = [rows[i] for i in numbers]
+            # intervals draw whole authors, whom nobody would find in a part
+            out[part][name] = [rows[i] | ({} if authors[i] is None else {"author": authors[i]}) for i in numbers]
     return out
 
 

@@ -293,7 +293,9 @@ def _distillations(settings: Compare, name: str, chain: Chain) -> list[Distillat
 
 def _told(settings: Compare) -> dict[str, Any]:
     """Return the part of a specification that all cells share."""
-    told = {"limit": settings.limit, "device": settings.device, "original": settings.model}
+    told: dict[str, Any] = {"limit": settings.limit, "device": settings.device, "original": settings.model}
+    column = settings.common.get("domain_column") if settings.forget is not None else None
+    told |= {} if column is None else {"domain_column": column}
     return told | ({"survival": settings.survival.model_dump()} if settings.survival.rows else {})
 
 

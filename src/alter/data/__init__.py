@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from alter.data.subjects import rows_about as rows_about
     from alter.data.tofu import TOFU_SPLITS as TOFU_SPLITS
     from alter.data.tofu import refusals as refusals
+    from alter.data.tofu import tofu_authors as tofu_authors
     from alter.data.tofu import tofu_rows as tofu_rows
 
 lazy(globals())

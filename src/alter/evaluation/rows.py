@@ -20,7 +20,7 @@ from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.closing import closing_facts
-from alter.evaluation.figures import metric_record
+from alter.evaluation.figures import Groups, metric_record
 from alter.evaluation.knowledge import Contradictions, over_refusal, rates
 from alter.evaluation.leakage import Leak, Leaked, leaked
 from alter.evaluation.measures import unit_interval
@@ -51,6 +51,8 @@ class RowsEvaluation(Evaluation):
     """Longest reply, in tokens."""
     texts: bool = True
     """Keep questions, true answers and replies in the records. They hold what was to be forgotten."""
+    domain_column: str = "author"
+    """Column whose value rows share that are about one subject: 95 % intervals of figures draw such rows together."""
     rates: bool = False
     """Also knowledge forgetting and retention rates (KFR, KRR) of the replies and, with a retrained model, IAM."""
     nli: str | None = None
@@ -275,6 +277,10 @@ class RowsEvaluation(Evaluation):
             broken = np.array([a or b for a, b in zip(own.broken, own.empty, strict=True)], dtype=np.float64)
             # None: there is no telling, which JSON writes as null and reads as NaN
             said = np.array([np.nan if value is None else float(value) for value in own.said])
+            scored, replied = (
+                Groups.of(self.domain_column, [row.row.get(self.domain_column) for row in rows])
+                for rows in (answered.rows, answered.examples)
+            )
             for metric, values, n, more in (
                 ("probability", own.probability, int(own.probability.size), head),
                 ("exact_memorization", answered.exact, int((~np.isnan(answered.exact)).sum()), plain),
@@ -284,7 +290,9 @@ class RowsEvaluation(Evaluation):
                 ("repetition", own.repetition, m, plain),
             ):
                 if n:
-                    out.append(metric_record(name, f"{part}_{metric}", np.nanmean(values), n, values, extra=more))
+                    groups = scored if len(values) == len(answered.rows) else replied
+                    mean = np.nanmean(values)
+                    out.append(metric_record(name, f"{part}_{metric}", mean, n, values, groups=groups, extra=more))
         return out
 
 
