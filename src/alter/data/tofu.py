@@ -56,7 +56,9 @@ def _with_authors(split: str, rows: list[Row], total: int) -> list[Row]:
     else:
         return rows
     # rows that were taken out of a split keep the author that they had there
-    return [{"author": (first + number) // ROWS_PER_AUTHOR} | row for number, row in enumerate(rows)]
+    return [
+        {**row, "author": row.get("author", (first + number) // ROWS_PER_AUTHOR)} for number, row in enumerate(rows)
+    ]
 
 
 def tofu_authors(rows: Sequence[Row], data: str | None = None) -> list[int | None]:
