@@ -151,20 +151,22 @@ class RowsEvaluation(Evaluation):
         if self.retrained is not None:
             _another(self, self.retrained)
         sets = self._sets()
+        others = ((self.before, "The model before, {},"), (self.retrained, "The retrained model {}"))
+        for name, what in others:
+            if name is not None:
+                other_tokenizer = self.alike(name).load_tokenizer()
+                _same_tokens(tokenizer, other_tokenizer, sets["forget"], what.format(name))
         judge_of = None if self.nli is None else Contradictions(self.nli, next(model.parameters()).device)
         after = self._measure(model, tokenizer, sets, "after")
         leaks = self._leaks(model, tokenizer, sets, "after")
         before: dict[str, Answered] | None = None
         with self._untouched(model, tokenizer) as other:
             if other is not None:
-                if self.before is not None:
-                    _same_tokens(tokenizer, other[1], sets["forget"], f"The model before, {self.before},")
                 before = self._measure(*other, sets, "before")
                 leaks |= self._leaks(*other, sets, "before")
         reference, by = None, "holdout"
         if self.retrained is not None:
             other_model = self.alike(self.retrained).load()
-            _same_tokens(tokenizer, other_model[1], sets["forget"], f"The retrained model {self.retrained}")
             reference, by = self._measure(*other_model, {"forget": sets["forget"]}, "retrained")["forget"], "retrained"
             leaks |= self._leaks(*other_model, sets, "retrained")
         elif before is not None and "holdout" in before:
