@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from alter.comparison.own import FORGET, HOLDOUT, RETAIN
 from alter.comparison.settings import OWN, Compare
-from alter.core import UserError
+from alter.core import UserError, memory
 from alter.data import check_overlap, load_examples, read_rows, tofu_authors, tofu_rows
 from alter.evaluation import SETS
+from alter.storage import write_atomic
 
 PARTS = ("validation", "test")
 MOST_KEPT = 200
@@ -107,6 +110,24 @@ def _own_rows(settings: Compare) -> dict[str, dict[str, list[dict[str, Any]]]]:
                 kept = sorted(random.Random(settings.division_seed).sample(numbers, min(most, len(numbers))))
             out[part][of] = [rows[i].row for i in kept]
     return out
+
+
+def with_files(settings: Compare, out: Path) -> Compare:
+    """Return settings in which rows in memory are files in `out`/rows, called by their contents: cells run in other processes, and
+    the same rows are the same cells again."""
+    files: dict[str, str] = {}
+    for name in (FORGET, RETAIN, HOLDOUT):
+        source = getattr(settings, name)
+        if source is not None and source.startswith(memory.PREFIX):
+            file = out / "rows" / f"{source.removeprefix(memory.PREFIX)}.jsonl"
+            write_atomic(file, json_lines(read_rows(source)), private=True)
+            files[name] = str(file)
+    return settings.model_copy(update=files)
+
+
+def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as JSON lines; what is no JSON, a date, as its text."""
+    return "".join(json.dumps(row, default=str) + "\n" for row in rows)
 
 
 def forget_set(split: str) -> str:
