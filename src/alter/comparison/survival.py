@@ -18,10 +18,10 @@ import torch
 from alter.attacks import train_steps
 from alter.comparison.settings import Survival
 from alter.core import UserError
-from alter.data import Example, encode
+from alter.data import Example, encode, encode_all
 from alter.data.background import background
 from alter.evaluation import Leak, leaked, metric_record
-from alter.inference import evaluating
+from alter.inference import context_length, evaluating, virtual_tokens
 from alter.storage import Record
 
 PASSAGES = 64
@@ -32,12 +32,13 @@ TOKENS = 128
 Load = Callable[[], tuple[Any, Any]]
 
 
-def ordinary_passages(tokenizer: Any) -> list[list[int]]:
-    """Return token ids of ordinary text that ships with the package and joins no router's fit."""
+def ordinary_passages(tokenizer: Any, context: int | None = None) -> list[list[int]]:
+    """Return token ids of ordinary text that ships with the package and joins no router's fit, within a context."""
+    most = TOKENS if context is None else min(TOKENS, context)
     kinds = background(unseen=True).values()
     longest = max(map(len, kinds), default=0)
     rows = [kind[i] for i in range(longest) for kind in kinds if i < len(kind)][:PASSAGES]
-    return [ids for row in rows if len(ids := encode(tokenizer, row).input_ids[:TOKENS]) > 1]
+    return [ids for row in rows if len(ids := encode(tokenizer, row).input_ids[:most]) > 1]
 
 
 def mean_divergences(original: Any, model: Any, texts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -51,7 +52,8 @@ def mean_divergences(original: Any, model: Any, texts: Sequence[Sequence[int]]) 
         for text in texts:
             ids = torch.tensor([list(text)], device=next(model.parameters()).device)
             p, q = (
-                each(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1) for each in (original, model)
+                each(input_ids=ids, use_cache=False).logits[0, virtual_tokens(each) :].float().log_softmax(-1)
+                for each in (original, model)
             )
             if p.shape != q.shape:
                 raise UserError(f"The model has {q.shape[-1]} tokens and the original {p.shape[-1]}: no disturbance.")
@@ -89,18 +91,19 @@ def survival(
         seed: of the division, the training and the sampling.
 
     Raises:
-        UserError: too few rows, or the attacker's loss is not finite.
+        UserError: too few rows, a prompt that fills the context, or the attacker's loss is not finite.
     """
     attacker, asked = divided(rows, settings.rows, seed)
     leak = Leak(samples=settings.samples, k=[settings.k], questions=settings.questions)
     model, tokenizer = load()
-    kl = mean_divergences(original()[0], model, ordinary_passages(tokenizer))
+    kl = mean_divergences(original()[0], model, ordinary_passages(tokenizer, context_length(model)))
     before = leaked(model, tokenizer, asked, leak, seed=seed, progress=False)
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     for weight in weights:
         weight.requires_grad_(True)
-    steps = math.ceil(settings.rows / settings.batch_size) * settings.passes
-    encoded = [encode(tokenizer, row) for row in attacker]
+    # a row longer than the context is trained on in windows
+    encoded = encode_all(tokenizer, attacker, max_length=context_length(model))[0]
+    steps = math.ceil(len(encoded) / settings.batch_size) * settings.passes
     losses = [
         loss
         for _, loss in train_steps(
