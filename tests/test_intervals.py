@@ -2,16 +2,19 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from alter import metrics
+from alter.comparison import survival
 from alter.comparison.choice import cell_figures, intervals
+from alter.comparison.settings import Survival
 from alter.comparison.table import TableRow
 from alter.comparison.words import _counted, _shown
-from alter.data import tofu_rows
+from alter.data import Example, tofu_rows
 from alter.evaluation.figures import Groups, metric_record
 from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
 from alter.evaluation.tofu.sets import set_authors, set_rows
@@ -19,6 +22,7 @@ from alter.rendering.terminal import between, half, table
 from alter.report.attacks import _value
 from alter.report.tables import record_tables
 from alter.storage.records import Record
+from pico import byte_tokenizer, pico
 
 
 def test_an_auc_interval_has_the_score_equation_at_both_ends():
@@ -216,7 +220,7 @@ def test_tofus_intervals_draw_authors_whole_and_tables_say_so():
         table({"m": list(found.values())}).caption,
         record_tables({"m": list(found.values())}, label="x")[0],
     ):
-        assert "of which those of one author are drawn together (not for an AUC)" in caption
+        assert "of which those of one author are drawn together (not for AUCs and leak@k)" in caption
     assert "author" not in table({"m": list(rows.values())}).caption
 
 
@@ -255,6 +259,30 @@ def test_tables_show_intervals_and_say_what_they_are():
     (page,) = record_tables({"m": [one, none]}, label="x")
     assert "[0.350, 0.470]" in page
     assert "a p-value" in page
+
+
+def test_what_survives_is_over_authors_too(monkeypatch):
+    values = [0, 1, 1, 1]
+    rows = [Example(f"Q{i}?", "A", "qa", index=i, row={"author": 180 + i // 4}) for i in range(8)]
+    asked = [row.index for row in survival.divided(rows, 4, 0)[1]]
+    found = SimpleNamespace(at=lambda k: np.array(values, dtype=float), rows=asked)
+    monkeypatch.setattr(survival, "leaked", lambda *_, **__: found)
+    monkeypatch.setattr(survival, "train_steps", lambda *_, **__: iter([]))
+    how = Survival(rows=4, samples=2, k=2)
+    told = {
+        column: {
+            r.metric: r
+            for r in survival.survival(
+                "m", lambda: (pico(), byte_tokenizer()), lambda: (pico(), None), rows, how, 0, column
+            )
+        }
+        for column in (None, "author")
+    }
+    for name in ("leak", "attacked_leak"):
+        assert told[None][name].extra["interval"] == list(metrics.samples.row_interval(values))
+        expected = metrics.samples.grouped_interval(values, [i // 4 for i in asked])
+        assert told["author"][name].extra["interval"] == list(expected)
+    assert "interval_over" not in told["author"]["disturbance"].extra
 
 
 def test_tables_say_what_leak_at_any_k_means():

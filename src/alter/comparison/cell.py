@@ -163,6 +163,7 @@ def _survival(
     return survival(
         spec["name"], lambda: load(model, adapter), lambda: load(spec["original"], None), forget,
         Survival.model_validate(spec["survival"]), run.get("seed", 0),
+        spec.get("domain_column") if stage["split"] == OWN else "author",
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from alter.comparison.settings import Survival
 from alter.core import UserError
 from alter.data import Example, encode, encode_all
 from alter.data.background import background
-from alter.evaluation import Leak, leaked, metric_record
+from alter.evaluation import Groups, Leak, leaked, metric_record
 from alter.inference import context_length, evaluating, virtual_tokens
 from alter.storage import Record
 
@@ -78,7 +78,13 @@ def divided(rows: Sequence[Example], attacker: int, seed: int) -> tuple[list[Exa
 
 
 def survival(
-    name: str, load: Load, original: Load, rows: Sequence[Example], settings: Survival, seed: int
+    name: str,
+    load: Load,
+    original: Load,
+    rows: Sequence[Example],
+    settings: Survival,
+    seed: int,
+    column: str | None = None,
 ) -> list[Record]:
     """Measure disturbance and leak of a model: records `disturbance`, `leak` and `attacked_leak`.
 
@@ -89,6 +95,7 @@ def survival(
         rows: forget rows of one part.
         settings: the attacker's.
         seed: of the division, the training and the sampling.
+        column: whose value rows share that are about one subject; intervals of leaks draw them together.
 
     Raises:
         UserError: too few rows, a prompt that fills the context, or the attacker's loss is not finite.
@@ -114,8 +121,10 @@ def survival(
     after = leaked(model, tokenizer, asked, leak, seed=seed, progress=False)
     told = {"k": settings.k, "samples": settings.samples, "attacker_rows": len(attacker), "steps": steps}
     out = [metric_record(name, "disturbance", kl.mean(), len(kl), kl)]
+    subjects = {row.index: row.row.get(column) if column else None for row in asked}
     for metric, found in (("leak", before), ("attacked_leak", after)):
         values = found.at(settings.k)
-        out.append(metric_record(name, metric, values.mean(), len(values), values, extra=told))
+        groups = Groups.of(str(column), [subjects[i] for i in found.rows])
+        out.append(metric_record(name, metric, values.mean(), len(values), values, groups=groups, extra=told))
     out[-1].extra["losses"] = losses
     return out

@@ -91,7 +91,7 @@ class Figures:
         value: SupportsFloat | None,
         n: int,
         items: Iterable[Any] | None = None,
-        groups: Groups | None = None,
+        groups: Any = None,
         **extra: Any,
     ) -> None:
         """Add the record of a metric; see `metric_record`."""

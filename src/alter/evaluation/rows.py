@@ -6,7 +6,7 @@ Before and after are of the same rows: the untouched model is the base with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core import UserError
+from alter.core import Array, UserError
 from alter.data import Example, check_overlap, data_hash, encode, load_examples, row_hash
 from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
@@ -238,14 +238,18 @@ class RowsEvaluation(Evaluation):
                 )
             if told:
                 known = values[~np.isnan(values)]
-                more = {"nli": self.nli, "unknown": len(values) - told, "interval": list(unit_interval(known))}
-                out.append(metric_record(name, metric, known.mean(), told, values, extra=extra | more))
+                groups = self._groups(own.examples)
+                more: dict[str, Any] = {"nli": self.nli, "unknown": len(values) - told}
+                more["interval"] = _over(values, groups, unit_interval(known))
+                out.append(metric_record(name, metric, known.mean(), told, values, groups=groups, extra=extra | more))
         if "harmless" in found:
             own = found["harmless"]
             values = over_refusal(own.replies)
             texts = {"questions": own.questions, "generations": own.replies} if self.texts else {}
-            refused: dict[str, Any] = {**texts, "interval": list(unit_interval(values))}
-            out.append(metric_record(name, "sarr", values.mean(), len(values), values, extra=extra | refused))
+            groups = self._groups(own.examples)
+            refused: dict[str, Any] = {**texts, "interval": _over(values, groups, unit_interval(values))}
+            more = extra | refused
+            out.append(metric_record(name, "sarr", values.mean(), len(values), values, groups=groups, extra=more))
         return out
 
     def _completeness(
@@ -262,9 +266,13 @@ class RowsEvaluation(Evaluation):
         except ValueError as error:
             say([f"No {error}."])
             return []
-        interval = metrics.samples.bootstrap_interval(values)
-        more = {"interval": None if interval is None else list(interval)}
-        return [metric_record(self.label, "iam", values.mean(), len(values), values, extra=extra | more)]
+        groups = self._groups(after.rows)
+        more = extra | {"interval": _over(values, groups, metrics.samples.bootstrap_interval(values))}
+        return [metric_record(self.label, "iam", values.mean(), len(values), values, groups=groups, extra=more)]
+
+    def _groups(self, rows: Sequence[Example]) -> Groups | None:
+        """Return which rows are about one subject; None where no row says so."""
+        return Groups.of(self.domain_column, [row.row.get(self.domain_column) for row in rows])
 
     def _records(self, name: str, found: Mapping[str, Answered], extra: dict[str, Any]) -> list[Record]:
         out: list[Record] = []
@@ -279,10 +287,7 @@ class RowsEvaluation(Evaluation):
             broken = np.array([a or b for a, b in zip(own.broken, own.empty, strict=True)], dtype=np.float64)
             # None: there is no telling, which JSON writes as null and reads as NaN
             said = np.array([np.nan if value is None else float(value) for value in own.said])
-            scored, replied = (
-                Groups.of(self.domain_column, [row.row.get(self.domain_column) for row in rows])
-                for rows in (answered.rows, answered.examples)
-            )
+            scored, replied = self._groups(answered.rows), self._groups(answered.examples)
             for metric, values, n, more in (
                 ("probability", own.probability, int(own.probability.size), head),
                 ("exact_memorization", answered.exact, int((~np.isnan(answered.exact)).sum()), plain),
@@ -296,6 +301,12 @@ class RowsEvaluation(Evaluation):
                     mean = np.nanmean(values)
                     out.append(metric_record(name, f"{part}_{metric}", mean, n, values, groups=groups, extra=more))
         return out
+
+
+def _over(values: Array, groups: Groups | None, plain: tuple[float, float] | None) -> list[float] | None:
+    """Return the 95 % interval of the mean over groups, or where there are none the `plain` one over rows."""
+    found = plain if groups is None else metrics.samples.grouped_interval(values, groups.numbers)
+    return None if found is None else list(found)
 
 
 def _another(measured: Evaluation, retrained: str) -> None:

@@ -117,7 +117,7 @@ def grouped_interval(
         return row_interval(x)
     if count and ((x == 0).all() or (x == 1).all()):
         return share_interval(count * int(x[0]), count)
-    sums, sizes = np.bincount(place, x), np.bincount(place)
+    sums, sizes = floats(np.bincount(place, x)), floats(np.bincount(place))
     if 1 < count < FEW_GROUPS and np.ptp(sums / sizes) > 0:
         return _student(x, sums, sizes)
     chosen = np.random.default_rng(seed).integers(count, size=(draws, count))
@@ -134,7 +134,7 @@ def _student(x: Array, sums: Array, sizes: Array) -> tuple[float, float]:
 
     count, mean = len(sums), float(x.mean())
     spread = math.sqrt(count / (count - 1) * float(((sums - mean * sizes) ** 2).sum())) / len(x)
-    ends = mean + spread * stats.t.ppf([0.025, 0.975], count - 1)
+    ends = mean + spread * floats(stats.t.ppf([0.025, 0.975], count - 1))
     low, high = np.clip(ends, 0, 1) if x.min() >= 0 and x.max() <= 1 else ends
     return float(low), float(high)
 

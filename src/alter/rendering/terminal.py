@@ -49,7 +49,7 @@ def drawn(records: Iterable[Record], items: str = "rows") -> str:
     columns = sorted({record.extra["interval_over"] for record in records if record.extra.get("interval_over")})
     if not columns:
         return items
-    return f"{items}, of which those of one {' or '.join(columns)} are drawn together (not for an AUC)"
+    return f"{items}, of which those of one {' or '.join(columns)} are drawn together (not for AUCs and leak@k)"
 
 
 def in_order(records: Iterable[Record]) -> dict[str, Record]:
