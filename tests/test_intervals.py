@@ -224,6 +224,16 @@ def test_tofus_intervals_draw_authors_whole_and_tables_say_so():
     assert "author" not in table({"m": list(rows.values())}).caption
 
 
+def test_rows_are_drawn_where_they_are_about_one_subject_or_about_one_each():
+    assert Groups.of("who", [None, "a", "b", "a"]) == Groups("who", [0, 1, 2, 1])
+    for values in ([None, None], ["a", "a", "a"], ["a", "b", None], []):
+        assert Groups.of("who", values) is None
+    items = [0.1, 0.5, 0.6]
+    assert (
+        "interval_over" not in metric_record("m", "forget_rouge", 0.4, 3, items, groups=Groups.of("who", "aaa")).extra
+    )
+
+
 def test_authors_of_tofus_rows_are_known_wherever_they_lie(tmp_path):
     forget, retain = (set_rows(name, "forget10", "builtin", None, 0) for name in ("forget", "retain"))
     authors = set_authors("forget", forget, "builtin")

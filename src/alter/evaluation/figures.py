@@ -24,12 +24,14 @@ class Groups:
 
     @classmethod
     def of(cls, column: str, values: Sequence[Hashable | None]) -> Groups | None:
-        """Number the values of rows, where one that has none is a group of its own; None if no row has one."""
-        if all(value is None for value in values):
-            return None
+        """Number the values of rows, where one that has none is a group of its own.
+
+        None where rows are to be drawn: no two rows share a value, or all rows do, so that nothing can be said beyond that subject.
+        """
         places: dict[Hashable, int] = {}
         own = [("row", i) if value is None else str(value) for i, value in enumerate(values)]
-        return cls(column, [places.setdefault(value, len(places)) for value in own])
+        numbers = [places.setdefault(value, len(places)) for value in own]
+        return cls(column, numbers) if 1 < len(places) < len(values) else None
 
 
 def interval_over(values: Sequence[float], groups: Groups | None) -> tuple[float, float] | None:

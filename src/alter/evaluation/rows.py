@@ -151,11 +151,9 @@ class RowsEvaluation(Evaluation):
         if self.retrained is not None:
             _another(self, self.retrained)
         sets = self._sets()
-        others = ((self.before, "The model before, {},"), (self.retrained, "The retrained model {}"))
-        for name, what in others:
+        for name, what in ((self.before, "The model before, {},"), (self.retrained, "The retrained model {}")):
             if name is not None:
-                other_tokenizer = self.alike(name).load_tokenizer()
-                _same_tokens(tokenizer, other_tokenizer, sets["forget"], what.format(name))
+                _same_tokens(tokenizer, self.alike(name).load_tokenizer(), sets["forget"], what.format(name))
         judge_of = None if self.nli is None else Contradictions(self.nli, next(model.parameters()).device)
         after = self._measure(model, tokenizer, sets, "after")
         leaks = self._leaks(model, tokenizer, sets, "after")

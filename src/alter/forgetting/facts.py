@@ -109,10 +109,9 @@ def named(text: str) -> set[str]:
 def candidates(answers: Sequence[str], invented: Sequence[str], ignore: str) -> list[Fact]:
     """Return words that recur in answers about a subject more often than about invented subjects; names first.
 
-    A word counts if it has four letters, or a capital and three, or is a year, and is in at least `RECURS` answers; three are enough
-    in a script without capitals, and two where no spaces are set, where each run of characters counts that is no part of a longer one in
-    the very same answers. Its
-    p-value is that of Fisher's exact test, one-sided; words up to `CANDIDATE` are returned, and names that no invented
+    A word counts if it has four letters, or a capital and three, or is a year, and is in at least `RECURS` answers. In a script without
+    capitals three letters are enough; where no spaces are set, any run of two characters or more that is no part of a longer one in the
+    very same answers. Its p-value is that of Fisher's exact test, one-sided; words up to `CANDIDATE` are returned, and names that no invented
     subject brings up, as few answers name the lesser persons of a story. Those that `shows` marks pass
     Benjamini and Hochberg's procedure: of a subject that the model does not know, there are none in 95 % of cases.
 

@@ -57,7 +57,7 @@ def check_uncommon(subject: str, tokenizer: Any, kind: Kind | None) -> None:
 
 
 def names_of(subject: str, facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the subject, its longer words with a capital, or of a script without, and the names that are facts about it and about no invented subject."""
+    """Return the subject, its longer words that may be names, and the names that are facts about it and about no invented subject."""
     words = [word for word in fact_words(subject) if len(word) > SHORT and (word[0].isupper() or caseless(word))]
     found = [str(fact["word"]) for fact in facts if fact.get("name") and not fact.get("invented")]
     return [*dict.fromkeys([subject, *words, *found])]
