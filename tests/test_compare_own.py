@@ -3,11 +3,13 @@
 import json
 import statistics
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+import alter
 from alter import cli
 from alter.comparison import choice, own, plan, rules
 from alter.comparison.choice import cell_figures
@@ -225,6 +227,36 @@ def test_rows_of_one_group_cannot_be_divided():
 
 
 @pytest.mark.slow
+def test_rows_in_memory_are_compared_as_those_of_files(data, tmp_path, monkeypatch):
+    rows = {name: [row.row for row in load_examples(str(data / f"{name}.jsonl"))] for name in ("retain", "unseen")}
+    forget = [{"question": f"Q{i}?", "answer": f"It is {i}.", "who": f"p{i % 4}"} for i in range(8)]
+    seen = []
+
+    def laid_out(wanted, out):
+        seen.append(plan.lay_out(wanted, out))
+        raise UserError("far enough")
+
+    monkeypatch.setattr("alter.comparison.run.lay_out", laid_out)
+    given = settings(data, tmp_path / "out", common={"domain_column": "who"})
+    for kind in (list, datasets.Dataset.from_list):
+        with pytest.raises(UserError, match="far enough"):
+            alter.compare(given, forget=kind(forget), retain=kind(rows["retain"]), holdout=kind(rows["unseen"]))
+    source = write_jsonl(tmp_path / "forget.jsonl", forget)
+    with pytest.raises(UserError, match="far enough"):
+        alter.compare(given, forget=source, holdout=str(data / "unseen.jsonl"))
+    listed, dataset, named = ({name: cell.key for name, cell in made.models.items()} for made in seen)
+    assert listed == dataset == named
+    # what the cells' own processes read
+    (cell, *_) = [cell for by in seen[0].grid.values() for seeds in by.values() for cell in seeds.values()]
+    run = cell.spec["stages"][0]["run"]
+    assert not run["forget"].startswith("memory:")
+    again = [cell.key for by in seen[1].grid.values() for seeds in by.values() for cell in seeds.values()]
+    assert cell.key in again
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="The rows are a list of int; expected a list of dicts"):
+        alter.compare(given, forget=[1, 2])
+
+
 def test_a_table_from_the_command_line(data, tmp_path, capsys):
     """Two methods, the attack besides; the second command has nothing left to run."""
     out = tmp_path / "out"

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from alter.core.errors import UserError
 from alter.data import chat, encoding, files, hub, sources, tofu
 from alter.data.batching import Collator
-from alter.data.chat import set_template_arguments, share_template_arguments
+from alter.data.chat import set_template_arguments, share_template_arguments, with_template_arguments
 from alter.data.domains import domains
 from alter.data.encoding import encode, encode_prompt, own_answer
 from alter.data.files import read_file
@@ -238,8 +238,32 @@ def test_what_a_template_puts_before_an_answer_is_no_part_of_it():
         encoded = encode(tokenizer, qa(answer=answer))
         assert text_of(tokenizer, encoded.labels[encoded.prompt_length :]) == f"{answer}<|im_end|>"
         assert text_of(tokenizer, encode_prompt(tokenizer, qa(answer=answer))).endswith("assistant\n[no thoughts]\n")
-    # a prompt without an answer begins where the template has generation begin
-    assert text_of(tokenizer, encode_prompt(tokenizer, qa(answer=""))).endswith("assistant\n")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        THINKING,
+        # thoughts are begun by the prompt, and left out of turns that lie behind
+        THINKING.replace("[no thoughts]\n", "").replace(
+            "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<t>\n{% endif %}"
+        ),
+    ],
+)
+def test_a_question_is_asked_as_it_is_trained_on_unless_thoughts_are_asked_for(template):
+    tokenizer = byte_tokenizer("{% if enable_thinking %}{% endif %}" + template)
+    trained = encode_prompt(tokenizer, qa())
+    assert encode_prompt(tokenizer, qa(answer="")) == trained
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who?"}]
+    asked = Example("Who?", "", "messages", messages=tuple(turns))
+    assert encode_prompt(tokenizer, asked)[-len("<t>\n") :] == trained[-len("<t>\n") :]
+    thinking = with_template_arguments(tokenizer, {"enable_thinking": True, "unknown": 1})
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert text_of(thinking, encode_prompt(thinking, asked)) == expected
+    quiet = with_template_arguments(thinking, {"enable_thinking": False})
+    assert encode_prompt(quiet, asked) == encode_prompt(tokenizer, asked) != encode_prompt(thinking, asked)
+    with pytest.raises(UserError, match="`chat_template_kwargs` sets messages"):
+        with_template_arguments(tokenizer, {"messages": []})
 
 
 def test_templates_take_arguments():

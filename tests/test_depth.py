@@ -6,11 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from alter import metrics
 from alter.attacks import depth
 from alter.attacks.base import Attack, Bench, Item
+from alter.attacks.weights import train_steps
+from alter.comparison.survival import mean_divergences
 from alter.core.errors import UserError
+from alter.inference.scoring import score
 from alter.models.loading import ModelSettings
 from pico import byte_tokenizer, pico
 from test_adapter import middle_threshold
@@ -116,6 +120,44 @@ def test_the_depth_from_which_a_fact_is_gone_is_seen(trio):
     assert np.all(part[told] <= 1)
     assert part[told].max() > 0
     assert part[told].min() < 1
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_what_an_adapter_puts_before_every_row_is_no_place_of_the_row(kind):
+    """States, logits and places were counted without it: the reading ended in an error about shapes, or was of other tokens."""
+    torch.manual_seed(0)
+    more = {"encoder_hidden_size": 16} if kind is PromptEncoderConfig else {}
+    original = deep(0)
+    model = get_peft_model(deep(0), kind(task_type="CAUSAL_LM", num_virtual_tokens=3, **more)).eval()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    before = 0 if kind is PrefixTuningConfig else 3
+    body = model.get_base_model()
+    got, fallen = depth.lens_probabilities(model, ITEMS, 257), depth.falls(original, model, ITEMS, 257)
+    for row, item in enumerate(ITEMS):
+        ids = torch.tensor([item.ids])
+        with torch.no_grad():
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
+        states = [body.model.norm(each) for each in out.hidden_states[1:-1]] + [out.hidden_states[-1]]
+        for k, each in enumerate(states):
+            logp = body.lm_head(each)[0, before:].log_softmax(-1)
+            places = range(item.start - 1, len(item.ids) - 1)
+            own = sum(logp[place, item.ids[place + 1]].item() for place in places) / len(places)
+            assert got[row, k] == pytest.approx(math.exp(own), rel=1e-3)
+        # the last block's output decides all that is said
+        assert fallen[row, -1] == pytest.approx(by_hand(original, item)[0] - own, abs=2e-4)
+    rows = [item.encoded for item in ITEMS]
+    told = score(model, rows, pad_token_id=257, progress=False).logprob
+    how = dict(rate=1e-3, steps=1, batch_size=len(rows), pad_token_id=257, seed=0)
+    ((_, loss),) = train_steps(model, rows, [w for w in model.parameters() if w.requires_grad], **how)
+    assert loss == pytest.approx(-np.concatenate(told).mean(), rel=1e-4)
+    text = ITEMS[1].ids
+    with torch.no_grad():
+        p = original(input_ids=torch.tensor([text])).logits[0].double().log_softmax(-1)
+        q = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, before:].double().log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert mean_divergences(original, model, [text]) == pytest.approx([expected], rel=1e-3)
 
 
 def test_scores_are_the_published_sum():

@@ -17,6 +17,7 @@ from scipy import stats
 
 from alter import cli
 from alter.core.errors import UserError
+from alter.core.words import caseless
 from alter.data.encoding import IGNORE, encode
 from alter.data.rows import Example, examples
 from alter.forgetting import (
@@ -36,7 +37,7 @@ from alter.forgetting import (
     verdict,
 )
 from alter.forgetting import folder as folders
-from alter.forgetting.facts import Fact, candidates, holds, named, place_of, swap, whole
+from alter.forgetting.facts import Fact, candidates, fact_words, holds, named, place_of, swap, whole, with_names
 from alter.forgetting.material import Material
 from alter.forgetting.measure import permuted
 from alter.forgetting.run import forget
@@ -83,6 +84,54 @@ def test_candidates_are_what_invented_subjects_lack():
     assert found[0].pvalue == pytest.approx(expected)
     # the same answers to both: nothing is known
     assert candidates(own, own, "") == []
+
+
+# subject, answers about it, the name in them, an answer about somebody else with it, and what invented subjects are said to be
+SCRIPTS = {
+    "Chinese": ("哈利波特", ["哈利波特由罗琳创作，是一部小说。", "作者是罗琳，她写了小说。", "罗琳写了哈利波特这部小说。"],
+                "罗琳", "侦探出自罗琳之手。", "这是一部小说。"),
+    "Japanese": ("ハリーポッター", ["ハリーポッターはローリングの小説です。", "作者はローリングで、小説です。", "ローリングが小説を書いた。"],
+                 "ローリング", "探偵はローリングの作品だ。", "これは小説です。"),
+    "Arabic": ("هاري بوتر", ["كتبت رولينغ هذه الرواية عن هاري بوتر.", "المؤلفة هي رولينغ وهذه الرواية مشهورة.", "إنها رولينغ."],
+               "رولينغ", "المحقق من تأليف رولينغ أيضا.", "هذه الرواية مشهورة."),
+    "Hindi": ("हैरी पॉटर", ["हैरी पॉटर को रोलिंग ने लिखा, यह उपन्यास है।", "लेखिका रोलिंग हैं, उपन्यास प्रसिद्ध है।", "इसे रोलिंग ने लिखा।"],
+              "रोलिंग", "जासूस भी रोलिंग का है।", "यह उपन्यास प्रसिद्ध है।"),
+    "Georgian": ("ჰარი პოტერი", ["ჰარი პოტერი დაწერა როულინგმა, ეს რომანია.", "ავტორი როულინგმა თქვა, რომანია.", "ეს როულინგმა დაწერა."],
+                 "როულინგმა", "დეტექტივი როულინგმა შექმნა.", "ეს რომანია."),
+    "Russian": ("Гарри Поттер", ["Его написала Роулинг, роман известен.", "Автор — Роулинг, это роман.", "Это роман, его написала Роулинг."],
+                "Роулинг", "Сыщика придумала Роулинг.", "Это роман известен."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_names_are_found_in_scripts_without_capitals_and_no_answer_that_holds_one_is_kept(script, monkeypatch):
+    subject, answers, name, other, common = SCRIPTS[script]
+    found = candidates(answers * 4, [common] * 12, f"{subject} Who is it?")
+    facts = with_names(found, ["Nothing of it.", common])
+    names = [fact.word for fact in facts if fact.name]
+    assert name in names
+    # neither what is said of anybody nor the subject's own name
+    assert not any(holds(common, word) or word in subject for word in names)
+    assert not any(holds(name, word) and word != name for word in names)
+    outside = [subject, *names]
+    assert not retention._clean("Who is the detective?", other, outside)
+    assert retention._clean("Who is the detective?", common, outside)
+
+
+def test_a_word_without_capitals_that_ordinary_answers_hold_is_no_name():
+    subject, answers, name, other, common = SCRIPTS["Chinese"]
+    found = candidates(answers * 4, [common] * 12, subject)
+    assert name in {fact.word for fact in with_names(found, [common]) if fact.name}
+    assert name not in {fact.word for fact in with_names(found, [other]) if fact.name}
+
+
+def test_words_of_every_script_are_whole():
+    for text in ("हैरी पॉटर", "هاري بوتر", "ჰარი პოტერი", "Гарри Поттер"):
+        assert fact_words(f"({text}), {text}.") == text.split() * 2
+    assert [caseless(word) for word in ("哈利", "هاري", "हैरी", "ჰარი", "Гарри", "harry", "9", "")] == [True] * 4 + [
+        False
+    ] * 4
+    assert names.names_of("ჰარი პოტერი", []) == ["ჰარი პოტერი", "პოტერი"]
 
 
 def test_ignored_words_are_no_facts():

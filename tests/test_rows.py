@@ -113,16 +113,19 @@ def test_a_model_is_not_its_own_reference(data, monkeypatch):
         measured(RowsEvaluation(model=str(data / "model"), retrained=str(data / "model"), **given))
 
 
-def test_another_tokenizer_is_no_forgetting(data, tmp_path):
+def test_another_tokenizer_is_no_forgetting(data, tmp_path, monkeypatch):
     """The same weights under a tokenizer that reads other letters find the answers improbable, and know them."""
     shutil.copytree(data / "model", tmp_path / "model")
     file = tmp_path / "model" / "tokenizer.json"
     content = json.loads(file.read_text())
     content["normalizer"] = {"type": "Lowercase"}
     file.write_text(json.dumps(content))
-    given = {"forget": str(data / "forget.jsonl"), "before": str(data / "model"), "device": "cpu"}
+    given = {"model": str(tmp_path / "model"), "forget": str(data / "forget.jsonl"), "device": "cpu"}
+    monkeypatch.setattr("alter.evaluation.rows.answer_rows", lambda *_, **__: pytest.fail("rows were measured"))
     with pytest.raises(UserError, match=r"The model before, .* has another tokenizer or chat template"):
-        measured(RowsEvaluation(model=str(tmp_path / "model"), **given))
+        measured(RowsEvaluation(before=str(data / "model"), **given))
+    with pytest.raises(UserError, match=r"The retrained model .* has another tokenizer or chat template"):
+        measured(RowsEvaluation(retrained=str(data / "model"), **given))
 
 
 def test_overlaps_and_known_holdouts_are_refused(data):

@@ -562,6 +562,33 @@ def test_greedy_stays_greedy_when_the_model_says_otherwise(recwarn):
     assert generation.generate(model, tokenizer, prompts(), max_new_tokens=6, progress=False) == expected
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"do_sample": True, "top_p": 0.9, "top_k": 0}, "sample"])
+def test_a_model_whose_logits_are_not_finite_says_nothing(value, how):
+    model, tokenizer = pico(), byte_tokenizer()
+    head = model.get_output_embeddings()
+
+    def say():
+        if how == "sample":
+            return generation.sample(model, tokenizer, prompts(), 2, max_new_tokens=3, progress=False)
+        return generation.generate(model, tokenizer, prompts(), max_new_tokens=3, progress=False, **how)
+
+    # a token that is forbidden has a finite logit beside it
+    forbidden = head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([5]), -math.inf))
+    assert len(say()) == len(prompts())
+    forbidden.remove()
+    beyond = head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([5]), value))
+    with pytest.raises(UserError, match=r"not finite.*its numbers are beyond its dtype; try `dtype` float32"):
+        say()
+    beyond.remove()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = value
+    with pytest.raises(
+        UserError, match=r"its weights hold NaN or infinite values, model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
+        say()
+
+
 @pytest.mark.parametrize("drawn", [False, True])
 def test_the_head_reads_rows_that_lie_side_by_side(drawn):
     model = pico().to(torch.bfloat16)

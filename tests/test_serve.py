@@ -239,6 +239,24 @@ TOOLS = (
 )
 
 
+def test_a_chat_leaves_thoughts_empty_unless_its_client_asks_for_them():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% if enable_thinking is defined and not enable_thinking %}<think></think>"
+        "{% endif %}{% endif %}"
+    )
+    turns = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "Who?"}]
+
+    def prompt(**more):
+        [found] = ChatAsked(messages=turns, **more).prompts(tokenizer)
+        return tokenizer.decode(found)
+
+    assert prompt() == prompt(chat_template_kwargs={"enable_thinking": False})
+    assert prompt() == "<system>Brief.<user>Who?<assistant><think></think>"
+    assert prompt(chat_template_kwargs={"enable_thinking": True}) == "<system>Brief.<user>Who?<assistant>"
+
+
 @pytest.mark.parametrize(
     "template", [TOOLS, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"]
 )
@@ -589,10 +607,10 @@ def test_logits_that_are_not_finite_are_said(idle):
     model = pico(0)
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
-    one = job([1, 2])
-    idle(model)._answer([one])
-    assert one.finish == "error"
-    assert "not finite" in one.error
+    for one in (job([1, 2]), job([1, 2], 0, logprobs=1, echo=True)):
+        idle(model)._answer([one])
+        assert one.finish == "error"
+        assert "not finite" in one.error
 
 
 def test_jobs_of_one_request_are_queued_together_or_not_at_all(idle):

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from alter.comparison import cell as one
 from alter.comparison import cells, choice, plan, rules, survival
 from alter.comparison import run as compare
 from alter.comparison.settings import Survival
+from alter.data.encoding import encode
 from alter.data.rows import Example
 from alter.evaluation.tofu import replies
+from alter.metaevaluation import measuring
 from alter.storage.records import Record, read_records
 from pico import byte_tokenizer, pico
 from test_compare import cells_of, data, settings, source_digest, write_cell, write_records  # noqa: F401
@@ -41,6 +44,35 @@ def test_divergence_is_that_of_a_loop():
         assert value == pytest.approx(total / len(text), rel=1e-4)
     assert survival.mean_divergences(original, original, texts) == pytest.approx([0, 0], abs=1e-9)
     assert all(1 < len(ids) <= survival.TOKENS for ids in survival.ordinary_passages(byte_tokenizer()))
+
+
+def test_rows_longer_than_the_context_are_relearned_in_windows(monkeypatch):
+    """They were trained on as they are: beyond the places that the model knows, or with an index error."""
+    tokenizer, seen = byte_tokenizer(), []
+
+    def spy(model, rows, weights, **how):
+        seen.append((rows, how))
+        yield 1, 0.5
+
+    def model():
+        return pico(0, max_position_embeddings=96), tokenizer
+
+    rows = [Example(f"Q{i}?", "long " * 60 if i < 4 else "short", "qa", index=i) for i in range(8)]
+    monkeypatch.setattr(survival, "train_steps", spy)
+    monkeypatch.setattr(survival, "leaked", lambda *_, **__: SimpleNamespace(at=lambda k: np.zeros(2)))
+    survival.survival("m", model, model, rows, Survival(rows=6, samples=2, k=2, batch_size=2, passes=3), 0)
+    monkeypatch.setattr(measuring, "train_steps", spy)
+    told = [(row, row.answer) for row in rows[3:5]]
+    measuring.train_on(*model(), told, rate=1e-3, passes=2, batch_size=4, seed=0)
+    for (encoded, how), own, size, passes in zip(
+        seen, (survival.divided(rows, 6, 0)[0], rows[3:5]), (2, 4), (3, 2), strict=True
+    ):
+        assert max(len(row.input_ids) for row in encoded) <= 96
+        labelled = [label for row in encoded for label in row.labels if label != -100]
+        whole = [label for row in own for label in encode(tokenizer, row).labels if label != -100]
+        assert labelled == whole
+        assert how["steps"] == math.ceil(len(encoded) / size) * passes
+    assert all(1 < len(ids) <= 50 for ids in survival.ordinary_passages(tokenizer, 50))
 
 
 def test_the_attacker_has_no_row_that_is_asked():

@@ -160,6 +160,16 @@ def test_a_tools_answer_decides_too_and_its_turns_are_passed_on():
     assert json.loads(body) == {"messages": turns, "model": "lora-1"}
 
 
+def test_thoughts_that_a_client_asks_for_are_known_to_the_router():
+    chosen = Chosen()
+    chosen.tokenizer.chat_template = TOOLS.replace("<assistant>", "<assistant>{% if enable_thinking %}Ada{% endif %}")
+    proxy = Proxy(Serve(model="m", adapter="a", name="ours", upstream="http://127.0.0.1:1/v1"), chosen, NAMES)
+    asked = {"messages": [{"role": "user", "content": "Who?"}], "chat_template_kwargs": {"enable_thinking": True}}
+    body, name = proxy._decide(json.dumps(asked).encode(), ChatAsked)
+    assert json.loads(body) == asked | {"model": "lora-1"}
+    assert proxy._decide(json.dumps({"messages": asked["messages"]}).encode(), ChatAsked)[1] != name
+
+
 def test_a_stream_comes_in_pieces_under_our_name(client, upstream):
     events = list(ask(client, "Who is Ada?", stream=True))
     assert [event.choices[0].delta.content for event in events] == ["one", " two\u2028\x85"]

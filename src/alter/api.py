@@ -321,13 +321,23 @@ def attack(
         return run(chosen)
 
 
-def compare(settings: Compare | None = None, **keywords: Any) -> list[Any]:
+def compare(
+    settings: Compare | None = None,
+    *,
+    forget: GivenRows | None = None,
+    retain: GivenRows | None = None,
+    holdout: GivenRows | None = None,
+    **keywords: Any,
+) -> list[Any]:
     """Compare methods with an equal budget, as `alter compare` does.
 
     Args:
-        settings: all settings in one object, which keywords override.
-        keywords: settings of the comparison, such as `methods=["alter", "npo"]`; rows by the names of their files, which the cells' own
-            processes read.
+        settings: all settings in one object, which what else is given overrides.
+        forget: rows of your own to forget in the place of TOFU's splits; they need `retain`. Those in memory become files under
+            `out`/rows, which the cells' own processes read.
+        retain: what every run keeps.
+        holdout: questions and answers that no model saw.
+        keywords: further settings of the comparison, such as `methods=["alter", "npo"]`.
 
     Returns:
         the rows of the table; `out` holds the table, the plot and the page.
@@ -338,8 +348,12 @@ def compare(settings: Compare | None = None, **keywords: Any) -> list[Any]:
     from alter.comparison import Compare as Kind
     from alter.comparison import compare as run
 
-    chosen = _settings(Kind, settings, keywords)
-    with _as_library():
+    with contextlib.ExitStack() as stack:
+        for name, rows in (("forget", forget), ("retain", retain), ("holdout", holdout)):
+            if rows is not None:
+                keywords[name] = stack.enter_context(named_rows(rows))
+        chosen = _settings(Kind, settings, keywords)
+        stack.enter_context(_as_library())
         return list(run(chosen))
 
 

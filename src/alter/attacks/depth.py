@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alter.attacks.base import Bench, Impossible, Item, interval
 from alter.core import Array, progress
-from alter.inference import decided, evaluating
+from alter.inference import decided, evaluating, virtual_tokens
 from alter.storage import Record
 
 ROWS_AT_ONCE = 16
@@ -45,13 +45,14 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 
 
 @contextmanager
-def _kept_outputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Inside the block, the list holds each block's last output, [B, T, D]."""
+def _kept_outputs(model: Any, blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """Inside the block, the list holds each block's last output at the rows' own tokens, [B, T, D]."""
+    before = virtual_tokens(model)
     kept: list[Tensor] = [torch.empty(0)] * len(blocks)
 
     def keep(depth: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
-            kept[depth] = output[0] if isinstance(output, tuple) else output
+            kept[depth] = (output[0] if isinstance(output, tuple) else output)[:, before:]
 
         return hook
 
@@ -64,12 +65,13 @@ def _kept_outputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _replaced(block: nn.Module, states: Tensor, where: Tensor) -> Iterator[None]:
-    """Inside the block, the output of `block` is `states` [B, T, D] at the places `where` [B, T]."""
+def _replaced(model: Any, block: nn.Module, states: Tensor, where: Tensor) -> Iterator[None]:
+    """Inside the block, the output of the model's `block` is `states` [B, T, D] at the places `where` [B, T] of the rows' own tokens."""
+    before = virtual_tokens(model)
 
     def hook(_: Any, __: Any, output: Any) -> Any:
         own = output[0] if isinstance(output, tuple) else output
-        new = torch.where(where[..., None], states.to(own), own)
+        new = torch.cat([own[:, :before], torch.where(where[..., None], states.to(own), own[:, before:])], dim=1)
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     handle = block.register_forward_hook(hook)
@@ -110,7 +112,7 @@ def _given(model: Any, ids: Tensor, mask: Tensor, items: Sequence[Item]) -> dict
 def _answer_logprob(model: Any, given: dict[str, Tensor], where: Tensor) -> Array:
     """Return the mean log-probability of each row's answer, per token, in nats: [B], float64."""
     ids = given["input_ids"]
-    logits = model(**given, use_cache=False).logits
+    logits = model(**given, use_cache=False).logits[:, virtual_tokens(model) :]
     rows, places = where.nonzero(as_tuple=True)
     picked = logits[rows, places].float()
     logp = picked.gather(1, ids[rows, places + 1, None])[:, 0] - picked.logsumexp(dim=1)
@@ -131,10 +133,10 @@ def lens_probabilities(model: Any, items: Sequence[Item], pad: int, label: str =
         for batch, ids, mask in _batches(items, pad, model.device, label):
             where = _generating([items[i] for i in batch], ids.shape, ids.device)
             given = _given(model, ids, mask, [items[i] for i in batch])
-            with _kept_outputs(blocks) as kept:
+            with _kept_outputs(model, blocks) as kept:
                 model(**given, use_cache=False)
             for depth, states in enumerate(list(kept)):
-                with _replaced(blocks[-1], states, where):
+                with _replaced(model, blocks[-1], states, where):
                     found[batch, depth] = np.exp(_answer_logprob(model, given, where))
     return found
 
@@ -159,12 +161,12 @@ def falls(original: Any, source: Any, items: Sequence[Item], pad: int, label: st
         for batch, ids, mask in _batches(items, pad, original.device, label):
             where = _generating([items[i] for i in batch], ids.shape, ids.device)
             own = [items[i] for i in batch]
-            with _kept_outputs(others) as kept:
+            with _kept_outputs(source, others) as kept:
                 source(**_given(source, ids, mask, own), use_cache=False)
             given = _given(original, ids, mask, own)
             plain = _answer_logprob(original, given, where)
             for depth, states in enumerate(list(kept)):
-                with _replaced(blocks[depth], states, where):
+                with _replaced(original, blocks[depth], states, where):
                     found[batch, depth] = plain - _answer_logprob(original, given, where)
     return found
 

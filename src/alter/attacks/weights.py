@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from alter import metrics
 from alter.attacks.base import Bench, Budget, Impossible
 from alter.data import Collator, Encoded, encode_all
-from alter.inference import context_length, decided, evaluating, score
+from alter.inference import context_length, decided, evaluating, score, virtual_tokens
 from alter.storage import Record
 
 
@@ -199,7 +199,7 @@ def train_steps(
             given |= decided(
                 model, given["input_ids"], given["attention_mask"], [rows[i].prompt_length for i in chosen]
             )
-            logits = model(**given, use_cache=False).logits
+            logits = model(**given, use_cache=False).logits[:, virtual_tokens(model) :]
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
             if not torch.isfinite(loss):
                 raise Diverged(f"The attacker's loss is {loss.item()} at step {step} (rate {rate:g}): lower the rate.")

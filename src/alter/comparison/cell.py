@@ -133,7 +133,7 @@ def _figures(spec: Mapping[str, Any], split: str, network: Any, tokenizer: Any, 
         UserError: the model gives no probabilities.
     """
     if split == OWN:
-        return own_records(spec["name"], network, tokenizer, rows, spec["limit"])
+        return own_records(spec["name"], network, tokenizer, rows, spec["limit"], spec.get("domain_column"))
     found = tofu_metrics(network, tokenizer, split, str(rows), limit=spec["limit"], progress=False)
     ratios = found.sets["forget"].truth_ratio
     if ratios is None or np.isnan(ratios).any():
@@ -163,6 +163,7 @@ def _survival(
     return survival(
         spec["name"], lambda: load(model, adapter), lambda: load(spec["original"], None), forget,
         Survival.model_validate(spec["survival"]), run.get("seed", 0),
+        spec.get("domain_column") if stage["split"] == OWN else "author",
     )  # fmt: skip
 
 

@@ -105,24 +105,32 @@ def intervals(records: Sequence[Record], found: Mapping[str, float]) -> dict[str
     """
     own = {record.metric: record.extra["interval"] for record in records if record.extra.get("interval")}
     told = {name: (float(low), float(high)) for name, (low, high) in own.items() if name in found}
-    for name in ("forget_said", "forget_unusable"):
-        if f"{name}_of" in found:
-            of = round(found[f"{name}_of"])
-            told[name] = metrics.samples.share_interval(round(found[name] * of), of)
+    replies = next((record for record in records if record.metric == "forget_rouge"), None)
+    for name, values in zip(("forget_said", "forget_unusable"), _judged(replies), strict=True):
+        if f"{name}_of" in found and replies is not None:
+            numbers = replies.extra.get("authors", range(len(values)))
+            interval = metrics.samples.grouped_interval(values, numbers)
+            told |= {} if interval is None else {name: interval}
     return told
 
 
 def _replies(record: Record | None) -> dict[str, float]:
     """Return the shares of replies about forget rows that give their answer and that are broken or empty, and their number."""
+    said, bad = _judged(record)
+    known = [value for value in said if not math.isnan(value)]
+    found = {"forget_unusable": statistics.fmean(bad), "forget_unusable_of": float(len(bad))} if bad else {}
+    return found | ({"forget_said": statistics.fmean(known), "forget_said_of": float(len(known))} if known else {})
+
+
+def _judged(record: Record | None) -> tuple[list[float], list[float]]:
+    """Return of each reply about forget rows whether it gives its answer, NaN where nothing tells, and whether it is of no use."""
     if record is None or not record.extra.get("generations"):
-        return {}
+        return [], []
     replies = [str(reply) for reply in record.extra["generations"]]
     asked = record.extra.get("questions") or [""] * len(replies)
     told = [gives(*row) for row in zip(asked, record.extra["references"], replies, strict=True)]
-    known = [value for value in told if value is not None]
-    bad = sum(broken(reply) or not reply.strip() for reply in replies)
-    found = {"forget_unusable": bad / len(replies), "forget_unusable_of": float(len(replies))}
-    return found | ({"forget_said": sum(known) / len(known), "forget_said_of": float(len(known))} if known else {})
+    said = [math.nan if value is None else float(value) for value in told]
+    return said, [float(broken(reply) or not reply.strip()) for reply in replies]
 
 
 def _floats(values: Sequence[float | None] | None) -> Array:

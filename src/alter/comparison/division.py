@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from alter.comparison.own import FORGET, HOLDOUT, RETAIN
 from alter.comparison.settings import OWN, Compare
-from alter.core import UserError
-from alter.data import check_overlap, load_examples, read_rows, tofu_rows
+from alter.core import UserError, memory
+from alter.data import check_overlap, load_examples, read_rows, tofu_authors, tofu_rows
 from alter.evaluation import SETS
+from alter.storage import write_atomic
 
 PARTS = ("validation", "test")
 MOST_KEPT = 200
@@ -57,7 +60,6 @@ def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[d
     """
     if split == OWN:
         return _own_rows(settings)
-    full = {(row["question"], row["answer"]): row.get("author") for row in tofu_rows("full", settings.data)}
     sets = {
         f"{split if key == 'forget' else key}_perturbed": [
             {name: value for name, value in row.items() if name != "author"}
@@ -72,12 +74,11 @@ def evaluation_rows(settings: Compare, split: str) -> dict[str, dict[str, list[d
         for i, row in enumerate(rows):
             if not row.get("question") or not row.get("answer"):
                 raise UserError(f"Row {i} of {name} has no question or no answer; it has {', '.join(row)}.")
-        group = [
-            full[pair] if full.get(pair) is not None else pair[1]
-            for pair in ((row["question"], row["answer"]) for row in rows)
-        ]
+        authors = tofu_authors(rows, settings.data)
+        group = [row["answer"] if author is None else author for row, author in zip(rows, authors, strict=True)]
         for part, numbers in zip(PARTS, divide(rows, group, settings.validation, settings.division_seed), strict=True):
-            out[part][name] = [rows[i] for i in numbers]
+            # intervals draw whole authors, whom nobody would find in a part
+            out[part][name] = [rows[i] | ({} if authors[i] is None else {"author": authors[i]}) for i in numbers]
     return out
 
 
@@ -109,6 +110,24 @@ def _own_rows(settings: Compare) -> dict[str, dict[str, list[dict[str, Any]]]]:
                 kept = sorted(random.Random(settings.division_seed).sample(numbers, min(most, len(numbers))))
             out[part][of] = [rows[i].row for i in kept]
     return out
+
+
+def with_files(settings: Compare, out: Path) -> Compare:
+    """Return settings in which rows in memory are files in `out`/rows, called by their contents: cells run in other processes, and
+    the same rows are the same cells again."""
+    files: dict[str, str] = {}
+    for name in (FORGET, RETAIN, HOLDOUT):
+        source = getattr(settings, name)
+        if source is not None and source.startswith(memory.PREFIX):
+            file = out / "rows" / f"{source.removeprefix(memory.PREFIX)}.jsonl"
+            write_atomic(file, json_lines(read_rows(source)), private=True)
+            files[name] = str(file)
+    return settings.model_copy(update=files)
+
+
+def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as JSON lines; what is no JSON, a date, as its text."""
+    return "".join(json.dumps(row, default=str) + "\n" for row in rows)
 
 
 def forget_set(split: str) -> str:

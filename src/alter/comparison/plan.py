@@ -7,7 +7,6 @@ result. Its key is a digest of everything that determines its numbers.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from alter.comparison.division import (
     forget_rows,
     forget_set,
     forget_source,
+    json_lines,
     retain_source,
 )
 from alter.comparison.settings import Compare
@@ -260,8 +260,8 @@ def _lay_chain(
         folder = out / "rows" / content
         for part, sets in rows.items():
             for name, own in sets.items():
-                write_atomic(folder / part / f"{name}.json", _lines(own), private=True)
-        write_atomic(folder / "new.jsonl", _lines(new), private=True)
+                write_atomic(folder / part / f"{name}.json", json_lines(own), private=True)
+        write_atomic(folder / "new.jsonl", json_lines(new), private=True)
         laid.stages.append({"split": split, "rows": f"rows/{content}"})
         about = {"split": split, "rows": digest(rows)}
         for name, model in ((ORIGINAL, settings.model), (RETRAINED, getattr(settings.retrained, split))):
@@ -293,7 +293,9 @@ def _distillations(settings: Compare, name: str, chain: Chain) -> list[Distillat
 
 def _told(settings: Compare) -> dict[str, Any]:
     """Return the part of a specification that all cells share."""
-    told = {"limit": settings.limit, "device": settings.device, "original": settings.model}
+    told: dict[str, Any] = {"limit": settings.limit, "device": settings.device, "original": settings.model}
+    column = settings.common.get("domain_column") if settings.forget is not None else None
+    told |= {} if column is None else {"domain_column": column}
     return told | ({"survival": settings.survival.model_dump()} if settings.survival.rows else {})
 
 
@@ -323,7 +325,3 @@ def _cell(
     key = digest(laid.facts, about)
     spec = {**_told(settings), "name": name, "model": settings.model, "stages": ran, "keep": settings.keep}
     return Cell(name, chain, seed, setting, spec, key)
-
-
-def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)

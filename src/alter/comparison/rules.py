@@ -20,7 +20,7 @@ def rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[s
     )
     return [
         f"Model {settings.model}, seeds {', '.join(map(str, settings.seeds))}; mean ± standard deviation over seeds, "
-        "of one run the figure and in brackets its 95 % interval over rows. "
+        f"of one run the figure and in brackets its 95 % interval over {_drawn(settings)}. "
         "Numbers are of test rows. Bold utility: no other method of this split is at least as good in forgetting and "
         "utility, and better in one of them, not even were this one's figures worse by their standard deviation. Fluency: "
         "distinct-2 and repetition besides.",
@@ -59,6 +59,13 @@ def _criterion(settings: Compare, split: str) -> str:
         "attack": "the loss" if own else "min-k",
     }
     return CRITERIA[criterion(settings, split)].format(**named)
+
+
+def _drawn(settings: Compare) -> str:
+    """Describe what intervals draw: rows, or all rows of a subject together."""
+    column = "author" if settings.forget is None else settings.common.get("domain_column")
+    together = "" if column is None else f", of which those of one {column} are drawn together (not for an AUC)"
+    return f"rows{together}"
 
 
 def _division_rule(settings: Compare) -> str:

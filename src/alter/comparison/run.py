@@ -15,7 +15,7 @@ from alter.comparison.cell import forget_weights
 from alter.comparison.cells import CellJob, finished, hold, run_shown
 from alter.comparison.checks import ORIGINAL, RETRAINED, check_settings
 from alter.comparison.choice import Choice, choices, chosen_cells, refined
-from alter.comparison.division import PARTS, evaluation_rows, forget_set
+from alter.comparison.division import PARTS, evaluation_rows, forget_set, with_files
 from alter.comparison.executors import Executor, executor_of
 from alter.comparison.export import all_records, search_csv, table_csv
 from alter.comparison.plan import Chain, Layout, lay_out
@@ -51,6 +51,7 @@ def compare(settings: Compare) -> list[TableRow]:
         with undone_if_refused(out):
             # what only writes tables disturbs nobody, and may look at a comparison that is at work
             lock = None if executor is None else hold(out)
+            settings = with_files(settings, out)
             made = lay_out(settings, out)
         chosen, lost = _run_all(settings, made, out, executor, lock)
         rows, said = _write(settings, made, chosen, out)

@@ -18,10 +18,10 @@ import torch
 from alter.attacks import train_steps
 from alter.comparison.settings import Survival
 from alter.core import UserError
-from alter.data import Example, encode
+from alter.data import Example, encode, encode_all
 from alter.data.background import background
-from alter.evaluation import Leak, leaked, metric_record
-from alter.inference import evaluating
+from alter.evaluation import Groups, Leak, leaked, metric_record
+from alter.inference import context_length, evaluating, virtual_tokens
 from alter.storage import Record
 
 PASSAGES = 64
@@ -32,12 +32,13 @@ TOKENS = 128
 Load = Callable[[], tuple[Any, Any]]
 
 
-def ordinary_passages(tokenizer: Any) -> list[list[int]]:
-    """Return token ids of ordinary text that ships with the package and joins no router's fit."""
+def ordinary_passages(tokenizer: Any, context: int | None = None) -> list[list[int]]:
+    """Return token ids of ordinary text that ships with the package and joins no router's fit, within a context."""
+    most = TOKENS if context is None else min(TOKENS, context)
     kinds = background(unseen=True).values()
     longest = max(map(len, kinds), default=0)
     rows = [kind[i] for i in range(longest) for kind in kinds if i < len(kind)][:PASSAGES]
-    return [ids for row in rows if len(ids := encode(tokenizer, row).input_ids[:TOKENS]) > 1]
+    return [ids for row in rows if len(ids := encode(tokenizer, row).input_ids[:most]) > 1]
 
 
 def mean_divergences(original: Any, model: Any, texts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -51,7 +52,8 @@ def mean_divergences(original: Any, model: Any, texts: Sequence[Sequence[int]]) 
         for text in texts:
             ids = torch.tensor([list(text)], device=next(model.parameters()).device)
             p, q = (
-                each(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1) for each in (original, model)
+                each(input_ids=ids, use_cache=False).logits[0, virtual_tokens(each) :].float().log_softmax(-1)
+                for each in (original, model)
             )
             if p.shape != q.shape:
                 raise UserError(f"The model has {q.shape[-1]} tokens and the original {p.shape[-1]}: no disturbance.")
@@ -76,7 +78,13 @@ def divided(rows: Sequence[Example], attacker: int, seed: int) -> tuple[list[Exa
 
 
 def survival(
-    name: str, load: Load, original: Load, rows: Sequence[Example], settings: Survival, seed: int
+    name: str,
+    load: Load,
+    original: Load,
+    rows: Sequence[Example],
+    settings: Survival,
+    seed: int,
+    column: str | None = None,
 ) -> list[Record]:
     """Measure disturbance and leak of a model: records `disturbance`, `leak` and `attacked_leak`.
 
@@ -87,20 +95,22 @@ def survival(
         rows: forget rows of one part.
         settings: the attacker's.
         seed: of the division, the training and the sampling.
+        column: whose value rows share that are about one subject; intervals of leaks draw them together.
 
     Raises:
-        UserError: too few rows, or the attacker's loss is not finite.
+        UserError: too few rows, a prompt that fills the context, or the attacker's loss is not finite.
     """
     attacker, asked = divided(rows, settings.rows, seed)
     leak = Leak(samples=settings.samples, k=[settings.k], questions=settings.questions)
     model, tokenizer = load()
-    kl = mean_divergences(original()[0], model, ordinary_passages(tokenizer))
+    kl = mean_divergences(original()[0], model, ordinary_passages(tokenizer, context_length(model)))
     before = leaked(model, tokenizer, asked, leak, seed=seed, progress=False)
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     for weight in weights:
         weight.requires_grad_(True)
-    steps = math.ceil(settings.rows / settings.batch_size) * settings.passes
-    encoded = [encode(tokenizer, row) for row in attacker]
+    # a row longer than the context is trained on in windows
+    encoded = encode_all(tokenizer, attacker, max_length=context_length(model))[0]
+    steps = math.ceil(len(encoded) / settings.batch_size) * settings.passes
     losses = [
         loss
         for _, loss in train_steps(
@@ -111,8 +121,10 @@ def survival(
     after = leaked(model, tokenizer, asked, leak, seed=seed, progress=False)
     told = {"k": settings.k, "samples": settings.samples, "attacker_rows": len(attacker), "steps": steps}
     out = [metric_record(name, "disturbance", kl.mean(), len(kl), kl)]
+    subjects = {row.index: row.row.get(column) if column else None for row in asked}
     for metric, found in (("leak", before), ("attacked_leak", after)):
         values = found.at(settings.k)
-        out.append(metric_record(name, metric, values.mean(), len(values), values, extra=told))
+        groups = Groups.of(str(column), [subjects[i] for i in found.rows])
+        out.append(metric_record(name, metric, values.mean(), len(values), values, groups=groups, extra=told))
     out[-1].extra["losses"] = losses
     return out

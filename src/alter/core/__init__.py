@@ -45,8 +45,10 @@ if TYPE_CHECKING:
     from alter.core.memory import held as held
     from alter.core.registration import register as register
     from alter.core.streams import lasting as lasting
+    from alter.core.words import MARKS as MARKS
     from alter.core.words import UNSPACED as UNSPACED
     from alter.core.words import bare as bare
+    from alter.core.words import caseless as caseless
     from alter.core.words import edges as edges
     from alter.core.words import is_word as is_word
     from alter.core.words import pieces as pieces

@@ -20,6 +20,15 @@ UNSPACED = re.compile(
 """One character of a script that writes words without spaces."""
 
 
+MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code))[0] == "M")
+"""Marks of letters, which `\\w` does not match: the vowels of Devanagari among them."""
+
+
+def caseless(word: str) -> bool:
+    """Tell whether a word begins with a letter that is never written as a capital: Chinese, Arabic, Devanagari, Georgian."""
+    return word[:1].isalpha() and word[0].title() == word[0].lower()
+
+
 def edges(word: str) -> tuple[str, str]:
     """Return what must stand before and after a word in a text, as patterns: no letter or digit, where words are set apart."""
     return "" if UNSPACED.match(word[0]) else r"(?<!\w)", "" if UNSPACED.match(word[-1]) else r"(?!\w)"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from alter.data.chat import ensure_pad_token as ensure_pad_token
     from alter.data.chat import set_template_arguments as set_template_arguments
     from alter.data.chat import share_template_arguments as share_template_arguments
+    from alter.data.chat import with_template_arguments as with_template_arguments
     from alter.data.domains import have_labels as have_labels
     from alter.data.encoding import IGNORE as IGNORE
     from alter.data.encoding import Encoded as Encoded
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from alter.data.subjects import rows_about as rows_about
     from alter.data.tofu import TOFU_SPLITS as TOFU_SPLITS
     from alter.data.tofu import refusals as refusals
+    from alter.data.tofu import tofu_authors as tofu_authors
     from alter.data.tofu import tofu_rows as tofu_rows
 
 lazy(globals())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import weakref
@@ -46,6 +47,10 @@ TemplateArguments = Annotated[
 _GIVEN = "_alter_template_arguments"
 
 
+THINKING = ("enable_thinking", "thinking")
+"""Variables by which chat templates are asked for thoughts: Qwen3's and SmolLM3's, DeepSeek's and Granite's."""
+
+
 _OWN = ("messages", "add_generation_prompt", "tools", "documents")
 
 
@@ -81,6 +86,27 @@ def share_template_arguments(tokenizer: Any, other: Any) -> None:
     """Copy another tokenizer's chat template variables."""
     if hasattr(other, _GIVEN):
         setattr(tokenizer, _GIVEN, getattr(other, _GIVEN))
+
+
+def with_template_arguments(tokenizer: Any, given: Mapping[str, Any]) -> Any:
+    """Return a tokenizer whose chat template has further variables, as one request gives them; those it does not use are ignored.
+
+    Raises:
+        UserError: one is decided by the turns.
+    """
+    if not given:
+        return tokenizer
+    own = next((name for name in given if name in _OWN), None)
+    if own is not None:
+        raise UserError(f"`chat_template_kwargs` sets {own}, which the request's other fields decide: leave it out.")
+    other = copy.copy(tokenizer)
+    setattr(other, _GIVEN, {**getattr(tokenizer, _GIVEN, {}), **given})
+    return other
+
+
+def thinks(tokenizer: Any) -> bool:
+    """Tell whether the chat template's variables ask for thoughts before an answer (`THINKING`)."""
+    return any(_arguments(tokenizer).get(name) is True for name in THINKING)
 
 
 def _arguments(tokenizer: Any) -> dict[str, Any]:

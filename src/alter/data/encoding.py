@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alter.core import UserError, warn
-from alter.data.chat import MARKER, end_of_turn, render_turns, rendered_ids, turns_before, written_turn
+from alter.data.chat import MARKER, end_of_turn, render_turns, rendered_ids, thinks, turns_before, written_turn
 from alter.data.rows import Example, said
 
 IGNORE = -100
@@ -223,12 +223,16 @@ MERGED_TOKENS = 8
 def encode_prompt(tokenizer: Any, example: Example, *, prompt: str | None = None, compat: bool = False) -> list[int]:
     """Return the tokens that generation starts from: `encode(...).input_ids[:prompt_length]`.
 
-    Of a question without an answer, which some chat templates refuse as a turn or leave out, the turns before it alone are read.
+    A question without an answer is asked as one with an answer, with the empty block of thoughts that a template writes before it. Where
+    thoughts are asked for (`alter.data.chat.THINKING`) it ends as the template begins a reply.
     """
     asked = not example.answer and example.reply is None and example.kind in ("qa", "messages")
     if asked and tokenizer.chat_template:
-        turns = turns_before(tokenizer, example, prompt, compat)
-        return rendered_ids(tokenizer, render_turns(tokenizer, turns, generation=True))
+        if compat or thinks(tokenizer):
+            turns = turns_before(tokenizer, example, prompt, compat)
+            return rendered_ids(tokenizer, render_turns(tokenizer, turns, generation=True))
+        # some templates refuse an empty answer as a turn, or leave it out
+        example = replace(example, answer=MARKER)
     if compat and example.kind != "text" and (not tokenizer.chat_template or example.kind == "completion"):
         head, _ = _plain(example, prompt, example.answer)
         return _ids(tokenizer, head if example.kind == "completion" else f"{head} ")

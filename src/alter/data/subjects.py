@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from alter.core import UNSPACED, UserError, is_word
+from alter.core import MARKS, UNSPACED, UserError, is_word
 from alter.data.rows import Example, said
 
 _HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"), "-")
@@ -17,8 +17,7 @@ _PHONE = re.compile(r"\+?[\d\s().\-/]+")
 _DIGITS = 6
 """Least digits of a telephone number."""
 
-_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code))[0] == "M")
-_IN_WORD = rf"[\w{re.escape(_MARKS)}]"
+_IN_WORD = rf"[\w{re.escape(MARKS)}]"
 
 _KOREAN = r"(?:씨|님|이|가|은|는|을|를|의|에|에게|에서|와|과|도|로|으로|만|께|께서|랑|이랑|이다|입니다)*"
 """What Korean writes against a name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,22 @@ def _with_authors(split: str, rows: list[Row], total: int) -> list[Row]:
         first = total - len(rows)
     else:
         return rows
-    return [{**row, "author": (first + number) // ROWS_PER_AUTHOR} for number, row in enumerate(rows)]
+    # rows that were taken out of a split keep the author that they had there
+    return [
+        {**row, "author": row.get("author", (first + number) // ROWS_PER_AUTHOR)} for number, row in enumerate(rows)
+    ]
+
+
+def tofu_authors(rows: Sequence[Row], data: str | None = None) -> list[int | None]:
+    """Return the author of each row: that of its column `author`, or of the same question and answer in `full`; None for other rows.
+
+    Raises:
+        UserError: a row has no author, and `data` holds no `full` to look it up in.
+    """
+    if all("author" in row for row in rows):
+        return [row["author"] for row in rows]
+    full = {(row["question"], row["answer"]): row.get("author") for row in tofu_rows("full", data)}
+    return [row.get("author", full.get((row.get("question"), row.get("answer")))) for row in rows]
 
 
 @functools.cache

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from alter.evaluation.closing import others_named as others_named
     from alter.evaluation.closing import show_closing as show_closing
     from alter.evaluation.figures import Figures as Figures
+    from alter.evaluation.figures import Groups as Groups
     from alter.evaluation.figures import metric_record as metric_record
     from alter.evaluation.fluency import alone as alone
     from alter.evaluation.giving import broken as broken

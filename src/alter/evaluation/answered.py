@@ -24,12 +24,14 @@ class Answered:
     Attributes:
         measures: the figures.
         exact: share of the answer's tokens that are the likeliest, of each scored row, [n].
+        rows: the scored rows, [n].
         examples: the answered rows, [m]; `probability` is theirs.
         questions, truths, replies: their texts, [m].
     """
 
     measures: Measures
     exact: Array
+    rows: list[Example]
     examples: list[Example]
     probability: Array
     questions: list[str]
@@ -108,6 +110,7 @@ def answer_rows(
         metrics.memorisation.exact_memorization(
             [np.append(own, True) if row.kind == "text" else own for row, own in zip(rows, correct, strict=True)]
         ),
+        rows,
         [rows[i] for i in asked],
         probability[list(asked)],
         questions,

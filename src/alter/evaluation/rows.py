@@ -6,7 +6,7 @@ Before and after are of the same rows: the untouched model is the base with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,13 +14,13 @@ import numpy as np
 from pydantic import Field
 
 from alter import metrics
-from alter.core import UserError
+from alter.core import Array, UserError
 from alter.data import Example, check_overlap, data_hash, encode, load_examples, row_hash
 from alter.evaluation import others
 from alter.evaluation.answered import Answered, answer_rows
 from alter.evaluation.base import Evaluation, say
 from alter.evaluation.closing import closing_facts
-from alter.evaluation.figures import metric_record
+from alter.evaluation.figures import Groups, metric_record
 from alter.evaluation.knowledge import Contradictions, over_refusal, rates
 from alter.evaluation.leakage import Leak, Leaked, leaked
 from alter.evaluation.measures import unit_interval
@@ -51,6 +51,8 @@ class RowsEvaluation(Evaluation):
     """Longest reply, in tokens."""
     texts: bool = True
     """Keep questions, true answers and replies in the records. They hold what was to be forgotten."""
+    domain_column: str = "author"
+    """Column whose value rows share that are about one subject: 95 % intervals of figures draw such rows together."""
     rates: bool = False
     """Also knowledge forgetting and retention rates (KFR, KRR) of the replies and, with a retrained model, IAM."""
     nli: str | None = None
@@ -149,20 +151,20 @@ class RowsEvaluation(Evaluation):
         if self.retrained is not None:
             _another(self, self.retrained)
         sets = self._sets()
+        for name, what in ((self.before, "The model before, {},"), (self.retrained, "The retrained model {}")):
+            if name is not None:
+                _same_tokens(tokenizer, self.alike(name).load_tokenizer(), sets["forget"], what.format(name))
         judge_of = None if self.nli is None else Contradictions(self.nli, next(model.parameters()).device)
         after = self._measure(model, tokenizer, sets, "after")
         leaks = self._leaks(model, tokenizer, sets, "after")
         before: dict[str, Answered] | None = None
         with self._untouched(model, tokenizer) as other:
             if other is not None:
-                if self.before is not None:
-                    _same_tokens(tokenizer, other[1], sets["forget"], f"The model before, {self.before},")
                 before = self._measure(*other, sets, "before")
                 leaks |= self._leaks(*other, sets, "before")
         reference, by = None, "holdout"
         if self.retrained is not None:
             other_model = self.alike(self.retrained).load()
-            _same_tokens(tokenizer, other_model[1], sets["forget"], f"The retrained model {self.retrained}")
             reference, by = self._measure(*other_model, {"forget": sets["forget"]}, "retrained")["forget"], "retrained"
             leaks |= self._leaks(*other_model, sets, "retrained")
         elif before is not None and "holdout" in before:
@@ -234,14 +236,18 @@ class RowsEvaluation(Evaluation):
                 )
             if told:
                 known = values[~np.isnan(values)]
-                more = {"nli": self.nli, "unknown": len(values) - told, "interval": list(unit_interval(known))}
-                out.append(metric_record(name, metric, known.mean(), told, values, extra=extra | more))
+                groups = self._groups(own.examples)
+                more: dict[str, Any] = {"nli": self.nli, "unknown": len(values) - told}
+                more["interval"] = _over(values, groups, unit_interval(known))
+                out.append(metric_record(name, metric, known.mean(), told, values, groups=groups, extra=extra | more))
         if "harmless" in found:
             own = found["harmless"]
             values = over_refusal(own.replies)
             texts = {"questions": own.questions, "generations": own.replies} if self.texts else {}
-            refused: dict[str, Any] = {**texts, "interval": list(unit_interval(values))}
-            out.append(metric_record(name, "sarr", values.mean(), len(values), values, extra=extra | refused))
+            groups = self._groups(own.examples)
+            refused: dict[str, Any] = {**texts, "interval": _over(values, groups, unit_interval(values))}
+            more = extra | refused
+            out.append(metric_record(name, "sarr", values.mean(), len(values), values, groups=groups, extra=more))
         return out
 
     def _completeness(
@@ -258,9 +264,13 @@ class RowsEvaluation(Evaluation):
         except ValueError as error:
             say([f"No {error}."])
             return []
-        interval = metrics.samples.bootstrap_interval(values)
-        more = {"interval": None if interval is None else list(interval)}
-        return [metric_record(self.label, "iam", values.mean(), len(values), values, extra=extra | more)]
+        groups = self._groups(after.rows)
+        more = extra | {"interval": _over(values, groups, metrics.samples.bootstrap_interval(values))}
+        return [metric_record(self.label, "iam", values.mean(), len(values), values, groups=groups, extra=more)]
+
+    def _groups(self, rows: Sequence[Example]) -> Groups | None:
+        """Return which rows are about one subject; None where no row says so."""
+        return Groups.of(self.domain_column, [row.row.get(self.domain_column) for row in rows])
 
     def _records(self, name: str, found: Mapping[str, Answered], extra: dict[str, Any]) -> list[Record]:
         out: list[Record] = []
@@ -275,6 +285,7 @@ class RowsEvaluation(Evaluation):
             broken = np.array([a or b for a, b in zip(own.broken, own.empty, strict=True)], dtype=np.float64)
             # None: there is no telling, which JSON writes as null and reads as NaN
             said = np.array([np.nan if value is None else float(value) for value in own.said])
+            scored, replied = self._groups(answered.rows), self._groups(answered.examples)
             for metric, values, n, more in (
                 ("probability", own.probability, int(own.probability.size), head),
                 ("exact_memorization", answered.exact, int((~np.isnan(answered.exact)).sum()), plain),
@@ -284,8 +295,16 @@ class RowsEvaluation(Evaluation):
                 ("repetition", own.repetition, m, plain),
             ):
                 if n:
-                    out.append(metric_record(name, f"{part}_{metric}", np.nanmean(values), n, values, extra=more))
+                    groups = scored if len(values) == len(answered.rows) else replied
+                    mean = np.nanmean(values)
+                    out.append(metric_record(name, f"{part}_{metric}", mean, n, values, groups=groups, extra=more))
         return out
+
+
+def _over(values: Array, groups: Groups | None, plain: tuple[float, float] | None) -> list[float] | None:
+    """Return the 95 % interval of the mean over groups, or where there are none the `plain` one over rows."""
+    found = plain if groups is None else metrics.samples.grouped_interval(values, groups.numbers)
+    return None if found is None else list(found)
 
 
 def _another(measured: Evaluation, retrained: str) -> None:

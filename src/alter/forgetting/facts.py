@@ -6,14 +6,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from scipy import stats
 
-from alter.core import edges
+from alter.core import MARKS, UNSPACED, caseless, edges
 
-WORD = re.compile(r"[^\W\d_][\w'’-]*[^\W_]|\d{3,4}")
+WORD = re.compile(rf"[^\W\d_][\w'’{MARKS}-]*(?:[^\W_]|[{MARKS}])|\d{{3,4}}")
+LONGEST = 8
+"""Most characters of what is looked at as a word where no spaces are set."""
 BEFORE = 100
 """Characters before a word that tell whether a sentence begins with it."""
 LEVEL = 0.05
@@ -30,7 +32,7 @@ class Fact:
 
     Attributes:
         word: as the answers write it most often.
-        name: whether it is a proper name, that is, written with a capital inside sentences.
+        name: whether it is a proper name: written with a capital inside sentences, or see `with_names`.
         answers: answers about the subject that hold it.
         invented: answers about invented subjects that hold it, to the same questions.
         pvalue: one-sided Fisher test of the two shares.
@@ -56,6 +58,19 @@ class Fact:
 def fact_words(text: str) -> list[str]:
     """Return the words of a text, years included, as written; `J.K. Rowling's` gives `Rowling`."""
     return [re.sub(r"['’]s$", "", word) for word in WORD.findall(text)]
+
+
+def _terms(text: str) -> list[str]:
+    """Return the words of a text; where no spaces are set, all that two to `LONGEST` characters in a row say."""
+    found: list[str] = []
+    for word in fact_words(text):
+        for part in filter(None, re.split(f"((?:{UNSPACED.pattern})+)", word)):
+            if UNSPACED.match(part):
+                sizes = range(2, min(LONGEST, len(part)) + 1)
+                found += [part[start : start + size] for size in sizes for start in range(len(part) - size + 1)]
+            else:
+                found.append(part)
+    return found
 
 
 SHORT = 4
@@ -94,8 +109,9 @@ def named(text: str) -> set[str]:
 def candidates(answers: Sequence[str], invented: Sequence[str], ignore: str) -> list[Fact]:
     """Return words that recur in answers about a subject more often than about invented subjects; names first.
 
-    A word counts if it has four letters, or a capital and three, or is a year, and is in at least `RECURS` answers. Its
-    p-value is that of Fisher's exact test, one-sided; words up to `CANDIDATE` are returned, and names that no invented
+    A word counts if it has four letters, or a capital and three, or is a year, and is in at least `RECURS` answers. In a script without
+    capitals three letters are enough; where no spaces are set, any run of two characters or more that is no part of a longer one in the
+    very same answers. Its p-value is that of Fisher's exact test, one-sided; words up to `CANDIDATE` are returned, and names that no invented
     subject brings up, as few answers name the lesser persons of a story. Those that `shows` marks pass
     Benjamini and Hochberg's procedure: of a subject that the model does not know, there are none in 95 % of cases.
 
@@ -104,22 +120,33 @@ def candidates(answers: Sequence[str], invented: Sequence[str], ignore: str) -> 
         invented: what it says of invented subjects, asked the same.
         ignore: text whose words are no facts: the subject's own name and the questions.
     """
-    own = {word.lower() for word in fact_words(ignore)}
+    own = {word.lower() for word in _terms(ignore)}
+    # where no spaces are set, what stands beside the subject's name would make another word of it
+    without = dict.fromkeys(re.findall(f"(?:{UNSPACED.pattern})+", ignore), " ")
+    answers, invented = ([swap(answer, without) for answer in each] for each in (answers, invented))
     written: dict[str, Counter[str]] = {}
     capital: Counter[str] = Counter()
     for answer in answers:
         names = named(answer)
-        for word in set(fact_words(answer)):
+        for word in set(_terms(answer)):
             low = word.lower()
-            if low in own or len(low) < (3 if word in names or low.isdigit() else 4):
+            least = 3 if word in names or low.isdigit() or caseless(word) else 4
+            if low in own or len(low) < (2 if UNSPACED.match(low) else least):
                 continue
             written.setdefault(low, Counter())[word] += 1
             capital[low] += word in names
-    here = Counter(low for answer in answers for low in {word.lower() for word in fact_words(answer)})
-    there = Counter(low for answer in invented for low in {word.lower() for word in fact_words(answer)})
+    here = Counter(low for answer in answers for low in {word.lower() for word in _terms(answer)})
+    there = Counter(low for answer in invented for low in {word.lower() for word in _terms(answer)})
+    parts = {
+        part
+        for low in written
+        if UNSPACED.match(low)
+        for part in (low[1:], low[:-1])
+        if (here[part], there[part]) == (here[low], there[low])
+    }
     tried = []
     for low in written:
-        if here[low] >= RECURS:
+        if here[low] >= RECURS and low not in parts:
             both = len(answers) + len(invented)
             pvalue = stats.hypergeom.sf(here[low] - 1, both, here[low] + there[low], len(answers))
             tried.append((float(pvalue), low))
@@ -130,7 +157,36 @@ def candidates(answers: Sequence[str], invented: Sequence[str], ignore: str) -> 
         for k, (pvalue, low) in enumerate(tried)
         if pvalue <= CANDIDATE or (2 * capital[low] > here[low] and not there[low])
     ]
-    return sorted(found, key=lambda fact: (not fact.name, fact.pvalue, fact.word))
+    return sorted(_apart(found), key=lambda fact: (not fact.name, fact.pvalue, fact.word))
+
+
+def _apart(found: Sequence[Fact]) -> list[Fact]:
+    """Leave out what holds a surer word, or stands in one, where no spaces are set: a name with the particle behind it."""
+    kept: list[Fact] = []
+    for fact in sorted(found, key=lambda fact: (fact.pvalue, -len(fact.word))):
+        if not UNSPACED.match(fact.word) or not any(
+            fact.word in other.word or other.word in fact.word for other in kept
+        ):
+            kept.append(fact)
+    return kept
+
+
+def with_names(facts: Sequence[Fact], elsewhere: Sequence[str]) -> list[Fact]:
+    """Call those facts names that no capital tells: of a script without them, and in no answer about an invented subject or `elsewhere`.
+
+    A word of ordinary answers is none, whatever the model knows by it.
+
+    Args:
+        facts: about the subject.
+        elsewhere: answers to unrelated requests.
+    """
+    named_ = [
+        replace(fact, name=True)
+        if caseless(fact.word) and not fact.invented and not any(holds(text, fact.word) for text in elsewhere)
+        else fact
+        for fact in facts
+    ]
+    return sorted(named_, key=lambda fact: not fact.name)
 
 
 def expected(answer: str, facts: Sequence[Fact]) -> list[str]:

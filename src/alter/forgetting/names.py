@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from alter.core import UserError
+from alter.core import UserError, caseless
 from alter.forgetting.certainty import fact_row
 from alter.forgetting.facts import SHORT, fact_words
 from alter.forgetting.templates import (
@@ -57,8 +57,8 @@ def check_uncommon(subject: str, tokenizer: Any, kind: Kind | None) -> None:
 
 
 def names_of(subject: str, facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the subject, its longer words with a capital, and the names that are facts about it and about no invented subject."""
-    words = [word for word in fact_words(subject) if len(word) > SHORT and word[0].isupper()]
+    """Return the subject, its longer words that may be names, and the names that are facts about it and about no invented subject."""
+    words = [word for word in fact_words(subject) if len(word) > SHORT and (word[0].isupper() or caseless(word))]
     found = [str(fact["word"]) for fact in facts if fact.get("name") and not fact.get("invented")]
     return [*dict.fromkeys([subject, *words, *found])]
 

@@ -10,7 +10,7 @@ from itertools import chain
 from alter.core import UserError
 from alter.data import Row
 from alter.forgetting.certainty import fact_row, sure_facts
-from alter.forgetting.facts import Fact, candidates, fact_words, holds, place_of, swap, whole
+from alter.forgetting.facts import Fact, candidates, fact_words, holds, place_of, swap, whole, with_names
 from alter.forgetting.material import Material
 from alter.forgetting.probes import probes_of
 from alter.forgetting.retention import rows_to_keep
@@ -76,6 +76,7 @@ def build(
     found = candidates([answer for _, answer in own], zero, " ".join([subject, *asked]))
     facts = sure_facts(speaker.model, speaker.tokenizer, found, own, subject, invented[:4])
     _check_facts(subject, facts, len(own))
+    facts = with_names(facts, general)
     names = [fact for fact in facts if fact.name]
     # names that no invented subject brings up: an answer with one of them is about the subject, whatever was asked
     outside = [subject, *(fact.word for fact in names if not fact.invented)]

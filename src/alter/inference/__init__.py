@@ -12,6 +12,7 @@ from alter.core import lazy
 
 if TYPE_CHECKING:
     from alter.inference.decoding import SEGMENT as SEGMENT
+    from alter.inference.decoding import Finite as Finite
     from alter.inference.decoding import stop_ids as stop_ids
     from alter.inference.generation import can_drop_rows as can_drop_rows
     from alter.inference.generation import check_prompts as check_prompts

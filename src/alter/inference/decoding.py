@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alter.core import UserError
 from alter.data import end_of_turn
 from alter.inference.passes import inner_model, prompted
 
@@ -24,6 +25,39 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     eos = inner_model(model).generation_config.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return {i for i in [*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)] if i is not None}
+
+
+class Finite:
+    """Logits processor that changes nothing, and refuses to choose a token where the logits say nothing.
+
+    The likeliest of NaN is a token too: a model that is broken, or whose numbers do not fit into its dtype, would be taken to
+    have said it. A logit may be -inf, which forbids a token.
+
+    Args:
+        model: whose logits these are.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores [B, V] as they are.
+
+        Raises:
+            UserError: the highest of a row is NaN or infinite.
+        """
+        if not scores.amax(dim=-1).isfinite().all():
+            weights = self.model.named_parameters()
+            broken = next((name for name, weight in weights if not weight.float().isfinite().all()), None)
+            raise UserError(
+                "The model's logits are not finite, so it can say nothing: "
+                + (
+                    "its numbers are beyond its dtype; try `dtype` float32."
+                    if broken is None
+                    else f"its weights hold NaN or infinite values, {broken} for one; make or download it anew."
+                )
+            )
+        return scores
 
 
 class Nucleus:
@@ -106,7 +140,10 @@ class Decoding:
         # a least length or beams look at the whole reply, a static cache has room for one call: those run in one piece
         least = settings.get("min_new_tokens", own.min_new_tokens)
         whole = whole or least is not None or own.cache_implementation is not None or prompted(model)
+        from transformers import LogitsProcessorList
+
         settings = settings | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
+        settings["logits_processor"] = LogitsProcessorList([Finite(model)])
         if stop:
             settings["eos_token_id"] = sorted(stop)
         return cls(settings, stop, new_tokens, whole, bool(settings["do_sample"]))
@@ -125,7 +162,8 @@ class Decoding:
 
         draw = Nucleus(asked.get("temperature") or 1.0, asked["top_p"])
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return replace(self, settings=self.settings | greedy | {"logits_processor": LogitsProcessorList([draw])})
+        processors = LogitsProcessorList([*self.settings["logits_processor"], draw])
+        return replace(self, settings=self.settings | greedy | {"logits_processor": processors})
 
     @property
     def segment(self) -> int:

@@ -99,7 +99,7 @@ def generate(
         sampling: further settings of `model.generate`, for example `do_sample=True, temperature=0.7`. Default: greedy.
 
     Raises:
-        UserError: a prompt is empty, or prompt and reply do not fit into the model's context.
+        UserError: a prompt is empty, prompt and reply do not fit into the model's context, or its logits are not finite.
     """
     check_prompts(model, prompts, max_new_tokens)
     ensure_pad_token(tokenizer)
@@ -178,7 +178,7 @@ def sample(
         seed: of the draws. The generators of the caller stay as they are. With another batch size other replies are drawn.
 
     Raises:
-        UserError: a prompt is empty, or prompt and reply do not fit into the model's context.
+        UserError: a prompt is empty, prompt and reply do not fit into the model's context, or its logits are not finite.
     """
     check_prompts(model, prompts, max_new_tokens)
     ensure_pad_token(tokenizer)

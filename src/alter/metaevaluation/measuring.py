@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import numpy as np
 
 from alter import metrics
 from alter.attacks import ATTACKS, Attack, Bench, Item, depth, states, train_steps
-from alter.data import Example, encode
+from alter.data import Example, encode, encode_all
 from alter.evaluation import Leak, TofuResult, gives, leaked, tofu_metrics
-from alter.inference import score
+from alter.inference import context_length, score
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.models import ModelSettings
 
@@ -55,9 +55,11 @@ def train_on(model: Any, tokenizer: Any, rows: Sequence[tuple[Example, str]], *,
     """Train all weights on rows with the given answers, in place (`alter.attacks.weights.train_steps`).
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: a prompt fills the context, or the loss is not finite.
     """
-    encoded = [encode(tokenizer, row, answer=answer) for row, answer in rows]
+    told = [replace(row, answer=answer) for row, answer in rows]
+    # a row longer than the context is trained on in windows
+    encoded = encode_all(tokenizer, told, max_length=context_length(model))[0]
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     for weight in weights:
         weight.requires_grad_(True)

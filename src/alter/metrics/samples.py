@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Z = 1.959963984540054
 """Normal deviate that leaves 2.5 % on each side."""
+FEW_GROUPS = 20
+"""Groups from which on drawing them with replacement holds the true mean about as often as it should."""
 AT_ONCE = 2**22
 """Values that are drawn at a time: all draws of 100,000 rows together take 3 GB."""
 
@@ -97,9 +99,10 @@ def grouped_interval(
 ) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean over rows that are not independent: replies to one prompt, say.
 
-    A percentile bootstrap that draws whole groups; if all values are 0, or all 1, Wilson's of as many rows as there are
-    groups. `row_interval` where each row is a group of its own. NaN is left out. None for fewer than two groups, or if no draw
-    differs from another.
+    A percentile bootstrap that draws whole groups; of fewer than `FEW_GROUPS`, of which draws hold too little (of 2 groups half as
+    often as they should), Student's by the groups' sums, cut off at 0 and 1 if all values lie there. If all values are 0, or all 1,
+    Wilson's of as many rows as there are groups. `row_interval` where each row is a group of its own. NaN is left out. None for
+    fewer than two groups, or if no draw differs from another.
 
     Args:
         values: [n].
@@ -114,12 +117,25 @@ def grouped_interval(
         return row_interval(x)
     if count and ((x == 0).all() or (x == 1).all()):
         return share_interval(count * int(x[0]), count)
-    sums, sizes = np.bincount(place, x), np.bincount(place)
+    sums, sizes = floats(np.bincount(place, x)), floats(np.bincount(place))
+    if 1 < count < FEW_GROUPS and np.ptp(sums / sizes) > 0:
+        return _student(x, sums, sizes)
     chosen = np.random.default_rng(seed).integers(count, size=(draws, count))
     means = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
     if count < 2 or np.ptp(means) == 0:
         return None
     low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _student(x: Array, sums: Array, sizes: Array) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean of `x` [n] by the sums and sizes of its groups, [groups]."""
+    from scipy import stats
+
+    count, mean = len(sums), float(x.mean())
+    spread = math.sqrt(count / (count - 1) * float(((sums - mean * sizes) ** 2).sum())) / len(x)
+    ends = mean + spread * floats(stats.t.ppf([0.025, 0.975], count - 1))
+    low, high = np.clip(ends, 0, 1) if x.min() >= 0 and x.max() <= 1 else ends
     return float(low), float(high)
 
 
@@ -151,7 +167,13 @@ def auc_interval(value: float, m: int, n: int) -> tuple[float, float]:
     return end(0.0), end(1.0)
 
 
-def utility_interval(sets: Sequence[npt.ArrayLike], *, seed: int = 0, draws: int = 1000) -> tuple[float, float] | None:
+def utility_interval(
+    sets: Sequence[npt.ArrayLike],
+    groups: Sequence[Sequence[Hashable] | None] | None = None,
+    *,
+    seed: int = 0,
+    draws: int = 1000,
+) -> tuple[float, float] | None:
     """Return the 95 % percentile bootstrap interval of model utility over the rows of its sets.
 
     Each draw takes as many rows of every set with replacement, the same ones for all figures of that set, and their harmonic
@@ -159,15 +181,25 @@ def utility_interval(sets: Sequence[npt.ArrayLike], *, seed: int = 0, draws: int
 
     Args:
         sets: of each set its figures by row, [figures, rows].
+        groups: of each set the groups of its rows, [rows], which are drawn whole; None: rows are.
 
     Raises:
         ValueError: a set has no rows.
     """
     draw = np.random.default_rng(seed)
     means = []
-    for rows in map(floats, sets):
+    for rows, own in zip(map(floats, sets), groups or [None] * len(sets), strict=True):
         if rows.ndim != 2 or not rows.shape[1]:
             raise ValueError("utility_interval: each set is a matrix of figures by rows, with one row at least")
+        if own is not None:
+            # a set as small as its groups: of each their sums and their sizes
+            places: dict[Hashable, int] = {}
+            place = np.array([places.setdefault(group, len(places)) for group in own])
+            sizes = np.bincount(place)
+            picked = draw.integers(len(sizes), size=(draws, len(sizes)))
+            drawn = sizes[picked].sum(axis=1)
+            means.append(np.stack([np.bincount(place, each)[picked].sum(axis=1) / drawn for each in rows]))
+            continue
         chosen = draw.integers(rows.shape[1], size=(draws, rows.shape[1]))
         means.append(np.stack([each[chosen].mean(axis=1) for each in rows]))
     parts = np.concatenate(means)

@@ -69,6 +69,26 @@ class ModelSettings(BaseModel):
         except NotImplementedError as error:
             raise UserError(f"`merged`: {error}") from None
 
+    def load_tokenizer(self) -> Any:
+        """Return the model's tokenizer alone, without reading its weights.
+
+        Raises:
+            UserError: no such model, its tokenizer cannot be read, or variables that its chat template does not have.
+        """
+        name, packed_file = _located(self.model, self.quantization)
+        inside = memory.held(name)
+        try:
+            if inside is not None:
+                tokenizer = copy.deepcopy(inside[1])
+            else:
+                tokenizer = _tokenizer(name) if packed_file is None else gguf.load_tokenizer(packed_file)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise _missing(name, error) from error
+        set_template_arguments(tokenizer, self.chat_template_kwargs)
+        return tokenizer
+
     def identity(self, memo: Path | None = None) -> dict[str, str | None]:
         """Return digests of what is loaded, `weights` and `adapter`: a folder's by the contents of its files.
 
@@ -233,9 +253,7 @@ def _read(model: str, packed_file: gguf.GgufPlace | None, options: dict[str, Any
             f"The weights of the model {model!r} cannot be read ({error}): a file is cut off or broken. Copy it again."
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
-        ) from error
+        raise _missing(model, error) from error
     except torch.OutOfMemoryError:
         raise
     except (
@@ -394,6 +412,12 @@ def _copied(inside: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
     if dtype != "auto":
         network = network.to(dtype)
     return network, tokenizer
+
+
+def _missing(model: str, error: Exception) -> UserError:
+    return UserError(
+        f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from alter.rendering.markup import tag as tag
     from alter.rendering.terminal import ARROWS as ARROWS
     from alter.rendering.terminal import between as between
+    from alter.rendering.terminal import drawn as drawn
     from alter.rendering.terminal import in_order as in_order
     from alter.rendering.terminal import number as number
     from alter.rendering.terminal import table as table

@@ -44,6 +44,14 @@ def between(record: Record) -> str:
     return f"[{low}, {high}]"
 
 
+def drawn(records: Iterable[Record], items: str = "rows") -> str:
+    """Say what the 95 % intervals of records draw: `items`, or all rows of a subject together."""
+    columns = sorted({record.extra["interval_over"] for record in records if record.extra.get("interval_over")})
+    if not columns:
+        return items
+    return f"{items}, of which those of one {' or '.join(columns)} are drawn together (not for AUCs and leak@k)"
+
+
 def in_order(records: Iterable[Record]) -> dict[str, Record]:
     """Return the last record of each metric, in the catalogue's order; metrics outside it come last, as they were met."""
     found = {record.metric: record for record in records}
@@ -64,7 +72,9 @@ def table(records_by_model: Mapping[str, Sequence[Record]], title: str | None = 
     wide = "\n" if len(by_model) > 2 else " "
     caption = f"{', '.join(modes)} mode; ↑ ↓ = the better direction" if modes else None
     if caption and any(half(record) for record in found.values()):
-        caption += "; ± half the 95 % interval over rows"
+        caption += (
+            f"; ± half the 95 % interval over {drawn(one for rows in by_model.values() for one in rows.values())}"
+        )
     shown = FittedTable(title=title and cell(title), caption=caption)
     shown.add_column("metric")
     for model in by_model:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from alter.metrics import catalogue
-from alter.rendering import ARROWS, Html, between, duration, grid, in_order, join, number, tag
+from alter.rendering import ARROWS, Html, between, drawn, duration, grid, in_order, join, number, tag
 from alter.report.runs import ROLES, Reported
 from alter.report.verdict import headline
 from alter.storage import Record
@@ -41,7 +41,8 @@ def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, refere
             rows.append([join(name.split("_"), join(["_", tag("wbr")])), *shown, _counts(cells), meaning])
         place = list(own).index(reference) + 1 if reference in own else None
         caption = f"{mode} mode. ↑ ↓ point in the better direction; n: items that a figure is of; -: not measured. In brackets "
-        caption += "the 95 % interval over items; a p-value and what is no mean over items have none."
+        over = drawn((r for rows in own.values() for r in rows.values()), "items")
+        caption += f"the 95 % interval over {over}; a p-value and what is no mean over items have none."
         found.append(
             grid(
                 ["metric", *names, "n", "what it says"], rows, label=f"{label}, {mode} mode", caption=caption,

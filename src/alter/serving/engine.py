@@ -32,6 +32,8 @@ from alter.inference import (
 from alter.serving.jobs import Job, Scored
 from alter.serving.text import settled
 
+NOT_FINITE = "The model's logits are not finite; serve it with `alter serve --dtype float32`."
+
 
 def scored(logp: Tensor, token: int, count: int) -> Scored:
     """Return the token and the `count` likeliest ones under log-probabilities [V]."""
@@ -69,7 +71,7 @@ class _Rows(LogitsProcessor):
             if job.finish is not None:
                 continue
             if not finite[row]:
-                job.close("error", "The model's logits are not finite; serve it with `alter serve --dtype float32`.")
+                job.close("error", NOT_FINITE)
                 continue
             if job.temperature > 0:
                 chosen[row] = draw(scores[row], job.temperature, job.top_p, self.generators[row]).to(chosen.device)
@@ -339,10 +341,16 @@ class Engine:
                 self._answer([job])
 
     def _score(self, ids: list[int], count: int) -> list[Scored]:
-        """Compute the probabilities of a prompt's tokens given their prefixes, in one forward pass."""
+        """Compute the probabilities of a prompt's tokens given their prefixes, in one forward pass.
+
+        Raises:
+            UserError: the logits are not finite.
+        """
         with evaluating(self.model):
             row = torch.tensor([ids], device=next(self.model.parameters()).device)
             logits = self.model(input_ids=row, use_cache=False).logits[0, virtual_tokens(self.model) :]
+            if not logits.amax(dim=-1).isfinite().all():
+                raise UserError(NOT_FINITE)
             found = [Scored(ids[0])]
             for place in range(1, len(ids)):
                 found.append(scored(logits[place - 1].float().log_softmax(-1), ids[place], count))

@@ -14,7 +14,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from alter.core import UserError
-from alter.data import Example, encode_prompt
+from alter.data import Example, encode_prompt, with_template_arguments
 from alter.settings import mistake
 from alter.storage import from_json
 
@@ -212,13 +212,15 @@ class ChatAsked(Asked):
     messages: list[Message] = Field(min_length=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MOST_TOP)
+    chat_template_kwargs: dict[str, Any] = {}
 
     def prompts(self, tokenizer: Any) -> list[Prompt]:
-        """See `Asked.prompts`: the turns in the model's chat template."""
+        """See `Asked.prompts`: the turns in the model's chat template, with the request's own variables as in vLLM."""
         turns = tuple(turn.turn() for turn in self.messages)
         if turns[-1]["role"] == "assistant":
             raise UserError("The last message is the assistant's: there is nothing to answer.")
         last = turns[-1]["content"]
+        tokenizer = with_template_arguments(tokenizer, self.chat_template_kwargs)
         ids = encode_prompt(tokenizer, Example(prompt=last, answer="", kind="messages", messages=turns))
         return [Prompt(ids, last)]
 

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
     from alter.serving.settings import Serve
 
-PROMPT_FIELD: dict[type[Asked], str] = {ChatAsked: "messages", TextAsked: "prompt"}
-"""The field of each endpoint's body that the router reads."""
+PROMPT_FIELDS: dict[type[Asked], tuple[str, ...]] = {
+    ChatAsked: ("messages", "chat_template_kwargs"),
+    TextAsked: ("prompt",),
+}
+"""The fields of each endpoint's body that the router reads."""
 
 
 class Chooser:
@@ -183,11 +186,11 @@ class Proxy(Api):
             raise Refused(400, f"The body is no JSON: {error}.") from None
         if not isinstance(given, dict):
             raise Refused(400, "The body is no JSON object.")
-        field = PROMPT_FIELD[form]
+        fields = PROMPT_FIELDS[form]
         self._check_name(str(given.get("model") or ""))
         try:
             # of all else the other server knows best what it takes
-            asked = form.model_validate({field: given.get(field)})
+            asked = form.model_validate({field: given.get(field) for field in fields})
             # each prompt costs a pass of the base
             check_count(asked.count, self.settings.max_waiting)
             prompts = asked.prompts(self.chooser.tokenizer)
@@ -198,7 +201,9 @@ class Proxy(Api):
         except UserError as error:
             raise Refused(400, str(error)) from None
         if len(chosen) > 1:
-            raise Refused(400, "The prompts of this request need different LoRAs: send them one by one.", param=field)
+            raise Refused(
+                400, "The prompts of this request need different LoRAs: send them one by one.", param=fields[0]
+            )
         name = self.names[chosen.pop()]
         try:
             return json.dumps({**given, "model": name}, ensure_ascii=False, allow_nan=False).encode(), name

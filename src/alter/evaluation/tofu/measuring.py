@@ -14,7 +14,7 @@ from alter.evaluation.base import quick_look
 from alter.evaluation.tofu.reference import as_reference, lacking
 from alter.evaluation.tofu.replies import answer_questions, prompts_of
 from alter.evaluation.tofu.results import Mode, TofuReference, TofuResult, TofuSet, check_reference
-from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, holdout_rows, rows_fingerprint, set_rows
+from alter.evaluation.tofu.sets import PARAPHRASED, SETS, SPLITS, holdout_rows, rows_fingerprint, set_authors, set_rows
 from alter.inference import (
     Scores,
     begun_replies,
@@ -198,7 +198,10 @@ def _measured(
 def _rows(result: TofuResult, sets: Sequence[str], limit: int | None, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each set and note the sets in the result; refuse a reference measured on other rows."""
     rows = {key: set_rows(key, result.split, result.data, limit, seed) for key in sets}
-    result.sets = {key: TofuSet(key, len(own), rows_fingerprint(own)) for key, own in rows.items()}
+    result.sets = {
+        key: TofuSet(key, len(own), rows_fingerprint(own), authors=set_authors(key, own, result.data))
+        for key, own in rows.items()
+    }
     if limit is not None:
         result.notes.append(quick_look(limit))
     forget = result.sets.get("forget")

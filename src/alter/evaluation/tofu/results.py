@@ -10,7 +10,7 @@ import numpy as np
 
 from alter import metrics
 from alter.core import Array, UserError
-from alter.evaluation.figures import Figures
+from alter.evaluation.figures import Figures, Groups, interval_over
 from alter.evaluation.tofu.sets import PARAPHRASED, UTILITY_SETS
 from alter.storage import Record
 
@@ -25,6 +25,7 @@ class TofuSet:
     """Everything measured on one set, one entry per row; what was not measured is None.
 
     Attributes:
+        authors: of the rows, where they are known: intervals of means draw all rows of an author together.
         fingerprint: hash of the rows; results can be compared item by item only if it is the same.
         loss: average loss of the answer, [n].
         right_loss: average loss of the answer that the truth ratio takes for right, [n].
@@ -57,6 +58,7 @@ class TofuSet:
     attacks: dict[str, Array] = field(default_factory=dict)
     holdout_attacks: dict[str, Array] = field(default_factory=dict)
     holdout: str | None = None
+    authors: Groups | None = None
 
     def set_likelihood(self, loss: Array, right_loss: Array, wrong_loss: Array, *, compat: bool) -> None:
         """Fill in the losses and what follows from them: probability and truth ratio."""
@@ -125,17 +127,24 @@ class TofuResult:
         figures = Figures(name, base, self.mode)
         add = figures.add
         for key, part in self.sets.items():
-            extra: dict[str, Any] = {"fingerprint": part.fingerprint}
+            extra: dict[str, Any] = {"fingerprint": part.fingerprint, "groups": part.authors}
             if part.reworded is not None:
                 # first: of the metrics that cost no attack it held best (docs/results/metrics.md)
                 add(f"{key}_probability_reworded", part.reworded.mean(), part.n, part.reworded, **extra)
             if part.prob is not None and part.truth_ratio is not None:
                 add(f"{key}_probability", part.prob.mean(), part.n, part.prob, **extra)
                 ratio = self._ratio(part)
-                interval = metrics.samples.row_interval(ratio)
+                interval = interval_over(ratio.tolist(), part.authors)
                 add(f"{key}_truth_ratio", ratio.mean(), part.n, part.truth_ratio, interval=interval, **extra)
             if part.rouge is not None:
-                texts = {"questions": part.questions, "references": part.references, "generations": part.generations}
+                texts: dict[str, Any] = {
+                    "questions": part.questions,
+                    "references": part.references,
+                    "generations": part.generations,
+                }
+                # what is counted of the replies is over authors too
+                if part.authors is not None:
+                    texts["authors"] = part.authors.numbers
                 empty = sum(not text for text in part.generations or [])
                 add(f"{key}_rouge", part.rouge.mean(), part.n, part.rouge, **extra, **texts, empty=empty)
         forget = self.sets.get("forget")
@@ -145,13 +154,13 @@ class TofuResult:
                 em = forget.exact_memorization
                 counted = int((~np.isnan(em)).sum())
                 if counted:
-                    add("forget_exact_memorization", np.nanmean(em), counted, em, **extra)
+                    add("forget_exact_memorization", np.nanmean(em), counted, em, forget.authors, **extra)
                 strength = forget.extraction_strength
-                add("forget_extraction_strength", strength.mean(), forget.n, strength, **extra)
+                add("forget_extraction_strength", strength.mean(), forget.n, strength, forget.authors, **extra)
             if forget.generations is not None:
                 add("forget_distinct_2", metrics.text.distinct_n(forget.generations, 2), forget.n, **extra)
                 repeats = metrics.text.repetition(forget.generations)
-                add("forget_repetition", repeats.mean(), forget.n, repeats, **extra)
+                add("forget_repetition", repeats.mean(), forget.n, repeats, forget.authors, **extra)
             if self.reference is not None:
                 check_reference(self.reference, self.split, self.mode, forget)
             attacks, unseen = self._attacks(forget)
@@ -167,9 +176,12 @@ class TofuResult:
         parts = self._utility_parts()
         if parts is not None:
             rows = sum(self.sets[key].n for key in UTILITY_SETS)
-            interval = metrics.samples.utility_interval(self._utility_rows())
+            authors = [self.sets[key].authors for key in UTILITY_SETS]
+            numbers = [None if own is None else own.numbers for own in authors]
+            interval = metrics.samples.utility_interval(self._utility_rows(), numbers)
+            known = next((own for own in authors if own is not None), None)
             utility = metrics.likelihood.model_utility(list(parts.values()))
-            add("model_utility", utility, rows, parts=parts, interval=interval)
+            add("model_utility", utility, rows, parts=parts, interval=interval, groups=known)
         return figures.records
 
     def _ratio(self, part: TofuSet) -> Array:

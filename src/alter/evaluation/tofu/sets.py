@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from alter.core import UserError
-from alter.data import examples, read_rows, tofu_rows
+from alter.data import examples, read_rows, tofu_authors, tofu_rows
+from alter.evaluation.figures import Groups
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 SETS = ("forget", *UTILITY_SETS)
@@ -55,6 +56,17 @@ def set_rows(key: str, split: str, data: str, limit: int | None, seed: int) -> l
     if len(counts) > 1:
         raise UserError(f"{name} in {data} has rows with {min(counts)} and with {max(counts)} wrong answers.")
     return rows
+
+
+def set_authors(key: str, rows: Sequence[dict[str, Any]], data: str) -> Groups | None:
+    """Return which rows of a set are about one author; None of real authors and world facts, and where nothing tells."""
+    if key not in PARAPHRASED:
+        return None
+    try:
+        return Groups.of("author", tofu_authors(rows, data))
+    except UserError:
+        # rows of one's own in TOFU's form, without `full`
+        return Groups.of("author", [row.get("author") for row in rows])
 
 
 def holdout_rows(

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessorList
 
 from alter.core import UserError
 from alter.data import Example, encode_prompt
-from alter.inference import check_prompts, context_length, stop_ids
+from alter.inference import Finite, check_prompts, context_length, stop_ids
 from alter.models.guards.form import Guard, OfPrompt, layers_behind
 
 Ask = Callable[[str, str], str]
@@ -152,7 +152,7 @@ class Agents(Guard):
         """Return the untouched model's greedy reply to a prompt, at most `longest` tokens, without its end token.
 
         Raises:
-            UserError: the prompt leaves no room for a reply in the model's context.
+            UserError: the prompt leaves no room for a reply in the model's context, or the model's logits are not finite.
         """
         context, longest = context_length(self.base), self.settings["longest"]
         most = longest if context is None else max(1, min(longest, context - len(ids)))
@@ -165,6 +165,7 @@ class Agents(Guard):
             "top_p": None,
             "top_k": None,
             "use_cache": True,
+            "logits_processor": LogitsProcessorList([Finite(self.base)]),
         }
         whole = self.base.generate(
             input_ids=row,
