@@ -39,7 +39,7 @@ from alter.comparison.executors import Local
 from alter.comparison.plan import run_of
 from alter.comparison.settings import Compare, Retrained
 from alter.comparison.table import TableRow, dominated, table_rows, undominated
-from alter.core.errors import UserError
+from alter.core import UserError, forked
 from alter.data.sources import read_rows
 from alter.data.tofu import tofu_rows
 from alter.evaluation.tofu import measuring, replies, sets
@@ -1367,6 +1367,18 @@ def test_figures_that_are_no_numbers_are_a_failed_cell(data, tmp_path, monkeypat
     monkeypatch.setattr(cell_work, "tofu_metrics", broken)
     _, found = run_work(tmp_path, cell)
     assert (found["status"], found["reason"][:12]) == ("failed", "Truth ratios")
+
+
+def test_a_fork_that_memory_ends_is_no_result_of_its_cell(data, tmp_path, monkeypatch):
+    cell = plan.lay_out(settings(data, tmp_path), tmp_path).models["original", "forget10"]
+
+    def killed(*_, **__):
+        return list(forked.mapped([0, 1], lambda _: os.kill(os.getpid(), signal.SIGKILL), 2))
+
+    monkeypatch.setattr(cell_work, "tofu_metrics", killed)
+    with pytest.raises(UserError, match="ended by SIGKILL"):
+        run_work(tmp_path, cell)
+    assert finished(tmp_path, cell, PARTS) is None
 
 
 class Killed(BaseException):
