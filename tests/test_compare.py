@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import statistics
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -1167,7 +1168,12 @@ def test_finished_cells_never_run_again_and_killed_ones_do(tmp_path, monkeypatch
         if len(found) == 3:
             # key0, key2 and key3 went through the other slot while key1 waited
             os.kill(processes["key1"].process.pid, signal.SIGKILL)
-    assert found == {"key0": "", "key1": "killed by SIGKILL", "key2": "a bug", "key3": ""}
+    assert found == {
+        "key0": "",
+        "key1": "killed by SIGKILL, as happens where memory runs out",
+        "key2": "a bug",
+        "key3": "",
+    }
     assert sorted(ran(tmp_path)) == ["key0", "key1", "key2", "key3"]
     for name in ("key1/wait", "key2/fail"):
         (tmp_path / "cells" / name).unlink()
@@ -1179,6 +1185,30 @@ def test_finished_cells_never_run_again_and_killed_ones_do(tmp_path, monkeypatch
     assert list(run_cells(tmp_path, plain_jobs(1, PARTS), local, lock)) == []
     local.close()
     os.close(lock)
+
+
+def test_cells_go_on_where_memory_ends_what_they_are_forked_from(tmp_path, monkeypatch):
+    small(monkeypatch)
+    jobs, lock, local = plain_jobs(3), hold(tmp_path), Local(1, [])
+    (tmp_path / "cells" / "key1").mkdir(parents=True)
+    (tmp_path / "cells" / "key1" / "wait").touch()
+    started, found = [], {}
+    start = Local.start
+    monkeypatch.setattr(
+        Local, "start", lambda self, folder, *rest: started.append(folder.name) or start(self, folder, *rest)
+    )
+
+    def ends():
+        wait_until(lambda: "key1" in ran(tmp_path))
+        local._forks._server.kill()
+
+    threading.Thread(target=ends).start()
+    for cell, reason in run_cells(tmp_path, jobs, local, lock):
+        found[cell.key] = reason
+    local.close()
+    os.close(lock)
+    assert started == ["key0", "key1", "key2"]
+    assert (found["key0"], found["key1"][:17], found["key2"]) == ("", "killed by SIGKILL", "")
 
 
 def test_an_interrupt_ends_the_cells_that_run(tmp_path, monkeypatch):

@@ -84,6 +84,11 @@ class Forks:
         # the processes end with their server
         return self._codes.get(pid, -signal.SIGKILL)
 
+    @property
+    def gone(self) -> bool:
+        """Whether the server has ended, and with it all its processes."""
+        return self._server.poll() is not None
+
     def close(self) -> None:
         """End the server, and with it the processes that still run."""
         with suppress(BrokenPipeError):

@@ -15,8 +15,9 @@ from alter.comparison.cell import forget_weights
 from alter.comparison.cells import CellJob, finished, hold, run_shown
 from alter.comparison.checks import ORIGINAL, RETRAINED, check_settings
 from alter.comparison.choice import Choice, choices, chosen_cells, refined
+from alter.comparison.clusters import executor_of
 from alter.comparison.division import PARTS, evaluation_rows, forget_set
-from alter.comparison.executors import Executor, executor_of
+from alter.comparison.executors import Executor
 from alter.comparison.export import all_records, search_csv, table_csv
 from alter.comparison.plan import Chain, Layout, lay_out
 from alter.comparison.plot import pareto

@@ -168,3 +168,10 @@ class Compare(BaseModel):
     def forgotten(self) -> list[str]:
         """What is forgotten, as tables name it: splits of TOFU, or `rows`."""
         return list(self.splits) if self.forget is None else [OWN]
+
+    @property
+    def cells_on(self) -> str | None:
+        """What the cells run on: `device`, or on a cluster what they ask it for, since this machine may have no GPU; None: what there is."""
+        if self.device is not None or self.executor == "local":
+            return self.device
+        return "cuda" if (self.ray if self.executor == "ray" else self.slurm).gpus else "cpu"
